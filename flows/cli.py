@@ -1,0 +1,300 @@
+"""The command line. Parses, calls, prints; a user's mistake is one line on stderr and exit status 2.
+
+Exit status: 0 done, 1 some shards could not be finished, 2 bad input, 130 interrupted.
+Heavy imports (torch, Prefect) happen inside the commands that need them, so that `status` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from resmaster_stages.config import METHODS, STAGES, DatasetConfig, Stage, load_config
+from resmaster_stages.errors import ResMasterError, UserError
+
+if TYPE_CHECKING:
+    from flows.build import BuildResult
+    from resmaster_stages.stage import Status
+    from resmaster_stages.storage.dataset import Dataset
+
+PREFECT_DEFAULTS = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    # Errors are told by the command line itself; run logs still reach the Prefect UI.
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    top = argparse.ArgumentParser(
+        prog="resmaster",
+        description="High-resolution image datasets from prompts or from your own images: ResMaster and its peers, "
+        "training-free, as durable stages on WebDataset shards.",
+        epilog="Start here: resmaster run deployments/datasets/picturebook.yaml",
+    )
+    top.add_argument("--traceback", action="store_true", help="show Python tracebacks (for reporting a bug)")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, help: str, description: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=description)
+
+    def add_source(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("config", metavar="CONFIG", help="YAML file; examples: deployments/datasets/")
+        sub.add_argument(
+            "--root", metavar="URL", help="folder or s3://bucket/prefix to build under, instead of CONFIG's"
+        )
+        sub.add_argument("--prompts", metavar="FILE", help="prompts (.txt .csv .jsonl .parquet), instead of CONFIG's")
+        sub.add_argument("--images", metavar="PATH", help="your own low-res images: a folder or WebDataset .tar shards")
+        sub.add_argument("--limit", metavar="N", type=int, help="only the first N prompts or images")
+
+    def add_selection(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--shards", metavar="LIST", help="only these shards, e.g. 1,4-7")
+        sub.add_argument("--stages", metavar="LIST", help=f"only these stages, of: {','.join(STAGES)}")
+
+    sub = add(
+        "run",
+        "build a dataset, or go on with it",
+        "Build the dataset that CONFIG describes. Safe to stop at any moment and to run again: committed shards are "
+        "never redone, and the result is the same to the byte.",
+    )
+    add_source(sub)
+
+    sub = add(
+        "plan",
+        "say what `run` would do; change nothing",
+        "Read the prompts or images and the dataset at the root, and print per stage what would be done and what would "
+        "be skipped because it is committed. Writes nothing.",
+    )
+    add_source(sub)
+
+    sub = add(
+        "status",
+        "what is committed, pending, failed",
+        "Print, per stage, how many shards are committed, pending and failed, and how many samples are ok or failed. "
+        "Reads the dataset only; needs no Prefect.",
+    )
+    sub.add_argument("root", metavar="ROOT", help="the dataset's folder or URL (or a root that holds just one)")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = add(
+        "repair",
+        "do only what is missing or failed",
+        "Re-run what is not committed: failed, interrupted or deleted shards. Committed ones are left alone.",
+    )
+    sub.add_argument("root", metavar="ROOT", help="the dataset's folder or URL (or a root that holds just one)")
+    add_selection(sub)
+
+    sub = add(
+        "upscale",
+        "upscale one image of your own",
+        "Upscale one image. With ResMaster it keeps the image's structure and regenerates its detail.",
+    )
+    sub.add_argument("input", metavar="INPUT", help="image file")
+    sub.add_argument("output", metavar="OUTPUT", help="image file to write (.png, .webp or .jpg)")
+    sub.add_argument("--scale", type=float, default=4.0, help="target size over input size (default: 4)")
+    sub.add_argument("--method", default="resmaster", help=f"one of: {', '.join(METHODS)} (default: resmaster)")
+    sub.add_argument("--prompt", default="", metavar="TEXT", help="what the image shows")
+    sub.add_argument(
+        "--model", metavar="ID", help="picturebook, a hub id, or a folder (default: CONFIG's, else SDXL base 1.0)"
+    )
+    sub.add_argument("--config", metavar="CONFIG", help="take model and upscaling settings from this file")
+    sub.add_argument("--steps", type=int, help="denoising steps (default: CONFIG's, else 50)")
+    sub.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    return top
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# reading arguments
+
+
+def parse_numbers(text: str | None) -> list[int] | None:
+    """`1,4-7` -> [1, 4, 5, 6, 7]; None stays None. Raises UserError on anything else."""
+    if text is None:
+        return None
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise UserError(f"--shards {text}: {part.strip()!r} is not a shard number or a range; write e.g. 1,4-7")
+        numbers.update(range(int(first), int(last or first) + 1))
+    return sorted(numbers)
+
+
+def parse_stages(text: str | None) -> list[Stage] | None:
+    """`captions,high_res` -> those stages in pipeline order; None stays None. Raises UserError on unknown names."""
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in STAGES:
+            raise UserError(f"--stages {text}: unknown stage {name!r}; known: {', '.join(STAGES)}")
+    return [stage for stage in STAGES if stage in names]
+
+
+def config_of(args: argparse.Namespace) -> DatasetConfig:
+    """CONFIG with the command line's overrides; relative paths given on the command line become absolute."""
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit}: give a number of at least 1")
+    if args.prompts and args.images:
+        raise UserError(
+            "--prompts and --images exclude each other: give one; prompts for your images go beside them as .txt"
+        )
+
+    def absolute(path: str | None) -> str | None:
+        return path if path is None or "://" in path else str(Path(path).resolve())
+
+    return load_config(
+        args.config,
+        root=args.root,
+        prompts=absolute(args.prompts),
+        images=absolute(args.images),
+        limit=args.limit,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# commands
+
+
+def _use_prefect_defaults() -> None:
+    for name, value in PREFECT_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
+def _finished(console: Console, result: BuildResult) -> int:
+    for shard, error in result.errors.items():
+        console.print(f"[red]shard {int(shard):06d} not finished:[/red] {error}", highlight=False, soft_wrap=True)
+    failed = f", {result.samples_failed} failed (see errors/)" if result.samples_failed else ""
+    console.print(f"{result.samples} samples{failed} in {result.dataset_url}", highlight=False, soft_wrap=True)
+    if result.errors:
+        console.print(f"{len(result.errors)} shards are missing; try again with: resmaster repair {result.dataset_url}")
+    print(f"report: {result.report_url}")
+    return 1 if result.errors else 0
+
+
+def _execute(console: Console, pending_samples: dict[Stage, int], shards: int, build: str, **arguments: object) -> int:
+    """Run a flow of `flows.build` under the live display."""
+    from flows.display import TerminalReporter
+    from resmaster_stages.progress import reporting
+
+    with TerminalReporter(pending_samples, shards, console) as reporter, reporting(reporter):
+        _use_prefect_defaults()
+        import flows.build
+
+        result: BuildResult = getattr(flows.build, build)(**arguments)
+    return _finished(console, result)
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """`resmaster run`"""
+    from resmaster_stages.preview import preview
+
+    config = config_of(args)
+    look = preview(config)  # all that can be wrong with the input is found here, before anything starts
+    console.print(look.headline(), highlight=False, soft_wrap=True)
+    return _execute(console, look.pending_samples(), look.shards, "build_dataset", config=config)
+
+
+def plan(args: argparse.Namespace, console: Console) -> int:
+    """`resmaster plan`"""
+    from resmaster_stages.preview import preview
+
+    look = preview(config_of(args))
+    out = Console()
+    out.print(look.headline(), highlight=False, soft_wrap=True)
+    table = Table("stage", "shards to do", "shards committed", "samples to do", box=None, pad_edge=False)
+    for stage in look.stages:
+        table.add_row(stage.stage, str(stage.shards_pending), str(stage.shards_committed), str(stage.samples_pending))
+    out.print(table)
+    for rejected in look.rejected[:10]:
+        out.print(f"rejected: {rejected}", highlight=False, soft_wrap=True, markup=False)
+    if len(look.rejected) > 10:
+        out.print(f"... and {len(look.rejected) - 10} more rejected")
+    return 0
+
+
+def _status_table(dataset: Dataset, found: Status) -> Table:
+    table = Table("stage", "committed", "pending", "failed", "samples ok", "samples failed", box=None, pad_edge=False)
+    for stage in found.stages:
+        table.add_row(
+            stage.stage,
+            str(stage.committed),
+            str(stage.pending),
+            str(stage.failed),
+            str(stage.samples_ok),
+            str(stage.samples_failed),
+        )
+    return table
+
+
+def status(args: argparse.Namespace, console: Console) -> int:
+    """`resmaster status`"""
+    from resmaster_stages.stage import status as read_status
+    from resmaster_stages.storage.dataset import open_dataset
+
+    dataset = open_dataset(args.root)
+    found = read_status(dataset)
+    if args.json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        out = Console()
+        out.print(f"{dataset.url}: {found.shards} shards, {found.samples} samples", highlight=False, soft_wrap=True)
+        out.print(_status_table(dataset, found))
+    return 0
+
+
+def repair(args: argparse.Namespace, console: Console) -> int:
+    """`resmaster repair`"""
+    from resmaster_stages.stage import pending, pending_samples
+    from resmaster_stages.storage.dataset import open_dataset
+
+    shards, stages = parse_numbers(args.shards), parse_stages(args.stages)
+    dataset = open_dataset(args.root)
+    todo = pending(dataset, shards=shards, stages=stages)
+    count = len({shard for missing in todo.values() for shard in missing})
+    if not count:
+        console.print(f"{dataset.url}: nothing to repair", highlight=False, soft_wrap=True)
+        return 0
+    return _execute(
+        console,
+        pending_samples(dataset, todo),
+        count,
+        "repair",
+        dataset_url=dataset.url,
+        shards=shards,
+        stages=stages,
+    )
+
+
+COMMANDS = {"run": run, "plan": plan, "status": status, "repair": repair}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `resmaster` command. Returns the exit status."""
+    args = parser().parse_args(argv)
+    console = Console(stderr=True)
+    try:
+        return COMMANDS[args.command](args, console)
+    except KeyboardInterrupt:
+        console.print("interrupted; what is committed is kept: run the same command again to go on")
+        return 130
+    except (UserError, ResMasterError) as error:
+        if args.traceback:
+            raise
+        console.print(f"resmaster: {error}", style=None, markup=False, highlight=False, soft_wrap=True)
+        return 2 if isinstance(error, UserError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""The terminal's view of a build: one bar with time left, what is being done now, and a line per finished shard.
+
+Knows nothing about Prefect. On anything but a terminal it prints plain lines and no bar.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+
+from resmaster_stages.config import Stage
+
+VERBS: dict[str, str] = {
+    "low_res": "drawing low-res images",
+    "captions": "captioning patches",
+    "high_res": "upscaling",
+    "quality": "measuring quality",
+}
+
+
+class TimeLeft:
+    """Estimates the seconds left from the measured seconds per sample of each stage.
+
+    Unknown until every stage that has work left has finished a sample: a guess would be worse than none.
+    """
+
+    def __init__(self, pending: dict[Stage, int]) -> None:
+        self.pending = dict(pending)
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._samples: dict[str, int] = defaultdict(int)
+
+    def sample_done(self, stage: str, seconds: float) -> None:
+        """One sample of `stage` took `seconds`."""
+        self._seconds[stage] += seconds
+        self._samples[stage] += 1
+        self.pending[stage] = max(0, self.pending.get(stage, 0) - 1)  # type: ignore[index,call-overload]
+
+    def seconds(self) -> float | None:
+        """Seconds left, or None while unknown."""
+        total = 0.0
+        for stage, left in self.pending.items():
+            if left == 0:
+                continue
+            if self._samples[stage] == 0:
+                return None
+            total += left * self._seconds[stage] / self._samples[stage]
+        return total
+
+
+def spell_seconds(seconds: float | None) -> str:
+    """`93.2` -> `1 min 33 s`."""
+    if seconds is None:
+        return "estimating"
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    minutes, rest = divmod(rest, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+class TerminalReporter:
+    """A `Reporter` that draws a live display; use as a context manager around the build.
+
+    `pending` is the number of samples still to do per stage, `shards` the number of shards in the dataset.
+    """
+
+    def __init__(self, pending: dict[Stage, int], shards: int, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._left = TimeLeft(pending)
+        self._shards = shards
+        self._clock = time.monotonic()
+        self._failed = 0
+        self._shard_clock: dict[tuple[str, int], float] = {}
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=self.console,
+            transient=True,
+            expand=True,
+            disable=not self.console.is_terminal,
+        )
+        self._bar: TaskID = self._progress.add_task("starting", total=sum(pending.values()) or None, left="")
+
+    def __enter__(self) -> TerminalReporter:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._progress.__exit__(kind, value, tb)
+
+    def _describe(self, stage: str, shard: int, detail: str = "") -> str:
+        return f"shard {shard + 1}/{self._shards}  {VERBS.get(stage, stage)}{detail}"
+
+    def _left_text(self) -> str:
+        return f"{spell_seconds(self._left.seconds())} left"
+
+    def shard_started(self, stage: str, shard: int, samples: int) -> None:
+        self._clock = time.monotonic()
+        self._shard_clock[stage, shard] = self._clock
+        self._now = (stage, shard)
+        self._progress.update(self._bar, description=self._describe(stage, shard), left=self._left_text())
+
+    def sample_done(self, stage: str, shard: int, ok: bool) -> None:
+        now = time.monotonic()
+        self._left.sample_done(stage, now - self._clock)
+        self._clock = now
+        self._failed += not ok
+        failed = f"  [red]{self._failed} failed" if self._failed else ""
+        self._progress.update(
+            self._bar, advance=1, description=self._describe(stage, shard), left=self._left_text() + failed
+        )
+
+    def shard_done(self, stage: str, shard: int, cached: bool) -> None:
+        if cached:
+            return
+        seconds = time.monotonic() - self._shard_clock.pop((stage, shard), time.monotonic())
+        self.console.print(f"  shard {shard:06d}  {stage:<9} committed in {spell_seconds(seconds)}", highlight=False)
+
+    def step(self, done: int, total: int) -> None:
+        stage, shard = self._now
+        self._progress.update(self._bar, description=self._describe(stage, shard, f"  step {done}/{total}"))

@@ -1,0 +1,435 @@
+"""What a user writes: frozen pydantic models, one docstring per field. The hash of a stage's part is the stage's identity.
+
+This module loads no model and touches no storage.
+
+Invariants:
+- `stage_hash` covers what changes a result, an explicit stage version, and the upstream stage's hash.
+- Operational fields (batch size, device, offload, concurrency) are marked as such and are not in it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from resmaster_stages.errors import ConfigError
+from resmaster_stages.identity import digest
+
+Stage = Literal["low_res", "captions", "high_res", "quality"]
+STAGES: tuple[Stage, ...] = ("low_res", "captions", "high_res", "quality")
+"""The stages that work on shards, in order. (Stage 1, prompt ingestion, makes the plan that they follow.)"""
+
+STAGE_VERSIONS: dict[str, int] = {"low_res": 1, "captions": 1, "high_res": 1, "quality": 1}
+"""Raised by hand whenever a stage's code changes its result: old commits then no longer count as done."""
+
+METHODS = ("direct", "multidiffusion", "resmaster")
+"""Upscaling methods; each is one file in `resmaster_stages/methods`."""
+
+DEMOFUSION_NEGATIVE_PROMPT = "blurry, ugly, duplicate, poorly drawn, deformed, mosaic"
+"""The negative prompt that the papers of this family share (methods: DemoFusion, FreeScale)."""
+
+
+def Operational(default: Any, **kwargs: Any) -> Any:
+    """A field that changes how fast or where a result is computed, but not the result: left out of `identity()`."""
+    return Field(default=default, json_schema_extra={"operational": True}, **kwargs)
+
+
+class Part(BaseModel):
+    """Base of all parts: frozen, no unknown keys, field docstrings become descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that change the result, as JSON-ready values."""
+        values: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            extra = field.json_schema_extra
+            if isinstance(extra, dict) and extra.get("operational"):
+                continue
+            value = getattr(self, name)
+            values[name] = value.identity() if isinstance(value, Part) else value
+        return values
+
+
+class IpAdapterConfig(Part):
+    """Where the IP-Adapter and its image encoder come from."""
+
+    id: str
+    """Hub id or folder, e.g. `h94/IP-Adapter`."""
+    subfolder: str = ""
+    """Folder of the adapter's weights inside it, e.g. `sdxl_models`."""
+    weight_name: str
+    """File of the adapter's weights, e.g. `ip-adapter_sdxl_vit-h.safetensors`."""
+    image_encoder_folder: str = "image_encoder"
+    """Folder of the CLIP image encoder inside it, e.g. `models/image_encoder`."""
+    revision: str | None = None
+    """Commit or tag at the hub."""
+
+
+class ModelConfig(Part):
+    """Which weights are loaded, from where, and onto which device."""
+
+    id: str = "picturebook"
+    """`picturebook` (the embedded pack), a hub id such as `stabilityai/stable-diffusion-xl-base-1.0`, or a folder."""
+    revision: str | None = None
+    """Commit or tag at the hub. Name one: it is part of the dataset's identity."""
+    variant: str | None = None
+    """Weight variant, e.g. `fp16`."""
+    vae: str | None = None
+    """Another VAE by hub id or folder, e.g. `madebyollin/sdxl-vae-fp16-fix`."""
+    ip_adapter: IpAdapterConfig | None = None
+    """Image prompts. The picturebook pack brings its own adapter and needs nothing here."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: float16 on CUDA, float32 elsewhere."""
+    device: str = Operational("auto")
+    """`auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`, `mps`."""
+    offload: Literal["none", "model"] = Operational("none")
+    """`model`: keep only the part at work on the GPU; slower, needs less memory."""
+
+
+class LowResConfig(Part):
+    """Stage 2: the base-resolution image of each prompt."""
+
+    height: int | None = Field(default=None, ge=16)
+    """Height in px; default: the model's native size."""
+    width: int | None = Field(default=None, ge=16)
+    """Width in px; default: the model's native size."""
+    steps: int = Field(default=50, ge=1, le=1000)
+    """Denoising steps."""
+    guidance_scale: float = Field(default=5.0, ge=1)
+    """Classifier-free guidance scale."""
+    negative_prompt: str = ""
+    """Used for prompts that bring none of their own."""
+    batch_size: int = Operational(8, ge=1)
+    """Prompts per UNet call."""
+
+
+class CaptionsConfig(Part):
+    """Stage 3: one caption per patch (ResMaster's enhanced text prompts)."""
+
+    source: Literal["model", "server", "prompt"] = "model"
+    """`model`: a local captioner; `server`: an OpenAI-compatible server; `prompt`: no captioner, the global prompt everywhere."""
+    model: str = "picturebook"
+    """Captioner: `picturebook`, a hub id or folder of a Transformers image-text-to-text model, or the server's model name."""
+    revision: str | None = None
+    """Commit or tag at the hub."""
+    grid: Literal["views", "tiles"] = "views"
+    """`views`: a caption for every view (the paper); `tiles`: for non-overlapping tiles, each view takes its nearest (cheaper)."""
+    instruction: str = (
+        "Describe this image patch in detail in one sentence of at most 60 words, most salient first. "
+        "Name only what is visible."
+    )
+    """What the captioner is asked; models that take no instruction ignore it."""
+    max_new_tokens: int = Field(default=75, ge=4, le=512)
+    """Length limit of a caption."""
+    style: str = ""
+    """Appended to each caption, e.g. `oil painting`: patch captions otherwise lose the global style."""
+    min_detail: float = Field(default=0.0, ge=0)
+    """Patches whose luminance varies less than this (standard deviation, 0 to 255) fall back to the global prompt."""
+    base_url: str | None = Operational(None)
+    """Address of the OpenAI-compatible server, e.g. `http://127.0.0.1:8000/v1`; its key comes from OPENAI_API_KEY."""
+    batch_size: int = Operational(16, ge=1)
+    """Patches per captioner call."""
+
+
+class StructureConfig(Part):
+    """Structural guidance (ResMaster eq. 5 to 7): low frequencies of each predicted x0 come from the low-res reference."""
+
+    enabled: bool = True
+    """Off: the paper's ablation without structural guidance."""
+    cutoff: float = Field(default=0.8, gt=0)
+    """Standard deviation of the Gaussian low-pass filter, in `cutoff_units`. The paper says 0.8."""
+    cutoff_units: Literal["lr_nyquist", "hr_nyquist"] = "lr_nyquist"
+    """Nyquist frequency of the low-res reference (the same picture at any scale) or of the canvas (the paper's literal wording)."""
+    start: float = Field(default=0.0, ge=0, le=1)
+    """Fraction of the steps after which the swap begins."""
+    stop: float = Field(default=1.0, ge=0, le=1)
+    """Fraction of the steps after which the swap ends."""
+    weight: Literal["constant", "linear_decay"] = "constant"
+    """`linear_decay`: the swap fades from 1 to 0 over its steps."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "preset" in values:
+            preset = values["preset"]
+            if preset not in STRUCTURE_PRESETS:
+                raise ValueError(f"unknown preset {preset!r}; known: {', '.join(STRUCTURE_PRESETS)}")
+            rest = {key: value for key, value in values.items() if key != "preset"}
+            return {**STRUCTURE_PRESETS[preset], **rest}
+        return values
+
+    @model_validator(mode="after")
+    def _check_range(self) -> StructureConfig:
+        if self.stop <= self.start:
+            raise ValueError(f"stop ({self.stop}) must be greater than start ({self.start})")
+        return self
+
+
+STRUCTURE_PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {"cutoff": 0.8, "cutoff_units": "hr_nyquist"},
+    "paper_decay": {"cutoff": 0.8, "cutoff_units": "hr_nyquist", "weight": "linear_decay"},
+    "paper_early": {"cutoff": 0.8, "cutoff_units": "hr_nyquist", "stop": 0.6},
+}
+"""Readings of the paper's cutoff (`structure: {preset: paper}`); explicit fields beside a preset win."""
+
+
+class ImagePromptConfig(Part):
+    """Tailored image prompts (ResMaster eq. 8): each view's own crop of the reference through the IP-Adapter."""
+
+    enabled: bool = True
+    """Off: the paper's ablation without image prompts."""
+    scale: float = Field(default=0.8, ge=0, le=2)
+    """Weight of the image cross-attention (the paper's lambda)."""
+
+
+class TextPromptConfig(Part):
+    """Enhanced text prompts: each view's own caption instead of the global prompt."""
+
+    enabled: bool = True
+    """Off: every view gets the global prompt."""
+
+
+class UpscaleConfig(Part):
+    """Stage 4: low-res image + captions -> high-res image."""
+
+    method: str = "resmaster"
+    """One of the upscaling methods: direct, multidiffusion, resmaster."""
+    scale: float = Field(default=4.0, ge=1, le=64)
+    """Target size over low-res size; the product must be a multiple of the latent factor (8)."""
+    steps: int = Field(default=50, ge=1, le=1000)
+    """Denoising steps."""
+    guidance_scale: float = Field(default=7.5, ge=1)
+    """Classifier-free guidance scale."""
+    negative_prompt: str = DEMOFUSION_NEGATIVE_PROMPT
+    """Used for prompts that bring none of their own."""
+    stride: float = Field(default=0.5, gt=0, le=1)
+    """Distance of neighbouring views, as a fraction of the window (the model's native size)."""
+    fuse: Literal["uniform", "linear", "gaussian"] = "uniform"
+    """Weight of a view's pixels where views overlap."""
+    stepper: Literal["ddim_implied", "ddim_keep", "posterior"] = "ddim_implied"
+    """How z_{t-1} follows from the edited x0: deterministic with implied or kept noise, or the paper's stochastic eq. 7."""
+    init: Literal["noise", "noised_lr"] = "noise"
+    """Start from pure noise (the paper) or from the noised low-res latent."""
+    micro_conditioning: Literal["canvas", "native"] = "canvas"
+    """What SDXL is told of size and crop: the canvas and the view's place in it, or a native-size image."""
+    structure: StructureConfig = StructureConfig()
+    """Structural guidance."""
+    image_prompt: ImagePromptConfig = ImagePromptConfig()
+    """Tailored image prompts."""
+    text_prompt: TextPromptConfig = TextPromptConfig()
+    """Enhanced text prompts."""
+    view_batch: int = Operational(16, ge=1)
+    """Views per UNet call (times two with guidance). Lower it if memory runs out."""
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        if value not in METHODS:
+            raise ValueError(f"unknown method {value!r}; known: {', '.join(METHODS)}")
+        return value
+
+    def uses_captions(self) -> bool:
+        """Whether the result depends on the captions stage."""
+        return self.method == "resmaster" and self.text_prompt.enabled
+
+
+class QualityConfig(Part):
+    """Stage 5: metrics per image. Flags never delete."""
+
+    clip: str | None = "picturebook"
+    """CLIP model for the CLIP score: `picturebook`, a hub id or folder, or null for none."""
+    clip_revision: str | None = None
+    """Commit or tag at the hub."""
+    min_agreement_psnr: float = 18.0
+    """Below this PSNR (dB) of the down-scaled result against the low-res image, a sample is flagged `structure`."""
+    max_seam: float = 1.5
+    """Above this ratio of gradients on view borders to gradients elsewhere, a sample is flagged `seam`."""
+    max_clipped: float = 0.25
+    """Above this share of pure black or white pixels, a sample is flagged `clipped`."""
+    device: str = Operational("auto")
+    """Where the metrics are computed."""
+
+
+class DatasetConfig(Part):
+    """A dataset: where it lives, what goes in, and what each stage does."""
+
+    name: str
+    """The dataset's folder under the root: letters, digits, dash, underscore."""
+    root: str = Operational("out")
+    """A folder or an fsspec URL such as `s3://bucket/prefix`."""
+    prompts: str | None = Operational(None)
+    """File of prompts: .txt (one per line), .csv, .jsonl or .parquet; relative to the configuration file."""
+    images: str | None = Operational(None)
+    """Your own low-res images instead of generated ones: a folder, or WebDataset shards (.tar, or a folder of them)."""
+    limit: int | None = Operational(None, ge=1)
+    """Take only the first N prompts or images."""
+    seed: int = Field(default=0, ge=0)
+    """Base seed; every sample's seeds derive from it and the sample's key."""
+    replicas: int = Field(default=1, ge=1)
+    """Images per prompt."""
+    samples_per_shard: int = Field(default=64, ge=1, le=100_000)
+    """Samples per WebDataset shard."""
+    image_format: Literal["webp", "png"] = "webp"
+    """File format in the tars. Low-res images are always lossless."""
+    webp_quality: int = Field(default=95, ge=1, le=100)
+    """Quality of high-res WebP; 100 is lossless."""
+    max_failure_ratio: float = Field(default=0.02, ge=0, le=1)
+    """A shard with a greater share of failed samples is not committed. One failure is always tolerated."""
+    model: ModelConfig = ModelConfig()
+    """The base diffusion model."""
+    low_res: LowResConfig = LowResConfig()
+    """Stage 2."""
+    captions: CaptionsConfig = CaptionsConfig()
+    """Stage 3."""
+    upscale: UpscaleConfig = UpscaleConfig()
+    """Stage 4."""
+    quality: QualityConfig = QualityConfig()
+    """Stage 5."""
+
+    @field_validator("name")
+    @classmethod
+    def _safe_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", value):
+            raise ValueError("use letters, digits, dash and underscore, starting with a letter or digit")
+        return value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DatasetConfig:
+        if self.prompts and self.images:
+            raise ValueError("give prompts or images, not both (prompts for your images go beside them as .txt files)")
+        return self
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages that this dataset needs, in order: captions are skipped where no caption is used."""
+        return tuple(stage for stage in STAGES if stage != "captions" or self.upscale.uses_captions())
+
+    def plan_identity(self) -> dict[str, Any]:
+        """What fixes keys and their order in shards; may not change under a dataset that exists."""
+        return {
+            "name": self.name,
+            "seed": self.seed,
+            "replicas": self.replicas,
+            "samples_per_shard": self.samples_per_shard,
+            "source": "images" if self.images else "prompts",
+            "height": self.low_res.height,
+            "width": self.low_res.width,
+        }
+
+
+def stage_hash(config: DatasetConfig, stage: Stage, model_identity: str) -> str:
+    """Identity (64 hex digits) of what `stage` computes: its configuration, its version, and all that is upstream of it.
+
+    `model_identity` names the base model's exact weights (`resmaster_stages.models.identity.model_identity`).
+    """
+    captions_upstream = config.upscale.uses_captions()
+    model = {**config.model.identity(), "weights": model_identity}
+    own: dict[str, Any]
+    upstream: list[str]
+    if stage == "low_res":
+        own = {"plan": config.plan_identity(), "image_format": config.image_format}
+        if not config.images:
+            own |= {"low_res": config.low_res.identity(), "model": model}
+        upstream = []
+    elif stage == "captions":
+        own = {
+            "captions": config.captions.identity(),
+            "views": {"scale": config.upscale.scale, "stride": config.upscale.stride},
+            "weights": model_identity if config.captions.model == "picturebook" else None,
+        }
+        upstream = ["low_res"]
+    elif stage == "high_res":
+        own = {
+            "upscale": config.upscale.identity(),
+            "model": model,
+            "image_format": config.image_format,
+            "webp_quality": config.webp_quality,
+        }
+        upstream = ["low_res", "captions"] if captions_upstream else ["low_res"]
+    else:
+        own = {"quality": config.quality.identity()}
+        upstream = ["high_res"]
+    return digest(
+        {
+            "stage": stage,
+            "version": STAGE_VERSIONS[stage],
+            "config": own,
+            "upstream": {name: stage_hash(config, name, model_identity) for name in upstream},  # type: ignore[arg-type]
+        }
+    )
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    """The first mistake of a configuration, in one line."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the file"
+    if first["type"] == "extra_forbidden":
+        part = type_at(first["loc"][:-1])
+        known = ", ".join(part.model_fields) if part else ""
+        return f"{source}: unknown key {where!r}" + (f"; known here: {known}" if known else "")
+    message = first["msg"].removeprefix("Value error, ")
+    more = error.error_count() - 1
+    return f"{source}: {where}: {message}" + (f" (and {more} more)" if more else "")
+
+
+def type_at(location: tuple[Any, ...]) -> type[Part] | None:
+    """The part of the configuration at a path such as ("upscale", "structure"), or None."""
+    part: type[Part] = DatasetConfig
+    for name in location:
+        field = part.model_fields.get(str(name))
+        annotation = field.annotation if field else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        found = [c for c in candidates if isinstance(c, type) and issubclass(c, Part)]
+        if not found:
+            return None
+        part = found[0]
+    return part
+
+
+def parse_config(values: Any, source: str = "configuration") -> DatasetConfig:
+    """`values` (a mapping) as a configuration. Raises ConfigError with one line that names the key at fault."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: expected a mapping of keys to values, found {type(values).__name__}")
+    try:
+        return DatasetConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, source)) from None
+
+
+def load_config(path: str | Path, **overrides: Any) -> DatasetConfig:
+    """Read a YAML (or JSON) configuration file. Relative `prompts` and `images` paths in it are relative to the file.
+
+    Overrides that are None are ignored; they replace top-level keys, and their paths are relative to the current folder.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file; examples are in deployments/datasets/") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; give the configuration file inside it") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file; a configuration is YAML in UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}: not valid YAML{place}: {getattr(error, 'problem', error)}") from None
+    if isinstance(values, dict):
+        for key in ("prompts", "images"):
+            value = values.get(key)
+            if isinstance(value, str) and "://" not in value and not Path(value).is_absolute():
+                values[key] = str((path.parent / value).resolve())
+        given = {key: value for key, value in overrides.items() if value is not None}
+        if "images" in given:
+            values.pop("prompts", None)
+        if "prompts" in given:
+            values.pop("images", None)
+        values |= given
+    return parse_config(values, str(path))

@@ -1,0 +1,53 @@
+"""Names and numbers that decide *what* is computed: sample keys, seeds, digests. Pure functions of their arguments.
+
+Invariants:
+- A key is lower-case hex without dots: WebDataset splits a member's name at its first dot.
+- Neither key nor seed depends on batch, worker, order or retry, so a re-run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from typing import Any
+
+
+def canonical_json(value: Any) -> str:
+    """`value` as JSON with sorted keys and no spare blanks: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """sha256 (64 hex digits) of the canonical JSON of `value`."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def normalise_prompt(text: str) -> str:
+    """NFC, every run of white space one blank, trimmed. Case is kept: text encoders lower it themselves."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _key(*parts: str | int | bytes) -> str:
+    hasher = hashlib.blake2b(digest_size=12)
+    for part in parts:
+        data = part if isinstance(part, bytes) else str(part).encode()
+        hasher.update(len(data).to_bytes(8, "big"))
+        hasher.update(data)
+    return hasher.hexdigest()
+
+
+def prompt_key(prompt: str, negative_prompt: str, height: int, width: int, replica: int = 0) -> str:
+    """Sample key (24 hex digits) of a prompt at a low-resolution size of `height` x `width` px."""
+    return _key("prompt", normalise_prompt(prompt), normalise_prompt(negative_prompt), height, width, replica)
+
+
+def image_key(data: bytes, prompt: str, replica: int = 0) -> str:
+    """Sample key (24 hex digits) of a user's own image file and the prompt that goes with it."""
+    return _key("image", data, normalise_prompt(prompt), replica)
+
+
+def sample_seed(key: str, base_seed: int, stage: str, row: int = -1, col: int = -1) -> int:
+    """Seed (63 bits) of one random draw: the sample, the dataset's base seed, the stage, and the patch (or -1, -1)."""
+    data = hashlib.blake2b(f"{key}/{base_seed}/{stage}/{row}/{col}".encode(), digest_size=8).digest()
+    return int.from_bytes(data, "big") & (2**63 - 1)

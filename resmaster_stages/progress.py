@@ -1,0 +1,57 @@
+"""Where a stage says how far it is. Knows nothing about terminals or servers: a reporter is plugged in from above.
+
+The current reporter is a context variable, so that neither stages nor tasks carry it through their arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol
+
+
+class Reporter(Protocol):
+    """Hears what happens. Called often (per sample, per denoising step): implementations must be cheap."""
+
+    def shard_started(self, stage: str, shard: int, samples: int) -> None:
+        """A stage begins to compute a shard of `samples` samples."""
+
+    def sample_done(self, stage: str, shard: int, ok: bool) -> None:
+        """One sample of the shard is finished, or failed (`ok` is False)."""
+
+    def shard_done(self, stage: str, shard: int, cached: bool) -> None:
+        """The shard is committed; `cached` if it was so before this run."""
+
+    def step(self, done: int, total: int) -> None:
+        """Denoising step `done` of `total` of the sample at hand."""
+
+
+class Silent:
+    """The reporter that says nothing, used where none was plugged in."""
+
+    def shard_started(self, stage: str, shard: int, samples: int) -> None: ...
+
+    def sample_done(self, stage: str, shard: int, ok: bool) -> None: ...
+
+    def shard_done(self, stage: str, shard: int, cached: bool) -> None: ...
+
+    def step(self, done: int, total: int) -> None: ...
+
+
+_reporter: ContextVar[Reporter] = ContextVar("reporter", default=Silent())  # noqa: B039  (stateless)
+
+
+def reporter() -> Reporter:
+    """The reporter of the current context."""
+    return _reporter.get()
+
+
+@contextmanager
+def reporting(to: Reporter) -> Iterator[None]:
+    """Within the block, `reporter()` is `to`."""
+    token = _reporter.set(to)
+    try:
+        yield
+    finally:
+        _reporter.reset(token)

@@ -1,0 +1,160 @@
+"""Configurations: what is refused and how; what is in a stage's identity and what is not."""
+
+from pathlib import Path
+
+import pytest
+
+from resmaster_stages.config import (
+    STAGES,
+    STRUCTURE_PRESETS,
+    DatasetConfig,
+    load_config,
+    parse_config,
+    stage_hash,
+)
+from resmaster_stages.errors import ConfigError
+
+DATASETS = sorted((Path(__file__).parent.parent / "deployments" / "datasets").glob("*.yaml"))
+
+
+def config(**values: object) -> DatasetConfig:
+    return parse_config({"name": "test", **values})
+
+
+def hashes(some: DatasetConfig) -> dict[str, str]:
+    return {stage: stage_hash(some, stage, "weights") for stage in STAGES}
+
+
+@pytest.mark.parametrize("path", DATASETS, ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    loaded = load_config(path)
+    assert loaded.name == path.stem
+    assert Path(loaded.prompts or "").is_absolute()
+
+
+def test_three_configurations_are_shipped() -> None:
+    assert {path.stem for path in DATASETS} == {"picturebook", "sdxl-2k", "sdxl-4k"}
+
+
+@pytest.mark.parametrize(
+    ("values", "culprit", "advice"),
+    [
+        ({"upscal": {}}, "'upscal'", "known here"),
+        ({"upscale": {"methd": "direct"}}, "'upscale.methd'", "method"),
+        ({"upscale": {"method": "magic"}}, "'magic'", "resmaster"),
+        ({"upscale": {"scale": 0.5}}, "upscale.scale", "greater than or equal to 1"),
+        ({"upscale": {"structure": {"preset": "nope"}}}, "'nope'", "paper"),
+        ({"upscale": {"structure": {"start": 0.5, "stop": 0.5}}}, "upscale.structure", "greater than start"),
+        ({"model": {"dtype": "int4"}}, "model.dtype", "float32"),
+        ({"name": "../etc"}, "name", "letters"),
+        ({"prompts": "a", "images": "b"}, "prompts or images", "not both"),
+        ({"samples_per_shard": 0}, "samples_per_shard", "greater than or equal to 1"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(values: dict, culprit: str, advice: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"name": "test", **values}, "my.yaml")
+    message = str(caught.value)
+    assert message.startswith("my.yaml: ")
+    assert "\n" not in message
+    assert culprit in message
+    assert advice in message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"name: [", "not valid YAML"),
+        (b"- a\n- b", "expected a mapping"),
+        (b"", "expected a mapping"),
+        (b"\xff\xfe\x00binary", "not a text file"),
+    ],
+)
+def test_a_broken_file_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="is a folder"):
+        load_config(tmp_path)
+
+
+def test_paths_in_a_file_are_relative_to_it(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("name: a\nprompts: lists/p.txt\n")
+    assert load_config(tmp_path / "c.yaml").prompts == str(tmp_path / "lists" / "p.txt")
+    overridden = load_config(tmp_path / "c.yaml", images="/somewhere", limit=None)
+    assert (overridden.prompts, overridden.images, overridden.limit) == (None, "/somewhere", None)
+
+
+def test_operational_fields_are_not_identity() -> None:
+    base = config()
+    same = config(
+        root="s3://elsewhere/x",
+        limit=3,
+        model={"device": "cuda", "offload": "model"},
+        low_res={"batch_size": 1},
+        captions={"batch_size": 1},
+        upscale={"view_batch": 1},
+        quality={"device": "cpu"},
+    )
+    assert hashes(base) == hashes(same)
+
+
+@pytest.mark.parametrize(
+    ("change", "changed"),
+    [
+        ({"seed": 1}, {"low_res", "captions", "high_res", "quality"}),
+        ({"low_res": {"steps": 7}}, {"low_res", "captions", "high_res", "quality"}),
+        ({"captions": {"instruction": "say it"}}, {"captions", "high_res", "quality"}),
+        ({"upscale": {"steps": 7}}, {"high_res", "quality"}),
+        ({"upscale": {"scale": 2.0}}, {"captions", "high_res", "quality"}),
+        ({"quality": {"max_seam": 9.0}}, {"quality"}),
+    ],
+)
+def test_a_change_reaches_its_stage_and_what_depends_on_it_only(change: dict, changed: set[str]) -> None:
+    before, after = hashes(config()), hashes(config(**change))
+    assert {stage for stage in STAGES if before[stage] != after[stage]} == changed
+
+
+def test_weights_are_identity() -> None:
+    assert stage_hash(config(), "low_res", "a") != stage_hash(config(), "low_res", "b")
+
+
+def test_captions_are_skipped_where_nothing_reads_them() -> None:
+    assert "captions" in config().stages()
+    without = config(upscale={"text_prompt": {"enabled": False}})
+    assert "captions" not in without.stages()
+    other_captions = config(upscale={"text_prompt": {"enabled": False}}, captions={"instruction": "say it"})
+    assert hashes(without)["high_res"] == hashes(other_captions)["high_res"]
+
+
+def test_presets_expand_and_explicit_fields_win() -> None:
+    for name, values in STRUCTURE_PRESETS.items():
+        structure = config(upscale={"structure": {"preset": name}}).upscale.structure
+        assert values.items() <= structure.model_dump().items()
+    mixed = config(upscale={"structure": {"preset": "paper", "cutoff": 0.3}}).upscale.structure
+    assert (mixed.cutoff, mixed.cutoff_units) == (0.3, "hr_nyquist")
+
+
+def test_every_field_says_what_it_is() -> None:
+    def undocumented(schema: dict) -> list[str]:
+        parts = {"DatasetConfig": schema, **schema.get("$defs", {})}
+        return [
+            f"{part}.{name}"
+            for part, body in parts.items()
+            for name, field in body.get("properties", {}).items()
+            if not field.get("description")
+        ]
+
+    assert undocumented(DatasetConfig.model_json_schema()) == []
+
+
+def test_a_configuration_survives_its_own_json() -> None:
+    some = config(upscale={"structure": {"preset": "paper_decay"}})
+    assert parse_config(some.model_dump(mode="json")) == some
