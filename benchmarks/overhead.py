@@ -1,0 +1,80 @@
+"""How much of a build is not model compute: start-up, orchestration, storage, report.
+
+    python benchmarks/overhead.py deployments/datasets/picturebook.yaml [--limit N]
+
+Builds the dataset in a temporary folder, in this process, and prints where the wall time went. "Model compute" is the time
+inside the stages' `process` generators (models, image codecs, metrics); the rest is what the pipeline adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from flows.cli import PREFECT_DEFAULTS, _use_prefect_defaults
+from resmaster_stages.config import STAGES, load_config
+
+MODULES = {"low_res": "low_res", "captions": "captions", "high_res": "upscale", "quality": "quality"}
+
+
+def timed(process: Any, spent: dict[str, float], stage: str) -> Any:
+    """`process` with the time inside its generator added to `spent[stage]`."""
+
+    def wrapper(config: Any, samples: Any) -> Iterator[Any]:
+        outputs = iter(process(config, samples))
+        while True:
+            start = time.perf_counter()
+            try:
+                output = next(outputs)
+            except StopIteration:
+                return
+            finally:
+                spent[stage] += time.perf_counter() - start
+            yield output
+
+    return wrapper
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("config")
+    parser.add_argument("--limit", type=int)
+    args = parser.parse_args()
+
+    start = time.perf_counter()
+    _use_prefect_defaults()
+    assert PREFECT_DEFAULTS
+    from prefect import flow
+
+    from flows.build import build_dataset
+
+    spent = dict.fromkeys(STAGES, 0.0)
+    for stage, name in MODULES.items():
+        module = importlib.import_module(f"resmaster_stages.{name}")
+        module.process = timed(module.process, spent, stage)  # type: ignore[attr-defined]
+
+    @flow(name="start-up")
+    def nothing() -> None: ...
+
+    nothing()  # starts Prefect's server
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        root = stack.enter_context(tempfile.TemporaryDirectory())
+        result = build_dataset(load_config(args.config, root=root, limit=args.limit))
+        finished = time.perf_counter()
+    compute, wall = sum(spent.values()), finished - started
+    print(f"start-up (imports, Prefect)      {started - start:8.1f} s")
+    for stage, seconds in spent.items():
+        print(f"model compute, {stage:<9}         {seconds:8.1f} s")
+    print(f"orchestration, storage, report   {wall - compute:8.1f} s")
+    print(f"wall time after start-up         {wall:8.1f} s for {result.samples} samples")
+    print(f"overhead                         {100 * (wall - compute) / wall:8.1f} % of it")
+
+
+if __name__ == "__main__":
+    main()
