@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
@@ -11,7 +10,8 @@ from prefect.cache_policies import NO_CACHE
 from flows.process import process_shards
 from resmaster_stages.config import DatasetConfig, Stage
 from resmaster_stages.prompts import ingest
-from resmaster_stages.publish import publish
+from resmaster_stages.publish import write_manifest
+from resmaster_stages.report import write_report
 from resmaster_stages.stage import pending, status
 from resmaster_stages.storage.dataset import create_or_open, open_dataset
 
@@ -43,7 +43,9 @@ def plan_dataset(config: DatasetConfig) -> str:
 @task(name="publish", cache_policy=NO_CACHE)
 def publish_dataset(dataset_url: str) -> str:
     """Manifest, index, dataset card, report and contact sheets from what is committed. Returns the report's URL."""
-    return publish(open_dataset(dataset_url))
+    dataset = open_dataset(dataset_url)
+    write_manifest(dataset)
+    return write_report(dataset)
 
 
 def finish(dataset_url: str, errors: dict[str, str]) -> BuildResult:
@@ -85,8 +87,3 @@ def repair(dataset_url: str, shards: list[int] | None = None, stages: list[Stage
     wanted = sorted({shard for missing in todo.values() for shard in missing})
     errors = process_shards(dataset_url, wanted, stages) if wanted else {}
     return finish(dataset_url, errors)
-
-
-def summary(result: BuildResult) -> dict[str, Any]:
-    """The result as plain JSON values."""
-    return dict(vars(result))

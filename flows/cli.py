@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from resmaster_stages.config import METHODS, STAGES, DatasetConfig, Stage, load_config
+from resmaster_stages.config import METHODS, SDXL, STAGES, DatasetConfig, Stage, load_config
 from resmaster_stages.errors import ResMasterError, UserError
 
 if TYPE_CHECKING:
@@ -106,10 +106,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--method", default="resmaster", help=f"one of: {', '.join(METHODS)} (default: resmaster)")
     sub.add_argument("--prompt", default="", metavar="TEXT", help="what the image shows")
     sub.add_argument(
-        "--model", metavar="ID", help="picturebook, a hub id, or a folder (default: CONFIG's, else SDXL base 1.0)"
+        "--model", default=SDXL["id"], metavar="ID", help=f"picturebook, a hub id, or a folder (default: {SDXL['id']})"
     )
-    sub.add_argument("--config", metavar="CONFIG", help="take model and upscaling settings from this file")
-    sub.add_argument("--steps", type=int, help="denoising steps (default: CONFIG's, else 50)")
+    sub.add_argument(
+        "--captioner", metavar="ID", help="caption each patch with this model (default: picturebook's own, else none)"
+    )
+    sub.add_argument("--config", metavar="CONFIG", help="take model, captioner and settings from this file instead")
+    sub.add_argument("--steps", type=int, help="denoising steps")
     sub.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     return top
 
@@ -183,12 +186,14 @@ def _finished(console: Console, result: BuildResult) -> int:
     return 1 if result.errors else 0
 
 
-def _execute(console: Console, pending_samples: dict[Stage, int], shards: int, build: str, **arguments: object) -> int:
+def _execute(
+    console: Console, pending_samples: dict[Stage, int], shard_count: int, build: str, **arguments: object
+) -> int:
     """Run a flow of `flows.build` under the live display."""
     from flows.display import TerminalReporter
     from resmaster_stages.progress import reporting
 
-    with TerminalReporter(pending_samples, shards, console) as reporter, reporting(reporter):
+    with TerminalReporter(pending_samples, shard_count, console) as reporter, reporting(reporter):
         _use_prefect_defaults()
         import flows.build
 
@@ -277,7 +282,15 @@ def repair(args: argparse.Namespace, console: Console) -> int:
     )
 
 
-COMMANDS = {"run": run, "plan": plan, "status": status, "repair": repair}
+def upscale(args: argparse.Namespace, console: Console) -> int:
+    """`resmaster upscale`"""
+    from flows.single import upscale_file
+
+    upscale_file(args, console)
+    return 0
+
+
+COMMANDS = {"run": run, "plan": plan, "status": status, "repair": repair, "upscale": upscale}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 Invariants:
 - A shard that fails does not stop the others; the flow fails at the end and says which.
-- A lost GPU ends the flow at once: nothing computed after it can be trusted.
+- A lost GPU or a wrong configuration ends the flow at once: every other shard would end the same way.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from prefect import flow
 
 from resmaster_stages.config import STAGES, Stage
-from resmaster_stages.errors import GpuLost, ShardError
+from resmaster_stages.errors import ConfigError, GpuLost, ShardError
 from resmaster_stages.storage.dataset import open_dataset
 from tasks.stages import STAGE_TASKS
 
@@ -24,7 +24,7 @@ def process_shards(dataset_url: str, shards: list[int], stages: list[Stage] | No
         shards: shard numbers, as in the plan.
         stages: only these stages, in pipeline order; default: all that the dataset needs.
 
-    Returns the first error of each failed shard by its number. Raises GpuLost at once if the device is gone.
+    Returns the first error of each failed shard by its number. Raises GpuLost and ConfigError at once.
     """
     needed = open_dataset(dataset_url).config.stages()
     chosen = [stage for stage in STAGES if stage in needed and (stages is None or stage in stages)]
@@ -33,8 +33,8 @@ def process_shards(dataset_url: str, shards: list[int], stages: list[Stage] | No
         for stage in chosen:
             try:
                 STAGE_TASKS[stage](dataset_url, shard)
-            except GpuLost:
-                raise
+            except (GpuLost, ConfigError):
+                raise  # the next shard would end the same way
             except Exception as error:
                 errors[str(shard)] = f"{stage}: {error if isinstance(error, ShardError) else describe(error)}"
                 break

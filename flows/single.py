@@ -1,0 +1,125 @@
+"""`resmaster upscale`: one image of the user's own, through the same functions as the stages."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import Progress
+
+from resmaster_stages.config import SDXL, DatasetConfig, load_config, parse_config
+from resmaster_stages.errors import UserError
+
+FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
+
+PICTUREBOOK_UPSCALE = {"steps": 20, "guidance_scale": 4.0, "negative_prompt": "", "micro_conditioning": "native"}
+"""What suits the embedded pack, as in deployments/datasets/picturebook.yaml."""
+
+
+def settings(args: argparse.Namespace) -> DatasetConfig:
+    """The configuration that the options of `resmaster upscale` describe."""
+    if args.config:
+        base = load_config(args.config).model_dump(mode="json")
+    else:
+        picturebook = args.model == "picturebook"
+        captioner = args.captioner or ("picturebook" if picturebook else None)
+        base = {
+            "name": "single",
+            "model": SDXL if args.model == SDXL["id"] else {"id": args.model},
+            "captions": {"source": "model", "model": captioner} if captioner else {"source": "prompt"},
+            "upscale": dict(PICTUREBOOK_UPSCALE) if picturebook else {},
+        }
+        if not picturebook and args.model != SDXL["id"]:
+            base["upscale"]["image_prompt"] = {"enabled": False}  # a bare checkpoint brings no adapter; use --config
+    upscale: dict[str, Any] = {**base["upscale"], "method": args.method, "scale": args.scale}
+    if args.steps is not None:
+        upscale["steps"] = args.steps
+    return parse_config({**base, "seed": args.seed, "upscale": upscale}, f"--scale {args.scale} --method {args.method}")
+
+
+def open_input(path: Path) -> Image.Image:
+    """The image to upscale, upright and in RGB. Raises UserError."""
+    from PIL import ImageOps
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such image file") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not an image that can be read ({error}); convert it to PNG or JPEG first") from None
+
+
+def check_output(path: Path) -> None:
+    """Refuse what could not be written after minutes of work. Raises UserError."""
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"{path}: unknown image format {path.suffix!r}; use one of {', '.join(FORMATS)}")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}; make it first")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: cannot be written; choose another output file")
+
+
+def upscale_file(args: argparse.Namespace, console: Console) -> None:
+    """Upscale `args.input` to `args.output`, with a progress bar."""
+    source, target = Path(args.input), Path(args.output)
+    check_output(target)
+    config = settings(args)
+    image = open_input(source)
+
+    from resmaster_stages.models.loading import load_models
+    from resmaster_stages.upscale import upscale_image
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("loading models", total=None)
+        models = load_models(config.model)
+        captions = None
+        if config.upscale.uses_captions() and config.captions.source != "prompt":
+            progress.update(bar, description="captioning patches")
+            captions = patch_captions(config, image, args.prompt)
+
+        def step(done: int, total: int) -> None:
+            progress.update(bar, description="upscaling", completed=done, total=total)
+
+        result = upscale_image(
+            models, image, args.prompt, config=config.upscale, captions=captions, seed=config.seed, progress=step
+        )
+    save(result, target)
+    console.print(
+        f"{source} ({image.width} x {image.height} px) -> {target} ({result.width} x {result.height} px)",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def patch_captions(config: DatasetConfig, image: Image.Image, prompt: str) -> list[str]:
+    """A caption per view of the target canvas, by the configuration's captioner."""
+    from resmaster_stages.captions import caption_rows, patch_grid
+    from resmaster_stages.diffusion.views import view_grid
+    from resmaster_stages.models.captioner import load_captioner, token_counter
+    from resmaster_stages.models.geometry import latent_factor, native_px
+    from resmaster_stages.upscale import captions_for_views, target_size
+
+    height, width = target_size(image.height, image.width, config.upscale.scale)
+    native, factor, stride = native_px(config.model), latent_factor(config.model), config.upscale.stride
+    patches = patch_grid(config.captions, height, width, native_px=native, stride=stride, factor=factor)
+    captioner = load_captioner(config.captions, config.model.device)
+    rows = caption_rows(image, prompt, patches, config.captions, captioner, token_counter(config.model))
+    return captions_for_views(view_grid(height, width, native, stride, factor), rows, prompt)
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Write `image` under a temporary name first: no half-written file is left under the final one."""
+    part = path.with_name(path.name + ".part")
+    try:
+        image.save(part, format=FORMATS[path.suffix.lower()], quality=95)
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another output file") from None
+    finally:
+        part.unlink(missing_ok=True)

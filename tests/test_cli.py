@@ -1,0 +1,167 @@
+"""The command line: bad input is one line and exit status 2, writes nothing, loses nothing."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from flows.cli import main, parse_numbers, parse_stages, parser
+from resmaster_stages.errors import UserError
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    """A small picturebook dataset: two prompts, 128 -> 256 px."""
+    (tmp_path / "prompts.txt").write_text("a red house on a meadow\na green tree in the snow\n")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "name": "tiny",
+                "root": str(tmp_path / "out"),
+                "prompts": "prompts.txt",
+                "samples_per_shard": 1,
+                "low_res": {"steps": 2},
+                "upscale": {"steps": 2, "scale": 2},
+            }
+        )
+    )
+    return path
+
+
+def edit(path: Path, **values: object) -> Path:
+    config = yaml.safe_load(path.read_text())
+    for key, value in values.items():
+        config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
+    """Run a command that must fail as a user's mistake does; returns its one line."""
+    assert main([str(arg) for arg in argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("resmaster: ")
+    assert "Traceback" not in err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "culprits"),
+    [
+        ({"upscal": 1}, ["upscal"]),
+        ({"upscale": {"method": "magic"}}, ["magic", "resmaster"]),
+        ({"upscale": {"scale": 0.5}}, ["upscale.scale"]),
+        ({"upscale": {"scale": 1.51}}, ["scale"]),
+        ({"low_res": {"height": 100}}, ["low_res.height", "100"]),
+        ({"model": {"id": "no/such-model-anywhere"}}, ["no/such-model-anywhere"]),
+        ({"model": {"id": "/nonexistent/folder"}}, ["/nonexistent/folder"]),
+        ({"prompts": "absent.txt"}, ["absent.txt"]),
+        ({"prompts": None}, ["prompts"]),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_bad_configurations(
+    command: str, change: dict, culprits: list[str], config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = fails(capsys, command, edit(config_file, **change))
+    for culprit in culprits:
+        assert culprit in message
+    assert not (config_file.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "culprit"),
+    [
+        ("empty.txt", b"", "empty.txt"),
+        ("blank.txt", b"\n  \n", "blank.txt"),
+        ("binary.txt", bytes(range(256)) * 8, "binary.txt"),
+        ("broken.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "broken.jsonl"),
+        ("other.csv", b"text\nhello\n", "prompt"),
+        ("prompts.doc", b"hello", ".doc"),
+    ],
+)
+def test_bad_prompt_files(
+    name: str, content: bytes, culprit: str, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (config_file.parent / name).write_bytes(content)
+    assert culprit in fails(capsys, "run", config_file, "--prompts", config_file.parent / name)
+    assert not (config_file.parent / "out").exists()
+
+
+def test_no_images(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pictures").mkdir()
+    assert "pictures" in fails(capsys, "run", config_file, "--images", tmp_path / "pictures")
+    assert "nowhere" in fails(capsys, "run", config_file, "--images", tmp_path / "nowhere")
+
+
+def test_root_not_writable(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    assert str(tmp_path / "file") in fails(capsys, "run", config_file, "--root", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+@pytest.mark.parametrize("command", ["status", "repair"])
+def test_no_dataset_there(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert str(tmp_path) in fails(capsys, command, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "absent.yaml" in fails(capsys, "run", tmp_path / "absent.yaml")
+
+
+def test_bad_limit(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--limit" in fails(capsys, "run", config_file, "--limit", "0")
+
+
+def test_upscale_refuses_what_it_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n garbage")
+    output = tmp_path / "out.png"
+    assert "broken.png" in fails(capsys, "upscale", broken, output, "--model", "picturebook")
+    assert "absent.png" in fails(capsys, "upscale", tmp_path / "absent.png", output, "--model", "picturebook")
+    good = tmp_path / "good.png"
+    Image.new("RGB", (128, 128)).save(good)
+    assert "--scale" in fails(capsys, "upscale", good, output, "--scale", "0.5", "--model", "picturebook")
+    assert "magic" in fails(capsys, "upscale", good, output, "--method", "magic", "--model", "picturebook")
+    assert ".xyz" in fails(capsys, "upscale", good, tmp_path / "out.xyz", "--model", "picturebook")
+    assert "nowhere" in fails(capsys, "upscale", good, tmp_path / "nowhere" / "out.png", "--model", "picturebook")
+    assert not output.exists()
+
+
+def test_shard_lists() -> None:
+    assert parse_numbers("1,4-7") == [1, 4, 5, 6, 7]
+    assert parse_numbers(" 3 , 3-3") == [3]
+    assert parse_numbers(None) is None
+    for wrong in ("", "a", "3-1", "1,,2", "-1", "1-"):
+        with pytest.raises(UserError, match="--shards"):
+            parse_numbers(wrong)
+
+
+def test_stage_lists() -> None:
+    assert parse_stages("quality,low_res") == ["low_res", "quality"]
+    assert parse_stages(None) is None
+    with pytest.raises(UserError, match="unknown stage 'upscale'"):
+        parse_stages("upscale")
+
+
+def test_plan_changes_nothing(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(config_file)]) == 0
+    out = capsys.readouterr().out
+    assert "2 samples in 2 shards" in out
+    assert not (config_file.parent / "out").exists()
+
+
+def test_help_is_worth_reading(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("run", "plan", "status", "repair", "upscale"):
+        with pytest.raises(SystemExit) as caught:
+            parser().parse_args([command, "--help"])
+        assert caught.value.code == 0
+        text = capsys.readouterr().out
+        assert len(text) > 300, command
