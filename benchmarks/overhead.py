@@ -11,15 +11,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import os
 import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
 
-from flows.cli import PREFECT_DEFAULTS, _use_prefect_defaults
+from flows.cli import ENVIRONMENT
 from resmaster_stages.config import STAGES, load_config
-
-MODULES = {"low_res": "low_res", "captions": "captions", "high_res": "upscale", "quality": "quality"}
+from resmaster_stages.stage import MODULES
 
 
 def timed(process: Any, spent: dict[str, float], stage: str) -> Any:
@@ -47,15 +47,14 @@ def main() -> None:
     args = parser.parse_args()
 
     start = time.perf_counter()
-    _use_prefect_defaults()
-    assert PREFECT_DEFAULTS
+    os.environ |= {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
     from prefect import flow
 
     from flows.build import build_dataset
 
     spent = dict.fromkeys(STAGES, 0.0)
     for stage, name in MODULES.items():
-        module = importlib.import_module(f"resmaster_stages.{name}")
+        module = importlib.import_module(name)
         module.process = timed(module.process, spent, stage)  # type: ignore[attr-defined]
 
     @flow(name="start-up")

@@ -9,9 +9,9 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.process import process_shards
 from resmaster_stages.config import DatasetConfig, Stage
+from resmaster_stages.gallery import write_report
 from resmaster_stages.prompts import ingest
 from resmaster_stages.publish import write_manifest
-from resmaster_stages.report import write_report
 from resmaster_stages.stage import pending, status
 from resmaster_stages.storage.dataset import create_or_open, open_dataset
 

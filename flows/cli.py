@@ -25,14 +25,17 @@ if TYPE_CHECKING:
     from resmaster_stages.stage import Status
     from resmaster_stages.storage.dataset import Dataset
 
-PREFECT_DEFAULTS = {
+ENVIRONMENT = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     # Errors are told by the command line itself; run logs still reach the Prefect UI.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
 }
+"""Set where the user has not set them: quiet libraries, no analytics."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -170,11 +173,6 @@ def config_of(args: argparse.Namespace) -> DatasetConfig:
 # commands
 
 
-def _use_prefect_defaults() -> None:
-    for name, value in PREFECT_DEFAULTS.items():
-        os.environ.setdefault(name, value)
-
-
 def _finished(console: Console, result: BuildResult) -> int:
     for shard, error in result.errors.items():
         console.print(f"[red]shard {int(shard):06d} not finished:[/red] {error}", highlight=False, soft_wrap=True)
@@ -194,7 +192,6 @@ def _execute(
     from resmaster_stages.progress import reporting
 
     with TerminalReporter(pending_samples, shard_count, console) as reporter, reporting(reporter):
-        _use_prefect_defaults()
         import flows.build
 
         result: BuildResult = getattr(flows.build, build)(**arguments)
@@ -296,13 +293,15 @@ COMMANDS = {"run": run, "plan": plan, "status": status, "repair": repair, "upsca
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `resmaster` command. Returns the exit status."""
     args = parser().parse_args(argv)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     console = Console(stderr=True)
     try:
         return COMMANDS[args.command](args, console)
     except KeyboardInterrupt:
         console.print("interrupted; what is committed is kept: run the same command again to go on")
         return 130
-    except (UserError, ResMasterError) as error:
+    except (ResMasterError, ConnectionError) as error:
         if args.traceback:
             raise
         console.print(f"resmaster: {error}", style=None, markup=False, highlight=False, soft_wrap=True)

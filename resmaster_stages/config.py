@@ -10,6 +10,7 @@ Invariants:
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,19 @@ METHODS = ("direct", "multidiffusion", "resmaster")
 
 DEMOFUSION_NEGATIVE_PROMPT = "blurry, ugly, duplicate, poorly drawn, deformed, mosaic"
 """The negative prompt that the papers of this family share (methods: DemoFusion, FreeScale)."""
+
+
+SDXL: dict[str, Any] = {
+    "id": "stabilityai/stable-diffusion-xl-base-1.0",
+    "vae": "madebyollin/sdxl-vae-fp16-fix",
+    "ip_adapter": {
+        "id": "h94/IP-Adapter",
+        "subfolder": "sdxl_models",
+        "weight_name": "ip-adapter_sdxl_vit-h.safetensors",
+        "image_encoder_folder": "models/image_encoder",
+    },
+}
+"""The model part of a configuration for SDXL with image prompts."""
 
 
 def Operational(default: Any, **kwargs: Any) -> Any:
@@ -201,7 +215,7 @@ class UpscaleConfig(Part):
     method: str = "resmaster"
     """One of the upscaling methods: direct, multidiffusion, resmaster."""
     scale: float = Field(default=4.0, ge=1, le=64)
-    """Target size over low-res size; the product must be a multiple of the latent factor (8)."""
+    """Target size over low-res size. Generated images must come out at a multiple of the latent factor (8)."""
     steps: int = Field(default=50, ge=1, le=1000)
     """Denoising steps."""
     guidance_scale: float = Field(default=7.5, ge=1)
@@ -322,15 +336,24 @@ class DatasetConfig(Part):
         }
 
 
-def stage_hash(config: DatasetConfig, stage: Stage, model_identity: str) -> str:
-    """Identity (64 hex digits) of what `stage` computes: its configuration, its version, and all that is upstream of it.
+@dataclass(frozen=True)
+class Weights:
+    """Names of the exact weights that a dataset is made with (`resmaster_stages.models.identity.weights_of`)."""
 
-    `model_identity` names the base model's exact weights (`resmaster_stages.models.identity.model_identity`).
-    """
-    captions_upstream = config.upscale.uses_captions()
-    model = {**config.model.identity(), "weights": model_identity}
+    model: str
+    """Base model with VAE and adapter."""
+    captioner: str | None = None
+    """Captioner; None where there is none."""
+    clip: str | None = None
+    """CLIP model of the quality stage; None where there is none."""
+
+
+def stage_hash(config: DatasetConfig, stage: Stage, weights: Weights) -> str:
+    """Identity (64 hex digits) of what `stage` computes: its part of the configuration, its weights, its version, and
+    all that is upstream of it."""
+    model = {**config.model.identity(), "weights": weights.model}
     own: dict[str, Any]
-    upstream: list[str]
+    upstream: list[Stage]
     if stage == "low_res":
         own = {"plan": config.plan_identity(), "image_format": config.image_format}
         if not config.images:
@@ -340,7 +363,8 @@ def stage_hash(config: DatasetConfig, stage: Stage, model_identity: str) -> str:
         own = {
             "captions": config.captions.identity(),
             "views": {"scale": config.upscale.scale, "stride": config.upscale.stride},
-            "weights": model_identity if config.captions.model == "picturebook" else None,
+            "weights": weights.captioner,
+            "tokenizer": weights.model,
         }
         upstream = ["low_res"]
     elif stage == "high_res":
@@ -350,16 +374,16 @@ def stage_hash(config: DatasetConfig, stage: Stage, model_identity: str) -> str:
             "image_format": config.image_format,
             "webp_quality": config.webp_quality,
         }
-        upstream = ["low_res", "captions"] if captions_upstream else ["low_res"]
+        upstream = ["low_res", "captions"] if config.upscale.uses_captions() else ["low_res"]
     else:
-        own = {"quality": config.quality.identity()}
+        own = {"quality": config.quality.identity(), "weights": weights.clip}
         upstream = ["high_res"]
     return digest(
         {
             "stage": stage,
             "version": STAGE_VERSIONS[stage],
             "config": own,
-            "upstream": {name: stage_hash(config, name, model_identity) for name in upstream},  # type: ignore[arg-type]
+            "upstream": {name: stage_hash(config, name, weights) for name in upstream},
         }
     )
 

@@ -1,5 +1,6 @@
 """Configurations: what is refused and how; what is in a stage's identity and what is not."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,14 @@ from resmaster_stages.config import (
     STAGES,
     STRUCTURE_PRESETS,
     DatasetConfig,
+    Weights,
     load_config,
     parse_config,
     stage_hash,
 )
 from resmaster_stages.errors import ConfigError
 
+WEIGHTS = Weights("model", "captioner", "clip")
 DATASETS = sorted((Path(__file__).parent.parent / "deployments" / "datasets").glob("*.yaml"))
 
 
@@ -22,7 +25,7 @@ def config(**values: object) -> DatasetConfig:
 
 
 def hashes(some: DatasetConfig) -> dict[str, str]:
-    return {stage: stage_hash(some, stage, "weights") for stage in STAGES}
+    return {stage: stage_hash(some, stage, WEIGHTS) for stage in STAGES}
 
 
 @pytest.mark.parametrize("path", DATASETS, ids=lambda path: path.stem)
@@ -123,7 +126,15 @@ def test_a_change_reaches_its_stage_and_what_depends_on_it_only(change: dict, ch
 
 
 def test_weights_are_identity() -> None:
-    assert stage_hash(config(), "low_res", "a") != stage_hash(config(), "low_res", "b")
+    changes = {
+        "model": {"low_res", "captions", "high_res", "quality"},
+        "captioner": {"captions", "high_res", "quality"},
+        "clip": {"quality"},
+    }
+    before = hashes(config())
+    for name, changed in changes.items():
+        other = replace(WEIGHTS, **{name: "other"})
+        assert {stage for stage in STAGES if stage_hash(config(), stage, other) != before[stage]} == changed
 
 
 def test_captions_are_skipped_where_nothing_reads_them() -> None:

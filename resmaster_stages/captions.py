@@ -1,0 +1,162 @@
+"""Stage 3: low-res image -> one row per patch of the target canvas, with a caption (ResMaster's enhanced text prompts).
+
+A patch is a crop of the reference B^L, the low-res image up-scaled bicubically to the target size, so a captioner sees
+exactly the part of the picture that the upscaler will redraw. Knows nothing about storage or about how captions are used.
+
+Invariants:
+- Boxes are half-open, in target px, in the order y0, x0, y1, x1; rows come in row-major order of the grid.
+- A row depends on its own sample only: batches never mix samples, so a neighbour that fails changes nothing.
+- Where nothing can be said (a patch without detail, an empty answer) the row holds the global prompt, and `status` says so.
+- A caption has at most 75 tokens; `truncated` says if it had more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from resmaster_stages.config import CaptionsConfig, DatasetConfig
+from resmaster_stages.diffusion.views import Grid, view_grid
+from resmaster_stages.errors import ConfigError, SampleError
+from resmaster_stages.identity import digest
+from resmaster_stages.metrics.luminance import luminance
+from resmaster_stages.models.captioner import (
+    MAX_TOKENS,
+    Captioner,
+    TokenCounter,
+    clean_caption,
+    load_captioner,
+    shorten,
+    token_counter,
+)
+from resmaster_stages.models.geometry import latent_factor, native_px
+from resmaster_stages.storage.dataset import Output, Sample
+
+MAX_STYLE_TOKENS = 40
+"""A style that takes more leaves no room for the caption."""
+
+
+def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+    """One Output per sample, in order; its rows are the captions table without the key.
+
+    Raises ConfigError if the captioner or the tokenizer cannot be loaded; a sample's own trouble is its Output's error.
+    """
+    captions = config.captions
+    count = token_counter(config.model)
+    suffix = style_suffix(captions.style, count)
+    captioner = load_captioner(captions, config.model.device)
+    native, factor = native_px(config.model), latent_factor(config.model)
+    for sample in samples:
+        try:
+            if sample.low_res is None:
+                raise SampleError(f"{sample.key}: no low-res image to caption")
+            image = sample.low_res.open()
+            grid = patch_grid(
+                captions,
+                round(image.height * config.upscale.scale),
+                round(image.width * config.upscale.scale),
+                native_px=native,
+                stride=config.upscale.stride,
+                factor=factor,
+            )
+            rows = caption_rows(image, sample.prompt, grid, captions, captioner, count, suffix)
+            yield Output(key=sample.key, rows=rows)
+        except SampleError as error:
+            yield Output(key=sample.key, error=error)
+
+
+def patch_grid(config: CaptionsConfig, height: int, width: int, *, native_px: int, stride: float, factor: int) -> Grid:
+    """The patches of a target of `height` x `width` px.
+
+    `views`: the upscaler's own views, `stride` (a fraction of the window) apart. `tiles`: the same windows side by side, of
+    which the last row and column are pulled back to end at the border.
+    """
+    return view_grid(height, width, native_px, stride if config.grid == "views" else 1.0, factor)
+
+
+def style_suffix(style: str, count: TokenCounter) -> str:
+    """`style` as it follows a caption: ", oil painting", or "". Raises ConfigError if it leaves no room for the caption."""
+    words = " ".join(style.split()).strip(" ,")
+    if not words:
+        return ""
+    tokens = count(", " + words)
+    if tokens > MAX_STYLE_TOKENS:
+        raise ConfigError(f"captions.style has {tokens} tokens; shorten it to at most {MAX_STYLE_TOKENS}")
+    return ", " + words
+
+
+def caption_rows(
+    image: Image.Image,
+    prompt: str,
+    grid: Grid,
+    config: CaptionsConfig,
+    captioner: Captioner | None,
+    count: TokenCounter,
+    suffix: str = "",
+) -> list[dict[str, Any]]:
+    """The rows of one image. `captioner` None: the global prompt everywhere (status `fallback`)."""
+    answers: dict[int, str] = {}
+    if captioner is not None:
+        crops = patches(image, grid)
+        asked = [
+            number
+            for number, crop in enumerate(crops)
+            if config.min_detail == 0 or float(luminance(crop).std()) >= config.min_detail
+        ]
+        for batch in even_batches(asked, config.batch_size):
+            texts = captioner.caption([crops[number] for number in batch])
+            if len(texts) != len(batch):
+                raise SampleError(f"captioner {captioner.name!r} gave {len(texts)} captions for {len(batch)} patches")
+            answers.update(zip(batch, texts))
+    name = captioner.name if captioner else ""
+    revision = captioner.revision if captioner else ""
+    prompt_hash = digest({"instruction": config.instruction if captioner else "", "prompt": prompt})[:16]
+    rows = []
+    for number, (y0, x0, y1, x1) in enumerate(grid.pixel_boxes):
+        row, col = divmod(number, len(grid.cols))
+        caption = clean_caption(answers.get(number, ""))
+        if caption:
+            status = "ok"
+            caption, tokens, truncated = shorten(caption, count, MAX_TOKENS, suffix)
+        else:
+            status = "empty" if number in answers else "fallback"
+            caption, tokens, truncated = shorten(prompt, count, MAX_TOKENS)
+        rows.append(
+            {
+                "grid": grid.name,
+                "row": row,
+                "col": col,
+                "y0": y0,
+                "x0": x0,
+                "y1": y1,
+                "x1": x1,
+                "caption": caption,
+                "n_tokens": tokens,
+                "truncated": truncated,
+                "model": name,
+                "revision": revision,
+                "status": status,
+                "prompt_hash": prompt_hash,
+            }
+        )
+    return rows
+
+
+def patches(image: Image.Image, grid: Grid) -> list[Image.Image]:
+    """The crops of the reference B^L that the boxes of `grid` cut out, row-major."""
+    from resmaster_stages.diffusion.reference import to_image, upsample
+
+    bottom = max(y1 for _, _, y1, _ in grid.pixel_boxes)
+    right = max(x1 for _, _, _, x1 in grid.pixel_boxes)
+    reference = to_image(upsample(image, bottom, right)[0])
+    return [reference.crop((x0, y0, x1, y1)) for y0, x0, y1, x1 in grid.pixel_boxes]
+
+
+def even_batches(items: Sequence[int], size: int) -> list[list[int]]:
+    """`items` in the fewest batches of at most `size`, of lengths that differ by at most one."""
+    if not items:
+        return []
+    return [part.tolist() for part in np.array_split(np.asarray(items), -(-len(items) // size))]

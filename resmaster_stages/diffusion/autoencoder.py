@@ -1,0 +1,97 @@
+"""Pixels to latents and back on canvases of any size: native-size tiles, a quarter overlapping, linearly blended.
+
+Knows nothing about prompts or steps.
+
+Invariants:
+- A canvas of no more area than a native image is one tile, computed as diffusers computes it.
+- A VAE in float16 that overflows there (`force_upcast`) works in float32 for the while, and is put back, exceptions
+  included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resmaster_stages.diffusion.fusing import Fuser
+from resmaster_stages.diffusion.views import Grid
+from resmaster_stages.models.loading import Models
+
+_PX_AT_ONCE = 1024 * 1024
+"""Pixels that go through the VAE in one call: one native tile of SDXL, many of a small model."""
+
+
+def tile_grid(height: int, width: int, native: int) -> Grid:
+    """Tiles of a canvas of `height` x `width` latents: the whole canvas, or `native`-size tiles with a quarter overlap."""
+    if height * width <= native**2:
+        size = max(height, width)
+        return Grid(height, width, size, size)
+    return Grid(height, width, native, max(1, native - native // 4))
+
+
+@contextmanager
+def _safe_precision(vae: Any) -> Iterator[None]:
+    upcast = vae.dtype == torch.float16 and vae.config.force_upcast
+    try:
+        if upcast:
+            vae.to(torch.float32)
+        yield
+    finally:
+        if upcast:
+            vae.to(torch.float16)
+
+
+def _affine(models: Models) -> tuple[Tensor | float, Tensor | float]:
+    """(scale, shift) with model latents = scale * (VAE latents - shift)."""
+    config = models.vae.config
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is None or std is None:
+        return config.scaling_factor, 0.0
+    shift, spread = (torch.tensor(values, device=models.device).view(1, -1, 1, 1) for values in (mean, std))
+    return config.scaling_factor / spread, shift
+
+
+def _by_tiles(
+    canvas: Tensor, cut: Fuser, blend: Fuser, compute: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> Tensor:
+    """Every tile of `canvas` [B, C, H, W] computed and blended, row by row: memory holds one row of tiles."""
+    at_once = max(1, _PX_AT_ONCE // max(cut.window_height * cut.window_width, blend.window_height * blend.window_width))
+    result: Tensor | None = None
+    for row in range(len(cut.rows)):
+        tiles = cut.cut_row(canvas, row)
+        computed = torch.cat([compute(batch.to(dtype)).float() for batch in tiles.split(at_once)])
+        if result is None:
+            result = computed.new_zeros(len(canvas), computed.shape[1], blend.height, blend.width)
+        blend.add_row(result, computed, row)
+    assert result is not None
+    return result
+
+
+def encode(models: Models, pixels: Tensor) -> Tensor:
+    """`pixels` [B, 3, H, W] in [-1, 1], sides multiples of the latent factor, as latents [B, C, H/f, W/f] in float32.
+
+    The mode of the VAE's distribution, not a sample: noise in the reference would be swapped into every step.
+    """
+    vae, factor = models.vae, models.latent_factor
+    grid = tile_grid(pixels.shape[-2] // factor, pixels.shape[-1] // factor, models.native_px // factor)
+    cut = Fuser(grid, "linear", models.device, scale=factor)
+    blend = Fuser(grid, "linear", models.device)
+    with torch.inference_mode(), models.using(vae), _safe_precision(vae):
+        latents = _by_tiles(pixels.to(models.device), cut, blend, lambda x: vae.encode(x).latent_dist.mode(), vae.dtype)
+    scale, shift = _affine(models)
+    return (latents - shift) * scale
+
+
+def decode(models: Models, latents: Tensor) -> Tensor:
+    """`latents` [B, C, h, w] as pixels [B, 3, h*f, w*f] in about [-1, 1] (not clamped), float32."""
+    vae, factor = models.vae, models.latent_factor
+    grid = tile_grid(latents.shape[-2], latents.shape[-1], models.native_px // factor)
+    cut = Fuser(grid, "linear", models.device)
+    blend = Fuser(grid, "linear", models.device, scale=factor)
+    scale, shift = _affine(models)
+    with torch.inference_mode(), models.using(vae), _safe_precision(vae):
+        return _by_tiles(latents / scale + shift, cut, blend, lambda z: vae.decode(z, return_dict=False)[0], vae.dtype)

@@ -1,0 +1,84 @@
+"""What the UNet is told about each view: text, size and crop, image prompt, each with its unconditional counterpart.
+
+Items are the views of all samples, sample by sample: item = sample * views + view.
+
+Invariants:
+- Row i of every batch belongs to item i alone: permuting the items permutes the predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resmaster_stages.diffusion.text import TextEmbeddings, encode_prompts
+from resmaster_stages.diffusion.views import Grid
+from resmaster_stages.models.loading import Models
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Conditions of N items. `negative` is None where guidance is off: then there is no unconditional branch."""
+
+    text: TextEmbeddings
+    negative: TextEmbeddings | None
+    time_ids: Tensor  # [N, 6]: original height and width, crop top and left, target height and width, all in px
+    image: Tensor | None = None  # [N, 1, ...]
+    negative_image: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.time_ids)
+
+    def batch(self, items: Tensor) -> dict[str, Any]:
+        """UNet arguments for `items` [n] (long): the unconditional branch first, then the conditional one."""
+        branches = [self.text] if self.negative is None else [self.negative, self.text]
+        images = [self.image] if self.negative is None else [self.negative_image, self.image]
+        chosen = [text.index[items] for text in branches]
+        return {
+            "encoder_hidden_states": torch.cat([text.states[i] for text, i in zip(branches, chosen)]),
+            "added_cond_kwargs": {
+                "text_embeds": torch.cat([text.pooled[i] for text, i in zip(branches, chosen)]),
+                "time_ids": self.time_ids[items].repeat(len(branches), 1),
+                "image_embeds": [torch.cat([image[items] for image in images if image is not None])]
+                if self.image is not None
+                else [],
+            },
+        }
+
+
+def size_and_crop(grid: Grid, micro_conditioning: str) -> list[tuple[int, ...]]:
+    """SDXL's six numbers per view: of the canvas and the view's place in it, or those of a native-size image."""
+    factor = grid.unit_px
+    canvas = (grid.height * factor, grid.width * factor)
+    window = (grid.window_height * factor, grid.window_width * factor)
+    if micro_conditioning == "native":
+        return [(*window, 0, 0, *window)] * len(grid)
+    return [(*canvas, y0 * factor, x0 * factor, *canvas) for y0, x0, _, _ in grid.boxes]
+
+
+def make_conditions(
+    models: Models,
+    grid: Grid,
+    prompts: Sequence[str],
+    negative_prompts: Sequence[str],
+    *,
+    guided: bool,
+    micro_conditioning: str = "canvas",
+    image: tuple[Tensor, Tensor] | None = None,
+) -> Conditions:
+    """Conditions of all items of a batch: `prompts`, `negative_prompts` and `image` embeddings have one entry per item.
+
+    Without guidance (`guided` false) negative prompts are not encoded.
+    """
+    sizes = size_and_crop(grid, micro_conditioning) * (len(prompts) // len(grid))
+    return Conditions(
+        text=encode_prompts(models, prompts),
+        negative=encode_prompts(models, negative_prompts, negative=True) if guided else None,
+        time_ids=torch.tensor(sizes, dtype=torch.float32, device=models.device),
+        image=image[0] if image else None,
+        negative_image=image[1] if image else None,
+    )

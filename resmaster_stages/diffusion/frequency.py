@@ -1,0 +1,94 @@
+"""Structural guidance (ResMaster eq. 5 and 6): the low frequencies of x0 come from the reference.
+
+The filter is the Gaussian of FreeInit, G(f) = exp(-|f|^2 / (2 sigma_f^2)), frequencies in units of the Nyquist frequency.
+Since G is separable and the swap is linear, IFFT(G FFT(ref) + (1 - G) FFT(x0)) = x0 + G * (ref - x0): one blur, done
+here by two one-dimensional convolutions with reflect padding (no wrap-around at the borders). The FFT form is kept as
+the yardstick of the tests.
+
+Knows nothing about models or steps beyond their count.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resmaster_stages.config import StructureConfig
+
+_RADIUS = 32
+"""Longest kernel radius in cells; kernels are cut where their values fall below a millionth of the peak."""
+
+
+@lru_cache(maxsize=16)
+def low_pass_kernel(sigma_f: float) -> tuple[float, ...]:
+    """Impulse response of the filter along one axis, odd length, sum 1.
+
+    h(n) = integral of exp(-f^2 / (2 sigma_f^2)) cos(pi f n) over 0 <= f <= 1: the sampled filter's exact response. Away
+    from large sigma_f it is a Gaussian of standard deviation 1 / (pi sigma_f) cells.
+    """
+    frequency = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
+    response = torch.exp(-(frequency**2) / (2 * sigma_f**2))
+    offsets = torch.arange(_RADIUS + 1, dtype=torch.float64)
+    half = (response * torch.cos(torch.pi * frequency * offsets[:, None])).mean(dim=1)  # [radius + 1]
+    radius = int((half.abs() > 1e-6 * half[0]).nonzero().max())
+    kernel = torch.cat([half[1 : radius + 1].flip(0), half[: radius + 1]])
+    return tuple((kernel / kernel.sum()).tolist())
+
+
+def _blur_axis(x: Tensor, sigma_f: float, dim: int) -> Tensor:
+    kernel = torch.tensor(low_pass_kernel(sigma_f), dtype=x.dtype, device=x.device)
+    radius = min(len(kernel) // 2, x.shape[dim] - 1)  # reflect padding must be shorter than the axis
+    middle = len(kernel) // 2
+    kernel = kernel[middle - radius : middle + radius + 1]
+    kernel = kernel / kernel.sum()
+    channels = x.shape[1]
+    if dim == 2:
+        padded = F.pad(x, (0, 0, radius, radius), mode="reflect")
+        return F.conv2d(padded, kernel.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+    padded = F.pad(x, (radius, radius, 0, 0), mode="reflect")
+    return F.conv2d(padded, kernel.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+
+
+def low_pass(x: Tensor, sigma_f: float) -> Tensor:
+    """`x` [B, C, H, W] through the Gaussian filter of standard deviation `sigma_f` (Nyquist = 1), reflected at borders."""
+    return _blur_axis(_blur_axis(x, sigma_f, 2), sigma_f, 3)
+
+
+def fft_mask(height: int, width: int, sigma_f: float) -> Tensor:
+    """G over the unshifted spectrum, [height, width]: FreeInit's Gaussian low-pass."""
+    fy = torch.fft.fftfreq(height, dtype=torch.float64) * 2
+    fx = torch.fft.fftfreq(width, dtype=torch.float64) * 2
+    return torch.exp(-(fy[:, None] ** 2 + fx[None, :] ** 2) / (2 * sigma_f**2))
+
+
+def low_pass_fft(x: Tensor, sigma_f: float) -> Tensor:
+    """`low_pass` in the Fourier domain: periodic instead of reflected at the borders."""
+    mask = fft_mask(x.shape[-2], x.shape[-1], sigma_f).to(x.device)
+    return torch.fft.ifft2(torch.fft.fft2(x.double()) * mask).real.to(x.dtype)
+
+
+def swap_low_frequencies(x0: Tensor, reference: Tensor, sigma_f: float, weight: float = 1.0) -> Tensor:
+    """x0 with its low frequencies (times `weight`) replaced by those of `reference`; all [B, C, H, W]."""
+    return x0 + weight * low_pass(reference - x0, sigma_f)
+
+
+def cutoff_sigma(config: StructureConfig, scale: float) -> float:
+    """sigma_f in units of the canvas's Nyquist frequency, for a reference that was enlarged `scale` times."""
+    return config.cutoff / scale if config.cutoff_units == "lr_nyquist" else config.cutoff
+
+
+def swap_weights(config: StructureConfig, steps: int) -> tuple[float, ...]:
+    """Weight of the swap at each of `steps` steps; 0 outside the window from `start` to `stop`."""
+    weights = []
+    for index in range(steps):
+        done = index / steps
+        if not config.start <= done < config.stop:
+            weights.append(0.0)
+        elif config.weight == "linear_decay":
+            weights.append(1 - (done - config.start) / (config.stop - config.start))
+        else:
+            weights.append(1.0)
+    return tuple(weights)

@@ -1,0 +1,38 @@
+"""The reference B^L: the low-res picture, bicubically enlarged to the target size. One function, used by all.
+
+Captions describe its crops, image prompts embed them, structural guidance encodes it.
+
+Invariants:
+- Tensors are [B, 3, H, W], float32, RGB in [-1, 1]; enlarging clamps, since bicubic interpolation overshoots.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """A PIL image as [1, 3, H, W], float32, RGB in [-1, 1]."""
+    pixels = torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.uint8).copy())  # [H, W, 3]
+    return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """[3, H, W] in [-1, 1] as an 8-bit RGB image, rounded to the nearest level."""
+    levels = (pixels.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+
+
+def upsample(image: Image.Image, height: int, width: int) -> Tensor:
+    """`image` enlarged to `height` x `width` px: [1, 3, height, width] in [-1, 1]; bicubic, align_corners=False."""
+    return F.interpolate(to_tensor(image), size=(height, width), mode="bicubic", align_corners=False).clamp(-1, 1)
+
+
+def pad_to_multiple(pixels: Tensor, multiple: int) -> Tensor:
+    """`pixels` [B, 3, H, W] extended at the bottom and right by its border pixels up to multiples of `multiple`."""
+    height, width = pixels.shape[-2:]
+    return F.pad(pixels, (0, -width % multiple, 0, -height % multiple), mode="replicate")

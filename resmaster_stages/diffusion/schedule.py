@@ -1,0 +1,97 @@
+"""The noise schedule: which timesteps are visited, and how much signal and noise a latent holds there.
+
+Variance preserving throughout: z = alpha * x0 + sigma * eps with alpha^2 + sigma^2 = 1, alpha^2 = cumulative product of
+(1 - beta). An Euler scheduler describes the same path in other units (z / alpha), so its configuration serves as well.
+Honoured of a diffusers scheduler configuration: betas, zero-SNR rescaling, prediction type, timestep spacing, steps
+offset, and DDIM's `set_alpha_to_one`. Not honoured: Karras, exponential or beta sigmas, thresholding, higher orders.
+
+Invariants:
+- Timesteps fall; the last step ends at alpha = 1, or at the first training timestep where a DDIM configuration says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from resmaster_stages.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the path, from (alpha, sigma) at timestep `t` to (alpha_next, sigma_next)."""
+
+    index: int
+    count: int
+    t: int
+    alpha: float
+    sigma: float
+    alpha_next: float
+    sigma_next: float
+    prediction_type: str = "epsilon"
+
+    def split(self, z: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """(x0, eps) that the model's `output` at `z` stands for; all of one shape."""
+        if self.prediction_type == "epsilon":
+            return (z - self.sigma * output) / self.alpha, output
+        return self.alpha * z - self.sigma * output, self.alpha * output + self.sigma * z  # v-prediction
+
+
+def timesteps(count: int, train_steps: int, spacing: str, offset: int) -> list[int]:
+    """`count` falling training timesteps, spaced as diffusers' DDIM scheduler does it."""
+    if spacing == "leading":
+        chosen = np.arange(count, dtype=float)[::-1] * (train_steps // count) + offset
+    elif spacing == "trailing":
+        chosen = np.round(train_steps - np.arange(count) * (train_steps / count)) - 1
+    elif spacing == "linspace":
+        chosen = np.linspace(0, train_steps - 1, count).round()[::-1]
+    else:
+        raise ConfigError(f"scheduler: unknown timestep_spacing {spacing!r}; use leading, trailing or linspace")
+    return [int(t) for t in chosen.clip(0, train_steps - 1)]
+
+
+def make_schedule(scheduler_config: Mapping[str, Any], count: int) -> tuple[Step, ...]:
+    """The path in `count` steps that a diffusers scheduler configuration asks for.
+
+    Raises ConfigError for schedulers without betas (flow matching) and for predictions other than epsilon and v.
+    """
+    config = dict(scheduler_config)
+    name = str(config.get("_class_name", "scheduler"))
+    prediction_type = str(config.get("prediction_type", "epsilon"))
+    if "beta_start" not in config and config.get("trained_betas") is None:
+        raise ConfigError(
+            f"{name}: not a variance-preserving scheduler (no betas); use an SDXL model with a DDIM or Euler one"
+        )
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise ConfigError(f"{name}: prediction_type {prediction_type!r} is not supported; use epsilon or v_prediction")
+    train_steps = int(config.get("num_train_timesteps", 1000))
+    if count > train_steps:
+        raise ConfigError(
+            f"steps: {count} is more than the {train_steps} steps that the model was trained with; use fewer"
+        )
+    ddim = DDIMScheduler.from_config(config)
+    # Zero terminal SNR: keep the last alpha above zero, as diffusers' Euler scheduler does.
+    products = ddim.alphas_cumprod.double().clamp(min=2.0**-24)
+    keeps_first = name == "DDIMScheduler" and not config.get("set_alpha_to_one", True)
+    chosen = timesteps(
+        count, train_steps, str(config.get("timestep_spacing", "leading")), int(config.get("steps_offset", 0))
+    )
+    signal = [float(products[t]) for t in chosen] + [float(products[0]) if keeps_first else 1.0]
+    return tuple(
+        Step(
+            index=i,
+            count=count,
+            t=t,
+            alpha=signal[i] ** 0.5,
+            sigma=(1 - signal[i]) ** 0.5,
+            alpha_next=signal[i + 1] ** 0.5,
+            sigma_next=(1 - signal[i + 1]) ** 0.5,
+            prediction_type=prediction_type,
+        )
+        for i, t in enumerate(chosen)
+    )

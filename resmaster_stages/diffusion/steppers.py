@@ -1,0 +1,58 @@
+"""From z_t to z_{t-1} on the canvas: pure functions of the latent, the (possibly edited) x0 and the predicted noise.
+
+With a, b = alpha, sigma of the step and a', b' those of the next:
+
+    ddim_keep       z' = a' x0 + b' eps                                    DDIM, eta = 0
+    ddim_implied    z' = a' x0 + b' (z - a x0) / b                         the noise that leads from the edited x0 to z
+    posterior       z' ~ N(a' beta / b^2 x0 + sqrt(alpha) b'^2 / b^2 z,    q(z' | z, x0): ResMaster eq. 7, strided,
+                           beta b'^2 / b^2)                                alpha = a^2 / a'^2, beta = 1 - alpha
+
+The first two differ only where x0 was edited. Both are Euler's method for the probability-flow ODE in units of z / a.
+
+Invariants:
+- Every rule acts on the whole canvas, and noise is drawn once on it: noise per view would average away where views
+  overlap. Only `posterior` calls `noise`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from resmaster_stages.diffusion.schedule import Step
+
+Noise = Callable[[], Tensor]
+"""Draws standard normal noise of the canvas's shape."""
+
+
+class Stepper(Protocol):
+    """All tensors [B, C, H, W], float32."""
+
+    def __call__(self, z: Tensor, x0: Tensor, eps: Tensor, step: Step, noise: Noise) -> Tensor: ...
+
+
+def ddim_keep(z: Tensor, x0: Tensor, eps: Tensor, step: Step, noise: Noise) -> Tensor:
+    """DDIM with eta = 0, keeping the noise that the model predicted."""
+    return step.alpha_next * x0 + step.sigma_next * eps
+
+
+def ddim_implied(z: Tensor, x0: Tensor, eps: Tensor, step: Step, noise: Noise) -> Tensor:
+    """DDIM with eta = 0 and the noise implied by z and the edited x0."""
+    return step.alpha_next * x0 + step.sigma_next / step.sigma * (z - step.alpha * x0)
+
+
+def posterior(z: Tensor, x0: Tensor, eps: Tensor, step: Step, noise: Noise) -> Tensor:
+    """A draw from q(z' | z, x0) over the step's stride."""
+    alpha = step.alpha**2 / step.alpha_next**2
+    beta = 1 - alpha
+    variance = step.sigma**2
+    mean = step.alpha_next * beta / variance * x0 + alpha**0.5 * step.sigma_next**2 / variance * z
+    if step.sigma_next == 0:
+        return mean
+    return mean + (beta * step.sigma_next**2 / variance) ** 0.5 * noise()
+
+
+STEPPERS: dict[str, Stepper] = {"ddim_keep": ddim_keep, "ddim_implied": ddim_implied, "posterior": posterior}
+"""By the names that `UpscaleConfig.stepper` takes."""

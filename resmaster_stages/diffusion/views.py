@@ -1,0 +1,118 @@
+"""Views: overlapping windows on a canvas, in row-major order, the last of each axis pulled back to end at the border.
+
+Knows nothing about tensors or models (no torch), so the captions stage and the engine share one grid.
+
+Invariants:
+- Boxes are half-open `(y0, x0, y1, x1)`, all of one size, inside the canvas, and together they cover it.
+- The grid is the product of its rows and columns; view `i` is row `i // cols`, column `i % cols`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+Box = tuple[int, int, int, int]
+"""Half-open (y0, x0, y1, x1)."""
+
+
+def axis_origins(length: int, window: int, stride: int) -> tuple[int, ...]:
+    """Start of each window along one axis. Windows step by `stride`; the last is pulled back to end at `length`."""
+    if length <= window:
+        return (0,)
+    origins = list(range(0, length - window, stride))
+    return (*origins, length - window)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Windows of `window` x `window` units, every `stride` units, on a canvas of `height` x `width` units.
+
+    An axis shorter than the window has one window of the axis's length. `unit_px` is the size of a unit in pixels
+    (1, or the latent factor); `height_px` and `width_px` are the picture's size where the canvas was padded beyond it.
+    """
+
+    height: int
+    width: int
+    window: int
+    stride: int
+    unit_px: int = 1
+    height_px: int | None = None
+    width_px: int | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.height, self.width, self.window, self.stride, self.unit_px) < 1 or self.stride > self.window:
+            raise ValueError(f"not a grid that covers its canvas: {self}")
+
+    @cached_property
+    def rows(self) -> tuple[int, ...]:
+        """y0 of each row of windows."""
+        return axis_origins(self.height, self.window, self.stride)
+
+    @cached_property
+    def cols(self) -> tuple[int, ...]:
+        """x0 of each column of windows."""
+        return axis_origins(self.width, self.window, self.stride)
+
+    @property
+    def window_height(self) -> int:
+        """Height of every window, in units."""
+        return min(self.window, self.height)
+
+    @property
+    def window_width(self) -> int:
+        """Width of every window, in units."""
+        return min(self.window, self.width)
+
+    @cached_property
+    def boxes(self) -> tuple[Box, ...]:
+        """Half-open (y0, x0, y1, x1) of each window, in units, row-major."""
+        return tuple((y, x, y + self.window_height, x + self.window_width) for y in self.rows for x in self.cols)
+
+    @cached_property
+    def canvas_boxes(self) -> tuple[Box, ...]:
+        """`boxes` in pixels of the canvas, padding included: all of one size."""
+        unit = self.unit_px
+        return tuple((y0 * unit, x0 * unit, y1 * unit, x1 * unit) for y0, x0, y1, x1 in self.boxes)
+
+    @cached_property
+    def pixel_boxes(self) -> tuple[Box, ...]:
+        """`boxes` in pixels, clipped to the picture."""
+        bottom = self.height_px or self.height * self.unit_px
+        right = self.width_px or self.width * self.unit_px
+        return tuple((y0, x0, min(y1, bottom), min(x1, right)) for y0, x0, y1, x1 in self.canvas_boxes)
+
+    @property
+    def name(self) -> str:
+        """The grid in pixels as `HxW/window/stride`, the form that the captions table stores."""
+        height = self.height_px or self.height * self.unit_px
+        width = self.width_px or self.width * self.unit_px
+        return f"{height}x{width}/{self.window * self.unit_px}/{self.stride * self.unit_px}"
+
+    def __len__(self) -> int:
+        return len(self.rows) * len(self.cols)
+
+
+def view_grid(
+    target_height_px: int, target_width_px: int, native_px: int, stride_fraction: float, latent_factor: int
+) -> Grid:
+    """The views of a target picture, in latents: windows of the model's native size, `stride_fraction` of it apart.
+
+    A target that is no multiple of the latent factor lives on a canvas that is padded up to one.
+    """
+    window = max(1, native_px // latent_factor)
+    return Grid(
+        height=-(-target_height_px // latent_factor),
+        width=-(-target_width_px // latent_factor),
+        window=window,
+        stride=min(window, max(1, round(window * stride_fraction))),
+        unit_px=latent_factor,
+        height_px=target_height_px,
+        width_px=target_width_px,
+    )
+
+
+def whole_canvas(target_height_px: int, target_width_px: int, latent_factor: int) -> Grid:
+    """One view that is the whole canvas, in latents."""
+    size = -(-max(target_height_px, target_width_px) // latent_factor)
+    return view_grid(target_height_px, target_width_px, size * latent_factor, 1.0, latent_factor)

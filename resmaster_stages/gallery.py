@@ -1,0 +1,106 @@
+"""Writes `report/` of a dataset: the page and the contact sheets, from what is committed.
+
+Knows storage; what the page looks like is `resmaster_stages.report`'s business.
+
+Invariants:
+- Only samples of the manifest are shown, so the report never shows what readers do not get.
+- One shard is opened at a time, and only if it holds a sample that is shown.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+from resmaster_stages.config import DatasetConfig, Stage
+from resmaster_stages.quality import badness
+from resmaster_stages.report import ReportSample, choose, contact_sheets, render_report
+from resmaster_stages.stage import shard_samples, stage_hashes
+from resmaster_stages.storage import layout
+from resmaster_stages.storage.dataset import Dataset
+from resmaster_stages.storage.ledger import ledger_rows
+from resmaster_stages.storage.plan import read_plan
+from resmaster_stages.storage.tables import MANIFEST_SCHEMA, decode_table
+
+SHOWN_SAMPLES = 200
+"""A page with more pictures than this is slow to open: half are the worst, half evenly from the rest."""
+
+
+def write_report(dataset: Dataset) -> str:
+    """Write report/index.html and contact sheets of what the manifest holds. Returns the page's path or URL."""
+    manifest = decode_table(dataset.folder.read(layout.MANIFEST), MANIFEST_SCHEMA, layout.MANIFEST).to_pylist()
+    rows = {row["key"]: row for row in manifest}
+    shown = {key: rows[key] for key in choose(rows, SHOWN_SAMPLES)} if rows else {}
+    samples = sorted(_samples(dataset, shown), key=lambda sample: -badness(sample.quality))
+    page = render_report(
+        dataset.config.name,
+        facts(dataset.config, manifest),
+        samples,
+        failures(dataset),
+        count=len(samples),
+        total=len(rows),
+        lead="Left: the low-res image. Right: the same, upscaled. Worst by quality first.",
+    )
+    dataset.folder.write(layout.REPORT_PAGE, page.encode())
+    for number, sheet in enumerate(contact_sheets(samples, title=dataset.config.name)):
+        buffer = io.BytesIO()
+        sheet.save(buffer, "PNG", optimize=True)
+        dataset.folder.write(layout.contact_sheet(number), buffer.getvalue())
+    return dataset.folder.url_of(layout.REPORT_PAGE)
+
+
+def facts(config: DatasetConfig, manifest: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the page's header says of the dataset."""
+    upscale = config.upscale
+    sizes = sorted({(row["low_res_width"], row["low_res_height"], row["width"], row["height"]) for row in manifest})
+    first = f"{sizes[0][0]} x {sizes[0][1]} px to {sizes[0][2]} x {sizes[0][3]} px" if sizes else "none yet"
+    parts = [
+        name
+        for name, on in (
+            ("structure", upscale.structure.enabled),
+            ("image prompts", upscale.image_prompt.enabled),
+            ("patch captions", upscale.text_prompt.enabled),
+        )
+        if on
+    ]
+    return {
+        "samples": len(manifest),
+        "sizes": first + (f" and {len(sizes) - 1} more" if len(sizes) > 1 else ""),
+        "method": upscale.method + (f" ({', '.join(parts) or 'no guidance'})" if upscale.method == "resmaster" else ""),
+        "model": config.model.id,
+        "steps": upscale.steps,
+        "guidance scale": upscale.guidance_scale,
+        "seed": config.seed,
+    }
+
+
+def failures(dataset: Dataset) -> list[dict[str, Any]]:
+    """The ledger's rows of the current configuration, the last attempt of each sample."""
+    last: dict[tuple[Stage, str], dict[str, Any]] = {}
+    for stage, own_hash in stage_hashes(dataset.config).items():
+        for row in ledger_rows(dataset.folder, stage):
+            known = last.get((stage, row["key"]))
+            if row["stage_hash"] == own_hash and (known is None or row["attempt_number"] >= known["attempt_number"]):
+                last[stage, row["key"]] = row
+    return list(last.values())
+
+
+def _samples(dataset: Dataset, rows: dict[str, dict[str, Any]]) -> Iterator[ReportSample]:
+    plan, config = read_plan(dataset.folder), dataset.config
+    hashes = stage_hashes(config)
+    stages: tuple[Stage, ...] = config.stages()
+    for shard in sorted({row["shard"] for row in rows.values()}):
+        with shard_samples(dataset, config, plan, shard, stages, hashes) as samples:
+            for sample in samples:
+                if sample.key not in rows or sample.low_res is None or sample.high_res is None:
+                    continue
+                yield ReportSample(
+                    key=sample.key,
+                    prompt=sample.prompt,
+                    low_res=sample.low_res.data,
+                    high_res=sample.high_res.data,
+                    captions=sample.captions,
+                    quality=rows[sample.key],
+                    meta={"seed": sample.high_res.meta.get("seed"), "shard": shard},
+                )

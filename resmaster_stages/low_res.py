@@ -1,0 +1,171 @@
+"""Stage 2: the base-resolution picture of each sample, generated from its prompt or taken from the user's own image.
+
+Knows nothing about storage beyond reading one image by its source. Torch is imported when a picture is generated.
+
+Invariants:
+- Exactly one Output per sample, in order; what goes wrong with one sample is its Output's error.
+- Pictures are generated in fixed slots of `batch_size`: a failing sample keeps its place, so its neighbours' bytes stay.
+- Low-res pictures are stored without loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from resmaster_stages.config import STAGE_VERSIONS, DatasetConfig, UpscaleConfig
+from resmaster_stages.errors import ConfigError, SampleError
+from resmaster_stages.identity import canonical_json, image_key, sample_seed
+from resmaster_stages.pictures import encode_picture
+
+if TYPE_CHECKING:
+    from resmaster_stages.models.loading import Models
+    from resmaster_stages.storage.dataset import Output, Sample
+
+
+def check_size(height: int, width: int, latent_factor: int) -> None:
+    """Raises ConfigError, naming the nearest good values, unless both are multiples of the latent factor."""
+    for name, value in (("height", height), ("width", width)):
+        if value % latent_factor or value < latent_factor:
+            below = max(latent_factor, value // latent_factor * latent_factor)
+            raise ConfigError(
+                f"low_res.{name}: {value} is no multiple of {latent_factor}; use {below} or {below + latent_factor}"
+            )
+
+
+def _is_text(prompt: str) -> bool:
+    """Whether a prompt can be tokenised: lone surrogates cannot."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def generate(
+    models: Models,
+    prompts: Sequence[str],
+    negative_prompts: Sequence[str],
+    seeds: Sequence[int],
+    height: int,
+    width: int,
+    steps: int,
+    guidance_scale: float,
+    batch_size: int,
+) -> Iterator[Image.Image | SampleError]:
+    """A picture of `height` x `width` px for each prompt, in order, or what is wrong with it.
+
+    At the native size this is what diffusers' StableDiffusionXLPipeline draws for the same seed (one CPU generator per
+    picture) with DDIM, eta = 0, or Euler. Raises ConfigError for a size that is no multiple of the latent factor.
+    """
+    from resmaster_stages.methods.render import render
+    from resmaster_stages.methods.request import Request
+
+    check_size(height, width, models.latent_factor)
+    config = UpscaleConfig(
+        method="direct", steps=steps, guidance_scale=guidance_scale, stepper="ddim_keep", view_batch=batch_size
+    )
+    for start in range(0, len(prompts), batch_size):
+        slot = slice(start, start + batch_size)
+        good = [_is_text(p) and _is_text(n) for p, n in zip(prompts[slot], negative_prompts[slot])]
+        request = Request(
+            models=models,
+            config=config,
+            height=height,
+            width=width,
+            prompts=tuple(text if ok else "" for text, ok in zip(prompts[slot], good)),
+            negative_prompts=tuple(text if ok else "" for text, ok in zip(negative_prompts[slot], good)),
+        )
+        for result, ok in zip(render(request, seeds[slot]), good):
+            yield result if ok else SampleError("the prompt is not valid Unicode text; remove the lone surrogates")
+
+
+def _files(config: DatasetConfig, sample: Sample, picture: Image.Image, facts: dict[str, Any]) -> dict[str, bytes]:
+    """The sample's files by extension, in the order of the tar's members."""
+    facts = {
+        "key": sample.key,
+        "prompt": sample.prompt,
+        "width": picture.width,
+        "height": picture.height,
+        "stage_version": STAGE_VERSIONS["low_res"],
+        **facts,
+    }
+    return {
+        config.image_format: encode_picture(picture, config.image_format),
+        "json": canonical_json(facts).encode(),
+        "txt": sample.prompt.encode(),
+    }
+
+
+def _from_image(config: DatasetConfig, sample: Sample) -> Output:
+    from resmaster_stages.storage.dataset import Output
+    from resmaster_stages.storage.images import decode_image, read_image
+
+    assert sample.source is not None
+    try:
+        data = read_image(sample.source)
+        if image_key(data, sample.prompt, sample.replica) != sample.key:
+            raise SampleError(
+                f"{sample.source}: changed since it was planned; run the same command again to plan it anew"
+            )
+        picture = decode_image(data, sample.source)
+        facts = {"negative_prompt": sample.negative_prompt, "source_sha256": hashlib.sha256(data).hexdigest()}
+        return Output(key=sample.key, files=_files(config, sample, picture, facts))
+    except SampleError as error:
+        return Output(key=sample.key, error=error)
+
+
+def _from_prompts(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+    """One slot: up to `batch_size` samples."""
+    from resmaster_stages.diffusion.text import truncated
+    from resmaster_stages.models.loading import load_models
+    from resmaster_stages.storage.dataset import Output
+
+    models = load_models(config.model)
+    low_res = config.low_res
+    negative_prompts = [sample.negative_prompt or low_res.negative_prompt for sample in samples]
+    seeds = [sample_seed(sample.key, config.seed, "low_res") for sample in samples]
+    results: dict[int, Image.Image | SampleError] = {}
+    for size in dict.fromkeys((sample.height, sample.width) for sample in samples):
+        places = [i for i, sample in enumerate(samples) if (sample.height, sample.width) == size]
+        pictures = generate(
+            models,
+            [samples[i].prompt for i in places],
+            [negative_prompts[i] for i in places],
+            [seeds[i] for i in places],
+            *size,
+            low_res.steps,
+            low_res.guidance_scale,
+            low_res.batch_size,
+        )
+        results |= dict(zip(places, pictures))
+    for i, sample in enumerate(samples):
+        result = results[i]
+        if isinstance(result, SampleError):
+            yield Output(key=sample.key, error=result)
+            continue
+        facts = {
+            "negative_prompt": negative_prompts[i],
+            "prompt_truncated": truncated(models, [sample.prompt])[0],
+            "seed": seeds[i],
+            "model": models.identity,
+            "low_res": low_res.identity(),
+        }
+        try:
+            yield Output(key=sample.key, files=_files(config, sample, result, facts))
+        except SampleError as error:
+            yield Output(key=sample.key, error=error)
+
+
+def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+    """The stage over a shard's samples: all of them from prompts, or all of them from a user's images."""
+    if config.images:
+        for sample in samples:
+            yield _from_image(config, sample)
+        return
+    size = config.low_res.batch_size
+    for start in range(0, len(samples), size):
+        yield from _from_prompts(config, samples[start : start + size])

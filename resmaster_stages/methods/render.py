@@ -1,0 +1,59 @@
+"""From a request to pictures: compose, draw the noise, denoise, decode, check.
+
+Invariants:
+- A sample whose latents or pixels are not finite, or whose picture is all black, is a SampleError in its own place;
+  its neighbours in the batch are not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+
+from resmaster_stages.diffusion import autoencoder
+from resmaster_stages.diffusion.loop import CanvasNoise, Progress, denoise
+from resmaster_stages.diffusion.reference import to_image
+from resmaster_stages.diffusion.schedule import make_schedule
+from resmaster_stages.errors import ConfigError, SampleError
+from resmaster_stages.methods import METHODS
+from resmaster_stages.methods.request import Request
+from resmaster_stages.models.faults import device_faults
+
+
+def render(request: Request, seeds: Sequence[int], progress: Progress | None = None) -> list[Image.Image | SampleError]:
+    """One picture of the requested size per seed (and prompt), or what is wrong with it.
+
+    Raises ConfigError (a setting that the model cannot serve, or too little memory) and GpuLost.
+    """
+    models, config = request.models, request.config
+    factor = models.latent_factor
+    with device_faults("lower upscale.view_batch or low_res.batch_size, or set model.offload: model"):
+        schedule = make_schedule(models.scheduler_config, config.steps)
+        composition = METHODS[config.method](request)
+        height, width = -(-request.height // factor), -(-request.width // factor)
+        noise = CanvasNoise(seeds, models.latent_channels, height, width, models.device)
+        z = noise()  # [B, C, H/f, W/f]
+        if config.init == "noised_lr":
+            if request.reference is None:
+                raise ConfigError("init noised_lr starts from a low-res picture, and there is none; use init noise")
+            z = schedule[0].alpha * request.reference.latents + schedule[0].sigma * z
+        z = denoise(models, composition, schedule, z, noise, view_batch=config.view_batch, progress=progress)
+        pixels = autoencoder.decode(models, z)[..., : request.height, : request.width]
+        finite = torch.isfinite(pixels).flatten(1).all(dim=1).tolist()
+    return [_checked(image) if ok else _not_finite(config.steps) for image, ok in zip(pixels, finite)]
+
+
+def _not_finite(steps: int) -> SampleError:
+    return SampleError(
+        f"the model produced NaN or infinite values in {steps} steps; try model.dtype: float32 or bfloat16, "
+        "or model.vae: a VAE that is safe in float16"
+    )
+
+
+def _checked(pixels: torch.Tensor) -> Image.Image | SampleError:
+    image = to_image(pixels)
+    if image.getextrema() == ((0, 0), (0, 0), (0, 0)):
+        return SampleError("the picture is all black; try another prompt, or model.dtype: float32")
+    return image

@@ -1,0 +1,88 @@
+"""CLIP score: does the picture show what the prompt says? (Hessel et al. 2021, scaled by 100 as torchmetrics does.)
+
+The whole picture is resized to CLIP's input without cropping, so that nothing at its borders is overlooked. Knows nothing
+about details: 224 px cannot show them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from resmaster_stages.errors import ConfigError
+from resmaster_stages.metrics.resize import resize
+from resmaster_stages.models.geometry import model_location
+from resmaster_stages.models.identity import PICTUREBOOK
+
+
+class ClipScorer:
+    """A CLIP model and its tokenizer. Deterministic on one device; `dtype` is float32."""
+
+    def __init__(self, model: Any, tokenizer: Any, mean: Sequence[float], std: Sequence[float]):
+        self.model, self.tokenizer = model, tokenizer
+        self._mean, self._std = np.asarray(mean), np.asarray(std)
+        self.input_px: int = model.config.vision_config.image_size
+
+    def scores(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[float]:
+        """100 * max(cos(image, text), 0) of each pair, in one batch. Texts are cut at the tokenizer's length."""
+        import torch
+
+        from resmaster_stages.models.faults import device_faults
+
+        if len(images) != len(texts):
+            raise ValueError(f"as many images as texts expected, got {len(images)} and {len(texts)}")
+        if not images:
+            return []
+        device = self.model.device
+        tokens = self.tokenizer(
+            list(texts),
+            padding=True,
+            truncation=True,
+            max_length=self.model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        )
+        pixels = np.stack([self._pixels(image) for image in images])  # [B, 3, px, px]
+        with torch.inference_mode(), device_faults("set quality.device: cpu"):
+            output = self.model(
+                input_ids=tokens["input_ids"].to(device),
+                attention_mask=tokens["attention_mask"].to(device),
+                pixel_values=torch.from_numpy(pixels).to(device, self.model.dtype),
+            )
+            cosine = torch.nn.functional.cosine_similarity(
+                output.image_embeds.float(), output.text_embeds.float(), dim=-1
+            )
+        return [100.0 * max(float(value), 0.0) for value in cosine.cpu()]
+
+    def _pixels(self, image: Image.Image) -> np.ndarray[Any, np.dtype[np.float32]]:
+        values = resize(image, self.input_px, self.input_px) / 255.0
+        return ((values - self._mean) / self._std).transpose(2, 0, 1).astype(np.float32)
+
+
+@lru_cache(maxsize=1)
+def load_clip(identifier: str, revision: str | None = None, device: str = "auto") -> ClipScorer:
+    """The scorer of `picturebook`, a folder or a hub id. Raises ConfigError, in one line, if it cannot be loaded."""
+    import torch
+    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    location = model_location(identifier, "clip")
+    options: dict[str, Any] = {"local_files_only": identifier == PICTUREBOOK}
+    if revision:
+        options["revision"] = revision
+    try:
+        model = CLIPModel.from_pretrained(location, use_safetensors=True, dtype=torch.float32, **options)
+        tokenizer = CLIPTokenizer.from_pretrained(location, **options)
+        processor = CLIPImageProcessorPil.from_pretrained(location, **options)
+        model.to(device).eval()
+    except Exception as error:  # loaders raise whatever their parts raise; the user's remedy is the same
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(
+            f"quality.clip {identifier!r} cannot be loaded ({lines[0][:160]}); give `picturebook`, a folder or hub id of a "
+            "CLIP model with safetensors weights, or null for no CLIP score"
+        ) from None
+    return ClipScorer(model, tokenizer, processor.image_mean, processor.image_std)

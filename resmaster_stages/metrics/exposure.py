@@ -1,0 +1,26 @@
+"""Exposure: how bright a picture is, how much that varies, and how much of it is lost in black or white."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from resmaster_stages.metrics.luminance import Array, luminance, rgb
+
+
+class Exposure(NamedTuple):
+    """`clipped`: share (0 to 1) of pixels; `luminance_mean` and `luminance_std`: luma, 0 to 255."""
+
+    clipped: float
+    luminance_mean: float
+    luminance_std: float
+
+
+def exposure(image: Image.Image | Array) -> Exposure:
+    """Share of pixels that are pure black (0, 0, 0) or pure white (255, 255, 255); mean and standard deviation of the luma."""
+    values = rgb(image)
+    clipped = (values <= 0).all(axis=2) | (values >= 255).all(axis=2)
+    y = luminance(values)
+    return Exposure(float(clipped.mean()), float(y.mean(dtype=np.float64)), float(y.std(dtype=np.float64)))

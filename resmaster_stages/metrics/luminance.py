@@ -1,0 +1,30 @@
+"""Luma of an RGB picture, the one channel that most metrics look at. Knows nothing about the metrics.
+
+Invariant: float32 (pictures are large), range 0 to 255, the same height and width as the picture.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+"""Rec. 601 luma of gamma-encoded red, green, blue: what PIL's mode `L` uses."""
+
+Array = NDArray[np.floating]
+
+
+def rgb(image: Image.Image | Array) -> Array:
+    """A picture as float32 [H, W, 3], range 0 to 255. Arrays pass through; grey and alpha pictures are converted."""
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"), dtype=np.float32)
+    values = np.asarray(image, dtype=np.float32)
+    if values.ndim != 3 or values.shape[2] != 3:
+        raise ValueError(f"expected an array of shape [H, W, 3], got {values.shape}")
+    return values
+
+
+def luminance(image: Image.Image | Array) -> Array:
+    """Luma Y = 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601), float32 [H, W], range 0 to 255."""
+    return rgb(image) @ WEIGHTS

@@ -1,0 +1,399 @@
+"""Captioners: images -> one sentence each. A local Transformers model, an OpenAI-compatible server, or the prompt itself.
+
+Knows nothing about patches, prompts or tables: cleaning and shortening of what comes back are pure functions beside the
+captioners, and the stage decides what an empty answer means.
+
+Invariants:
+- Decoding is greedy (temperature 0 at a server), so the same images in the same batch give the same sentences.
+- Weights are safetensors and no code from a model's repository is ever run.
+- The server's key is read from the environment, sent in one header to the configured address (redirects are refused),
+  and never part of a message.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import os
+import random
+import re
+import time
+import unicodedata
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, Protocol
+
+from PIL import Image
+
+from resmaster_stages.config import CaptionsConfig, ModelConfig
+from resmaster_stages.errors import ConfigError, SampleError, UserError
+from resmaster_stages.models.geometry import model_location
+from resmaster_stages.models.identity import PICTUREBOOK, model_identity
+
+MAX_TOKENS = 75
+"""Content tokens that CLIP's text encoders take: 77 less the begin and end marks."""
+
+TokenCounter = Callable[[str], int]
+"""Number of content tokens of a text."""
+
+
+class Captioner(Protocol):
+    """What the captions stage needs of a captioner."""
+
+    name: str
+    revision: str
+
+    def caption(self, images: Sequence[Image.Image]) -> list[str]:
+        """One sentence per RGB image, as it came (not cleaned). Raises SampleError if an image is refused."""
+
+
+# ---------------------------------------------------------------------------------------------- text of captions
+
+_THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL | re.IGNORECASE)
+_LEAD = re.compile(
+    r"""^(?:
+        (?:sure|certainly|of\ course|okay|here\ is|here's|caption|description|answer)\b[^:.!]{0,60}[:!]\s*
+      | (?:in\ )?(?:this|the|an?)\ (?:image\ patch|image|picture|photo|photograph|patch|crop|scene|close-up\ image)\s*,?\s*
+        (?:(?:that|which)\ )?
+        (?:(?:clearly|mainly|mostly|prominently)\ )?
+        (?:shows?|depicts?|displays?|features?|portrays?|presents?|captures?|contains?|showcases?|consists?\ of
+           |is\ (?:of|showing|a\ (?:picture|photo|close-up)\ of)|we\ (?:can\ )?see|you\ (?:can\ )?see|there\ (?:is|are)
+           |showing|depicting|of)\b\s*[:,]?\s*
+      | (?:there\ (?:is|are)|(?:we|you|i)\ (?:can\ )?see)\b\s*[:,]?\s*
+      | (?:a\ picture|an\ image|a\ photo|a\ photograph)\ of\b\s*
+    )""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_QUOTES = "\"'`“”‘’«»*"
+
+
+def clean_caption(text: str) -> str:
+    """A captioner's answer as a bare sentence: no control characters, line breaks, quotes around it, or "The image shows".
+
+    Idempotent: cleaning a clean caption changes nothing.
+    """
+    previous = None
+    text = unicodedata.normalize("NFC", text)
+    while text != previous:
+        previous = text
+        text = _THINKING.sub(" ", text)
+        text = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
+        text = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Cs", "Co", "Cn") or c == "\u200d")
+        text = " ".join(text.split()).strip(_QUOTES + " ")
+        text = _LEAD.sub("", text)
+        text = unicodedata.normalize("NFC", text)
+    return text if any(c.isalnum() for c in text) else ""
+
+
+def shorten(text: str, count: TokenCounter, limit: int = MAX_TOKENS, suffix: str = "") -> tuple[str, int, bool]:
+    """(text + suffix, its number of tokens, truncated): whole words are dropped from the end of `text` until it fits.
+
+    The suffix is kept. A text without blanks is cut between characters. At most `limit` tokens come back unless the
+    suffix alone has more.
+    """
+    whole = text + suffix
+    tokens = count(whole)
+    if tokens <= limit:
+        return whole, tokens, False
+    words = text.split(" ")
+    kept, tokens = _longest(lambda n: " ".join(words[:n]), len(words), count, limit, suffix)
+    if not kept:
+        kept, tokens = _longest(lambda n: text[:n], len(text), count, limit, suffix)
+    return (kept + suffix if kept else suffix.lstrip(" ,")), tokens, True
+
+
+def _longest(prefix: Callable[[int], str], size: int, count: TokenCounter, limit: int, suffix: str) -> tuple[str, int]:
+    """The longest `prefix(n)`, n < size, that fits with the suffix, and the tokens of both; ("", tokens) if none does."""
+    low, high = 0, size
+    while low < high:  # bisection gets near; counts of prefixes need not be monotonic, so the end is checked one by one
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if count(prefix(middle) + suffix) <= limit else (low, middle - 1)
+    for n in range(low, 0, -1):
+        text = prefix(n).rstrip(" ,;:-")
+        tokens = count(text + suffix)
+        if text and tokens <= limit:
+            return text, tokens
+    return "", count(suffix.lstrip(" ,"))
+
+
+@lru_cache(maxsize=4)
+def token_counter(model: ModelConfig) -> TokenCounter:
+    """Counts content tokens with the base model's first tokenizer (its files only; no weights are loaded)."""
+    from transformers import CLIPTokenizer
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(
+            model_location(model.id), subfolder="tokenizer", revision=model.revision or "main"
+        )
+    except Exception as error:
+        raise ConfigError(
+            f"model {model.id!r}: its tokenizer cannot be loaded ({_first_line(error)}); give a folder in diffusers format "
+            "or a hub id that is in the local cache"
+        ) from None
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+
+    return count
+
+
+# ---------------------------------------------------------------------------------------------------- captioners
+
+
+class LocalCaptioner:
+    """A Transformers image-text-to-text model: plain captioners (BLIP, GIT) and chat models (Qwen-VL, LLaVA, SmolVLM)."""
+
+    def __init__(self, model: Any, processor: Any, *, name: str, revision: str, instruction: str, max_new_tokens: int):
+        self.model, self.processor = model, processor
+        self.name, self.revision = name, revision
+        self.instruction, self.max_new_tokens = instruction, max_new_tokens
+        tokenizer = getattr(processor, "tokenizer", None)
+        self._chat = bool(getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None))
+        if self._chat and tokenizer is not None:
+            tokenizer.padding_side = "left"  # a decoder goes on at the right end
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if positions and not self._chat:  # small captioners have few; the begin mark takes one
+            self.max_new_tokens = min(max_new_tokens, positions - 1)
+
+    def caption(self, images: Sequence[Image.Image]) -> list[str]:
+        """One sentence per image, in one `generate` call."""
+        import torch
+
+        from resmaster_stages.models.faults import device_faults
+
+        if not images:
+            return []
+        inputs = self._chat_inputs(images) if self._chat else self.processor(images=list(images), return_tensors="pt")
+        inputs = {
+            key: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+            for key, value in inputs.items()
+            if isinstance(value, torch.Tensor)
+        }
+        if getattr(self.model.config, "model_type", "") == "git":
+            # GIT starts from its begin mark alone; given with its mask, since padding and end may be one token
+            start = torch.full((len(images), 1), self.model.generation_config.bos_token_id, device=self.model.device)
+            inputs |= {"input_ids": start, "attention_mask": torch.ones_like(start)}
+        with torch.inference_mode(), device_faults("lower captions.batch_size"):
+            # [B, L] tokens; decoders repeat the prompt, encoder-decoders do not
+            tokens = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=self.max_new_tokens)
+        if self._chat and not getattr(self.model.config, "is_encoder_decoder", False):
+            tokens = tokens[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
+
+    def _chat_inputs(self, images: Sequence[Image.Image]) -> Any:
+        conversations = [
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image", "image": image}, {"type": "text", "text": self.instruction}],
+                }
+            ]
+            for image in images
+        ]
+        return self.processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        )
+
+
+class ServerCaptioner:
+    """An OpenAI-compatible server: `POST {base_url}/chat/completions` with the image as a data URL."""
+
+    attempts = 5
+    timeout_seconds = 120.0
+    longest_wait_seconds = 60.0
+
+    def __init__(
+        self,
+        base_url: str | None,
+        model: str,
+        *,
+        instruction: str,
+        max_new_tokens: int,
+        concurrency: int = 8,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
+        if not base_url:
+            raise ConfigError(
+                "captions.source is `server` but captions.base_url is missing; set it, e.g. http://127.0.0.1:8000/v1"
+            )
+        if not base_url.startswith(("http://", "https://")):
+            raise ConfigError(f"captions.base_url {base_url!r} is not an http:// or https:// address")
+        self.url = base_url.rstrip("/") + "/chat/completions"
+        self.name, self.revision = model, ""
+        self.instruction, self.max_new_tokens = instruction, max_new_tokens
+        self.concurrency, self._sleep = concurrency, sleep
+        self._jitter = random.Random()  # spreads retries of many workers; has no influence on any caption
+        self._opener = urllib.request.build_opener(_NoRedirect)
+
+    def caption(self, images: Sequence[Image.Image]) -> list[str]:
+        """One sentence per image; at most `concurrency` requests at a time."""
+        if not images:
+            return []
+        with ThreadPoolExecutor(max_workers=min(self.concurrency, len(images))) as pool:
+            return list(pool.map(self._caption, images))
+
+    def _caption(self, image: Image.Image) -> str:
+        body = json.dumps(self._request(image)).encode()
+        reason, wait = "", 0.0
+        for attempt in range(self.attempts):
+            if attempt:
+                self._sleep(wait)
+            wait = min(self.longest_wait_seconds, 2.0**attempt) * self._jitter.uniform(0.5, 1.0)
+            try:
+                return self._answer(self._post(body))
+            except urllib.error.HTTPError as error:
+                with error:
+                    self._refuse(error)  # raises unless trying again may help
+                    reason = f"HTTP {error.code}"
+                    wait = max(wait, _retry_after(error, self.longest_wait_seconds))
+            except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+                reason = _first_line(getattr(error, "reason", None) or error)
+            except ValueError as error:
+                reason = f"malformed answer: {_first_line(error)}"
+        if reason.startswith(("HTTP 5", "malformed")):
+            raise SampleError(f"caption server {self.url}: {reason}, {self.attempts} times for one image")
+        hint = "lower captions.batch_size or raise its rate limit" if reason == "HTTP 429" else "is it running?"
+        raise UserError(f"caption server {self.url} cannot be used ({reason}, {self.attempts} attempts); {hint}")
+
+    def _request(self, image: Image.Image) -> dict[str, Any]:
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "JPEG", quality=95, subsampling=0)
+        url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": self.instruction}]
+        return {
+            "model": self.name,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": self.max_new_tokens,
+            "temperature": 0,
+            "seed": 0,
+        }
+
+    def _post(self, body: bytes) -> bytes:
+        headers = {"Content-Type": "application/json", "User-Agent": "resmaster-pipeline"}
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if key:
+            if not (key.isascii() and key.isprintable()):
+                raise ConfigError("OPENAI_API_KEY holds characters that no key has; set it again")
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(self.url, data=body, headers=headers, method="POST")
+        with self._opener.open(request, timeout=self.timeout_seconds) as response:
+            return response.read()
+
+    def _answer(self, body: bytes) -> str:
+        """The sentence in an answer ("" if the model said nothing). Raises ValueError if the answer is malformed."""
+        try:
+            content = json.loads(body)["choices"][0]["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            raise ValueError("no choices[0].message.content") from None
+        if isinstance(content, list):  # some servers send parts
+            content = " ".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+        if content is not None and not isinstance(content, str):
+            raise ValueError("content is not text")
+        return content or ""
+
+    def _refuse(self, error: urllib.error.HTTPError) -> None:
+        """Raise for an answer that will not change by asking again."""
+        code = error.code
+        if code in (401, 403):
+            raise ConfigError(f"caption server {self.url}: HTTP {code}; set OPENAI_API_KEY to a valid key")
+        if code == 404:
+            raise ConfigError(
+                f"caption server {self.url}: HTTP 404; check captions.base_url (it usually ends in /v1) "
+                f"and that the server knows the model {self.name!r}"
+            )
+        if 300 <= code < 400:
+            raise ConfigError(f"caption server {self.url}: it redirects (HTTP {code}); give its final address")
+        if code not in (408, 409, 425, 429) and code < 500:
+            detail = clean_caption(error.read(300).decode("utf-8", "replace"))
+            raise SampleError(f"caption server {self.url}: refused an image (HTTP {code}): {detail}")
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Following a redirect would hand the key to another host."""
+
+    def redirect_request(self, *_args: Any, **_kwargs: Any) -> None:
+        return None
+
+
+def _retry_after(error: urllib.error.HTTPError, longest: float) -> float:
+    """Seconds that the server asks to wait, bounded; 0 if it does not say."""
+    try:
+        return min(longest, max(0.0, float(error.headers.get("Retry-After", "0"))))
+    except ValueError:  # a date: rare, and our own back-off will do
+        return 0.0
+
+
+def _first_line(error: object) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
+
+
+# ------------------------------------------------------------------------------------------------------- loading
+
+
+@lru_cache(maxsize=1)
+def load_captioner(config: CaptionsConfig, device: str = "auto") -> Captioner | None:
+    """The captioner that `config` asks for; None for `source: prompt`. Kept until another one is asked for.
+
+    Raises ConfigError, in one line, if a model cannot be loaded or the server's address is missing.
+    """
+    if config.source == "prompt":
+        return None
+    if config.source == "server":
+        return ServerCaptioner(
+            config.base_url,
+            config.model,
+            instruction=config.instruction,
+            max_new_tokens=config.max_new_tokens,
+            concurrency=config.batch_size,
+        )
+    return _load_local(config, device)
+
+
+def _load_local(config: CaptionsConfig, device: str) -> LocalCaptioner:
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    embedded = config.model == PICTUREBOOK
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": embedded}
+    if config.revision:
+        options["revision"] = config.revision
+    location = model_location(config.model, "captioner")
+    try:
+        processor = AutoProcessor.from_pretrained(location, **options)
+        model = AutoModelForImageTextToText.from_pretrained(
+            location,
+            use_safetensors=True,
+            # the checkpoint's own precision on a GPU; CPUs are slow or wrong in half precision
+            dtype=torch.float32 if device == "cpu" else "auto",
+            **options,
+        )
+        model.to(device).eval()
+    except Exception as error:  # loaders raise whatever their parts raise; the user's remedy is the same
+        raise ConfigError(
+            f"captions.model {config.model!r} cannot be loaded ({_first_line(error)}); give `picturebook`, a folder or hub id "
+            "of a Transformers image-text-to-text model with safetensors weights, or captions.source: server or prompt"
+        ) from None
+    revision = config.revision or getattr(model.config, "_commit_hash", None) or ""
+    if embedded:
+        revision = model_identity(ModelConfig()).partition("@")[2]
+    return LocalCaptioner(
+        model,
+        processor,
+        name=config.model,
+        revision=revision,
+        instruction=config.instruction,
+        max_new_tokens=config.max_new_tokens,
+    )

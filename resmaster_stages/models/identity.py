@@ -1,0 +1,101 @@
+"""The name of a base model's exact weights, without loading them: part of every stage's identity. Imports no torch.
+
+What it cannot see: a branch of a hub moving under an unnamed revision. Name a commit as the revision where that matters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+
+from resmaster_stages.config import DatasetConfig, ModelConfig, Weights
+from resmaster_stages.errors import ConfigError
+
+PICTUREBOOK = "picturebook"
+"""The id of the embedded model pack."""
+
+
+def pack_folder() -> Path:
+    """Folder of the embedded pack. Raises ConfigError if this installation lacks it."""
+    folder = Path(__file__).resolve().parent.parent / "picturebook" / "pack"
+    if not (folder / "model_index.json").is_file():
+        raise ConfigError(
+            f"model picturebook: its weights are not installed ({folder}); reinstall, or name another model.id"
+        )
+    return folder
+
+
+def as_folder(model_id: str) -> Path | None:
+    """The local folder that a model id names, or None for a hub id.
+
+    Raises ConfigError where the id is written as a path and there is no such folder.
+    """
+    path = Path(model_id).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if model_id.startswith(("/", "./", "../", "~")) or model_id.count("/") > 1:
+        raise ConfigError(f"model {model_id}: no such folder; check the path, or give a hub id such as owner/name")
+    return None
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+
+
+@lru_cache(maxsize=4)
+def _pack_digest(folder: Path) -> str:
+    """sha256 over names and bytes of the pack's files."""
+    hasher = hashlib.sha256()
+    for path in _files(folder):
+        hasher.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            hasher.update(hashlib.file_digest(file, "sha256").digest())
+    return hasher.hexdigest()
+
+
+def _folder_digest(folder: Path) -> str:
+    """sha256 over the folder's JSON files and the names and sizes of all others: quick for many gigabytes."""
+    hasher = hashlib.sha256()
+    for path in _files(folder):
+        content = path.read_bytes() if path.suffix == ".json" else b""
+        hasher.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode() + content)
+    return hasher.hexdigest()
+
+
+def _source_identity(source: str, revision: str | None) -> str:
+    if source == PICTUREBOOK:
+        return f"{PICTUREBOOK}@{_pack_digest(pack_folder())[:16]}"
+    folder = as_folder(source)
+    if folder is not None:
+        return f"{folder.name}@{_folder_digest(folder)[:16]}"
+    return f"{source}@{revision or 'main'}"
+
+
+def model_identity(config: ModelConfig) -> str:
+    """Name of the weights that `config` loads, e.g. `picturebook@0123456789abcdef` or `owner/name@revision`.
+
+    The embedded pack is named by its content, a folder by its JSON files and file sizes, a hub id by its revision. Another
+    VAE and an IP-Adapter are appended. Raises ConfigError for a folder that does not exist.
+    """
+    parts = [_source_identity(config.id, config.revision)]
+    if config.vae:
+        parts.append("vae=" + _source_identity(config.vae, None))
+    if config.ip_adapter:
+        adapter = config.ip_adapter
+        where = json.dumps([adapter.subfolder, adapter.weight_name, adapter.image_encoder_folder])
+        name = hashlib.sha256(where.encode()).hexdigest()[:8]
+        parts.append(f"ip_adapter={_source_identity(adapter.id, adapter.revision)}#{name}")
+    return "+".join(parts)
+
+
+def weights_of(config: DatasetConfig) -> Weights:
+    """Names of all weights that a dataset is made with. Raises ConfigError for a folder that does not exist."""
+    captions, quality = config.captions, config.quality
+    local = captions.source == "model"
+    return Weights(
+        model=model_identity(config.model),
+        captioner=_source_identity(captions.model, captions.revision) if local else None,
+        clip=_source_identity(quality.clip, quality.clip_revision) if quality.clip else None,
+    )

@@ -1,0 +1,252 @@
+"""From a model's name to its parts on a device: SDXL by hub id or folder, the embedded pack, or a user's own pipeline.
+
+Knows nothing about methods. Only safetensors are read and no remote code runs; `HF_HUB_OFFLINE=1` is respected.
+
+Invariants:
+- A user's own pipeline is never changed for good: what the engine must alter, it restores.
+- The parts are in inference use only; nothing here trains.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers.models.embeddings import MultiIPAdapterImageProjection
+from transformers import CLIPVisionModelWithProjection
+
+from resmaster_stages.config import IpAdapterConfig, ModelConfig
+from resmaster_stages.errors import ConfigError
+from resmaster_stages.models.faults import device_faults
+from resmaster_stages.models.identity import PICTUREBOOK, as_folder, model_identity, pack_folder
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""Mean of RGB in [0, 1] that CLIP image encoders subtract where nothing else is configured."""
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Standard deviation that goes with it."""
+
+PACK_ADAPTER = IpAdapterConfig(
+    id=PICTUREBOOK, subfolder="ip_adapter", weight_name="ip-adapter.safetensors", image_encoder_folder="image_encoder"
+)
+"""Where the embedded pack keeps its IP-Adapter."""
+
+
+@dataclass(frozen=True, eq=False)
+class Models:
+    """The parts of an SDXL-shaped model, as the engine uses them."""
+
+    unet: Any
+    vae: Any
+    text_encoders: tuple[Any, ...]
+    tokenizers: tuple[Any, ...]
+    image_encoder: Any | None
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    scheduler_config: Mapping[str, Any]
+    zeros_for_empty_prompt: bool
+    device: torch.device
+    dtype: torch.dtype
+    offload: bool = False
+    identity: str = "pipeline"
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels per latent along one axis (8 for SDXL)."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent (4 for SDXL)."""
+        return int(self.unet.config.in_channels)
+
+    @property
+    def native_px(self) -> int:
+        """Edge in px of the square images that the model was trained on (1024 for SDXL)."""
+        return int(self.unet.config.sample_size) * self.latent_factor
+
+    @property
+    def has_ip_adapter(self) -> bool:
+        """Whether image prompts can be used."""
+        return self.image_encoder is not None and isinstance(self.unet.encoder_hid_proj, MultiIPAdapterImageProjection)
+
+    @contextmanager
+    def using(self, *modules: Any) -> Iterator[None]:
+        """Within the block `modules` are on the device. With offloading they go back to the CPU afterwards."""
+        if not self.offload:
+            yield
+            return
+        try:
+            for module in modules:
+                module.to(self.device)
+            yield
+        finally:
+            for module in modules:
+                module.to("cpu")
+
+    @classmethod
+    def from_pipeline(cls, pipe: Any, *, identity: str = "pipeline", offload: bool = False) -> Models:
+        """The parts of a StableDiffusionXLPipeline: its own checkpoint, LoRA, scheduler and IP-Adapter, as they are.
+
+        The pipeline must be on the device that it shall run on. Raises ConfigError for anything that is not SDXL-shaped.
+        """
+        unet = getattr(pipe, "unet", None)
+        if unet is None or unet.config.addition_embed_type != "text_time" or not getattr(pipe, "text_encoder_2", None):
+            raise ConfigError(f"model {identity}: {type(pipe).__name__} is not SDXL; give an SDXL base model")
+        if pipe.text_encoder is None:
+            raise ConfigError(
+                f"model {identity}: looks like an SDXL refiner (one text encoder); give an SDXL base model"
+            )
+        if unet.config.in_channels != pipe.vae.config.latent_channels or unet.config.time_cond_proj_dim is not None:
+            raise ConfigError(f"model {identity}: an inpainting, editing or LCM variant; give a plain SDXL base model")
+        processor = getattr(pipe, "feature_extractor", None)
+        return cls(
+            unet=unet,
+            vae=pipe.vae,
+            text_encoders=(pipe.text_encoder, pipe.text_encoder_2),
+            tokenizers=(pipe.tokenizer, pipe.tokenizer_2),
+            image_encoder=getattr(pipe, "image_encoder", None),
+            image_mean=tuple(getattr(processor, "image_mean", None) or CLIP_MEAN),
+            image_std=tuple(getattr(processor, "image_std", None) or CLIP_STD),
+            scheduler_config={"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config},
+            zeros_for_empty_prompt=bool(pipe.config.force_zeros_for_empty_prompt),
+            device=torch.device(pipe._execution_device),
+            dtype=unet.dtype,
+            offload=offload,
+            identity=identity,
+        )
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a configuration names; `auto` is CUDA if there is one, else the CPU. Raises ConfigError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"model.device: {name!r} is no device; use auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"model.device: {name} is not there ({torch.cuda.device_count()} CUDA devices); use auto or cpu"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("model.device: mps is not there; use auto or cpu")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number format that a configuration names; `auto` is float16 on CUDA and float32 elsewhere."""
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+@contextmanager
+def _explained(model_id: str, what: str) -> Iterator[None]:
+    """Turns what loading can raise into one line that names the model."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(
+            f"model {model_id}: cannot load {what} ({reason[:200].rstrip('.')}); check the name, give a folder with safetensors, "
+            "or set HF_HOME to a cache that has it"
+        ) from error
+
+
+def _location(model_id: str) -> str:
+    """What to hand to `from_pretrained`: a folder's path, or the hub id itself."""
+    if model_id == PICTUREBOOK:
+        return str(pack_folder())
+    folder = as_folder(model_id)
+    return str(folder) if folder else model_id
+
+
+def _check_folder(model_id: str, folder: Path) -> None:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ConfigError(f"model {model_id}: no model_index.json in it; give the top folder of a diffusers SDXL model")
+    try:
+        name = str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"model {model_id}: its model_index.json cannot be read; download the model again") from None
+    if not name.startswith("StableDiffusionXL"):
+        raise ConfigError(f"model {model_id}: is a {name}, not SDXL; give an SDXL base model")
+
+
+def _load_adapter(pipe: Any, adapter: IpAdapterConfig, dtype: torch.dtype) -> None:
+    """Image encoder and IP-Adapter weights into `pipe`."""
+    if not adapter.weight_name.endswith(".safetensors"):
+        raise ConfigError(
+            f"model.ip_adapter.weight_name: {adapter.weight_name} is not a .safetensors file; choose one that is"
+        )
+    location = _location(adapter.id)
+    if pipe.image_encoder is None:
+        with _explained(adapter.id, "the image encoder of the IP-Adapter"):
+            pipe.register_modules(
+                image_encoder=CLIPVisionModelWithProjection.from_pretrained(
+                    location,
+                    subfolder=adapter.image_encoder_folder,
+                    revision=adapter.revision,
+                    dtype=dtype,
+                    use_safetensors=True,
+                )
+            )
+    with _explained(adapter.id, "the IP-Adapter"):
+        pipe.load_ip_adapter(
+            location,
+            subfolder=adapter.subfolder,
+            weight_name=adapter.weight_name,
+            image_encoder_folder=None,
+            revision=adapter.revision,
+        )
+
+
+def load_pipeline(config: ModelConfig) -> Any:
+    """The StableDiffusionXLPipeline that `config` names, on the CPU, with its IP-Adapter and VAE. Raises ConfigError."""
+    location = _location(config.id)
+    if Path(location).is_dir():
+        _check_folder(config.id, Path(location))
+    dtype = resolve_dtype(config.dtype, resolve_device(config.device))
+    extra: dict[str, Any] = {}
+    if config.vae:
+        with _explained(config.vae, "the VAE"):
+            extra["vae"] = AutoencoderKL.from_pretrained(_location(config.vae), dtype=dtype, use_safetensors=True)
+    with _explained(config.id, "it"):
+        pipe = StableDiffusionXLPipeline.from_pretrained(
+            location,
+            revision=config.revision,
+            variant=config.variant,
+            dtype=dtype,
+            use_safetensors=True,
+            add_watermarker=False,
+            **extra,
+        )
+    adapter = PACK_ADAPTER if config.id == PICTUREBOOK and config.ip_adapter is None else config.ip_adapter
+    if adapter is not None:
+        _load_adapter(pipe, adapter, dtype)
+    return pipe
+
+
+@lru_cache(maxsize=1)
+def load_models(config: ModelConfig) -> Models:
+    """The model that `config` names, ready to use. The last one stays loaded. Raises ConfigError, one line."""
+    device = resolve_device(config.device)
+    pipe = load_pipeline(config)
+    offload = config.offload == "model" and device.type != "cpu"
+    if not offload:
+        with device_faults(f"model {config.id} does not fit; set model.offload: model, or model.dtype: float16"):
+            pipe.to(device)
+    models = Models.from_pipeline(pipe, identity=model_identity(config), offload=offload)
+    if device.type == "cuda":  # convolutions in half precision want it there; on CPUs it made no measurable difference
+        models.unet.to(memory_format=torch.channels_last)
+        models.vae.to(memory_format=torch.channels_last)
+    return replace(models, device=device)

@@ -1,0 +1,196 @@
+"""Sentences about scenes: captions for whole scenes and crops, and how to read (object, colour) pairs back.
+
+The vocabulary is small and fixed (`VOCABULARY`), every sentence is shorter than 40 words, and a crop's sentence names
+only what its box shows. Knows nothing about pixels or models.
+"""
+
+from __future__ import annotations
+
+import re
+from random import Random
+
+from resmaster_stages.picturebook.scenes import (
+    COLOURS,
+    GROUNDS,
+    HEIGHT,
+    KINDS,
+    SKIES,
+    Box,
+    Drawing,
+    Scene,
+    Thing,
+    drawing,
+    sky_parts,
+)
+
+PART_WORDS: dict[str, tuple[str, ...]] = {
+    "roof": ("roof tiles", "a tiled roof"),
+    "wall": ("bricks", "a brick wall"),
+    "window": ("a window with panes", "window panes"),
+    "door": ("a wooden door", "a door with a knob"),
+    "crown": ("leaves", "leaves with veins"),
+    "trunk": ("a trunk with bark", "bark"),
+    "envelope": ("stripes and seams", "stripes"),
+    "basket": ("a woven basket",),
+    "ropes": ("ropes",),
+    "petals": ("petals with fine lines", "petals"),
+    "seeds": ("seeds", "a disk of seeds"),
+    "stem": ("a green stem", "a stem with two leaves"),
+    "sun": ("the sun",),
+    "moon": ("the moon",),
+}
+# the words by which evaluation recognises each texture
+TEXTURES = ("brick", "tile", "pane", "leaves", "bark", "stripes", "woven", "petals", "seeds", "grass", "ripples", "snow", "cobbles", "stars", "clouds")
+_GROUND_WHOLE: dict[str, tuple[str, ...]] = {
+    "meadow": ("on a green meadow", "on the grass", "in a meadow"),
+    "sand": ("on the sand", "on a sandy beach"),
+    "snow": ("in the snow", "on a snowy field"),
+    "road": ("on a cobbled road", "on the cobbles"),
+}
+_SKY_WHOLE: dict[str, tuple[str, ...]] = {
+    "day": ("under a blue sky", "on a sunny day"),
+    "sunset": ("at sunset", "under an orange sunset sky"),
+    "night": ("at night", "under a starry night sky"),
+    "cloudy": ("under a cloudy sky", "on a cloudy day"),
+}
+_GROUND_CLOSE: dict[str, tuple[str, ...]] = {
+    "meadow": ("grass blades", "blades of grass"),
+    "sand": ("sand ripples and pebbles", "sand with ripples"),
+    "snow": ("sparkling snow", "snow drifts"),
+    "road": ("cobbles", "grey cobbles"),
+}
+_SKY_CLOSE: dict[str, tuple[str, ...]] = {
+    "day": ("blue sky",),
+    "sunset": ("an orange sunset sky", "sunset sky"),
+    "night": ("a night sky with stars", "stars at night"),
+    "cloudy": ("a grey sky with clouds", "clouds"),
+}
+_WHOLE_PREFIX = ("", "", "a picture of ", "a scene with ")
+_CLOSE_PREFIX = ("close-up of ", "close-up of ", "a detail of ", "a close view of ")
+_NUMBERS = {1: "a", 2: "two", 3: "three"}
+
+
+def _noun(colour: str, kind: str, rng: Random, brick: bool = True) -> str:
+    if kind == "balloon":
+        return f"a {colour} {rng.choice(['balloon', 'hot-air balloon'])}"
+    if kind == "house" and brick and rng.random() < 0.3:
+        return f"a {colour} brick house"
+    return f"a {colour} {kind}"
+
+
+def _join(items: list[str]) -> str:
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+
+
+def _share(box: Box, within: Box) -> float:
+    """The share of `box` that lies within `within`."""
+    w = min(box[2], within[2]) - max(box[0], within[0])
+    h = min(box[3], within[3]) - max(box[1], within[1])
+    area = (box[2] - box[0]) * (box[3] - box[1])
+    return max(0.0, w) * max(0.0, h) / area if w > 0 and h > 0 else 0.0
+
+
+def visible(scene: Scene, box: Box) -> list[tuple[Thing, Drawing, float]]:
+    """What of the scene's objects `box` shows, left to right: (object, its drawing, share of the object seen).
+
+    An object counts when a quarter of it is inside, or when it fills a tenth of the box.
+    """
+    seen = []
+    for thing in sorted(scene.things, key=lambda t: t.x):
+        drawn = drawing(thing)
+        share = _share(drawn.box, box)
+        if share >= 0.25 or _share(box, drawn.box) >= 0.1:
+            seen.append((thing, drawn, share))
+    return seen
+
+
+def pairs_in(scene: Scene, box: Box | None = None) -> frozenset[tuple[str, str]]:
+    """The (kind, colour) pairs that `box` (default: the whole scene) shows."""
+    return frozenset((thing.kind, thing.colour) for thing, _, _ in visible(scene, box or scene.box))
+
+
+_PAIR = re.compile(rf"\b({'|'.join(COLOURS)}) (?:brick |hot-air )?({'|'.join(KINDS)})s?\b")
+
+
+def pairs(sentence: str) -> frozenset[tuple[str, str]]:
+    """The (kind, colour) pairs that a sentence names."""
+    return frozenset((kind, colour) for colour, kind in _PAIR.findall(sentence.lower().replace(" - ", "-")))
+
+
+def textures(sentence: str) -> frozenset[str]:
+    """The texture words (`TEXTURES`) that a sentence uses."""
+    return frozenset(word for word in TEXTURES if word in sentence.lower())
+
+
+def is_whole(scene: Scene, box: Box) -> bool:
+    """Whether a box counts as a view of the whole scene: full height and square or wider."""
+    return box[3] - box[1] > 0.85 * HEIGHT
+
+
+def caption(scene: Scene, box: Box | None = None, rng: Random | None = None) -> str:
+    """A sentence for the whole scene (no box, or a box of full height) or for what a crop box shows.
+
+    `rng` chooses the phrasing; the default depends on the scene's seed only.
+    """
+    rng = rng or Random(scene.seed)
+    box = box or scene.box
+    seen = visible(scene, box)
+    if is_whole(scene, box):
+        return _whole(scene, seen, rng)
+    return _close(scene, box, seen, rng)
+
+
+def _whole(scene: Scene, seen: list[tuple[Thing, Drawing, float]], rng: Random) -> str:
+    ground, sky = rng.choice(_GROUND_WHOLE[scene.ground]), rng.choice(_SKY_WHOLE[scene.sky])
+    if not seen:
+        return f"{rng.choice(_WHOLE_PREFIX)}an empty place {ground} {sky}"
+    items = _join([_noun(thing.colour, thing.kind, rng) for thing, _, _ in seen])
+    if rng.random() < 0.12:
+        return f"{sky}, {items} {ground}"
+    return f"{rng.choice(_WHOLE_PREFIX)}{items} {ground} {sky}"
+
+
+def _close(scene: Scene, box: Box, seen: list[tuple[Thing, Drawing, float]], rng: Random) -> str:
+    phrases = []
+    # the object that fills most of the box comes first
+    for thing, drawn, share in sorted(seen, key=lambda item: -_share(box, item[1].box)):
+        details = []
+        for part in drawn.parts:
+            if _share(part.box, box) >= 0.4 or _share(box, part.box) >= 0.15:
+                word = rng.choice(PART_WORDS[part.name])
+                if word not in details and not (part.name == "window" and any("pane" in d for d in details)):
+                    details.append(word)
+        limit = 3 if len(seen) == 1 else 2 if len(phrases) < 2 else 1
+        details = details[:limit] if rng.random() < 0.7 else rng.sample(details, min(limit, len(details)))
+        noun = _noun(thing.colour, thing.kind, rng, brick=False)
+        if not details:
+            phrases.append(f"part of {noun}")
+        elif share >= 0.6:
+            phrases.append(f"{noun} with {_join(details)}")
+        else:
+            phrases.append(f"{_join(details)} of {noun}")
+    sky_share = max(0.0, min(box[3], scene.horizon) - box[1]) / (box[3] - box[1])
+    around = []
+    if sky_share > 0.15:
+        sky = rng.choice(_SKY_CLOSE[scene.sky])
+        lights = [PART_WORDS[p.name][0] for p in sky_parts(scene) if _share(p.box, box) > 0.5]
+        around.append(f"{sky} with {lights[0]}" if lights and "with" not in sky else sky)
+    if sky_share < 0.85:
+        around.append(rng.choice(_GROUND_CLOSE[scene.ground]))
+    prefix = rng.choice(_CLOSE_PREFIX)
+    if not phrases:
+        return f"{prefix}{_join(around)}"
+    if not around:
+        return f"{prefix}{', and '.join(phrases)}"
+    return f"{prefix}{', and '.join(phrases)}, {rng.choice(['before', 'around it'])} {_join(around)}"
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Every word and punctuation mark that captions can contain, sorted."""
+    texts: list[str] = [*COLOURS, *KINDS, *(k + "s" for k in KINDS), *GROUNDS, *SKIES, *_WHOLE_PREFIX, *_CLOSE_PREFIX]
+    texts += [*_NUMBERS.values(), "hot-air brick and of part with before around it an empty place , . the without no"]
+    texts += ["left right above below next to small big large old new photo painting drawing blurry sharp detailed"]
+    for table in (PART_WORDS, _GROUND_WHOLE, _SKY_WHOLE, _GROUND_CLOSE, _SKY_CLOSE):
+        for phrases in table.values():
+            texts += phrases
+    return tuple(sorted({word for text in texts for word in re.findall(r"[a-z]+|[^a-z\s]", text)}))

@@ -1,0 +1,172 @@
+"""Measure the pack, each number beside its aim, and write them to the pack's card: `python -m resmaster_stages.picturebook.evaluate`.
+
+Held-out photos come from seeds that training never saw, so they are drawn here. Measures:
+VAE round trip (PSNR, dB); CLIP retrieval (share of photos whose own caption ranks first of 64); captioner (micro F1 of
+(kind, colour) pairs, and of texture words on close-ups, on sharp and on degraded photos); text to image (share of
+prompted pairs that the captioner finds in generated scenes, divided by the same share in real drawings of the prompts).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, GitForCausalLM
+
+from resmaster_stages.picturebook import captions, data, scenes, train_captioner, train_clip, train_vae
+from resmaster_stages.picturebook.data import PhotoSet, degrade, to_float
+from resmaster_stages.picturebook.export import PACK
+from resmaster_stages.picturebook.train_clip import small_pixels
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number and what it should reach."""
+
+    name: str
+    value: float
+    aim: float
+
+    def __str__(self) -> str:
+        verdict = "met" if self.value >= self.aim else "NOT MET"
+        return f"{self.name:<58} {self.value:7.3f}   aim {self.aim:7.3f}   {verdict}"
+
+
+def held_out(count: int, seed: int = data.HELD_OUT_SEED) -> tuple[PhotoSet, list[data.Photo]]:
+    """Draw `count` held-out photos (needs resvg_py)."""
+    photos = [data.make_photo(seed + i) for i in range(count)]
+    pixels = torch.stack([torch.from_numpy(data.draw(p).copy()).permute(2, 0, 1) for p in photos])
+    drawn = PhotoSet(
+        pixels,
+        torch.tensor([p.time_ids for p in photos]),
+        [p.caption for p in photos],
+        [captions.pairs_in(p.scene, p.box) for p in photos],
+        torch.tensor([captions.is_whole(p.scene, p.box) for p in photos]),
+    )
+    return drawn, photos
+
+
+def micro_f1(found: list[frozenset[Any]], wanted: list[frozenset[Any]]) -> float:
+    """F1 over all items of all sets."""
+    hits = sum(len(a & b) for a, b in zip(found, wanted))
+    total = sum(map(len, found)) + sum(map(len, wanted))
+    return 2 * hits / total if total else 1.0
+
+
+def describe_all(captioner: GitForCausalLM, pixels: Tensor, batch: int = 64) -> list[str]:
+    """Captions of uint8 [N, 3, 128, 128]."""
+    return [s for p in pixels.split(batch) for s in train_captioner.describe(captioner, to_float(small_pixels(p)))]
+
+
+def _degraded(pixels: Tensor, rng: Random) -> Tensor:
+    blurred = degrade(to_float(pixels), rng, share=1.0, factors=(2.0, 4.0))
+    return blurred.add(1).mul(127.5).round().clamp(0, 255).byte()
+
+
+def captioner_measures(captioner: GitForCausalLM, photos: PhotoSet) -> list[Measure]:
+    """F1 of pairs on all photos and of texture words on close-ups, sharp and degraded (2x to 4x)."""
+    out = []
+    close = [i for i in range(len(photos)) if not photos.whole[i]]
+    for name, pixels in (("sharp", photos.pixels), ("degraded 2-4x", _degraded(photos.pixels, Random(5)))):
+        said = describe_all(captioner, pixels)
+        pairs = [captions.pairs(s) for s in said]
+        out.append(Measure(f"captioner F1 of (object, colour), {name}", micro_f1(pairs, photos.pairs), 0.85))
+        found = [captions.textures(said[i]) for i in close]
+        wanted = [captions.textures(photos.captions[i]) for i in close]
+        out.append(Measure(f"captioner F1 of texture words on close-ups, {name}", micro_f1(found, wanted), 0.85))
+    return out
+
+
+@torch.no_grad()
+def paint(
+    pipe: StableDiffusionXLPipeline, prompts: list[str], seed: int = 0, steps: int = 20, guidance: float = 5.0, batch: int = 16
+) -> list[Image.Image]:
+    """Native-size images of prompts; the seed of an image depends on its place in the list only."""
+    images: list[Image.Image] = []
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        images += pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=generators).images
+    return images
+
+
+def as_pixels(images: list[Image.Image]) -> Tensor:
+    """uint8 [N, 3, h, w]."""
+    return torch.stack([torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).view(i.height, i.width, 3).permute(2, 0, 1) for i in images])
+
+
+def text_to_image_measures(pipe: StableDiffusionXLPipeline, captioner: GitForCausalLM, count: int, guidance: float) -> list[Measure]:
+    """Prompted pairs found by the captioner in generated scenes, relative to real drawings of the same scenes."""
+    from resmaster_stages.picturebook.render import render
+
+    drawn, prompts, wanted = [], [], []
+    seed = 0
+    while len(prompts) < count:
+        scene = scenes.make_scene(950_000_000 + seed)
+        seed += 1
+        if scene.width == scenes.HEIGHT:
+            drawn.append(render(scene, data.NATIVE_PX, data.NATIVE_PX))
+            prompts.append(captions.caption(scene))
+            wanted.append(captions.pairs_in(scene))
+    total = sum(map(len, wanted))
+
+    def recall(images: list[Image.Image]) -> float:
+        said = describe_all(captioner, as_pixels(images))
+        return sum(len(captions.pairs(s) & w) for s, w in zip(said, wanted)) / total
+
+    real, generated = recall(drawn), recall(paint(pipe, prompts, seed=100, guidance=guidance))
+    return [
+        Measure("pairs found in real drawings of the prompts", real, 0.85),
+        Measure("pairs found in generated scenes", generated, 0.6),
+        Measure("text-to-image agreement (generated / real)", generated / max(real, 1e-6), 0.75),
+    ]
+
+
+def evaluate(pack: Path = PACK, photos: int = 512, scenes_generated: int = 64, guidance: float = 5.0) -> list[Measure]:
+    """All measures of a pack on disk."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(pack, local_files_only=True).to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    vae: AutoencoderKL = pipe.vae
+    text: CLIPTextModelWithProjection = pipe.text_encoder_2
+    image: CLIPVisionModelWithProjection = pipe.image_encoder
+    captioner = GitForCausalLM.from_pretrained(pack / "captioner", local_files_only=True).float().eval()
+    found, made = held_out(photos)
+    crisp = torch.tensor([p.render_px == data.NATIVE_PX for p in made])
+    out = [
+        Measure("VAE round trip, whole scenes, PSNR in dB", train_vae.psnr(vae, found.pixels[crisp & found.whole]), 27.0),
+        Measure("VAE round trip, close-ups, PSNR in dB", train_vae.psnr(vae, found.pixels[crisp & ~found.whole]), 27.0),
+        Measure("CLIP retrieval, own caption first of 64", train_clip.retrieval(text, image, found), 0.70),
+    ]
+    out += captioner_measures(captioner, found)
+    out += text_to_image_measures(pipe, captioner, scenes_generated, guidance)
+    return out
+
+
+def main() -> None:
+    """Print the measures and record them in the card."""
+    parser = argparse.ArgumentParser(prog="python -m resmaster_stages.picturebook.evaluate", description=__doc__)
+    parser.add_argument("--pack", type=Path, default=PACK)
+    parser.add_argument("--photos", type=int, default=512, help="held-out photos (a multiple of 64)")
+    parser.add_argument("--scenes", type=int, default=64, help="scenes to generate")
+    parser.add_argument("--guidance", type=float, default=5.0)
+    args = parser.parse_args()
+    measures = evaluate(args.pack, args.photos, args.scenes, args.guidance)
+    for measure in measures:
+        print(measure)
+    path = args.pack / "card.json"
+    card: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    card["measures"] = {m.name: {"value": round(m.value, 4), "aim": m.aim} for m in measures}
+    card["measured_on"] = {"held_out_photos": args.photos, "generated_scenes": args.scenes, "guidance": args.guidance, "steps": 20}
+    path.write_text(json.dumps(card, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

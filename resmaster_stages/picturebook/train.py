@@ -1,0 +1,81 @@
+"""One command trains the whole picturebook: `python -m resmaster_stages.picturebook.train`.
+
+Stages, in order: render, vae, clip, captioner, unet, export. Each resumes from its last checkpoint in the work folder.
+The defaults are the recipe of the shipped pack; budgets are wall-clock seconds on 2 CPU cores (or steps, if given).
+Where CPU cores are shared, VAE and UNet train faster as one-thread processes:
+`torchrun --nproc_per_node 2 -m resmaster_stages.picturebook.train --stages vae,unet --threads 1`.
+`touch WORK/STOP-UNET` (or STOP-VAE, STOP-CLIP, STOP-CAPTIONER) starts that stage's final decay early.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from resmaster_stages.picturebook import data, train_captioner, train_clip, train_unet, train_vae
+from resmaster_stages.picturebook.training import Budget
+
+STAGES = ("render", "vae", "clip", "captioner", "unet", "export")
+RECIPE: dict[str, Budget] = {
+    "vae": Budget(seconds=2700, decay=0.3),
+    "clip": Budget(seconds=1000, decay=0.6),
+    "captioner": Budget(seconds=600, decay=0.6),
+    "unet": Budget(seconds=4200, decay=0.3),
+}
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m resmaster_stages.picturebook.train", description=__doc__)
+    parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated, default all")
+    parser.add_argument("--work", type=Path, default=Path("train"), help="photos, caches and checkpoints")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--photos", type=int, default=32_000)
+    parser.add_argument("--processes", type=int, default=2, help="for drawing photos")
+    parser.add_argument("--threads", type=int, default=None, help="torch threads")
+    for stage, budget in RECIPE.items():
+        parser.add_argument(f"--{stage}-seconds", type=float, default=budget.seconds)
+        parser.add_argument(f"--{stage}-steps", type=int, default=None, help="instead of seconds")
+    return parser.parse_args()
+
+
+def budget_of(stage: str, args: argparse.Namespace) -> Budget:
+    """The recorded budget of a stage with the command line's seconds or steps."""
+    recorded = RECIPE[stage]
+    return Budget(
+        seconds=getattr(args, f"{stage}_seconds"),
+        steps=getattr(args, f"{stage}_steps"),
+        warmup_steps=recorded.warmup_steps,
+        decay=recorded.decay,
+        decay_seconds_on_stop=recorded.decay_seconds_on_stop,
+    )
+
+
+def main() -> None:
+    """Run the chosen stages in order."""
+    args = _arguments()
+    stages = args.stages.split(",")
+    unknown = sorted(set(stages) - set(STAGES))
+    if unknown:
+        raise SystemExit(f"Unknown stage {', '.join(unknown)}; choose from {', '.join(STAGES)}.")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    for stage in STAGES:
+        if stage not in stages:
+            continue
+        if stage == "render":
+            data.draw_photos(args.work / "held-out", 1000, args.processes, data.HELD_OUT_SEED)
+            data.draw_photos(args.work / "photos", args.photos, args.processes)
+        elif stage == "export":
+            from resmaster_stages.picturebook.export import export
+
+            export(args.work)
+        else:
+            train = {"vae": train_vae, "clip": train_clip, "captioner": train_captioner, "unet": train_unet}[stage].train
+            train(args.work, budget_of(stage, args), device=args.device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""Stage 1: prompts, or the user's own images, become an immutable plan of samples.
+
+Reads .txt (one prompt per line), .csv, .jsonl and .parquet (column `prompt`, optional `negative_prompt`), and images.
+Knows nothing about what is made of them.
+
+Invariants:
+- A file that cannot be read at all is a UserError that names file and line; a single bad prompt is rejected with a reason.
+- The same prompts give the same keys in the same order, whatever was planned before; what is planned stays planned.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from resmaster_stages.config import DatasetConfig
+from resmaster_stages.errors import PlanError, SampleError, UserError
+from resmaster_stages.identity import image_key, normalise_prompt, prompt_key
+from resmaster_stages.storage.dataset import RACES, Dataset
+from resmaster_stages.storage.filesystem import explained, without_credentials
+from resmaster_stages.storage.images import find_images, image_size
+from resmaster_stages.storage.plan import Plan, Rejected, SampleSpec, append_generation, find_plan
+
+MAX_PROMPT_CHARACTERS = 2000
+SHOWN_CHARACTERS = 80
+SUFFIXES = (".txt", ".csv", ".jsonl", ".parquet")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RawPrompt:
+    """A prompt as it stands in a file: where, and its values, which may be anything."""
+
+    source: str
+    prompt: Any
+    negative_prompt: Any = None
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a configuration asks for: samples without duplicates, in order, and what was turned down."""
+
+    samples: tuple[SampleSpec, ...]
+    rejected: tuple[Rejected, ...]
+    duplicates: int
+
+
+def ingest(dataset: Dataset, config: DatasetConfig) -> Plan:
+    """Plan all samples that `config` asks for and the dataset does not have yet; a second call changes nothing.
+
+    Samples that the source no longer gives stay planned. Raises UserError for a source that cannot be read.
+    """
+    plan = find_plan(dataset.folder)
+    if plan.generations and not config.prompts and not config.images:
+        return plan
+    draft = draft_samples(config)
+    for _ in range(RACES):
+        known = plan.keys()
+        new = [sample for sample in draft.samples if sample.key not in known]
+        gone = len(known) - (len(draft.samples) - len(new))
+        if gone:
+            log.warning("%s: %d planned samples are no longer asked for; the plan keeps them", dataset.url, gone)
+        if not new:
+            return plan
+        won = append_generation(plan, new, config.samples_per_shard, draft.rejected, draft.duplicates)
+        plan = find_plan(dataset.folder)
+        if won:
+            log.info("%s: planned %d new samples, %d rejected", dataset.url, len(new), len(draft.rejected))
+            return plan
+    raise PlanError(f"{dataset.url}: other processes keep planning the same dataset; run one at a time")
+
+
+def draft_samples(config: DatasetConfig) -> Draft:
+    """The samples that `config` asks for, from its prompts or images; writes nothing.
+
+    Raises UserError for a source that cannot be read, PlanError if it gives no usable sample.
+    """
+    rejected: list[Rejected] = []
+    if config.images:
+        specs = _specs_of_images(config, rejected)
+    elif config.prompts:
+        specs = _specs_of_prompts(config, rejected)
+    else:
+        raise PlanError("nothing to plan: give prompts or images in the configuration, or --prompts or --images")
+    source = config.images or config.prompts
+    unique: dict[str, SampleSpec] = {}
+    duplicates = inputs = 0
+    for replicas in specs:
+        if config.limit is not None and inputs >= config.limit:
+            break
+        fresh = [spec for spec in replicas if spec.key not in unique]
+        if not fresh:
+            duplicates += 1
+            continue
+        inputs += 1
+        unique |= {spec.key: spec for spec in fresh}
+    if not unique:
+        first = f"; first: {rejected[0]}" if rejected else ""
+        raise PlanError(f"{without_credentials(str(source))}: nothing usable in it{first}")
+    return Draft(tuple(unique.values()), tuple(rejected), duplicates)
+
+
+def _specs_of_prompts(config: DatasetConfig, rejected: list[Rejected]) -> Iterator[list[SampleSpec]]:
+    """The replicas of each good prompt; bad ones go to `rejected`."""
+    height, width = _base_size(config)
+    for raw in read_prompts(str(config.prompts)):
+        negative = "" if raw.negative_prompt is None else raw.negative_prompt
+        reason = why_unusable(raw.prompt)
+        if reason is None and negative != "" and (reason := why_unusable(negative, may_be_empty=True)):
+            reason = f"negative prompt: {reason}"
+        if reason is not None:
+            rejected.append(_rejection(raw.source, raw.prompt, reason))
+            continue
+        prompt, negative = normalise_prompt(raw.prompt), normalise_prompt(negative)
+        yield [
+            SampleSpec(prompt_key(prompt, negative, height, width, replica), prompt, negative, height, width, replica)
+            for replica in range(config.replicas)
+        ]
+
+
+def _specs_of_images(config: DatasetConfig, rejected: list[Rejected]) -> Iterator[list[SampleSpec]]:
+    """The replicas of each readable image; bad ones go to `rejected`."""
+    for image in find_images(str(config.images)):
+        reason = why_unusable(image.prompt, may_be_empty=True)
+        if reason is not None:
+            rejected.append(_rejection(image.source, image.prompt, f"its prompt: {reason}"))
+            continue
+        try:
+            height, width = image_size(image.data, image.source)
+        except SampleError as error:
+            rejected.append(Rejected(image.source, "", str(error).removeprefix(f"{image.source}: ")))
+            continue
+        prompt = normalise_prompt(image.prompt)
+        yield [
+            SampleSpec(image_key(image.data, prompt, replica), prompt, "", height, width, replica, image.source)
+            for replica in range(config.replicas)
+        ]
+
+
+def _base_size(config: DatasetConfig) -> tuple[int, int]:
+    """(height, width) in px of the low-res images; the model's native size where the configuration gives none."""
+    height, width = config.low_res.height, config.low_res.width
+    if height is None or width is None:
+        from resmaster_stages.models.geometry import native_px
+
+        native = native_px(config.model)
+        height, width = height or native, width or native
+    return height, width
+
+
+def why_unusable(text: Any, may_be_empty: bool = False) -> str | None:
+    """Why a value cannot be a prompt, in a few words; None if it can."""
+    if not isinstance(text, str):
+        return "not text"
+    kinds = {unicodedata.category(character) for character in text if not character.isspace()}
+    if "Cc" in kinds:
+        return "control characters"
+    if "Cs" in kinds:
+        return "not valid Unicode"
+    if len(text) > MAX_PROMPT_CHARACTERS and len(normalise_prompt(text)) > MAX_PROMPT_CHARACTERS:
+        return f"longer than {MAX_PROMPT_CHARACTERS} characters"
+    if not may_be_empty and kinds <= {"Cf"}:  # blank, or nothing but invisible format characters
+        return "empty"
+    return None
+
+
+def _rejection(source: str, value: Any, reason: str) -> Rejected:
+    text = (value if isinstance(value, str) else repr(value))[:SHOWN_CHARACTERS]
+    return Rejected(source, text.encode("utf-8", "replace").decode(), reason)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def read_prompts(path: str) -> Iterator[RawPrompt]:
+    """The prompts of a file, as they stand there, with their line. `path` may be any fsspec URL.
+
+    Raises UserError for a missing, empty, binary or malformed file, naming the line where there is one.
+    """
+    place = without_credentials(path)
+    suffix = "." + path.rsplit(".", 1)[-1].lower() if "." in path.rsplit("/", 1)[-1] else ""
+    if suffix not in SUFFIXES:
+        raise UserError(f"{place}: unknown kind of prompts file; known: {', '.join(SUFFIXES)}")
+    try:
+        with explained(path), fsspec.open(path, "rb") as file:
+            data: bytes = file.read()
+    except FileNotFoundError:
+        raise UserError(f"{place}: no such prompts file; check the path") from None
+    except ValueError as error:
+        raise UserError(f"{place}: cannot be opened ({error}); give a path or an s3:// URL") from None
+    if not data.strip():
+        raise UserError(f"{place}: the prompts file is empty; write at least one prompt into it")
+    if suffix == ".parquet":
+        return _from_parquet(data, place)
+    text = _decode(data, place)
+    if suffix == ".csv":
+        return _from_csv(text, place)
+    return _from_jsonl(text, place) if suffix == ".jsonl" else _from_text(text, place)
+
+
+def _decode(data: bytes, place: str) -> str:
+    """A prompts file as text. Raises UserError naming the first line that is not."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{place}: line {line}: not UTF-8 text; save the file as UTF-8") from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"{place}: line {line}: not a text file (it holds NUL bytes); save the prompts as UTF-8 text")
+    return text
+
+
+def _from_text(text: str, place: str) -> Iterator[RawPrompt]:
+    for number, line in enumerate(io.StringIO(text), start=1):
+        if line.strip():
+            yield RawPrompt(f"{place}:{number}", line.rstrip("\r\n"))
+
+
+def _from_csv(text: str, place: str) -> Iterator[RawPrompt]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, restkey="")
+    try:
+        _check_columns([name.strip() for name in reader.fieldnames or []], place)
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        for row in reader:
+            if row.get(""):
+                message = "more cells than columns; put prompts that hold commas in double quotes"
+                raise UserError(f"{place}: line {reader.line_num}: {message}")
+            yield RawPrompt(f"{place}:{reader.line_num}", row["prompt"] or "", row.get("negative_prompt"))
+    except csv.Error as error:
+        raise UserError(f"{place}: line {reader.reader.line_num}: not valid CSV ({error})") from None
+
+
+def _from_jsonl(text: str, place: str) -> Iterator[RawPrompt]:
+    for number, line in enumerate(io.StringIO(text), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            message = 'not valid JSON; each line is one object such as {"prompt": "..."}'
+            raise UserError(f"{place}: line {number}: {message} ({reason})") from None
+        if not isinstance(row, dict) or "prompt" not in row:
+            raise UserError(f'{place}: line {number}: no "prompt"; each line is one object such as {{"prompt": "..."}}')
+        yield RawPrompt(f"{place}:{number}", row["prompt"], row.get("negative_prompt"))
+
+
+def _from_parquet(data: bytes, place: str) -> Iterator[RawPrompt]:
+    try:
+        file = pq.ParquetFile(io.BytesIO(data))
+        names = file.schema_arrow.names
+        _check_columns(names, place)
+        columns = [name for name in ("prompt", "negative_prompt") if name in names]
+        rows: Iterable[dict[str, Any]] = file.read(columns=columns).to_pylist()
+    except pa.ArrowException as error:
+        first_line = str(error).split("\n", 1)[0]
+        raise UserError(f"{place}: not a readable Parquet file ({first_line}); write it again") from None
+    for number, row in enumerate(rows, start=1):
+        yield RawPrompt(f"{place}: row {number}", row["prompt"], row.get("negative_prompt"))
+
+
+def _check_columns(names: list[str], place: str) -> None:
+    if "prompt" not in names:
+        shown = ", ".join(names) or "none"
+        raise UserError(f"{place}: has no column 'prompt' (found: {shown}); name the column with the prompts so")

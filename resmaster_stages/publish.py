@@ -1,0 +1,266 @@
+"""What readers use: the manifest, the index of shards and the dataset card, from commit records only.
+
+Knows nothing about models, and computes nothing about images: qualities come from the quality stage's tables.
+
+Invariants:
+- Every key occurs at most once.
+- Only shards committed in every stage are published; the card says how many are still missing.
+- Equal commits give equal files: no time or host is in them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from resmaster_stages.config import DatasetConfig, Stage
+from resmaster_stages.errors import ShardError
+from resmaster_stages.stage import stage_hashes
+from resmaster_stages.storage import layout
+from resmaster_stages.storage.commit import Receipt, list_commits
+from resmaster_stages.storage.dataset import Dataset
+from resmaster_stages.storage.plan import Plan, read_plan
+from resmaster_stages.storage.shards import Entry, read_index
+from resmaster_stages.storage.tables import MANIFEST_SCHEMA, QUALITY_SCHEMA, decode_table, encode_table
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What was published."""
+
+    samples: int
+    """Samples that survived every stage."""
+    shards: int
+    """Shards committed in every stage."""
+    shards_missing: int
+    """Planned shards that are not."""
+    failures: dict[Stage, int]
+    """Stage -> samples that failed in it, in published shards."""
+
+
+def write_manifest(dataset: Dataset, config: DatasetConfig | None = None) -> Publication:
+    """Write manifest.parquet, index.json and README.md of what is committed, replacing older ones.
+
+    Raises ShardError if an object is gone or damaged, or if a key occurs twice.
+    """
+    config = config or dataset.config
+    plan = read_plan(dataset.folder)
+    hashes = stage_hashes(config)
+    commits = {stage: list_commits(dataset.folder, stage, own_hash) for stage, own_hash in hashes.items()}
+    complete = sorted(set(range(plan.shards)).intersection(*(found.keys() for found in commits.values())))
+    rows: list[dict[str, Any]] = []
+    shard_list: list[dict[str, Any]] = []
+    failures: dict[Stage, int] = dict.fromkeys(hashes, 0)
+    for shard in complete:
+        receipts = {stage: found[shard] for stage, found in commits.items()}
+        rows += _manifest_rows(dataset, plan, shard, receipts)
+        high_res = receipts["high_res"]
+        if high_res.samples_ok:  # an empty tar would only make readers stumble
+            tar = high_res.objects[0]
+            shard_list.append({"url": tar.name, "nsamples": high_res.samples_ok, "filesize": tar.bytes})
+        for stage, receipt in receipts.items():
+            failures[stage] += receipt.samples_failed
+    if len({row["key"] for row in rows}) != len(rows):
+        seen: set[str] = set()
+        twice = next(row["key"] for row in rows if row["key"] in seen or seen.add(row["key"]))  # type: ignore[func-returns-value]
+        raise ShardError(f"{dataset.url}: sample {twice} occurs twice; restore the folder plan/ from a copy")
+    published = Publication(len(rows), len(complete), plan.shards - len(complete), failures)
+    index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": config.name, "shardlist": shard_list}
+    card = dataset_card(config, plan, rows, published, total_bytes=sum(item["filesize"] for item in shard_list))
+    dataset.folder.write(layout.MANIFEST, encode_table(rows, MANIFEST_SCHEMA))
+    dataset.folder.write(layout.INDEX, (json.dumps(index, indent=1) + "\n").encode())
+    dataset.folder.write(layout.CARD, card.encode())
+    return published
+
+
+def _manifest_rows(
+    dataset: Dataset, plan: Plan, shard: int, receipts: dict[Stage, Receipt]
+) -> Iterator[dict[str, Any]]:
+    """The manifest's rows of one shard, in the plan's order."""
+    low_res, high_res, quality = receipts["low_res"], receipts["high_res"], receipts["quality"]
+    captions = receipts.get("captions")
+    low_entries, high_entries = _index(dataset, low_res), _index(dataset, high_res)
+    qualities = {row["key"]: row for row in _quality_rows(dataset, quality)}
+    failed = {key for receipt in receipts.values() for key in receipt.failed_keys}
+    for sample in plan.read(shard):
+        if sample.key in failed:
+            continue
+        for found, receipt in ((low_entries, low_res), (high_entries, high_res), (qualities, quality)):
+            if sample.key not in found:
+                raise ShardError(
+                    f"{receipt.objects[0].name}: lacks sample {sample.key}, which its commit record counts"
+                )
+        low_member = low_entries[sample.key].image[1]
+        high_member = high_entries[sample.key].image[1]
+        yield {
+            **qualities[sample.key],
+            "key": sample.key,
+            "index": sample.index,
+            "shard": shard,
+            "replica": sample.replica,
+            "prompt": sample.prompt,
+            "negative_prompt": sample.negative_prompt,
+            "source": sample.source,
+            "high_res_object": high_res.objects[0].name,
+            "high_res_member": high_member.name,
+            "high_res_offset": high_member.offset,
+            "high_res_bytes": high_member.size,
+            "low_res_object": low_res.objects[0].name,
+            "low_res_member": low_member.name,
+            "low_res_offset": low_member.offset,
+            "low_res_bytes": low_member.size,
+            "low_res_height": sample.height,
+            "low_res_width": sample.width,
+            "captions_object": captions.objects[0].name if captions else None,
+            "low_res_hash": low_res.stage_hash,
+            "captions_hash": captions.stage_hash if captions else None,
+            "high_res_hash": high_res.stage_hash,
+            "quality_hash": quality.stage_hash,
+        }
+
+
+def _index(dataset: Dataset, receipt: Receipt) -> dict[str, Entry]:
+    """The samples of a committed tar by key, reading only its headers."""
+    name = receipt.objects[0].name
+    try:
+        with dataset.folder.open(name) as file:
+            return {entry.key: entry for entry in read_index(file, name)}
+    except FileNotFoundError as error:
+        raise ShardError(_gone(dataset, receipt)) from error
+
+
+def _quality_rows(dataset: Dataset, receipt: Receipt) -> list[dict[str, Any]]:
+    name = receipt.objects[0].name
+    try:
+        rows: list[dict[str, Any]] = decode_table(dataset.folder.read(name), QUALITY_SCHEMA, name).to_pylist()
+    except FileNotFoundError as error:
+        raise ShardError(_gone(dataset, receipt)) from error
+    return rows
+
+
+def _gone(dataset: Dataset, receipt: Receipt) -> str:
+    record = dataset.folder.url_of(layout.commit(receipt.stage, receipt.stage_hash, receipt.shard))
+    return f"{receipt.objects[0].name} is gone; delete {record}, then run: resmaster repair {dataset.url}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the card
+
+
+def dataset_card(
+    config: DatasetConfig, plan: Plan, rows: list[dict[str, Any]], published: Publication, total_bytes: int
+) -> str:
+    """The dataset's README.md: a YAML header as dataset hubs read it, facts, and code that reads the dataset."""
+    sizes = sorted({(row["height"], row["width"]) for row in rows})
+    flagged = sum(bool(row["flags"]) for row in rows)
+    facts = [
+        ("Samples", f"{published.samples:,}"),
+        ("Shards", f"{published.shards:,}" + (f" ({published.shards_missing:,} still missing)" * bool(published.shards_missing))),
+        ("High-resolution images", f"{_size_range(sizes)} px, {_bytes(total_bytes)}"),
+        ("Low-resolution images", "the user's own" if config.images else f"generated by `{_model(config)}`"),
+        ("Upscaled by", f"`{config.upscale.method}`, scale {config.upscale.scale:g}, model `{_model(config)}`"),
+        ("Failed samples", ", ".join(f"{stage}: {count}" for stage, count in published.failures.items())),
+        ("Flagged by the quality stage", f"{flagged:,} (kept; see the column `flags`)"),
+        ("Inputs rejected or repeated", f"{sum(g.rejected_count for g in plan.generations):,} rejected, "
+         f"{sum(g.duplicates for g in plan.generations):,} repeated"),
+        ("Base seed", str(config.seed)),
+    ]  # fmt: skip
+    return CARD.format(
+        name=config.name,
+        size_category=_size_category(published.samples),
+        facts="\n".join(f"| {name} | {value} |" for name, value in facts),
+        captions=CAPTIONS_LINE if config.upscale.uses_captions() else "",
+    )
+
+
+CAPTIONS_LINE = "| `captions/*.parquet` | one caption per patch, with its pixel box (y0, x0, y1, x1; half-open) |\n"
+
+CARD = """\
+---
+pretty_name: {name}
+size_categories:
+- {size_category}
+task_categories:
+- text-to-image
+- image-to-image
+tags:
+- synthetic
+- high-resolution
+- webdataset
+---
+
+# {name}
+
+High-resolution images with their low-resolution originals, prompts and quality measures, made by ResMaster Pipeline.
+
+| | |
+|---|---|
+{facts}
+
+## Files
+
+Follow `index.json` or `manifest.parquet`, not folder listings: folders may hold leftovers of interrupted attempts.
+
+| File | Content |
+|---|---|
+| `manifest.parquet` | one row per sample: prompt, where its images lie, sizes, quality |
+| `index.json` | the shards of high-resolution images |
+| `high_res/*.tar`, `low_res/*.tar` | WebDataset shards: `KEY.webp` or `KEY.png`, `KEY.json`, `KEY.txt` (the prompt) |
+{captions}| `quality/*.parquet` | the quality measures, also in the manifest |
+
+## Reading it
+
+All samples, with webdataset (run it in this folder):
+
+```python
+import json
+
+import webdataset as wds
+
+shards = [shard["url"] for shard in json.load(open("index.json"))["shardlist"]]
+for sample in wds.WebDataset(shards, shardshuffle=False).decode("pil"):
+    image, prompt = sample.get("webp", sample.get("png")), sample["txt"]
+```
+
+Chosen samples, with pyarrow and one range read each:
+
+```python
+import io
+
+import pyarrow.parquet as pq
+from PIL import Image
+
+for row in pq.read_table("manifest.parquet", filters=[("agreement_psnr", ">", 20)]).to_pylist():
+    with open(row["high_res_object"], "rb") as shard:
+        shard.seek(row["high_res_offset"])
+        image = Image.open(io.BytesIO(shard.read(row["high_res_bytes"])))
+```
+"""
+
+
+def _model(config: DatasetConfig) -> str:
+    revision = config.model.revision
+    return f"{config.model.id}@{revision}" if revision else config.model.id
+
+
+def _size_range(sizes: list[tuple[int, int]]) -> str:
+    """Sizes (height, width) as width x height, the smallest and the largest."""
+    shown = [f"{width}x{height}" for height, width in sizes]
+    return "no" if not shown else shown[0] if len(shown) == 1 else f"{shown[0]} to {shown[-1]}"
+
+
+def _bytes(count: int) -> str:
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def _size_category(samples: int) -> str:
+    """The size category that dataset hubs use."""
+    limits = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
+    return next((name for limit, name in limits if samples < limit), "n>1M")

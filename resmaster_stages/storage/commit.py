@@ -1,0 +1,157 @@
+"""The commit protocol: produce locally, validate, upload under attempt-unique names, then ONE conditional create.
+
+Knows nothing about what is inside the objects.
+
+Invariants:
+- A commit record is written by exactly one attempt and never changed; it names all its objects with sha256 and size.
+- Readers follow commit records; what no record names does not exist for them.
+- A loser deletes its own objects only, which no record names; while it is unknown who won, nothing is deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from resmaster_stages.config import Stage
+from resmaster_stages.errors import ShardError
+from resmaster_stages.storage import layout
+from resmaster_stages.storage.filesystem import Folder, sha256_of
+
+
+def new_attempt() -> str:
+    """A fresh attempt id: 8 hex digits, random."""
+    return uuid.uuid4().hex[:8]
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """A file in the dataset's folder that never changes."""
+
+    name: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a commit record says."""
+
+    stage: Stage
+    stage_hash: str
+    shard: int
+    attempt: str
+    generation: int
+    """Generation of the plan that the shard belongs to."""
+    samples_ok: int
+    samples_failed: int
+    failed_keys: tuple[str, ...]
+    """Samples that failed in this stage; the ledger says why."""
+    keys_digest: str
+    """sha256 of the keys that succeeded, in order."""
+    upstream: dict[str, str]
+    """Upstream stage -> its attempt."""
+    objects: tuple[StoredObject, ...] = ()
+    ledger: str | None = None
+    """Name of the error ledger of this attempt."""
+    seconds: float = 0.0
+    """Time to compute."""
+    finished_at: str = ""
+    """UTC, ISO 8601."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Volatile facts: versions, host, device."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Receipt:
+        """The inverse of `to_json`. Raises KeyError or TypeError."""
+        objects = tuple(StoredObject(**item) for item in values["objects"])
+        return cls(**{**values, "objects": objects, "failed_keys": tuple(values["failed_keys"])})
+
+
+def commit(folder: Folder, receipt: Receipt, files: Sequence[tuple[str, Path]], ledger: bytes | None) -> Receipt:
+    """Upload `files` (name in the dataset, validated local file) and commit `receipt` with them.
+
+    `ledger` is the content of this attempt's error ledger, if samples failed.
+    Returns the receipt that counts: ours, or that of the attempt that won the race.
+    """
+    stored = tuple(StoredObject(name, sha256_of(path), path.stat().st_size) for name, path in files)
+    ledger_name = layout.ledger(receipt.stage, receipt.shard, receipt.attempt) if ledger is not None else None
+    receipt = replace(receipt, objects=stored, ledger=ledger_name)
+    own = [name for name, _ in files] + ([ledger_name] if ledger_name else [])
+    try:
+        if ledger is not None and ledger_name:
+            folder.write(ledger_name, ledger)
+        for name, path in files:
+            folder.upload(name, path)
+    except Exception:
+        _discard(folder, own)
+        raise
+    name = layout.commit(receipt.stage, receipt.stage_hash, receipt.shard)
+    text = json.dumps(receipt.to_json(), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    try:
+        folder.create(name, text.encode())
+    except FileExistsError as error:
+        winner = read_commit(folder, receipt.stage, receipt.stage_hash, receipt.shard)
+        if winner is None:
+            raise ShardError(f"{folder.url_of(name)}: was there and is gone; run the same command again") from error
+        if winner.attempt != receipt.attempt:
+            _discard(folder, own)
+        return winner
+    except Exception:
+        # The store may have kept the record although its answer got lost.
+        winner = read_commit(folder, receipt.stage, receipt.stage_hash, receipt.shard)
+        if winner is None or winner.attempt != receipt.attempt:
+            raise
+        return winner
+    return receipt
+
+
+def read_commit(folder: Folder, stage: Stage, stage_hash: str, shard: int) -> Receipt | None:
+    """The commit record of a shard, or None. Raises ShardError if it is damaged."""
+    name = layout.commit(stage, stage_hash, shard)
+    try:
+        data = folder.read(name)
+    except FileNotFoundError:
+        return None
+    return _parse(folder, name, data, stage_hash)
+
+
+def committed_shards(folder: Folder, stage: Stage, stage_hash: str) -> list[int]:
+    """The shards that are committed, from one listing of the stage's commit records."""
+    names = folder.names(layout.commit_folder(stage, stage_hash))
+    return sorted(shard for name in names if (shard := layout.number_of(name)) is not None)
+
+
+def list_commits(folder: Folder, stage: Stage, stage_hash: str) -> dict[int, Receipt]:
+    """Shard -> commit record, for all that are committed. Raises ShardError if one is damaged."""
+    names = [layout.commit(stage, stage_hash, shard) for shard in committed_shards(folder, stage, stage_hash)]
+    receipts = [_parse(folder, name, data, stage_hash) for name, data in folder.read_many(names).items()]
+    return {receipt.shard: receipt for receipt in receipts}
+
+
+def _parse(folder: Folder, name: str, data: bytes, stage_hash: str) -> Receipt:
+    place = folder.url_of(name)
+    try:
+        receipt = Receipt.from_json(json.loads(data))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{place}: damaged commit record ({error}); delete it, then run: resmaster repair") from error
+    if receipt.stage_hash != stage_hash or layout.number_of(name) != receipt.shard:
+        raise ShardError(f"{place}: belongs to another shard or configuration; delete it, then run: resmaster repair")
+    return receipt
+
+
+def _discard(folder: Folder, names: Sequence[str]) -> None:
+    """Delete objects of an attempt that lost. What cannot be deleted stays behind unseen."""
+    for name in names:
+        try:
+            folder.remove(name)
+        except Exception:  # an unseen leftover is harmless, and the caller's own error matters more
+            continue

@@ -1,0 +1,213 @@
+"""A dataset's folder and configuration, and what stages see of its samples. Loads no model, knows no file of a stage.
+
+Invariants:
+- `config.json` is written once. What fixes keys and their order may never change; the configuration of stages may, and
+  each change is appended as `configs/0001.json`, `configs/0002.json`, ...; the last one counts.
+- No credential is ever written: user and password are cut out of URLs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from resmaster_stages.config import DatasetConfig, parse_config
+from resmaster_stages.errors import ConfigError, UserError
+from resmaster_stages.storage import layout
+from resmaster_stages.storage.filesystem import Folder, open_root, without_credentials
+from resmaster_stages.storage.images import decode_image
+
+RACES = 20
+"""How often an append that another process won is tried again with the next number."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset that exists: where it is, and its current configuration."""
+
+    folder: Folder
+    config: DatasetConfig
+
+    @property
+    def url(self) -> str:
+        """Folder or URL; `open_dataset` takes it."""
+        return self.folder.url
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An encoded image as it lies in a shard."""
+
+    data: bytes
+    extension: str
+    """webp, png or jpg."""
+    meta: dict[str, Any]
+    """The sample's JSON."""
+
+    def open(self) -> Image.Image:
+        """The image as RGB, fully decoded. Raises SampleError if it cannot be decoded or is far too large."""
+        return decode_image(self.data, str(self.meta.get("key", "image")))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a stage sees of one sample. Upstream parts are None or () where the stage does not depend on them."""
+
+    key: str
+    index: int
+    """Position in the whole dataset."""
+    prompt: str
+    negative_prompt: str
+    """The prompt's own; "" if it brought none."""
+    height: int
+    """Low-res height in px."""
+    width: int
+    """Low-res width in px."""
+    replica: int
+    source: str | None = None
+    """Where a user's image came from (`storage.images.read_image` reads it); None for prompts."""
+    low_res: Picture | None = None
+    captions: tuple[dict[str, Any], ...] = ()
+    """Rows of the captions table, by (row, col)."""
+    high_res: Picture | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a stage yields for one sample: files, rows, or the error that it failed with."""
+
+    key: str
+    files: dict[str, bytes] = field(default_factory=dict)
+    """Stages that write tars: extension -> content."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """Stages that write tables: rows without their key."""
+    error: Exception | None = None
+
+
+def create_or_open(config: DatasetConfig) -> Dataset:
+    """The dataset that `config` names, made if it is not there yet.
+
+    Raises ConfigError if it contradicts what is there, UserError if the root cannot be used.
+    """
+    root = open_root(config.root)
+    folder = root.sub(config.name)
+    config = config.model_copy(update={"root": root.url})
+    with _usable(config.root):
+        try:
+            folder.create(layout.CONFIG, _dump(config))
+        except FileExistsError:
+            return _adopt(folder, config)
+    return Dataset(folder, config)
+
+
+def find_dataset(config: DatasetConfig) -> Dataset | None:
+    """The dataset that `config` names if it exists; writes nothing.
+
+    Raises ConfigError if `config` contradicts what is there, UserError if the root cannot be used.
+    """
+    folder = open_root(config.root).sub(config.name)
+    with _usable(config.root):
+        if not _has_config(folder):
+            return None
+        _check_plan_identity(folder, _current(folder)[1], config)
+    return Dataset(folder, config)
+
+
+def open_dataset(url: str) -> Dataset:
+    """The dataset at `url`, which is its folder or a root that holds just one. Its configuration is the last one given.
+
+    Raises ConfigError if there is none, if there are several, or if its configuration is damaged.
+    """
+    folder = open_root(url)
+    if not _has_config(folder):
+        below = [name for name in folder.names("") if _has_config(folder.sub(name))]
+        if not below:
+            raise ConfigError(f"{folder.url}: no dataset here (no config.json); make one with: resmaster run CONFIG")
+        if len(below) > 1:
+            raise ConfigError(f"{folder.url}: several datasets here ({', '.join(below)}); name one: {folder.url}/NAME")
+        folder = folder.sub(below[0])
+    return Dataset(folder, _current(folder)[1])
+
+
+def _has_config(folder: Folder) -> bool:
+    return folder.exists(layout.CONFIG)
+
+
+def _adopt(folder: Folder, config: DatasetConfig) -> Dataset:
+    """Open what is there, recording `config` as the current configuration if it differs."""
+    for _ in range(RACES):
+        number, stored = _current(folder)
+        _check_plan_identity(folder, stored, config)
+        text = _dump(config)
+        if _dump(stored) == text:
+            return Dataset(folder, config)
+        try:
+            folder.create(layout.changed_config(number + 1), text)
+        except FileExistsError:
+            continue
+        return Dataset(folder, config)
+    raise ConfigError(f"{folder.url}: other processes keep changing the configuration; run one at a time")
+
+
+def _check_plan_identity(folder: Folder, stored: DatasetConfig, config: DatasetConfig) -> None:
+    was, now = stored.plan_identity(), config.plan_identity()
+    for name, old in was.items():
+        if now[name] != old:
+            place = f"low_res.{name}" if name in ("height", "width") else name
+            raise ConfigError(
+                f"{folder.url}: {place} is {old!r} there and {now[name]!r} in the configuration; it fixes the samples' "
+                f"keys and order: set it back, or choose another name or root"
+            )
+
+
+def _current(folder: Folder) -> tuple[int, DatasetConfig]:
+    """Number and content of the last configuration given. Raises ConfigError if damaged or under another name."""
+    numbers = [layout.number_of(name) for name in folder.names(layout.CONFIGS)]
+    number = max((found for found in numbers if found is not None), default=0)
+    name = layout.changed_config(number) if number else layout.CONFIG
+    place = without_credentials(folder.url_of(name))
+    try:
+        values = json.loads(folder.read(name))
+    except ValueError as error:
+        raise ConfigError(
+            f"{place}: damaged ({error}); restore it, or delete it and run the same configuration again"
+        ) from error
+    config = parse_config(values, place)
+    parent, _, own_name = folder.path.rpartition("/")
+    if own_name != config.name:
+        raise ConfigError(f"{folder.url}: holds the dataset {config.name!r}; rename the folder back to that")
+    return number, config.model_copy(update={"root": Folder(folder.fs, parent).url})
+
+
+def _dump(config: DatasetConfig) -> bytes:
+    """A configuration as canonical, readable JSON without credentials."""
+    values = _clean(config.model_dump(mode="json"))
+    return (json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _clean(inner) for name, inner in value.items()}
+    return without_credentials(value) if isinstance(value, str) else value
+
+
+@contextmanager
+def _usable(root: str) -> Iterator[None]:
+    """At the start of a run, a root that is missing or out of reach is the user's to mend."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        message = "no such bucket or folder; create it, or choose another root"
+        raise UserError(f"{without_credentials(root)}: {message}") from error
+    except OSError as error:
+        place, reason = without_credentials(root), " ".join(str(error).split())
+        if not reason.startswith(place):
+            reason = f"{place}: cannot be used ({reason})"
+        raise UserError(f"{reason}, or choose another root") from error

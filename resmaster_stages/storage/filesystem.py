@@ -1,0 +1,322 @@
+"""One folder, local or remote, through fsspec: the only place where the two differ.
+
+Knows nothing about datasets, stages or what is inside the files.
+
+Invariants:
+- No half-written file ever has a final name: local files are written under a temporary name, synced and renamed; object
+  stores make an object visible only when it is complete.
+- `create` succeeds for exactly one of any number of racing writers, whatever the store.
+- Listings are never cached: another worker's commit is seen at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from resmaster_stages.errors import UserError
+
+CREATE_ATTEMPTS = 6
+"""How often a conditional create is sent again when the store answers that another one was under way."""
+
+_memory_lock = threading.Lock()  # fsspec's memory store checks, then writes
+
+_PERMANENT = {
+    errno.ENOSPC: "the disk is full; free some space, then run the same command again",
+    errno.EDQUOT: "the disk quota is used up; free some space, then run the same command again",
+    errno.EROFS: "the file system is read-only; choose another root",
+    errno.EACCES: "permission denied; check who may write there, or choose another root",
+    errno.EPERM: "operation not permitted; check who may write there, or choose another root",
+    errno.ENOTDIR: "a file is in the way where a folder is needed; choose another root",
+    errno.EISDIR: "a folder is in the way where a file is needed; choose another root",
+    errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter root or name",
+}
+
+
+def without_credentials(text: str) -> str:
+    """`text` with `user:password@` removed from a URL in it."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
+
+
+@contextmanager
+def explained(place: str) -> Iterator[None]:
+    """Turn the errors of `place` that no retry can mend into a UserError of one line; let all others pass.
+
+    An object store's own errors that are no OSError (unreachable, timed out) become ConnectionError: worth a retry.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except PermissionError as error:
+        raise UserError(f"{without_credentials(place)}: {_PERMANENT[errno.EACCES]}") from error
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno in _PERMANENT:
+            raise UserError(f"{without_credentials(place)}: {_PERMANENT[error.errno]}") from error
+        raise
+    except Exception as error:
+        if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
+            message = f"no usable credentials ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile"
+            raise UserError(f"{without_credentials(place)}: {message}") from error
+        if type(error).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp"):
+            reason = " ".join(str(error).split())
+            message = f"cannot be reached ({reason}); check the network and AWS_ENDPOINT_URL"
+            raise ConnectionError(f"{without_credentials(place)}: {message}") from error
+        raise
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of a file system. Names are relative to it, with forward slashes.
+
+    Missing files raise FileNotFoundError; errors that no retry can mend raise UserError.
+    """
+
+    fs: Any
+    """The fsspec file system."""
+    path: str
+    """Absolute path (or bucket and prefix) in the file system's own notation, without a slash at the end."""
+
+    @property
+    def local(self) -> bool:
+        """Whether it is on this machine's disk."""
+        return isinstance(self.fs, LocalFileSystem)
+
+    @property
+    def url(self) -> str:
+        """What `open_root` takes to come back here: a plain path if local."""
+        return self.path if self.local else str(self.fs.unstrip_protocol(self.path))
+
+    def full(self, name: str) -> str:
+        """The full path of a file in the folder."""
+        return f"{self.path}/{name}" if name else self.path
+
+    def sub(self, name: str) -> Folder:
+        """The sub-folder `name`."""
+        return Folder(self.fs, self.full(name))
+
+    def url_of(self, name: str) -> str:
+        """The URL (a plain path if local) of a file in the folder."""
+        return f"{self.url}/{name}"
+
+    def read(self, name: str) -> bytes:
+        """A file's content."""
+        with explained(self.url_of(name)):
+            data: bytes = self.fs.cat_file(self.full(name))
+            return data
+
+    def read_many(self, names: list[str]) -> dict[str, bytes]:
+        """The content of several files, fetched in parallel where the store can. Missing ones are left out."""
+        if not names:
+            return {}
+        by_path = {self.full(name): name for name in names}
+        with explained(self.url):
+            found = self.fs.cat(list(by_path), recursive=False, on_error="return")
+        result: dict[str, bytes] = {}
+        for path, name in by_path.items():
+            value = found[path]
+            if isinstance(value, FileNotFoundError):
+                continue
+            if isinstance(value, Exception):
+                raise value
+            result[name] = value
+        return result
+
+    def open(self, name: str) -> IO[bytes]:
+        """A file, opened for random reads; small reads fetch small ranges."""
+        with explained(self.url_of(name)):
+            options = {} if self.local else {"block_size": 64 * 1024, "cache_type": "readahead"}
+            handle: IO[bytes] = self.fs.open(self.full(name), "rb", **options)
+            return handle
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file or folder now."""
+        with explained(self.url_of(name)):
+            return bool(self.fs.exists(self.full(name)))
+
+    def names(self, folder: str) -> list[str]:
+        """Sorted names (relative to this folder) of what lies directly in `folder`; empty if it does not exist."""
+        with explained(self.url_of(folder)):
+            try:
+                found = self.fs.ls(self.full(folder), detail=False, refresh=True)
+            except TypeError:
+                found = self.fs.ls(self.full(folder), detail=False)
+            except FileNotFoundError:
+                return []
+        prefix = f"{folder}/" if folder else ""
+        return sorted({prefix + str(path).rstrip("/").rsplit("/", 1)[-1] for path in found})
+
+    def create(self, name: str, data: bytes) -> None:
+        """Write a file that must not exist yet. Raises FileExistsError to every racing writer but one."""
+        with explained(self.url_of(name)):
+            put_if_absent(self.fs, self.full(name), data)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write or replace a file; readers see the old content or the new one, never a part."""
+        path = self.full(name)
+        with explained(self.url_of(name)):
+            if self.local:
+                with _temporary(path, data) as temporary:
+                    os.replace(temporary, path)
+                _sync_folder(path)
+            else:
+                self.fs.pipe_file(path, data)
+
+    def upload(self, name: str, source: Path) -> None:
+        """Copy a local file to a new name; it is visible only when complete."""
+        path = self.full(name)
+        with explained(self.url_of(name)):
+            if self.local:
+                with _temporary(path, source) as temporary:
+                    os.replace(temporary, path)
+                _sync_folder(path)
+            else:
+                self.fs.put_file(str(source), path)
+
+    def download(self, name: str, scratch: Path) -> tuple[Path, str]:
+        """A file as (local path, sha256): the file itself if it is local, else a copy in the folder `scratch`."""
+        with explained(self.url_of(name)):
+            if self.local:
+                target = Path(self.full(name))
+            else:
+                target = scratch / name.replace("/", "_")
+                self.fs.get_file(self.full(name), str(target))
+            return target, sha256_of(target)
+
+    def remove(self, name: str) -> None:
+        """Delete a file; one that is already gone is no error."""
+        with explained(self.url_of(name)):
+            try:
+                self.fs.rm_file(self.full(name))
+            except FileNotFoundError:
+                return
+
+
+def open_root(url: str) -> Folder:
+    """The folder at a path or fsspec URL (`s3://bucket/prefix`, `memory://x`). It need not exist yet.
+
+    Raises UserError for an unknown scheme, a missing driver, or a local path that is a file.
+    """
+    if not url.strip():
+        raise UserError("the root is empty; give a folder or a URL such as s3://bucket/prefix")
+    scheme = url.split("://", 1)[0] if "://" in url else ""
+    options = {"use_listings_cache": False} if scheme in ("s3", "s3a") else {}
+    target = url if scheme else str(Path(url).expanduser().absolute())
+    try:
+        with explained(url):
+            fs, path = fsspec.core.url_to_fs(target, **options)
+    except (ValueError, ImportError) as error:
+        place = without_credentials(url)
+        raise UserError(f"{place}: not a usable root ({error}); give a folder or an s3:// URL") from error
+    folder = Folder(fs, str(path).rstrip("/"))
+    if folder.local and Path(folder.path).exists() and not Path(folder.path).is_dir():
+        raise UserError(f"{url}: is a file; give a folder or a URL such as s3://bucket/prefix")
+    return folder
+
+
+def put_if_absent(fs: Any, path: str, data: bytes) -> None:
+    """Create `path` with `data` if there is nothing yet, atomically. Raises FileExistsError if there is.
+
+    Local: temporary file, fsync, `os.link` (which fails if the name is taken). Elsewhere: the store's own conditional
+    create (`If-None-Match: *` on S3); its answers "exists" and "precondition failed" both become FileExistsError.
+    """
+    if isinstance(fs, LocalFileSystem):
+        if os.path.lexists(path):  # spares a losing writer the copy
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+        with _temporary(path, data) as temporary:
+            try:
+                os.link(temporary, path)
+            except OSError as error:
+                if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                    message = "this file system has no hard links, which commits need; choose another root"
+                    raise UserError(f"{path}: {message}") from error
+                raise
+        _sync_folder(path)
+        return
+    if isinstance(fs, MemoryFileSystem):
+        with _memory_lock:
+            fs.pipe_file(path, data, mode="create")
+        return
+    for attempt in range(CREATE_ATTEMPTS):
+        try:
+            fs.pipe_file(path, data, mode="create")
+            return
+        except OSError as error:
+            code = _store_code(error)
+            if isinstance(error, FileExistsError) or code in ("PreconditionFailed", "412"):
+                raise FileExistsError(errno.EEXIST, "exists already", path) from error
+            if code is None and error.errno == errno.EINVAL:  # s3fs, where the server does not name the condition
+                raise FileExistsError(errno.EEXIST, "exists already", path) from error
+            if code not in ("ConditionalRequestConflict", "OperationAborted") or attempt == CREATE_ATTEMPTS - 1:
+                raise
+        time.sleep(0.05 * 2**attempt)
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 (64 hex digits) of a local file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _store_code(error: OSError) -> str | None:
+    """The store's own error code behind a translated error, if it gave one."""
+    response = getattr(error.__cause__, "response", None)
+    return response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+
+
+@contextmanager
+def _temporary(path: str, content: bytes | Path) -> Iterator[str]:
+    """A complete, synced hidden file beside `path` with `content` (bytes, or those of a file); gone after the block."""
+    folder, name = os.path.split(path)
+    _make_folder(folder)
+    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                with content.open("rb") as source:
+                    while block := source.read(4 << 20):
+                        file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        if os.path.lexists(temporary):
+            os.unlink(temporary)
+
+
+def _make_folder(folder: str) -> None:
+    """Make a folder with its parents, durably: a commit must not outlive the folder of its objects."""
+    missing = []
+    while not os.path.exists(folder):
+        missing.append(folder)
+        folder = os.path.dirname(folder)
+    for new in reversed(missing):
+        os.makedirs(new, exist_ok=True)
+        _sync_folder(new)
+
+
+def _sync_folder(path: str) -> None:
+    """Make a new directory entry durable."""
+    descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,109 @@
+"""Every path of a dataset, in this one module. Pure functions; touches no storage.
+
+Names are relative to the dataset's folder, with forward slashes:
+
+    config.json                                what was asked for, written once
+    configs/0001.json                          later changes of stages that come after the plan
+    plan/gen-0000/part-00000-{attempt}.parquet, rejected-{attempt}.parquet, _PLAN.json
+    low_res|high_res/000123-{attempt}.tar
+    captions|quality/000123-{attempt}.parquet
+    errors/{stage}/000123-{attempt}.parquet
+    commits/{stage}-{hash8}/000123.json        the truth
+    report/  manifest.parquet  index.json  README.md
+
+Invariant: names that different attempts may write concurrently hold the attempt, except the one that commits them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from resmaster_stages.config import Stage
+
+CONFIG = "config.json"
+CONFIGS = "configs"
+PLAN = "plan"
+MANIFEST = "manifest.parquet"
+INDEX = "index.json"
+CARD = "README.md"
+REPORT = "report"
+REPORT_PAGE = "report/index.html"
+
+EXTENSIONS: dict[Stage, Literal["tar", "parquet"]] = {
+    "low_res": "tar",
+    "captions": "parquet",
+    "high_res": "tar",
+    "quality": "parquet",
+}
+"""What each stage writes: images as WebDataset tar, rows as Parquet."""
+
+_NUMBERED = re.compile(r"(?:.*/)?(\d{4,6})\.json")
+_LEDGER = re.compile(r"errors/[a-z_]+/(\d{6})-[0-9a-f]{8}\.parquet")
+
+
+def contact_sheet(number: int) -> str:
+    """A page of thumbnails in the report."""
+    return f"{REPORT}/contact-{number:03d}.png"
+
+
+def changed_config(number: int) -> str:
+    """The `number`th configuration (1, 2, ...); number 0 is `config.json`."""
+    return f"{CONFIGS}/{number:04d}.json"
+
+
+def generation(number: int) -> str:
+    """Folder of a generation of the plan."""
+    return f"{PLAN}/gen-{number:04d}"
+
+
+def plan_record(number: int) -> str:
+    """The record that makes a generation of the plan valid; written last, by one planner only."""
+    return f"{generation(number)}/_PLAN.json"
+
+
+def plan_part(number: int, part: int, attempt: str) -> str:
+    """One file of planned samples."""
+    return f"{generation(number)}/part-{part:05d}-{attempt}.parquet"
+
+
+def plan_rejected(number: int, attempt: str) -> str:
+    """What the planner of a generation turned down, and why."""
+    return f"{generation(number)}/rejected-{attempt}.parquet"
+
+
+def shard_object(stage: Stage, shard: int, attempt: str) -> str:
+    """What one attempt at a shard produced."""
+    return f"{stage}/{shard:06d}-{attempt}.{EXTENSIONS[stage]}"
+
+
+def ledger_folder(stage: Stage) -> str:
+    """Folder of a stage's error ledger."""
+    return f"errors/{stage}"
+
+
+def ledger(stage: Stage, shard: int, attempt: str) -> str:
+    """The samples that failed in one attempt at a shard."""
+    return f"{ledger_folder(stage)}/{shard:06d}-{attempt}.parquet"
+
+
+def commit_folder(stage: Stage, stage_hash: str) -> str:
+    """Folder of a stage's commit records under one configuration."""
+    return f"commits/{stage}-{stage_hash[:8]}"
+
+
+def commit(stage: Stage, stage_hash: str, shard: int) -> str:
+    """The commit record of one shard."""
+    return f"{commit_folder(stage, stage_hash)}/{shard:06d}.json"
+
+
+def number_of(name: str) -> int | None:
+    """The number in a commit record's or changed configuration's name; None for any other file."""
+    found = _NUMBERED.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def ledger_shard(name: str) -> int | None:
+    """The shard of a ledger file's name; None for any other file."""
+    found = _LEDGER.fullmatch(name)
+    return int(found[1]) if found else None

@@ -1,0 +1,236 @@
+"""The plan: which samples there are, in which shard, in which order. Knows nothing about where prompts come from.
+
+Invariants:
+- A generation of the plan is immutable once its `_PLAN.json` exists; of racing planners exactly one writes it.
+- New samples append a generation with new shards. Nothing is ever moved: the last shard of a generation stays partial.
+- Shard numbers are dense from 0, indices too; a key occurs once.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from resmaster_stages.errors import PlanError
+from resmaster_stages.identity import canonical_json
+from resmaster_stages.storage import layout
+from resmaster_stages.storage.commit import StoredObject, new_attempt
+from resmaster_stages.storage.filesystem import Folder
+from resmaster_stages.storage.tables import PLAN_SCHEMA, REJECTED_SCHEMA, decode_table, encode_table
+
+PART_ROWS = 50_000
+"""Samples per plan file, rounded to whole shards."""
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """A sample that is to be made: its key and what it is made from. `height` and `width` are low-res px."""
+
+    key: str
+    prompt: str
+    negative_prompt: str
+    height: int
+    width: int
+    replica: int
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class PlannedSample(SampleSpec):
+    """A sample with its place: shard, and index through the whole dataset."""
+
+    shard: int = 0
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """An input that cannot become a sample."""
+
+    source: str
+    """File and line, or image."""
+    text: str
+    """Its beginning."""
+    reason: str
+
+    def __str__(self) -> str:
+        shown = f" {self.text!r}" if self.text else ""
+        return f"{self.source}: {self.reason}{shown}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of a generation: whole shards from `first_shard` on."""
+
+    stored: StoredObject
+    first_shard: int
+    shards: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One immutable part of the plan."""
+
+    number: int
+    first_shard: int
+    first_index: int
+    samples: int
+    samples_per_shard: int
+    parts: tuple[Part, ...]
+    rejected: StoredObject | None
+    rejected_count: int
+    duplicates: int
+
+    @property
+    def shards(self) -> int:
+        """Number of shards; the last one may be partial."""
+        return -(-self.samples // self.samples_per_shard)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Generation:
+        """The inverse of `to_json`. Raises KeyError or TypeError."""
+        parts = [{**part, "stored": StoredObject(**part["stored"])} for part in values["parts"]]
+        rejected = StoredObject(**values["rejected"]) if values["rejected"] else None
+        return cls(**{**values, "parts": tuple(Part(**part) for part in parts), "rejected": rejected})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All generations of a dataset's plan."""
+
+    folder: Folder
+    generations: tuple[Generation, ...]
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return sum(generation.shards for generation in self.generations)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return sum(generation.samples for generation in self.generations)
+
+    def generation_of(self, shard: int) -> Generation:
+        """The generation that holds a shard. Raises PlanError if there is no such shard."""
+        for generation in self.generations:
+            if generation.first_shard <= shard < generation.first_shard + generation.shards:
+                return generation
+        raise PlanError(
+            f"{self.folder.url}: shard {shard} is not in the plan, which has {self.shards} (from 0); "
+            "resmaster status lists them"
+        )
+
+    def size(self, shard: int) -> int:
+        """Number of samples in a shard."""
+        generation = self.generation_of(shard)
+        before = (shard - generation.first_shard) * generation.samples_per_shard
+        return min(generation.samples_per_shard, generation.samples - before)
+
+    def read(self, shard: int) -> list[PlannedSample]:
+        """The samples of a shard in order."""
+        for part in self.generation_of(shard).parts:
+            if part.first_shard <= shard < part.first_shard + part.shards:
+                table = _read_part(self.folder, part.stored)
+                rows = table.filter(pc.equal(table["shard"], shard)).to_pylist()
+                return [PlannedSample(**row) for row in rows]
+        raise PlanError(f"{self.folder.url}: shard {shard} is missing in the plan's files; restore the folder plan/")
+
+    def keys(self) -> set[str]:
+        """The keys of all samples."""
+        parts = (part for generation in self.generations for part in generation.parts)
+        return {key for part in parts for key in _read_part(self.folder, part.stored)["key"].to_pylist()}
+
+
+def find_plan(folder: Folder) -> Plan:
+    """The plan of a dataset; without generations if there is none yet. Raises PlanError if damaged."""
+    generations: list[Generation] = []
+    while True:
+        name = layout.plan_record(len(generations))
+        try:
+            generations.append(Generation.from_json(json.loads(folder.read(name))))
+        except FileNotFoundError:
+            return Plan(folder, tuple(generations))
+        except (ValueError, KeyError, TypeError) as error:
+            raise PlanError(f"{folder.url_of(name)}: damaged ({error}); restore it from a copy") from error
+
+
+def read_plan(folder: Folder) -> Plan:
+    """The plan of a dataset. Raises PlanError if there is none yet."""
+    plan = find_plan(folder)
+    if not plan.generations:
+        raise PlanError(f"{folder.url}: has no plan yet; start with: resmaster run CONFIG")
+    return plan
+
+
+def append_generation(
+    plan: Plan, samples: Sequence[SampleSpec], samples_per_shard: int, rejected: Sequence[Rejected], duplicates: int
+) -> bool:
+    """Append `samples`, whose keys must be new, to `plan`. False if another planner was faster: read the plan again."""
+    folder, number, attempt = plan.folder, len(plan.generations), new_attempt()
+    rows = [
+        {**asdict(sample), "shard": plan.shards + place // samples_per_shard, "index": plan.samples + place}
+        for place, sample in enumerate(samples)
+    ]
+    shards_per_part = max(1, PART_ROWS // samples_per_shard)
+    rows_per_part = shards_per_part * samples_per_shard
+    parts: list[Part] = []
+    for start in range(0, len(rows), rows_per_part):
+        chunk = rows[start : start + rows_per_part]
+        name = layout.plan_part(number, len(parts), attempt)
+        stored = _store(folder, name, encode_table(chunk, PLAN_SCHEMA))
+        first, last = chunk[0]["shard"], chunk[-1]["shard"]
+        parts.append(Part(stored, first, last - first + 1))
+    refused = None
+    if rejected:
+        table = encode_table([asdict(item) for item in rejected], REJECTED_SCHEMA)
+        refused = _store(folder, layout.plan_rejected(number, attempt), table)
+    generation = Generation(
+        number=number,
+        first_shard=plan.shards,
+        first_index=plan.samples,
+        samples=len(rows),
+        samples_per_shard=samples_per_shard,
+        parts=tuple(parts),
+        rejected=refused,
+        rejected_count=len(rejected),
+        duplicates=duplicates,
+    )
+    try:
+        folder.create(layout.plan_record(number), (canonical_json(generation.to_json()) + "\n").encode())
+    except FileExistsError:
+        winner = find_plan(folder).generations[number]
+        if winner.parts and winner.parts[0].stored == parts[0].stored:
+            return True  # ours: the store answered "exists" to its own retry
+        for stored in [part.stored for part in parts] + ([refused] if refused else []):
+            folder.remove(stored.name)
+        return False
+    return True
+
+
+def _store(folder: Folder, name: str, data: bytes) -> StoredObject:
+    folder.write(name, data)
+    return StoredObject(name, hashlib.sha256(data).hexdigest(), len(data))
+
+
+@functools.lru_cache(maxsize=2)
+def _read_part(folder: Folder, stored: StoredObject) -> pa.Table:
+    """A plan file, checked against its record."""
+    try:
+        data = folder.read(stored.name)
+    except FileNotFoundError:
+        raise PlanError(f"{folder.url_of(stored.name)}: gone; restore the folder plan/ from a copy") from None
+    if hashlib.sha256(data).hexdigest() != stored.sha256:
+        raise PlanError(f"{folder.url_of(stored.name)}: damaged (sha256 differs); restore the folder plan/ from a copy")
+    return decode_table(data, PLAN_SCHEMA, stored.name)

@@ -1,0 +1,149 @@
+"""WebDataset shards: plain tar files in which the members of one sample are neighbours, named `{key}.{extension}`.
+
+Knows nothing about stages or where the files lie in the end.
+
+Invariants:
+- Equal content gives equal bytes: no time, owner or host is in a tar.
+- Members of a sample come in one order: the image, json, txt, then others by name.
+- Nothing is ever extracted to disk; names in a tar are only names.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from resmaster_stages.errors import ShardError
+from resmaster_stages.storage.filesystem import explained
+
+IMAGE_EXTENSIONS = ("webp", "png", "jpg")
+"""What a sample's image may be; exactly one of them is there."""
+
+_ORDER = {**dict.fromkeys(IMAGE_EXTENSIONS, 0), "json": 1, "txt": 2}
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a file lies in the tar: its first byte and its length, both in bytes."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass
+class Entry:
+    """One sample of a tar: its members by extension."""
+
+    key: str
+    members: dict[str, Member] = field(default_factory=dict)
+
+    @property
+    def image(self) -> tuple[str, Member]:
+        """The image's extension and place. Raises ShardError if there is none."""
+        for extension in IMAGE_EXTENSIONS:
+            if extension in self.members:
+                return extension, self.members[extension]
+        raise ShardError(f"sample {self.key} has no image ({', '.join(self.members) or 'nothing'})")
+
+
+class ShardWriter:
+    """Writes one tar to a local file. Use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self._place = str(path.parent)
+        with explained(self._place):
+            self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115  (closed in __exit__)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        with explained(self._place):
+            self._tar.close()
+
+    def write(self, key: str, files: dict[str, bytes]) -> None:
+        """Add a sample: extension -> content. Raises ValueError for a key that WebDataset could not read back."""
+        if not key or "." in key or "/" in key:
+            raise ValueError(f"key {key!r}: no dots, slashes or empty names in WebDataset keys")
+        if not files:
+            raise ValueError(f"sample {key}: no files")
+        for extension in sorted(files, key=lambda name: (_ORDER.get(name, 3), name)):
+            info = tarfile.TarInfo(f"{key}.{extension}")  # mtime 0, owner 0: the same bytes every time
+            info.size = len(files[extension])
+            info.mode = 0o444
+            with explained(self._place):
+                self._tar.addfile(info, io.BytesIO(files[extension]))
+
+
+def read_index(file: IO[bytes], name: str) -> list[Entry]:
+    """The samples of a tar in their order, reading only its headers. Raises ShardError, naming `name`, if damaged."""
+    entries: list[Entry] = []
+    seen: set[str] = set()
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for info in tar:
+                if not info.isreg():
+                    continue
+                key, _, extension = info.name.partition(".")
+                if not entries or entries[-1].key != key:
+                    if key in seen:
+                        raise ShardError(f"{name}: sample {key} comes twice")
+                    seen.add(key)
+                    entries.append(Entry(key))
+                entries[-1].members[extension] = Member(info.name, info.offset_data, info.size)
+            # tarfile takes a missing end for the end: a cut tar must not pass for a short one
+            if not _ends_with_zeros(file):
+                raise ShardError(f"{name}: the tar is cut off")
+    except (tarfile.TarError, EOFError) as error:
+        raise ShardError(f"{name}: not a readable tar ({error})") from error
+    return entries
+
+
+def _ends_with_zeros(file: IO[bytes]) -> bool:
+    """Whether a tar ends with the two zero blocks of its end mark."""
+    size = 2 * tarfile.BLOCKSIZE
+    if file.seek(0, io.SEEK_END) < size:
+        return False
+    file.seek(-size, io.SEEK_END)
+    return file.read(size) == bytes(size)
+
+
+def read_member(path: Path, member: Member) -> bytes:
+    """The content of a member of a local tar."""
+    with path.open("rb") as file:
+        file.seek(member.offset)
+        data = file.read(member.size)
+    if len(data) != member.size:
+        raise ShardError(f"{path.name}: cut off inside {member.name}")
+    return data
+
+
+def validate(path: Path, keys: Iterable[str]) -> list[Entry]:
+    """Re-read a tar that was just written: these samples in this order, each with one image and JSON. Its index.
+
+    Raises ShardError.
+    """
+    expected = list(keys)
+    with path.open("rb") as file:
+        entries = read_index(file, path.name)
+    found = [entry.key for entry in entries]
+    if found != expected:
+        raise ShardError(f"{path.name}: holds {len(found)} samples, expected {len(expected)} in the plan's order")
+    for entry in entries:
+        if sum(extension in entry.members for extension in IMAGE_EXTENSIONS) != 1:
+            raise ShardError(f"{path.name}: sample {entry.key} needs exactly one image, has {sorted(entry.members)}")
+        if not entry.image[1].size:
+            raise ShardError(f"{path.name}: the image of sample {entry.key} is empty")
+        if "json" not in entry.members:
+            raise ShardError(f"{path.name}: sample {entry.key} has no json")
+        try:
+            json.loads(read_member(path, entry.members["json"]))
+        except ValueError as error:
+            raise ShardError(f"{path.name}: the json of sample {entry.key} is not JSON ({error})") from error
+    return entries

@@ -1,0 +1,191 @@
+"""Parquet tables: their schemas, and reading and writing them. Knows nothing about who fills them.
+
+Invariants:
+- Equal rows give equal bytes (with the same pyarrow): no time, host or random name is in a file.
+- Schemas only grow, by nullable columns: older files read as nulls there, newer files' extra columns are left out.
+- Pixel boxes are (y0, x0, y1, x1) in target px, half-open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from resmaster_stages.config import Stage
+from resmaster_stages.errors import ShardError
+
+ROW_GROUP_ROWS = 65_536
+
+
+def _schema(table: str, fields: list[tuple[str, pa.DataType, bool]]) -> pa.Schema:
+    """A schema from (name, type, nullable), with its name and version as metadata."""
+    columns = [pa.field(name, kind, nullable=nullable) for name, kind, nullable in fields]
+    return pa.schema(columns, metadata={"table": table, "schema_version": "1"})
+
+
+CAPTIONS_SCHEMA = _schema(
+    "captions",
+    [
+        ("key", pa.string(), False),
+        ("grid", pa.string(), False),
+        ("row", pa.int16(), False),
+        ("col", pa.int16(), False),
+        ("y0", pa.int32(), False),
+        ("x0", pa.int32(), False),
+        ("y1", pa.int32(), False),
+        ("x1", pa.int32(), False),
+        ("caption", pa.string(), False),
+        ("n_tokens", pa.int16(), False),
+        ("truncated", pa.bool_(), False),
+        ("model", pa.string(), True),
+        ("revision", pa.string(), True),
+        ("status", pa.string(), False),
+        ("prompt_hash", pa.string(), True),
+    ],
+)
+"""One row per patch. `grid` is "HxW/window/stride" in px; `status` is ok, fallback or empty."""
+
+QUALITY_SCHEMA = _schema(
+    "quality",
+    [
+        ("key", pa.string(), False),
+        ("width", pa.int32(), False),
+        ("height", pa.int32(), False),
+        ("clip_score", pa.float64(), True),
+        ("agreement_psnr", pa.float64(), True),
+        ("agreement_ssim", pa.float64(), True),
+        ("detail_energy", pa.float64(), True),
+        ("seam", pa.float64(), True),
+        ("clipped", pa.float64(), True),
+        ("phash", pa.string(), True),
+        ("luminance_mean", pa.float64(), True),
+        ("luminance_std", pa.float64(), True),
+        ("flags", pa.list_(pa.string()), False),
+    ],
+)
+"""One row per image."""
+
+PLAN_SCHEMA = _schema(
+    "plan",
+    [
+        ("key", pa.string(), False),
+        ("shard", pa.int32(), False),
+        ("index", pa.int64(), False),
+        ("prompt", pa.string(), False),
+        ("negative_prompt", pa.string(), False),
+        ("height", pa.int32(), False),
+        ("width", pa.int32(), False),
+        ("replica", pa.int32(), False),
+        ("source", pa.string(), True),
+    ],
+)
+"""One row per planned sample; `index` counts through the whole dataset, `height` and `width` are low-res px."""
+
+REJECTED_SCHEMA = _schema(
+    "rejected",
+    [("source", pa.string(), False), ("text", pa.string(), False), ("reason", pa.string(), False)],
+)
+"""What the plan turned down: where it came from, its beginning, and why."""
+
+LEDGER_SCHEMA = _schema(
+    "errors",
+    [
+        ("key", pa.string(), False),
+        ("stage", pa.string(), False),
+        ("stage_hash", pa.string(), False),
+        ("shard", pa.int32(), False),
+        ("error_class", pa.string(), False),
+        ("message", pa.string(), False),
+        ("attempt", pa.string(), False),
+        ("attempt_number", pa.int32(), False),
+    ],
+)
+"""One row per failed sample and attempt; `attempt_number` counts the sample's failures in this stage from 1."""
+
+MANIFEST_SCHEMA = _schema(
+    "manifest",
+    [
+        ("key", pa.string(), False),
+        ("index", pa.int64(), False),
+        ("shard", pa.int32(), False),
+        ("replica", pa.int32(), False),
+        ("prompt", pa.string(), False),
+        ("negative_prompt", pa.string(), False),
+        ("source", pa.string(), True),
+        ("high_res_object", pa.string(), False),
+        ("high_res_member", pa.string(), False),
+        ("high_res_offset", pa.int64(), False),
+        ("high_res_bytes", pa.int64(), False),
+        ("low_res_object", pa.string(), False),
+        ("low_res_member", pa.string(), False),
+        ("low_res_offset", pa.int64(), False),
+        ("low_res_bytes", pa.int64(), False),
+        ("low_res_height", pa.int32(), False),
+        ("low_res_width", pa.int32(), False),
+        ("captions_object", pa.string(), True),
+        *[(field.name, field.type, field.nullable) for field in QUALITY_SCHEMA if field.name != "key"],
+        ("low_res_hash", pa.string(), False),
+        ("captions_hash", pa.string(), True),
+        ("high_res_hash", pa.string(), False),
+        ("quality_hash", pa.string(), False),
+    ],
+)
+"""One row per finished sample. Objects are relative to the dataset; offset and bytes are those of the image file in the
+tar, so that one range request fetches it. `height` and `width` are those of the high-res image."""
+
+STAGE_SCHEMAS: dict[Stage, pa.Schema] = {"captions": CAPTIONS_SCHEMA, "quality": QUALITY_SCHEMA}
+"""The schemas of the stages that write tables."""
+
+
+def encode_table(rows: Sequence[dict[str, Any]], schema: pa.Schema, metadata: dict[str, str] | None = None) -> bytes:
+    """Rows as a Parquet file (zstd).
+
+    Raises ValueError for a column that the schema does not have, a missing or null value where the schema wants one, or
+    a value of the wrong type.
+    """
+    known = set(schema.names)
+    for row in rows:
+        if unknown := row.keys() - known:
+            raise ValueError(f"unknown columns {sorted(unknown)} for table {_name(schema)}")
+    try:
+        table = pa.Table.from_pylist(list(rows), schema=schema)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        raise ValueError(f"table {_name(schema)}: {error}") from error
+    for field in schema:
+        if not field.nullable and table[field.name].null_count:
+            raise ValueError(f"table {_name(schema)}: column {field.name!r} is missing in a row")
+    if metadata:
+        table = table.replace_schema_metadata({**schema.metadata, **metadata})
+    sink = BytesIO()
+    pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP_ROWS)
+    return sink.getvalue()
+
+
+def decode_table(source: bytes | Path, schema: pa.Schema, name: str) -> pa.Table:
+    """A Parquet file in the form of `schema`: added columns are null where the file is older.
+
+    Raises ShardError, naming `name`, if it is no Parquet file or lacks a column that must be there.
+    """
+    try:
+        table = pq.read_table(BytesIO(source) if isinstance(source, bytes) else source)
+        columns = []
+        for field in schema:
+            if field.name in table.column_names:
+                columns.append(table[field.name].cast(field.type))
+            elif field.nullable:
+                columns.append(pa.nulls(len(table), field.type))
+            else:
+                raise ShardError(f"{name}: has no column {field.name!r}; it was written by another version")
+    except (pa.ArrowException, OSError) as error:
+        first_line = str(error).split("\n", 1)[0]
+        raise ShardError(f"{name}: not a readable Parquet file ({first_line})") from error
+    return pa.table(columns, schema=schema)
+
+
+def _name(schema: pa.Schema) -> str:
+    return schema.metadata[b"table"].decode()

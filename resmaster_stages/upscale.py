@@ -1,0 +1,164 @@
+"""Stage 4: low-res picture and captions -> high-res picture, by the method that the configuration names.
+
+Knows nothing about storage, shards or Prefect. Torch is imported when a picture is made, not before.
+
+Invariants:
+- Exactly one Output per sample, in order; what goes wrong with one sample is its Output's error.
+- A picture depends on the sample, the configuration and the weights; not on the batch, the worker or the order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from resmaster_stages.config import STAGE_VERSIONS, DatasetConfig, UpscaleConfig
+from resmaster_stages.diffusion.views import Grid, view_grid
+from resmaster_stages.errors import ConfigError, SampleError
+from resmaster_stages.identity import canonical_json, sample_seed
+from resmaster_stages.pictures import encode_picture
+from resmaster_stages.progress import reporter
+
+if TYPE_CHECKING:
+    from resmaster_stages.models.loading import Models
+    from resmaster_stages.storage.dataset import Output, Sample
+
+
+def target_size(height: int, width: int, scale: float) -> tuple[int, int]:
+    """(height, width) in px of the high-res picture of a low-res one."""
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def upscale_image(
+    models: Models,
+    image: Image.Image,
+    prompt: str,
+    *,
+    config: UpscaleConfig | None = None,
+    negative_prompt: str | None = None,
+    captions: Sequence[str] | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Image.Image:
+    """`image` (any size) re-imagined at `config.scale` times its size; the result is RGB of exactly that size.
+
+    models: from `models.loading.load_models`, or `Models.from_pipeline` for a pipeline of your own.
+    negative_prompt: None for the configuration's. captions: one per view, row-major, as `views.view_grid` counts them;
+    None gives every view `prompt`, an empty one its view. progress: hears (steps done, steps in all).
+
+    Raises ConfigError (wrong number of captions, image prompts without an IP-Adapter, a scheduler that does not fit, too
+    little memory) and SampleError (the model produced nothing that can be seen).
+    """
+    from resmaster_stages.diffusion.reference import pad_to_multiple, upsample
+    from resmaster_stages.methods.render import render
+    from resmaster_stages.methods.request import Reference, Request
+
+    config = config or UpscaleConfig()
+    height, width = target_size(image.height, image.width, config.scale)
+    grid = view_grid(height, width, models.native_px, config.stride, models.latent_factor)
+    if captions is not None and len(captions) != len(grid):
+        raise ConfigError(
+            f"captions: {len(captions)} given for {len(grid)} views ({grid.name}); give one per view, or none"
+        )
+    pixels = pad_to_multiple(upsample(image, height, width), models.latent_factor)
+    request = Request(
+        models=models,
+        config=config,
+        height=height,
+        width=width,
+        prompts=(prompt,),
+        negative_prompts=(config.negative_prompt if negative_prompt is None else negative_prompt,),
+        captions=None if captions is None else (tuple(caption or prompt for caption in captions),),
+        reference=Reference(models, pixels, config.scale),
+    )
+    (result,) = render(request, [seed], progress)
+    if isinstance(result, SampleError):
+        raise result
+    return result
+
+
+def captions_for_views(grid: Grid, rows: Sequence[dict[str, Any]], prompt: str) -> list[str]:
+    """One caption per view: that of the captions table's nearest box (by centres; the view's own box if it is there).
+
+    Rows hold half-open boxes y0, x0, y1, x1 in target px; rows without a caption of their own give `prompt`.
+    """
+    if not rows:
+        raise SampleError("there are no captions for this sample; run the captions stage again (resmaster repair)")
+    texts = []
+    for y0, x0, y1, x1 in grid.pixel_boxes:
+        nearest = min(
+            rows,
+            key=lambda row: (
+                (row["y0"] + row["y1"] - y0 - y1) ** 2 + (row["x0"] + row["x1"] - x0 - x1) ** 2,
+                row["y0"],
+                row["x0"],
+            ),
+        )
+        texts.append((nearest["caption"] if nearest["status"] == "ok" else "") or prompt)
+    return texts
+
+
+def _make(config: DatasetConfig, sample: Sample) -> dict[str, bytes]:
+    """The sample's files by extension, in the order of the tar's members."""
+    from resmaster_stages.diffusion.text import truncated
+    from resmaster_stages.models.loading import load_models
+
+    if sample.low_res is None:
+        raise SampleError("there is no low-res picture of this sample; run the low_res stage again (resmaster repair)")
+    image = sample.low_res.open()
+    models = load_models(config.model)
+    upscale = config.upscale
+    height, width = target_size(image.height, image.width, upscale.scale)
+    captions = None
+    if upscale.uses_captions():
+        grid = view_grid(height, width, models.native_px, upscale.stride, models.latent_factor)
+        captions = captions_for_views(grid, sample.captions, sample.prompt)
+    seed = sample_seed(sample.key, config.seed, "high_res")
+    negative_prompt = sample.negative_prompt or upscale.negative_prompt
+    picture = upscale_image(
+        models,
+        image,
+        sample.prompt,
+        config=upscale,
+        negative_prompt=negative_prompt,
+        captions=captions,
+        seed=seed,
+        progress=reporter().step,
+    )
+    facts = {
+        "key": sample.key,
+        "prompt": sample.prompt,
+        "prompt_truncated": truncated(models, [sample.prompt])[0],
+        "negative_prompt": negative_prompt,
+        "seed": seed,
+        "width": picture.width,
+        "height": picture.height,
+        "low_res": {
+            "width": image.width,
+            "height": image.height,
+            "sha256": hashlib.sha256(sample.low_res.data).hexdigest(),
+        },
+        "model": models.identity,
+        "method": upscale.method,
+        "upscale": upscale.identity(),
+        "stage_version": STAGE_VERSIONS["high_res"],
+    }
+    return {
+        config.image_format: encode_picture(picture, config.image_format, config.webp_quality),
+        "json": canonical_json(facts).encode(),
+        "txt": sample.prompt.encode(),
+    }
+
+
+def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+    """The stage over a shard's samples. Models are loaded at the first sample that needs them."""
+    from resmaster_stages.storage.dataset import Output
+
+    for sample in samples:
+        try:
+            yield Output(key=sample.key, files=_make(config, sample))
+        except SampleError as error:
+            yield Output(key=sample.key, error=error)

@@ -1,0 +1,155 @@
+import itertools
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resmaster_stages.diffusion.fusing import Fuser
+from resmaster_stages.diffusion.schedule import make_schedule
+from resmaster_stages.diffusion.steppers import STEPPERS, ddim_implied, ddim_keep, posterior
+from resmaster_stages.diffusion.views import Grid
+from resmaster_stages.errors import ConfigError
+from tests.tiny_models import SCHEDULER
+
+
+def euler_config(**changes):
+    return {"_class_name": "EulerDiscreteScheduler", **SCHEDULER, **changes}
+
+
+def never():
+    raise AssertionError("this stepper must not draw noise")
+
+
+def model(z, t):
+    """A stand-in for the UNet that depends on position, latent and time."""
+    return torch.sin(3 * z) * 0.5 + z * (t / 2000)
+
+
+def run(stepper, schedule, z):
+    for step in schedule:
+        x0, eps = step.split(z, model(z, step.t))
+        z = stepper(z, x0, eps, step, never)
+    return z
+
+
+def test_fifty_leading_steps_are_those_of_sdxl():
+    schedule = make_schedule(euler_config(), 50)
+    assert [step.t for step in schedule][:3] == [981, 961, 941]
+    assert schedule[-1].t == 1
+    assert schedule[0].alpha ** 2 == pytest.approx(0.0058, abs=5e-5)
+    assert schedule[25].alpha ** 2 == pytest.approx(0.302, abs=5e-4)
+    assert (schedule[-1].alpha_next, schedule[-1].sigma_next) == (1.0, 0.0)
+    assert all(a.alpha_next == b.alpha for a, b in itertools.pairwise(schedule))
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("count", [1, 7, 20, 50, 999, 1000])
+def test_timesteps_are_those_of_diffusers(spacing, count):
+    scheduler = DDIMScheduler(**{**SCHEDULER, "timestep_spacing": spacing})
+    scheduler.set_timesteps(count)
+    chosen = [step.t for step in make_schedule({"_class_name": "DDIMScheduler", **scheduler.config}, count)]
+    assert chosen == scheduler.timesteps.clamp(max=999).tolist()
+
+
+@pytest.mark.parametrize("stepper", [ddim_keep, ddim_implied])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("set_alpha_to_one", [True, False])
+def test_fifty_steps_equal_diffusers_ddim(stepper, prediction_type, set_alpha_to_one):
+    scheduler = DDIMScheduler(
+        **SCHEDULER, prediction_type=prediction_type, set_alpha_to_one=set_alpha_to_one, clip_sample=False
+    )
+    scheduler.set_timesteps(50)
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = start
+    for t in scheduler.timesteps:
+        expected = scheduler.step(model(expected, int(t)), t, expected).prev_sample
+    ours = run(stepper, make_schedule({"_class_name": "DDIMScheduler", **scheduler.config}, 50), start)
+    torch.testing.assert_close(ours, expected, atol=2e-4, rtol=2e-4)
+
+
+def test_fifty_steps_equal_diffusers_euler_in_its_own_units():
+    scheduler = EulerDiscreteScheduler(**SCHEDULER)
+    scheduler.set_timesteps(50)
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = start * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(expected, t)
+        expected = scheduler.step(model(scaled, int(t)), t, expected).prev_sample
+    ours = run(ddim_keep, make_schedule({"_class_name": "EulerDiscreteScheduler", **scheduler.config}, 50), start)
+    torch.testing.assert_close(ours, expected, atol=2e-4, rtol=2e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(4, 20),
+    st.integers(4, 20),
+    st.integers(2, 9),
+    st.integers(0, 19),
+    st.sampled_from(["uniform", "linear", "gaussian"]),
+    st.sampled_from(["ddim_keep", "ddim_implied"]),
+    st.data(),
+)
+def test_fuse_then_step_equals_step_then_fuse(height, width, window, index, kind, name, data):
+    grid = Grid(height, width, window, data.draw(st.integers(1, window)))
+    fuser, step, stepper = Fuser(grid, kind), make_schedule(euler_config(), 20)[index], STEPPERS[name]
+    generator = torch.Generator().manual_seed(height * 100 + width)
+    z = torch.randn(1, 4, height, width, generator=generator)
+    views = fuser.cut(z)
+    outputs = torch.randn(views.shape, generator=generator)
+    fused = stepper(z, *step.split(z, fuser.fuse(outputs)), step, never)
+    stepped = fuser.fuse(stepper(views, *step.split(views, outputs), step, never))
+    torch.testing.assert_close(fused, stepped, atol=1e-5, rtol=1e-5)
+
+
+def test_posterior_noise_per_view_would_lose_variance_where_views_overlap():
+    grid = Grid(4000, 8, 8, 4)  # interior rows are covered twice
+    fuser, step = Fuser(grid, "uniform"), make_schedule(euler_config(), 20)[10]
+    torch.manual_seed(0)
+    z = torch.zeros(1, 1, 4000, 8)
+    views = fuser.cut(z)
+    on_canvas = posterior(z, z, z, step, lambda: torch.randn_like(z))
+    per_view = fuser.fuse(posterior(views, views, views, step, lambda: torch.randn_like(views)))
+    alpha = step.alpha**2 / step.alpha_next**2
+    variance = (1 - alpha) * step.sigma_next**2 / step.sigma**2
+    assert on_canvas[:, :, 8:-8].var().item() == pytest.approx(variance, rel=0.03)
+    assert per_view[:, :, 8:-8].var().item() == pytest.approx(variance / 2, rel=0.03)
+
+
+def test_posterior_keeps_the_marginal_and_ends_at_x0():
+    schedule = make_schedule(euler_config(), 20)
+    step = schedule[5]
+    torch.manual_seed(0)
+    x0 = torch.full((1, 1, 300, 300), 0.7)
+    z = step.alpha * x0 + step.sigma * torch.randn_like(x0)
+    drawn = posterior(z, x0, z, step, lambda: torch.randn_like(x0))
+    assert drawn.mean().item() == pytest.approx(step.alpha_next * 0.7, abs=0.01)
+    assert drawn.std().item() == pytest.approx(step.sigma_next, rel=0.01)
+    torch.testing.assert_close(posterior(z, x0, z, schedule[-1], never), x0, atol=1e-5, rtol=1e-5)
+
+
+def test_an_edited_x0_tells_the_steppers_apart():
+    step = make_schedule(euler_config(), 20)[5]
+    z, x0, eps = torch.randn(3, 1, 4, 8, 8).unbind(0)
+    assert not torch.allclose(ddim_keep(z, x0, eps, step, never), ddim_implied(z, x0, eps, step, never), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}, "no betas"),
+        (euler_config(prediction_type="sample"), "epsilon or v_prediction"),
+        (euler_config(timestep_spacing="random"), "leading, trailing or linspace"),
+        (euler_config(num_train_timesteps=10), "use fewer"),
+    ],
+)
+def test_schedulers_that_do_not_fit_are_refused(config, words):
+    with pytest.raises(ConfigError, match=words):
+        make_schedule(config, 20)
+
+
+def test_zero_terminal_snr_starts_without_division_by_zero():
+    config = euler_config(prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True)
+    out = run(ddim_implied, make_schedule(config, 10), torch.randn(1, 4, 8, 8))
+    assert torch.isfinite(out).all()

@@ -1,0 +1,117 @@
+"""Stand-ins for the four stages that need no model: tiny, deterministic, and failing where they are told to."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from resmaster_stages.config import DatasetConfig, Stage, parse_config
+from resmaster_stages.errors import SampleError
+from resmaster_stages.identity import canonical_json
+from resmaster_stages.prompts import ingest
+from resmaster_stages.stage import Process
+from resmaster_stages.storage.dataset import Dataset, Output, Sample, create_or_open
+
+BAD = "bad"
+"""A prompt with this word fails in the stage it names, e.g. `bad low_res`."""
+
+
+def config_at(root: str | Path, **values: Any) -> DatasetConfig:
+    base = {"name": "demo", "root": str(root), "low_res": {"height": 16, "width": 16}, "samples_per_shard": 2}
+    return parse_config({**base, **values})
+
+
+def planned(root: str | Path, prompts: list[str], folder: Path, **values: Any) -> Dataset:
+    """A dataset at `root` with a plan of `prompts`, whose file lies in `folder`."""
+    path = folder / "prompts.txt"
+    path.write_text("\n".join(prompts) + "\n")
+    config = config_at(root, prompts=str(path), **values)
+    dataset = create_or_open(config)
+    ingest(dataset, config)
+    return dataset
+
+
+def png(color: tuple[int, int, int], size: tuple[int, int] = (16, 16)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def files_of(sample: Sample, size: int) -> dict[str, bytes]:
+    color = tuple(bytes.fromhex(sample.key)[:3])
+    return {
+        "png": png((color[0], color[1], color[2]), (size, size)),
+        "json": canonical_json({"key": sample.key, "size": size}).encode(),
+        "txt": sample.prompt.encode(),
+    }
+
+
+def _fails(sample: Sample, stage: Stage) -> bool:
+    return f"{BAD} {stage}" in sample.prompt
+
+
+def low_res(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+    for sample in samples:
+        if _fails(sample, "low_res"):
+            yield Output(sample.key, error=SampleError("told to fail"))
+        else:
+            yield Output(sample.key, files=files_of(sample, 16))
+
+
+def captions(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+    for sample in samples:
+        assert sample.low_res is not None
+        assert sample.low_res.open().size == (16, 16)
+        row = {
+            "grid": "64x64/32/32",
+            "caption": sample.prompt,
+            "n_tokens": 3,
+            "truncated": False,
+            "model": "fake",
+            "revision": "1",
+            "status": "ok",
+            "prompt_hash": "0",
+        }
+        boxes = [
+            (r, c, {"y0": 32 * r, "x0": 32 * c, "y1": 32 * r + 32, "x1": 32 * c + 32}) for r in (0, 1) for c in (0, 1)
+        ]
+        yield Output(sample.key, rows=[{**row, "row": r, "col": c, **box} for r, c, box in reversed(boxes)])
+
+
+def high_res(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+    for sample in samples:
+        assert sample.low_res is not None
+        assert [(row["row"], row["col"]) for row in sample.captions] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        if _fails(sample, "high_res"):
+            yield Output(sample.key, error=SampleError("told to fail"))
+        else:
+            yield Output(sample.key, files=files_of(sample, 64))
+
+
+def quality(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+    for sample in samples:
+        assert sample.low_res is not None
+        assert sample.high_res is not None
+        width, height = sample.high_res.open().size
+        row = {
+            "width": width,
+            "height": height,
+            "clip_score": None,
+            "agreement_psnr": 30.0,
+            "agreement_ssim": 0.9,
+            "detail_energy": 0.1,
+            "seam": 1.0,
+            "clipped": 0.0,
+            "phash": "0" * 16,
+            "luminance_mean": 100.0,
+            "luminance_std": 10.0,
+            "flags": [],
+        }
+        yield Output(sample.key, rows=[row])
+
+
+FAKES: dict[Stage, Process] = {"low_res": low_res, "captions": captions, "high_res": high_res, "quality": quality}

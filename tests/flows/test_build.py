@@ -1,0 +1,164 @@
+"""The flows, on a real (ephemeral) Prefect server, with stand-in stages: order, retries, repair, failing shards."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from prefect.testing.utilities import prefect_test_harness
+
+from flows.build import build_dataset, repair
+from resmaster_stages import gallery, stage
+from resmaster_stages.config import DatasetConfig, Stage, Weights
+from resmaster_stages.errors import ConfigError, GpuLost
+from resmaster_stages.progress import Silent, reporting
+from resmaster_stages.storage.commit import list_commits
+from resmaster_stages.storage.dataset import Output, Sample, open_dataset
+from tasks.policy import worth_retrying
+from tasks.stages import STAGE_TASKS
+from tests.fake_stages import FAKES, config_at
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+class Stages:
+    """Stand-in stage modules that count calls and fail on request."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[Stage] = Counter()
+        self.trouble: dict[Stage, list[Exception]] = {}
+
+    def module(self, name: str) -> object:
+        owner, wanted = self, next(stage_name for stage_name, path in stage.MODULES.items() if path == name)
+
+        class Module:
+            @staticmethod
+            def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+                owner.calls[wanted] += 1
+                if owner.trouble.get(wanted):
+                    raise owner.trouble[wanted].pop(0)
+                yield from FAKES[wanted](config, samples)
+
+        return Module
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
+    fakes = Stages()
+
+    class Importlib:
+        import_module = staticmethod(fakes.module)
+
+    monkeypatch.setattr(stage, "importlib", Importlib)
+    monkeypatch.setattr(stage, "own_provenance", dict)
+    monkeypatch.setattr("resmaster_stages.models.identity.weights_of", lambda config: Weights(config.model.id))
+    for task in STAGE_TASKS.values():
+        monkeypatch.setattr(task, "retry_delay_seconds", 0)
+    return fakes
+
+
+def config_for(tmp_path: Path, prompts: list[str]) -> DatasetConfig:
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    return config_at(tmp_path / "out", prompts=str(tmp_path / "prompts.txt"))
+
+
+def commits(url: str) -> dict[Stage, set[int]]:
+    dataset = open_dataset(url)
+    return {
+        name: set(list_commits(dataset.folder, name, own_hash))
+        for name, own_hash in stage.stage_hashes(dataset.config).items()
+    }
+
+
+def test_a_build_runs_every_stage_once_per_shard_and_publishes(stages: Stages, tmp_path: Path) -> None:
+    config = config_for(tmp_path, ["a", "b", "c"])
+    heard: list[tuple[str, int]] = []
+
+    class Listener(Silent):
+        def shard_done(self, stage: str, shard: int, cached: bool) -> None:
+            heard.append((stage, shard))
+
+    with reporting(Listener()):
+        result = build_dataset(config)
+    assert (result.samples, result.samples_failed, result.errors) == (3, 0, {})
+    assert stages.calls == dict.fromkeys(FAKES, 2)
+    assert heard == [(name, shard) for shard in (0, 1) for name in FAKES], "shard by shard, stage by stage"
+    folder = tmp_path / "out" / "demo"
+    assert pq.read_table(folder / "manifest.parquet").num_rows == 3
+    for name in ("report/index.html", "report/contact-000.png", "index.json", "README.md", "config.json"):
+        assert (folder / name).stat().st_size > 0, name
+    assert result.report_url == str(folder / "report" / "index.html")
+
+    assert build_dataset(config) == result
+    assert stages.calls == dict.fromkeys(FAKES, 2), "nothing was done twice"
+
+
+def test_a_failing_shard_does_not_stop_the_others_and_repair_does_only_it(stages: Stages, tmp_path: Path) -> None:
+    config = config_for(tmp_path, ["bad high_res 1", "bad high_res 2", "c", "d"])
+    result = build_dataset(config)
+    assert set(result.errors) == {"0"}
+    assert "2 of 2 samples failed" in result.errors["0"]
+    assert result.samples == 2
+    assert commits(result.dataset_url) == {"low_res": {0, 1}, "captions": {0, 1}, "high_res": {1}, "quality": {1}}
+    page = (tmp_path / "out" / "demo" / "report" / "index.html").read_text()
+    assert "told to fail" in page
+
+    stages.calls.clear()
+    again = repair(result.dataset_url)
+    assert set(again.errors) == {"0"}
+    assert stages.calls == {"high_res": 1}
+
+    stages.calls.clear()
+    assert repair(result.dataset_url, shards=[1]).errors == {}
+    assert stages.calls == {}
+
+
+def test_a_hiccup_is_retried_and_a_mistake_is_not(stages: Stages, tmp_path: Path) -> None:
+    config = config_for(tmp_path, ["a"])
+    stages.trouble = {"high_res": [OSError("503 slow down"), TimeoutError("timed out")]}
+    assert build_dataset(config).errors == {}
+    assert stages.calls["high_res"] == 3
+
+
+@pytest.mark.parametrize("error", [ConfigError("wrong model"), GpuLost("ECC")])
+def test_what_would_end_every_shard_ends_the_flow(stages: Stages, tmp_path: Path, error: Exception) -> None:
+    config = config_for(tmp_path, ["a", "b", "c"])
+    stages.trouble = {"high_res": [error]}
+    with pytest.raises(type(error), match=str(error)):
+        build_dataset(config)
+    assert stages.calls["high_res"] == 1
+    assert commits(str(tmp_path / "out"))["low_res"] == {0}, "what was done stays done"
+    assert build_dataset(config).samples == 3
+
+
+def test_repair_of_one_stage(stages: Stages, tmp_path: Path) -> None:
+    config = config_for(tmp_path, ["a"])
+    result = build_dataset(config)
+    for path in (tmp_path / "out" / "demo" / "commits").glob("quality-*/*.json"):
+        path.unlink()
+    stages.calls.clear()
+    assert repair(result.dataset_url, stages=["low_res"]).samples == 0
+    assert stages.calls == {}
+    assert repair(result.dataset_url, stages=["quality"]).samples == 1
+    assert stages.calls == {"quality": 1}
+
+
+def test_every_stage_task_uses_the_retry_policy() -> None:
+    assert set(STAGE_TASKS) == set(FAKES)
+    for task in STAGE_TASKS.values():
+        assert task.retry_condition_fn is worth_retrying
+        assert task.retries == 3
+        assert task.retry_jitter_factor == 0.5
+
+
+def test_the_report_lists_only_the_last_attempt_of_a_failed_sample(stages: Stages, tmp_path: Path) -> None:
+    config = config_for(tmp_path, ["bad low_res 1", "bad low_res 2"])
+    url = build_dataset(config).dataset_url
+    repair(url)
+    rows = gallery.failures(open_dataset(url))
+    assert [row["attempt_number"] for row in rows] == [2, 2]

@@ -1,0 +1,196 @@
+import errno
+import multiprocessing
+import os
+import threading
+import uuid
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from resmaster_stages.errors import UserError
+from resmaster_stages.storage import filesystem
+from resmaster_stages.storage.filesystem import Folder, explained, open_root, put_if_absent, without_credentials
+
+
+@pytest.fixture(params=["local", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    return open_root(str(tmp_path / "root") if request.param == "local" else f"memory://{uuid.uuid4().hex}/root")
+
+
+def test_write_read_list_remove(folder: Folder, tmp_path: Path) -> None:
+    assert folder.names("a") == []
+    assert not folder.exists("a/x")
+    folder.write("a/x", b"1")
+    folder.write("a/x", b"2")
+    (tmp_path / "source").write_bytes(b"3" * 10)
+    folder.upload("a/y", tmp_path / "source")
+    folder.write("b", b"4")
+    assert folder.names("a") == ["a/x", "a/y"]
+    assert folder.names("") == ["a", "b"]
+    assert folder.read("a/x") == b"2"
+    assert folder.read_many(["a/x", "a/gone", "a/y"]) == {"a/x": b"2", "a/y": b"3" * 10}
+    with folder.open("a/y") as file:
+        file.seek(8)
+        assert file.read() == b"33"
+    path, sha256 = folder.download("a/y", tmp_path)
+    assert path.read_bytes() == b"3" * 10
+    assert sha256 == filesystem.sha256_of(tmp_path / "source")
+    folder.remove("a/x")
+    folder.remove("a/x")
+    assert folder.names("a") == ["a/y"]
+    with pytest.raises(FileNotFoundError):
+        folder.read("a/x")
+
+
+def test_url_leads_back(folder: Folder) -> None:
+    folder.write("x", b"1")
+    again = open_root(folder.url)
+    assert again == folder
+    assert again.read("x") == b"1"
+
+
+def test_create_once(folder: Folder) -> None:
+    folder.create("c/1", b"first")
+    with pytest.raises(FileExistsError):
+        folder.create("c/1", b"second")
+    assert folder.read("c/1") == b"first"
+    assert folder.names("c") == ["c/1"]
+
+
+def test_racing_threads_have_one_winner(folder: Folder) -> None:
+    barrier, won = threading.Barrier(12), []
+
+    def contend(number: int) -> None:
+        barrier.wait()
+        try:
+            folder.create("c/1", str(number).encode())
+            won.append(number)
+        except FileExistsError:
+            pass
+
+    threads = [threading.Thread(target=contend, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert folder.read("c/1") == str(won[0]).encode()
+    assert folder.names("c") == ["c/1"]
+
+
+def _contend(path: str, number: int, start: float) -> int:
+    while os.times().elapsed < start:
+        pass
+    try:
+        put_if_absent(fsspec.filesystem("file"), path, str(number).encode() * 1000)
+    except FileExistsError:
+        return 0
+    return 1
+
+
+def test_racing_processes_have_one_winner(tmp_path: Path) -> None:
+    path = str(tmp_path / "c" / "1")
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        for shot in range(5):
+            start = os.times().elapsed + 0.02
+            wins = pool.starmap(_contend, [(f"{path}{shot}", number, start) for number in range(4)])
+            assert sum(wins) == 1
+    assert sorted(os.listdir(tmp_path / "c")) == [f"1{shot}" for shot in range(5)]
+
+
+def test_local_files_obey_the_umask(tmp_path: Path) -> None:
+    folder = open_root(str(tmp_path))
+    folder.create("a", b"")
+    (tmp_path / "plain").write_bytes(b"")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = open_root(str(tmp_path))
+    folder.write("a", b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for write in (folder.write, folder.create):
+        with pytest.raises((UserError, FileExistsError)):
+            write("a", b"new")
+    with pytest.raises(UserError, match="disk is full"):
+        folder.create("b", b"new")
+    assert sorted(os.listdir(tmp_path)) == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_bad_roots(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        open_root(str(tmp_path / "file"))
+    with pytest.raises(UserError, match="a file is in the way"):
+        open_root(str(tmp_path / "file" / "below")).create("x", b"")
+    with pytest.raises(UserError, match="not a usable root"):
+        open_root("nonsense://x")
+    with pytest.raises(UserError, match="empty"):
+        open_root(" ")
+
+
+class FakeStore:
+    """Answers conditional creates as S3 does through s3fs."""
+
+    def __init__(self, *answers: OSError | None) -> None:
+        self.answers = list(answers)
+
+    def pipe_file(self, path: str, data: bytes, mode: str) -> None:
+        assert mode == "create"
+        answer = self.answers.pop(0)
+        if answer is not None:
+            raise answer
+
+
+def store_error(code: str, number: int) -> OSError:
+    error = OSError(number, code)
+    error.__cause__ = Exception()
+    error.__cause__.response = {"Error": {"Code": code}}  # type: ignore[attr-defined]
+    return error
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [FileExistsError("x"), store_error("PreconditionFailed", errno.EINVAL), OSError(errno.EINVAL, "At least one ...")],
+)
+def test_a_store_says_exists_in_three_ways(answer: OSError) -> None:
+    with pytest.raises(FileExistsError):
+        put_if_absent(FakeStore(answer), "p", b"")
+
+
+def test_conflicts_are_tried_again_and_other_errors_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filesystem.time, "sleep", lambda seconds: None)
+    store = FakeStore(*[store_error("ConditionalRequestConflict", errno.EIO)] * 3, None)
+    put_if_absent(store, "p", b"")
+    assert store.answers == []
+    for error in (store_error("InvalidRequest", errno.EINVAL), store_error("SlowDown", errno.EBUSY)):
+        store = FakeStore(error, None)
+        with pytest.raises(OSError, match=r"InvalidRequest|SlowDown") as caught:
+            put_if_absent(store, "p", b"")
+        assert not isinstance(caught.value, FileExistsError)
+        assert len(store.answers) == 1
+
+
+def test_transient_errors_stay_what_they_are() -> None:
+    with pytest.raises(OSError, match="busy") as caught, explained("s3://b"):
+        raise OSError(errno.EBUSY, "busy")
+    assert caught.type is OSError
+    with pytest.raises(UserError, match="permission denied"), explained("s3://b"):
+        raise PermissionError("Access Denied")
+    unreachable = type("EndpointConnectionError", (Exception,), {"__module__": "botocore.exceptions"})
+    with pytest.raises(ConnectionError, match="s3://b: cannot be reached"), explained("s3://b"):
+        raise unreachable("no route")
+    with pytest.raises(UserError, match="credentials"), explained("s3://b"):
+        raise type("NoCredentialsError", (unreachable,), {})()
+
+
+def test_credentials_are_cut_out() -> None:
+    assert without_credentials("s3://key:secret@bucket/x") == "s3://bucket/x"
+    assert without_credentials("http://host/a@b") == "http://host/a@b"
+    assert without_credentials("mail me@x") == "mail me@x"

@@ -1,0 +1,92 @@
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resmaster_stages.errors import ShardError
+from resmaster_stages.storage.tables import CAPTIONS_SCHEMA, QUALITY_SCHEMA, decode_table, encode_table
+
+ROW = {
+    "key": "k",
+    "width": 4,
+    "height": 4,
+    "clip_score": None,
+    "agreement_psnr": 1.0,
+    "agreement_ssim": 1.0,
+    "detail_energy": 1.0,
+    "seam": 1.0,
+    "clipped": 0.0,
+    "phash": "0" * 16,
+    "luminance_mean": 1.0,
+    "luminance_std": 1.0,
+    "flags": ["seam"],
+}
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {
+                "key": TEXT,
+                "grid": TEXT,
+                **{name: st.integers(-(2**15), 2**15 - 1) for name in ("row", "col", "n_tokens")},
+                **{name: st.integers(-(2**31), 2**31 - 1) for name in ("y0", "x0", "y1", "x1")},
+                "caption": TEXT,
+                "truncated": st.booleans(),
+                "model": st.none() | TEXT,
+                "revision": st.none() | TEXT,
+                "status": TEXT,
+                "prompt_hash": st.none() | TEXT,
+            }
+        ),
+        max_size=4,
+    )
+)
+def test_round_trip(rows: list[dict]) -> None:
+    data = encode_table(rows, CAPTIONS_SCHEMA, {"stage_hash": "0"})
+    assert data == encode_table(rows, CAPTIONS_SCHEMA, {"stage_hash": "0"})
+    assert decode_table(data, CAPTIONS_SCHEMA, "x").to_pylist() == rows
+
+
+def test_plain_pyarrow_reads_it(tmp_path) -> None:
+    (tmp_path / "t.parquet").write_bytes(encode_table([ROW], QUALITY_SCHEMA))
+    table = pq.read_table(tmp_path / "t.parquet")
+    assert table.to_pylist() == [ROW]
+    assert table.schema.metadata[b"schema_version"] == b"1"
+    assert pq.ParquetFile(tmp_path / "t.parquet").metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latency": 3}, "unknown columns"),
+        ({"width": None}, "'width' is missing"),
+        ({"width": "wide"}, "quality"),
+        ({"width": 2**40}, "quality"),
+    ],
+)
+def test_rows_that_do_not_fit(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encode_table([{**ROW, **change}], QUALITY_SCHEMA)
+    without = {name: value for name, value in ROW.items() if name != "key"}
+    with pytest.raises(ValueError, match="'key' is missing"):
+        encode_table([without], QUALITY_SCHEMA)
+
+
+def test_schemas_only_grow() -> None:
+    grown = QUALITY_SCHEMA.append(pa.field("new", pa.float64()))
+    old, new = encode_table([ROW], QUALITY_SCHEMA), encode_table([{**ROW, "new": 1.0}], grown)
+    assert decode_table(old, grown, "x").to_pylist() == [{**ROW, "new": None}]
+    assert decode_table(new, QUALITY_SCHEMA, "x").to_pylist() == [ROW]
+    must = QUALITY_SCHEMA.append(pa.field("must", pa.float64(), nullable=False))
+    with pytest.raises(ShardError, match="x: has no column 'must'"):
+        decode_table(old, must, "x")
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1", b"hello" * 100])
+def test_damaged_files_are_named(data: bytes) -> None:
+    with pytest.raises(ShardError, match=r"t\.parquet: not a readable Parquet file"):
+        decode_table(data, QUALITY_SCHEMA, "t.parquet")

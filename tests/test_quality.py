@@ -1,0 +1,212 @@
+"""Stage 5: rows, flags, the CLIP score's plumbing, and the order of badness."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from resmaster_stages.config import QualityConfig, parse_config
+from resmaster_stages.errors import ConfigError, SampleError
+from resmaster_stages.metrics.clip_score import ClipScorer, load_clip
+from resmaster_stages.quality import FLAGS, badness, process
+from resmaster_stages.storage.dataset import Output, Picture, Sample
+from resmaster_stages.storage.tables import QUALITY_SCHEMA
+
+
+def encode(image: Image.Image) -> Picture:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return Picture(data=buffer.getvalue(), extension="png", meta={})
+
+
+def scene(size: int = 32, seed: int = 0) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (size, size, 3)).astype(np.uint8)
+    smooth = np.asarray(Image.fromarray(values).filter(ImageFilter.GaussianBlur(4))).astype(np.float32)
+    return Image.fromarray(((smooth - smooth.min()) / np.ptp(smooth) * 180 + 30).astype(np.uint8))
+
+
+def pair(key: str, low: Image.Image, high: Image.Image | None = None, prompt: str = "a boat") -> Sample:
+    high = high or low.resize((low.width * 4, low.height * 4), Image.Resampling.BICUBIC)
+    return Sample(
+        key=key,
+        index=0,
+        prompt=prompt,
+        negative_prompt="",
+        height=low.height,
+        width=low.width,
+        replica=0,
+        low_res=encode(low),
+        high_res=encode(high),
+    )
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("model")
+    for name, values in {"unet": {"sample_size": 4}, "vae": {"block_out_channels": [8, 8, 8, 8]}}.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(values))
+    return parse_config({"name": "t", "model": {"id": str(folder)}, "quality": {"clip": None}})
+
+
+def flags_of(output: Output) -> list[str]:
+    return output.rows[0]["flags"]
+
+
+def test_a_faithful_result_has_one_finite_row_without_flags(config: Any) -> None:
+    (output,) = process(config, [pair("aa", scene())])
+    (row,) = output.rows
+    assert set(row) == set(QUALITY_SCHEMA.names) - {"key"}
+    assert (row["width"], row["height"]) == (128, 128)
+    assert row["clip_score"] is None
+    assert row["flags"] == []
+    assert row["agreement_psnr"] > 35
+    assert all(np.isfinite(value) for value in row.values() if isinstance(value, float))
+
+
+def test_each_flag_is_raised_by_its_defect_alone(config: Any) -> None:
+    low = scene()
+    big = low.resize((128, 128), Image.Resampling.BICUBIC)
+    values = np.asarray(big).astype(np.float32)
+    edges = (np.indices((128, 128)) // 16).sum(axis=0) % 2 * 10.0 - 5.0  # views of 32 px, 16 px apart
+    white = Image.new("RGB", (128, 128), "white")
+    white.paste(big.crop((0, 0, 128, 80)))
+    outputs = list(
+        process(
+            config,
+            [
+                pair("aa", low, big.transpose(Image.Transpose.ROTATE_180)),
+                pair("bb", low, Image.fromarray((values + edges[:, :, None]).clip(0, 255).astype(np.uint8))),
+                pair("cc", white.resize((32, 32), Image.Resampling.BOX), white),
+                pair("dd", Image.new("RGB", (32, 32), (40, 40, 40))),
+                pair("ee", scene(seed=4)),
+                pair("ff", scene(seed=4)),
+                pair("gg", Image.new("RGB", (32, 32), (90, 90, 90))),
+            ],
+        )
+    )
+    assert [flags_of(output) for output in outputs] == [
+        ["structure"],
+        ["seam"],
+        ["clipped"],
+        ["blank"],
+        [],
+        ["near_duplicate"],
+        ["blank"],  # two blank pictures are not called duplicates
+    ]
+    assert {flag for output in outputs for flag in flags_of(output)} == set(FLAGS)
+
+
+def test_a_broken_picture_costs_its_own_row(config: Any) -> None:
+    good, bad, lost = pair("aa", scene()), pair("bb", scene()), pair("cc", scene())
+    object.__setattr__(bad, "high_res", Picture(data=b"", extension="png", meta={}))
+    object.__setattr__(lost, "low_res", None)
+    outputs = list(process(config, [bad, good, lost]))
+    assert [type(output.error) for output in outputs] == [SampleError, type(None), SampleError]
+    assert outputs[1].rows == next(process(config, [good])).rows
+
+
+# -------------------------------------------------------------------------------------------------------- CLIP score
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP model with random weights: plumbing only, its scores mean nothing."""
+    import torch
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [chr(c) for c in range(97, 123)]
+    vocabulary = {
+        t: i for i, t in enumerate([*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"])
+    }
+    CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**shape, "vocab_size": 54, "max_position_embeddings": 16, "bos_token_id": 52, "eos_token_id": 53}
+    torch.manual_seed(0)
+    model = CLIPModel(
+        CLIPConfig(text_config=text, vision_config={**shape, "image_size": 16, "patch_size": 8}, projection_dim=8)
+    )
+    model.save_pretrained(folder)
+    # as one processor: its file is another than an image processor's alone
+    processor = CLIPImageProcessorPil(size=16, crop_size=16, image_mean=[0.1, 0.2, 0.3])
+    CLIPProcessor(processor, CLIPTokenizer.from_pretrained(folder)).save_pretrained(folder)
+    return folder
+
+
+def test_scores_do_not_depend_on_the_batch_and_see_the_whole_picture(clip_folder: Path) -> None:
+    scorer = load_clip(str(clip_folder), device="cpu")
+    assert scorer._mean.tolist() == [0.1, 0.2, 0.3]
+    wide = Image.new("RGB", (64, 16), "grey")
+    marked = wide.copy()
+    marked.paste((255, 0, 0), (0, 0, 8, 16))  # a centre crop would not see it
+    texts = ["abc", "abcde" * 20, "a b"]
+    images = [wide, marked, scene()]
+    together = scorer.scores(images, texts)
+    alone = [scorer.scores([image], [text])[0] for image, text in zip(images, texts)]
+    assert together == pytest.approx(alone, abs=1e-3)
+    embeds = [scorer._pixels(image) for image in (wide, marked)]
+    assert np.abs(embeds[0] - embeds[1]).max() > 0.5
+    assert scorer.scores([], []) == []
+    with pytest.raises(ValueError, match="as many"):
+        scorer.scores([wide], [])
+
+
+@pytest.mark.parametrize(("cosine", "expected"), [(0.25, 25.0), (-0.5, 0.0), (1.0, 100.0)])
+def test_a_score_is_a_hundred_times_the_positive_cosine(cosine: float, expected: float) -> None:
+    import torch
+
+    class Model:
+        device, dtype = torch.device("cpu"), torch.float32
+
+        class config:
+            class vision_config:
+                image_size = 8
+
+            class text_config:
+                max_position_embeddings = 77
+
+        def __call__(self, **_inputs: Any) -> Any:
+            text = torch.tensor([[2 * cosine, 2 * (1 - cosine**2) ** 0.5]])  # not normalised on purpose
+            return type("O", (), {"image_embeds": torch.tensor([[3.0, 0.0]]), "text_embeds": text})()
+
+    def tokenizer(_texts: list[str], **_options: Any) -> Any:
+        return {"input_ids": torch.zeros(1, 1), "attention_mask": torch.ones(1, 1)}
+
+    scorer = ClipScorer(Model(), tokenizer, [0.5] * 3, [0.5] * 3)
+    assert scorer.scores([scene()], ["a boat"]) == pytest.approx([expected], abs=1e-4)
+
+
+def test_the_stage_scores_prompts_and_leaves_none_without_one(config: Any, clip_folder: Path) -> None:
+    with_clip = config.model_copy(update={"quality": QualityConfig(clip=str(clip_folder), device="cpu")})
+    outputs = list(process(with_clip, [pair("aa", scene()), pair("bb", scene(seed=2), prompt="")]))
+    assert 0 <= outputs[0].rows[0]["clip_score"] <= 100
+    assert outputs[1].rows[0]["clip_score"] is None
+
+
+def test_a_clip_model_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"quality\.clip") as error:
+        load_clip(str(tmp_path), device="cpu")
+    assert "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------------- badness
+
+
+def row(**values: Any) -> dict[str, Any]:
+    return {"agreement_psnr": 30.0, "seam": 1.0, "clipped": 0.0, "clip_score": 30.0, "flags": [], **values}
+
+
+def test_badness_orders_the_worst_first() -> None:
+    perfect = row(agreement_psnr=60.0, clip_score=100.0)
+    assert badness(perfect) == 0.0
+    order = [row(flags=["blank"]), row(flags=["seam"], seam=1.9), row(seam=1.4), row(clip_score=20.0), row(), perfect]
+    assert [badness(r) for r in order] == sorted((badness(r) for r in order), reverse=True)
+    assert badness(row(agreement_psnr=float("nan"))) < float("inf")
+    assert badness(row(clip_score=None)) == pytest.approx(0.25 + 0.5)
