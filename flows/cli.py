@@ -185,9 +185,16 @@ def _finished(console: Console, result: BuildResult) -> int:
 
 
 def _execute(
-    console: Console, pending_samples: dict[Stage, int], shard_count: int, build: str, **arguments: object
+    console: Console,
+    config: DatasetConfig,
+    pending_samples: dict[Stage, int],
+    shard_count: int,
+    build: str,
+    arguments: dict[str, object],
 ) -> int:
     """Run a flow of `flows.build` under the live display."""
+    if config.model.id == "picturebook" or Path(config.model.id).is_dir():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # nothing to download: loading takes a second
     from flows.display import TerminalReporter
     from resmaster_stages.progress import reporting
 
@@ -205,7 +212,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     config = config_of(args)
     look = preview(config)  # all that can be wrong with the input is found here, before anything starts
     console.print(look.headline(), highlight=False, soft_wrap=True)
-    return _execute(console, look.pending_samples(), look.shards, "build_dataset", config=config)
+    return _execute(console, config, look.pending_samples(), look.shards, "build_dataset", {"config": config})
 
 
 def plan(args: argparse.Namespace, console: Console) -> int:
@@ -270,12 +277,11 @@ def repair(args: argparse.Namespace, console: Console) -> int:
         return 0
     return _execute(
         console,
+        dataset.config,
         pending_samples(dataset, todo),
         count,
         "repair",
-        dataset_url=dataset.url,
-        shards=shards,
-        stages=stages,
+        {"dataset_url": dataset.url, "shards": shards, "stages": stages},
     )
 
 

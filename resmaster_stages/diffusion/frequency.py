@@ -38,8 +38,14 @@ def low_pass_kernel(sigma_f: float) -> tuple[float, ...]:
     return tuple((kernel / kernel.sum()).tolist())
 
 
+@lru_cache(maxsize=16)
+def _kernel_on(device: torch.device, dtype: torch.dtype, sigma_f: float) -> Tensor:
+    """The kernel where it is needed: uploading it at every step would make the device wait."""
+    return torch.tensor(low_pass_kernel(sigma_f), dtype=dtype, device=device)
+
+
 def _blur_axis(x: Tensor, sigma_f: float, dim: int) -> Tensor:
-    kernel = torch.tensor(low_pass_kernel(sigma_f), dtype=x.dtype, device=x.device)
+    kernel = _kernel_on(x.device, x.dtype, sigma_f)
     radius = min(len(kernel) // 2, x.shape[dim] - 1)  # reflect padding must be shorter than the axis
     middle = len(kernel) // 2
     kernel = kernel[middle - radius : middle + radius + 1]

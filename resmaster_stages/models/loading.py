@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
@@ -210,6 +211,16 @@ def _load_adapter(pipe: Any, adapter: IpAdapterConfig, dtype: torch.dtype) -> No
         )
 
 
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without diffusers' progress bars, which would tear the display of a build."""
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers.utils.logging.enable_progress_bar()
+
+
 def load_pipeline(config: ModelConfig) -> Any:
     """The StableDiffusionXLPipeline that `config` names, on the CPU, with its IP-Adapter and VAE. Raises ConfigError."""
     location = _location(config.id)
@@ -220,7 +231,7 @@ def load_pipeline(config: ModelConfig) -> Any:
     if config.vae:
         with _explained(config.vae, "the VAE"):
             extra["vae"] = AutoencoderKL.from_pretrained(_location(config.vae), dtype=dtype, use_safetensors=True)
-    with _explained(config.id, "it"):
+    with _explained(config.id, "it"), _no_bars():
         pipe = StableDiffusionXLPipeline.from_pretrained(
             location,
             revision=config.revision,

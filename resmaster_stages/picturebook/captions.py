@@ -40,7 +40,23 @@ PART_WORDS: dict[str, tuple[str, ...]] = {
     "moon": ("the moon",),
 }
 # the words by which evaluation recognises each texture
-TEXTURES = ("brick", "tile", "pane", "leaves", "bark", "stripes", "woven", "petals", "seeds", "grass", "ripples", "snow", "cobbles", "stars", "clouds")
+TEXTURES = (
+    "brick",
+    "tile",
+    "pane",
+    "leaves",
+    "bark",
+    "stripes",
+    "woven",
+    "petals",
+    "seeds",
+    "grass",
+    "ripples",
+    "snow",
+    "cobbles",
+    "stars",
+    "clouds",
+)
 _GROUND_WHOLE: dict[str, tuple[str, ...]] = {
     "meadow": ("on a green meadow", "on the grass", "in a meadow"),
     "sand": ("on the sand", "on a sandy beach"),

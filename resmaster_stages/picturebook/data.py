@@ -102,7 +102,11 @@ def _draw_shard(folder: Path, first: int, count: int, base_seed: int) -> None:
         time_ids=np.asarray([p.time_ids for p in photos], np.int32),
     )
     rows = [
-        {"caption": p.caption, "pairs": sorted(captions.pairs_in(p.scene, p.box)), "whole": captions.is_whole(p.scene, p.box)}
+        {
+            "caption": p.caption,
+            "pairs": sorted(captions.pairs_in(p.scene, p.box)),
+            "whole": captions.is_whole(p.scene, p.box),
+        }
         for p in photos
     ]
     (folder / f"photos-{first:06d}.json").write_text(json.dumps(rows))
@@ -167,6 +171,8 @@ def degrade(images: Tensor, rng: Random, share: float = 0.6, factors: Sequence[f
     for i in range(len(images)):
         if rng.random() < share:
             small = max(8, round(h / math.exp(rng.uniform(math.log(factors[0]), math.log(factors[1])))))
-            low = torch.nn.functional.interpolate(images[i : i + 1], (small, small), mode="bicubic", antialias=True, align_corners=False)
+            low = torch.nn.functional.interpolate(
+                images[i : i + 1], (small, small), mode="bicubic", antialias=True, align_corners=False
+            )
             out[i] = torch.nn.functional.interpolate(low, (h, h), mode="bicubic", align_corners=False)[0].clamp(-1, 1)
     return out

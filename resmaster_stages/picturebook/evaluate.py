@@ -87,7 +87,12 @@ def captioner_measures(captioner: GitForCausalLM, photos: PhotoSet) -> list[Meas
 
 @torch.no_grad()
 def paint(
-    pipe: StableDiffusionXLPipeline, prompts: list[str], seed: int = 0, steps: int = 20, guidance: float = 5.0, batch: int = 16
+    pipe: StableDiffusionXLPipeline,
+    prompts: list[str],
+    seed: int = 0,
+    steps: int = 20,
+    guidance: float = 5.0,
+    batch: int = 16,
 ) -> list[Image.Image]:
     """Native-size images of prompts; the seed of an image depends on its place in the list only."""
     images: list[Image.Image] = []
@@ -100,10 +105,17 @@ def paint(
 
 def as_pixels(images: list[Image.Image]) -> Tensor:
     """uint8 [N, 3, h, w]."""
-    return torch.stack([torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).view(i.height, i.width, 3).permute(2, 0, 1) for i in images])
+    return torch.stack(
+        [
+            torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).view(i.height, i.width, 3).permute(2, 0, 1)
+            for i in images
+        ]
+    )
 
 
-def text_to_image_measures(pipe: StableDiffusionXLPipeline, captioner: GitForCausalLM, count: int, guidance: float) -> list[Measure]:
+def text_to_image_measures(
+    pipe: StableDiffusionXLPipeline, captioner: GitForCausalLM, count: int, guidance: float
+) -> list[Measure]:
     """Prompted pairs found by the captioner in generated scenes, relative to real drawings of the same scenes."""
     from resmaster_stages.picturebook.render import render
 
@@ -141,7 +153,9 @@ def evaluate(pack: Path = PACK, photos: int = 512, scenes_generated: int = 64, g
     found, made = held_out(photos)
     crisp = torch.tensor([p.render_px == data.NATIVE_PX for p in made])
     out = [
-        Measure("VAE round trip, whole scenes, PSNR in dB", train_vae.psnr(vae, found.pixels[crisp & found.whole]), 27.0),
+        Measure(
+            "VAE round trip, whole scenes, PSNR in dB", train_vae.psnr(vae, found.pixels[crisp & found.whole]), 27.0
+        ),
         Measure("VAE round trip, close-ups, PSNR in dB", train_vae.psnr(vae, found.pixels[crisp & ~found.whole]), 27.0),
         Measure("CLIP retrieval, own caption first of 64", train_clip.retrieval(text, image, found), 0.70),
     ]
@@ -164,7 +178,12 @@ def main() -> None:
     path = args.pack / "card.json"
     card: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     card["measures"] = {m.name: {"value": round(m.value, 4), "aim": m.aim} for m in measures}
-    card["measured_on"] = {"held_out_photos": args.photos, "generated_scenes": args.scenes, "guidance": args.guidance, "steps": 20}
+    card["measured_on"] = {
+        "held_out_photos": args.photos,
+        "generated_scenes": args.scenes,
+        "guidance": args.guidance,
+        "steps": 20,
+    }
     path.write_text(json.dumps(card, indent=2) + "\n")
 
 

@@ -82,7 +82,12 @@ def export(work: Path, pack: Path = PACK, card: dict[str, Any] | None = None) ->
     partial = pack.with_name(pack.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipe, adapter = assemble(work)
-    tokenizer, processor, text2, image = pipe.tokenizer_2, pipe.feature_extractor, pipe.text_encoder_2, pipe.image_encoder
+    tokenizer, processor, text2, image = (
+        pipe.tokenizer_2,
+        pipe.feature_extractor,
+        pipe.text_encoder_2,
+        pipe.image_encoder,
+    )
     pipe.to(torch.float16)
     pipe.save_pretrained(partial)
 
@@ -95,7 +100,11 @@ def export(work: Path, pack: Path = PACK, card: dict[str, Any] | None = None) ->
     GitProcessor(processor, tokenizer).save_pretrained(partial / "captioner")
 
     text_part, image_part = train_clip.text_config(), train_clip.vision_config()
-    clip = CLIPModel(CLIPConfig(text_config=text_part.to_dict(), vision_config=image_part.to_dict(), projection_dim=train_clip.PROJECTION))
+    clip = CLIPModel(
+        CLIPConfig(
+            text_config=text_part.to_dict(), vision_config=image_part.to_dict(), projection_dim=train_clip.PROJECTION
+        )
+    )
     weights = {**text2.state_dict(), **image.state_dict(), "logit_scale": torch.tensor(train_clip.load(work)[2])}
     clip.load_state_dict(weights)
     clip.half().save_pretrained(partial / "clip")
@@ -107,7 +116,9 @@ def export(work: Path, pack: Path = PACK, card: dict[str, Any] | None = None) ->
     sizes = {p.relative_to(partial): p.stat().st_size for p in partial.rglob("*") if p.is_file()}
     for name, size in sizes.items():
         if size > FILE_LIMIT_BYTES:
-            raise ValueError(f"{name} has {size / 1e6:.1f} MB, more than {FILE_LIMIT_BYTES / 1e6:.0f}: use a smaller model.")
+            raise ValueError(
+                f"{name} has {size / 1e6:.1f} MB, more than {FILE_LIMIT_BYTES / 1e6:.0f}: use a smaller model."
+            )
     for name in sizes:
         (partial / name).chmod(0o644)
     total = sum(sizes.values())

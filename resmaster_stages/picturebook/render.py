@@ -17,7 +17,9 @@ def render(scene: scenes.Scene, height_px: int, width_px: int, box: scenes.Box |
     try:
         import resvg_py
     except ImportError as error:
-        raise ImportError("Drawing picturebook scenes needs resvg_py: pip install 'resmaster-pipeline[train]'") from error
+        raise ImportError(
+            "Drawing picturebook scenes needs resvg_py: pip install 'resmaster-pipeline[train]'"
+        ) from error
     markup = scenes.svg(scene, box, width_px, height_px)
     data = resvg_py.svg_to_bytes(svg_string=markup, width=width_px, height=height_px, skip_system_fonts=True)
     return Image.open(io.BytesIO(data)).convert("RGB")

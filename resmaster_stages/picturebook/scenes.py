@@ -181,8 +181,8 @@ def house(t: Thing, rng: Random, night: bool) -> Drawing:
     out.append(_path([_rect(cx - 0.012 * s, top - 0.375 * s, 0.124 * s, 0.03 * s)], roof_dark))
     # wall: mortar, then bricks in three shades
     out.append(_path([_rect(left, top, w, wall_h)], dark))
-    brick_h = 0.0311 * s * 1.15
-    brick_w = 2.3 * brick_h
+    brick_h = 0.062 * s
+    brick_w = 2.1 * brick_h
     gap = 0.16 * brick_h
     shades: dict[str, list[str]] = {base: [], light: [], "mid": []}
     rows = round(wall_h / brick_h)
@@ -196,15 +196,15 @@ def house(t: Thing, rng: Random, night: bool) -> Drawing:
                 shades[key].append(_rect(a, y0, b - a, wall_h / rows - gap))
             x0 += brick_w
     out += [_path(shades[base], base), _path(shades[light], light, more='opacity="0.75"')]
-    out += [_path(shades["mid"], base), _path(shades["mid"], dark, more='opacity="0.35"')]
+    out += [_path(shades["mid"], base), _path(shades["mid"], dark, more='opacity="0.45"')]
     # roof: a triangle with rows of rounded tiles
     apex, eave = top - 0.42 * s, 0.07 * s
     out.append(
         f'<path d="M{_n(left - eave)} {_n(top + 1)}L{_n(t.x)} {_n(apex)}L{_n(left + w + eave)} {_n(top + 1)}z" fill="{roof_dark}"/>'
     )
     tiles: dict[str, list[str]] = {roof_base: [], roof_light: []}
-    tile_rows, roof_h = 10, top - apex
-    tile_w = 0.052 * s
+    tile_rows, roof_h = 6, top - apex
+    tile_w = 0.088 * s
     for row in range(tile_rows, 0, -1):
         y1 = apex + roof_h * row / tile_rows
         half = (w / 2 + eave) * (row - 0.15) / tile_rows
@@ -214,7 +214,7 @@ def house(t: Thing, rng: Random, night: bool) -> Drawing:
             x0 = t.x - half + i * step
             y0 = y1 - roof_h / tile_rows
             d = f"M{_n(x0 + 0.6)} {_n(y0)}h{_n(step - 1.2)}v{_n(roof_h / tile_rows * 0.5)}q{_n(-step / 2 + 0.6)} {_n(roof_h / tile_rows * 0.8)} {_n(-step + 1.2)} 0z"
-            tiles[rng.choices([roof_base, roof_light], [0.72, 0.28])[0]].append(d)
+            tiles[rng.choices([roof_base, roof_light], [0.6, 0.4])[0]].append(d)
     out += [_path(tiles[roof_base], roof_base), _path(tiles[roof_light], roof_light)]
     # windows
     parts = [
@@ -230,21 +230,41 @@ def house(t: Thing, rng: Random, night: bool) -> Drawing:
         out.append(_path([_rect(wx - frame, wy - frame, win_w + 2 * frame, win_h + 2 * frame)], "#fbf7ee"))
         out.append(_path([_rect(wx, wy, win_w, win_h)], glass[0]))
         out.append(
-            _path([f"M{_n(wx)} {_n(wy + win_h)}L{_n(wx)} {_n(wy + win_h * 0.4)}L{_n(wx + win_w * 0.6)} {_n(wy)}h{_n(win_w * 0.4)}z"], glass[1], more='opacity="0.6"')
+            _path(
+                [
+                    f"M{_n(wx)} {_n(wy + win_h)}L{_n(wx)} {_n(wy + win_h * 0.4)}L{_n(wx + win_w * 0.6)} {_n(wy)}h{_n(win_w * 0.4)}z"
+                ],
+                glass[1],
+                more='opacity="0.6"',
+            )
         )
-        bars = [f"M{_n(wx + win_w * f)} {_n(wy)}v{_n(win_h)}" for f in (1 / 3, 2 / 3)]
-        bars += [f"M{_n(wx)} {_n(wy + win_h * f)}h{_n(win_w)}" for f in (1 / 3, 2 / 3)]
-        out.append(_path(bars, "none", "#fbf7ee", 0.011 * s))
+        bars = [f"M{_n(wx + win_w * f)} {_n(wy)}v{_n(win_h)}" for f in (1 / 2,)]
+        bars += [f"M{_n(wx)} {_n(wy + win_h * f)}h{_n(win_w)}" for f in (1 / 2,)]
+        out.append(_path(bars, "none", "#fbf7ee", 0.018 * s))
         out.append(_path([_rect(wx - 0.03 * s, wy + win_h + frame, win_w + 0.06 * s, 0.022 * s)], "#d9cdb8"))
     # door
     dw, dh = 0.18 * s, 0.32 * s
     dx, dy = t.x - dw / 2, t.y - dh
     parts.append(Part("door", (dx, dy, dx + dw, t.y)))
-    out.append(_path([f"M{_n(dx - 3)} {_n(t.y)}v{_n(-dh * 0.8)}q0 {_n(-dh * 0.25)} {_n(dw / 2 + 3)} {_n(-dh * 0.25)}q{_n(dw / 2 + 3)} 0 {_n(dw / 2 + 3)} {_n(dh * 0.25)}v{_n(dh * 0.8)}z"], "#fbf7ee"))
-    out.append(_path([f"M{_n(dx)} {_n(t.y)}v{_n(-dh * 0.8)}q0 {_n(-dh * 0.2)} {_n(dw / 2)} {_n(-dh * 0.2)}q{_n(dw / 2)} 0 {_n(dw / 2)} {_n(dh * 0.2)}v{_n(dh * 0.8)}z"], "#5b3522"))
-    planks = [f"M{_n(dx + dw * f)} {_n(t.y - 2)}v{_n(-dh * 0.85)}" for f in (0.25, 0.5, 0.75)]
-    out.append(_path(planks, "none", "#432516", 0.006 * s))
-    out.append(f'<circle cx="{_n(dx + dw * 0.83)}" cy="{_n(t.y - dh * 0.42)}" r="{_n(0.014 * s)}" fill="#ffd34d"/>')
+    out.append(
+        _path(
+            [
+                f"M{_n(dx - 3)} {_n(t.y)}v{_n(-dh * 0.8)}q0 {_n(-dh * 0.25)} {_n(dw / 2 + 3)} {_n(-dh * 0.25)}q{_n(dw / 2 + 3)} 0 {_n(dw / 2 + 3)} {_n(dh * 0.25)}v{_n(dh * 0.8)}z"
+            ],
+            "#fbf7ee",
+        )
+    )
+    out.append(
+        _path(
+            [
+                f"M{_n(dx)} {_n(t.y)}v{_n(-dh * 0.8)}q0 {_n(-dh * 0.2)} {_n(dw / 2)} {_n(-dh * 0.2)}q{_n(dw / 2)} 0 {_n(dw / 2)} {_n(dh * 0.2)}v{_n(dh * 0.8)}z"
+            ],
+            "#5b3522",
+        )
+    )
+    planks = [f"M{_n(dx + dw * f)} {_n(t.y - 2)}v{_n(-dh * 0.85)}" for f in (0.33, 0.67)]
+    out.append(_path(planks, "none", "#3a1f12", 0.011 * s))
+    out.append(f'<circle cx="{_n(dx + dw * 0.83)}" cy="{_n(t.y - dh * 0.42)}" r="{_n(0.018 * s)}" fill="#ffd34d"/>')
     return Drawing("".join(out), (left - eave, apex, left + w + eave, t.y), tuple(parts))
 
 
@@ -262,31 +282,40 @@ def tree(t: Thing, rng: Random, night: bool) -> Drawing:
         f'L{_n(t.x + tw * 0.7)} {_n(cy + 0.1 * s)}Q{_n(t.x + tw * 0.7)} {_n(t.y - 0.08 * s)} {_n(t.x + tw * 1.5)} {_n(t.y)}z" fill="#7a5036"/>'
     )
     bark = []
-    for _ in range(16):
+    for _ in range(9):
         bx, by = t.x + rng.uniform(-0.65, 0.65) * tw, t.y - rng.uniform(0.02, 0.38) * s
-        bark.append(f"M{_n(bx)} {_n(by)}q{_n(rng.uniform(-2, 2))} {_n(-0.02 * s)} 0 {_n(-0.045 * s)}")
-    out.append(_path(bark, "none", "#573522", 0.008 * s))
+        bark.append(f"M{_n(bx)} {_n(by)}q{_n(rng.uniform(-2, 2))} {_n(-0.02 * s)} 0 {_n(-0.06 * s)}")
+    out.append(_path(bark, "none", "#4d2d1c", 0.013 * s))
     for side in (-1, 1):
-        out.append(_path([f"M{_n(t.x)} {_n(t.y - 0.3 * s)}q{_n(side * 0.02 * s)} {_n(-0.06 * s)} {_n(side * 0.14 * s)} {_n(-0.13 * s)}"], "none", "#7a5036", 0.03 * s))
+        out.append(
+            _path(
+                [
+                    f"M{_n(t.x)} {_n(t.y - 0.3 * s)}q{_n(side * 0.02 * s)} {_n(-0.06 * s)} {_n(side * 0.14 * s)} {_n(-0.13 * s)}"
+                ],
+                "none",
+                "#7a5036",
+                0.03 * s,
+            )
+        )
     # crown: a soft dark body, then leaves from the outside in, darker below, lighter above
     out.append(f'<ellipse cx="{_n(cx)}" cy="{_n(cy)}" rx="{_n(rx * 0.86)}" ry="{_n(ry * 0.86)}" fill="{dark}"/>')
     layers: list[dict[str, list[str]]] = [{dark: [], base: [], light: []} for _ in range(2)]
     veins: list[list[str]] = [[], []]
-    for layer, count in ((0, 130), (1, 150)):
+    for layer, count in ((0, 62), (1, 70)):
         for _ in range(count):
             a = rng.uniform(0, 2 * math.pi)
             r = math.sqrt(rng.random()) * (1.0 if layer == 0 else 0.9)
             px, py = cx + rx * r * math.cos(a), cy + ry * r * math.sin(a)
             up = (cy - py) / ry + 0.35 * (cx - px) / rx + rng.gauss(0, 0.4)
             shade = light if up > 0.55 else base if up > -0.55 else dark
-            length = s * rng.uniform(0.06, 0.085)
+            length = s * rng.uniform(0.105, 0.135)
             outline, vein = _leaf(px, py, length, a + rng.uniform(-1.1, 1.1), 0.62)
             layers[layer][shade].append(outline)
             veins[layer].append(vein)
     for layer in (0, 1):
         for shade in (dark, base, light):
-            out.append(_path(layers[layer][shade], shade, dark, 0.004 * s))
-        out.append(_path(veins[layer], "none", dark, 0.0045 * s))
+            out.append(_path(layers[layer][shade], shade, dark, 0.008 * s))
+        out.append(_path(veins[layer], "none", dark, 0.008 * s))
     crown = (cx - rx * 1.05, cy - ry * 1.05, cx + rx * 1.05, cy + ry * 1.05)
     parts = (Part("crown", crown), Part("trunk", (t.x - tw * 1.3, cy + ry * 0.9, t.x + tw * 1.3, t.y)))
     return Drawing("".join(out), (crown[0], crown[1], crown[2], t.y), parts)
@@ -307,9 +336,7 @@ def balloon(t: Thing, rng: Random, night: bool) -> Drawing:
 
     def edge(f: float) -> str:
         """The meridian at horizontal fraction f in -1..1."""
-        return (
-            f"C{_n(cx + 1.30 * r * f)} {_n(cy - r)} {_n(cx + 1.42 * r * f)} {_n(cy + 0.35 * r)} {_n(cx + nw * f)} {_n(neck)}"
-        )
+        return f"C{_n(cx + 1.30 * r * f)} {_n(cy - r)} {_n(cx + 1.42 * r * f)} {_n(cy + 0.35 * r)} {_n(cx + nw * f)} {_n(neck)}"
 
     def gore(a: float, b: float) -> str:
         back = (
@@ -323,29 +350,46 @@ def balloon(t: Thing, rng: Random, night: bool) -> Drawing:
         fill = accent if i in (2, 5) else (light if i == 3 else dark if i in (0, 7) else base)
         out.append(_path([gore(cuts[i], cuts[i + 1])], fill))
     # fine seams between and inside the gores, a chequered band
-    seams = [f"M{_n(cx)} {_n(cy - r)}{edge(math.sin(math.pi * (i / 16 - 0.5)))}" for i in range(1, 16)]
-    out.append(_path(seams, "none", dark, 0.005 * s))
+    seams = [f"M{_n(cx)} {_n(cy - r)}{edge(math.sin(math.pi * (i / 8 - 0.5)))}" for i in range(1, 8)]
+    out.append(_path(seams, "none", dark, 0.009 * s))
     rings = []
-    for k in range(1, 9):
-        yy = cy - 0.9 * r + k * 0.23 * r
-        half = 1.02 * r * math.sqrt(max(0.0, 1 - ((yy - cy) / (1.04 * r)) ** 2)) if yy < cy else r * (1.0 - 0.62 * ((yy - cy) / (1.28 * r)) ** 1.6)
+    for k in range(1, 6):
+        yy = cy - 0.95 * r + k * 0.36 * r
+        half = (
+            1.02 * r * math.sqrt(max(0.0, 1 - ((yy - cy) / (1.04 * r)) ** 2))
+            if yy < cy
+            else r * (1.0 - 0.62 * ((yy - cy) / (1.28 * r)) ** 1.6)
+        )
         rings.append(f"M{_n(cx - half)} {_n(yy)}Q{_n(cx)} {_n(yy + 0.1 * r)} {_n(cx + half)} {_n(yy)}")
-    out.append(_path(rings, "none", dark, 0.004 * s, 'opacity="0.7"'))
-    out.append(f'<ellipse cx="{_n(cx - 0.38 * r)}" cy="{_n(cy - 0.35 * r)}" rx="{_n(0.2 * r)}" ry="{_n(0.38 * r)}" fill="#ffffff" opacity="0.25"/>')
+    out.append(_path(rings, "none", dark, 0.008 * s, 'opacity="0.8"'))
+    out.append(
+        f'<ellipse cx="{_n(cx - 0.38 * r)}" cy="{_n(cy - 0.35 * r)}" rx="{_n(0.2 * r)}" ry="{_n(0.38 * r)}" fill="#ffffff" opacity="0.25"/>'
+    )
     # skirt, ropes, basket with weave
     bw, bh = 0.17 * s, 0.12 * s
     by = t.y - bh
-    ropes = [f"M{_n(cx + nw * f)} {_n(neck)}L{_n(cx + bw / 2 * g)} {_n(by)}" for f, g in ((-1, -1), (-0.4, -0.35), (0.4, 0.35), (1, 1))]
-    out.append(_path(ropes, "none", "#5a4330", 0.008 * s))
+    ropes = [
+        f"M{_n(cx + nw * f)} {_n(neck)}L{_n(cx + bw / 2 * g)} {_n(by)}"
+        for f, g in ((-1, -1), (-0.4, -0.35), (0.4, 0.35), (1, 1))
+    ]
+    out.append(_path(ropes, "none", "#5a4330", 0.011 * s))
     out.append(_path([_round_rect(cx - nw, neck - 0.012 * s, 2 * nw, 0.03 * s, 2)], dark))
     out.append(_path([_round_rect(cx - bw / 2, by, bw, bh, 0.02 * s)], "#8a5a2f"))
     weave: dict[str, list[str]] = {"#c08a4d": [], "#a8733b": []}
-    nx, ny = 9, 6
+    nx, ny = 5, 4
     for i in range(nx):
         for j in range(ny):
             if (i + j) % 2 == 0:
                 shade = rng.choice(["#c08a4d", "#a8733b"])
-                weave[shade].append(_round_rect(cx - bw / 2 + bw * (i + 0.05) / nx, by + bh * (j + 0.15) / ny, bw / nx * 1.5 if i < nx - 1 else bw / nx * 0.9, bh / ny * 0.7, 1))
+                weave[shade].append(
+                    _round_rect(
+                        cx - bw / 2 + bw * (i + 0.05) / nx,
+                        by + bh * (j + 0.15) / ny,
+                        bw / nx * 1.5 if i < nx - 1 else bw / nx * 0.9,
+                        bh / ny * 0.7,
+                        1,
+                    )
+                )
     out += [_path(d, shade) for shade, d in weave.items()]
     out.append(_path([_round_rect(cx - bw * 0.56, by - 0.012 * s, bw * 1.12, 0.028 * s, 3)], "#6b4323"))
     parts = (
@@ -364,13 +408,20 @@ def flower(t: Thing, rng: Random, night: bool) -> Drawing:
     r = 0.3 * s
     cx, cy = t.x + rng.uniform(-0.03, 0.03) * s, t.y - s + r
     out = [_shadow(t.x, t.y, 0.14 * s)]
-    out.append(_path([f"M{_n(t.x)} {_n(t.y)}Q{_n(2 * t.x - cx)} {_n((t.y + cy) / 2)} {_n(cx)} {_n(cy)}"], "none", "#3f8f45", 0.035 * s))
+    out.append(
+        _path(
+            [f"M{_n(t.x)} {_n(t.y)}Q{_n(2 * t.x - cx)} {_n((t.y + cy) / 2)} {_n(cx)} {_n(cy)}"],
+            "none",
+            "#3f8f45",
+            0.035 * s,
+        )
+    )
     for side in (-1, 1):
         angle = -math.pi / 2 + side * 0.95
         outline, vein = _leaf(t.x, t.y - rng.uniform(0.03, 0.14) * s, 0.27 * s, angle, 0.34)
         out.append(_path([outline], "#4fa552", "#2f7838", 0.006 * s))
         out.append(_path([vein], "none", "#2f7838", 0.008 * s))
-    count = rng.choice([9, 10, 11, 12])
+    count = rng.choice([8, 9, 10])
     turn = rng.uniform(0, 1)
     for layer in (0, 1):
         outlines, lines = [], []
@@ -387,17 +438,19 @@ def flower(t: Thing, rng: Random, night: bool) -> Drawing:
                 f"Q{_n(tip[0] + ox * 0.3)} {_n(tip[1] + oy * 0.3)} {_n(tip[0])} {_n(tip[1])}Q{_n(tip[0] - ox * 0.3)} {_n(tip[1] - oy * 0.3)} {_n(mid[0] - ox * 0.8 + 0.12 * length * ca)} {_n(mid[1] - oy * 0.8 + 0.12 * length * sa)}"
                 f"Q{_n(mid[0] - ox * 1.5 - 0.2 * length * ca)} {_n(mid[1] - oy * 1.5 - 0.2 * length * sa)} {_n(cx)} {_n(cy)}z"
             )
-            for k in (-0.45, 0.0, 0.45):
-                lines.append(f"M{_n(cx + 0.35 * length * ca + ox * k * 0.5)} {_n(cy + 0.35 * length * sa + oy * k * 0.5)}L{_n(cx + (0.86 - 0.1 * abs(k)) * length * ca + ox * k)} {_n(cy + (0.86 - 0.1 * abs(k)) * length * sa + oy * k)}")
-        out.append(_path(outlines, base if layer == 0 else light, dark, 0.006 * s))
-        out.append(_path(lines, "none", dark if layer == 0 else base, 0.005 * s))
+            for k in (-0.4, 0.4):
+                lines.append(
+                    f"M{_n(cx + 0.35 * length * ca + ox * k * 0.5)} {_n(cy + 0.35 * length * sa + oy * k * 0.5)}L{_n(cx + (0.86 - 0.1 * abs(k)) * length * ca + ox * k)} {_n(cy + (0.86 - 0.1 * abs(k)) * length * sa + oy * k)}"
+                )
+        out.append(_path(outlines, base if layer == 0 else light, dark, 0.009 * s))
+        out.append(_path(lines, "none", dark if layer == 0 else base, 0.009 * s))
     disk = "#7a4a1e" if t.colour in ("yellow", "white") else "#e0a526"
     dot = "#f2c14e" if t.colour in ("yellow", "white") else "#7a4a1e"
     out.append(f'<circle cx="{_n(cx)}" cy="{_n(cy)}" r="{_n(0.32 * r)}" fill="{disk}"/>')
     seeds = []
-    for i in range(70):
-        rr, a = 0.3 * r * math.sqrt((i + 0.5) / 70), i * 2.39996
-        seeds.append(_circle(cx + rr * math.cos(a), cy + rr * math.sin(a), 0.0045 * s + 0.4))
+    for i in range(26):
+        rr, a = 0.3 * r * math.sqrt((i + 0.5) / 26), i * 2.39996
+        seeds.append(_circle(cx + rr * math.cos(a), cy + rr * math.sin(a), 0.0105 * s))
     out.append(_path(seeds, dot))
     parts = (
         Part("petals", (cx - r, cy - r, cx + r, cy + r)),
@@ -419,7 +472,7 @@ _GROUND_STOPS = {
     "meadow": [(0.0, "#93c763"), (1.0, "#4d9440")],
     "sand": [(0.0, "#f0dba2"), (1.0, "#dcb56d")],
     "snow": [(0.0, "#f7fbff"), (1.0, "#d7e4f2")],
-    "road": [(0.0, "#7d7a7c"), (1.0, "#5d5a60")],
+    "road": [(0.0, "#7d7a7c"), (1.0, "#504d53")],
 }
 _HILLS = {"meadow": "#6faa68", "sand": "#d9b878", "snow": "#c9d9ea", "road": "#7c9a72"}
 
@@ -461,7 +514,10 @@ def _sky(scene: Scene) -> str:
         body = {"day": "#fff0a0", "sunset": "#ffe9a3", "night": "#f4f0d8"}[scene.sky]
         out.append(f'<circle cx="{_n(x)}" cy="{_n(y)}" r="{_n(r)}" fill="{body}"/>')
         if scene.sky == "night":
-            craters = [_circle(x + dx * r, y + dy * r, rr * r) for dx, dy, rr in ((-0.3, -0.2, 0.2), (0.3, 0.25, 0.26), (0.15, -0.5, 0.13))]
+            craters = [
+                _circle(x + dx * r, y + dy * r, rr * r)
+                for dx, dy, rr in ((-0.3, -0.2, 0.2), (0.3, 0.25, 0.26), (0.15, -0.5, 0.13))
+            ]
             out.append(_path(craters, "#d9d3b2"))
         if scene.sky == "day":
             rays = [
@@ -471,24 +527,41 @@ def _sky(scene: Scene) -> str:
             out.append(_path(rays, "none", "#fff0a0", 2.4))
     if scene.sky == "night":
         stars, small = [], []
-        for _ in range(int(55 * w / HEIGHT)):
+        for _ in range(int(34 * w / HEIGHT)):
             x, y = rng.uniform(0, w), rng.uniform(0, horizon * 0.92)
-            r = rng.uniform(2.2, 5.0)
+            r = rng.uniform(4.0, 8.0)
             if rng.random() < 0.45:
-                stars.append(f"M{_n(x)} {_n(y - r)}Q{_n(x)} {_n(y)} {_n(x + r)} {_n(y)}Q{_n(x)} {_n(y)} {_n(x)} {_n(y + r)}Q{_n(x)} {_n(y)} {_n(x - r)} {_n(y)}Q{_n(x)} {_n(y)} {_n(x)} {_n(y - r)}z")
+                stars.append(
+                    f"M{_n(x)} {_n(y - r)}Q{_n(x)} {_n(y)} {_n(x + r)} {_n(y)}Q{_n(x)} {_n(y)} {_n(x)} {_n(y + r)}Q{_n(x)} {_n(y)} {_n(x - r)} {_n(y)}Q{_n(x)} {_n(y)} {_n(x)} {_n(y - r)}z"
+                )
             else:
-                small.append(_circle(x, y, 1.1))
+                small.append(_circle(x, y, 1.8))
         out += [_path(stars, "#fff7cf"), _path(small, "#e8ecff")]
     if scene.sky == "sunset":
         for _ in range(int(7 * w / HEIGHT)):
             x, y, length = rng.uniform(-40, w), rng.uniform(0.1, 0.75) * horizon, rng.uniform(70, 190)
-            out.append(f'<ellipse cx="{_n(x + length / 2)}" cy="{_n(y)}" rx="{_n(length / 2)}" ry="{_n(rng.uniform(3, 7))}" fill="{rng.choice(["#ffc6a0", "#f7a08f", "#ffdcae"])}" opacity="0.65"/>')
+            out.append(
+                f'<ellipse cx="{_n(x + length / 2)}" cy="{_n(y)}" rx="{_n(length / 2)}" ry="{_n(rng.uniform(3, 7))}" fill="{rng.choice(["#ffc6a0", "#f7a08f", "#ffdcae"])}" opacity="0.65"/>'
+            )
     if scene.sky == "day":
         for _ in range(rng.randint(1, 3)):
-            out.append(_cloud(rng.uniform(0, w), rng.uniform(0.12, 0.6) * horizon, rng.uniform(60, 110), rng, "#ffffff", "#cfe3f3"))
+            out.append(
+                _cloud(
+                    rng.uniform(0, w), rng.uniform(0.12, 0.6) * horizon, rng.uniform(60, 110), rng, "#ffffff", "#cfe3f3"
+                )
+            )
     if scene.sky == "cloudy":
         for _ in range(int(7 * w / HEIGHT)):
-            out.append(_cloud(rng.uniform(0, w), rng.uniform(0.08, 0.85) * horizon, rng.uniform(110, 200), rng, rng.choice(["#e4e9ed", "#d3dae1", "#f0f3f5"]), "#a3afbb"))
+            out.append(
+                _cloud(
+                    rng.uniform(0, w),
+                    rng.uniform(0.08, 0.85) * horizon,
+                    rng.uniform(110, 200),
+                    rng,
+                    rng.choice(["#e4e9ed", "#d3dae1", "#f0f3f5"]),
+                    "#a3afbb",
+                )
+            )
     return "".join(out)
 
 
@@ -514,41 +587,43 @@ def _ground(scene: Scene) -> str:
 
     if scene.ground == "meadow":
         blades: dict[str, list[str]] = {"#37792f": [], "#a5d66f": [], "#5fa347": []}
-        for _ in range(int(620 * w / HEIGHT)):
+        for _ in range(int(300 * w / HEIGHT)):
             x, y, k = at()
             shade = rng.choice(list(blades))
-            blades[shade].append(f"M{_n(x)} {_n(y)}q{_n(rng.uniform(-2, 2) * k)} {_n(-7 * k)} {_n(rng.uniform(-6, 6) * k)} {_n(-15 * k)}")
-        out += [_path(d, "none", shade, 1.6) for shade, d in blades.items()]
-        blossoms = [_circle(x, y, 2.2 * k) for x, y, k in (at() for _ in range(int(26 * w / HEIGHT)))]
+            blades[shade].append(
+                f"M{_n(x)} {_n(y)}q{_n(rng.uniform(-2, 2) * k)} {_n(-11 * k)} {_n(rng.uniform(-9, 9) * k)} {_n(-23 * k)}"
+            )
+        out += [_path(d, "none", shade, 2.9) for shade, d in blades.items()]
+        blossoms = [_circle(x, y, 3.4 * k) for x, y, k in (at() for _ in range(int(26 * w / HEIGHT)))]
         out.append(_path(blossoms, "#fff4d6"))
     elif scene.ground == "sand":
         ripples, hollows = [], []
-        for _ in range(int(80 * w / HEIGHT)):
+        for _ in range(int(44 * w / HEIGHT)):
             x, y, k = at()
-            a = 7 * k
-            wave = f"q{_n(9 * k)} {_n(-a)} {_n(18 * k)} 0t{_n(18 * k)} 0t{_n(18 * k)} 0"
+            a = 11 * k
+            wave = f"q{_n(14 * k)} {_n(-a)} {_n(28 * k)} 0t{_n(28 * k)} 0t{_n(28 * k)} 0"
             ripples.append(f"M{_n(x)} {_n(y)}{wave}")
-            hollows.append(f"M{_n(x)} {_n(y + 2.4 * k)}{wave}")
-        out += [_path(ripples, "none", "#c49a58", 1.7), _path(hollows, "none", "#faedc4", 1.5)]
+            hollows.append(f"M{_n(x)} {_n(y + 4 * k)}{wave}")
+        out += [_path(ripples, "none", "#bd9050", 2.8), _path(hollows, "none", "#faedc4", 2.4)]
         pebbles: dict[str, list[str]] = {"#a98a63": [], "#c9b08a": [], "#8d8078": []}
-        for _ in range(int(70 * w / HEIGHT)):
+        for _ in range(int(40 * w / HEIGHT)):
             x, y, k = at()
-            pebbles[rng.choice(list(pebbles))].append(_round_rect(x, y, rng.uniform(4, 9) * k, 4 * k, 4 * k))
+            pebbles[rng.choice(list(pebbles))].append(_round_rect(x, y, rng.uniform(8, 15) * k, 7 * k, 7 * k))
         out += [_path(d, shade) for shade, d in pebbles.items()]
     elif scene.ground == "snow":
         drifts, edges = [], []
-        for _ in range(int(26 * w / HEIGHT)):
+        for _ in range(int(22 * w / HEIGHT)):
             x, y, k = at()
-            length = rng.uniform(40, 90) * k
+            length = rng.uniform(50, 110) * k
             drifts.append(f"M{_n(x)} {_n(y)}q{_n(length / 2)} {_n(-12 * k)} {_n(length)} 0z")
             edges.append(f"M{_n(x)} {_n(y)}q{_n(length / 2)} {_n(7 * k)} {_n(length)} 0")
-        out += [_path(drifts, "#ffffff"), _path(edges, "none", "#b3c8df", 1.8)]
-        sparkle = [_circle(x, y, rng.uniform(0.8, 1.7)) for x, y, _ in (at() for _ in range(int(200 * w / HEIGHT)))]
+        out += [_path(drifts, "#ffffff"), _path(edges, "none", "#a3bcd8", 2.8)]
+        sparkle = [_circle(x, y, rng.uniform(1.5, 2.8)) for x, y, _ in (at() for _ in range(int(80 * w / HEIGHT)))]
         out.append(_path(sparkle, "#a9c1dc"))
         flakes = []
-        for _ in range(int(60 * w / HEIGHT)):
+        for _ in range(int(40 * w / HEIGHT)):
             x, y, k = at()
-            r = 3.4 * k
+            r = 5 * k
             flakes.append(f"M{_n(x - r)} {_n(y)}h{_n(2 * r)}M{_n(x)} {_n(y - r)}v{_n(2 * r)}")
         out.append(_path(flakes, "none", "#ffffff", 1.1))
     else:
@@ -556,11 +631,11 @@ def _ground(scene: Scene) -> str:
         y, row = horizon + 3, 0
         while y < HEIGHT + 4:
             f = (y - horizon) / depth
-            h = 6 + 15 * f
+            h = 11 + 22 * f
             x = -rng.uniform(0, 2 * h)
             while x < w:
                 width = h * rng.uniform(1.5, 2.2)
-                stones[rng.choice(list(stones))].append(_round_rect(x, y, width - 1.8, h - 1.8, h * 0.33))
+                stones[rng.choice(list(stones))].append(_round_rect(x, y, width - 3, h - 3, h * 0.33))
                 x += width
             y += h
             row += 1

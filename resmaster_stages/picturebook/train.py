@@ -73,7 +73,9 @@ def main() -> None:
 
             export(args.work)
         else:
-            train = {"vae": train_vae, "clip": train_clip, "captioner": train_captioner, "unet": train_unet}[stage].train
+            train = {"vae": train_vae, "clip": train_clip, "captioner": train_captioner, "unet": train_unet}[
+                stage
+            ].train
             train(args.work, budget_of(stage, args), device=args.device)
 
 

@@ -163,7 +163,9 @@ def caption_loss(captioner: GitForCausalLM, pixels: Tensor, ids: Tensor, lengths
 
 
 @torch.no_grad()
-def retrieval(text: CLIPTextModelWithProjection, image: CLIPVisionModelWithProjection, photos: PhotoSet, size: int = 64) -> float:
+def retrieval(
+    text: CLIPTextModelWithProjection, image: CLIPVisionModelWithProjection, photos: PhotoSet, size: int = 64
+) -> float:
     """Share of photos whose caption ranks first among `size` captions (photos in groups of `size`)."""
     device = next(image.parameters()).device
     right, total = 0, 0
@@ -218,7 +220,10 @@ def train(work: Path, budget: Budget, recipe: ClipRecipe | None = None, device: 
     if state:
         towers.load_state_dict(state["model"])
         optim.load_state_dict(state["optim"])
-    print(f"clip: text {parameters_m(towers.text):.2f} M, image {parameters_m(towers.image):.2f} M, captioner {parameters_m(towers.captioner):.2f} M without its vision tower, {len(photos)} photos, from step {course.step}", flush=True)
+    print(
+        f"clip: text {parameters_m(towers.text):.2f} M, image {parameters_m(towers.image):.2f} M, captioner {parameters_m(towers.captioner):.2f} M without its vision tower, {len(photos)} photos, from step {course.step}",
+        flush=True,
+    )
     rng = Random(course.step)
     going = True
     course.start()
@@ -238,7 +243,10 @@ def train(work: Path, budget: Budget, recipe: ClipRecipe | None = None, device: 
         label = torch.arange(recipe.batch, device=device)
         contrast = 0.5 * (F.cross_entropy(logits, label) + F.cross_entropy(logits.T, label))
         wanted = targets[pick].to(device)
-        naming = sum(F.binary_cross_entropy_with_logits(p.float(), wanted, reduction="none").sum(1).mean() for p in (pair_image, pair_text))
+        naming = sum(
+            F.binary_cross_entropy_with_logits(p.float(), wanted, reduction="none").sum(1).mean()
+            for p in (pair_image, pair_text)
+        )
         loss = contrast + 0.5 * recipe.pair_weight * naming + recipe.caption_weight * captioning
         with attention(device):
             loss.backward()
@@ -247,9 +255,15 @@ def train(work: Path, budget: Budget, recipe: ClipRecipe | None = None, device: 
         optim.zero_grad(set_to_none=True)
         going = course.advance()
         if course.step % 25 == 0:
-            print(f"clip: step {course.step} contrast {contrast.item():.3f} naming {float(naming):.3f} caption {captioning.item():.3f} {course.elapsed:.0f} s", flush=True)
+            print(
+                f"clip: step {course.step} contrast {contrast.item():.3f} naming {float(naming):.3f} caption {captioning.item():.3f} {course.elapsed:.0f} s",
+                flush=True,
+            )
         if course.due() or not going:
             course.save({"model": towers.state_dict(), "optim": optim.state_dict()})
             towers.eval()
-            print(f"clip: step {course.step} held-out top-1 of 64 {retrieval(towers.text, towers.image, held_out):.3f}", flush=True)
+            print(
+                f"clip: step {course.step} held-out top-1 of 64 {retrieval(towers.text, towers.image, held_out):.3f}",
+                flush=True,
+            )
             towers.train()

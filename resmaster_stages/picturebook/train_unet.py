@@ -240,7 +240,11 @@ def _loss(
     with torch.autocast(device, torch.bfloat16):
         states1 = painter.text(ids, output_hidden_states=True).hidden_states[-2]
         context = torch.cat([states1.float(), states2], -1) * keep[:, None, None]
-        added = {"text_embeds": pooled * keep[:, None], "time_ids": time_ids[pick].to(device), "image_embeds": [view[:, None]]}
+        added = {
+            "text_embeds": pooled * keep[:, None],
+            "time_ids": time_ids[pick].to(device),
+            "image_embeds": [view[:, None]],
+        }
         out = painter.unet(noisy, t, context, added_cond_kwargs=added).sample
     alpha = schedule.alphas_cumprod.to(device)[t]
     snr = alpha / (1 - alpha)

@@ -1,6 +1,8 @@
 """Train the picturebook's VAE: AutoencoderKL, 8x down, 4 latent channels, no attention (so tiled decoding is near-exact).
 
-Loss: L1 + MSE + MSE of gradients + L1 at half and quarter size + a small KL term, on random 64 px crops of photos.
+Loss: L1 + MSE + MSE of gradients + local gradient energy + L1 at half and quarter size + a small KL term, on random
+64 px crops of photos. Part of the way through, the latents are whitened, which
+revives channels that training let die (three channels of plain colour are an easy trap).
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ class VaeRecipe:
     square_weight: float = 5.0
     gradient_weight: float = 2.5
     scale_weight: float = 0.25
+    energy_weight: float = 0.3
+    whiten_at: float = 0.4  # progress
 
 
 def _gradients(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,6 +61,8 @@ def reconstruction_loss(output: Tensor, target: Tensor, recipe: VaeRecipe) -> Te
     loss = recipe.absolute_weight * F.l1_loss(output, target) + recipe.square_weight * F.mse_loss(output, target)
     for a, b in zip(_gradients(output), _gradients(target)):
         loss = loss + recipe.gradient_weight * F.mse_loss(a, b)
+        # how much detail there is, wherever it lies: keeps texture from being averaged away
+        loss = loss + recipe.energy_weight * F.l1_loss(F.avg_pool2d(a.abs(), 5, 2), F.avg_pool2d(b.abs(), 5, 2))
     for scale in (2, 4):
         loss = loss + recipe.scale_weight * F.l1_loss(F.avg_pool2d(output, scale), F.avg_pool2d(target, scale))
     return loss
@@ -140,16 +146,26 @@ def train(work: Path, budget: Budget, recipe: VaeRecipe | None = None, device: s
     ema = Ema(vae, 0.998)
     course = Course(budget, work / "vae.pt", work / "STOP-VAE")
     state = course.resume()
+    whitened_at: int | None = None
     if state:
         vae.load_state_dict(state["model"])
         ema.shadow = {k: v.to(device) for k, v in state["ema"].items()}
+        whitened_at = state["whitened_at"]
         optim.load_state_dict(state["optim"])
-    print(f"vae: {torch.get_num_threads()} threads, {parameters_m(vae):.2f} M parameters, from step {course.step}", flush=True)
+    if team.leads:
+        print(f"vae: {parameters_m(vae):.2f} M parameters, from step {course.step}", flush=True)
     rng = Random(course.step * 100 + team.rank)
     torch.manual_seed(course.step * 100 + team.rank)
     going, rate = team.decide(True, course.rate())
     course.start()
     while going:
+        if whitened_at is None and rate == 1.0 and team.decide(course.progress() >= recipe.whiten_at, 0.0)[0]:
+            whitened_at = course.step
+            normalise(vae, pixels[:1000])
+            optim = optimiser([vae], recipe.rate)
+            ema = Ema(vae, 0.998)
+        if whitened_at is not None:
+            rate *= min(1.0, (course.step - whitened_at + 1) / budget.warmup_steps)
         set_rate(optim, recipe.rate * rate)
         x = _crops(pixels, recipe, rng, team.share(recipe.batch)).to(device, memory_format=torch.channels_last)
         with torch.autocast(device, torch.bfloat16):
@@ -167,9 +183,18 @@ def train(work: Path, budget: Budget, recipe: VaeRecipe | None = None, device: s
             continue
         ema.update(vae, course.step)
         if course.step % 50 == 0:
-            print(f"vae: step {course.step} loss {loss.item():.4f} kl {kl.item():.3f} {course.elapsed:.0f} s", flush=True)
+            print(
+                f"vae: step {course.step} loss {loss.item():.4f} kl {kl.item():.3f} {course.elapsed:.0f} s", flush=True
+            )
         if course.due() or not going:
-            course.save({"model": vae.state_dict(), "ema": ema.shadow, "optim": optim.state_dict()})
+            course.save(
+                {
+                    "model": vae.state_dict(),
+                    "ema": ema.shadow,
+                    "optim": optim.state_dict(),
+                    "whitened_at": whitened_at,
+                }
+            )
             averaged = _averaged(work)
             with torch.no_grad():
                 y = averaged.decode(averaged.encode(to_float(held_out[:8])).latent_dist.mode()).sample

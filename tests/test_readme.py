@@ -1,0 +1,112 @@
+"""Every command and snippet of the README runs. Those that cannot run here are listed with the reason."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from flows.cli import parser
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+NOT_RUN = {
+    "make demo": "downloads packages; its recipe is the `resmaster run` command below",
+    "make test": "is what runs this test",
+    "python3 -m venv .venv": "needs the package registry; the Makefile does the same before any test",
+    ".venv/bin/pip install -c constraints.txt -e '.[dev]'": "needs the package registry; the Makefile does the same before any test",
+    ".venv/bin/python -m pytest": "is what runs this test",
+    "resmaster run deployments/datasets/sdxl-4k.yaml --prompts my-prompts.txt --root s3://bucket/datasets": "needs "
+    "a GPU, SDXL and a bucket; the command line and the configuration are checked",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("bash") for line in block.splitlines() if line]
+
+
+def test_the_readme_starts_with_what_it_is_a_picture_and_two_commands() -> None:
+    lines = README.splitlines()
+    assert lines[0].startswith("# ")
+    picture = next(i for i, line in enumerate(lines) if line.startswith("!["))
+    first_command = next(i for i, line in enumerate(lines) if line == "```bash")
+    assert picture < first_command
+    assert blocks("bash")[0].split("\n")[:2] == ["make demo", "make test"]
+
+
+def test_pictures_and_links_exist() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if "://" not in target:
+            assert (ROOT / target).exists(), target
+
+
+def test_the_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("demo", "test"):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+    assert "resmaster run deployments/datasets/picturebook.yaml" in makefile
+
+
+def test_what_is_not_run_is_still_in_the_readme() -> None:
+    assert set(NOT_RUN) <= set(commands())
+    for command in NOT_RUN:
+        if command.startswith("resmaster "):
+            parser().parse_args(shlex.split(command)[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_commands_and_snippets_run(tmp_path: Path) -> None:
+    """In order, in one folder, as a reader would; the demo is cut to 8 prompts in 2 shards of few steps."""
+    shutil.copytree(ROOT / "deployments", tmp_path / "deployments")
+    (tmp_path / "resmaster_stages").symlink_to(ROOT / "resmaster_stages")
+    demo = tmp_path / "deployments" / "datasets" / "picturebook.yaml"
+    config = yaml.safe_load(demo.read_text())
+    config["limit"] = 8
+    config["low_res"]["steps"] = config["upscale"]["steps"] = 2
+    config["upscale"]["scale"] = 1.5
+    demo.write_text(yaml.safe_dump(config))
+    Image.effect_noise((64, 48), 60).convert("RGB").save(tmp_path / "photo.png")
+    programs = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def run(arguments: list[str]) -> str:
+        done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    ran = 0
+    for command in commands():
+        if command in NOT_RUN:
+            continue
+        words = shlex.split(command.removeprefix(".venv/bin/"))
+        if words[0] == "resmaster" and words[1] == "upscale":
+            words += ["--steps", "2"]
+        run(words)
+        ran += 1
+    assert ran >= 6
+    for listed in ("report/index.html", "report/contact-000.png", "manifest.parquet", "index.json", "README.md"):
+        assert (tmp_path / "out" / "picturebook" / listed).is_file()
+    assert Image.open(tmp_path / "photo-4x.png").size == (256, 192)
+    (tmp_path / "photo-4x.png").unlink()
+    reading, table, library = blocks("python")
+    assert len(run([sys.executable, "-c", reading]).splitlines()) == 8
+    assert "agreement_psnr" in run([sys.executable, "-c", table])
+    run([sys.executable, "-c", library.replace("steps=20", "steps=2")])
+    assert Image.open(tmp_path / "photo-4x.png").size == (256, 192)
