@@ -7,7 +7,9 @@ import yaml
 from PIL import Image
 
 from flows.cli import main, parse_numbers, parse_stages, parser
+from resmaster_stages.config import load_config
 from resmaster_stages.errors import UserError
+from resmaster_stages.storage.dataset import create_or_open
 
 
 @pytest.fixture
@@ -110,6 +112,25 @@ def test_root_not_writable(config_file: Path, tmp_path: Path, capsys: pytest.Cap
 def test_no_dataset_there(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert str(tmp_path) in fails(capsys, command, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_configuration_that_contradicts_the_dataset(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    create_or_open(load_config(config_file))
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert before
+    message = fails(capsys, "run", edit(config_file, samples_per_shard=2))
+    for part in ("samples_per_shard is 1", "2 in the configuration", "another name or root"):
+        assert part in message
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_dataset_configuration(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    create_or_open(load_config(config_file))
+    damaged = tmp_path / "out" / "tiny" / "config.json"
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    assert "config.json" in fails(capsys, "status", tmp_path / "out")
 
 
 def test_missing_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -167,10 +167,10 @@ def _whole(scene: Scene, seen: list[tuple[Thing, Drawing, float]], rng: Random) 
 
 
 def _close(scene: Scene, box: Box, seen: list[tuple[Thing, Drawing, float]], rng: Random) -> str:
-    phrases = []
+    phrases: list[str] = []
     # the object that fills most of the box comes first
     for thing, drawn, share in sorted(seen, key=lambda item: -_share(box, item[1].box)):
-        details = []
+        details: list[str] = []
         for part in drawn.parts:
             if _share(part.box, box) >= 0.4 or _share(box, part.box) >= 0.15:
                 word = rng.choice(PART_WORDS[part.name])

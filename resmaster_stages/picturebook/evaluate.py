@@ -119,7 +119,9 @@ def text_to_image_measures(
     """Prompted pairs found by the captioner in generated scenes, relative to real drawings of the same scenes."""
     from resmaster_stages.picturebook.render import render
 
-    drawn, prompts, wanted = [], [], []
+    drawn: list[Image.Image] = []
+    prompts: list[str] = []
+    wanted: list[frozenset[tuple[str, str]]] = []
     seed = 0
     while len(prompts) < count:
         scene = scenes.make_scene(950_000_000 + seed)

@@ -5,6 +5,7 @@ Every word of the grammar is one token; any other word still tokenises, down to 
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from functools import lru_cache
 
@@ -31,9 +32,9 @@ def _byte_symbols() -> list[str]:
 def _merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
     """Byte-pair merges, most frequent first (ties: alphabetical), until every word is one symbol."""
     spelled = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
-        count = Counter(pair for parts in spelled.values() for pair in zip(parts, parts[1:]))
+        count = Counter(pair for parts in spelled.values() for pair in itertools.pairwise(parts))
         if not count:
             return merges
         best = min(count, key=lambda pair: (-count[pair], pair))

@@ -195,7 +195,7 @@ def load_captioner(folder: Path) -> GitForCausalLM:
     towers = _Towers()
     towers.load_state_dict(state["model"])
     git = GitForCausalLM(captioner_config())
-    weights = {k: v for k, v in towers.captioner.state_dict().items()}
+    weights = dict(towers.captioner.state_dict().items())
     vision = towers.image.vision_model.state_dict()
     for key in git.state_dict():
         if ".image_encoder." in key:

@@ -80,7 +80,7 @@ def _crops(pixels: Tensor, recipe: VaeRecipe, rng: Random, count: int) -> Tensor
 
 
 @torch.no_grad()
-def psnr(vae: nn.Module, pixels: Tensor, batch: int = 32) -> float:
+def psnr(vae: AutoencoderKL, pixels: Tensor, batch: int = 32) -> float:
     """Mean PSNR in dB of round trips of uint8 photos [N, 3, h, w] (latent mode, clamped to the pixel range)."""
     found = []
     device = next(vae.parameters()).device
@@ -106,7 +106,7 @@ def normalise(vae: AutoencoderKL, pixels: Tensor) -> None:
     The matrix is the symmetric (ZCA) one. Log-variances get the matching row norms, which is exact without correlation.
     """
     found = torch.cat([vae.encode(to_float(part)).latent_dist.mode() for part in pixels.split(64)])
-    flat = found.permute(1, 0, 2, 3).flatten(1).double()
+    flat: Tensor = found.permute(1, 0, 2, 3).flatten(1).double()
     mean = flat.mean(1)
     values, vectors = torch.linalg.eigh(torch.cov(flat))
     whiten = (vectors @ torch.diag(values.rsqrt()) @ vectors.T).float()
