@@ -10,7 +10,7 @@ from collections import defaultdict
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from resmaster_stages.config import Stage
 
@@ -75,19 +75,23 @@ class TerminalReporter:
         self._shards = shards
         self._clock = time.monotonic()
         self._failed = 0
+        self._last_stage, self._images_total = list(pending.items())[-1] if pending else ("quality", 0)
+        self._images = 0
         self._shard_clock: dict[tuple[str, int], float] = {}
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[images]}"),
             TextColumn("{task.fields[left]}"),
             console=self.console,
             transient=True,
             expand=True,
             disable=not self.console.is_terminal,
         )
-        self._bar: TaskID = self._progress.add_task("starting", total=sum(pending.values()) or None, left="")
+        self._bar: TaskID = self._progress.add_task(
+            "starting", total=sum(pending.values()) or None, left="", images=self._images_text()
+        )
 
     def __enter__(self) -> TerminalReporter:
         self._progress.__enter__()
@@ -100,7 +104,10 @@ class TerminalReporter:
         return f"shard {shard + 1}/{self._shards}  {VERBS.get(stage, stage)}{detail}"
 
     def _left_text(self) -> str:
-        return f"{spell_seconds(self._left.seconds())} left"
+        return f"time left: {spell_seconds(self._left.seconds())}"
+
+    def _images_text(self) -> str:
+        return f"images: {self._images}/{self._images_total}"
 
     def shard_started(self, stage: str, shard: int, samples: int) -> None:
         self._clock = time.monotonic()
@@ -113,9 +120,14 @@ class TerminalReporter:
         self._left.sample_done(stage, now - self._clock)
         self._clock = now
         self._failed += not ok
+        self._images += ok and stage == self._last_stage
         failed = f"  [red]{self._failed} failed" if self._failed else ""
         self._progress.update(
-            self._bar, advance=1, description=self._describe(stage, shard), left=self._left_text() + failed
+            self._bar,
+            advance=1,
+            description=self._describe(stage, shard),
+            images=self._images_text(),
+            left=self._left_text() + failed,
         )
 
     def shard_done(self, stage: str, shard: int, cached: bool) -> None:

@@ -53,5 +53,5 @@ def test_without_a_terminal_only_finished_shards_are_printed() -> None:
 
 def test_a_terminal_shows_stage_shard_count_time_and_failures() -> None:
     text = drive(terminal=True)
-    for part in ("shard 2/4", "upscaling", "2/2", "left", "1 failed", "committed"):
+    for part in ("shard 2/4", "upscaling", "images: 1/2", "time left", "1 failed", "committed"):
         assert part in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, GitProcessor
 
-from resmaster_stages.picturebook import train_captioner, train_clip, train_unet, train_vae
+from resmaster_stages.picturebook import data, scenes, train_captioner, train_clip, train_unet, train_vae
 from resmaster_stages.picturebook.tokens import make_tokenizer
 
 PACK = Path(__file__).parent / "pack"
@@ -77,7 +78,28 @@ def assemble(work: Path, averaged: bool = True) -> tuple[StableDiffusionXLPipeli
     return pipe, adapter
 
 
-def export(work: Path, pack: Path = PACK, card: dict[str, Any] | None = None) -> int:
+def card_of(work: Path) -> dict[str, Any]:
+    """How the checkpoints in `work` came about: data, seeds, steps and training seconds per stage, hardware."""
+    stages = {}
+    for stage in ("vae", "clip", "captioner", "unet"):
+        path = work / f"{stage}.pt"
+        if path.exists():
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            stages[stage] = {"steps": state["step"], "seconds": round(state["elapsed"])}
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return {
+        "data": {
+            "photos": 500 * len(list((work / "photos").glob("photos-*.npz"))),
+            "train_seed": data.TRAIN_SEED,
+            "held_out_seed": data.HELD_OUT_SEED,
+            "kinds": list(scenes.KINDS),
+        },
+        "stages": stages,
+        "hardware": hardware,
+    }
+
+
+def export(work: Path, pack: Path = PACK) -> int:
     """Assemble the pack from the checkpoints in `work`. Returns its size in bytes."""
     partial = pack.with_name(pack.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -110,9 +132,7 @@ def export(work: Path, pack: Path = PACK, card: dict[str, Any] | None = None) ->
     clip.half().save_pretrained(partial / "clip")
     CLIPProcessor(processor, tokenizer).save_pretrained(partial / "clip")
 
-    old = pack / "card.json"
-    if card is not None or old.exists():
-        (partial / "card.json").write_text(json.dumps(card, indent=2) if card is not None else old.read_text())
+    (partial / "card.json").write_text(json.dumps(card_of(work), indent=2) + "\n")
     sizes = {p.relative_to(partial): p.stat().st_size for p in partial.rglob("*") if p.is_file()}
     for name, size in sizes.items():
         if size > FILE_LIMIT_BYTES:

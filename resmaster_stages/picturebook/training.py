@@ -110,6 +110,11 @@ class Team:
     def share(self, batch: int) -> int:
         return max(1, batch // self.size)
 
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.size > 1:
+            distributed.barrier()
+
     def average_gradients(self, model: nn.Module) -> None:
         """Replace every gradient by its mean over the processes, in one message."""
         if self.size == 1:
