@@ -266,8 +266,18 @@ class QualityConfig(Part):
     """Above this ratio of gradients on view borders to gradients elsewhere, a sample is flagged `seam`."""
     max_clipped: float = 0.25
     """Above this share of pure black or white pixels, a sample is flagged `clipped`."""
+    features: Literal["none", "clip", "inception"] = "none"
+    """Keep feature vectors of every image and of 10 crops, for FID and KID of any subset: of the CLIP model above, or of the
+    Inception network of 2015 (needs the extra `inception`)."""
     device: str = Operational("auto")
     """Where the metrics are computed."""
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that change the result. Without features it is what it was before there were any."""
+        values = super().identity()
+        if self.features == "none":
+            del values["features"]
+        return values
 
 
 class DatasetConfig(Part):

@@ -38,6 +38,40 @@ class ClipScorer:
         if not images:
             return []
         device = self.model.device
+        tokens = self._tokens(texts)
+        pixels = np.stack([self._pixels(image) for image in images])  # [B, 3, px, px]
+        with torch.inference_mode(), device_faults("set quality.device: cpu"):
+            output = self.model(
+                **tokens,
+                pixel_values=torch.from_numpy(pixels).to(device, self.model.dtype),
+            )
+            cosine = torch.nn.functional.cosine_similarity(
+                output.image_embeds.float(), output.text_embeds.float(), dim=-1
+            )
+        return [100.0 * max(float(value), 0.0) for value in cosine.cpu()]
+
+    def image_embeddings(self, images: Sequence[Image.Image]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Projected embeddings [N, D] as the model gives them: not normalised."""
+        import torch
+
+        from resmaster_stages.models.faults import device_faults
+
+        pixels = torch.from_numpy(np.stack([self._pixels(image) for image in images]))
+        with torch.inference_mode(), device_faults("set quality.device: cpu"):
+            seen = self.model.vision_model(pixel_values=pixels.to(self.model.device, self.model.dtype))
+            return self.model.visual_projection(seen.pooler_output).float().cpu().numpy()
+
+    def text_embeddings(self, texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Projected embeddings [N, D] of unit length."""
+        import torch
+
+        tokens = self._tokens(texts)
+        with torch.inference_mode():
+            read = self.model.text_model(**tokens)
+            embeds = torch.nn.functional.normalize(self.model.text_projection(read.pooler_output).float(), dim=-1)
+        return embeds.cpu().numpy()
+
+    def _tokens(self, texts: Sequence[str]) -> dict[str, Any]:
         tokens = self.tokenizer(
             list(texts),
             padding=True,
@@ -45,17 +79,7 @@ class ClipScorer:
             max_length=self.model.config.text_config.max_position_embeddings,
             return_tensors="pt",
         )
-        pixels = np.stack([self._pixels(image) for image in images])  # [B, 3, px, px]
-        with torch.inference_mode(), device_faults("set quality.device: cpu"):
-            output = self.model(
-                input_ids=tokens["input_ids"].to(device),
-                attention_mask=tokens["attention_mask"].to(device),
-                pixel_values=torch.from_numpy(pixels).to(device, self.model.dtype),
-            )
-            cosine = torch.nn.functional.cosine_similarity(
-                output.image_embeds.float(), output.text_embeds.float(), dim=-1
-            )
-        return [100.0 * max(float(value), 0.0) for value in cosine.cpu()]
+        return {name: tokens[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
     def _pixels(self, image: Image.Image) -> np.ndarray[Any, np.dtype[np.float32]]:
         values = resize(image, self.input_px, self.input_px) / 255.0

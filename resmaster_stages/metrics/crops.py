@@ -1,0 +1,44 @@
+"""Crops by which detail is judged: the same places of a sample's picture for every method and at every size.
+
+FID_c of the papers looks at 10 random crops per picture, cut at the model's native size and then resized, or cut at the
+feature network's own input size and not resized at all. Boxes are half-open (y0, x0, y1, x1), in px.
+
+Invariant: where a crop lies depends on the sample's key alone, as a fraction of the room that there is for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from resmaster_stages.identity import sample_seed
+
+CROPS_PER_IMAGE = 10
+"""As in DemoFusion, AccDiffusion and RectifiedHR."""
+
+Box = tuple[int, int, int, int]
+
+
+def crop_boxes(key: str, height: int, width: int, size: int, count: int = CROPS_PER_IMAGE) -> list[Box]:
+    """`count` squares of `size` px, uniform over a picture of `height` x `width` px.
+
+    A picture that is smaller than `size` gives squares of its shorter side.
+    """
+    if min(height, width, size, count) < 1:
+        raise ValueError(f"positive sizes expected, got {height} x {width} px, crops of {size} px, count {count}")
+    edge = min(size, height, width)
+    # raw 64-bit words: numpy guarantees the stream of a bit generator, not that of its distributions
+    words = np.random.PCG64(sample_seed(key, 0, "crops")).random_raw(2 * count)
+    fractions = (words >> np.uint64(11)).astype(np.float64) / 2.0**53  # in [0, 1)
+    boxes = []
+    for down, right in fractions.reshape(count, 2):
+        y0, x0 = int(down * (height - edge + 1)), int(right * (width - edge + 1))
+        boxes.append((y0, x0, y0 + edge, x0 + edge))
+    return boxes
+
+
+def crops(image: Image.Image, boxes: Sequence[Box]) -> list[Image.Image]:
+    """What the boxes show, not resized."""
+    return [image.crop((x0, y0, x1, y1)) for y0, x0, y1, x1 in boxes]

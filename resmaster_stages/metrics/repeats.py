@@ -1,0 +1,71 @@
+"""Repeated objects: the failure of direct inference and plain MultiDiffusion beyond the native size.
+
+Objects are counted by whatever is passed in (a detector, or a captioner whose sentences are counted by `mentions`) and
+compared with what the prompt asks for. Only kinds that the prompt names count: an unasked-for bird is no repetition.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Counts = Mapping[str, int]
+"""Kind of object -> how many."""
+NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
+REACH_WORDS = 3
+"""A number counts the noun that follows within this many words: `two small red houses`."""
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Over a set of pictures."""
+
+    rate: float
+    """Share (0 to 1) of pictures that show more of some kind than their prompt asks for."""
+    surplus: float
+    """Objects too many, per picture."""
+    images: int
+    """Pictures whose prompt names something that can be counted; others are left out."""
+
+
+def mentions(text: str, nouns: Iterable[str]) -> Counter[str]:
+    """How many objects of each kind a sentence speaks of: `a red house, a house and two trees` -> house 2, tree 2.
+
+    Plurals by -s and -es are understood; a plural without a number counts as 2.
+    """
+    counts: Counter[str] = Counter()
+    singular = {form: noun for noun in nouns for form in (noun, f"{noun}s", f"{noun}es")}
+    for clause in re.split(r"[,;.]|\band\b|\bwith\b", text.lower()):
+        words = re.findall(r"[a-z]+|\d+", clause)
+        for place, word in enumerate(words):
+            if noun := singular.get(word):
+                before = words[max(0, place - REACH_WORDS) : place]
+                number = next(
+                    (int(w) if w.isdecimal() else NUMBERS[w] for w in before if w.isdecimal() or w in NUMBERS), 0
+                )
+                counts[noun] += number or (1 if word == noun else 2)
+    return counts
+
+
+def surplus(found: Counts, wanted: Counts) -> int:
+    """Objects of the wanted kinds that are too many."""
+    return sum(max(0, found.get(kind, 0) - count) for kind, count in wanted.items())
+
+
+def repeated_objects(
+    images: Sequence[Any], wanted: Sequence[Counts], count_objects: Callable[[Sequence[Any]], Sequence[Counts]]
+) -> Repeats:
+    """Repeats over `images`, counted by `count_objects` (all images at once), against `wanted` of their prompts."""
+    if len(images) != len(wanted):
+        raise ValueError(f"as many images as prompts expected, got {len(images)} and {len(wanted)}")
+    chosen = [place for place, counts in enumerate(wanted) if any(counts.values())]
+    found = count_objects([images[place] for place in chosen]) if chosen else []
+    if len(found) != len(chosen):
+        raise ValueError(f"the counter gave {len(found)} answers for {len(chosen)} images")
+    extra = [surplus(counts, wanted[place]) for place, counts in zip(chosen, found)]
+    if not extra:
+        return Repeats(0.0, 0.0, 0)
+    return Repeats(sum(e > 0 for e in extra) / len(extra), sum(extra) / len(extra), len(extra))
