@@ -1,4 +1,4 @@
-"""Stage 5: low-res + high-res image -> one row of metrics and flags per sample.
+"""Stage 5: low-res + high-res image -> one row of metrics and flags per sample, and feature vectors if asked for.
 
 Flags never delete: what to do with a flagged sample is decided by whoever reads the table. Knows nothing about storage.
 
@@ -11,20 +11,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from resmaster_stages.config import DatasetConfig, QualityConfig
 from resmaster_stages.diffusion.views import Box, view_grid
 from resmaster_stages.errors import SampleError
 from resmaster_stages.metrics.agreement import agreement
+from resmaster_stages.metrics.crops import crop_boxes, crops
 from resmaster_stages.metrics.detail import detail_energy
 from resmaster_stages.metrics.exposure import exposure
 from resmaster_stages.metrics.phash import phash
 from resmaster_stages.metrics.seam import seam_ratio
 from resmaster_stages.models.geometry import latent_factor, native_px
+from resmaster_stages.storage.arrays import Arrays
 from resmaster_stages.storage.dataset import Output, Sample
+
+if TYPE_CHECKING:
+    from resmaster_stages.metrics.features import FeatureExtractor
 
 FLAGS: dict[str, str] = {
     "structure": "the down-scaled result disagrees with the low-res image",
@@ -50,6 +57,11 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
         from resmaster_stages.metrics.clip_score import load_clip
 
         scorer = load_clip(quality.clip, quality.clip_revision, quality.device)
+    extractor: FeatureExtractor | None = None
+    if quality.features != "none":
+        from resmaster_stages.metrics.features import load_extractor
+
+        extractor = load_extractor(quality)
     native, factor = native_px(config.model), latent_factor(config.model)
     seen: set[str] = set()
     for sample in samples:
@@ -65,9 +77,42 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
                 if row["phash"] in seen:
                     row["flags"].append("near_duplicate")
                 seen.add(row["phash"])
-            yield Output(key=sample.key, rows=[row])
+            arrays: dict[str, NDArray[Any]] = {}
+            if extractor is not None:
+                for name, picture in (("high_res", high), ("low_res", low)):
+                    found = picture_features(extractor, picture, sample.key, native)
+                    arrays |= {f"{name}.{view}": values for view, values in found.items()}
+            yield Output(key=sample.key, rows=[row], arrays=arrays)
         except SampleError as error:
             yield Output(key=sample.key, error=error)
+
+
+def picture_features(extractor: FeatureExtractor, picture: Image.Image, key: str, native: int) -> Arrays:
+    """What an extractor sees of one picture, float16, by view (and `{view}.probabilities` where there are classes):
+
+    - `r` [D]: the whole picture, resized to the extractor's input;
+    - `c` [10, D]: crops of the model's native size (`native` px), resized;
+    - `u` [10, D]: crops of the extractor's input size, not resized.
+
+    Crops lie where `key` says. A picture smaller than a crop gives squares of its shorter side, resized.
+    Raises SampleError for features beyond half precision.
+    """
+    boxes = {
+        view: crop_boxes(key, picture.height, picture.width, size)
+        for view, size in (("c", native), ("u", extractor.input_px))
+    }
+    distinct = list(dict.fromkeys(box for found in boxes.values() for box in found))
+    found = extractor.extract([picture, *crops(picture, distinct)])
+    rows: dict[str, Any] = {"r": 0, **{view: [1 + distinct.index(box) for box in each] for view, each in boxes.items()}}
+    arrays: dict[str, NDArray[Any]] = {}
+    with np.errstate(over="ignore"):
+        for view, at in rows.items():
+            arrays[view] = found.features[at].astype(np.float16)
+            if found.probabilities is not None:
+                arrays[f"{view}.probabilities"] = found.probabilities[at].astype(np.float16)
+    if not all(np.isfinite(values).all() for values in arrays.values()):
+        raise SampleError(f"{key}: features beyond half precision or not finite; choose another quality.features")
+    return arrays
 
 
 def measure(low: Image.Image, high: Image.Image, boxes: Sequence[Box]) -> dict[str, Any]:

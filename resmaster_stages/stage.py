@@ -26,12 +26,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, overload
 
+from numpy.typing import NDArray
+
 from resmaster_stages.config import DatasetConfig, Stage, stage_hash
 from resmaster_stages.errors import PlanError, ShardError
 from resmaster_stages.progress import reporter
 from resmaster_stages.storage import layout
+from resmaster_stages.storage.arrays import Arrays, decode_arrays, encode_arrays
 from resmaster_stages.storage.commit import (
     Receipt,
+    StoredObject,
     commit,
     committed_shards,
     list_commits,
@@ -107,22 +111,24 @@ def run_stage(
     ):
         reporter().shard_started(stage, shard, len(samples))
         started = time.monotonic()
-        target = Path(scratch) / Path(layout.shard_object(stage, shard, attempt)).name
+        name = layout.shard_object(stage, shard, attempt)
+        features_name = layout.features_object(stage, shard, attempt)
+        target, features = (Path(scratch) / Path(each).name for each in (name, features_name))
         compute = process or importlib.import_module(MODULES[stage]).process
-        good, failures = _compute(compute, config, stage, shard, hashes[stage], samples, target)
+        good, failures = _compute(compute, config, stage, shard, hashes[stage], samples, target, features)
         seconds = time.monotonic() - started
         ledger = None
         if failures:
             ledger = encode_failures(dataset.folder, stage, hashes[stage], shard, attempt, failures)
             tolerated = max(1, int(config.max_failure_ratio * len(samples) + 1e-9))  # 0.29 * 100 is 28.99...
             if len(failures) > tolerated:
-                name = layout.ledger(stage, shard, attempt)
-                dataset.folder.write(name, ledger)
+                ledger_name = layout.ledger(stage, shard, attempt)
+                dataset.folder.write(ledger_name, ledger)
                 key, error = failures[0]
                 raise ShardError(
                     f"{stage} of shard {shard:06d}: {len(failures)} of {len(samples)} samples failed (tolerated: "
                     f"{tolerated}), nothing committed; first: {key}: {type(error).__name__}: {one_line(error)}; "
-                    f"all in {name}"
+                    f"all in {ledger_name}"
                 )
         receipt = commit(
             dataset.folder,
@@ -141,7 +147,7 @@ def run_stage(
                 finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
                 provenance={**own_provenance(), **(provenance or {})},
             ),
-            [(layout.shard_object(stage, shard, attempt), target)],
+            [(name, target), *([(features_name, features)] if features.exists() else [])],
             ledger,
         )
     reporter().shard_done(stage, shard, cached=False)
@@ -156,9 +162,14 @@ def _compute(
     own_hash: str,
     samples: ShardSamples,
     target: Path,
+    features: Path,
 ) -> tuple[list[str], list[tuple[str, Exception]]]:
-    """Run `process` and write the local file `target`, validated. The good keys and the failures, in order."""
+    """Run `process` and write the local file `target`, validated, and `features` if the stage gave arrays.
+
+    The good keys and the failures, in order.
+    """
     good: list[str] = []
+    arrays: list[Arrays] = []
     failures: list[tuple[str, Exception]] = []
     outputs = _checked(process(config, samples) if len(samples) else iter(()), samples.keys(), stage)
     if layout.EXTENSIONS[stage] == "tar":
@@ -166,6 +177,7 @@ def _compute(
             for output in outputs:
                 if output.error is None:
                     writer.write(output.key, output.files)
+                    arrays.append(output.arrays)
                     good.append(output.key)
                 else:
                     failures.append((output.key, output.error))
@@ -178,6 +190,7 @@ def _compute(
                 if not output.rows:
                     raise ShardError(f"{stage} of shard {shard:06d}: sample {output.key} has neither rows nor an error")
                 rows += [{"key": output.key, **row} for row in output.rows]
+                arrays.append(output.arrays)
                 good.append(output.key)
             else:
                 failures.append((output.key, output.error))
@@ -188,6 +201,9 @@ def _compute(
         keys = list(dict.fromkeys(decode_table(target, schema, target.name)["key"].to_pylist()))
         if keys != good:
             raise ShardError(f"{target.name}: holds {len(keys)} samples, expected {len(good)}")
+    if any(arrays):
+        with explained(str(features.parent)):
+            features.write_bytes(encode_arrays(good, arrays, {"stage_hash": own_hash}))
     return good, failures
 
 
@@ -297,7 +313,7 @@ def shard_samples(
     tables: dict[Stage, dict[str, list[dict[str, Any]]]] = {}
     with tempfile.TemporaryDirectory(prefix="resmaster-read-") as scratch:
         for stage, receipt in receipts.items():
-            path = _fetch(dataset, receipt, Path(scratch))
+            path = _fetch(dataset, receipt, receipt.objects[0], Path(scratch))
             if layout.EXTENSIONS[stage] == "tar":
                 with path.open("rb") as file:
                     entries = {entry.key: entry for entry in read_index(file, receipt.objects[0].name)}
@@ -317,21 +333,35 @@ def shard_samples(
         yield ShardSamples(survivors, receipts, tars, tables)
 
 
-def _fetch(dataset: Dataset, receipt: Receipt, scratch: Path) -> Path:
-    """The one object of a commit as a local file, checked against its record."""
-    stored = receipt.objects[0]
+def committed_arrays(dataset: Dataset, receipt: Receipt) -> dict[str, dict[str, NDArray[Any]]]:
+    """Key -> arrays (by name) that a commit holds besides its main object; empty if it has none.
+
+    Raises ShardError if they are gone or damaged.
+    """
+    name = layout.features_object(receipt.stage, receipt.shard, receipt.attempt)
+    for stored in receipt.objects[1:]:
+        if stored.name == name:
+            with tempfile.TemporaryDirectory(prefix="resmaster-read-") as scratch:
+                keys, arrays = decode_arrays(_fetch(dataset, receipt, stored, Path(scratch)), name)
+            return {key: {each: values[row] for each, values in arrays.items()} for row, key in enumerate(keys)}
+    return {}
+
+
+def _fetch(dataset: Dataset, receipt: Receipt, stored: StoredObject, scratch: Path) -> Path:
+    """One object of a commit as a local file, checked against its record."""
     try:
         path, sha256 = dataset.folder.download(stored.name, scratch)
     except FileNotFoundError as error:
-        raise ShardError(_damaged(dataset, receipt, "is gone")) from error
+        raise ShardError(_damaged(dataset, receipt, "is gone", stored)) from error
     if sha256 != stored.sha256:
-        raise ShardError(_damaged(dataset, receipt, "is damaged (sha256 differs)"))
+        raise ShardError(_damaged(dataset, receipt, "is damaged (sha256 differs)", stored))
     return path
 
 
-def _damaged(dataset: Dataset, receipt: Receipt, what: str) -> str:
+def _damaged(dataset: Dataset, receipt: Receipt, what: str, stored: StoredObject | None = None) -> str:
+    stored = stored or receipt.objects[0]
     record = dataset.folder.url_of(layout.commit(receipt.stage, receipt.stage_hash, receipt.shard))
-    return f"{receipt.objects[0].name} {what}; delete {record}, then run: resmaster repair {dataset.url}"
+    return f"{stored.name} {what}; delete {record}, then run: resmaster repair {dataset.url}"
 
 
 def digest_of_keys(keys: Sequence[str]) -> str:

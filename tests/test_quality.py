@@ -190,6 +190,20 @@ def test_the_stage_scores_prompts_and_leaves_none_without_one(config: Any, clip_
     assert outputs[1].rows[0]["clip_score"] is None
 
 
+def test_the_stage_keeps_features_of_both_pictures_if_asked(config: Any, clip_folder: Path) -> None:
+    assert next(process(config, [pair("aa", scene())])).arrays == {}
+    asked = QualityConfig(clip=str(clip_folder), features="clip", device="cpu")
+    (output,) = process(config.model_copy(update={"quality": asked}), [pair("aa", scene())])
+    assert {name: values.shape for name, values in output.arrays.items()} == {
+        f"{picture}.{view}": shape
+        for picture in ("high_res", "low_res")
+        for view, shape in (("r", (8,)), ("c", (10, 8)), ("u", (10, 8)))
+    }
+    expected = load_clip(str(clip_folder), device="cpu").image_embeddings([scene()])[0]
+    assert np.abs(output.arrays["low_res.r"] - expected).max() < 2e-3
+    assert output.rows[0]["clip_score"] is not None
+
+
 def test_a_clip_model_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"quality\.clip") as error:
         load_clip(str(tmp_path), device="cpu")

@@ -9,11 +9,12 @@ Invariants:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from numpy.typing import NDArray
 from PIL import Image
 
 from resmaster_stages.config import DatasetConfig, parse_config
@@ -86,6 +87,8 @@ class Output:
     """Stages that write tars: extension -> content."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Stages that write tables: rows without their key."""
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict, compare=False)
+    """Feature vectors, kept in an object of their own; every good sample of a shard has the same ones, or none has any."""
     error: Exception | None = None
 
 

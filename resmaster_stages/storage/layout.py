@@ -7,6 +7,7 @@ Names are relative to the dataset's folder, with forward slashes:
     plan/gen-0000/part-00000-{attempt}.parquet, rejected-{attempt}.parquet, _PLAN.json
     low_res|high_res/000123-{attempt}.tar
     captions|quality/000123-{attempt}.parquet
+    quality/000123-{attempt}.features.parquet  feature vectors, where the configuration asks for them
     errors/{stage}/000123-{attempt}.parquet
     commits/{stage}-{hash8}/000123.json        the truth
     report/  manifest.parquet  index.json  README.md
@@ -75,6 +76,11 @@ def plan_rejected(number: int, attempt: str) -> str:
 def shard_object(stage: Stage, shard: int, attempt: str) -> str:
     """What one attempt at a shard produced."""
     return f"{stage}/{shard:06d}-{attempt}.{EXTENSIONS[stage]}"
+
+
+def features_object(stage: Stage, shard: int, attempt: str) -> str:
+    """The arrays that one attempt at a shard produced besides: the second object of its commit."""
+    return f"{stage}/{shard:06d}-{attempt}.features.parquet"
 
 
 def ledger_folder(stage: Stage) -> str:
