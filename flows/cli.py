@@ -99,6 +99,33 @@ def parser() -> argparse.ArgumentParser:
     add_selection(sub)
 
     sub = add(
+        "compare",
+        "build the same samples by several methods, and measure them",
+        "Build one dataset per method and scale, with the same prompts, seeds and low-res images, and measure them "
+        "together. Safe to stop and to run again: each of them is a dataset.",
+    )
+    add_source(sub)
+    sub.add_argument("--n", dest="limit", metavar="N", type=int, help="the same as --limit")
+    sub.add_argument(
+        "--methods",
+        required=True,
+        metavar="LIST",
+        help="comma-separated: direct, multidiffusion, resmaster, resmaster+sg+tip (these parts only), resmaster-etp "
+        "(without it), resmaster:stride=0.75:structure.preset=paper (other settings)",
+    )
+    sub.add_argument(
+        "--scales",
+        default="4x4",
+        metavar="LIST",
+        help="height x width in native sizes, e.g. 2x2,2x4,4x4 (default: 4x4)",
+    )
+    sub.add_argument(
+        "--reference",
+        metavar="PATH",
+        help="real images for FID and KID: a folder or WebDataset .tar shards (default: the low-res images)",
+    )
+
+    sub = add(
         "upscale",
         "upscale one image of your own",
         "Upscale one image. With ResMaster it keeps the image's structure and regenerates its detail.",
@@ -184,6 +211,12 @@ def _finished(console: Console, result: BuildResult) -> int:
     return 1 if result.errors else 0
 
 
+def _no_bars(config: DatasetConfig) -> None:
+    """No download bars where there is nothing to download: loading takes a second."""
+    if config.model.id == "picturebook" or Path(config.model.id).is_dir():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def _execute(
     console: Console,
     config: DatasetConfig,
@@ -193,8 +226,7 @@ def _execute(
     arguments: dict[str, object],
 ) -> int:
     """Run a flow of `flows.build` under the live display."""
-    if config.model.id == "picturebook" or Path(config.model.id).is_dir():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # nothing to download: loading takes a second
+    _no_bars(config)
     from flows.display import TerminalReporter
     from resmaster_stages.progress import reporting
 
@@ -285,6 +317,20 @@ def repair(args: argparse.Namespace, console: Console) -> int:
     )
 
 
+def compare(args: argparse.Namespace, console: Console) -> int:
+    """`resmaster compare`"""
+    from flows.compare import compare as compare_methods
+    from resmaster_stages.preview import Preview
+
+    def build(look: Preview) -> int:
+        config = look.config
+        return _execute(console, config, look.pending_samples(), look.shards, "build_dataset", {"config": config})
+
+    config = config_of(args)
+    _no_bars(config)
+    return compare_methods(config, args, build, console)
+
+
 def upscale(args: argparse.Namespace, console: Console) -> int:
     """`resmaster upscale`"""
     from flows.single import upscale_file
@@ -293,7 +339,7 @@ def upscale(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-COMMANDS = {"run": run, "plan": plan, "status": status, "repair": repair, "upscale": upscale}
+COMMANDS = {"run": run, "plan": plan, "status": status, "repair": repair, "compare": compare, "upscale": upscale}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -77,7 +77,7 @@ def check_sizes(config: DatasetConfig) -> tuple[int, int]:
             below = size // factor * factor
             raise ConfigError(f"low_res.{name}: {size} px is no multiple of {factor}; use {below} or {below + factor}")
         target = size * config.upscale.scale
-        if target % factor:
+        if abs(target - round(target / factor) * factor) > 1e-6:  # 88 x 2.909... px may miss 256 px by a rounding error
             below = int(target // factor) * factor
             raise ConfigError(
                 f"upscale.scale: {config.upscale.scale:g} x {size} px = {target:g} px, no multiple of {factor}; "

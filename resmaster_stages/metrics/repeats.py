@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,17 +55,9 @@ def surplus(found: Counts, wanted: Counts) -> int:
     return sum(max(0, found.get(kind, 0) - count) for kind, count in wanted.items())
 
 
-def repeated_objects(
-    images: Sequence[Any], wanted: Sequence[Counts], count_objects: Callable[[Sequence[Any]], Sequence[Counts]]
-) -> Repeats:
-    """Repeats over `images`, counted by `count_objects` (all images at once), against `wanted` of their prompts."""
-    if len(images) != len(wanted):
-        raise ValueError(f"as many images as prompts expected, got {len(images)} and {len(wanted)}")
-    chosen = [place for place, counts in enumerate(wanted) if any(counts.values())]
-    found = count_objects([images[place] for place in chosen]) if chosen else []
-    if len(found) != len(chosen):
-        raise ValueError(f"the counter gave {len(found)} answers for {len(chosen)} images")
-    extra = [surplus(counts, wanted[place]) for place, counts in zip(chosen, found)]
+def repeated_objects(pictures: Iterable[tuple[Any, Counts]], count_objects: Callable[[Any], Counts]) -> Repeats:
+    """Repeats over (picture, what its prompt asks for), taken one by one; `count_objects` counts what a picture shows."""
+    extra = [surplus(count_objects(picture), wanted) for picture, wanted in pictures if any(wanted.values())]
     if not extra:
         return Repeats(0.0, 0.0, 0)
     return Repeats(sum(e > 0 for e in extra) / len(extra), sum(extra) / len(extra), len(extra))

@@ -138,6 +138,39 @@ MANIFEST_SCHEMA = _schema(
 """One row per finished sample. Objects are relative to the dataset; offset and bytes are those of the image file in the
 tar, so that one range request fetches it. `height` and `width` are those of the high-res image."""
 
+COMPARE_SCHEMA = _schema(
+    "compare",
+    [
+        ("scale", pa.string(), False),
+        ("method", pa.string(), False),
+        ("dataset", pa.string(), False),
+        ("features", pa.string(), False),
+        ("reference", pa.string(), False),
+        ("reference_samples", pa.int64(), False),
+        ("samples", pa.int64(), False),
+        ("height", pa.int32(), False),
+        ("width", pa.int32(), False),
+        *[
+            (name, pa.float64(), True)
+            for view in ("r", "c", "u")
+            for name in (f"fid_{view}", f"kid_{view}", f"kid_{view}_low", f"kid_{view}_high", f"is_{view}")
+        ],
+        ("clip_score", pa.float64(), True),
+        ("agreement_psnr", pa.float64(), True),
+        ("agreement_ssim", pa.float64(), True),
+        ("detail_energy", pa.float64(), True),
+        ("seam", pa.float64(), True),
+        ("repeat_rate", pa.float64(), True),
+        ("repeat_surplus", pa.float64(), True),
+        ("unet_calls", pa.float64(), False),
+        ("unet_rows", pa.float64(), False),
+        ("unet_native_rows", pa.float64(), False),
+        ("seconds_captions", pa.float64(), True),
+        ("seconds_high_res", pa.float64(), True),
+    ],
+)
+"""One row per method and scale. Of a view: r the whole image, c native-size crops, u crops that are not resized."""
+
 STAGE_SCHEMAS: dict[Stage, pa.Schema] = {"captions": CAPTIONS_SCHEMA, "quality": QUALITY_SCHEMA}
 """The schemas of the stages that write tables."""
 

@@ -1,0 +1,102 @@
+"""`resmaster compare`: builds one dataset per method and scale, then measures them together."""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.table import Table
+
+from resmaster_stages.compare import (
+    Compared,
+    Variant,
+    compare_datasets,
+    compare_folder,
+    finished_samples,
+    reference_features,
+    share_low_res,
+    variants,
+)
+from resmaster_stages.compare_report import SheetRow, cell, markdown, sheet, shown
+from resmaster_stages.config import DatasetConfig
+from resmaster_stages.preview import Preview, preview
+from resmaster_stages.prompts import ingest
+from resmaster_stages.storage import layout
+from resmaster_stages.storage.dataset import Dataset, create_or_open
+from resmaster_stages.storage.filesystem import Folder, without_credentials
+from resmaster_stages.storage.tables import COMPARE_SCHEMA, encode_table
+
+SHEET_SAMPLES = 4
+"""Samples on a sheet."""
+
+Build = Callable[[Preview], int]
+"""Builds the dataset that a preview describes, and returns the command line's exit status."""
+
+
+def compare(config: DatasetConfig, args: argparse.Namespace, build: Build, console: Console) -> int:
+    """Build what is missing, measure, write the folder `{name}-compare` under the root, and print the table."""
+    wanted = variants(config, args.methods, args.scales)
+    for variant in wanted:
+        preview(variant.config)  # what is wrong with any of them is found before the first one starts
+    built: list[tuple[Variant, Dataset]] = []
+    status = 0
+    for variant in wanted:
+        dataset = create_or_open(variant.config)
+        ingest(dataset, variant.config)
+        for earlier, other in built:
+            if earlier.config.low_res == variant.config.low_res:
+                share_low_res(other, dataset)
+                break
+        look = preview(variant.config)
+        if any(look.pending_samples().values()) or not dataset.folder.exists(layout.REPORT_PAGE):
+            console.print(look.headline(), highlight=False, soft_wrap=True)
+            status = max(status, build(look))
+        built.append((variant, dataset))
+    folder = compare_folder(config)
+    reference = reference_features(wanted[0].config, args.reference, folder) if args.reference else None
+    found = compare_datasets(built, reference, without_credentials(args.reference or ""))
+    page = write_comparison(folder, config.name, built, found)
+    print_tables(found)
+    print(f"comparison: {page}")
+    return status
+
+
+def write_comparison(folder: Folder, name: str, built: list[tuple[Variant, Dataset]], found: Compared) -> str:
+    """Write compare.parquet, compare.md and a sheet per scale. Returns the page's path or URL."""
+    sheets: dict[str, str] = {}
+    for scale, keys in found.keys.items():
+        rows: dict[str, SheetRow] = {}
+        chosen = keys[:SHEET_SAMPLES]
+        methods = [variant.method for variant, _ in built if variant.scale == scale]
+        for variant, dataset in built:
+            if variant.scale == scale:
+                for sample in finished_samples(dataset, chosen):
+                    row = rows.setdefault(sample.key, SheetRow(sample.prompt, sample.low_res, {}))
+                    rows[sample.key] = SheetRow(
+                        row.prompt, row.low_res, {**row.pictures, variant.method: sample.high_res}
+                    )
+        buffer = io.BytesIO()
+        sheet([rows[key] for key in chosen], methods).save(buffer, "PNG", optimize=True)
+        sheets[scale] = f"sheet-{scale}.png"
+        folder.write(sheets[scale], buffer.getvalue())
+    folder.write("compare.parquet", encode_table(found.rows, COMPARE_SCHEMA))
+    folder.write("compare.md", markdown(f"{name}: methods compared", found.rows, sheets).encode())
+    return folder.url_of("compare.md")
+
+
+def print_tables(found: Compared) -> None:
+    """The tables on standard output, one per scale: a line per metric, a column per method, so that terminals hold them."""
+    out = Console()
+    for scale in found.keys:
+        rows = [row for row in found.rows if row["scale"] == scale]
+        table = Table(box=None, pad_edge=False)
+        table.add_column(f"{scale}, n = {rows[0]['samples']}", no_wrap=True)
+        for row in rows:
+            table.add_column(row["method"], justify="right", overflow="fold")
+        for name, heading, form in shown(rows):
+            if name != "method":
+                table.add_row(heading, *(cell(row, name, form) for row in rows))
+        out.print(table)
+        out.print()

@@ -1,0 +1,334 @@
+"""Comparing methods: which datasets, the same low-res bytes for all, what they cost, and what is measured."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from flows.compare import compare
+from resmaster_stages.compare import at_scale, low_res_size, reference_features, share_low_res, variants
+from resmaster_stages.compare_report import SheetRow, sheet
+from resmaster_stages.config import DatasetConfig, UpscaleConfig, Weights, parse_config
+from resmaster_stages.diffusion.cost import unet_cost
+from resmaster_stages.errors import ConfigError, SampleError, UserError
+from resmaster_stages.gallery import write_report
+from resmaster_stages.preview import Preview, check_sizes
+from resmaster_stages.publish import write_manifest
+from resmaster_stages.quality import picture_features
+from resmaster_stages.set_metrics import read_features, stacked
+from resmaster_stages.stage import pending, run_stage, stage_hashes
+from resmaster_stages.storage.commit import list_commits
+from resmaster_stages.storage.dataset import Dataset, Output, Sample, create_or_open, open_dataset
+from resmaster_stages.storage.filesystem import open_root
+from resmaster_stages.storage.plan import read_plan
+from tests import fake_stages
+from tests.fake_stages import FAKES, planned, png
+from tests.test_set_metrics import Means
+
+GEOMETRY = {"native_px": 16, "latent_factor": 8}
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model: fixed weights and sizes, means as features."""
+    monkeypatch.setattr("resmaster_stages.models.identity.weights_of", lambda config: Weights(config.model.id))
+    for module in ("compare", "preview"):
+        for name, value in GEOMETRY.items():
+            monkeypatch.setattr(f"resmaster_stages.{module}.{name}", lambda model, value=value: value)
+    monkeypatch.setattr("resmaster_stages.metrics.features.load_extractor", lambda config: Means())
+
+
+def upscale_of(method: str) -> UpscaleConfig:
+    (variant,) = variants(parse_config({"name": "d"}), method, "4x4")
+    return variant.config.upscale
+
+
+# ------------------------------------------------------------------------------------------------- which datasets
+
+
+def test_methods_and_scales_become_datasets_of_their_own() -> None:
+    config = parse_config({"name": "d", "quality": {"features": "none"}, "limit": 3})
+    found = variants(config, "multidiffusion, resmaster+sg,resmaster-etp", "2x2,4x4")
+    assert [variant.config.name for variant in found] == [
+        "d-multidiffusion-2x2",
+        "d-resmaster_sg-2x2",
+        "d-resmaster-etp-2x2",
+        "d-multidiffusion-4x4",
+        "d-resmaster_sg-4x4",
+        "d-resmaster-etp-4x4",
+    ]
+    assert {variant.config.quality.features for variant in found} == {"clip"}
+    assert {variant.config.limit for variant in found} == {3}
+    assert [variant.config.upscale.scale for variant in found] == [2, 2, 2, 4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("method", "switches"),
+    [
+        ("resmaster", (True, True, True)),
+        ("resmaster+sg", (True, False, False)),
+        ("resmaster+sg+tip", (True, True, False)),
+        ("resmaster+sg+tip+etp", (True, True, True)),
+        ("resmaster-tip", (True, False, True)),
+        ("resmaster-sg-etp", (False, True, False)),
+    ],
+)
+def test_switches(method: str, switches: tuple[bool, ...]) -> None:
+    upscale = upscale_of(method)
+    assert (upscale.structure.enabled, upscale.image_prompt.enabled, upscale.text_prompt.enabled) == switches
+
+
+def test_other_settings_keep_what_they_do_not_name() -> None:
+    upscale = upscale_of("resmaster-tip:stride=0.75:structure.stop=0.5:image_prompt.scale=0.3:fuse=linear")
+    assert (upscale.stride, upscale.structure.stop, upscale.fuse) == (0.75, 0.5, "linear")
+    assert (upscale.image_prompt.scale, upscale.image_prompt.enabled) == (0.3, False)
+    assert upscale_of("resmaster:structure.preset=paper").structure.cutoff_units == "hr_nyquist"
+
+
+@pytest.mark.parametrize(
+    ("methods", "scales", "culprit"),
+    [
+        ("magic", "2x2", "unknown method 'magic'"),
+        ("resmaster+sgg", "2x2", "no switch 'sgg'"),
+        ("direct+sg", "2x2", "no switch 'sg'"),
+        ("resmaster:stride", "2x2", "key=value"),
+        ("resmaster:strid=1", "2x2", "strid"),
+        ("Res Master", "2x2", "write a method"),
+        ("direct,direct", "2x2", "d-direct-2x2"),
+        ("direct", "2", "height x width"),
+        ("direct", "0x2", "height x width"),
+        ("direct", " , ", "--scales"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_culprit(methods: str, scales: str, culprit: str) -> None:
+    with pytest.raises(ConfigError, match=culprit.replace("+", r"\+")) as error:
+        variants(parse_config({"name": "d"}), methods, scales)
+    assert "\n" not in str(error.value)
+
+
+def test_low_res_images_have_the_targets_shape_and_about_the_native_area() -> None:
+    assert low_res_size(4, 4, 128, 8) == (128, 128)
+    assert low_res_size(2, 4, 128, 8) == (88, 176)
+    assert low_res_size(4, 2, 128, 8) == (176, 88)
+    assert low_res_size(2, 4, 1024, 8) == (728, 1456)
+    for rows in range(1, 9):
+        for cols in range(1, 9):
+            config = at_scale(parse_config({"name": "d"}), f"{rows}x{cols}")
+            height, width = check_sizes(config)
+            assert height * cols == width * rows
+            assert round(height * config.upscale.scale) == 128 * rows
+            assert round(width * config.upscale.scale) == 128 * cols
+
+
+def test_images_of_the_user_keep_their_size(tmp_path: Path) -> None:
+    config = parse_config({"name": "d", "images": str(tmp_path)})
+    sized = at_scale(config, "3x3")
+    assert (sized.upscale.scale, sized.low_res.height) == (3, None)
+    with pytest.raises(ConfigError, match="keep their shape"):
+        at_scale(config, "2x4")
+
+
+# ------------------------------------------------------------------------------------------------------------ cost
+
+
+@pytest.mark.parametrize("method", ["direct", "multidiffusion", "resmaster"])
+@pytest.mark.parametrize(("guidance", "batch"), [(5.0, 4), (1.0, 16)])
+def test_the_cost_is_what_a_real_unet_counts(method: str, guidance: float, batch: int) -> None:
+    from resmaster_stages.models.loading import Models
+    from resmaster_stages.upscale import upscale_image
+    from tests.test_upscale import counted
+    from tests.tiny_models import tiny_adapted
+
+    models = Models.from_pipeline(tiny_adapted())
+    config = UpscaleConfig(
+        method=method,
+        steps=2,
+        scale=2,
+        guidance_scale=guidance,
+        view_batch=batch,
+        stride=0.5,
+        micro_conditioning="native",
+    )
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 80, 3)).astype(np.uint8))
+    with counted(models.unet) as shapes:
+        upscale_image(models, image, "a boat", config=config)
+    cost = unet_cost(config, 128, 160, models.native_px, models.latent_factor)
+    assert (cost.calls, cost.rows) == (len(shapes), sum(shape[0] for shape in shapes))
+    native = (models.native_px // models.latent_factor) ** 2
+    assert cost.native_rows == sum(n * h * w for n, _, h, w in shapes) / native
+
+
+# ------------------------------------------------------------------------------------------------------ low-res bytes
+
+
+def commit_all(dataset: Dataset) -> None:
+    for stage, shards in pending(dataset).items():
+        for shard in shards:
+            process = quality if stage == "quality" else FAKES[stage]
+            run_stage(dataset, dataset.config, stage, shard, process=process)
+
+
+def quality(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+    for sample, output in zip(samples, fake_stages.quality(config, samples)):
+        assert sample.low_res
+        assert sample.high_res
+        if f"bad {config.upscale.method}" in sample.prompt:
+            yield Output(sample.key, error=SampleError("told to fail"))
+            continue
+        arrays = {
+            f"{name}.{view}": values
+            for name, picture in (("high_res", sample.high_res), ("low_res", sample.low_res))
+            for view, values in picture_features(Means(), picture.open(), sample.key, 16).items()
+        }
+        yield Output(sample.key, rows=output.rows, arrays=arrays)
+
+
+def test_low_res_shards_are_copied_where_they_would_be_the_same(tmp_path: Path, fakes: None) -> None:
+    prompts = ["a", "b", "bad low_res"]
+    one = planned(tmp_path, prompts, tmp_path, name="one", quality={"features": "clip"})
+    commit_all(one)
+    two = planned(tmp_path, prompts, tmp_path, name="two", upscale={"method": "direct"})
+    assert share_low_res(one, two) == 1, "the shard with a failed sample is left to the target"
+    assert share_low_res(one, two) == 0
+    assert pending(two)["low_res"] == [1]
+    run_stage(two, two.config, "low_res", 1, process=FAKES["low_res"])
+    found = [list_commits(d.folder, "low_res", stage_hashes(d.config)["low_res"]) for d in (one, two)]
+    for shard in (0, 1):
+        a, b = found[0][shard].objects[0], found[1][shard].objects[0]
+        assert (a.sha256, a.bytes) == (b.sha256, b.bytes)
+    assert found[1][0].provenance["copied_from"] == f"one/{found[0][0].objects[0].name}"
+    run_stage(two, two.config, "high_res", 0, process=no_captions)
+    for change in ({"seed": 1}, {"low_res": {"height": 16, "width": 16, "steps": 7}}):
+        other = planned(tmp_path, prompts, tmp_path, **{"name": f"other{len(change)}{next(iter(change))}", **change})
+        assert share_low_res(one, other) == 0, change
+
+
+def no_captions(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+    for sample in samples:
+        assert sample.low_res
+        assert sample.low_res.open().size == (16, 16)
+        yield Output(sample.key, files=fake_stages.files_of(sample, 64))
+
+
+# ------------------------------------------------------------------------------------------------------ whole thing
+
+
+def arguments(**values: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{"methods": "direct,resmaster", "scales": "2x2,4x4", "reference": None, **values})
+
+
+def build(look: Preview) -> int:
+    dataset = open_dataset(look.url)
+    for stage, shards in pending(dataset).items():
+        for shard in shards:
+            uses = dataset.config.upscale.uses_captions()
+            process = {**FAKES, "quality": quality, "high_res": FAKES["high_res"] if uses else no_captions}[stage]
+            run_stage(dataset, dataset.config, stage, shard, process=process)
+    write_manifest(dataset)
+    write_report(dataset)
+    return 0
+
+
+def test_a_comparison_is_datasets_a_table_a_page_and_sheets(
+    tmp_path: Path, fakes: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(["p1", "p2", "p3", "p4", "bad direct"]))
+    config = parse_config(
+        {
+            "name": "d",
+            "root": str(tmp_path / "out"),
+            "prompts": str(tmp_path / "prompts.txt"),
+            "samples_per_shard": 3,
+            "image_format": "png",
+            "model": {"id": "tiny"},
+            "upscale": {"steps": 5, "view_batch": 100},
+        }
+    )
+    looks: list[str] = []
+
+    def counting(look: Preview) -> int:
+        looks.append(look.config.name)
+        return build(look)
+
+    assert compare(config, arguments(), counting, Console(stderr=True)) == 0
+    assert looks == ["d-direct-2x2", "d-resmaster-2x2", "d-direct-4x4", "d-resmaster-4x4"]
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["4x4,", "n", "=", "4", "direct", "resmaster"] in lines
+    assert ["UNet", "calls", "5", "5"] in lines
+    assert f"comparison: {tmp_path}/out/d-compare/compare.md" in out
+    folder = tmp_path / "out" / "d-compare"
+    rows = pq.read_table(folder / "compare.parquet").to_pylist()
+    assert [(row["scale"], row["method"], row["samples"]) for row in rows] == [
+        ("2x2", "direct", 4),
+        ("2x2", "resmaster", 4),
+        ("4x4", "direct", 4),
+        ("4x4", "resmaster", 4),
+    ], "only what all methods have"
+    direct, resmaster = rows[2:]
+    assert direct["fid_r"] is not None
+    assert direct["kid_u_low"] is not None
+    assert direct["fid_c"] is None, "against low-res images there are no native-size crops"
+    assert (direct["agreement_psnr"], direct["clip_score"], direct["repeat_rate"]) == (30.0, None, None)
+    assert (direct["unet_calls"], direct["unet_rows"]) == (5, 10)
+    assert (resmaster["unet_calls"], resmaster["unet_rows"]) == (5, 5 * 49 * 2)
+    page = (folder / "compare.md").read_text()
+    assert "| direct |" in page
+    assert "![" in page
+    for scale in ("2x2", "4x4"):
+        assert Image.open(folder / f"sheet-{scale}.png").width > 700
+    shas = set()
+    for name in looks:
+        dataset = open_dataset(str(tmp_path / "out" / name))
+        receipts = list_commits(dataset.folder, "low_res", stage_hashes(dataset.config)["low_res"])
+        shas.add(tuple(receipt.objects[0].sha256 for receipt in receipts.values()))
+    assert len(shas) == 1, "the same low-res images for all"
+
+    looks.clear()
+    assert compare(config, arguments(), counting, Console(stderr=True)) == 0
+    assert looks == [], "nothing was left to do"
+    assert pq.read_table(folder / "compare.parquet").to_pylist() == rows
+    fewer = config.model_copy(update={"limit": 2})
+    assert compare(fewer, arguments(scales="4x4"), counting, Console(stderr=True)) == 0
+    assert [row["samples"] for row in pq.read_table(folder / "compare.parquet").to_pylist()] == [2, 2]
+
+
+def test_a_reference_of_the_users_own_images(tmp_path: Path, fakes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    for number in range(3):
+        (tmp_path / "real" / f"{number}.png").write_bytes(png((number * 40, 0, 9), (40, 30)))
+    config = parse_config({"name": "d", "quality": {"features": "clip"}})
+    cache = open_root(str(tmp_path / "cache"))
+    found = reference_features(config, str(tmp_path / "real"), cache)
+    assert stacked(found)["c"].shape == (3, 10, 6)
+    monkeypatch.setattr("resmaster_stages.compare.picture_features", lambda *args: pytest.fail("computed again"))
+    again = stacked(reference_features(config, str(tmp_path / "real"), cache))
+    assert all(np.array_equal(again[view], values) for view, values in stacked(found).items())
+    (tmp_path / "real" / "0.png").write_bytes(b"no picture")
+    monkeypatch.setattr("resmaster_stages.compare.picture_features", picture_features)
+    with pytest.raises(UserError, match=r"--reference .*0\.png"):
+        reference_features(config, str(tmp_path / "real"), cache)
+
+
+def test_a_sheet_shows_every_method_at_the_same_place() -> None:
+    low = Image.new("RGB", (16, 32), "white")
+    high = Image.new("RGB", (64, 128), "white")
+    high.paste(Image.effect_noise((16, 16), 90), (40, 100))
+    page = sheet([SheetRow("a prompt", low, {"a": low.resize((64, 128)), "b": high})], ["a", "b"])
+    cells = [np.asarray(page)[290:, 8 + place * 136 : 8 + place * 136 + 128].std() for place in range(3)]
+    assert cells[2] > 20 > max(cells[:2])
+
+
+def test_reading_features_of_a_finished_variant(tmp_path: Path, fakes: None) -> None:
+    dataset = planned(tmp_path, ["a", "b"], tmp_path, quality={"features": "clip"})
+    commit_all(dataset)
+    keys = [sample.key for sample in read_plan(dataset.folder).read(0)]
+    assert list(read_features(create_or_open(dataset.config), "low_res")) == keys
