@@ -23,10 +23,11 @@ from resmaster_stages.compare_report import SheetRow, cell, markdown, sheet, sho
 from resmaster_stages.config import DatasetConfig
 from resmaster_stages.preview import Preview, preview
 from resmaster_stages.prompts import ingest
+from resmaster_stages.stage import stage_hashes, status
 from resmaster_stages.storage import layout
 from resmaster_stages.storage.dataset import Dataset, create_or_open
 from resmaster_stages.storage.filesystem import Folder, without_credentials
-from resmaster_stages.storage.tables import COMPARE_SCHEMA, encode_table
+from resmaster_stages.storage.tables import COMPARE_SCHEMA, MANIFEST_SCHEMA, decode_table, encode_table
 
 SHEET_SAMPLES = 4
 """Samples on a sheet."""
@@ -41,7 +42,7 @@ def compare(config: DatasetConfig, args: argparse.Namespace, build: Build, conso
     for variant in wanted:
         preview(variant.config)  # what is wrong with any of them is found before the first one starts
     built: list[tuple[Variant, Dataset]] = []
-    status = 0
+    worst = 0
     for variant in wanted:
         dataset = create_or_open(variant.config)
         ingest(dataset, variant.config)
@@ -50,9 +51,9 @@ def compare(config: DatasetConfig, args: argparse.Namespace, build: Build, conso
                 share_low_res(other, dataset)
                 break
         look = preview(variant.config)
-        if any(look.pending_samples().values()) or not dataset.folder.exists(layout.REPORT_PAGE):
+        if any(look.pending_samples().values()) or not published(dataset):
             console.print(look.headline(), highlight=False, soft_wrap=True)
-            status = max(status, build(look))
+            worst = max(worst, build(look))
         built.append((variant, dataset))
     folder = compare_folder(config)
     reference = reference_features(wanted[0].config, args.reference, folder) if args.reference else None
@@ -60,7 +61,17 @@ def compare(config: DatasetConfig, args: argparse.Namespace, build: Build, conso
     page = write_comparison(folder, config.name, built, found)
     print_tables(found)
     print(f"comparison: {page}")
-    return status
+    return worst
+
+
+def published(dataset: Dataset) -> bool:
+    """Whether the manifest and the report are those of what is committed under the current configuration."""
+    if not dataset.folder.exists(layout.REPORT_PAGE) or not dataset.folder.exists(layout.MANIFEST):
+        return False
+    table = decode_table(dataset.folder.read(layout.MANIFEST), MANIFEST_SCHEMA, layout.MANIFEST)
+    own_hash = stage_hashes(dataset.config)["quality"]
+    finished = status(dataset).stages[-1].samples_ok
+    return len(table) == finished and all(found == own_hash for found in table["quality_hash"].to_pylist())
 
 
 def write_comparison(folder: Folder, name: str, built: list[tuple[Variant, Dataset]], found: Compared) -> str:

@@ -272,6 +272,12 @@ class QualityConfig(Part):
     device: str = Operational("auto")
     """Where the metrics are computed."""
 
+    @model_validator(mode="after")
+    def _features_have_a_model(self) -> QualityConfig:
+        if self.features == "clip" and self.clip is None:
+            raise ValueError("features: clip needs a model; name one in clip, or set features: none")
+        return self
+
     def identity(self) -> dict[str, Any]:
         """The fields that change the result. Without features it is what it was before there were any."""
         values = super().identity()

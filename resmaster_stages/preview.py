@@ -108,6 +108,10 @@ def preview(config: DatasetConfig) -> Preview:
         height, width = check_sizes(config)
         scale = config.upscale.scale
         size = f"{width} x {height} px to {round(width * scale)} x {round(height * scale)} px"
+    if config.quality.features == "inception":
+        from resmaster_stages.metrics.features import inception_weights
+
+        inception_weights()
     dataset = find_dataset(config)
     draft = draft_samples(config)
     folder = root.sub(config.name)

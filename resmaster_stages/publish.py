@@ -172,10 +172,12 @@ def dataset_card(
         size_category=_size_category(published.samples),
         facts="\n".join(f"| {name} | {value} |" for name, value in facts),
         captions=CAPTIONS_LINE if config.upscale.uses_captions() else "",
+        features=FEATURES_LINE.format(config.quality.features) if config.quality.features != "none" else "",
     )
 
 
 CAPTIONS_LINE = "| `captions/*.parquet` | one caption per patch, with its pixel box (y0, x0, y1, x1; half-open) |\n"
+FEATURES_LINE = "| `quality/*.features.parquet` | feature vectors ({}) of every image and of crops, for FID and KID without images |\n"
 
 CARD = """\
 ---
@@ -209,7 +211,7 @@ Follow `index.json` or `manifest.parquet`, not folder listings: folders may hold
 | `index.json` | the shards of high-resolution images |
 | `high_res/*.tar`, `low_res/*.tar` | WebDataset shards: `KEY.webp` or `KEY.png`, `KEY.json`, `KEY.txt` (the prompt) |
 {captions}| `quality/*.parquet` | the quality measures, also in the manifest |
-
+{features}
 ## Reading it
 
 All samples, with webdataset (run it in this folder):

@@ -9,14 +9,14 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from resmaster_stages.errors import PlanError
-from resmaster_stages.metrics.fid import FeatureStatistics, frechet_distance
+from resmaster_stages.metrics.fid import FeatureStatistics, frechet_distance, merged
 from resmaster_stages.metrics.inception_score import inception_score
 from resmaster_stages.metrics.kid import kid
 from resmaster_stages.stage import committed_arrays, stage_hashes
@@ -30,8 +30,8 @@ ROWS_PER_SPLIT = 100
 """The Inception score uses up to 10 splits of at least so many rows each."""
 
 
-def read_features(dataset: Dataset, picture: str = "high_res") -> dict[str, Arrays]:
-    """Key -> view -> features of a dataset's high_res or low_res pictures, of all that is committed, in the plan's order.
+def iter_features(dataset: Dataset, picture: str = "high_res") -> Iterator[dict[str, Arrays]]:
+    """Shard by shard, in order: key -> view -> features of a dataset's high_res or low_res pictures that are committed.
 
     Raises PlanError if its configuration keeps no features, ShardError if an object is gone or damaged.
     """
@@ -41,12 +41,34 @@ def read_features(dataset: Dataset, picture: str = "high_res") -> dict[str, Arra
             "only the quality stage is redone"
         )
     own_hash = stage_hashes(dataset.config)["quality"]
-    found: dict[str, Arrays] = {}
+    prefix = f"{picture}."
     for _, receipt in sorted(list_commits(dataset.folder, "quality", own_hash).items()):
-        for key, arrays in committed_arrays(dataset, receipt).items():
-            prefix = f"{picture}."
-            found[key] = {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
-    return found
+        yield {
+            key: {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
+            for key, arrays in committed_arrays(dataset, receipt).items()
+        }
+
+
+def read_features(dataset: Dataset, picture: str = "high_res") -> dict[str, Arrays]:
+    """All shards of `iter_features` together, in the plan's order."""
+    return {key: arrays for shard in iter_features(dataset, picture) for key, arrays in shard.items()}
+
+
+def feature_statistics(
+    dataset: Dataset, view: str, picture: str = "high_res", keys: Collection[str] | None = None
+) -> FeatureStatistics:
+    """What FID needs of one view of all samples, or of `keys`: shard by shard, for datasets of any size.
+
+    Raises PlanError as `iter_features`, and where there is no sample.
+    """
+    parts = []
+    for shard in iter_features(dataset, picture):
+        if chosen := [key for key in shard if keys is None or key in keys]:
+            values = stacked(shard, chosen)[view]
+            parts.append(FeatureStatistics.of(values))
+    if not parts:
+        raise PlanError(f"{dataset.url}: no features of these samples; run: resmaster repair {dataset.url}")
+    return merged(parts)
 
 
 def stacked(features: Mapping[str, Arrays], keys: Iterable[str] | None = None) -> dict[str, NDArray[np.float32]]:

@@ -205,3 +205,12 @@ def test_compare_refuses_before_it_starts(
     for culprit in culprits:
         assert culprit in line
     assert not (config_file.parent / "out").exists(), "nothing was written"
+
+
+def test_a_missing_extra_is_found_before_anything_starts(
+    config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    line = fails(capsys, "run", edit(config_file, quality={"features": "inception"}))
+    assert "resmaster-pipeline[inception]" in line
+    assert not (config_file.parent / "out").exists()

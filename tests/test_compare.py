@@ -292,10 +292,25 @@ def test_a_comparison_is_datasets_a_table_a_page_and_sheets(
         shas.add(tuple(receipt.objects[0].sha256 for receipt in receipts.values()))
     assert len(shas) == 1, "the same low-res images for all"
 
+    looks_at = looks[2]
     looks.clear()
     assert compare(config, arguments(), counting, Console(stderr=True)) == 0
     assert looks == [], "nothing was left to do"
     assert pq.read_table(folder / "compare.parquet").to_pylist() == rows
+    manifest = tmp_path / "out" / looks_at / "manifest.parquet"
+    whole = manifest.read_bytes()
+    pq.write_table(pq.read_table(manifest).slice(0, 2), manifest)  # killed before it was published
+    assert compare(config, arguments(), counting, Console(stderr=True)) == 0
+    assert looks == [looks_at]
+    assert manifest.read_bytes() == whole
+    looks.clear()
+    changed = config.model_copy(update={"upscale": config.upscale.model_copy(update={"steps": 6})})
+    assert compare(changed, arguments(scales="4x4"), counting, Console(stderr=True)) == 0
+    assert len(looks) == 2
+    looks.clear()
+    assert compare(config, arguments(scales="4x4"), counting, Console(stderr=True)) == 0
+    assert len(looks) == 2, "committed already, but the manifests are of the other configuration"
+    assert [row["unet_calls"] for row in pq.read_table(folder / "compare.parquet").to_pylist()] == [5, 5]
     fewer = config.model_copy(update={"limit": 2})
     assert compare(fewer, arguments(scales="4x4"), counting, Console(stderr=True)) == 0
     assert [row["samples"] for row in pq.read_table(folder / "compare.parquet").to_pylist()] == [2, 2]

@@ -19,7 +19,7 @@ from resmaster_stages.metrics.fid import FeatureStatistics, frechet_distance
 from resmaster_stages.metrics.kid import kid
 from resmaster_stages.metrics.resize import resize
 from resmaster_stages.quality import picture_features
-from resmaster_stages.set_metrics import compare_sets, read_features, stacked
+from resmaster_stages.set_metrics import compare_sets, feature_statistics, read_features, stacked
 from resmaster_stages.stage import committed_arrays, run_stage, shard_samples
 from resmaster_stages.storage.commit import Receipt
 from resmaster_stages.storage.dataset import Dataset, Output, Sample, open_dataset
@@ -153,6 +153,12 @@ def test_sets_are_compared_without_images(tmp_path: Path) -> None:
     assert len(features) == 6
     found, reference = stacked(features), stacked(read_features(other))
     row = compare_sets(found, reference)
+    streamed = [feature_statistics(each, "c") for each in (dataset, other)]
+    assert (streamed[0].n, streamed[1].n) == (60, 50)
+    assert frechet_distance(*streamed) == pytest.approx(row["fid_c"], rel=1e-9)
+    assert feature_statistics(dataset, "r", keys=list(features)[1:4]).n == 3
+    with pytest.raises(PlanError, match="no features of these samples"):
+        feature_statistics(dataset, "r", keys=["zz"])
     assert row["fid_r"] == pytest.approx(
         frechet_distance(FeatureStatistics.of(found["r"]), FeatureStatistics.of(reference["r"]))
     )
@@ -173,3 +179,11 @@ def test_a_dataset_without_features_says_how_to_get_them(tmp_path: Path) -> None
     dataset = planned(tmp_path, ["a"], tmp_path)
     with pytest.raises(PlanError, match=r"quality\.features: clip"):
         set_metrics.read_features(dataset)
+
+
+def test_the_card_names_the_features(tmp_path: Path) -> None:
+    from resmaster_stages.publish import write_manifest
+
+    dataset, _ = build(tmp_path, tmp_path, ["a"])
+    write_manifest(dataset)
+    assert "| `quality/*.features.parquet` | feature vectors (clip)" in dataset.folder.read("README.md").decode()

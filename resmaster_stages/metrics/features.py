@@ -135,8 +135,7 @@ def inception_weights() -> Path:
 def load_extractor(config: QualityConfig) -> FeatureExtractor:
     """The extractor that `config.features` names. Raises ConfigError, in one line, if it cannot be loaded."""
     if config.features == "clip":
-        if config.clip is None:
-            raise ConfigError("quality.features: clip needs a model; name one in quality.clip")
+        assert config.clip is not None  # as its validation says
         return _load_clip(config.clip, config.clip_revision, config.device)
     if config.features == "inception":
         return _load_inception(config.device)

@@ -107,8 +107,8 @@ def test_inception_weights_are_found_in_the_package_or_asked_for(
 
 
 def test_wrong_settings_are_one_line() -> None:
-    with pytest.raises(ConfigError, match=r"quality\.clip"):
-        load_extractor(QualityConfig(features="clip", clip=None))
+    with pytest.raises(ConfigError, match=r"quality: features: clip needs a model"):
+        parse_config({"name": "t", "quality": {"features": "clip", "clip": None}})
     with pytest.raises(ConfigError, match=r"quality\.features"):
         load_extractor(QualityConfig())
 
