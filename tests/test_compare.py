@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from flows.cli import parser
 from flows.compare import compare
 from resmaster_stages.compare import at_scale, low_res_size, reference_features, share_low_res, variants
 from resmaster_stages.compare_report import SheetRow, sheet
-from resmaster_stages.config import DatasetConfig, UpscaleConfig, Weights, parse_config
+from resmaster_stages.config import DatasetConfig, UpscaleConfig, Weights, load_config, parse_config
 from resmaster_stages.diffusion.cost import unet_cost
 from resmaster_stages.errors import ConfigError, SampleError, UserError
 from resmaster_stages.gallery import write_report
@@ -347,3 +349,16 @@ def test_reading_features_of_a_finished_variant(tmp_path: Path, fakes: None) -> 
     commit_all(dataset)
     keys = [sample.key for sample in read_plan(dataset.folder).read(0)]
     assert list(read_features(create_or_open(dataset.config), "low_res")) == keys
+
+
+def test_the_command_in_the_documentation_is_understood() -> None:
+    root = Path(__file__).parent.parent
+    text = (root / "docs" / "evaluation.md").read_text().replace("\\\n", " ")
+    (command,) = [line for line in text.splitlines() if line.startswith("resmaster compare ")]
+    args = parser().parse_args(shlex.split(command)[1:])
+    config = load_config(root / args.config)
+    found = variants(config, args.methods, args.scales)
+    assert len(found) == 15
+    for variant in found:
+        check_sizes(variant.config)
+    assert args.limit == 64
