@@ -27,7 +27,7 @@ STAGES: tuple[Stage, ...] = ("low_res", "captions", "high_res", "quality")
 STAGE_VERSIONS: dict[str, int] = {"low_res": 1, "captions": 1, "high_res": 1, "quality": 1}
 """Raised by hand whenever a stage's code changes its result: old commits then no longer count as done."""
 
-METHODS = ("direct", "multidiffusion", "resmaster")
+METHODS = ("direct", "multidiffusion", "resmaster", "demofusion")
 """Upscaling methods; each is one file in `resmaster_stages/methods`."""
 
 DEMOFUSION_NEGATIVE_PROMPT = "blurry, ugly, duplicate, poorly drawn, deformed, mosaic"
@@ -209,11 +209,48 @@ class TextPromptConfig(Part):
     """Off: every view gets the global prompt."""
 
 
+class DemoFusionConfig(Part):
+    """What only method `demofusion` reads."""
+
+    phases: Literal["every", "doubling", "last"] = "every"
+    """Sizes on the way to the target: 2, 3, 4, ... times the low-res size (the paper), 2, 4, ..., or the target at once."""
+    refine: bool = False
+    """A first phase at the low-res size: what the authors' code does with a user's own image."""
+    start: float = Field(default=0.1, ge=0, lt=1)
+    """Fraction of each phase's steps that is left out at its noisy end. The authors leave out none."""
+    cosine_scale_1: float = Field(default=3.0, ge=0)
+    """Decay of the skip residual: the greater, the sooner a phase is on its own."""
+    cosine_scale_2: float = Field(default=1.0, ge=0)
+    """Decay of the dilated views' share of the prediction."""
+    cosine_scale_3: float = Field(default=1.0, ge=0)
+    """Decay of the blur before dilated views are cut."""
+    sigma: float = Field(default=0.8, gt=0)
+    """Standard deviation of that blur at the start, in latents."""
+    jitter: Literal["clamped", "zeros", "off"] = "clamped"
+    """Random shifts of local views: inside the canvas; beyond its border, where they see zeros (the authors); or none."""
+
+
+METHOD_PARTS: dict[str, type[Part]] = {"demofusion": DemoFusionConfig}
+"""Methods with a part of their own in `UpscaleConfig`, of the method's name: no other method reads it."""
+
+METHOD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "demofusion": {
+        "default": {},
+        "faithful": {"stepper": "ddim_keep", "demofusion": {"start": 0.0, "jitter": "zeros"}},
+    },
+}
+"""Settings by method and `upscale.preset`; explicit fields win. `default`: what we recommend, and what an absent preset
+means. `faithful`: the authors' published settings."""
+
+
 class UpscaleConfig(Part):
-    """Stage 4: low-res image + captions -> high-res image."""
+    """Stage 4: low-res image + captions -> high-res image.
+
+    `preset: faithful` beside `method` sets the fields to what the method's authors published.
+    """
 
     method: str = "resmaster"
-    """One of the upscaling methods: direct, multidiffusion, resmaster."""
+    """One of the upscaling methods: direct, multidiffusion, resmaster, demofusion."""
     scale: float = Field(default=4.0, ge=1, le=64)
     """Target size over low-res size. Generated images must come out at a multiple of the latent factor (8)."""
     steps: int = Field(default=50, ge=1, le=1000)
@@ -229,7 +266,7 @@ class UpscaleConfig(Part):
     stepper: Literal["ddim_implied", "ddim_keep", "posterior"] = "ddim_implied"
     """How z_{t-1} follows from the edited x0: deterministic with implied or kept noise, or the paper's stochastic eq. 7."""
     init: Literal["noise", "noised_lr"] = "noise"
-    """Start from pure noise (the paper) or from the noised low-res latent."""
+    """Start from pure noise (the paper) or from the noised low-res latent. Methods of several phases start in their own way."""
     micro_conditioning: Literal["canvas", "native"] = "canvas"
     """What SDXL is told of size and crop: the canvas and the view's place in it, or a native-size image."""
     structure: StructureConfig = StructureConfig()
@@ -238,8 +275,40 @@ class UpscaleConfig(Part):
     """Tailored image prompts."""
     text_prompt: TextPromptConfig = TextPromptConfig()
     """Enhanced text prompts."""
+    demofusion: DemoFusionConfig = DemoFusionConfig()
+    """Of method demofusion."""
     view_batch: int = Operational(16, ge=1)
     """Views per UNet call (times two with guidance). Lower it if memory runs out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        rest = {key: value for key, value in values.items() if key != "preset"}
+        method, preset = rest.get("method", "resmaster"), values.get("preset", "default")
+        presets = METHOD_PRESETS.get(method, {"default": {}}) if isinstance(method, str) else {"default": {}}
+        if preset not in presets:
+            raise ValueError(f"method {method}: unknown preset {preset!r}; known: {', '.join(presets)}")
+        merged = {**presets[preset], **rest}
+        own = rest.get(method) if method in METHOD_PARTS else None
+        if isinstance(own, dict):
+            merged[method] = {**presets[preset].get(method, {}), **own}
+        return merged
+
+    @model_validator(mode="after")
+    def _no_idle_part(self) -> UpscaleConfig:
+        for name, part in METHOD_PARTS.items():
+            if name != self.method and getattr(self, name) != part():
+                raise ValueError(
+                    f"{name} is set, which method {self.method} does not read; use method {name}, or drop it"
+                )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """As of every part, less the parts of other methods: what a method does not read is not its identity."""
+        idle = METHOD_PARTS.keys() - {self.method}
+        return {name: value for name, value in super().identity().items() if name not in idle}
 
     @field_validator("method")
     @classmethod

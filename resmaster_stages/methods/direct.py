@@ -10,8 +10,9 @@ from functools import partial
 
 from resmaster_stages.diffusion.conditions import make_conditions
 from resmaster_stages.diffusion.fusing import Fuser
+from resmaster_stages.diffusion.guidance import ClassifierFree
 from resmaster_stages.diffusion.image_prompts import adapter_scale
-from resmaster_stages.diffusion.loop import Composition
+from resmaster_stages.diffusion.loop import Composition, ViewGroup, always
 from resmaster_stages.diffusion.steppers import STEPPERS
 from resmaster_stages.methods.request import Request
 
@@ -19,17 +20,20 @@ from resmaster_stages.methods.request import Request
 def compose(request: Request) -> Composition:
     """One view: the canvas."""
     config, grid = request.config, request.canvas()
+    conditions = make_conditions(
+        request.models,
+        grid,
+        request.prompts,
+        request.negative_prompts,
+        guided=request.guided,
+        micro_conditioning=config.micro_conditioning,
+    )
     return Composition(
-        fuser=Fuser(grid, "uniform", request.models.device),
-        conditions=make_conditions(
-            request.models,
-            grid,
-            request.prompts,
-            request.negative_prompts,
-            guided=request.guided,
-            micro_conditioning=config.micro_conditioning,
+        groups=(
+            ViewGroup(
+                always(Fuser(grid, "uniform", request.models.device), conditions), ClassifierFree(config.guidance_scale)
+            ),
         ),
         stepper=STEPPERS[config.stepper],
-        guidance_scale=config.guidance_scale,
         patches=(partial(adapter_scale, scale=0.0),),
     )
