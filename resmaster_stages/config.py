@@ -27,7 +27,7 @@ STAGES: tuple[Stage, ...] = ("low_res", "captions", "high_res", "quality")
 STAGE_VERSIONS: dict[str, int] = {"low_res": 1, "captions": 1, "high_res": 1, "quality": 1}
 """Raised by hand whenever a stage's code changes its result: old commits then no longer count as done."""
 
-METHODS = ("direct", "multidiffusion", "resmaster", "demofusion")
+METHODS = ("direct", "multidiffusion", "resmaster", "demofusion", "scalecrafter")
 """Upscaling methods; each is one file in `resmaster_stages/methods`."""
 
 DEMOFUSION_NEGATIVE_PROMPT = "blurry, ugly, duplicate, poorly drawn, deformed, mosaic"
@@ -230,13 +230,37 @@ class DemoFusionConfig(Part):
     """Random shifts of local views: inside the canvas; beyond its border, where they see zeros (the authors); or none."""
 
 
-METHOD_PARTS: dict[str, type[Part]] = {"demofusion": DemoFusionConfig}
+class ScaleCrafterConfig(Part):
+    """What only method `scalecrafter` reads. None: what the authors published for the canvas's size."""
+
+    dilate_until: float | None = Field(default=None, ge=0, le=1)
+    """Fraction of the steps with dilated convolutions (the paper's tau; 0.6, from 3x on 0.7)."""
+    progressive: bool | None = None
+    """Whether the dilation falls step by step (from 3x on)."""
+    damped_until: float | None = Field(default=None, ge=0, le=1)
+    """Fraction of the steps with noise-damped guidance (0, from 3x on 0.7)."""
+    down: bool = True
+    """Below 3x: dilate the deepest down block too. The authors' list misses it on SDXL."""
+    freeu: bool = False
+    """FreeU, which the authors' programs switch on."""
+
+
+METHOD_PARTS: dict[str, type[Part]] = {"demofusion": DemoFusionConfig, "scalecrafter": ScaleCrafterConfig}
 """Methods with a part of their own in `UpscaleConfig`, of the method's name: no other method reads it."""
 
 METHOD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "demofusion": {
         "default": {},
         "faithful": {"stepper": "ddim_keep", "demofusion": {"start": 0.0, "jitter": "zeros"}},
+    },
+    "scalecrafter": {
+        "default": {"stepper": "ddim_ancestral", "guidance_scale": 5.0},
+        "faithful": {
+            "stepper": "ddim_ancestral",
+            "guidance_scale": 5.0,
+            "negative_prompt": "",
+            "scalecrafter": {"down": False, "freeu": True},
+        },
     },
 }
 """Settings by method and `upscale.preset`; explicit fields win. `default`: what we recommend, and what an absent preset
@@ -250,7 +274,7 @@ class UpscaleConfig(Part):
     """
 
     method: str = "resmaster"
-    """One of the upscaling methods: direct, multidiffusion, resmaster, demofusion."""
+    """One of the upscaling methods: direct, multidiffusion, resmaster, demofusion, scalecrafter."""
     scale: float = Field(default=4.0, ge=1, le=64)
     """Target size over low-res size. Generated images must come out at a multiple of the latent factor (8)."""
     steps: int = Field(default=50, ge=1, le=1000)
@@ -263,8 +287,9 @@ class UpscaleConfig(Part):
     """Distance of neighbouring views, as a fraction of the window (the model's native size)."""
     fuse: Literal["uniform", "linear", "gaussian"] = "uniform"
     """Weight of a view's pixels where views overlap."""
-    stepper: Literal["ddim_implied", "ddim_keep", "posterior"] = "ddim_implied"
-    """How z_{t-1} follows from the edited x0: deterministic with implied or kept noise, or the paper's stochastic eq. 7."""
+    stepper: Literal["ddim_implied", "ddim_keep", "posterior", "ddim_ancestral"] = "ddim_implied"
+    """How z_{t-1} follows from the edited x0: deterministic with implied or kept noise, ResMaster's stochastic eq. 7, or DDIM
+    with eta = 1."""
     init: Literal["noise", "noised_lr"] = "noise"
     """Start from pure noise (the paper) or from the noised low-res latent. Methods of several phases start in their own way."""
     micro_conditioning: Literal["canvas", "native"] = "canvas"
@@ -277,6 +302,8 @@ class UpscaleConfig(Part):
     """Enhanced text prompts."""
     demofusion: DemoFusionConfig = DemoFusionConfig()
     """Of method demofusion."""
+    scalecrafter: ScaleCrafterConfig = ScaleCrafterConfig()
+    """Of method scalecrafter."""
     view_batch: int = Operational(16, ge=1)
     """Views per UNet call (times two with guidance). Lower it if memory runs out."""
 

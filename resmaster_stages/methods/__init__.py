@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from resmaster_stages.methods import demofusion, direct, multidiffusion, resmaster
+from resmaster_stages.methods import demofusion, direct, multidiffusion, resmaster, scalecrafter
 from resmaster_stages.methods.request import Request
 from resmaster_stages.methods.stages import Stage, single
 
@@ -18,4 +18,5 @@ METHODS: dict[str, Callable[[Request], tuple[Stage, ...]]] = {
     "multidiffusion": single(multidiffusion.compose),
     "resmaster": single(resmaster.compose),
     "demofusion": demofusion.stages,
+    "scalecrafter": single(scalecrafter.compose),
 }

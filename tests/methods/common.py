@@ -3,6 +3,8 @@
 from contextlib import contextmanager
 
 import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from resmaster_stages.config import UpscaleConfig
@@ -62,3 +64,25 @@ def counted(unet):
         yield shapes
     finally:
         del unet.forward
+
+
+def sdxl_shaped(channels=(8, 16, 32)) -> UNet2DConditionModel:
+    """A UNet with the blocks of SDXL, so with its module names, but narrow and shallow in its transformers."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=channels,
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+        cross_attention_dim=8,
+        norm_num_groups=4,
+        use_linear_projection=True,
+    )
+    return unet.eval().requires_grad_(False)
+
+
+def forwards(unet) -> dict:
+    """The forward that each module carries itself, by name: what patches put there."""
+    return {name: module.__dict__["forward"] for name, module in unet.named_modules() if "forward" in module.__dict__}
