@@ -27,7 +27,7 @@ STAGES: tuple[Stage, ...] = ("low_res", "captions", "high_res", "quality")
 STAGE_VERSIONS: dict[str, int] = {"low_res": 1, "captions": 1, "high_res": 1, "quality": 1}
 """Raised by hand whenever a stage's code changes its result: old commits then no longer count as done."""
 
-METHODS = ("direct", "multidiffusion", "resmaster", "demofusion", "scalecrafter")
+METHODS = ("direct", "multidiffusion", "resmaster", "demofusion", "scalecrafter", "fouriscale")
 """Upscaling methods; each is one file in `resmaster_stages/methods`."""
 
 DEMOFUSION_NEGATIVE_PROMPT = "blurry, ugly, duplicate, poorly drawn, deformed, mosaic"
@@ -245,7 +245,32 @@ class ScaleCrafterConfig(Part):
     """FreeU, which the authors' programs switch on."""
 
 
-METHOD_PARTS: dict[str, type[Part]] = {"demofusion": DemoFusionConfig, "scalecrafter": ScaleCrafterConfig}
+class FouriScaleConfig(Part):
+    """What only method `fouriscale` reads."""
+
+    full_until: float = Field(default=0.4, ge=0, le=1)
+    """Fraction of the steps with full dilation."""
+    until: float = Field(default=0.7, ge=0, le=1)
+    """Fraction of the steps at which the dilation has fallen to none."""
+    floor: float = Field(default=0.6, ge=0, le=1)
+    """What the filter leaves of the highest frequencies. The authors: 0.6 for SDXL, 0 for its predecessors."""
+    amplification: float = Field(default=1.0, ge=1)
+    """Times the guidance scale while dilation is full; the authors offer 2.4 against blurred results."""
+    freeu: bool = False
+    """FreeU, which the authors' programs switch on."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> FouriScaleConfig:
+        if self.until < self.full_until:
+            raise ValueError(f"until ({self.until}) must not be less than full_until ({self.full_until})")
+        return self
+
+
+METHOD_PARTS: dict[str, type[Part]] = {
+    "demofusion": DemoFusionConfig,
+    "scalecrafter": ScaleCrafterConfig,
+    "fouriscale": FouriScaleConfig,
+}
 """Methods with a part of their own in `UpscaleConfig`, of the method's name: no other method reads it."""
 
 METHOD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
@@ -262,6 +287,15 @@ METHOD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "scalecrafter": {"down": False, "freeu": True},
         },
     },
+    "fouriscale": {
+        "default": {"stepper": "ddim_ancestral", "guidance_scale": 5.0},
+        "faithful": {
+            "stepper": "ddim_ancestral",
+            "guidance_scale": 5.0,
+            "negative_prompt": "",
+            "fouriscale": {"freeu": True},
+        },
+    },
 }
 """Settings by method and `upscale.preset`; explicit fields win. `default`: what we recommend, and what an absent preset
 means. `faithful`: the authors' published settings."""
@@ -274,7 +308,7 @@ class UpscaleConfig(Part):
     """
 
     method: str = "resmaster"
-    """One of the upscaling methods: direct, multidiffusion, resmaster, demofusion, scalecrafter."""
+    """One of the upscaling methods: direct, multidiffusion, resmaster, demofusion, scalecrafter, fouriscale."""
     scale: float = Field(default=4.0, ge=1, le=64)
     """Target size over low-res size. Generated images must come out at a multiple of the latent factor (8)."""
     steps: int = Field(default=50, ge=1, le=1000)
@@ -304,6 +338,8 @@ class UpscaleConfig(Part):
     """Of method demofusion."""
     scalecrafter: ScaleCrafterConfig = ScaleCrafterConfig()
     """Of method scalecrafter."""
+    fouriscale: FouriScaleConfig = FouriScaleConfig()
+    """Of method fouriscale."""
     view_batch: int = Operational(16, ge=1)
     """Views per UNet call (times two with guidance). Lower it if memory runs out."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from resmaster_stages.methods import demofusion, direct, multidiffusion, resmaster, scalecrafter
+from resmaster_stages.methods import demofusion, direct, fouriscale, multidiffusion, resmaster, scalecrafter
 from resmaster_stages.methods.request import Request
 from resmaster_stages.methods.stages import Stage, single
 
@@ -19,4 +19,5 @@ METHODS: dict[str, Callable[[Request], tuple[Stage, ...]]] = {
     "resmaster": single(resmaster.compose),
     "demofusion": demofusion.stages,
     "scalecrafter": single(scalecrafter.compose),
+    "fouriscale": single(fouriscale.compose),
 }
