@@ -27,7 +27,7 @@ STAGES: tuple[Stage, ...] = ("low_res", "captions", "high_res", "quality")
 STAGE_VERSIONS: dict[str, int] = {"low_res": 1, "captions": 1, "high_res": 1, "quality": 1}
 """Raised by hand whenever a stage's code changes its result: old commits then no longer count as done."""
 
-METHODS = ("direct", "multidiffusion", "resmaster", "demofusion", "scalecrafter", "fouriscale")
+METHODS = ("direct", "multidiffusion", "resmaster", "demofusion", "scalecrafter", "fouriscale", "freescale")
 """Upscaling methods; each is one file in `resmaster_stages/methods`."""
 
 DEMOFUSION_NEGATIVE_PROMPT = "blurry, ugly, duplicate, poorly drawn, deformed, mosaic"
@@ -266,10 +266,32 @@ class FouriScaleConfig(Part):
         return self
 
 
+class FreeScaleConfig(Part):
+    """What only method `freescale` reads."""
+
+    phases: Literal["doubling", "every", "last"] = "doubling"
+    """Sizes on the way to the target: 2, 4, ... times the low-res size (the paper), 2, 3, 4, ..., or the target at once."""
+    start: float = Field(default=0.3, ge=0, lt=1)
+    """Fraction of the steps that each stage leaves out at the noisy end: the higher, the closer to the low-res picture."""
+    alpha: float = Field(default=2.0, ge=0)
+    """Decay of the pull towards the enlarged picture: the lower, the closer. The authors: 2, at 8x 1."""
+    dilate_until: float = Field(default=0.7, ge=0, le=1)
+    """Fraction of the steps with dilated convolutions."""
+    fusion: bool = True
+    """Scale fusion. Off: about a quarter cheaper by the authors' times; objects may repeat."""
+    blur: Literal["canvas", "features"] = "canvas"
+    """What separates coarse from fine: a blur over the canvas (the paper), or also over feature channels (the authors' code)."""
+    jitter: Literal["clamped", "zeros", "off"] = "clamped"
+    """Random shifts of attention windows: inside the canvas; beyond its border, where they see zeros (the authors); or none."""
+    freeu: bool = False
+    """FreeU, which the authors' programs switch on."""
+
+
 METHOD_PARTS: dict[str, type[Part]] = {
     "demofusion": DemoFusionConfig,
     "scalecrafter": ScaleCrafterConfig,
     "fouriscale": FouriScaleConfig,
+    "freescale": FreeScaleConfig,
 }
 """Methods with a part of their own in `UpscaleConfig`, of the method's name: no other method reads it."""
 
@@ -296,6 +318,10 @@ METHOD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "fouriscale": {"freeu": True},
         },
     },
+    "freescale": {
+        "default": {},
+        "faithful": {"stepper": "ddim_keep", "freescale": {"blur": "features", "jitter": "zeros", "freeu": True}},
+    },
 }
 """Settings by method and `upscale.preset`; explicit fields win. `default`: what we recommend, and what an absent preset
 means. `faithful`: the authors' published settings."""
@@ -308,7 +334,8 @@ class UpscaleConfig(Part):
     """
 
     method: str = "resmaster"
-    """One of the upscaling methods: direct, multidiffusion, resmaster, demofusion, scalecrafter, fouriscale."""
+    """One of the upscaling methods: direct, multidiffusion, resmaster, demofusion, scalecrafter, fouriscale,
+    freescale."""
     scale: float = Field(default=4.0, ge=1, le=64)
     """Target size over low-res size. Generated images must come out at a multiple of the latent factor (8)."""
     steps: int = Field(default=50, ge=1, le=1000)
@@ -340,6 +367,8 @@ class UpscaleConfig(Part):
     """Of method scalecrafter."""
     fouriscale: FouriScaleConfig = FouriScaleConfig()
     """Of method fouriscale."""
+    freescale: FreeScaleConfig = FreeScaleConfig()
+    """Of method freescale."""
     view_batch: int = Operational(16, ge=1)
     """Views per UNet call (times two with guidance). Lower it if memory runs out."""
 

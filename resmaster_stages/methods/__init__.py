@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from resmaster_stages.methods import demofusion, direct, fouriscale, multidiffusion, resmaster, scalecrafter
+from resmaster_stages.methods import demofusion, direct, fouriscale, freescale, multidiffusion, resmaster, scalecrafter
 from resmaster_stages.methods.request import Request
 from resmaster_stages.methods.stages import Stage, single
 
@@ -20,4 +20,5 @@ METHODS: dict[str, Callable[[Request], tuple[Stage, ...]]] = {
     "demofusion": demofusion.stages,
     "scalecrafter": single(scalecrafter.compose),
     "fouriscale": single(fouriscale.compose),
+    "freescale": freescale.stages,
 }

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from resmaster_stages.config import DemoFusionConfig
 from resmaster_stages.diffusion.conditions import Conditions, make_conditions
+from resmaster_stages.diffusion.following import match_moments, skip_residual
+from resmaster_stages.diffusion.frequency import gaussian_blur
 from resmaster_stages.diffusion.guidance import ClassifierFree
 from resmaster_stages.diffusion.image_prompts import adapter_scale
 from resmaster_stages.diffusion.loop import CanvasNoise, Composition, LatentHook, ViewGroup, Views, always
@@ -39,46 +41,7 @@ from resmaster_stages.diffusion.schedule import Step
 from resmaster_stages.diffusion.steppers import STEPPERS
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.methods.request import Request
-from resmaster_stages.methods.stages import Stage, first_step
-
-
-def phase_scales(scale: float, phases: str, refine: bool) -> tuple[float, ...]:
-    """Size of each phase over the low-res picture: 2, 3, ... up to `scale` (every), 2, 4, ... (doubling), or `scale`.
-
-    A `scale` between two such sizes takes the place of the nearer one.
-    """
-    scales = [1.0] if refine else []
-    if phases == "every":
-        scales += [float(k) for k in range(2, round(scale))]
-    elif phases == "doubling":
-        scales += [2.0**k for k in range(1, 7) if 1.5 * 2**k <= scale]
-    return tuple(dict.fromkeys([*scales, scale]))
-
-
-def skip_residual(x0: Tensor, noise: Tensor, exponent: float) -> LatentHook:
-    """z <- (1 - c) z + c (x0 noised by `noise`), c = cosine ** exponent; all [B, C, H, W]."""
-
-    def pull(z: Tensor, step: Step) -> Tensor:
-        weight = step.cosine**exponent
-        return (1 - weight) * z + weight * step.noised(x0, noise)
-
-    return pull
-
-
-def gaussian_blur(z: Tensor, radius: int, sigma: float) -> Tensor:
-    """`z` [B, C, H, W] by a Gaussian of `sigma` cells, cut at `radius` cells; zeros beyond the border."""
-    offsets = torch.arange(-radius, radius + 1, dtype=z.dtype, device=z.device)
-    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).expand(z.shape[1], 1, -1)  # [C, 1, 2 r + 1]
-    down = F.conv2d(z, kernel[..., None], padding=(radius, 0), groups=z.shape[1])
-    return F.conv2d(down, kernel[:, :, None], padding=(0, radius), groups=z.shape[1])
-
-
-def match_moments(z: Tensor, like: Tensor) -> Tensor:
-    """`z` [B, C, H, W] with the mean and standard deviation of `like` [B, C, h, w], over all elements of each sample."""
-    dims = (1, 2, 3)
-    mean, std = z.mean(dims, keepdim=True), z.std(dims, keepdim=True)
-    return (z - mean) / std * like.std(dims, keepdim=True) + like.mean(dims, keepdim=True)
+from resmaster_stages.methods.stages import Stage, first_step, phase_scales
 
 
 def dilated_input(factor: int, settings: DemoFusionConfig) -> LatentHook:

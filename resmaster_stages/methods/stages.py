@@ -54,3 +54,16 @@ def single(compose: Callable[[Request], Composition]) -> Callable[[Request], tup
 def first_step(fraction: float, steps: int) -> int:
     """Number of the step at `fraction` of the path; at least one step is left."""
     return min(int(fraction * steps), steps - 1)
+
+
+def phase_scales(scale: float, phases: str, refine: bool) -> tuple[float, ...]:
+    """Size of each phase over the low-res picture: 2, 3, ... up to `scale` (every), 2, 4, ... (doubling), or `scale`.
+
+    A `scale` between two such sizes takes the place of the nearer one.
+    """
+    scales = [1.0] if refine else []
+    if phases == "every":
+        scales += [float(k) for k in range(2, round(scale))]
+    elif phases == "doubling":
+        scales += [2.0**k for k in range(1, 7) if 1.5 * 2**k <= scale]
+    return tuple(dict.fromkeys([*scales, scale]))
