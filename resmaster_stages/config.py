@@ -27,7 +27,16 @@ STAGES: tuple[Stage, ...] = ("low_res", "captions", "high_res", "quality")
 STAGE_VERSIONS: dict[str, int] = {"low_res": 1, "captions": 1, "high_res": 1, "quality": 1}
 """Raised by hand whenever a stage's code changes its result: old commits then no longer count as done."""
 
-METHODS = ("direct", "multidiffusion", "resmaster", "demofusion", "scalecrafter", "fouriscale", "freescale")
+METHODS = (
+    "direct",
+    "multidiffusion",
+    "resmaster",
+    "demofusion",
+    "scalecrafter",
+    "fouriscale",
+    "freescale",
+    "c_upscale",
+)
 """Upscaling methods; each is one file in `resmaster_stages/methods`."""
 
 DEMOFUSION_NEGATIVE_PROMPT = "blurry, ugly, duplicate, poorly drawn, deformed, mosaic"
@@ -287,11 +296,21 @@ class FreeScaleConfig(Part):
     """FreeU, which the authors' programs switch on."""
 
 
+class CUpscaleConfig(Part):
+    """What only method `c_upscale` reads, besides `structure` and `text_prompt`."""
+
+    start: float = Field(default=0.55, ge=0, lt=1)
+    """Fraction of the steps that is left out at the noisy end: the higher, the closer to the low-res picture."""
+    share: float = Field(default=0.5, ge=0, le=1)
+    """Share of the global prompt, as the whole picture attends to it, beside each view's caption; 0: no composer."""
+
+
 METHOD_PARTS: dict[str, type[Part]] = {
     "demofusion": DemoFusionConfig,
     "scalecrafter": ScaleCrafterConfig,
     "fouriscale": FouriScaleConfig,
     "freescale": FreeScaleConfig,
+    "c_upscale": CUpscaleConfig,
 }
 """Methods with a part of their own in `UpscaleConfig`, of the method's name: no other method reads it."""
 
@@ -322,6 +341,7 @@ METHOD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "default": {},
         "faithful": {"stepper": "ddim_keep", "freescale": {"blur": "features", "jitter": "zeros", "freeu": True}},
     },
+    "c_upscale": {"default": {}, "faithful": {}},
 }
 """Settings by method and `upscale.preset`; explicit fields win. `default`: what we recommend, and what an absent preset
 means. `faithful`: the authors' published settings."""
@@ -335,7 +355,7 @@ class UpscaleConfig(Part):
 
     method: str = "resmaster"
     """One of the upscaling methods: direct, multidiffusion, resmaster, demofusion, scalecrafter, fouriscale,
-    freescale."""
+    freescale, c_upscale."""
     scale: float = Field(default=4.0, ge=1, le=64)
     """Target size over low-res size. Generated images must come out at a multiple of the latent factor (8)."""
     steps: int = Field(default=50, ge=1, le=1000)
@@ -369,6 +389,8 @@ class UpscaleConfig(Part):
     """Of method fouriscale."""
     freescale: FreeScaleConfig = FreeScaleConfig()
     """Of method freescale."""
+    c_upscale: CUpscaleConfig = CUpscaleConfig()
+    """Of method c_upscale."""
     view_batch: int = Operational(16, ge=1)
     """Views per UNet call (times two with guidance). Lower it if memory runs out."""
 
@@ -411,7 +433,7 @@ class UpscaleConfig(Part):
 
     def uses_captions(self) -> bool:
         """Whether the result depends on the captions stage."""
-        return self.method == "resmaster" and self.text_prompt.enabled
+        return self.method in ("resmaster", "c_upscale") and self.text_prompt.enabled
 
 
 class QualityConfig(Part):

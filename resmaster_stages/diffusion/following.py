@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from resmaster_stages.diffusion.loop import LatentHook
+from resmaster_stages.config import StructureConfig
+from resmaster_stages.diffusion.frequency import cutoff_sigma, swap_low_frequencies, swap_weights
+from resmaster_stages.diffusion.loop import LatentHook, X0Hook
 from resmaster_stages.diffusion.schedule import Step
 
 
@@ -26,3 +28,15 @@ def match_moments(z: Tensor, like: Tensor) -> Tensor:
     dims = (1, 2, 3)
     mean, std = z.mean(dims, keepdim=True), z.std(dims, keepdim=True)
     return (z - mean) / std * like.std(dims, keepdim=True) + like.mean(dims, keepdim=True)
+
+
+def structural_guidance(reference: Tensor, config: StructureConfig, scale: float, steps: int) -> X0Hook:
+    """The hook that swaps low frequencies of x0 for those of `reference` [B, C, H, W], enlarged `scale` times."""
+    sigma_f = cutoff_sigma(config, scale)
+    weights = swap_weights(config, steps)
+
+    def swap(x0: Tensor, step: Step) -> Tensor:
+        weight = weights[step.index]
+        return swap_low_frequencies(x0, reference, sigma_f, weight) if weight else x0
+
+    return swap

@@ -64,6 +64,8 @@ class Moment:
 
     step: Step | None = None
     branches: Branches = ()
+    items: Tensor | None = None
+    """Numbers [n] of the views in the batch, which has their rows branch by branch: item = sample * views + view."""
 
     @property
     def index(self) -> int:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from resmaster_stages.diffusion.conditions import Conditions
-from resmaster_stages.diffusion.guidance import Branches, Guidance, Moment
+from resmaster_stages.diffusion.guidance import Guidance, Moment
 from resmaster_stages.diffusion.schedule import Step
 from resmaster_stages.diffusion.steppers import Stepper
 from resmaster_stages.models.loading import Models
@@ -96,11 +96,12 @@ def static_batches(items: int, largest: int, device: torch.device | str = "cpu")
 
 
 def predict(
-    unet: Any, views: Tensor, timestep: Tensor, conditions: Conditions, branches: Branches, batches: Sequence[Tensor]
+    unet: Any, views: Tensor, timestep: Tensor, conditions: Conditions, moment: Moment, batches: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Every branch's prediction of every view: [N, C, h, w], float32, per branch. One UNet call per batch."""
-    outputs = []
+    """Every view's prediction by every branch of `moment`: [N, C, h, w], float32, per branch. One UNet call per batch."""
+    outputs, branches = [], moment.branches
     for items in batches:
+        moment.items = items
         rows = views[items].to(unet.dtype).repeat(len(branches), 1, 1, 1)  # branch by branch
         arguments = conditions.batch(items, branches)
         outputs.append(unet(rows, timestep, **arguments, return_dict=False)[0].float().chunk(len(branches)))
@@ -162,11 +163,10 @@ def denoise(
             output = torch.zeros_like(z)
             for group in (each for each in c.groups if each.weight(step)):
                 views, conditions = group.at(step)
-                branches = group.guidance.branches(step)
                 batches = static_batches(len(conditions), view_batch, models.device)
-                c.moment.step, c.moment.branches = step, branches
+                c.moment.step, c.moment.branches = step, group.guidance.branches(step)
                 cut = views.cut(group.prepare(z, step))  # [B * views, C, h, w]
-                predictions = predict(models.unet, cut, t, conditions, branches, batches)
+                predictions = predict(models.unet, cut, t, conditions, c.moment, batches)
                 output += group.weight(step) * views.fuse(group.guidance.combine(predictions, step))  # [B, C, H, W]
             x0, eps = step.split(z, output)
             for hook in c.x0_hooks:

@@ -59,5 +59,14 @@ def chosen_layers(unet: Any, patterns: Mapping[str, float], method: str) -> dict
     return chosen
 
 
+def level_size(height: int, width: int, tokens: int) -> tuple[int, int]:
+    """(height, width) of the UNet's level that has as many `tokens`, for an input of `height` x `width` latents."""
+    for level in range(8):
+        rows, cols = -(-height // 2**level), -(-width // 2**level)
+        if rows * cols == tokens:
+            return rows, cols
+    raise ValueError(f"{tokens} tokens are no level of {height} x {width} latents")
+
+
 Layer = Callable[[nn.Conv2d, Tensor], Tensor]
 """A way to compute a convolution layer of features [N, C, h, w]."""

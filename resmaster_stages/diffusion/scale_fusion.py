@@ -23,7 +23,7 @@ from torch import Tensor
 
 from resmaster_stages.diffusion.frequency import gaussian_blur
 from resmaster_stages.diffusion.guidance import Moment
-from resmaster_stages.diffusion.patches import bare, replaced_forward
+from resmaster_stages.diffusion.patches import bare, level_size, replaced_forward
 from resmaster_stages.diffusion.scattered import Origins, ScatteredViews, clamped, jittered
 from resmaster_stages.diffusion.views import Grid
 
@@ -43,12 +43,9 @@ class Windows:
 
     def grid(self, tokens: int) -> Grid:
         """The grid of the level that has as many tokens."""
-        for level in range(8):
-            rows, cols = (-(-side // 2**level) for side in (self.height, self.width))
-            if rows * cols == tokens:
-                window = max(1, self.window // 2**level)
-                return Grid(rows, cols, window, max(1, window // 2))
-        raise ValueError(f"{tokens} tokens are no level of a canvas of {self.height} x {self.width} latents")
+        rows, cols = level_size(self.height, self.width, tokens)
+        window = max(1, round(self.window * rows / self.height))
+        return Grid(rows, cols, window, max(1, window // 2))
 
     def _draw(self, tokens: int, index: int) -> Origins:
         grid = self.grid(tokens)

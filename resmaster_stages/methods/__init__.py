@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from resmaster_stages.methods import demofusion, direct, fouriscale, freescale, multidiffusion, resmaster, scalecrafter
+from resmaster_stages.methods import (
+    c_upscale,
+    demofusion,
+    direct,
+    fouriscale,
+    freescale,
+    multidiffusion,
+    resmaster,
+    scalecrafter,
+)
 from resmaster_stages.methods.request import Request
 from resmaster_stages.methods.stages import Stage, single
 
@@ -21,4 +30,5 @@ METHODS: dict[str, Callable[[Request], tuple[Stage, ...]]] = {
     "scalecrafter": single(scalecrafter.compose),
     "fouriscale": single(fouriscale.compose),
     "freescale": freescale.stages,
+    "c_upscale": c_upscale.stages,
 }

@@ -98,6 +98,12 @@ class Request:
         """The grid whose one view is the whole canvas."""
         return whole_canvas(self.height, self.width, self.models.latent_factor)
 
+    def view_texts(self, grid: Grid) -> list[str]:
+        """Each view's caption, or its sample's prompt where captions are off or not given."""
+        if self.config.text_prompt.enabled and self.captions is not None:
+            return [caption for captions in self.captions for caption in captions]
+        return self.per_view(self.prompts, grid)
+
     def per_view(self, texts: tuple[str, ...], grid: Grid) -> list[str]:
         """Each sample's text for each of its views."""
         return [text for text in texts for _ in range(len(grid))]
