@@ -23,7 +23,7 @@ PICTUREBOOK_UPSCALE = {"steps": 20, "guidance_scale": 4.0, "negative_prompt": ""
 def settings(args: argparse.Namespace) -> DatasetConfig:
     """The configuration that the options of `resmaster upscale` describe."""
     if args.config:
-        base = load_config(args.config).model_dump(mode="json")
+        base = load_config(args.config).model_dump(mode="json", exclude_unset=True)
     else:
         picturebook = args.model == "picturebook"
         captioner = args.captioner or ("picturebook" if picturebook else None)

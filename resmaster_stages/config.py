@@ -27,7 +27,16 @@ STAGES: tuple[Stage, ...] = ("low_res", "captions", "high_res", "quality")
 STAGE_VERSIONS: dict[str, int] = {"low_res": 1, "captions": 1, "high_res": 1, "quality": 1}
 """Raised by hand whenever a stage's code changes its result: old commits then no longer count as done."""
 
-METHODS = ("direct", "multidiffusion", "resmaster")
+METHODS = (
+    "direct",
+    "multidiffusion",
+    "resmaster",
+    "demofusion",
+    "scalecrafter",
+    "fouriscale",
+    "freescale",
+    "c_upscale",
+)
 """Upscaling methods; each is one file in `resmaster_stages/methods`."""
 
 DEMOFUSION_NEGATIVE_PROMPT = "blurry, ugly, duplicate, poorly drawn, deformed, mosaic"
@@ -209,11 +218,144 @@ class TextPromptConfig(Part):
     """Off: every view gets the global prompt."""
 
 
+class DemoFusionConfig(Part):
+    """What only method `demofusion` reads."""
+
+    phases: Literal["every", "doubling", "last"] = "every"
+    """Sizes on the way to the target: 2, 3, 4, ... times the low-res size (the paper), 2, 4, ..., or the target at once."""
+    refine: bool = False
+    """A first phase at the low-res size: what the authors' code does with a user's own image."""
+    start: float = Field(default=0.1, ge=0, lt=1)
+    """Fraction of each phase's steps that is left out at its noisy end. The authors leave out none."""
+    cosine_scale_1: float = Field(default=3.0, ge=0)
+    """Decay of the skip residual: the greater, the sooner a phase is on its own."""
+    cosine_scale_2: float = Field(default=1.0, ge=0)
+    """Decay of the dilated views' share of the prediction."""
+    cosine_scale_3: float = Field(default=1.0, ge=0)
+    """Decay of the blur before dilated views are cut."""
+    sigma: float = Field(default=0.8, gt=0)
+    """Standard deviation of that blur at the start, in latents."""
+    jitter: Literal["clamped", "zeros", "off"] = "clamped"
+    """Random shifts of local views: inside the canvas; beyond its border, where they see zeros (the authors); or none."""
+
+
+class ScaleCrafterConfig(Part):
+    """What only method `scalecrafter` reads. None: what the authors published for the canvas's size."""
+
+    dilate_until: float | None = Field(default=None, ge=0, le=1)
+    """Fraction of the steps with dilated convolutions (the paper's tau; 0.6, from 3x on 0.7)."""
+    progressive: bool | None = None
+    """Whether the dilation falls step by step (from 3x on)."""
+    damped_until: float | None = Field(default=None, ge=0, le=1)
+    """Fraction of the steps with noise-damped guidance (0, from 3x on 0.7)."""
+    down: bool = True
+    """Below 3x: dilate the deepest down block too. The authors' list misses it on SDXL."""
+    freeu: bool = False
+    """FreeU, which the authors' programs switch on."""
+
+
+class FouriScaleConfig(Part):
+    """What only method `fouriscale` reads."""
+
+    full_until: float = Field(default=0.4, ge=0, le=1)
+    """Fraction of the steps with full dilation."""
+    until: float = Field(default=0.7, ge=0, le=1)
+    """Fraction of the steps at which the dilation has fallen to none."""
+    floor: float = Field(default=0.6, ge=0, le=1)
+    """What the filter leaves of the highest frequencies. The authors: 0.6 for SDXL, 0 for its predecessors."""
+    amplification: float = Field(default=1.0, ge=1)
+    """Times the guidance scale while dilation is full; the authors offer 2.4 against blurred results."""
+    freeu: bool = False
+    """FreeU, which the authors' programs switch on."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> FouriScaleConfig:
+        if self.until < self.full_until:
+            raise ValueError(f"until ({self.until}) must not be less than full_until ({self.full_until})")
+        return self
+
+
+class FreeScaleConfig(Part):
+    """What only method `freescale` reads."""
+
+    phases: Literal["doubling", "every", "last"] = "doubling"
+    """Sizes on the way to the target: 2, 4, ... times the low-res size (the paper), 2, 3, 4, ..., or the target at once."""
+    start: float = Field(default=0.3, ge=0, lt=1)
+    """Fraction of the steps that each stage leaves out at the noisy end: the higher, the closer to the low-res picture."""
+    alpha: float = Field(default=2.0, ge=0)
+    """Decay of the pull towards the enlarged picture: the lower, the closer. The authors: 2, at 8x 1."""
+    dilate_until: float = Field(default=0.7, ge=0, le=1)
+    """Fraction of the steps with dilated convolutions."""
+    fusion: bool = True
+    """Scale fusion. Off: about a quarter cheaper by the authors' times; objects may repeat."""
+    blur: Literal["canvas", "features"] = "canvas"
+    """What separates coarse from fine: a blur over the canvas (the paper), or also over feature channels (the authors' code)."""
+    jitter: Literal["clamped", "zeros", "off"] = "clamped"
+    """Random shifts of attention windows: inside the canvas; beyond its border, where they see zeros (the authors); or none."""
+    freeu: bool = False
+    """FreeU, which the authors' programs switch on."""
+
+
+class CUpscaleConfig(Part):
+    """What only method `c_upscale` reads, besides `structure` and `text_prompt`."""
+
+    start: float = Field(default=0.55, ge=0, lt=1)
+    """Fraction of the steps that is left out at the noisy end: the higher, the closer to the low-res picture."""
+    share: float = Field(default=0.5, ge=0, le=1)
+    """Share of the global prompt, as the whole picture attends to it, beside each view's caption; 0: no composer."""
+
+
+METHOD_PARTS: dict[str, type[Part]] = {
+    "demofusion": DemoFusionConfig,
+    "scalecrafter": ScaleCrafterConfig,
+    "fouriscale": FouriScaleConfig,
+    "freescale": FreeScaleConfig,
+    "c_upscale": CUpscaleConfig,
+}
+"""Methods with a part of their own in `UpscaleConfig`, of the method's name: no other method reads it."""
+
+METHOD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "demofusion": {
+        "default": {},
+        "faithful": {"stepper": "ddim_keep", "demofusion": {"start": 0.0, "jitter": "zeros"}},
+    },
+    "scalecrafter": {
+        "default": {"stepper": "ddim_ancestral", "guidance_scale": 5.0},
+        "faithful": {
+            "stepper": "ddim_ancestral",
+            "guidance_scale": 5.0,
+            "negative_prompt": "",
+            "scalecrafter": {"down": False, "freeu": True},
+        },
+    },
+    "fouriscale": {
+        "default": {"stepper": "ddim_ancestral", "guidance_scale": 5.0},
+        "faithful": {
+            "stepper": "ddim_ancestral",
+            "guidance_scale": 5.0,
+            "negative_prompt": "",
+            "fouriscale": {"freeu": True},
+        },
+    },
+    "freescale": {
+        "default": {},
+        "faithful": {"stepper": "ddim_keep", "freescale": {"blur": "features", "jitter": "zeros", "freeu": True}},
+    },
+    "c_upscale": {"default": {}, "faithful": {}},
+}
+"""Settings by method and `upscale.preset`; explicit fields win. `default`: what we recommend, and what an absent preset
+means. `faithful`: the authors' published settings."""
+
+
 class UpscaleConfig(Part):
-    """Stage 4: low-res image + captions -> high-res image."""
+    """Stage 4: low-res image + captions -> high-res image.
+
+    `preset: faithful` beside `method` sets the fields to what the method's authors published.
+    """
 
     method: str = "resmaster"
-    """One of the upscaling methods: direct, multidiffusion, resmaster."""
+    """One of the upscaling methods: direct, multidiffusion, resmaster, demofusion, scalecrafter, fouriscale,
+    freescale, c_upscale."""
     scale: float = Field(default=4.0, ge=1, le=64)
     """Target size over low-res size. Generated images must come out at a multiple of the latent factor (8)."""
     steps: int = Field(default=50, ge=1, le=1000)
@@ -226,10 +368,11 @@ class UpscaleConfig(Part):
     """Distance of neighbouring views, as a fraction of the window (the model's native size)."""
     fuse: Literal["uniform", "linear", "gaussian"] = "uniform"
     """Weight of a view's pixels where views overlap."""
-    stepper: Literal["ddim_implied", "ddim_keep", "posterior"] = "ddim_implied"
-    """How z_{t-1} follows from the edited x0: deterministic with implied or kept noise, or the paper's stochastic eq. 7."""
+    stepper: Literal["ddim_implied", "ddim_keep", "posterior", "ddim_ancestral"] = "ddim_implied"
+    """How z_{t-1} follows from the edited x0: deterministic with implied or kept noise, ResMaster's stochastic eq. 7, or DDIM
+    with eta = 1."""
     init: Literal["noise", "noised_lr"] = "noise"
-    """Start from pure noise (the paper) or from the noised low-res latent."""
+    """Start from pure noise (the paper) or from the noised low-res latent. Methods of several phases start in their own way."""
     micro_conditioning: Literal["canvas", "native"] = "canvas"
     """What SDXL is told of size and crop: the canvas and the view's place in it, or a native-size image."""
     structure: StructureConfig = StructureConfig()
@@ -238,8 +381,48 @@ class UpscaleConfig(Part):
     """Tailored image prompts."""
     text_prompt: TextPromptConfig = TextPromptConfig()
     """Enhanced text prompts."""
+    demofusion: DemoFusionConfig = DemoFusionConfig()
+    """Of method demofusion."""
+    scalecrafter: ScaleCrafterConfig = ScaleCrafterConfig()
+    """Of method scalecrafter."""
+    fouriscale: FouriScaleConfig = FouriScaleConfig()
+    """Of method fouriscale."""
+    freescale: FreeScaleConfig = FreeScaleConfig()
+    """Of method freescale."""
+    c_upscale: CUpscaleConfig = CUpscaleConfig()
+    """Of method c_upscale."""
     view_batch: int = Operational(16, ge=1)
     """Views per UNet call (times two with guidance). Lower it if memory runs out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        rest = {key: value for key, value in values.items() if key != "preset"}
+        method, preset = rest.get("method", "resmaster"), values.get("preset", "default")
+        presets = METHOD_PRESETS.get(method, {"default": {}}) if isinstance(method, str) else {"default": {}}
+        if preset not in presets:
+            raise ValueError(f"method {method}: unknown preset {preset!r}; known: {', '.join(presets)}")
+        merged = {**presets[preset], **rest}
+        own = rest.get(method) if method in METHOD_PARTS else None
+        if isinstance(own, dict):
+            merged[method] = {**presets[preset].get(method, {}), **own}
+        return merged
+
+    @model_validator(mode="after")
+    def _no_idle_part(self) -> UpscaleConfig:
+        for name, part in METHOD_PARTS.items():
+            if name != self.method and getattr(self, name) != part():
+                raise ValueError(
+                    f"{name} is set, which method {self.method} does not read; use method {name}, or drop it"
+                )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """As of every part, less the parts of other methods: what a method does not read is not its identity."""
+        idle = METHOD_PARTS.keys() - {self.method}
+        return {name: value for name, value in super().identity().items() if name not in idle}
 
     @field_validator("method")
     @classmethod
@@ -250,7 +433,7 @@ class UpscaleConfig(Part):
 
     def uses_captions(self) -> bool:
         """Whether the result depends on the captions stage."""
-        return self.method == "resmaster" and self.text_prompt.enabled
+        return self.method in ("resmaster", "c_upscale") and self.text_prompt.enabled
 
 
 class QualityConfig(Part):

@@ -52,7 +52,7 @@ def upscale_image(
     Raises ConfigError (wrong number of captions, image prompts without an IP-Adapter, a scheduler that does not fit, too
     little memory) and SampleError (the model produced nothing that can be seen).
     """
-    from resmaster_stages.diffusion.reference import pad_to_multiple, upsample
+    from resmaster_stages.diffusion.reference import pad_to_multiple, to_tensor, upsample
     from resmaster_stages.methods.render import render
     from resmaster_stages.methods.request import Reference, Request
 
@@ -72,7 +72,7 @@ def upscale_image(
         prompts=(prompt,),
         negative_prompts=(config.negative_prompt if negative_prompt is None else negative_prompt,),
         captions=None if captions is None else (tuple(caption or prompt for caption in captions),),
-        reference=Reference(models, pixels, config.scale),
+        reference=Reference(models, pixels, config.scale, to_tensor(image)),
     )
     (result,) = render(request, [seed], progress)
     if isinstance(result, SampleError):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from resmaster_stages.config import (
+    METHOD_PRESETS,
     STAGES,
     STRUCTURE_PRESETS,
     DatasetConfig,
@@ -169,3 +170,35 @@ def test_every_field_says_what_it_is() -> None:
 def test_a_configuration_survives_its_own_json() -> None:
     some = config(upscale={"structure": {"preset": "paper_decay"}})
     assert parse_config(some.model_dump(mode="json")) == some
+
+
+def test_hashes_of_older_datasets_stand() -> None:
+    """Known digests: a new method's settings are no part of the identity of the others."""
+    weights = Weights("m", "c", "q")
+    for upscale, expected in (
+        ({}, "75c5e111e68929ef"),
+        ({"method": "direct"}, "9e078385fd1606f1"),
+        ({"method": "multidiffusion", "scale": 2.0}, "8b9b5a7fa2ada72c"),
+    ):
+        assert stage_hash(config(upscale=upscale), "high_res", weights).startswith(expected)
+
+
+def test_a_methods_own_part_is_its_identity_alone() -> None:
+    other = {"demofusion": {"sigma": 0.5}}
+    with pytest.raises(ConfigError, match="method resmaster does not read"):
+        config(upscale=other)
+    assert "demofusion" not in config().upscale.identity()
+    base, changed = (config(upscale={"method": "demofusion", **values}) for values in ({}, other))
+    assert hashes(base)["high_res"] != hashes(changed)["high_res"]
+
+
+def test_method_presets_expand_and_explicit_fields_win() -> None:
+    faithful = config(upscale={"method": "demofusion", "preset": "faithful", "demofusion": {"start": 0.2}}).upscale
+    assert (faithful.demofusion.start, faithful.demofusion.jitter, faithful.stepper) == (0.2, "zeros", "ddim_keep")
+    assert parse_config(config(upscale=faithful.model_dump()).model_dump(mode="json")).upscale == faithful
+    for method, presets in METHOD_PRESETS.items():
+        assert set(presets) == {"default", "faithful"}
+        for name in presets:
+            config(upscale={"method": method, "preset": name})
+    with pytest.raises(ConfigError, match="unknown preset 'best'; known: default, faithful"):
+        config(upscale={"method": "demofusion", "preset": "best"})

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, Branches
 from resmaster_stages.diffusion.text import TextEmbeddings, encode_prompts
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.models.loading import Models
@@ -33,15 +34,16 @@ class Conditions:
     def __len__(self) -> int:
         return len(self.time_ids)
 
-    def batch(self, items: Tensor) -> dict[str, Any]:
-        """UNet arguments for `items` [n] (long): the unconditional branch first, then the conditional one."""
-        branches = [self.text] if self.negative is None else [self.negative, self.text]
-        images = [self.image] if self.negative is None else [self.negative_image, self.image]
-        chosen = [text.index[items] for text in branches]
+    def batch(self, items: Tensor, branches: Branches = (NEGATIVE, TEXT)) -> dict[str, Any]:
+        """UNet arguments for `items` [n] (long), branch by branch. Unconditional branches need negative conditions."""
+        texts = [self.text if branch.conditional else self.negative for branch in branches]
+        images = [self.image if branch.conditional else self.negative_image for branch in branches]
+        rows = [(text, text.index[items]) for text in texts if text is not None]
+        assert len(rows) == len(branches), "an unconditional branch without negative conditions"
         return {
-            "encoder_hidden_states": torch.cat([text.states[i] for text, i in zip(branches, chosen)]),
+            "encoder_hidden_states": torch.cat([text.states[i] for text, i in rows]),
             "added_cond_kwargs": {
-                "text_embeds": torch.cat([text.pooled[i] for text, i in zip(branches, chosen)]),
+                "text_embeds": torch.cat([text.pooled[i] for text, i in rows]),
                 "time_ids": self.time_ids[items].repeat(len(branches), 1),
                 "image_embeds": [torch.cat([image[items] for image in images if image is not None])]
                 if self.image is not None
@@ -69,12 +71,14 @@ def make_conditions(
     guided: bool,
     micro_conditioning: str = "canvas",
     image: tuple[Tensor, Tensor] | None = None,
+    sizes: Sequence[tuple[int, ...]] | None = None,
 ) -> Conditions:
     """Conditions of all items of a batch: `prompts`, `negative_prompts` and `image` embeddings have one entry per item.
 
-    Without guidance (`guided` false) negative prompts are not encoded.
+    Without guidance (`guided` false) negative prompts are not encoded. `sizes`: SDXL's six numbers per item, for methods
+    that do not follow `micro_conditioning`.
     """
-    sizes = size_and_crop(grid, micro_conditioning) * (len(prompts) // len(grid))
+    sizes = sizes or size_and_crop(grid, micro_conditioning) * (len(prompts) // len(grid))
     return Conditions(
         text=encode_prompts(models, prompts),
         negative=encode_prompts(models, negative_prompts, negative=True) if guided else None,

@@ -98,3 +98,15 @@ def swap_weights(config: StructureConfig, steps: int) -> tuple[float, ...]:
         else:
             weights.append(1.0)
     return tuple(weights)
+
+
+def gaussian_blur(x: Tensor, radius: int, sigma: float, axes: tuple[int, ...] = (2, 3)) -> Tensor:
+    """`x` [B, C, H, W] by a Gaussian of `sigma` cells, cut at `radius` cells, along `axes`; zeros beyond the border."""
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32, device=x.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).to(x.dtype).expand(x.shape[1], 1, -1)  # [C, 1, 2 r + 1]
+    if 2 in axes:
+        x = F.conv2d(x, kernel[..., None], padding=(radius, 0), groups=x.shape[1])
+    if 3 in axes:
+        x = F.conv2d(x, kernel[:, :, None], padding=(0, radius), groups=x.shape[1])
+    return x

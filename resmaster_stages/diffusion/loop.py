@@ -1,13 +1,15 @@
 """The denoising loop: predict on views, fuse on the canvas, edit x0, step once.
 
-    for each step:   views  = cut(z)
-                     output = fuse(guide(unet(views)))         all views and guidance branches in static batches
-                     x0     = hooks(x0(z, output))             e.g. the low-frequency swap
+    for each step:   z      = hooks(z)                         e.g. DemoFusion's skip residual
+                     for each group of views:
+                         views  = cut(z)
+                         output = fuse(guide(unet(views)))     all views and guidance branches in static batches
+                     x0     = hooks(x0(z, mix of outputs))     e.g. the low-frequency swap
                      z      = stepper(z, x0, eps)              once, on the canvas
 
 Predictions are fused rather than stepped latents: every deterministic first-order step is affine in its prediction, so
 both are the same, and stochastic steps then draw their noise once, on the canvas. A method (`resmaster_stages.methods`)
-is a Composition of the parts; it may add hooks and patches, but not change the loop.
+is a Composition of the parts; it may add hooks, groups and patches, but not change the loop.
 
 Determinism: all noise comes from one CPU generator per sample, so it depends on the sample's seed alone. The batch of
 views decides only which kernels the device picks: another `view_batch` gives the same picture up to rounding, the same
@@ -22,18 +24,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from resmaster_stages.diffusion.conditions import Conditions
-from resmaster_stages.diffusion.fusing import Fuser
+from resmaster_stages.diffusion.guidance import Guidance, Moment
 from resmaster_stages.diffusion.schedule import Step
 from resmaster_stages.diffusion.steppers import Stepper
 from resmaster_stages.models.loading import Models
 
+LatentHook = Callable[[Tensor, Step], Tensor]
+"""Edits the noisy latents [B, C, H, W] before a step's prediction."""
 X0Hook = Callable[[Tensor, Step], Tensor]
 """Edits the predicted clean latents [B, C, H, W] of a step."""
 Patch = Callable[[Any], AbstractContextManager[None]]
@@ -42,16 +46,43 @@ Progress = Callable[[int, int], None]
 """Hears (steps done, steps in all)."""
 
 
+class Views(Protocol):
+    """A way of cutting canvases [B, C, H, W] into views [B * views, C, h, w], sample by sample, and of fusing them back."""
+
+    def cut(self, canvas: Tensor) -> Tensor: ...
+
+    def fuse(self, views: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class ViewGroup:
+    """Views of one shape that are predicted alike, and their part in a step's prediction."""
+
+    at: Callable[[Step], tuple[Views, Conditions]]
+    """The step's views and their conditions: `always(views, conditions)` where they stay."""
+    guidance: Guidance
+    weight: Callable[[Step], float] = lambda step: 1.0
+    """Of this group's prediction. The weights of all groups sum to one at every step; 0 skips the group."""
+    prepare: LatentHook = lambda z, step: z
+    """What the group sees instead of z; the step is still taken from z."""
+
+
+def always(views: Views, conditions: Conditions) -> Callable[[Step], tuple[Views, Conditions]]:
+    """The same views at every step."""
+    return lambda step: (views, conditions)
+
+
 @dataclass(frozen=True)
 class Composition:
     """What a method is made of."""
 
-    fuser: Fuser
-    conditions: Conditions
+    groups: tuple[ViewGroup, ...]
     stepper: Stepper
-    guidance_scale: float
+    latent_hooks: tuple[LatentHook, ...] = ()
     x0_hooks: tuple[X0Hook, ...] = ()
     patches: tuple[Patch, ...] = ()
+    moment: Moment = field(default_factory=Moment)
+    """Shared with the patches that change from step to step or from branch to branch."""
 
 
 def static_batches(items: int, largest: int, device: torch.device | str = "cpu") -> list[Tensor]:
@@ -64,26 +95,17 @@ def static_batches(items: int, largest: int, device: torch.device | str = "cpu")
     return list(torch.arange(calls * size, device=device).clamp(max=items - 1).split(size))
 
 
-def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance."""
-    return unconditional + scale * (conditional - unconditional)
-
-
 def predict(
-    unet: Any, views: Tensor, timestep: Tensor, conditions: Conditions, guidance_scale: float, batches: Sequence[Tensor]
-) -> Tensor:
-    """Guided prediction of every view: [N, C, h, w] -> [N, C, h, w], float32. One UNet call per batch."""
-    outputs = []
+    unet: Any, views: Tensor, timestep: Tensor, conditions: Conditions, moment: Moment, batches: Sequence[Tensor]
+) -> list[Tensor]:
+    """Every view's prediction by every branch of `moment`: [N, C, h, w], float32, per branch. One UNet call per batch."""
+    outputs, branches = [], moment.branches
     for items in batches:
-        x = views[items].to(unet.dtype)
-        guided = conditions.negative is not None
-        rows = torch.cat([x, x]) if guided else x
-        output = unet(rows, timestep, **conditions.batch(items), return_dict=False)[0].float()
-        if guided:
-            unconditional, conditional = output.chunk(2)
-            output = guide(unconditional, conditional, guidance_scale)
-        outputs.append(output)
-    return torch.cat(outputs)[: len(views)]
+        moment.items = items
+        rows = views[items].to(unet.dtype).repeat(len(branches), 1, 1, 1)  # branch by branch
+        arguments = conditions.batch(items, branches)
+        outputs.append(unet(rows, timestep, **arguments, return_dict=False)[0].float().chunk(len(branches)))
+    return [torch.cat(parts)[: len(views)] for parts in zip(*outputs)]
 
 
 class CanvasNoise:
@@ -93,6 +115,12 @@ class CanvasNoise:
         self.shape = (1, channels, height, width)
         self.device = device
         self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+    def resized(self, height: int, width: int) -> CanvasNoise:
+        """Noise for canvases of another size, from the same generators: stages of one picture never share a draw."""
+        other = CanvasNoise((), self.shape[1], height, width, self.device)
+        other.generators = self.generators
+        return other
 
     def __call__(self) -> Tensor:
         return torch.cat([torch.randn(self.shape, generator=each) for each in self.generators]).to(self.device)
@@ -118,11 +146,10 @@ def denoise(
     noise: Callable[[], Tensor],
     *,
     view_batch: int,
-    progress: Progress | None = None,
+    progress: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Latents [B, C, H, W] at the first step's noise level -> clean latents, float32."""
+    """Latents [B, C, H, W] at the first step's noise level -> clean latents, float32. `progress` is called per step."""
     c = composition
-    batches = static_batches(len(c.conditions), view_batch, models.device)
     timesteps = torch.tensor([step.t for step in schedule], device=models.device)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
@@ -131,12 +158,20 @@ def denoise(
         for patch in c.patches:
             stack.enter_context(patch(models.unet))
         for step, t in zip(schedule, timesteps):
-            views = c.fuser.cut(z)  # [B * views, C, h, w]
-            output = c.fuser.fuse(predict(models.unet, views, t, c.conditions, c.guidance_scale, batches))
+            for hook in c.latent_hooks:
+                z = hook(z, step)
+            output = torch.zeros_like(z)
+            for group in (each for each in c.groups if each.weight(step)):
+                views, conditions = group.at(step)
+                batches = static_batches(len(conditions), view_batch, models.device)
+                c.moment.step, c.moment.branches = step, group.guidance.branches(step)
+                cut = views.cut(group.prepare(z, step))  # [B * views, C, h, w]
+                predictions = predict(models.unet, cut, t, conditions, c.moment, batches)
+                output += group.weight(step) * views.fuse(group.guidance.combine(predictions, step))  # [B, C, H, W]
             x0, eps = step.split(z, output)
             for hook in c.x0_hooks:
                 x0 = hook(x0, step)
             z = c.stepper(z, x0, eps, step, noise)
             if progress:
-                progress(step.index + 1, step.count)
+                progress()
     return z

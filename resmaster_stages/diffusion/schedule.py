@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import cos, pi
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,16 @@ class Step:
     alpha_next: float
     sigma_next: float
     prediction_type: str = "epsilon"
+    train_steps: int = 1000
+
+    @property
+    def cosine(self) -> float:
+        """(1 + cos(pi (T - t) / T)) / 2: from 1 at t = T to 0 at t = 0. DemoFusion's and FreeScale's decay."""
+        return (1 + cos(pi * (self.train_steps - self.t) / self.train_steps)) / 2
+
+    def noised(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """`x0` as noisy as a latent is at this step."""
+        return self.alpha * x0 + self.sigma * noise
 
     def split(self, z: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """(x0, eps) that the model's `output` at `z` stands for; all of one shape."""
@@ -92,6 +103,7 @@ def make_schedule(scheduler_config: Mapping[str, Any], count: int) -> tuple[Step
             alpha_next=signal[i + 1] ** 0.5,
             sigma_next=(1 - signal[i + 1]) ** 0.5,
             prediction_type=prediction_type,
+            train_steps=train_steps,
         )
         for i, t in enumerate(chosen)
     )

@@ -6,12 +6,14 @@ With a, b = alpha, sigma of the step and a', b' those of the next:
     ddim_implied    z' = a' x0 + b' (z - a x0) / b                         the noise that leads from the edited x0 to z
     posterior       z' ~ N(a' beta / b^2 x0 + sqrt(alpha) b'^2 / b^2 z,    q(z' | z, x0): ResMaster eq. 7, strided,
                            beta b'^2 / b^2)                                alpha = a^2 / a'^2, beta = 1 - alpha
+    ddim_ancestral  z' = a' x0 + sqrt(b'^2 - s^2) eps + s noise            DDIM, eta = 1: s^2 the variance above
 
+The last two are the same where x0 was not edited; `ddim_ancestral` is how ScaleCrafter and FouriScale sample.
 The first two differ only where x0 was edited. Both are Euler's method for the probability-flow ODE in units of z / a.
 
 Invariants:
 - Every rule acts on the whole canvas, and noise is drawn once on it: noise per view would average away where views
-  overlap. Only `posterior` calls `noise`.
+  overlap. Only `posterior` and `ddim_ancestral` call `noise`.
 """
 
 from __future__ import annotations
@@ -54,5 +56,18 @@ def posterior(z: Tensor, x0: Tensor, eps: Tensor, step: Step, noise: Noise) -> T
     return mean + (beta * step.sigma_next**2 / variance) ** 0.5 * noise()
 
 
-STEPPERS: dict[str, Stepper] = {"ddim_keep": ddim_keep, "ddim_implied": ddim_implied, "posterior": posterior}
+def ddim_ancestral(z: Tensor, x0: Tensor, eps: Tensor, step: Step, noise: Noise) -> Tensor:
+    """DDIM with eta = 1, keeping the noise that the model predicted beside fresh noise."""
+    if step.sigma_next == 0:
+        return step.alpha_next * x0
+    variance = (1 - step.alpha**2 / step.alpha_next**2) * step.sigma_next**2 / step.sigma**2
+    return step.alpha_next * x0 + (step.sigma_next**2 - variance) ** 0.5 * eps + variance**0.5 * noise()
+
+
+STEPPERS: dict[str, Stepper] = {
+    "ddim_keep": ddim_keep,
+    "ddim_implied": ddim_implied,
+    "posterior": posterior,
+    "ddim_ancestral": ddim_ancestral,
+}
 """By the names that `UpscaleConfig.stepper` takes."""

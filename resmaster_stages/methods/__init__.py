@@ -1,4 +1,6 @@
-"""Upscaling methods: one file per paper, each a `compose(request)` that says what the canvas engine is made of.
+"""Upscaling methods: one file per paper, each of which says what the canvas engine is made of.
+
+Methods of one stage have a `compose(request)`, the others a `stages(request)`.
 
 Invariant: the names here are those of `config.METHODS`.
 """
@@ -7,12 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from resmaster_stages.diffusion.loop import Composition
-from resmaster_stages.methods import direct, multidiffusion, resmaster
+from resmaster_stages.methods import (
+    c_upscale,
+    demofusion,
+    direct,
+    fouriscale,
+    freescale,
+    multidiffusion,
+    resmaster,
+    scalecrafter,
+)
 from resmaster_stages.methods.request import Request
+from resmaster_stages.methods.stages import Stage, single
 
-METHODS: dict[str, Callable[[Request], Composition]] = {
-    "direct": direct.compose,
-    "multidiffusion": multidiffusion.compose,
-    "resmaster": resmaster.compose,
+METHODS: dict[str, Callable[[Request], tuple[Stage, ...]]] = {
+    "direct": single(direct.compose),
+    "multidiffusion": single(multidiffusion.compose),
+    "resmaster": single(resmaster.compose),
+    "demofusion": demofusion.stages,
+    "scalecrafter": single(scalecrafter.compose),
+    "fouriscale": single(fouriscale.compose),
+    "freescale": freescale.stages,
+    "c_upscale": c_upscale.stages,
 }

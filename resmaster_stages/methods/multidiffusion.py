@@ -9,8 +9,9 @@ from functools import partial
 
 from resmaster_stages.diffusion.conditions import make_conditions
 from resmaster_stages.diffusion.fusing import Fuser
+from resmaster_stages.diffusion.guidance import ClassifierFree
 from resmaster_stages.diffusion.image_prompts import adapter_scale
-from resmaster_stages.diffusion.loop import Composition
+from resmaster_stages.diffusion.loop import Composition, ViewGroup, always
 from resmaster_stages.diffusion.steppers import STEPPERS
 from resmaster_stages.methods.request import Request
 
@@ -18,17 +19,21 @@ from resmaster_stages.methods.request import Request
 def compose(request: Request) -> Composition:
     """A grid of views with one prompt."""
     config, grid = request.config, request.views()
+    conditions = make_conditions(
+        request.models,
+        grid,
+        request.per_view(request.prompts, grid),
+        request.per_view(request.negative_prompts, grid),
+        guided=request.guided,
+        micro_conditioning=config.micro_conditioning,
+    )
     return Composition(
-        fuser=Fuser(grid, config.fuse, request.models.device),
-        conditions=make_conditions(
-            request.models,
-            grid,
-            request.per_view(request.prompts, grid),
-            request.per_view(request.negative_prompts, grid),
-            guided=request.guided,
-            micro_conditioning=config.micro_conditioning,
+        groups=(
+            ViewGroup(
+                always(Fuser(grid, config.fuse, request.models.device), conditions),
+                ClassifierFree(config.guidance_scale),
+            ),
         ),
         stepper=STEPPERS[config.stepper],
-        guidance_scale=config.guidance_scale,
         patches=(partial(adapter_scale, scale=0.0),),
     )

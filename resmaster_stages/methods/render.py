@@ -1,4 +1,4 @@
-"""From a request to pictures: compose, draw the noise, denoise, decode, check.
+"""From a request to pictures: draw the noise, denoise stage by stage, decode, check.
 
 Invariants:
 - A sample whose latents or pixels are not finite, or whose picture is all black, is a SampleError in its own place;
@@ -8,6 +8,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 
 import torch
 from PIL import Image
@@ -16,7 +17,7 @@ from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.loop import CanvasNoise, Progress, denoise
 from resmaster_stages.diffusion.reference import to_image
 from resmaster_stages.diffusion.schedule import make_schedule
-from resmaster_stages.errors import ConfigError, SampleError
+from resmaster_stages.errors import SampleError
 from resmaster_stages.methods import METHODS
 from resmaster_stages.methods.request import Request
 from resmaster_stages.models.faults import device_faults
@@ -28,18 +29,23 @@ def render(request: Request, seeds: Sequence[int], progress: Progress | None = N
     Raises ConfigError (a setting that the model cannot serve, or too little memory) and GpuLost.
     """
     models, config = request.models, request.config
-    factor = models.latent_factor
     with device_faults("lower upscale.view_batch or low_res.batch_size, or set model.offload: model"):
         schedule = make_schedule(models.scheduler_config, config.steps)
-        composition = METHODS[config.method](request)
-        height, width = -(-request.height // factor), -(-request.width // factor)
-        noise = CanvasNoise(seeds, models.latent_channels, height, width, models.device)
-        z = noise()  # [B, C, H/f, W/f]
-        if config.init == "noised_lr":
-            if request.reference is None:
-                raise ConfigError("init noised_lr starts from a low-res picture, and there is none; use init noise")
-            z = schedule[0].alpha * request.reference.latents + schedule[0].sigma * z
-        z = denoise(models, composition, schedule, z, noise, view_batch=config.view_batch, progress=progress)
+        stages = METHODS[config.method](request)
+        noise = CanvasNoise(seeds, models.latent_channels, *request.canvas_size, models.device)
+        done, total = count(1), sum(len(schedule) - stage.first for stage in stages)
+
+        def tick() -> None:
+            if progress:
+                progress(next(done), total)
+
+        z = None
+        for stage in stages:
+            path, draw = schedule[stage.first :], noise.resized(stage.height, stage.width)
+            z, composition = stage.begin(z, draw, path[0])  # [B, C, h, w]
+            z = denoise(models, composition, path, z, draw, view_batch=config.view_batch, progress=tick)
+            z = stage.finish(z)
+        assert z is not None
         pixels = autoencoder.decode(models, z)[..., : request.height, : request.width]
         finite = torch.isfinite(pixels).flatten(1).all(dim=1).tolist()
     return [_checked(image) if ok else _not_finite(config.steps) for image, ok in zip(pixels, finite)]

@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from resmaster_stages.config import UpscaleConfig
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.views import Grid, view_grid, whole_canvas
+from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.loading import Models
 
 
@@ -24,11 +26,32 @@ class Reference:
     models: Models
     pixels: Tensor  # [B, 3, H, W] in [-1, 1], sides padded to multiples of the latent factor
     scale: float
+    low_res: Tensor
+    """The low-res pictures themselves: [B, 3, h, w] in [-1, 1], of any size."""
 
     @cached_property
     def latents(self) -> Tensor:
         """[B, C, H/f, W/f], float32."""
         return autoencoder.encode(self.models, self.pixels)
+
+    @cached_property
+    def small(self) -> Tensor:
+        """The low-res pictures as a canvas whose enlargement is that of `pixels`: [B, 3, ~h, ~w], multiples of f.
+
+        The pictures as given where sizes fit; else `pixels`, which are padded at the target's size, made small again.
+        """
+        factor = self.models.latent_factor
+        height, width = (max(1, round(side / factor / self.scale)) * factor for side in self.pixels.shape[-2:])
+        exact = all(side == low * self.scale for side, low in zip(self.pixels.shape[-2:], self.low_res.shape[-2:]))
+        if exact and self.low_res.shape[-2:] == (height, width):
+            return self.low_res
+        small = F.interpolate(self.pixels, size=(height, width), mode="bicubic", align_corners=False, antialias=True)
+        return small.clamp(-1, 1)
+
+    @cached_property
+    def small_latents(self) -> Tensor:
+        """`small`, encoded: [B, C, ~h/f, ~w/f], float32."""
+        return autoencoder.encode(self.models, self.small)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +75,20 @@ class Request:
         """Whether there is an unconditional branch."""
         return self.config.guidance_scale != 1
 
+    @property
+    def canvas_size(self) -> tuple[int, int]:
+        """(height, width) of the canvas, in latents."""
+        factor = self.models.latent_factor
+        return -(-self.height // factor), -(-self.width // factor)
+
+    def required_reference(self) -> Reference:
+        """The reference. Raises ConfigError where there is none."""
+        if self.reference is None:
+            raise ConfigError(
+                f"method {self.config.method} follows a low-res picture; to generate without one, use method direct"
+            )
+        return self.reference
+
     def views(self) -> Grid:
         """The grid of native-size views."""
         models = self.models
@@ -60,6 +97,12 @@ class Request:
     def canvas(self) -> Grid:
         """The grid whose one view is the whole canvas."""
         return whole_canvas(self.height, self.width, self.models.latent_factor)
+
+    def view_texts(self, grid: Grid) -> list[str]:
+        """Each view's caption, or its sample's prompt where captions are off or not given."""
+        if self.config.text_prompt.enabled and self.captions is not None:
+            return [caption for captions in self.captions for caption in captions]
+        return self.per_view(self.prompts, grid)
 
     def per_view(self, texts: tuple[str, ...], grid: Grid) -> list[str]:
         """Each sample's text for each of its views."""

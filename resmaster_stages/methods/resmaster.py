@@ -15,61 +15,43 @@ from __future__ import annotations
 
 from functools import partial
 
-from torch import Tensor
-
-from resmaster_stages.config import StructureConfig
 from resmaster_stages.diffusion.conditions import make_conditions
-from resmaster_stages.diffusion.frequency import cutoff_sigma, swap_low_frequencies, swap_weights
+from resmaster_stages.diffusion.following import structural_guidance
 from resmaster_stages.diffusion.fusing import Fuser
+from resmaster_stages.diffusion.guidance import ClassifierFree
 from resmaster_stages.diffusion.image_prompts import adapter_scale, embed_crops
-from resmaster_stages.diffusion.loop import Composition, X0Hook
-from resmaster_stages.diffusion.schedule import Step
+from resmaster_stages.diffusion.loop import Composition, ViewGroup, X0Hook, always
 from resmaster_stages.diffusion.steppers import STEPPERS
-from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.request import Request
-
-
-def structural_guidance(reference: Tensor, config: StructureConfig, scale: float, steps: int) -> X0Hook:
-    """The hook that swaps low frequencies of x0 for those of `reference` [B, C, H, W], enlarged `scale` times."""
-    sigma_f = cutoff_sigma(config, scale)
-    weights = swap_weights(config, steps)
-
-    def swap(x0: Tensor, step: Step) -> Tensor:
-        weight = weights[step.index]
-        return swap_low_frequencies(x0, reference, sigma_f, weight) if weight else x0
-
-    return swap
 
 
 def compose(request: Request) -> Composition:
     """A grid of views, each with its own crop and caption, steered by the reference's low frequencies."""
     config, models, grid = request.config, request.models, request.views()
-    reference = request.reference
-    if reference is None:
-        raise ConfigError("method resmaster follows a low-res picture; to generate without one, use method direct")
+    reference = request.required_reference()
     image_scale = config.image_prompt.scale if config.image_prompt.enabled else 0.0
     image = None
     if image_scale:
         image = embed_crops(models, reference.pixels, grid.canvas_boxes)
-    texts = request.per_view(request.prompts, grid)
-    if config.text_prompt.enabled and request.captions is not None:
-        texts = [caption for captions in request.captions for caption in captions]
     hooks: tuple[X0Hook, ...] = ()
     if config.structure.enabled:
         hooks = (structural_guidance(reference.latents, config.structure, reference.scale, config.steps),)
+    conditions = make_conditions(
+        models,
+        grid,
+        request.view_texts(grid),
+        request.per_view(request.negative_prompts, grid),
+        guided=request.guided,
+        micro_conditioning=config.micro_conditioning,
+        image=image,
+    )
     return Composition(
-        fuser=Fuser(grid, config.fuse, models.device),
-        conditions=make_conditions(
-            models,
-            grid,
-            texts,
-            request.per_view(request.negative_prompts, grid),
-            guided=request.guided,
-            micro_conditioning=config.micro_conditioning,
-            image=image,
+        groups=(
+            ViewGroup(
+                always(Fuser(grid, config.fuse, models.device), conditions), ClassifierFree(config.guidance_scale)
+            ),
         ),
         stepper=STEPPERS[config.stepper],
-        guidance_scale=config.guidance_scale,
         x0_hooks=hooks,
         patches=(partial(adapter_scale, scale=image_scale),),
     )

@@ -5,9 +5,11 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from resmaster_stages.diffusion.conditions import make_conditions, size_and_crop
+from resmaster_stages.diffusion.guidance import ClassifierFree, Moment
 from resmaster_stages.diffusion.image_prompts import adapter_scale, embed_crops, preprocess, require_adapter
 from resmaster_stages.diffusion.loop import predict, static_batches
 from resmaster_stages.diffusion.reference import pad_to_multiple, to_image, to_tensor, upsample
+from resmaster_stages.diffusion.schedule import make_schedule
 from resmaster_stages.diffusion.text import count_tokens, encode_prompts, truncated
 from resmaster_stages.diffusion.views import Grid, view_grid
 from resmaster_stages.errors import ConfigError
@@ -139,9 +141,12 @@ def predictions(ours, views, scale, order=None, batch=4, guidance=3.0, image=Tru
         image=embed_crops(ours, crops(len(views))[order], WHOLE) if image else None,
     )
     with torch.inference_mode(), adapter_scale(ours.unet, scale):
-        return predict(
-            ours.unet, views[order], torch.tensor(500), conditions, guidance, static_batches(len(views), batch)
+        rule, step = ClassifierFree(guidance), make_schedule({"beta_start": 1e-4}, 2)[0]
+        batches = static_batches(len(views), batch)
+        outputs = predict(
+            ours.unet, views[order], torch.tensor(500), conditions, Moment(step, rule.branches(step)), batches
         )
+        return rule.combine(outputs, step)
 
 
 def test_permuting_views_permutes_predictions():

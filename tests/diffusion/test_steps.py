@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from resmaster_stages.diffusion.fusing import Fuser
 from resmaster_stages.diffusion.schedule import make_schedule
-from resmaster_stages.diffusion.steppers import STEPPERS, ddim_implied, ddim_keep, posterior
+from resmaster_stages.diffusion.steppers import STEPPERS, ddim_ancestral, ddim_implied, ddim_keep, posterior
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.errors import ConfigError
 from tests.tiny_models import SCHEDULER
@@ -153,3 +153,20 @@ def test_zero_terminal_snr_starts_without_division_by_zero():
     config = euler_config(prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True)
     out = run(ddim_implied, make_schedule(config, 10), torch.randn(1, 4, 8, 8))
     assert torch.isfinite(out).all()
+
+
+def test_ancestral_steps_equal_diffusers_ddim_with_eta_1_and_the_posterior():
+    scheduler = DDIMScheduler(**SCHEDULER, clip_sample=False, set_alpha_to_one=False)
+    scheduler.set_timesteps(20)
+    z = theirs = torch.randn(1, 4, 8, 8, dtype=torch.float64)
+    for step in make_schedule({"_class_name": "DDIMScheduler", **scheduler.config}, 20):
+        noise = torch.randn_like(z)
+        x0, eps = step.split(z, model(z, step.t))
+        expected = scheduler.step(model(theirs, step.t), step.t, theirs, eta=1.0, variance_noise=noise).prev_sample
+        torch.testing.assert_close(
+            posterior(z, x0, eps, step, noise.clone), ddim_ancestral(z, x0, eps, step, noise.clone)
+        )
+        z, theirs = ddim_ancestral(z, x0, eps, step, noise.clone), expected
+        torch.testing.assert_close(z, theirs, atol=1e-5, rtol=1e-5)
+    step = make_schedule(euler_config(), 5)[-1]
+    assert torch.equal(ddim_ancestral(z, z, z, step, never), z)

@@ -1,0 +1,48 @@
+"""The 40 sizes that SDXL was trained on (Podell et al. 2023, appendix I): about native area, from 1:4 to 4:1.
+
+Knows nothing about methods. Sizes are (height, width) in px.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+_AT_1024 = (
+    *((512, width) for width in (2048, 1984, 1920, 1856)),
+    *((576, width) for width in (1792, 1728, 1664)),
+    *((640, width) for width in (1600, 1536)),
+    *((704, width) for width in (1472, 1408, 1344)),
+    *((768, width) for width in (1344, 1280)),
+    *((832, width) for width in (1216, 1152)),
+    *((896, width) for width in (1152, 1088)),
+    *((960, width) for width in (1088, 1024)),
+    *((1024, width) for width in (1024, 960)),
+    *((1088, width) for width in (960, 896)),
+    *((1152, width) for width in (896, 832)),
+    *((height, 768) for height in (1280, 1344)),
+    (1216, 832),
+    *((height, 704) for height in (1408, 1472)),
+    *((height, 640) for height in (1536, 1600)),
+    *((height, 576) for height in (1664, 1728, 1792)),
+    *((height, 512) for height in (1856, 1920, 1984, 2048)),
+)
+
+
+def buckets(native_px: int) -> tuple[tuple[int, int], ...]:
+    """The sizes for a model whose square pictures have an edge of `native_px`."""
+    return tuple((round(h * native_px / 1024), round(w * native_px / 1024)) for h, w in sorted(_AT_1024))
+
+
+def base_size(height: int, width: int, native_px: int) -> tuple[tuple[int, int], int]:
+    """The bucket of which whole multiples cover `height` x `width` px best, and the multiple (FouriScale's rule).
+
+    Of the buckets that fit both sides as often, the one with the least area to spare; where there is none, the one that
+    covers the picture with the least, by its longer multiple.
+    """
+
+    def spare(size: tuple[int, int]) -> tuple[bool, int]:
+        rows, cols = ceil(height / size[0]), ceil(width / size[1])
+        return rows != cols, max(rows, cols) ** 2 * size[0] * size[1]
+
+    best = min(buckets(native_px), key=spare)
+    return best, max(ceil(height / best[0]), ceil(width / best[1]))

@@ -1,0 +1,123 @@
+"""A cross-attention composer: what each view may take from the global prompt is read off the whole picture's attention.
+
+At every step the small picture, as noisy as the canvas, is predicted once with the global prompt (`capturing`), and every
+cross-attention's map, averaged over heads, is kept. A view's layer then gives
+
+    (1 - share) * attention to the view's own text + share * (map of the view's part of the picture) @ global values
+
+so a view hears of the global prompt's words as far as the whole picture has them there, and no further.
+
+Knows nothing about any method. Invariants:
+- Branches other than the text's are the plain ones; with `share` 0 all are. Everything is put back at the end.
+- Rows of a map sum to one, and a view whose box is the picture gets the picture's own map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resmaster_stages.diffusion.guidance import TEXT, Moment
+from resmaster_stages.diffusion.patches import bare, level_size, replaced_forward
+from resmaster_stages.diffusion.views import Grid
+
+
+def attention_map(query: Tensor, key: Tensor, heads: int) -> Tensor:
+    """[N, T, C] and [N, S, C] -> attention of every token to every word [N, T, S], averaged over heads."""
+    split = [each.unflatten(2, (heads, -1)).transpose(1, 2) for each in (query, key)]  # [N, heads, T or S, C / heads]
+    scores = split[0] @ split[1].transpose(2, 3) / split[0].shape[-1] ** 0.5
+    return scores.softmax(dim=-1).mean(dim=1)
+
+
+def sampled(maps: Tensor, places: Tensor) -> Tensor:
+    """`maps` [N, S, h, w] at `places` [N, T, 2] (x, y from -1 to 1, bicubic), every place's words summing to 1: [N, T, S]."""
+    words = F.grid_sample(
+        maps, places[:, None].to(maps.dtype), mode="bicubic", padding_mode="border", align_corners=False
+    )  # [N, S, 1, T]
+    words = words[:, :, 0].transpose(1, 2).clamp(min=0)
+    return words / words.sum(dim=-1, keepdim=True).clamp(min=1e-6)
+
+
+def _text(states: Any) -> Tensor:
+    """The text's part of what a cross-attention layer reads, with or without an IP-Adapter."""
+    return states[0] if isinstance(states, tuple) else states
+
+
+class Composer:
+    """The maps of one picture size and the views that read them.
+
+    grid: of the views, in latents. small: (height, width) of the small picture, in latents.
+    """
+
+    def __init__(self, grid: Grid, small: Sequence[int], share: float, moment: Moment, device: torch.device) -> None:
+        self.grid, self.small = grid, (small[0], small[1])
+        self.share, self.moment, self.device = share, moment, device
+        self.maps: dict[str, list[Tensor]] = {}  # layer -> batches of [n, S, h, w]
+        self.values: dict[str, list[Tensor]] = {}  # layer -> batches of [n, S, C]
+        self._capturing = False
+        self._places: dict[int, Tensor] = {}
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Within the block the UNet sees the small pictures with their global prompts, one row each; their maps are kept."""
+        self.maps, self.values, self._capturing = {}, {}, True
+        try:
+            yield
+        finally:
+            self._capturing = False
+
+    def places(self, tokens: int) -> Tensor:
+        """Centres of each view's tokens on the picture: [views, tokens, 2], (x, y) from -1 to 1."""
+        if tokens not in self._places:
+            grid = self.grid
+            rows, cols = level_size(grid.window_height, grid.window_width, tokens)
+            down = (torch.arange(rows) + 0.5) * grid.window_height / rows
+            across = (torch.arange(cols) + 0.5) * grid.window_width / cols
+            y, x = torch.meshgrid(down, across, indexing="ij")
+            origins = torch.tensor([box[:2] for box in grid.boxes])  # [views, 2]
+            y = (y.flatten() + origins[:, :1]) / grid.height
+            x = (x.flatten() + origins[:, 1:]) / grid.width
+            self._places[tokens] = (torch.stack([x, y], dim=-1) * 2 - 1).to(self.device)
+        return self._places[tokens]
+
+    def _keep(self, name: str, attention: Any, x: Tensor, text: Tensor) -> None:
+        words = attention_map(attention.to_q(x), attention.to_k(text), attention.heads)
+        size = level_size(*self.small, x.shape[1])
+        self.maps.setdefault(name, []).append(words.float().transpose(1, 2).unflatten(2, size))
+        self.values.setdefault(name, []).append(attention.to_v(text))
+
+    def _compose(self, name: str, attention: Any, y: Tensor) -> Tensor:
+        """The layer's plain output `y`, its text rows composed."""
+        items = self.moment.items
+        assert items is not None, "views are predicted within the denoising loop"
+        sample, view = items // len(self.grid), items % len(self.grid)
+        words = sampled(torch.cat(self.maps[name])[sample], self.places(y.shape[1])[view])  # [n, T, S]
+        heard = attention.to_out[0](words.to(y.dtype) @ torch.cat(self.values[name])[sample])  # [n, T, C]
+        rows = list(y.chunk(len(self.moment.branches)))
+        place = self.moment.branches.index(TEXT)
+        rows[place] = (1 - self.share) * rows[place] + self.share * heard
+        return torch.cat(rows)
+
+    def _layer(self, name: str, attention: Any, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward(x: Tensor, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+            y = plain(x, encoder_hidden_states, *args, **kwargs)
+            if self._capturing:
+                self._keep(name, attention, x, _text(encoder_hidden_states))
+                return y
+            return self._compose(name, attention, y)
+
+        return forward
+
+    @contextmanager
+    def patch(self, unet: Any) -> Iterator[None]:
+        """Within the block every cross-attention of `unet` is composed, or captured."""
+        with ExitStack() as stack:
+            for name, module in bare(unet).named_modules():
+                if name.endswith(".attn2"):
+                    stack.enter_context(replaced_forward(module, self._layer(name, module, module.forward)))
+            yield

@@ -1,0 +1,56 @@
+"""FreeU (Si et al. 2024) by the channel rule of ScaleCrafter, FouriScale and FreeScale.
+
+In the decoder, half of the backbone's channels are amplified and the skip connection's lowest frequencies damped: by
+(b1, s1) where the backbone has the UNet's greatest number of channels, by (b2, s2) where it has the next smaller. On SDXL
+that differs from diffusers' `enable_freeu`, which counts blocks, in two layers: the first of `up_blocks.1` and of
+`up_blocks.2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import fourier_filter
+from torch import Tensor
+
+from resmaster_stages.diffusion.patches import bare, replaced_forward
+
+
+def backbone_channels(unet: Any) -> dict[str, int]:
+    """Channels of each decoder layer's input that come from below rather than over the skip connection, by name."""
+    unet = bare(unet)
+    channels, below = {}, unet.mid_block.resnets[-1].out_channels
+    for number, block in enumerate(unet.up_blocks):
+        for place, resnet in enumerate(block.resnets):
+            channels[f"up_blocks.{number}.resnets.{place}"] = below
+            below = resnet.out_channels
+    return channels
+
+
+def modulated(plain: Callable[..., Tensor], channels: int, amplify: float, damp: float) -> Callable[..., Tensor]:
+    """`plain` (a decoder layer) with FreeU on its input: the backbone's `channels` first, then the skip connection's."""
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        backbone, skip = x[:, :channels], x[:, channels:]  # [N, C, h, w] each
+        half = channels // 2
+        parts = [backbone[:, :half] * amplify, backbone[:, half:], fourier_filter(skip, threshold=1, scale=damp)]
+        return plain(torch.cat(parts, dim=1), *args, **kwargs)
+
+    return forward
+
+
+@contextmanager
+def freeu(unet: Any, b1: float = 1.1, b2: float = 1.2, s1: float = 0.6, s2: float = 0.4) -> Iterator[None]:
+    """Within the block FreeU is on. The defaults are those of the three methods."""
+    widths = sorted(set(bare(unet).config.block_out_channels), reverse=True)
+    strengths = dict(zip(widths, [(b1, s1), (b2, s2)]))
+    with ExitStack() as stack:
+        for name, channels in backbone_channels(unet).items():
+            if channels in strengths:
+                resnet = bare(unet).get_submodule(name)
+                forward = modulated(resnet.forward, channels, *strengths[channels])
+                stack.enter_context(replaced_forward(resnet, forward))
+        yield

@@ -1,0 +1,72 @@
+"""Changing a UNet for a while: which layers, and how their computation is replaced and put back.
+
+Knows nothing about any method.
+
+Invariants:
+- What a block replaced is put back when it is left, exceptions included; blocks may be nested, inner ones last.
+- Layers are chosen by place, not by number: `down_blocks.-1` is the deepest block of a UNet of any depth.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from resmaster_stages.errors import ConfigError
+
+
+def bare(unet: Any) -> Any:
+    """The UNet itself where torch.compile wraps it."""
+    return getattr(unet, "_orig_mod", unet)
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the block `module` computes `forward`."""
+    before = module.__dict__.get("forward")
+    object.__setattr__(module, "forward", forward)
+    try:
+        yield
+    finally:
+        if before is None:
+            object.__delattr__(module, "forward")
+        else:
+            object.__setattr__(module, "forward", before)
+
+
+def chosen_layers(unet: Any, patterns: Mapping[str, float], method: str) -> dict[str, float]:
+    """The convolutions that `patterns` name, each with its pattern's value. Raises ConfigError if there are none.
+
+    A pattern is a place in the UNet: `down_blocks.-1.resnets` (both 3 x 3 convolutions of every residual block there),
+    `mid_block.resnets`, `up_blocks.0.upsamplers`, `down_blocks.-2.downsamplers`. Down blocks count from the deepest
+    (-1), up blocks likewise (0): on SDXL these are `down_blocks.2`, `mid_block`, ... What a UNet lacks is left out.
+    """
+    names = [name for name, module in bare(unet).named_modules() if isinstance(module, nn.Conv2d)]
+    depth = len(bare(unet).down_blocks)
+    chosen: dict[str, float] = {}
+    for pattern, value in patterns.items():
+        place = re.sub(r"\.(-\d+)\.", lambda match: f".{depth + int(match[1])}.", pattern)
+        part = r"\d+\.conv[12]" if place.endswith("resnets") else r"\d+\.conv"
+        chosen |= {name: value for name in names if re.fullmatch(rf"{re.escape(place)}\.{part}", name)}
+    if patterns and not chosen:
+        raise ConfigError(
+            f"method {method}: the model's UNet has none of its layers ({', '.join(patterns)}); use an SDXL model"
+        )
+    return chosen
+
+
+def level_size(height: int, width: int, tokens: int) -> tuple[int, int]:
+    """(height, width) of the UNet's level that has as many `tokens`, for an input of `height` x `width` latents."""
+    for level in range(8):
+        rows, cols = -(-height // 2**level), -(-width // 2**level)
+        if rows * cols == tokens:
+            return rows, cols
+    raise ValueError(f"{tokens} tokens are no level of {height} x {width} latents")
+
+
+Layer = Callable[[nn.Conv2d, Tensor], Tensor]
+"""A way to compute a convolution layer of features [N, C, h, w]."""

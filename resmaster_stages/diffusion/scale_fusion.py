@@ -1,0 +1,113 @@
+"""Scale fusion (FreeScale): self-attention whose fine detail is the canvas's and whose coarse detail is the windows'.
+
+    out = global + blur(local - global)
+
+global: attention over the whole canvas. local: attention inside overlapping windows of the native size, averaged. Both
+read the same projections, which are computed once on the canvas; windows run as one batch.
+
+Knows nothing about any method. Invariants:
+- Layers whose canvas is one window are the plain ones, and everything is put back at the end of the block.
+- The places of the windows are drawn once per step and level, from the first sample's generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resmaster_stages.diffusion.frequency import gaussian_blur
+from resmaster_stages.diffusion.guidance import Moment
+from resmaster_stages.diffusion.patches import bare, level_size, replaced_forward
+from resmaster_stages.diffusion.scattered import Origins, ScatteredViews, clamped, jittered
+from resmaster_stages.diffusion.views import Grid
+
+
+class Windows:
+    """The windows of each level of a UNet: `window` x `window` latents on a canvas of `height` x `width` latents.
+
+    jitter: `clamped` (shifts inside the canvas), `zeros` (beyond it, where windows see zero tokens) or `off`.
+    """
+
+    def __init__(
+        self, height: int, width: int, window: int, jitter: str, generator: torch.Generator, moment: Moment
+    ) -> None:
+        self.height, self.width, self.window = height, width, window
+        self.jitter, self.generator, self.moment = jitter, generator, moment
+        self._places = cache(self._draw)
+
+    def grid(self, tokens: int) -> Grid:
+        """The grid of the level that has as many tokens."""
+        rows, cols = level_size(self.height, self.width, tokens)
+        window = max(1, round(self.window * rows / self.height))
+        return Grid(rows, cols, window, max(1, window // 2))
+
+    def _draw(self, tokens: int, index: int) -> Origins:
+        grid = self.grid(tokens)
+        if self.jitter == "off":
+            return [(y, x) for y in grid.rows for x in grid.cols]
+        origins = jittered(grid, self.generator)
+        return origins if self.jitter == "zeros" else clamped(grid, origins)
+
+    def views(self, tokens: int, rows: int, device: torch.device) -> ScatteredViews:
+        """Windows of the present step for `rows` canvases of `tokens` tokens each."""
+        origins = self._places(tokens, self.moment.index)
+        return ScatteredViews(self.grid(tokens), [origins] * rows, "uniform", device)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Attention of [N, T, C] among themselves -> [N, T, C]."""
+    split = [each.unflatten(2, (heads, -1)).transpose(1, 2) for each in (query, key, value)]  # [N, heads, T, C / heads]
+    return F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+
+
+def windowed(query: Tensor, key: Tensor, value: Tensor, heads: int, views: ScatteredViews) -> Tensor:
+    """Attention of [N, T, C] inside windows, averaged where they overlap -> [N, T, C]."""
+    size = (views.grid.height, views.grid.width)
+
+    def cut(tokens: Tensor) -> Tensor:
+        return views.cut(tokens.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)  # [N * windows, t, C]
+
+    local = attend(cut(query), cut(key), cut(value), heads)
+    window = (views.grid.window_height, views.grid.window_width)
+    return views.fuse(local.transpose(1, 2).unflatten(2, window)).flatten(2).transpose(1, 2).to(query.dtype)
+
+
+def blur_features(tokens: Tensor, radius: int) -> Tensor:
+    """[N, T, C] blurred along C, std 1: what the authors' three-dimensional kernel does besides the canvas's two axes."""
+    return gaussian_blur(tokens[:, None], radius, 1.0, axes=(3,))[:, 0]
+
+
+def _fused(
+    attention: Any, plain: Callable[..., Tensor], windows: Windows, radius: int, features: bool
+) -> Callable[..., Tensor]:
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows, tokens, _ = x.shape
+        grid = windows.grid(tokens)
+        if len(grid) == 1:
+            return plain(x, *args, **kwargs)
+        query, key, value = attention.to_q(x), attention.to_k(x), attention.to_v(x)
+        whole = attention.to_out[0](attend(query, key, value, attention.heads))
+        local = windowed(query, key, value, attention.heads, windows.views(tokens, rows, x.device))
+        difference = attention.to_out[0](local) - whole  # [N, T, C]
+        canvas = difference.transpose(1, 2).unflatten(2, (grid.height, grid.width))
+        coarse = gaussian_blur(canvas, radius, 1.0).flatten(2).transpose(1, 2)
+        return whole + (blur_features(coarse, radius) if features else coarse)
+
+    return forward
+
+
+@contextmanager
+def scale_fusion(unet: Any, windows: Windows, radius: int, features: bool = False) -> Iterator[None]:
+    """Within the block every self-attention of the UNet is fused. radius: of the blur, in tokens; 0 leaves the windows."""
+    with ExitStack() as stack:
+        for name, module in bare(unet).named_modules():
+            if name.endswith(".attn1"):
+                forward = _fused(module, module.forward, windows, radius, features)
+                stack.enter_context(replaced_forward(module, forward))
+        yield

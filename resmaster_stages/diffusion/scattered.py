@@ -1,0 +1,122 @@
+"""Views beyond the regular grid: windows that are shifted at random at every step, and interleaved (dilated) samples.
+
+Knows nothing about models. Both are ways of cutting and fusing as the loop wants them: samples first, then views.
+
+Invariants:
+- The number of views and their size never change, so the UNet sees one static shape.
+- `fuse(cut(canvas)) == canvas` up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resmaster_stages.diffusion.fusing import window_weights
+from resmaster_stages.diffusion.views import Grid
+
+Origins = list[tuple[int, int]]
+"""(y0, x0) of each window, row-major."""
+
+
+def _shift(generator: torch.Generator, low: int, high: int) -> int:
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def jittered(grid: Grid, generator: torch.Generator) -> Origins:
+    """The grid's windows, each shifted by up to a quarter of what neighbours overlap: DemoFusion's random crops.
+
+    Inner windows go either way, border windows outwards only (beyond the canvas); an axis with one window stays.
+    """
+    reach = jitter_reach(grid)
+
+    def place(origins: tuple[int, ...], index: int) -> int:
+        if len(origins) == 1:
+            return origins[0]
+        low = -reach if index < len(origins) - 1 else 0
+        high = reach if index > 0 else 0
+        return origins[index] + _shift(generator, low, high)
+
+    return [
+        (place(grid.rows, row), place(grid.cols, col)) for row in range(len(grid.rows)) for col in range(len(grid.cols))
+    ]
+
+
+def jitter_reach(grid: Grid) -> int:
+    """Longest shift of a window, in units of the grid."""
+    return (grid.window - grid.stride) // 4
+
+
+def clamped(grid: Grid, origins: Origins) -> Origins:
+    """`origins` kept inside the canvas."""
+    bottom, right = grid.height - grid.window_height, grid.width - grid.window_width
+    return [(min(max(y, 0), bottom), min(max(x, 0), right)) for y, x in origins]
+
+
+class ScatteredViews:
+    """Windows at any place, each sample's own; what a window sees beyond the canvas is zero.
+
+    origins: per sample, as many for each. kind: weight of a window's cells where windows overlap.
+    """
+
+    def __init__(self, grid: Grid, origins: Sequence[Origins], kind: str, device: torch.device | str = "cpu") -> None:
+        self.grid, self.origins = grid, origins
+        self.margin = jitter_reach(grid)
+        overlap = grid.window - grid.stride
+        rows, cols = (window_weights(kind, side, overlap) for side in (grid.window_height, grid.window_width))
+        self.weight = (rows[:, None] * cols).float().to(device)  # [wh, ww]
+
+    def _box(self, origin: tuple[int, int]) -> tuple[slice, slice]:
+        y, x = origin[0] + self.margin, origin[1] + self.margin
+        return slice(y, y + self.grid.window_height), slice(x, x + self.grid.window_width)
+
+    def cut(self, canvas: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B * views, C, wh, ww]."""
+        padded = F.pad(canvas, (self.margin,) * 4)
+        boxes = [(sample, *self._box(o)) for sample, origins in enumerate(self.origins) for o in origins]
+        return torch.stack([padded[sample, :, rows, cols] for sample, rows, cols in boxes])
+
+    def fuse(self, views: Tensor) -> Tensor:
+        """[B * views, C, wh, ww] -> [B, C, H, W], float32: the weighted average, added up in a fixed order."""
+        margin, (height, width) = self.margin, (self.grid.height, self.grid.width)
+        total = views.new_zeros(
+            len(self.origins), views.shape[1], height + 2 * margin, width + 2 * margin, dtype=torch.float32
+        )
+        weight = torch.zeros_like(total[:, :1])  # [B, 1, H + 2 m, W + 2 m]
+        each = iter(views.float())
+        for sample, origins in enumerate(self.origins):
+            for origin in origins:
+                rows, cols = self._box(origin)
+                total[sample, :, rows, cols] += next(each) * self.weight
+                weight[sample, :, rows, cols] += self.weight
+        inside = (..., slice(margin, margin + height), slice(margin, margin + width))
+        return total[inside] / weight[inside]
+
+
+class InterleavedViews:
+    """`factor` x `factor` views, each of every `factor`-th cell: the whole picture at native size (dilated sampling).
+
+    A canvas that is no multiple of the factor is padded with zeros at the top and left.
+    """
+
+    def __init__(self, height: int, width: int, factor: int) -> None:
+        self.height, self.width, self.factor = height, width, factor
+
+    def __len__(self) -> int:
+        return self.factor**2
+
+    def cut(self, canvas: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B * k * k, C, H / k, W / k], rounded up."""
+        k = self.factor
+        padded = F.pad(canvas, (-self.width % k, 0, -self.height % k, 0))
+        cells = padded.unflatten(3, (-1, k)).unflatten(2, (-1, k))  # [B, C, h, k, w, k]
+        return cells.permute(0, 3, 5, 1, 2, 4).flatten(0, 2)
+
+    def fuse(self, views: Tensor) -> Tensor:
+        """[B * k * k, C, h, w] -> [B, C, H, W], float32."""
+        k = self.factor
+        cells = views.float().unflatten(0, (-1, k, k)).permute(0, 3, 4, 1, 5, 2)  # [B, C, h, k, w, k]
+        return cells.flatten(4, 5).flatten(2, 3)[..., -self.height :, -self.width :]

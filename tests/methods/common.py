@@ -1,0 +1,88 @@
+"""What the tests of several methods share."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+
+from resmaster_stages.config import UpscaleConfig
+from resmaster_stages.diffusion.reference import pad_to_multiple, to_tensor, upsample
+from resmaster_stages.diffusion.schedule import Step, make_schedule
+from resmaster_stages.methods.request import Reference, Request
+from resmaster_stages.models.loading import Models
+from resmaster_stages.upscale import target_size
+from tests.tiny_models import SCHEDULER, tiny, tiny_adapted
+
+
+def adapted() -> Models:
+    return Models.from_pipeline(tiny_adapted())
+
+
+def plain() -> Models:
+    return Models.from_pipeline(tiny())
+
+
+def picture(width=64, height=64, seed=0) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def settings(method, **values) -> UpscaleConfig:
+    return UpscaleConfig.model_validate({"method": method, "steps": 2, "scale": 2, **values})
+
+
+def request(models, config, low_res=None, prompt="a cat") -> Request:
+    """What `upscale_image` asks a method for."""
+    image = low_res or picture()
+    height, width = target_size(image.height, image.width, config.scale)
+    pixels = pad_to_multiple(upsample(image, height, width), models.latent_factor)
+    reference = Reference(models, pixels, config.scale, to_tensor(image))
+    return Request(models, config, height, width, (prompt,), (config.negative_prompt,), reference=reference)
+
+
+def schedule(steps=50) -> tuple[Step, ...]:
+    return make_schedule({"_class_name": "EulerDiscreteScheduler", **SCHEDULER}, steps)
+
+
+def difference(a: Image.Image, b: Image.Image) -> int:
+    return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
+
+
+@contextmanager
+def counted(unet):
+    """Shapes of the UNet's calls within the block."""
+    shapes, original = [], unet.forward
+
+    def forward(sample, *args, **kwargs):
+        shapes.append(tuple(sample.shape))
+        return original(sample, *args, **kwargs)
+
+    unet.forward = forward
+    try:
+        yield shapes
+    finally:
+        del unet.forward
+
+
+def sdxl_shaped(channels=(8, 16, 32)) -> UNet2DConditionModel:
+    """A UNet with the blocks of SDXL, so with its module names, but narrow and shallow in its transformers."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=channels,
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+        cross_attention_dim=8,
+        norm_num_groups=4,
+        use_linear_projection=True,
+    )
+    return unet.eval().requires_grad_(False)
+
+
+def forwards(unet) -> dict:
+    """The forward that each module carries itself, by name: what patches put there."""
+    return {name: module.__dict__["forward"] for name, module in unet.named_modules() if "forward" in module.__dict__}

@@ -1,0 +1,178 @@
+import numpy as np
+import pytest
+import torch
+
+from resmaster_stages.diffusion.guidance import TEXT, Moment
+from resmaster_stages.diffusion.scale_fusion import Windows, attend, blur_features, scale_fusion, windowed
+from resmaster_stages.methods.freescale import layer_rules
+from resmaster_stages.upscale import upscale_image
+from tests.methods.common import (
+    adapted,
+    counted,
+    difference,
+    forwards,
+    picture,
+    plain,
+    schedule,
+    sdxl_shaped,
+    settings,
+)
+
+
+def windows(height=32, width=32, window=16, jitter="off", seed=0, index=0):
+    moment = Moment(schedule()[index], (TEXT,))
+    return Windows(height, width, window, jitter, torch.Generator().manual_seed(seed), moment)
+
+
+def run_unet(unet, size=32):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 4, size, size, generator=generator)
+    return unet(x, torch.tensor(500), torch.randn(2, 3, 8, generator=generator), return_dict=False)[0]
+
+
+def test_on_sdxl_nine_convolutions_are_dilated_until_step_35():
+    rules = layer_rules(sdxl_shaped(), 4, 35)
+    assert set(rules) == {
+        "down_blocks.1.downsamplers.0.conv",
+        *(f"{place}.resnets.{i}.conv{c}" for place in ("down_blocks.2", "mid_block") for i in range(2) for c in (1, 2)),
+    }
+    for rule in rules.values():
+        assert (rule(34, TEXT).factor, rule(35, TEXT).factor) == (4, 1)
+    assert layer_rules(sdxl_shaped(), 1, 35) == {}
+
+
+def test_levels_are_told_by_their_tokens():
+    grids = windows(37, 20)
+    assert (grids.grid(37 * 20).height, grids.grid(37 * 20).window, grids.grid(37 * 20).stride) == (37, 16, 8)
+    assert (grids.grid(19 * 10).height, grids.grid(19 * 10).window) == (19, 8)
+    assert (grids.grid(10 * 5).width, grids.grid(10 * 5).stride) == (5, 2)
+    with pytest.raises(ValueError, match="no level"):
+        grids.grid(7)
+
+
+@pytest.mark.parametrize("jitter", ["off", "clamped"])
+def test_batched_windows_equal_a_loop_over_them(jitter):
+    query, key, value = torch.randn(3, 2, 16 * 24, 8)
+    views = windows(16, 24, 8, jitter).views(16 * 24, 2, query.device)
+    total, count = torch.zeros(2, 16, 24, 8), torch.zeros(16, 24, 1)
+    grids = [each.unflatten(1, (16, 24)) for each in (query, key, value)]
+    for y, x in views.origins[0]:
+        box = (slice(None), slice(y, y + 8), slice(x, x + 8))
+        total[box] += attend(*(each[box].flatten(1, 2) for each in grids), 2).unflatten(1, (8, 8))
+        count[box[1:]] += 1
+    torch.testing.assert_close(windowed(query, key, value, 2, views), (total / count).flatten(1, 2))
+
+
+def test_one_window_without_jitter_is_plain_attention():
+    unet = sdxl_shaped()
+    base = run_unet(unet)
+    with scale_fusion(unet, windows(window=32), radius=1):
+        assert torch.equal(run_unet(unet), base)
+    query, key, value = torch.randn(3, 2, 16 * 16, 8)
+    views = windows(16, 16, 16).views(256, 2, query.device)
+    torch.testing.assert_close(windowed(query, key, value, 2, views), attend(query, key, value, 2))
+
+
+def test_the_fused_layer_is_the_plain_one_where_local_and_global_agree():
+    """With equal keys everywhere attention is the mean of values; of constant values, the same in and out of windows."""
+    unet = sdxl_shaped()
+    layer = unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1
+    x = torch.ones(2, 16 * 16, 16)
+    expected = layer(x)
+    with scale_fusion(unet, windows(), radius=1):
+        torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-4)
+        noisy = torch.randn(2, 16 * 16, 16)
+        fused = layer(noisy)
+    whole = layer(noisy)
+    assert (fused - whole).abs().max() > 1e-4
+    # blur(global) + detail(global) = global: the fused layer's own detail is the global one's.
+    with scale_fusion(unet, windows(), radius=0):
+        local = layer(noisy)
+    blurred = torch.nn.functional.conv2d(
+        (local - whole).transpose(1, 2).unflatten(2, (16, 16)),
+        (lambda k: torch.outer(k, k) / k.sum() ** 2)(torch.tensor([np.exp(-0.5), 1.0, np.exp(-0.5)]).float()).expand(
+            16, 1, 3, 3
+        ),
+        padding=1,
+        groups=16,
+    )
+    torch.testing.assert_close(fused - whole, blurred.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-4)
+
+
+def test_the_authors_kernel_blurs_features_too():
+    tokens = torch.zeros(1, 3, 9)
+    tokens[0, 1, 4] = 1
+    blurred = blur_features(tokens, 1)
+    assert blurred[0, 1, 3] == blurred[0, 1, 5] > 0.2
+    assert blurred[0, 0].abs().max() == 0
+    assert blurred.sum() == pytest.approx(1)
+
+
+def test_places_are_new_at_every_step_and_the_same_for_all_layers_of_a_level():
+    moving = windows(jitter="zeros")
+    first = moving.views(32 * 32, 1, torch.device("cpu")).origins[0]
+    assert moving.views(32 * 32, 3, torch.device("cpu")).origins == [first] * 3
+    moving.moment.step = schedule()[1]
+    assert moving.views(32 * 32, 1, torch.device("cpu")).origins[0] != first
+
+
+def test_fusion_is_undone_after_exceptions():
+    unet = sdxl_shaped()
+    base = run_unet(unet)
+    with pytest.raises(RuntimeError, match="boom"), scale_fusion(unet, windows(jitter="zeros"), 1):  # noqa: PT012
+        assert (run_unet(unet) - base).abs().max() > 1e-5
+        raise RuntimeError("boom")
+    assert torch.equal(run_unet(unet), base)
+    assert forwards(unet) == {}
+
+
+@pytest.mark.parametrize(
+    ("values", "shapes"),
+    [
+        ({"steps": 10}, [(2, 4, 32, 32)] * 7),
+        ({"scale": 4, "steps": 2}, [(2, 4, 32, 32)] * 2 + [(2, 4, 64, 64)] * 2),
+        ({"scale": 4, "steps": 2, "freescale": {"phases": "last", "start": 0.5}}, [(2, 4, 64, 64)]),
+        ({"preset": "faithful", "steps": 2}, [(2, 4, 32, 32)] * 2),
+        ({"scale": 1, "steps": 2}, [(2, 4, 16, 16)] * 2),
+    ],
+)
+def test_unet_calls(values, shapes):
+    ours = plain()
+    with counted(ours.unet) as calls:
+        upscale_image(ours, picture(), "a cat", config=settings("freescale", **values))
+    assert calls == shapes
+    assert forwards(ours.unet) == {}
+
+
+def make(image=None, seed=0, **values):
+    return upscale_image(
+        adapted(), image or picture(), "a cat", config=settings(**{"method": "freescale", **values}), seed=seed
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"alpha": 0.5},
+        {"dilate_until": 0.0},
+        {"fusion": False},
+        {"blur": "features"},
+        {"jitter": "zeros"},
+        {"freeu": True},
+    ],
+)
+def test_every_knob_has_an_effect(change):
+    assert np.abs(np.asarray(make(steps=3)).astype(int) - np.asarray(make(steps=3, freescale=change))).sum() > 0
+
+
+def test_a_seed_decides_the_picture_and_the_reference_is_followed():
+    assert make(seed=1).tobytes() == make(seed=1).tobytes()
+    assert difference(make(seed=1), make(seed=2)) > 0
+    held = {"freescale": {"alpha": 0.0}}  # every latent is the noised reference
+    assert difference(make(picture(seed=1), **held), make(picture(seed=2), **held)) > 10
+
+
+def test_without_its_parts_it_is_direct_inference_from_the_noised_reference():
+    bare = {"fusion": False, "dilate_until": 0.0, "alpha": 1e9, "start": 0.0}
+    ours = make(scale=1, freescale=bare)
+    assert difference(ours, make(scale=1, method="direct", init="noised_lr")) <= 1

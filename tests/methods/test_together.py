@@ -1,0 +1,55 @@
+"""What holds for all methods."""
+
+import numpy as np
+import pytest
+
+from resmaster_stages.config import METHOD_PRESETS, METHODS
+from resmaster_stages.errors import ConfigError
+from resmaster_stages.methods import METHODS as COMPOSED
+from resmaster_stages.upscale import upscale_image
+from tests.methods.common import adapted, forwards, picture, request, settings
+
+CASES = [(method, preset) for method in METHODS for preset in METHOD_PRESETS.get(method, ("default",))]
+
+
+def make(method, preset, **values):
+    return upscale_image(adapted(), picture(40, 56), "a cat", config=settings(method, preset=preset, **values), seed=2)
+
+
+def test_methods_do_not_depend_on_what_ran_before():
+    first = {case: make(*case).tobytes() for case in CASES}
+    again = {case: make(*case).tobytes() for case in reversed(CASES)}
+    assert first == again
+    assert forwards(adapted().unet) == {}
+    assert len(set(first.values())) >= len(CASES) - 1  # the two presets of c_upscale are one
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_that_follow_a_picture_say_so_where_there_is_none(method):
+    asked = request(adapted(), settings(method))
+    object.__setattr__(asked, "reference", None)
+    follows = method in ("resmaster", "demofusion", "freescale", "c_upscale")
+    if not follows:
+        assert len(COMPOSED[method](asked)) == 1
+        return
+    with pytest.raises(ConfigError, match=f"method {method} follows a low-res picture"):
+        [stage.begin(None, None, None) for stage in COMPOSED[method](asked)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_failure_in_the_middle_leaves_the_model_as_it_was(method):
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        upscale_image(adapted(), picture(), "a", config=settings(method), progress=interrupt)
+    assert forwards(adapted().unet) == {}
+
+
+@pytest.mark.parametrize(("method", "preset"), CASES)
+def test_pictures_are_seen_to_differ_with_the_seed(method, preset):
+    a, b = (
+        np.asarray(upscale_image(adapted(), picture(), "a", config=settings(method, preset=preset), seed=s)).astype(int)
+        for s in (0, 1)
+    )
+    assert np.abs(a - b).sum() > 0
