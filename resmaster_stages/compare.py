@@ -22,7 +22,6 @@ import yaml
 from PIL import Image
 
 from resmaster_stages.config import DatasetConfig, parse_config
-from resmaster_stages.diffusion.cost import UnetCost, unet_cost
 from resmaster_stages.errors import ConfigError, PlanError, SampleError, UserError
 from resmaster_stages.identity import digest, image_key
 from resmaster_stages.metrics.repeats import mentions, repeated_objects
@@ -300,19 +299,21 @@ def _manifest(dataset: Dataset) -> dict[str, dict[str, Any]]:
 def _facts(variant: Variant, dataset: Dataset, manifest: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Sizes, means of the quality table, UNet cost and seconds per picture."""
     config = dataset.config
-    native, factor = native_px(config.model), latent_factor(config.model)
-    costs: list[UnetCost] = [unet_cost(config.upscale, row["height"], row["width"], native, factor) for row in manifest]
     means: dict[str, Any] = {}
     for name in MEANS:
         values = [row[name] for row in manifest if row[name] is not None]
         means[name] = sum(values) / len(values) if values else None
-    seconds: dict[str, Any] = {"seconds_captions": None}
+    cost: dict[str, Any] = {"seconds_captions": None}
     hashes = stage_hashes(config)
     for stage in ("captions", "high_res"):
         if stage in hashes:
             receipts = list_commits(dataset.folder, stage, hashes[stage]).values()
             samples = sum(receipt.samples_ok + receipt.samples_failed for receipt in receipts)
-            seconds[f"seconds_{stage}"] = sum(r.seconds for r in receipts) / samples if samples else None
+            cost[f"seconds_{stage}"] = sum(r.seconds for r in receipts) / samples if samples else None
+            if stage == "high_res":
+                for name in ("calls", "rows", "native_rows"):
+                    counted = sum(receipt.provenance["unet"][name] for receipt in receipts)
+                    cost[f"unet_{name}"] = counted / samples if samples else None
     return {
         "scale": variant.scale,
         "method": variant.method,
@@ -322,10 +323,7 @@ def _facts(variant: Variant, dataset: Dataset, manifest: Sequence[Mapping[str, A
         "height": manifest[0]["height"],
         "width": manifest[0]["width"],
         **means,
-        "unet_calls": sum(cost.calls for cost in costs) / len(costs),
-        "unet_rows": sum(cost.rows for cost in costs) / len(costs),
-        "unet_native_rows": sum(cost.native_rows for cost in costs) / len(costs),
-        **seconds,
+        **cost,
     }
 
 

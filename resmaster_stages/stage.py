@@ -29,6 +29,7 @@ from typing import Any, overload
 from numpy.typing import NDArray
 
 from resmaster_stages.config import DatasetConfig, Stage, stage_hash
+from resmaster_stages.diffusion.cost import counting
 from resmaster_stages.errors import PlanError, ShardError
 from resmaster_stages.progress import reporter
 from resmaster_stages.storage import layout
@@ -115,7 +116,8 @@ def run_stage(
         features_name = layout.features_object(stage, shard, attempt)
         target, features = (Path(scratch) / Path(each).name for each in (name, features_name))
         compute = process or importlib.import_module(MODULES[stage]).process
-        good, failures = _compute(compute, config, stage, shard, hashes[stage], samples, target, features)
+        with counting() as unet_cost:
+            good, failures = _compute(compute, config, stage, shard, hashes[stage], samples, target, features)
         seconds = time.monotonic() - started
         ledger = None
         if failures:
@@ -145,7 +147,7 @@ def run_stage(
                 upstream={name: found.attempt for name, found in samples.receipts.items()},
                 seconds=round(seconds, 3),
                 finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                provenance={**own_provenance(), **(provenance or {})},
+                provenance={**own_provenance(), "unet": asdict(unet_cost), **(provenance or {})},
             ),
             [(name, target), *([(features_name, features)] if features.exists() else [])],
             ledger,

@@ -1,36 +1,46 @@
-"""What a method costs in UNet evaluations, from the grid and the settings. Loads no model and no torch.
+"""What pictures cost in UNet evaluations: counted where the UNet is called, for every method alike. Needs no torch.
 
-Invariant: the counts are those of `diffusion.loop.denoise`, which a test counts on a real UNet.
+The counts depend on `view_batch` (a short batch repeats a view), so they belong to commit records, not to samples.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
-from resmaster_stages.config import UpscaleConfig
-from resmaster_stages.diffusion.views import view_grid, whole_canvas
 
-
-@dataclass(frozen=True)
+@dataclass
 class UnetCost:
-    """Of one picture."""
+    """A running count."""
 
-    calls: int
-    """Forward passes; depends on `view_batch`."""
-    rows: int
-    """Views through the UNet in all passes, guidance branches and repeats of short batches counted."""
-    native_rows: float
-    """`rows` times a view's area over the native area: what to compare methods of different views by."""
+    calls: int = 0
+    """Forward passes."""
+    rows: int = 0
+    """Views through the UNet in all passes; guidance branches and repeats of short batches count."""
+    native_rows: float = 0.0
+    """`rows` in units of a view of the native area: what to compare methods of different views by."""
 
 
-def unet_cost(config: UpscaleConfig, height: int, width: int, native_px: int, latent_factor: int) -> UnetCost:
-    """The cost of one picture of `height` x `width` px by `config.method`."""
-    if config.method == "direct":
-        grid = whole_canvas(height, width, latent_factor)
-    else:
-        grid = view_grid(height, width, native_px, config.stride, latent_factor)
-    batches = -(-len(grid) // config.view_batch)
-    size = -(-len(grid) // batches)
-    rows = config.steps * batches * size * (2 if config.guidance_scale != 1 else 1)
-    area = grid.window_height * grid.window_width / (native_px // latent_factor) ** 2
-    return UnetCost(config.steps * batches, rows, rows * area)
+_counter: ContextVar[UnetCost | None] = ContextVar("unet_cost", default=None)
+
+
+@contextmanager
+def counting() -> Iterator[UnetCost]:
+    """The cost of all UNet calls within the block."""
+    cost = UnetCost()
+    token = _counter.set(cost)
+    try:
+        yield cost
+    finally:
+        _counter.reset(token)
+
+
+def count_call(rows: int, area: float) -> None:
+    """One UNet call of `rows` views, each `area` times the native area."""
+    cost = _counter.get()
+    if cost is not None:
+        cost.calls += 1
+        cost.rows += rows
+        cost.native_rows += rows * area

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from resmaster_stages.diffusion.conditions import Conditions
+from resmaster_stages.diffusion.cost import count_call
 from resmaster_stages.diffusion.guidance import Guidance, Moment
 from resmaster_stages.diffusion.schedule import Step
 from resmaster_stages.diffusion.steppers import Stepper
@@ -104,6 +105,7 @@ def predict(
         moment.items = items
         rows = views[items].to(unet.dtype).repeat(len(branches), 1, 1, 1)  # branch by branch
         arguments = conditions.batch(items, branches)
+        count_call(len(rows), rows[0, 0].numel() / unet.config.sample_size**2)
         outputs.append(unet(rows, timestep, **arguments, return_dict=False)[0].float().chunk(len(branches)))
     return [torch.cat(parts)[: len(views)] for parts in zip(*outputs)]
 
