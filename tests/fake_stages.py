@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from resmaster_stages.config import DatasetConfig, Stage, parse_config
+from resmaster_stages.diffusion.cost import count_call
 from resmaster_stages.errors import SampleError
 from resmaster_stages.identity import canonical_json
 from resmaster_stages.prompts import ingest
@@ -86,6 +87,7 @@ def high_res(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Outpu
     for sample in samples:
         assert sample.low_res is not None
         assert [(row["row"], row["col"]) for row in sample.captions] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        count_call(4, 1.0)
         if _fails(sample, "high_res"):
             yield Output(sample.key, error=SampleError("told to fail"))
         else:

@@ -19,7 +19,7 @@ from flows.compare import compare
 from resmaster_stages.compare import at_scale, low_res_size, reference_features, share_low_res, variants
 from resmaster_stages.compare_report import SheetRow, sheet
 from resmaster_stages.config import METHODS, DatasetConfig, UpscaleConfig, Weights, load_config, parse_config
-from resmaster_stages.diffusion.cost import counting
+from resmaster_stages.diffusion.cost import count_call, counting
 from resmaster_stages.errors import ConfigError, SampleError, UserError
 from resmaster_stages.gallery import write_report
 from resmaster_stages.preview import Preview, check_sizes
@@ -210,6 +210,8 @@ def no_captions(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Ou
     for sample in samples:
         assert sample.low_res
         assert sample.low_res.open().size == (16, 16)
+        count_call(8, 0.5)
+        count_call(8, 0.5)
         yield Output(sample.key, files=fake_stages.files_of(sample, 64))
 
 
@@ -258,7 +260,7 @@ def test_a_comparison_is_datasets_a_table_a_page_and_sheets(
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines()]
     assert ["4x4,", "n", "=", "4", "direct", "resmaster"] in lines
-    assert ["UNet", "calls", "5", "5"] in lines
+    assert ["UNet", "calls", "2", "1"] in lines
     assert f"comparison: {tmp_path}/out/d-compare/compare.md" in out
     folder = tmp_path / "out" / "d-compare"
     rows = pq.read_table(folder / "compare.parquet").to_pylist()
