@@ -275,8 +275,8 @@ def test_a_comparison_is_datasets_a_table_a_page_and_sheets(
     assert direct["kid_u_low"] is not None
     assert direct["fid_c"] is None, "against low-res images there are no native-size crops"
     assert (direct["agreement_psnr"], direct["clip_score"], direct["repeat_rate"]) == (30.0, None, None)
-    assert (direct["unet_calls"], direct["unet_rows"]) == (5, 10)
-    assert (resmaster["unet_calls"], resmaster["unet_rows"]) == (5, 5 * 49 * 2)
+    assert (direct["unet_calls"], direct["unet_rows"], direct["unet_native_rows"]) == (2, 16, 8)
+    assert (resmaster["unet_calls"], resmaster["unet_rows"]) == (1, 4)
     page = (folder / "compare.md").read_text()
     assert "| direct |" in page
     assert "![" in page
@@ -307,7 +307,7 @@ def test_a_comparison_is_datasets_a_table_a_page_and_sheets(
     looks.clear()
     assert compare(config, arguments(scales="4x4"), counting, Console(stderr=True)) == 0
     assert len(looks) == 2, "committed already, but the manifests are of the other configuration"
-    assert [row["unet_calls"] for row in pq.read_table(folder / "compare.parquet").to_pylist()] == [5, 5]
+    assert [row["unet_calls"] for row in pq.read_table(folder / "compare.parquet").to_pylist()] == [2, 1]
     fewer = config.model_copy(update={"limit": 2})
     assert compare(fewer, arguments(scales="4x4"), counting, Console(stderr=True)) == 0
     assert [row["samples"] for row in pq.read_table(folder / "compare.parquet").to_pylist()] == [2, 2]
