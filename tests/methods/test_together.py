@@ -1,13 +1,17 @@
 """What holds for all methods."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from resmaster_stages.config import METHOD_PRESETS, METHODS
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods import METHODS as COMPOSED
+from resmaster_stages.methods.render import render
 from resmaster_stages.upscale import upscale_image
-from tests.methods.common import adapted, forwards, picture, request, settings
+from tests.methods.common import adapted, difference, forwards, picture, request, settings
 
 CASES = [(method, preset) for method in METHODS for preset in METHOD_PRESETS.get(method, ("default",))]
 
@@ -44,6 +48,29 @@ def test_a_failure_in_the_middle_leaves_the_model_as_it_was(method):
     with pytest.raises(KeyboardInterrupt):
         upscale_image(adapted(), picture(), "a", config=settings(method), progress=interrupt)
     assert forwards(adapted().unet) == {}
+
+
+@pytest.mark.parametrize(("method", "preset"), [case for case in CASES if case[0] != "freescale"])
+def test_a_picture_does_not_depend_on_its_neighbours_in_the_batch(method, preset):
+    """freescale draws its attention windows from the first sample's generator, and says so."""
+    config = settings(method, preset=preset, view_batch=7)
+    alone = [request(adapted(), config, picture(seed=seed), prompt) for seed, prompt in ((1, "a cat"), (2, "the sky"))]
+    first, second = (each.reference for each in alone)
+    both = replace(
+        alone[0],
+        prompts=("a cat", "the sky"),
+        negative_prompts=alone[0].negative_prompts * 2,
+        reference=replace(
+            first,
+            pixels=torch.cat([first.pixels, second.pixels]),
+            low_res=torch.cat([first.low_res, second.low_res]),
+        ),
+    )
+    together = render(both, [5, 6])
+    for picture_together, asked, seed in zip(together, alone, (5, 6)):
+        (expected,) = render(asked, [seed])
+        assert difference(picture_together, expected) <= 1
+    assert difference(*together) > 0
 
 
 @pytest.mark.parametrize(("method", "preset"), CASES)
