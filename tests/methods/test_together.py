@@ -50,9 +50,8 @@ def test_a_failure_in_the_middle_leaves_the_model_as_it_was(method):
     assert forwards(adapted().unet) == {}
 
 
-@pytest.mark.parametrize(("method", "preset"), [case for case in CASES if case[0] != "freescale"])
+@pytest.mark.parametrize(("method", "preset"), CASES)
 def test_a_picture_does_not_depend_on_its_neighbours_in_the_batch(method, preset):
-    """freescale draws its attention windows from the first sample's generator, and says so."""
     config = settings(method, preset=preset, view_batch=7)
     alone = [request(adapted(), config, picture(seed=seed), prompt) for seed, prompt in ((1, "a cat"), (2, "the sky"))]
     first, second = (each.reference for each in alone)
