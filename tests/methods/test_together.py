@@ -10,8 +10,10 @@ from resmaster_stages.config import METHOD_PRESETS, METHODS
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods import METHODS as COMPOSED
 from resmaster_stages.methods.render import render
+from resmaster_stages.models.loading import Models
 from resmaster_stages.upscale import upscale_image
 from tests.methods.common import adapted, difference, forwards, picture, request, settings
+from tests.tiny_models import make_adapted_pipeline
 
 CASES = [(method, preset) for method in METHODS for preset in METHOD_PRESETS.get(method, ("default",))]
 
@@ -79,3 +81,19 @@ def test_pictures_are_seen_to_differ_with_the_seed(method, preset):
         for s in (0, 1)
     )
     assert np.abs(a - b).sum() > 0
+
+
+@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16])
+def half(request):
+    pipe = make_adapted_pipeline()
+    pipe.to(request.param)
+    pipe.unet.to(memory_format=torch.channels_last)
+    return Models.from_pipeline(pipe)
+
+
+@pytest.mark.parametrize(("method", "preset"), CASES)
+def test_half_precision_draws_nearly_the_same_picture(half, method, preset):
+    config = settings(method, preset=preset, steps=3)
+    whole = upscale_image(adapted(), picture(), "a cat", config=config)
+    mean = np.abs(np.asarray(upscale_image(half, picture(), "a cat", config=config)) - np.asarray(whole, dtype=float))
+    assert 0 < mean.mean() < 5
