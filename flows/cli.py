@@ -134,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("output", metavar="OUTPUT", help="image file to write (.png, .webp or .jpg)")
     sub.add_argument("--scale", type=float, default=4.0, help="target size over input size (default: 4)")
     sub.add_argument("--method", default="resmaster", help=f"one of: {', '.join(METHODS)} (default: resmaster)")
+    sub.add_argument("--preset", help="settings of the method: default, or faithful (what its authors published)")
     sub.add_argument("--prompt", default="", metavar="TEXT", help="what the image shows")
     sub.add_argument(
         "--model", default=SDXL["id"], metavar="ID", help=f"picturebook, a hub id, or a folder (default: {SDXL['id']})"

@@ -36,6 +36,8 @@ def settings(args: argparse.Namespace) -> DatasetConfig:
         if not picturebook and args.model != SDXL["id"]:
             base["upscale"]["image_prompt"] = {"enabled": False}  # a bare checkpoint brings no adapter; use --config
     upscale: dict[str, Any] = {**base["upscale"], "method": args.method, "scale": args.scale}
+    if args.preset is not None:
+        upscale["preset"] = args.preset
     if args.steps is not None:
         upscale["steps"] = args.steps
     return parse_config({**base, "seed": args.seed, "upscale": upscale}, f"--scale {args.scale} --method {args.method}")

@@ -365,7 +365,7 @@ class UpscaleConfig(Part):
     negative_prompt: str = DEMOFUSION_NEGATIVE_PROMPT
     """Used for prompts that bring none of their own."""
     stride: float = Field(default=0.5, gt=0, le=1)
-    """Distance of neighbouring views, as a fraction of the window (the model's native size)."""
+    """Distance of neighbouring views, as a fraction of the window (the model's native size), for methods with views."""
     fuse: Literal["uniform", "linear", "gaussian"] = "uniform"
     """Weight of a view's pixels where views overlap."""
     stepper: Literal["ddim_implied", "ddim_keep", "posterior", "ddim_ancestral"] = "ddim_implied"
@@ -374,7 +374,8 @@ class UpscaleConfig(Part):
     init: Literal["noise", "noised_lr"] = "noise"
     """Start from pure noise (the paper) or from the noised low-res latent. Methods of several phases start in their own way."""
     micro_conditioning: Literal["canvas", "native"] = "canvas"
-    """What SDXL is told of size and crop: the canvas and the view's place in it, or a native-size image."""
+    """What SDXL is told of size and crop: the canvas and the view's place in it, or a native-size image. Methods fouriscale and
+    freescale tell a size of their own."""
     structure: StructureConfig = StructureConfig()
     """Structural guidance."""
     image_prompt: ImagePromptConfig = ImagePromptConfig()
@@ -392,7 +393,7 @@ class UpscaleConfig(Part):
     c_upscale: CUpscaleConfig = CUpscaleConfig()
     """Of method c_upscale."""
     view_batch: int = Operational(16, ge=1)
-    """Views per UNet call (times two with guidance). Lower it if memory runs out."""
+    """Views per UNet call (times two with guidance, at some steps three). Lower it if memory runs out."""
 
     @model_validator(mode="before")
     @classmethod

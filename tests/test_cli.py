@@ -151,6 +151,9 @@ def test_upscale_refuses_what_it_cannot_read(tmp_path: Path, capsys: pytest.Capt
     Image.new("RGB", (128, 128)).save(good)
     assert "--scale" in fails(capsys, "upscale", good, output, "--scale", "0.5", "--model", "picturebook")
     assert "magic" in fails(capsys, "upscale", good, output, "--method", "magic", "--model", "picturebook")
+    assert "'best'; known: default, faithful" in fails(
+        capsys, "upscale", good, output, "--method", "demofusion", "--preset", "best", "--model", "picturebook"
+    )
     assert ".xyz" in fails(capsys, "upscale", good, tmp_path / "out.xyz", "--model", "picturebook")
     assert "nowhere" in fails(capsys, "upscale", good, tmp_path / "nowhere" / "out.png", "--model", "picturebook")
     assert not output.exists()

@@ -7,12 +7,12 @@ read the same projections, which are computed once on the canvas; windows run as
 
 Knows nothing about any method. Invariants:
 - Layers whose canvas is one window are the plain ones, and everything is put back at the end of the block.
-- The places of the windows are drawn once per step and level, from the first sample's generator.
+- The places of the windows are drawn once per step and level, from each sample's own generator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
@@ -35,10 +35,10 @@ class Windows:
     """
 
     def __init__(
-        self, height: int, width: int, window: int, jitter: str, generator: torch.Generator, moment: Moment
+        self, height: int, width: int, window: int, jitter: str, generators: Sequence[torch.Generator], moment: Moment
     ) -> None:
         self.height, self.width, self.window = height, width, window
-        self.jitter, self.generator, self.moment = jitter, generator, moment
+        self.jitter, self.generators, self.moment = jitter, generators, moment
         self._places = cache(self._draw)
 
     def grid(self, tokens: int) -> Grid:
@@ -47,17 +47,24 @@ class Windows:
         window = max(1, round(self.window * rows / self.height))
         return Grid(rows, cols, window, max(1, window // 2))
 
-    def _draw(self, tokens: int, index: int) -> Origins:
+    def _draw(self, tokens: int, index: int) -> list[Origins]:
+        """Per sample."""
         grid = self.grid(tokens)
         if self.jitter == "off":
-            return [(y, x) for y in grid.rows for x in grid.cols]
-        origins = jittered(grid, self.generator)
-        return origins if self.jitter == "zeros" else clamped(grid, origins)
+            return [[(y, x) for y in grid.rows for x in grid.cols]] * len(self.generators)
+        origins = [jittered(grid, generator) for generator in self.generators]
+        return origins if self.jitter == "zeros" else [clamped(grid, each) for each in origins]
 
     def views(self, tokens: int, rows: int, device: torch.device) -> ScatteredViews:
-        """Windows of the present step for `rows` canvases of `tokens` tokens each."""
+        """Windows of the present step for `rows` canvases of `tokens` tokens each, branch by branch."""
         origins = self._places(tokens, self.moment.index)
-        return ScatteredViews(self.grid(tokens), [origins] * rows, "uniform", device)
+        samples = [0]
+        if len(origins) > 1:
+            assert self.moment.items is not None, "canvases are predicted within the denoising loop"
+            samples = self.moment.items.tolist()  # of the batch; with one sample the device is not asked
+        return ScatteredViews(
+            self.grid(tokens), [origins[sample] for sample in samples] * (rows // len(samples)), "uniform", device
+        )
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:

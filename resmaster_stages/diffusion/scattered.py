@@ -10,6 +10,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,13 @@ def clamped(grid: Grid, origins: Origins) -> Origins:
     return [(min(max(y, 0), bottom), min(max(x, 0), right)) for y, x in origins]
 
 
+@lru_cache(maxsize=64)
+def _window(kind: str, height: int, width: int, overlap: int, device: torch.device) -> Tensor:
+    """Weight of each cell of a window [height, width], made once: uploading it at every step would make the device wait."""
+    rows, cols = (window_weights(kind, side, overlap) for side in (height, width))
+    return (rows[:, None] * cols).float().to(device)
+
+
 class ScatteredViews:
     """Windows at any place, each sample's own; what a window sees beyond the canvas is zero.
 
@@ -66,8 +74,7 @@ class ScatteredViews:
         self.grid, self.origins = grid, origins
         self.margin = jitter_reach(grid)
         overlap = grid.window - grid.stride
-        rows, cols = (window_weights(kind, side, overlap) for side in (grid.window_height, grid.window_width))
-        self.weight = (rows[:, None] * cols).float().to(device)  # [wh, ww]
+        self.weight = _window(kind, grid.window_height, grid.window_width, overlap, torch.device(device))
 
     def _box(self, origin: tuple[int, int]) -> tuple[slice, slice]:
         y, x = origin[0] + self.margin, origin[1] + self.margin

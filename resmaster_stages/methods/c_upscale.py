@@ -59,7 +59,7 @@ def whole_picture(request: Request, composer: Composer, draw: Tensor) -> LatentH
         moment = composer.moment
         moment.step, moment.branches = step, (TEXT,)
         with composer.capturing():
-            predict(models.unet, small, torch.tensor(step.t, device=models.device), conditions, moment, batches)
+            predict(models.unet, small, torch.full((), step.t, device=models.device), conditions, moment, batches)
         return z
 
     return look

@@ -95,7 +95,7 @@ def _local_views(request: Request, grid: Grid, noise: CanvasNoise) -> ViewGroup:
             return views, conditions
         crops = [((y + border) * factor, (x + border) * factor) for each in origins for y, x in each]
         time_ids = conditions.time_ids.clone()
-        time_ids[:, 2:4] = torch.tensor(crops, dtype=time_ids.dtype, device=device)
+        time_ids[:, 2:4] = torch.tensor(crops, dtype=time_ids.dtype).to(device, non_blocking=True)
         return views, replace(conditions, time_ids=time_ids)
 
     return ViewGroup(

@@ -56,7 +56,7 @@ def _compose(request: Request, scale: float, x0: Tensor, noise: CanvasNoise, dra
     patches: tuple[Patch, ...] = (partial(changed_layers, rules=rules, moment=moment),)
     if settings.fusion:
         native = models.native_px // models.latent_factor
-        windows = Windows(*request.canvas_size, native, settings.jitter, noise.generators[0], moment)
+        windows = Windows(*request.canvas_size, native, settings.jitter, noise.generators, moment)
         radius = max(1, round(scale)) - 1
         patches = (
             *patches,

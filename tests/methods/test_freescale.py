@@ -21,7 +21,7 @@ from tests.methods.common import (
 
 def windows(height=32, width=32, window=16, jitter="off", seed=0, index=0):
     moment = Moment(schedule()[index], (TEXT,))
-    return Windows(height, width, window, jitter, torch.Generator().manual_seed(seed), moment)
+    return Windows(height, width, window, jitter, [torch.Generator().manual_seed(seed)], moment)
 
 
 def run_unet(unet, size=32):

@@ -1,13 +1,19 @@
 """What holds for all methods."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from resmaster_stages.config import METHOD_PRESETS, METHODS
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods import METHODS as COMPOSED
+from resmaster_stages.methods.render import render
+from resmaster_stages.models.loading import Models
 from resmaster_stages.upscale import upscale_image
-from tests.methods.common import adapted, forwards, picture, request, settings
+from tests.methods.common import adapted, difference, forwards, picture, request, settings
+from tests.tiny_models import make_adapted_pipeline
 
 CASES = [(method, preset) for method in METHODS for preset in METHOD_PRESETS.get(method, ("default",))]
 
@@ -47,9 +53,47 @@ def test_a_failure_in_the_middle_leaves_the_model_as_it_was(method):
 
 
 @pytest.mark.parametrize(("method", "preset"), CASES)
+def test_a_picture_does_not_depend_on_its_neighbours_in_the_batch(method, preset):
+    config = settings(method, preset=preset, view_batch=7)
+    alone = [request(adapted(), config, picture(seed=seed), prompt) for seed, prompt in ((1, "a cat"), (2, "the sky"))]
+    first, second = (each.reference for each in alone)
+    both = replace(
+        alone[0],
+        prompts=("a cat", "the sky"),
+        negative_prompts=alone[0].negative_prompts * 2,
+        reference=replace(
+            first,
+            pixels=torch.cat([first.pixels, second.pixels]),
+            low_res=torch.cat([first.low_res, second.low_res]),
+        ),
+    )
+    together = render(both, [5, 6])
+    for picture_together, asked, seed in zip(together, alone, (5, 6)):
+        (expected,) = render(asked, [seed])
+        assert difference(picture_together, expected) <= 1
+    assert difference(*together) > 0
+
+
+@pytest.mark.parametrize(("method", "preset"), CASES)
 def test_pictures_are_seen_to_differ_with_the_seed(method, preset):
     a, b = (
         np.asarray(upscale_image(adapted(), picture(), "a", config=settings(method, preset=preset), seed=s)).astype(int)
         for s in (0, 1)
     )
     assert np.abs(a - b).sum() > 0
+
+
+@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16])
+def half(request):
+    pipe = make_adapted_pipeline()
+    pipe.to(request.param)
+    pipe.unet.to(memory_format=torch.channels_last)
+    return Models.from_pipeline(pipe)
+
+
+@pytest.mark.parametrize(("method", "preset"), CASES)
+def test_half_precision_draws_nearly_the_same_picture(half, method, preset):
+    config = settings(method, preset=preset, steps=3)
+    whole = upscale_image(adapted(), picture(), "a cat", config=config)
+    mean = np.abs(np.asarray(upscale_image(half, picture(), "a cat", config=config)) - np.asarray(whole, dtype=float))
+    assert 0 < mean.mean() < 5
