@@ -130,17 +130,21 @@ def text_to_image_measures(
             drawn.append(render(scene, data.NATIVE_PX, data.NATIVE_PX))
             prompts.append(captions.caption(scene))
             wanted.append(captions.pairs_in(scene))
-    total = sum(map(len, wanted))
 
-    def recall(images: list[Image.Image]) -> float:
-        said = describe_all(captioner, as_pixels(images))
-        return sum(len(captions.pairs(s) & w) for s, w in zip(said, wanted)) / total
+    def score(images: list[Image.Image]) -> tuple[float, float]:
+        """Share of prompted pairs that are found, share of found pairs that were prompted."""
+        found = [captions.pairs(s) for s in describe_all(captioner, as_pixels(images))]
+        hits = sum(len(f & w) for f, w in zip(found, wanted))
+        return hits / sum(map(len, wanted)), hits / max(1, sum(map(len, found)))
 
-    real, generated = recall(drawn), recall(paint(pipe, prompts, seed=100, guidance=guidance))
+    real, real_precision = score(drawn)
+    generated, precision = score(paint(pipe, prompts, seed=100, guidance=guidance))
     return [
         Measure("pairs found in real drawings of the prompts", real, 0.85),
         Measure("pairs found in generated scenes", generated, 0.6),
         Measure("text-to-image agreement (generated / real)", generated / max(real, 1e-6), 0.75),
+        Measure("found pairs that were prompted, real drawings", real_precision, 0.85),
+        Measure("found pairs that were prompted, generated scenes", precision, 0.6),
     ]
 
 

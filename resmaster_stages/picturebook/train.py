@@ -10,6 +10,7 @@ Where CPU cores are shared, VAE and UNet train faster as one-thread processes:
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -19,10 +20,10 @@ from resmaster_stages.picturebook.training import Budget
 
 STAGES = ("render", "vae", "clip", "captioner", "unet", "export")
 RECIPE: dict[str, Budget] = {
-    "vae": Budget(seconds=2700, decay=0.3),
-    "clip": Budget(seconds=1000, decay=0.6),
-    "captioner": Budget(seconds=600, decay=0.6),
-    "unet": Budget(seconds=4200, decay=0.3),
+    "vae": Budget(seconds=3100, decay=0.2),
+    "clip": Budget(seconds=890, decay=0.6),
+    "captioner": Budget(seconds=480, decay=0.6),
+    "unet": Budget(seconds=3560, decay=0.3),
 }
 
 
@@ -59,6 +60,8 @@ def main() -> None:
     unknown = sorted(set(stages) - set(STAGES))
     if unknown:
         raise SystemExit(f"Unknown stage {', '.join(unknown)}; choose from {', '.join(STAGES)}.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not set(stages) <= {"vae", "unet"}:
+        raise SystemExit("Under torchrun only the stages vae and unet can run; run the others without it.")
     if args.threads:
         torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)

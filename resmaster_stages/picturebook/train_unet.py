@@ -36,6 +36,7 @@ from resmaster_stages.picturebook.training import (
     Ema,
     Team,
     attention,
+    fresh,
     optimiser,
     parameters_m,
     set_rate,
@@ -141,7 +142,7 @@ class Cache:
 def _cache_clip(work: Path, photos: PhotoSet) -> dict[str, Tensor]:
     """What text encoder 2 and the image encoder say about every photo; read from `work`/cache-clip.pt if there."""
     path = work / "cache-clip.pt"
-    if not path.exists():
+    if not fresh(path, work / "clip.pt"):
         text, image, _ = train_clip.load(work)
         rng = Random(3)
         ids, _ = tokenize(photos.captions)
@@ -175,7 +176,7 @@ def _cache_clip(work: Path, photos: PhotoSet) -> dict[str, Tensor]:
 def _cache_latents(work: Path, photos: PhotoSet, team: Team) -> Tensor:
     """Every photo's latents [N, 4, 16, 16], unscaled modes; read from `work`/cache-latents.pt if there."""
     path = work / "cache-latents.pt"
-    missing = not path.exists()
+    missing = not fresh(path, work / "vae-final.pt")
     team.wait()
     if missing:
         vae = train_vae.load(work).to(memory_format=torch.channels_last)

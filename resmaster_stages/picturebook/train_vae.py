@@ -49,7 +49,7 @@ class VaeRecipe:
     gradient_weight: float = 2.5
     scale_weight: float = 0.25
     energy_weight: float = 0.3
-    whiten_at: float = 0.4  # progress
+    whiten_at: float = 0.65  # progress
 
 
 def _gradients(x: Tensor) -> tuple[Tensor, Tensor]:

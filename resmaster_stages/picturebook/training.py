@@ -88,6 +88,8 @@ class Course:
         return state
 
     def start(self) -> None:
+        if self.step == 0 and self.stop_file is not None and self.stop_file.exists():
+            raise SystemExit(f"{self.stop_file} is left from an earlier training: remove it first.")
         self._tick = self.last_save = time.monotonic()
 
 
@@ -133,6 +135,11 @@ class Team:
         message = torch.tensor([float(going), rate], dtype=torch.float64)
         distributed.broadcast(message, 0)
         return bool(message[0]), float(message[1])
+
+
+def fresh(path: Path, source: Path) -> bool:
+    """Whether `path` exists and is not older than what it was made from."""
+    return path.exists() and path.stat().st_mtime >= source.stat().st_mtime
 
 
 class Ema:
