@@ -145,8 +145,7 @@ def test_images_of_the_user_keep_their_size(tmp_path: Path) -> None:
 def test_the_cost_is_what_a_real_unet_counts(method: str) -> None:
     from resmaster_stages.models.loading import Models
     from resmaster_stages.upscale import upscale_image
-    from tests.test_upscale import counted
-    from tests.tiny_models import tiny_adapted
+    from tests.tiny_models import counted, tiny_adapted
 
     models = Models.from_pipeline(tiny_adapted())
     config = UpscaleConfig.model_validate(

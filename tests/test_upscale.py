@@ -1,7 +1,6 @@
 import hashlib
 import io
 import json
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +21,7 @@ from resmaster_stages.models import loading
 from resmaster_stages.models.loading import Models
 from resmaster_stages.storage.dataset import Picture, Sample
 from resmaster_stages.upscale import captions_for_views, upscale_image
-from tests.tiny_models import SCHEDULER, make_adapted_pipeline, make_pipeline, tiny, tiny_adapted
+from tests.tiny_models import SCHEDULER, counted, make_adapted_pipeline, make_pipeline, tiny, tiny_adapted
 
 
 def adapted() -> Models:
@@ -43,22 +42,6 @@ OFF = {"structure": {"enabled": False}, "image_prompt": {"enabled": False}, "tex
 
 def difference(a: Image.Image, b: Image.Image) -> int:
     return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
-
-
-@contextmanager
-def counted(unet):
-    """Shapes of the UNet's calls within the block."""
-    shapes, original = [], unet.forward
-
-    def forward(sample, *args, **kwargs):
-        shapes.append(tuple(sample.shape))
-        return original(sample, *args, **kwargs)
-
-    unet.forward = forward
-    try:
-        yield shapes
-    finally:
-        unet.forward = original
 
 
 def test_every_configured_method_is_there():

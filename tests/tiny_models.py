@@ -6,6 +6,8 @@ Latent factor 4, native size 16 latents = 64 px.
 from __future__ import annotations
 
 import string
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -173,3 +175,20 @@ def save(folder: Path) -> Path:
     (folder / "ip_adapter").mkdir()
     save_file(state, folder / "ip_adapter" / "ip-adapter.safetensors")
     return folder
+
+
+@contextmanager
+def counted(unet: Any) -> Iterator[list[tuple[int, ...]]]:
+    """Shapes of the UNet's calls within the block."""
+    shapes: list[tuple[int, ...]] = []
+    original = unet.forward
+
+    def forward(sample: Any, *args: Any, **kwargs: Any) -> Any:
+        shapes.append(tuple(sample.shape))
+        return original(sample, *args, **kwargs)
+
+    unet.forward = forward
+    try:
+        yield shapes
+    finally:
+        del unet.forward

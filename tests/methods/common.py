@@ -1,7 +1,5 @@
 """What the tests of several methods share."""
 
-from contextlib import contextmanager
-
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
@@ -48,22 +46,6 @@ def schedule(steps=50) -> tuple[Step, ...]:
 
 def difference(a: Image.Image, b: Image.Image) -> int:
     return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
-
-
-@contextmanager
-def counted(unet):
-    """Shapes of the UNet's calls within the block."""
-    shapes, original = [], unet.forward
-
-    def forward(sample, *args, **kwargs):
-        shapes.append(tuple(sample.shape))
-        return original(sample, *args, **kwargs)
-
-    unet.forward = forward
-    try:
-        yield shapes
-    finally:
-        del unet.forward
 
 
 def sdxl_shaped(channels=(8, 16, 32)) -> UNet2DConditionModel:

@@ -8,7 +8,6 @@ from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.upscale import upscale_image
 from tests.methods.common import (
     adapted,
-    counted,
     difference,
     forwards,
     picture,
@@ -17,6 +16,7 @@ from tests.methods.common import (
     sdxl_shaped,
     settings,
 )
+from tests.tiny_models import counted
 
 OFF = {"structure": {"enabled": False}, "text_prompt": {"enabled": False}}
 

@@ -15,7 +15,8 @@ from resmaster_stages.methods import demofusion, multidiffusion
 from resmaster_stages.methods.demofusion import dilated_input
 from resmaster_stages.methods.stages import phase_scales
 from resmaster_stages.upscale import upscale_image
-from tests.methods.common import adapted, counted, difference, picture, request, schedule, settings
+from tests.methods.common import adapted, difference, picture, request, schedule, settings
+from tests.tiny_models import counted
 
 STILL = {"jitter": "off", "start": 0.0}
 

@@ -20,7 +20,6 @@ from resmaster_stages.methods.fouriscale import (
 from resmaster_stages.upscale import upscale_image
 from tests.methods.common import (
     adapted,
-    counted,
     difference,
     forwards,
     picture,
@@ -29,6 +28,7 @@ from tests.methods.common import (
     sdxl_shaped,
     settings,
 )
+from tests.tiny_models import counted
 
 OWN = settings("fouriscale").fouriscale
 CPU = torch.device("cpu")

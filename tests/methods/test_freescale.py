@@ -8,7 +8,6 @@ from resmaster_stages.methods.freescale import layer_rules
 from resmaster_stages.upscale import upscale_image
 from tests.methods.common import (
     adapted,
-    counted,
     difference,
     forwards,
     picture,
@@ -17,6 +16,7 @@ from tests.methods.common import (
     sdxl_shaped,
     settings,
 )
+from tests.tiny_models import counted
 
 
 def windows(height=32, width=32, window=16, jitter="off", seed=0, index=0):

@@ -21,7 +21,6 @@ from resmaster_stages.methods.scalecrafter import WEAK, NoiseDamped, layer_rules
 from resmaster_stages.upscale import upscale_image
 from tests.methods.common import (
     adapted,
-    counted,
     difference,
     forwards,
     picture,
@@ -30,6 +29,7 @@ from tests.methods.common import (
     sdxl_shaped,
     settings,
 )
+from tests.tiny_models import counted
 
 
 def published(*places):
