@@ -67,3 +67,17 @@ def test_swap_weights_follow_their_window():
     assert swap_weights(StructureConfig(stop=0.6), 10) == (1,) * 6 + (0,) * 4
     assert swap_weights(StructureConfig(start=0.5), 4) == (0, 0, 1, 1)
     assert swap_weights(StructureConfig(weight="linear_decay"), 4) == pytest.approx((1, 0.75, 0.5, 0.25))
+
+
+@pytest.mark.parametrize("sigma_f", [0.2, 0.4, 0.8])
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_the_swap_is_the_papers_formula_in_the_fourier_domain(sigma_f: float, weight: float) -> None:
+    """Eq. 6 with a weight: IFFT(w G FFT(ref) + (1 - w G) FFT(x0)), away from the borders, where the FFT wraps around."""
+    generator = torch.Generator().manual_seed(0)
+    x0, reference = (torch.randn(1, 4, 64, 64, generator=generator) for _ in range(2))
+    mask = weight * fft_mask(64, 64, sigma_f)
+    spectrum = mask * torch.fft.fft2(reference.double()) + (1 - mask) * torch.fft.fft2(x0.double())
+    expected = torch.fft.ifft2(spectrum).real.float()
+    swapped = swap_low_frequencies(x0, reference, sigma_f, weight)
+    inner = (..., slice(24, 40), slice(24, 40))
+    torch.testing.assert_close(swapped[inner], expected[inner], atol=5e-3, rtol=0)
