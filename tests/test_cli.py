@@ -105,7 +105,17 @@ def test_no_images(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_root_not_writable(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("not a folder")
     assert str(tmp_path / "file") in fails(capsys, "run", config_file, "--root", tmp_path / "file")
+    assert "cannot be written" in fails(capsys, "plan", config_file, "--root", tmp_path / "file" / "below")
     assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_root_without_permission(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resmaster_stages.preview.os.access", lambda path, mode: False)  # root may write anywhere
+    message = fails(capsys, "run", config_file)
+    assert f"{tmp_path} does not allow it" in message
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", ["status", "repair"])
