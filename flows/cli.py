@@ -122,7 +122,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--reference",
         metavar="PATH",
-        help="real images for FID and KID: a folder or WebDataset .tar shards (default: the low-res images)",
+        help="real images for FID and KID: a folder, WebDataset .tar shards, or picturebook: its prompts drawn by vectors "
+        "at the target size (default: the low-res images)",
     )
 
     sub = add(

@@ -12,19 +12,23 @@ from rich.table import Table
 from resmaster_stages.compare import (
     Compared,
     Variant,
+    check_truth,
     compare_datasets,
     compare_folder,
     finished_samples,
     reference_features,
     share_low_res,
+    true_features,
     variants,
 )
 from resmaster_stages.compare_report import SheetRow, cell, markdown, sheet, shown
 from resmaster_stages.config import DatasetConfig
+from resmaster_stages.models.identity import PICTUREBOOK
 from resmaster_stages.preview import Preview, preview
 from resmaster_stages.prompts import ingest
 from resmaster_stages.stage import stage_hashes, status
 from resmaster_stages.storage import layout
+from resmaster_stages.storage.arrays import Arrays
 from resmaster_stages.storage.dataset import Dataset, create_or_open
 from resmaster_stages.storage.filesystem import Folder, without_credentials
 from resmaster_stages.storage.tables import COMPARE_SCHEMA, MANIFEST_SCHEMA, decode_table, encode_table
@@ -41,6 +45,8 @@ def compare(config: DatasetConfig, args: argparse.Namespace, build: Build, conso
     wanted = variants(config, args.methods, args.scales)
     for variant in wanted:
         preview(variant.config)  # what is wrong with any of them is found before the first one starts
+        if args.reference == PICTUREBOOK:
+            check_truth(variant.config)
     built: list[tuple[Variant, Dataset]] = []
     worst = 0
     for variant in wanted:
@@ -56,12 +62,22 @@ def compare(config: DatasetConfig, args: argparse.Namespace, build: Build, conso
             worst = max(worst, build(look))
         built.append((variant, dataset))
     folder = compare_folder(config)
-    reference = reference_features(wanted[0].config, args.reference, folder) if args.reference else None
-    found = compare_datasets(built, reference, without_credentials(args.reference or ""))
+    found = compare_datasets(built, _reference(args.reference, folder), without_credentials(args.reference or ""))
     page = write_comparison(folder, config.name, built, found)
     print_tables(found)
     print(f"comparison: {page}")
     return worst
+
+
+def _reference(
+    url: str | None, folder: Folder
+) -> Callable[[Dataset, int, int], tuple[dict[str, Arrays], dict[str, Arrays] | None]] | None:
+    """What `--reference` names: picturebook's ground truth at each scale's size, the user's images, or nothing."""
+    if url is None:
+        return None
+    if url == PICTUREBOOK:
+        return lambda dataset, height, width: true_features(dataset.config, height, width, folder)
+    return lambda dataset, height, width: (reference_features(dataset.config, url, folder), None)
 
 
 def published(dataset: Dataset) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 from pathlib import Path
@@ -27,6 +27,7 @@ from resmaster_stages.identity import digest, image_key
 from resmaster_stages.metrics.repeats import mentions, repeated_objects
 from resmaster_stages.models.geometry import latent_factor, native_px
 from resmaster_stages.models.identity import PICTUREBOOK
+from resmaster_stages.preview import check_sizes
 from resmaster_stages.prompts import draft_samples
 from resmaster_stages.quality import picture_features
 from resmaster_stages.set_metrics import VIEWS, compare_sets, read_features, stacked
@@ -38,13 +39,22 @@ from resmaster_stages.storage.dataset import Dataset
 from resmaster_stages.storage.filesystem import Folder, open_root
 from resmaster_stages.storage.images import decode_image, find_images
 from resmaster_stages.storage.plan import read_plan
-from resmaster_stages.storage.tables import MANIFEST_SCHEMA, decode_table
+from resmaster_stages.storage.tables import COMPARE_SCHEMA, MANIFEST_SCHEMA, decode_table
 
 SWITCHES = {"sg": "structure", "tip": "image_prompt", "etp": "text_prompt"}
 """ResMaster's parts: structural guidance, tailored image prompts, enhanced text prompts."""
 
 LOW_RES_VIEWS = ("r", "u")
 """What the low-res images can be compared by: a native-size crop of one is the whole image."""
+
+TRUE_PICTURES = 256
+"""Pictures drawn as ground truth, at least; every prompt equally often."""
+
+REAL = "(real pictures)"
+"""What the row of drawn pictures is called: no method, but what a perfect one would score."""
+
+Features = dict[str, Arrays]
+"""Key -> view -> features."""
 
 MEANS = ("clip_score", "agreement_psnr", "agreement_ssim", "detail_energy", "seam")
 """Columns of the quality table whose means are compared."""
@@ -144,7 +154,8 @@ def _with_method(config: DatasetConfig, text: str, scale: str) -> DatasetConfig:
             inner = inner.setdefault(name, {})
         inner[last] = yaml.safe_load(value)
     label = re.sub(r"[^A-Za-z0-9-]+", "_", text)
-    quality = {"features": "clip"} if config.quality.features == "none" else {}
+    own = "picturebook" if config.model.id == PICTUREBOOK else "clip"
+    quality = {"features": own} if config.quality.features == "none" else {}
     named_config = config.model_copy(update={"name": f"{config.name}-{label}-{scale}"})
     return _changed(named_config, f"--methods {text}", upscale, {}, quality)
 
@@ -235,6 +246,50 @@ def reference_features(config: DatasetConfig, url: str, cache: Folder) -> dict[s
     return found
 
 
+def check_truth(config: DatasetConfig) -> None:
+    """Raise ConfigError where picturebook's ground truth cannot be drawn for a dataset."""
+    from resmaster_stages.picturebook.truth import check
+
+    if config.images:
+        raise ConfigError("--reference picturebook: your own images have no prompts to draw; give a folder of images")
+    height, width = (round(side * config.upscale.scale) for side in check_sizes(config))
+    check((sample.prompt for sample in draft_samples(config).samples), height, width)
+
+
+def true_features(config: DatasetConfig, height: int, width: int, cache: Folder) -> tuple[Features, Features]:
+    """Features of picturebook's ground truth for a dataset's prompts at a size in px: (the reference, other drawings).
+
+    The reference has every prompt drawn in as many layouts as make `TRUE_PICTURES`; the other drawings, one per prompt,
+    are what a perfect method would score against it. Both are kept in the folder `cache`.
+    Raises ConfigError as `check_truth`.
+    """
+    from resmaster_stages.metrics.features import load_extractor
+    from resmaster_stages.picturebook.truth import true_picture
+
+    samples = draft_samples(config).samples
+    extractor, native = load_extractor(config.quality), native_px(config.model)
+    layouts = -(-TRUE_PICTURES // len(samples))
+    weights = stage_hashes(config.model_copy(update={"name": "any"}))["quality"]
+    prompts = {sample.key: sample.prompt for sample in samples}
+    found: list[Features] = []
+    for part, replicas in (("reference", range(layouts)), ("real", range(layouts, layouts + 1))):
+        named = digest([prompts, height, width, layouts, extractor.name, native, weights])[:16]
+        name = f"{part}-{named}.features.parquet"
+        if cache.exists(name):
+            known, arrays = decode_arrays(cache.read(name), cache.url_of(name))
+            found.append({key: {v: values[row] for v, values in arrays.items()} for row, key in enumerate(known)})
+            continue
+        features: Features = {}
+        for replica in replicas:
+            for key, prompt in prompts.items():
+                picture = true_picture(prompt, height, width, replica)
+                own = f"{key}-{replica}"
+                features[own] = picture_features(extractor, picture, own, native)
+        cache.write(name, encode_arrays(list(features), list(features.values())))
+        found.append(features)
+    return found[0], found[1]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the table
 
@@ -260,12 +315,15 @@ class Compared:
 
 
 def compare_datasets(
-    built: Sequence[tuple[Variant, Dataset]], reference: Mapping[str, Arrays] | None = None, reference_name: str = ""
+    built: Sequence[tuple[Variant, Dataset]],
+    reference: Callable[[Dataset, int, int], tuple[Features, Features | None]] | None = None,
+    reference_name: str = "",
 ) -> Compared:
     """Measure every variant over the samples that all methods of its scale have.
 
-    `reference`: features to compare with; None for each scale's own low-res images. Raises PlanError if a scale has no
-    sample in common.
+    `reference` gives, for a scale's dataset and its pictures' height and width in px, the features to compare with and
+    perhaps those of other real pictures, which get a row of their own; None means each scale's own low-res images.
+    Raises PlanError if a scale has no sample in common.
     """
     rows: list[dict[str, Any]] = []
     common: dict[str, list[str]] = {}
@@ -276,18 +334,30 @@ def compare_datasets(
         if not keys:
             raise PlanError(f"scale {scale}: no sample was made by all methods; run: resmaster status on each dataset")
         common[scale] = keys
-        against = stacked(read_features(group[0][1], "low_res"), keys) if reference is None else stacked(reference)
-        views = LOW_RES_VIEWS if reference is None else VIEWS
+        real: Features | None = None
+        views: Sequence[str] = VIEWS
+        if reference is None:
+            views, count = LOW_RES_VIEWS, len(keys)
+            against = stacked(read_features(group[0][1], "low_res"), keys)
+        else:
+            first = group[0][2][keys[0]]
+            own, real = reference(group[0][1], first["height"], first["width"])
+            count, against = len(own), stacked(own)
         for variant, dataset, manifest in group:
             rows.append(
                 {
                     **_facts(variant, dataset, [manifest[key] for key in keys]),
                     "reference": reference_name or "low-res images",
-                    "reference_samples": len(reference) if reference is not None else len(keys),
+                    "reference_samples": count,
                     **compare_sets(stacked(read_features(dataset), keys), against, views),
                     **_repeats(dataset, keys),
                 }
             )
+        if real is not None:
+            facts = dict.fromkeys(COMPARE_SCHEMA.names)
+            known = {name: rows[-1][name] for name in ("scale", "features", "height", "width", "reference")}
+            drawn = {"method": REAL, "dataset": "", "samples": len(real), "reference_samples": count}
+            rows.append({**facts, **known, **drawn, **compare_sets(stacked(real), against, views)})
     return Compared(rows, common)
 
 

@@ -450,9 +450,9 @@ class QualityConfig(Part):
     """Above this ratio of gradients on view borders to gradients elsewhere, a sample is flagged `seam`."""
     max_clipped: float = 0.25
     """Above this share of pure black or white pixels, a sample is flagged `clipped`."""
-    features: Literal["none", "clip", "inception"] = "none"
-    """Keep feature vectors of every image and of 10 crops, for FID and KID of any subset: of the CLIP model above, or of the
-    Inception network of 2015 (needs the extra `inception`)."""
+    features: Literal["none", "clip", "inception", "picturebook"] = "none"
+    """Keep feature vectors of every image and of 10 crops, for FID and KID of any subset: of the CLIP model above, of the
+    Inception network of 2015 (needs the extra `inception`), or of the embedded pack's classifier (for its own world)."""
     device: str = Operational("auto")
     """Where the metrics are computed."""
 
@@ -546,6 +546,8 @@ class Weights:
     """Captioner; None where there is none."""
     clip: str | None = None
     """CLIP model of the quality stage; None where there is none."""
+    features: str | None = None
+    """The pack whose classifier gives the quality stage's features; None where another network does, or none."""
 
 
 def stage_hash(config: DatasetConfig, stage: Stage, weights: Weights) -> str:
@@ -577,6 +579,8 @@ def stage_hash(config: DatasetConfig, stage: Stage, weights: Weights) -> str:
         upstream = ["low_res", "captions"] if config.upscale.uses_captions() else ["low_res"]
     else:
         own = {"quality": config.quality.identity(), "weights": weights.clip}
+        if weights.features:
+            own["features"] = weights.features
         upstream = ["high_res"]
     return digest(
         {

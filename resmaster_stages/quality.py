@@ -92,14 +92,15 @@ def picture_features(extractor: FeatureExtractor, picture: Image.Image, key: str
 
     - `r` [D]: the whole picture, resized to the extractor's input;
     - `c` [10, D]: crops of the model's native size (`native` px), resized;
-    - `u` [10, D]: crops of the extractor's input size, not resized.
+    - `u` [10, D]: crops of the extractor's input size, not resized; absent where that is the native size, as it is `c` then.
 
     Crops lie where `key` says. A picture smaller than a crop gives squares of its shorter side, resized.
     Raises SampleError for features beyond half precision.
     """
     boxes = {
         view: crop_boxes(key, picture.height, picture.width, size)
-        for view, size in (("c", native), ("u", extractor.input_px))
+        for view, size in {"c": native, "u": extractor.input_px}.items()
+        if view == "c" or size != native
     }
     distinct = list(dict.fromkeys(box for found in boxes.values() for box in found))
     found = extractor.extract([picture, *crops(picture, distinct)])

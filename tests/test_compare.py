@@ -16,7 +16,14 @@ from rich.console import Console
 
 from flows.cli import parser
 from flows.compare import compare
-from resmaster_stages.compare import at_scale, low_res_size, reference_features, share_low_res, variants
+from resmaster_stages.compare import (
+    at_scale,
+    low_res_size,
+    reference_features,
+    share_low_res,
+    true_features,
+    variants,
+)
 from resmaster_stages.compare_report import SheetRow, sheet
 from resmaster_stages.config import METHODS, DatasetConfig, UpscaleConfig, Weights, load_config, parse_config
 from resmaster_stages.diffusion.cost import count_call, counting
@@ -67,7 +74,7 @@ def test_methods_and_scales_become_datasets_of_their_own() -> None:
         "d-resmaster_sg-4x4",
         "d-resmaster-etp-4x4",
     ]
-    assert {variant.config.quality.features for variant in found} == {"clip"}
+    assert {variant.config.quality.features for variant in found} == {"picturebook"}
     assert {variant.config.limit for variant in found} == {3}
     assert [variant.config.upscale.scale for variant in found] == [2, 2, 2, 4, 4, 4]
 
@@ -327,6 +334,63 @@ def test_a_reference_of_the_users_own_images(tmp_path: Path, fakes: None, monkey
     monkeypatch.setattr("resmaster_stages.compare.picture_features", picture_features)
     with pytest.raises(UserError, match=r"--reference .*0\.png"):
         reference_features(config, str(tmp_path / "real"), cache)
+
+
+def test_ground_truth_is_every_prompt_drawn_at_the_target_size(
+    tmp_path: Path, fakes: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a red house on the sand at night\ntwo cats: a blue cat and a pink cat\n")
+    monkeypatch.setattr("resmaster_stages.compare.TRUE_PICTURES", 3)
+    config = parse_config(
+        {
+            "name": "d",
+            "root": str(tmp_path / "out"),
+            "prompts": str(tmp_path / "prompts.txt"),
+            "image_format": "png",
+            "model": {"id": "tiny"},
+            "quality": {"features": "picturebook"},
+        }
+    )
+    assert compare(config, arguments(scales="2x2", reference="picturebook"), build, Console(stderr=True)) == 0
+    folder = tmp_path / "out" / "d-compare"
+    rows = pq.read_table(folder / "compare.parquet").to_pylist()
+    assert [row["method"] for row in rows] == ["direct", "resmaster", "(real pictures)"]
+    assert {(row["height"], row["width"], row["reference_samples"]) for row in rows} == {(32, 32, 4)}
+    assert rows[2]["fid_c"] is not None
+    assert rows[2]["unet_calls"] is None
+    assert "(real pictures)" in capsys.readouterr().out
+    cache = open_root(str(tmp_path / "cache"))
+    reference, real = true_features(config, 32, 32, cache)
+    assert (len(reference), len(real)) == (4, 2)
+    assert not set(reference) & set(real)
+    monkeypatch.setattr("resmaster_stages.compare.picture_features", lambda *args: pytest.fail("computed again"))
+    again, _ = true_features(config, 32, 32, cache)
+    assert all(np.array_equal(again[key]["r"], values["r"]) for key, values in reference.items())
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ("a photograph of a whale", "names nothing of its world"),
+        ("a red cat, a blue cat, a pink cat and a white cat", "4 objects"),
+    ],
+)
+def test_what_has_no_ground_truth_is_said_before_anything_is_built(
+    tmp_path: Path, fakes: None, prompts: str, said: str
+) -> None:
+    (tmp_path / "prompts.txt").write_text(prompts)
+    config = parse_config(
+        {
+            "name": "d",
+            "root": str(tmp_path / "out"),
+            "prompts": str(tmp_path / "prompts.txt"),
+            "model": {"id": "tiny"},
+            "quality": {"features": "picturebook"},
+        }
+    )
+    with pytest.raises(ConfigError, match=said):
+        compare(config, arguments(scales="2x2", reference="picturebook"), build, Console(stderr=True))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_sheet_shows_every_method_at_the_same_place() -> None:

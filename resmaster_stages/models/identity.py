@@ -98,4 +98,5 @@ def weights_of(config: DatasetConfig) -> Weights:
         model=model_identity(config.model),
         captioner=_source_identity(captions.model, captions.revision) if local else None,
         clip=_source_identity(quality.clip, quality.clip_revision) if quality.clip else None,
+        features=_source_identity(PICTUREBOOK, None) if quality.features == "picturebook" else None,
     )

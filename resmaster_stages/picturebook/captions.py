@@ -36,6 +36,17 @@ PART_WORDS: dict[str, tuple[str, ...]] = {
     "petals": ("petals with fine lines", "petals"),
     "seeds": ("seeds", "a disk of seeds"),
     "stem": ("a green stem", "a stem with two leaves"),
+    "tower": ("stone blocks", "a tower of stone blocks"),
+    "lantern": ("a lantern with a railing", "a railing"),
+    "rocks": ("rocks",),
+    "sail": ("a sail with seams", "sails"),
+    "hull": ("wooden planks", "a hull of planks"),
+    "rigging": ("rigging",),
+    "face": ("a face with whiskers", "whiskers"),
+    "fur": ("soft fur", "fur"),
+    "tail": ("a ringed tail",),
+    "wing": ("feathers", "a wing with feathers"),
+    "head": ("a beak", "a small head with a beak"),
     "sun": ("the sun",),
     "moon": ("the moon",),
 }
@@ -50,6 +61,13 @@ TEXTURES = (
     "woven",
     "petals",
     "seeds",
+    "stone",
+    "planks",
+    "sail",
+    "whiskers",
+    "fur",
+    "feathers",
+    "waves",
     "grass",
     "ripples",
     "snow",
@@ -62,6 +80,7 @@ _GROUND_WHOLE: dict[str, tuple[str, ...]] = {
     "sand": ("on the sand", "on a sandy beach"),
     "snow": ("in the snow", "on a snowy field"),
     "road": ("on a cobbled road", "on the cobbles"),
+    "water": ("on the water", "on a blue lake"),
 }
 _SKY_WHOLE: dict[str, tuple[str, ...]] = {
     "day": ("under a blue sky", "on a sunny day"),
@@ -74,6 +93,7 @@ _GROUND_CLOSE: dict[str, tuple[str, ...]] = {
     "sand": ("sand ripples and pebbles", "sand with ripples"),
     "snow": ("sparkling snow", "snow drifts"),
     "road": ("cobbles", "grey cobbles"),
+    "water": ("water with waves", "waves"),
 }
 _SKY_CLOSE: dict[str, tuple[str, ...]] = {
     "day": ("blue sky",),
@@ -87,11 +107,12 @@ _NUMBERS = {1: "a", 2: "two", 3: "three"}
 
 
 def _noun(colour: str, kind: str, rng: Random, brick: bool = True) -> str:
+    article = "an" if colour[0] in "aeiou" else "a"
     if kind == "balloon":
-        return f"a {colour} {rng.choice(['balloon', 'hot-air balloon'])}"
+        return f"{article} {colour} {rng.choice(['balloon', 'hot-air balloon'])}"
     if kind == "house" and brick and rng.random() < 0.3:
-        return f"a {colour} brick house"
-    return f"a {colour} {kind}"
+        return f"{article} {colour} brick house"
+    return f"{article} {colour} {kind}"
 
 
 def _join(items: list[str]) -> str:
@@ -130,12 +151,41 @@ _PAIR = re.compile(rf"\b({'|'.join(COLOURS)}) (?:brick |hot-air )?({'|'.join(KIN
 
 def pairs(sentence: str) -> frozenset[tuple[str, str]]:
     """The (kind, colour) pairs that a sentence names."""
-    return frozenset((kind, colour) for colour, kind in _PAIR.findall(sentence.lower().replace(" - ", "-")))
+    return frozenset(ordered_pairs(sentence))
+
+
+def ordered_pairs(sentence: str) -> tuple[tuple[str, str], ...]:
+    """The (kind, colour) pairs that a sentence names, in its order, each once."""
+    found = _PAIR.findall(sentence.lower().replace(" - ", "-"))
+    return tuple(dict.fromkeys((kind, colour) for colour, kind in found))
+
+
+def place(sentence: str) -> tuple[str | None, str | None]:
+    """The ground and the sky that a sentence about a whole scene names; None for what it leaves open."""
+    text = sentence.lower()
+    ground, sky = (
+        next((name for name, phrases in table.items() if any(phrase in text for phrase in phrases)), None)
+        for table in (_GROUND_WHOLE, _SKY_WHOLE)
+    )
+    return ground, sky
 
 
 def textures(sentence: str) -> frozenset[str]:
     """The texture words (`TEXTURES`) that a sentence uses."""
     return frozenset(word for word in TEXTURES if word in sentence.lower())
+
+
+SUBJECTS = (*KINDS, *GROUNDS, *SKIES)
+
+
+def subject(scene: Scene, box: Box | None = None) -> str:
+    """What a view (default: the whole scene) is mainly of, one of `SUBJECTS`: the kind of the object that covers most of
+    it; without objects the ground or the sky, whichever covers more."""
+    box = box or scene.box
+    seen = visible(scene, box)
+    if seen:
+        return max(seen, key=lambda item: _share(box, item[1].box))[0].kind
+    return scene.ground if (box[1] + box[3]) / 2 > scene.horizon else scene.sky
 
 
 def is_whole(scene: Scene, box: Box) -> bool:
@@ -204,7 +254,10 @@ def _close(scene: Scene, box: Box, seen: list[tuple[Thing, Drawing, float]], rng
 def vocabulary() -> tuple[str, ...]:
     """Every word and punctuation mark that captions can contain, sorted."""
     texts: list[str] = [*COLOURS, *KINDS, *(k + "s" for k in KINDS), *GROUNDS, *SKIES, *_WHOLE_PREFIX, *_CLOSE_PREFIX]
-    texts += [*_NUMBERS.values(), "hot-air brick and of part with before around it an empty place , . the without no"]
+    texts += [
+        *_NUMBERS.values(),
+        "an hot-air brick and of part with before around it an empty place , . the without no",
+    ]
     texts += ["left right above below next to small big large old new photo painting drawing blurry sharp detailed"]
     for table in (PART_WORDS, _GROUND_WHOLE, _SKY_WHOLE, _GROUND_CLOSE, _SKY_CLOSE):
         for phrases in table.values():

@@ -105,6 +105,7 @@ def _draw_shard(folder: Path, first: int, count: int, base_seed: int) -> None:
         {
             "caption": p.caption,
             "pairs": sorted(captions.pairs_in(p.scene, p.box)),
+            "subject": captions.subject(p.scene, p.box),
             "whole": captions.is_whole(p.scene, p.box),
         }
         for p in photos
@@ -134,6 +135,7 @@ class PhotoSet:
     time_ids: Tensor
     captions: list[str]
     pairs: list[frozenset[tuple[str, str]]]
+    subjects: list[str]
     whole: Tensor
 
     def __len__(self) -> int:
@@ -142,7 +144,7 @@ class PhotoSet:
     @staticmethod
     def load(folder: Path, limit: int | None = None) -> PhotoSet:
         """Read every finished shard of a folder, in order, up to `limit` photos."""
-        pixels, ids, texts, found, whole = [], [], [], [], []
+        pixels, ids, texts, found, subjects, whole = [], [], [], [], [], []
         for path in sorted(folder.glob("photos-*.npz")):
             with np.load(path) as arrays:
                 pixels.append(torch.from_numpy(arrays["pixels"]).permute(0, 3, 1, 2).contiguous())
@@ -150,13 +152,16 @@ class PhotoSet:
             for row in json.loads(path.with_suffix(".json").read_text()):
                 texts.append(row["caption"])
                 found.append(frozenset((k, c) for k, c in row["pairs"]))
+                subjects.append(row["subject"])
                 whole.append(row["whole"])
             if limit and len(texts) >= limit:
                 break
         if not texts:
             raise FileNotFoundError(f"No drawn photos in {folder}; run the stage 'render' first.")
         n = limit or len(texts)
-        return PhotoSet(torch.cat(pixels)[:n], torch.cat(ids)[:n], texts[:n], found[:n], torch.tensor(whole[:n]))
+        return PhotoSet(
+            torch.cat(pixels)[:n], torch.cat(ids)[:n], texts[:n], found[:n], subjects[:n], torch.tensor(whole[:n])
+        )
 
 
 def to_float(pixels: Tensor) -> Tensor:

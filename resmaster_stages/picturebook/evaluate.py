@@ -3,13 +3,16 @@
 Held-out photos come from seeds that training never saw, so they are drawn here. Measures:
 VAE round trip (PSNR, dB); CLIP retrieval (share of photos whose own caption ranks first of 64); captioner (micro F1 of
 (kind, colour) pairs, and of texture words on close-ups, on sharp and on degraded photos); text to image (share of
-prompted pairs that the captioner finds in generated scenes, divided by the same share in real drawings of the prompts).
+prompted pairs that the captioner finds in generated scenes, divided by the same share in real drawings of the prompts);
+image prompt (the same with the text dropped and a real drawing as image prompt); FID of generated scenes against real
+ones, beside that of other real ones; repeated objects at 4x, which direct inference and MultiDiffusion must show.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -19,23 +22,49 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, GitForCausalLM
+from transformers import (
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    GitForCausalLM,
+    ResNetForImageClassification,
+)
 
-from resmaster_stages.picturebook import captions, data, scenes, train_captioner, train_clip, train_vae
+from resmaster_stages.config import ModelConfig, QualityConfig, UpscaleConfig
+from resmaster_stages.low_res import generate
+from resmaster_stages.metrics.features import load_extractor
+from resmaster_stages.metrics.fid import FeatureStatistics, frechet_distance
+from resmaster_stages.metrics.repeats import Counts, mentions, repeated_objects
+from resmaster_stages.models.identity import PICTUREBOOK
+from resmaster_stages.models.loading import load_models
+from resmaster_stages.picturebook import (
+    captions,
+    data,
+    scenes,
+    train_captioner,
+    train_classifier,
+    train_clip,
+    train_vae,
+)
 from resmaster_stages.picturebook.data import PhotoSet, degrade, to_float
 from resmaster_stages.picturebook.export import PACK
 from resmaster_stages.picturebook.train_clip import small_pixels
+from resmaster_stages.upscale import upscale_image
+
+SCENE_SEED = 950_000_000
+"""Where the seeds of evaluation scenes start; training never reaches them."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One number and what it should reach."""
+    """One number and what it should reach; an infinite aim means that the number only stands beside others."""
 
     name: str
     value: float
     aim: float
 
     def __str__(self) -> str:
+        if math.isinf(self.aim):
+            return f"{self.name:<58} {self.value:7.3f}"
         verdict = "met" if self.value >= self.aim else "NOT MET"
         return f"{self.name:<58} {self.value:7.3f}   aim {self.aim:7.3f}   {verdict}"
 
@@ -49,6 +78,7 @@ def held_out(count: int, seed: int = data.HELD_OUT_SEED) -> tuple[PhotoSet, list
         torch.tensor([p.time_ids for p in photos]),
         [p.caption for p in photos],
         [captions.pairs_in(p.scene, p.box) for p in photos],
+        [captions.subject(p.scene, p.box) for p in photos],
         torch.tensor([captions.is_whole(p.scene, p.box) for p in photos]),
     )
     return drawn, photos
@@ -93,13 +123,18 @@ def paint(
     steps: int = 20,
     guidance: float = 5.0,
     batch: int = 16,
+    image_prompts: list[Image.Image] | None = None,
 ) -> list[Image.Image]:
-    """Native-size images of prompts; the seed of an image depends on its place in the list only."""
+    """Native-size images of prompts; the seed of an image depends on its place in the list only. Image prompts, one per
+    prompt, need a loaded IP-Adapter."""
     images: list[Image.Image] = []
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        images += pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=generators).images
+        more: dict[str, Any] = {}
+        if image_prompts:
+            more["ip_adapter_image"] = [image_prompts[start : start + batch]]
+        images += pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=generators, **more).images
     return images
 
 
@@ -113,33 +148,61 @@ def as_pixels(images: list[Image.Image]) -> Tensor:
     )
 
 
-def text_to_image_measures(
-    pipe: StableDiffusionXLPipeline, captioner: GitForCausalLM, count: int, guidance: float
-) -> list[Measure]:
-    """Prompted pairs found by the captioner in generated scenes, relative to real drawings of the same scenes."""
+def square_scenes(count: int, first_seed: int) -> list[scenes.Scene]:
+    """The first `count` square scenes from a seed on."""
+    found: list[scenes.Scene] = []
+    while len(found) < count:
+        scene = scenes.make_scene(first_seed)
+        first_seed += 1
+        if scene.width == scenes.HEIGHT:
+            found.append(scene)
+    return found
+
+
+def drawn(found: list[scenes.Scene]) -> list[Image.Image]:
+    """Scenes at the native size."""
     from resmaster_stages.picturebook.render import render
 
-    drawn: list[Image.Image] = []
-    prompts: list[str] = []
-    wanted: list[frozenset[tuple[str, str]]] = []
-    seed = 0
-    while len(prompts) < count:
-        scene = scenes.make_scene(950_000_000 + seed)
-        seed += 1
-        if scene.width == scenes.HEIGHT:
-            drawn.append(render(scene, data.NATIVE_PX, data.NATIVE_PX))
-            prompts.append(captions.caption(scene))
-            wanted.append(captions.pairs_in(scene))
+    return [render(scene, data.NATIVE_PX, data.NATIVE_PX) for scene in found]
 
-    def score(images: list[Image.Image]) -> tuple[float, float]:
-        """Share of prompted pairs that are found, share of found pairs that were prompted."""
-        found = [captions.pairs(s) for s in describe_all(captioner, as_pixels(images))]
-        hits = sum(len(f & w) for f, w in zip(found, wanted))
-        return hits / sum(map(len, wanted)), hits / max(1, sum(map(len, found)))
 
-    real, real_precision = score(drawn)
-    generated, precision = score(paint(pipe, prompts, seed=100, guidance=guidance))
+def pair_score(
+    captioner: GitForCausalLM, images: list[Image.Image], wanted: list[frozenset[tuple[str, str]]]
+) -> tuple[float, float]:
+    """Share of wanted pairs that the captioner finds, share of found pairs that were wanted."""
+    found = [captions.pairs(s) for s in describe_all(captioner, as_pixels(images))]
+    hits = sum(len(f & w) for f, w in zip(found, wanted))
+    return hits / sum(map(len, wanted)), hits / max(1, sum(map(len, found)))
+
+
+def scene_measures(
+    pipe: StableDiffusionXLPipeline, captioner: GitForCausalLM, count: int, guidance: float
+) -> list[Measure]:
+    """Generated scenes against real drawings of the same scenes: pairs found by the captioner, and FID."""
+    shown = square_scenes(count, SCENE_SEED)
+    prompts = [captions.caption(scene) for scene in shown]
+    wanted = [captions.pairs_in(scene) for scene in shown]
+    pictures, painted = drawn(shown), paint(pipe, prompts, seed=100, guidance=guidance)
+    real, real_precision = pair_score(captioner, pictures, wanted)
+    generated, precision = pair_score(captioner, painted, wanted)
+
+    pipe.load_ip_adapter(
+        str(PACK), subfolder="ip_adapter", weight_name="ip-adapter.safetensors", image_encoder_folder=None
+    )
+    pipe.set_ip_adapter_scale(1.0)
+    prompted = paint(pipe, [""] * count, seed=200, guidance=guidance, image_prompts=pictures)
+    pipe.unload_ip_adapter()
+    by_image, _ = pair_score(captioner, prompted, wanted)
+
+    extractor = load_extractor(QualityConfig(features="picturebook", device="cpu"))
+    sets = [drawn(square_scenes(4 * count, SCENE_SEED + 1_000_000)), pictures, painted]
+    reference, truth, made = (FeatureStatistics.of(extractor.extract(images).features) for images in sets)
     return [
+        Measure("image-prompt agreement, text dropped (generated / real)", by_image / max(real, 1e-6), 0.5),
+        Measure(
+            f"FID of {count} generated scenes against {4 * count} real", frechet_distance(made, reference), math.inf
+        ),
+        Measure(f"FID of {count} real scenes against {4 * count} real", frechet_distance(truth, reference), math.inf),
         Measure("pairs found in real drawings of the prompts", real, 0.85),
         Measure("pairs found in generated scenes", generated, 0.6),
         Measure("text-to-image agreement (generated / real)", generated / max(real, 1e-6), 0.75),
@@ -148,7 +211,37 @@ def text_to_image_measures(
     ]
 
 
-def evaluate(pack: Path = PACK, photos: int = 512, scenes_generated: int = 64, guidance: float = 5.0) -> list[Measure]:
+def repeat_measures(captioner: GitForCausalLM, count: int) -> list[Measure]:
+    """The share of 4x pictures in which the captioner counts more objects of a kind than the prompt names."""
+    models = load_models(ModelConfig(id=PICTUREBOOK, device="cpu"))
+    shown = square_scenes(count, SCENE_SEED + 2_000_000)
+    prompts = [captions.caption(scene) for scene in shown]
+    native = data.NATIVE_PX
+    made = generate(models, prompts, [""] * count, range(count), native, native, 20, 5.0, 8)
+    low_res = [image for image in made if isinstance(image, Image.Image)]
+    if len(low_res) < count:
+        raise ValueError("the model drew nothing for some prompts: it cannot be measured")
+
+    def rate(images: list[Image.Image]) -> float:
+        def count_objects(image: Image.Image) -> Counts:
+            small = image.resize((data.NATIVE_PX, data.NATIVE_PX), Image.Resampling.BOX)
+            return mentions(describe_all(captioner, as_pixels([small]))[0], scenes.KINDS)
+
+        return repeated_objects(
+            ((image, mentions(prompt, scenes.KINDS)) for image, prompt in zip(images, prompts)), count_objects
+        ).rate
+
+    out = [Measure("repeated objects, low-res pictures", rate(low_res), math.inf)]
+    for method in ("direct", "multidiffusion", "resmaster"):
+        config = UpscaleConfig(method=method, scale=4.0, steps=20)
+        images = [upscale_image(models, i, p, config=config, seed=n) for n, (i, p) in enumerate(zip(low_res, prompts))]
+        out.append(Measure(f"repeated objects, {method} at 4x", rate(images), math.inf))
+    return out
+
+
+def evaluate(
+    pack: Path = PACK, photos: int = 512, scenes_generated: int = 64, guidance: float = 5.0, repeats: int = 16
+) -> list[Measure]:
     """All measures of a pack on disk."""
     pipe = StableDiffusionXLPipeline.from_pretrained(pack, local_files_only=True).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -166,7 +259,12 @@ def evaluate(pack: Path = PACK, photos: int = 512, scenes_generated: int = 64, g
         Measure("CLIP retrieval, own caption first of 64", train_clip.retrieval(text, image, found), 0.70),
     ]
     out += captioner_measures(captioner, found)
-    out += text_to_image_measures(pipe, captioner, scenes_generated, guidance)
+    classifier = ResNetForImageClassification.from_pretrained(pack / "classifier", local_files_only=True).float().eval()
+    out.append(
+        Measure("classifier, main subject of held-out photos", train_classifier.accuracy(classifier, found), 0.85)
+    )
+    out += scene_measures(pipe, captioner, scenes_generated, guidance)
+    out += repeat_measures(captioner, repeats)
     return out
 
 
@@ -176,17 +274,21 @@ def main() -> None:
     parser.add_argument("--pack", type=Path, default=PACK)
     parser.add_argument("--photos", type=int, default=512, help="held-out photos (a multiple of 64)")
     parser.add_argument("--scenes", type=int, default=64, help="scenes to generate")
+    parser.add_argument("--repeats", type=int, default=16, help="prompts for the repeated-object rates at 4x")
     parser.add_argument("--guidance", type=float, default=5.0)
     args = parser.parse_args()
-    measures = evaluate(args.pack, args.photos, args.scenes, args.guidance)
+    measures = evaluate(args.pack, args.photos, args.scenes, args.guidance, args.repeats)
     for measure in measures:
         print(measure)
     path = args.pack / "card.json"
     card: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    card["measures"] = {m.name: {"value": round(m.value, 4), "aim": m.aim} for m in measures}
+    card["measures"] = {
+        m.name: {"value": round(m.value, 4), "aim": None if math.isinf(m.aim) else m.aim} for m in measures
+    }
     card["measured_on"] = {
         "held_out_photos": args.photos,
         "generated_scenes": args.scenes,
+        "repeat_prompts": args.repeats,
         "guidance": args.guidance,
         "steps": 20,
     }

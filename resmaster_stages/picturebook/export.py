@@ -12,10 +12,19 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, GitProcessor
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, GitProcessor, ViTImageProcessorPil
 
-from resmaster_stages.picturebook import data, scenes, train_captioner, train_clip, train_unet, train_vae
+from resmaster_stages.picturebook import (
+    data,
+    scenes,
+    train_captioner,
+    train_classifier,
+    train_clip,
+    train_unet,
+    train_vae,
+)
 from resmaster_stages.picturebook.tokens import make_tokenizer
+from resmaster_stages.picturebook.warm_start import START
 
 PACK = Path(__file__).parent / "pack"
 FILE_LIMIT_BYTES, PACK_LIMIT_BYTES = 15_000_000, 38_000_000
@@ -79,21 +88,27 @@ def assemble(work: Path, averaged: bool = True) -> tuple[StableDiffusionXLPipeli
 
 
 def card_of(work: Path) -> dict[str, Any]:
-    """How the checkpoints in `work` came about: data, seeds, steps and training seconds per stage, hardware."""
+    """How the checkpoints in `work` came about: data, seeds, steps and training seconds per stage, hardware, and the stages of
+    the pack that they started from."""
     stages = {}
-    for stage in ("vae", "clip", "captioner", "unet"):
+    for stage in ("vae", "clip", "captioner", "classifier", "unet"):
         path = work / f"{stage}.pt"
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             stages[stage] = {"steps": state["step"], "seconds": round(state["elapsed"])}
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    earlier = work / START
     return {
         "data": {
             "photos": 500 * len(list((work / "photos").glob("photos-*.npz"))),
             "train_seed": data.TRAIN_SEED,
             "held_out_seed": data.HELD_OUT_SEED,
             "kinds": list(scenes.KINDS),
+            "colours": list(scenes.COLOURS),
+            "grounds": list(scenes.GROUNDS),
+            "skies": list(scenes.SKIES),
         },
+        "started_from": json.loads(earlier.read_text()) if earlier.exists() else None,
         "stages": stages,
         "hardware": hardware,
     }
@@ -131,6 +146,12 @@ def export(work: Path, pack: Path = PACK) -> int:
     clip.load_state_dict(weights)
     clip.half().save_pretrained(partial / "clip")
     CLIPProcessor(processor, tokenizer).save_pretrained(partial / "clip")
+
+    train_classifier.load(work).half().save_pretrained(partial / "classifier")
+    native = {"height": data.NATIVE_PX, "width": data.NATIVE_PX}
+    ViTImageProcessorPil(size=native, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
+        partial / "classifier"
+    )
 
     (partial / "card.json").write_text(json.dumps(card_of(work), indent=2) + "\n")
     sizes = {p.relative_to(partial): p.stat().st_size for p in partial.rglob("*") if p.is_file()}

@@ -1,10 +1,10 @@
 """One command trains the whole picturebook: `python -m resmaster_stages.picturebook.train`.
 
-Stages, in order: render, vae, clip, captioner, unet, export. Each resumes from its last checkpoint in the work folder.
+Stages, in order: render, vae, clip, captioner, classifier, unet, export. Each resumes from its last checkpoint in the work folder.
 The defaults are the recipe of the shipped pack; budgets are wall-clock seconds on 2 CPU cores (or steps, if given).
 Where CPU cores are shared, VAE and UNet train faster as one-thread processes:
 `torchrun --nproc_per_node 2 -m resmaster_stages.picturebook.train --stages vae,unet --threads 1`.
-`touch WORK/STOP-UNET` (or STOP-VAE, STOP-CLIP, STOP-CAPTIONER) starts that stage's final decay early.
+`touch WORK/STOP-UNET` (or STOP-VAE, STOP-CLIP, STOP-CAPTIONER, STOP-CLASSIFIER) starts that stage's final decay early.
 """
 
 from __future__ import annotations
@@ -15,14 +15,23 @@ from pathlib import Path
 
 import torch
 
-from resmaster_stages.picturebook import data, train_captioner, train_clip, train_unet, train_vae
+from resmaster_stages.picturebook import (
+    data,
+    train_captioner,
+    train_classifier,
+    train_clip,
+    train_unet,
+    train_vae,
+    warm_start,
+)
 from resmaster_stages.picturebook.training import Budget
 
-STAGES = ("render", "vae", "clip", "captioner", "unet", "export")
+STAGES = ("render", "vae", "clip", "captioner", "classifier", "unet", "export")
 RECIPE: dict[str, Budget] = {
     "vae": Budget(seconds=3100, decay=0.2),
     "clip": Budget(seconds=890, decay=0.6),
     "captioner": Budget(seconds=480, decay=0.6),
+    "classifier": Budget(seconds=420, decay=0.6),
     "unet": Budget(seconds=3560, decay=0.3),
 }
 
@@ -32,7 +41,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated, default all")
     parser.add_argument("--work", type=Path, default=Path("train"), help="photos, caches and checkpoints")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--photos", type=int, default=32_000)
+    parser.add_argument(
+        "--from-pack", type=Path, default=None, help="start from an earlier pack's weights (a copy of its folder)"
+    )
+    parser.add_argument("--photos", type=int, default=40_000)
     parser.add_argument("--processes", type=int, default=2, help="for drawing photos")
     parser.add_argument("--threads", type=int, default=None, help="torch threads")
     for stage, budget in RECIPE.items():
@@ -65,6 +77,8 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
+    if args.from_pack:
+        warm_start.begin(args.from_pack, args.work)
     for stage in STAGES:
         if stage not in stages:
             continue
@@ -76,10 +90,17 @@ def main() -> None:
 
             export(args.work)
         else:
-            train = {"vae": train_vae, "clip": train_clip, "captioner": train_captioner, "unet": train_unet}[
-                stage
-            ].train
-            train(args.work, budget_of(stage, args), device=args.device)
+            budget = budget_of(stage, args)
+            if stage == "vae":
+                train_vae.train(args.work, budget, device=args.device, pack=args.from_pack)
+            elif stage == "clip":
+                train_clip.train(args.work, budget, device=args.device, pack=args.from_pack)
+            elif stage == "captioner":
+                train_captioner.train(args.work, budget, device=args.device)
+            elif stage == "classifier":
+                train_classifier.train(args.work, budget, device=args.device)
+            else:
+                train_unet.train(args.work, budget, device=args.device, pack=args.from_pack)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def describe(captioner: GitForCausalLM, pixels: Tensor) -> list[str]:
 
 
 def train(work: Path, budget: Budget, recipe: CaptionerRecipe | None = None, device: str = "cpu") -> None:
-    """Train until the budget is spent; checkpoint in `work`/captioner.pt."""
+    """Train until the budget is spent, from where the CLIP stage ended; checkpoint in `work`/captioner.pt."""
     recipe = recipe or CaptionerRecipe()
     torch.manual_seed(4)
     photos = PhotoSet.load(work / "photos")

@@ -25,6 +25,7 @@ from transformers import (
     GitForCausalLM,
 )
 
+from resmaster_stages.picturebook import warm_start
 from resmaster_stages.picturebook.data import PhotoSet, degrade, to_float
 from resmaster_stages.picturebook.scenes import COLOURS, KINDS
 from resmaster_stages.picturebook.tokens import MAX_LENGTH, make_tokenizer
@@ -204,8 +205,10 @@ def load_captioner(folder: Path) -> GitForCausalLM:
     return git.eval()
 
 
-def train(work: Path, budget: Budget, recipe: ClipRecipe | None = None, device: str = "cpu") -> None:
-    """Train until the budget is spent; checkpoint in `work`/clip.pt."""
+def train(
+    work: Path, budget: Budget, recipe: ClipRecipe | None = None, device: str = "cpu", pack: Path | None = None
+) -> None:
+    """Train until the budget is spent, from scratch or from an earlier pack; checkpoint in `work`/clip.pt."""
     recipe = recipe or ClipRecipe()
     torch.manual_seed(1)
     photos = PhotoSet.load(work / "photos")
@@ -213,7 +216,11 @@ def train(work: Path, budget: Budget, recipe: ClipRecipe | None = None, device: 
     small = small_pixels(photos.pixels)
     ids, lengths = tokenize(photos.captions)
     targets = pair_targets(photos.pairs)
-    towers = _Towers().to(device)
+    towers = _Towers()
+    if pack:
+        towers.log_scale.data.fill_(warm_start.clip(towers.text, towers.image, pack))
+        warm_start.captioner(towers.captioner, pack)
+    towers.to(device)
     optim = optimiser([towers], recipe.rate, 0.05)
     course = Course(budget, work / "clip.pt", work / "STOP-CLIP")
     state = course.resume()

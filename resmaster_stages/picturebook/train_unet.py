@@ -20,7 +20,7 @@ from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProj
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from resmaster_stages.picturebook import train_clip, train_vae
+from resmaster_stages.picturebook import train_clip, train_vae, warm_start
 from resmaster_stages.picturebook.data import PhotoSet, to_float
 from resmaster_stages.picturebook.train_clip import (
     PROJECTION,
@@ -283,8 +283,11 @@ def load(work: Path, averaged: bool = True) -> Painter:
     return painter.eval().requires_grad_(False)
 
 
-def train(work: Path, budget: Budget, recipe: UnetRecipe | None = None, device: str = "cpu") -> None:
-    """Train until the budget is spent, or decay early once `work`/STOP-UNET exists; checkpoint in `work`/unet.pt."""
+def train(
+    work: Path, budget: Budget, recipe: UnetRecipe | None = None, device: str = "cpu", pack: Path | None = None
+) -> None:
+    """Train until the budget is spent, from scratch or from an earlier pack, or decay early once `work`/STOP-UNET exists;
+    checkpoint in `work`/unet.pt."""
     recipe = recipe or UnetRecipe()
     team = Team()
     torch.manual_seed(2)
@@ -298,6 +301,8 @@ def train(work: Path, budget: Budget, recipe: UnetRecipe | None = None, device: 
     painter = Painter() if state else new_painter(work)
     if state:
         painter.load_state_dict(state["model"])
+    elif pack:
+        warm_start.painter(painter.unet, painter.text, pack)
     painter.to(device).train()
     optim = optimiser([painter.unet], recipe.rate)
     optim_text = optimiser([painter.text], recipe.text_rate)

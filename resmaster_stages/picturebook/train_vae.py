@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resmaster_stages.picturebook import warm_start
 from resmaster_stages.picturebook.data import PhotoSet, to_float
 from resmaster_stages.picturebook.training import Budget, Course, Ema, Team, optimiser, parameters_m, set_rate
 
@@ -134,19 +135,25 @@ def load(work: Path) -> AutoencoderKL:
     return vae.eval().requires_grad_(False)
 
 
-def train(work: Path, budget: Budget, recipe: VaeRecipe | None = None, device: str = "cpu") -> None:
-    """Train until the budget is spent; checkpoint in `work`/vae.pt, a sample grid in `work`/vae.png."""
+def train(
+    work: Path, budget: Budget, recipe: VaeRecipe | None = None, device: str = "cpu", pack: Path | None = None
+) -> None:
+    """Train until the budget is spent, from scratch or from an earlier pack; checkpoint in `work`/vae.pt, a sample grid in
+    `work`/vae.png."""
     recipe = recipe or VaeRecipe()
     team = Team()
     torch.manual_seed(0)
     pixels = PhotoSet.load(work / "photos", recipe.photos).pixels
     held_out = PhotoSet.load(work / "held-out", 64).pixels
-    vae = AutoencoderKL(**CONFIG).to(device, memory_format=torch.channels_last)
+    vae = AutoencoderKL(**CONFIG)
+    if pack:
+        warm_start.vae(vae, pack)
+    vae.to(device, memory_format=torch.channels_last)
     optim = optimiser([vae], recipe.rate)
     ema = Ema(vae, 0.998)
     course = Course(budget, work / "vae.pt", work / "STOP-VAE")
     state = course.resume()
-    whitened_at: int | None = None
+    whitened_at: int | None = 0 if pack else None  # a pack's latents are white
     if state:
         vae.load_state_dict(state["model"])
         ema.shadow = {k: v.to(device) for k, v in state["ema"].items()}

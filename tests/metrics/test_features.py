@@ -10,12 +10,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from resmaster_stages.config import QualityConfig, Weights, parse_config, stage_hash
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.metrics import features
 from resmaster_stages.metrics.clip_score import ClipScorer
-from resmaster_stages.metrics.features import ClipFeatures, InceptionFeatures, inception_weights, load_extractor
+from resmaster_stages.metrics.features import (
+    ClassifierFeatures,
+    ClipFeatures,
+    InceptionFeatures,
+    inception_weights,
+    load_extractor,
+)
 from resmaster_stages.metrics.resize import resize
 from tests.tiny_models import tokenizer
 
@@ -57,20 +64,25 @@ def test_clip_features_are_the_models_embeddings_whatever_the_batch(
     assert extractor.extract([]).features.shape == (0, 8)
 
 
-def test_zero_shot_probabilities_are_clips(scorer: ClipScorer) -> None:
-    classes = ["a house", "a tree", "a boat"]
-    images = [picture(1), picture(2)]
-    extractor = ClipFeatures(scorer, "clip tiny", classes)
-    p = extractor.extract(images).probabilities
-    assert p is not None
-    tokens = scorer.tokenizer(classes, padding=True, return_tensors="pt")
-    pixels = torch.stack([torch.from_numpy(scorer._pixels(image)) for image in images])
+def test_a_classifiers_features_and_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    small = ResNetConfig(embedding_size=4, hidden_sizes=[4, 6], depths=[1, 1], layer_type="basic", num_labels=3)
+    network = ResNetForImageClassification(small).eval()
+    extractor = ClassifierFeatures(network, "tiny", 32)
+    images = [picture(1), picture(2), picture(3)]
+    found = extractor.extract(images)
+    assert found.probabilities is not None
+    pixels = torch.stack([torch.from_numpy(resize(i, 32, 32) / 127.5 - 1).permute(2, 0, 1) for i in images]).float()
     with torch.inference_mode():
-        expected = scorer.model(pixel_values=pixels, **tokens).logits_per_image.softmax(dim=-1).numpy()
-    assert np.abs(p - expected).max() < 1e-5
-    none = extractor.extract([]).probabilities
-    assert none is not None
-    assert none.shape == (0, 3)
+        expected = network.resnet(pixels).pooler_output.flatten(1)
+        logits = network(pixels).logits
+    assert np.abs(found.features - expected.numpy()).max() < 1e-5
+    assert np.abs(found.probabilities - logits.softmax(-1).numpy()).max() < 1e-5
+    monkeypatch.setattr(features, "BATCH", 2)
+    assert np.abs(extractor.extract(images).features - found.features).max() < 1e-5
+    none = extractor.extract([])
+    assert none.probabilities is not None
+    assert (none.features.shape, none.probabilities.shape) == ((0, 6), (0, 3))
 
 
 def test_inception_gets_clean_fids_pixels() -> None:

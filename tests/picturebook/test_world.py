@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resmaster_stages.picturebook import captions, data, scenes
+from resmaster_stages.errors import ConfigError
+from resmaster_stages.picturebook import captions, data, scenes, truth
 
 resvg_py = pytest.importorskip("resvg_py")
 
@@ -46,6 +47,45 @@ def test_every_kind_draws_every_colour_by_day_and_night() -> None:
                 drawing = kind.draw(thing, Random(1), night)
                 assert drawing.svg.startswith("<")
                 assert all(part.name in captions.PART_WORDS for part in drawing.parts)
+
+
+def test_the_world_is_rich() -> None:
+    assert len(scenes.KINDS) >= 8
+    assert len(scenes.COLOURS) >= 8
+    assert len(scenes.GROUNDS) >= 5
+    assert len(scenes.SKIES) >= 4
+    shown = [scenes.make_scene(seed) for seed in range(400)]
+    assert {thing.kind for scene in shown for thing in scene.things} == set(scenes.KINDS)
+    assert {thing.colour for scene in shown for thing in scene.things} == set(scenes.COLOURS)
+    assert {scene.ground for scene in shown} == set(scenes.GROUNDS)
+    for scene in shown:
+        assert all(scene.ground in scenes.KINDS[thing.kind].grounds for thing in scene.things)
+
+
+def test_the_subject_of_a_view_is_what_covers_most_of_it() -> None:
+    house = scenes.Thing("house", "red", 150, 420, 240, 3)
+    tree = scenes.Thing("tree", "green", 400, 420, 150, 4)
+    scene = scenes.Scene(1, 512.0, "meadow", "night", 300.0, (house, tree))
+    assert captions.subject(scene) == "house"
+    assert captions.subject(scene, (350, 280, 450, 380)) == "tree"
+    assert captions.subject(scene, (250, 0, 350, 100)) == "night"
+    assert captions.subject(scene, (255, 440, 320, 505)) == "meadow"
+
+
+def test_the_true_scene_of_a_prompt_shows_what_the_prompt_says() -> None:
+    for seed in range(200):
+        scene = scenes.make_scene(seed)
+        prompt = captions.caption(scene)
+        drawn = truth.true_scene(prompt, scenes.HEIGHT)
+        assert captions.pairs_in(drawn) == captions.pairs_in(scene)
+        assert (drawn.ground, drawn.sky) == (scene.ground, scene.sky)
+        assert truth.true_scene(prompt, scenes.HEIGHT) == drawn
+    assert truth.true_scene(prompt, scenes.HEIGHT, replica=1) != drawn
+    picture = truth.true_picture("a blue boat on the water at sunset", 64, 128)
+    assert picture.size == (128, 64)
+    for height, width in ((128, 64), (64, 256)):
+        with pytest.raises(ConfigError, match="square to twice as wide"):
+            truth.true_picture("a red cat", height, width)
 
 
 @pytest.mark.parametrize("seed", [1, 5, 9])

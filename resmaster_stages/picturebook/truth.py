@@ -1,0 +1,66 @@
+"""Ground truth for prompts in the picturebook's language: a scene that shows what the prompt says, drawn at any size.
+
+Vectors have detail at every resolution, so these pictures are what a perfect upscaler's results are drawn from. The layout
+is the seed's choice, not that of any generated picture: compare sets, not single pictures. Knows no models and no storage.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+
+from PIL import Image
+
+from resmaster_stages.errors import ConfigError
+from resmaster_stages.identity import digest
+from resmaster_stages.picturebook import captions, scenes
+
+MOST_OBJECTS = 3
+
+
+def true_scene(prompt: str, width: float, replica: int = 0) -> scenes.Scene:
+    """A scene of 512 x `width` units with the prompt's objects, ground and sky; what it leaves open follows from the
+    prompt and `replica`.
+
+    Raises ConfigError for prompts that name nothing of this world, or more objects than its scenes hold.
+    """
+    wanted = captions.ordered_pairs(prompt)
+    ground, sky = captions.place(prompt)
+    if not wanted and ground is None and sky is None:
+        raise ConfigError(
+            f"--reference picturebook: the prompt {prompt[:60]!r} names nothing of its world; use prompts such as "
+            "'a red house on a green meadow under a blue sky', or give a folder of images"
+        )
+    if len(wanted) > MOST_OBJECTS:
+        raise ConfigError(
+            f"--reference picturebook: the prompt {prompt[:60]!r} names {len(wanted)} objects; its scenes hold {MOST_OBJECTS}"
+        )
+    seed = int(digest([prompt, replica])[:12], 16)
+    return scenes.scene_of(seed, width, ground, sky, wanted)
+
+
+def check(prompts: Iterable[str], height_px: int, width_px: int) -> None:
+    """Raise ConfigError, before anything is drawn, for what `true_picture` could not draw."""
+    if importlib.util.find_spec("resvg_py") is None:
+        raise ConfigError(
+            "--reference picturebook: needs resvg_py; install it: pip install 'resmaster-pipeline[train]'"
+        )
+    if not height_px <= width_px <= 2 * height_px:
+        raise ConfigError(
+            f"--reference picturebook: {height_px} x {width_px} px; its scenes are square to twice as wide as high; "
+            "choose other scales, or give a folder of images"
+        )
+    for prompt in prompts:
+        true_scene(prompt, scenes.HEIGHT)
+
+
+def true_picture(prompt: str, height_px: int, width_px: int, replica: int = 0) -> Image.Image:
+    """The scene of a prompt, RGB, drawn at a size at least as wide as high and at most twice as wide.
+
+    Raises ConfigError as `check`.
+    """
+    from resmaster_stages.picturebook.render import render
+
+    check([prompt], height_px, width_px)
+    scene = true_scene(prompt, scenes.HEIGHT * width_px / height_px, replica)
+    return render(scene, height_px, width_px)
