@@ -366,6 +366,9 @@ class UpscaleConfig(Part):
     """Used for prompts that bring none of their own."""
     stride: float = Field(default=0.5, gt=0, le=1)
     """Distance of neighbouring views, as a fraction of the window (the model's native size), for methods with views."""
+    shift: Literal["none", "every_step"] = "none"
+    """`every_step`: methods resmaster and multidiffusion move the whole grid of views from step to step, so that no border
+    lies twice at the same place; a moved view takes caption and image prompt of the nearest view."""
     fuse: Literal["uniform", "linear", "gaussian"] = "uniform"
     """Weight of a view's pixels where views overlap."""
     stepper: Literal["ddim_implied", "ddim_keep", "posterior", "ddim_ancestral"] = "ddim_implied"
@@ -413,6 +416,8 @@ class UpscaleConfig(Part):
 
     @model_validator(mode="after")
     def _no_idle_part(self) -> UpscaleConfig:
+        if self.shift != "none" and self.method not in ("resmaster", "multidiffusion"):
+            raise ValueError(f"shift is set, which method {self.method} does not read; drop it")
         for name, part in METHOD_PARTS.items():
             if name != self.method and getattr(self, name) != part():
                 raise ValueError(
@@ -423,6 +428,8 @@ class UpscaleConfig(Part):
     def identity(self) -> dict[str, Any]:
         """As of every part, less the parts of other methods: what a method does not read is not its identity."""
         idle = METHOD_PARTS.keys() - {self.method}
+        if self.shift == "none":
+            idle |= {"shift"}
         return {name: value for name, value in super().identity().items() if name not in idle}
 
     @field_validator("method")

@@ -355,7 +355,7 @@ def test_ground_truth_is_every_prompt_drawn_at_the_target_size(
     folder = tmp_path / "out" / "d-compare"
     rows = pq.read_table(folder / "compare.parquet").to_pylist()
     assert [row["method"] for row in rows] == ["direct", "resmaster", "(real pictures)"]
-    assert {(row["height"], row["width"], row["reference_samples"]) for row in rows} == {(32, 32, 4)}
+    assert {(row["height"], row["width"], row["reference_samples"]) for row in rows} == {(64, 64, 4)}
     assert rows[2]["fid_c"] is not None
     assert rows[2]["unet_calls"] is None
     assert "(real pictures)" in capsys.readouterr().out

@@ -36,8 +36,8 @@ def test_shipped_configurations_are_valid(path: Path) -> None:
     assert Path(loaded.prompts or "").is_absolute()
 
 
-def test_three_configurations_are_shipped() -> None:
-    assert {path.stem for path in DATASETS} == {"picturebook", "sdxl-2k", "sdxl-4k"}
+def test_the_configurations_that_are_shipped() -> None:
+    assert {path.stem for path in DATASETS} == {"picturebook", "picturebook-evaluation", "sdxl-2k", "sdxl-4k"}
 
 
 @pytest.mark.parametrize(

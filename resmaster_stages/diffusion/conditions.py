@@ -9,7 +9,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,17 @@ class Conditions:
 
     def __len__(self) -> int:
         return len(self.time_ids)
+
+    def take(self, items: Tensor) -> Conditions:
+        """The conditions of `items` [M] (long), in their order."""
+        text, negative = self.text, self.negative
+        return Conditions(
+            text=replace(text, index=text.index[items]),
+            negative=None if negative is None else replace(negative, index=negative.index[items]),
+            time_ids=self.time_ids[items],
+            image=None if self.image is None else self.image[items],
+            negative_image=None if self.negative_image is None else self.negative_image[items],
+        )
 
     def batch(self, items: Tensor, branches: Branches = (NEGATIVE, TEXT)) -> dict[str, Any]:
         """UNet arguments for `items` [n] (long), branch by branch. Unconditional branches need negative conditions."""

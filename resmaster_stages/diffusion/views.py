@@ -24,12 +24,21 @@ def axis_origins(length: int, window: int, stride: int) -> tuple[int, ...]:
     return (*origins, length - window)
 
 
+def shifted_origins(length: int, window: int, stride: int, shift: int) -> tuple[int, ...]:
+    """`axis_origins` moved back by `shift` (0 to stride - 1) and kept inside: as many windows for every shift."""
+    if length <= window:
+        return (0,)
+    count = 1 + -(-(length - window + stride - 1) // stride)
+    return tuple(min(max(i * stride - shift, 0), length - window) for i in range(count))
+
+
 @dataclass(frozen=True)
 class Grid:
     """Windows of `window` x `window` units, every `stride` units, on a canvas of `height` x `width` units.
 
     An axis shorter than the window has one window of the axis's length. `unit_px` is the size of a unit in pixels
     (1, or the latent factor); `height_px` and `width_px` are the picture's size where the canvas was padded beyond it.
+    `shift` moves all windows up and left by less than a stride, inside the canvas.
     """
 
     height: int
@@ -39,6 +48,7 @@ class Grid:
     unit_px: int = 1
     height_px: int | None = None
     width_px: int | None = None
+    shift: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if min(self.height, self.width, self.window, self.stride, self.unit_px) < 1 or self.stride > self.window:
@@ -47,12 +57,17 @@ class Grid:
     @cached_property
     def rows(self) -> tuple[int, ...]:
         """y0 of each row of windows."""
-        return axis_origins(self.height, self.window, self.stride)
+        return self._origins(self.height, 0)
 
     @cached_property
     def cols(self) -> tuple[int, ...]:
         """x0 of each column of windows."""
-        return axis_origins(self.width, self.window, self.stride)
+        return self._origins(self.width, 1)
+
+    def _origins(self, length: int, axis: int) -> tuple[int, ...]:
+        if self.shift is None:
+            return axis_origins(length, self.window, self.stride)
+        return shifted_origins(length, self.window, self.stride, self.shift[axis])
 
     @property
     def window_height(self) -> int:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from functools import partial
 
 from resmaster_stages.diffusion.conditions import make_conditions
-from resmaster_stages.diffusion.fusing import Fuser
 from resmaster_stages.diffusion.guidance import ClassifierFree
 from resmaster_stages.diffusion.image_prompts import adapter_scale
-from resmaster_stages.diffusion.loop import Composition, ViewGroup, always
+from resmaster_stages.diffusion.loop import Composition, ViewGroup
+from resmaster_stages.diffusion.shifting import placed
 from resmaster_stages.diffusion.steppers import STEPPERS
 from resmaster_stages.methods.request import Request
 
@@ -30,7 +30,7 @@ def compose(request: Request) -> Composition:
     return Composition(
         groups=(
             ViewGroup(
-                always(Fuser(grid, config.fuse, request.models.device), conditions),
+                placed(grid, conditions, config.shift, config.fuse, request.models.device),
                 ClassifierFree(config.guidance_scale),
             ),
         ),

@@ -17,10 +17,10 @@ from functools import partial
 
 from resmaster_stages.diffusion.conditions import make_conditions
 from resmaster_stages.diffusion.following import structural_guidance
-from resmaster_stages.diffusion.fusing import Fuser
 from resmaster_stages.diffusion.guidance import ClassifierFree
 from resmaster_stages.diffusion.image_prompts import adapter_scale, embed_crops
-from resmaster_stages.diffusion.loop import Composition, ViewGroup, X0Hook, always
+from resmaster_stages.diffusion.loop import Composition, ViewGroup, X0Hook
+from resmaster_stages.diffusion.shifting import placed
 from resmaster_stages.diffusion.steppers import STEPPERS
 from resmaster_stages.methods.request import Request
 
@@ -48,7 +48,8 @@ def compose(request: Request) -> Composition:
     return Composition(
         groups=(
             ViewGroup(
-                always(Fuser(grid, config.fuse, models.device), conditions), ClassifierFree(config.guidance_scale)
+                placed(grid, conditions, config.shift, config.fuse, models.device),
+                ClassifierFree(config.guidance_scale),
             ),
         ),
         stepper=STEPPERS[config.stepper],
