@@ -398,19 +398,21 @@ def _facts(variant: Variant, dataset: Dataset, manifest: Sequence[Mapping[str, A
 
 
 def _repeats(dataset: Dataset, keys: Sequence[str]) -> dict[str, float | None]:
-    """Repeated objects as picturebook's captioner counts them; None for other models, whose objects it does not know."""
+    """Repeated objects as picturebook's captioner counts them, tile by tile; None for other models, whose objects it does not know."""
     config = dataset.config
     if config.model.id != PICTUREBOOK:
         return {"repeat_rate": None, "repeat_surplus": None}
     from resmaster_stages.models.captioner import load_captioner
+    from resmaster_stages.picturebook.counting import count_objects
     from resmaster_stages.picturebook.scenes import KINDS
 
     own = {"source": "model", "model": PICTUREBOOK, "revision": None}
     captioner = load_captioner(config.captions.model_copy(update=own), config.model.device)
     assert captioner is not None
+    native = native_px(config.model)
 
     def count(image: Image.Image) -> Mapping[str, int]:
-        return mentions(captioner.caption([image])[0], KINDS)
+        return count_objects(image, captioner.caption, native)
 
     wanted = ((sample.high_res, mentions(sample.prompt, KINDS)) for sample in finished_samples(dataset, keys))
     found = repeated_objects(wanted, count)

@@ -102,7 +102,7 @@ _SKY_CLOSE: dict[str, tuple[str, ...]] = {
     "cloudy": ("a grey sky with clouds", "clouds"),
 }
 _WHOLE_PREFIX = ("", "", "a picture of ", "a scene with ")
-_CLOSE_PREFIX = ("close-up of ", "close-up of ", "a detail of ", "a close view of ")
+CLOSE_PREFIXES = ("close-up of ", "close-up of ", "a detail of ", "a close view of ")
 _NUMBERS = {1: "a", 2: "two", 3: "three"}
 
 
@@ -146,7 +146,7 @@ def pairs_in(scene: Scene, box: Box | None = None) -> frozenset[tuple[str, str]]
     return frozenset((thing.kind, thing.colour) for thing, _, _ in visible(scene, box or scene.box))
 
 
-_PAIR = re.compile(rf"\b({'|'.join(COLOURS)}) (?:brick |hot-air )?({'|'.join(KINDS)})s?\b")
+PAIR = re.compile(rf"\b({'|'.join(COLOURS)}) (?:brick |hot-air )?({'|'.join(KINDS)})s?\b")
 
 
 def pairs(sentence: str) -> frozenset[tuple[str, str]]:
@@ -156,7 +156,7 @@ def pairs(sentence: str) -> frozenset[tuple[str, str]]:
 
 def ordered_pairs(sentence: str) -> tuple[tuple[str, str], ...]:
     """The (kind, colour) pairs that a sentence names, in its order, each once."""
-    found = _PAIR.findall(sentence.lower().replace(" - ", "-"))
+    found = PAIR.findall(sentence.lower().replace(" - ", "-"))
     return tuple(dict.fromkeys((kind, colour) for colour, kind in found))
 
 
@@ -243,7 +243,7 @@ def _close(scene: Scene, box: Box, seen: list[tuple[Thing, Drawing, float]], rng
         around.append(f"{sky} with {lights[0]}" if lights and "with" not in sky else sky)
     if sky_share < 0.85:
         around.append(rng.choice(_GROUND_CLOSE[scene.ground]))
-    prefix = rng.choice(_CLOSE_PREFIX)
+    prefix = rng.choice(CLOSE_PREFIXES)
     if not phrases:
         return f"{prefix}{_join(around)}"
     if not around:
@@ -253,7 +253,7 @@ def _close(scene: Scene, box: Box, seen: list[tuple[Thing, Drawing, float]], rng
 
 def vocabulary() -> tuple[str, ...]:
     """Every word and punctuation mark that captions can contain, sorted."""
-    texts: list[str] = [*COLOURS, *KINDS, *(k + "s" for k in KINDS), *GROUNDS, *SKIES, *_WHOLE_PREFIX, *_CLOSE_PREFIX]
+    texts: list[str] = [*COLOURS, *KINDS, *(k + "s" for k in KINDS), *GROUNDS, *SKIES, *_WHOLE_PREFIX, *CLOSE_PREFIXES]
     texts += [
         *_NUMBERS.values(),
         "an hot-air brick and of part with before around it an empty place , . the without no",

@@ -45,6 +45,7 @@ from resmaster_stages.picturebook import (
     train_clip,
     train_vae,
 )
+from resmaster_stages.picturebook.counting import count_objects
 from resmaster_stages.picturebook.data import PhotoSet, degrade, to_float
 from resmaster_stages.picturebook.export import PACK
 from resmaster_stages.picturebook.train_clip import small_pixels
@@ -213,6 +214,8 @@ def scene_measures(
 
 def repeat_measures(captioner: GitForCausalLM, count: int) -> list[Measure]:
     """The share of 4x pictures in which the captioner counts more objects of a kind than the prompt names."""
+    from resmaster_stages.picturebook.render import render
+
     models = load_models(ModelConfig(id=PICTUREBOOK, device="cpu"))
     shown = square_scenes(count, SCENE_SEED + 2_000_000)
     prompts = [captions.caption(scene) for scene in shown]
@@ -223,15 +226,16 @@ def repeat_measures(captioner: GitForCausalLM, count: int) -> list[Measure]:
         raise ValueError("the model drew nothing for some prompts: it cannot be measured")
 
     def rate(images: list[Image.Image]) -> float:
-        def count_objects(image: Image.Image) -> Counts:
-            small = image.resize((data.NATIVE_PX, data.NATIVE_PX), Image.Resampling.BOX)
-            return mentions(describe_all(captioner, as_pixels([small]))[0], scenes.KINDS)
+        def shown_in(image: Image.Image) -> Counts:
+            return count_objects(image, lambda tiles: describe_all(captioner, as_pixels(list(tiles))), native)
 
         return repeated_objects(
-            ((image, mentions(prompt, scenes.KINDS)) for image, prompt in zip(images, prompts)), count_objects
+            ((image, mentions(prompt, scenes.KINDS)) for image, prompt in zip(images, prompts)), shown_in
         ).rate
 
-    out = [Measure("repeated objects, low-res pictures", rate(low_res), math.inf)]
+    large = [render(scene, 4 * native, 4 * native) for scene in shown]
+    out = [Measure("repeated objects, real drawings at 4x (false alarms)", rate(large), math.inf)]
+    out.append(Measure("repeated objects, low-res pictures", rate(low_res), math.inf))
     for method in ("direct", "multidiffusion", "resmaster"):
         config = UpscaleConfig(method=method, scale=4.0, steps=20)
         images = [upscale_image(models, i, p, config=config, seed=n) for n, (i, p) in enumerate(zip(low_res, prompts))]

@@ -86,9 +86,13 @@ def main() -> None:
             data.draw_photos(args.work / "held-out", 1000, args.processes, data.HELD_OUT_SEED)
             data.draw_photos(args.work / "photos", args.photos, args.processes)
         elif stage == "export":
-            from resmaster_stages.picturebook.export import export
+            from resmaster_stages.picturebook.export import assemble, export
+            from resmaster_stages.picturebook.samples import sheet
 
             export(args.work)
+            pipe, _ = assemble(args.work)
+            sheet(pipe).save(args.work / "samples.png")
+            print(f"export: look at {args.work / 'samples.png'}", flush=True)
         else:
             budget = budget_of(stage, args)
             if stage == "vae":

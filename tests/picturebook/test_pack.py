@@ -6,8 +6,19 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel, CLIPProcessor
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPModel,
+    CLIPProcessor,
+)
 
+from resmaster_stages.config import QualityConfig
+from resmaster_stages.metrics.features import load_extractor
+from resmaster_stages.metrics.fid import FeatureStatistics, frechet_distance
 from resmaster_stages.picturebook import captions, data, scenes
 from resmaster_stages.picturebook.export import FILE_LIMIT_BYTES, PACK, PACK_LIMIT_BYTES
 from resmaster_stages.picturebook.tokens import make_tokenizer
@@ -41,6 +52,7 @@ def test_the_pack_is_small_and_complete() -> None:
         "ip_adapter/ip-adapter.safetensors",
         "captioner/config.json",
         "clip/config.json",
+        "classifier/config.json",
     ):
         assert (PACK / name).is_file()
 
@@ -116,6 +128,32 @@ def test_captioner_names_a_simple_scene(picture: Any) -> None:
     out = captioner.generate(pixel_values=inputs["pixel_values"], max_new_tokens=60, do_sample=False)
     sentence = processor.batch_decode(out, skip_special_tokens=True)[0]
     assert captions.pairs(sentence) == {("house", "red")}
+
+
+def test_the_classifier_names_the_subject_and_loads_as_any_other(picture: Any) -> None:
+    processor = AutoImageProcessor.from_pretrained(PACK / "classifier", local_files_only=True)
+    network = AutoModelForImageClassification.from_pretrained(PACK / "classifier", local_files_only=True).float()
+    images = [picture(SIMPLE, 128, 128), picture(SIMPLE, 128, 128, (0, 0, 100, 100))]
+    with torch.no_grad():
+        logits = network(processor(images=images, return_tensors="pt")["pixel_values"]).logits
+    assert [network.config.id2label[int(i)] for i in logits.argmax(1)] == ["house", "day"]
+    extractor = load_extractor(QualityConfig(features="picturebook", device="cpu"))
+    found = extractor.extract(images)
+    assert found.probabilities is not None
+    assert abs(found.probabilities - logits.softmax(1).numpy()).max() < 1e-3  # two resizing libraries
+    assert (extractor.input_px, extractor.dimension) == (128, 128)
+
+
+def test_features_tell_blurred_from_sharp_and_real_from_real(picture: Any) -> None:
+    """FID of blurred pictures is far above that of other sharp ones: the features see detail."""
+    shown = [scenes.make_scene(seed) for seed in range(60)]
+    drawn = [picture(scene, 128, 128, (0, 0, 512, 512)) for scene in shown]
+    blurred = [i.resize((48, 48), Image.Resampling.BICUBIC).resize((128, 128), Image.Resampling.BICUBIC) for i in drawn]
+    extractor = load_extractor(QualityConfig(features="picturebook", device="cpu"))
+    first, second, soft = (
+        FeatureStatistics.of(extractor.extract(images).features) for images in (drawn[:30], drawn[30:], blurred[30:])
+    )
+    assert frechet_distance(first, soft) > 1.5 * frechet_distance(first, second)
 
 
 def test_clip_ranks_the_right_caption_first(picture: Any) -> None:

@@ -1,0 +1,63 @@
+"""Counting objects in large pictures with the picturebook's captioner.
+
+The captioner sees 64 px, so a picture full of small objects is described tile by tile, at several sizes of tile. Only
+objects that a tile shows whole count: of a partly seen one the captioner says `part of a red house` or `roof tiles of a
+red house`. A kind's count is the greatest of all tile sizes, since one and the same object is whole at several of them.
+Objects across tile borders are missed: counts are lower bounds. Knows no models: the captioner is passed in.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from PIL import Image
+
+from resmaster_stages.picturebook.captions import CLOSE_PREFIXES, PAIR
+
+_PREFIX = re.compile("|".join(re.escape(prefix) for prefix in CLOSE_PREFIXES) + "|a picture of |a scene with ")
+
+
+def whole_objects(sentence: str) -> Counter[str]:
+    """Kind -> how many whole objects a sentence of the grammar names."""
+    text = _PREFIX.sub("", sentence.lower().replace(" - ", "-"), count=1)
+    found: Counter[str] = Counter()
+    for match in PAIR.finditer(text):
+        if not re.search(r"\bof an? $", text[: match.start()]):
+            found[match[2]] += 1
+    return found
+
+
+def tiles(image: Image.Image, native_px: int) -> list[list[Image.Image]]:
+    """Disjoint tiles, about square, that cover a picture, level by level: of its shorter side, of half of it, ... down to
+    the native size. Each is shrunk to about the native size by averaging.
+    """
+    levels = []
+    divisions = 1
+    while divisions == 1 or min(image.size) >= divisions * native_px:
+        counts = [max(1, round(side * divisions / min(image.size))) for side in image.size]
+        xs, ys = ([round(side * i / n) for i in range(n + 1)] for side, n in zip(image.size, counts))
+        boxes = [(x0, y0, x1, y1) for y0, y1 in itertools.pairwise(ys) for x0, x1 in itertools.pairwise(xs)]
+        level = []
+        for box in boxes:
+            tile = image.crop(box)
+            factor = max(1, min(tile.size) // native_px)
+            level.append(tile.reduce(factor) if factor > 1 else tile)
+        levels.append(level)
+        divisions *= 2
+    return levels
+
+
+def count_objects(
+    image: Image.Image, describe: Callable[[Sequence[Image.Image]], Sequence[str]], native_px: int
+) -> Counter[str]:
+    """Kind -> how many objects a picture shows, at least."""
+    found: Counter[str] = Counter()
+    for level in tiles(image, native_px):
+        counts: Counter[str] = Counter()
+        for sentence in describe(level):
+            counts += whole_objects(sentence)
+        found |= counts
+    return found
