@@ -18,13 +18,14 @@ from math import gcd
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from PIL import Image
 
 from resmaster_stages.config import DatasetConfig, parse_config
 from resmaster_stages.errors import ConfigError, PlanError, SampleError, UserError
 from resmaster_stages.identity import digest, image_key
-from resmaster_stages.metrics.repeats import mentions, repeated_objects
+from resmaster_stages.metrics.repeats import Repeats, mentions, repeated_objects, repeats_of, surplus
 from resmaster_stages.models.geometry import latent_factor, native_px
 from resmaster_stages.models.identity import PICTUREBOOK
 from resmaster_stages.preview import check_sizes
@@ -52,6 +53,9 @@ TRUE_PICTURES = 256
 
 REAL = "(real pictures)"
 """What the row of drawn pictures is called: no method, but what a perfect one would score."""
+
+SURPLUS = "surplus"
+"""Beside the features of a drawn picture: how many objects too many are counted in it."""
 
 Features = dict[str, Arrays]
 """Key -> view -> features."""
@@ -264,10 +268,11 @@ def true_features(config: DatasetConfig, height: int, width: int, cache: Folder)
     Raises ConfigError as `check_truth`.
     """
     from resmaster_stages.metrics.features import load_extractor
+    from resmaster_stages.picturebook.scenes import KINDS
     from resmaster_stages.picturebook.truth import true_picture
 
     samples = draft_samples(config).samples
-    extractor, native = load_extractor(config.quality), native_px(config.model)
+    extractor, native, counter = load_extractor(config.quality), native_px(config.model), _object_counter(config)
     layouts = -(-TRUE_PICTURES // len(samples))
     weights = stage_hashes(config.model_copy(update={"name": "any"}))["quality"]
     prompts = {sample.key: sample.prompt for sample in samples}
@@ -285,6 +290,9 @@ def true_features(config: DatasetConfig, height: int, width: int, cache: Folder)
                 picture = true_picture(prompt, height, width, replica)
                 own = f"{key}-{replica}"
                 features[own] = picture_features(extractor, picture, own, native)
+                if part == "real" and counter is not None:
+                    extra = surplus(counter(picture), mentions(prompt, KINDS))
+                    features[own] = {**features[own], SURPLUS: np.array([extra], np.float16)}
         cache.write(name, encode_arrays(list(features), list(features.values())))
         found.append(features)
     return found[0], found[1]
@@ -325,6 +333,8 @@ def compare_datasets(
     perhaps those of other real pictures, which get a row of their own; None means each scale's own low-res images.
     Raises PlanError if a scale has no sample in common.
     """
+    from resmaster_stages.picturebook.counting import LEAST
+
     rows: list[dict[str, Any]] = []
     common: dict[str, list[str]] = {}
     for scale in dict.fromkeys(variant.scale for variant, _ in built):
@@ -357,7 +367,10 @@ def compare_datasets(
             facts = dict.fromkeys(COMPARE_SCHEMA.names)
             known = {name: rows[-1][name] for name in ("scale", "features", "height", "width", "reference")}
             drawn = {"method": REAL, "dataset": "", "samples": len(real), "reference_samples": count}
-            rows.append({**facts, **known, **drawn, **compare_sets(stacked(real), against, views)})
+            sets = stacked(real)
+            extra = [int(value[0]) for value in sets.pop(SURPLUS, ())]
+            counted = _as_columns(repeats_of(extra, LEAST))
+            rows.append({**facts, **known, **drawn, **compare_sets(sets, against, views), **counted})
     return Compared(rows, common)
 
 
@@ -397,28 +410,38 @@ def _facts(variant: Variant, dataset: Dataset, manifest: Sequence[Mapping[str, A
     }
 
 
-def _repeats(dataset: Dataset, keys: Sequence[str]) -> dict[str, float | None]:
-    """Repeated objects as picturebook's captioner counts them, tile by tile; None for other models, whose objects it does not know."""
-    config = dataset.config
+def _object_counter(config: DatasetConfig) -> Callable[[Image.Image], Mapping[str, int]] | None:
+    """Counts objects as picturebook's captioner sees them, tile by tile; None for other models, whose objects it does not
+    know."""
     if config.model.id != PICTUREBOOK:
-        return {"repeat_rate": None, "repeat_surplus": None}
+        return None
     from resmaster_stages.models.captioner import load_captioner
     from resmaster_stages.picturebook.counting import count_objects
-    from resmaster_stages.picturebook.scenes import KINDS
 
     own = {"source": "model", "model": PICTUREBOOK, "revision": None}
     captioner = load_captioner(config.captions.model_copy(update=own), config.model.device)
     assert captioner is not None
     native = native_px(config.model)
+    return lambda image: count_objects(image, captioner.caption, native)
 
-    def count(image: Image.Image) -> Mapping[str, int]:
-        return count_objects(image, captioner.caption, native)
+
+def _repeats(dataset: Dataset, keys: Sequence[str]) -> dict[str, float | None]:
+    """Repeated objects of a dataset's pictures; None where nothing counts them or no prompt names any."""
+    counter = _object_counter(dataset.config)
+    if counter is None:
+        return {"repeat_rate": None, "repeat_surplus": None}
+    from resmaster_stages.picturebook.counting import LEAST
+    from resmaster_stages.picturebook.scenes import KINDS
 
     wanted = ((sample.high_res, mentions(sample.prompt, KINDS)) for sample in finished_samples(dataset, keys))
-    found = repeated_objects(wanted, count)
-    if not found.images:
-        return {"repeat_rate": None, "repeat_surplus": None}
-    return {"repeat_rate": found.rate, "repeat_surplus": found.surplus}
+    return _as_columns(repeated_objects(wanted, counter, LEAST))
+
+
+def _as_columns(found: Repeats) -> dict[str, float | None]:
+    return {
+        "repeat_rate": found.rate if found.images else None,
+        "repeat_surplus": found.surplus if found.images else None,
+    }
 
 
 def finished_samples(dataset: Dataset, keys: Collection[str]) -> Iterator[FinishedSample]:

@@ -341,6 +341,7 @@ def test_ground_truth_is_every_prompt_drawn_at_the_target_size(
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a red house on the sand at night\ntwo cats: a blue cat and a pink cat\n")
     monkeypatch.setattr("resmaster_stages.compare.TRUE_PICTURES", 3)
+    monkeypatch.setattr("resmaster_stages.compare._object_counter", lambda config: lambda image: {"house": 3})
     config = parse_config(
         {
             "name": "d",
@@ -358,13 +359,15 @@ def test_ground_truth_is_every_prompt_drawn_at_the_target_size(
     assert {(row["height"], row["width"], row["reference_samples"]) for row in rows} == {(64, 64, 4)}
     assert rows[2]["fid_c"] is not None
     assert rows[2]["unet_calls"] is None
+    assert [(row["repeat_rate"], row["repeat_surplus"]) for row in rows] == [(0.5, 1.0)] * 3
     assert "(real pictures)" in capsys.readouterr().out
     cache = open_root(str(tmp_path / "cache"))
-    reference, real = true_features(config, 32, 32, cache)
+    (variant,) = variants(config, "direct", "2x2")
+    reference, real = true_features(variant.config, 32, 32, cache)
     assert (len(reference), len(real)) == (4, 2)
     assert not set(reference) & set(real)
     monkeypatch.setattr("resmaster_stages.compare.picture_features", lambda *args: pytest.fail("computed again"))
-    again, _ = true_features(config, 32, 32, cache)
+    again, _ = true_features(variant.config, 32, 32, cache)
     assert all(np.array_equal(again[key]["r"], values["r"]) for key, values in reference.items())
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ class Repeats:
     """Over a set of pictures."""
 
     rate: float
-    """Share (0 to 1) of pictures that show more of some kind than their prompt asks for."""
+    """Share (0 to 1) of pictures that show `least` objects or more beyond what their prompt asks for."""
     surplus: float
     """Objects too many, per picture."""
     images: int
@@ -55,9 +55,17 @@ def surplus(found: Counts, wanted: Counts) -> int:
     return sum(max(0, found.get(kind, 0) - count) for kind, count in wanted.items())
 
 
-def repeated_objects(pictures: Iterable[tuple[Any, Counts]], count_objects: Callable[[Any], Counts]) -> Repeats:
+def repeated_objects(
+    pictures: Iterable[tuple[Any, Counts]], count_objects: Callable[[Any], Counts], least: int = 1
+) -> Repeats:
     """Repeats over (picture, what its prompt asks for), taken one by one; `count_objects` counts what a picture shows."""
-    extra = [surplus(count_objects(picture), wanted) for picture, wanted in pictures if any(wanted.values())]
+    return repeats_of(
+        [surplus(count_objects(picture), wanted) for picture, wanted in pictures if any(wanted.values())], least
+    )
+
+
+def repeats_of(extra: Sequence[int], least: int = 1) -> Repeats:
+    """Repeats, from how many objects are too many in each picture."""
     if not extra:
         return Repeats(0.0, 0.0, 0)
-    return Repeats(sum(e > 0 for e in extra) / len(extra), sum(extra) / len(extra), len(extra))
+    return Repeats(sum(e >= least for e in extra) / len(extra), sum(extra) / len(extra), len(extra))

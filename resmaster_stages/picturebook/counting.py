@@ -3,7 +3,8 @@
 The captioner sees 64 px, so a picture full of small objects is described tile by tile, at several sizes of tile. Only
 objects that a tile shows whole count: of a partly seen one the captioner says `part of a red house` or `roof tiles of a
 red house`. A kind's count is the greatest of all tile sizes, since one and the same object is whole at several of them.
-Objects across tile borders are missed: counts are lower bounds. Knows no models: the captioner is passed in.
+Objects across tile borders are missed, and a large part of one is sometimes taken for a whole: a picture counts as
+repeating from `LEAST` objects too many. Knows no models: the captioner is passed in.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from collections.abc import Callable, Sequence
 from PIL import Image
 
 from resmaster_stages.picturebook.captions import CLOSE_PREFIXES, PAIR
+
+LEAST = 2
+"""One object too many is often a false alarm: the captioner saw it in two tiles."""
 
 _PREFIX = re.compile("|".join(re.escape(prefix) for prefix in CLOSE_PREFIXES) + "|a picture of |a scene with ")
 

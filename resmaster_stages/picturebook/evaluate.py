@@ -45,7 +45,7 @@ from resmaster_stages.picturebook import (
     train_clip,
     train_vae,
 )
-from resmaster_stages.picturebook.counting import count_objects
+from resmaster_stages.picturebook.counting import LEAST, count_objects
 from resmaster_stages.picturebook.data import PhotoSet, degrade, to_float
 from resmaster_stages.picturebook.export import PACK
 from resmaster_stages.picturebook.train_clip import small_pixels
@@ -230,7 +230,7 @@ def repeat_measures(captioner: GitForCausalLM, count: int) -> list[Measure]:
             return count_objects(image, lambda tiles: describe_all(captioner, as_pixels(list(tiles))), native)
 
         return repeated_objects(
-            ((image, mentions(prompt, scenes.KINDS)) for image, prompt in zip(images, prompts)), shown_in
+            ((image, mentions(prompt, scenes.KINDS)) for image, prompt in zip(images, prompts)), shown_in, LEAST
         ).rate
 
     large = [render(scene, 4 * native, 4 * native) for scene in shown]
