@@ -12,7 +12,7 @@ from resmaster_stages.config import DatasetConfig, Stage
 from resmaster_stages.gallery import write_report
 from resmaster_stages.prompts import ingest
 from resmaster_stages.publish import write_manifest
-from resmaster_stages.stage import pending, status
+from resmaster_stages.standing import pending, status
 from resmaster_stages.storage.dataset import create_or_open, open_dataset
 
 

@@ -22,7 +22,7 @@ from resmaster_stages.errors import ResMasterError, UserError
 
 if TYPE_CHECKING:
     from flows.build import BuildResult
-    from resmaster_stages.stage import Status
+    from resmaster_stages.standing import Status
     from resmaster_stages.storage.dataset import Dataset
 
 ENVIRONMENT = {
@@ -283,7 +283,7 @@ def _status_table(dataset: Dataset, found: Status) -> Table:
 
 def status(args: argparse.Namespace, console: Console) -> int:
     """`resmaster status`"""
-    from resmaster_stages.stage import status as read_status
+    from resmaster_stages.standing import status as read_status
     from resmaster_stages.storage.dataset import open_dataset
 
     dataset = open_dataset(args.root)
@@ -299,7 +299,7 @@ def status(args: argparse.Namespace, console: Console) -> int:
 
 def repair(args: argparse.Namespace, console: Console) -> int:
     """`resmaster repair`"""
-    from resmaster_stages.stage import pending, pending_samples
+    from resmaster_stages.standing import pending, pending_samples
     from resmaster_stages.storage.dataset import open_dataset
 
     shards, stages = parse_numbers(args.shards), parse_stages(args.stages)

@@ -23,10 +23,11 @@ from resmaster_stages.compare import (
 )
 from resmaster_stages.compare_report import SheetRow, cell, markdown, sheet, shown
 from resmaster_stages.config import DatasetConfig
+from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.models.identity import PICTUREBOOK
 from resmaster_stages.preview import Preview, preview
 from resmaster_stages.prompts import ingest
-from resmaster_stages.stage import stage_hashes, status
+from resmaster_stages.standing import status
 from resmaster_stages.storage import layout
 from resmaster_stages.storage.arrays import Arrays
 from resmaster_stages.storage.dataset import Dataset, create_or_open

@@ -24,15 +24,17 @@ from PIL import Image
 
 from resmaster_stages.config import DatasetConfig, parse_config
 from resmaster_stages.errors import ConfigError, PlanError, SampleError, UserError
-from resmaster_stages.identity import digest, image_key
+from resmaster_stages.identity import digest, digest_of_keys, image_key
+from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.metrics.repeats import Repeats, mentions, repeated_objects, repeats_of, surplus
 from resmaster_stages.models.geometry import latent_factor, native_px
 from resmaster_stages.models.identity import PICTUREBOOK
 from resmaster_stages.preview import check_sizes
 from resmaster_stages.prompts import draft_samples
 from resmaster_stages.quality import picture_features
+from resmaster_stages.reading import fetch, shard_samples
 from resmaster_stages.set_metrics import VIEWS, compare_sets, read_features, stacked
-from resmaster_stages.stage import digest_of_keys, fetch, pending, shard_samples, stage_hashes
+from resmaster_stages.standing import pending
 from resmaster_stages.storage import layout
 from resmaster_stages.storage.arrays import Arrays, decode_arrays, encode_arrays
 from resmaster_stages.storage.commit import commit, list_commits, new_attempt, read_commit

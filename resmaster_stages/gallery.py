@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from resmaster_stages.config import DatasetConfig, Stage
+from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.quality import badness
+from resmaster_stages.reading import shard_samples
 from resmaster_stages.report import ReportSample, choose, contact_sheets, render_report
-from resmaster_stages.stage import shard_samples, stage_hashes
 from resmaster_stages.storage import layout
 from resmaster_stages.storage.dataset import Dataset
 from resmaster_stages.storage.ledger import ledger_rows

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -51,3 +52,8 @@ def sample_seed(key: str, base_seed: int, stage: str, row: int = -1, col: int = 
     """Seed (63 bits) of one random draw: the sample, the dataset's base seed, the stage, and the patch (or -1, -1)."""
     data = hashlib.blake2b(f"{key}/{base_seed}/{stage}/{row}/{col}".encode(), digest_size=8).digest()
     return int.from_bytes(data, "big") & (2**63 - 1)
+
+
+def digest_of_keys(keys: Sequence[str]) -> str:
+    """sha256 (64 hex digits) of keys in order."""
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from resmaster_stages.config import DatasetConfig, Stage
 from resmaster_stages.errors import ConfigError, UserError
+from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.models.geometry import latent_factor, native_px
 from resmaster_stages.prompts import draft_samples
-from resmaster_stages.stage import stage_hashes
 from resmaster_stages.storage.commit import committed_shards
 from resmaster_stages.storage.dataset import find_dataset
 from resmaster_stages.storage.filesystem import Folder, open_root

@@ -17,7 +17,7 @@ from typing import Any
 
 from resmaster_stages.config import DatasetConfig, Stage
 from resmaster_stages.errors import ShardError
-from resmaster_stages.stage import stage_hashes
+from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.storage import layout
 from resmaster_stages.storage.commit import Receipt, list_commits
 from resmaster_stages.storage.dataset import Dataset

@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resmaster_stages.errors import PlanError
+from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.metrics.fid import FeatureStatistics, frechet_distance, merged
 from resmaster_stages.metrics.inception_score import inception_score
 from resmaster_stages.metrics.kid import kid
-from resmaster_stages.stage import committed_arrays, stage_hashes
+from resmaster_stages.reading import committed_arrays
 from resmaster_stages.storage.arrays import Arrays
 from resmaster_stages.storage.commit import list_commits
 from resmaster_stages.storage.dataset import Dataset

@@ -39,7 +39,7 @@ def test_stages_import_no_prefect() -> None:
 def test_status_and_plan_start_without_torch_or_prefect() -> None:
     """The commands that only read the bucket must answer at once."""
     code = (
-        "import sys, flows.cli, flows.compare, resmaster_stages.stage, resmaster_stages.preview, resmaster_stages.storage.dataset;"
+        "import sys, flows.cli, flows.compare, resmaster_stages.stage, resmaster_stages.standing, resmaster_stages.preview, resmaster_stages.storage.dataset;"
         "heavy = {'torch', 'diffusers', 'transformers', 'prefect'} & set(sys.modules); sys.exit(repr(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -29,11 +29,13 @@ from resmaster_stages.config import METHODS, DatasetConfig, UpscaleConfig, Weigh
 from resmaster_stages.diffusion.cost import count_call, counting
 from resmaster_stages.errors import ConfigError, SampleError, UserError
 from resmaster_stages.gallery import write_report
+from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.preview import Preview, check_sizes
 from resmaster_stages.publish import write_manifest
 from resmaster_stages.quality import picture_features
 from resmaster_stages.set_metrics import read_features, stacked
-from resmaster_stages.stage import pending, run_stage, stage_hashes
+from resmaster_stages.stage import run_stage
+from resmaster_stages.standing import pending
 from resmaster_stages.storage.commit import list_commits
 from resmaster_stages.storage.dataset import Dataset, Output, Sample, create_or_open, open_dataset
 from resmaster_stages.storage.filesystem import open_root

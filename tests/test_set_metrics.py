@@ -19,8 +19,9 @@ from resmaster_stages.metrics.fid import FeatureStatistics, frechet_distance
 from resmaster_stages.metrics.kid import kid
 from resmaster_stages.metrics.resize import resize
 from resmaster_stages.quality import picture_features
+from resmaster_stages.reading import committed_arrays, shard_samples
 from resmaster_stages.set_metrics import compare_sets, feature_statistics, read_features, stacked
-from resmaster_stages.stage import committed_arrays, run_stage, shard_samples
+from resmaster_stages.stage import run_stage
 from resmaster_stages.storage.commit import Receipt
 from resmaster_stages.storage.dataset import Dataset, Output, Sample, open_dataset
 from resmaster_stages.storage.plan import read_plan

@@ -15,15 +15,11 @@ import pytest
 
 from resmaster_stages.config import STAGES, DatasetConfig, Stage, Weights
 from resmaster_stages.errors import GpuLost, PlanError, SampleError, ShardError
+from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.progress import Silent, reporting
-from resmaster_stages.stage import (
-    pending,
-    pending_samples,
-    run_stage,
-    shard_samples,
-    stage_hashes,
-    status,
-)
+from resmaster_stages.reading import shard_samples
+from resmaster_stages.stage import run_stage
+from resmaster_stages.standing import pending, pending_samples, status
 from resmaster_stages.storage.commit import Receipt
 from resmaster_stages.storage.dataset import Dataset, Output, Sample, create_or_open
 from resmaster_stages.storage.ledger import ledger_rows
@@ -343,7 +339,8 @@ import os, signal, sys
 from pathlib import Path
 
 import resmaster_stages.models.identity
-from resmaster_stages.stage import pending, run_stage
+from resmaster_stages.stage import run_stage
+from resmaster_stages.standing import pending
 from resmaster_stages.storage import filesystem
 from resmaster_stages.storage.dataset import open_dataset
 from tests.fake_stages import FAKES, planned

@@ -12,6 +12,7 @@ from flows.build import build_dataset, repair
 from resmaster_stages import gallery, stage
 from resmaster_stages.config import DatasetConfig, Stage, Weights
 from resmaster_stages.errors import ConfigError, GpuLost
+from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.progress import Silent, reporting
 from resmaster_stages.storage.commit import list_commits
 from resmaster_stages.storage.dataset import Output, Sample, open_dataset
@@ -71,7 +72,7 @@ def commits(url: str) -> dict[Stage, set[int]]:
     dataset = open_dataset(url)
     return {
         name: set(list_commits(dataset.folder, name, own_hash))
-        for name, own_hash in stage.stage_hashes(dataset.config).items()
+        for name, own_hash in stage_hashes(dataset.config).items()
     }
 
 

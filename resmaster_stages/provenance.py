@@ -1,0 +1,31 @@
+"""Volatile facts of this process for commit records: versions, host, device. Loads nothing to find them out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import socket
+import sys
+from typing import Any
+
+LIBRARIES = ("resmaster-pipeline", "torch", "diffusers", "transformers", "webdataset", "pyarrow", "pillow")
+
+
+def own_provenance() -> dict[str, Any]:
+    """Volatile facts of this process: versions, host, device (without loading anything to find out)."""
+    versions: dict[str, str] = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    facts: dict[str, Any] = {
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+    }
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts

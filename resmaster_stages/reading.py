@@ -1,0 +1,168 @@
+"""Reads what is committed: a shard's samples with what the stages made of them, checked against the commit records.
+
+Knows nothing about how a stage computes or commits.
+
+Invariant: every object is read by its commit record and checked against its sha256.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, overload
+
+from numpy.typing import NDArray
+
+from resmaster_stages.config import DatasetConfig, Stage
+from resmaster_stages.errors import PlanError, ShardError
+from resmaster_stages.lineage import stage_hashes
+from resmaster_stages.storage import layout
+from resmaster_stages.storage.arrays import decode_arrays
+from resmaster_stages.storage.commit import Receipt, StoredObject, read_commit
+from resmaster_stages.storage.dataset import Dataset, Picture, Sample
+from resmaster_stages.storage.plan import Plan, PlannedSample
+from resmaster_stages.storage.shards import Entry, read_index, read_member
+from resmaster_stages.storage.tables import STAGE_SCHEMAS, decode_table
+
+
+class ShardSamples(Sequence[Sample]):
+    """The samples of a shard that survived the stages named, in the plan's order. Pictures are read when asked for."""
+
+    def __init__(
+        self,
+        planned: list[PlannedSample],
+        receipts: dict[Stage, Receipt],
+        tars: dict[Stage, tuple[Path, dict[str, Entry]]],
+        tables: dict[Stage, dict[str, list[dict[str, Any]]]],
+    ) -> None:
+        self.planned = planned
+        self.receipts = receipts
+        self._tars = tars
+        self._tables = tables
+
+    def __len__(self) -> int:
+        return len(self.planned)
+
+    @overload
+    def __getitem__(self, position: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, position: slice) -> list[Sample]: ...
+
+    def __getitem__(self, position: int | slice) -> Sample | list[Sample]:
+        if isinstance(position, slice):
+            return [self[index] for index in range(*position.indices(len(self)))]
+        planned = self.planned[position]
+        return Sample(
+            key=planned.key,
+            index=planned.index,
+            prompt=planned.prompt,
+            negative_prompt=planned.negative_prompt,
+            height=planned.height,
+            width=planned.width,
+            replica=planned.replica,
+            source=planned.source,
+            low_res=self._picture("low_res", planned.key),
+            captions=tuple(self.rows("captions", planned.key)),
+            high_res=self._picture("high_res", planned.key),
+        )
+
+    def keys(self) -> list[str]:
+        """The keys in order, without reading a picture."""
+        return [planned.key for planned in self.planned]
+
+    def rows(self, stage: Stage, key: str) -> list[dict[str, Any]]:
+        """A sample's rows in a stage's table; none where the stage was not loaded."""
+        return self._tables.get(stage, {}).get(key, [])
+
+    def _picture(self, stage: Stage, key: str) -> Picture | None:
+        if stage not in self._tars:
+            return None
+        path, entries = self._tars[stage]
+        extension, member = entries[key].image
+        meta = json.loads(read_member(path, entries[key].members["json"]))
+        return Picture(read_member(path, member), extension, meta)
+
+
+@contextmanager
+def shard_samples(
+    dataset: Dataset,
+    config: DatasetConfig,
+    plan: Plan,
+    shard: int,
+    stages: Sequence[Stage],
+    hashes: dict[Stage, str] | None = None,
+) -> Iterator[ShardSamples]:
+    """The samples of a shard with what `stages` made of them, verified; usable within the block.
+
+    Raises PlanError if one of the stages is not committed, ShardError if an object is gone or damaged.
+    """
+    hashes = hashes or stage_hashes(config)
+    planned = plan.read(shard)
+    receipts: dict[Stage, Receipt] = {}
+    for stage in stages:
+        receipt = read_commit(dataset.folder, stage, hashes[stage], shard)
+        if receipt is None:
+            raise PlanError(
+                f"{dataset.url}: shard {shard:06d} has no commit of stage {stage} under this configuration; "
+                f"run: resmaster repair {dataset.url}"
+            )
+        receipts[stage] = receipt
+    failed = {key for receipt in receipts.values() for key in receipt.failed_keys}
+    survivors = [sample for sample in planned if sample.key not in failed]
+    tars: dict[Stage, tuple[Path, dict[str, Entry]]] = {}
+    tables: dict[Stage, dict[str, list[dict[str, Any]]]] = {}
+    with tempfile.TemporaryDirectory(prefix="resmaster-read-") as scratch:
+        for stage, receipt in receipts.items():
+            path = fetch(dataset, receipt, receipt.objects[0], Path(scratch))
+            if layout.EXTENSIONS[stage] == "tar":
+                with path.open("rb") as file:
+                    entries = {entry.key: entry for entry in read_index(file, receipt.objects[0].name)}
+                tars[stage] = (path, entries)
+                found = set(entries)
+            else:
+                rows: dict[str, list[dict[str, Any]]] = {}
+                for row in decode_table(path, STAGE_SCHEMAS[stage], receipt.objects[0].name).to_pylist():
+                    rows.setdefault(row["key"], []).append(row)
+                if stage == "captions":
+                    for own in rows.values():
+                        own.sort(key=lambda row: (row["row"], row["col"]))
+                tables[stage] = rows
+                found = set(rows)
+            if missing := [sample.key for sample in survivors if sample.key not in found]:
+                raise ShardError(_damaged(dataset, receipt, f"lacks {len(missing)} samples, {missing[0]} first"))
+        yield ShardSamples(survivors, receipts, tars, tables)
+
+
+def committed_arrays(dataset: Dataset, receipt: Receipt) -> dict[str, dict[str, NDArray[Any]]]:
+    """Key -> arrays (by name) that a commit holds besides its main object; empty if it has none.
+
+    Raises ShardError if they are gone or damaged.
+    """
+    name = layout.features_object(receipt.stage, receipt.shard, receipt.attempt)
+    for stored in receipt.objects[1:]:
+        if stored.name == name:
+            with tempfile.TemporaryDirectory(prefix="resmaster-read-") as scratch:
+                keys, arrays = decode_arrays(fetch(dataset, receipt, stored, Path(scratch)), name)
+            return {key: {each: values[row] for each, values in arrays.items()} for row, key in enumerate(keys)}
+    return {}
+
+
+def fetch(dataset: Dataset, receipt: Receipt, stored: StoredObject, scratch: Path) -> Path:
+    """One object of a commit as a local file, checked against its record. Raises ShardError."""
+    try:
+        path, sha256 = dataset.folder.download(stored.name, scratch)
+    except FileNotFoundError as error:
+        raise ShardError(_damaged(dataset, receipt, "is gone", stored)) from error
+    if sha256 != stored.sha256:
+        raise ShardError(_damaged(dataset, receipt, "is damaged (sha256 differs)", stored))
+    return path
+
+
+def _damaged(dataset: Dataset, receipt: Receipt, what: str, stored: StoredObject | None = None) -> str:
+    stored = stored or receipt.objects[0]
+    record = dataset.folder.url_of(layout.commit(receipt.stage, receipt.stage_hash, receipt.shard))
+    return f"{stored.name} {what}; delete {record}, then run: resmaster repair {dataset.url}"
