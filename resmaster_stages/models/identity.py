@@ -16,6 +16,9 @@ from resmaster_stages.errors import ConfigError
 PICTUREBOOK = "picturebook"
 """The id of the embedded model pack."""
 
+PACK_NETWORKS = ("captioner", "classifier", "clip", "super_resolution")
+"""Folders of the pack that are no part of its diffusion pipeline: each is a model of its own, with an identity of its own."""
+
 
 def pack_folder() -> Path:
     """Folder of the embedded pack. Raises ConfigError if this installation lacks it."""
@@ -44,11 +47,20 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
 
 
-@lru_cache(maxsize=4)
-def _pack_digest(folder: Path) -> str:
-    """sha256 over names and bytes of the pack's files."""
+def _in_pack(name: Path, network: str | None) -> bool:
+    """Whether a file of the pack belongs to one of its networks; None: to the diffusion pipeline and its IP-Adapter."""
+    if network is not None:
+        return name.parts[0] == network
+    return name.parts[0] not in (*PACK_NETWORKS, "card.json")  # the card tells about the weights, and changes none
+
+
+@lru_cache(maxsize=8)
+def _pack_digest(folder: Path, network: str | None) -> str:
+    """sha256 over names and bytes of the pack's files, those of one network or of the pipeline."""
     hasher = hashlib.sha256()
     for path in _files(folder):
+        if not _in_pack(path.relative_to(folder), network):
+            continue
         hasher.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             hasher.update(hashlib.file_digest(file, "sha256").digest())
@@ -64,9 +76,10 @@ def _folder_digest(folder: Path) -> str:
     return hasher.hexdigest()
 
 
-def _source_identity(source: str, revision: str | None) -> str:
+def _source_identity(source: str, revision: str | None, network: str | None = None) -> str:
+    """Name of the weights at `source`; of the embedded pack, those of `network` (default: of its pipeline)."""
     if source == PICTUREBOOK:
-        return f"{PICTUREBOOK}@{_pack_digest(pack_folder())[:16]}"
+        return f"{PICTUREBOOK}@{_pack_digest(pack_folder(), network)[:16]}"
     folder = as_folder(source)
     if folder is not None:
         return f"{folder.name}@{_folder_digest(folder)[:16]}"
@@ -96,7 +109,7 @@ def weights_of(config: DatasetConfig) -> Weights:
     local = captions.source == "model"
     return Weights(
         model=model_identity(config.model),
-        captioner=_source_identity(captions.model, captions.revision) if local else None,
-        clip=_source_identity(quality.clip, quality.clip_revision) if quality.clip else None,
-        features=_source_identity(PICTUREBOOK, None) if quality.features == "picturebook" else None,
+        captioner=_source_identity(captions.model, captions.revision, "captioner") if local else None,
+        clip=_source_identity(quality.clip, quality.clip_revision, "clip") if quality.clip else None,
+        features=_source_identity(PICTUREBOOK, None, "classifier") if quality.features == "picturebook" else None,
     )

@@ -127,14 +127,16 @@ def paint(
     image_prompts: list[Image.Image] | None = None,
 ) -> list[Image.Image]:
     """Native-size images of prompts; the seed of an image depends on its place in the list only. Image prompts, one per
-    prompt, need a loaded IP-Adapter."""
+    prompt, need a loaded IP-Adapter; then pictures are painted one by one, for the pipeline gives every picture of a batch
+    all image prompts."""
     images: list[Image.Image] = []
+    batch = 1 if image_prompts else batch
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
         more: dict[str, Any] = {}
         if image_prompts:
-            more["ip_adapter_image"] = [image_prompts[start : start + batch]]
+            more["ip_adapter_image"] = image_prompts[start]
         images += pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=generators, **more).images
     return images
 

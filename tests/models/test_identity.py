@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import pytest
+
+from resmaster_stages.config import DatasetConfig, parse_config
+from resmaster_stages.models import identity
+from resmaster_stages.models.identity import weights_of
+
+PARTS = ("model_index.json", "card.json", "unet/w", "captioner/w", "clip/w", "classifier/w", "super_resolution/w")
+
+
+@pytest.fixture
+def pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for part in PARTS:
+        (tmp_path / part).parent.mkdir(exist_ok=True)
+        (tmp_path / part).write_text(part)
+    monkeypatch.setattr(identity, "pack_folder", lambda: tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changed", "affects"),
+    [
+        ("unet/w", {"model"}),
+        ("captioner/w", {"captioner"}),
+        ("clip/w", {"clip"}),
+        ("classifier/w", {"features"}),
+        ("card.json", set()),
+    ],
+)
+def test_a_change_of_one_network_of_the_pack_renames_that_one_only(pack: Path, changed: str, affects: set[str]) -> None:
+    config: DatasetConfig = parse_config(
+        {
+            "name": "d",
+            "captions": {"source": "model", "model": "picturebook"},
+            "quality": {"clip": "picturebook", "features": "picturebook"},
+        },
+        "test",
+    )
+    before = weights_of(config)
+    (pack / changed).write_text("other")
+    identity._pack_digest.cache_clear()
+    after = weights_of(config)
+    names = ("model", "captioner", "clip", "features")
+    assert {name for name in names if getattr(before, name) != getattr(after, name)} == affects
+    assert all(getattr(after, name) for name in names)
