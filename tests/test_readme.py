@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 from flows.cli import parser
+from tests.s3_server import SCRIPT, free_ports, weed
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -33,7 +34,12 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    return [line for block in blocks("bash") for line in block.splitlines() if line]
+    """The commands that stand for themselves; the block about object storage is a script, with a test of its own."""
+    return [line for block in blocks("bash") if block not in scripts() for line in block.splitlines() if line]
+
+
+def scripts() -> list[str]:
+    return [block for block in blocks("bash") if "\nexport " in block]
 
 
 def test_the_readme_starts_with_what_it_is_a_picture_and_two_commands() -> None:
@@ -65,26 +71,36 @@ def test_what_is_not_run_is_still_in_the_readme() -> None:
             parser().parse_args(shlex.split(command)[1:])
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_commands_and_snippets_run(tmp_path: Path) -> None:
-    """In order, in one folder, as a reader would; the demo is cut to 8 prompts in 2 shards of few steps."""
-    shutil.copytree(ROOT / "deployments", tmp_path / "deployments")
-    (tmp_path / "resmaster_stages").symlink_to(ROOT / "resmaster_stages")
-    demo = tmp_path / "deployments" / "datasets" / "picturebook.yaml"
+def workplace(folder: Path, limit: int) -> None:
+    """What the README's commands need in a folder; the demo is cut to `limit` prompts and few steps."""
+    shutil.copytree(ROOT / "deployments", folder / "deployments")
+    for name in ("resmaster_stages", "infra"):
+        (folder / name).symlink_to(ROOT / name)
+    demo = folder / "deployments" / "datasets" / "picturebook.yaml"
     config = yaml.safe_load(demo.read_text())
-    config["limit"] = 8
+    config["limit"] = limit
     config["low_res"]["steps"] = config["upscale"]["steps"] = 2
     config["upscale"]["scale"] = 1.5
     demo.write_text(yaml.safe_dump(config))
-    Image.effect_noise((64, 48), 60).convert("RGB").save(tmp_path / "photo.png")
+
+
+def reader_environment() -> dict[str, str]:
     programs = Path(sys.executable).parent
-    environment = {
+    return {
         **os.environ,
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_commands_and_snippets_run(tmp_path: Path) -> None:
+    """In order, in one folder, as a reader would; the demo is cut to 8 prompts in 2 shards of few steps."""
+    workplace(tmp_path, limit=8)
+    Image.effect_noise((64, 48), 60).convert("RGB").save(tmp_path / "photo.png")
+    environment = reader_environment()
 
     def run(arguments: list[str]) -> str:
         done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -110,3 +126,31 @@ def test_the_commands_and_snippets_run(tmp_path: Path) -> None:
     assert "agreement_psnr" in run([sys.executable, "-c", table])
     run([sys.executable, "-c", library.replace("steps=20", "steps=2")])
     assert Image.open(tmp_path / "photo-4x.png").size == (256, 192)
+
+
+@pytest.mark.s3
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_lines_about_object_storage_run(tmp_path: Path) -> None:
+    """As they stand, except for the port and the server's end: other programs may use the port of the README."""
+    (script,) = scripts()
+    workplace(tmp_path, limit=2)
+    port = free_ports(5)
+    script = script.replace("seaweedfs.sh start", f"seaweedfs.sh start --port {port}").replace(":8333", f":{port}")
+    assert script.count(str(port)) == 2
+    server = [str(SCRIPT), "stop", "--dir", str(tmp_path / "out" / "seaweedfs")]
+    environment = {**reader_environment(), "WEED": str(weed())}
+    try:
+        done = subprocess.run(
+            ["bash", "-euc", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+        )
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        assert "report: s3://datasets/picturebook/report/index.html" in done.stdout
+        again = subprocess.run(
+            ["bash", "-euc", script.splitlines()[0]], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert (again.returncode, again.stdout.startswith("runs already")) == (0, True)
+    finally:
+        stopped = subprocess.run(server, capture_output=True, text=True)
+    assert stopped.stdout == "stopped\n"
+    assert subprocess.run(server, capture_output=True, text=True).stdout == "does not run\n"

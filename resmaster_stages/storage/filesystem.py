@@ -160,7 +160,8 @@ class Folder:
             except FileNotFoundError:
                 return []
         prefix = f"{folder}/" if folder else ""
-        return sorted({prefix + str(path).rstrip("/").rsplit("/", 1)[-1] for path in found})
+        paths = {str(path).rstrip("/") for path in found} - {self.full(folder)}  # some stores list the folder itself
+        return sorted(prefix + path.rsplit("/", 1)[-1] for path in paths)
 
     def create(self, name: str, data: bytes) -> None:
         """Write a file that must not exist yet. Raises FileExistsError to every racing writer but one."""

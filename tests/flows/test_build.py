@@ -1,14 +1,21 @@
-"""The flows, on a real (ephemeral) Prefect server, with stand-in stages: order, retries, repair, failing shards."""
+"""The flows, on a real (ephemeral) Prefect server, with stand-in stages: order, retries, repair, failing shards, S3."""
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import fsspec
+import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
+import webdataset as wds
+import yaml
 from prefect.testing.utilities import prefect_test_harness
 
 from flows.build import build_dataset, repair
+from flows.cli import main
 from resmaster_stages import gallery, stage
 from resmaster_stages.config import DatasetConfig, Stage, Weights
 from resmaster_stages.errors import ConfigError, GpuLost
@@ -19,6 +26,7 @@ from resmaster_stages.storage.dataset import Output, Sample, open_dataset
 from tasks.policy import worth_retrying
 from tasks.stages import STAGE_TASKS
 from tests.fake_stages import FAKES, config_at
+from tests.s3_server import S3Server
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -163,3 +171,65 @@ def test_the_report_lists_only_the_last_attempt_of_a_failed_sample(stages: Stage
     repair(url)
     rows = gallery.failures(open_dataset(url))
     assert [row["attempt_number"] for row in rows] == [2, 2]
+
+
+def contents(url: str) -> dict[tuple[Stage, int, int], str]:
+    """(stage, shard, number of the object) -> sha256 of what lies there."""
+    dataset = open_dataset(url)
+    return {
+        (name, shard, number): hashlib.sha256(dataset.folder.read(stored.name)).hexdigest()
+        for name, own_hash in stage.stage_hashes(dataset.config).items()
+        for shard, receipt in list_commits(dataset.folder, name, own_hash).items()
+        for number, stored in enumerate(receipt.objects)
+    }
+
+
+@pytest.mark.s3
+def test_a_build_on_s3_is_the_same_as_on_a_folder_and_plain_libraries_read_it(
+    stages: Stages, tmp_path: Path, s3_root: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["a", "b", "bad low_res", "c", "d"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    low_res = {"height": 16, "width": 16}
+    config = {
+        "name": "demo",
+        "prompts": "prompts.txt",
+        "low_res": low_res,
+        "samples_per_shard": 2,
+        "max_failure_ratio": 0.5,
+    }
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump(config))
+    for root in (str(tmp_path / "out"), s3_root):
+        assert main(["run", str(tmp_path / "demo.yaml"), "--root", root]) == 0
+    local, remote = f"{tmp_path}/out/demo", f"{s3_root}/demo"
+    assert contents(remote) == contents(local)
+    assert len(contents(local)) == 4 * 3
+
+    # plain webdataset, with an opener for s3://
+    monkeypatch.setitem(wds.gopen_schemes, "s3", lambda url, mode, bufsize, **more: fsspec.open(url, mode).open())
+    index = json.loads(fsspec.open(f"{remote}/index.json").open().read())
+    shards = [f"{remote}/{shard['url']}" for shard in index["shardlist"]]
+    samples = list(wds.WebDataset(shards, shardshuffle=False).decode("pil"))
+    assert [sample["txt"] for sample in samples] == ["a", "b", "c", "d"]
+    assert {sample["png"].size for sample in samples} == {(64, 64)}
+
+    # plain pyarrow, with Arrow's own S3 client
+    arrow = pyarrow.fs.S3FileSystem(
+        access_key=s3_server.key, secret_key=s3_server.secret, endpoint_override=s3_server.endpoint
+    )
+    table = pq.read_table(f"{remote.removeprefix('s3://')}/manifest.parquet", filesystem=arrow)
+    objects = ("high_res_object", "low_res_object", "captions_object")  # their names hold the attempt
+    assert table.drop(objects).equals(pq.read_table(f"{local}/manifest.parquet").drop(objects))
+    first = table.slice(0, 1).to_pylist()[0]
+    with arrow.open_input_file(f"{remote.removeprefix('s3://')}/{first['high_res_object']}") as file:
+        file.seek(first["high_res_offset"])
+        data = file.read(first["high_res_bytes"])
+    with Path(local, "index.json").open() as file:
+        tar = json.load(file)["shardlist"][0]["url"]
+    assert data == next(iter(wds.WebDataset(f"{local}/{tar}", shardshuffle=False)))["png"]
+
+    # nothing is done twice
+    stages.calls.clear()
+    assert main(["run", str(tmp_path / "demo.yaml"), "--root", s3_root]) == 0
+    assert main(["status", s3_root]) == 0
+    assert stages.calls == {}

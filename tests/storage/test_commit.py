@@ -1,6 +1,5 @@
 import json
 import threading
-import uuid
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from resmaster_stages.errors import ShardError
 from resmaster_stages.storage import layout
 from resmaster_stages.storage.commit import Receipt, commit, committed_shards, list_commits, new_attempt, read_commit
-from resmaster_stages.storage.filesystem import Folder, open_root
+from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.ledger import encode_failures, ledger_rows
 
 HASH = "ab" * 32
@@ -28,11 +27,6 @@ def contend(folder: Folder, source: Path, attempt: str) -> Receipt:
 def source(tmp_path: Path) -> Path:
     (tmp_path / "source").write_bytes(b"content")
     return tmp_path / "source"
-
-
-@pytest.fixture(params=["local", "memory"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
-    return open_root(str(tmp_path / "root") if request.param == "local" else f"memory://{uuid.uuid4().hex}/root")
 
 
 def test_commit_and_read(folder: Folder, source: Path) -> None:

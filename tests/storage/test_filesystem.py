@@ -2,7 +2,6 @@ import errno
 import multiprocessing
 import os
 import threading
-import uuid
 from pathlib import Path
 
 import fsspec
@@ -11,11 +10,6 @@ import pytest
 from resmaster_stages.errors import UserError
 from resmaster_stages.storage import filesystem
 from resmaster_stages.storage.filesystem import Folder, explained, open_root, put_if_absent, without_credentials
-
-
-@pytest.fixture(params=["local", "memory"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
-    return open_root(str(tmp_path / "root") if request.param == "local" else f"memory://{uuid.uuid4().hex}/root")
 
 
 def test_write_read_list_remove(folder: Folder, tmp_path: Path) -> None:
