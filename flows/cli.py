@@ -91,6 +91,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = add(
+        "explain",
+        "all that is known of one sample",
+        "Print what a sample was made from, by what and when, why it failed if it did, and where its bytes lie, with a "
+        "command to fetch each file. Reads the dataset only; needs no Prefect.",
+    )
+    sub.add_argument("root", metavar="ROOT", help="the dataset's folder or URL (or a root that holds just one)")
+    sub.add_argument("key", metavar="KEY", help="the sample's key, or the beginning of it; the report shows keys")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = add(
         "repair",
         "do only what is missing or failed",
         "Re-run what is not committed: failed, interrupted or deleted shards. Committed ones are left alone.",
@@ -297,6 +307,17 @@ def status(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def explain(args: argparse.Namespace, console: Console) -> int:
+    """`resmaster explain`"""
+    from resmaster_stages.explain import explain as explain_sample
+    from resmaster_stages.explain import spelled
+    from resmaster_stages.storage.dataset import open_dataset
+
+    found = explain_sample(open_dataset(args.root), args.key)
+    print(json.dumps(found.to_json(), indent=2, ensure_ascii=False) if args.json else spelled(found))
+    return 0
+
+
 def repair(args: argparse.Namespace, console: Console) -> int:
     """`resmaster repair`"""
     from resmaster_stages.standing import pending, pending_samples
@@ -341,7 +362,15 @@ def upscale(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-COMMANDS = {"run": run, "plan": plan, "status": status, "repair": repair, "compare": compare, "upscale": upscale}
+COMMANDS = {
+    "run": run,
+    "plan": plan,
+    "status": status,
+    "explain": explain,
+    "repair": repair,
+    "compare": compare,
+    "upscale": upscale,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from resmaster_stages.config import DatasetConfig, Stage
+from resmaster_stages.explain import explain_command
 from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.quality import badness
 from resmaster_stages.reading import shard_samples
@@ -77,14 +78,14 @@ def facts(config: DatasetConfig, manifest: list[dict[str, Any]]) -> dict[str, An
 
 
 def failures(dataset: Dataset) -> list[dict[str, Any]]:
-    """The ledger's rows of the current configuration, the last attempt of each sample."""
+    """The ledger's rows of the current configuration, the last attempt of each sample, with a command that tells more."""
     last: dict[tuple[Stage, str], dict[str, Any]] = {}
     for stage, own_hash in stage_hashes(dataset.config).items():
         for row in ledger_rows(dataset.folder, stage):
             known = last.get((stage, row["key"]))
             if row["stage_hash"] == own_hash and (known is None or row["attempt_number"] >= known["attempt_number"]):
                 last[stage, row["key"]] = row
-    return list(last.values())
+    return [{**row, "command": explain_command(dataset.url, row["key"])} for row in last.values()]
 
 
 def _samples(dataset: Dataset, rows: dict[str, dict[str, Any]]) -> Iterator[ReportSample]:
@@ -104,4 +105,5 @@ def _samples(dataset: Dataset, rows: dict[str, dict[str, Any]]) -> Iterator[Repo
                     captions=sample.captions,
                     quality=rows[sample.key],
                     meta={"seed": sample.high_res.meta.get("seed"), "shard": shard},
+                    command=explain_command(dataset.url, sample.key),
                 )

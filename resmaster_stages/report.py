@@ -56,6 +56,8 @@ class ReportSample:
     """The row of the quality table; may be empty."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """Further facts to show, such as the seed."""
+    command: str = ""
+    """A command that tells more of the sample; "" for none."""
 
 
 METRICS: tuple[tuple[str, str, str, str, str], ...] = (
@@ -112,7 +114,7 @@ def render_report(
     """The page. Samples are taken one by one (a generator that reads them from storage is fine) and shown worst first.
 
     title: the dataset's name. facts: label -> value, shown in the header. failures: rows of the ledger (key, stage,
-    error_class, message). count: how many samples will come, if `samples` has no length: it sets how large the pictures may
+    error_class, message), with `command` as in ReportSample if there is one. count: how many samples will come, if `samples` has no length: it sets how large the pictures may
     be. total: samples in the dataset, if only some are shown. lead: a sentence under the title.
     """
     if count is None:
@@ -192,8 +194,8 @@ def _failures(failures: Sequence[Mapping[str, Any]]) -> str:
         return ""
     rows = "".join(
         "<tr>"
-        + "".join(f"<td>{_text(row.get(name, ''))}</td>" for name in ("key", "stage", "error_class", "message"))
-        + "</tr>"
+        + "".join(f"<td>{_text(row.get(name, ''))}</td>" for name in ("key", "stage", "error_class"))
+        + f"<td>{_text(row.get('message', ''))}{_command(row.get('command', ''))}</td></tr>"
         for row in failures
     )
     noun = "sample" if len(failures) == 1 else "samples"
@@ -225,6 +227,7 @@ def _card(sample: ReportSample, index: int, bad: float, share_bytes: float) -> s
         + (f'<ul class="flags">{badges}</ul>' if badges else "")
         + (f'<dl class="metrics">{numbers}</dl>' if _measured(quality) else "")
         + _captions(sample.captions)
+        + _command(sample.command)
         + "</article>\n"
     )
 
@@ -284,6 +287,13 @@ def _captions(rows: Sequence[Mapping[str, Any]]) -> str:
         f"<details><summary>{len(rows)} patch captions (row, column){tail}</summary>"
         f'<ol class="patches">{"".join(items)}</ol></details>'
     )
+
+
+def _command(command: str) -> str:
+    """A command to copy: one click selects it whole; where there is a script, a button copies it."""
+    if not command:
+        return ""
+    return f'<div class="command"><code>{_text(command)}</code><button type="button">Copy</button></div>'
 
 
 # --------------------------------------------------------------------------------------------------------- pictures

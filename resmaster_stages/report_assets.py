@@ -75,6 +75,10 @@ th, td { text-align: left; vertical-align: top; padding: .4rem .9rem .4rem 0; bo
 th { color: var(--soft); font-weight: 500; }
 td:nth-child(-n+3) { white-space: nowrap; }
 td:first-child { font: .8rem ui-monospace, "DejaVu Sans Mono", monospace; }
+.command { display: flex; gap: .5rem; align-items: baseline; margin-top: .7rem; color: var(--soft); font-size: .78rem; }
+.command code { font: .74rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; user-select: all; min-width: 0; }
+.command button { display: none; font: inherit; color: var(--accent); background: none; border: 0; padding: 0 .2rem; cursor: pointer; }
+.js .command button { display: inline; }
 .none { padding: 3rem 0; color: var(--soft); }
 footer { padding-block: 2.5rem; color: var(--soft); font-size: .85rem; }
 dialog { border: 0; padding: 0; background: none; max-width: 98vw; max-height: 98vh; overflow: auto; }
@@ -88,7 +92,7 @@ SCRIPT = """
 document.documentElement.classList.add('js');
 const all = (s, e = document) => [...e.querySelectorAll(s)], one = (s, e = document) => e.querySelector(s);
 const cards = all('.card'), grid = one('.cards'), count = one('.count');
-const text = new Map(cards.map(c => [c, c.textContent.toLowerCase()]));
+const text = new Map(cards.map(c => [c, all('.prompt, .key, .flags, .patches', c).map(e => e.textContent).join(' ').toLowerCase()]));
 function show() {
   const words = one('#find').value.toLowerCase().split(/\\s+/).filter(Boolean), flag = one('#flag').value;
   let n = 0;
@@ -108,6 +112,10 @@ function mode(slide) {
   document.body.classList.toggle('slide', slide);
   all('.switch button').forEach(b => b.setAttribute('aria-pressed', (b.value === 'slide') === slide));
 }
+all('.command button').forEach(b => b.addEventListener('click', () => {
+  getSelection().selectAllChildren(b.previousElementSibling);
+  if (document.execCommand('copy')) b.textContent = 'Copied';
+}));
 if (grid) {
   one('#find').addEventListener('input', show);
   one('#flag').addEventListener('change', show);

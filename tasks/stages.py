@@ -10,12 +10,18 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run, task_run
 from prefect.tasks import Task
 
 from resmaster_stages.config import STAGES, Stage
 from resmaster_stages.stage import run_stage
 from resmaster_stages.storage.dataset import open_dataset
 from tasks.policy import RETRIES, RETRY_DELAYS_SECONDS, RETRY_JITTER, worth_retrying
+
+
+def run_facts() -> dict[str, Any]:
+    """The Prefect runs at work, for the commit record: it outlives them, and `resmaster explain` names them."""
+    return {"flow_run": flow_run.id, "flow_run_name": flow_run.name, "task_run": task_run.id}
 
 
 def _stage_task(stage: Stage) -> Task[..., dict[str, Any]]:
@@ -31,7 +37,7 @@ def _stage_task(stage: Stage) -> Task[..., dict[str, Any]]:
     )
     def run(dataset_url: str, shard: int) -> dict[str, Any]:
         dataset = open_dataset(dataset_url)
-        return run_stage(dataset, dataset.config, stage, shard).to_json()
+        return run_stage(dataset, dataset.config, stage, shard, provenance=run_facts()).to_json()
 
     return run
 

@@ -164,6 +164,15 @@ def test_failures_are_listed_with_their_reasons() -> None:
     assert "failed" not in page(sample()).text
 
 
+def test_every_sample_and_failure_shows_the_command_that_tells_more() -> None:
+    failure = {"key": "ff", "message": "NaN latents", "command": "resmaster explain 'my data' ff"}
+    parsed = page(sample("aa", command="resmaster explain out/demo aa"), failures=[failure])
+    assert "resmaster explain out/demo aa" in parsed.text
+    assert "resmaster explain 'my data' ff" in parsed.text
+    assert len(parsed.all("code")) == 2
+    assert not page(sample()).all("code")
+
+
 def test_a_page_without_samples_says_so() -> None:
     assert "No sample has passed every stage yet" in page().text
 

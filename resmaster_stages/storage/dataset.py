@@ -168,10 +168,20 @@ def _check_plan_identity(folder: Folder, stored: DatasetConfig, config: DatasetC
             )
 
 
+def current_config(folder: Folder) -> str:
+    """Name of the file that holds the last configuration given."""
+    number = _current_number(folder)
+    return layout.changed_config(number) if number else layout.CONFIG
+
+
+def _current_number(folder: Folder) -> int:
+    numbers = [layout.number_of(name) for name in folder.names(layout.CONFIGS)]
+    return max((found for found in numbers if found is not None), default=0)
+
+
 def _current(folder: Folder) -> tuple[int, DatasetConfig]:
     """Number and content of the last configuration given. Raises ConfigError if damaged or under another name."""
-    numbers = [layout.number_of(name) for name in folder.names(layout.CONFIGS)]
-    number = max((found for found in numbers if found is not None), default=0)
+    number = _current_number(folder)
     name = layout.changed_config(number) if number else layout.CONFIG
     place = without_credentials(folder.url_of(name))
     try:

@@ -147,6 +147,12 @@ class Plan:
                 return [PlannedSample(**row) for row in rows]
         raise PlanError(f"{self.folder.url}: shard {shard} is missing in the plan's files; restore the folder plan/")
 
+    def find(self, prefix: str) -> list[PlannedSample]:
+        """The samples whose keys begin with `prefix`, in order."""
+        tables = (_read_part(self.folder, part.stored) for generation in self.generations for part in generation.parts)
+        found = (table.filter(pc.starts_with(table["key"], prefix)) for table in tables)
+        return [PlannedSample(**row) for table in found for row in table.to_pylist()]
+
     def keys(self) -> set[str]:
         """The keys of all samples."""
         parts = (part for generation in self.generations for part in generation.parts)

@@ -102,6 +102,8 @@ def test_a_build_runs_every_stage_once_per_shard_and_publishes(stages: Stages, t
     for name in ("report/index.html", "report/contact-000.png", "index.json", "README.md", "config.json"):
         assert (folder / name).stat().st_size > 0, name
     assert result.report_url == str(folder / "report" / "index.html")
+    record = json.loads(next(folder.glob("commits/high_res-*/000000.json")).read_text())
+    assert {"flow_run", "flow_run_name", "task_run"} <= {name for name, value in record["provenance"].items() if value}
 
     assert build_dataset(config) == result
     assert stages.calls == dict.fromkeys(FAKES, 2), "nothing was done twice"
