@@ -1,19 +1,29 @@
-"""Flow `build-dataset`: plan -> shards -> report. Idempotent: run again, it does only what is not committed."""
+"""Flows `build-dataset`, `repair` and `publish`: plan -> shards -> report. Idempotent: run again, they do only what is not
+committed. What is done is read from the store at the start and while waiting; what runs were started is not looked up.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.states import Cancelled
 
-from flows.process import process_shards
+from flows.dispatch import Stopped, dispatch
+from flows.outcome import incomplete, outcome
+from flows.process import failures, process_shards
+from flows.selection import parse_numbers
+from flows.server_runs import REPAIR_QUEUE, ServerRuns, cancel_children, on_workers
 from resmaster_stages.config import DatasetConfig, Stage
 from resmaster_stages.gallery import write_report
 from resmaster_stages.prompts import ingest
 from resmaster_stages.publish import write_manifest
 from resmaster_stages.standing import pending, status
-from resmaster_stages.storage.dataset import create_or_open, open_dataset
+from resmaster_stages.storage.dataset import Dataset, create_or_open, open_dataset
 
 
 @dataclass(frozen=True)
@@ -48,42 +58,86 @@ def publish_dataset(dataset_url: str) -> str:
     return write_report(dataset)
 
 
-def finish(dataset_url: str, errors: dict[str, str]) -> BuildResult:
-    """Publish what is committed and sum up."""
+def left(dataset: Dataset, shards: Sequence[int] | None = None, stages: list[Stage] | None = None) -> Counter[int]:
+    """Shard -> number of commits that it lacks; finished shards are absent."""
+    todo = pending(dataset, shards=shards, stages=stages)
+    return Counter(shard for missing in todo.values() for shard in missing)
+
+
+def work(
+    dataset: Dataset, shards: list[int], stages: list[Stage] | None = None, queue: str | None = None
+) -> dict[str, str]:
+    """Have the shards done, on workers or here. Returns the error of each that is missing, by its number."""
+    config = dataset.config.dispatch
+    if not shards:
+        return {}
+    if not on_workers(config):
+        errors: dict[str, str] = outcome(process_shards(dataset.url, shards, stages, return_state=True))
+        return errors
+    missing = dispatch(ServerRuns(config, dataset.url, stages, queue), lambda: left(dataset, shards, stages), config)
+    return {str(shard): error for shard, error in missing.items()}
+
+
+def finish(dataset_url: str, errors: dict[str, str]) -> BuildResult | State[BuildResult]:
+    """Publish what is committed and sum up; the run fails if shards are missing."""
     report_url = publish_dataset(dataset_url)
     stages = status(open_dataset(dataset_url)).stages
-    return BuildResult(
+    result = BuildResult(
         dataset_url=dataset_url,
         report_url=report_url,
         samples=stages[-1].samples_ok,
         samples_failed=sum(stage.samples_failed for stage in stages),
         errors=errors,
     )
+    return incomplete(failures(errors), result) if errors else result
 
 
-@flow(name="build-dataset", flow_run_name="build {config.name}", validate_parameters=False)
-def build_dataset(config: DatasetConfig) -> BuildResult:
+@flow(
+    name="build-dataset",
+    flow_run_name="build {config.name}",
+    on_cancellation=[cancel_children],
+)
+def build_dataset(config: DatasetConfig) -> BuildResult | State[BuildResult]:
     """Build a dataset, or go on with it: plan, every stage over every shard that is not committed, report.
 
     Args:
         config: what to build and where; see the fields' descriptions.
     """
     dataset_url = plan_dataset(config)
-    shards = sorted({shard for todo in pending(open_dataset(dataset_url)).values() for shard in todo})
-    errors = process_shards(dataset_url, shards) if shards else {}
+    dataset = open_dataset(dataset_url)
+    try:
+        errors = work(dataset, sorted(left(dataset)))
+    except Stopped:
+        return Cancelled(message="its runs were cancelled")
     return finish(dataset_url, errors)
 
 
-@flow(name="repair", flow_run_name="repair {dataset_url}", validate_parameters=False)
-def repair(dataset_url: str, shards: list[int] | None = None, stages: list[Stage] | None = None) -> BuildResult:
+@flow(name="repair", flow_run_name="repair {dataset_url}", on_cancellation=[cancel_children])
+def repair(
+    dataset_url: str, shards: str | None = None, stages: list[Stage] | None = None
+) -> BuildResult | State[BuildResult]:
     """Do what is missing or failed in a dataset, and nothing else; then publish anew.
 
     Args:
         dataset_url: folder or URL of the dataset.
-        shards: only these shard numbers; default: all.
+        shards: only these shards, e.g. `1,4-7`; default: all.
         stages: only these stages; default: all.
     """
-    todo = pending(open_dataset(dataset_url), shards=shards, stages=stages)
-    wanted = sorted({shard for missing in todo.values() for shard in missing})
-    errors = process_shards(dataset_url, wanted, stages) if wanted else {}
-    return finish(dataset_url, errors)
+    dataset = open_dataset(dataset_url)
+    try:
+        errors = work(dataset, sorted(left(dataset, parse_numbers(shards), stages)), stages, REPAIR_QUEUE)
+    except Stopped:
+        return Cancelled(message="its runs were cancelled")
+    return finish(dataset.url, errors)
+
+
+@flow(name="publish", flow_run_name="publish {dataset_url}")
+def publish(dataset_url: str) -> str:
+    """Write manifest, index, dataset card, report and contact sheets anew from what is committed.
+
+    Args:
+        dataset_url: folder or URL of the dataset.
+
+    Returns the report's URL.
+    """
+    return publish_dataset(dataset_url)

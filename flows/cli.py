@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from flows.selection import parse_numbers, parse_stages
 from resmaster_stages.config import METHODS, SDXL, STAGES, DatasetConfig, Stage, load_config
 from resmaster_stages.errors import ResMasterError, UserError
 
@@ -163,30 +164,6 @@ def parser() -> argparse.ArgumentParser:
 # reading arguments
 
 
-def parse_numbers(text: str | None) -> list[int] | None:
-    """`1,4-7` -> [1, 4, 5, 6, 7]; None stays None. Raises UserError on anything else."""
-    if text is None:
-        return None
-    numbers: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-            raise UserError(f"--shards {text}: {part.strip()!r} is not a shard number or a range; write e.g. 1,4-7")
-        numbers.update(range(int(first), int(last or first) + 1))
-    return sorted(numbers)
-
-
-def parse_stages(text: str | None) -> list[Stage] | None:
-    """`captions,high_res` -> those stages in pipeline order; None stays None. Raises UserError on unknown names."""
-    if text is None:
-        return None
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in STAGES:
-            raise UserError(f"--stages {text}: unknown stage {name!r}; known: {', '.join(STAGES)}")
-    return [stage for stage in STAGES if stage in names]
-
-
 def config_of(args: argparse.Namespace) -> DatasetConfig:
     """CONFIG with the command line's overrides; relative paths given on the command line become absolute."""
     if args.limit is not None and args.limit < 1:
@@ -244,8 +221,9 @@ def _execute(
 
     with TerminalReporter(pending_samples, shard_count, console) as reporter, reporting(reporter):
         import flows.build
+        from flows.outcome import outcome
 
-        result: BuildResult = getattr(flows.build, build)(**arguments)
+        result: BuildResult = outcome(getattr(flows.build, build)(**arguments, return_state=True))
     return _finished(console, result)
 
 
@@ -336,7 +314,7 @@ def repair(args: argparse.Namespace, console: Console) -> int:
         pending_samples(dataset, todo),
         count,
         "repair",
-        {"dataset_url": dataset.url, "shards": shards, "stages": stages},
+        {"dataset_url": dataset.url, "shards": args.shards, "stages": stages},
     )
 
 

@@ -78,6 +78,7 @@ class TerminalReporter:
         self._last_stage, self._images_total = list(pending.items())[-1] if pending else ("quality", 0)
         self._images = 0
         self._shard_clock: dict[tuple[str, int], float] = {}
+        self._dispatched = ""
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
@@ -135,6 +136,13 @@ class TerminalReporter:
             return
         seconds = time.monotonic() - self._shard_clock.pop((stage, shard), time.monotonic())
         self.console.print(f"  shard {shard:06d}  {stage:<9} committed in {spell_seconds(seconds)}", highlight=False)
+
+    def dispatched(self, done: int, total: int, running: int, waiting: int) -> None:
+        line = f"{done} of {total} shards finished; {running} runs at work, {waiting} waiting"
+        self._progress.update(self._bar, description=line, completed=done, total=total)
+        if line != self._dispatched:
+            self._dispatched = line
+            self.console.print(f"  {line}", highlight=False)
 
     def step(self, done: int, total: int) -> None:
         stage, shard = self._now

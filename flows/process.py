@@ -7,16 +7,36 @@ Invariants:
 
 from __future__ import annotations
 
-from prefect import flow
+from collections.abc import Sequence
+from typing import Any
 
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
+
+from flows.outcome import incomplete
+from flows.selection import spell_shards
 from resmaster_stages.config import STAGES, Stage
 from resmaster_stages.errors import ConfigError, GpuLost, ShardError
 from resmaster_stages.storage.dataset import open_dataset
 from tasks.stages import STAGE_TASKS
 
 
-@flow(name="process-shards", flow_run_name="process {dataset_url}", validate_parameters=False)
-def process_shards(dataset_url: str, shards: list[int], stages: list[Stage] | None = None) -> dict[str, str]:
+def run_name(dataset_url: str, shards: Sequence[int], stages: Sequence[Stage] | None = None) -> str:
+    """`demo: shards 0-7`, or `demo: captions,quality of shards 0-7`: dataset, stages and shards of a run."""
+    chosen = f"{','.join(stages)} of " if stages is not None else ""
+    return f"{dataset_url.rstrip('/').rpartition('/')[2]}: {chosen}shards {spell_shards(shards)}"
+
+
+def _own_run_name() -> str:
+    parameters = flow_run.parameters
+    return run_name(parameters["dataset_url"], parameters["shards"], parameters.get("stages"))
+
+
+@flow(name="process-shards", flow_run_name=_own_run_name, validate_parameters=False)
+def process_shards(
+    dataset_url: str, shards: list[int], stages: list[Stage] | None = None
+) -> dict[str, str] | State[dict[str, str]]:
     """Run every stage over the shards; committed ones return at once.
 
     Args:
@@ -24,7 +44,8 @@ def process_shards(dataset_url: str, shards: list[int], stages: list[Stage] | No
         shards: shard numbers, as in the plan.
         stages: only these stages, in pipeline order; default: all that the dataset needs.
 
-    Returns the first error of each failed shard by its number. Raises GpuLost and ConfigError at once.
+    Returns the first error of each failed shard by its number; with any, the run ends as `Incomplete`. Raises GpuLost and
+    ConfigError at once.
     """
     needed = open_dataset(dataset_url).config.stages()
     chosen = [stage for stage in STAGES if stage in needed and (stages is None or stage in stages)]
@@ -38,7 +59,15 @@ def process_shards(dataset_url: str, shards: list[int], stages: list[Stage] | No
             except Exception as error:
                 errors[str(shard)] = f"{stage}: {error if isinstance(error, ShardError) else describe(error)}"
                 break
+    if errors:
+        return incomplete(failures(errors), errors)
     return errors
+
+
+def failures(errors: dict[str, Any]) -> str:
+    """The message of a run that could not finish some shards."""
+    first = next(iter(errors.values()))
+    return f"shards {spell_shards(int(shard) for shard in errors)} not finished; first: {first}"
 
 
 def describe(error: Exception) -> str:

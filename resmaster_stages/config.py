@@ -477,6 +477,27 @@ class QualityConfig(Part):
         return values
 
 
+class DispatchConfig(Part):
+    """How a build shares its shards among workers. Changes no result."""
+
+    where: Literal["auto", "here", "workers"] = Operational("auto")
+    """`workers`: runs of the deployment `process-shards`, on any number of machines; `here`: one after the other in the
+    build's own process; `auto`: workers if a Prefect server is configured (PREFECT_API_URL)."""
+    deployment: str | None = Operational(None)
+    """Name of the deployment of `process-shards`; default: that of the build's own deployment, else `process`."""
+    shards_per_run: int = Operational(8, ge=1, le=1000)
+    """Shards per run. Starting a run and loading its models takes about half a minute: aim at runs of an hour or more."""
+    window: int = Operational(100, ge=1, le=199)
+    """Runs that may wait for a worker at a time; a worker asks for 200 at most."""
+    attempts: int = Operational(3, ge=1, le=20)
+    """How many runs may break off at a shard before it is given up."""
+    poll_seconds: float = Operational(15.0, gt=0)
+    """Time between looks at commits and runs: one listing per stage and one request."""
+    stall_seconds: float = Operational(7200.0, gt=0)
+    """A run that commits nothing for so long is given up, and its shards are dispatched anew: more than a shard's slowest
+    stage takes."""
+
+
 class DatasetConfig(Part):
     """A dataset: where it lives, what goes in, and what each stage does."""
 
@@ -512,6 +533,8 @@ class DatasetConfig(Part):
     """Stage 4."""
     quality: QualityConfig = QualityConfig()
     """Stage 5."""
+    dispatch: DispatchConfig = DispatchConfig()
+    """How the work is shared among workers."""
 
     @field_validator("name")
     @classmethod

@@ -23,6 +23,9 @@ class Reporter(Protocol):
     def shard_done(self, stage: str, shard: int, cached: bool) -> None:
         """The shard is committed; `cached` if it was so before this run."""
 
+    def dispatched(self, done: int, total: int, running: int, waiting: int) -> None:
+        """Where the work is done by others: `done` of `total` shards are finished, so many runs are at work or wait."""
+
     def step(self, done: int, total: int) -> None:
         """Denoising step `done` of `total` of the sample at hand."""
 
@@ -35,6 +38,8 @@ class Silent:
     def sample_done(self, stage: str, shard: int, ok: bool) -> None: ...
 
     def shard_done(self, stage: str, shard: int, cached: bool) -> None: ...
+
+    def dispatched(self, done: int, total: int, running: int, waiting: int) -> None: ...
 
     def step(self, done: int, total: int) -> None: ...
 

@@ -14,8 +14,10 @@ import webdataset as wds
 import yaml
 from prefect.testing.utilities import prefect_test_harness
 
-from flows.build import build_dataset, repair
+from flows import build
+from flows.build import BuildResult
 from flows.cli import main
+from flows.outcome import INCOMPLETE, outcome
 from resmaster_stages import gallery, stage
 from resmaster_stages.config import DatasetConfig, Stage, Weights
 from resmaster_stages.errors import ConfigError, GpuLost
@@ -73,7 +75,15 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
 
 def config_for(tmp_path: Path, prompts: list[str]) -> DatasetConfig:
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
-    return config_at(tmp_path / "out", prompts=str(tmp_path / "prompts.txt"))
+    return config_at(tmp_path / "out", prompts=str(tmp_path / "prompts.txt"), dispatch={"where": "here"})
+
+
+def build_dataset(config: DatasetConfig) -> BuildResult:
+    return outcome(build.build_dataset(config, return_state=True))
+
+
+def repair(dataset_url: str, **arguments: object) -> BuildResult:
+    return outcome(build.repair(dataset_url, **arguments, return_state=True))
 
 
 def commits(url: str) -> dict[Stage, set[int]]:
@@ -118,6 +128,10 @@ def test_a_failing_shard_does_not_stop_the_others_and_repair_does_only_it(stages
     assert commits(result.dataset_url) == {"low_res": {0, 1}, "captions": {0, 1}, "high_res": {1}, "quality": {1}}
     page = (tmp_path / "out" / "demo" / "report" / "index.html").read_text()
     assert "told to fail" in page
+    state = build.build_dataset(config, return_state=True)
+    assert (state.type.value, state.name) == ("FAILED", INCOMPLETE)
+    assert state.message is not None
+    assert state.message.startswith("shards 0 not finished; first: high_res")
 
     stages.calls.clear()
     again = repair(result.dataset_url)
@@ -125,7 +139,7 @@ def test_a_failing_shard_does_not_stop_the_others_and_repair_does_only_it(stages
     assert stages.calls == {"high_res": 1}
 
     stages.calls.clear()
-    assert repair(result.dataset_url, shards=[1]).errors == {}
+    assert repair(result.dataset_url, shards="1").errors == {}
     assert stages.calls == {}
 
 
@@ -199,6 +213,7 @@ def test_a_build_on_s3_is_the_same_as_on_a_folder_and_plain_libraries_read_it(
         "low_res": low_res,
         "samples_per_shard": 2,
         "max_failure_ratio": 0.5,
+        "dispatch": {"where": "here"},
     }
     (tmp_path / "demo.yaml").write_text(yaml.safe_dump(config))
     for root in (str(tmp_path / "out"), s3_root):

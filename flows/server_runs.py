@@ -1,0 +1,130 @@
+"""Runs of the deployment `process-shards` on a Prefect server: submitted, watched and cancelled in bulk.
+
+Knows nothing about shards' states: that is `flows.dispatch`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterParentFlowRunId
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.runtime import deployment as own_deployment
+from prefect.runtime import flow_run as own_run
+from prefect.settings import get_current_settings
+from prefect.states import Cancelled, Cancelling, Crashed
+
+from flows.dispatch import Shards, Stopped
+from flows.process import run_name
+from resmaster_stages.config import DispatchConfig, Stage
+from resmaster_stages.errors import UserError
+from resmaster_stages.identity import digest
+
+FLOW = "process-shards"
+REPAIR_QUEUE = "gpu-repair"
+"""Work queue of repairs: workers empty it before that of builds."""
+
+PAGE = 200
+"""Runs per answer of the server."""
+
+
+def on_workers(config: DispatchConfig) -> bool:
+    """Whether the work goes to workers: by the configuration, else if a server is configured."""
+    return config.where == "workers" or (config.where == "auto" and get_current_settings().api.url is not None)
+
+
+class ServerRuns:
+    """The runs of one build, within its flow run."""
+
+    def __init__(
+        self, config: DispatchConfig, dataset_url: str, stages: list[Stage] | None = None, queue: str | None = None
+    ) -> None:
+        """`queue`: work queue, default: the deployment's. Raises UserError if there is no server or no deployment."""
+        api = get_current_settings().api.url
+        if api is None:
+            raise UserError("dispatch.where is workers, but no server is configured: set PREFECT_API_URL (make up)")
+        self.deployment = f"{FLOW}/{config.deployment or own_deployment.name or 'process'}"
+        with get_client(sync_client=True) as client:
+            try:
+                client.read_deployment_by_name(self.deployment)
+            except ObjectNotFound:
+                raise UserError(
+                    f"{api}: has no deployment {self.deployment}; make it with: make deploy (or unset PREFECT_API_URL to "
+                    "do the work in this process)"
+                ) from None
+        self._dataset_url = dataset_url
+        self._stages = stages
+        self._queue = queue
+        self._build = UUID(own_run.id)
+        self._build_count: int = own_run.run_count
+
+    def submit(self, shards: Shards, attempt: int) -> tuple[UUID, str]:
+        """As of `Runs`. The key makes a request that is sent twice find the same run; a retried build starts new ones."""
+        batch = digest({"stages": self._stages, "shards": shards})
+        run = run_deployment(
+            self.deployment,
+            parameters={"dataset_url": self._dataset_url, "shards": list(shards), "stages": self._stages},
+            timeout=0,
+            idempotency_key=f"{self._build}/{self._build_count}/{batch}/{attempt}",
+            flow_run_name=run_name(self._dataset_url, shards, self._stages),
+            tags=[f"dataset:{self._dataset_url.rpartition('/')[2]}"],
+            work_queue_name=self._queue,
+        )
+        assert isinstance(run, FlowRun)  # flows are synchronous here
+        return run.id, run.name
+
+    def states(self, runs: Collection[UUID]) -> Mapping[UUID, State]:
+        """As of `Runs`: one request per 200 runs, the build itself among them."""
+        with get_client(sync_client=True) as client:
+            found = {run.id: run.state for run in _read(client, [self._build, *runs]) if run.state is not None}
+        own = found.pop(self._build, None)
+        if own is not None and (own.is_cancelling() or own.is_cancelled()):
+            raise Stopped
+        return found
+
+    def cancel(self, runs: Collection[UUID]) -> None:
+        """As of `Runs`."""
+        with get_client(sync_client=True) as client:
+            _cancel(client, _read(client, list(runs)))
+
+    def give_up(self, run: UUID, reason: str) -> None:
+        """As of `Runs`."""
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(run, Crashed(message=reason), force=True)
+
+
+def cancel_children(flow: object, flow_run: FlowRun, state: State) -> None:
+    """Hook of a build: cancelling it cancels what it started, and what that started."""
+    with get_client(sync_client=True) as client:
+        parents = [flow_run.id]
+        while parents:
+            children: list[FlowRun] = []
+            below = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=parents))
+            while page := client.read_flow_runs(
+                flow_run_filter=below, sort=FlowRunSort.ID_DESC, limit=PAGE, offset=len(children)
+            ):
+                children += page
+            _cancel(client, children)
+            parents = [run.id for run in children]
+
+
+def _read(client: SyncPrefectClient, ids: Sequence[UUID]) -> list[FlowRun]:
+    found: list[FlowRun] = []
+    for start in range(0, len(ids), PAGE):
+        wanted = FlowRunFilter(id=FlowRunFilterId(any_=list(ids[start : start + PAGE])))
+        found += client.read_flow_runs(flow_run_filter=wanted, limit=PAGE)
+    return found
+
+
+def _cancel(client: SyncPrefectClient, runs: Iterable[FlowRun]) -> None:
+    """Runs that wait are cancelled at once, others by the worker that hears of it."""
+    for run in runs:
+        if run.state is None or run.state.is_scheduled():
+            client.set_flow_run_state(run.id, Cancelled(message="its build was cancelled, or needs it no more"))
+        elif not run.state.is_final() and not run.state.is_cancelling():
+            client.set_flow_run_state(run.id, Cancelling(message="its build was cancelled"))

@@ -1,0 +1,234 @@
+"""The dispatch without a server: runs that end, break off, stall or vanish, on a clock of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from uuid import UUID, uuid4
+
+import httpx
+import pytest
+from prefect.client.schemas.objects import State
+from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Running, Scheduled
+
+from flows.dispatch import FRUITLESS_RUNS, OUTAGE_LOOKS, Shards, Stopped, dispatch
+from flows.outcome import incomplete
+from flows.selection import parse_numbers, spell_shards
+from resmaster_stages.config import DispatchConfig
+
+STAGES = 4
+
+
+class World:
+    """A store and a server with `workers` workers, moved on by `sleep`: each run does one shard per sleep."""
+
+    def __init__(self, shards: int, workers: int = 2) -> None:
+        self.lacking = dict.fromkeys(range(shards), STAGES)
+        self.workers = workers
+        self.seconds = 0.0
+        self.submitted: list[tuple[Shards, int]] = []
+        self.runs: dict[UUID, tuple[Shards, State]] = {}
+        self.most_waiting = 0
+        self.given_up: list[str] = []
+        self.on_shard: Callable[[UUID, int], State | None] = lambda run, shard: None
+        """Called before a run does a shard; a state ends the run there."""
+
+    def look(self) -> Mapping[int, int]:
+        return {shard: left for shard, left in self.lacking.items() if left}
+
+    def submit(self, shards: Shards, attempt: int) -> tuple[UUID, str]:
+        run = uuid4()
+        self.submitted.append((shards, attempt))
+        self.runs[run] = (shards, Scheduled())
+        waiting = [state for _, state in self.runs.values() if state.is_scheduled()]
+        self.most_waiting = max(self.most_waiting, len(waiting))
+        return run, f"run-{len(self.submitted)}"
+
+    def states(self, runs: Collection[UUID]) -> Mapping[UUID, State]:
+        return {run: self.runs[run][1] for run in runs if run in self.runs}
+
+    def cancel(self, runs: Collection[UUID]) -> None:
+        for run in runs:
+            self.runs[run] = (self.runs[run][0], Cancelled())
+
+    def give_up(self, run: UUID, reason: str) -> None:
+        self.given_up.append(reason)
+        self.runs[run] = (self.runs[run][0], Crashed(message=reason))
+
+    def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
+        for run, (shards, state) in list(self.runs.items()):
+            busy = sum(each.is_running() for _, each in self.runs.values())
+            if state.is_scheduled() and busy < self.workers:
+                self.runs[run] = (shards, Running())
+            elif state.is_running():
+                todo = [shard for shard in shards if self.lacking[shard]]
+                end = self.on_shard(run, todo[0]) if todo else Completed()
+                if end is None:
+                    self.lacking[todo[0]] = 0
+                elif run in self.runs:
+                    self.runs[run] = (shards, end)
+
+    def dispatch(self, **config: float) -> dict[int, str]:
+        settings = DispatchConfig.model_validate({"poll_seconds": 1, **config})
+        return dispatch(self, self.look, settings, sleep=self.sleep, clock=lambda: self.seconds)
+
+
+def test_every_shard_is_given_to_one_run_and_the_window_holds() -> None:
+    world = World(100)
+    assert world.dispatch(shards_per_run=3, window=5) == {}
+    assert [attempt for _, attempt in world.submitted] == [1] * 34
+    assert sorted(shard for shards, _ in world.submitted for shard in shards) == list(range(100))
+    assert world.most_waiting == 5
+
+
+def test_what_is_committed_already_is_not_dispatched() -> None:
+    world = World(10)
+    world.lacking |= dict.fromkeys(range(0, 10, 2), 0)
+    assert world.dispatch(shards_per_run=2) == {}
+    assert [shards for shards, _ in world.submitted] == [(1, 3), (5, 7), (9,)]
+    assert World(0).dispatch() == {}
+
+
+def test_a_shard_that_kills_its_runs_is_given_up_and_takes_no_other_with_it() -> None:
+    world = World(8)
+    world.on_shard = lambda run, shard: Crashed(message="exit code -9") if shard == 2 else None
+    missing = world.dispatch(shards_per_run=4, attempts=3)
+    assert set(missing) == {2}
+    assert missing[2].startswith("run run-")
+    assert missing[2].endswith("Crashed: exit code -9")
+    assert [(shards, attempt) for shards, attempt in world.submitted if 2 in shards] == [
+        ((0, 1, 2, 3), 1),
+        ((2,), 2),
+        ((2,), 3),
+    ]
+    assert ((3,), 1) in world.submitted
+
+
+def test_what_a_run_tried_in_vain_is_not_tried_again() -> None:
+    world = World(4)
+    world.on_shard = lambda run, shard: incomplete("shards 0 not finished", {}) if shard == 0 else None
+    missing = world.dispatch(shards_per_run=1)
+    assert missing == {0: "run run-1: Incomplete: shards 0 not finished"}
+    assert len(world.submitted) == 4
+
+
+@pytest.mark.parametrize("end", [Cancelled(), None], ids=["cancelled", "deleted"])
+def test_a_run_that_somebody_took_away_is_not_started_again(end: State | None) -> None:
+    world = World(2)
+
+    def take_away(run: UUID, shard: int) -> State | None:
+        if shard == 0 and end is None:
+            del world.runs[run]
+            return Completed()
+        return end if shard == 0 else None
+
+    world.on_shard = take_away
+    assert set(world.dispatch(shards_per_run=1)) == {0}
+    assert len(world.submitted) == 2
+
+
+def test_a_run_that_reads_running_for_ever_is_given_up() -> None:
+    world = World(4, workers=3)
+    dead: list[UUID] = []
+
+    def hang(run: UUID, shard: int) -> State | None:
+        if not dead:
+            dead.append(run)
+        return Running() if run in dead else None
+
+    world.on_shard = hang
+    assert world.dispatch(shards_per_run=2, stall_seconds=20) == {}
+    assert world.given_up == ["no commit within 20 s"]
+    assert world.seconds > 20
+
+
+def test_commits_count_whoever_made_them() -> None:
+    world = World(6, workers=0)
+
+    def others(seconds: float) -> None:
+        world.seconds += seconds
+        world.lacking[int(world.seconds) - 1] = 0
+
+    settings = DispatchConfig(poll_seconds=1, shards_per_run=2)
+    assert dispatch(world, world.look, settings, sleep=others, clock=lambda: world.seconds) == {}
+    assert all(state.is_cancelled() for _, state in world.runs.values()), "nobody needs to start them any more"
+
+
+def test_a_waiting_run_may_wait_for_ever() -> None:
+    world = World(1, workers=0)
+    original = world.sleep
+
+    def sleep(seconds: float) -> None:
+        original(seconds)
+        if world.seconds > 1000:
+            world.workers = 1
+
+    settings = DispatchConfig(poll_seconds=1, stall_seconds=10)
+    assert dispatch(world, world.look, settings, sleep=sleep, clock=lambda: world.seconds) == {}
+    assert world.given_up == []
+
+
+def test_runs_that_all_fail_end_the_dispatch() -> None:
+    world = World(1000)
+    world.on_shard = lambda run, shard: Failed(message="wrong model")
+    missing = world.dispatch(shards_per_run=1, window=2)
+    assert len(missing) == 1000
+    assert len(world.submitted) <= FRUITLESS_RUNS + 4
+    assert sum("wrong model" in error for error in missing.values()) >= FRUITLESS_RUNS
+    assert missing[999] == f"not tried: the last {FRUITLESS_RUNS} runs ended without a commit"
+
+
+def test_an_outage_is_sat_out_and_a_long_one_is_told() -> None:
+    world = World(3)
+    calls = iter(range(10_000))
+    states = world.states
+    down = range(2, 2 + OUTAGE_LOOKS - 1)
+
+    def flaky(runs: Collection[UUID]) -> Mapping[UUID, State]:
+        if next(calls) in down:
+            raise httpx.ConnectError("no server")
+        return states(runs)
+
+    world.states = flaky  # type: ignore[method-assign]
+    assert world.dispatch(shards_per_run=1) == {}
+    down = range(10_000)
+    world.lacking[0] = 1
+    with pytest.raises(httpx.ConnectError):
+        world.dispatch(shards_per_run=1)
+
+
+@pytest.mark.parametrize("stop", [Stopped, KeyboardInterrupt])
+def test_a_build_that_is_stopped_cancels_its_runs(stop: type[BaseException]) -> None:
+    world = World(10)
+    original = world.sleep
+
+    def sleep(seconds: float) -> None:
+        original(seconds)
+        if world.seconds > 3:
+            raise stop
+
+    with pytest.raises(stop):
+        dispatch(world, world.look, DispatchConfig(poll_seconds=1, shards_per_run=2), sleep=sleep)
+    assert world.runs
+    assert all(state.is_final() for _, state in world.runs.values())
+
+
+def test_pending_runs_count_as_waiting_but_not_for_ever() -> None:
+    world = World(2, workers=0)
+
+    def sleep(seconds: float) -> None:
+        world.seconds += seconds
+        for run, (shards, state) in world.runs.items():
+            if state.is_scheduled():
+                world.runs[run] = (shards, Pending())
+
+    settings = DispatchConfig(poll_seconds=1, shards_per_run=2, stall_seconds=5, attempts=2)
+    missing = dispatch(world, world.look, settings, sleep=sleep, clock=lambda: world.seconds)
+    assert set(missing) == {0, 1}
+    assert [shards for shards, _ in world.submitted] == [(0, 1), (1,), (0,), (1,)]
+
+
+def test_shards_are_spelled_as_they_are_read() -> None:
+    for numbers in ([0], [0, 1, 2], [1, 4, 5, 6, 7, 9], [3, 5]):
+        assert parse_numbers(spell_shards(numbers)) == numbers
+    assert spell_shards([7, 1, 4, 6, 5, 1]) == "1,4-7"
