@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from flows.selection import parse_numbers, parse_stages
 from resmaster_stages.config import METHODS, SDXL, STAGES, DatasetConfig, Stage, load_config
+from resmaster_stages.disclosure import one_line
 from resmaster_stages.errors import ResMasterError, UserError
 
 if TYPE_CHECKING:
@@ -191,11 +193,15 @@ def config_of(args: argparse.Namespace) -> DatasetConfig:
 
 def _finished(console: Console, result: BuildResult) -> int:
     for shard, error in result.errors.items():
-        console.print(f"[red]shard {int(shard):06d} not finished:[/red] {error}", highlight=False, soft_wrap=True)
+        console.print(
+            f"[red]shard {int(shard):06d} not finished:[/red] {escape(error)}", highlight=False, soft_wrap=True
+        )
     failed = f", {result.samples_failed} failed (see errors/)" if result.samples_failed else ""
-    console.print(f"{result.samples} samples{failed} in {result.dataset_url}", highlight=False, soft_wrap=True)
+    console.print(f"{result.samples} samples{failed} in {escape(result.dataset_url)}", highlight=False, soft_wrap=True)
     if result.errors:
-        console.print(f"{len(result.errors)} shards are missing; try again with: resmaster repair {result.dataset_url}")
+        console.print(
+            f"{len(result.errors)} shards are missing; try again with: resmaster repair {escape(result.dataset_url)}"
+        )
     print(f"report: {result.report_url}")
     return 1 if result.errors else 0
 
@@ -233,7 +239,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     config = config_of(args)
     look = preview(config)  # all that can be wrong with the input is found here, before anything starts
-    console.print(look.headline(), highlight=False, soft_wrap=True)
+    console.print(escape(look.headline()), highlight=False, soft_wrap=True)
     return _execute(console, config, look.pending_samples(), look.shards, "build_dataset", {"config": config})
 
 
@@ -243,7 +249,7 @@ def plan(args: argparse.Namespace, console: Console) -> int:
 
     look = preview(config_of(args))
     out = Console()
-    out.print(look.headline(), highlight=False, soft_wrap=True)
+    out.print(escape(look.headline()), highlight=False, soft_wrap=True)
     table = Table("stage", "shards to do", "shards committed", "samples to do", box=None, pad_edge=False)
     for stage in look.stages:
         table.add_row(stage.stage, str(stage.shards_pending), str(stage.shards_committed), str(stage.samples_pending))
@@ -280,7 +286,9 @@ def status(args: argparse.Namespace, console: Console) -> int:
         print(json.dumps(found.to_json(), indent=2))
     else:
         out = Console()
-        out.print(f"{dataset.url}: {found.shards} shards, {found.samples} samples", highlight=False, soft_wrap=True)
+        out.print(
+            f"{escape(dataset.url)}: {found.shards} shards, {found.samples} samples", highlight=False, soft_wrap=True
+        )
         out.print(_status_table(dataset, found))
     return 0
 
@@ -306,7 +314,7 @@ def repair(args: argparse.Namespace, console: Console) -> int:
     todo = pending(dataset, shards=shards, stages=stages)
     count = len({shard for missing in todo.values() for shard in missing})
     if not count:
-        console.print(f"{dataset.url}: nothing to repair", highlight=False, soft_wrap=True)
+        console.print(f"{escape(dataset.url)}: nothing to repair", highlight=False, soft_wrap=True)
         return 0
     return _execute(
         console,
@@ -365,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ResMasterError, ConnectionError) as error:
         if args.traceback:
             raise
-        console.print(f"resmaster: {error}", style=None, markup=False, highlight=False, soft_wrap=True)
+        console.print(f"resmaster: {one_line(error)}", style=None, markup=False, highlight=False, soft_wrap=True)
         return 2 if isinstance(error, UserError) else 1
 
 

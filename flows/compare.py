@@ -23,6 +23,7 @@ from resmaster_stages.compare import (
 )
 from resmaster_stages.compare_report import SheetRow, cell, markdown, sheet, shown
 from resmaster_stages.config import DatasetConfig
+from resmaster_stages.disclosure import without_credentials
 from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.models.identity import PICTUREBOOK
 from resmaster_stages.preview import Preview, preview
@@ -31,7 +32,7 @@ from resmaster_stages.standing import status
 from resmaster_stages.storage import layout
 from resmaster_stages.storage.arrays import Arrays
 from resmaster_stages.storage.dataset import Dataset, create_or_open
-from resmaster_stages.storage.filesystem import Folder, without_credentials
+from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.tables import COMPARE_SCHEMA, MANIFEST_SCHEMA, decode_table, encode_table
 
 SHEET_SAMPLES = 4

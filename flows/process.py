@@ -17,6 +17,7 @@ from prefect.runtime import flow_run
 from flows.outcome import incomplete
 from flows.selection import spell_shards
 from resmaster_stages.config import STAGES, Stage
+from resmaster_stages.disclosure import one_line
 from resmaster_stages.errors import ConfigError, GpuLost, ShardError
 from resmaster_stages.storage.dataset import open_dataset
 from tasks.stages import STAGE_TASKS
@@ -72,5 +73,5 @@ def failures(errors: dict[str, Any]) -> str:
 
 def describe(error: Exception) -> str:
     """An error in one line, with its class: what a table of failures can hold."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from resmaster_stages.disclosure import holds_credentials
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.identity import digest
 
@@ -64,7 +65,19 @@ def Operational(default: Any, **kwargs: Any) -> Any:
 class Part(BaseModel):
     """Base of all parts: frozen, no unknown keys, field docstrings become descriptions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), hide_input_in_errors=True
+    )
+
+    @field_validator("*")
+    @classmethod
+    def _no_credentials(cls, value: Any) -> Any:
+        if isinstance(value, str) and holds_credentials(value):
+            raise ValueError(
+                "holds a user, password, signature or token, which would be kept with the dataset; leave it out and set the "
+                "environment instead (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, OPENAI_API_KEY, HF_TOKEN)"
+            )
+        return value
 
     def identity(self) -> dict[str, Any]:
         """The fields that change the result, as JSON-ready values."""

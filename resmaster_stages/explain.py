@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from resmaster_stages.config import Stage
+from resmaster_stages.disclosure import without_credentials
 from resmaster_stages.errors import ShardError, UserError
 from resmaster_stages.identity import sample_seed
 from resmaster_stages.lineage import stage_hashes
@@ -23,7 +24,7 @@ from resmaster_stages.models.identity import weights_of
 from resmaster_stages.storage import layout
 from resmaster_stages.storage.commit import Receipt, read_commit
 from resmaster_stages.storage.dataset import Dataset, current_config
-from resmaster_stages.storage.filesystem import Folder, without_credentials
+from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.ledger import ledger_rows
 from resmaster_stages.storage.plan import PlannedSample, read_plan
 from resmaster_stages.storage.shards import Member, read_index

@@ -15,7 +15,7 @@ import io
 import json
 import logging
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +24,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from resmaster_stages.config import DatasetConfig
+from resmaster_stages.disclosure import one_line, without_credentials
 from resmaster_stages.errors import PlanError, SampleError, UserError
 from resmaster_stages.identity import image_key, normalise_prompt, prompt_key
 from resmaster_stages.storage.dataset import RACES, Dataset
-from resmaster_stages.storage.filesystem import explained, without_credentials
+from resmaster_stages.storage.filesystem import explained
 from resmaster_stages.storage.images import find_images, image_size
 from resmaster_stages.storage.plan import Plan, Rejected, SampleSpec, append_generation, find_plan
 
 MAX_PROMPT_CHARACTERS = 2000
 SHOWN_CHARACTERS = 80
+PARQUET_BATCH_ROWS = 10_000
 SUFFIXES = (".txt", ".csv", ".jsonl", ".parquet")
 
 log = logging.getLogger(__name__)
@@ -132,6 +134,9 @@ def _specs_of_prompts(config: DatasetConfig, rejected: list[Rejected]) -> Iterat
 def _specs_of_images(config: DatasetConfig, rejected: list[Rejected]) -> Iterator[list[SampleSpec]]:
     """The replicas of each readable image; bad ones go to `rejected`."""
     for image in find_images(str(config.images)):
+        if image.problem:
+            rejected.append(_rejection(image.source, "", image.problem))
+            continue
         reason = why_unusable(image.prompt, may_be_empty=True)
         if reason is not None:
             rejected.append(_rejection(image.source, image.prompt, f"its prompt: {reason}"))
@@ -139,7 +144,7 @@ def _specs_of_images(config: DatasetConfig, rejected: list[Rejected]) -> Iterato
         try:
             height, width = image_size(image.data, image.source)
         except SampleError as error:
-            rejected.append(Rejected(image.source, "", str(error).removeprefix(f"{image.source}: ")))
+            rejected.append(_rejection(image.source, "", str(error).removeprefix(f"{image.source}: ")))
             continue
         prompt = normalise_prompt(image.prompt)
         yield [
@@ -177,7 +182,7 @@ def why_unusable(text: Any, may_be_empty: bool = False) -> str | None:
 
 def _rejection(source: str, value: Any, reason: str) -> Rejected:
     text = (value if isinstance(value, str) else repr(value))[:SHOWN_CHARACTERS]
-    return Rejected(source, text.encode("utf-8", "replace").decode(), reason)
+    return Rejected(one_line(source), text.encode("utf-8", "replace").decode(), one_line(reason))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -264,12 +269,14 @@ def _from_parquet(data: bytes, place: str) -> Iterator[RawPrompt]:
         names = file.schema_arrow.names
         _check_columns(names, place)
         columns = [name for name in ("prompt", "negative_prompt") if name in names]
-        rows: Iterable[dict[str, Any]] = file.read(columns=columns).to_pylist()
-    except pa.ArrowException as error:
+        number = 0
+        for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=columns):  # a few kilobytes may unfold to any size
+            for row in batch.to_pylist():
+                number += 1
+                yield RawPrompt(f"{place}: row {number}", row["prompt"], row.get("negative_prompt"))
+    except (pa.ArrowException, OSError) as error:
         first_line = str(error).split("\n", 1)[0]
         raise UserError(f"{place}: not a readable Parquet file ({first_line}); write it again") from None
-    for number, row in enumerate(rows, start=1):
-        yield RawPrompt(f"{place}: row {number}", row["prompt"], row.get("negative_prompt"))
 
 
 def _check_columns(names: list[str], place: str) -> None:

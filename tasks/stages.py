@@ -14,6 +14,7 @@ from prefect.runtime import flow_run, task_run
 from prefect.tasks import Task
 
 from resmaster_stages.config import STAGES, Stage
+from resmaster_stages.disclosure import no_secrets_in_errors
 from resmaster_stages.stage import run_stage
 from resmaster_stages.storage.dataset import open_dataset
 from tasks.policy import RETRIES, RETRY_DELAYS_SECONDS, RETRY_JITTER, worth_retrying
@@ -36,8 +37,9 @@ def _stage_task(stage: Stage) -> Task[..., dict[str, Any]]:
         cache_policy=NO_CACHE,  # the commit record is the cache: it outlives any Prefect database
     )
     def run(dataset_url: str, shard: int) -> dict[str, Any]:
-        dataset = open_dataset(dataset_url)
-        return run_stage(dataset, dataset.config, stage, shard, provenance=run_facts()).to_json()
+        with no_secrets_in_errors():  # Prefect keeps and shows what a task raises
+            dataset = open_dataset(dataset_url)
+            return run_stage(dataset, dataset.config, stage, shard, provenance=run_facts()).to_json()
 
     return run
 

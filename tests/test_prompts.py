@@ -233,7 +233,7 @@ def test_images_become_samples_of_their_own_size(tmp_path: Path) -> None:
     ]
     assert draft.duplicates == 1
     assert [(Path(item.source).name, item.reason.split(" (")[0]) for item in draft.rejected] == [
-        ("c.png", "not a readable image"),
+        ("c.png", "not a readable PNG, JPEG or WebP image"),
         ("d.png", "its prompt: not text"),
     ]
     plan = ingest(create_or_open(config), config)

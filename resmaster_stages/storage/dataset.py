@@ -3,7 +3,7 @@
 Invariants:
 - `config.json` is written once. What fixes keys and their order may never change; the configuration of stages may, and
   each change is appended as `configs/0001.json`, `configs/0002.json`, ...; the last one counts.
-- No credential is ever written: user and password are cut out of URLs.
+- No credential is ever written: configurations that hold one are refused, and what slips through is cut out of URLs.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from resmaster_stages.config import DatasetConfig, parse_config
+from resmaster_stages.disclosure import one_line, without_credentials
 from resmaster_stages.errors import ConfigError, UserError
 from resmaster_stages.storage import layout
-from resmaster_stages.storage.filesystem import Folder, open_root, without_credentials
+from resmaster_stages.storage.filesystem import Folder, open_root
 from resmaster_stages.storage.images import decode_image
 
 RACES = 20
@@ -220,7 +221,7 @@ def _usable(root: str) -> Iterator[None]:
         message = "no such bucket or folder; create it, or choose another root"
         raise UserError(f"{without_credentials(root)}: {message}") from error
     except OSError as error:
-        place, reason = without_credentials(root), " ".join(str(error).split())
+        place, reason = without_credentials(root), one_line(error)
         if not reason.startswith(place):
             reason = f"{place}: cannot be used ({reason})"
         raise UserError(f"{reason}, or choose another root") from error

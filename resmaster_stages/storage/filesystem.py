@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import re
 import threading
 import time
 import uuid
@@ -28,6 +27,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from resmaster_stages.disclosure import holds_credentials, one_line, without_credentials
 from resmaster_stages.errors import UserError
 
 CREATE_ATTEMPTS = 6
@@ -45,11 +45,6 @@ _PERMANENT = {
     errno.EISDIR: "a folder is in the way where a file is needed; choose another root",
     errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter root or name",
 }
-
-
-def without_credentials(text: str) -> str:
-    """`text` with `user:password@` removed from a URL in it."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
 
 
 @contextmanager
@@ -72,11 +67,10 @@ def explained(place: str) -> Iterator[None]:
         raise
     except Exception as error:
         if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
-            message = f"no usable credentials ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile"
+            message = f"no usable credentials ({one_line(error)}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile"
             raise UserError(f"{without_credentials(place)}: {message}") from error
         if type(error).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp"):
-            reason = " ".join(str(error).split())
-            message = f"cannot be reached ({reason}); check the network and AWS_ENDPOINT_URL"
+            message = f"cannot be reached ({one_line(error)}); check the network and AWS_ENDPOINT_URL"
             raise ConnectionError(f"{without_credentials(place)}: {message}") from error
         raise
 
@@ -104,7 +98,11 @@ class Folder:
         return self.path if self.local else str(self.fs.unstrip_protocol(self.path))
 
     def full(self, name: str) -> str:
-        """The full path of a file in the folder."""
+        """The full path of a file in the folder. Raises UserError for a name that leads out of it."""
+        if name.startswith("/") or ".." in name.split("/"):  # names come out of records, which may come from elsewhere
+            raise UserError(
+                f"{self.url}: the name {name!r} leads out of this folder; the record that holds it is not ours"
+            )
         return f"{self.path}/{name}" if name else self.path
 
     def sub(self, name: str) -> Folder:
@@ -216,6 +214,9 @@ def open_root(url: str) -> Folder:
     """
     if not url.strip():
         raise UserError("the root is empty; give a folder or a URL such as s3://bucket/prefix")
+    if holds_credentials(url):
+        message = "credentials do not belong into a URL; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile"
+        raise UserError(f"{without_credentials(url)}: {message}")
     scheme = url.split("://", 1)[0] if "://" in url else ""
     options = {"use_listings_cache": False} if scheme in ("s3", "s3a") else {}
     target = url if scheme else str(Path(url).expanduser().absolute())
@@ -224,7 +225,7 @@ def open_root(url: str) -> Folder:
             fs, path = fsspec.core.url_to_fs(target, **options)
     except (ValueError, ImportError) as error:
         place = without_credentials(url)
-        raise UserError(f"{place}: not a usable root ({error}); give a folder or an s3:// URL") from error
+        raise UserError(f"{place}: not a usable root ({one_line(error)}); give a folder or an s3:// URL") from error
     folder = Folder(fs, str(path).rstrip("/"))
     if folder.local and Path(folder.path).exists() and not Path(folder.path).is_dir():
         raise UserError(f"{url}: is a file; give a folder or a URL such as s3://bucket/prefix")

@@ -1,6 +1,9 @@
 """Images from outside: decoding them safely, and the user's own images in a folder or in WebDataset tars.
 
-Knows nothing about plans. All content is untrusted: nothing is extracted to disk, names are only names.
+Knows nothing about plans. All content is untrusted:
+- Nothing is extracted to disk; names are only names. Links, devices and sparse members of tars are turned down.
+- Only the decoders of PNG, JPEG and WebP are ever called, whatever a file is called, on at most `MAX_FILE_BYTES`.
+- Text beside an image is not read through a link that leads out of the folder: it would publish what the link points at.
 
 A source is a path or URL of an image file, or `{tar}#{member}` for one inside a WebDataset tar.
 """
@@ -14,25 +17,38 @@ import tarfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import fsspec
 from PIL import Image, ImageOps
 
+from resmaster_stages.disclosure import printable
 from resmaster_stages.errors import PlanError, SampleError
-from resmaster_stages.storage.filesystem import explained, open_root
+from resmaster_stages.storage.filesystem import Folder, explained, open_root
+from resmaster_stages.storage.shards import BAD_TAR, members
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+FORMATS = ("PNG", "JPEG", "WEBP")
+"""What is decoded. Pillow knows dozens of formats more, one of which (EPS) starts another program."""
+MAX_FILE_BYTES = 256 * 2**20
+"""Larger image files are turned down unread: at 3 bytes per pixel it is Pillow's limit of pixels, uncompressed."""
+MAX_TEXT_BYTES = 2**20
+"""Larger texts beside images are turned down unread."""
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap the sides
 
 
 @dataclass(frozen=True)
 class FoundImage:
-    """An image of the user's: where it is, its file content, and the prompt beside it ("" if there is none)."""
+    """An image of the user's: where it is, its file content, and the prompt beside it ("" if there is none).
+
+    Where `problem` says why it cannot be used, the rest is empty.
+    """
 
     source: str
-    data: bytes
-    prompt: Any
+    data: bytes = b""
+    prompt: Any = ""
+    problem: str = ""
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
@@ -40,13 +56,11 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = Image.open(io.BytesIO(data))
+            opened = Image.open(io.BytesIO(data), formats=FORMATS)
             opened.load()
         image: Image.Image = ImageOps.exif_transpose(opened)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise SampleError(f"{name}: the image has too many pixels ({error})") from error
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
-        raise SampleError(f"{name}: not a readable image ({error})") from error
+    except Exception as error:
+        raise _undecodable(name, error) from error
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layer = image.convert("RGBA")
         ground = Image.new("RGBA", layer.size, "white")
@@ -59,13 +73,20 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
         swapped = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise SampleError(f"{name}: the image has too many pixels ({error})") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise SampleError(f"{name}: not a readable image ({error})") from error
+    except Exception as error:
+        raise _undecodable(name, error) from error
     return (image.width, image.height) if swapped else (image.height, image.width)
+
+
+def _undecodable(name: str, error: Exception) -> SampleError:
+    """Decoders raise whatever their parts raise (struct.error, KeyError, ...); for the sample it is all the same."""
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return SampleError(
+            f"{name}: the image has too many pixels (more than {Image.MAX_IMAGE_PIXELS:,}); scale it down, or leave it out"
+        )
+    return SampleError(f"{name}: not a readable PNG, JPEG or WebP image ({error})")
 
 
 def find_images(url: str) -> Iterator[FoundImage]:
@@ -79,10 +100,11 @@ def find_images(url: str) -> Iterator[FoundImage]:
         yield from _images_in_tar(url)
         return
     with explained(url):
-        paths = sorted(place.fs.find(place.path)) if place.exists("") else None
-    if paths is None:
+        sizes = place.fs.find(place.path, detail=True) if place.exists("") else None
+    if sizes is None:
         raise PlanError(f"{url}: no such folder; give a folder of images, or WebDataset .tar files")
-    names = [str(path)[len(place.path) + 1 :] for path in paths]
+    sizes = {str(path)[len(place.path) + 1 :]: int(facts.get("size") or 0) for path, facts in sizes.items()}
+    names = sorted(sizes)
     visible = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
     texts = {name for name in visible if name.lower().endswith(".txt")}
     found = False
@@ -90,9 +112,15 @@ def find_images(url: str) -> Iterator[FoundImage]:
         lower = name.lower()
         if lower.endswith(SUFFIXES):
             found = True
-            sidecar = name.rsplit(".", 1)[0] + ".txt"
+            source, sidecar = place.url_of(name), name.rsplit(".", 1)[0] + ".txt"
+            problem = _unfit(name, sizes[name], MAX_FILE_BYTES)
+            if not problem and sidecar in texts:
+                problem = _unfit(sidecar, sizes[sidecar], MAX_TEXT_BYTES) or _leads_out(place, sidecar)
+            if problem:
+                yield FoundImage(source, problem=problem)
+                continue
             prompt = _text(place.read(sidecar)) if sidecar in texts else ""
-            yield FoundImage(place.url_of(name), place.read(name), prompt)
+            yield FoundImage(source, place.read(name), prompt)
         elif lower.endswith(".tar"):
             found = True
             yield from _images_in_tar(place.url_of(name))
@@ -107,10 +135,12 @@ def read_image(source: str) -> bytes:
         if not marker:
             data: bytes = _read(source)
             return data
-        offset, size = _tar_index(f"{tar}.tar")[member]
+        place = _tar_index(f"{tar}.tar")[member]
+        if place.problem:
+            raise SampleError(f"{source}: {place.problem}")
         with fsspec.open(f"{tar}.tar", "rb") as file:
-            file.seek(offset)
-            data = file.read(size)
+            file.seek(place.offset)
+            data = file.read(place.size)
             return data
     except (OSError, KeyError, PlanError) as error:
         raise SampleError(f"{source}: the image is gone or cannot be read ({error})") from error
@@ -122,22 +152,62 @@ def _read(url: str) -> bytes:
         return data
 
 
+def _unfit(name: str, size: int, limit: int) -> str:
+    """Why a file cannot be used, from its name and size in bytes alone; "" if it can."""
+    if printable(name) != name:
+        return "its name holds control characters or is not UTF-8"
+    if size > limit:
+        return f"{name.rsplit('/', 1)[-1]} has {size:,} bytes, more than {limit:,}"
+    return ""
+
+
+def _leads_out(place: Folder, name: str) -> str:
+    """Why a local text cannot be read: it is a link to somewhere outside of the folder. "" if it is not."""
+    if not place.local or Path(place.full(name)).resolve().is_relative_to(Path(place.path).resolve()):
+        return ""
+    return f"{name.rsplit('/', 1)[-1]} is a link that leads out of the folder; put the text itself there"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a member of a tar lies, in bytes, or why it cannot be used."""
+
+    offset: int
+    size: int
+    problem: str = ""
+
+
+def _place_of(info: tarfile.TarInfo) -> _Place | None:
+    """Where a member lies; None for what is no file and does not pretend to be an image."""
+    lower = info.name.lower()
+    problem = _unfit(info.name, info.size, MAX_FILE_BYTES if lower.endswith(SUFFIXES) else MAX_TEXT_BYTES)
+    if not info.isreg() or info.issparse():
+        if not lower.endswith(SUFFIXES):
+            return None
+        problem = problem or "a link, a device or a sparse file in the tar; put the image itself there"
+    return _Place(info.offset_data, info.size, problem)
+
+
 @functools.lru_cache(maxsize=4)
-def _tar_index(url: str) -> dict[str, tuple[int, int]]:
-    """Member name -> (first byte, bytes) of a tar, reading only its headers. Raises PlanError."""
+def _tar_index(url: str) -> dict[str, _Place]:
+    """Member name -> place in a tar, reading only its headers; of equal names the first. Raises PlanError."""
     try:
         with explained(url), fsspec.open(url, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            return {info.name: (info.offset_data, info.size) for info in reversed(list(tar)) if info.isreg()}
+            found: dict[str, _Place] = {}
+            for info in members(tar):
+                if (place := _place_of(info)) is not None:
+                    found.setdefault(info.name, place)
+            return found
     except FileNotFoundError:
         raise PlanError(f"{url}: no such file; give a folder of images, or WebDataset .tar files") from None
-    except (tarfile.TarError, EOFError) as error:
+    except BAD_TAR as error:
         raise PlanError(f"{url}: not a readable tar ({error}); copy it again or leave it out") from error
 
 
 def _images_in_tar(url: str) -> Iterator[FoundImage]:
     _tar_index.cache_clear()  # the file may have changed since it was last planned
     index = _tar_index(url)
-    samples: dict[str, dict[str, str]] = {}
+    samples: dict[str, dict[str, str]] = {}  # key -> extension -> member
     for name in sorted(index):
         folder, slash, base = name.rpartition("/")
         if base.startswith("."):
@@ -148,20 +218,23 @@ def _images_in_tar(url: str) -> Iterator[FoundImage]:
     with explained(url), fsspec.open(url, "rb") as file:
 
         def content(name: str) -> bytes:
-            offset, size = index[name]
-            file.seek(offset)
-            data: bytes = file.read(size)
+            file.seek(index[name].offset)
+            data: bytes = file.read(index[name].size)
             return data
 
-        for members in samples.values():
-            images = [name for extension, name in members.items() if f".{extension}" in SUFFIXES]
-            for name in images:
+        for files in samples.values():
+            for name in (name for extension, name in files.items() if f".{extension}" in SUFFIXES):
                 found = True
+                beside = files.get("txt") or files.get("json")
+                problem = index[name].problem or (index[beside].problem if beside else "")
+                if problem:
+                    yield FoundImage(f"{url}#{name}", problem=problem)
+                    continue
                 prompt: Any = ""
-                if "txt" in members:
-                    prompt = _text(content(members["txt"]))
-                elif "json" in members:
-                    prompt = _prompt_of_json(content(members["json"]))
+                if "txt" in files:
+                    prompt = _text(content(files["txt"]))
+                elif "json" in files:
+                    prompt = _prompt_of_json(content(files["json"]))
                 yield FoundImage(f"{url}#{name}", content(name), prompt)
     if not found:
         raise PlanError(f"{url}: no images ({', '.join(SUFFIXES)}) in it")
@@ -179,7 +252,7 @@ def _prompt_of_json(data: bytes) -> Any:
     """The prompt in a sample's JSON: "" if it names none, None if it is not JSON."""
     try:
         values = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(values, dict):
         return None

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from resmaster_stages import disclosure
 from resmaster_stages.config import Stage
 from resmaster_stages.storage import layout
 from resmaster_stages.storage.filesystem import Folder
@@ -50,6 +51,5 @@ def encode_failures(
 
 
 def one_line(error: Exception) -> str:
-    """An error's message on one line, cut to a sensible length, fit for any encoding."""
-    text = " ".join(str(error).split())[:MESSAGE_CHARACTERS]
-    return text.encode("utf-8", "replace").decode()
+    """An error's message on one line that may be stored, cut to a sensible length."""
+    return disclosure.one_line(error)[:MESSAGE_CHARACTERS]

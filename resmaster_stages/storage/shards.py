@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -23,6 +23,9 @@ from resmaster_stages.storage.filesystem import explained
 
 IMAGE_EXTENSIONS = ("webp", "png", "jpg")
 """What a sample's image may be; exactly one of them is there."""
+
+BAD_TAR = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError)
+"""What tarfile raises for files that are no tar, are cut, or claim absurd sizes."""
 
 _ORDER = {**dict.fromkeys(IMAGE_EXTENSIONS, 0), "json": 1, "txt": 2}
 
@@ -81,14 +84,27 @@ class ShardWriter:
                 self._tar.addfile(info, io.BytesIO(files[extension]))
 
 
+def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar that may come from anywhere, in order. Raises tarfile.ReadError for headers that make no sense.
+
+    A negative size would lead tarfile back to an earlier header, for ever; a sparse member's size is not what lies there.
+    """
+    end = -1
+    for info in tar:
+        if info.offset <= end or info.size < 0 or info.offset_data < info.offset:
+            raise tarfile.ReadError(f"impossible size or place of member {info.name!r}")
+        end = info.offset
+        yield info
+
+
 def read_index(file: IO[bytes], name: str) -> list[Entry]:
     """The samples of a tar in their order, reading only its headers. Raises ShardError, naming `name`, if damaged."""
     entries: list[Entry] = []
     seen: set[str] = set()
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            for info in tar:
-                if not info.isreg():
+            for info in members(tar):
+                if not info.isreg() or info.issparse():
                     continue
                 key, _, extension = info.name.partition(".")
                 if not entries or entries[-1].key != key:
@@ -100,7 +116,7 @@ def read_index(file: IO[bytes], name: str) -> list[Entry]:
             # tarfile takes a missing end for the end: a cut tar must not pass for a short one
             if not _ends_with_zeros(file):
                 raise ShardError(f"{name}: the tar is cut off")
-    except (tarfile.TarError, EOFError) as error:
+    except BAD_TAR as error:
         raise ShardError(f"{name}: not a readable tar ({error})") from error
     return entries
 

@@ -129,6 +129,6 @@ def test_ledger_numbers_the_attempts(folder: Folder) -> None:
             number
         }
     row = ledger_rows(folder, "low_res", {3})[0]
-    assert (row["key"], row["error_class"], row["message"]) == ("k", "ValueError", "a b ?")
+    assert (row["key"], row["error_class"], row["message"]) == ("k", "ValueError", "a b \\ud800")
     assert ledger_rows(folder, "low_res", {4}) == []
     assert ledger_rows(folder, "low_res", set()) == []

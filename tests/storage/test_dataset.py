@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from resmaster_stages.config import parse_config
 from resmaster_stages.errors import ConfigError, SampleError, UserError
 from resmaster_stages.storage import dataset as dataset_module
 from resmaster_stages.storage.dataset import Picture, create_or_open, find_dataset, open_dataset
@@ -98,9 +99,14 @@ def test_a_damaged_configuration_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_no_credentials_in_the_configuration(tmp_path: Path) -> None:
-    create_or_open(
-        config_at(tmp_path, captions={"base_url": "http://me:secret@host/v1"}, prompts="s3://key:secret@b/p.txt")
-    )
+    captions = {"base_url": "http://me:secret@host/v1"}
+    for values in ({"captions": captions}, {"prompts": "s3://key:secret@b/p.txt"}, {"root": "s3://key:se/cret@b"}):
+        with pytest.raises(ConfigError, match="leave it out and set the environment") as refused:
+            parse_config({"name": "demo", **values})
+        assert "cret" not in str(refused.value)
+    config = config_at(tmp_path)
+    slipped = config.model_copy(update={"captions": config.captions.model_copy(update=captions)})  # not validated
+    create_or_open(slipped)
     text = (tmp_path / "demo" / "config.json").read_text()
     assert "secret" not in text
     assert "http://host/v1" in text

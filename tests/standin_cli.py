@@ -1,0 +1,31 @@
+"""`resmaster` with the stand-in stages of `tests.fake_stages`: no model, no GPU, everything else real.
+
+python -m tests.standin_cli run CONFIG --root ROOT
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+from flows.cli import main
+from resmaster_stages import stage
+from resmaster_stages.config import Stage, Weights
+from resmaster_stages.models import identity
+from resmaster_stages.stage import Process
+from tests.fake_stages import FAKES
+
+
+def install(processes: dict[Stage, Process]) -> None:
+    """Put `processes` where the pipeline looks for its stages, for the rest of this process."""
+    identity.weights_of = lambda config: Weights(config.model.id)
+    for name, process in processes.items():
+        module = ModuleType(f"tests.standin_{name}")
+        module.process = process  # type: ignore[attr-defined]
+        sys.modules[module.__name__] = module
+        stage.MODULES[name] = module.__name__
+
+
+if __name__ == "__main__":
+    install(FAKES)
+    sys.exit(main())

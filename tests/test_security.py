@@ -1,0 +1,221 @@
+"""Whole builds with a canary in every place a secret may come from, and pages that show hostile text in a browser's eyes.
+
+What files from outside may do is in tests/storage/test_untrusted.py, models in tests/models/test_untrusted_weights.py.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import html5lib
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from resmaster_stages.config import parse_config
+from resmaster_stages.errors import ConfigError
+from resmaster_stages.publish import Publication, dataset_card
+from resmaster_stages.report import ReportSample, render_report
+from resmaster_stages.storage.filesystem import explained, open_root
+from resmaster_stages.storage.plan import Plan
+from tests.fake_stages import config_at, png
+
+ROOT = Path(__file__).parent.parent
+CANARY = "canary9f3b"
+
+SECRETS = {
+    "AWS_ACCESS_KEY_ID": f"AKIA{CANARY}",
+    "AWS_SECRET_ACCESS_KEY": f"{CANARY}/se+cret",
+    "AWS_SESSION_TOKEN": f"{CANARY}-session",
+    "AWS_ENDPOINT_URL": f"http://{CANARY}:{CANARY}@127.0.0.1:9",
+    "OPENAI_API_KEY": f"sk-{CANARY}",
+    "HF_TOKEN": f"hf_{CANARY}",
+    "HUGGING_FACE_HUB_TOKEN": f"hf_{CANARY}-2",
+    "PREFECT_API_AUTH_STRING": f"admin:{CANARY}",
+}
+
+BUILD = """
+import os, sys
+
+from flows.cli import main
+from resmaster_stages.errors import SampleError, ShardError
+from resmaster_stages.storage.dataset import Output
+from tasks.stages import STAGE_TASKS
+from tests import fake_stages
+from tests.standin_cli import install
+
+SECRET = ", ".join(os.environ[name] for name in sys.argv.pop().split(","))
+
+
+def leaky(config, samples):
+    # errors that quote their surroundings, as libraries do: of one sample, of a shard, and one that nobody expected
+    prompts = [sample.prompt for sample in samples]
+    for error in (RuntimeError, ShardError):
+        if error.__name__ in prompts:
+            raise error(f"refused: {SECRET} at https://me:canary9f3b@host/x")
+    for output in fake_stages.low_res(config, samples):
+        yield Output(output.key, error=SampleError(f"refused: {SECRET}")) if output.error else output
+
+
+for task in STAGE_TASKS.values():
+    task.retries = 0
+install({**fake_stages.FAKES, "low_res": leaky})
+sys.exit(main())
+"""
+
+
+def texts(folder: Path) -> dict[str, str]:
+    """All that is in a folder, tables unpacked, by name."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            found[str(path.relative_to(folder))] = path.read_bytes().decode("latin-1")
+            if path.suffix == ".parquet":
+                table = pq.read_table(path)
+                found[f"{path.relative_to(folder)} rows"] = f"{table.schema.metadata}{table.to_pylist()}"
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_no_secret_is_kept_or_shown(tmp_path: Path) -> None:
+    """A build in which every kind of failure quotes the secrets; then status. Prefect's database is read too."""
+    prompts = ["a house", "bad low_res", "RuntimeError", "ShardError", "a tree", "a boat"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    config = {"name": "demo", "prompts": "prompts.txt", "samples_per_shard": 1, "low_res": {"height": 16, "width": 16}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    out, prefect = tmp_path / "out", tmp_path / "prefect"
+    environment = {
+        **os.environ,
+        **SECRETS,
+        "PREFECT_HOME": str(prefect),
+        "HOME": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+    }
+    del environment["PREFECT_API_AUTH_STRING"]  # it would lock the build out of its own server
+    said = ""
+    for words, status in (
+        (["run", "config.yaml", "--root", str(out)], 1),
+        (["status", str(out)], 0),
+        (["run", "config.yaml", "--root", f"s3://AKIA{CANARY}:{CANARY}/x@bucket/out"], 2),
+        (["status", f"https://me:{CANARY}@host/x"], 2),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", BUILD, *words, ",".join(set(SECRETS) & environment.keys())],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+        said += done.stdout + done.stderr
+    assert "refused: [hidden]" in said
+    kept = {name: text for folder in (out, prefect) for name, text in texts(folder).items()}
+    assert any("refused: [hidden]" in text for name, text in kept.items() if name.endswith(".parquet rows"))
+    assert any("refused: [hidden]" in text for name, text in kept.items() if name.startswith("prefect.db"))
+    assert CANARY not in said
+    assert [name for name, text in kept.items() if CANARY in text] == []
+
+
+def test_an_unreachable_store_is_named_without_the_secrets_of_its_address() -> None:
+    unreachable = type("EndpointConnectionError", (Exception,), {"__module__": "botocore.exceptions"})
+    with pytest.raises(ConnectionError, match="cannot be reached") as caught, explained("s3://bucket"):
+        raise unreachable(f"Could not connect to the endpoint URL: {SECRETS['AWS_ENDPOINT_URL']}/bucket")
+    assert CANARY not in str(caught.value)
+
+
+def test_a_configuration_with_a_secret_is_refused_without_telling_it() -> None:
+    for values in (
+        {"root": f"s3://key:{CANARY}@bucket/x"},
+        {"prompts": f"https://me:{CANARY}@host/prompts.txt"},
+        {"images": f"https://host/x.tar?X-Amz-Signature={CANARY}"},
+        {"captions": {"base_url": f"https://{CANARY}@host/v1"}},
+        {"captions": {"api_key": CANARY}},
+        {"model": {"token": CANARY}},
+        {"seed": CANARY},
+    ):
+        with pytest.raises(ConfigError) as refused:
+            parse_config({"name": "demo", **values})
+        assert CANARY not in str(refused.value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pages
+
+ATTACKS = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "'><svg onload=alert(1)>",
+    "</style></script></title></textarea><iframe src=javascript:alert(1)>",
+    "<!--><img src=http://evil.example/a.png>-->",
+    "<a href=javascript:alert(1)>x</a>",
+    "<math><mi//xlink:href='data:x,<script>alert(1)</script>'>",
+    "&lt;script&gt;alert(1)&lt;/script&gt;",
+    "</p><base href=http://evil.example/><meta http-equiv=refresh content=0;url=http://evil.example>",
+    "\x00<\x00script>alert(1)</script>\ud800\u2028<img\x0bsrc=x\x0conerror=alert(1)>",
+    "data:text/html,<script>alert(1)</script>",
+    "]]><![CDATA[<script>alert(1)</script>",
+)
+
+
+def sample(text: str) -> ReportSample:
+    row = {"row": text, "col": text, "y0": 0, "x0": 0, "y1": 64, "x1": 64, "caption": text, "status": text}
+    quality = {"agreement_psnr": 30.0, "seam": 1.0, "clipped": 0.0, "flags": [text]}
+    picture = png((1, 2, 3), (64, 64))
+    return ReportSample(text, text, picture, picture, [row], quality, {text: text})
+
+
+def elements(html: str) -> list[tuple[str, dict[str, str]]]:
+    """What a browser makes of a page, by the HTML standard's own algorithm: every element with its attributes."""
+    tree = html5lib.parse(html, treebuilder="etree", namespaceHTMLElements=False)
+    return [(str(element.tag), dict(element.attrib)) for element in tree.iter()]
+
+
+def shape(html: str) -> list[tuple[str, tuple[str, ...]]]:
+    return [(tag, tuple(sorted(attributes))) for tag, attributes in elements(html)]
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=range(len(ATTACKS)))
+def test_hostile_text_adds_no_element_and_no_attribute_to_the_report(attack: str) -> None:
+    failure = {"key": attack, "stage": attack, "error_class": attack, "message": attack}
+
+    def page(text: str) -> str:
+        row: dict[str, Any] = dict.fromkeys(failure, text)
+        return render_report(text, {text: text}, [sample(text)], [row], lead=text)
+
+    hostile, harmless = page(attack), page("text")
+    assert shape(hostile) == shape(harmless)
+    for _, attributes in elements(hostile):
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "href", "action", "formaction", "data", "srcset", "style"):
+                assert value.startswith("data:image/") or value == "data:," or name == "style"
+                assert "evil" not in value
+
+
+def test_pictures_with_scripts_in_them_are_not_embedded() -> None:
+    svg = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
+    html = render_report("t", {}, [ReportSample("k", "p", svg, svg)])
+    assert "not a readable PNG, JPEG or WebP image" in html
+    assert base64_of(svg) not in html
+    assert "alert(1)" not in html
+
+
+def base64_of(data: bytes) -> str:
+    import base64
+
+    return base64.b64encode(data).decode()[:40]
+
+
+def test_the_dataset_card_holds_no_text_of_samples(tmp_path: Path) -> None:
+    config = config_at(tmp_path)
+    rows = [{"height": 8, "width": 8, "flags": [], "prompt": attack, "key": attack} for attack in ATTACKS]
+    published = Publication(len(rows), 1, 0, {"low_res": 0})
+    card = dataset_card(config, Plan(open_root(str(tmp_path)), ()), rows, published, 10)
+    assert not any(attack in card for attack in ATTACKS)
+    assert json.dumps(yaml.safe_load(card.split("---\n")[1]))
