@@ -74,23 +74,28 @@ def upscale_file(args: argparse.Namespace, console: Console) -> None:
     config = settings(args)
     image = open_input(source)
 
-    from resmaster_stages.models.loading import load_models
-    from resmaster_stages.upscale import upscale_image
+    from resmaster_stages.models.loading import load_models, resolve_device, resolve_dtype
+    from resmaster_stages.upscale import enlarge_image, upscale_image
 
+    upscale = config.upscale
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("loading models", total=None)
-        models = load_models(config.model)
-        captions = None
-        if config.upscale.uses_captions() and config.captions.source != "prompt":
-            progress.update(bar, description="captioning patches")
-            captions = patch_captions(config, image, args.prompt)
 
         def step(done: int, total: int) -> None:
             progress.update(bar, description="upscaling", completed=done, total=total)
 
-        result = upscale_image(
-            models, image, args.prompt, config=config.upscale, captions=captions, seed=config.seed, progress=step
-        )
+        if upscale.uses_diffusion():
+            models = load_models(config.model)
+            captions = None
+            if upscale.uses_captions() and config.captions.source != "prompt":
+                progress.update(bar, description="captioning patches")
+                captions = patch_captions(config, image, args.prompt)
+            result = upscale_image(
+                models, image, args.prompt, config=upscale, captions=captions, seed=config.seed, progress=step
+            )
+        else:
+            device = resolve_device(config.model.device)
+            result = enlarge_image(image, upscale, device, resolve_dtype(config.model.dtype, device), step)
     save(result, target)
     console.print(
         f"{source} ({image.width} x {image.height} px) -> {target} ({result.width} x {result.height} px)",

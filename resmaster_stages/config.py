@@ -28,7 +28,7 @@ STAGES: tuple[Stage, ...] = ("low_res", "captions", "high_res", "quality")
 STAGE_VERSIONS: dict[str, int] = {"low_res": 1, "captions": 1, "high_res": 1, "quality": 1}
 """Raised by hand whenever a stage's code changes its result: old commits then no longer count as done."""
 
-METHODS = (
+DIFFUSION_METHODS = (
     "direct",
     "multidiffusion",
     "resmaster",
@@ -38,6 +38,9 @@ METHODS = (
     "freescale",
     "c_upscale",
 )
+"""Methods that denoise with the base model."""
+
+METHODS = (*DIFFUSION_METHODS, "super_resolution")
 """Upscaling methods; each is one file in `resmaster_stages/methods`."""
 
 DEMOFUSION_NEGATIVE_PROMPT = "blurry, ugly, duplicate, poorly drawn, deformed, mosaic"
@@ -318,12 +321,49 @@ class CUpscaleConfig(Part):
     """Share of the global prompt, as the whole picture attends to it, beside each view's caption; 0: no composer."""
 
 
+class SuperResolutionConfig(Part):
+    """What only method `super_resolution` reads; it reads nothing else but `scale`."""
+
+    model: str = "picturebook"
+    """The network: `picturebook` (the embedded pack's, for its own world), a file of weights such as BSRGAN.safetensors or
+    BSRGAN.pth, or a hub id together with `weight_name`."""
+    weight_name: str | None = None
+    """File of the weights at the hub."""
+    revision: str | None = None
+    """Commit or tag at the hub."""
+    allow_pickle: bool = Operational(False)
+    """Read a .pth file: its tensors alone, no code runs."""
+    tile: int = Field(default=256, ge=16)
+    """Edge in px of the tiles of the low-res picture that go through the network, halo included. Lower it if memory runs out."""
+    halo: int = Field(default=16, ge=0)
+    """Border in px of each tile that only its neighbours see: 16 leaves differences of a level of 255."""
+
+    @model_validator(mode="after")
+    def _check_tile(self) -> SuperResolutionConfig:
+        if self.tile <= 2 * self.halo:
+            raise ValueError(f"tile ({self.tile}) must be greater than two halos ({2 * self.halo})")
+        return self
+
+    @model_validator(mode="after")
+    def _check_file(self) -> SuperResolutionConfig:
+        if self.model == "picturebook":
+            return self
+        name = self.weight_name or self.model
+        if not name.endswith(".safetensors") and not self.allow_pickle:
+            raise ValueError(
+                f"{name} is not a .safetensors file; choose one that is, or set allow_pickle: true for a .pth file that you "
+                "trust (its tensors alone are read)"
+            )
+        return self
+
+
 METHOD_PARTS: dict[str, type[Part]] = {
     "demofusion": DemoFusionConfig,
     "scalecrafter": ScaleCrafterConfig,
     "fouriscale": FouriScaleConfig,
     "freescale": FreeScaleConfig,
     "c_upscale": CUpscaleConfig,
+    "super_resolution": SuperResolutionConfig,
 }
 """Methods with a part of their own in `UpscaleConfig`, of the method's name: no other method reads it."""
 
@@ -368,7 +408,7 @@ class UpscaleConfig(Part):
 
     method: str = "resmaster"
     """One of the upscaling methods: direct, multidiffusion, resmaster, demofusion, scalecrafter, fouriscale,
-    freescale, c_upscale."""
+    freescale, c_upscale, super_resolution."""
     scale: float = Field(default=4.0, ge=1, le=64)
     """Target size over low-res size. Generated images must come out at a multiple of the latent factor (8)."""
     steps: int = Field(default=50, ge=1, le=1000)
@@ -408,6 +448,8 @@ class UpscaleConfig(Part):
     """Of method freescale."""
     c_upscale: CUpscaleConfig = CUpscaleConfig()
     """Of method c_upscale."""
+    super_resolution: SuperResolutionConfig = SuperResolutionConfig()
+    """Of method super_resolution."""
     view_batch: int = Operational(16, ge=1)
     """Views per UNet call (times two with guidance, at some steps three). Lower it if memory runs out."""
 
@@ -440,10 +482,13 @@ class UpscaleConfig(Part):
 
     def identity(self) -> dict[str, Any]:
         """As of every part, less the parts of other methods: what a method does not read is not its identity."""
+        values = super().identity()
+        if not self.uses_diffusion():
+            return {name: values[name] for name in ("method", "scale", self.method)}
         idle = METHOD_PARTS.keys() - {self.method}
         if self.shift == "none":
             idle |= {"shift"}
-        return {name: value for name, value in super().identity().items() if name not in idle}
+        return {name: value for name, value in values.items() if name not in idle}
 
     @field_validator("method")
     @classmethod
@@ -451,6 +496,10 @@ class UpscaleConfig(Part):
         if value not in METHODS:
             raise ValueError(f"unknown method {value!r}; known: {', '.join(METHODS)}")
         return value
+
+    def uses_diffusion(self) -> bool:
+        """Whether the result depends on the base model."""
+        return self.method in DIFFUSION_METHODS
 
     def uses_captions(self) -> bool:
         """Whether the result depends on the captions stage."""
@@ -591,6 +640,8 @@ class Weights:
     """CLIP model of the quality stage; None where there is none."""
     features: str | None = None
     """The pack whose classifier gives the quality stage's features; None where another network does, or none."""
+    super_resolution: str | None = None
+    """Network of method super_resolution; None where another method is used."""
 
 
 def stage_hash(config: DatasetConfig, stage: Stage, weights: Weights) -> str:
@@ -613,9 +664,10 @@ def stage_hash(config: DatasetConfig, stage: Stage, weights: Weights) -> str:
         }
         upstream = ["low_res"]
     elif stage == "high_res":
+        network = {"model": model} if config.upscale.uses_diffusion() else {"weights": weights.super_resolution}
         own = {
             "upscale": config.upscale.identity(),
-            "model": model,
+            **network,
             "image_format": config.image_format,
             "webp_quality": config.webp_quality,
         }

@@ -23,6 +23,8 @@ from resmaster_stages.pictures import encode_picture
 from resmaster_stages.progress import reporter
 
 if TYPE_CHECKING:
+    import torch
+
     from resmaster_stages.models.loading import Models
     from resmaster_stages.storage.dataset import Output, Sample
 
@@ -57,6 +59,8 @@ def upscale_image(
     from resmaster_stages.methods.request import Reference, Request
 
     config = config or UpscaleConfig()
+    if not config.uses_diffusion():
+        return enlarge_image(image, config, models.device, models.dtype, progress)
     height, width = target_size(image.height, image.width, config.scale)
     grid = view_grid(height, width, models.native_px, config.stride, models.latent_factor)
     if captions is not None and len(captions) != len(grid):
@@ -80,6 +84,20 @@ def upscale_image(
     return result
 
 
+def enlarge_image(
+    image: Image.Image,
+    config: UpscaleConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] | None = None,
+) -> Image.Image:
+    """`upscale_image` by method super_resolution, which needs no base model. `progress` hears (tiles done, tiles in all)."""
+    from resmaster_stages.methods.super_resolution import super_resolve
+
+    size = target_size(image.height, image.width, config.scale)
+    return super_resolve(image, *size, config, device, dtype, progress)
+
+
 def captions_for_views(grid: Grid, rows: Sequence[dict[str, Any]], prompt: str) -> list[str]:
     """One caption per view: that of the captions table's nearest box (by centres; the view's own box if it is there).
 
@@ -101,16 +119,12 @@ def captions_for_views(grid: Grid, rows: Sequence[dict[str, Any]], prompt: str) 
     return texts
 
 
-def _make(config: DatasetConfig, sample: Sample) -> dict[str, bytes]:
-    """The sample's files by extension, in the order of the tar's members."""
+def _diffused(config: DatasetConfig, sample: Sample, image: Image.Image) -> tuple[Image.Image, dict[str, Any]]:
+    """The high-res picture by the base model, and the facts of how it was made."""
     from resmaster_stages.diffusion.text import truncated
     from resmaster_stages.models.loading import load_models
 
-    if sample.low_res is None:
-        raise SampleError("there is no low-res picture of this sample; run the low_res stage again (resmaster repair)")
-    image = sample.low_res.open()
-    models = load_models(config.model)
-    upscale = config.upscale
+    models, upscale = load_models(config.model), config.upscale
     height, width = target_size(image.height, image.width, upscale.scale)
     captions = None
     if upscale.uses_captions():
@@ -128,12 +142,35 @@ def _make(config: DatasetConfig, sample: Sample) -> dict[str, bytes]:
         seed=seed,
         progress=reporter().step,
     )
-    facts = {
-        "key": sample.key,
-        "prompt": sample.prompt,
+    return picture, {
         "prompt_truncated": truncated(models, [sample.prompt])[0],
         "negative_prompt": negative_prompt,
         "seed": seed,
+        "model": models.identity,
+    }
+
+
+def _super_resolved(config: DatasetConfig, image: Image.Image) -> tuple[Image.Image, dict[str, Any]]:
+    """The high-res picture by a super-resolution network, and the facts of how it was made."""
+    from resmaster_stages.models.identity import super_resolution_identity
+    from resmaster_stages.models.loading import resolve_device, resolve_dtype
+
+    device = resolve_device(config.model.device)
+    dtype = resolve_dtype(config.model.dtype, device)
+    picture = enlarge_image(image, config.upscale, device, dtype, reporter().step)
+    return picture, {"model": super_resolution_identity(config.upscale.super_resolution)}
+
+
+def _make(config: DatasetConfig, sample: Sample) -> dict[str, bytes]:
+    """The sample's files by extension, in the order of the tar's members."""
+    if sample.low_res is None:
+        raise SampleError("there is no low-res picture of this sample; run the low_res stage again (resmaster repair)")
+    image, upscale = sample.low_res.open(), config.upscale
+    made = _diffused(config, sample, image) if upscale.uses_diffusion() else _super_resolved(config, image)
+    picture, facts = made
+    facts = {
+        "key": sample.key,
+        "prompt": sample.prompt,
         "width": picture.width,
         "height": picture.height,
         "low_res": {
@@ -141,10 +178,10 @@ def _make(config: DatasetConfig, sample: Sample) -> dict[str, bytes]:
             "height": image.height,
             "sha256": hashlib.sha256(sample.low_res.data).hexdigest(),
         },
-        "model": models.identity,
         "method": upscale.method,
         "upscale": upscale.identity(),
         "stage_version": STAGE_VERSIONS["high_res"],
+        **facts,
     }
     return {
         config.image_format: encode_picture(picture, config.image_format, config.webp_quality),

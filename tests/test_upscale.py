@@ -45,7 +45,7 @@ def difference(a: Image.Image, b: Image.Image) -> int:
 
 
 def test_every_configured_method_is_there():
-    assert tuple(METHODS) == configuration.METHODS
+    assert tuple(METHODS) == configuration.DIFFUSION_METHODS
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])

@@ -10,7 +10,7 @@ import json
 from functools import lru_cache
 from pathlib import Path
 
-from resmaster_stages.config import DatasetConfig, ModelConfig, Weights
+from resmaster_stages.config import DatasetConfig, ModelConfig, SuperResolutionConfig, Weights
 from resmaster_stages.errors import ConfigError
 
 PICTUREBOOK = "picturebook"
@@ -103,6 +103,47 @@ def model_identity(config: ModelConfig) -> str:
     return "+".join(parts)
 
 
+def super_resolution_file(config: SuperResolutionConfig) -> Path:
+    """The file of a super-resolution network's weights, fetched from the hub if need be. Raises ConfigError."""
+    if config.model == PICTUREBOOK:
+        return pack_folder() / "super_resolution" / "model.safetensors"
+    path = Path(config.model).expanduser()
+    if path.is_file():
+        return path.resolve()
+    if config.weight_name is None:
+        raise ConfigError(
+            f"upscale.super_resolution.model: {config.model} is no file; give picturebook, a file of weights, or a hub id "
+            "and weight_name"
+        )
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(config.model, config.weight_name, revision=config.revision))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"upscale.super_resolution.model: cannot get {config.weight_name} of {config.model} ({reason}); "
+            "check the name, or give a file"
+        ) from None
+
+
+@lru_cache(maxsize=4)
+def _file_digest(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def super_resolution_identity(config: SuperResolutionConfig) -> str:
+    """Name of a network's exact weights: a file by its content, a hub id by its revision. Raises ConfigError."""
+    if config.model == PICTUREBOOK:
+        return _source_identity(PICTUREBOOK, None, "super_resolution")
+    if config.weight_name and not Path(config.model).expanduser().is_file():
+        return f"{config.model}/{config.weight_name}@{config.revision or 'main'}"
+    path = super_resolution_file(config)
+    found = path.stat()
+    return f"{path.name}@{_file_digest(path, found.st_size, found.st_mtime_ns)[:16]}"
+
+
 def weights_of(config: DatasetConfig) -> Weights:
     """Names of all weights that a dataset is made with. Raises ConfigError for a folder that does not exist."""
     captions, quality = config.captions, config.quality
@@ -112,4 +153,7 @@ def weights_of(config: DatasetConfig) -> Weights:
         captioner=_source_identity(captions.model, captions.revision, "captioner") if local else None,
         clip=_source_identity(quality.clip, quality.clip_revision, "clip") if quality.clip else None,
         features=_source_identity(PICTUREBOOK, None, "classifier") if quality.features == "picturebook" else None,
+        super_resolution=None
+        if config.upscale.uses_diffusion()
+        else super_resolution_identity(config.upscale.super_resolution),
     )

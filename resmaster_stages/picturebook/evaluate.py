@@ -29,11 +29,12 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from resmaster_stages.config import ModelConfig, QualityConfig, UpscaleConfig
+from resmaster_stages.config import ModelConfig, QualityConfig, SuperResolutionConfig, UpscaleConfig
 from resmaster_stages.low_res import generate
 from resmaster_stages.metrics.features import load_extractor
 from resmaster_stages.metrics.fid import FeatureStatistics, frechet_distance
 from resmaster_stages.metrics.repeats import Counts, mentions, repeated_objects
+from resmaster_stages.models.enlarger import load_enlarger
 from resmaster_stages.models.identity import PICTUREBOOK
 from resmaster_stages.models.loading import load_models
 from resmaster_stages.picturebook import (
@@ -43,6 +44,7 @@ from resmaster_stages.picturebook import (
     train_captioner,
     train_classifier,
     train_clip,
+    train_super_resolution,
     train_vae,
 )
 from resmaster_stages.picturebook.counting import LEAST, count_objects
@@ -245,6 +247,21 @@ def repeat_measures(captioner: GitForCausalLM, count: int) -> list[Measure]:
     return out
 
 
+def super_resolution_measures(pack: Path, count: int) -> list[Measure]:
+    """PSNR of degraded held-out photos that the pack's network enlarges 4x, beside bicubic enlargement."""
+    weights = pack / train_super_resolution.FOLDER / "model.safetensors"
+    enlarger = load_enlarger(SuperResolutionConfig(model=str(weights)), torch.device("cpu"), torch.float32)
+    seeds = range(data.HELD_OUT_SEED, data.HELD_OUT_SEED + count)
+    pixels = torch.stack(
+        [torch.from_numpy(train_super_resolution.draw_large(s).copy()).permute(2, 0, 1) for s in seeds]
+    )
+    ours, bicubic = train_super_resolution.psnr(enlarger, pixels)
+    return [
+        Measure("super-resolution of degraded photos, x4, PSNR in dB", ours, bicubic + 0.5),
+        Measure("bicubic enlargement of the same, PSNR in dB", bicubic, math.inf),
+    ]
+
+
 def evaluate(
     pack: Path = PACK, photos: int = 512, scenes_generated: int = 64, guidance: float = 5.0, repeats: int = 16
 ) -> list[Measure]:
@@ -269,6 +286,7 @@ def evaluate(
     out.append(
         Measure("classifier, main subject of held-out photos", train_classifier.accuracy(classifier, found), 0.85)
     )
+    out += super_resolution_measures(pack, min(photos, 64))
     out += scene_measures(pipe, captioner, scenes_generated, guidance)
     out += repeat_measures(captioner, repeats)
     return out

@@ -20,6 +20,7 @@ from resmaster_stages.picturebook import (
     train_captioner,
     train_classifier,
     train_clip,
+    train_super_resolution,
     train_unet,
     train_vae,
 )
@@ -91,7 +92,7 @@ def card_of(work: Path) -> dict[str, Any]:
     """How the checkpoints in `work` came about: data, seeds, steps and training seconds per stage, hardware, and the stages of
     the pack that they started from."""
     stages = {}
-    for stage in ("vae", "clip", "captioner", "classifier", "unet"):
+    for stage in ("vae", "clip", "captioner", "classifier", "super_resolution", "unet"):
         path = work / f"{stage}.pt"
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -152,6 +153,8 @@ def export(work: Path, pack: Path = PACK) -> int:
     ViTImageProcessorPil(size=native, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
         partial / "classifier"
     )
+
+    train_super_resolution.export(work, partial / train_super_resolution.FOLDER)
 
     (partial / "card.json").write_text(json.dumps(card_of(work), indent=2) + "\n")
     sizes = {p.relative_to(partial): p.stat().st_size for p in partial.rglob("*") if p.is_file()}

@@ -1,10 +1,10 @@
 """One command trains the whole picturebook: `python -m resmaster_stages.picturebook.train`.
 
-Stages, in order: render, vae, clip, captioner, classifier, unet, export. Each resumes from its last checkpoint in the work folder.
+Stages, in order: render, vae, clip, captioner, classifier, super_resolution, unet, export. Each resumes from its last checkpoint in the work folder.
 The defaults are the recipe of the shipped pack; budgets are wall-clock seconds on 2 CPU cores (or steps, if given).
 Where CPU cores are shared, VAE and UNet train faster as one-thread processes:
 `torchrun --nproc_per_node 2 -m resmaster_stages.picturebook.train --stages vae,unet --threads 1`.
-`touch WORK/STOP-UNET` (or STOP-VAE, STOP-CLIP, STOP-CAPTIONER, STOP-CLASSIFIER) starts that stage's final decay early.
+`touch WORK/STOP-UNET` (or STOP-VAE, STOP-CLIP, STOP-CAPTIONER, STOP-CLASSIFIER, STOP-SUPER-RESOLUTION) starts that stage's final decay early.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from resmaster_stages.picturebook import (
     train_captioner,
     train_classifier,
     train_clip,
+    train_super_resolution,
     train_unet,
     train_vae,
     warm_start,
 )
 from resmaster_stages.picturebook.training import Budget
 
-STAGES = ("render", "vae", "clip", "captioner", "classifier", "unet", "export")
+STAGES = ("render", "vae", "clip", "captioner", "classifier", "super_resolution", "unet", "export")
 RECIPE: dict[str, Budget] = {
     "vae": Budget(seconds=3100, decay=0.2),
     "clip": Budget(seconds=890, decay=0.6),
     "captioner": Budget(seconds=480, decay=0.6),
     "classifier": Budget(seconds=420, decay=0.6),
+    "super_resolution": Budget(seconds=1200, decay=0.5),
     "unet": Budget(seconds=3560, decay=0.3),
 }
 
@@ -48,8 +50,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2, help="for drawing photos")
     parser.add_argument("--threads", type=int, default=None, help="torch threads")
     for stage, budget in RECIPE.items():
-        parser.add_argument(f"--{stage}-seconds", type=float, default=budget.seconds)
-        parser.add_argument(f"--{stage}-steps", type=int, default=None, help="instead of seconds")
+        flag = stage.replace("_", "-")
+        parser.add_argument(f"--{flag}-seconds", type=float, default=budget.seconds)
+        parser.add_argument(f"--{flag}-steps", type=int, default=None, help="instead of seconds")
     return parser.parse_args()
 
 
@@ -103,6 +106,8 @@ def main() -> None:
                 train_captioner.train(args.work, budget, device=args.device)
             elif stage == "classifier":
                 train_classifier.train(args.work, budget, device=args.device)
+            elif stage == "super_resolution":
+                train_super_resolution.train(args.work, budget, device=args.device, processes=args.processes)
             else:
                 train_unet.train(args.work, budget, device=args.device, pack=args.from_pack)
 

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from resmaster_stages.config import METHOD_PRESETS, METHODS
+from resmaster_stages.config import DIFFUSION_METHODS, METHOD_PRESETS
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.methods import METHODS as COMPOSED
+from resmaster_stages.methods import METHODS
 from resmaster_stages.methods.render import render
 from resmaster_stages.models.loading import Models
 from resmaster_stages.upscale import upscale_image
 from tests.methods.common import adapted, difference, forwards, picture, request, settings
 from tests.tiny_models import make_adapted_pipeline
 
-CASES = [(method, preset) for method in METHODS for preset in METHOD_PRESETS.get(method, ("default",))]
+CASES = [(method, preset) for method in DIFFUSION_METHODS for preset in METHOD_PRESETS.get(method, ("default",))]
 
 
 def make(method, preset, **values):
@@ -30,19 +30,19 @@ def test_methods_do_not_depend_on_what_ran_before():
     assert len(set(first.values())) >= len(CASES) - 1  # the two presets of c_upscale are one
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", DIFFUSION_METHODS)
 def test_methods_that_follow_a_picture_say_so_where_there_is_none(method):
     asked = request(adapted(), settings(method))
     object.__setattr__(asked, "reference", None)
     follows = method in ("resmaster", "demofusion", "freescale", "c_upscale")
     if not follows:
-        assert len(COMPOSED[method](asked)) == 1
+        assert len(METHODS[method](asked)) == 1
         return
     with pytest.raises(ConfigError, match=f"method {method} follows a low-res picture"):
-        [stage.begin(None, None, None) for stage in COMPOSED[method](asked)]
+        [stage.begin(None, None, None) for stage in METHODS[method](asked)]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", DIFFUSION_METHODS)
 def test_a_failure_in_the_middle_leaves_the_model_as_it_was(method):
     def interrupt(done, total):
         raise KeyboardInterrupt

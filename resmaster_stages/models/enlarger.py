@@ -1,0 +1,108 @@
+"""Super-resolution networks: from a configuration to a loaded network on a device.
+
+RRDBNets (BSRGAN, Real-ESRGAN, the embedded pack's) are read here; weights of every other architecture go through
+spandrel, which is not installed by default (it brings torchvision).
+
+Knows nothing about tiles or pictures. Invariants:
+- Of pickled files, which the configuration must allow, tensors alone are read: no code runs.
+- An RRDBNet's weights load strictly.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from resmaster_stages.config import SuperResolutionConfig
+from resmaster_stages.errors import ConfigError
+from resmaster_stages.models.identity import super_resolution_file
+from resmaster_stages.models.rrdbnet import network_of, official_state
+
+_WRAPPERS = ("params_ema", "params", "state_dict")
+"""Keys under which training programs keep the weights, best first."""
+
+
+@dataclass(frozen=True, eq=False)
+class Enlarger:
+    """A network that makes pictures `scale` times larger."""
+
+    network: Callable[[Tensor], Tensor]
+    scale: int
+    device: torch.device
+    dtype: torch.dtype
+    multiple: int = 1
+    """Sides of the input are multiples of this."""
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """[N, 3, h, w] in [0, 1] -> [N, 3, scale h, scale w], float32 on the CPU, not clamped."""
+        with torch.inference_mode():
+            return self.network(pixels.to(self.device, self.dtype)).float().cpu()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file: safetensors, or the tensors of a pickle. Raises ConfigError for what is no state dict."""
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{path}: cannot be read as safetensors ({error}); download it again") from None
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        raise ConfigError(f"{path}: is no file of tensors alone; give the published weights, or .safetensors") from None
+    for name in _WRAPPERS:
+        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
+            state = state[name]
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ConfigError(f"{path}: holds no state dict; give a super-resolution network's weights")
+    return dict(state)
+
+
+def _by_spandrel(state: dict[str, Tensor], path: Path, device: torch.device, dtype: torch.dtype) -> Enlarger:
+    """Any architecture that spandrel knows by its weights."""
+    try:
+        import spandrel
+    except ImportError:
+        raise ConfigError(
+            f"{path}: not an RRDBNet's weights; for other architectures: pip install 'resmaster-pipeline[spandrel]'"
+        ) from None
+    try:
+        model = spandrel.ModelLoader(device="cpu").load_from_state_dict(state)
+    except spandrel.UnsupportedModelError:
+        raise ConfigError(f"{path}: spandrel does not know this architecture; give another network's weights") from None
+    if not isinstance(model, spandrel.ImageModelDescriptor) or model.purpose not in ("SR", "FaceSR"):
+        raise ConfigError(
+            f"{path}: is a network for {model.purpose}, not for super-resolution; give another one's weights"
+        )
+    if (model.input_channels, model.output_channels) != (3, 3):
+        raise ConfigError(f"{path}: reads {model.input_channels} channels, not RGB; give another network's weights")
+    supported = {torch.float16: model.supports_half, torch.bfloat16: model.supports_bfloat16}
+    dtype = dtype if supported.get(dtype, True) else torch.float32
+    model.to(device=device, dtype=dtype).eval()
+    return Enlarger(model, model.scale, device, dtype)  # the descriptor pads what is no multiple by itself
+
+
+@lru_cache(maxsize=1)
+def load_enlarger(config: SuperResolutionConfig, device: torch.device, dtype: torch.dtype) -> Enlarger:
+    """The network that `config` names, ready to use. The last one stays loaded. Raises ConfigError, one line."""
+    path = super_resolution_file(config)
+    state = read_weights(path)
+    official = official_state(state)
+    if "conv_first.weight" not in official or "RRDB_trunk.0.RDB1.conv1.weight" not in official:
+        return _by_spandrel(state, path, device, dtype)
+    try:
+        network = network_of(official)
+    except (KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise ConfigError(f"{path}: not a whole RRDBNet ({reason}); download it again") from None
+    network.to(device, dtype)
+    return Enlarger(network, network.scale, device, dtype, network.shape.unshuffle)
