@@ -77,7 +77,9 @@ def _by_spandrel(state: dict[str, Tensor], path: Path, device: torch.device, dty
         ) from None
     except RuntimeError as error:  # a torchvision of another build than torch's
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"spandrel cannot be imported ({reason}); install the torchvision that belongs to your torch") from None
+        raise ConfigError(
+            f"spandrel cannot be imported ({reason}); install the torchvision that belongs to your torch"
+        ) from None
     try:
         model = spandrel.ModelLoader(device="cpu").load_from_state_dict(state)
     except spandrel.UnsupportedModelError:
