@@ -24,6 +24,7 @@ from resmaster_stages.prompts import ingest
 from resmaster_stages.publish import write_manifest
 from resmaster_stages.standing import pending, status
 from resmaster_stages.storage.dataset import Dataset, create_or_open, open_dataset
+from resmaster_stages.storage.probe import require_one_winner
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ def repair(
         stages: only these stages; default: all.
     """
     dataset = open_dataset(dataset_url)
+    if not dataset.config.allow_overwriting_store:
+        require_one_winner(dataset.folder)
     try:
         errors = work(dataset, sorted(left(dataset, parse_numbers(shards), stages)), stages, REPAIR_QUEUE)
     except Stopped:

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flows.doctor import add_arguments as doctor_arguments
+from flows.doctor import doctor
 from flows.selection import parse_numbers, parse_stages
 from resmaster_stages.config import METHODS, SDXL, STAGES, DatasetConfig, Stage, load_config
 from resmaster_stages.disclosure import one_line
@@ -63,6 +65,11 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--prompts", metavar="FILE", help="prompts (.txt .csv .jsonl .parquet), instead of CONFIG's")
         sub.add_argument("--images", metavar="PATH", help="your own low-res images: a folder or WebDataset .tar shards")
         sub.add_argument("--limit", metavar="N", type=int, help="only the first N prompts or images")
+        sub.add_argument(
+            "--allow-overwriting-store",
+            action="store_true",
+            help="build on a store that lets two writers both win (see doctor); run one process at a time then",
+        )
 
     def add_selection(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--shards", metavar="LIST", help="only these shards, e.g. 1,4-7")
@@ -110,6 +117,14 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("root", metavar="ROOT", help="the dataset's folder or URL (or a root that holds just one)")
     add_selection(sub)
+
+    sub = add(
+        "doctor",
+        "say whether a store is fit for builds",
+        "Try at ROOT what builds need of a store: create a name once, also when writers race, list, read and delete at once, "
+        "large objects; and look at the clock and the free disk. Leaves nothing behind. Exit status 1 if something failed.",
+    )
+    doctor_arguments(sub)
 
     sub = add(
         "compare",
@@ -184,6 +199,7 @@ def config_of(args: argparse.Namespace) -> DatasetConfig:
         prompts=absolute(args.prompts),
         images=absolute(args.images),
         limit=args.limit,
+        allow_overwriting_store=args.allow_overwriting_store or None,
     )
 
 
@@ -355,6 +371,7 @@ COMMANDS = {
     "explain": explain,
     "repair": repair,
     "compare": compare,
+    "doctor": doctor,
     "upscale": upscale,
 }
 

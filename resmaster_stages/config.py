@@ -573,6 +573,8 @@ class DatasetConfig(Part):
     """Your own low-res images instead of generated ones: a folder, or WebDataset shards (.tar, or a folder of them)."""
     limit: int | None = Operational(None, ge=1)
     """Take only the first N prompts or images."""
+    allow_overwriting_store: bool = Operational(False)
+    """Build on a store that lets two writers both win (`resmaster doctor` finds out). Run one process at a time then."""
     seed: int = Field(default=0, ge=0)
     """Base seed; every sample's seeds derive from it and the sample's key."""
     replicas: int = Field(default=1, ge=1)

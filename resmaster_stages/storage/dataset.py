@@ -23,6 +23,7 @@ from resmaster_stages.errors import ConfigError, UserError
 from resmaster_stages.storage import layout
 from resmaster_stages.storage.filesystem import Folder, open_root
 from resmaster_stages.storage.images import decode_image
+from resmaster_stages.storage.probe import require_one_winner
 
 RACES = 20
 """How often an append that another process won is tried again with the next number."""
@@ -96,12 +97,15 @@ class Output:
 def create_or_open(config: DatasetConfig) -> Dataset:
     """The dataset that `config` names, made if it is not there yet.
 
-    Raises ConfigError if it contradicts what is there, UserError if the root cannot be used.
+    Raises ConfigError if it contradicts what is there, UserError if the root cannot be used, or if its store lets two
+    writers both win and the configuration does not allow that.
     """
     root = open_root(config.root)
     folder = root.sub(config.name)
     config = config.model_copy(update={"root": root.url})
     with _usable(config.root):
+        if not config.allow_overwriting_store:
+            require_one_winner(folder)
         try:
             folder.create(layout.CONFIG, _dump(config))
         except FileExistsError:

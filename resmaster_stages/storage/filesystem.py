@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +33,11 @@ from resmaster_stages.errors import UserError
 
 CREATE_ATTEMPTS = 6
 """How often a conditional create is sent again when the store answers that another one was under way."""
+
+PART_BYTES = 8 << 20
+"""S3 gets larger files in parts of this size, ten at a time: an upload holds some 80 MiB."""
+PARTS = 10_000
+"""As many parts as S3 takes; files beyond 80 GB are cut into larger ones."""
 
 _memory_lock = threading.Lock()  # fsspec's memory store checks, then writes
 
@@ -75,6 +81,19 @@ def explained(place: str) -> Iterator[None]:
         raise
 
 
+_MODIFIED = ("LastModified", "mtime", "created")  # as S3, local and in-memory listings call it
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A file as a listing shows it."""
+
+    name: str
+    bytes: int
+    modified: datetime
+    """By the store's clock, UTC."""
+
+
 @dataclass(frozen=True)
 class Folder:
     """A folder of a file system. Names are relative to it, with forward slashes.
@@ -91,6 +110,10 @@ class Folder:
     def local(self) -> bool:
         """Whether it is on this machine's disk."""
         return isinstance(self.fs, LocalFileSystem)
+
+    def _protocols(self) -> tuple[str, ...]:
+        protocol = self.fs.protocol
+        return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
     @property
     def url(self) -> str:
@@ -161,6 +184,28 @@ class Folder:
         paths = {str(path).rstrip("/") for path in found} - {self.full(folder)}  # some stores list the folder itself
         return sorted(prefix + path.rsplit("/", 1)[-1] for path in paths)
 
+    def files(self, folder: str = "") -> list[Listed]:
+        """Every file below a sub-folder ("": this one), however deep, sorted by name; hidden ones too."""
+        start = self.full(folder)
+        with explained(self.url_of(folder)):
+            found: dict[str, dict[str, Any]] = self.fs.find(start, detail=True)
+        listed = []
+        for path, facts in found.items():
+            # some stores list folders among the files
+            if path.startswith(f"{start}/") and not path.endswith("/") and facts.get("type", "file") == "file":
+                moment = next((facts[name] for name in _MODIFIED if facts.get(name) is not None), None)
+                if isinstance(moment, (int, float)):
+                    moment = datetime.fromtimestamp(moment, UTC)
+                moment = moment or self.fs.modified(path)
+                listed.append(Listed(path[len(self.path) + 1 :], int(facts["size"]), moment.astimezone(UTC)))
+        return sorted(listed, key=lambda file: file.name)
+
+    def modified(self, name: str) -> datetime:
+        """When a file was last written, by the store's clock (UTC)."""
+        with explained(self.url_of(name)):
+            moment: datetime = self.fs.modified(self.full(name))
+        return moment.astimezone(UTC)
+
     def create(self, name: str, data: bytes) -> None:
         """Write a file that must not exist yet. Raises FileExistsError to every racing writer but one."""
         with explained(self.url_of(name)):
@@ -185,6 +230,9 @@ class Folder:
                 with _temporary(path, source) as temporary:
                     os.replace(temporary, path)
                 _sync_folder(path)
+            elif "s3" in self._protocols():
+                size = max(PART_BYTES, -(-source.stat().st_size // PARTS))
+                self.fs.put_file(str(source), path, chunksize=size)
             else:
                 self.fs.put_file(str(source), path)
 
@@ -265,6 +313,9 @@ def put_if_absent(fs: Any, path: str, data: bytes) -> None:
                 raise FileExistsError(errno.EEXIST, "exists already", path) from error
             if code is None and error.errno == errno.EINVAL:  # s3fs, where the server does not name the condition
                 raise FileExistsError(errno.EEXIST, "exists already", path) from error
+            if code == "NotImplemented":
+                message = "this store has no conditional create (If-None-Match), which commits need; choose another one"
+                raise UserError(f"{path}: {message}") from error
             if code not in ("ConditionalRequestConflict", "OperationAborted") or attempt == CREATE_ATTEMPTS - 1:
                 raise
         time.sleep(0.05 * 2**attempt)

@@ -29,6 +29,7 @@ MANIFEST = "manifest.parquet"
 INDEX = "index.json"
 CARD = "README.md"
 REPORT = "report"
+PROBE = ".probe-"
 REPORT_PAGE = "report/index.html"
 
 EXTENSIONS: dict[Stage, Literal["tar", "parquet"]] = {
@@ -101,6 +102,11 @@ def commit_folder(stage: Stage, stage_hash: str) -> str:
 def commit(stage: Stage, stage_hash: str, shard: int) -> str:
     """The commit record of one shard."""
     return f"{commit_folder(stage, stage_hash)}/{shard:06d}.json"
+
+
+def probe(token: str) -> str:
+    """A file that tries what the store honours."""
+    return f"{PROBE}{token}"
 
 
 def number_of(name: str) -> int | None:

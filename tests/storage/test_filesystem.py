@@ -2,6 +2,7 @@ import errno
 import multiprocessing
 import os
 import threading
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import fsspec
@@ -35,6 +36,18 @@ def test_write_read_list_remove(folder: Folder, tmp_path: Path) -> None:
     assert folder.names("a") == ["a/y"]
     with pytest.raises(FileNotFoundError):
         folder.read("a/x")
+
+
+def test_files_lists_all_depths_with_size_and_time(folder: Folder) -> None:
+    assert folder.files() == []
+    before = datetime.now(UTC) - timedelta(seconds=2)
+    for name, size in (("a", 1), ("b/c/d", 3), ("b/.hidden", 2)):
+        folder.write(name, b"x" * size)
+    found = folder.files()
+    assert [(file.name, file.bytes) for file in found] == [("a", 1), ("b/.hidden", 2), ("b/c/d", 3)]
+    assert all(before < file.modified < datetime.now(UTC) + timedelta(seconds=2) for file in found)
+    assert [file.name for file in folder.files("b/c")] == ["b/c/d"]
+    assert folder.files("b/gone") == []
 
 
 def test_url_leads_back(folder: Folder) -> None:

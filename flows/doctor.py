@@ -1,0 +1,43 @@
+"""`resmaster doctor`: a table of what the store and this machine's disks can do. Needs no dataset and no Prefect."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from resmaster_stages.storage.filesystem import open_root
+from resmaster_stages.storage.probe import examine
+
+COLOURS = {"ok": "green", "warning": "yellow", "failed": "red", "untested": "dim"}
+
+
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    sub.add_argument("root", metavar="ROOT", help="folder or s3://bucket/prefix; it need not exist yet")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+
+def doctor(args: argparse.Namespace, console: Console) -> int:
+    """Examine the store; 0 if nothing failed, else 1."""
+    folder = open_root(args.root)
+    findings = examine(folder)
+    good = all(finding.state in ("ok", "warning") for finding in findings)
+    if args.json:
+        print(
+            json.dumps(
+                {"root": folder.url, "ok": good, "findings": [asdict(finding) for finding in findings]}, indent=2
+            )
+        )
+        return 0 if good else 1
+    out = Console()
+    table = Table("check", "state", "what was found", box=None, pad_edge=False)
+    for finding in findings:
+        table.add_row(finding.check, f"[{COLOURS[finding.state]}]{finding.state}[/]", escape(finding.detail))
+    out.print(table)
+    out.print(f"{folder.url}: {'fit for builds' if good else 'not fit for builds'}", highlight=False, soft_wrap=True)
+    return 0 if good else 1

@@ -1,0 +1,263 @@
+"""What a store honours, found out by trying it. Knows nothing about datasets; works where there is none yet.
+
+Invariants:
+- Every probe writes under a random hidden name and takes it away again, whatever happens; folders that it made too.
+- A check that cannot be made is said to be untested, never passed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from resmaster_stages.errors import ResMasterError, UserError
+from resmaster_stages.storage import layout
+from resmaster_stages.storage.filesystem import PART_BYTES, Folder
+
+State = Literal["ok", "warning", "failed", "untested"]
+
+START_WRITERS = 4
+"""Racing writers in the probe at the start of a build: 6 requests in all."""
+WRITERS, ROUNDS = 8, 3
+"""Racing writers and how often they race in a full examination."""
+SKEW_WARNING_SECONDS, SKEW_FAILED_SECONDS = 60, 15 * 60
+"""S3 refuses requests that are 15 minutes off."""
+FREE_WARNING_BYTES, FREE_FAILED_BYTES = 5_000_000_000, 100_000_000
+
+OVERRIDE = "--allow-overwriting-store (allow_overwriting_store: true)"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was tried."""
+
+    check: str
+    state: State
+    detail: str
+
+
+def require_one_winner(folder: Folder) -> None:
+    """Race a few writers for one name in `folder`, once per build. Raises UserError if two of them win."""
+    with _Probe.at(folder, keep_folders=True) as probe:
+        winners = probe.race(START_WRITERS)
+    if winners > 1:
+        raise UserError(
+            f"{folder.url}: this store lets two writers both win (it ignores If-None-Match), so two processes could commit "
+            f"the same shard; choose another store, or run one process at a time with {OVERRIDE}"
+        )
+
+
+def examine(folder: Folder) -> list[Finding]:
+    """Try everything that a build needs of the store at `folder`, and the disks of this machine."""
+    findings: list[Finding] = []
+    with _Probe.at(folder, keep_folders=False) as probe:
+        for name, check in _STORE_CHECKS:
+            if findings and findings[0].state == "failed":
+                findings.append(Finding(name, "untested", f"needs: {_STORE_CHECKS[0][0]}"))
+            else:
+                findings.append(_finding(name, partial(check, probe)))
+    places = [("scratch disk (TMPDIR)", Path(tempfile.gettempdir()))]
+    if folder.local:
+        places.insert(0, ("disk of the root", _existing(Path(folder.path))))
+    findings += [_finding(name, partial(_free, path)) for name, path in places]
+    return findings
+
+
+def _finding(name: str, check: Callable[[], tuple[State, str]]) -> Finding:
+    try:
+        state, detail = check()
+    except (ResMasterError, OSError) as error:
+        state, detail = "failed", " ".join(str(error).split()) or type(error).__name__
+    return Finding(name, state, detail)
+
+
+@dataclass
+class _Probe:
+    """Hidden names in a folder, all taken away in the end."""
+
+    folder: Folder
+    written: list[str] = field(default_factory=list)
+
+    @classmethod
+    @contextmanager
+    def at(cls, folder: Folder, keep_folders: bool) -> Iterator[_Probe]:
+        """A probe of `folder`; folders that it made stay only if nothing went wrong and `keep_folders` says so."""
+        known = _existing(Path(folder.path)) if folder.local else None
+        probe, good = cls(folder), False
+        try:
+            yield probe
+            good = True
+        finally:
+            for name in probe.written:
+                try:
+                    folder.remove(name)
+                except (ResMasterError, OSError):  # what may not be deleted is told by the check of deleting
+                    continue
+            if known is not None and not (good and keep_folders):
+                _remove_empty(Path(folder.path), known)
+
+    def name(self) -> str:
+        """A new name, to be removed in the end."""
+        self.written.append(layout.probe(uuid.uuid4().hex[:8]))
+        return self.written[-1]
+
+    def race(self, writers: int) -> int:
+        """How many of racing writers were told that they created the same name. None means that answers were lost.
+
+        Raises OSError if the one winner's content is not what lies there.
+        """
+        name, barrier = self.name(), threading.Barrier(writers)
+
+        def write(number: int) -> int | None:
+            barrier.wait()
+            try:
+                self.folder.create(name, str(number).encode())
+            except FileExistsError:
+                return None
+            return number
+
+        with ThreadPoolExecutor(writers) as pool:
+            won = [number for number in pool.map(write, range(writers)) if number is not None]
+        if len(won) == 1 and self.folder.read(name) != str(won[0]).encode():
+            raise OSError(f"the content of {name} is not that of the one writer that was told to have created it")
+        return len(won)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the checks
+
+
+def _write_and_read(probe: _Probe) -> tuple[State, str]:
+    name = probe.name()
+    for content in (b"first", b"second"):
+        probe.folder.write(name, content)
+        found = probe.folder.read(name)
+        if found != content:
+            return "failed", f"read {found!r} right after {content!r} was written"
+    return "ok", "a new and a replaced object are read back at once"
+
+
+def _list(probe: _Probe) -> tuple[State, str]:
+    name = probe.name()
+    probe.folder.write(name, b"listed")
+    if name not in probe.folder.names(""):
+        return "failed", "a new object is not in the listing right away: workers would not see each other's commits"
+    return "ok", "a new object is listed at once"
+
+
+def _create_once(probe: _Probe) -> tuple[State, str]:
+    name = probe.name()
+    probe.folder.create(name, b"first")
+    try:
+        probe.folder.create(name, b"second")
+    except FileExistsError:
+        if probe.folder.read(name) != b"first":
+            return "failed", "the second create was refused and yet replaced the first one's content"
+        return "ok", "the second create of a name is refused"
+    return "failed", f"the second create of a name succeeds; builds need {OVERRIDE} and one process at a time"
+
+
+def _create_racing(probe: _Probe) -> tuple[State, str]:
+    for number in range(1, ROUNDS + 1):
+        winners = probe.race(WRITERS)
+        if winners > 1:
+            return "failed", f"{winners} of {WRITERS} racing writers won (round {number} of {ROUNDS})"
+    return "ok", f"{WRITERS} racing writers, {ROUNDS} rounds: never two winners"
+
+
+def _large(probe: _Probe) -> tuple[State, str]:
+    name, data = probe.name(), os.urandom(2 * PART_BYTES + 1)
+    with tempfile.TemporaryDirectory(prefix="resmaster-probe-") as scratch:
+        source = Path(scratch) / "large"
+        source.write_bytes(data)
+        probe.folder.upload(name, source)
+    if probe.folder.read(name) != data:
+        return "failed", f"an object of {len(data):,} bytes came back changed"
+    with probe.folder.open(name) as file:
+        file.seek(PART_BYTES - 8)
+        if file.read(16) != data[PART_BYTES - 8 : PART_BYTES + 8]:
+            return "failed", "a range of a large object came back changed"
+    how = "written" if probe.folder.local else "uploaded in parts"
+    return "ok", f"{len(data):,} bytes {how}, read back whole and as a range"
+
+
+def _delete(probe: _Probe) -> tuple[State, str]:
+    name = probe.name()
+    probe.folder.write(name, b"deleted")
+    probe.folder.remove(name)
+    try:
+        probe.folder.read(name)
+    except FileNotFoundError:
+        if name in probe.folder.names(""):
+            return "failed", "a deleted object is still listed"
+        return "ok", "a deleted object is gone at once"
+    return "failed", "a deleted object can still be read"
+
+
+def _clock(probe: _Probe) -> tuple[State, str]:
+    name, before = probe.name(), datetime.now(UTC)
+    probe.folder.write(name, b"clock")
+    there, after = probe.folder.modified(name), datetime.now(UTC)
+    # Stores round to a second, so that less than one is no difference.
+    ahead, behind = (there - after).total_seconds(), (before - there).total_seconds()
+    seconds = max(ahead, behind)
+    if seconds <= 1:
+        return "ok", "the same as here, to a second"
+    detail = (
+        f"the store's clock is {seconds:.0f} s {'ahead' if ahead > behind else 'behind'}; set this machine's by NTP"
+    )
+    state: State = "ok"
+    if seconds > SKEW_WARNING_SECONDS:
+        state = "failed" if seconds > SKEW_FAILED_SECONDS else "warning"
+    return state, detail
+
+
+_STORE_CHECKS: list[tuple[str, Callable[[_Probe], tuple[State, str]]]] = [
+    ("write, read back", _write_and_read),
+    ("list", _list),
+    ("create once", _create_once),
+    ("create once, racing", _create_racing),
+    ("large objects", _large),
+    ("delete", _delete),
+    ("clock", _clock),
+]
+
+
+def _free(path: Path) -> tuple[State, str]:
+    with tempfile.TemporaryFile(dir=path):  # is it writable at all?
+        pass
+    free = shutil.disk_usage(path).free
+    detail = f"{free / 1e9:,.1f} GB free at {path}"
+    if free < FREE_FAILED_BYTES:
+        return "failed", f"{detail}; free some space"
+    if free < FREE_WARNING_BYTES:
+        return "warning", f"{detail}; a shard of large images may not fit"
+    return "ok", detail
+
+
+def _existing(path: Path) -> Path:
+    """The deepest folder of a path that exists."""
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _remove_empty(path: Path, known: Path) -> None:
+    """Remove a folder and its parents below `known`, as long as they are empty."""
+    while path != known:
+        try:
+            path.rmdir()
+        except OSError:  # not empty: another process has begun to use it
+            return
+        path = path.parent
