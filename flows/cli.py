@@ -90,6 +90,11 @@ def parser() -> argparse.ArgumentParser:
         "be skipped because it is committed. Writes nothing.",
     )
     add_source(sub)
+    sub.add_argument(
+        "--estimate", action="store_true", help="say how long it would take, what it would cost, how much it would write"
+    )
+    sub.add_argument("--workers", metavar="N", type=int, default=1, help="with --estimate: workers, one device each")
+    sub.add_argument("--price", metavar="X", type=float, help="with --estimate: the price of one worker's hour")
 
     sub = add(
         "status",
@@ -274,6 +279,13 @@ def plan(args: argparse.Namespace, console: Console) -> int:
         out.print(f"rejected: {rejected}", highlight=False, soft_wrap=True, markup=False)
     if len(look.rejected) > 10:
         out.print(f"... and {len(look.rejected) - 10} more rejected")
+    if args.estimate:
+        from flows.estimate import print_estimate
+        from resmaster_stages.estimate import estimate
+
+        print_estimate(estimate(look, workers=args.workers, price=args.price), out)
+    elif args.workers != 1 or args.price is not None:
+        raise UserError("--workers and --price are of --estimate; add --estimate")
     return 0
 
 

@@ -50,6 +50,8 @@ class Preview:
     """Inputs that cannot be used: place, reason, text."""
     size: str
     """Low-res and high-res size."""
+    typical_px: tuple[int, int]
+    """Low-res (height, width) of the sample in the middle, by area."""
     stages: tuple[StagePreview, ...]
 
     def headline(self) -> str:
@@ -114,6 +116,7 @@ def preview(config: DatasetConfig) -> Preview:
         inception_weights()
     dataset = find_dataset(config)
     draft = draft_samples(config)
+    sizes = sorted(((s.height, s.width) for s in draft.samples), key=lambda each: each[0] * each[1])
     folder = root.sub(config.name)
     plan = find_plan(folder) if dataset else Plan(folder, ())
     known = plan.keys()
@@ -135,5 +138,6 @@ def preview(config: DatasetConfig) -> Preview:
         duplicates=draft.duplicates,
         rejected=tuple(str(item) for item in draft.rejected),
         size=size,
+        typical_px=sizes[len(sizes) // 2],
         stages=tuple(stages),
     )

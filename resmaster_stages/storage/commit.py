@@ -132,7 +132,12 @@ def committed_shards(folder: Folder, stage: Stage, stage_hash: str) -> list[int]
 
 def list_commits(folder: Folder, stage: Stage, stage_hash: str) -> dict[int, Receipt]:
     """Shard -> commit record, for all that are committed. Raises ShardError if one is damaged."""
-    names = [layout.commit(stage, stage_hash, shard) for shard in committed_shards(folder, stage, stage_hash)]
+    return read_commits(folder, stage, stage_hash, committed_shards(folder, stage, stage_hash))
+
+
+def read_commits(folder: Folder, stage: Stage, stage_hash: str, shards: Sequence[int]) -> dict[int, Receipt]:
+    """Shard -> commit record, for those of `shards` that are committed. Raises ShardError if one is damaged."""
+    names = [layout.commit(stage, stage_hash, shard) for shard in shards]
     receipts = [_parse(folder, name, data, stage_hash) for name, data in folder.read_many(names).items()]
     return {receipt.shard: receipt for receipt in receipts}
 

@@ -1,0 +1,51 @@
+"""What is estimated of a method's work is what the engine counts when it does it."""
+
+import pytest
+
+from resmaster_stages.config import METHOD_PRESETS, METHODS, LowResConfig
+from resmaster_stages.diffusion.cost import counting
+from resmaster_stages.low_res import generate
+from resmaster_stages.upscale import upscale_image
+from resmaster_stages.workload import UnetWork, high_res_work, low_res_work
+from tests.methods.common import adapted, picture, settings
+
+CASES = [(method, preset) for method in METHODS for preset in METHOD_PRESETS.get(method, ("default",))]
+
+
+@pytest.mark.parametrize(("method", "preset"), CASES)
+@pytest.mark.parametrize(
+    "values", [{"scale": 2.5}, {"scale": 4, "steps": 3}, {"scale": 2, "guidance_scale": 1.0}], ids=str
+)
+def test_every_method_does_the_work_that_is_estimated(method: str, preset: str, values: dict) -> None:
+    config = settings(method, preset=preset, view_batch=1, **values)
+    models = adapted()
+    with counting() as counted:
+        upscale_image(models, picture(48, 32), "a cat", config=config)
+    work = high_res_work(config, 32, 48, models.native_px, models.latent_factor)
+    assert sum(each.rows for each in work) == counted.rows
+    assert sum(each.native_rows for each in work) == pytest.approx(counted.native_rows)
+
+
+def test_moving_windows() -> None:
+    config = settings("resmaster", shift="every_step", view_batch=1)
+    models = adapted()
+    with counting() as counted:
+        upscale_image(models, picture(64, 32), "a cat", config=config)
+    work = high_res_work(config, 32, 64, models.native_px, models.latent_factor)
+    assert sum(each.rows for each in work) == counted.rows
+
+
+def test_low_res_pictures() -> None:
+    models = adapted()
+    with counting() as counted:
+        list(generate(models, ["a cat"], [""], [0], 32, 64, 3, 5.0, 1))
+    work = low_res_work(LowResConfig(steps=3, guidance_scale=5.0), 32, 64, models.native_px)
+    assert sum(each.native_rows for each in work) == pytest.approx(counted.native_rows)
+
+
+def test_the_papers_numbers() -> None:
+    """4096 px from 1024 px: 49 views a step, and DemoFusion's 112 over its three phases (less the steps before its start)."""
+    sizes = (1024, 1024, 1024, 8)
+    assert high_res_work(settings("resmaster", scale=4, steps=50), *sizes) == (UnetWork(50 * 2 * 49, 1.0),)
+    demofusion = high_res_work(settings("demofusion", scale=4, steps=50, demofusion={"start": 0}), *sizes)
+    assert sum(each.rows for each in demofusion) == 50 * 2 * (9 + 4 + 25 + 9 + 49 + 16)
