@@ -91,7 +91,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add_source(sub)
     sub.add_argument(
-        "--estimate", action="store_true", help="say how long it would take, what it would cost, how much it would write"
+        "--estimate",
+        action="store_true",
+        help="say how long it would take, what it would cost, how much it would write",
     )
     sub.add_argument("--workers", metavar="N", type=int, default=1, help="with --estimate: workers, one device each")
     sub.add_argument("--price", metavar="X", type=float, help="with --estimate: the price of one worker's hour")

@@ -12,7 +12,9 @@ from resmaster_stages.publish import spell_bytes
 
 def print_estimate(found: Estimate, out: Console) -> None:
     """A table by stage, the totals, and where each number comes from."""
-    table = Table("stage", "shards", "samples", "per sample", "device time", "written", "writes", box=None, pad_edge=False)
+    table = Table(
+        "stage", "shards", "samples", "per sample", "device time", "written", "writes", box=None, pad_edge=False
+    )
     for stage in found.stages:
         table.add_row(
             stage.stage,

@@ -37,9 +37,7 @@ def high_res_work(
     config: UpscaleConfig, height: int, width: int, native_px: int, latent_factor: int
 ) -> tuple[UnetWork, ...]:
     """What the upscaling of a low-res picture of `height` x `width` px takes."""
-    grid = view_grid(
-        round(height * config.scale), round(width * config.scale), native_px, config.stride, latent_factor
-    )
+    grid = view_grid(round(height * config.scale), round(width * config.scale), native_px, config.stride, latent_factor)
     if config.shift != "none":
         grid = replace(grid, shift=(0, 0))
     return tuple(_of_method(config, grid, (height / native_px) * (width / native_px)))
