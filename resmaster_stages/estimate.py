@@ -215,10 +215,12 @@ def _from_table(look: Preview, stage: Stage) -> tuple[float | None, str]:
     measured = f"{PICTUREBOOK_RATES.source}; on {PICTUREBOOK_RATES.device}"
     native, factor = native_px(config.model), latent_factor(config.model)
     work = stage_work(config, height, width, native, factor)
-    if stage in work:
+    if work.get(stage):
         return rates.unet(work[stage]), source
     if stage == "low_res":
         return 0.0, "your own images: copied"
+    if stage == "high_res":
+        return None, nothing
     if stage == "captions":
         if config.captions.source == "prompt":
             return 0.0, "the prompt is every patch's caption"

@@ -36,7 +36,7 @@ def low_res_work(config: LowResConfig, height: int, width: int, native_px: int) 
 def high_res_work(
     config: UpscaleConfig, height: int, width: int, native_px: int, latent_factor: int
 ) -> tuple[UnetWork, ...]:
-    """What the upscaling of a low-res picture of `height` x `width` px takes."""
+    """What the upscaling of a low-res picture of `height` x `width` px takes; nothing where a method has no UNet."""
     grid = view_grid(round(height * config.scale), round(width * config.scale), native_px, config.stride, latent_factor)
     if config.shift != "none":
         grid = replace(grid, shift=(0, 0))
@@ -81,7 +81,7 @@ def _of_method(config: UpscaleConfig, grid: Grid, low_area: float) -> Iterator[U
         left = steps - first_step(config.freescale.start, steps)
         for scale in phase_scales(config.scale, config.freescale.phases, refine=False):
             yield UnetWork(left * branches, _area(*_phase(grid, scale, config.scale), grid))
-    else:
+    elif config.method != "super_resolution":  # which has a network of its own and no UNet
         third = _steps_with_a_third_branch(config, grid) if branches == 2 else 0
         yield UnetWork(steps * branches + third, canvas)
 

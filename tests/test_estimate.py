@@ -61,6 +61,9 @@ def test_without_commits_the_table_speaks_and_says_what_it_does_not_know(tmp_pat
     assert found.unknown == ("captions", "quality")
     assert "build a few shards first" in stage_of(found, "captions").seconds_source
 
+    no_unet = sdxl(tmp_path, upscale={"method": "super_resolution"})
+    assert estimate(preview(no_unet)).unknown == ("high_res",)
+
 
 def test_a_model_of_another_size_has_no_table(tmp_path: Path) -> None:
     config = sdxl(tmp_path)
