@@ -105,7 +105,9 @@ def parser() -> argparse.ArgumentParser:
         "Reads the dataset only; needs no Prefect.",
     )
     sub.add_argument("root", metavar="ROOT", help="the dataset's folder or URL (or a root that holds just one)")
-    sub.add_argument("--json", action="store_true", help="print JSON")
+    form = sub.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--openmetrics", action="store_true", help="print OpenMetrics text, for Prometheus and its kin")
 
     sub = add(
         "explain",
@@ -311,6 +313,11 @@ def status(args: argparse.Namespace, console: Console) -> int:
     from resmaster_stages.storage.dataset import open_dataset
 
     dataset = open_dataset(args.root)
+    if args.openmetrics:
+        from resmaster_stages.openmetrics import openmetrics
+
+        print(openmetrics(dataset), end="")
+        return 0
     found = read_status(dataset)
     if args.json:
         print(json.dumps(found.to_json(), indent=2))

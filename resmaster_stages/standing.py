@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from resmaster_stages.config import DatasetConfig, Stage
 from resmaster_stages.lineage import stage_hashes
-from resmaster_stages.storage.commit import committed_shards, list_commits
+from resmaster_stages.storage.commit import Receipt, committed_shards, list_commits
 from resmaster_stages.storage.dataset import Dataset
 from resmaster_stages.storage.ledger import ledger_rows
-from resmaster_stages.storage.plan import read_plan
+from resmaster_stages.storage.plan import Plan, read_plan
 
 
 @dataclass(frozen=True)
@@ -53,21 +53,27 @@ def status(dataset: Dataset, config: DatasetConfig | None = None) -> Status:
         receipts = list_commits(dataset.folder, stage, own_hash)
         missing = set(range(plan.shards)) - receipts.keys()
         rows = ledger_rows(dataset.folder, stage, missing) if missing else []
-        failures = {(row["shard"], row["key"]) for row in rows if row["stage_hash"] == own_hash}
-        failed_shards = tuple(sorted({shard for shard, _ in failures}))
-        stages.append(
-            StageStatus(
-                stage=stage,
-                committed=len(receipts),
-                pending=len(missing) - len(failed_shards),
-                failed=len(failed_shards),
-                failed_shards=failed_shards,
-                samples_ok=sum(receipt.samples_ok for receipt in receipts.values()),
-                samples_failed=sum(receipt.samples_failed for receipt in receipts.values()) + len(failures),
-                seconds=round(sum(receipt.seconds for receipt in receipts.values()), 3),
-            )
-        )
+        stages.append(stage_status(plan, stage, receipts, [row for row in rows if row["stage_hash"] == own_hash]))
     return Status(plan.shards, plan.samples, tuple(stages))
+
+
+def stage_status(
+    plan: Plan, stage: Stage, receipts: dict[int, Receipt], ledger: Sequence[Mapping[str, Any]]
+) -> StageStatus:
+    """How far a stage is, from its commit records by shard and the ledger's rows of its shards that have none."""
+    missing = set(range(plan.shards)) - receipts.keys()
+    failures = {(row["shard"], row["key"]) for row in ledger if row["shard"] in missing}
+    failed_shards = tuple(sorted({shard for shard, _ in failures}))
+    return StageStatus(
+        stage=stage,
+        committed=len(receipts),
+        pending=len(missing) - len(failed_shards),
+        failed=len(failed_shards),
+        failed_shards=failed_shards,
+        samples_ok=sum(receipt.samples_ok for receipt in receipts.values()),
+        samples_failed=sum(receipt.samples_failed for receipt in receipts.values()) + len(failures),
+        seconds=round(sum(receipt.seconds for receipt in receipts.values()), 3),
+    )
 
 
 def pending(

@@ -147,6 +147,12 @@ class Plan:
                 return [PlannedSample(**row) for row in rows]
         raise PlanError(f"{self.folder.url}: shard {shard} is missing in the plan's files; restore the folder plan/")
 
+    def pixels(self) -> int:
+        """Pixels of all low-res pictures."""
+        tables = [_read_part(self.folder, part.stored) for generation in self.generations for part in generation.parts]
+        sizes = (pc.multiply(table["height"].cast("int64"), table["width"].cast("int64")) for table in tables)
+        return sum(int(pc.sum(size).as_py()) for size in sizes)
+
     def find(self, prefix: str) -> list[PlannedSample]:
         """The samples whose keys begin with `prefix`, in order."""
         tables = (_read_part(self.folder, part.stored) for generation in self.generations for part in generation.parts)
