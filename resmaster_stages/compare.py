@@ -11,11 +11,9 @@ Invariants:
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +31,7 @@ from resmaster_stages.preview import check_sizes
 from resmaster_stages.prompts import draft_samples
 from resmaster_stages.quality import picture_features
 from resmaster_stages.reading import fetch, shard_samples
+from resmaster_stages.scratch import scratch_folder
 from resmaster_stages.set_metrics import VIEWS, compare_sets, read_features, stacked
 from resmaster_stages.standing import pending
 from resmaster_stages.storage import layout
@@ -203,8 +202,8 @@ def share_low_res(source: Dataset, target: Dataset) -> int:
         if receipt is None or receipt.samples_failed or receipt.keys_digest != digest_of_keys(keys):
             continue
         attempt = new_attempt()
-        with tempfile.TemporaryDirectory(prefix="resmaster-share-") as scratch:
-            path = fetch(source, receipt, receipt.objects[0], Path(scratch))
+        with scratch_folder() as scratch:
+            path = fetch(source, receipt, receipt.objects[0], scratch)
             own = replace(
                 receipt,
                 stage_hash=ours,

@@ -61,8 +61,9 @@ def printable(text: str) -> str:
 
 
 def one_line(error: object) -> str:
-    """An error's (or any) message as one line that may be shown and stored."""
-    return printable(" ".join(redacted(str(error)).split()))
+    """An error's (or any) message, with its notes, as one line that may be shown and stored."""
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    return printable(" ".join(redacted(f"{error}{notes}").split()))
 
 
 @contextmanager

@@ -1,9 +1,13 @@
 """The error classes. A message names the culprit and says what to do next.
 
-Invariants:
-- `UserError` and its children are the user's to mend: the CLI prints one line and exits with status 2, without a traceback.
-- `SampleError` costs one ledger row and never a shard.
-- `GpuLost` ends the process: the device context is poisoned and nothing computed after it can be trusted.
+| Error | What happens |
+|---|---|
+| `SampleError`, and errors that nobody foresaw | one row in the ledger; the shard goes on |
+| `OutOfMemory` | half the batch, down to 1; then one row in the ledger |
+| `ShardError` | nothing is committed; the other shards go on |
+| `GpuLost` | the process ends: nothing computed after it can be trusted |
+| `OSError` (store, network) | the shard's task is tried again, later and later |
+| other `UserError` | the run ends; the CLI prints one line and exits with status 2, without a traceback |
 """
 
 from __future__ import annotations
@@ -25,12 +29,20 @@ class PlanError(UserError):
     """The dataset's plan or an upstream commit is missing or does not fit."""
 
 
+class OutOfMemory(UserError):
+    """A batch does not fit into the device's memory, or the computer's."""
+
+
 class SampleError(ResMasterError):
     """One sample cannot be made (bad prompt, undecodable image, NaN latents). The shard goes on."""
 
 
+class Quarantined(SampleError):
+    """One sample took the whole process with it, time and again: it is left out."""
+
+
 class ShardError(ResMasterError):
-    """More samples of a shard failed than the configuration allows: nothing was committed."""
+    """A shard cannot be finished (too many samples failed, an object is damaged): nothing was committed."""
 
 
 class GpuLost(ResMasterError):

@@ -8,7 +8,6 @@ Invariant: every object is read by its commit record and checked against its sha
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from resmaster_stages.config import DatasetConfig, Stage
 from resmaster_stages.errors import PlanError, ShardError
 from resmaster_stages.lineage import stage_hashes
+from resmaster_stages.scratch import scratch_folder
 from resmaster_stages.storage import layout
 from resmaster_stages.storage.arrays import decode_arrays
 from resmaster_stages.storage.commit import Receipt, StoredObject, read_commit
@@ -115,9 +115,9 @@ def shard_samples(
     survivors = [sample for sample in planned if sample.key not in failed]
     tars: dict[Stage, tuple[Path, dict[str, Entry]]] = {}
     tables: dict[Stage, dict[str, list[dict[str, Any]]]] = {}
-    with tempfile.TemporaryDirectory(prefix="resmaster-read-") as scratch:
+    with scratch_folder() as scratch:
         for stage, receipt in receipts.items():
-            path = fetch(dataset, receipt, receipt.objects[0], Path(scratch))
+            path = fetch(dataset, receipt, receipt.objects[0], scratch)
             if layout.EXTENSIONS[stage] == "tar":
                 with path.open("rb") as file:
                     entries = {entry.key: entry for entry in read_index(file, receipt.objects[0].name)}
@@ -145,8 +145,8 @@ def committed_arrays(dataset: Dataset, receipt: Receipt) -> dict[str, dict[str, 
     name = layout.features_object(receipt.stage, receipt.shard, receipt.attempt)
     for stored in receipt.objects[1:]:
         if stored.name == name:
-            with tempfile.TemporaryDirectory(prefix="resmaster-read-") as scratch:
-                keys, arrays = decode_arrays(fetch(dataset, receipt, stored, Path(scratch)), name)
+            with scratch_folder() as scratch:
+                keys, arrays = decode_arrays(fetch(dataset, receipt, stored, scratch), name)
             return {key: {each: values[row] for each, values in arrays.items()} for row, key in enumerate(keys)}
     return {}
 

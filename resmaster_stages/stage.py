@@ -11,22 +11,26 @@ Invariants:
 from __future__ import annotations
 
 import importlib
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from resmaster_stages.breadcrumbs import Breadcrumbs
+from resmaster_stages.computing import Process, compute
 from resmaster_stages.config import DatasetConfig, Stage
 from resmaster_stages.diffusion.cost import counting
-from resmaster_stages.errors import PlanError, ShardError
+from resmaster_stages.errors import PlanError, SampleError, ShardError
 from resmaster_stages.identity import digest_of_keys
 from resmaster_stages.lineage import stage_hashes, upstream_of
 from resmaster_stages.progress import reporter
 from resmaster_stages.provenance import own_provenance
-from resmaster_stages.reading import ShardSamples, shard_samples
+from resmaster_stages.reading import shard_samples
+from resmaster_stages.scratch import scratch_folder
+from resmaster_stages.spill import Spill
 from resmaster_stages.storage import layout
 from resmaster_stages.storage.arrays import Arrays, encode_arrays
 from resmaster_stages.storage.commit import (
@@ -35,14 +39,12 @@ from resmaster_stages.storage.commit import (
     new_attempt,
     read_commit,
 )
-from resmaster_stages.storage.dataset import Dataset, Output, Sample
+from resmaster_stages.storage.dataset import Dataset, Output
 from resmaster_stages.storage.filesystem import explained
-from resmaster_stages.storage.ledger import encode_failures, one_line
+from resmaster_stages.storage.ledger import encode_failures, first_errors
 from resmaster_stages.storage.plan import read_plan
 from resmaster_stages.storage.shards import ShardWriter, validate
 from resmaster_stages.storage.tables import STAGE_SCHEMAS, decode_table, encode_table
-
-Process = Callable[[DatasetConfig, Sequence[Sample]], Iterator[Output]]
 
 MODULES: dict[Stage, str] = {
     "low_res": "resmaster_stages.low_res",
@@ -78,30 +80,32 @@ def run_stage(
     plan = read_plan(dataset.folder)
     attempt = new_attempt()
     with (
-        tempfile.TemporaryDirectory(prefix=f"resmaster-{stage}-") as scratch,
+        scratch_folder() as scratch,
         shard_samples(dataset, config, plan, shard, upstream_of(config, stage), hashes) as samples,
     ):
         reporter().shard_started(stage, shard, len(samples))
         started = time.monotonic()
         name = layout.shard_object(stage, shard, attempt)
         features_name = layout.features_object(stage, shard, attempt)
-        target, features = (Path(scratch) / Path(each).name for each in (name, features_name))
-        compute = process or importlib.import_module(MODULES[stage]).process
-        with counting() as unet_cost:
-            good, failures = _compute(compute, config, stage, shard, hashes[stage], samples, target, features)
+        target, features = (scratch / Path(each).name for each in (name, features_name))
+        spill = Spill(dataset.folder, stage, hashes[stage], shard, config.spill_seconds)
+        breadcrumbs = Breadcrumbs(dataset.folder, stage, hashes[stage], shard, samples.keys())
+        tolerated = max(1, int(config.max_failure_ratio * len(samples) + 1e-9))  # 0.29 * 100 is 28.99...
+        outputs = compute(
+            process or importlib.import_module(MODULES[stage]).process, config, stage, samples, spill, breadcrumbs
+        )
+        with counting() as unet_cost, closing(outputs):
+            good, failures = _write(outputs, stage, shard, hashes[stage], tolerated, target, features)
         seconds = time.monotonic() - started
         ledger = None
         if failures:
             ledger = encode_failures(dataset.folder, stage, hashes[stage], shard, attempt, failures)
-            tolerated = max(1, int(config.max_failure_ratio * len(samples) + 1e-9))  # 0.29 * 100 is 28.99...
             if len(failures) > tolerated:
                 ledger_name = layout.ledger(stage, shard, attempt)
                 dataset.folder.write(ledger_name, ledger)
-                key, error = failures[0]
                 raise ShardError(
                     f"{stage} of shard {shard:06d}: {len(failures)} of {len(samples)} samples failed (tolerated: "
-                    f"{tolerated}), nothing committed; first: {key}: {type(error).__name__}: {one_line(error)}; "
-                    f"all in {ledger_name}"
+                    f"{tolerated}), nothing committed; all in {ledger_name}\n{first_errors(failures)}"
                 )
         receipt = commit(
             dataset.folder,
@@ -123,51 +127,43 @@ def run_stage(
             [(name, target), *([(features_name, features)] if features.exists() else [])],
             ledger,
         )
+        spill.drop()
+        breadcrumbs.forget()
     reporter().shard_done(stage, shard, cached=False)
     return receipt
 
 
-def _compute(
-    process: Process,
-    config: DatasetConfig,
-    stage: Stage,
-    shard: int,
-    own_hash: str,
-    samples: ShardSamples,
-    target: Path,
-    features: Path,
+def _write(
+    outputs: Iterator[Output], stage: Stage, shard: int, own_hash: str, tolerated: int, target: Path, features: Path
 ) -> tuple[list[str], list[tuple[str, Exception]]]:
-    """Run `process` and write the local file `target`, validated, and `features` if the stage gave arrays.
+    """Write the outputs to the local file `target`, validated, and `features` if the stage gave arrays.
 
-    The good keys and the failures, in order.
+    The good keys and the failures, in order. More errors that nobody foresaw than are `tolerated` end it: the rest would fail
+    alike, and nothing will be committed.
     """
     good: list[str] = []
     arrays: list[Arrays] = []
+    rows: list[dict[str, Any]] = []
     failures: list[tuple[str, Exception]] = []
-    outputs = _checked(process(config, samples) if len(samples) else iter(()), samples.keys(), stage)
-    if layout.EXTENSIONS[stage] == "tar":
-        with ShardWriter(target) as writer:
-            for output in outputs:
-                if output.error is None:
-                    writer.write(output.key, output.files)
-                    arrays.append(output.arrays)
-                    good.append(output.key)
-                else:
-                    failures.append((output.key, output.error))
-                reporter().sample_done(stage, shard, ok=output.error is None)
-        validate(target, good)
-    else:
-        rows: list[dict[str, Any]] = []
+    tar = ShardWriter(target) if layout.EXTENSIONS[stage] == "tar" else None
+    with tar or nullcontext():
         for output in outputs:
-            if output.error is None:
-                if not output.rows:
+            if output.error is not None:
+                failures.append((output.key, output.error))
+                if sum(not isinstance(error, SampleError) for _, error in failures) > tolerated:
+                    return good, failures
+            else:
+                if tar:
+                    tar.write(output.key, output.files)
+                elif not output.rows:
                     raise ShardError(f"{stage} of shard {shard:06d}: sample {output.key} has neither rows nor an error")
                 rows += [{"key": output.key, **row} for row in output.rows]
                 arrays.append(output.arrays)
                 good.append(output.key)
-            else:
-                failures.append((output.key, output.error))
             reporter().sample_done(stage, shard, ok=output.error is None)
+    if tar:
+        validate(target, good)
+    else:
         schema = STAGE_SCHEMAS[stage]
         with explained(str(target.parent)):
             target.write_bytes(encode_table(rows, schema, {"stage_hash": own_hash}))
@@ -178,16 +174,3 @@ def _compute(
         with explained(str(features.parent)):
             features.write_bytes(encode_arrays(good, arrays, {"stage_hash": own_hash}))
     return good, failures
-
-
-def _checked(outputs: Iterator[Output], keys: list[str], stage: Stage) -> Iterator[Output]:
-    """Pass outputs on, as long as there is exactly one per key, in order."""
-    count = 0
-    for output in outputs:
-        expected = keys[count] if count < len(keys) else "nothing more"
-        if output.key != expected:
-            raise ShardError(f"the stage {stage} gave sample {output.key} where {expected} was due")
-        count += 1
-        yield output
-    if count < len(keys):
-        raise ShardError(f"the stage {stage} gave {count} of {len(keys)} samples")

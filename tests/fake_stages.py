@@ -9,12 +9,12 @@ from typing import Any
 
 from PIL import Image
 
+from resmaster_stages.computing import Process
 from resmaster_stages.config import DatasetConfig, Stage, parse_config
 from resmaster_stages.diffusion.cost import count_call
 from resmaster_stages.errors import SampleError
 from resmaster_stages.identity import canonical_json
 from resmaster_stages.prompts import ingest
-from resmaster_stages.stage import Process
 from resmaster_stages.storage.dataset import Dataset, Output, Sample, create_or_open
 
 BAD = "bad"

@@ -24,6 +24,7 @@ from resmaster_stages.errors import ConfigError, SampleError, UserError
 from resmaster_stages.models.captioner import (
     LocalCaptioner,
     ServerCaptioner,
+    _load_local,
     clean_caption,
     load_captioner,
     shorten,
@@ -332,7 +333,7 @@ def blip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_local_captioner_is_deterministic_and_bounded(blip_folder: Path) -> None:
-    load_captioner.cache_clear()
+    _load_local.cache_clear()
     captioner = load_captioner(CaptionsConfig(model=str(blip_folder), max_new_tokens=6), "cpu")
     assert isinstance(captioner, LocalCaptioner)
     images = [gradient(), gradient().rotate(90), Image.new("RGB", (32, 32), "red")]
@@ -376,7 +377,7 @@ def test_a_captioner_with_few_positions_stays_within_them_and_batches_do_not_mat
 ) -> None:
     import torch
 
-    load_captioner.cache_clear()
+    _load_local.cache_clear()
     captioner = load_captioner(CaptionsConfig(model=str(git_folder), max_new_tokens=75), "cpu")
     assert isinstance(captioner, LocalCaptioner)
     assert captioner.model.dtype == torch.float32  # half precision on disk

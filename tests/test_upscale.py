@@ -13,7 +13,7 @@ from resmaster_stages import config as configuration
 from resmaster_stages import low_res, upscale
 from resmaster_stages.config import UpscaleConfig, parse_config
 from resmaster_stages.diffusion.views import view_grid
-from resmaster_stages.errors import ConfigError, GpuLost, SampleError
+from resmaster_stages.errors import ConfigError, GpuLost, OutOfMemory, SampleError
 from resmaster_stages.identity import image_key
 from resmaster_stages.low_res import generate
 from resmaster_stages.methods import METHODS
@@ -288,7 +288,7 @@ def test_too_little_memory_names_what_to_lower():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     ours.unet.forward = fail
-    with pytest.raises(ConfigError, match="view_batch"):
+    with pytest.raises(OutOfMemory, match="view_batch"):
         upscale_image(ours, picture(), "a cat", config=settings())
 
 

@@ -341,7 +341,6 @@ def _first_line(error: object) -> str:
 # ------------------------------------------------------------------------------------------------------- loading
 
 
-@lru_cache(maxsize=1)
 def load_captioner(config: CaptionsConfig, device: str = "auto") -> Captioner | None:
     """The captioner that `config` asks for; None for `source: prompt`. Kept until another one is asked for.
 
@@ -357,9 +356,10 @@ def load_captioner(config: CaptionsConfig, device: str = "auto") -> Captioner | 
             max_new_tokens=config.max_new_tokens,
             concurrency=config.batch_size,
         )
-    return _load_local(config, device)
+    return _load_local(config.model_copy(update={"batch_size": 1}), device)  # another batch is no other model
 
 
+@lru_cache(maxsize=1)
 def _load_local(config: CaptionsConfig, device: str) -> LocalCaptioner:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -1,13 +1,17 @@
-"""What a failing device means: lost for good, too small for the job, or a plain error."""
+"""What a failing device means: lost for good, too small for the batch, or nothing. Loads no torch to find out.
+
+Torch reports both as RuntimeErrors of many wordings; here is the one list of them.
+"""
 
 from __future__ import annotations
 
+import errno
+import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
-from resmaster_stages.errors import ConfigError, GpuLost
+from resmaster_stages.errors import GpuLost, OutOfMemory, ResMasterError
 
 _LOST = (
     "illegal memory access",
@@ -20,19 +24,40 @@ _LOST = (
     "device is lost",
     "no cuda-capable device",
     "launch timed out",
+    "can't initialize nvml",
 )
+_FULL = ("out of memory", "allocate memory", "alloc_failed")
+"""CUDA's and Metal's allocators; the CPU's ("can't allocate memory: you tried to allocate..."); cuBLAS and cuDNN."""
+
+
+def fault_of(error: Exception, advice: str) -> GpuLost | OutOfMemory | None:
+    """What `error` says about the device or the memory, as an error of this project; None if it says nothing."""
+    text = " ".join(str(error).split())
+    signs = text.lower() if isinstance(error, RuntimeError) else ""
+    if any(sign in signs for sign in _LOST):
+        return GpuLost(f"the GPU is lost: {text}")
+    full = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if full or any(sign in signs for sign in _FULL):
+        return OutOfMemory(f"out of memory; {advice}")
+    return None
 
 
 @contextmanager
 def device_faults(advice: str) -> Iterator[None]:
-    """Raises GpuLost where the device context is poisoned, and ConfigError with `advice` where memory ran out."""
+    """Raises GpuLost where the device context is poisoned, and OutOfMemory with `advice` where memory ran out."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        raise ConfigError(f"out of GPU memory; {advice}") from error
-    except RuntimeError as error:
-        text = str(error).lower()
-        if any(sign in text for sign in _LOST):
-            raise GpuLost(f"the GPU is lost: {str(error).splitlines()[0]}") from error
+    except ResMasterError:
         raise
+    except Exception as error:
+        if fault := fault_of(error, advice):
+            raise fault from error
+        raise
+
+
+def release_memory() -> None:
+    """Give back what nothing refers to any more, so that a smaller batch finds the room."""
+    gc.collect()  # a caught error's frames held tensors
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -24,7 +24,7 @@ from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from transformers import CLIPVisionModelWithProjection
 
 from resmaster_stages.config import IpAdapterConfig, ModelConfig
-from resmaster_stages.errors import ConfigError
+from resmaster_stages.errors import ConfigError, OutOfMemory
 from resmaster_stages.models.faults import device_faults
 from resmaster_stages.models.identity import PICTUREBOOK, as_folder, model_identity, pack_folder
 
@@ -254,8 +254,11 @@ def load_models(config: ModelConfig) -> Models:
     pipe = load_pipeline(config)
     offload = config.offload == "model" and device.type != "cpu"
     if not offload:
-        with device_faults(f"model {config.id} does not fit; set model.offload: model, or model.dtype: float16"):
-            pipe.to(device)
+        try:
+            with device_faults(f"model {config.id} does not fit; set model.offload: model, or model.dtype: float16"):
+                pipe.to(device)
+        except OutOfMemory as error:  # no smaller batch helps
+            raise ConfigError(str(error)) from error
     models = Models.from_pipeline(pipe, identity=model_identity(config), offload=offload)
     if device.type == "cuda":  # convolutions in half precision want it there; on CPUs it made no measurable difference
         models.unet.to(memory_format=torch.channels_last)

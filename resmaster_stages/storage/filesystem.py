@@ -222,6 +222,15 @@ class Folder:
             else:
                 self.fs.pipe_file(path, data)
 
+    def write_many(self, files: dict[str, bytes]) -> None:
+        """`write` each of these, in parallel where the store can."""
+        if self.local:
+            for name, data in files.items():
+                self.write(name, data)
+        else:
+            with explained(self.url):
+                self.fs.pipe({self.full(name): data for name, data in files.items()})
+
     def upload(self, name: str, source: Path) -> None:
         """Copy a local file to a new name; it is visible only when complete."""
         path = self.full(name)
@@ -251,6 +260,14 @@ class Folder:
         with explained(self.url_of(name)):
             try:
                 self.fs.rm_file(self.full(name))
+            except FileNotFoundError:
+                return
+
+    def remove_all(self, folder: str) -> None:
+        """Delete a folder with all that is in it; one that is already gone is no error."""
+        with explained(self.url_of(folder)):
+            try:
+                self.fs.rm(self.full(folder), recursive=True)
             except FileNotFoundError:
                 return
 

@@ -10,6 +10,8 @@ Names are relative to the dataset's folder, with forward slashes:
     quality/000123-{attempt}.features.parquet  feature vectors, where the configuration asks for them
     errors/{stage}/000123-{attempt}.parquet
     commits/{stage}-{hash8}/000123.json        the truth
+    cache/{stage}-{hash8}-000123/{key}.sample  finished samples of a shard that is not committed yet
+    cache/{stage}-{hash8}-000123.json          its breadcrumb: the samples at work
     report/  manifest.parquet  index.json  README.md
 
 Invariant: names that different attempts may write concurrently hold the attempt, except the one that commits them.
@@ -25,6 +27,7 @@ from resmaster_stages.config import Stage
 CONFIG = "config.json"
 CONFIGS = "configs"
 PLAN = "plan"
+CACHE = "cache"
 MANIFEST = "manifest.parquet"
 INDEX = "index.json"
 CARD = "README.md"
@@ -107,6 +110,21 @@ def commit(stage: Stage, stage_hash: str, shard: int) -> str:
 def probe(token: str) -> str:
     """A file that tries what the store honours."""
     return f"{PROBE}{token}"
+
+
+def spill_folder(stage: Stage, stage_hash: str, shard: int) -> str:
+    """Folder of the finished samples of a shard that is not committed yet."""
+    return f"{CACHE}/{stage}-{stage_hash[:8]}-{shard:06d}"
+
+
+def spill(folder: str, key: str) -> str:
+    """A finished sample in that folder."""
+    return f"{folder}/{key}.sample"
+
+
+def breadcrumb(stage: Stage, stage_hash: str, shard: int) -> str:
+    """Names the samples at work."""
+    return f"{spill_folder(stage, stage_hash, shard)}.json"
 
 
 def number_of(name: str) -> int | None:

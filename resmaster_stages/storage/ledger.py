@@ -53,3 +53,14 @@ def encode_failures(
 def one_line(error: Exception) -> str:
     """An error's message on one line that may be stored, cut to a sensible length."""
     return disclosure.one_line(error)[:MESSAGE_CHARACTERS]
+
+
+def first_errors(failures: Sequence[tuple[str, Exception]]) -> str:
+    """A table of failures by class, the most frequent first: how many, the first one's key and message."""
+    counts = Counter(type(error).__name__ for _, error in failures)
+    lines = [("error", "samples", "first key", "first message")]
+    for name, count in counts.most_common():
+        key, error = next((key, error) for key, error in failures if type(error).__name__ == name)
+        lines.append((name, str(count), key, one_line(error)))
+    widths = [max(len(line[column]) for line in lines) for column in range(3)]
+    return "\n".join("  ".join([*(f"{cell:<{width}}" for cell, width in zip(line, widths)), line[3]]) for line in lines)

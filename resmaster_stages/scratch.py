@@ -1,0 +1,53 @@
+"""Scratch folders on this machine's disk: gone after the block, and reclaimed later if the process was killed within it.
+
+Invariant: a folder whose process lives is never touched. Its lock file is locked for as long as the process lives, whoever
+looks, from whichever container.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+PREFIX = "resmaster-scratch-"
+LOCK = ".lock"
+YOUNG_SECONDS = 60.0
+"""Younger folders are left alone: their process may not have come to lock them yet."""
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A fresh folder below TMPDIR, deleted after the block."""
+    reclaim_once(tempfile.gettempdir())
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as name, open(os.path.join(name, LOCK), "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = Path(name) / "files"
+        folder.mkdir()
+        yield folder
+
+
+@functools.lru_cache(maxsize=1)
+def reclaim_once(parent: str) -> None:
+    """`reclaim`, once per process."""
+    reclaim(parent)
+
+
+def reclaim(parent: str) -> int:
+    """Delete the scratch folders of dead processes below `parent`; returns their number. What cannot be deleted stays."""
+    count = 0
+    for folder in Path(parent).glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime < YOUNG_SECONDS:
+                continue
+            with open(folder / LOCK, "ab") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its process lives
+                shutil.rmtree(folder)
+                count += 1
+    return count
