@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -58,6 +65,21 @@ def _text_config(hidden: int, projection: int) -> CLIPTextConfig:
     )
 
 
+def _vae(**values: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=NATIVE_PX,
+        **values,
+    )
+
+
 def make_pipeline(seed: int = 0) -> Any:
     """A fresh StableDiffusionXLPipeline with an image encoder, without IP-Adapter weights."""
     torch.manual_seed(seed)
@@ -78,19 +100,7 @@ def make_pipeline(seed: int = 0) -> Any:
         cross_attention_dim=16 + 16,
         norm_num_groups=8,
     )
-    vae = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=NATIVE_PX,
-        scaling_factor=0.13025,
-        force_upcast=True,
-    )
+    vae = _vae(scaling_factor=0.13025, force_upcast=True)
     pipe = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(_text_config(16, 16)),
@@ -114,6 +124,40 @@ def make_pipeline(seed: int = 0) -> Any:
         add_watermarker=False,
     )
     for name in ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder"):
+        getattr(pipe, name).eval().requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_stable_diffusion(prediction_type: str = "epsilon", seed: int = 0) -> Any:
+    """A fresh StableDiffusionPipeline with the four blocks of Stable Diffusion 1.5 (epsilon) or 2.1 (v_prediction)."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=NATIVE_PX // LATENT_FACTOR,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=2,
+        down_block_types=(*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+        attention_head_dim=2,
+        use_linear_projection=prediction_type == "v_prediction",
+        cross_attention_dim=16,
+        norm_num_groups=4,
+    )
+    pipe = StableDiffusionPipeline(
+        vae=_vae(scaling_factor=0.18215, force_upcast=False),
+        text_encoder=CLIPTextModel(_text_config(16, 16)),
+        tokenizer=tokenizer(),
+        unet=unet,
+        scheduler=DDIMScheduler(
+            **SCHEDULER, prediction_type=prediction_type, clip_sample=False, set_alpha_to_one=False
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    for name in ("unet", "vae", "text_encoder"):
         getattr(pipe, name).eval().requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -30,6 +30,8 @@ class Conditions:
     time_ids: Tensor  # [N, 6]: original height and width, crop top and left, target height and width, all in px
     image: Tensor | None = None  # [N, 1, ...]
     negative_image: Tensor | None = None
+    told_sizes: bool = True
+    """Whether the UNet reads pooled text and `time_ids`."""
 
     def __len__(self) -> int:
         return len(self.time_ids)
@@ -37,7 +39,8 @@ class Conditions:
     def take(self, items: Tensor) -> Conditions:
         """The conditions of `items` [M] (long), in their order."""
         text, negative = self.text, self.negative
-        return Conditions(
+        return replace(
+            self,
             text=replace(text, index=text.index[items]),
             negative=None if negative is None else replace(negative, index=negative.index[items]),
             time_ids=self.time_ids[items],
@@ -51,16 +54,14 @@ class Conditions:
         images = [self.image if branch.conditional else self.negative_image for branch in branches]
         rows = [(text, text.index[items]) for text in texts if text is not None]
         assert len(rows) == len(branches), "an unconditional branch without negative conditions"
-        return {
-            "encoder_hidden_states": torch.cat([text.states[i] for text, i in rows]),
-            "added_cond_kwargs": {
-                "text_embeds": torch.cat([text.pooled[i] for text, i in rows]),
-                "time_ids": self.time_ids[items].repeat(len(branches), 1),
-                "image_embeds": [torch.cat([image[items] for image in images if image is not None])]
-                if self.image is not None
-                else [],
-            },
-        }
+        added: dict[str, Any] = {"image_embeds": []}
+        if self.image is not None:
+            added["image_embeds"] = [torch.cat([image[items] for image in images if image is not None])]
+        if self.told_sizes:
+            added["text_embeds"] = torch.cat([text.pooled[i] for text, i in rows])
+            added["time_ids"] = self.time_ids[items].repeat(len(branches), 1)
+        states = torch.cat([text.states[i] for text, i in rows])
+        return {"encoder_hidden_states": states, "added_cond_kwargs": added}
 
 
 def size_and_crop(grid: Grid, micro_conditioning: str) -> list[tuple[int, ...]]:
@@ -96,4 +97,5 @@ def make_conditions(
         time_ids=torch.tensor(sizes, dtype=torch.float32, device=models.device),
         image=image[0] if image else None,
         negative_image=image[1] if image else None,
+        told_sizes=models.told_sizes,
     )

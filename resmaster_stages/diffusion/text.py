@@ -1,5 +1,7 @@
-"""Prompts to SDXL text embeddings, as diffusers' `encode_prompt` makes them: penultimate states of both encoders, pooled
-output of the second. Every distinct prompt is encoded once.
+"""Prompts to text embeddings, as the `encode_prompt` of diffusers' pipelines makes them; every distinct prompt once.
+
+SDXL: penultimate states of both encoders side by side, and the pooled output of the second. Stable Diffusion 1.x and 2.x:
+the last states of the only encoder.
 
 Knows nothing about views. Prompts beyond the encoders' 77 tokens lose their tail; `truncated` tells which.
 """
@@ -22,12 +24,12 @@ class TextEmbeddings:
     """Embeddings of distinct prompts, and which prompt each item uses."""
 
     states: Tensor  # [U, 77, D]
-    pooled: Tensor  # [U, P]
+    pooled: Tensor  # [U, P]; P = 0 where the UNet reads none
     index: Tensor  # [N], long: item -> prompt
 
 
 def count_tokens(models: Models, prompts: Sequence[str]) -> list[int]:
-    """Tokens of each prompt, start and end included; the greater of the two tokenizers."""
+    """Tokens of each prompt, start and end included; the greatest of all tokenizers."""
     counts = [[len(ids) for ids in tokenizer(list(prompts)).input_ids] for tokenizer in models.tokenizers]
     return [max(each) for each in zip(*counts)]
 
@@ -41,16 +43,15 @@ def truncated(models: Models, prompts: Sequence[str]) -> list[bool]:
 def _encode_batch(models: Models, prompts: list[str]) -> tuple[Tensor, Tensor]:
     """([B, 77, D], [B, P]) of a batch of prompts."""
     states = []
-    pooled = None
     for tokenizer, encoder in zip(models.tokenizers, models.text_encoders):
         tokens = tokenizer(
             prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
         )
         output = encoder(tokens.input_ids.to(models.device), output_hidden_states=True)
+        if not models.told_sizes:
+            return output.last_hidden_state, output.last_hidden_state.new_zeros(len(prompts), 0)
         states.append(output.hidden_states[-2])
-        pooled = output[0]
-    assert pooled is not None
-    return torch.cat(states, dim=-1), pooled
+    return torch.cat(states, dim=-1), output[0]
 
 
 def encode_prompts(models: Models, prompts: Sequence[str], *, negative: bool = False) -> TextEmbeddings:

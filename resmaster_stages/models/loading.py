@@ -1,4 +1,5 @@
-"""From a model's name to its parts on a device: SDXL by hub id or folder, the embedded pack, or a user's own pipeline.
+"""From a model's name to its parts on a device: SDXL or Stable Diffusion 1.x and 2.x by hub id or folder, the embedded pack,
+or a user's own pipeline.
 
 Knows nothing about methods. Only safetensors are read and no remote code runs; `HF_HUB_OFFLINE=1` is respected.
 
@@ -19,7 +20,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from transformers import CLIPVisionModelWithProjection
 
@@ -41,7 +42,10 @@ PACK_ADAPTER = IpAdapterConfig(
 
 @dataclass(frozen=True, eq=False)
 class Models:
-    """The parts of an SDXL-shaped model, as the engine uses them."""
+    """The parts of a latent diffusion model with a UNet, as the engine uses them.
+
+    SDXL has two text encoders, pooled text and size conditions; Stable Diffusion 1.x and 2.x have one encoder and neither.
+    """
 
     unet: Any
     vae: Any
@@ -73,6 +77,11 @@ class Models:
         return int(self.unet.config.sample_size) * self.latent_factor
 
     @property
+    def told_sizes(self) -> bool:
+        """Whether the UNet reads pooled text, and numbers of size and crop (SDXL)."""
+        return self.unet.config.addition_embed_type == "text_time"
+
+    @property
     def has_ip_adapter(self) -> bool:
         """Whether image prompts can be used."""
         return self.image_encoder is not None and isinstance(self.unet.encoder_hid_proj, MultiIPAdapterImageProjection)
@@ -93,30 +102,34 @@ class Models:
 
     @classmethod
     def from_pipeline(cls, pipe: Any, *, identity: str = "pipeline", offload: bool = False) -> Models:
-        """The parts of a StableDiffusionXLPipeline: its own checkpoint, LoRA, scheduler and IP-Adapter, as they are.
+        """The parts of a StableDiffusionXLPipeline or StableDiffusionPipeline: its own checkpoint, LoRA, scheduler and
+        IP-Adapter, as they are.
 
-        The pipeline must be on the device that it shall run on. Raises ConfigError for anything that is not SDXL-shaped.
+        The pipeline must be on the device that it shall run on. Raises ConfigError for any other kind.
         """
-        unet = getattr(pipe, "unet", None)
-        if unet is None or unet.config.addition_embed_type != "text_time" or not getattr(pipe, "text_encoder_2", None):
-            raise ConfigError(f"model {identity}: {type(pipe).__name__} is not SDXL; give an SDXL base model")
-        if pipe.text_encoder is None:
+        unet, encoder = getattr(pipe, "unet", None), getattr(pipe, "text_encoder", None)
+        second = getattr(pipe, "text_encoder_2", None)
+        if unet is None or unet.config.addition_embed_type != ("text_time" if second else None):
+            raise ConfigError(
+                f"model {identity}: {type(pipe).__name__} is neither SDXL nor Stable Diffusion; give a base model of theirs"
+            )
+        if encoder is None:
             raise ConfigError(
                 f"model {identity}: looks like an SDXL refiner (one text encoder); give an SDXL base model"
             )
         if unet.config.in_channels != pipe.vae.config.latent_channels or unet.config.time_cond_proj_dim is not None:
-            raise ConfigError(f"model {identity}: an inpainting, editing or LCM variant; give a plain SDXL base model")
+            raise ConfigError(f"model {identity}: an inpainting, editing or LCM variant; give a plain base model")
         processor = getattr(pipe, "feature_extractor", None)
         return cls(
             unet=unet,
             vae=pipe.vae,
-            text_encoders=(pipe.text_encoder, pipe.text_encoder_2),
-            tokenizers=(pipe.tokenizer, pipe.tokenizer_2),
+            text_encoders=(encoder, second) if second else (encoder,),
+            tokenizers=(pipe.tokenizer, pipe.tokenizer_2) if second else (pipe.tokenizer,),
             image_encoder=getattr(pipe, "image_encoder", None),
             image_mean=tuple(getattr(processor, "image_mean", None) or CLIP_MEAN),
             image_std=tuple(getattr(processor, "image_std", None) or CLIP_STD),
             scheduler_config={"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config},
-            zeros_for_empty_prompt=bool(pipe.config.force_zeros_for_empty_prompt),
+            zeros_for_empty_prompt=bool(getattr(pipe.config, "force_zeros_for_empty_prompt", False)),
             device=torch.device(pipe._execution_device),
             dtype=unet.dtype,
             offload=offload,
@@ -174,13 +187,22 @@ def _location(model_id: str) -> str:
 def _check_folder(model_id: str, folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ConfigError(f"model {model_id}: no model_index.json in it; give the top folder of a diffusers SDXL model")
+        raise ConfigError(f"model {model_id}: no model_index.json in it; give the top folder of a diffusers model")
     try:
-        name = str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+        json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"model {model_id}: its model_index.json cannot be read; download the model again") from None
-    if not name.startswith("StableDiffusionXL"):
-        raise ConfigError(f"model {model_id}: is a {name}, not SDXL; give an SDXL base model")
+
+
+def _kind(model_id: str, name: str) -> tuple[Any, dict[str, Any]]:
+    """The pipeline class for what a model's index calls itself, and what else its loader is told. Raises ConfigError."""
+    if name.startswith("StableDiffusionXL"):
+        return StableDiffusionXLPipeline, {"add_watermarker": False}
+    if name == "StableDiffusionPipeline":
+        return StableDiffusionPipeline, {"safety_checker": None, "requires_safety_checker": False}
+    raise ConfigError(
+        f"model {model_id}: is a {name}, not SDXL or Stable Diffusion 1.x or 2.x; give a base model of theirs"
+    )
 
 
 def _load_adapter(pipe: Any, adapter: IpAdapterConfig, dtype: torch.dtype) -> None:
@@ -222,7 +244,7 @@ def _no_bars() -> Iterator[None]:
 
 
 def load_pipeline(config: ModelConfig) -> Any:
-    """The StableDiffusionXLPipeline that `config` names, on the CPU, with its IP-Adapter and VAE. Raises ConfigError."""
+    """The pipeline that `config` names, on the CPU, with its IP-Adapter and VAE. Raises ConfigError."""
     location = _location(config.id)
     if Path(location).is_dir():
         _check_folder(config.id, Path(location))
@@ -232,13 +254,15 @@ def load_pipeline(config: ModelConfig) -> Any:
         with _explained(config.vae, "the VAE"):
             extra["vae"] = AutoencoderKL.from_pretrained(_location(config.vae), dtype=dtype, use_safetensors=True)
     with _explained(config.id, "it"), _no_bars():
-        pipe = StableDiffusionXLPipeline.from_pretrained(
+        index = DiffusionPipeline.load_config(location, revision=config.revision)
+        kind, more = _kind(config.id, str(index.get("_class_name")))
+        pipe = kind.from_pretrained(
             location,
             revision=config.revision,
             variant=config.variant,
             dtype=dtype,
             use_safetensors=True,
-            add_watermarker=False,
+            **more,
             **extra,
         )
     adapter = PACK_ADAPTER if config.id == PICTUREBOOK and config.ip_adapter is None else config.ip_adapter

@@ -124,7 +124,7 @@ def test_pipelines_that_are_not_sdxl_base_are_refused():
     pipe.text_encoder = None
     with pytest.raises(ConfigError, match="refiner"):
         Models.from_pipeline(pipe)
-    with pytest.raises(ConfigError, match="not SDXL"):
+    with pytest.raises(ConfigError, match="neither SDXL"):
         Models.from_pipeline(object())
 
 
