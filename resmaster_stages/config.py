@@ -259,13 +259,16 @@ class ScaleCrafterConfig(Part):
     """What only method `scalecrafter` reads. None: what the authors published for the canvas's size."""
 
     dilate_until: float | None = Field(default=None, ge=0, le=1)
-    """Fraction of the steps with dilated convolutions (the paper's tau; 0.6, from 3x on 0.7)."""
+    """Fraction of the steps with dilated convolutions (the paper's tau; SDXL: 0.6, from 3x on 0.7)."""
     progressive: bool | None = None
     """Whether the dilation falls step by step (from 3x on)."""
     damped_until: float | None = Field(default=None, ge=0, le=1)
     """Fraction of the steps with noise-damped guidance (0, from 3x on 0.7)."""
     down: bool = True
     """Below 3x: dilate the deepest down block too. The authors' list misses it on SDXL."""
+    dispersed: bool = False
+    """Dispersed convolution: the deepest layers reach as far by denser kernels of 5 x 5. The authors describe it; none of
+    their published runs switches it on."""
     freeu: bool = False
     """FreeU, which the authors' programs switch on."""
 
@@ -277,8 +280,8 @@ class FouriScaleConfig(Part):
     """Fraction of the steps with full dilation."""
     until: float = Field(default=0.7, ge=0, le=1)
     """Fraction of the steps at which the dilation has fallen to none."""
-    floor: float = Field(default=0.6, ge=0, le=1)
-    """What the filter leaves of the highest frequencies. The authors: 0.6 for SDXL, 0 for its predecessors."""
+    floor: float | None = Field(default=None, ge=0, le=1)
+    """What the filter leaves of the highest frequencies. None, as the authors: 0.6 for SDXL, 0 for its predecessors."""
     amplification: float = Field(default=1.0, ge=1)
     """Times the guidance scale while dilation is full; the authors offer 2.4 against blurred results."""
     freeu: bool = False

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from math import ceil
 from typing import Any
@@ -39,6 +39,24 @@ class Dilated:
         size = [-(-side // stride) for side, stride in zip(x.shape[-2:], conv.stride)]
         wide = F.interpolate(x, scale_factor=whole / self.factor, mode="bilinear", align_corners=False)
         return F.interpolate(dilated(conv, wide, whole), size=size, mode="bilinear", align_corners=False)
+
+
+@dataclass(frozen=True)
+class Dispersed:
+    """Taps `factor` cells apart, reached by a kernel of 5 x 5 (`dispersion`) at half that distance: as far, but denser."""
+
+    factor: float
+    weight: Tensor = field(compare=False)  # [C', C, 5, 5]
+
+    def __call__(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        """[N, C, h, w] -> [N, C', h / stride, w / stride], rounded up."""
+        half = self.factor / 2
+        whole = ceil(half)
+        size = [-(-side // stride) for side, stride in zip(x.shape[-2:], conv.stride)]
+        if whole != half:
+            x = F.interpolate(x, scale_factor=whole / half, mode="bilinear", align_corners=False)
+        y = F.conv2d(x, self.weight, conv.bias, conv.stride, 2 * whole, whole)
+        return y if whole == half else F.interpolate(y, size=size, mode="bilinear", align_corners=False)
 
 
 PLAIN = Dilated(1.0)

@@ -5,7 +5,8 @@ second text branch, filtered weakly and dilated less, keeps detail and takes its
 goes from the negative prediction to the second branch's. Dilation falls from step 20 of 50 on and is off from step 35;
 there both text branches would be the same, so the second is left out.
 
-Authors' word: all of the above and the SDXL settings. The filter is theirs on the spectrum; here it is two products with
+Authors' word: all of the above, the SDXL settings, and a floor of 0 for Stable Diffusion 1.5 and 2.1 (whose layers here are
+the same places of the deeper UNet: our choice). The filter is theirs on the spectrum; here it is two products with
 the circulant matrix of its impulse response (the same numbers, no transforms), symmetric in frequency, where their mask
 is off by one bin between positive and negative frequencies. In preset `default` FreeU is off. The reference is not read,
 except with `init: noised_lr`.
@@ -183,7 +184,8 @@ def compose(request: Request) -> Composition:
     plan = make_plan(request.height, request.width, models.native_px, config.steps, settings)
     canvas = [side * models.latent_factor for side in request.canvas_size]
     covered = (plan.factor * plan.base[0] / canvas[0], plan.factor * plan.base[1] / canvas[1])
-    rules = layer_rules(models.unet, plan, covered, settings.floor)
+    floor = settings.floor if settings.floor is not None else 0.6 if models.told_sizes else 0.0
+    rules = layer_rules(models.unet, plan, covered, floor)
     patches: tuple[Patch, ...] = (
         partial(changed_layers, rules=rules, moment=moment),
         partial(shared_attention, moment=moment),

@@ -5,11 +5,13 @@
 - noise-damped guidance (from 3x on): strongly dilated networks denoise badly, so the unconditional prediction comes from
   a weakly dilated one, while the difference that the prompt makes comes from the strongly dilated one.
 
-Authors' word: the layers and dilations for SDXL at 2048 x 2048, 2560 x 2560, 4096 x 2048 and 4096 x 4096, and preset
-`faithful`. Our choice: the rule that gives those at any size; in preset `default` no FreeU, and below 3x the deepest down
-block too (the authors' list names one that SDXL does not have). The unconditional half alone runs through the weak
-network; the authors' code computes both halves and drops one. Dispersed convolution, which no published SDXL setting
-switches on, is not built. The reference is not read, except with `init: noised_lr`.
+Authors' word: the layers, dilations and durations for SDXL at 2048 x 2048, 2560 x 2560, 4096 x 2048 and 4096 x 4096, for
+Stable Diffusion 1.5 (native 512) at 1024, 1280 and 2048 px and for 2.1 at 2048 px; dispersed convolution and its layers, which
+their settings name and no published run switches on; preset `faithful`. The weak network of 1.5 at 2048 px is their list
+for tests, the only one at hand. Our choice: the rules that give those at any size; in preset `default` no FreeU, and below
+3x the deepest down block too (the authors' list names one that SDXL does not have). The unconditional half alone runs
+through the weak network; the authors' code computes both halves and drops one. The reference is not read, except with
+`init: noised_lr`.
 """
 
 from __future__ import annotations
@@ -18,15 +20,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil, sqrt
+from typing import Any, Literal
 
 from torch import Tensor
 
 from resmaster_stages.config import ScaleCrafterConfig
-from resmaster_stages.diffusion.convolutions import PLAIN, Dilated, LayerRule, changed_layers
+from resmaster_stages.diffusion.convolutions import PLAIN, Dilated, Dispersed, LayerRule, changed_layers
+from resmaster_stages.diffusion.dispersion import dispersed_weight
 from resmaster_stages.diffusion.freeu import freeu
 from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, Branch, Branches, Moment, guide
 from resmaster_stages.diffusion.loop import Composition, Patch
-from resmaster_stages.diffusion.patches import chosen_layers
+from resmaster_stages.diffusion.patches import Layer, bare, chosen_layers
 from resmaster_stages.diffusion.schedule import Step
 from resmaster_stages.methods import direct
 from resmaster_stages.methods.request import Request
@@ -53,21 +57,99 @@ class NoiseDamped:
         return outputs[0] if len(outputs) == 1 else guide(outputs[0], outputs[1], self.scale)
 
 
+Family = Literal["sdxl", "sd1", "sd2"]
+"""Whose published settings are read; other UNets are taken for SDXL's, their places counted from the deepest block."""
+
+DEEP = ("mid_block.resnets", "up_blocks.0.resnets", "up_blocks.0.upsamplers")
+DISPERSED: dict[Family, tuple[str, ...]] = {
+    "sdxl": ("down_blocks.-1.resnets", *DEEP),
+    "sd1": (
+        "down_blocks.2.downsamplers",
+        "down_blocks.3.resnets",
+        *DEEP,
+        "up_blocks.1.resnets",
+        "up_blocks.1.upsamplers",
+    ),
+}
+DISPERSED["sd2"] = DISPERSED["sd1"]
+
+
+def family(unet: Any) -> Family:
+    """Whose UNet this is, by its depth and the width of its text."""
+    config = bare(unet).config
+    if len(config.block_out_channels) != 4:
+        return "sdxl"
+    return "sd2" if config.cross_attention_dim == 1024 else "sd1"
+
+
+def _up(number: int, factor: float) -> dict[str, float]:
+    return dict.fromkeys((f"up_blocks.{number}.resnets", f"up_blocks.{number}.upsamplers"), factor)
+
+
+def _down(number: int, factor: float) -> dict[str, float]:
+    return dict.fromkeys((f"down_blocks.{number}.resnets", f"down_blocks.{number}.downsamplers"), factor)
+
+
 def moderate(scale: float, down: bool) -> dict[str, float]:
-    """Layers and dilations of a canvas less than three times as long as a native picture."""
-    places = ["mid_block.resnets", "up_blocks.0.resnets", "up_blocks.0.upsamplers"]
-    return dict.fromkeys((["down_blocks.-1.resnets"] if down else []) + places, scale)
+    """Layers and dilations of a canvas less than three times as long as a native picture.
+
+    down: the deepest down block whatever its number; else the authors' `down_blocks.3`, which SDXL lacks.
+    """
+    return {f"down_blocks.{-1 if down else 3}.resnets": scale, **dict.fromkeys(DEEP, scale)}
 
 
-def strong(vertical: float, horizontal: float) -> dict[str, float]:
+def between(scale: float) -> dict[str, float]:
+    """Stable Diffusion 1.5 and 2.1 from 2x to 3x: published for 1.5 at 1280 px."""
+    less = 0.8 * scale
+    return {
+        "down_blocks.1.downsamplers": less,
+        **_down(2, scale),
+        "down_blocks.2.resnets": less,
+        "down_blocks.3.resnets": scale,
+        **dict.fromkeys(DEEP, scale),
+        "up_blocks.1.resnets": less,
+        "up_blocks.1.upsamplers": scale,
+        **_up(2, less),
+    }
+
+
+def strong(vertical: float, horizontal: float, whose: Family = "sdxl") -> dict[str, float]:
     """Layers and dilations of a larger canvas, from its height and width over a native picture's."""
     scale = max(vertical, horizontal)
-    return {
-        "down_blocks.-1.resnets": float(ceil(sqrt(vertical * horizontal))),
-        **dict.fromkeys(("mid_block.resnets", "up_blocks.0.resnets", "up_blocks.0.upsamplers"), scale),
-        **dict.fromkeys(("up_blocks.1.resnets", "up_blocks.1.upsamplers"), 0.75 * scale),
-        "up_blocks.2.resnets": 0.5 * scale,
-    }
+    deep = dict.fromkeys(DEEP, scale)
+    if whose == "sdxl":
+        down = float(ceil(sqrt(vertical * horizontal)))
+        return {"down_blocks.-1.resnets": down, **deep, **_up(1, 0.75 * scale), "up_blocks.2.resnets": 0.5 * scale}
+    outer = {**_up(1, scale), **_up(2, 0.75 * scale), "up_blocks.3.resnets": 0.5 * scale}
+    if whose == "sd1":
+        return {
+            **_down(0, 0.5 * scale),
+            **_down(1, 0.75 * scale),
+            **_down(2, scale),
+            **_down(3, scale),
+            **deep,
+            **outer,
+        }
+    return {**_down(2, scale), "down_blocks.2.resnets": 0.75 * scale, **_down(3, scale), **deep, **outer}
+
+
+def weak(vertical: float, horizontal: float, whose: Family = "sdxl") -> dict[str, float]:
+    """Layers and dilations of the network that the unconditional prediction comes from."""
+    scale = max(vertical, horizontal)
+    if whose == "sdxl":
+        return moderate(min(scale, 2.0), False)
+    if whose == "sd1":
+        return {**_down(2, scale), **_down(3, scale), **dict.fromkeys(DEEP, scale), **_up(1, scale)}
+    return {name: factor for name, factor in strong(vertical, horizontal, whose).items() if "up_blocks.3" not in name}
+
+
+def durations(scale: float, whose: Family) -> tuple[float, float]:
+    """Fractions of the steps with dilation and with noise-damped guidance."""
+    if scale >= 3:
+        return (0.74, 0.74) if whose == "sd2" else (0.7, 0.7)
+    if whose == "sdxl":
+        return 0.6, 0.0
+    return (0.7 if scale > 2 else 0.4 if whose == "sd2" else 0.6), 0.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +161,8 @@ class Plan:
     until: int
     damped_until: int
     progressive: bool
+    dispersed: tuple[str, ...] = ()
+    """Places of layers whose dilation is half by a wider kernel."""
 
     def dilation(self, factor: float, index: int) -> float:
         """Dilation at step `index` of a layer with `factor` at the start."""
@@ -87,30 +171,42 @@ class Plan:
         return float(max(ceil(factor * (self.until - index) / self.until), 2)) if self.progressive else factor
 
 
-def make_plan(vertical: float, horizontal: float, steps: int, settings: ScaleCrafterConfig) -> Plan:
+def make_plan(
+    vertical: float, horizontal: float, steps: int, settings: ScaleCrafterConfig, whose: Family = "sdxl"
+) -> Plan:
     """The plan of a canvas `vertical` times as high and `horizontal` times as wide as a native picture."""
     scale = max(vertical, horizontal)
     large = scale >= 3
-    until = settings.dilate_until if settings.dilate_until is not None else (0.7 if large else 0.6)
-    damped = settings.damped_until if settings.damped_until is not None else (0.7 if large else 0.0)
+    until, damped = durations(scale, whose)
+    until = until if settings.dilate_until is None else settings.dilate_until
+    damped = damped if settings.damped_until is None else settings.damped_until
     progressive = settings.progressive if settings.progressive is not None else large
+    if large:
+        layers = strong(vertical, horizontal, whose)
+    else:
+        layers = between(scale) if whose != "sdxl" and scale > 2 else moderate(scale, settings.down)
     return Plan(
-        strong={} if scale <= 1 else strong(vertical, horizontal) if large else moderate(scale, settings.down),
-        weak={} if scale <= 1 else moderate(min(scale, 2.0), False),
+        strong=layers if scale > 1 else {},
+        weak=weak(vertical, horizontal, whose) if scale > 1 else {},
         until=round(until * steps),
         damped_until=round(damped * steps) if scale > 1 else 0,
         progressive=progressive,
+        dispersed=DISPERSED[whose] if settings.dispersed and scale > 1 else (),
     )
 
 
 def layer_rules(unet: object, plan: Plan) -> dict[str, LayerRule]:
     """How each dilated convolution is computed at each step, in the strong and in the weak network."""
     strong_layers, weak_layers = (chosen_layers(unet, each, "scalecrafter") for each in (plan.strong, plan.weak))
+    spread = chosen_layers(unet, dict.fromkeys(plan.dispersed, 1.0), "scalecrafter")
+    kernels = {name: dispersed_weight(bare(unet).get_submodule(name).weight) for name in spread}
 
-    def rule(name: str, index: int, branch: Branch) -> Dilated:
+    def rule(name: str, index: int, branch: Branch) -> Layer:
         factor = (weak_layers if branch == WEAK else strong_layers).get(name, 1.0)
         dilation = plan.dilation(factor, index)
-        return PLAIN if dilation == 1 else Dilated(dilation)
+        if dilation == 1:
+            return PLAIN
+        return Dispersed(dilation, kernels[name]) if name in kernels else Dilated(dilation)
 
     return {name: partial(rule, name) for name in strong_layers | weak_layers}
 
@@ -119,8 +215,9 @@ def compose(request: Request) -> Composition:
     """Direct inference, its guidance rule and convolutions replaced."""
     config, settings, moment = request.config, request.config.scalecrafter, Moment()
     native = request.models.native_px
-    plan = make_plan(request.height / native, request.width / native, config.steps, settings)
-    rules = layer_rules(request.models.unet, plan)
+    unet = request.models.unet
+    plan = make_plan(request.height / native, request.width / native, config.steps, settings, family(unet))
+    rules = layer_rules(unet, plan)
     patches: tuple[Patch, ...] = (partial(changed_layers, rules=rules, moment=moment),)
     if settings.freeu:
         patches = (*patches, freeu)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from resmaster_stages.diffusion.convolutions import (
     PLAIN,
     Dilated,
+    Dispersed,
     changed_layers,
     dilated,
 )
@@ -17,7 +18,7 @@ from resmaster_stages.diffusion.freeu import backbone_channels, freeu, modulated
 from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, Moment
 from resmaster_stages.diffusion.patches import chosen_layers
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.methods.scalecrafter import WEAK, NoiseDamped, layer_rules, make_plan, moderate, strong
+from resmaster_stages.methods.scalecrafter import WEAK, NoiseDamped, family, layer_rules, make_plan, moderate, strong
 from resmaster_stages.upscale import upscale_image
 from tests.methods.common import (
     adapted,
@@ -29,7 +30,7 @@ from tests.methods.common import (
     sdxl_shaped,
     settings,
 )
-from tests.tiny_models import counted
+from tests.tiny_models import counted, make_stable_diffusion
 
 
 def published(*places):
@@ -62,6 +63,78 @@ def test_on_sdxl_the_layers_are_the_published_ones(height, width, until, damped,
     assert layers == {name: factor for factor, names in expected.items() for name in names}
     weak = chosen_layers(sdxl_shaped(), plan.weak, "scalecrafter")
     assert weak == dict.fromkeys(UP0 | UP0_OUT | MID, 2.0)
+
+
+def places(*names: str) -> set[str]:
+    """Names of all convolutions of blocks, e.g. `down 2`, or of their resnets or samplers alone, e.g. `up 1 resnets`."""
+    found = set()
+    for name in names:
+        kind, number, *part = name.split()
+        block = f"{kind}_blocks.{number}" if kind != "mid" else "mid_block"
+        count = 3 if kind == "up" else 2
+        if not part or part == ["resnets"]:
+            found |= published(*(f"{block}.resnets.{i}" for i in range(count)))
+        if not part or part == ["sampler"]:
+            found.add(f"{block}.{kind}samplers.0.conv")
+    return found
+
+
+SD1_1280 = {
+    2.0: ("down 1 sampler", "down 2 resnets", "up 1 resnets", "up 2"),
+    2.5: ("down 2 sampler", "down 3 resnets", "up 0", "up 1 sampler", "mid 0 resnets"),
+}
+SD1_2048 = {
+    2: ("down 0", "up 3 resnets"),
+    3: ("down 1", "up 2"),
+    4: ("down 2", "down 3 resnets", "up 0", "up 1", "mid 0 resnets"),
+}
+SD2_2048 = {
+    2: ("up 3 resnets",),
+    3: ("down 2 resnets", "up 2"),
+    4: ("down 2 sampler", "down 3 resnets", "up 0", "up 1", "mid 0 resnets"),
+}
+
+
+@pytest.mark.parametrize(
+    ("whose", "px", "until", "damped", "progressive", "expected", "weak"),
+    [
+        ("sd1", 1024, 30, 0, False, {2: ("down 3 resnets", "up 0", "mid 0 resnets")}, None),
+        ("sd1", 1280, 35, 0, False, SD1_1280, None),
+        ("sd1", 2048, 35, 35, True, SD1_2048, {4: SD1_2048[4]}),
+        ("sd2", 2048, 37, 37, True, SD2_2048, {3: SD2_2048[3], 4: SD2_2048[4]}),
+    ],
+)
+def test_on_stable_diffusion_the_layers_are_the_published_ones(whose, px, until, damped, progressive, expected, weak):
+    unet = make_stable_diffusion("v_prediction" if whose == "sd2" else "epsilon").unet
+    unet.register_to_config(cross_attention_dim={"sd1": 768, "sd2": 1024}[whose])
+    assert family(unet) == whose
+    plan = make_plan(px / 512, px / 512, 50, settings("scalecrafter", preset="faithful").scalecrafter, family(unet))
+    assert (plan.until, plan.damped_until, plan.progressive) == (until, damped, progressive)
+    for found, wanted in ((plan.strong, expected), (plan.weak, weak)):
+        if wanted is not None:
+            layers = {name: factor for factor, names in wanted.items() for name in places(*names)}
+            assert chosen_layers(unet, found, "scalecrafter") == layers
+
+
+def test_dispersed_layers_are_the_published_ones_and_their_kernels_are_made_once():
+    own = settings("scalecrafter", scalecrafter={"dispersed": True}).scalecrafter
+    unet, plan = sdxl_shaped(), make_plan(4, 4, 50, own)
+    rules = layer_rules(unet, plan)
+    first = {name: rule(0, TEXT) for name, rule in rules.items()}
+    spread = {name for name, layer in first.items() if isinstance(layer, Dispersed)}
+    assert spread == DOWN2 | MID | UP0 | UP0_OUT
+    for name in spread:
+        later, off = (rules[name](index, TEXT) for index in (20, 35))
+        assert later.weight is first[name].weight
+        assert (first[name].factor, later.factor, off) == (4, 2, PLAIN)
+    moment = Moment(schedule()[0], (TEXT,))
+    base = run_unet(unet, 1)
+    with changed_layers(unet, rules, moment):
+        dispersed_output = run_unet(unet, 1)
+    plain_rules = layer_rules(unet, make_plan(4, 4, 50, settings("scalecrafter").scalecrafter))
+    with changed_layers(unet, plain_rules, moment):
+        assert (run_unet(unet, 1) - dispersed_output).abs().max() > 1e-4
+    assert torch.equal(run_unet(unet, 1), base)
 
 
 def test_the_default_dilates_the_deepest_down_block_at_2x_and_nothing_at_1x():
@@ -230,7 +303,9 @@ def test_without_dilation_it_is_direct_inference():
     )
 
 
-@pytest.mark.parametrize("change", [{"down": False}, {"freeu": True}, {"progressive": True}, {"damped_until": 1.0}])
+@pytest.mark.parametrize(
+    "change", [{"down": False}, {"freeu": True}, {"progressive": True}, {"damped_until": 1.0}, {"dispersed": True}]
+)
 def test_every_knob_has_an_effect(change):
     scale = 2.5
     assert difference(make(scale=scale), make(scale=scale, scalecrafter=change)) > 0
