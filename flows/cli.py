@@ -175,6 +175,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--preset", help="settings of the method: default, or faithful (what its authors published)")
     sub.add_argument("--prompt", default="", metavar="TEXT", help="what the image shows")
     sub.add_argument(
+        "--detail-mask", metavar="FILE", help="method freescale: where this image is white, more detail is drawn anew"
+    )
+    sub.add_argument(
         "--model", default=SDXL["id"], metavar="ID", help=f"picturebook, a hub id, or a folder (default: {SDXL['id']})"
     )
     sub.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,10 @@ def upscale_file(args: argparse.Namespace, console: Console) -> None:
     check_output(target)
     config = settings(args)
     image = open_input(source)
+    detail = open_input(Path(args.detail_mask)) if args.detail_mask else None
 
     from resmaster_stages.models.loading import load_models, resolve_device, resolve_dtype
-    from resmaster_stages.upscale import enlarge_image, upscale_image
+    from resmaster_stages.upscale import caption_views, enlarge_image, target_size, upscale_image
 
     upscale = config.upscale
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -86,12 +88,22 @@ def upscale_file(args: argparse.Namespace, console: Console) -> None:
 
         if upscale.uses_diffusion():
             models = load_models(config.model)
+            caption = partial(caption_views, config, args.prompt) if config.captions.source != "prompt" else None
             captions = None
-            if upscale.uses_captions() and config.captions.source != "prompt":
+            if upscale.uses_captions() and caption:
                 progress.update(bar, description="captioning patches")
-                captions = patch_captions(config, image, args.prompt)
+                size = target_size(image.height, image.width, upscale.passes()[0].scale)
+                captions = caption(image, *size)
             result = upscale_image(
-                models, image, args.prompt, config=upscale, captions=captions, seed=config.seed, progress=step
+                models,
+                image,
+                args.prompt,
+                config=upscale,
+                captions=captions,
+                caption=caption,
+                detail=detail,
+                seed=config.seed,
+                progress=step,
             )
         else:
             device = resolve_device(config.model.device)
@@ -102,22 +114,6 @@ def upscale_file(args: argparse.Namespace, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-def patch_captions(config: DatasetConfig, image: Image.Image, prompt: str) -> list[str]:
-    """A caption per view of the target canvas, by the configuration's captioner."""
-    from resmaster_stages.captions import caption_rows, patch_grid
-    from resmaster_stages.diffusion.views import view_grid
-    from resmaster_stages.models.captioner import load_captioner, token_counter
-    from resmaster_stages.models.geometry import latent_factor, native_px
-    from resmaster_stages.upscale import captions_for_views, target_size
-
-    height, width = target_size(image.height, image.width, config.upscale.scale)
-    native, factor, stride = native_px(config.model), latent_factor(config.model), config.upscale.stride
-    patches = patch_grid(config.captions, height, width, native_px=native, stride=stride, factor=factor)
-    captioner = load_captioner(config.captions, config.model.device)
-    rows = caption_rows(image, prompt, patches, config.captions, captioner, token_counter(config.model))
-    return captions_for_views(view_grid(height, width, native, stride, factor), rows, prompt)
 
 
 def save(image: Image.Image, path: Path) -> None:

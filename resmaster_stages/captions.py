@@ -49,6 +49,7 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
     suffix = style_suffix(captions.style, count)
     captioner = load_captioner(captions, config.model.device)
     native, factor = native_px(config.model), latent_factor(config.model)
+    scale = config.upscale.passes()[0].scale
     for sample in samples:
         try:
             if sample.low_res is None:
@@ -56,8 +57,8 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
             image = sample.low_res.open()
             grid = patch_grid(
                 captions,
-                round(image.height * config.upscale.scale),
-                round(image.width * config.upscale.scale),
+                round(image.height * scale),
+                round(image.width * scale),
                 native_px=native,
                 stride=config.upscale.stride,
                 factor=factor,

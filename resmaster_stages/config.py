@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -303,6 +304,9 @@ class FreeScaleConfig(Part):
     """Fraction of the steps that each stage leaves out at the noisy end: the higher, the closer to the low-res picture."""
     alpha: float = Field(default=2.0, ge=0)
     """Decay of the pull towards the enlarged picture: the lower, the closer. The authors: 2, at 8x 1."""
+    alpha_elsewhere: float | None = Field(default=None, ge=0)
+    """With a detail mask (`resmaster upscale --detail-mask`, or `upscale_image(detail=...)`): the decay where the mask is black,
+    and `alpha` where it is white. The authors: alpha 3, elsewhere 0.5."""
     dilate_until: float = Field(default=0.7, ge=0, le=1)
     """Fraction of the steps with dilated convolutions."""
     fusion: bool = True
@@ -414,6 +418,9 @@ class UpscaleConfig(Part):
     freescale, c_upscale, super_resolution."""
     scale: float = Field(default=4.0, ge=1, le=64)
     """Target size over low-res size. Generated images must come out at a multiple of the latent factor (8)."""
+    via: tuple[float, ...] = ()
+    """Scales at which the picture is finished on the way, e.g. [4] at scale 8: each of these pictures is the next one's
+    low-res picture, and its patches are captioned anew."""
     steps: int = Field(default=50, ge=1, le=1000)
     """Denoising steps."""
     guidance_scale: float = Field(default=7.5, ge=1)
@@ -432,6 +439,9 @@ class UpscaleConfig(Part):
     with eta = 1."""
     init: Literal["noise", "noised_lr"] = "noise"
     """Start from pure noise (the paper) or from the noised low-res latent. Methods of several phases start in their own way."""
+    start: float = Field(default=0.0, ge=0, lt=1)
+    """With `init: noised_lr`, the fraction of the steps that is left out at the noisy end (1 less img2img's strength): the
+    higher, the closer to the low-res picture."""
     micro_conditioning: Literal["canvas", "native"] = "canvas"
     """What SDXL is told of size and crop: the canvas and the view's place in it, or a native-size image. Methods fouriscale and
     freescale tell a size of their own."""
@@ -473,6 +483,25 @@ class UpscaleConfig(Part):
         return merged
 
     @model_validator(mode="after")
+    def _check_via(self) -> UpscaleConfig:
+        path = (1.0, *self.via, self.scale)
+        if self.via and not self.uses_diffusion():
+            raise ValueError(f"via is set, which method {self.method} does not read; drop it")
+        if self.via and not all(a < b for a, b in pairwise(path)):
+            raise ValueError(f"via {list(self.via)}: give rising scales between 1 and the scale ({self.scale:g})")
+        return self
+
+    @model_validator(mode="after")
+    def _check_start(self) -> UpscaleConfig:
+        if self.start and self.method in ("demofusion", "freescale", "c_upscale"):
+            raise ValueError(f"start is set, which method {self.method} does not read; set {self.method}.start")
+        if self.start and self.init == "noise":
+            raise ValueError(
+                "start is set, but a path from pure noise begins at its beginning; set init: noised_lr too"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _no_idle_part(self) -> UpscaleConfig:
         if self.shift != "none" and self.method not in ("resmaster", "multidiffusion"):
             raise ValueError(f"shift is set, which method {self.method} does not read; drop it")
@@ -489,8 +518,7 @@ class UpscaleConfig(Part):
         if not self.uses_diffusion():
             return {name: values[name] for name in ("method", "scale", self.method)}
         idle = METHOD_PARTS.keys() - {self.method}
-        if self.shift == "none":
-            idle |= {"shift"}
+        idle |= {name for name, off in (("shift", "none"), ("via", ()), ("start", 0.0)) if values[name] == off}
         return {name: value for name, value in values.items() if name not in idle}
 
     @field_validator("method")
@@ -499,6 +527,11 @@ class UpscaleConfig(Part):
         if value not in METHODS:
             raise ValueError(f"unknown method {value!r}; known: {', '.join(METHODS)}")
         return value
+
+    def passes(self) -> tuple[UpscaleConfig, ...]:
+        """The finished pictures on the way, the last one included: each one's scale is that over the one before."""
+        path = (1.0, *self.via, self.scale)
+        return tuple(self.model_copy(update={"via": (), "scale": after / before}) for before, after in pairwise(path))
 
     def uses_diffusion(self) -> bool:
         """Whether the result depends on the base model."""
@@ -666,7 +699,7 @@ def stage_hash(config: DatasetConfig, stage: Stage, weights: Weights) -> str:
     elif stage == "captions":
         own = {
             "captions": config.captions.identity(),
-            "views": {"scale": config.upscale.scale, "stride": config.upscale.stride},
+            "views": {"scale": config.upscale.passes()[0].scale, "stride": config.upscale.stride},
             "weights": weights.captioner,
             "tokenizer": weights.model,
         }

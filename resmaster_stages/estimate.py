@@ -231,7 +231,7 @@ def _from_table(look: Preview, stage: Stage) -> tuple[float | None, str]:
 
 
 def _patches(config: DatasetConfig, height: int, width: int) -> int:
-    scale, native = config.upscale.scale, native_px(config.model)
+    scale, native = config.upscale.passes()[0].scale, native_px(config.model)
     target = round(height * scale), round(width * scale)
     factor, stride = latent_factor(config.model), config.upscale.stride
     return len(patch_grid(config.captions, *target, native_px=native, stride=stride, factor=factor))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -18,7 +19,7 @@ from PIL import Image
 from resmaster_stages.config import STAGE_VERSIONS, DatasetConfig, UpscaleConfig
 from resmaster_stages.diffusion.views import Grid, view_grid
 from resmaster_stages.errors import ConfigError, SampleError
-from resmaster_stages.identity import canonical_json, sample_seed
+from resmaster_stages.identity import canonical_json, digest, sample_seed
 from resmaster_stages.pictures import encode_picture
 from resmaster_stages.progress import reporter
 
@@ -34,6 +35,10 @@ def target_size(height: int, width: int, scale: float) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
+Caption = Callable[[Image.Image, int, int], Sequence[str]]
+"""A picture and the (height, width) in px that it is to be enlarged to -> a caption per view, as `upscale_image` takes them."""
+
+
 def upscale_image(
     models: Models,
     image: Image.Image,
@@ -42,6 +47,8 @@ def upscale_image(
     config: UpscaleConfig | None = None,
     negative_prompt: str | None = None,
     captions: Sequence[str] | None = None,
+    caption: Caption | None = None,
+    detail: Image.Image | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Image.Image:
@@ -49,19 +56,51 @@ def upscale_image(
 
     models: from `models.loading.load_models`, or `Models.from_pipeline` for a pipeline of your own.
     negative_prompt: None for the configuration's. captions: one per view, row-major, as `views.view_grid` counts them;
-    None gives every view `prompt`, an empty one its view. progress: hears (steps done, steps in all).
+    None gives every view `prompt`, an empty one its view. caption: writes those of later passes (`config.via`); None gives
+    every view `prompt`. detail: for method freescale, a mask of any size: where it is white, `alpha` holds, where it is black
+    `alpha_elsewhere`. progress: hears (steps done, steps in all), of each pass.
 
     Raises ConfigError (wrong number of captions, image prompts without an IP-Adapter, a scheduler that does not fit, too
     little memory) and SampleError (the model produced nothing that can be seen).
     """
-    from resmaster_stages.diffusion.reference import pad_to_multiple, to_tensor, upsample
-    from resmaster_stages.methods.render import render
-    from resmaster_stages.methods.request import Reference, Request
-
     config = config or UpscaleConfig()
     if not config.uses_diffusion():
         return enlarge_image(image, config, models.device, models.dtype, progress)
-    height, width = target_size(image.height, image.width, config.scale)
+    negative_prompt = config.negative_prompt if negative_prompt is None else negative_prompt
+    picture = image
+    for number, (scale, own) in enumerate(zip((*config.via, config.scale), config.passes())):
+        height, width = target_size(image.height, image.width, scale)
+        if number:
+            captions = caption(picture, height, width) if caption and own.uses_captions() else None
+        draw = seed if number == 0 else int(digest([seed, number])[:15], 16)
+        picture = _one_pass(
+            models, picture, height, width, prompt, negative_prompt, captions, detail, own, draw, progress
+        )
+    return picture
+
+
+def _one_pass(
+    models: Models,
+    image: Image.Image,
+    height: int,
+    width: int,
+    prompt: str,
+    negative_prompt: str,
+    captions: Sequence[str] | None,
+    detail: Image.Image | None,
+    config: UpscaleConfig,
+    seed: int,
+    progress: Callable[[int, int], None] | None,
+) -> Image.Image:
+    """`image` re-imagined at `height` x `width` px."""
+    from resmaster_stages.diffusion.reference import pad_to_multiple, to_mask, to_tensor, upsample
+    from resmaster_stages.methods.render import render
+    from resmaster_stages.methods.request import Reference, Request
+
+    if detail is not None and (config.method != "freescale" or config.freescale.alpha_elsewhere is None):
+        raise ConfigError(
+            "a detail mask is given, which only method freescale reads, with upscale.freescale.alpha_elsewhere; set both"
+        )
     grid = view_grid(height, width, models.native_px, config.stride, models.latent_factor)
     if captions is not None and len(captions) != len(grid):
         raise ConfigError(
@@ -74,9 +113,10 @@ def upscale_image(
         height=height,
         width=width,
         prompts=(prompt,),
-        negative_prompts=(config.negative_prompt if negative_prompt is None else negative_prompt,),
-        captions=None if captions is None else (tuple(caption or prompt for caption in captions),),
+        negative_prompts=(negative_prompt,),
+        captions=None if captions is None else (tuple(text or prompt for text in captions),),
         reference=Reference(models, pixels, config.scale, to_tensor(image)),
+        detail=None if detail is None else to_mask(detail),
     )
     (result,) = render(request, [seed], progress)
     if isinstance(result, SampleError):
@@ -119,15 +159,29 @@ def captions_for_views(grid: Grid, rows: Sequence[dict[str, Any]], prompt: str) 
     return texts
 
 
+def caption_views(config: DatasetConfig, prompt: str, image: Image.Image, height: int, width: int) -> list[str]:
+    """A caption per view of a target of `height` x `width` px, by the configuration's captioner looking at `image`."""
+    from resmaster_stages.captions import caption_rows, patch_grid, style_suffix
+    from resmaster_stages.models.captioner import load_captioner, token_counter
+    from resmaster_stages.models.geometry import latent_factor, native_px
+
+    native, factor, stride = native_px(config.model), latent_factor(config.model), config.upscale.stride
+    patches = patch_grid(config.captions, height, width, native_px=native, stride=stride, factor=factor)
+    captioner, count = load_captioner(config.captions, config.model.device), token_counter(config.model)
+    suffix = style_suffix(config.captions.style, count)
+    rows = caption_rows(image, prompt, patches, config.captions, captioner, count, suffix)
+    return captions_for_views(view_grid(height, width, native, stride, factor), rows, prompt)
+
+
 def _diffused(config: DatasetConfig, sample: Sample, image: Image.Image) -> tuple[Image.Image, dict[str, Any]]:
     """The high-res picture by the base model, and the facts of how it was made."""
     from resmaster_stages.diffusion.text import truncated
     from resmaster_stages.models.loading import load_models
 
     models, upscale = load_models(config.model), config.upscale
-    height, width = target_size(image.height, image.width, upscale.scale)
     captions = None
     if upscale.uses_captions():
+        height, width = target_size(image.height, image.width, upscale.passes()[0].scale)
         grid = view_grid(height, width, models.native_px, upscale.stride, models.latent_factor)
         captions = captions_for_views(grid, sample.captions, sample.prompt)
     seed = sample_seed(sample.key, config.seed, "high_res")
@@ -139,6 +193,7 @@ def _diffused(config: DatasetConfig, sample: Sample, image: Image.Image) -> tupl
         config=upscale,
         negative_prompt=negative_prompt,
         captions=captions,
+        caption=partial(caption_views, config, sample.prompt),
         seed=seed,
         progress=reporter().step,
     )

@@ -1,7 +1,7 @@
 """How much a UNet has to evaluate for one picture, from the configuration alone: no model is loaded.
 
 The numbers are those that `diffusion.cost` counts when the picture is made with `view_batch: 1` (greater batches may repeat
-a view to keep one shape); a test holds the two together for every method.
+a view to keep one shape); a test holds the two together for every method. Method scalecrafter is counted as on SDXL, whatever the model.
 """
 
 from __future__ import annotations
@@ -37,10 +37,16 @@ def high_res_work(
     config: UpscaleConfig, height: int, width: int, native_px: int, latent_factor: int
 ) -> tuple[UnetWork, ...]:
     """What the upscaling of a low-res picture of `height` x `width` px takes; nothing where a method has no UNet."""
-    grid = view_grid(round(height * config.scale), round(width * config.scale), native_px, config.stride, latent_factor)
-    if config.shift != "none":
-        grid = replace(grid, shift=(0, 0))
-    return tuple(_of_method(config, grid, (height / native_px) * (width / native_px)))
+    work: list[UnetWork] = []
+    before = 1.0
+    for scale, own in zip((*config.via, config.scale), config.passes()):
+        grid = view_grid(round(height * scale), round(width * scale), native_px, config.stride, latent_factor)
+        if config.shift != "none":
+            grid = replace(grid, shift=(0, 0))
+        low_area = round(height * before) / native_px * (round(width * before) / native_px)
+        work += _of_method(own, grid, low_area)
+        before = scale
+    return tuple(work)
 
 
 def stage_work(
@@ -63,8 +69,9 @@ def _of_method(config: UpscaleConfig, grid: Grid, low_area: float) -> Iterator[U
     branches, steps = _branches(config.guidance_scale), config.steps
     canvas = _area(grid.height, grid.width, grid)
     view = _area(grid.window_height, grid.window_width, grid)
+    single = steps - first_step(config.start, steps)
     if config.method in ("resmaster", "multidiffusion"):
-        yield UnetWork(steps * branches * len(grid), view)
+        yield UnetWork(single * branches * len(grid), view)
     elif config.method == "c_upscale":
         left = steps - first_step(config.c_upscale.start, steps)
         yield UnetWork(left * branches * len(grid), view)
@@ -83,7 +90,7 @@ def _of_method(config: UpscaleConfig, grid: Grid, low_area: float) -> Iterator[U
             yield UnetWork(left * branches, _area(*_phase(grid, scale, config.scale), grid))
     elif config.method != "super_resolution":  # which has a network of its own and no UNet
         third = _steps_with_a_third_branch(config, grid) if branches == 2 else 0
-        yield UnetWork(steps * branches + third, canvas)
+        yield UnetWork(single * branches + max(0, third - (steps - single)), canvas)
 
 
 def _area(height: int, width: int, grid: Grid) -> float:

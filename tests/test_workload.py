@@ -2,7 +2,7 @@
 
 import pytest
 
-from resmaster_stages.config import METHOD_PRESETS, METHODS, LowResConfig
+from resmaster_stages.config import DIFFUSION_METHODS, METHOD_PRESETS, METHODS, LowResConfig
 from resmaster_stages.diffusion.cost import counting
 from resmaster_stages.low_res import generate
 from resmaster_stages.upscale import upscale_image
@@ -24,6 +24,28 @@ def test_every_method_does_the_work_that_is_estimated(method: str, preset: str, 
     work = high_res_work(config, 32, 48, models.native_px, models.latent_factor)
     assert sum(each.rows for each in work) == counted.rows
     assert sum(each.native_rows for each in work) == pytest.approx(counted.native_rows)
+
+
+@pytest.mark.parametrize("method", DIFFUSION_METHODS)
+def test_pictures_that_are_finished_on_the_way(method: str) -> None:
+    config = settings(method, scale=3.5, via=[1.5], view_batch=1)
+    models = adapted()
+    with counting() as counted:
+        upscale_image(models, picture(48, 32), "a cat", config=config)
+    work = high_res_work(config, 32, 48, models.native_px, models.latent_factor)
+    assert sum(each.rows for each in work) == counted.rows
+    assert sum(each.native_rows for each in work) == pytest.approx(counted.native_rows)
+
+
+@pytest.mark.parametrize("method", ["direct", "multidiffusion", "resmaster", "scalecrafter", "fouriscale"])
+@pytest.mark.parametrize("start", [0.5, 0.9])
+def test_paths_that_begin_later(method: str, start: float) -> None:
+    config = settings(method, scale=4, steps=6, init="noised_lr", start=start, view_batch=1)
+    models = adapted()
+    with counting() as counted:
+        upscale_image(models, picture(32, 32), "a cat", config=config)
+    work = high_res_work(config, 32, 32, models.native_px, models.latent_factor)
+    assert sum(each.rows for each in work) == counted.rows
 
 
 def test_moving_windows() -> None:

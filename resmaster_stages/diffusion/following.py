@@ -13,8 +13,11 @@ from resmaster_stages.diffusion.loop import LatentHook, X0Hook
 from resmaster_stages.diffusion.schedule import Step
 
 
-def skip_residual(x0: Tensor, noise: Tensor, exponent: float) -> LatentHook:
-    """z <- (1 - c) z + c (x0 noised by `noise`), c = cosine ** exponent; all [B, C, H, W]."""
+def skip_residual(x0: Tensor, noise: Tensor, exponent: float | Tensor) -> LatentHook:
+    """z <- (1 - c) z + c (x0 noised by `noise`), c = cosine ** exponent; all [B, C, H, W].
+
+    exponent: for the whole canvas, or of each place [B or 1, 1, H, W].
+    """
 
     def pull(z: Tensor, step: Step) -> Tensor:
         weight = step.cosine**exponent

@@ -21,6 +21,11 @@ def to_tensor(image: Image.Image) -> Tensor:
     return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
+def to_mask(image: Image.Image) -> Tensor:
+    """The brightness of a PIL image as [1, 1, H, W], float32, from 0 (black) to 1."""
+    return torch.from_numpy(np.asarray(image.convert("L"), dtype=np.float32).copy())[None, None] / 255
+
+
 def to_image(pixels: Tensor) -> Image.Image:
     """[3, H, W] in [-1, 1] as an 8-bit RGB image, rounded to the nearest level."""
     levels = (pixels.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)

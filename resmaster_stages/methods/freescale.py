@@ -8,8 +8,8 @@ Each stage decodes, enlarges in RGB, encodes, adds noise up to step 15 of 50 and
 Authors' word: all of the above, and preset `faithful` (FreeU; windows that see zero tokens beyond the canvas; a blur that
 also mixes neighbouring feature channels, as their kernel does and their paper does not say). Our choice in preset
 `default`: none of those three. Different in both: the encoder's mode instead of a sample; square windows also where the
-picture is not square; window places once per step and level instead of once per layer; one detail weight for the whole
-picture instead of a map. Windows run as one batch on projections that are computed once.
+picture is not square; window places once per step and level instead of once per layer. Detail control by region
+(`alpha_elsewhere` and a mask of the picture) is theirs; where the mask comes from is the user's affair. Windows run as one batch on projections that are computed once.
 """
 
 from __future__ import annotations
@@ -47,6 +47,16 @@ def layer_rules(unet: object, factor: int, until: int) -> dict[str, LayerRule]:
     return dict.fromkeys(chosen_layers(unet, dict.fromkeys(DILATED, float(factor)), "freescale"), rule)
 
 
+def detail_control(request: Request, height: int, width: int) -> float | Tensor:
+    """Exponent of the pull to the enlarged picture, by place where there is a mask: [B or 1, 1, height, width]."""
+    settings = request.config.freescale
+    if request.detail is None or settings.alpha_elsewhere is None:
+        return settings.alpha
+    mask = F.interpolate(request.detail, (height, width), mode="bilinear", align_corners=False, antialias=True)
+    mask = mask.to(request.models.device)
+    return settings.alpha_elsewhere + (settings.alpha - settings.alpha_elsewhere) * mask
+
+
 def _compose(request: Request, scale: float, x0: Tensor, noise: CanvasNoise, draw: Tensor) -> Composition:
     """One stage, `scale` times the low-res picture, that follows `x0` [B, C, h, w] noised by `draw`."""
     config, settings, moment = request.config, request.config.freescale, Moment()
@@ -66,7 +76,7 @@ def _compose(request: Request, scale: float, x0: Tensor, noise: CanvasNoise, dra
         patches = (*patches, freeu)
     return direct.whole_canvas_composition(
         request,
-        latent_hooks=(skip_residual(x0, draw, settings.alpha),),
+        latent_hooks=(skip_residual(x0, draw, detail_control(request, *request.canvas_size)),),
         patches=patches,
         moment=moment,
         size=reference.small.shape[-2:],

@@ -69,6 +69,8 @@ class Request:
     """Per sample and view, row-major; None: the sample's prompt for every view."""
     reference: Reference | None = None
     """None where there is nothing to follow: generation of the low-res pictures themselves."""
+    detail: Tensor | None = None
+    """Mask of where more detail is drawn anew: [B or 1, 1, h, w] from 0 to 1, of any size."""
 
     @property
     def guided(self) -> bool:

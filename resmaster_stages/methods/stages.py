@@ -46,7 +46,7 @@ def single(compose: Callable[[Request], Composition]) -> Callable[[Request], tup
                 raise ConfigError("init noised_lr starts from a low-res picture, and there is none; use init noise")
             return step.noised(request.reference.latents, z), composition
 
-        return (Stage(*request.canvas_size, begin),)
+        return (Stage(*request.canvas_size, begin, first_step(request.config.start, request.config.steps)),)
 
     return stages
 

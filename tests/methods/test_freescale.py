@@ -1,10 +1,16 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from resmaster_stages.diffusion.following import skip_residual
 from resmaster_stages.diffusion.guidance import TEXT, Moment
+from resmaster_stages.diffusion.reference import to_mask
 from resmaster_stages.diffusion.scale_fusion import Windows, attend, blur_features, scale_fusion, windowed
-from resmaster_stages.methods.freescale import layer_rules
+from resmaster_stages.errors import ConfigError
+from resmaster_stages.methods.freescale import detail_control, layer_rules
 from resmaster_stages.upscale import upscale_image
 from tests.methods.common import (
     adapted,
@@ -12,6 +18,7 @@ from tests.methods.common import (
     forwards,
     picture,
     plain,
+    request,
     schedule,
     sdxl_shaped,
     settings,
@@ -176,3 +183,33 @@ def test_without_its_parts_it_is_direct_inference_from_the_noised_reference():
     bare = {"fusion": False, "dilate_until": 0.0, "alpha": 1e9, "start": 0.0}
     ours = make(scale=1, freescale=bare)
     assert difference(ours, make(scale=1, method="direct", init="noised_lr")) <= 1
+
+
+def test_detail_control_by_region_mixes_two_exponents():
+    config = settings("freescale", freescale={"alpha": 3.0, "alpha_elsewhere": 0.5})
+    asked = request(plain(), config)
+    assert detail_control(asked, 32, 32) == 3.0
+    half = Image.new("L", (8, 8))
+    half.paste(255, (4, 0, 8, 8))
+    exponents = detail_control(replace(asked, detail=to_mask(half)), 32, 32)
+    assert exponents.shape == (1, 1, 32, 32)
+    assert exponents[..., :12].eq(0.5).all()
+    assert exponents[..., 20:].eq(3).all()
+    x0, noise, z = torch.randn(3, 1, 4, 32, 32)
+    pulled = skip_residual(x0, noise, exponents)(z, schedule()[20])
+    for part, exponent in ((slice(0, 12), 0.5), (slice(20, 32), 3.0)):
+        expected = skip_residual(x0, noise, exponent)(z, schedule()[20])
+        torch.testing.assert_close(pulled[..., part], expected[..., part])
+
+
+def test_a_white_mask_is_no_mask_and_a_black_one_is_the_other_exponent():
+    def make(detail=None, **values):
+        config = settings("freescale", steps=3, scale=2.5, freescale={"start": 0.0, **values})
+        return upscale_image(plain(), picture(40, 24), "a cat", config=config, detail=detail)
+
+    both = {"alpha": 3.0, "alpha_elsewhere": 0.5}
+    assert difference(make(Image.new("L", (3, 3), "white"), **both), make(alpha=3.0)) <= 1
+    assert difference(make(Image.new("L", (3, 3), "black"), **both), make(alpha=0.5)) <= 1
+    assert difference(make(alpha=0.5), make(alpha=3.0)) > 5
+    with pytest.raises(ConfigError, match="detail mask"):
+        make(Image.new("L", (3, 3)))

@@ -1,0 +1,141 @@
+"""What all methods share beyond one pass: pictures finished on the way, later starts, any size."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from resmaster_stages import captions as captions_stage
+from resmaster_stages import upscale
+from resmaster_stages.config import DIFFUSION_METHODS, UpscaleConfig, Weights, parse_config, stage_hash
+from resmaster_stages.diffusion import autoencoder
+from resmaster_stages.diffusion.reference import to_image
+from resmaster_stages.models import captioner, geometry, loading
+from resmaster_stages.pictures import encode_picture
+from resmaster_stages.storage.dataset import Picture, Sample
+from resmaster_stages.upscale import upscale_image
+from tests.methods.common import adapted, difference, picture, request, settings
+from tests.tiny_models import counted
+
+SINGLE = ("direct", "multidiffusion", "resmaster", "scalecrafter", "fouriscale")
+
+
+@pytest.mark.parametrize("method", DIFFUSION_METHODS)
+@given(width=st.integers(1, 30), height=st.integers(1, 30), scale=st.sampled_from([1.0, 1.3, 2.0, 3.1]))
+@examples(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_size_and_shape_is_served(method, width, height, scale):
+    """Multiples of the latent factor (4) as the low-res stage makes them, from 1:30 to 30:1."""
+    image = picture(4 * width, 4 * height)
+    result = upscale_image(adapted(), image, "a cat", config=settings(method, steps=1, scale=scale))
+    assert result.size == (round(4 * width * scale), round(4 * height * scale))
+
+
+def test_each_finished_picture_is_the_next_one_s_low_res_picture():
+    config = settings("multidiffusion", scale=5, via=[2.0])
+    first = upscale_image(adapted(), picture(24, 16), "a cat", config=settings("multidiffusion", scale=2))
+    seen = []
+
+    def caption(image, height, width):
+        seen.append((image.tobytes(), height, width))
+        return ["a dog"] * 99
+
+    result = upscale_image(adapted(), picture(24, 16), "a cat", config=config, caption=caption)
+    assert result.size == (120, 80)
+    assert seen == []  # this method reads no captions
+    again = settings("resmaster", scale=5, via=[2.0], image_prompt={"enabled": False})
+    with pytest.raises(upscale.ConfigError, match="99 given"):
+        upscale_image(adapted(), picture(24, 16), "a cat", config=again, caption=caption)
+    plain = settings("resmaster", scale=2, image_prompt={"enabled": False})
+    expected = upscale_image(adapted(), picture(24, 16), "a cat", config=plain)
+    assert seen == [(expected.tobytes(), 80, 120)]
+    assert first.size == (48, 32)
+
+
+def test_the_structure_of_a_later_pass_comes_from_the_picture_before():
+    """With a cutoff far beyond Nyquist all of x0 is the reference: the second pass returns the enlarged first picture."""
+    all_of_it = {"structure": {"cutoff": 1000.0}, "image_prompt": {"enabled": False}}
+    first = upscale_image(adapted(), picture(), "a", config=settings("resmaster", scale=2, **all_of_it))
+    second = upscale_image(adapted(), first, "a", config=settings("resmaster", scale=1.5, **all_of_it))
+    both = upscale_image(adapted(), picture(), "a", config=settings("resmaster", scale=3, via=[2], **all_of_it))
+    assert difference(both, second) <= 1
+
+
+def test_a_dataset_captions_every_pass_anew(monkeypatch):
+    looked_at = []
+
+    class Names:
+        name, revision = "names", ""
+
+        def caption(self, images):
+            looked_at.append([image.size for image in images])
+            return ["a cat"] * len(images)
+
+    monkeypatch.setattr(loading, "load_models", lambda config: adapted())
+    for module in (captions_stage, captioner):
+        monkeypatch.setattr(module, "load_captioner", lambda config, device: Names())
+        monkeypatch.setattr(module, "token_counter", lambda model: lambda text: len(text.split()))
+    for module in (captions_stage, geometry):
+        monkeypatch.setattr(module, "native_px", lambda model: 64)
+        monkeypatch.setattr(module, "latent_factor", lambda model: 4)
+    values = {"method": "resmaster", "steps": 1, "scale": 4, "via": [2], "image_prompt": {"enabled": False}}
+    config = parse_config({"name": "d", "upscale": values, "image_format": "png"})
+    low_res = Picture(encode_picture(picture(), "png"), "png", {})
+    sample = Sample("k", 0, "a cat", "", 64, 64, 0, low_res=low_res)
+    (rows,) = captions_stage.process(config, [sample])
+    assert len(rows.rows) == 9  # the views of the first pass
+    (output,) = upscale.process(
+        config, [Sample("k", 0, "a cat", "", 64, 64, 0, low_res=low_res, captions=tuple(rows.rows))]
+    )
+    assert output.error is None
+    assert json.loads(output.files["json"])["width"] == 256
+    assert sum(map(len, looked_at)) == 9 + 49
+
+
+def test_what_was_not_asked_for_is_not_in_the_identity():
+    plain = UpscaleConfig().identity()
+    assert not plain.keys() & {"via", "start", "shift"}
+    assert UpscaleConfig(via=(2.0,)).identity()["via"] == (2.0,)
+
+    def hashed(stage, **values):
+        return stage_hash(parse_config({"name": "d", "upscale": values}), stage, Weights("m", "c"))
+
+    assert hashed("high_res") != hashed("high_res", via=[2])
+    assert hashed("captions", via=[2]) == hashed("captions", scale=2)
+    assert hashed("captions", via=[2]) != hashed("captions")
+
+
+@pytest.mark.parametrize(
+    "values", [{"via": [4.0]}, {"via": [1.0]}, {"via": [3.0, 2.0]}, {"method": "super_resolution", "via": [2.0]}]
+)
+def test_ways_that_do_not_rise_are_refused(values):
+    with pytest.raises(ValueError, match="via"):
+        UpscaleConfig.model_validate({"scale": 4, **values})
+
+
+@pytest.mark.parametrize("method", SINGLE)
+def test_a_later_start_leaves_out_steps_and_keeps_closer_to_the_picture(method):
+    models, image = adapted(), picture()
+    asked = request(models, settings(method), image)
+    held = to_image(autoencoder.decode(models, asked.required_reference().latents)[0])  # what the VAE makes of it
+
+    def make(start):
+        with counted(models.unet) as shapes:
+            config = settings(method, steps=10, guidance_scale=1, init="noised_lr", start=start)
+            result = upscale_image(models, image, "a cat", config=config)
+        return np.abs(np.asarray(result, dtype=float) - np.asarray(held)).mean(), len(shapes)
+
+    (whole, calls), (late, few) = make(0.0), make(0.9)
+    assert few == calls / 10
+    assert late < 0.8 * whole
+
+
+@pytest.mark.parametrize(
+    ("values", "advice"),
+    [({"start": 0.5}, "noised_lr"), ({"start": 0.5, "method": "freescale"}, "freescale.start")],
+)
+def test_a_start_that_would_not_be_read_is_refused(values, advice):
+    with pytest.raises(ValueError, match=advice):
+        UpscaleConfig.model_validate(values)
