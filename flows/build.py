@@ -13,6 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled
 
+from flows.artifacts import run_page, show_dataset
 from flows.dispatch import Stopped, dispatch
 from flows.outcome import incomplete, outcome
 from flows.process import failures, process_shards
@@ -72,17 +73,21 @@ def work(
     config = dataset.config.dispatch
     if not shards:
         return {}
-    if not on_workers(config):
-        errors: dict[str, str] = outcome(process_shards(dataset.url, shards, stages, return_state=True))
-        return errors
-    missing = dispatch(ServerRuns(config, dataset.url, stages, queue), lambda: left(dataset, shards, stages), config)
+    with run_page(dataset, shards, stages):
+        if not on_workers(config):
+            errors: dict[str, str] = outcome(process_shards(dataset.url, shards, stages, return_state=True))
+            return errors
+        runs = ServerRuns(config, dataset.url, stages, queue)
+        missing = dispatch(runs, lambda: left(dataset, shards, stages), config)
     return {str(shard): error for shard, error in missing.items()}
 
 
 def finish(dataset_url: str, errors: dict[str, str]) -> BuildResult | State[BuildResult]:
     """Publish what is committed and sum up; the run fails if shards are missing."""
     report_url = publish_dataset(dataset_url)
-    stages = status(open_dataset(dataset_url)).stages
+    dataset = open_dataset(dataset_url)
+    show_dataset(dataset)
+    stages = status(dataset).stages
     result = BuildResult(
         dataset_url=dataset_url,
         report_url=report_url,

@@ -107,6 +107,7 @@ class Dispatch:
                 state = Crashed(message=f"no commit within {self._config.stall_seconds:g} s")
                 self._runs.give_up(run, state.message or "")
             del self.active[run]
+            reporter().run_ended(str(run), spell_state(state), finished=not unfinished)
             self._fruitless = self._fruitless + 1 if unfinished and left == child.lacking else 0
             self.errors.update(dict.fromkeys(unfinished, f"run {child.name}: {spell_state(state)}"))
             if state is not None and not state.is_cancelled() and state.name != INCOMPLETE:
@@ -138,6 +139,7 @@ class Dispatch:
                 run, name = self._runs.submit(shards, self._broken_off[shards[0]] + 1)
                 lacking = sum(todo[shard] for shard in shards)
                 self.active[run] = Child(name, shards, lacking, lacking, self._clock())
+                reporter().run_submitted(str(run), name)
                 room -= 1
             self.due.popleft()  # only now: a server out of reach is asked again at the next look
 

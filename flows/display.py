@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from resmaster_stages.config import Stage
+from resmaster_stages.progress import Silent
 
 VERBS: dict[str, str] = {
     "low_res": "drawing low-res images",
@@ -63,7 +64,7 @@ def spell_seconds(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-class TerminalReporter:
+class TerminalReporter(Silent):
     """A `Reporter` that draws a live display; use as a context manager around the build.
 
     `pending` is the number of samples still to do per stage, `shards` the number of shards in the dataset.

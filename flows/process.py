@@ -14,11 +14,13 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 
+from flows.artifacts import run_page
 from flows.outcome import incomplete
 from flows.selection import spell_shards
 from resmaster_stages.config import STAGES, Stage
 from resmaster_stages.disclosure import one_line
 from resmaster_stages.errors import ConfigError, GpuLost, ShardError
+from resmaster_stages.progress import reporter
 from resmaster_stages.storage.dataset import open_dataset
 from tasks.stages import STAGE_TASKS
 
@@ -48,18 +50,21 @@ def process_shards(
     Returns the first error of each failed shard by its number; with any, the run ends as `Incomplete`. Raises GpuLost and
     ConfigError at once.
     """
-    needed = open_dataset(dataset_url).config.stages()
+    dataset = open_dataset(dataset_url)
+    needed = dataset.config.stages()
     chosen = [stage for stage in STAGES if stage in needed and (stages is None or stage in stages)]
     errors: dict[str, str] = {}
-    for shard in shards:
-        for stage in chosen:
-            try:
-                STAGE_TASKS[stage](dataset_url, shard)
-            except (GpuLost, ConfigError):
-                raise  # the next shard would end the same way
-            except Exception as error:
-                errors[str(shard)] = f"{stage}: {error if isinstance(error, ShardError) else describe(error)}"
-                break
+    with run_page(dataset, shards, chosen, part=True):
+        for shard in shards:
+            for stage in chosen:
+                try:
+                    STAGE_TASKS[stage](dataset_url, shard)
+                except (GpuLost, ConfigError):
+                    raise  # the next shard would end the same way
+                except Exception as error:
+                    errors[str(shard)] = f"{stage}: {error if isinstance(error, ShardError) else describe(error)}"
+                    reporter().shard_failed(shard, errors[str(shard)])
+                    break
     if errors:
         return incomplete(failures(errors), errors)
     return errors

@@ -23,8 +23,17 @@ class Reporter(Protocol):
     def shard_done(self, stage: str, shard: int, cached: bool) -> None:
         """The shard is committed; `cached` if it was so before this run."""
 
+    def shard_failed(self, shard: int, error: str) -> None:
+        """The shard could not be finished, for a reason that is told in one line."""
+
     def dispatched(self, done: int, total: int, running: int, waiting: int) -> None:
         """Where the work is done by others: `done` of `total` shards are finished, so many runs are at work or wait."""
+
+    def run_submitted(self, run: str, name: str) -> None:
+        """Others were asked to do a share of the work, in a run of this id and name."""
+
+    def run_ended(self, run: str, state: str, finished: bool) -> None:
+        """That run ended, in a state that is told in words; `finished` if its share is done."""
 
     def step(self, done: int, total: int) -> None:
         """Denoising step `done` of `total` of the sample at hand."""
@@ -39,9 +48,54 @@ class Silent:
 
     def shard_done(self, stage: str, shard: int, cached: bool) -> None: ...
 
+    def shard_failed(self, shard: int, error: str) -> None: ...
+
     def dispatched(self, done: int, total: int, running: int, waiting: int) -> None: ...
 
+    def run_submitted(self, run: str, name: str) -> None: ...
+
+    def run_ended(self, run: str, state: str, finished: bool) -> None: ...
+
     def step(self, done: int, total: int) -> None: ...
+
+
+class Both:
+    """Passes everything on to two reporters."""
+
+    def __init__(self, first: Reporter, second: Reporter) -> None:
+        self._reporters = (first, second)
+
+    def shard_started(self, stage: str, shard: int, samples: int) -> None:
+        for each in self._reporters:
+            each.shard_started(stage, shard, samples)
+
+    def sample_done(self, stage: str, shard: int, ok: bool) -> None:
+        for each in self._reporters:
+            each.sample_done(stage, shard, ok)
+
+    def shard_done(self, stage: str, shard: int, cached: bool) -> None:
+        for each in self._reporters:
+            each.shard_done(stage, shard, cached)
+
+    def shard_failed(self, shard: int, error: str) -> None:
+        for each in self._reporters:
+            each.shard_failed(shard, error)
+
+    def dispatched(self, done: int, total: int, running: int, waiting: int) -> None:
+        for each in self._reporters:
+            each.dispatched(done, total, running, waiting)
+
+    def run_submitted(self, run: str, name: str) -> None:
+        for each in self._reporters:
+            each.run_submitted(run, name)
+
+    def run_ended(self, run: str, state: str, finished: bool) -> None:
+        for each in self._reporters:
+            each.run_ended(run, state, finished)
+
+    def step(self, done: int, total: int) -> None:
+        for each in self._reporters:
+            each.step(done, total)
 
 
 _reporter: ContextVar[Reporter] = ContextVar("reporter", default=Silent())  # noqa: B039  (stateless)

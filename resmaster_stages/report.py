@@ -240,9 +240,9 @@ def _pictures(sample: ReportSample, share_bytes: float) -> str:
     y0, x0, y1, x1 = box = most_detailed(high)
     before, after = zoom(low, high, box)
     # of a sample's share: the zoomed parts are small and come first, the high-res picture takes what is left
-    zooms = [_data_url(before, 0.1 * share_bytes, SIDES_PX[3:]), _data_url(after, 0.15 * share_bytes, SIDES_PX[3:])]
-    low_url = _data_url(low, 0.15 * share_bytes, SIDES_PX[2:])
-    high_url = _data_url(high, share_bytes - len(low_url) - sum(map(len, zooms)), SIDES_PX)
+    zooms = [data_url(before, 0.1 * share_bytes, SIDES_PX[3:]), data_url(after, 0.15 * share_bytes, SIDES_PX[3:])]
+    low_url = data_url(low, 0.15 * share_bytes, SIDES_PX[2:])
+    high_url = data_url(high, share_bytes - len(low_url) - sum(map(len, zooms)), SIDES_PX)
     ratio = f'style="aspect-ratio:{high.width}/{high.height}"'
     mark = f'<i class="mark" style="{_place(box, high.height, high.width)}"></i>'
     size_low, size_high = f"{low.width} × {low.height}", f"{high.width} × {high.height}"
@@ -328,7 +328,7 @@ def _decode(picture: bytes | Image.Image, key: str) -> Image.Image:
     return picture.convert("RGB") if isinstance(picture, Image.Image) else decode_image(picture, key)
 
 
-def _data_url(image: Image.Image, share_bytes: float, sides: Sequence[int]) -> str:
+def data_url(image: Image.Image, share_bytes: float, sides: Sequence[int]) -> str:
     """`image` as a WebP data URL of at most `share_bytes` characters if any of `sides` allows it; else the smallest."""
     url = ""
     longer = max(image.size)

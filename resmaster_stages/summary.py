@@ -1,0 +1,88 @@
+"""What a build came to, as a page of Markdown: samples, quality, flags, failures, and what to do next. Pure functions of what
+is published and of the ledger.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from resmaster_stages.gallery import facts, failures
+from resmaster_stages.quality import FLAGS
+from resmaster_stages.report import METRICS
+from resmaster_stages.standing import Status, status
+from resmaster_stages.storage import layout
+from resmaster_stages.storage.dataset import Dataset
+from resmaster_stages.storage.filesystem import without_credentials
+from resmaster_stages.storage.tables import MANIFEST_SCHEMA, decode_table
+
+SHOWN_FAILURES = 20
+
+
+def summary(dataset: Dataset) -> str:
+    """The page of a dataset whose manifest is written."""
+    rows = decode_table(dataset.folder.read(layout.MANIFEST), MANIFEST_SCHEMA, layout.MANIFEST).to_pylist()
+    url = without_credentials(dataset.url)
+    parts = [
+        f"# {_cell(dataset.config.name)}",
+        _table(("", ""), list(facts(dataset.config, rows).items())),
+        "## Stages",
+        _stages(status(dataset)),
+        "## Quality",
+        _quality(rows),
+        f"Flagged: {_flags(rows)}. Flags point at samples to look at; nothing is deleted.",
+        *_failures(failures(dataset)),
+        "## Where",
+        f"- dataset: `{url}`\n- report: `{without_credentials(dataset.folder.url_of(layout.REPORT_PAGE))}`\n"
+        f"- missing or failed: `resmaster repair {url}`\n- one sample: `resmaster explain {url} KEY`",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    """Text from outside as one cell: in one line, and nothing in it is Markdown or HTML."""
+    text = " ".join(str(value).split())
+    return "".join(f"\\{c}" if c in "\\`*_[]<>|#!~" else "&amp;" if c == "&" else c for c in text)
+
+
+def _stages(found: Status) -> str:
+    head = ("stage", "shards committed", "pending", "failed", "samples ok", "samples failed", "compute")
+    rows = [
+        (s.stage, s.committed, s.pending, s.failed, s.samples_ok, s.samples_failed, f"{s.seconds:.0f} s")
+        for s in found.stages
+    ]
+    return _table(head, rows)
+
+
+def _quality(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Mean, median and the worst twentieth of each measure."""
+    lines = []
+    for name, label, form, meaning, sign in METRICS:
+        values = np.array([row[name] for row in rows if row[name] is not None], dtype=float)
+        values = values[np.isfinite(values)]
+        if values.size:
+            worst = np.percentile(values, 5 if sign == "1" else 95)
+            lines.append((label, *(form.format(float(v)) for v in (values.mean(), np.median(values), worst)), meaning))
+    return _table(("measure", "mean", "median", "worst twentieth", "meaning"), lines) if lines else "No sample yet."
+
+
+def _flags(rows: Sequence[Mapping[str, Any]]) -> str:
+    counts = Counter(flag for row in rows for flag in row["flags"])
+    shown = ", ".join(f"{flag} {counts[flag]}" for flag in FLAGS if counts[flag])
+    return f"{sum(bool(row['flags']) for row in rows)} of {len(rows)}" + (f" ({shown})" if shown else "")
+
+
+def _failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    shown = [(row["key"], row["stage"], row["error_class"], row["message"]) for row in rows[:SHOWN_FAILURES]]
+    more = f"\n\n... and {len(rows) - len(shown)} more" if len(rows) > len(shown) else ""
+    return [f"## {len(rows)} failed samples", _table(("key", "stage", "error", "reason"), shown) + more]
