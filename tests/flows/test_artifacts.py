@@ -44,14 +44,21 @@ def test_the_pages_of_a_build(stages: Stages, tmp_path: Path) -> None:
                 ("000001", "finished", 0),
             ]
         page = found["shown-here-summary"].data
-        for part in ("# Shown\\_here", "| agreement | 30.0 dB", "told to fail", f"`resmaster repair {result.dataset_url}`"):
+        for part in (
+            "# Shown\\_here",
+            "| agreement | 30.0 dB",
+            "told to fail",
+            f"`resmaster repair {result.dataset_url}`",
+        ):
             assert part in page
         header, _, encoded = found["shown-here-contact-sheet"].data.partition(",")
         assert header == "data:image/webp;base64"
         assert len(encoded) < 200_000
         assert Image.open(io.BytesIO(base64.b64decode(encoded))).width > 400
 
-        (parent,) = client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=["build Shown_here"])))
+        (parent,) = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=["build Shown_here"]))
+        )
         assert set(parent.tags) == {"dataset:Shown_here", "method:resmaster", "model:picturebook"}
         runs = {parent.id, found["shown-here-run-progress"].flow_run_id}
         assert {artifact.flow_run_id for artifact in found.values()} == runs
@@ -72,6 +79,7 @@ def test_artifacts_are_changed_in_place_and_sent_only_when_they_changed(
             return _original(self, *args)
 
         monkeypatch.setattr(SyncPrefectClient, name, counted)
+
     @flow
     def watched() -> None:
         steps = [0, 0, 1, 1, 2]
@@ -97,7 +105,9 @@ def test_a_page_that_cannot_be_drawn_does_not_fail_the_build_and_is_logged(
     assert (result.samples, result.errors) == (3, {})
     lines = [record.getMessage() for record in caplog.records if "artifacts:" in record.getMessage()]
     for what in ("demo-progress", "demo-run-shards", "demo-summary", "tags", "how much there is to do"):
-        assert any(f"artifacts: {what} cannot be shown: RuntimeError: no artifacts today" in line for line in lines), what
+        assert any(f"artifacts: {what} cannot be shown: RuntimeError: no artifacts today" in line for line in lines), (
+            what
+        )
 
 
 def test_a_server_that_hangs_does_not_hold_the_build_for_long(
