@@ -34,6 +34,9 @@ from resmaster_stages.errors import UserError
 CREATE_ATTEMPTS = 6
 """How often a conditional create is sent again when the store answers that another one was under way."""
 
+S3_ATTEMPTS = 8
+"""How often botocore sends a request; s3fs beside it tries torn answers five times."""
+
 PART_BYTES = 8 << 20
 """S3 gets larger files in parts of this size, ten at a time: an upload holds some 80 MiB."""
 PARTS = 10_000
@@ -283,7 +286,7 @@ def open_root(url: str) -> Folder:
         message = "credentials do not belong into a URL; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile"
         raise UserError(f"{without_credentials(url)}: {message}")
     scheme = url.split("://", 1)[0] if "://" in url else ""
-    options = {"use_listings_cache": False} if scheme in ("s3", "s3a") else {}
+    options = _s3_options() if scheme in ("s3", "s3a") else {}
     target = url if scheme else str(Path(url).expanduser().absolute())
     try:
         with explained(url):
@@ -295,6 +298,17 @@ def open_root(url: str) -> Folder:
     if folder.local and Path(folder.path).exists() and not Path(folder.path).is_dir():
         raise UserError(f"{url}: is a file; give a folder or a URL such as s3://bucket/prefix")
     return folder
+
+
+def _s3_options() -> dict[str, Any]:
+    """Listings are never cached, and a throttling store is asked again for about a minute, with jitter, before a task fails.
+
+    The user's settings win: `AWS_RETRY_MODE` and `AWS_MAX_ATTEMPTS`, or fsspec's configuration of `s3`.
+    """
+    config = dict(fsspec.config.conf.get("s3", {}).get("config_kwargs", {}))
+    if not {"AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS"} & os.environ.keys():
+        config.setdefault("retries", {"mode": "standard", "total_max_attempts": S3_ATTEMPTS})
+    return {"use_listings_cache": False, "config_kwargs": config}
 
 
 def put_if_absent(fs: Any, path: str, data: bytes) -> None:
