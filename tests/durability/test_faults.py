@@ -1,0 +1,165 @@
+"""A fault at any step of a build, by exception or by kill -9, on a folder and on S3: run again, and nothing shows.
+
+RESMASTER_SOAK=1 strikes at every step in every way; without it the steps are thinned out.
+"""
+
+import multiprocessing
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from resmaster_stages.errors import UserError
+from resmaster_stages.storage import filesystem
+from resmaster_stages.storage.commit import Receipt, commit, new_attempt, read_commit
+from resmaster_stages.storage.filesystem import open_root
+from tests.durability.injection import PROMPTS, Steps, build, everything, fail, injected, interrupt, killed_build
+
+SOAK = os.environ.get("RESMASTER_SOAK") == "1"
+STORES = ["local", pytest.param("s3", marks=pytest.mark.s3)]
+
+
+@pytest.fixture(scope="module", params=STORES)
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Place"]:
+    """A store, with an undisturbed build in it."""
+    folder = tmp_path_factory.mktemp("faults")
+    prompts = folder / "prompts.txt"
+    prompts.write_text(PROMPTS)
+    with pytest.MonkeyPatch.context() as patch:
+        environment = {}
+        base = str(folder)
+        if request.param == "s3":
+            from s3fs import S3FileSystem
+
+            server = request.getfixturevalue("s3_server")
+            environment, base = server.environment, f"s3://{server.bucket}/faults"
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            S3FileSystem.clear_instance_cache()
+        found = Place(base, str(prompts), environment)
+        yield found
+        if request.param == "s3":
+            S3FileSystem.clear_instance_cache()
+
+
+@dataclass
+class Place:
+    base: str
+    prompts: str
+    environment: dict[str, str]
+    steps: list[str] = field(default_factory=list)
+    undisturbed: dict[object, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        steps, root = Steps(), self.new_root()
+        with injected(steps, root):
+            build(root, self.prompts)
+        self.steps, self.undisturbed = steps.seen, everything(root)
+
+    @property
+    def strikes(self) -> tuple[Callable[[], None], ...]:
+        """S3 calls run in the event loop's thread, where nobody presses a key."""
+        return (fail,) if self.environment else (fail, interrupt)
+
+    def new_root(self) -> str:
+        return f"{self.base}/{uuid.uuid4().hex[:8]}"
+
+
+def test_the_undisturbed_build_is_whole(place: Place) -> None:
+    assert len(place.undisturbed["keys"]) == 2
+    for stage in ("low_res", "captions", "high_res", "quality"):
+        assert {(stage, 0, 0), (stage, 1, 0)} <= place.undisturbed.keys()
+    kinds = {step.split()[1] for step in place.steps if step.startswith("before")}
+    on_disk = {"open", "replace", "link", "fsync", "unlink", "makedirs"}
+    assert kinds == ({"put_object", "delete_object"} if place.environment else on_disk)
+    for name in (
+        "config",
+        "plan/",
+        "errors/low_res/",
+        "low_res/",
+        "captions/",
+        "high_res/",
+        "quality/",
+        "commits/",
+        "index",
+    ):
+        for moment in ("before", "after"):
+            assert any(step.startswith(moment) and f"/{name}" in step for step in place.steps), (moment, name)
+
+
+@pytest.mark.timeout(900)
+def test_an_exception_at_any_step(place: Place) -> None:
+    struck = 0
+    thin = 1 if SOAK else 3 if place.environment else 7
+    for at in range(0, len(place.steps), thin):
+        for strike in place.strikes if SOAK else (place.strikes[at % len(place.strikes)],):
+            root, steps = place.new_root(), Steps(at, strike)
+            try:
+                with injected(steps, root):
+                    build(root, place.prompts)
+            except (OSError, UserError, KeyboardInterrupt):
+                struck += 1
+            else:
+                # What may fail unseen: the answer of a create that is found to have succeeded, and what is done for later runs.
+                assert strike is fail, steps.seen[at]
+                assert any(part in steps.seen[at] for part in ("/commits/", "/cache/", "unlink")), steps.seen[at]
+            build(root, place.prompts)
+            assert everything(root) == place.undisturbed, place.steps[at]
+    assert struck > len(place.steps) // thin // 2
+
+
+@pytest.mark.timeout(900)
+def test_kill_9_at_any_step(place: Place) -> None:
+    """Each build is a process of its own; it is killed at one step, and the next one goes on where it ended."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.durability.injection", "s3fs"])
+    thin = 1 if SOAK else 11 if place.environment else 31
+    for at in range(thin // 2, len(place.steps), thin):
+        root = place.new_root()
+        child = context.Process(target=killed_build, args=(root, place.prompts, place.environment, at))
+        child.start()
+        child.join(120)
+        assert child.exitcode == -9, place.steps[at]
+        build(root, place.prompts)
+        assert everything(root) == place.undisturbed, place.steps[at]
+
+
+@pytest.mark.s3
+def test_a_fault_at_any_step_of_an_upload_in_parts(
+    s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filesystem, "PART_BYTES", 5 << 20)
+    folder = open_root(s3_root)
+    source = tmp_path / "large"
+    source.write_bytes(os.urandom((10 << 20) + 1))
+
+    def attempt(shard: int) -> Receipt:
+        own = new_attempt()
+        receipt = Receipt("low_res", "ab" * 32, shard, own, 0, 1, 0, (), "0" * 64, {})
+        return commit(folder, receipt, [(f"low_res/{shard:06d}-{own}.tar", source)], None)
+
+    steps = Steps()
+    with injected(steps, s3_root):
+        attempt(0)
+    assert [step.split()[1] for step in steps.seen if step.startswith("before")] == [
+        "create_multipart_upload",
+        *["upload_part"] * 3,
+        "complete_multipart_upload",
+        "put_object",
+    ]
+    for at in range(len(steps.seen)):
+        with injected(Steps(at, fail), s3_root):
+            try:
+                attempt(at + 1)
+            except OSError:
+                assert read_commit(folder, "low_res", "ab" * 32, at + 1) is None
+        receipt = attempt(at + 1)
+        found = [file.name for file in folder.files("low_res") if f"/{at + 1:06d}-" in file.name]
+        if not steps.seen[at].startswith("before put_object"):  # there the outcome was unknown, so nothing was deleted
+            assert found == [receipt.objects[0].name], steps.seen[at]
+        path, digest = folder.download(receipt.objects[0].name, tmp_path)
+        assert digest == receipt.objects[0].sha256
+        path.unlink()
