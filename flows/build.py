@@ -14,6 +14,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelled
 
 from flows.artifacts import run_page, show_dataset
+from flows.clusters import process_on_cluster
 from flows.dispatch import Stopped, dispatch
 from flows.outcome import incomplete, outcome
 from flows.process import failures, process_shards
@@ -74,6 +75,8 @@ def work(
     if not shards:
         return {}
     with run_page(dataset, shards, stages):
+        if config.where == "dask" or config.where == "ray":
+            return process_on_cluster(dataset, shards, stages, config.where)
         if not on_workers(config):
             errors: dict[str, str] = outcome(process_shards(dataset.url, shards, stages, return_state=True))
             return errors

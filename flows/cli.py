@@ -82,6 +82,11 @@ def parser() -> argparse.ArgumentParser:
         "never redone, and the result is the same to the byte.",
     )
     add_source(sub)
+    sub.add_argument(
+        "--executor",
+        choices=("dask", "ray"),
+        help="do the shards on a cluster that is there already (DASK_SCHEDULER_ADDRESS or RAY_ADDRESS)",
+    )
 
     sub = add(
         "plan",
@@ -250,6 +255,10 @@ def _execute(
 ) -> int:
     """Run a flow of `flows.build` under the live display."""
     _no_bars(config)
+    if config.dispatch.where == "dask" or config.dispatch.where == "ray":
+        from flows.clusters import check
+
+        check(config.dispatch.where)
     from flows.display import TerminalReporter
     from resmaster_stages.progress import reporting
 
@@ -266,6 +275,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from resmaster_stages.preview import preview
 
     config = config_of(args)
+    if args.executor:
+        dispatch = config.dispatch.model_copy(update={"where": args.executor})
+        config = config.model_copy(update={"dispatch": dispatch})
     look = preview(config)  # all that can be wrong with the input is found here, before anything starts
     console.print(escape(look.headline()), highlight=False, soft_wrap=True)
     return _execute(console, config, look.pending_samples(), look.shards, "build_dataset", {"config": config})

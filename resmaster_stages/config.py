@@ -578,9 +578,10 @@ class QualityConfig(Part):
 class DispatchConfig(Part):
     """How a build shares its shards among workers. Changes no result."""
 
-    where: Literal["auto", "here", "workers"] = Operational("auto")
+    where: Literal["auto", "here", "workers", "dask", "ray"] = Operational("auto")
     """`workers`: runs of the deployment `process-shards`, on any number of machines; `here`: one after the other in the
-    build's own process; `auto`: workers if a Prefect server is configured (PREFECT_API_URL)."""
+    build's own process; `auto`: workers if a Prefect server is configured (PREFECT_API_URL); `dask` or `ray`: on a cluster
+    that is there already (DASK_SCHEDULER_ADDRESS, RAY_ADDRESS; needs the extra of that name)."""
     deployment: str | None = Operational(None)
     """Name of the deployment of `process-shards`; default: that of the build's own deployment, else `process`."""
     shards_per_run: int = Operational(8, ge=1, le=1000)

@@ -1,0 +1,155 @@
+"""Builds on a Dask or Ray cluster that is there already: real processes, real models, each loaded once."""
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.testing.utilities import prefect_test_harness
+
+from flows.build import repair
+from flows.cli import main
+from flows.clusters import EXECUTORS, check, runner
+from flows.outcome import outcome
+from resmaster_stages.config import DatasetConfig, parse_config
+from resmaster_stages.errors import UserError
+from resmaster_stages.prompts import ingest
+from resmaster_stages.storage.dataset import Dataset, create_or_open
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def planned(tmp_path: Path, executor: str, prompts: list[str]) -> Dataset:
+    """Picturebook, a step per picture, a picture per shard."""
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    config: DatasetConfig = parse_config(
+        {
+            "name": "demo",
+            "root": str(tmp_path / "out"),
+            "prompts": str(tmp_path / "prompts.txt"),
+            "samples_per_shard": 1,
+            "low_res": {"steps": 1},
+            "dispatch": {"where": executor, "window": 3},
+        }
+    )
+    dataset = create_or_open(config)
+    ingest(dataset, config)
+    return dataset
+
+
+def counter() -> Callable[[], tuple[int, int]]:
+    """A function that tells a process's id and how often it loaded models; it travels by value to any process."""
+
+    def loads() -> tuple[int, int]:
+        import os
+
+        from resmaster_stages.models.loading import load_models
+
+        return os.getpid(), load_models.cache_info().misses
+
+    return loads
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of a cluster need this project."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_a_build_on_dask_loads_models_once_per_process(
+    server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads in a process, which must not use the models at the same time; more shards than the window."""
+    import distributed
+
+    prompts = [f"a {color} house" for color in ("red", "blue", "green", "yellow", "white", "black")]
+    dataset = planned(tmp_path, "dask", prompts)
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=2, dashboard_address=None, memory_limit=0, host="127.0.0.1"
+    ) as cluster:
+        monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", cluster.scheduler_address)
+        result = outcome(repair(dataset.url, stages=["low_res"], return_state=True))
+        with distributed.Client(cluster) as client:
+            counted = dict(client.run(counter()).values())
+    assert result.errors == {}
+    assert len(list(Path(dataset.folder.full("commits")).glob("low_res-*/*.json"))) == len(prompts)
+    assert list(counted.values()) == [1]
+    assert os.getpid() not in counted
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_a_build_on_ray_loads_models_once_per_process(
+    server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if importlib.util.find_spec("prefect_ray") is None:
+        pytest.skip("ray is an extra of its own, too large for every test run: pip install -e '.[ray]'")
+    import ray
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    dataset = planned(tmp_path, "ray", ["a red house", "a blue house", "a green house", "a white house"])
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+        result = outcome(repair(dataset.url, stages=["low_res"], return_state=True))
+        asked = [ray.remote(counter()).remote() for _ in range(20)]
+        counted = dict(ray.get(asked))
+    finally:
+        ray.shutdown()
+    assert result.errors == {}
+    assert len(list(Path(dataset.folder.full("commits")).glob("low_res-*/*.json"))) == 4
+    assert set(counted.values()) <= {0, 1}, "at most one load per process"
+    assert sum(counted.values()) >= 1
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_what_is_missing_is_said_in_one_line(executor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"pip install 'resmaster-pipeline\[{executor}\]'"):
+        check(executor)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.delenv("DASK_SCHEDULER_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match=r"set (DASK_SCHEDULER|RAY)_ADDRESS to the address of your cluster"):
+        check(executor)
+    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "tcp://127.0.0.1:8786")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    with (
+        temporary_settings(restore_defaults={PREFECT_API_URL}),
+        pytest.raises(UserError, match="set PREFECT_API_URL to a server"),
+    ):
+        check(executor)
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
+        assert check(executor)
+
+
+def test_the_command_line_finds_it_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "demo.yaml"
+    (tmp_path / "prompts.txt").write_text("a red house\n")
+    config.write_text(f"name: demo\nroot: {tmp_path / 'out'}\nprompts: prompts.txt\n")
+    monkeypatch.delenv("DASK_SCHEDULER_ADDRESS", raising=False)
+    assert main(["run", str(config), "--executor", "dask"]) == 2
+    assert "set DASK_SCHEDULER_ADDRESS" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scheduler_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.clusters.CONNECT_SECONDS", 0.5)
+    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "tcp://127.0.0.1:1")
+    with (
+        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}),
+        pytest.raises(UserError, match="no Dask scheduler answers there"),
+    ):
+        runner("dask")
