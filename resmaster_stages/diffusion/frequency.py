@@ -100,11 +100,17 @@ def swap_weights(config: StructureConfig, steps: int) -> tuple[float, ...]:
     return tuple(weights)
 
 
+@lru_cache(maxsize=256)
+def _gaussian_kernel(radius: int, sigma: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[2 radius + 1], sum 1, made once: uploading it at every step would make the device wait."""
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    return (kernel / kernel.sum()).to(device=device, dtype=dtype)
+
+
 def gaussian_blur(x: Tensor, radius: int, sigma: float, axes: tuple[int, ...] = (2, 3)) -> Tensor:
     """`x` [B, C, H, W] by a Gaussian of `sigma` cells, cut at `radius` cells, along `axes`; zeros beyond the border."""
-    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32, device=x.device)
-    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).to(x.dtype).expand(x.shape[1], 1, -1)  # [C, 1, 2 r + 1]
+    kernel = _gaussian_kernel(radius, sigma, x.device, x.dtype).expand(x.shape[1], 1, -1)  # [C, 1, 2 r + 1]
     if 2 in axes:
         x = F.conv2d(x, kernel[..., None], padding=(radius, 0), groups=x.shape[1])
     if 3 in axes:

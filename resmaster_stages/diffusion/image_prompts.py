@@ -42,7 +42,7 @@ class _NoTokens(nn.Module):
 def adapter_scale(unet: Any, scale: float) -> Iterator[None]:
     """Within the block the UNet's IP-Adapters (if any) have weight `scale`; with 0 they are out of the computation."""
     unet = getattr(unet, "_orig_mod", unet)  # torch.compile wraps the module
-    projection = unet.encoder_hid_proj
+    projection = getattr(unet, "encoder_hid_proj", None)  # other denoisers have no adapters
     if not isinstance(projection, MultiIPAdapterImageProjection):
         yield
         return

@@ -3,7 +3,7 @@
     for each step:   z      = hooks(z)                         e.g. DemoFusion's skip residual
                      for each group of views:
                          views  = cut(z)
-                         output = fuse(guide(unet(views)))     all views and guidance branches in static batches
+                         output = fuse(guide(denoise(views)))  all views and guidance branches in static batches
                      x0     = hooks(x0(z, mix of outputs))     e.g. the low-frequency swap
                      z      = stepper(z, x0, eps)              once, on the canvas
 
@@ -45,6 +45,22 @@ Patch = Callable[[Any], AbstractContextManager[None]]
 """Changes the UNet within a block."""
 Progress = Callable[[int, int], None]
 """Hears (steps done, steps in all)."""
+
+
+class Denoiser(Protocol):
+    """What predicts: a diffusers UNet, or anything else that is called like one.
+
+    Methods that change layers (scalecrafter, fouriscale, freescale, c_upscale's composer, image prompts) need the UNet that
+    they name; the others need this and nothing more.
+    """
+
+    dtype: torch.dtype
+    config: Any
+    """`sample_size` (edge in latents of a native picture) and `in_channels` are read."""
+
+    def __call__(self, sample: Tensor, timestep: Tensor, *, return_dict: bool, **conditions: Any) -> tuple[Tensor, ...]:
+        """Predictions [N, C, h, w] (first of the tuple) for noisy latents [N, C, h, w] at one timestep []. Conditions:
+        `encoder_hidden_states` [N, 77, D] and `added_cond_kwargs`."""
 
 
 class Views(Protocol):
@@ -97,16 +113,22 @@ def static_batches(items: int, largest: int, device: torch.device | str = "cpu")
 
 
 def predict(
-    unet: Any, views: Tensor, timestep: Tensor, conditions: Conditions, moment: Moment, batches: Sequence[Tensor]
+    denoiser: Denoiser,
+    views: Tensor,
+    timestep: Tensor,
+    conditions: Conditions,
+    moment: Moment,
+    batches: Sequence[Tensor],
 ) -> list[Tensor]:
     """Every view's prediction by every branch of `moment`: [N, C, h, w], float32, per branch. One UNet call per batch."""
     outputs, branches = [], moment.branches
     for items in batches:
         moment.items = items
-        rows = views[items].to(unet.dtype).repeat(len(branches), 1, 1, 1)  # branch by branch
+        rows = views[items].to(denoiser.dtype).repeat(len(branches), 1, 1, 1)  # branch by branch
         arguments = conditions.batch(items, branches)
-        count_call(len(rows), rows[0, 0].numel() / unet.config.sample_size**2)
-        outputs.append(unet(rows, timestep, **arguments, return_dict=False)[0].float().chunk(len(branches)))
+        count_call(len(rows), rows[0, 0].numel() / denoiser.config.sample_size**2)
+        output = denoiser(rows, timestep, return_dict=False, **arguments)[0]
+        outputs.append(output.float().chunk(len(branches)))
     return [torch.cat(parts)[: len(views)] for parts in zip(*outputs)]
 
 

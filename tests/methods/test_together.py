@@ -1,6 +1,10 @@
 """What holds for all methods."""
 
+import hashlib
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from resmaster_stages.upscale import upscale_image
 from tests.methods.common import adapted, difference, forwards, picture, request, settings
 from tests.tiny_models import make_adapted_pipeline
 
+ROOT = Path(__file__).parents[2]
 CASES = [(method, preset) for method in DIFFUSION_METHODS for preset in METHOD_PRESETS.get(method, ("default",))]
 
 
@@ -28,6 +33,18 @@ def test_methods_do_not_depend_on_what_ran_before():
     assert first == again
     assert forwards(adapted().unet) == {}
     assert len(set(first.values())) >= len(CASES) - 1  # the two presets of c_upscale are one
+
+
+def test_a_method_draws_the_same_bytes_after_others_and_in_a_process_of_its_own():
+    code = (
+        "import hashlib; from tests.methods.test_together import make; "
+        "print(hashlib.sha256(make('freescale', 'faithful').tobytes()).hexdigest())"
+    )
+    alone = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    for case in CASES:
+        if case[0] != "freescale":
+            make(*case)
+    assert hashlib.sha256(make("freescale", "faithful").tobytes()).hexdigest() == alone.stdout.strip()
 
 
 @pytest.mark.parametrize("method", DIFFUSION_METHODS)
