@@ -1,0 +1,263 @@
+"""What each upscaling method costs, side by side, in one run: seconds, UNet work, memory.
+
+    python benchmarks/methods.py                                      # picturebook on the CPU, 2x and 4x
+    python benchmarks/methods.py --model sdxl --device cuda --flops   # an SDXL with random weights, 2048 and 4096 px
+
+`sdxl` needs no download: the UNet and the VAE are SDXL's in shape, with random weights, so seconds and memory are real and
+pictures are noise; its text encoders are one layer each. `--shrink` divides its channels.
+
+Columns: seconds of one picture (of a warm process, decoding included); UNet calls; rows through the UNet in native views; peak
+memory (CUDA: allocated; Linux: resident, of the whole process with its models). With `--flops` every picture is made once
+more to count its operations, and the rate stands beside that of a plain matrix product on the same device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from resmaster_stages.config import METHODS, ModelConfig, UpscaleConfig
+from resmaster_stages.diffusion.cost import UnetCost, counting
+from resmaster_stages.models.identity import pack_folder
+from resmaster_stages.models.loading import Models, load_models, resolve_device, resolve_dtype
+from resmaster_stages.upscale import upscale_image
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def sdxl(device: torch.device, dtype: torch.dtype, shrink: int = 1) -> Models:
+    """An SDXL with random weights, its channels divided by `shrink`."""
+    widths = tuple(channels // shrink for channels in (320, 640, 1280))
+    groups = max(1, 32 // shrink)
+    torch.manual_seed(0)
+    with torch.device(device):
+        unet = UNet2DConditionModel(
+            sample_size=128 // shrink,
+            block_out_channels=widths,
+            layers_per_block=2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10 if shrink == 1 else 1),
+            attention_head_dim=[5, 10, 20] if shrink == 1 else [1, 2, 4],
+            cross_attention_dim=2048 // shrink,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=6 * 256 + 1280 // shrink,
+            norm_num_groups=groups,
+        )
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=tuple(channels // shrink for channels in (128, 256, 512, 512)),
+            layers_per_block=2,
+            latent_channels=4,
+            norm_num_groups=groups,
+            scaling_factor=0.13025,
+            force_upcast=False,
+        )
+    tokenizer = AutoTokenizer.from_pretrained(pack_folder() / "tokenizer")
+
+    def text(hidden: int) -> CLIPTextConfig:
+        return CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            hidden_size=hidden,
+            projection_dim=hidden,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+
+    pipe = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text(768 // shrink)),
+        text_encoder_2=CLIPTextModelWithProjection(text(1280 // shrink)),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
+        add_watermarker=False,
+    )
+    pipe.to(device, dtype)
+    for module in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        module.eval().requires_grad_(False)
+    if device.type == "cuda":
+        pipe.unet.to(memory_format=torch.channels_last)
+        pipe.vae.to(memory_format=torch.channels_last)
+    return Models.from_pipeline(pipe)
+
+
+@dataclass
+class Peak:
+    """Greatest memory of a block, in bytes; None where the platform does not tell."""
+
+    found: int | None = None
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """The block's peak: allocated on a CUDA device, resident elsewhere (Linux only)."""
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif CLEAR.exists():
+        CLEAR.write_text("5")  # resets the high-water mark of this process
+    yield peak
+    if device.type == "cuda":
+        peak.found = torch.cuda.max_memory_allocated(device)
+    elif STATUS.exists():
+        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        peak.found = int(line.split()[1]) * 1024
+
+
+def settle(device: torch.device) -> None:
+    """Waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a square matrix product."""
+    side = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(5):
+        settle(device)
+        start = time.perf_counter()
+        a @ a
+        settle(device)
+        best = max(best, 2 * side**3 / (time.perf_counter() - start))
+    return best
+
+
+@dataclass
+class Row:
+    """What one picture of one method took."""
+
+    method: str
+    scale: float
+    seconds: float
+    cost: UnetCost
+    peak: int | None
+    operations: int | None
+
+
+def measure(models: Models, image: Image.Image, method: str, scale: float, steps: int, count_operations: bool) -> Row:
+    """One picture, timed; and once more, counted, if wanted."""
+    values: dict[str, Any] = {"method": method, "scale": scale, "steps": steps, "micro_conditioning": "native"}
+    if method == "resmaster" and not models.has_ip_adapter:
+        values["image_prompt"] = {"enabled": False}
+    config = UpscaleConfig.model_validate(values)
+
+    def draw() -> None:
+        upscale_image(models, image, "a red house on a green meadow", config=config)
+        settle(models.device)
+
+    with counting() as cost, peak_memory(models.device) as peak:
+        start = time.perf_counter()
+        draw()
+        seconds = time.perf_counter() - start
+    operations = None
+    if count_operations:
+        with FlopCounterMode(display=False) as counter:
+            draw()
+        operations = counter.get_total_flops()
+    return Row(method, scale, seconds, cost, peak.found, operations)
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "seconds": lambda row: f"{row.seconds:.1f}",
+    "UNet calls": lambda row: str(row.cost.calls),
+    "native rows": lambda row: f"{row.cost.native_rows:.0f}",
+    "peak GB": lambda row: "" if row.peak is None else f"{row.peak / 1e9:.2f}",
+    "Tflop/s": lambda row: "" if row.operations is None else f"{row.operations / row.seconds / 1e12:.3f}",
+}
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: a line per method, the columns of every scale side by side."""
+    scales = list(dict.fromkeys(row.scale for row in rows))
+    columns = [name for name, show in COLUMNS.items() if any(show(row) for row in rows)]
+    lines = [
+        "| method | " + " | ".join(f"{name}, {scale:g}x" for scale in scales for name in columns) + " |",
+        "| --- |" + " ---: |" * (len(scales) * len(columns)),
+    ]
+    for method in dict.fromkeys(row.method for row in rows):
+        own = {row.scale: row for row in rows if row.method == method}
+        cells = [COLUMNS[name](own[scale]) for scale in scales for name in columns]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def device_name(device: torch.device) -> str:
+    """The card's or the processor's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = Path("/proc/cpuinfo")
+    found = (
+        [line.split(":")[1].strip() for line in names.read_text().splitlines() if line.startswith("model name")]
+        if names.exists()
+        else []
+    )
+    return f"{found[0] if found else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", choices=("picturebook", "sdxl"), default="picturebook")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--scales", default="2,4", help="target size over the model's native size")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument(
+        "--shrink", type=int, default=1, help="of --model sdxl: divide its channels and its native size"
+    )
+    parser.add_argument("--flops", action="store_true", help="count operations too")
+    args = parser.parse_args()
+
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype, device)
+    if args.model == "picturebook":
+        models = load_models(ModelConfig(device=args.device, dtype=args.dtype))
+    else:
+        models = sdxl(device, dtype, args.shrink)
+    native = models.native_px
+    image = Image.effect_noise((8, 8), 80).convert("RGB").resize((native, native), Image.Resampling.BICUBIC)
+    measure(models, image, "direct", 1.0, 2, False)  # warm: kernels are chosen and memory is taken here
+
+    rows = []
+    for scale in (float(each) for each in args.scales.split(",")):
+        for method in args.methods.split(","):
+            rows.append(measure(models, image, method, scale, args.steps, args.flops))
+            print(f"{method} at {scale:g}x: {rows[-1].seconds:.1f} s", flush=True)
+    name = args.model if args.model == "picturebook" else f"SDXL's shape / {args.shrink}, random weights"
+    print(f"\n{name}, native {native} px, {args.steps} steps, {str(dtype).removeprefix('torch.')}")
+    print(f"{device_name(device)}; torch {torch.__version__}")
+    if args.flops:
+        print(f"a matrix product on it: {product_rate(device, dtype) / 1e12:.3f} Tflop/s")
+    print("\n" + table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""The benchmark of the methods runs, and its numbers are those of the work."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from resmaster_stages.config import METHODS
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*words: str) -> list[dict[str, str]]:
+    """The rows of the table that it prints, by heading."""
+    command = [sys.executable, "benchmarks/methods.py", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
+    assert set(lines[1]) <= {"---", "---:"}
+    return [dict(zip(lines[0], [cell.strip() for cell in line])) for line in lines[2:]]
+
+
+@pytest.mark.slow
+def test_picturebook_side_by_side() -> None:
+    rows = run("--scales", "1.5", "--steps", "2")
+    assert [row["method"] for row in rows] == list(METHODS)
+    by_method = {row["method"]: row for row in rows}
+    assert by_method["direct"]["UNet calls, 1.5x"] == "2"
+    assert by_method["direct"]["native rows, 1.5x"] == "9"  # 2 steps x 2 branches x 2.25
+    assert by_method["multidiffusion"]["native rows, 1.5x"] == "16"  # 2 steps x 2 branches x 4 views
+    assert by_method["super_resolution"]["UNet calls, 1.5x"] == "0"
+    assert all(float(row["seconds, 1.5x"]) >= 0 for row in rows)
+    if sys.platform == "linux":
+        assert all(float(row["peak GB, 1.5x"]) > 0.1 for row in rows)
+
+
+@pytest.mark.slow
+def test_an_sdxl_of_random_weights_and_counted_operations() -> None:
+    """The part for GPUs, on a CPU: the same code with SDXL's channels divided by 20."""
+    methods = "direct,resmaster,scalecrafter,freescale"
+    rows = run("--model", "sdxl", "--shrink", "16", "--methods", methods, "--scales", "2", "--steps", "2", "--flops")
+    assert [row["method"] for row in rows] == methods.split(",")
+    assert rows[0]["native rows, 2x"] == "16"  # 2 steps x 2 branches x 4
+    assert rows[1]["native rows, 2x"] == "36"
+    assert all(row["Tflop/s, 2x"] for row in rows)
