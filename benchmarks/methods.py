@@ -222,7 +222,7 @@ def device_name(device: torch.device) -> str:
     return f"{found[0] if found else platform.processor()}, {torch.get_num_threads()} threads"
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", choices=("picturebook", "sdxl"), default="picturebook")
     parser.add_argument("--device", default="cpu")
@@ -234,7 +234,7 @@ def main() -> None:
         "--shrink", type=int, default=1, help="of --model sdxl: divide its channels and its native size"
     )
     parser.add_argument("--flops", action="store_true", help="count operations too")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
 
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)

@@ -1,42 +1,45 @@
 """The benchmark of the methods runs, and its numbers are those of the work."""
 
-import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
+from benchmarks.methods import main
 from resmaster_stages.config import METHODS
 
-ROOT = Path(__file__).parent.parent
+Run = Callable[..., list[dict[str, str]]]
 
 
-def run(*words: str) -> list[dict[str, str]]:
-    """The rows of the table that it prints, by heading."""
-    command = [sys.executable, "benchmarks/methods.py", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
-    assert set(lines[1]) <= {"---", "---:"}
-    return [dict(zip(lines[0], [cell.strip() for cell in line])) for line in lines[2:]]
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs it with some options: the rows of the table that it prints, by heading."""
+
+    def rows(*words: str) -> list[dict[str, str]]:
+        main(list(words))
+        lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        assert set(lines[1]) <= {"---", "---:"}
+        return [dict(zip(lines[0], [cell.strip() for cell in line])) for line in lines[2:]]
+
+    return rows
 
 
 @pytest.mark.slow
-def test_picturebook_side_by_side() -> None:
-    rows = run("--scales", "1.5", "--steps", "2")
+def test_picturebook_side_by_side(run: Run) -> None:
+    rows = run("--scales", "1.25", "--steps", "2")
     assert [row["method"] for row in rows] == list(METHODS)
     by_method = {row["method"]: row for row in rows}
-    assert by_method["direct"]["UNet calls, 1.5x"] == "2"
-    assert by_method["direct"]["native rows, 1.5x"] == "9"  # 2 steps x 2 branches x 2.25
-    assert by_method["multidiffusion"]["native rows, 1.5x"] == "16"  # 2 steps x 2 branches x 4 views
-    assert by_method["super_resolution"]["UNet calls, 1.5x"] == "0"
-    assert all(float(row["seconds, 1.5x"]) >= 0 for row in rows)
+    assert by_method["direct"]["UNet calls, 1.25x"] == "2"
+    assert by_method["direct"]["native rows, 1.25x"] == "6"  # 2 steps x 2 branches x 1.25 squared
+    assert by_method["multidiffusion"]["native rows, 1.25x"] == "16"  # 2 steps x 2 branches x 4 views
+    assert by_method["super_resolution"]["UNet calls, 1.25x"] == "0"
+    assert all(float(row["seconds, 1.25x"]) >= 0 for row in rows)
     if sys.platform == "linux":
-        assert all(float(row["peak GB, 1.5x"]) > 0.1 for row in rows)
+        assert all(float(row["peak GB, 1.25x"]) > 0.1 for row in rows)
 
 
 @pytest.mark.slow
-def test_an_sdxl_of_random_weights_and_counted_operations() -> None:
+def test_an_sdxl_of_random_weights_and_counted_operations(run: Run) -> None:
     """The part for GPUs, on a CPU: the same code with SDXL's channels divided by 20."""
     methods = "direct,resmaster,scalecrafter,freescale"
     rows = run("--model", "sdxl", "--shrink", "16", "--methods", methods, "--scales", "2", "--steps", "2", "--flops")
