@@ -27,6 +27,7 @@ from resmaster_stages.publish import write_manifest
 from resmaster_stages.standing import pending, status
 from resmaster_stages.storage.dataset import Dataset, create_or_open, open_dataset
 from resmaster_stages.storage.probe import require_one_winner
+from resmaster_stages.supplements import request_retries
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def build_dataset(config: DatasetConfig) -> BuildResult | State[BuildResult]:
 
 @flow(name="repair", flow_run_name="repair {dataset_url}", on_cancellation=[cancel_children])
 def repair(
-    dataset_url: str, shards: str | None = None, stages: list[Stage] | None = None
+    dataset_url: str, shards: str | None = None, stages: list[Stage] | None = None, retry_errors: bool = False
 ) -> BuildResult | State[BuildResult]:
     """Do what is missing or failed in a dataset, and nothing else; then publish anew.
 
@@ -131,8 +132,11 @@ def repair(
         dataset_url: folder or URL of the dataset.
         shards: only these shards, e.g. `1,4-7`; default: all.
         stages: only these stages; default: all.
+        retry_errors: give the failed samples of committed shards another attempt too; what becomes good is added.
     """
     dataset = open_dataset(dataset_url)
+    if retry_errors:
+        request_retries(dataset, shards=parse_numbers(shards), stages=stages)
     if not dataset.config.allow_overwriting_store:
         require_one_winner(dataset.folder)
     try:

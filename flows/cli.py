@@ -131,6 +131,11 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("root", metavar="ROOT", help="the dataset's folder or URL (or a root that holds just one)")
     add_selection(sub)
+    sub.add_argument(
+        "--retry-errors",
+        action="store_true",
+        help="give the failed samples of committed shards another attempt; what becomes good is added in shards of its own",
+    )
 
     sub = add(
         "doctor",
@@ -363,6 +368,11 @@ def repair(args: argparse.Namespace, console: Console) -> int:
 
     shards, stages = parse_numbers(args.shards), parse_stages(args.stages)
     dataset = open_dataset(args.root)
+    if args.retry_errors:
+        from resmaster_stages.supplements import request_retries
+
+        asked = request_retries(dataset, shards=shards, stages=stages)
+        console.print(f"{escape(dataset.url)}: {asked} failed samples to try again", highlight=False, soft_wrap=True)
     todo = pending(dataset, shards=shards, stages=stages)
     count = len({shard for missing in todo.values() for shard in missing})
     if not count:

@@ -22,13 +22,14 @@ from resmaster_stages.identity import sample_seed
 from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.models.identity import weights_of
 from resmaster_stages.storage import layout
-from resmaster_stages.storage.commit import Receipt, read_commit
+from resmaster_stages.storage.commit import Receipt
 from resmaster_stages.storage.dataset import Dataset, current_config
 from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.ledger import ledger_rows
 from resmaster_stages.storage.plan import PlannedSample, read_plan
 from resmaster_stages.storage.shards import Member, read_index
 from resmaster_stages.storage.tables import STAGE_SCHEMAS, decode_table
+from resmaster_stages.supplements import read_chain
 
 KEY_CHARACTERS = 24
 SHOWN_MATCHES = 5
@@ -130,9 +131,10 @@ def explain(dataset: Dataset, prefix: str) -> Explanation:
     sample = find_sample(dataset, prefix)
     config, weights = dataset.config, asdict(weights_of(dataset.config))
     traces: list[StageTrace] = []
-    for stage, own_hash in stage_hashes(config).items():
+    hashes = stage_hashes(config)
+    for stage in hashes:
         lost = any(trace.state in ("failed", "left out") for trace in traces)
-        traces.append(_trace(dataset, stage, own_hash, sample, lost))
+        traces.append(_trace(dataset, stage, hashes, sample, lost))
     return Explanation(
         dataset=dataset.url,
         sample=sample,
@@ -149,7 +151,8 @@ def explain(dataset: Dataset, prefix: str) -> Explanation:
     )
 
 
-def _trace(dataset: Dataset, stage: Stage, own_hash: str, sample: PlannedSample, lost: bool) -> StageTrace:
+def _trace(dataset: Dataset, stage: Stage, hashes: dict[Stage, str], sample: PlannedSample, lost: bool) -> StageTrace:
+    own_hash = hashes[stage]
     rows = ledger_rows(dataset.folder, stage, {sample.shard})
     failures = [row for row in rows if row["key"] == sample.key and row["stage_hash"] == own_hash]
     trace = StageTrace(
@@ -160,13 +163,20 @@ def _trace(dataset: Dataset, stage: Stage, own_hash: str, sample: PlannedSample,
         failures=tuple(sorted(failures, key=lambda row: int(row["attempt_number"]))),
     )
     try:
-        receipt = read_commit(dataset.folder, stage, own_hash, sample.shard)
+        chain = read_chain(dataset.folder, hashes, sample.shard, stage)
     except ShardError as error:
         return replace(trace, problem=str(error))
-    if receipt is None:
+    link = chain.links[stage]
+    if link.commit is None:
         return replace(trace, state="left out" if lost else "failed" if failures else "pending")
-    if lost or sample.key in receipt.failed_keys:
-        return replace(trace, state="left out" if lost else "failed", receipt=receipt)
+    receipt = chain.holder(stage, sample.key)
+    if receipt is None:
+        failed = sample.key in link.failed
+        return replace(
+            trace, state="left out" if lost else "failed" if failed else "pending", receipt=link.receipts[-1]
+        )
+    record = layout.commit(stage, own_hash, sample.shard, receipt.supplement)
+    trace = replace(trace, commit=dataset.folder.url_of(record))
     trace = replace(trace, state="committed", receipt=receipt)
     name = receipt.objects[0].name
     try:

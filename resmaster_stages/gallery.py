@@ -24,6 +24,7 @@ from resmaster_stages.storage.dataset import Dataset
 from resmaster_stages.storage.ledger import ledger_rows
 from resmaster_stages.storage.plan import read_plan
 from resmaster_stages.storage.tables import MANIFEST_SCHEMA, decode_table
+from resmaster_stages.supplements import list_links
 
 SHOWN_SAMPLES = 200
 """A page with more pictures than this is slow to open: half are the worst, half evenly from the rest."""
@@ -78,12 +79,18 @@ def facts(config: DatasetConfig, manifest: list[dict[str, Any]]) -> dict[str, An
 
 
 def failures(dataset: Dataset) -> list[dict[str, Any]]:
-    """The ledger's rows of the current configuration, the last attempt of each sample, with a command that tells more."""
+    """The ledger's rows of what is still missing under the current configuration: the last attempt of each sample, with a
+    command that tells more."""
     last: dict[tuple[Stage, str], dict[str, Any]] = {}
     for stage, own_hash in stage_hashes(dataset.config).items():
+        links = list_links(dataset.folder, stage, own_hash)
         for row in ledger_rows(dataset.folder, stage):
+            if row["stage_hash"] != own_hash or (
+                row["shard"] in links and row["key"] not in links[row["shard"]].failed
+            ):
+                continue
             known = last.get((stage, row["key"]))
-            if row["stage_hash"] == own_hash and (known is None or row["attempt_number"] >= known["attempt_number"]):
+            if known is None or row["attempt_number"] >= known["attempt_number"]:
                 last[stage, row["key"]] = row
     return [{**row, "command": explain_command(dataset.url, row["key"])} for row in last.values()]
 

@@ -17,10 +17,10 @@ from prometheus_client.openmetrics.exposition import generate_latest
 from resmaster_stages.config import Stage
 from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.standing import stage_status
-from resmaster_stages.storage.commit import Receipt, list_commits
 from resmaster_stages.storage.dataset import Dataset
 from resmaster_stages.storage.ledger import ledger_rows
 from resmaster_stages.storage.plan import Plan, read_plan
+from resmaster_stages.supplements import Link, list_links
 
 
 def openmetrics(dataset: Dataset) -> str:
@@ -32,9 +32,9 @@ def openmetrics(dataset: Dataset) -> str:
     families.samples_planned.add_metric([name], plan.samples)
     pixels = plan.pixels() * dataset.config.upscale.scale**2 / max(1, plan.samples)
     for stage, own_hash in stage_hashes(dataset.config).items():
-        receipts = list_commits(dataset.folder, stage, own_hash)
+        links = list_links(dataset.folder, stage, own_hash)
         rows = [row for row in ledger_rows(dataset.folder, stage) if row["stage_hash"] == own_hash]
-        _add_stage(families, [name, stage], plan, stage, receipts, rows, pixels / 1e6)
+        _add_stage(families, [name, stage], plan, stage, links, rows, pixels / 1e6)
     registry = CollectorRegistry()
     registry.register(families)
     text: bytes = generate_latest(registry)
@@ -78,12 +78,13 @@ def _add_stage(
     labels: list[str],
     plan: Plan,
     stage: Stage,
-    receipts: dict[int, Receipt],
+    links: dict[int, Link],
     rows: list[dict[str, Any]],
     megapixels: float,
 ) -> None:
     """One stage's numbers. `labels`: dataset and stage; `rows`: its ledger; `megapixels`: of a mean high-res picture."""
-    found = stage_status(plan, stage, receipts, rows)
+    found = stage_status(plan, stage, links, rows)
+    receipts = [receipt for link in links.values() for receipt in link.receipts]
     for state in ("committed", "pending", "failed"):
         families.shards.add_metric([*labels, state], getattr(found, state))
     undecided = plan.samples - found.samples_ok - found.samples_failed
@@ -94,17 +95,17 @@ def _add_stage(
     families.retries.add_metric(labels, sum(row["attempt_number"] > 1 for row in rows))
     families.seconds.add_metric(labels, found.seconds)
     on_gpu: Counter[str] = Counter()
-    for receipt in receipts.values():
+    for receipt in receipts:
         if "gpu" in receipt.provenance:
             on_gpu[str(receipt.provenance["gpu"])] += receipt.seconds  # type: ignore[assignment]
     for gpu, seconds in sorted(on_gpu.items()):
         families.gpu_seconds.add_metric([*labels, gpu], seconds)
-    tried = sum(receipt.samples_ok + receipt.samples_failed for receipt in receipts.values())
+    tried = sum(receipt.samples_ok + receipt.samples_failed for receipt in receipts)
     if tried:
         families.pace.add_metric(labels, found.seconds / (tried * megapixels))
-        latest = max(datetime.fromisoformat(receipt.finished_at) for receipt in receipts.values())
+        latest = max(datetime.fromisoformat(receipt.finished_at) for receipt in receipts)
         families.last.add_metric(labels, latest.timestamp())
-    views = sum(receipt.provenance.get("unet", {}).get("native_rows", 0.0) for receipt in receipts.values())
+    views = sum(receipt.provenance.get("unet", {}).get("native_rows", 0.0) for receipt in receipts)
     families.unet_views.add_metric(labels, views)
-    size = sum(stored.bytes for receipt in receipts.values() for stored in receipt.objects)
+    size = sum(stored.bytes for receipt in receipts for stored in receipt.objects)
     families.bytes.add_metric(labels, size)

@@ -19,11 +19,12 @@ from resmaster_stages.config import DatasetConfig, Stage
 from resmaster_stages.errors import ShardError
 from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.storage import layout
-from resmaster_stages.storage.commit import Receipt, list_commits
+from resmaster_stages.storage.commit import Receipt
 from resmaster_stages.storage.dataset import Dataset
 from resmaster_stages.storage.plan import Plan, read_plan
 from resmaster_stages.storage.shards import Entry, read_index
 from resmaster_stages.storage.tables import MANIFEST_SCHEMA, QUALITY_SCHEMA, decode_table, encode_table
+from resmaster_stages.supplements import Chain, list_chains
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,19 @@ def write_manifest(dataset: Dataset, config: DatasetConfig | None = None) -> Pub
     config = config or dataset.config
     plan = read_plan(dataset.folder)
     hashes = stage_hashes(config)
-    commits = {stage: list_commits(dataset.folder, stage, own_hash) for stage, own_hash in hashes.items()}
-    complete = sorted(set(range(plan.shards)).intersection(*(found.keys() for found in commits.values())))
+    chains = list_chains(dataset.folder, hashes, plan.shards)
+    complete = [shard for shard, chain in enumerate(chains) if all(link.commit for link in chain.links.values())]
     rows: list[dict[str, Any]] = []
     shard_list: list[dict[str, Any]] = []
     failures: dict[Stage, int] = dict.fromkeys(hashes, 0)
     for shard in complete:
-        receipts = {stage: found[shard] for stage, found in commits.items()}
-        rows += _manifest_rows(dataset, plan, shard, receipts)
-        high_res = receipts["high_res"]
-        if high_res.samples_ok:  # an empty tar would only make readers stumble
-            tar = high_res.objects[0]
-            shard_list.append({"url": tar.name, "nsamples": high_res.samples_ok, "filesize": tar.bytes})
-        for stage, receipt in receipts.items():
-            failures[stage] += receipt.samples_failed
+        rows += _manifest_rows(dataset, plan, shard, chains[shard])
+        for stage, link in chains[shard].links.items():
+            failures[stage] += len(link.failed)
+        for receipt in chains[shard].links["high_res"].receipts:
+            if receipt.samples_ok:  # an empty tar would only make readers stumble
+                tar = receipt.objects[0]
+                shard_list.append({"url": tar.name, "nsamples": receipt.samples_ok, "filesize": tar.bytes})
     if len({row["key"] for row in rows}) != len(rows):
         seen: set[str] = set()
         twice = next(row["key"] for row in rows if row["key"] in seen or seen.add(row["key"]))  # type: ignore[func-returns-value]
@@ -75,27 +75,34 @@ def write_manifest(dataset: Dataset, config: DatasetConfig | None = None) -> Pub
     return published
 
 
-def _manifest_rows(
-    dataset: Dataset, plan: Plan, shard: int, receipts: dict[Stage, Receipt]
-) -> Iterator[dict[str, Any]]:
+def _manifest_rows(dataset: Dataset, plan: Plan, shard: int, chain: Chain) -> Iterator[dict[str, Any]]:
     """The manifest's rows of one shard, in the plan's order."""
-    low_res, high_res, quality = receipts["low_res"], receipts["high_res"], receipts["quality"]
-    captions = receipts.get("captions")
-    low_entries, high_entries = _index(dataset, low_res), _index(dataset, high_res)
-    qualities = {row["key"]: row for row in _quality_rows(dataset, quality)}
-    failed = {key for receipt in receipts.values() for key in receipt.failed_keys}
+    indices: dict[str, dict[str, Entry]] = {}
+    qualities: dict[str, dict[str, dict[str, Any]]] = {}
     for sample in plan.read(shard):
-        if sample.key in failed:
+        holders = {stage: chain.holder(stage, sample.key) for stage in chain.links}
+        if not all(holders.values()):
             continue
-        for found, receipt in ((low_entries, low_res), (high_entries, high_res), (qualities, quality)):
+        low_res, high_res, quality = holders["low_res"], holders["high_res"], holders["quality"]
+        captions = holders.get("captions")
+        assert low_res is not None
+        assert high_res is not None
+        assert quality is not None
+        for receipt in (low_res, high_res):
+            if receipt.attempt not in indices:
+                indices[receipt.attempt] = _index(dataset, receipt)
+        if quality.attempt not in qualities:
+            qualities[quality.attempt] = {row["key"]: row for row in _quality_rows(dataset, quality)}
+        low_entries, high_entries = indices[low_res.attempt], indices[high_res.attempt]
+        rows = qualities[quality.attempt]
+        for found, receipt in ((low_entries, low_res), (high_entries, high_res), (rows, quality)):
             if sample.key not in found:
                 raise ShardError(
                     f"{receipt.objects[0].name}: lacks sample {sample.key}, which its commit record counts"
                 )
-        low_member = low_entries[sample.key].image[1]
-        high_member = high_entries[sample.key].image[1]
+        low_member, high_member = low_entries[sample.key].image[1], high_entries[sample.key].image[1]
         yield {
-            **qualities[sample.key],
+            **rows[sample.key],
             "key": sample.key,
             "index": sample.index,
             "shard": shard,
@@ -141,7 +148,7 @@ def _quality_rows(dataset: Dataset, receipt: Receipt) -> list[dict[str, Any]]:
 
 
 def _gone(dataset: Dataset, receipt: Receipt) -> str:
-    record = dataset.folder.url_of(layout.commit(receipt.stage, receipt.stage_hash, receipt.shard))
+    record = dataset.folder.url_of(layout.commit(receipt.stage, receipt.stage_hash, receipt.shard, receipt.supplement))
     return f"{receipt.objects[0].name} is gone; delete {record}, then run: resmaster repair {dataset.url}"
 
 

@@ -8,7 +8,7 @@ Invariant: every object is read by its commit record and checked against its sha
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
@@ -21,11 +21,12 @@ from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.scratch import scratch_folder
 from resmaster_stages.storage import layout
 from resmaster_stages.storage.arrays import decode_arrays
-from resmaster_stages.storage.commit import Receipt, StoredObject, read_commit
+from resmaster_stages.storage.commit import Receipt, StoredObject
 from resmaster_stages.storage.dataset import Dataset, Picture, Sample
 from resmaster_stages.storage.plan import Plan, PlannedSample
 from resmaster_stages.storage.shards import Entry, read_index, read_member
 from resmaster_stages.storage.tables import STAGE_SCHEMAS, decode_table
+from resmaster_stages.supplements import Chain, read_chain
 
 
 class ShardSamples(Sequence[Sample]):
@@ -34,12 +35,12 @@ class ShardSamples(Sequence[Sample]):
     def __init__(
         self,
         planned: list[PlannedSample],
-        receipts: dict[Stage, Receipt],
-        tars: dict[Stage, tuple[Path, dict[str, Entry]]],
+        held: dict[Stage, dict[str, Receipt | None]],
+        tars: dict[Stage, dict[str, tuple[Path, Entry]]],
         tables: dict[Stage, dict[str, list[dict[str, Any]]]],
     ) -> None:
         self.planned = planned
-        self.receipts = receipts
+        self._held = held
         self._tars = tars
         self._tables = tables
 
@@ -74,6 +75,10 @@ class ShardSamples(Sequence[Sample]):
         """The keys in order, without reading a picture."""
         return [planned.key for planned in self.planned]
 
+    def attempts(self, stage: Stage) -> list[str]:
+        """The attempts whose commits hold these samples: one, unless supplements are among them."""
+        return list(dict.fromkeys(holder.attempt for holder in self._held[stage].values() if holder))
+
     def rows(self, stage: Stage, key: str) -> list[dict[str, Any]]:
         """A sample's rows in a stage's table; none where the stage was not loaded."""
         return self._tables.get(stage, {}).get(key, [])
@@ -81,9 +86,9 @@ class ShardSamples(Sequence[Sample]):
     def _picture(self, stage: Stage, key: str) -> Picture | None:
         if stage not in self._tars:
             return None
-        path, entries = self._tars[stage]
-        extension, member = entries[key].image
-        meta = json.loads(read_member(path, entries[key].members["json"]))
+        path, entry = self._tars[stage][key]
+        extension, member = entry.image
+        meta = json.loads(read_member(path, entry.members["json"]))
         return Picture(read_member(path, member), extension, meta)
 
 
@@ -96,45 +101,78 @@ def shard_samples(
     stages: Sequence[Stage],
     hashes: dict[Stage, str] | None = None,
 ) -> Iterator[ShardSamples]:
-    """The samples of a shard with what `stages` made of them, verified; usable within the block.
+    """The samples of a shard that `stages` and all before them made, supplements included, verified; usable within the block.
 
     Raises PlanError if one of the stages is not committed, ShardError if an object is gone or damaged.
     """
     hashes = hashes or stage_hashes(config)
+    last = max(stages, key=list(hashes).index, default=None)
+    chain = read_chain(dataset.folder, hashes, shard, last) if last else Chain({})
     planned = plan.read(shard)
-    receipts: dict[Stage, Receipt] = {}
+    keys = [sample.key for sample in planned if all(chain.holder(stage, sample.key) for stage in chain.links)]
+    with chosen_samples(dataset, planned, keys, chain, shard, stages) as samples:
+        yield samples
+
+
+@contextmanager
+def chosen_samples(
+    dataset: Dataset,
+    planned: Sequence[PlannedSample],
+    keys: Collection[str],
+    chain: Chain,
+    shard: int,
+    stages: Sequence[Stage],
+) -> Iterator[ShardSamples]:
+    """Those of a shard's `planned` samples that `keys` names, with what `stages` made of them, verified.
+
+    Every one of `keys` must be held in every one of `stages`. Raises as `shard_samples`.
+    """
+    wanted = set(keys)
+    survivors = [sample for sample in planned if sample.key in wanted]
     for stage in stages:
-        receipt = read_commit(dataset.folder, stage, hashes[stage], shard)
-        if receipt is None:
+        if chain.links[stage].commit is None:
             raise PlanError(
                 f"{dataset.url}: shard {shard:06d} has no commit of stage {stage} under this configuration; "
                 f"run: resmaster repair {dataset.url}"
             )
-        receipts[stage] = receipt
-    failed = {key for receipt in receipts.values() for key in receipt.failed_keys}
-    survivors = [sample for sample in planned if sample.key not in failed]
-    tars: dict[Stage, tuple[Path, dict[str, Entry]]] = {}
+    held = {stage: {each.key: chain.holder(stage, each.key) for each in survivors} for stage in stages}
+    members: dict[Stage, dict[str, tuple[Path, Entry]]] = {}
     tables: dict[Stage, dict[str, list[dict[str, Any]]]] = {}
     with scratch_folder() as scratch:
-        for stage, receipt in receipts.items():
-            path = fetch(dataset, receipt, receipt.objects[0], scratch)
-            if layout.EXTENSIONS[stage] == "tar":
-                with path.open("rb") as file:
-                    entries = {entry.key: entry for entry in read_index(file, receipt.objects[0].name)}
-                tars[stage] = (path, entries)
-                found = set(entries)
-            else:
-                rows: dict[str, list[dict[str, Any]]] = {}
-                for row in decode_table(path, STAGE_SCHEMAS[stage], receipt.objects[0].name).to_pylist():
-                    rows.setdefault(row["key"], []).append(row)
-                if stage == "captions":
-                    for own in rows.values():
-                        own.sort(key=lambda row: (row["row"], row["col"]))
-                tables[stage] = rows
-                found = set(rows)
-            if missing := [sample.key for sample in survivors if sample.key not in found]:
-                raise ShardError(_damaged(dataset, receipt, f"lacks {len(missing)} samples, {missing[0]} first"))
-        yield ShardSamples(survivors, receipts, tars, tables)
+        for stage in stages:
+            members[stage], tables[stage] = {}, {}
+            for receipt in chain.links[stage].receipts:
+                own = [key for key, holder in held[stage].items() if holder is receipt]
+                if not own:
+                    continue
+                found = _fetched(dataset, receipt, scratch)
+                if missing := [key for key in own if key not in found]:
+                    raise ShardError(_damaged(dataset, receipt, f"lacks {len(missing)} samples, {missing[0]} first"))
+                for key in own:
+                    value = found[key]
+                    if isinstance(value, list):
+                        tables[stage][key] = value
+                    else:
+                        members[stage][key] = value
+        tars = {stage: found for stage, found in members.items() if layout.EXTENSIONS[stage] == "tar"}
+        yield ShardSamples(survivors, held, tars, tables)
+
+
+def _fetched(
+    dataset: Dataset, receipt: Receipt, scratch: Path
+) -> Mapping[str, tuple[Path, Entry] | list[dict[str, Any]]]:
+    """Key -> its place in the commit's tar, or its rows in the commit's table."""
+    path = fetch(dataset, receipt, receipt.objects[0], scratch)
+    if layout.EXTENSIONS[receipt.stage] == "tar":
+        with path.open("rb") as file:
+            return {entry.key: (path, entry) for entry in read_index(file, receipt.objects[0].name)}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in decode_table(path, STAGE_SCHEMAS[receipt.stage], receipt.objects[0].name).to_pylist():
+        rows.setdefault(row["key"], []).append(row)
+    if receipt.stage == "captions":
+        for own in rows.values():
+            own.sort(key=lambda row: (row["row"], row["col"]))
+    return rows
 
 
 def committed_arrays(dataset: Dataset, receipt: Receipt) -> dict[str, dict[str, NDArray[Any]]]:
@@ -164,5 +202,5 @@ def fetch(dataset: Dataset, receipt: Receipt, stored: StoredObject, scratch: Pat
 
 def _damaged(dataset: Dataset, receipt: Receipt, what: str, stored: StoredObject | None = None) -> str:
     stored = stored or receipt.objects[0]
-    record = dataset.folder.url_of(layout.commit(receipt.stage, receipt.stage_hash, receipt.shard))
+    record = dataset.folder.url_of(layout.commit(receipt.stage, receipt.stage_hash, receipt.shard, receipt.supplement))
     return f"{stored.name} {what}; delete {record}, then run: resmaster repair {dataset.url}"

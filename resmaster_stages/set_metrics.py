@@ -22,8 +22,8 @@ from resmaster_stages.metrics.inception_score import inception_score
 from resmaster_stages.metrics.kid import kid
 from resmaster_stages.reading import committed_arrays
 from resmaster_stages.storage.arrays import Arrays
-from resmaster_stages.storage.commit import list_commits
 from resmaster_stages.storage.dataset import Dataset
+from resmaster_stages.supplements import list_links
 
 VIEWS = ("r", "c", "u")
 """Whole image resized; native-size crops resized; crops not resized."""
@@ -43,9 +43,10 @@ def iter_features(dataset: Dataset, picture: str = "high_res") -> Iterator[dict[
         )
     own_hash = stage_hashes(dataset.config)["quality"]
     prefix = f"{picture}."
-    for _, receipt in sorted(list_commits(dataset.folder, "quality", own_hash).items()):
+    for _, link in sorted(list_links(dataset.folder, "quality", own_hash).items()):
         yield {
             key: {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
+            for receipt in link.receipts
             for key, arrays in committed_arrays(dataset, receipt).items()
         }
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from resmaster_stages.identity import digest_of_keys
 from resmaster_stages.lineage import stage_hashes, upstream_of
 from resmaster_stages.progress import reporter
 from resmaster_stages.provenance import own_provenance
-from resmaster_stages.reading import shard_samples
+from resmaster_stages.reading import chosen_samples
 from resmaster_stages.scratch import scratch_folder
 from resmaster_stages.spill import Spill
 from resmaster_stages.storage import layout
@@ -37,7 +37,6 @@ from resmaster_stages.storage.commit import (
     Receipt,
     commit,
     new_attempt,
-    read_commit,
 )
 from resmaster_stages.storage.dataset import Dataset, Output
 from resmaster_stages.storage.filesystem import explained
@@ -45,6 +44,7 @@ from resmaster_stages.storage.ledger import encode_failures, first_errors
 from resmaster_stages.storage.plan import read_plan
 from resmaster_stages.storage.shards import ShardWriter, validate
 from resmaster_stages.storage.tables import STAGE_SCHEMAS, decode_table, encode_table
+from resmaster_stages.supplements import Chain, read_chain
 
 MODULES: dict[Stage, str] = {
     "low_res": "resmaster_stages.low_res",
@@ -64,7 +64,7 @@ def run_stage(
     process: Process | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> Receipt:
-    """Compute and commit one stage of one shard, or return the receipt that is there.
+    """Compute and commit one stage of one shard, supplements included, or return the last receipt that is there.
 
     `process` replaces the stage's own function; `provenance` is added to the commit record's volatile facts.
     Raises PlanError if the shard is not planned or an upstream stage is not committed, ShardError if too many samples
@@ -73,33 +73,65 @@ def run_stage(
     hashes = stage_hashes(config)
     if stage not in hashes:
         raise PlanError(f"{dataset.url}: this configuration needs no stage {stage!r}; it needs {', '.join(hashes)}")
-    done = read_commit(dataset.folder, stage, hashes[stage], shard)
-    if done is not None:
+    work = _Work(dataset, config, stage, shard, hashes, process, provenance or {})
+    chain = read_chain(dataset.folder, hashes, shard, stage)
+    if not chain.todo(stage):
         reporter().shard_done(stage, shard, cached=True)
-        return done
-    plan = read_plan(dataset.folder)
-    attempt = new_attempt()
+        return chain.links[stage].receipts[-1]
+    receipts = []
+    if chain.links[stage].commit is None:
+        lost = {key for before in chain.before(stage)[-1:] for key in chain.lost(before)}
+        planned = read_plan(dataset.folder).read(shard)
+        receipts.append(_make(work, chain, [sample.key for sample in planned if sample.key not in lost], supplement=0))
+        chain = read_chain(dataset.folder, hashes, shard, stage)
+    link = chain.links[stage]
+    if link.commit and chain.todo(stage):
+        receipts.append(_make(work, chain, chain.due(stage), supplement=len(link.supplements) + 1))
+    reporter().shard_done(stage, shard, cached=False)
+    return receipts[-1]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What `run_stage` was asked for."""
+
+    dataset: Dataset
+    config: DatasetConfig
+    stage: Stage
+    shard: int
+    hashes: dict[Stage, str]
+    process: Process | None
+    provenance: dict[str, Any]
+
+
+def _make(work: _Work, chain: Chain, keys: Collection[str], supplement: int) -> Receipt:
+    """Compute `keys`, and commit them as the shard's commit (`supplement` 0) or one of its supplements (1, 2, ...)."""
+    dataset, config, stage, shard = work.dataset, work.config, work.stage, work.shard
+    own_hash, upstream = work.hashes[stage], upstream_of(config, stage)
+    plan, attempt = read_plan(dataset.folder), new_attempt()
     with (
         scratch_folder() as scratch,
-        shard_samples(dataset, config, plan, shard, upstream_of(config, stage), hashes) as samples,
+        chosen_samples(dataset, plan.read(shard), keys, chain, shard, upstream) as samples,
     ):
         reporter().shard_started(stage, shard, len(samples))
         started = time.monotonic()
         name = layout.shard_object(stage, shard, attempt)
         features_name = layout.features_object(stage, shard, attempt)
         target, features = (scratch / Path(each).name for each in (name, features_name))
-        spill = Spill(dataset.folder, stage, hashes[stage], shard, config.spill_seconds)
-        breadcrumbs = Breadcrumbs(dataset.folder, stage, hashes[stage], shard, samples.keys())
+        spill = Spill(dataset.folder, stage, own_hash, shard, config.spill_seconds)
+        breadcrumbs = Breadcrumbs(dataset.folder, stage, own_hash, shard, samples.keys())
         tolerated = max(1, int(config.max_failure_ratio * len(samples) + 1e-9))  # 0.29 * 100 is 28.99...
+        if supplement:  # these have failed before
+            tolerated = len(samples)
         outputs = compute(
-            process or importlib.import_module(MODULES[stage]).process, config, stage, samples, spill, breadcrumbs
+            work.process or importlib.import_module(MODULES[stage]).process, config, stage, samples, spill, breadcrumbs
         )
         with counting() as unet_cost, closing(outputs):
-            good, failures = _write(outputs, stage, shard, hashes[stage], tolerated, target, features)
+            good, failures = _write(outputs, stage, shard, own_hash, tolerated, target, features)
         seconds = time.monotonic() - started
         ledger = None
         if failures:
-            ledger = encode_failures(dataset.folder, stage, hashes[stage], shard, attempt, failures)
+            ledger = encode_failures(dataset.folder, stage, own_hash, shard, attempt, failures)
             if len(failures) > tolerated:
                 ledger_name = layout.ledger(stage, shard, attempt)
                 dataset.folder.write(ledger_name, ledger)
@@ -111,7 +143,7 @@ def run_stage(
             dataset.folder,
             Receipt(
                 stage=stage,
-                stage_hash=hashes[stage],
+                stage_hash=own_hash,
                 shard=shard,
                 attempt=attempt,
                 generation=plan.generation_of(shard).number,
@@ -119,17 +151,19 @@ def run_stage(
                 samples_failed=len(failures),
                 failed_keys=tuple(key for key, _ in failures),
                 keys_digest=digest_of_keys(good),
-                upstream={name: found.attempt for name, found in samples.receipts.items()},
+                upstream={each: " ".join(samples.attempts(each)) for each in upstream},
                 seconds=round(seconds, 3),
                 finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                provenance={**own_provenance(), "unet": asdict(unet_cost), **(provenance or {})},
+                provenance={**own_provenance(), "unet": asdict(unet_cost), **work.provenance},
+                supplement=supplement,
+                keys=tuple(good) if supplement else (),
+                request=chain.links[stage].requests if supplement else 0,
             ),
             [(name, target), *([(features_name, features)] if features.exists() else [])],
             ledger,
         )
         spill.drop()
         breadcrumbs.forget()
-    reporter().shard_done(stage, shard, cached=False)
     return receipt
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from resmaster_stages.config import DatasetConfig, Stage
 from resmaster_stages.lineage import stage_hashes
-from resmaster_stages.storage.commit import Receipt, committed_shards, list_commits
+from resmaster_stages.storage import layout
 from resmaster_stages.storage.dataset import Dataset
 from resmaster_stages.storage.ledger import ledger_rows
 from resmaster_stages.storage.plan import Plan, read_plan
+from resmaster_stages.supplements import Link, list_links, read_chain
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,11 @@ class StageStatus:
     failed_shards: tuple[int, ...]
     samples_ok: int
     samples_failed: int
-    """Samples that failed in committed shards, and those whose failure keeps a shard from being committed."""
+    """Samples that failed in committed shards and were not mended, and those whose failure keeps a shard from being committed."""
     seconds: float
     """Compute time of all commits."""
+    supplements: int = 0
+    """Commits that added to a shard what had failed in it."""
 
 
 @dataclass(frozen=True)
@@ -50,29 +53,29 @@ def status(dataset: Dataset, config: DatasetConfig | None = None) -> Status:
     plan = read_plan(dataset.folder)
     stages = []
     for stage, own_hash in stage_hashes(config or dataset.config).items():
-        receipts = list_commits(dataset.folder, stage, own_hash)
-        missing = set(range(plan.shards)) - receipts.keys()
+        links = list_links(dataset.folder, stage, own_hash)
+        missing = set(range(plan.shards)) - links.keys()
         rows = ledger_rows(dataset.folder, stage, missing) if missing else []
-        stages.append(stage_status(plan, stage, receipts, [row for row in rows if row["stage_hash"] == own_hash]))
+        stages.append(stage_status(plan, stage, links, [row for row in rows if row["stage_hash"] == own_hash]))
     return Status(plan.shards, plan.samples, tuple(stages))
 
 
-def stage_status(
-    plan: Plan, stage: Stage, receipts: dict[int, Receipt], ledger: Sequence[Mapping[str, Any]]
-) -> StageStatus:
-    """How far a stage is, from its commit records by shard and the ledger's rows of its shards that have none."""
-    missing = set(range(plan.shards)) - receipts.keys()
+def stage_status(plan: Plan, stage: Stage, links: dict[int, Link], ledger: Sequence[Mapping[str, Any]]) -> StageStatus:
+    """How far a stage is, from what is committed by shard and the ledger's rows of the shards that have no commit."""
+    missing = set(range(plan.shards)) - links.keys()
     failures = {(row["shard"], row["key"]) for row in ledger if row["shard"] in missing}
     failed_shards = tuple(sorted({shard for shard, _ in failures}))
+    receipts = [receipt for link in links.values() for receipt in link.receipts]
     return StageStatus(
         stage=stage,
-        committed=len(receipts),
+        committed=len(links),
         pending=len(missing) - len(failed_shards),
         failed=len(failed_shards),
         failed_shards=failed_shards,
-        samples_ok=sum(receipt.samples_ok for receipt in receipts.values()),
-        samples_failed=sum(receipt.samples_failed for receipt in receipts.values()) + len(failures),
-        seconds=round(sum(receipt.seconds for receipt in receipts.values()), 3),
+        samples_ok=sum(receipt.samples_ok for receipt in receipts),
+        samples_failed=sum(len(link.failed) for link in links.values()) + len(failures),
+        seconds=round(sum(receipt.seconds for receipt in receipts), 3),
+        supplements=len(receipts) - len(links),
     )
 
 
@@ -83,16 +86,26 @@ def pending(
     shards: Sequence[int] | None = None,
     stages: Sequence[Stage] | None = None,
 ) -> dict[Stage, list[int]]:
-    """Stage -> shards that are not committed, of `shards` and `stages` (default: all). Raises PlanError if not planned."""
+    """Stage -> shards that are not committed or lack a supplement, of `shards` and `stages` (default: all).
+
+    Lists names, and reads records only of shards that have requests or supplements. Raises PlanError if not planned.
+    """
     plan = read_plan(dataset.folder)
     wanted = list(range(plan.shards)) if shards is None else sorted(set(shards))
     for shard in wanted:
         plan.generation_of(shard)
+    hashes = stage_hashes(config or dataset.config)
+    names = {stage: dataset.folder.names(layout.commit_folder(stage, own_hash)) for stage, own_hash in hashes.items()}
+    extras = {extra[0] for found in names.values() for name in found if (extra := layout.extra_of(name))}
+    last = list(hashes)[-1]
+    chains = {shard: read_chain(dataset.folder, hashes, shard, last) for shard in wanted if shard in extras}
     todo: dict[Stage, list[int]] = {}
-    for stage, own_hash in stage_hashes(config or dataset.config).items():
+    for stage, found in names.items():
         if stages is None or stage in stages:
-            committed = set(committed_shards(dataset.folder, stage, own_hash))
-            todo[stage] = [shard for shard in wanted if shard not in committed]
+            committed = {layout.number_of(name) for name in found}
+            todo[stage] = [
+                shard for shard in wanted if shard not in committed or (shard in chains and chains[shard].todo(stage))
+            ]
     return todo
 
 

@@ -64,6 +64,12 @@ class Receipt:
     """UTC, ISO 8601."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Volatile facts: versions, host, device."""
+    supplement: int = 0
+    """0 for a shard's commit; 1, 2, ... for what was added later."""
+    keys: tuple[str, ...] = ()
+    """Supplements: the samples that it holds, in order."""
+    request: int = 0
+    """Supplements: the last request that it answers."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -73,7 +79,8 @@ class Receipt:
     def from_json(cls, values: dict[str, Any]) -> Receipt:
         """The inverse of `to_json`. Raises KeyError or TypeError."""
         objects = tuple(StoredObject(**item) for item in values["objects"])
-        return cls(**{**values, "objects": objects, "failed_keys": tuple(values["failed_keys"])})
+        keys, failed = tuple(values.get("keys", ())), tuple(values["failed_keys"])
+        return cls(**{**values, "objects": objects, "failed_keys": failed, "keys": keys})
 
 
 def commit(folder: Folder, receipt: Receipt, files: Sequence[tuple[str, Path]], ledger: bytes | None) -> Receipt:
@@ -94,12 +101,13 @@ def commit(folder: Folder, receipt: Receipt, files: Sequence[tuple[str, Path]], 
     except Exception:
         _discard(folder, own)
         raise
-    name = layout.commit(receipt.stage, receipt.stage_hash, receipt.shard)
+    place = (receipt.stage, receipt.stage_hash, receipt.shard, receipt.supplement)
+    name = layout.commit(*place)
     text = json.dumps(receipt.to_json(), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     try:
         folder.create(name, text.encode())
     except FileExistsError as error:
-        winner = read_commit(folder, receipt.stage, receipt.stage_hash, receipt.shard)
+        winner = read_commit(folder, *place)
         if winner is None:
             raise ShardError(f"{folder.url_of(name)}: was there and is gone; run the same command again") from error
         if winner.attempt != receipt.attempt:
@@ -107,16 +115,16 @@ def commit(folder: Folder, receipt: Receipt, files: Sequence[tuple[str, Path]], 
         return winner
     except Exception:
         # The store may have kept the record although its answer got lost.
-        winner = read_commit(folder, receipt.stage, receipt.stage_hash, receipt.shard)
+        winner = read_commit(folder, *place)
         if winner is None or winner.attempt != receipt.attempt:
             raise
         return winner
     return receipt
 
 
-def read_commit(folder: Folder, stage: Stage, stage_hash: str, shard: int) -> Receipt | None:
-    """The commit record of a shard, or None. Raises ShardError if it is damaged."""
-    name = layout.commit(stage, stage_hash, shard)
+def read_commit(folder: Folder, stage: Stage, stage_hash: str, shard: int, supplement: int = 0) -> Receipt | None:
+    """The commit record of a shard, or of one of its supplements, or None. Raises ShardError if it is damaged."""
+    name = layout.commit(stage, stage_hash, shard, supplement)
     try:
         data = folder.read(name)
     except FileNotFoundError:
@@ -148,7 +156,9 @@ def _parse(folder: Folder, name: str, data: bytes, stage_hash: str) -> Receipt:
         receipt = Receipt.from_json(json.loads(data))
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{place}: damaged commit record ({error}); delete it, then run: resmaster repair") from error
-    if receipt.stage_hash != stage_hash or layout.number_of(name) != receipt.shard:
+    if receipt.stage_hash != stage_hash or name != layout.commit(
+        receipt.stage, stage_hash, receipt.shard, receipt.supplement
+    ):
         raise ShardError(f"{place}: belongs to another shard or configuration; delete it, then run: resmaster repair")
     return receipt
 

@@ -10,6 +10,8 @@ Names are relative to the dataset's folder, with forward slashes:
     quality/000123-{attempt}.features.parquet  feature vectors, where the configuration asks for them
     errors/{stage}/000123-{attempt}.parquet
     commits/{stage}-{hash8}/000123.json        the truth
+    commits/{stage}-{hash8}/000123.r01.json    asks for another attempt at the samples that failed in it
+    commits/{stage}-{hash8}/000123.s01.json    a supplement: what became good later
     cache/{stage}-{hash8}-000123/{key}.sample  finished samples of a shard that is not committed yet
     cache/{stage}-{hash8}-000123.json          its breadcrumb: the samples at work
     report/  manifest.parquet  index.json  README.md
@@ -44,6 +46,7 @@ EXTENSIONS: dict[Stage, Literal["tar", "parquet"]] = {
 """What each stage writes: images as WebDataset tar, rows as Parquet."""
 
 _NUMBERED = re.compile(r"(?:.*/)?(\d{4,6})\.json")
+_EXTRA = re.compile(r"(?:.*/)?(\d{6})\.([rs])(\d{2,6})\.json")
 _LEDGER = re.compile(r"errors/[a-z_]+/(\d{6})-[0-9a-f]{8}\.parquet")
 
 
@@ -102,9 +105,21 @@ def commit_folder(stage: Stage, stage_hash: str) -> str:
     return f"commits/{stage}-{stage_hash[:8]}"
 
 
-def commit(stage: Stage, stage_hash: str, shard: int) -> str:
-    """The commit record of one shard."""
-    return f"{commit_folder(stage, stage_hash)}/{shard:06d}.json"
+def commit(stage: Stage, stage_hash: str, shard: int, supplement: int = 0) -> str:
+    """The commit record of one shard, or of one of its supplements (1, 2, ...)."""
+    extra = f".s{supplement:02d}" if supplement else ""
+    return f"{commit_folder(stage, stage_hash)}/{shard:06d}{extra}.json"
+
+
+def retry_request(stage: Stage, stage_hash: str, shard: int, number: int) -> str:
+    """The `number`th (1, 2, ...) request for another attempt at a shard's failed samples."""
+    return f"{commit_folder(stage, stage_hash)}/{shard:06d}.r{number:02d}.json"
+
+
+def extra_of(name: str) -> tuple[int, str, int] | None:
+    """(shard, "r" or "s", number) of a request's or supplement's name; None for any other file."""
+    found = _EXTRA.fullmatch(name)
+    return (int(found[1]), found[2], int(found[3])) if found else None
 
 
 def probe(token: str) -> str:

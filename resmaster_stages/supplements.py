@@ -1,0 +1,185 @@
+"""Second chances for failed samples of committed shards: supplements, which add to a shard and rewrite nothing.
+
+A request (`000123.r01.json` beside the commit record) asks for another attempt at a stage's failed samples of one shard. It is
+answered by a supplement (`000123.s01.json`): a commit of its own, with objects of its own, of the samples that became good, and
+of those that failed again. What becomes good in a stage is due in the stages after it: they get supplements without a request.
+
+Invariants:
+- A sample is held by at most one commit of a stage: a supplement takes only what no earlier one holds, and its number is
+  created by exactly one writer.
+- Requests and supplements belong to a stage's hash: another configuration starts afresh.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from resmaster_stages.config import DatasetConfig, Stage
+from resmaster_stages.lineage import stage_hashes
+from resmaster_stages.storage import layout
+from resmaster_stages.storage.commit import Receipt, list_commits, read_commit
+from resmaster_stages.storage.dataset import Dataset
+from resmaster_stages.storage.filesystem import Folder
+from resmaster_stages.storage.plan import read_plan
+
+
+@dataclass(frozen=True)
+class Link:
+    """What is committed of one stage of one shard."""
+
+    commit: Receipt | None = None
+    supplements: tuple[Receipt, ...] = ()
+    requests: int = 0
+    """Number of the last request; 0 if there was none."""
+
+    @property
+    def receipts(self) -> tuple[Receipt, ...]:
+        """The commit, then its supplements."""
+        return (self.commit, *self.supplements) if self.commit else ()
+
+    @cached_property
+    def mended(self) -> frozenset[str]:
+        """The samples that the supplements hold."""
+        return frozenset(key for each in self.supplements for key in each.keys)
+
+    @cached_property
+    def failed(self) -> frozenset[str]:
+        """The samples that failed in this stage and were not mended."""
+        return frozenset(key for each in self.receipts for key in each.failed_keys) - self.mended
+
+    @property
+    def asked(self) -> bool:
+        """Whether a request waits for its answer."""
+        return self.requests > max((each.request for each in self.supplements), default=0)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What is committed of one shard, stage by stage in pipeline order."""
+
+    links: Mapping[Stage, Link]
+
+    def holder(self, stage: Stage, key: str) -> Receipt | None:
+        """The commit that holds the result of `stage` for a planned sample; None if there is none."""
+        link = self.links[stage]
+        if key not in self.lost(stage):
+            return link.commit
+        return next((supplement for supplement in link.supplements if key in supplement.keys), None)
+
+    @cached_property
+    def _lost(self) -> dict[Stage, frozenset[str]]:
+        lost: frozenset[str] = frozenset()
+        found: dict[Stage, frozenset[str]] = {}
+        for stage, link in self.links.items():
+            lost = found[stage] = lost.union(link.commit.failed_keys if link.commit else ())
+        return found
+
+    def lost(self, stage: Stage) -> frozenset[str]:
+        """The samples that are not in the commit of `stage`, because it or one before it lost them."""
+        return self._lost[stage]
+
+    def before(self, stage: Stage) -> list[Stage]:
+        """The stages before `stage`."""
+        return list(self.links)[: list(self.links).index(stage)]
+
+    def due(self, stage: Stage) -> frozenset[str]:
+        """The samples for the next supplement of a committed stage: those that upstream got since, and, if they are asked for,
+        those that failed."""
+        link = self.links[stage]
+        return frozenset(
+            key
+            for key in self.lost(stage) - link.mended
+            if (link.asked or key not in link.failed) and all(self.holder(name, key) for name in self.before(stage))
+        )
+
+    def todo(self, stage: Stage) -> bool:
+        """Whether `stage` has something to do: its commit, a supplement, or the answer to a request."""
+        link = self.links[stage]
+        return link.commit is None or link.asked or bool(self.due(stage))
+
+
+def read_chain(folder: Folder, hashes: Mapping[Stage, str], shard: int, last: Stage) -> Chain:
+    """One shard's commits, from the first stage to `last`. Raises ShardError if a record is damaged."""
+    stages = list(hashes)[: list(hashes).index(last) + 1]
+    first = [
+        name
+        for stage in stages
+        for name in (
+            layout.commit(stage, hashes[stage], shard, 1),
+            layout.retry_request(stage, hashes[stage], shard, 1),
+        )
+    ]
+    extras = folder.read_many(first)  # one round trip: mostly there are none
+    links: dict[Stage, Link] = {}
+    for stage in stages:
+        own_hash = hashes[stage]
+        supplements: list[Receipt] = []
+        if layout.commit(stage, own_hash, shard, 1) in extras:
+            while found := read_commit(folder, stage, own_hash, shard, len(supplements) + 1):
+                supplements.append(found)
+        requests = 0
+        if layout.retry_request(stage, own_hash, shard, 1) in extras:
+            while folder.exists(layout.retry_request(stage, own_hash, shard, requests + 1)):
+                requests += 1
+        links[stage] = Link(read_commit(folder, stage, own_hash, shard), tuple(supplements), requests)
+    return Chain(links)
+
+
+def list_links(folder: Folder, stage: Stage, stage_hash: str) -> dict[int, Link]:
+    """Shard -> what is committed of the stage, for all shards that are committed. Raises ShardError if a record is damaged."""
+    supplements: dict[int, list[Receipt]] = {}
+    requests: dict[int, int] = {}
+    for name in folder.names(layout.commit_folder(stage, stage_hash)):
+        if (extra := layout.extra_of(name)) is None:
+            continue
+        shard, kind, number = extra
+        if kind == "r":
+            requests[shard] = max(number, requests.get(shard, 0))
+        elif found := read_commit(folder, stage, stage_hash, shard, number):
+            supplements.setdefault(shard, []).append(found)
+    return {
+        shard: Link(
+            receipt,
+            tuple(sorted(supplements.get(shard, ()), key=lambda each: each.supplement)),
+            requests.get(shard, 0),
+        )
+        for shard, receipt in list_commits(folder, stage, stage_hash).items()
+    }
+
+
+def list_chains(folder: Folder, hashes: Mapping[Stage, str], shards: int) -> list[Chain]:
+    """The chains of shards 0, 1, ... in order."""
+    links = {stage: list_links(folder, stage, own_hash) for stage, own_hash in hashes.items()}
+    return [Chain({stage: found.get(shard, Link()) for stage, found in links.items()}) for shard in range(shards)]
+
+
+def request_retries(
+    dataset: Dataset,
+    config: DatasetConfig | None = None,
+    *,
+    shards: Sequence[int] | None = None,
+    stages: Sequence[Stage] | None = None,
+) -> int:
+    """Ask for another attempt at every failed sample of committed shards, of `shards` and `stages` (default: all).
+
+    Returns the number of samples. A request that waits for its answer is not repeated.
+    """
+    hashes, count = stage_hashes(config or dataset.config), 0
+    chains = list_chains(dataset.folder, hashes, read_plan(dataset.folder).shards)
+    for shard, chain in enumerate(chains):
+        if shards is not None and shard not in shards:
+            continue
+        for stage, link in chain.links.items():
+            if not link.failed or (stages is not None and stage not in stages):
+                continue
+            count += len(link.failed)
+            if not link.asked:
+                name = layout.retry_request(stage, hashes[stage], shard, link.requests + 1)
+                try:
+                    dataset.folder.create(name, (json.dumps({"keys": sorted(link.failed)}) + "\n").encode())
+                except FileExistsError:
+                    continue  # somebody else asked just now
+    return count
