@@ -10,6 +10,7 @@ Invariants:
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -64,6 +65,20 @@ SDXL: dict[str, Any] = {
 def Operational(default: Any, **kwargs: Any) -> Any:
     """A field that changes how fast or where a result is computed, but not the result: left out of `identity()`."""
     return Field(default=default, json_schema_extra={"operational": True}, **kwargs)
+
+
+def _offer_preset(presets: Iterable[str], text: str) -> Callable[[dict[str, Any]], None]:
+    """Adds the key `preset`, which is expanded before validation, to a part's JSON schema: forms are made from it."""
+
+    def add(schema: dict[str, Any]) -> None:
+        schema["properties"]["preset"] = {
+            "type": "string",
+            "enum": list(presets),
+            "title": "Preset",
+            "description": text,
+        }
+
+    return add
 
 
 class Part(BaseModel):
@@ -176,8 +191,21 @@ class CaptionsConfig(Part):
     """Patches per captioner call."""
 
 
+STRUCTURE_PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {"cutoff": 0.8, "cutoff_units": "hr_nyquist"},
+    "paper_decay": {"cutoff": 0.8, "cutoff_units": "hr_nyquist", "weight": "linear_decay"},
+    "paper_early": {"cutoff": 0.8, "cutoff_units": "hr_nyquist", "stop": 0.6},
+}
+"""Readings of the paper's cutoff (`structure: {preset: paper}`); explicit fields beside a preset win."""
+
+
 class StructureConfig(Part):
     """Structural guidance (ResMaster eq. 5 to 7): low frequencies of each predicted x0 come from the low-res reference."""
+
+    model_config = ConfigDict(
+        json_schema_extra=_offer_preset(STRUCTURE_PRESETS, "A reading of the paper's cutoff; other fields win.")
+    )
 
     enabled: bool = True
     """Off: the paper's ablation without structural guidance."""
@@ -208,15 +236,6 @@ class StructureConfig(Part):
         if self.stop <= self.start:
             raise ValueError(f"stop ({self.stop}) must be greater than start ({self.start})")
         return self
-
-
-STRUCTURE_PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "paper": {"cutoff": 0.8, "cutoff_units": "hr_nyquist"},
-    "paper_decay": {"cutoff": 0.8, "cutoff_units": "hr_nyquist", "weight": "linear_decay"},
-    "paper_early": {"cutoff": 0.8, "cutoff_units": "hr_nyquist", "stop": 0.6},
-}
-"""Readings of the paper's cutoff (`structure: {preset: paper}`); explicit fields beside a preset win."""
 
 
 class ImagePromptConfig(Part):
@@ -413,7 +432,13 @@ class UpscaleConfig(Part):
     `preset: faithful` beside `method` sets the fields to what the method's authors published.
     """
 
-    method: str = "resmaster"
+    model_config = ConfigDict(
+        json_schema_extra=_offer_preset(
+            ("default", "faithful"), "`faithful`: what the method's authors published; other fields win."
+        )
+    )
+
+    method: str = Field(default="resmaster", json_schema_extra={"enum": list(METHODS)})
     """One of the upscaling methods: direct, multidiffusion, resmaster, demofusion, scalecrafter, fouriscale,
     freescale, c_upscale, super_resolution."""
     scale: float = Field(default=4.0, ge=1, le=64)

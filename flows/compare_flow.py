@@ -1,0 +1,42 @@
+"""Flow `compare`: what `resmaster compare` does, started from a server; its datasets are built like any other."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from rich.console import Console
+
+from flows.build import build_dataset
+from flows.compare import compare
+from flows.outcome import incomplete, outcome
+from flows.server_runs import cancel_children
+from resmaster_stages.compare import compare_folder
+from resmaster_stages.config import DatasetConfig
+from resmaster_stages.preview import Preview
+
+
+@flow(name="compare", flow_run_name="compare {config.name}: {methods}", on_cancellation=[cancel_children])
+def compare_methods(
+    config: DatasetConfig, methods: str, scales: str = "4x4", reference: str | None = None
+) -> str | State[Any]:
+    """Build the same samples by several methods, and measure them together.
+
+    Args:
+        config: what to build and where; see the fields' descriptions.
+        methods: comma-separated, e.g. `multidiffusion,resmaster+sg,resmaster`.
+        scales: height x width in native sizes, comma-separated, e.g. `2x2,4x4`.
+        reference: real images for FID and KID: a folder, shards, or `picturebook`; default: the low-res images.
+
+    Returns the URL of the page with the tables.
+    """
+
+    def build(look: Preview) -> int:
+        return 1 if outcome(build_dataset(look.config, return_state=True)).errors else 0
+
+    wanted = argparse.Namespace(methods=methods, scales=scales, reference=reference)
+    worst = compare(config, wanted, build, Console(stderr=True))
+    page = compare_folder(config).url_of("compare.md")
+    return incomplete(f"some shards are missing; the others are compared in {page}", page) if worst else page

@@ -1,0 +1,115 @@
+"""`make deploy`: the whole of `deployments/`, twice, on a real server."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from prefect.exceptions import PrefectHTTPStatusError
+
+from flows import deploy
+from resmaster_stages.config import METHODS, STAGES
+from tests.server.conftest import POOL, ROOT, Stack
+
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(300)]
+
+VOLATILE = {
+    "created",
+    "updated",
+    "last_polled",
+    "status",
+    "labels",
+    "created_by",
+    "updated_by",
+    "schedules",
+    "work_queue_id",
+}
+
+
+def snapshot(stack: Stack) -> dict[str, Any]:
+    """Everything that a deploy makes, without what time changes."""
+    with stack.client() as client:
+
+        def ask(path: str, **body: object) -> list[dict[str, Any]]:
+            return client.request("POST", path, json=body).json()
+
+        found = {
+            "pools": ask("/work_pools/filter"),
+            "queues": ask(f"/work_pools/{POOL}/queues/filter"),
+            "deployments": ask("/deployments/filter"),
+            "automations": ask("/automations/filter"),
+            "blocks": ask("/block_documents/filter"),
+        }
+    schedules = [
+        (item["name"], each["slug"], each["id"]) for item in found["deployments"] for each in item["schedules"]
+    ]
+    kept = {
+        kind: [{k: v for k, v in item.items() if k not in VOLATILE} for item in items] for kind, items in found.items()
+    }
+    return {**kept, "schedules": schedules}
+
+
+def test_deploying_twice_is_deploying_once(deployed: Stack) -> None:
+    first = snapshot(deployed)
+    command = [sys.executable, "-m", "flows.deploy", "--pool", "process"]
+    done = subprocess.run(command, cwd=ROOT, env=deployed.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "5 deployments named process" in done.stdout
+    assert "left out: resmaster-failure-rate" in done.stdout
+    assert snapshot(deployed) == first
+
+    priorities = {queue["name"]: queue["priority"] for queue in first["queues"]}
+    assert priorities["gpu-repair"] < priorities["gpu"] < priorities["builds"]
+    assert {item["name"] for item in first["automations"]} == {"resmaster-zombies", "resmaster-repair-after-crash"}
+    entrypoints = {item["entrypoint"]: item for item in first["deployments"]}
+    assert set(entrypoints) == {
+        "flows.build.build_dataset",
+        "flows.process.process_shards",
+        "flows.build.repair",
+        "flows.build.publish",
+        "flows.compare_flow.compare_methods",
+    }
+    parts = entrypoints["flows.build.build_dataset"]["parameter_openapi_schema"]["definitions"]
+    for part in parts.values():
+        assert all(field.get("description") for field in part["properties"].values()), part["title"]
+    upscale = parts["UpscaleConfig"]["properties"]
+    assert upscale["method"]["enum"] == list(METHODS)
+    assert upscale["preset"]["enum"] == ["default", "faithful"]
+
+
+def test_the_repair_form_says_what_its_fields_are(deployed: Stack) -> None:
+    with deployed.client() as client:
+        schema = client.read_deployment_by_name("repair/process").parameter_openapi_schema
+    assert schema is not None
+    fields = schema["properties"]
+    assert list(fields) == ["dataset_url", "shards", "stages"]
+    assert all(field["description"] for field in fields.values())
+    assert fields["stages"]["anyOf"][0]["items"]["enum"] == list(STAGES)
+    with pytest.raises(PrefectHTTPStatusError, match="nonsense"):
+        deployed.run("repair/process", dataset_url="out/demo", stages=["nonsense"])
+
+
+def test_notifications_come_with_an_address(deployed: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in deployed.environment.items():
+        if name.startswith("PREFECT_"):
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv(deploy.NOTIFY_URL, "http://127.0.0.1:9/hook")
+    assert deploy.main(["--gpus", "3"]) == 0
+    with deployed.client() as client:
+        (automation,) = client.read_automations_by_name("resmaster-failure-rate")
+        assert automation.actions[0].type == "send-notification"
+        client.delete_automation(automation.id)
+        limits = {
+            queue["name"]: queue["concurrency_limit"]
+            for queue in client.request("POST", f"/work_pools/{POOL}/queues/filter", json={}).json()
+        }
+    assert (limits["gpu"], limits["gpu-repair"]) == (3, 3)
+
+
+def test_without_a_server_it_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert deploy.main(["--gpus", "0"]) == 2
+    assert "--gpus 0: give a number of at least 1" in capsys.readouterr().err

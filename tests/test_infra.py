@@ -1,0 +1,188 @@
+"""`deployments/` and `infra/`, checked without containers or a cluster: schemas, linters, and that the parts fit together.
+
+No image was ever built from the Dockerfile in these tests, no stack started and no cluster asked.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import kubernetes_validate
+import pytest
+import yaml
+from compose_spec import PyCompose
+from prefect.events.schemas.automations import AutomationCore
+from prefect.flows import load_flow_from_entrypoint
+from prefect.workers.process import ProcessWorker
+
+from flows import deploy
+
+ROOT = Path(__file__).parent.parent
+KUBERNETES_VERSIONS = ("1.28", "1.34")
+
+
+def read(name: str) -> Any:
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+def template(kind: str) -> dict[str, Any]:
+    pool = read("deployments/pools.yaml")["pools"][kind]
+    if "base_job_template" not in pool:
+        return ProcessWorker.get_default_base_job_template()
+    return read(pool["base_job_template"])
+
+
+ENTRIES = [(entry["name"], entry["entrypoint"], entry) for entry in read("deployments/prefect.yaml")["deployments"]]
+
+
+def test_every_flow_is_deployed_to_every_kind_of_pool() -> None:
+    flows = {entrypoint for _, entrypoint, _ in ENTRIES}
+    assert {(kind, entrypoint) for kind, entrypoint, _ in ENTRIES} == {(k, e) for k in deploy.POOLS for e in flows}
+    names = {load_flow_from_entrypoint(entrypoint).name for entrypoint in flows}
+    assert names == {"build-dataset", "process-shards", "repair", "publish", "compare"}
+
+
+@pytest.mark.parametrize(("kind", "entrypoint", "entry"), ENTRIES, ids=[f"{kind}-{e}" for kind, e, _ in ENTRIES])
+def test_a_deployment_names_a_pool_a_queue_and_variables_that_exist(kind: str, entrypoint: str, entry: Any) -> None:
+    pools = read("deployments/pools.yaml")
+    assert entry["work_pool"]["name"] == pools["pools"][kind]["name"]
+    assert entry["work_pool"]["work_queue_name"] in {queue["name"] for queue in pools["queues"]}
+    assert set(entry["work_pool"]["job_variables"]) <= set(template(kind)["variables"]["properties"])
+    for parameter in entry.get("parameters", {}):
+        assert parameter in load_flow_from_entrypoint(entrypoint).parameters.properties
+    assert [schedule["active"] for schedule in entry.get("schedules", [])] in ([], [False])
+
+
+def test_the_scheduled_build_is_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    from resmaster_stages.config import parse_config
+    from resmaster_stages.preview import preview
+
+    entry = next(entry for _, entrypoint, entry in ENTRIES if entrypoint == "flows.build.build_dataset")
+    text = yaml.safe_dump(entry["parameters"]["config"])
+    for name, value in deploy.DEFAULTS.items():
+        text = text.replace(f"{{{{ ${name} }}}}", value)
+    config = parse_config(yaml.safe_load(text))
+    assert config.upscale.structure.weight == "linear_decay"
+    assert preview(config).pending_samples()["high_res"] == 16
+
+
+@pytest.mark.parametrize("kind", ["docker", "kubernetes"])
+def test_a_job_template_uses_its_variables_and_has_those_that_it_uses(kind: str) -> None:
+    found = template(kind)
+    used = set(re.findall(r"\{\{ (\w+) \}\}", yaml.safe_dump(found["job_configuration"])))
+    assert used == set(found["variables"]["properties"])
+
+
+def filled(value: Any, values: dict[str, Any]) -> Any:
+    """A template as Prefect fills it: a placeholder alone gives the value itself, or nothing if it has none."""
+    if isinstance(value, dict):
+        done = {key: filled(inner, values) for key, inner in value.items()}
+        return {key: inner for key, inner in done.items() if inner is not None}
+    if isinstance(value, list):
+        return [filled(inner, values) for inner in value]
+    if isinstance(value, str) and (alone := re.fullmatch(r"\{\{ (\w+) \}\}", value)):
+        return values.get(alone[1])
+    return (
+        re.sub(r"\{\{ (\w+) \}\}", lambda found: str(values.get(found[1])), value) if isinstance(value, str) else value
+    )
+
+
+@pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
+def test_kubernetes_takes_the_job_of_a_run(version: str) -> None:
+    found = template("kubernetes")
+    values = {name: field.get("default") for name, field in found["variables"]["properties"].items()}
+    values |= {"name": "demo", "labels": {"app": "demo"}, "command": ["prefect", "flow-run", "execute"]}
+    values["env"] = [{"name": "A", "value": "b"}]  # the worker turns a mapping into this
+    job = filled(found["job_configuration"]["job_manifest"], values)
+    job["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] = (
+        "1"  # quantities are text
+    )
+    kubernetes_validate.validate(job, version, strict=True)
+    assert job["spec"]["backoffLimit"] == 0, "otherwise Kubernetes and Prefect both start an evicted run again"
+    pod = job["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] >= 60
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in pod["tolerations"]
+    (container,) = pod["containers"]
+    assert container["envFrom"] == [{"secretRef": {"name": "resmaster-store"}}]
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate({**job, "spec": {**job["spec"], "backofLimit": 0}}, version, strict=True)
+
+
+@pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
+def test_kubernetes_takes_the_worker(version: str) -> None:
+    documents = list(yaml.safe_load_all((ROOT / "infra/kubernetes/worker.yaml").read_text()))
+    for document in documents:
+        kubernetes_validate.validate(document, version, strict=True)
+    assert "Secret" not in {document["kind"] for document in documents}, "secrets are named, not kept here"
+    worker = next(document for document in documents if document["kind"] == "Deployment")
+    (container,) = worker["spec"]["template"]["spec"]["containers"]
+    pool = read("deployments/pools.yaml")["pools"]["kubernetes"]
+    assert container["args"][:5] == ["prefect", "worker", "start", "--pool", pool["name"]]
+    accounts = {document["metadata"]["name"] for document in documents if document["kind"] == "ServiceAccount"}
+    variables = template("kubernetes")["variables"]["properties"]
+    assert {variables["service_account_name"]["default"], "resmaster-worker"} == accounts
+    claims = {d["metadata"]["name"] for d in documents if d["kind"] == "PersistentVolumeClaim"}
+    assert claims == {variables["models_claim"]["default"]}
+
+
+def test_compose_takes_the_stack() -> None:
+    text = (ROOT / "infra/compose.yaml").read_text()
+    interpolated = re.sub(r"\$\{\w+(?::-([^}]*)|:\?[^}]*)\}", lambda found: found[1] or "secret", text)
+    assert "$" not in interpolated
+    resolved = yaml.safe_load(interpolated)  # with merge keys resolved
+    services = PyCompose.from_yaml(yaml.safe_dump(resolved)).service_names()
+    assert set(services) == {"database", "store", "server", "deploy", "builds", "shards-gpu", "shards-cpu"}
+    with pytest.raises(ValueError, match="imagee"):
+        PyCompose.from_yaml("services: {a: {imagee: b}}")
+    for name, service in resolved["services"].items():
+        for port in service.get("ports", []):
+            assert port.startswith("127.0.0.1:"), f"{name} listens beyond this machine"
+        for other, condition in service.get("depends_on", {}).items():
+            if condition["condition"] == "service_healthy":
+                assert "healthcheck" in resolved["services"][other]
+    for secret in re.findall(r"\$\{(\w*(?:PASSWORD|SECRET|KEY)\w*)([^}]*)\}", text):
+        assert secret[1].startswith(":?"), f"{secret[0]} has a default"
+
+
+def test_the_dockerfile_passes_its_linter_and_copies_what_is_there() -> None:
+    path = ROOT / "infra" / "Dockerfile"
+    linter = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([str(linter), str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    lines = path.read_text().splitlines()
+    allowed = (ROOT / ".dockerignore").read_text().split()
+    for line in lines:
+        if line.startswith("COPY ") and "--from" not in line:
+            for source in line.split()[1:-1]:
+                assert (ROOT / source).exists(), source
+                assert f"!{source.split('/')[0]}" in allowed, source
+    users = [line.split()[1] for line in lines if line.startswith("USER ")]
+    assert users == ["10001"]
+    assert lines[-1] == "FROM runtime"
+
+
+def test_the_automations_are_automations() -> None:
+    entries = read("deployments/automations.yaml")
+    for entry in entries:
+        actions = [
+            {key: value for key, value in action.items() if key not in ("deployment", "block")}
+            | ({"deployment_id": uuid4()} if "deployment" in action else {})
+            | ({"block_document_id": uuid4()} if "block" in action else {})
+            for action in entry["actions"]
+        ]
+        AutomationCore.model_validate({**entry, "actions": actions})
+    zombies = next(entry for entry in entries if entry["name"] == "resmaster-zombies")
+    beat = int(read("deployments/prefect.yaml")["definitions"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+    assert zombies["trigger"]["within"] == 3 * beat
+
+
+def test_the_scripts_are_scripts() -> None:
+    for path in sorted((ROOT / "infra").glob("*.sh")):
+        subprocess.run(["bash", "-n", str(path)], check=True)
+        assert path.stat().st_mode & 0o111, path
