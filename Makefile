@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export DO_NOT_TRACK ?= 1
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo up down deploy test lint format clean
 
 install: $(VENV)/.installed
 
@@ -21,6 +21,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/resmaster run deployments/datasets/picturebook.yaml
+
+# A Prefect server, an S3 store and workers on this machine, without containers. State is in out/stack.
+up: install
+	infra/stack.sh up
+
+down:
+	infra/stack.sh down
+
+# Work pools, queues, deployments and automations on the server that PREFECT_API_URL names, e.g. make deploy POOL=kubernetes
+POOL ?= process
+deploy: install
+	$(BIN)/python -m flows.deploy --pool $(POOL) $(if $(GPUS),--gpus $(GPUS))
 
 test: install
 	$(BIN)/ruff check .

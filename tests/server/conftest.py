@@ -50,6 +50,10 @@ class Stack:
             "PREFECT_API_URL": self.api,
             "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2",
             "PREFECT_WORKER_QUERY_SECONDS": "2",
+            # SQLite takes one writer at a time: what these tests do not ask for does not write
+            "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
+            "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
+            "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "",
             "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "server" / "stand_ins"), str(ROOT)]),
             "OMP_NUM_THREADS": "1",
         }

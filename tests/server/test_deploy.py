@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectHTTPStatusError
 
 from flows import deploy
@@ -92,20 +94,21 @@ def test_the_repair_form_says_what_its_fields_are(deployed: Stack) -> None:
 
 
 def test_notifications_come_with_an_address(deployed: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in deployed.environment.items():
-        if name.startswith("PREFECT_"):
-            monkeypatch.setenv(name, value)
     monkeypatch.setenv(deploy.NOTIFY_URL, "http://127.0.0.1:9/hook")
-    assert deploy.main(["--gpus", "3"]) == 0
+
+    async def make() -> list[str]:
+        async with get_client() as client:
+            await deploy.make_pool(client, "process", gpus=3)
+            await deploy.notification_block(client)
+            return await deploy.make_automations(client, "process")
+
+    assert asyncio.run(make()) == [], "nothing is left out"
     with deployed.client() as client:
         (automation,) = client.read_automations_by_name("resmaster-failure-rate")
         assert automation.actions[0].type == "send-notification"
-        client.delete_automation(automation.id)
-        limits = {
-            queue["name"]: queue["concurrency_limit"]
-            for queue in client.request("POST", f"/work_pools/{POOL}/queues/filter", json={}).json()
-        }
-    assert (limits["gpu"], limits["gpu-repair"]) == (3, 3)
+        queues = client.request("POST", f"/work_pools/{POOL}/queues/filter", json={}).json()
+    limits = {queue["name"]: queue["concurrency_limit"] for queue in queues}
+    assert limits == {"default": None, "builds": 8, "gpu": 3, "gpu-repair": 3}
 
 
 def test_without_a_server_it_says_what_to_do(

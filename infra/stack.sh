@@ -1,0 +1,158 @@
+#!/usr/bin/env bash
+# A whole stack on this machine, without containers, for development: SeaweedFS, a Prefect server on SQLite, the
+# deployments, and workers (one for builds, one for shards). `make up` and `make down` call it.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+usage: infra/stack.sh up|down|status [--dir DIR] [--port PORT] [--store-port PORT]
+
+  up      start what does not run yet, deploy, wait until workers are there
+  down    stop all of it, and the runs at work; data stay in DIR
+  status  exit 0 if all of it runs, else 1
+
+  --dir         where its data, logs and process ids are   (default: out/stack)
+  --port        port of the Prefect server and its UI      (default: 4200)
+  --store-port  port of the S3 store                       (default: 8333)
+
+DIR/env holds what a shell needs to use it:  source out/stack/env
+TEXT
+}
+
+fail() {
+  echo "stack.sh: $*" >&2
+  exit 2
+}
+
+[ $# -gt 0 ] || { usage >&2; exit 2; }
+verb=$1
+shift
+dir=out/stack port=4200 store_port=8333
+while [ $# -gt 0 ]; do
+  case $1 in
+    --dir | --port | --store-port)
+      [ $# -gt 1 ] || fail "$1 needs a value"
+      name=${1#--}
+      declare "${name//-/_}=$2"
+      shift 2
+      ;;
+    *) fail "unknown option $1; see: infra/stack.sh help" ;;
+  esac
+done
+home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-$home/.venv/bin/python}
+wait_seconds=180
+
+# The process id that was kept for a name, if that process is alive and ours.
+alive() {
+  local pid
+  pid=$(cat "$dir/$1.pid" 2>/dev/null) && [ -n "$pid" ] && [[ $(ps -wwo args= -p "$pid" 2>/dev/null) == *"$2"* ]] && echo "$pid"
+}
+
+# Start a command in a session of its own, so that it can be ended with all that it has started.
+launch() {
+  local name=$1
+  shift
+  setsid env --default-signal=INT,TERM "$@" >>"$dir/$name.log" 2>&1 </dev/null &
+  echo $! >"$dir/$name.pid"
+}
+
+server_answers() {
+  "$python" -c "import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)" "$PREFECT_API_URL/health" 2>/dev/null
+}
+
+# How many workers the server knows to be there.
+workers_there() {
+  "$python" - <<'PYTHON'
+import json, os, urllib.request
+request = urllib.request.Request(
+    os.environ["PREFECT_API_URL"] + "/work_pools/resmaster-process/workers/filter", b"{}", {"Content-Type": "application/json"}
+)
+workers = json.load(urllib.request.urlopen(request, timeout=5))
+print(sum(worker["status"] == "ONLINE" for worker in workers))
+PYTHON
+}
+
+until_true() {
+  local deadline=$((SECONDS + wait_seconds))
+  until "$@"; do
+    [ $SECONDS -lt $deadline ] || return 1
+    sleep 0.5
+  done
+}
+
+write_env() {
+  cat >"$dir/env" <<TEXT
+export PREFECT_API_URL=http://127.0.0.1:$port/api PREFECT_HOME=$dir/prefect
+export RESMASTER_ROOT=s3://datasets AWS_ENDPOINT_URL=http://127.0.0.1:$store_port AWS_REGION=us-east-1
+export AWS_ACCESS_KEY_ID=${AWS_ACCESS_KEY_ID:-resmaster} AWS_SECRET_ACCESS_KEY=${AWS_SECRET_ACCESS_KEY:-resmaster-secret}
+TEXT
+  chmod 600 "$dir/env"
+  # shellcheck disable=SC1091
+  source "$dir/env"
+}
+
+up() {
+  [ -x "$python" ] || fail "$python: no such program; run: make install"
+  write_env
+  export PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1 PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT=false
+  export PREFECT=${python%/*}/prefect WEED=${WEED:-${python%/*}/weed}
+  "$home/infra/seaweedfs.sh" start --dir "$dir/store" --port "$store_port" --bucket datasets
+  if ! alive server "prefect server start" >/dev/null; then
+    ! server_answers || fail "port $port is taken by another server; give a free one with --port"
+    launch server "$python" -m prefect server start --host 127.0.0.1 --port "$port"
+  fi
+  until_true server_answers || fail "the Prefect server does not answer on port $port; see $dir/server.log"
+  (cd "$home" && "$python" -m flows.deploy --pool process)
+  for role in builds shards; do
+    alive "$role" "workers.sh $role" >/dev/null || launch "$role" "$home/infra/workers.sh" "$role" $([ $role = shards ] && echo 1)
+  done
+  all_workers() { [ "$(workers_there 2>/dev/null)" -ge 2 ] 2>/dev/null; }
+  until_true all_workers || fail "the workers do not come up; see $dir/builds.log and $dir/shards.log"
+  echo "ready: http://127.0.0.1:$port (to use it: source $dir/env)"
+}
+
+# Stop a session: asked first, then ended, with whatever it has started.
+stop() {
+  local name=$1 pid
+  pid=$(alive "$name" "$2") || { rm -f "$dir/$name.pid"; return 0; }
+  kill -TERM "$pid" 2>/dev/null || true
+  for _ in $(seq 60); do
+    [ -n "$(session "$pid")" ] || break
+    sleep 0.5
+  done
+  # shellcheck disable=SC2046
+  kill -KILL $(session "$pid") 2>/dev/null || true
+  rm -f "$dir/$name.pid"
+  echo "$name stopped"
+}
+
+# The processes of a session that are not dead yet.
+session() {
+  ps -eo pid=,sess=,stat= | awk -v sess="$1" '$2 == sess && $3 !~ /^Z/ { print $1 }'
+}
+
+down() {
+  stop shards "workers.sh shards"
+  stop builds "workers.sh builds"
+  stop server "prefect server start"
+  "$home/infra/seaweedfs.sh" stop --dir "$dir/store" --port "$store_port"
+}
+
+status() {
+  local missing=0
+  for each in "server:prefect server start" "builds:workers.sh builds" "shards:workers.sh shards"; do
+    if alive "${each%%:*}" "${each#*:}" >/dev/null; then echo "${each%%:*}: runs"; else echo "${each%%:*}: does not run"; missing=1; fi
+  done
+  "$home/infra/seaweedfs.sh" status --dir "$dir/store" --port "$store_port" || missing=1
+  return $missing
+}
+
+case $verb in
+  up | down | status) mkdir -p "$dir" && dir=$(cd "$dir" && pwd) || fail "$dir: cannot be made" ;;&
+  up) up ;;
+  down) down ;;
+  status) status ;;
+  help | -h | --help) usage ;;
+  *) fail "unknown command $verb; see: infra/stack.sh help" ;;
+esac
