@@ -6,7 +6,8 @@
 `sdxl` needs no download: the UNet and the VAE are SDXL's in shape, with random weights, so seconds and memory are real and
 pictures are noise; its text encoders are one layer each. `--shrink` divides its channels.
 
-Columns: seconds of one picture (of a warm process, decoding included); UNet calls; rows through the UNet in native views; peak
+Columns: seconds of one picture (of a warm process, decoding included); on CPUs, seconds of processor time too, which other
+programs on the machine disturb less; UNet calls; rows through the UNet in native views; peak
 memory (CUDA: allocated; Linux: resident, of the whole process with its models). With `--flops` every picture is made once
 more to count its operations, and the rate stands beside that of a plain matrix product on the same device.
 """
@@ -157,6 +158,7 @@ class Row:
     method: str
     scale: float
     seconds: float
+    processor_seconds: float | None
     cost: UnetCost
     peak: int | None
     operations: int | None
@@ -174,19 +176,20 @@ def measure(models: Models, image: Image.Image, method: str, scale: float, steps
         settle(models.device)
 
     with counting() as cost, peak_memory(models.device) as peak:
-        start = time.perf_counter()
+        start, began = time.perf_counter(), time.process_time()
         draw()
-        seconds = time.perf_counter() - start
+        seconds, worked = time.perf_counter() - start, time.process_time() - began
     operations = None
     if count_operations:
         with FlopCounterMode(display=False) as counter:
             draw()
         operations = counter.get_total_flops()
-    return Row(method, scale, seconds, cost, peak.found, operations)
+    return Row(method, scale, seconds, worked if models.device.type == "cpu" else None, cost, peak.found, operations)
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "seconds": lambda row: f"{row.seconds:.1f}",
+    "CPU s": lambda row: "" if row.processor_seconds is None else f"{row.processor_seconds:.1f}",
     "UNet calls": lambda row: str(row.cost.calls),
     "native rows": lambda row: f"{row.cost.native_rows:.0f}",
     "peak GB": lambda row: "" if row.peak is None else f"{row.peak / 1e9:.2f}",
@@ -222,7 +225,8 @@ def device_name(device: torch.device) -> str:
     return f"{found[0] if found else platform.processor()}, {torch.get_num_threads()} threads"
 
 
-def main(words: list[str] | None = None) -> None:
+def options() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", choices=("picturebook", "sdxl"), default="picturebook")
     parser.add_argument("--device", default="cpu")
@@ -234,8 +238,11 @@ def main(words: list[str] | None = None) -> None:
         "--shrink", type=int, default=1, help="of --model sdxl: divide its channels and its native size"
     )
     parser.add_argument("--flops", action="store_true", help="count operations too")
-    args = parser.parse_args(words)
+    return parser
 
+
+def main(words: list[str] | None = None) -> None:
+    args = options().parse_args(words)
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     if args.model == "picturebook":

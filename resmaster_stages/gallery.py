@@ -67,13 +67,15 @@ def facts(config: DatasetConfig, manifest: list[dict[str, Any]]) -> dict[str, An
         )
         if on
     ]
+    settings: dict[str, Any] = {"network": upscale.super_resolution.model}
+    if upscale.uses_diffusion():
+        settings = {"steps": upscale.steps, "guidance scale": upscale.guidance_scale}
     return {
         "samples": len(manifest),
         "sizes": first + (f" and {len(sizes) - 1} more" if len(sizes) > 1 else ""),
         "method": upscale.method + (f" ({', '.join(parts) or 'no guidance'})" if upscale.method == "resmaster" else ""),
         "model": config.model.id,
-        "steps": upscale.steps,
-        "guidance scale": upscale.guidance_scale,
+        **settings,
         "seed": config.seed,
     }
 

@@ -82,7 +82,7 @@ def require_adapter(models: Models) -> None:
     if len(layers) != 1 or not isinstance(layers[0], ImageProjection | IPAdapterPlusImageProjection):
         names = ", ".join(type(layer).__name__ for layer in layers)
         raise ConfigError(
-            f"model {models.identity}: IP-Adapter of an unsupported kind ({names}); load one plain or Plus SDXL adapter"
+            f"model {models.identity}: IP-Adapter of an unsupported kind ({names}); load one plain or Plus adapter"
         )
 
 
