@@ -1,0 +1,71 @@
+"""docs/methods.md and docs/speed.md: a section per method, a word on every knob, commands and settings that are understood."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from benchmarks.methods import options
+from flows.cli import parser
+from resmaster_stages.compare import variants
+from resmaster_stages.config import METHOD_PARTS, METHOD_PRESETS, METHODS, UpscaleConfig, load_config
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "methods.md").read_text()
+SPEED = (ROOT / "docs" / "speed.md").read_text()
+SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.DOTALL | re.MULTILINE))
+
+
+def lines(page: str, start: str) -> list[str]:
+    """Commands of the page's code blocks that start so."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    text = "\n".join(block for language, block in blocks if language in ("", "bash"))
+    return [line for line in text.replace("\\\n", " ").splitlines() if line.startswith(start)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_section_with_its_use_cost_failure_and_knobs(method: str) -> None:
+    section = SECTIONS[method]
+    for word in ("Use it", "Cost", "Known failure", "Knobs"):
+        assert f"**{word}**" in section, word
+    part = METHOD_PARTS.get(method)
+    for name in part.model_fields if part else ():
+        assert f"`{name}`" in section or f"`{name}:" in section, name
+    if METHOD_PRESETS.get(method, {}).get("faithful"):
+        assert "**Presets**" in section
+        assert "**Differs from the authors' code**" in section
+
+
+def test_the_table_of_uses_names_every_method() -> None:
+    assert set(re.findall(r"\*\*([a-z_]+)\*\*", PAGE[: PAGE.index("## direct")])) == set(METHODS)
+
+
+def test_settings_and_commands_are_understood() -> None:
+    (snippet,) = re.findall(r"^```yaml\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
+    UpscaleConfig.model_validate(yaml.safe_load(snippet)["upscale"])
+    for command in re.findall(r"`(resmaster upscale .*?)`", PAGE):
+        if "..." not in command and command.count(".png") > 1:
+            parser().parse_args(shlex.split(command)[1:])
+    (command,) = lines(PAGE, "resmaster compare ")
+    args = parser().parse_args(shlex.split(command)[1:])
+    found = variants(load_config(ROOT / args.config), args.methods, args.scales)
+    assert [variant.method for variant in found] == list(METHODS)
+    for command in lines(SPEED, "python benchmarks/methods.py"):
+        options().parse_args(shlex.split(command)[2:])
+    assert len(lines(SPEED, "python benchmarks/methods.py")) == 2
+
+
+def test_links_and_pictures_are_there() -> None:
+    for page in (PAGE, SPEED):
+        for target in re.findall(r"\]\(([^)#]+)\)", page):
+            if "://" not in target:
+                assert (ROOT / "docs" / target).is_file(), target
+    with Image.open(ROOT / "docs" / "images" / "methods.jpg") as picture:
+        assert picture.width > 1000
+
+
+def test_the_speed_table_has_every_method() -> None:
+    assert re.findall(r"^\| ([a-z_]+) \|", SPEED, flags=re.MULTILINE)[-len(METHODS) :] == list(METHODS)
