@@ -37,13 +37,13 @@ COMMIT_THREADS = 8
 
 
 def null(config: DatasetConfig, samples: Sequence[Sample], stage: Stage) -> Iterator[Output]:
-    """The smallest output that a stage can have: reads no picture."""
+    """The smallest output that a stage can have."""
     row = ROWS.get(stage)
-    for key, prompt in ((planned.key, planned.prompt) for planned in samples.planned):  # type: ignore[attr-defined]
+    for sample in samples:
         if row is None:
-            yield Output(key, files={"png": b"0", "json": b"{}", "txt": prompt.encode()})
+            yield Output(sample.key, files={"png": b"0", "json": b"{}", "txt": sample.prompt.encode()})
         else:
-            yield Output(key, rows=[row])
+            yield Output(sample.key, rows=[row])
 
 
 ROWS: dict[Stage, dict[str, Any]] = {
@@ -135,6 +135,12 @@ def manifest(folder: Path, root: str, samples: int) -> None:
     assert write_manifest(open_dataset(root)).shards_missing == 0
 
 
+def report(folder: Path, root: str, samples: int) -> None:
+    from resmaster_stages.gallery import write_report
+
+    write_report(open_dataset(root))
+
+
 STEPS: dict[str, Callable[[Path, str, int], None]] = {
     "plan": plan,
     "plan again": plan,
@@ -143,6 +149,7 @@ STEPS: dict[str, Callable[[Path, str, int], None]] = {
     "preview": preview,
     "status": stand,
     "manifest": manifest,
+    "report": report,
 }
 """What is measured, in order; the first three make what the others read."""
 

@@ -13,6 +13,8 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
+import pyarrow as pa
+
 from resmaster_stages.config import DatasetConfig, Stage
 from resmaster_stages.explain import explain_command
 from resmaster_stages.lineage import stage_hashes
@@ -23,8 +25,13 @@ from resmaster_stages.storage import layout
 from resmaster_stages.storage.dataset import Dataset
 from resmaster_stages.storage.ledger import ledger_rows
 from resmaster_stages.storage.plan import read_plan
-from resmaster_stages.storage.tables import MANIFEST_SCHEMA, decode_table
-from resmaster_stages.supplements import list_links
+from resmaster_stages.storage.tables import MANIFEST_SCHEMA, decode_table, rows_at
+from resmaster_stages.supplements import list_records
+
+BADNESS_COLUMNS = ("agreement_psnr", "seam", "clipped", "clip_score", "flags")
+"""What `quality.badness` reads of the manifest."""
+
+SIZE_COLUMNS = ["low_res_width", "low_res_height", "width", "height"]
 
 SHOWN_SAMPLES = 200
 """A page with more pictures than this is slow to open: half are the worst, half evenly from the rest."""
@@ -32,17 +39,19 @@ SHOWN_SAMPLES = 200
 
 def write_report(dataset: Dataset) -> str:
     """Write report/index.html and contact sheets of what the manifest holds. Returns the page's path or URL."""
-    manifest = decode_table(dataset.folder.read(layout.MANIFEST), MANIFEST_SCHEMA, layout.MANIFEST).to_pylist()
-    rows = {row["key"]: row for row in manifest}
-    shown = {key: rows[key] for key in choose(rows, SHOWN_SAMPLES)} if rows else {}
+    manifest = dataset.folder.read(layout.MANIFEST)
+    table = decode_table(manifest, MANIFEST_SCHEMA, layout.MANIFEST, (*BADNESS_COLUMNS, *SIZE_COLUMNS))
+    bad = [badness(row) for batch in table.to_batches(10_000) for row in batch.to_pylist()]
+    rows = rows_at(manifest, MANIFEST_SCHEMA, layout.MANIFEST, choose(bad, SHOWN_SAMPLES))
+    shown = {row["key"]: row for row in rows}
     samples = sorted(_samples(dataset, shown), key=lambda sample: -badness(sample.quality))
     page = render_report(
         dataset.config.name,
-        facts(dataset.config, manifest),
+        facts(dataset.config, table),
         samples,
         failures(dataset),
         count=len(samples),
-        total=len(rows),
+        total=len(bad),
         lead="Left: the low-res image. Right: the same, upscaled. Worst by quality first.",
     )
     dataset.folder.write(layout.REPORT_PAGE, page.encode())
@@ -53,10 +62,11 @@ def write_report(dataset: Dataset) -> str:
     return dataset.folder.url_of(layout.REPORT_PAGE)
 
 
-def facts(config: DatasetConfig, manifest: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the page's header says of the dataset."""
+def facts(config: DatasetConfig, manifest: pa.Table) -> dict[str, Any]:
+    """What the page's header says of the dataset. `manifest`: its `SIZE_COLUMNS` at least."""
     upscale = config.upscale
-    sizes = sorted({(row["low_res_width"], row["low_res_height"], row["width"], row["height"]) for row in manifest})
+    found = manifest.select(SIZE_COLUMNS).group_by(SIZE_COLUMNS).aggregate([])
+    sizes = sorted(tuple(row[name] for name in SIZE_COLUMNS) for row in found.to_pylist())
     first = f"{sizes[0][0]} x {sizes[0][1]} px to {sizes[0][2]} x {sizes[0][3]} px" if sizes else "none yet"
     parts = [
         name
@@ -71,7 +81,7 @@ def facts(config: DatasetConfig, manifest: list[dict[str, Any]]) -> dict[str, An
     if upscale.uses_diffusion():
         settings = {"steps": upscale.steps, "guidance scale": upscale.guidance_scale}
     return {
-        "samples": len(manifest),
+        "samples": manifest.num_rows,
         "sizes": first + (f" and {len(sizes) - 1} more" if len(sizes) > 1 else ""),
         "method": upscale.method + (f" ({', '.join(parts) or 'no guidance'})" if upscale.method == "resmaster" else ""),
         "model": config.model.id,
@@ -85,8 +95,10 @@ def failures(dataset: Dataset) -> list[dict[str, Any]]:
     command that tells more."""
     last: dict[tuple[Stage, str], dict[str, Any]] = {}
     for stage, own_hash in stage_hashes(dataset.config).items():
-        links = list_links(dataset.folder, stage, own_hash)
-        for row in ledger_rows(dataset.folder, stage):
+        rows = ledger_rows(dataset.folder, stage)
+        listing = list_records(dataset.folder, stage, own_hash) if rows else None
+        links = listing.read(dataset.folder, sorted({row["shard"] for row in rows})) if listing else {}
+        for row in rows:
             if row["stage_hash"] != own_hash or (
                 row["shard"] in links and row["key"] not in links[row["shard"]].failed
             ):

@@ -83,7 +83,7 @@ def _add_stage(
     megapixels: float,
 ) -> None:
     """One stage's numbers. `labels`: dataset and stage; `rows`: its ledger; `megapixels`: of a mean high-res picture."""
-    found = stage_status(plan, stage, links, rows)
+    found = stage_status(stage, links.values(), set(range(plan.shards)) - links.keys(), rows)
     receipts = [receipt for link in links.values() for receipt in link.receipts]
     for state in ("committed", "pending", "failed"):
         families.shards.add_metric([*labels, state], getattr(found, state))

@@ -6,24 +6,31 @@ import importlib.metadata
 import platform
 import socket
 import sys
+from functools import cache
 from typing import Any
 
 LIBRARIES = ("resmaster-pipeline", "torch", "diffusers", "transformers", "webdataset", "pyarrow", "pillow")
 
 
-def own_provenance() -> dict[str, Any]:
-    """Volatile facts of this process: versions, host, device (without loading anything to find out)."""
+@cache
+def _versions() -> dict[str, str]:
+    """Library -> version. Looked up once: it reads and parses a file per library."""
     versions: dict[str, str] = {}
     for name in LIBRARIES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    return versions
+
+
+def own_provenance() -> dict[str, Any]:
+    """Volatile facts of this process: versions, host, device (without loading anything to find out)."""
     facts: dict[str, Any] = {
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": versions,
+        "versions": dict(_versions()),
     }
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():

@@ -6,25 +6,34 @@ Invariants:
 - Every key occurs at most once.
 - Only shards committed in every stage are published; the card says how many are still missing.
 - Equal commits give equal files: no time or host is in them.
+- Memory grows by 8 bytes per sample and by the index, which is one JSON file.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from resmaster_stages.config import DatasetConfig, Stage
 from resmaster_stages.errors import ShardError
 from resmaster_stages.lineage import stage_hashes
+from resmaster_stages.scratch import scratch_folder
 from resmaster_stages.storage import layout
 from resmaster_stages.storage.commit import Receipt
 from resmaster_stages.storage.dataset import Dataset
 from resmaster_stages.storage.plan import Plan, read_plan
 from resmaster_stages.storage.shards import Entry, read_index
-from resmaster_stages.storage.tables import MANIFEST_SCHEMA, QUALITY_SCHEMA, decode_table, encode_table
-from resmaster_stages.supplements import Chain, list_chains
+from resmaster_stages.storage.tables import MANIFEST_SCHEMA, QUALITY_SCHEMA, TableWriter, decode_table
+from resmaster_stages.supplements import CHUNK_SHARDS, Chain, read_chains
 
 
 @dataclass(frozen=True)
@@ -49,34 +58,61 @@ def write_manifest(dataset: Dataset, config: DatasetConfig | None = None) -> Pub
     config = config or dataset.config
     plan = read_plan(dataset.folder)
     hashes = stage_hashes(config)
-    chains = list_chains(dataset.folder, hashes, plan.shards)
-    complete = [shard for shard, chain in enumerate(chains) if all(link.commit for link in chain.links.values())]
-    rows: list[dict[str, Any]] = []
     shard_list: list[dict[str, Any]] = []
     failures: dict[Stage, int] = dict.fromkeys(hashes, 0)
-    for shard in complete:
-        rows += _manifest_rows(dataset, plan, shard, chains[shard])
-        for stage, link in chains[shard].links.items():
-            failures[stage] += len(link.failed)
-        for receipt in chains[shard].links["high_res"].receipts:
-            if receipt.samples_ok:  # an empty tar would only make readers stumble
-                tar = receipt.objects[0]
-                shard_list.append({"url": tar.name, "nsamples": receipt.samples_ok, "filesize": tar.bytes})
-    if len({row["key"] for row in rows}) != len(rows):
-        seen: set[str] = set()
-        twice = next(row["key"] for row in rows if row["key"] in seen or seen.add(row["key"]))  # type: ignore[func-returns-value]
-        raise ShardError(f"{dataset.url}: sample {twice} occurs twice; restore the folder plan/ from a copy")
-    published = Publication(len(rows), len(complete), plan.shards - len(complete), failures)
-    index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": config.name, "shardlist": shard_list}
-    card = dataset_card(config, plan, rows, published, total_bytes=sum(item["filesize"] for item in shard_list))
-    dataset.folder.write(layout.MANIFEST, encode_table(rows, MANIFEST_SCHEMA))
+    sizes: set[tuple[int, int]] = set()
+    prints: list[NDArray[np.uint64]] = []
+    complete = flagged = 0
+    chains = (
+        (shard, chain)
+        for shard, chain in read_chains(dataset.folder, hashes, plan.shards)
+        if all(link.commit for link in chain.links.values())
+    )
+    with scratch_folder() as scratch:
+        local = scratch / layout.MANIFEST
+        with TableWriter(local, MANIFEST_SCHEMA) as table:
+            while batch := list(itertools.islice(chains, CHUNK_SHARDS)):
+                tables = _quality_tables(dataset, [chain for _, chain in batch])
+                for shard, chain in batch:
+                    rows = list(_manifest_rows(dataset, plan, shard, chain, tables))
+                    table.write(rows)
+                    prints.append(np.array([int(row["key"][:16], 16) for row in rows], np.uint64))
+                    sizes.update((row["height"], row["width"]) for row in rows)
+                    flagged += sum(bool(row["flags"]) for row in rows)
+                    complete += 1
+                    for stage, link in chain.links.items():
+                        failures[stage] += len(link.failed)
+                    for receipt in chain.links["high_res"].receipts:
+                        if receipt.samples_ok:  # an empty tar would only make readers stumble
+                            tar = receipt.objects[0]
+                            shard_list.append({"url": tar.name, "nsamples": receipt.samples_ok, "filesize": tar.bytes})
+        if (twice := _repeated(local, prints)) is not None:
+            raise ShardError(f"{dataset.url}: sample {twice} occurs twice; restore the folder plan/ from a copy")
+        published = Publication(table.rows, complete, plan.shards - complete, failures)
+        index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": config.name, "shardlist": shard_list}
+        total_bytes = sum(item["filesize"] for item in shard_list)
+        card = dataset_card(config, plan, published, sorted(sizes), flagged, total_bytes)
+        dataset.folder.upload(layout.MANIFEST, local)
     dataset.folder.write(layout.INDEX, (json.dumps(index, indent=1) + "\n").encode())
     dataset.folder.write(layout.CARD, card.encode())
     return published
 
 
-def _manifest_rows(dataset: Dataset, plan: Plan, shard: int, chain: Chain) -> Iterator[dict[str, Any]]:
-    """The manifest's rows of one shard, in the plan's order."""
+def _repeated(manifest: Path, prints: list[NDArray[np.uint64]]) -> str | None:
+    """A key that occurs twice in a manifest. `prints`: the first 64 bits of its keys, which is all that is held of them."""
+    values, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *prints]), return_counts=True)
+    suspects = set(values[counts > 1].tolist())
+    if not suspects:
+        return None
+    keys = pq.read_table(manifest, columns=["key"])["key"].to_pylist()
+    seen = Counter(key for key in keys if int(key[:16], 16) in suspects)
+    return next((key for key, count in seen.items() if count > 1), None)
+
+
+def _manifest_rows(
+    dataset: Dataset, plan: Plan, shard: int, chain: Chain, tables: dict[str, bytes]
+) -> Iterator[dict[str, Any]]:
+    """The manifest's rows of one shard, in the plan's order. `tables`: the content of its quality tables, by name."""
     indices: dict[str, dict[str, Entry]] = {}
     qualities: dict[str, dict[str, dict[str, Any]]] = {}
     for sample in plan.read(shard):
@@ -92,7 +128,7 @@ def _manifest_rows(dataset: Dataset, plan: Plan, shard: int, chain: Chain) -> It
             if receipt.attempt not in indices:
                 indices[receipt.attempt] = _index(dataset, receipt)
         if quality.attempt not in qualities:
-            qualities[quality.attempt] = {row["key"]: row for row in _quality_rows(dataset, quality)}
+            qualities[quality.attempt] = {row["key"]: row for row in _quality_rows(dataset, quality, tables)}
         low_entries, high_entries = indices[low_res.attempt], indices[high_res.attempt]
         rows = qualities[quality.attempt]
         for found, receipt in ((low_entries, low_res), (high_entries, high_res), (rows, quality)):
@@ -138,12 +174,17 @@ def _index(dataset: Dataset, receipt: Receipt) -> dict[str, Entry]:
         raise ShardError(_gone(dataset, receipt)) from error
 
 
-def _quality_rows(dataset: Dataset, receipt: Receipt) -> list[dict[str, Any]]:
+def _quality_tables(dataset: Dataset, chains: Sequence[Chain]) -> dict[str, bytes]:
+    """Name -> content of the chains' quality tables, fetched together; what is gone is absent."""
+    receipts = [receipt for chain in chains for receipt in chain.links["quality"].receipts]
+    return dataset.folder.read_many([receipt.objects[0].name for receipt in receipts])
+
+
+def _quality_rows(dataset: Dataset, receipt: Receipt, tables: dict[str, bytes]) -> list[dict[str, Any]]:
     name = receipt.objects[0].name
-    try:
-        rows: list[dict[str, Any]] = decode_table(dataset.folder.read(name), QUALITY_SCHEMA, name).to_pylist()
-    except FileNotFoundError as error:
-        raise ShardError(_gone(dataset, receipt)) from error
+    if name not in tables:
+        raise ShardError(_gone(dataset, receipt))
+    rows: list[dict[str, Any]] = decode_table(tables[name], QUALITY_SCHEMA, name).to_pylist()
     return rows
 
 
@@ -157,11 +198,17 @@ def _gone(dataset: Dataset, receipt: Receipt) -> str:
 
 
 def dataset_card(
-    config: DatasetConfig, plan: Plan, rows: list[dict[str, Any]], published: Publication, total_bytes: int
+    config: DatasetConfig,
+    plan: Plan,
+    published: Publication,
+    sizes: list[tuple[int, int]],
+    flagged: int,
+    total_bytes: int,
 ) -> str:
-    """The dataset's README.md: a YAML header as dataset hubs read it, facts, and code that reads the dataset."""
-    sizes = sorted({(row["height"], row["width"]) for row in rows})
-    flagged = sum(bool(row["flags"]) for row in rows)
+    """The dataset's README.md: a YAML header as dataset hubs read it, facts, and code that reads the dataset.
+
+    `sizes`: the (height, width) that occur, in px, sorted. `flagged`: samples with a flag.
+    """
     facts = [
         ("Samples", f"{published.samples:,}"),
         ("Shards", f"{published.shards:,}" + (f" ({published.shards_missing:,} still missing)" * bool(published.shards_missing))),

@@ -20,6 +20,7 @@ from html import escape
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import gaussian_filter, uniform_filter
 
@@ -83,21 +84,20 @@ METRICS: tuple[tuple[str, str, str, str, str], ...] = (
 """Column of the quality table, label, format, meaning, and the sign by which the worst sorts first."""
 
 
-def choose(quality: Mapping[str, Mapping[str, Any]], limit: int = 200) -> list[str]:
-    """The keys to show of a dataset too large for one page: half the worst, half evenly from the rest; all if they fit.
+def choose(bad: Sequence[float] | NDArray[np.float64], limit: int = 200) -> list[int]:
+    """What to show of a dataset too large for one page: half the worst, half evenly from the rest; all if they fit.
 
-    `quality`: key -> row of the quality table. The order of the result is that of `quality`.
+    `bad`: each sample's `badness`. Returns their positions, in ascending order.
     """
     if limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
-    keys = list(quality)
-    if len(keys) <= limit:
-        return keys
-    worst = sorted(keys, key=lambda key: -badness(quality[key]))[: limit // 2]
-    rest = [key for key in keys if key not in set(worst)]
+    values = np.asarray(bad, np.float64)
+    if len(values) <= limit:
+        return list(range(len(values)))
+    worst = np.argsort(-values, kind="stable")[: limit // 2]
+    rest = np.delete(np.arange(len(values)), worst)
     places = np.linspace(0, len(rest) - 1, limit - len(worst)).round().astype(int)
-    chosen = {*worst, *(rest[place] for place in places)}
-    return [key for key in keys if key in chosen]
+    return sorted(np.union1d(worst, rest[places]).tolist())
 
 
 def render_report(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,8 +12,8 @@ from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.storage import layout
 from resmaster_stages.storage.dataset import Dataset
 from resmaster_stages.storage.ledger import ledger_rows
-from resmaster_stages.storage.plan import Plan, read_plan
-from resmaster_stages.supplements import Link, list_links, read_chain
+from resmaster_stages.storage.plan import read_plan
+from resmaster_stages.supplements import Link, chunks, list_records, read_chain
 
 
 @dataclass(frozen=True)
@@ -53,29 +53,40 @@ def status(dataset: Dataset, config: DatasetConfig | None = None) -> Status:
     plan = read_plan(dataset.folder)
     stages = []
     for stage, own_hash in stage_hashes(config or dataset.config).items():
-        links = list_links(dataset.folder, stage, own_hash)
-        missing = set(range(plan.shards)) - links.keys()
+        listing = list_records(dataset.folder, stage, own_hash)
+        missing = set(range(plan.shards)) - listing.committed
         rows = ledger_rows(dataset.folder, stage, missing) if missing else []
-        stages.append(stage_status(plan, stage, links, [row for row in rows if row["stage_hash"] == own_hash]))
+        links = (
+            link for chunk in chunks(sorted(listing.committed)) for link in listing.read(dataset.folder, chunk).values()
+        )
+        stages.append(stage_status(stage, links, missing, [row for row in rows if row["stage_hash"] == own_hash]))
     return Status(plan.shards, plan.samples, tuple(stages))
 
 
-def stage_status(plan: Plan, stage: Stage, links: dict[int, Link], ledger: Sequence[Mapping[str, Any]]) -> StageStatus:
-    """How far a stage is, from what is committed by shard and the ledger's rows of the shards that have no commit."""
-    missing = set(range(plan.shards)) - links.keys()
+def stage_status(
+    stage: Stage, links: Iterable[Link], missing: Collection[int], ledger: Sequence[Mapping[str, Any]]
+) -> StageStatus:
+    """How far a stage is, from what is committed of each shard, the shards that have no commit, and their rows of the ledger."""
     failures = {(row["shard"], row["key"]) for row in ledger if row["shard"] in missing}
     failed_shards = tuple(sorted({shard for shard, _ in failures}))
-    receipts = [receipt for link in links.values() for receipt in link.receipts]
+    committed = supplements = ok = lost = 0
+    seconds = 0.0
+    for link in links:
+        committed += 1
+        supplements += len(link.supplements)
+        ok += sum(receipt.samples_ok for receipt in link.receipts)
+        lost += len(link.failed)
+        seconds += sum(receipt.seconds for receipt in link.receipts)
     return StageStatus(
         stage=stage,
-        committed=len(links),
+        committed=committed,
         pending=len(missing) - len(failed_shards),
         failed=len(failed_shards),
         failed_shards=failed_shards,
-        samples_ok=sum(receipt.samples_ok for receipt in receipts),
-        samples_failed=sum(len(link.failed) for link in links.values()) + len(failures),
-        seconds=round(sum(receipt.seconds for receipt in receipts), 3),
-        supplements=len(receipts) - len(links),
+        samples_ok=ok,
+        samples_failed=lost + len(failures),
+        seconds=round(seconds, 3),
+        supplements=supplements,
     )
 
 

@@ -4,13 +4,14 @@ is published and of the ledger.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from resmaster_stages.gallery import facts, failures
+from resmaster_stages.gallery import SIZE_COLUMNS, facts, failures
 from resmaster_stages.quality import FLAGS
 from resmaster_stages.report import METRICS
 from resmaster_stages.standing import Status, status
@@ -24,16 +25,17 @@ SHOWN_FAILURES = 20
 
 def summary(dataset: Dataset) -> str:
     """The page of a dataset whose manifest is written."""
-    rows = decode_table(dataset.folder.read(layout.MANIFEST), MANIFEST_SCHEMA, layout.MANIFEST).to_pylist()
+    columns = [*(name for name, *_ in METRICS), "flags", *SIZE_COLUMNS]
+    table = decode_table(dataset.folder.read(layout.MANIFEST), MANIFEST_SCHEMA, layout.MANIFEST, columns)
     url = without_credentials(dataset.url)
     parts = [
         f"# {_cell(dataset.config.name)}",
-        _table(("", ""), list(facts(dataset.config, rows).items())),
+        _table(("", ""), list(facts(dataset.config, table).items())),
         "## Stages",
         _stages(status(dataset)),
         "## Quality",
-        _quality(rows),
-        f"Flagged: {_flags(rows)}. Flags point at samples to look at; nothing is deleted.",
+        _quality(table),
+        f"Flagged: {_flags(table)}. Flags point at samples to look at; nothing is deleted.",
         *_failures(failures(dataset)),
         "## Where",
         f"- dataset: `{url}`\n- report: `{without_credentials(dataset.folder.url_of(layout.REPORT_PAGE))}`\n"
@@ -62,11 +64,11 @@ def _stages(found: Status) -> str:
     return _table(head, rows)
 
 
-def _quality(rows: Sequence[Mapping[str, Any]]) -> str:
+def _quality(table: pa.Table) -> str:
     """Mean, median and the worst twentieth of each measure."""
     lines = []
     for name, label, form, meaning, sign in METRICS:
-        values = np.array([row[name] for row in rows if row[name] is not None], dtype=float)
+        values = table[name].drop_null().to_numpy()
         values = values[np.isfinite(values)]
         if values.size:
             worst = np.percentile(values, 5 if sign == "1" else 95)
@@ -74,10 +76,13 @@ def _quality(rows: Sequence[Mapping[str, Any]]) -> str:
     return _table(("measure", "mean", "median", "worst twentieth", "meaning"), lines) if lines else "No sample yet."
 
 
-def _flags(rows: Sequence[Mapping[str, Any]]) -> str:
-    counts = Counter(flag for row in rows for flag in row["flags"])
-    shown = ", ".join(f"{flag} {counts[flag]}" for flag in FLAGS if counts[flag])
-    return f"{sum(bool(row['flags']) for row in rows)} of {len(rows)}" + (f" ({shown})" if shown else "")
+def _flags(table: pa.Table) -> str:
+    counts = {
+        found["values"]: found["counts"] for found in pc.value_counts(pc.list_flatten(table["flags"])).to_pylist()
+    }
+    flagged = pc.sum(pc.greater(pc.list_value_length(table["flags"]), 0)).as_py() or 0
+    shown = ", ".join(f"{flag} {counts[flag]}" for flag in FLAGS if flag in counts)
+    return f"{flagged} of {len(table)}" + (f" ({shown})" if shown else "")
 
 
 def _failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -13,17 +13,20 @@ Invariants:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from resmaster_stages.config import DatasetConfig, Stage
 from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.storage import layout
-from resmaster_stages.storage.commit import Receipt, list_commits, read_commit
+from resmaster_stages.storage.commit import Receipt, read_commit, read_commits
 from resmaster_stages.storage.dataset import Dataset
 from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.plan import read_plan
+
+CHUNK_SHARDS = 500
+"""Shards whose records are read, in parallel where the store can, and held at a time."""
 
 
 @dataclass(frozen=True)
@@ -128,32 +131,65 @@ def read_chain(folder: Folder, hashes: Mapping[Stage, str], shard: int, last: St
     return Chain(links)
 
 
-def list_links(folder: Folder, stage: Stage, stage_hash: str) -> dict[int, Link]:
-    """Shard -> what is committed of the stage, for all shards that are committed. Raises ShardError if a record is damaged."""
-    supplements: dict[int, list[Receipt]] = {}
+@dataclass(frozen=True)
+class Listing:
+    """The records that one stage has, by their names alone: one listing, no record is read."""
+
+    stage: Stage
+    stage_hash: str
+    committed: frozenset[int]
+    supplements: Mapping[int, Sequence[int]]
+    """Shard -> numbers of its supplements, in order; shards without any are absent."""
+    requests: Mapping[int, int]
+    """Shard -> number of its last request; shards without any are absent."""
+
+    def read(self, folder: Folder, shards: Iterable[int]) -> dict[int, Link]:
+        """Shard -> what is committed, for those of `shards` that are. Raises ShardError if a record is damaged."""
+        chosen = [shard for shard in shards if shard in self.committed]
+        receipts = read_commits(folder, self.stage, self.stage_hash, chosen)
+        links: dict[int, Link] = {}
+        for shard, receipt in receipts.items():
+            numbers = self.supplements.get(shard, ())
+            found = (read_commit(folder, self.stage, self.stage_hash, shard, number) for number in numbers)
+            links[shard] = Link(receipt, tuple(each for each in found if each), self.requests.get(shard, 0))
+        return links
+
+
+def list_records(folder: Folder, stage: Stage, stage_hash: str) -> Listing:
+    """The records that a stage has."""
+    committed: set[int] = set()
+    supplements: dict[int, list[int]] = {}
     requests: dict[int, int] = {}
     for name in folder.names(layout.commit_folder(stage, stage_hash)):
-        if (extra := layout.extra_of(name)) is None:
-            continue
-        shard, kind, number = extra
-        if kind == "r":
-            requests[shard] = max(number, requests.get(shard, 0))
-        elif found := read_commit(folder, stage, stage_hash, shard, number):
-            supplements.setdefault(shard, []).append(found)
-    return {
-        shard: Link(
-            receipt,
-            tuple(sorted(supplements.get(shard, ()), key=lambda each: each.supplement)),
-            requests.get(shard, 0),
-        )
-        for shard, receipt in list_commits(folder, stage, stage_hash).items()
-    }
+        if (shard := layout.number_of(name)) is not None:
+            committed.add(shard)
+        elif (extra := layout.extra_of(name)) is not None:
+            shard, kind, number = extra
+            if kind == "r":
+                requests[shard] = max(number, requests.get(shard, 0))
+            else:
+                supplements.setdefault(shard, []).append(number)  # names come sorted
+    return Listing(stage, stage_hash, frozenset(committed), supplements, requests)
 
 
-def list_chains(folder: Folder, hashes: Mapping[Stage, str], shards: int) -> list[Chain]:
-    """The chains of shards 0, 1, ... in order."""
-    links = {stage: list_links(folder, stage, own_hash) for stage, own_hash in hashes.items()}
-    return [Chain({stage: found.get(shard, Link()) for stage, found in links.items()}) for shard in range(shards)]
+def list_links(folder: Folder, stage: Stage, stage_hash: str) -> dict[int, Link]:
+    """Shard -> what is committed of the stage, for all shards that are committed. Raises ShardError if a record is damaged."""
+    listing = list_records(folder, stage, stage_hash)
+    return listing.read(folder, sorted(listing.committed))
+
+
+def read_chains(folder: Folder, hashes: Mapping[Stage, str], shards: int) -> Iterator[tuple[int, Chain]]:
+    """(shard, chain) of shards 0, 1, ... in order. Records are read `CHUNK_SHARDS` at a time: memory does not grow with them."""
+    listings = {stage: list_records(folder, stage, own_hash) for stage, own_hash in hashes.items()}
+    for chunk in chunks(range(shards)):
+        links = {stage: listing.read(folder, chunk) for stage, listing in listings.items()}
+        for shard in chunk:
+            yield shard, Chain({stage: found.get(shard, Link()) for stage, found in links.items()})
+
+
+def chunks(shards: Sequence[int]) -> Iterator[Sequence[int]]:
+    """`shards` in pieces whose records are read at once."""
+    return (shards[start : start + CHUNK_SHARDS] for start in range(0, len(shards), CHUNK_SHARDS))
 
 
 def request_retries(
@@ -168,8 +204,7 @@ def request_retries(
     Returns the number of samples. A request that waits for its answer is not repeated.
     """
     hashes, count = stage_hashes(config or dataset.config), 0
-    chains = list_chains(dataset.folder, hashes, read_plan(dataset.folder).shards)
-    for shard, chain in enumerate(chains):
+    for shard, chain in read_chains(dataset.folder, hashes, read_plan(dataset.folder).shards):
         if shards is not None and shard not in shards:
             continue
         for stage, link in chain.links.items():

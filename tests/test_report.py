@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from resmaster_stages.quality import badness
 from resmaster_stages.report import (
     ReportSample,
     choose,
@@ -220,17 +221,16 @@ def test_a_part_of_a_dataset_says_that_it_is_one() -> None:
 
 
 def test_choose_keeps_the_worst_and_spreads_the_rest() -> None:
-    table = {
-        f"k{i:03d}": quality(agreement_psnr=30 + i / 100, flags=["seam"] if i % 50 == 7 else []) for i in range(200)
-    }
-    chosen = choose(table, 20)
+    bad = [badness(quality(agreement_psnr=30 + i / 100, flags=["seam"] if i % 50 == 7 else [])) for i in range(200)]
+    chosen = choose(bad, 20)
     assert len(chosen) == 20
-    assert chosen == sorted(chosen)
-    assert {"k007", "k057", "k107", "k157"} <= set(chosen)
-    assert choose(table, 500) == list(table)
-    assert len(choose(table, 1)) == 1
+    assert chosen == sorted(set(chosen))
+    assert {7, 57, 107, 157} <= set(chosen)
+    assert choose(bad, 500) == list(range(200))
+    assert len(choose(bad, 1)) == 1
+    assert choose([], 5) == []
     with pytest.raises(ValueError, match="at least 1"):
-        choose(table, 0)
+        choose(bad, 0)
 
 
 def test_the_most_detailed_place_is_where_the_texture_is() -> None:

@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from resmaster_stages.config import parse_config
+from resmaster_stages.config import Weights, parse_config
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.publish import Publication, dataset_card
+from resmaster_stages.publish import write_manifest
 from resmaster_stages.report import ReportSample, render_report
-from resmaster_stages.storage.filesystem import explained, open_root
-from resmaster_stages.storage.plan import Plan
-from tests.fake_stages import config_at, png
+from resmaster_stages.stage import run_stage
+from resmaster_stages.storage.filesystem import explained
+from tests.fake_stages import FAKES, planned, png
 
 ROOT = Path(__file__).parent.parent
 CANARY = "canary9f3b"
@@ -212,10 +212,13 @@ def base64_of(data: bytes) -> str:
     return base64.b64encode(data).decode()[:40]
 
 
-def test_the_dataset_card_holds_no_text_of_samples(tmp_path: Path) -> None:
-    config = config_at(tmp_path)
-    rows = [{"height": 8, "width": 8, "flags": [], "prompt": attack, "key": attack} for attack in ATTACKS]
-    published = Publication(len(rows), 1, 0, {"low_res": 0})
-    card = dataset_card(config, Plan(open_root(str(tmp_path)), ()), rows, published, 10)
+def test_the_dataset_card_holds_no_text_of_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resmaster_stages.models.identity.weights_of", lambda config: Weights(config.model.id))
+    prompts = [attack for attack in ATTACKS if attack.isprintable()]
+    dataset = planned(tmp_path / "out", prompts, tmp_path, samples_per_shard=20)
+    for stage in dataset.config.stages():
+        run_stage(dataset, dataset.config, stage, 0, process=FAKES[stage])
+    assert write_manifest(dataset).samples == len(prompts) > 8
+    card = dataset.folder.read("README.md").decode()
     assert not any(attack in card for attack in ATTACKS)
     assert json.dumps(yaml.safe_load(card.split("---\n")[1]))

@@ -182,6 +182,50 @@ def encode_table(rows: Sequence[dict[str, Any]], schema: pa.Schema, metadata: di
     Raises ValueError for a column that the schema does not have, a missing or null value where the schema wants one, or
     a value of the wrong type.
     """
+    table = table_of(rows, schema)
+    if metadata:
+        table = table.replace_schema_metadata({**schema.metadata, **metadata})
+    sink = BytesIO()
+    pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP_ROWS)
+    return sink.getvalue()
+
+
+class TableWriter:
+    """Writes one Parquet file from rows that come in pieces; holds one row group at a time. Use as a context manager."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._schema = schema
+        self._pending: list[pa.Table] = []
+        self.rows = 0
+        self._file = pq.ParquetWriter(path, schema, compression="zstd")
+
+    def __enter__(self) -> TableWriter:
+        return self
+
+    def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Add rows. Raises ValueError as `encode_table` does."""
+        self._pending.append(table_of(rows, self._schema))
+        self.rows += len(rows)
+        if sum(map(len, self._pending)) >= ROW_GROUP_ROWS:
+            self._flush(last=False)
+
+    def _flush(self, last: bool) -> None:
+        table = pa.concat_tables(self._pending)
+        end = len(table) if last else len(table) // ROW_GROUP_ROWS * ROW_GROUP_ROWS
+        if end:
+            self._file.write_table(table.slice(0, end), ROW_GROUP_ROWS)
+        self._pending = [table.slice(end)]
+
+    def __exit__(self, *exc_info: object) -> None:
+        try:
+            if self._pending and exc_info[0] is None:
+                self._flush(last=True)
+        finally:
+            self._file.close()
+
+
+def table_of(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Rows as a table in the form of `schema`. Raises ValueError as `encode_table` does."""
     known = set(schema.names)
     for row in rows:
         if unknown := row.keys() - known:
@@ -193,32 +237,58 @@ def encode_table(rows: Sequence[dict[str, Any]], schema: pa.Schema, metadata: di
     for field in schema:
         if not field.nullable and table[field.name].null_count:
             raise ValueError(f"table {_name(schema)}: column {field.name!r} is missing in a row")
-    if metadata:
-        table = table.replace_schema_metadata({**schema.metadata, **metadata})
-    sink = BytesIO()
-    pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP_ROWS)
-    return sink.getvalue()
+    return table
 
 
-def decode_table(source: bytes | Path, schema: pa.Schema, name: str) -> pa.Table:
-    """A Parquet file in the form of `schema`: added columns are null where the file is older.
+def decode_table(source: bytes | Path, schema: pa.Schema, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A Parquet file in the form of `schema`: added columns are null where the file is older. `columns`: only these.
 
     Raises ShardError, naming `name`, if it is no Parquet file or lacks a column that must be there.
     """
     try:
-        table = pq.read_table(BytesIO(source) if isinstance(source, bytes) else source)
-        columns = []
-        for field in schema:
-            if field.name in table.column_names:
-                columns.append(table[field.name].cast(field.type))
-            elif field.nullable:
-                columns.append(pa.nulls(len(table), field.type))
-            else:
-                raise ShardError(f"{name}: has no column {field.name!r}; it was written by another version")
+        file = pq.ParquetFile(BytesIO(source) if isinstance(source, bytes) else source)
+        wanted = schema if columns is None else pa.schema([schema.field(each) for each in columns])
+        known = [field.name for field in wanted if field.name in file.schema_arrow.names]
+        return _in_form(file.read(columns=known), wanted, name)
     except (pa.ArrowException, OSError) as error:
-        first_line = str(error).split("\n", 1)[0]
-        raise ShardError(f"{name}: not a readable Parquet file ({first_line})") from error
+        raise _unreadable(name, error) from error
+
+
+def rows_at(source: bytes | Path, schema: pa.Schema, name: str, positions: Sequence[int]) -> list[dict[str, Any]]:
+    """The rows of a Parquet file at `positions`, which must ascend; one row group is read at a time.
+
+    Raises ShardError as `decode_table` does.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        file = pq.ParquetFile(BytesIO(source) if isinstance(source, bytes) else source)
+        start = 0
+        for number in range(file.num_row_groups):
+            end = start + file.metadata.row_group(number).num_rows
+            chosen = [position - start for position in positions if start <= position < end]
+            if chosen:
+                rows += _in_form(file.read_row_group(number), schema, name).take(chosen).to_pylist()
+            start = end
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(name, error) from error
+    return rows
+
+
+def _in_form(table: pa.Table, schema: pa.Schema, name: str) -> pa.Table:
+    columns = []
+    for field in schema:
+        if field.name in table.column_names:
+            columns.append(table[field.name].cast(field.type))
+        elif field.nullable:
+            columns.append(pa.nulls(len(table), field.type))
+        else:
+            raise ShardError(f"{name}: has no column {field.name!r}; it was written by another version")
     return pa.table(columns, schema=schema)
+
+
+def _unreadable(name: str, error: Exception) -> ShardError:
+    first_line = str(error).split("\n", 1)[0]
+    return ShardError(f"{name}: not a readable Parquet file ({first_line})")
 
 
 def _name(schema: pa.Schema) -> str:

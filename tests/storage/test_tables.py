@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -5,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resmaster_stages.errors import ShardError
-from resmaster_stages.storage.tables import CAPTIONS_SCHEMA, QUALITY_SCHEMA, decode_table, encode_table
+from resmaster_stages.storage import tables
+from resmaster_stages.storage.tables import (
+    CAPTIONS_SCHEMA,
+    QUALITY_SCHEMA,
+    REJECTED_SCHEMA,
+    TableWriter,
+    decode_table,
+    encode_table,
+    rows_at,
+)
 
 ROW = {
     "key": "k",
@@ -90,3 +101,34 @@ def test_schemas_only_grow() -> None:
 def test_damaged_files_are_named(data: bytes) -> None:
     with pytest.raises(ShardError, match=r"t\.parquet: not a readable Parquet file"):
         decode_table(data, QUALITY_SCHEMA, "t.parquet")
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [3], [2, 3, 4], [1] * 9, [10, 0, 1]])
+def test_a_table_written_in_pieces_is_the_table_written_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int]
+) -> None:
+    monkeypatch.setattr(tables, "ROW_GROUP_ROWS", 4)
+    rows = [{"source": f"{number}", "text": "t", "reason": "r"} for number in range(sum(sizes))]
+    path = tmp_path / "t.parquet"
+    left = list(rows)
+    with TableWriter(path, REJECTED_SCHEMA) as writer:
+        for size in sizes:
+            writer.write(left[:size])
+            del left[:size]
+    assert writer.rows == len(rows)
+    assert decode_table(path, REJECTED_SCHEMA, "t").to_pylist() == rows
+    groups = [pq.ParquetFile(path).metadata.row_group(i).num_rows for i in range(pq.ParquetFile(path).num_row_groups)]
+    assert all(size == 4 for size in groups[:-1])
+    positions = [number for number in range(len(rows)) if number % 3 == 0]
+    assert rows_at(path, REJECTED_SCHEMA, "t", positions) == [rows[position] for position in positions]
+    assert decode_table(path, REJECTED_SCHEMA, "t", ["text"]).column_names == ["text"]
+
+
+def test_a_row_that_does_not_fit_ends_the_writing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="unknown columns"),
+        TableWriter(tmp_path / "t.parquet", REJECTED_SCHEMA) as writer,
+    ):
+        writer.write([{"colour": 1}])
+    with pytest.raises(ShardError, match="t: not a readable Parquet file"):
+        rows_at(b"PAR1", REJECTED_SCHEMA, "t", [0])
