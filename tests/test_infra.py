@@ -87,9 +87,9 @@ def filled(value: Any, values: dict[str, Any]) -> Any:
         return [filled(inner, values) for inner in value]
     if isinstance(value, str) and (alone := re.fullmatch(r"\{\{ (\w+) \}\}", value)):
         return values.get(alone[1])
-    return (
-        re.sub(r"\{\{ (\w+) \}\}", lambda found: str(values.get(found[1])), value) if isinstance(value, str) else value
-    )
+    if isinstance(value, str):
+        return re.sub(r"\{\{ (\w+) \}\}", lambda found: str(values.get(found[1])), value)
+    return value
 
 
 @pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
@@ -99,9 +99,6 @@ def test_kubernetes_takes_the_job_of_a_run(version: str) -> None:
     values |= {"name": "demo", "labels": {"app": "demo"}, "command": ["prefect", "flow-run", "execute"]}
     values["env"] = [{"name": "A", "value": "b"}]  # the worker turns a mapping into this
     job = filled(found["job_configuration"]["job_manifest"], values)
-    job["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] = (
-        "1"  # quantities are text
-    )
     kubernetes_validate.validate(job, version, strict=True)
     assert job["spec"]["backoffLimit"] == 0, "otherwise Kubernetes and Prefect both start an evicted run again"
     pod = job["spec"]["template"]["spec"]
@@ -109,6 +106,7 @@ def test_kubernetes_takes_the_job_of_a_run(version: str) -> None:
     assert pod["securityContext"]["runAsNonRoot"]
     assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in pod["tolerations"]
     (container,) = pod["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert container["envFrom"] == [{"secretRef": {"name": "resmaster-store"}}]
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate({**job, "spec": {**job["spec"], "backofLimit": 0}}, version, strict=True)

@@ -47,6 +47,8 @@ def snapshot(stack: Stack) -> dict[str, Any]:
     schedules = [
         (item["name"], each["slug"], each["id"]) for item in found["deployments"] for each in item["schedules"]
     ]
+    for items in found.values():
+        items.sort(key=lambda item: item["id"])
     kept = {
         kind: [{k: v for k, v in item.items() if k not in VOLATILE} for item in items] for kind, items in found.items()
     }
@@ -86,7 +88,12 @@ def test_the_repair_form_says_what_its_fields_are(deployed: Stack) -> None:
         schema = client.read_deployment_by_name("repair/process").parameter_openapi_schema
     assert schema is not None
     fields = schema["properties"]
-    assert list(fields) == ["dataset_url", "shards", "stages"]
+    assert sorted(fields, key=lambda name: fields[name]["position"]) == [
+        "dataset_url",
+        "shards",
+        "stages",
+        "retry_errors",
+    ]
     assert all(field["description"] for field in fields.values())
     assert fields["stages"]["anyOf"][0]["items"]["enum"] == list(STAGES)
     with pytest.raises(PrefectHTTPStatusError, match="nonsense"):
