@@ -394,6 +394,10 @@ METHOD_PARTS: dict[str, type[Part]] = {
 """Methods with a part of their own in `UpscaleConfig`, of the method's name: no other method reads it."""
 
 METHOD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "resmaster": {
+        "default": {},
+        "faithful": {"stepper": "posterior", "structure": {"preset": "paper"}},
+    },
     "demofusion": {
         "default": {},
         "faithful": {"stepper": "ddim_keep", "demofusion": {"start": 0.0, "jitter": "zeros"}},
