@@ -5,6 +5,7 @@ Knows nothing about datasets: it is given rows and pictures.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
 CELL_PX = 256
 GAP_PX = 8
 TEXT_PX = 18
+HEAD_LINES = 2
 
 
 def shown(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
@@ -99,15 +101,14 @@ def sheet(rows: Sequence[SheetRow], methods: Sequence[str]) -> Image.Image:
     font = ImageFont.load_default(size=14)
     ratio = rows[0].low_res.height / rows[0].low_res.width
     width, height = (CELL_PX, round(CELL_PX * ratio)) if ratio <= 1 else (round(CELL_PX / ratio), CELL_PX)
-    per_sample = TEXT_PX + height + GAP_PX + width + GAP_PX
-    page = Image.new(
-        "RGB", (GAP_PX + len(columns) * (width + GAP_PX), GAP_PX + TEXT_PX + len(rows) * per_sample), "white"
-    )
+    per_sample, head = TEXT_PX + height + GAP_PX + width + GAP_PX, GAP_PX + HEAD_LINES * TEXT_PX
+    page = Image.new("RGB", (GAP_PX + len(columns) * (width + GAP_PX), head + len(rows) * per_sample), "white")
     pen = ImageDraw.Draw(page)
     for place, name in enumerate(columns):
-        pen.text((GAP_PX + place * (width + GAP_PX), GAP_PX), name[: width // 8], fill="black", font=font)
+        title = "\n".join(textwrap.wrap(name.replace(":", " "), width // 8)[:HEAD_LINES])
+        pen.text((GAP_PX + place * (width + GAP_PX), GAP_PX), title, fill="black", font=font)
     for number, row in enumerate(rows):
-        top = GAP_PX + TEXT_PX + number * per_sample
+        top = head + number * per_sample
         pen.text((GAP_PX, top), row.prompt[: page.width // 8], fill="#666666", font=font)
         box = _zoomed(row.pictures[methods[-1]])
         for place, picture in enumerate([row.low_res, *(row.pictures[name] for name in methods)]):

