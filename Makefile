@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export DO_NOT_TRACK ?= 1
 
-.PHONY: install demo up down deploy test lint format clean
+.PHONY: install demo up down deploy test soak lint format clean
 
 install: $(VENV)/.installed
 
@@ -39,6 +39,11 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# Builds that are killed, stopped and failed at random for MINUTES, on a folder and on S3; each must end as if undisturbed.
+MINUTES ?= 10
+soak: install
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 lint: install
 	$(BIN)/ruff check .

@@ -119,6 +119,11 @@ class Folder:
         return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
     @property
+    def _whole(self) -> dict[str, Any]:
+        """Options by which a file is read in one request. s3fs would ask for its size first, and list if there is none."""
+        return {"max_concurrency": 1} if "s3" in self._protocols() else {}
+
+    @property
     def url(self) -> str:
         """What `open_root` takes to come back here: a plain path if local."""
         return self.path if self.local else str(self.fs.unstrip_protocol(self.path))
@@ -142,7 +147,7 @@ class Folder:
     def read(self, name: str) -> bytes:
         """A file's content."""
         with explained(self.url_of(name)):
-            data: bytes = self.fs.cat_file(self.full(name))
+            data: bytes = self.fs.cat_file(self.full(name), **self._whole)
             return data
 
     def read_many(self, names: list[str]) -> dict[str, bytes]:
@@ -151,7 +156,7 @@ class Folder:
             return {}
         by_path = {self.full(name): name for name in names}
         with explained(self.url):
-            found = self.fs.cat(list(by_path), recursive=False, on_error="return")
+            found = self.fs.cat(list(by_path), recursive=False, on_error="return", **self._whole)
         result: dict[str, bytes] = {}
         for path, name in by_path.items():
             value = found[path]
