@@ -1,6 +1,6 @@
 """The command line. Parses, calls, prints; a user's mistake is one line on stderr and exit status 2.
 
-Exit status: 0 done, 1 some shards could not be finished, 2 bad input, 130 interrupted.
+Exit status: 0 done, 1 some shards could not be finished, 2 bad input, 130 interrupted (143 by SIGTERM).
 Heavy imports (torch, Prefect) happen inside the commands that need them, so that `status` answers at once.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from rich.table import Table
 from flows.doctor import add_arguments as doctor_arguments
 from flows.doctor import doctor
 from flows.selection import parse_numbers, parse_stages
+from flows.stop import MESSAGE, Terminated, exit_status, stoppable
 from resmaster_stages.config import METHODS, SDXL, STAGES, DatasetConfig, Stage, load_config
 from resmaster_stages.disclosure import one_line
 from resmaster_stages.errors import ResMasterError, UserError
@@ -429,10 +431,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     console = Console(stderr=True)
     try:
-        return COMMANDS[args.command](args, console)
-    except KeyboardInterrupt:
-        console.print("interrupted; what is committed is kept: run the same command again to go on")
-        return 130
+        with stoppable():
+            return COMMANDS[args.command](args, console)
+    except (KeyboardInterrupt, Terminated) as stop:
+        console.print(MESSAGE)
+        return exit_status(signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
     except (ResMasterError, ConnectionError) as error:
         if args.traceback:
             raise

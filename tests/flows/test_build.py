@@ -250,3 +250,15 @@ def test_a_build_on_s3_is_the_same_as_on_a_folder_and_plain_libraries_read_it(
     assert main(["run", str(tmp_path / "demo.yaml"), "--root", s3_root]) == 0
     assert main(["status", s3_root]) == 0
     assert stages.calls == {}
+
+
+def test_repair_gives_failed_samples_another_attempt_if_asked(stages: Stages, tmp_path: Path) -> None:
+    url = build_dataset(config_for(tmp_path, ["a", "bad high_res"])).dataset_url
+    stages.calls.clear()
+    assert repair(url).samples_failed == 1
+    assert stages.calls == {}
+    mended = repair(url, retry_errors=True)
+    assert (mended.samples, mended.samples_failed) == (1, 1)
+    assert stages.calls == {"high_res": 1}, "it failed again"
+    page = (tmp_path / "out" / "demo" / "report" / "index.html").read_text()
+    assert "told to fail" in page
