@@ -349,6 +349,11 @@ def status(args: argparse.Namespace, console: Console) -> int:
             f"{escape(dataset.url)}: {found.shards} shards, {found.samples} samples", highlight=False, soft_wrap=True
         )
         out.print(_status_table(dataset, found))
+        added = f", prompts in {found.generations} generations" if found.generations > 1 else ""
+        out.print(f"configuration: {found.config}{added}", highlight=False, soft_wrap=True)
+        others = [(stage.stage, *other) for stage in found.stages for other in stage.others.items()]
+        for name, namespace, count in others:
+            out.print(f"kept of another one: {name}-{namespace}, {count} shards", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from resmaster_stages.config import DatasetConfig, Stage
 from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.storage import layout
-from resmaster_stages.storage.dataset import Dataset
+from resmaster_stages.storage.commit import committed_shards
+from resmaster_stages.storage.dataset import Dataset, current_config
 from resmaster_stages.storage.ledger import ledger_rows
 from resmaster_stages.storage.plan import read_plan
 from resmaster_stages.supplements import Link, chunks, list_records, read_chain
@@ -33,6 +34,10 @@ class StageStatus:
     """Compute time of all commits."""
     supplements: int = 0
     """Commits that added to a shard what had failed in it."""
+    namespace: str = ""
+    """First digits of the stage's hash: its commit records are in `commits/{stage}-{namespace}/`."""
+    others: dict[str, int] = field(default_factory=dict)
+    """Namespaces of other configurations -> shards that are committed there."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,10 @@ class Status:
     shards: int
     samples: int
     stages: tuple[StageStatus, ...]
+    generations: int = 1
+    """Generations of the plan: one more each time that prompts were added."""
+    config: str = layout.CONFIG
+    """The configuration that counts, as a file in the dataset."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -51,6 +60,8 @@ class Status:
 def status(dataset: Dataset, config: DatasetConfig | None = None) -> Status:
     """How far each stage is, from commit records and, for what is not committed, the ledger."""
     plan = read_plan(dataset.folder)
+    names = dataset.folder.names(layout.COMMITS)
+    namespaces = [each for each in map(layout.namespace_of, names) if each is not None]
     stages = []
     for stage, own_hash in stage_hashes(config or dataset.config).items():
         listing = list_records(dataset.folder, stage, own_hash)
@@ -59,8 +70,15 @@ def status(dataset: Dataset, config: DatasetConfig | None = None) -> Status:
         links = (
             link for chunk in chunks(sorted(listing.committed)) for link in listing.read(dataset.folder, chunk).values()
         )
-        stages.append(stage_status(stage, links, missing, [row for row in rows if row["stage_hash"] == own_hash]))
-    return Status(plan.shards, plan.samples, tuple(stages))
+        found = stage_status(stage, links, missing, [row for row in rows if row["stage_hash"] == own_hash])
+        others = {
+            other: len(committed_shards(dataset.folder, stage, other))
+            for name, other in namespaces
+            if name == stage and other != own_hash[:8]
+        }
+        stages.append(replace(found, namespace=own_hash[:8], others=others))
+    current = current_config(dataset.folder)
+    return Status(plan.shards, plan.samples, tuple(stages), len(plan.generations), current)
 
 
 def stage_status(

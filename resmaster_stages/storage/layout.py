@@ -29,6 +29,7 @@ from resmaster_stages.config import Stage
 CONFIG = "config.json"
 CONFIGS = "configs"
 PLAN = "plan"
+COMMITS = "commits"
 CACHE = "cache"
 MANIFEST = "manifest.parquet"
 INDEX = "index.json"
@@ -46,6 +47,7 @@ EXTENSIONS: dict[Stage, Literal["tar", "parquet"]] = {
 """What each stage writes: images as WebDataset tar, rows as Parquet."""
 
 _NUMBERED = re.compile(r"(?:.*/)?(\d{4,6})\.json")
+_NAMESPACE = re.compile(r"commits/([a-z_]+)-([0-9a-f]{8})")
 _EXTRA = re.compile(r"(?:.*/)?(\d{6})\.([rs])(\d{2,6})\.json")
 _LEDGER = re.compile(r"errors/[a-z_]+/(\d{6})-[0-9a-f]{8}\.parquet")
 
@@ -103,6 +105,12 @@ def ledger(stage: Stage, shard: int, attempt: str) -> str:
 def commit_folder(stage: Stage, stage_hash: str) -> str:
     """Folder of a stage's commit records under one configuration."""
     return f"commits/{stage}-{stage_hash[:8]}"
+
+
+def namespace_of(name: str) -> tuple[str, str] | None:
+    """(stage, first 8 digits of its hash) of a folder of commit records; None for any other name."""
+    found = _NAMESPACE.fullmatch(name)
+    return (found[1], found[2]) if found else None
 
 
 def commit(stage: Stage, stage_hash: str, shard: int, supplement: int = 0) -> str:
