@@ -272,8 +272,10 @@ def _execute(
     with TerminalReporter(pending_samples, shard_count, console) as reporter, reporting(reporter):
         import flows.build
         from flows.outcome import outcome
+        from flows.server_runs import server_within_reach
 
-        result: BuildResult = outcome(getattr(flows.build, build)(**arguments, return_state=True))
+        with server_within_reach():
+            result: BuildResult = outcome(getattr(flows.build, build)(**arguments, return_state=True))
     return _finished(console, result)
 
 

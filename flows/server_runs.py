@@ -5,9 +5,11 @@ Knows nothing about shards' states: that is `flows.dispatch`'s.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterParentFlowRunId
 from prefect.client.schemas.objects import FlowRun, State
@@ -36,6 +38,23 @@ PAGE = 200
 def on_workers(config: DispatchConfig) -> bool:
     """Whether the work goes to workers: by the configuration, else if a server is configured."""
     return config.where == "workers" or (config.where == "auto" and get_current_settings().api.url is not None)
+
+
+@contextmanager
+def server_within_reach() -> Iterator[None]:
+    """Within the block, a server that is configured but does not answer is a UserError, or later a ConnectionError."""
+    api = get_current_settings().api.url
+    if api is None:
+        yield
+        return
+    if (error := get_client(sync_client=True).api_healthcheck()) is not None:
+        raise UserError(f"{api}: no answer ({error}); start the server, or unset PREFECT_API_URL to do without one")
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise ConnectionError(
+            f"{api}: lost ({error or type(error).__name__}); what is committed is kept: run the same command again"
+        ) from error
 
 
 class ServerRuns:

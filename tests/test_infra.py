@@ -21,6 +21,7 @@ from prefect.flows import load_flow_from_entrypoint
 from prefect.workers.process import ProcessWorker
 
 from flows import deploy
+from resmaster_stages.config import DispatchConfig
 
 ROOT = Path(__file__).parent.parent
 KUBERNETES_VERSIONS = ("1.28", "1.34")
@@ -184,3 +185,44 @@ def test_the_scripts_are_scripts() -> None:
     for path in sorted((ROOT / "infra").glob("*.sh")):
         subprocess.run(["bash", "-n", str(path)], check=True)
         assert path.stat().st_mode & 0o111, path
+
+
+ELSEWHERE = {
+    "make up": "tests/server/test_stack.py runs its recipe",
+    "source out/stack/env": "written by make up; its names are checked below",
+    ".venv/bin/resmaster run deployments/datasets/picturebook.yaml --root s3://datasets": "tests/test_readme.py builds "
+    "it on S3, tests/server/test_operation.py with workers",
+    "make down": "tests/server/test_stack.py runs its recipe",
+    "make deploy": "tests/server/test_deploy.py runs its recipe",
+    "make deploy POOL=kubernetes GPUS=8": "as above; the options are checked below",
+    "infra/workers.sh builds": "tests/server/test_stack.py, by make up",
+    "infra/workers.sh shards": "needs GPUs to be more than the next one",
+    "infra/workers.sh shards 2": "tests/server/test_stack.py runs one worker so",
+    "export PREFECT_SERVER_DATABASE_CONNECTION_URL=postgresql+asyncpg://prefect:SECRET@HOST/prefect": "needs PostgreSQL",
+    "prefect server start --host 0.0.0.0": "Prefect's own; tests/server starts it on the loopback",
+}
+"""Commands of docs/deploying.md, which all need a server or more, and where they are run instead."""
+
+
+def test_every_command_of_the_page_is_run_somewhere() -> None:
+    page = (ROOT / "docs" / "deploying.md").read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    assert {line for block in blocks for line in block.splitlines()} == set(ELSEWHERE)
+    for name in re.findall(r"`((?:infra|deployments|tests)/[\w./-]*)[` ]", page):
+        assert (ROOT / name).exists(), name
+    makefile = (ROOT / "Makefile").read_text()
+    for target, recipe in {
+        "up": "infra/stack.sh up",
+        "down": "infra/stack.sh down",
+        "deploy": "-m flows.deploy --pool",
+    }.items():
+        assert re.search(rf"^{target}:.*\n\t.*{re.escape(recipe)}", makefile, flags=re.MULTILINE), target
+    done = subprocess.run(
+        ["make", "-n", "-o", "install", "deploy", "POOL=kubernetes", "GPUS=8"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip().endswith("-m flows.deploy --pool kubernetes --gpus 8")
+    for table in re.findall(r"^\| `(resmaster-[\w-]+)`", page, flags=re.MULTILINE):
+        assert table in {entry["name"] for entry in read("deployments/automations.yaml")}
+    for field in re.findall(r"`dispatch\.(\w+)`", page):
+        assert field in DispatchConfig.model_fields, field

@@ -12,7 +12,9 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectHTTPStatusError
 
 from flows import deploy
-from resmaster_stages.config import METHODS, STAGES
+from flows.server_runs import ServerRuns
+from resmaster_stages.config import METHODS, STAGES, DispatchConfig
+from resmaster_stages.errors import UserError
 from tests.server.conftest import POOL, ROOT, Stack
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -116,6 +118,11 @@ def test_notifications_come_with_an_address(deployed: Stack, monkeypatch: pytest
         queues = client.request("POST", f"/work_pools/{POOL}/queues/filter", json={}).json()
     limits = {queue["name"]: queue["concurrency_limit"] for queue in queues}
     assert limits == {"default": None, "builds": 8, "gpu": 3, "gpu-repair": 3}
+
+
+def test_a_deployment_that_is_not_there_is_named(deployed: Stack) -> None:
+    with pytest.raises(UserError, match=r"has no deployment process-shards/nonsense; make it with: make deploy"):
+        ServerRuns(DispatchConfig(deployment="nonsense"), "out/demo")
 
 
 def test_without_a_server_it_says_what_to_do(

@@ -47,6 +47,7 @@ def test_up_and_down_are_idempotent_and_down_leaves_nothing(tmp_path: Path) -> N
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"ready: http://127.0.0.1:{port}" in done.stdout
         pids = {name: (folder / f"{name}.pid").read_text() for name in PROCESSES}
+        assert f"PREFECT_API_URL=http://127.0.0.1:{port}/api" in (folder / "env").read_text()
         again = stack("up", folder, port, store_port)
         assert again.returncode == 0, again.stdout + again.stderr
         assert {name: (folder / f"{name}.pid").read_text() for name in PROCESSES} == pids
