@@ -28,6 +28,7 @@ from resmaster_stages.standing import pending, status
 from resmaster_stages.storage.dataset import Dataset, create_or_open, open_dataset
 from resmaster_stages.storage.probe import require_one_winner
 from resmaster_stages.supplements import request_retries
+from resmaster_stages.verify import drop_unreadable_records, give_up_damaged
 
 
 @dataclass(frozen=True)
@@ -124,21 +125,29 @@ def build_dataset(config: DatasetConfig) -> BuildResult | State[BuildResult]:
 
 @flow(name="repair", flow_run_name="repair {dataset_url}", on_cancellation=[cancel_children])
 def repair(
-    dataset_url: str, shards: str | None = None, stages: list[Stage] | None = None, retry_errors: bool = False
+    dataset_url: str,
+    shards: str | None = None,
+    stages: list[Stage] | None = None,
+    retry_errors: bool = False,
+    replace: bool = False,
 ) -> BuildResult | State[BuildResult]:
-    """Do what is missing or failed in a dataset, and nothing else; then publish anew.
+    """Do what is missing, failed or marked as damaged in a dataset, and nothing else; then publish anew.
 
     Args:
         dataset_url: folder or URL of the dataset.
         shards: only these shards, e.g. `1,4-7`; default: all.
         stages: only these stages; default: all.
         retry_errors: give the failed samples of committed shards another attempt too; what becomes good is added.
+        replace: make damaged shards anew, and all that was made from them, instead of putting back the same bytes.
     """
     dataset = open_dataset(dataset_url)
     if retry_errors:
         request_retries(dataset, shards=parse_numbers(shards), stages=stages)
     if not dataset.config.allow_overwriting_store:
         require_one_winner(dataset.folder)
+    drop_unreadable_records(dataset)
+    if replace:
+        give_up_damaged(dataset, parse_numbers(shards))
     try:
         errors = work(dataset, sorted(left(dataset, parse_numbers(shards), stages)), stages, REPAIR_QUEUE)
     except Stopped:

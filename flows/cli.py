@@ -23,6 +23,8 @@ from flows.doctor import add_arguments as doctor_arguments
 from flows.doctor import doctor
 from flows.selection import parse_numbers, parse_stages
 from flows.stop import MESSAGE, Terminated, exit_status, stoppable
+from flows.verify import add_arguments as verify_arguments
+from flows.verify import verify
 from resmaster_stages.config import METHODS, SDXL, STAGES, DatasetConfig, Stage, load_config
 from resmaster_stages.disclosure import one_line
 from resmaster_stages.errors import ResMasterError, UserError
@@ -128,8 +130,9 @@ def parser() -> argparse.ArgumentParser:
 
     sub = add(
         "repair",
-        "do only what is missing or failed",
-        "Re-run what is not committed: failed, interrupted or deleted shards. Committed ones are left alone.",
+        "do only what is missing, failed or damaged",
+        "Re-run what is not committed: failed, interrupted or deleted shards; and put back what `verify` found damaged, with "
+        "the same bytes. Committed shards that are whole are left alone.",
     )
     sub.add_argument("root", metavar="ROOT", help="the dataset's folder or URL (or a root that holds just one)")
     add_selection(sub)
@@ -138,6 +141,19 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="give the failed samples of committed shards another attempt; what becomes good is added in shards of its own",
     )
+    sub.add_argument(
+        "--replace",
+        action="store_true",
+        help="make damaged shards anew, and all that was made from them, where the same bytes cannot be made any more",
+    )
+
+    sub = add(
+        "verify",
+        "read everything back, and say what is damaged",
+        "Hash every object that the commits and the plan name, and list what is gone, cut off or changed: by shard, stage and, in "
+        "tars, sample. Marks damaged shards for `repair`. Exit status 1 if something is damaged.",
+    )
+    verify_arguments(sub)
 
     sub = add(
         "doctor",
@@ -393,7 +409,7 @@ def repair(args: argparse.Namespace, console: Console) -> int:
         pending_samples(dataset, todo),
         count,
         "repair",
-        {"dataset_url": dataset.url, "shards": args.shards, "stages": stages},
+        {"dataset_url": dataset.url, "shards": args.shards, "stages": stages, "replace": args.replace},
     )
 
 
@@ -427,6 +443,7 @@ COMMANDS = {
     "repair": repair,
     "compare": compare,
     "doctor": doctor,
+    "verify": verify,
     "upscale": upscale,
 }
 

@@ -186,7 +186,7 @@ def _trace(dataset: Dataset, stage: Stage, hashes: dict[Stage, str], sample: Pla
         table = decode_table(dataset.folder.read(name), STAGE_SCHEMAS[stage], name).to_pylist()
     except FileNotFoundError:
         return replace(
-            trace, problem=f"{name} is gone; delete {trace.commit}, then run: resmaster repair {dataset.url}"
+            trace, problem=f"{name} is gone; run: resmaster verify {dataset.url}, then: resmaster repair {dataset.url}"
         )
     except ShardError as error:
         return replace(trace, problem=str(error))

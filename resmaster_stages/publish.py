@@ -189,8 +189,9 @@ def _quality_rows(dataset: Dataset, receipt: Receipt, tables: dict[str, bytes]) 
 
 
 def _gone(dataset: Dataset, receipt: Receipt) -> str:
-    record = dataset.folder.url_of(layout.commit(receipt.stage, receipt.stage_hash, receipt.shard, receipt.supplement))
-    return f"{receipt.objects[0].name} is gone; delete {record}, then run: resmaster repair {dataset.url}"
+    return (
+        f"{receipt.objects[0].name} is gone; run: resmaster verify {dataset.url}, then: resmaster repair {dataset.url}"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -202,5 +202,4 @@ def fetch(dataset: Dataset, receipt: Receipt, stored: StoredObject, scratch: Pat
 
 def _damaged(dataset: Dataset, receipt: Receipt, what: str, stored: StoredObject | None = None) -> str:
     stored = stored or receipt.objects[0]
-    record = dataset.folder.url_of(layout.commit(receipt.stage, receipt.stage_hash, receipt.shard, receipt.supplement))
-    return f"{stored.name} {what}; delete {record}, then run: resmaster repair {dataset.url}"
+    return f"{stored.name} {what}; run: resmaster verify {dataset.url}, then: resmaster repair {dataset.url}"

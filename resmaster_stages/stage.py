@@ -3,7 +3,8 @@
 Knows nothing about Prefect, and of each stage only its `process` function.
 
 Invariants:
-- A shard that is committed is never computed again.
+- A shard that is committed is never computed again, unless it is marked as damaged: then it is made again, and put back only
+  if every byte is as recorded.
 - A failed sample costs a ledger row; too many in a shard cost the commit, and the ledger rows stay.
 - Upstream objects are read by their commit record and checked against its sha256.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Collection, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 from resmaster_stages.breadcrumbs import Breadcrumbs
 from resmaster_stages.computing import Process, compute
 from resmaster_stages.config import DatasetConfig, Stage
-from resmaster_stages.diffusion.cost import counting
+from resmaster_stages.diffusion.cost import UnetCost, counting
 from resmaster_stages.errors import PlanError, SampleError, ShardError
 from resmaster_stages.identity import digest_of_keys
 from resmaster_stages.lineage import stage_hashes, upstream_of
@@ -35,16 +36,19 @@ from resmaster_stages.storage import layout
 from resmaster_stages.storage.arrays import Arrays, encode_arrays
 from resmaster_stages.storage.commit import (
     Receipt,
+    StoredObject,
     commit,
     new_attempt,
 )
+from resmaster_stages.storage.damage import is_marked, unmark
 from resmaster_stages.storage.dataset import Dataset, Output
-from resmaster_stages.storage.filesystem import explained
+from resmaster_stages.storage.filesystem import explained, sha256_of
 from resmaster_stages.storage.ledger import encode_failures, first_errors
 from resmaster_stages.storage.plan import read_plan
 from resmaster_stages.storage.shards import ShardWriter, validate
 from resmaster_stages.storage.tables import STAGE_SCHEMAS, decode_table, encode_table
 from resmaster_stages.supplements import Chain, read_chain
+from resmaster_stages.verify import is_whole, ledger_is_whole
 
 MODULES: dict[Stage, str] = {
     "low_res": "resmaster_stages.low_res",
@@ -66,17 +70,24 @@ def run_stage(
 ) -> Receipt:
     """Compute and commit one stage of one shard, supplements included, or return the last receipt that is there.
 
+    What is marked as damaged is made again and put back.
+
     `process` replaces the stage's own function; `provenance` is added to the commit record's volatile facts.
     Raises PlanError if the shard is not planned or an upstream stage is not committed, ShardError if too many samples
-    failed or an upstream object is damaged.
+    failed, an upstream object is damaged, or a damaged object cannot be made again as it was.
     """
     hashes = stage_hashes(config)
     if stage not in hashes:
         raise PlanError(f"{dataset.url}: this configuration needs no stage {stage!r}; it needs {', '.join(hashes)}")
     work = _Work(dataset, config, stage, shard, hashes, process, provenance or {})
     chain = read_chain(dataset.folder, hashes, shard, stage)
+    mended = chain.links[stage].commit is not None and is_marked(dataset.folder, stage, hashes[stage], shard)
+    if mended:
+        for receipt in chain.links[stage].receipts:
+            _mend(work, chain, receipt)
+        unmark(dataset.folder, stage, hashes[stage], shard)
     if not chain.todo(stage):
-        reporter().shard_done(stage, shard, cached=True)
+        reporter().shard_done(stage, shard, cached=not mended)
         return chain.links[stage].receipts[-1]
     receipts = []
     if chain.links[stage].commit is None:
@@ -104,14 +115,29 @@ class _Work:
     provenance: dict[str, Any]
 
 
-def _make(work: _Work, chain: Chain, keys: Collection[str], supplement: int) -> Receipt:
-    """Compute `keys`, and commit them as the shard's commit (`supplement` 0) or one of its supplements (1, 2, ...)."""
+@dataclass(frozen=True)
+class _Computed:
+    """What an attempt at some samples of a shard has made, in local files."""
+
+    good: list[str]
+    failures: list[tuple[str, Exception]]
+    tolerated: int
+    files: list[tuple[str, Path]]
+    """Name in the dataset, local file."""
+    upstream: dict[str, str]
+    """Upstream stage -> the attempts that were read."""
+    seconds: float
+    unet: UnetCost
+
+
+@contextmanager
+def _computed(work: _Work, chain: Chain, keys: Collection[str], supplement: int, attempt: str) -> Iterator[_Computed]:
+    """Compute `keys`; the files are there within the block. If that ends well, the shard's cache is dropped."""
     dataset, config, stage, shard = work.dataset, work.config, work.stage, work.shard
     own_hash, upstream = work.hashes[stage], upstream_of(config, stage)
-    plan, attempt = read_plan(dataset.folder), new_attempt()
     with (
         scratch_folder() as scratch,
-        chosen_samples(dataset, plan.read(shard), keys, chain, shard, upstream) as samples,
+        chosen_samples(dataset, read_plan(dataset.folder).read(shard), keys, chain, shard, upstream) as samples,
     ):
         reporter().shard_started(stage, shard, len(samples))
         started = time.monotonic()
@@ -128,43 +154,103 @@ def _make(work: _Work, chain: Chain, keys: Collection[str], supplement: int) -> 
         )
         with counting() as unet_cost, closing(outputs):
             good, failures = _write(outputs, stage, shard, own_hash, tolerated, target, features)
-        seconds = time.monotonic() - started
+        yield _Computed(
+            good=good,
+            failures=failures,
+            tolerated=tolerated,
+            files=[(name, target), *([(features_name, features)] if features.exists() else [])],
+            upstream={each: " ".join(samples.attempts(each)) for each in upstream},
+            seconds=time.monotonic() - started,
+            unet=unet_cost,
+        )
+        spill.drop()
+        breadcrumbs.forget()
+
+
+def _make(work: _Work, chain: Chain, keys: Collection[str], supplement: int) -> Receipt:
+    """Compute `keys`, and commit them as the shard's commit (`supplement` 0) or one of its supplements (1, 2, ...)."""
+    dataset, stage, shard, own_hash = work.dataset, work.stage, work.shard, work.hashes[work.stage]
+    attempt = new_attempt()
+    with _computed(work, chain, keys, supplement, attempt) as made:
         ledger = None
-        if failures:
-            ledger = encode_failures(dataset.folder, stage, own_hash, shard, attempt, failures)
-            if len(failures) > tolerated:
+        if made.failures:
+            ledger = encode_failures(dataset.folder, stage, own_hash, shard, attempt, made.failures)
+            if len(made.failures) > made.tolerated:
                 ledger_name = layout.ledger(stage, shard, attempt)
                 dataset.folder.write(ledger_name, ledger)
                 raise ShardError(
-                    f"{stage} of shard {shard:06d}: {len(failures)} of {len(samples)} samples failed (tolerated: "
-                    f"{tolerated}), nothing committed; all in {ledger_name}\n{first_errors(failures)}"
+                    f"{stage} of shard {shard:06d}: {len(made.failures)} of {len(keys)} samples failed (tolerated: "
+                    f"{made.tolerated}), nothing committed; all in {ledger_name}\n{first_errors(made.failures)}"
                 )
-        receipt = commit(
+        return commit(
             dataset.folder,
             Receipt(
                 stage=stage,
                 stage_hash=own_hash,
                 shard=shard,
                 attempt=attempt,
-                generation=plan.generation_of(shard).number,
-                samples_ok=len(good),
-                samples_failed=len(failures),
-                failed_keys=tuple(key for key, _ in failures),
-                keys_digest=digest_of_keys(good),
-                upstream={each: " ".join(samples.attempts(each)) for each in upstream},
-                seconds=round(seconds, 3),
+                generation=read_plan(dataset.folder).generation_of(shard).number,
+                samples_ok=len(made.good),
+                samples_failed=len(made.failures),
+                failed_keys=tuple(key for key, _ in made.failures),
+                keys_digest=digest_of_keys(made.good),
+                upstream=made.upstream,
+                seconds=round(made.seconds, 3),
                 finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                provenance={**own_provenance(), "unet": asdict(unet_cost), **work.provenance},
+                provenance={**own_provenance(), "unet": asdict(made.unet), **work.provenance},
                 supplement=supplement,
-                keys=tuple(good) if supplement else (),
+                keys=tuple(made.good) if supplement else (),
                 request=chain.links[stage].requests if supplement else 0,
             ),
-            [(name, target), *([(features_name, features)] if features.exists() else [])],
+            made.files,
             ledger,
         )
-        spill.drop()
-        breadcrumbs.forget()
-    return receipt
+
+
+def _mend(work: _Work, chain: Chain, receipt: Receipt) -> None:
+    """Compute a commit again and put back, under their old names, those of its objects that are not as recorded.
+
+    Raises ShardError, and puts nothing back, if what comes out differs from the record.
+    """
+    folder, stage, shard = work.dataset.folder, work.stage, work.shard
+    broken = {stored.name for stored in receipt.objects if not is_whole(folder, stored)}
+    ledger_lost = receipt.ledger is not None and not ledger_is_whole(folder, receipt.ledger)
+    if not broken and not ledger_lost:
+        return
+    lost = {key for before in chain.before(stage)[-1:] for key in chain.lost(before)}
+    planned = {sample.key for sample in read_plan(folder).read(shard)}
+    failed = set(receipt.failed_keys)
+    keys = set(receipt.keys) if receipt.supplement else planned - lost - failed
+    if ledger_lost:  # only then does it matter how the others failed
+        keys |= failed
+    with _computed(work, chain, keys, receipt.supplement, receipt.attempt) as made:
+        if {key for key, _ in made.failures} != keys & failed:
+            raise ShardError(
+                f"{stage} of shard {shard:06d}: other samples fail now than when it was committed; nothing was put back\n"
+                f"{first_errors(made.failures)}"
+            )
+        files = dict(made.files)
+        for stored in receipt.objects:
+            if stored.name in broken and (stored.name not in files or sha256_of(files[stored.name]) != stored.sha256):
+                raise ShardError(_differs(work.dataset, receipt, stored))
+        for name in sorted(broken):
+            folder.upload(name, files[name])
+        if ledger_lost and receipt.ledger:
+            folder.write(
+                receipt.ledger,
+                encode_failures(folder, stage, receipt.stage_hash, shard, receipt.attempt, made.failures),
+            )
+
+
+def _differs(dataset: Dataset, receipt: Receipt, stored: StoredObject) -> str:
+    facts = receipt.provenance
+    where = facts.get("gpu") or facts.get("host") or "another machine"
+    torch = facts.get("versions", {}).get("torch", "of an unknown version")
+    return (
+        f"{stored.name} came out with other bytes than its commit recorded ({where}, torch {torch}); nothing was put back. "
+        f"Repair it on such a machine, or accept new bytes for these shards and all that was made from them with: "
+        f"resmaster repair {dataset.url} --replace"
+    )
 
 
 def _write(

@@ -11,6 +11,7 @@ from resmaster_stages.config import DatasetConfig, Stage
 from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.storage import layout
 from resmaster_stages.storage.commit import committed_shards
+from resmaster_stages.storage.damage import marked_shards
 from resmaster_stages.storage.dataset import Dataset, current_config
 from resmaster_stages.storage.ledger import ledger_rows
 from resmaster_stages.storage.plan import read_plan
@@ -115,7 +116,7 @@ def pending(
     shards: Sequence[int] | None = None,
     stages: Sequence[Stage] | None = None,
 ) -> dict[Stage, list[int]]:
-    """Stage -> shards that are not committed or lack a supplement, of `shards` and `stages` (default: all).
+    """Stage -> shards that are not committed, lack a supplement or are known to be damaged, of `shards` and `stages` (default: all).
 
     Lists names, and reads records only of shards that have requests or supplements. Raises PlanError if not planned.
     """
@@ -131,7 +132,9 @@ def pending(
     todo: dict[Stage, list[int]] = {}
     for stage, found in names.items():
         if stages is None or stage in stages:
-            committed = {layout.number_of(name) for name in found}
+            committed = {layout.number_of(name) for name in found} - {
+                *marked_shards(dataset.folder, stage, hashes[stage])
+            }
             todo[stage] = [
                 shard for shard in wanted if shard not in committed or (shard in chains and chains[shard].todo(stage))
             ]

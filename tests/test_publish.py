@@ -117,7 +117,7 @@ def test_an_object_that_is_gone_is_named(tmp_path: Path, stage: str) -> None:
     dataset = build(tmp_path, tmp_path, shards=[0])
     (name,) = dataset.folder.names(stage)
     dataset.folder.remove(name)
-    with pytest.raises(ShardError, match=f"{name} is gone; delete .*/commits/{stage}-.*000000.json"):
+    with pytest.raises(ShardError, match=f"{name} is gone; run: resmaster verify .*, then: resmaster repair"):
         write_manifest(dataset)
 
 

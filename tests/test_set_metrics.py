@@ -129,7 +129,7 @@ def test_a_shard_without_survivors_and_damaged_features(tmp_path: Path) -> None:
     stored = receipts[-1].objects[1]
     path = Path(dataset.folder.url_of(stored.name))
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(ShardError, match=rf"{stored.name} is damaged .* delete .* resmaster repair"):
+    with pytest.raises(ShardError, match=rf"{stored.name} is damaged .* resmaster verify .* resmaster repair"):
         read_features(dataset)
 
 

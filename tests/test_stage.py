@@ -24,6 +24,7 @@ from resmaster_stages.storage.commit import Receipt
 from resmaster_stages.storage.dataset import Dataset, Output, Sample, create_or_open
 from resmaster_stages.storage.ledger import ledger_rows
 from resmaster_stages.storage.plan import read_plan
+from resmaster_stages.verify import note, verify
 from tests.fake_stages import FAKES, config_at, low_res, planned
 
 ROOT = Path(__file__).parent.parent
@@ -150,10 +151,9 @@ def test_damaged_upstream_is_named_and_can_be_mended(
     harm(tmp_path / "demo" / done.objects[0].name)
     with pytest.raises(ShardError, match=f"{done.objects[0].name} {message}") as caught:
         run(dataset, "captions", 0)
-    (record,) = (tmp_path / "demo" / "commits").rglob("*.json")
-    assert str(record) in str(caught.value)
-    record.unlink()  # what the message says
-    run(dataset, "low_res", 0)
+    assert f"resmaster verify {dataset.url}, then: resmaster repair {dataset.url}" in str(caught.value)
+    note(dataset, verify(dataset))  # what the message says
+    assert run(dataset, "low_res", 0) == done
     assert run(dataset, "captions", 0).samples_ok == 1
 
 

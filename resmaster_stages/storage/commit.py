@@ -10,9 +10,11 @@ Invariants:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import uuid
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,45 @@ from typing import Any
 from resmaster_stages.config import Stage
 from resmaster_stages.errors import ShardError
 from resmaster_stages.storage import layout
-from resmaster_stages.storage.filesystem import Folder, sha256_of
+from resmaster_stages.storage.filesystem import Folder
+
+BLOCKS = 256
+"""At most so many blocks of an object have a checksum of their own: 2 KiB in its record."""
+SMALLEST_BLOCK_BYTES = 512
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What is known of a content without keeping it."""
+
+    sha256: str
+    bytes: int
+    crc32: tuple[str, ...]
+    """Of each block."""
+
+
+def block_bytes_of(size: int) -> int:
+    """The block size of an object of `size` bytes: a power of two."""
+    return max(SMALLEST_BLOCK_BYTES, 1 << max(0, -(-size // BLOCKS) - 1).bit_length())
+
+
+def fingerprint(blocks: Iterable[bytes]) -> Fingerprint:
+    """sha256 of a content and CRC-32 of each of its blocks, in one pass."""
+    whole, checks, size = hashlib.sha256(), [], 0
+    for block in blocks:
+        whole.update(block)
+        checks.append(f"{zlib.crc32(block):08x}")
+        size += len(block)
+    return Fingerprint(whole.hexdigest(), size, tuple(checks))
+
+
+def describe(name: str, path: Path) -> StoredObject:
+    """A local file as the object `name`."""
+    size = path.stat().st_size
+    block_bytes = block_bytes_of(size)
+    with path.open("rb") as file:
+        found = fingerprint(iter(lambda: file.read(block_bytes), b""))
+    return StoredObject(name, found.sha256, found.bytes, block_bytes, "".join(found.crc32))
 
 
 def new_attempt() -> str:
@@ -35,6 +75,10 @@ class StoredObject:
     name: str
     sha256: str
     bytes: int
+    block_bytes: int = 0
+    """Size of the blocks that have checksums of their own, so that damage can be located; 0: there are none."""
+    crc32: str = ""
+    """CRC-32 of each block, 8 hex digits each."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +133,7 @@ def commit(folder: Folder, receipt: Receipt, files: Sequence[tuple[str, Path]], 
     `ledger` is the content of this attempt's error ledger, if samples failed.
     Returns the receipt that counts: ours, or that of the attempt that won the race.
     """
-    stored = tuple(StoredObject(name, sha256_of(path), path.stat().st_size) for name, path in files)
+    stored = tuple(describe(name, path) for name, path in files)
     ledger_name = layout.ledger(receipt.stage, receipt.shard, receipt.attempt) if ledger is not None else None
     receipt = replace(receipt, objects=stored, ledger=ledger_name)
     own = [name for name, _ in files] + ([ledger_name] if ledger_name else [])
@@ -138,6 +182,21 @@ def committed_shards(folder: Folder, stage: Stage, stage_hash: str) -> list[int]
     return sorted(shard for name in names if (shard := layout.number_of(name)) is not None)
 
 
+def all_commits(folder: Folder) -> Iterator[tuple[str, Receipt | None]]:
+    """Every commit record there is, supplements too, of whichever configuration, by name; None for one that cannot be read."""
+    for group in folder.names(layout.COMMITS):
+        names = [name for name in folder.names(group) if layout.is_commit(name)]
+        for start in range(0, len(names), 1000):
+            for name, data in sorted(folder.read_many(names[start : start + 1000]).items()):
+                try:
+                    receipt = Receipt.from_json(json.loads(data))
+                    place = (receipt.stage, receipt.stage_hash, receipt.shard, receipt.supplement)
+                    good = layout.commit(*place) == name
+                except (ValueError, KeyError, TypeError):
+                    good = False
+                yield name, receipt if good else None
+
+
 def list_commits(folder: Folder, stage: Stage, stage_hash: str) -> dict[int, Receipt]:
     """Shard -> commit record, for all that are committed. Raises ShardError if one is damaged."""
     return read_commits(folder, stage, stage_hash, committed_shards(folder, stage, stage_hash))
@@ -155,7 +214,9 @@ def _parse(folder: Folder, name: str, data: bytes, stage_hash: str) -> Receipt:
     try:
         receipt = Receipt.from_json(json.loads(data))
     except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{place}: damaged commit record ({error}); delete it, then run: resmaster repair") from error
+        raise ShardError(
+            f"{place}: damaged commit record ({error}); run: resmaster verify {folder.url}, then: resmaster repair"
+        ) from error
     if receipt.stage_hash != stage_hash or name != layout.commit(
         receipt.stage, stage_hash, receipt.shard, receipt.supplement
     ):

@@ -174,6 +174,14 @@ class Folder:
             handle: IO[bytes] = self.fs.open(self.full(name), "rb", **options)
             return handle
 
+    def chunks(self, name: str, size: int) -> Iterator[bytes]:
+        """A file from its beginning, in pieces of `size` bytes (the last one may be shorter); few are held at a time."""
+        with explained(self.url_of(name)):
+            options = {} if self.local else {"block_size": max(size, PART_BYTES), "cache_type": "readahead"}
+            with self.fs.open(self.full(name), "rb", **options) as file:
+                while piece := file.read(size):
+                    yield piece
+
     def exists(self, name: str) -> bool:
         """Whether there is such a file or folder now."""
         with explained(self.url_of(name)):

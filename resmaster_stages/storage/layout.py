@@ -14,6 +14,7 @@ Names are relative to the dataset's folder, with forward slashes:
     commits/{stage}-{hash8}/000123.s01.json    a supplement: what became good later
     cache/{stage}-{hash8}-000123/{key}.sample  finished samples of a shard that is not committed yet
     cache/{stage}-{hash8}-000123.json          its breadcrumb: the samples at work
+    damaged/{stage}-{hash8}/000123.json        objects of a committed shard that are known to be gone or changed
     report/  manifest.parquet  index.json  README.md
 
 Invariant: names that different attempts may write concurrently hold the attempt, except the one that commits them.
@@ -31,6 +32,8 @@ CONFIGS = "configs"
 PLAN = "plan"
 COMMITS = "commits"
 CACHE = "cache"
+COMMITS = "commits"
+DAMAGED = "damaged"
 MANIFEST = "manifest.parquet"
 INDEX = "index.json"
 CARD = "README.md"
@@ -104,7 +107,7 @@ def ledger(stage: Stage, shard: int, attempt: str) -> str:
 
 def commit_folder(stage: Stage, stage_hash: str) -> str:
     """Folder of a stage's commit records under one configuration."""
-    return f"commits/{stage}-{stage_hash[:8]}"
+    return f"{COMMITS}/{stage}-{stage_hash[:8]}"
 
 
 def namespace_of(name: str) -> tuple[str, str] | None:
@@ -128,6 +131,16 @@ def extra_of(name: str) -> tuple[int, str, int] | None:
     """(shard, "r" or "s", number) of a request's or supplement's name; None for any other file."""
     found = _EXTRA.fullmatch(name)
     return (int(found[1]), found[2], int(found[3])) if found else None
+
+
+def damage_folder(stage: Stage, stage_hash: str) -> str:
+    """Folder of the marks of damage of a stage under one configuration."""
+    return f"{DAMAGED}/{stage}-{stage_hash[:8]}"
+
+
+def damage(stage: Stage, stage_hash: str, shard: int) -> str:
+    """The mark that objects of a committed shard are damaged."""
+    return f"{damage_folder(stage, stage_hash)}/{shard:06d}.json"
 
 
 def probe(token: str) -> str:
@@ -154,6 +167,18 @@ def number_of(name: str) -> int | None:
     """The number in a commit record's or changed configuration's name; None for any other file."""
     found = _NUMBERED.fullmatch(name)
     return int(found[1]) if found else None
+
+
+def is_commit(name: str) -> bool:
+    """Whether it is the name of a commit record, a supplement's included."""
+    extra = extra_of(name)
+    return extra[1] == "s" if extra else number_of(name) is not None
+
+
+def shard_of(name: str) -> int | None:
+    """The shard of a commit record's, supplement's or request's name; None for any other file."""
+    extra = extra_of(name)
+    return extra[0] if extra else number_of(name)
 
 
 def ledger_shard(name: str) -> int | None:

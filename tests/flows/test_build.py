@@ -262,3 +262,34 @@ def test_repair_gives_failed_samples_another_attempt_if_asked(stages: Stages, tm
     assert stages.calls == {"high_res": 1}, "it failed again"
     page = (tmp_path / "out" / "demo" / "report" / "index.html").read_text()
     assert "told to fail" in page
+
+
+def test_verify_and_repair_put_the_same_bytes_back(
+    stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(tmp_path, ["a", "b", "c"])
+    url = build_dataset(config).dataset_url
+    before = contents(url)
+    (tar,) = (tmp_path / "out" / "demo" / "high_res").glob("000001-*.tar")
+    tar.write_bytes(tar.read_bytes()[:700])
+    (captions,) = (tmp_path / "out" / "demo" / "captions").glob("000000-*.parquet")
+    captions.unlink()
+    stages.calls.clear()
+    assert main(["verify", url]) == 1
+    assert main(["repair", url]) == 0
+    assert stages.calls == {"high_res": 1, "captions": 1}, "just these"
+    assert contents(url) == before
+    assert main(["verify", url]) == 0
+    assert main(["repair", url]) == 0
+    assert stages.calls == {"high_res": 1, "captions": 1}
+
+    # where other bytes come out, the user decides
+    monkeypatch.setitem(FAKES, "high_res", FAKES["low_res"])
+    tar.unlink()
+    capsys.readouterr()
+    assert main(["verify", url]) == 1
+    assert main(["repair", url]) == 1
+    assert "--replace" in " ".join(capsys.readouterr().err.split())
+    assert main(["repair", url, "--replace"]) == 0
+    assert main(["verify", url]) == 0
+    assert {place for place, sha in contents(url).items() if before[place] != sha} >= {("high_res", 1, 0)}
