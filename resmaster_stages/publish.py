@@ -4,7 +4,7 @@ Knows nothing about models, and computes nothing about images: qualities come fr
 
 Invariants:
 - Every key occurs at most once.
-- Only shards committed in every stage are published; the card says how many are still missing.
+- Only shards committed in every stage and not known to be damaged are published; the card says how many are still missing.
 - Equal commits give equal files: no time or host is in them.
 - Memory grows by 8 bytes per sample and by the index, which is one JSON file.
 """
@@ -29,6 +29,7 @@ from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.scratch import scratch_folder
 from resmaster_stages.storage import layout
 from resmaster_stages.storage.commit import Receipt
+from resmaster_stages.storage.damage import marked_shards
 from resmaster_stages.storage.dataset import Dataset
 from resmaster_stages.storage.plan import Plan, read_plan
 from resmaster_stages.storage.shards import Entry, read_index
@@ -58,6 +59,7 @@ def write_manifest(dataset: Dataset, config: DatasetConfig | None = None) -> Pub
     config = config or dataset.config
     plan = read_plan(dataset.folder)
     hashes = stage_hashes(config)
+    damaged = {shard for stage, own_hash in hashes.items() for shard in marked_shards(dataset.folder, stage, own_hash)}
     shard_list: list[dict[str, Any]] = []
     failures: dict[Stage, int] = dict.fromkeys(hashes, 0)
     sizes: set[tuple[int, int]] = set()
@@ -66,7 +68,7 @@ def write_manifest(dataset: Dataset, config: DatasetConfig | None = None) -> Pub
     chains = (
         (shard, chain)
         for shard, chain in read_chains(dataset.folder, hashes, plan.shards)
-        if all(link.commit for link in chain.links.values())
+        if shard not in damaged and all(link.commit for link in chain.links.values())
     )
     with scratch_folder() as scratch:
         local = scratch / layout.MANIFEST
