@@ -134,9 +134,11 @@ class RunPage(Silent):
         if self._share:
             done, total = self._share
             images = self._images_total * done / max(1, total)
-            parts = [f"{done} of {total} shards", f"about {images / spent:.3g} images per second"]
+            parts = [f"{done} of {total} shards"]
+            parts += [f"about {images / spent:.3g} images per second"] if done else []
         else:
-            parts = [f"{self._images} of {self._images_total} images", f"{self._images / spent:.3g} images per second"]
+            parts = [f"{self._images} of {self._images_total} images"]
+            parts += [f"{self._images / spent:.3g} images per second"] if self._images else []
         finished = self.percent == 100
         parts.append(f"took {spell_seconds(spent)}" if finished else f"time left: {spell_seconds(self.seconds_left)}")
         parts += [f"{self._failed} samples failed"] if self._failed else []

@@ -33,7 +33,7 @@ def test_how_far_how_fast_and_how_long(clock: Clock) -> None:
     lines: list[str] = []
     page = RunPage({"low_res": 4, "high_res": 4}, [0, 1], lines.append, clock=clock)
     assert page.percent == 0
-    assert page.headline() == "0 of 4 images; 0 images per second; time left: estimating; starting"
+    assert page.headline() == "0 of 4 images; time left: estimating; starting"
     work(page, clock, "low_res", 0, 2, 1.0)
     assert page.percent == 25
     page.shard_started("high_res", 0, 2)

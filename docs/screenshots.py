@@ -1,0 +1,63 @@
+"""Takes the pictures of docs/operating.md from the last build on a Prefect server.
+
+    python docs/screenshots.py --url http://127.0.0.1:4200 docs/images
+
+Needs Chromium, and PREFECT_API_URL of the same server. The pictures: the build's page, and its contact sheet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    ArtifactFilterType,
+    FlowFilter,
+    FlowFilterName,
+)
+from prefect.client.schemas.sorting import FlowRunSort
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.browser import Browser, chromium
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--url", default="http://127.0.0.1:4200", help="of the UI (default: %(default)s)")
+    args = parser.parse_args()
+    if chromium() is None:
+        sys.exit("there is no Chromium here; on Debian: apt-get install chromium")
+    with get_client(sync_client=True) as client:
+        builds = client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=["build-dataset"])),
+            sort=FlowRunSort.START_TIME_DESC,
+            limit=1,
+        )
+        if not builds:
+            sys.exit(f"{args.url}: no build on this server; start one with: resmaster run CONFIG")
+        sheets = client.read_artifacts(
+            artifact_filter=ArtifactFilter(
+                flow_run_id=ArtifactFilterFlowRunId(any_=[builds[0].id]), type=ArtifactFilterType(any_=["image"])
+            )
+        )
+    with Browser(1280, 800) as browser:
+        browser.open(f"{args.url}/runs/flow-run/{builds[0].id}")
+        browser.wait_for(builds[0].name, "Subflow Runs", "publish")
+        browser.click("Artifacts")
+        browser.wait_for("contact-sheet", "summary", "progress")
+        browser.settle()
+        browser.screenshot(args.folder / "run.jpg")
+        for sheet in sheets[:1]:
+            browser.open(f"{args.url}/artifacts/artifact/{sheet.id}")
+            browser.wait_for(sheet.key or "")
+            browser.settle()
+            browser.screenshot(args.folder / "contact-sheet.jpg")
+
+
+if __name__ == "__main__":
+    main()
