@@ -45,7 +45,7 @@ def main() -> None:
                 flow_run_id=ArtifactFilterFlowRunId(any_=[builds[0].id]), type=ArtifactFilterType(any_=["image"])
             )
         )
-    with Browser(1280, 800) as browser:
+    with Browser(1280, 900) as browser:
         browser.open(f"{args.url}/runs/flow-run/{builds[0].id}")
         browser.wait_for(builds[0].name, "Subflow Runs", "publish")
         browser.click("Artifacts")

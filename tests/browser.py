@@ -118,10 +118,8 @@ class Browser:
 
     def click(self, words: str) -> None:
         """Click the link, button or tab that reads `words`, as soon as there is one."""
-        find = (
-            "[...document.querySelectorAll('a, button, [role=tab]')].find(e => e.innerText && e.innerText.trim() === "
-            f"{json.dumps(words)})"
-        )
+        same = f"e => e.innerText && e.innerText.trim() === {json.dumps(words)}"
+        find = f"[...document.querySelectorAll('body *')].filter({same}).at(-1)"  # the innermost: clicks bubble up
         deadline = time.monotonic() + 60
         while not self.evaluate(f"Boolean({find})"):
             assert time.monotonic() < deadline, f"nothing to click that reads {words!r}:\n{self.text()[:3000]}"

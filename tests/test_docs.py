@@ -1,0 +1,95 @@
+"""Every command of docs/ runs, with stand-in stages, or is listed with the reason why it does not; pictures and links exist."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows.cli import parser
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+NOT_RUN = {
+    "evaluation.md": {
+        "resmaster compare deployments/datasets/picturebook.yaml --scales 2x2,2x4,4x4 --n 64 --methods "
+        "direct,multidiffusion,resmaster+sg,resmaster+sg+tip,resmaster": "takes hours; tests/test_compare.py runs the same "
+        "on less",
+    },
+    "operating.md": {
+        "python docs/screenshots.py --url http://127.0.0.1:4200 docs/images": "needs a server with a real build on it; "
+        "tests/server/test_pages.py reads the same pages",
+    },
+}
+"""Page -> command -> reason. The words after `resmaster` are checked all the same."""
+
+
+def commands(page: Path) -> list[str]:
+    """The commands of a page, one a line; lines that end with a backslash are joined with the next."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pictures_and_links_exist(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_what_is_not_run_is_still_there_and_parses() -> None:
+    for name, listed in NOT_RUN.items():
+        assert set(listed) <= set(commands(ROOT / "docs" / name)), name
+        for command in listed:
+            if command.startswith("resmaster "):
+                parser().parse_args(shlex.split(command)[1:])
+
+
+RUNNER = """
+import json, sys
+from flows.cli import main
+from tests.fake_stages import FAKES
+from tests.standin_cli import install
+
+install(FAKES)
+for words in json.load(sys.stdin):
+    print("==== resmaster", *words, flush=True)
+    if status := main(words):
+        sys.exit(status)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
+def test_the_commands_run(page: Path, tmp_path: Path) -> None:
+    """In order, in one folder, as a reader would (but in one process, which spares every command the start)."""
+    shutil.copytree(ROOT / "deployments", tmp_path / "deployments")
+    (tmp_path / "resmaster_stages").symlink_to(ROOT / "resmaster_stages")
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"},
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    listed = NOT_RUN.get(page.name, {})
+    due = [shlex.split(command) for command in commands(page) if command not in listed]
+    for words in due:
+        assert words[0] == "resmaster", f"{shlex.join(words)}: is neither run nor listed with a reason"
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER],
+        input=json.dumps([words[1:] for words in due]),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert done.stdout.count("==== resmaster") == len(due)
