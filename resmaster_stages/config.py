@@ -442,7 +442,8 @@ METHOD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "default": {},
         "faithful": {"stepper": "ddim_keep", "freescale": {"blur": "features", "jitter": "zeros", "freeu": True}},
     },
-    "c_upscale": {"default": {}, "faithful": {}},
+    # Its path begins where ResMaster's swap has nearly ended, so it swaps at every step, by the gentler reading.
+    "c_upscale": {preset: {"structure": {"preset": "lr_nyquist"}} for preset in ("default", "faithful")},
 }
 """Settings by method and `upscale.preset`; explicit fields win. `default`: what we recommend, and what an absent preset
 means. `faithful`: the authors' published settings."""

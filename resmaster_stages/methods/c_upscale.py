@@ -6,7 +6,7 @@
 
 Authors' word, by the abstract and public notes: the three priors, the start from the noised reference, overlapping views.
 There is no public code, and the paper's tables and constants were not at hand. Our reconstruction: the composer of
-regional attention and captions (`diffusion.composer`) and its share of one half, the filter (ResMaster's), and the start
+regional attention and captions (`diffusion.composer`) and its share of one half, the filter (ResMaster's, in Nyquist frequencies of the low-res picture and at every step), and the start
 at 45 % of the noise, which third-party notes give. So preset `faithful` is the same as `default`: nothing better is known.
 """
 

@@ -7,9 +7,8 @@ Three additions, each of which can be switched off; without all three it is Mult
 
 Where this differs from the paper's wording, on purpose: the swap acts on the fused canvas rather than on each view (the
 same away from view borders, and without seams); the reference is encoded once rather than per view; the step is
-deterministic unless `stepper: posterior` asks for eq. 7; the cutoff counts in Nyquist frequencies of the reference
-unless a preset asks for the literal reading. Preset `faithful` is the paper read literally: eq. 7, and the cutoff in Nyquist
-frequencies of the canvas.
+deterministic unless `stepper: posterior` asks for eq. 7; the swap ends after 60 % of the steps. Preset `faithful` is the
+paper read literally: eq. 7, and the swap at every step.
 """
 
 from __future__ import annotations

@@ -2,9 +2,11 @@ import pytest
 import torch
 
 from resmaster_stages.diffusion.composer import Composer, attention_map, sampled
+from resmaster_stages.diffusion.frequency import swap_weights
 from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, Moment
 from resmaster_stages.diffusion.scale_fusion import attend
 from resmaster_stages.diffusion.views import Grid
+from resmaster_stages.methods.stages import first_step
 from resmaster_stages.upscale import upscale_image
 from tests.methods.common import (
     adapted,
@@ -140,6 +142,14 @@ def test_unet_calls(values, shapes):
         upscale_image(ours, picture(), "a cat", config=settings("c_upscale", **values))
     assert calls == shapes
     assert forwards(ours.unet) == {}
+
+
+@pytest.mark.parametrize("preset", ["default", "faithful"])
+def test_the_structure_is_held_at_every_step_of_its_own_path(preset):
+    config = settings("c_upscale", preset=preset, steps=50)
+    weights = swap_weights(config.structure, config.steps)
+    assert all(weights[first_step(config.c_upscale.start, config.steps) :])
+    assert (config.structure.cutoff, config.structure.cutoff_units) == (0.8, "lr_nyquist")
 
 
 def make(captions=None, **values):

@@ -34,7 +34,8 @@ def test_every_method_has_a_section_with_its_use_cost_failure_and_knobs(method: 
     part = METHOD_PARTS.get(method)
     for name in part.model_fields if part else ():
         assert f"`{name}`" in section or f"`{name}:" in section, name
-    if METHOD_PRESETS.get(method, {}).get("faithful"):
+    presets = METHOD_PRESETS.get(method, {})
+    if presets.get("faithful") != presets.get("default"):
         assert "**Presets**" in section
         assert "**Differs from the authors' code**" in section
 
