@@ -172,13 +172,14 @@ def _changed(
     low_res: Mapping[str, Any],
     quality: Mapping[str, Any] | None = None,
 ) -> DatasetConfig:
-    values = config.model_dump(mode="json")
+    values = config.model_dump(mode="json", exclude_unset=True)  # what nobody set is for the method's preset to say
     for name, change in (("upscale", upscale), ("low_res", low_res), ("quality", quality or {})):
+        part = values.setdefault(name, {})
         for key, value in change.items():
-            old = values[name].get(key)
+            old = part.get(key)
             if isinstance(value, dict) and isinstance(old, dict):
                 value = value if "preset" in value else {**old, **value}
-            values[name][key] = value
+            part[key] = value
     return parse_config(values, source)
 
 

@@ -104,6 +104,13 @@ def test_other_settings_keep_what_they_do_not_name() -> None:
     assert upscale_of("resmaster:structure.preset=paper").structure.cutoff_units == "hr_nyquist"
 
 
+def test_what_nobody_set_is_for_each_methods_preset_to_say() -> None:
+    base = parse_config({"name": "d", "upscale": {"steps": 7, "guidance_scale": 3.0}})
+    [scalecrafter, c_upscale] = (each.config.upscale for each in variants(base, "scalecrafter,c_upscale", "2x2"))
+    assert (scalecrafter.stepper, scalecrafter.steps, scalecrafter.guidance_scale) == ("ddim_ancestral", 7, 3.0)
+    assert c_upscale.structure.cutoff_units == "lr_nyquist"
+
+
 @pytest.mark.parametrize(
     ("methods", "scales", "culprit"),
     [
