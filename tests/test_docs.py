@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from flows.cli import parser
+from tests.test_infra import ELSEWHERE
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -22,6 +23,7 @@ NOT_RUN = {
         "direct,multidiffusion,resmaster+sg,resmaster+sg+tip,resmaster": "takes hours; tests/test_compare.py runs the same "
         "on less",
     },
+    "deploying.md": ELSEWHERE,
     "methods.md": {
         "resmaster compare deployments/datasets/picturebook.yaml --n 1 --root out/strip --scales 4x4 --methods direct,"
         "multidiffusion,resmaster,demofusion,scalecrafter,fouriscale,freescale,c_upscale,super_resolution": "takes minutes",
