@@ -68,7 +68,7 @@ def test_the_scheduled_build_is_a_configuration(monkeypatch: pytest.MonkeyPatch)
     for name, value in deploy.DEFAULTS.items():
         text = text.replace(f"{{{{ ${name} }}}}", value)
     config = parse_config(yaml.safe_load(text))
-    assert config.upscale.structure.weight == "linear_decay"
+    assert config.upscale.guidance_scale == 4.0, "as of deployments/datasets/picturebook.yaml"
     assert preview(config).pending_samples()["high_res"] == 16
 
 
