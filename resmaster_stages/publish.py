@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from resmaster_stages.config import DatasetConfig, Stage
 from resmaster_stages.errors import ShardError
+from resmaster_stages.identity import digest_of_keys
 from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.scratch import scratch_folder
 from resmaster_stages.storage import layout
@@ -32,7 +33,7 @@ from resmaster_stages.storage.commit import Receipt
 from resmaster_stages.storage.damage import marked_shards
 from resmaster_stages.storage.dataset import Dataset
 from resmaster_stages.storage.plan import Plan, read_plan
-from resmaster_stages.storage.shards import Entry, read_index
+from resmaster_stages.storage.shards import Member, parse_image, read_index
 from resmaster_stages.storage.tables import MANIFEST_SCHEMA, QUALITY_SCHEMA, TableWriter, decode_table
 from resmaster_stages.supplements import CHUNK_SHARDS, Chain, read_chains
 
@@ -64,6 +65,7 @@ def write_manifest(dataset: Dataset, config: DatasetConfig | None = None) -> Pub
     failures: dict[Stage, int] = dict.fromkeys(hashes, 0)
     sizes: set[tuple[int, int]] = set()
     prints: list[NDArray[np.uint64]] = []
+    tars = frozenset(name for stage in ("low_res", "high_res") for name in dataset.folder.names(stage))
     complete = flagged = 0
     chains = (
         (shard, chain)
@@ -76,7 +78,7 @@ def write_manifest(dataset: Dataset, config: DatasetConfig | None = None) -> Pub
             while batch := list(itertools.islice(chains, CHUNK_SHARDS)):
                 tables = _quality_tables(dataset, [chain for _, chain in batch])
                 for shard, chain in batch:
-                    rows = list(_manifest_rows(dataset, plan, shard, chain, tables))
+                    rows = list(_manifest_rows(dataset, plan, shard, chain, tables, tars))
                     table.write(rows)
                     prints.append(np.array([int(row["key"][:16], 16) for row in rows], np.uint64))
                     sizes.update((row["height"], row["width"]) for row in rows)
@@ -112,12 +114,16 @@ def _repeated(manifest: Path, prints: list[NDArray[np.uint64]]) -> str | None:
 
 
 def _manifest_rows(
-    dataset: Dataset, plan: Plan, shard: int, chain: Chain, tables: dict[str, bytes]
+    dataset: Dataset, plan: Plan, shard: int, chain: Chain, tables: dict[str, bytes], tars: frozenset[str]
 ) -> Iterator[dict[str, Any]]:
-    """The manifest's rows of one shard, in the plan's order. `tables`: the content of its quality tables, by name."""
-    indices: dict[str, dict[str, Entry]] = {}
+    """The manifest's rows of one shard, in the plan's order.
+
+    `tables`: the content of its quality tables, by name. `tars`: names of the tars that are there.
+    """
+    planned = plan.read(shard)
+    indices: dict[str, dict[str, Member]] = {}
     qualities: dict[str, dict[str, dict[str, Any]]] = {}
-    for sample in plan.read(shard):
+    for sample in planned:
         holders = {stage: chain.holder(stage, sample.key) for stage in chain.links}
         if not all(holders.values()):
             continue
@@ -128,7 +134,9 @@ def _manifest_rows(
         assert quality is not None
         for receipt in (low_res, high_res):
             if receipt.attempt not in indices:
-                indices[receipt.attempt] = _index(dataset, receipt)
+                lost = chain.lost(receipt.stage)
+                own = receipt.keys or [each.key for each in planned if each.key not in lost]
+                indices[receipt.attempt] = _images(dataset, receipt, own, tars)
         if quality.attempt not in qualities:
             qualities[quality.attempt] = {row["key"]: row for row in _quality_rows(dataset, quality, tables)}
         low_entries, high_entries = indices[low_res.attempt], indices[high_res.attempt]
@@ -138,7 +146,7 @@ def _manifest_rows(
                 raise ShardError(
                     f"{receipt.objects[0].name}: lacks sample {sample.key}, which its commit record counts"
                 )
-        low_member, high_member = low_entries[sample.key].image[1], high_entries[sample.key].image[1]
+        low_member, high_member = low_entries[sample.key], high_entries[sample.key]
         yield {
             **rows[sample.key],
             "key": sample.key,
@@ -166,14 +174,22 @@ def _manifest_rows(
         }
 
 
-def _index(dataset: Dataset, receipt: Receipt) -> dict[str, Entry]:
-    """The samples of a committed tar by key, reading only its headers."""
+def _images(dataset: Dataset, receipt: Receipt, keys: Sequence[str], tars: frozenset[str]) -> dict[str, Member]:
+    """Key -> place of its image in a committed tar that holds `keys`: from its commit record, else from the tar's headers."""
     name = receipt.objects[0].name
-    try:
+    if name not in tars:
+        raise ShardError(_gone(dataset, receipt))
+    if not receipt.images:  # a record of an earlier version
         with dataset.folder.open(name) as file:
-            return {entry.key: entry for entry in read_index(file, name)}
-    except FileNotFoundError as error:
-        raise ShardError(_gone(dataset, receipt)) from error
+            return {entry.key: entry.image[1] for entry in read_index(file, name)}
+    if digest_of_keys(keys) != receipt.keys_digest or len(keys) != len(receipt.images):
+        raise ShardError(
+            f"{name}: its commit record is of other samples than the plan's; restore the folder plan/ from a copy"
+        )
+    try:
+        return {key: parse_image(key, text) for key, text in zip(keys, receipt.images)}
+    except ValueError as error:
+        raise ShardError(f"{name}: damaged commit record ({error}); delete it, then run: resmaster repair") from error
 
 
 def _quality_tables(dataset: Dataset, chains: Sequence[Chain]) -> dict[str, bytes]:

@@ -45,7 +45,7 @@ from resmaster_stages.storage.dataset import Dataset, Output
 from resmaster_stages.storage.filesystem import explained, sha256_of
 from resmaster_stages.storage.ledger import encode_failures, first_errors
 from resmaster_stages.storage.plan import read_plan
-from resmaster_stages.storage.shards import ShardWriter, validate
+from resmaster_stages.storage.shards import ShardWriter, spell_image, validate
 from resmaster_stages.storage.tables import STAGE_SCHEMAS, decode_table, encode_table
 from resmaster_stages.supplements import Chain, read_chain
 from resmaster_stages.verify import is_whole, ledger_is_whole
@@ -121,6 +121,8 @@ class _Computed:
 
     good: list[str]
     failures: list[tuple[str, Exception]]
+    images: tuple[str, ...]
+    """Places of a tar's images, as commit records tell them."""
     tolerated: int
     files: list[tuple[str, Path]]
     """Name in the dataset, local file."""
@@ -153,10 +155,11 @@ def _computed(work: _Work, chain: Chain, keys: Collection[str], supplement: int,
             work.process or importlib.import_module(MODULES[stage]).process, config, stage, samples, spill, breadcrumbs
         )
         with counting() as unet_cost, closing(outputs):
-            good, failures = _write(outputs, stage, shard, own_hash, tolerated, target, features)
+            good, failures, images = _write(outputs, stage, shard, own_hash, tolerated, target, features)
         yield _Computed(
             good=good,
             failures=failures,
+            images=images,
             tolerated=tolerated,
             files=[(name, target), *([(features_name, features)] if features.exists() else [])],
             upstream={each: " ".join(samples.attempts(each)) for each in upstream},
@@ -194,6 +197,7 @@ def _make(work: _Work, chain: Chain, keys: Collection[str], supplement: int) -> 
                 samples_failed=len(made.failures),
                 failed_keys=tuple(key for key, _ in made.failures),
                 keys_digest=digest_of_keys(made.good),
+                images=made.images,
                 upstream=made.upstream,
                 seconds=round(made.seconds, 3),
                 finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -255,13 +259,14 @@ def _differs(dataset: Dataset, receipt: Receipt, stored: StoredObject) -> str:
 
 def _write(
     outputs: Iterator[Output], stage: Stage, shard: int, own_hash: str, tolerated: int, target: Path, features: Path
-) -> tuple[list[str], list[tuple[str, Exception]]]:
+) -> tuple[list[str], list[tuple[str, Exception]], tuple[str, ...]]:
     """Write the outputs to the local file `target`, validated, and `features` if the stage gave arrays.
 
-    The good keys and the failures, in order. More errors that nobody foresaw than are `tolerated` end it: the rest would fail
+    The good keys and the failures, in order, and the places of a tar's images. More errors that nobody foresaw than are `tolerated` end it: the rest would fail
     alike, and nothing will be committed.
     """
     good: list[str] = []
+    images: tuple[str, ...] = ()
     arrays: list[Arrays] = []
     rows: list[dict[str, Any]] = []
     failures: list[tuple[str, Exception]] = []
@@ -271,7 +276,7 @@ def _write(
             if output.error is not None:
                 failures.append((output.key, output.error))
                 if sum(not isinstance(error, SampleError) for _, error in failures) > tolerated:
-                    return good, failures
+                    return good, failures, ()
             else:
                 if tar:
                     tar.write(output.key, output.files)
@@ -282,7 +287,7 @@ def _write(
                 good.append(output.key)
             reporter().sample_done(stage, shard, ok=output.error is None)
     if tar:
-        validate(target, good)
+        images = tuple(spell_image(entry) for entry in validate(target, good))
     else:
         schema = STAGE_SCHEMAS[stage]
         with explained(str(target.parent)):
@@ -293,4 +298,4 @@ def _write(
     if any(arrays):
         with explained(str(features.parent)):
             features.write_bytes(encode_arrays(good, arrays, {"stage_hash": own_hash}))
-    return good, failures
+    return good, failures, images

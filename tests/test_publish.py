@@ -15,6 +15,7 @@ from resmaster_stages.publish import Publication, write_manifest
 from resmaster_stages.stage import run_stage
 from resmaster_stages.storage import layout
 from resmaster_stages.storage.dataset import Dataset
+from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.plan import Plan, read_plan
 from resmaster_stages.storage.shards import read_index
 from resmaster_stages.storage.tables import MANIFEST_SCHEMA, decode_table
@@ -105,6 +106,8 @@ def test_without_captions(tmp_path: Path) -> None:
 
 def test_a_key_that_occurs_twice_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = build(tmp_path, tmp_path, shards=[0])
+    for path in (tmp_path / "demo" / "commits").glob("*/*.json"):  # records of earlier versions tell no places
+        path.write_text(json.dumps({**json.loads(path.read_text()), "images": []}))
     real = Plan.read
     monkeypatch.setattr(Plan, "read", lambda self, shard: real(self, shard) * 2)
     with pytest.raises(ShardError, match=r"sample [0-9a-f]{24} occurs twice"):
@@ -143,3 +146,33 @@ def test_the_cards_header_and_its_code_work(tmp_path: Path) -> None:
 
 def test_all_stages_are_covered() -> None:
     assert set(FAKES) == set(STAGES)
+
+
+def test_tars_are_not_opened_where_records_tell_the_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = build(tmp_path, tmp_path)
+    opened: list[str] = []
+    real = Folder.open
+    monkeypatch.setattr(Folder, "open", lambda folder, name: opened.append(name) or real(folder, name))
+    write_manifest(dataset)
+    assert opened == []
+    told = dataset.folder.read(layout.MANIFEST)
+    for path in (tmp_path / "demo" / "commits").glob("*/*.json"):  # as earlier versions wrote them
+        record = json.loads(path.read_text())
+        assert bool(record.pop("images")) == (record["stage"] in ("low_res", "high_res") and record["samples_ok"] > 0)
+        path.write_text(json.dumps(record))
+    write_manifest(dataset)
+    assert len(opened) == 4, "of the shard without survivors none"
+    assert dataset.folder.read(layout.MANIFEST) == told
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [("x", "damaged commit record"), (None, "of other samples than the plan's")]
+)
+def test_places_that_do_not_fit_are_refused(tmp_path: Path, change: str | None, said: str) -> None:
+    dataset = build(tmp_path, tmp_path, shards=[0])
+    (path,) = (tmp_path / "demo" / "commits").glob("high_res-*/*.json")
+    record = json.loads(path.read_text())
+    record["images"] = [change, *record["images"][1:]] if change else record["images"][1:]
+    path.write_text(json.dumps(record))
+    with pytest.raises(ShardError, match=said):
+        write_manifest(dataset)

@@ -114,6 +114,9 @@ class Receipt:
     """Supplements: the samples that it holds, in order."""
     request: int = 0
     """Supplements: the last request that it answers."""
+    images: tuple[str, ...] = ()
+    """Tars: where each sample's image lies (`shards.spell_image`), in order, so that nobody needs to walk the tar to find one.
+    Empty in records of earlier versions."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -124,7 +127,8 @@ class Receipt:
         """The inverse of `to_json`. Raises KeyError or TypeError."""
         objects = tuple(StoredObject(**item) for item in values["objects"])
         keys, failed = tuple(values.get("keys", ())), tuple(values["failed_keys"])
-        return cls(**{**values, "objects": objects, "failed_keys": failed, "keys": keys})
+        images = tuple(values.get("images", ()))
+        return cls(**{**values, "objects": objects, "failed_keys": failed, "keys": keys, "images": images})
 
 
 def commit(folder: Folder, receipt: Receipt, files: Sequence[tuple[str, Path]], ledger: bytes | None) -> Receipt:

@@ -55,6 +55,21 @@ class Entry:
         raise ShardError(f"sample {self.key} has no image ({', '.join(self.members) or 'nothing'})")
 
 
+def spell_image(entry: Entry) -> str:
+    """Where a sample's image lies in its tar, for commit records: `{offset}+{bytes}.{extension}`."""
+    extension, member = entry.image
+    return f"{member.offset}+{member.size}.{extension}"
+
+
+def parse_image(key: str, text: str) -> Member:
+    """The inverse of `spell_image`. Raises ValueError."""
+    offset, plus, rest = text.partition("+")
+    size, dot, extension = rest.partition(".")
+    if not plus or not dot or extension not in IMAGE_EXTENSIONS:
+        raise ValueError(f"{text!r} is no place of an image")
+    return Member(f"{key}.{extension}", int(offset), int(size))
+
+
 class ShardWriter:
     """Writes one tar to a local file. Use as a context manager."""
 
