@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from resmaster_stages.breadcrumbs import SLOW_SECONDS
 from resmaster_stages.captions import patch_grid
 from resmaster_stages.config import DatasetConfig, Stage
 from resmaster_stages.errors import UserError
@@ -19,6 +20,7 @@ from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.models.geometry import latent_factor, native_px
 from resmaster_stages.models.identity import PICTUREBOOK
 from resmaster_stages.preview import Preview, StagePreview
+from resmaster_stages.spill import SPILLED
 from resmaster_stages.storage.commit import Receipt, committed_shards, read_commits
 from resmaster_stages.storage.filesystem import open_root
 from resmaster_stages.workload import UnetWork, stage_work
@@ -90,7 +92,8 @@ class StageEstimate:
     bytes: float
     bytes_source: str
     requests: int
-    """Writes to the store: objects (in parts, if they are large) and commit records."""
+    """Writes to the store, at most: objects (in parts, if they are large), commit records, and the passing files by which a
+    killed run goes on where it was."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ def _stage(look: Preview, todo: StagePreview, own_hash: str) -> StageEstimate:
         seconds_source=source,
         bytes=total,
         bytes_source=size_source,
-        requests=_requests(look.config, todo, total),
+        requests=_requests(look.config, todo, total, seconds),
     )
 
 
@@ -256,13 +259,20 @@ def _size_from_table(look: Preview, stage: Stage) -> float:
     return _megapixels(look) * 1e6 * BYTES_PER_PIXEL["lossless webp" if lossless else config.image_format]
 
 
-def _requests(config: DatasetConfig, todo: StagePreview, total: float) -> int:
-    """Writes: an object and a commit record per shard; with features one object more; large objects go up in parts."""
+def _requests(config: DatasetConfig, todo: StagePreview, total: float, seconds: float | None) -> int:
+    """Writes of `total` bytes, at most. `seconds`: of a sample; unknown counts as slow.
+
+    Per shard an object (in parts, if it is large), its features if there are any, a commit record and two breadcrumbs; per
+    sample a breadcrumb where samples are slow, and a spilled copy where a shard takes long.
+    """
     if not todo.shards_pending:
         return 0
-    parts = _uploads(total / todo.shards_pending)
-    features = 1 if todo.stage == "quality" and config.quality.features != "none" else 0
-    return todo.shards_pending * (parts + features + 1)
+    per_shard = _uploads(total / todo.shards_pending) + 1 + 2
+    per_shard += todo.stage == "quality" and config.quality.features != "none"
+    slow = math.inf if seconds is None else seconds
+    long = config.spill_seconds is not None and slow * config.samples_per_shard >= config.spill_seconds
+    per_sample = (slow >= SLOW_SECONDS) + (long and todo.stage in SPILLED)
+    return todo.shards_pending * per_shard + todo.samples_pending * per_sample
 
 
 def _uploads(size: float) -> int:
