@@ -21,6 +21,8 @@ from rich.table import Table
 
 from flows.doctor import add_arguments as doctor_arguments
 from flows.doctor import doctor
+from flows.gc import add_arguments as gc_arguments
+from flows.gc import gc
 from flows.selection import parse_numbers, parse_stages
 from flows.stop import MESSAGE, Terminated, exit_status, stoppable
 from flows.verify import add_arguments as verify_arguments
@@ -154,6 +156,14 @@ def parser() -> argparse.ArgumentParser:
         "tars, sample. Marks damaged shards for `repair`. Exit status 1 if something is damaged.",
     )
     verify_arguments(sub)
+
+    sub = add(
+        "gc",
+        "remove what no commit names",
+        "Remove leftovers of interrupted and losing attempts, probes, temporary files and caches of finished shards, if they are "
+        "older than a grace period. Nothing that a commit or the plan names is touched, no record, no ledger.",
+    )
+    gc_arguments(sub)
 
     sub = add(
         "doctor",
@@ -444,6 +454,7 @@ COMMANDS = {
     "compare": compare,
     "doctor": doctor,
     "verify": verify,
+    "gc": gc,
     "upscale": upscale,
 }
 

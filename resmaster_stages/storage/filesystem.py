@@ -216,6 +216,32 @@ class Folder:
                 listed.append(Listed(path[len(self.path) + 1 :], int(facts["size"]), moment.astimezone(UTC)))
         return sorted(listed, key=lambda file: file.name)
 
+    def unfinished_uploads(self) -> list[tuple[Listed, str]]:
+        """(what it would have become, upload id) of uploads in parts below this folder that nobody has ended; S3 only."""
+        if "s3" not in self._protocols():
+            return []
+        bucket, _, prefix = self.path.partition("/")
+        found: list[tuple[Listed, str]] = []
+        more: dict[str, str] = {}
+        with explained(self.url):
+            while True:
+                page = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/", **more)
+                for upload in page.get("Uploads", []):
+                    moment = upload["Initiated"].astimezone(UTC)
+                    found.append((Listed(upload["Key"][len(prefix) + 1 :], 0, moment), upload["UploadId"]))
+                if not page.get("IsTruncated"):
+                    return found
+                more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def abort_upload(self, name: str, upload: str) -> None:
+        """End an unfinished upload; its parts go. One that is gone already is no error."""
+        bucket, _, key = self.full(name).partition("/")
+        with explained(self.url_of(name)):
+            try:
+                self.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload)
+            except FileNotFoundError:
+                return
+
     def modified(self, name: str) -> datetime:
         """When a file was last written, by the store's clock (UTC)."""
         with explained(self.url_of(name)):

@@ -52,6 +52,14 @@ EXTENSIONS: dict[Stage, Literal["tar", "parquet"]] = {
 _NUMBERED = re.compile(r"(?:.*/)?(\d{4,6})\.json")
 _NAMESPACE = re.compile(r"commits/([a-z_]+)-([0-9a-f]{8})")
 _EXTRA = re.compile(r"(?:.*/)?(\d{6})\.([rs])(\d{2,6})\.json")
+_ATTEMPT = re.compile(
+    r"(?:low_res|high_res)/\d{6}-[0-9a-f]{8}\.tar"
+    r"|(?:captions|quality)/\d{6}-[0-9a-f]{8}\.parquet"
+    r"|[a-z_]+/\d{6}-[0-9a-f]{8}\.features\.parquet"
+    r"|plan/gen-\d{4}/(?:part-\d{5}|rejected)-[0-9a-f]{8}\.parquet"
+)
+_PROBE = re.compile(r"\.probe-[0-9a-f]{8}")
+_TEMPORARY = re.compile(r"(?:.*/)?\.[^/]+\.[0-9a-f]{8}\.tmp")
 _LEDGER = re.compile(r"errors/[a-z_]+/(\d{6})-[0-9a-f]{8}\.parquet")
 
 
@@ -167,6 +175,21 @@ def number_of(name: str) -> int | None:
     """The number in a commit record's or changed configuration's name; None for any other file."""
     found = _NUMBERED.fullmatch(name)
     return int(found[1]) if found else None
+
+
+def is_attempt(name: str) -> bool:
+    """Whether it is the name of an object or plan file of one attempt: those that only a record makes part of the dataset."""
+    return bool(_ATTEMPT.fullmatch(name))
+
+
+def is_probe(name: str) -> bool:
+    """Whether it is the name of a probe."""
+    return bool(_PROBE.fullmatch(name))
+
+
+def is_temporary(name: str) -> bool:
+    """Whether it is the temporary name of a file that is being written on a disk."""
+    return bool(_TEMPORARY.fullmatch(name))
 
 
 def is_commit(name: str) -> bool:
