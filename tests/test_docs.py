@@ -32,6 +32,15 @@ NOT_RUN = {
         "python benchmarks/methods.py": "takes minutes",
         "python benchmarks/methods.py --model sdxl --device cuda --flops": "needs a GPU",
     },
+    "storage.md": dict.fromkeys(
+        (
+            "resmaster doctor s3://bucket/prefix",
+            "resmaster verify out/picturebook",
+            "resmaster repair out/picturebook",
+            "resmaster gc out/picturebook --dry-run",
+        ),
+        "tests/durability/test_page.py runs it on a small dataset",
+    ),
     "operating.md": {
         "python docs/screenshots.py --url http://127.0.0.1:4200 docs/images": "needs a server with a real build on it; "
         "tests/server/test_pages.py reads the same pages",
