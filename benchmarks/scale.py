@@ -303,7 +303,7 @@ def table(results: dict[int, dict[str, dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, dict[str, Any]]]:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shards", default="100,1000,10000", help="sizes, comma-separated (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=100, help="samples per shard (default: %(default)s)")
@@ -313,8 +313,14 @@ def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, dict[str, Any
     )
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
     parser.add_argument("--keep", metavar="FOLDER", help="build there instead of in a temporary folder, and keep it")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, dict[str, Any]]]:
+    args = parser().parse_args(argv)
     names = args.steps.split(",")
+    if unknown := [name for name in names if name not in STEPS]:
+        raise SystemExit(f"--steps: unknown {', '.join(unknown)}; known: {', '.join(STEPS)}")
     results: dict[int, dict[str, dict[str, Any]]] = {}
     with nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory(prefix="resmaster-scale-") as top:
         Path(top).mkdir(exist_ok=True, parents=True)

@@ -1,6 +1,8 @@
 """What grows with a dataset and what does not: listings, requests, what is held at a time. Counts, never seconds."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -9,6 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks import scale
 from resmaster_stages import publish, supplements
 from resmaster_stages.config import Weights
 from resmaster_stages.gallery import write_report
@@ -93,6 +96,21 @@ def test_records_are_held_a_chunk_at_a_time(tmp_path: Path, monkeypatch: pytest.
     assert calls.most == 2
     calls.of(write_manifest, dataset)
     assert calls.most == 2
+
+
+def test_the_commands_of_the_page_are_right() -> None:
+    """Their options and steps; run they are at a small size below, and `make soak` in test_soak.py."""
+    page = (ROOT / "docs" / "scale.md").read_text()
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    makefile = (ROOT / "Makefile").read_text()
+    assert len(commands) == 3
+    for command in commands:
+        words = shlex.split(command)
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE)
+            continue
+        assert words[:3] == ["python", "-m", "benchmarks.scale"]
+        assert set(scale.parser().parse_args(words[3:]).steps.split(",")) <= set(scale.STEPS)
 
 
 @pytest.mark.slow
