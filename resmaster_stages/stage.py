@@ -59,6 +59,14 @@ MODULES: dict[Stage, str] = {
 """Where each stage's `process` is; imported when it is needed, for these bring torch along."""
 
 
+def finished(dataset: Dataset, hashes: dict[Stage, str], stage: Stage, shard: int) -> Receipt | None:
+    """The last receipt of a stage of a shard if `run_stage` would do nothing; else None. Raises ShardError as it."""
+    chain = read_chain(dataset.folder, hashes, shard, stage)
+    if chain.todo(stage) or is_marked(dataset.folder, stage, hashes[stage], shard):
+        return None
+    return chain.links[stage].receipts[-1]
+
+
 def run_stage(
     dataset: Dataset,
     config: DatasetConfig,

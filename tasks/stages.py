@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
+from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.runtime import flow_run, task_run
 from prefect.tasks import Task
 
@@ -18,6 +18,7 @@ from resmaster_stages.disclosure import no_secrets_in_errors
 from resmaster_stages.stage import run_stage
 from resmaster_stages.storage.dataset import open_dataset
 from tasks.policy import RETRIES, RETRY_DELAYS_SECONDS, RETRY_JITTER, worth_retrying
+from tasks.results import CommitRecords, cache_key_of_task
 
 
 def run_facts() -> dict[str, Any]:
@@ -34,13 +35,18 @@ def _stage_task(stage: Stage) -> Task[..., dict[str, Any]]:
         retry_delay_seconds=RETRY_DELAYS_SECONDS,
         retry_jitter_factor=RETRY_JITTER,
         retry_condition_fn=worth_retrying,
-        cache_policy=NO_CACHE,  # the commit record is the cache: it outlives any Prefect database
+        cache_policy=CacheKeyFnPolicy(cache_key_fn=cache_key_of_task),
+        result_serializer="json",
+        cache_result_in_memory=False,
     )
     def run(dataset_url: str, shard: int) -> dict[str, Any]:
         with no_secrets_in_errors():  # Prefect keeps and shows what a task raises
             dataset = open_dataset(dataset_url)
             return run_stage(dataset, dataset.config, stage, shard, provenance=run_facts()).to_json()
 
+    run.result_storage = (
+        CommitRecords()
+    )  # the decorator takes only blocks that a server keeps; this one has nothing to keep
     return run
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 import yaml
+from prefect.settings import get_current_settings
 from prefect.testing.utilities import prefect_test_harness
 
 from flows import build
@@ -23,8 +24,9 @@ from resmaster_stages.config import DatasetConfig, Stage, Weights
 from resmaster_stages.errors import ConfigError, GpuLost
 from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.progress import Silent, reporting
-from resmaster_stages.storage.commit import list_commits
+from resmaster_stages.storage.commit import Receipt, list_commits
 from resmaster_stages.storage.dataset import Output, Sample, open_dataset
+from resmaster_stages.supplements import request_retries
 from tasks.policy import worth_retrying
 from tasks.stages import STAGE_TASKS
 from tests.fake_stages import FAKES, config_at
@@ -293,3 +295,36 @@ def test_verify_and_repair_put_the_same_bytes_back(
     assert main(["repair", url, "--replace"]) == 0
     assert main(["verify", url]) == 0
     assert {place for place, sha in contents(url).items() if before[place] != sha} >= {("high_res", 1, 0)}
+
+
+def states(url: str, shard: int) -> dict[str, str]:
+    return {name: task(url, shard, return_state=True).name for name, task in STAGE_TASKS.items()}
+
+
+def test_what_is_committed_shows_as_cached_and_nothing_else_does(stages: Stages, tmp_path: Path) -> None:
+    url = build_dataset(config_for(tmp_path, ["a", "b", "c"])).dataset_url
+    stages.calls.clear()
+    assert states(url, 0) == dict.fromkeys(FAKES, "Cached")
+    receipt = STAGE_TASKS["high_res"](url, 0)
+    assert Receipt.from_json(receipt) == list_commits(open_dataset(url).folder, "high_res", receipt["stage_hash"])[0]
+    (record,) = (Path(url) / "commits").glob("high_res-*/000000.json")
+    record.unlink()
+    assert states(url, 0) == {**dict.fromkeys(FAKES, "Cached"), "high_res": "Completed"}, "no record, no result"
+    assert stages.calls == {"high_res": 1}
+    assert states(url, 0) == dict.fromkeys(FAKES, "Cached")
+    assert request_retries(open_dataset(url)) == 0
+    storage = get_current_settings().results.local_storage_path
+    assert not [path for path in storage.rglob("*") if "high_res" in str(path)], "the dataset alone is asked"
+
+
+def test_a_request_for_another_attempt_is_not_answered_from_the_cache(stages: Stages, tmp_path: Path) -> None:
+    url = build_dataset(config_for(tmp_path, ["a", "bad high_res"])).dataset_url
+    assert states(url, 0)["high_res"] == "Cached"
+    request_retries(open_dataset(url))
+    assert states(url, 0)["high_res"] == "Completed"
+    assert states(url, 0)["high_res"] == "Cached"
+
+
+def test_a_key_that_cannot_be_computed_runs_the_task_which_says_why(stages: Stages, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no dataset here"):
+        STAGE_TASKS["low_res"](str(tmp_path), 0)
