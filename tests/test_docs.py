@@ -93,8 +93,10 @@ for words in json.load(sys.stdin):
     ids=lambda page: page.name,
 )
 def test_the_commands_run(page: Path, tmp_path: Path) -> None:
-    """In order, in one folder, as a reader would (but in one process, which spares every command the start)."""
+    """In order, in one folder, as a reader would, on two shards; in one process, which spares every command the start."""
     shutil.copytree(ROOT / "deployments", tmp_path / "deployments")
+    demo = tmp_path / "deployments" / "datasets" / "picturebook.yaml"
+    demo.write_text(demo.read_text() + "\nlimit: 8\n")
     (tmp_path / "resmaster_stages").symlink_to(ROOT / "resmaster_stages")
     environment = {
         **{name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"},
