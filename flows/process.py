@@ -24,11 +24,17 @@ from resmaster_stages.progress import reporter
 from resmaster_stages.storage.dataset import open_dataset
 from tasks.stages import STAGE_TASKS
 
+NAME_CHARACTERS = 60
+"""So long may the list of shards in a run's name be."""
+
 
 def run_name(dataset_url: str, shards: Sequence[int], stages: Sequence[Stage] | None = None) -> str:
     """`demo: shards 0-7`, or `demo: captions,quality of shards 0-7`: dataset, stages and shards of a run."""
     chosen = f"{','.join(stages)} of " if stages is not None else ""
-    return f"{dataset_url.rstrip('/').rpartition('/')[2]}: {chosen}shards {spell_shards(shards)}"
+    spelled = spell_shards(shards)
+    if len(spelled) > NAME_CHARACTERS:
+        spelled = f"{spelled[:NAME_CHARACTERS].rpartition(',')[0]},... ({len(shards)} in all)"
+    return f"{dataset_url.rstrip('/').rpartition('/')[2]}: {chosen}shards {spelled}"
 
 
 def _own_run_name() -> str:

@@ -82,7 +82,7 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """No server outlives the tests, even if they are killed (Linux)."""
     if _LIBC is not None:
         _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -101,7 +101,7 @@ def serving(folder: Path) -> Iterator[S3Server]:
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **server.environment, "WEED": str(weed())},
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         try:
             if _make_bucket(server, process):

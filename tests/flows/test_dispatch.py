@@ -12,6 +12,7 @@ from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Runni
 
 from flows.dispatch import FRUITLESS_RUNS, OUTAGE_LOOKS, Shards, Stopped, dispatch
 from flows.outcome import incomplete
+from flows.process import run_name
 from flows.selection import parse_numbers, spell_shards
 from resmaster_stages.config import DispatchConfig
 
@@ -232,3 +233,12 @@ def test_shards_are_spelled_as_they_are_read() -> None:
     for numbers in ([0], [0, 1, 2], [1, 4, 5, 6, 7, 9], [3, 5]):
         assert parse_numbers(spell_shards(numbers)) == numbers
     assert spell_shards([7, 1, 4, 6, 5, 1]) == "1,4-7"
+
+
+def test_runs_are_named_by_dataset_stages_and_shards() -> None:
+    assert run_name("s3://bucket/sets/demo", [0, 1, 2, 7]) == "demo: shards 0-2,7"
+    assert run_name("/data/demo/", [3], ["captions", "quality"]) == "demo: captions,quality of shards 3"
+    name = run_name("/data/demo", range(0, 2000, 2))
+    assert name.startswith("demo: shards 0,2,4,")
+    assert name.endswith(",... (1000 in all)")
+    assert len(name) < 100

@@ -21,6 +21,8 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlo
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from tests.s3_server import die_with_parent
+
 ROOT = Path(__file__).parent.parent.parent
 POOL = "resmaster-process"
 T = TypeVar("T")
@@ -70,6 +72,7 @@ class Stack:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=die_with_parent,
             )
 
     def start_worker(self, name: str, *queues: str) -> None:
