@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import subprocess
 import sys
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectHTTPStatusError
 
-from flows import deploy
+from flows import build, deploy
 from flows.server_runs import ServerRuns
 from resmaster_stages.config import METHODS, STAGES, DispatchConfig
 from resmaster_stages.errors import UserError
@@ -90,12 +91,10 @@ def test_the_repair_form_says_what_its_fields_are(deployed: Stack) -> None:
         schema = client.read_deployment_by_name("repair/process").parameter_openapi_schema
     assert schema is not None
     fields = schema["properties"]
-    assert sorted(fields, key=lambda name: fields[name]["position"]) == [
-        "dataset_url",
-        "shards",
-        "stages",
-        "retry_errors",
-    ]
+    assert sorted(fields, key=lambda name: fields[name]["position"]) == list(
+        inspect.signature(build.repair.fn).parameters
+    )
+    assert {"dataset_url", "shards", "stages"} <= fields.keys()
     assert all(field["description"] for field in fields.values())
     assert fields["stages"]["anyOf"][0]["items"]["enum"] == list(STAGES)
     with pytest.raises(PrefectHTTPStatusError, match="nonsense"):
