@@ -467,10 +467,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     try:
         with stoppable():
-            return COMMANDS[args.command](args, console)
+            status = COMMANDS[args.command](args, console)
+            sys.stdout.flush()
+            return status
     except (KeyboardInterrupt, Terminated) as stop:
         console.print(MESSAGE)
         return exit_status(signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
+    except BrokenPipeError:  # the reader has seen enough (`| head`); what is still buffered must not raise at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ResMasterError, ConnectionError) as error:
         if args.traceback:
             raise

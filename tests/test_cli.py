@@ -1,5 +1,8 @@
 """The command line: bad input is one line and exit status 2, writes nothing, loses nothing."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -227,3 +230,18 @@ def test_a_missing_extra_is_found_before_anything_starts(
     line = fails(capsys, "run", edit(config_file, quality={"features": "inception"}))
     assert "resmaster-pipeline[inception]" in line
     assert not (config_file.parent / "out").exists()
+
+
+def test_a_reader_who_stops_reading_ends_it_quietly(config_file: Path) -> None:
+    script = (
+        "import os, sys\n"
+        "from flows.cli import main\n"
+        "reading, writing = os.pipe()\n"
+        "os.close(reading)\n"
+        "os.dup2(writing, 1)\n"
+        f"sys.exit(main(['plan', {str(config_file)!r}]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert "Broken pipe" not in done.stderr
+    assert "Traceback" not in done.stderr
