@@ -475,7 +475,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_status(signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
     except BrokenPipeError:  # the reader has seen enough (`| head`); what is still buffered must not raise at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return 1  # as Rich does for tables
     except (ResMasterError, ConnectionError) as error:
         if args.traceback:
             raise
