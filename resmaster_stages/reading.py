@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, overload
+from typing import IO, Any, overload
 
 from numpy.typing import NDArray
 
@@ -36,7 +36,7 @@ class ShardSamples(Sequence[Sample]):
         self,
         planned: list[PlannedSample],
         held: dict[Stage, dict[str, Receipt | None]],
-        tars: dict[Stage, dict[str, tuple[Path, Entry]]],
+        tars: dict[Stage, dict[str, tuple[IO[bytes], Entry]]],
         tables: dict[Stage, dict[str, list[dict[str, Any]]]],
     ) -> None:
         self.planned = planned
@@ -86,10 +86,10 @@ class ShardSamples(Sequence[Sample]):
     def _picture(self, stage: Stage, key: str) -> Picture | None:
         if stage not in self._tars:
             return None
-        path, entry = self._tars[stage][key]
+        file, entry = self._tars[stage][key]
         extension, member = entry.image
-        meta = json.loads(read_member(path, entry.members["json"]))
-        return Picture(read_member(path, member), extension, meta)
+        meta = json.loads(read_member(file, entry.members["json"]))
+        return Picture(read_member(file, member), extension, meta)
 
 
 @contextmanager
@@ -136,16 +136,16 @@ def chosen_samples(
                 f"run: resmaster repair {dataset.url}"
             )
     held = {stage: {each.key: chain.holder(stage, each.key) for each in survivors} for stage in stages}
-    members: dict[Stage, dict[str, tuple[Path, Entry]]] = {}
+    members: dict[Stage, dict[str, tuple[IO[bytes], Entry]]] = {}
     tables: dict[Stage, dict[str, list[dict[str, Any]]]] = {}
-    with scratch_folder() as scratch:
+    with scratch_folder() as scratch, ExitStack() as files:
         for stage in stages:
             members[stage], tables[stage] = {}, {}
             for receipt in chain.links[stage].receipts:
                 own = [key for key, holder in held[stage].items() if holder is receipt]
                 if not own:
                     continue
-                found = _fetched(dataset, receipt, scratch)
+                found = _fetched(dataset, receipt, scratch, files)
                 if missing := [key for key in own if key not in found]:
                     raise ShardError(_damaged(dataset, receipt, f"lacks {len(missing)} samples, {missing[0]} first"))
                 for key in own:
@@ -159,13 +159,13 @@ def chosen_samples(
 
 
 def _fetched(
-    dataset: Dataset, receipt: Receipt, scratch: Path
-) -> Mapping[str, tuple[Path, Entry] | list[dict[str, Any]]]:
-    """Key -> its place in the commit's tar, or its rows in the commit's table."""
+    dataset: Dataset, receipt: Receipt, scratch: Path, files: ExitStack
+) -> Mapping[str, tuple[IO[bytes], Entry] | list[dict[str, Any]]]:
+    """Key -> its place in the commit's tar, which stays open as long as `files`, or its rows in the commit's table."""
     path = fetch(dataset, receipt, receipt.objects[0], scratch)
     if layout.EXTENSIONS[receipt.stage] == "tar":
-        with path.open("rb") as file:
-            return {entry.key: (path, entry) for entry in read_index(file, receipt.objects[0].name)}
+        file = files.enter_context(path.open("rb"))
+        return {entry.key: (file, entry) for entry in read_index(file, receipt.objects[0].name)}
     rows: dict[str, list[dict[str, Any]]] = {}
     for row in decode_table(path, STAGE_SCHEMAS[receipt.stage], receipt.objects[0].name).to_pylist():
         rows.setdefault(row["key"], []).append(row)

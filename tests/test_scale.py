@@ -98,6 +98,24 @@ def test_records_are_held_a_chunk_at_a_time(tmp_path: Path, monkeypatch: pytest.
     assert calls.most == 2
 
 
+def test_a_tar_is_opened_equally_often_whatever_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    real = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda path, *mode, **rest: opened.append(path.suffix) or real(path, *mode, **rest)
+    )
+    counts = []
+    for samples in (2, 7):
+        folder = tmp_path / str(samples)
+        folder.mkdir()
+        dataset = planned(folder, [f"prompt {number}" for number in range(samples)], folder, samples_per_shard=samples)
+        opened.clear()
+        for stage in dataset.config.stages():
+            run_stage(dataset, dataset.config, stage, 0, process=FAKES[stage])
+        counts.append(opened.count(".tar"))
+    assert counts[0] == counts[1] > 0
+
+
 def test_the_commands_of_the_page_are_right() -> None:
     """Their options and steps; run they are at a small size below, and `make soak` in test_soak.py."""
     page = (ROOT / "docs" / "scale.md").read_text()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import threading
 import time
@@ -114,6 +115,11 @@ class Folder:
         """Whether it is on this machine's disk."""
         return isinstance(self.fs, LocalFileSystem)
 
+    @property
+    def _in_memory(self) -> bool:
+        """Whether fsspec's memory store holds it: all who open a file there share one read position, so it is read whole instead."""
+        return isinstance(self.fs, MemoryFileSystem)
+
     def _protocols(self) -> tuple[str, ...]:
         protocol = self.fs.protocol
         return (protocol,) if isinstance(protocol, str) else tuple(protocol)
@@ -170,6 +176,8 @@ class Folder:
     def open(self, name: str) -> IO[bytes]:
         """A file, opened for random reads; small reads fetch small ranges."""
         with explained(self.url_of(name)):
+            if self._in_memory:
+                return io.BytesIO(self.read(name))
             options = {} if self.local else {"block_size": 64 * 1024, "cache_type": "readahead"}
             handle: IO[bytes] = self.fs.open(self.full(name), "rb", **options)
             return handle
@@ -177,8 +185,12 @@ class Folder:
     def chunks(self, name: str, size: int) -> Iterator[bytes]:
         """A file from its beginning, in pieces of `size` bytes (the last one may be shorter); few are held at a time."""
         with explained(self.url_of(name)):
-            options = {} if self.local else {"block_size": max(size, PART_BYTES), "cache_type": "readahead"}
-            with self.fs.open(self.full(name), "rb", **options) as file:
+            if self._in_memory:
+                opened: IO[bytes] = io.BytesIO(self.read(name))
+            else:
+                options = {} if self.local else {"block_size": max(size, PART_BYTES), "cache_type": "readahead"}
+                opened = self.fs.open(self.full(name), "rb", **options)
+            with opened as file:
                 while piece := file.read(size):
                     yield piece
 
@@ -294,7 +306,10 @@ class Folder:
                 target = Path(self.full(name))
             else:
                 target = scratch / name.replace("/", "_")
-                self.fs.get_file(self.full(name), str(target))
+                if self._in_memory:
+                    target.write_bytes(self.read(name))
+                else:
+                    self.fs.get_file(self.full(name), str(target))
             return target, sha256_of(target)
 
     def remove(self, name: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -145,14 +146,15 @@ def _ends_with_zeros(file: IO[bytes]) -> bool:
     return file.read(size) == bytes(size)
 
 
-def read_member(path: Path, member: Member) -> bytes:
-    """The content of a member of a local tar."""
-    with path.open("rb") as file:
-        file.seek(member.offset)
-        data = file.read(member.size)
-    if len(data) != member.size:
-        raise ShardError(f"{path.name}: cut off inside {member.name}")
-    return data
+def read_member(file: IO[bytes], member: Member) -> bytes:
+    """The content of a member of a local tar. The file's position is neither used nor moved: threads may share the file."""
+    data = bytearray()
+    while len(data) < member.size:  # one call reads 2 GiB at most
+        piece = os.pread(file.fileno(), member.size - len(data), member.offset + len(data))
+        if not piece:
+            raise ShardError(f"{os.path.basename(file.name)}: cut off inside {member.name}")
+        data += piece
+    return bytes(data)
 
 
 def validate(path: Path, keys: Iterable[str]) -> list[Entry]:
@@ -163,18 +165,20 @@ def validate(path: Path, keys: Iterable[str]) -> list[Entry]:
     expected = list(keys)
     with path.open("rb") as file:
         entries = read_index(file, path.name)
-    found = [entry.key for entry in entries]
-    if found != expected:
-        raise ShardError(f"{path.name}: holds {len(found)} samples, expected {len(expected)} in the plan's order")
-    for entry in entries:
-        if sum(extension in entry.members for extension in IMAGE_EXTENSIONS) != 1:
-            raise ShardError(f"{path.name}: sample {entry.key} needs exactly one image, has {sorted(entry.members)}")
-        if not entry.image[1].size:
-            raise ShardError(f"{path.name}: the image of sample {entry.key} is empty")
-        if "json" not in entry.members:
-            raise ShardError(f"{path.name}: sample {entry.key} has no json")
-        try:
-            json.loads(read_member(path, entry.members["json"]))
-        except ValueError as error:
-            raise ShardError(f"{path.name}: the json of sample {entry.key} is not JSON ({error})") from error
+        found = [entry.key for entry in entries]
+        if found != expected:
+            raise ShardError(f"{path.name}: holds {len(found)} samples, expected {len(expected)} in the plan's order")
+        for entry in entries:
+            if sum(extension in entry.members for extension in IMAGE_EXTENSIONS) != 1:
+                raise ShardError(
+                    f"{path.name}: sample {entry.key} needs exactly one image, has {sorted(entry.members)}"
+                )
+            if not entry.image[1].size:
+                raise ShardError(f"{path.name}: the image of sample {entry.key} is empty")
+            if "json" not in entry.members:
+                raise ShardError(f"{path.name}: sample {entry.key} has no json")
+            try:
+                json.loads(read_member(file, entry.members["json"]))
+            except ValueError as error:
+                raise ShardError(f"{path.name}: the json of sample {entry.key} is not JSON ({error})") from error
     return entries

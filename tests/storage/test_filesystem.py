@@ -38,6 +38,14 @@ def test_write_read_list_remove(folder: Folder, tmp_path: Path) -> None:
         folder.read("a/x")
 
 
+def test_readers_of_one_file_do_not_disturb_each_other(folder: Folder) -> None:
+    folder.write("x", b"0123456789")
+    with folder.open("x") as first, folder.open("x") as second:
+        assert (first.read(4), second.read(2), first.read(2)) == (b"0123", b"01", b"45")
+    one, other = folder.chunks("x", 4), folder.chunks("x", 6)
+    assert (next(one), next(other), next(one), next(other)) == (b"0123", b"012345", b"4567", b"6789")
+
+
 def test_files_lists_all_depths_with_size_and_time(folder: Folder) -> None:
     assert folder.files() == []
     before = datetime.now(UTC) - timedelta(seconds=2)

@@ -35,10 +35,10 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, samples: dict[str,
     assert path.read_bytes() == write(folder / "b.tar", samples).read_bytes()
     with path.open("rb") as file:
         entries = read_index(file, "a.tar")
-    found = {
-        entry.key: {extension: read_member(path, member) for extension, member in entry.members.items()}
-        for entry in entries
-    }
+        found = {
+            entry.key: {extension: read_member(file, member) for extension, member in entry.members.items()}
+            for entry in entries
+        }
     assert found == samples
     assert [entry.key for entry in entries] == list(samples)
 
