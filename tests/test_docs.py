@@ -19,9 +19,38 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 NOT_RUN = {
     "evaluation.md": {
-        "resmaster compare deployments/datasets/picturebook.yaml --scales 2x2,2x4,4x4 --n 64 --methods "
-        "direct,multidiffusion,resmaster+sg,resmaster+sg+tip,resmaster": "takes hours; tests/test_compare.py runs the same "
-        "on less",
+        f"resmaster compare deployments/datasets/{config}.yaml {options} --methods {methods}": "takes minutes to hours; "
+        "tests/test_compare.py runs the same on less"
+        for config, options, methods in (
+            (
+                "picturebook",
+                "--scales 2x2,2x4,4x4 --n 64",
+                "direct,multidiffusion,resmaster+sg,resmaster+sg+tip,resmaster",
+            ),
+            (
+                "picturebook-evaluation",
+                "--n 24 --reference picturebook --scales 4x4",
+                "direct,super_resolution,multidiffusion,resmaster+sg,resmaster+sg+tip,resmaster,c_upscale,demofusion,"
+                "freescale,scalecrafter,fouriscale",
+            ),
+            (
+                "picturebook-evaluation",
+                "--n 16 --reference picturebook --scales 2x2,2x4",
+                "direct,super_resolution,multidiffusion,resmaster,c_upscale,demofusion,freescale,scalecrafter,fouriscale",
+            ),
+            (
+                "picturebook-evaluation",
+                "--n 24 --reference picturebook --scales 4x4",
+                "resmaster:structure.preset=paper,resmaster:structure.preset=paper_decay,"
+                "resmaster:structure.preset=lr_nyquist,resmaster:structure.preset=paper_early",
+            ),
+            (
+                "picturebook-evaluation",
+                "--n 24 --reference picturebook --scales 4x4",
+                "resmaster:structure.preset=lr_nyquist,resmaster:structure.preset=lr_nyquist:stride=0.75,"
+                "resmaster:structure.preset=lr_nyquist:stride=0.75:shift=every_step",
+            ),
+        )
     },
     "deploying.md": ELSEWHERE,
     "methods.md": {
