@@ -61,6 +61,12 @@ NOT_RUN = {
         "python benchmarks/methods.py": "takes minutes",
         "python benchmarks/methods.py --model sdxl --device cuda --flops": "needs a GPU",
     },
+    "scale.md": {
+        "python -m benchmarks.scale --shards 100,1000": "takes minutes; tests/test_scale.py runs it on less",
+        'python -m benchmarks.scale --shards 100,1000,10000 --steps "plan,plan again,fill,look,preview,status,manifest"': "takes "
+        "minutes; tests/test_scale.py runs it on less",
+        "make soak MINUTES=10": "tests/test_soak.py runs it for seconds",
+    },
     "storage.md": dict.fromkeys(
         (
             "resmaster doctor s3://bucket/prefix",
