@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,21 @@ def manifest(folder: Path, root: str, samples: int) -> None:
     assert write_manifest(open_dataset(root)).shards_missing == 0
 
 
+def verify(folder: Path, root: str, samples: int) -> None:
+    from resmaster_stages.verify import verify
+
+    assert not verify(open_dataset(root)).damage
+
+
+def gc(folder: Path, root: str, samples: int) -> None:
+    """Looking for leftovers; there are none."""
+    from resmaster_stages.lineage import stage_hashes
+    from resmaster_stages.storage.leftovers import find_leftovers
+
+    dataset = open_dataset(root)
+    assert not find_leftovers(dataset.folder, stage_hashes(dataset.config), timedelta(0))
+
+
 def report(folder: Path, root: str, samples: int) -> None:
     from resmaster_stages.gallery import write_report
 
@@ -194,6 +210,8 @@ STEPS: dict[str, Callable[[Path, str, int], None]] = {
     "preview": preview,
     "status": stand,
     "manifest": manifest,
+    "verify": verify,
+    "gc": gc,
     "report": report,
 }
 """What is measured, in order. Either `commit` (by default) or `fill` makes what the others read; `report` needs real tars."""
@@ -241,7 +259,8 @@ def measure(name: str, folder: Path, root: str, samples: int) -> dict[str, Any]:
     """Run one step in this process."""
     import resmaster_stages.gallery
     import resmaster_stages.preview
-    import resmaster_stages.publish  # noqa: F401  (what is imported before does not count)
+    import resmaster_stages.publish
+    import resmaster_stages.verify  # noqa: F401  (what is imported before does not count)
 
     identity.weights_of = lambda config: identity.Weights(config.model.id)
     before = peak_mib()

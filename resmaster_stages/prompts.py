@@ -228,8 +228,17 @@ def _decode(data: bytes, place: str) -> str:
     return text
 
 
+def _lines(text: str) -> Iterator[str]:
+    """The lines of a text with their ends. io.StringIO would hold 4 bytes for every character."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start) + 1 or len(text)
+        yield text[start:end]
+        start = end
+
+
 def _from_text(text: str, place: str) -> Iterator[RawPrompt]:
-    for number, line in enumerate(io.StringIO(text), start=1):
+    for number, line in enumerate(_lines(text), start=1):
         if line.strip():
             yield RawPrompt(f"{place}:{number}", line.rstrip("\r\n"))
 
@@ -249,7 +258,7 @@ def _from_csv(text: str, place: str) -> Iterator[RawPrompt]:
 
 
 def _from_jsonl(text: str, place: str) -> Iterator[RawPrompt]:
-    for number, line in enumerate(io.StringIO(text), start=1):
+    for number, line in enumerate(_lines(text), start=1):
         if not line.strip():
             continue
         try:

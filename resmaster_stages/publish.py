@@ -6,13 +6,15 @@ Invariants:
 - Every key occurs at most once.
 - Only shards committed in every stage and not known to be damaged are published; the card says how many are still missing.
 - Equal commits give equal files: no time or host is in them.
-- Memory grows by 8 bytes per sample and by the index, which is one JSON file.
+- Rows, records and the index go to disk as they come. What grows is 8 bytes per sample, and per shard the names that listings
+  give (docs/scale.md has numbers).
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from resmaster_stages.config import DatasetConfig, Stage
 from resmaster_stages.errors import ShardError
@@ -61,26 +62,27 @@ def write_manifest(dataset: Dataset, config: DatasetConfig | None = None) -> Pub
     plan = read_plan(dataset.folder)
     hashes = stage_hashes(config)
     damaged = {shard for stage, own_hash in hashes.items() for shard in marked_shards(dataset.folder, stage, own_hash)}
-    shard_list: list[dict[str, Any]] = []
     failures: dict[Stage, int] = dict.fromkeys(hashes, 0)
     sizes: set[tuple[int, int]] = set()
-    prints: list[NDArray[np.uint64]] = []
+    prints = array("Q")
     tars = frozenset(name for stage in ("low_res", "high_res") for name in dataset.folder.names(stage))
-    complete = flagged = 0
+    complete = flagged = listed = total_bytes = 0
     chains = (
         (shard, chain)
         for shard, chain in read_chains(dataset.folder, hashes, plan.shards)
         if shard not in damaged and all(link.commit for link in chain.links.values())
     )
     with scratch_folder() as scratch:
-        local = scratch / layout.MANIFEST
-        with TableWriter(local, MANIFEST_SCHEMA) as table:
+        local, local_index = scratch / layout.MANIFEST, scratch / layout.INDEX
+        with TableWriter(local, MANIFEST_SCHEMA) as table, local_index.open("w", encoding="utf-8") as index:
+            head = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": config.name}
+            index.write(json.dumps(head)[:-1] + ', "shardlist": [')
             while batch := list(itertools.islice(chains, CHUNK_SHARDS)):
                 tables = _quality_tables(dataset, [chain for _, chain in batch])
                 for shard, chain in batch:
                     rows = list(_manifest_rows(dataset, plan, shard, chain, tables, tars))
                     table.write(rows)
-                    prints.append(np.array([int(row["key"][:16], 16) for row in rows], np.uint64))
+                    prints.extend(int(row["key"][:16], 16) for row in rows)
                     sizes.update((row["height"], row["width"]) for row in rows)
                     flagged += sum(bool(row["flags"]) for row in rows)
                     complete += 1
@@ -89,26 +91,30 @@ def write_manifest(dataset: Dataset, config: DatasetConfig | None = None) -> Pub
                     for receipt in chain.links["high_res"].receipts:
                         if receipt.samples_ok:  # an empty tar would only make readers stumble
                             tar = receipt.objects[0]
-                            shard_list.append({"url": tar.name, "nsamples": receipt.samples_ok, "filesize": tar.bytes})
+                            item = {"url": tar.name, "nsamples": receipt.samples_ok, "filesize": tar.bytes}
+                            index.write(",\n " * bool(listed) + json.dumps(item))
+                            listed += 1
+                            total_bytes += tar.bytes
+            index.write("]}\n")
         if (twice := _repeated(local, prints)) is not None:
             raise ShardError(f"{dataset.url}: sample {twice} occurs twice; restore the folder plan/ from a copy")
         published = Publication(table.rows, complete, plan.shards - complete, failures)
-        index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": config.name, "shardlist": shard_list}
-        total_bytes = sum(item["filesize"] for item in shard_list)
         card = dataset_card(config, plan, published, sorted(sizes), flagged, total_bytes)
         dataset.folder.upload(layout.MANIFEST, local)
-    dataset.folder.write(layout.INDEX, (json.dumps(index, indent=1) + "\n").encode())
+        dataset.folder.upload(layout.INDEX, local_index)
     dataset.folder.write(layout.CARD, card.encode())
     return published
 
 
-def _repeated(manifest: Path, prints: list[NDArray[np.uint64]]) -> str | None:
-    """A key that occurs twice in a manifest. `prints`: the first 64 bits of its keys, which is all that is held of them."""
-    values, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *prints]), return_counts=True)
-    suspects = set(values[counts > 1].tolist())
+def _repeated(manifest: Path, prints: array[int]) -> str | None:
+    """A key that occurs twice in a manifest. `prints`: the first 64 bits of its keys, all that is held of them; sorted in place."""
+    values = np.asarray(prints)
+    values.sort()
+    suspects = set(values[1:][values[1:] == values[:-1]].tolist())
     if not suspects:
         return None
-    keys = pq.read_table(manifest, columns=["key"])["key"].to_pylist()
+    batches = pq.ParquetFile(manifest).iter_batches(columns=["key"])
+    keys = (key for batch in batches for key in batch["key"].to_pylist())
     seen = Counter(key for key in keys if int(key[:16], 16) in suspects)
     return next((key for key, count in seen.items() if count > 1), None)
 

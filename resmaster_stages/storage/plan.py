@@ -29,7 +29,7 @@ PART_ROWS = 50_000
 """Samples per plan file, rounded to whole shards."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SampleSpec:
     """A sample that is to be made: its key and what it is made from. `height` and `width` are low-res px."""
 
@@ -42,7 +42,7 @@ class SampleSpec:
     source: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlannedSample(SampleSpec):
     """A sample with its place: shard, and index through the whole dataset."""
 
@@ -191,15 +191,14 @@ def append_generation(
 ) -> bool:
     """Append `samples`, whose keys must be new, to `plan`. False if another planner was faster: read the plan again."""
     folder, number, attempt = plan.folder, len(plan.generations), new_attempt()
-    rows = [
-        {**asdict(sample), "shard": plan.shards + place // samples_per_shard, "index": plan.samples + place}
-        for place, sample in enumerate(samples)
-    ]
     shards_per_part = max(1, PART_ROWS // samples_per_shard)
     rows_per_part = shards_per_part * samples_per_shard
     parts: list[Part] = []
-    for start in range(0, len(rows), rows_per_part):
-        chunk = rows[start : start + rows_per_part]
+    for start in range(0, len(samples), rows_per_part):
+        chunk = [
+            {**asdict(sample), "shard": plan.shards + place // samples_per_shard, "index": plan.samples + place}
+            for place, sample in enumerate(samples[start : start + rows_per_part], start)
+        ]
         name = layout.plan_part(number, len(parts), attempt)
         stored = _store(folder, name, encode_table(chunk, PLAN_SCHEMA))
         first, last = chunk[0]["shard"], chunk[-1]["shard"]
@@ -212,7 +211,7 @@ def append_generation(
         number=number,
         first_shard=plan.shards,
         first_index=plan.samples,
-        samples=len(rows),
+        samples=len(samples),
         samples_per_shard=samples_per_shard,
         parts=tuple(parts),
         rejected=refused,

@@ -20,6 +20,8 @@ from resmaster_stages.config import Stage
 from resmaster_stages.errors import ShardError
 
 ROW_GROUP_ROWS = 65_536
+PACKED_ROWS = 2_048
+"""Rows that `TableWriter` holds as Python objects, some kilobytes each, before it packs them."""
 
 
 def _schema(table: str, fields: list[tuple[str, pa.DataType, bool]]) -> pa.Schema:
@@ -195,6 +197,7 @@ class TableWriter:
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._schema = schema
+        self._rows: list[dict[str, Any]] = []
         self._pending: list[pa.Table] = []
         self.rows = 0
         self._file = pq.ParquetWriter(path, schema, compression="zstd")
@@ -203,9 +206,15 @@ class TableWriter:
         return self
 
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Add rows. Raises ValueError as `encode_table` does."""
-        self._pending.append(table_of(rows, self._schema))
+        """Add rows. Raises ValueError as `encode_table` does, for these rows or earlier ones."""
+        self._rows += rows
         self.rows += len(rows)
+        if len(self._rows) >= PACKED_ROWS:
+            self._pack()
+
+    def _pack(self) -> None:
+        self._pending.append(table_of(self._rows, self._schema))
+        self._rows = []
         if sum(map(len, self._pending)) >= ROW_GROUP_ROWS:
             self._flush(last=False)
 
@@ -218,7 +227,8 @@ class TableWriter:
 
     def __exit__(self, *exc_info: object) -> None:
         try:
-            if self._pending and exc_info[0] is None:
+            if self.rows and exc_info[0] is None:
+                self._pack()
                 self._flush(last=True)
         finally:
             self._file.close()

@@ -108,6 +108,7 @@ def test_a_table_written_in_pieces_is_the_table_written_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int]
 ) -> None:
     monkeypatch.setattr(tables, "ROW_GROUP_ROWS", 4)
+    monkeypatch.setattr(tables, "PACKED_ROWS", 3)
     rows = [{"source": f"{number}", "text": "t", "reason": "r"} for number in range(sum(sizes))]
     path = tmp_path / "t.parquet"
     left = list(rows)
@@ -115,6 +116,8 @@ def test_a_table_written_in_pieces_is_the_table_written_at_once(
         for size in sizes:
             writer.write(left[:size])
             del left[:size]
+            assert len(writer._rows) < 3, "rows do not stay Python objects"
+            assert sum(map(len, writer._pending)) < 4, "full row groups go to disk"
     assert writer.rows == len(rows)
     assert decode_table(path, REJECTED_SCHEMA, "t").to_pylist() == rows
     groups = [pq.ParquetFile(path).metadata.row_group(i).num_rows for i in range(pq.ParquetFile(path).num_row_groups)]
