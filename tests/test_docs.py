@@ -63,7 +63,7 @@ NOT_RUN = {
     },
     "scale.md": {
         "python -m benchmarks.scale --shards 100,1000": "takes minutes; tests/test_scale.py runs it on less",
-        'python -m benchmarks.scale --shards 100,1000,10000 --steps "plan,plan again,fill,look,preview,status,manifest"': "takes "
+        'python -m benchmarks.scale --shards 100,1000,10000 --steps "plan,fill,look,status,manifest,verify,gc"': "takes "
         "minutes; tests/test_scale.py runs it on less",
         "make soak MINUTES=10": "tests/test_soak.py runs it for seconds",
     },
