@@ -218,7 +218,7 @@ def test_every_command_of_the_page_is_run_somewhere() -> None:
     }.items():
         assert re.search(rf"^{target}:.*\n\t.*{re.escape(recipe)}", makefile, flags=re.MULTILINE), target
     done = subprocess.run(
-        ["make", "-n", "-o", "install", "deploy", "POOL=kubernetes", "GPUS=8"],
+        ["make", "--no-print-directory", "-n", "-o", "install", "deploy", "POOL=kubernetes", "GPUS=8"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip().endswith("-m flows.deploy --pool kubernetes --gpus 8")
