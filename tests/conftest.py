@@ -1,5 +1,6 @@
 """Settings of every test, made before any library reads them, and the S3 server that tests share."""
 
+import logging
 import os
 import sys
 import uuid
@@ -13,6 +14,11 @@ os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
 from tests.s3_server import S3Server, serving, weed
+
+
+def pytest_unconfigure() -> None:
+    """The list of failed tests is the last thing printed: Prefect logs to the end of the process, into closed streams."""
+    logging.disable()
 
 
 @pytest.fixture(scope="session")
