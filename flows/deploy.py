@@ -15,11 +15,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import yaml
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
+from prefect.client.schemas.objects import DeploymentSchedule
 from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
@@ -93,6 +96,22 @@ def deploy_flows(kind: str) -> list[str]:
     return [entry["entrypoint"] for entry in wanted]
 
 
+async def schedules_of(client: PrefectClient, kind: str) -> dict[tuple[UUID, str | None], DeploymentSchedule]:
+    """(deployment, slug) -> schedule, of all deployments for a kind of pool."""
+    named = DeploymentFilter(name=DeploymentFilterName(any_=[kind]))
+    found = await client.read_deployments(deployment_filter=named, limit=200)
+    return {(each.id, schedule.slug): schedule for each in found for schedule in each.schedules}
+
+
+async def keep_switched(
+    client: PrefectClient, kind: str, before: Mapping[tuple[UUID, str | None], DeploymentSchedule]
+) -> None:
+    """Resume or pause again the schedules that somebody had resumed or paused: a deploy sets them as the file ships them."""
+    for place, schedule in (await schedules_of(client, kind)).items():
+        if place in before and schedule.active != before[place].active:
+            await client.update_deployment_schedule(place[0], schedule.id, active=before[place].active)
+
+
 async def notification_block(client: PrefectClient) -> None:
     """Make or update the block that notifications go through, if the environment names where to."""
     url = os.environ.get(NOTIFY_URL)
@@ -148,7 +167,9 @@ async def deploy(kind: str, gpus: int | None) -> None:
         if (error := await client.api_healthcheck()) is not None:
             raise ResMasterError(f"{api}: no answer ({error}); check PREFECT_API_URL, or start a server: make up")
         pool = await make_pool(client, kind, gpus)
+        schedules = await schedules_of(client, kind)
         entrypoints = await asyncio.to_thread(deploy_flows, kind)
+        await keep_switched(client, kind, schedules)
         await notification_block(client)
         left_out = await make_automations(client, kind)
     print(f"{api}: work pool {pool}; {len(entrypoints)} deployments named {kind}; automations")

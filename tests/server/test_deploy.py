@@ -7,9 +7,11 @@ import inspect
 import subprocess
 import sys
 from typing import Any
+from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import DeploymentSchedule
 from prefect.exceptions import PrefectHTTPStatusError
 
 from flows import build, deploy
@@ -58,14 +60,31 @@ def snapshot(stack: Stack) -> dict[str, Any]:
     return {**kept, "schedules": schedules}
 
 
+def nightly(stack: Stack) -> tuple[UUID, DeploymentSchedule]:
+    """The deployment that has a schedule, and the schedule that it ships with."""
+    with stack.client() as client:
+        build = client.read_deployment_by_name("build-dataset/process")
+    (schedule,) = [each for each in build.schedules if each.slug == "nightly"]
+    return build.id, schedule
+
+
 def test_deploying_twice_is_deploying_once(deployed: Stack) -> None:
+    """What an operator switched stays switched."""
     first = snapshot(deployed)
+    build, schedule = nightly(deployed)
+    assert not schedule.active, "shipped, and paused"
+    with deployed.client() as client:
+        client.update_deployment_schedule(build, schedule.id, active=True)
     command = [sys.executable, "-m", "flows.deploy", "--pool", "process"]
     done = subprocess.run(command, cwd=ROOT, env=deployed.environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "5 deployments named process" in done.stdout
     assert "left out: resmaster-failure-rate" in done.stdout
     assert snapshot(deployed) == first
+    _, again = nightly(deployed)
+    assert again.active
+    with deployed.client() as client:
+        client.update_deployment_schedule(build, again.id, active=False)
 
     priorities = {queue["name"]: queue["priority"] for queue in first["queues"]}
     assert priorities["gpu-repair"] < priorities["gpu"] < priorities["builds"]
