@@ -1,11 +1,11 @@
-"""The benchmark of the methods runs, and its numbers are those of the work."""
+"""The benchmarks of the methods run, and their numbers are those of the work."""
 
 import sys
 from collections.abc import Callable
 
 import pytest
 
-from benchmarks.methods import main
+from benchmarks import methods, peers
 from resmaster_stages.config import METHODS
 
 Run = Callable[..., list[dict[str, str]]]
@@ -15,7 +15,7 @@ Run = Callable[..., list[dict[str, str]]]
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs it with some options: the rows of the table that it prints, by heading."""
 
-    def rows(*words: str) -> list[dict[str, str]]:
+    def rows(*words: str, main: Callable[[list[str]], None] = methods.main) -> list[dict[str, str]]:
         main(list(words))
         lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
         assert set(lines[1]) <= {"---", "---:"}
@@ -41,9 +41,18 @@ def test_picturebook_side_by_side(run: Run) -> None:
 @pytest.mark.slow
 def test_an_sdxl_of_random_weights_and_counted_operations(run: Run) -> None:
     """The part for GPUs, on a CPU: the same code with SDXL's channels divided by 20."""
-    methods = "direct,resmaster,scalecrafter,freescale"
-    rows = run("--model", "sdxl", "--shrink", "16", "--methods", methods, "--scales", "2", "--steps", "2", "--flops")
-    assert [row["method"] for row in rows] == methods.split(",")
+    some = "direct,resmaster,scalecrafter,freescale"
+    rows = run("--model", "sdxl", "--shrink", "16", "--methods", some, "--scales", "2", "--steps", "2", "--flops")
+    assert [row["method"] for row in rows] == some.split(",")
     assert rows[0]["native rows, 2x"] == "16"  # 2 steps x 2 branches x 4
     assert rows[1]["native rows, 2x"] == "36"
     assert all(row["Tflop/s, 2x"] for row in rows)
+
+
+@pytest.mark.slow
+def test_the_peer_draws_the_same_picture_with_more_calls(run: Run) -> None:
+    rows = run("--shrink", "16", "--scale", "2", "--steps", "2", "--rounds", "1", main=peers.main)
+    assert [row["UNet calls"] for row in rows] == ["2", "18", "2"]
+    assert all(int(row["greatest difference of a pixel"]) <= 1 for row in rows)
+    assert rows[0]["ratio"] == "1.00"
+    assert all(float(row["ratio"]) > 0 for row in rows)
