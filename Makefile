@@ -34,11 +34,12 @@ POOL ?= process
 deploy: install
 	$(BIN)/python -m flows.deploy --pool $(POOL) $(if $(GPUS),--gpus $(GPUS))
 
+# In two processes, for much of the time is spent waiting for servers and other programs.
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 # Builds that are killed, stopped and failed at random for MINUTES, on a folder and on S3; each must end as if undisturbed.
 MINUTES ?= 10

@@ -16,6 +16,13 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 from tests.s3_server import S3Server, serving, weed
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several test processes, a file's tests stay together, and those of the one Prefect server do."""
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group("server" if file.startswith("tests/server/") else file))
+
+
 def pytest_unconfigure() -> None:
     """The list of failed tests is the last thing printed: Prefect logs to the end of the process, into closed streams."""
     logging.disable()
