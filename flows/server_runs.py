@@ -18,6 +18,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment as own_deployment
 from prefect.runtime import flow_run as own_run
+from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import get_current_settings
 from prefect.states import Cancelled, Cancelling, Crashed
 
@@ -31,6 +32,8 @@ FLOW = "process-shards"
 REPAIR_QUEUE = "gpu-repair"
 """Work queue of repairs: workers empty it before that of builds."""
 
+TEMPORARY_SERVER_STARTS = 3
+
 PAGE = 200
 """Runs per answer of the server."""
 BULK = 50
@@ -42,11 +45,40 @@ def on_workers(config: DispatchConfig) -> bool:
     return config.where == "workers" or (config.where == "auto" and get_current_settings().api.url is not None)
 
 
+def start_temporary_server() -> None:
+    """Start the server that Prefect would start by itself at the first flow run, with more patience.
+
+    Prefect (3.8) gives up if the first answer takes 5 s, as on a busy machine. The next server finds a database that is made
+    already. Raises ConnectionError, and UserError where Prefect's settings allow no temporary server.
+    """
+    if not get_current_settings().server.ephemeral.enabled:
+        raise UserError(
+            "no Prefect server is configured, and Prefect's settings allow no temporary one: set PREFECT_API_URL (make up "
+            "starts a server), or PREFECT_SERVER_ALLOW_EPHEMERAL_MODE=true"
+        )
+    for _ in range(TEMPORARY_SERVER_STARTS):
+        server = SubprocessASGIServer()
+        try:
+            server.start()
+        except httpx.TimeoutException:
+            server.stop()
+        else:
+            return
+    raise ConnectionError(
+        f"a temporary Prefect server did not answer, {TEMPORARY_SERVER_STARTS} times; try again when this machine is less "
+        "busy, or start one that stays: make up"
+    )
+
+
 @contextmanager
 def server_within_reach() -> Iterator[None]:
-    """Within the block, a server that is configured but does not answer is a UserError, or later a ConnectionError."""
+    """Within the block there is a server: a temporary one, or the configured one.
+
+    One that is configured but does not answer is a UserError, or later a ConnectionError.
+    """
     api = get_current_settings().api.url
     if api is None:
+        start_temporary_server()
         yield
         return
     if (error := get_client(sync_client=True).api_healthcheck()) is not None:

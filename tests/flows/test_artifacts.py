@@ -1,4 +1,4 @@
-"""What the Prefect UI gets to show of a build, on a real (ephemeral) server, with stand-in stages."""
+"""What the Prefect UI gets to show of a build, on a real server, with stand-in stages."""
 
 import base64
 import io
@@ -20,9 +20,11 @@ from prefect.client.schemas.filters import (
 )
 
 from flows.artifacts import Publisher, Shown
-from tests.flows.test_build import Stages, build_dataset, config_for, server, stages
+from tests.flows.test_build import Stages, build_dataset, config_for, stages
 
-__all__ = ["server", "stages"]  # fixtures
+__all__ = ["stages"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures("server")
 
 
 def test_the_pages_of_a_build(stages: Stages, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The flows, on a real (ephemeral) Prefect server, with stand-in stages: order, retries, repair, failing shards, S3."""
+"""The flows, on a real Prefect server, with stand-in stages: order, retries, repair, failing shards, S3."""
 
 import hashlib
 import json
@@ -13,7 +13,6 @@ import pytest
 import webdataset as wds
 import yaml
 from prefect.settings import get_current_settings
-from prefect.testing.utilities import prefect_test_harness
 
 from flows import build
 from flows.build import BuildResult
@@ -32,11 +31,7 @@ from tasks.stages import STAGE_TASKS
 from tests.fake_stages import FAKES, config_at
 from tests.s3_server import S3Server
 
-
-@pytest.fixture(scope="module", autouse=True)
-def server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
+pytestmark = pytest.mark.usefixtures("server")
 
 
 class Stages:

@@ -2,12 +2,11 @@
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.testing.utilities import prefect_test_harness
 
 from flows.build import repair
 from flows.cli import main
@@ -50,12 +49,6 @@ def counter() -> Callable[[], tuple[int, int]]:
         return os.getpid(), load_models.cache_info().misses
 
     return loads
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
 
 
 @pytest.fixture(autouse=True)

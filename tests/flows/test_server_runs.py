@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import pytest
 import yaml
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_settings
 
 from flows.cli import main
 from flows.server_runs import on_workers, server_within_reach
@@ -49,14 +51,57 @@ def test_work_goes_to_workers_where_a_server_is_configured() -> None:
     with temporary_settings(restore_defaults={PREFECT_API_URL}):
         assert not on_workers(DispatchConfig())
         assert on_workers(DispatchConfig(where="workers"))
-        with server_within_reach():
-            pass  # nothing to reach
 
 
-def test_errors_of_the_work_itself_pass() -> None:
+class Temporary:
+    """Stands in for Prefect's temporary server: answers slowly at its first `slow` starts."""
+
+    slow = 0
+    events: ClassVar[list[str]] = []
+
+    def start(self) -> None:
+        self.events.append("start")
+        if self.events.count("start") <= self.slow:
+            raise httpx.ReadTimeout("timed out")
+
+    def stop(self) -> None:
+        self.events.append("stop")
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Temporary]]:
+    monkeypatch.setattr("flows.server_runs.SubprocessASGIServer", Temporary)
+    monkeypatch.setattr(Temporary, "events", [])
+    with temporary_settings({PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True}, restore_defaults={PREFECT_API_URL}):
+        yield Temporary
+
+
+def test_a_temporary_server_that_answers_slowly_is_started_again(
+    temporary: type[Temporary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(temporary, "slow", 2)
+    with server_within_reach():
+        assert temporary.events == ["start", "stop"] * 2 + ["start"]
+    monkeypatch.setattr(temporary, "slow", 9)
     with (
-        temporary_settings(restore_defaults={PREFECT_API_URL}),
-        pytest.raises(UserError, match="own"),
+        pytest.raises(ConnectionError, match="3 times; try again when this machine is less busy"),
         server_within_reach(),
     ):
+        pass
+    assert temporary.events[-1] == "stop"
+
+
+def test_errors_of_the_work_itself_pass(temporary: type[Temporary]) -> None:
+    with pytest.raises(UserError, match="own"), server_within_reach():
         raise UserError("own")
+    assert temporary.events == ["start"]
+
+
+def test_a_temporary_server_is_not_started_against_the_settings(temporary: type[Temporary]) -> None:
+    with (
+        temporary_settings({PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: False}),
+        pytest.raises(UserError, match="set PREFECT_API_URL"),
+        server_within_reach(),
+    ):
+        pass
+    assert temporary.events == []
