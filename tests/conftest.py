@@ -16,6 +16,7 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 from tests.s3_server import S3Server, serving, weed
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several test processes, a file's tests stay together, and those of the one Prefect server do."""
     for item in items:
