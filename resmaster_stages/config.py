@@ -335,8 +335,9 @@ class FreeScaleConfig(Part):
     alpha: float = Field(default=2.0, ge=0)
     """Decay of the pull towards the enlarged picture: the lower, the closer. The authors: 2, at 8x 1."""
     alpha_elsewhere: float | None = Field(default=None, ge=0)
-    """With a detail mask (`resmaster upscale --detail-mask`, or `upscale_image(detail=...)`): the decay where the mask is black,
-    and `alpha` where it is white. The authors: alpha 3, elsewhere 0.5."""
+    """With a detail mask (column `detail_mask` of the prompts, `a.detail_mask.png` beside your image `a.png`, or `resmaster upscale
+    --detail-mask`): the decay where the mask is black, and `alpha` where it is white; samples without a mask have `alpha`
+    everywhere. The authors: alpha 3, elsewhere 0.5."""
     dilate_until: float = Field(default=0.7, ge=0, le=1)
     """Fraction of the steps with dilated convolutions."""
     fusion: bool = True
@@ -592,6 +593,14 @@ class UpscaleConfig(Part):
         """Whether the result depends on the base model."""
         return self.method in DIFFUSION_METHODS
 
+    def require_detail_mask(self, what: str) -> None:
+        """Raises ConfigError, saying `what` brings a detail mask, unless the result depends on it."""
+        if self.method != "freescale" or self.freescale.alpha_elsewhere is None:
+            raise ConfigError(
+                f"{what} a detail mask, which only method freescale reads, with upscale.freescale.alpha_elsewhere: set both "
+                "(upscale: {method: freescale, freescale: {alpha: 3, alpha_elsewhere: 0.5}}), or leave the mask out"
+            )
+
     def uses_captions(self) -> bool:
         """Whether the result depends on the captions stage."""
         return self.method in ("resmaster", "c_upscale") and self.text_prompt.enabled
@@ -660,7 +669,8 @@ class DatasetConfig(Part):
     root: str = Operational("out")
     """A folder or an fsspec URL such as `s3://bucket/prefix`."""
     prompts: str | None = Operational(None)
-    """File of prompts: .txt (one per line), .csv, .jsonl or .parquet; relative to the configuration file."""
+    """File of prompts: .txt (one per line), .csv, .jsonl or .parquet; relative to the configuration file. Columns: `prompt`, and if
+    you like `negative_prompt` and `detail_mask` (an image file in the same folder; see `upscale.freescale.alpha_elsewhere`)."""
     images: str | None = Operational(None)
     """Your own low-res images instead of generated ones: a folder, or WebDataset shards (.tar, or a folder of them)."""
     limit: int | None = Operational(None, ge=1)

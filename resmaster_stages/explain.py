@@ -20,6 +20,7 @@ from resmaster_stages.disclosure import without_credentials
 from resmaster_stages.errors import ShardError, UserError
 from resmaster_stages.identity import sample_seed
 from resmaster_stages.lineage import stage_hashes
+from resmaster_stages.low_res import picture_key
 from resmaster_stages.models.identity import weights_of
 from resmaster_stages.storage import layout
 from resmaster_stages.storage.commit import Receipt
@@ -142,7 +143,7 @@ def explain(dataset: Dataset, prefix: str) -> Explanation:
         config=dataset.folder.url_of(current_config(dataset.folder)),
         base_seed=config.seed,
         seeds={
-            stage: sample_seed(sample.key, config.seed, stage)
+            stage: sample_seed(picture_key(sample) if stage == "low_res" else sample.key, config.seed, stage)
             for stage in ("low_res", "high_res")
             if stage == "high_res" or not config.images
         },

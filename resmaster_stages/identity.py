@@ -48,6 +48,11 @@ def image_key(data: bytes, prompt: str, replica: int = 0) -> str:
     return _key("image", data, normalise_prompt(prompt), replica)
 
 
+def masked_key(key: str, mask: bytes) -> str:
+    """Sample key (24 hex digits) of a sample that would have `key` without the detail mask in the image file `mask`."""
+    return _key("detail_mask", key, mask)
+
+
 def sample_seed(key: str, base_seed: int, stage: str, row: int = -1, col: int = -1) -> int:
     """Seed (63 bits) of one random draw: the sample, the dataset's base seed, the stage, and the patch (or -1, -1)."""
     data = hashlib.blake2b(f"{key}/{base_seed}/{stage}/{row}/{col}".encode(), digest_size=8).digest()

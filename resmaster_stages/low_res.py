@@ -5,7 +5,8 @@ Knows nothing about storage beyond reading one image by its source. Torch is imp
 Invariants:
 - Exactly one Output per sample, in order; what goes wrong with one sample is its Output's error.
 - Pictures are generated in fixed slots of `batch_size`: a failing sample keeps its place, so its neighbours' bytes stay.
-- Low-res pictures are stored without loss.
+- Low-res pictures are stored without loss, and beside them the sample's detail mask if it has one.
+- A prompt's picture does not depend on its mask: it is what the mask is drawn for.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from PIL import Image
 
 from resmaster_stages.config import STAGE_VERSIONS, DatasetConfig, UpscaleConfig
 from resmaster_stages.errors import ConfigError, SampleError
-from resmaster_stages.identity import canonical_json, image_key, sample_seed
+from resmaster_stages.identity import canonical_json, image_key, masked_key, prompt_key, sample_seed
 from resmaster_stages.pictures import encode_picture
 
 if TYPE_CHECKING:
     from resmaster_stages.models.loading import Models
     from resmaster_stages.storage.dataset import Output, Sample
+    from resmaster_stages.storage.plan import PlannedSample
 
 
 def check_size(height: int, width: int, latent_factor: int) -> None:
@@ -83,8 +85,41 @@ def generate(
             yield result if ok else SampleError("the prompt is not valid Unicode text; remove the lone surrogates")
 
 
-def _files(config: DatasetConfig, sample: Sample, picture: Image.Image, facts: dict[str, Any]) -> dict[str, bytes]:
-    """The sample's files by extension, in the order of the tar's members."""
+def picture_key(sample: Sample | PlannedSample) -> str:
+    """The key that decides a prompt's picture: the sample's own as it would be without a detail mask."""
+    if sample.source is None:
+        return sample.key
+    return prompt_key(sample.prompt, sample.negative_prompt, sample.height, sample.width, sample.replica)
+
+
+def _check_unchanged(sample: Sample, key: str, mask: bytes) -> None:
+    """Raises SampleError unless a sample of `key` has, with its `mask`, the key that it was planned with."""
+    if masked_key(key, mask) != sample.key:
+        raise SampleError(f"{sample.source}: changed since it was planned; run the same command again to plan it anew")
+
+
+def _mask_of_prompt(sample: Sample) -> bytes | None:
+    from resmaster_stages.storage.masks import read_mask
+
+    if sample.source is None:
+        return None
+    mask = read_mask(sample.source)
+    _check_unchanged(sample, picture_key(sample), mask)
+    return mask
+
+
+def _files(
+    config: DatasetConfig, sample: Sample, picture: Image.Image, facts: dict[str, Any], mask: bytes | None
+) -> dict[str, bytes]:
+    """The sample's files by extension, in the order of the tar's members. mask: the user's image file."""
+    from resmaster_stages.storage.images import MASK_EXTENSION, decode_image
+
+    beside = {}
+    if mask is not None:
+        grey = decode_image(mask, f"the detail mask of {sample.source}").convert("L")
+        beside = {MASK_EXTENSION: encode_picture(grey, "png")}
+        source = {"source_sha256": hashlib.sha256(mask).hexdigest()}
+        facts = {**facts, "detail_mask": {"width": grey.width, "height": grey.height, **source}}
     facts = {
         "key": sample.key,
         "prompt": sample.prompt,
@@ -97,23 +132,34 @@ def _files(config: DatasetConfig, sample: Sample, picture: Image.Image, facts: d
         config.image_format: encode_picture(picture, config.image_format),
         "json": canonical_json(facts).encode(),
         "txt": sample.prompt.encode(),
+        **beside,
     }
 
 
 def _from_image(config: DatasetConfig, sample: Sample) -> Output:
     from resmaster_stages.storage.dataset import Output
     from resmaster_stages.storage.images import decode_image, read_image
+    from resmaster_stages.storage.masks import read_mask_beside
 
     assert sample.source is not None
     try:
         data = read_image(sample.source)
-        if image_key(data, sample.prompt, sample.replica) != sample.key:
-            raise SampleError(
-                f"{sample.source}: changed since it was planned; run the same command again to plan it anew"
-            )
+        key = image_key(data, sample.prompt, sample.replica)
+        mask = None
+        if key != sample.key:
+            try:
+                mask = read_mask_beside(sample.source)
+            except SampleError as error:
+                if not isinstance(error.__cause__, (FileNotFoundError, KeyError)):
+                    raise
+                raise SampleError(
+                    f"{sample.source}: changed since it was planned, or its detail mask is gone; run the same command again "
+                    "to plan it anew"
+                ) from error
+            _check_unchanged(sample, key, mask)
         picture = decode_image(data, sample.source)
         facts = {"negative_prompt": sample.negative_prompt, "source_sha256": hashlib.sha256(data).hexdigest()}
-        return Output(key=sample.key, files=_files(config, sample, picture, facts))
+        return Output(key=sample.key, files=_files(config, sample, picture, facts, mask))
     except SampleError as error:
         return Output(key=sample.key, error=error)
 
@@ -127,7 +173,7 @@ def _from_prompts(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[
     models = load_models(config.model)
     low_res = config.low_res
     negative_prompts = [sample.negative_prompt or low_res.negative_prompt for sample in samples]
-    seeds = [sample_seed(sample.key, config.seed, "low_res") for sample in samples]
+    seeds = [sample_seed(picture_key(sample), config.seed, "low_res") for sample in samples]
     results: dict[int, Image.Image | SampleError] = {}
     for size in dict.fromkeys((sample.height, sample.width) for sample in samples):
         places = [i for i, sample in enumerate(samples) if (sample.height, sample.width) == size]
@@ -155,7 +201,8 @@ def _from_prompts(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[
             "low_res": low_res.identity(),
         }
         try:
-            yield Output(key=sample.key, files=_files(config, sample, result, facts))
+            mask = _mask_of_prompt(sample)
+            yield Output(key=sample.key, files=_files(config, sample, result, facts, mask))
         except SampleError as error:
             yield Output(key=sample.key, error=error)
 

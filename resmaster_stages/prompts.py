@@ -1,6 +1,7 @@
 """Stage 1: prompts, or the user's own images, become an immutable plan of samples.
 
-Reads .txt (one prompt per line), .csv, .jsonl and .parquet (column `prompt`, optional `negative_prompt`), and images.
+Reads .txt (one prompt per line), .csv, .jsonl and .parquet (column `prompt`, optional `negative_prompt` and `detail_mask`), and
+images with what lies beside them.
 Knows nothing about what is made of them.
 
 Invariants:
@@ -26,10 +27,11 @@ import pyarrow.parquet as pq
 from resmaster_stages.config import DatasetConfig
 from resmaster_stages.disclosure import one_line, without_credentials
 from resmaster_stages.errors import PlanError, SampleError, UserError
-from resmaster_stages.identity import image_key, normalise_prompt, prompt_key
+from resmaster_stages.identity import image_key, masked_key, normalise_prompt, prompt_key
 from resmaster_stages.storage.dataset import RACES, Dataset
 from resmaster_stages.storage.filesystem import explained
 from resmaster_stages.storage.images import find_images, image_size
+from resmaster_stages.storage.masks import BATCH_ROWS, COLUMN, check_mask, forget_tables, mask_of_row
 from resmaster_stages.storage.plan import Plan, Rejected, SampleSpec, append_generation, find_plan
 
 MAX_PROMPT_CHARACTERS = 2000
@@ -47,6 +49,9 @@ class RawPrompt:
     source: str
     prompt: Any
     negative_prompt: Any = None
+    detail_mask: Any = None
+    row: int = 0
+    """Line, or row of a table; from 1."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ def ingest(dataset: Dataset, config: DatasetConfig) -> Plan:
 def draft_samples(config: DatasetConfig) -> Draft:
     """The samples that `config` asks for, from its prompts or images; writes nothing.
 
-    Raises UserError for a source that cannot be read, PlanError if it gives no usable sample.
+    Raises UserError for a source that cannot be read, PlanError if it gives no usable sample, ConfigError if it gives detail masks
+    that the configuration does not read.
     """
     rejected: list[Rejected] = []
     if config.images:
@@ -125,10 +131,17 @@ def _specs_of_prompts(config: DatasetConfig, rejected: list[Rejected]) -> Iterat
             rejected.append(_rejection(raw.source, raw.prompt, reason))
             continue
         prompt, negative = normalise_prompt(raw.prompt), normalise_prompt(negative)
-        yield [
-            SampleSpec(prompt_key(prompt, negative, height, width, replica), prompt, negative, height, width, replica)
-            for replica in range(config.replicas)
-        ]
+        keys = [prompt_key(prompt, negative, height, width, replica) for replica in range(config.replicas)]
+        source = None
+        if raw.detail_mask not in (None, ""):
+            config.upscale.require_detail_mask(f"{raw.source}: gives")
+            try:
+                source, mask = mask_of_row(str(config.prompts), raw.detail_mask, raw.row)
+            except SampleError as error:
+                rejected.append(_rejection(raw.source, raw.prompt, f"its detail mask: {error}"))
+                continue
+            keys = [masked_key(key, mask) for key in keys]
+        yield [SampleSpec(key, prompt, negative, height, width, replica, source) for replica, key in enumerate(keys)]
 
 
 def _specs_of_images(config: DatasetConfig, rejected: list[Rejected]) -> Iterator[list[SampleSpec]]:
@@ -147,10 +160,16 @@ def _specs_of_images(config: DatasetConfig, rejected: list[Rejected]) -> Iterato
             rejected.append(_rejection(image.source, "", str(error).removeprefix(f"{image.source}: ")))
             continue
         prompt = normalise_prompt(image.prompt)
-        yield [
-            SampleSpec(image_key(image.data, prompt, replica), prompt, "", height, width, replica, image.source)
-            for replica in range(config.replicas)
-        ]
+        keys = [image_key(image.data, prompt, replica) for replica in range(config.replicas)]
+        if image.mask is not None:
+            config.upscale.require_detail_mask(f"{image.source}: has beside it")
+            try:
+                check_mask(image.mask)
+            except SampleError as error:
+                rejected.append(_rejection(image.source, image.prompt, f"its detail mask: {error}"))
+                continue
+            keys = [masked_key(key, image.mask) for key in keys]
+        yield [SampleSpec(key, prompt, "", height, width, replica, image.source) for replica, key in enumerate(keys)]
 
 
 def _base_size(config: DatasetConfig) -> tuple[int, int]:
@@ -252,7 +271,10 @@ def _from_csv(text: str, place: str) -> Iterator[RawPrompt]:
             if row.get(""):
                 message = "more cells than columns; put prompts that hold commas in double quotes"
                 raise UserError(f"{place}: line {reader.line_num}: {message}")
-            yield RawPrompt(f"{place}:{reader.line_num}", row["prompt"] or "", row.get("negative_prompt"))
+            number = reader.line_num
+            yield RawPrompt(
+                f"{place}:{number}", row["prompt"] or "", row.get("negative_prompt"), row.get(COLUMN), number
+            )
     except csv.Error as error:
         raise UserError(f"{place}: line {reader.reader.line_num}: not valid CSV ({error})") from None
 
@@ -269,7 +291,7 @@ def _from_jsonl(text: str, place: str) -> Iterator[RawPrompt]:
             raise UserError(f"{place}: line {number}: {message} ({reason})") from None
         if not isinstance(row, dict) or "prompt" not in row:
             raise UserError(f'{place}: line {number}: no "prompt"; each line is one object such as {{"prompt": "..."}}')
-        yield RawPrompt(f"{place}:{number}", row["prompt"], row.get("negative_prompt"))
+        yield RawPrompt(f"{place}:{number}", row["prompt"], row.get("negative_prompt"), row.get(COLUMN), number)
 
 
 def _from_parquet(data: bytes, place: str) -> Iterator[RawPrompt]:
@@ -277,12 +299,16 @@ def _from_parquet(data: bytes, place: str) -> Iterator[RawPrompt]:
         file = pq.ParquetFile(io.BytesIO(data))
         names = file.schema_arrow.names
         _check_columns(names, place)
-        columns = [name for name in ("prompt", "negative_prompt") if name in names]
+        columns = [name for name in ("prompt", "negative_prompt", COLUMN) if name in names]
+        forget_tables()
+        size = BATCH_ROWS if COLUMN in names else PARQUET_BATCH_ROWS
         number = 0
-        for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=columns):  # a few kilobytes may unfold to any size
+        for batch in file.iter_batches(size, columns=columns):  # a few kilobytes may unfold to any size
             for row in batch.to_pylist():
                 number += 1
-                yield RawPrompt(f"{place}: row {number}", row["prompt"], row.get("negative_prompt"))
+                yield RawPrompt(
+                    f"{place}: row {number}", row["prompt"], row.get("negative_prompt"), row.get(COLUMN), number
+                )
     except (pa.ArrowException, OSError) as error:
         first_line = str(error).split("\n", 1)[0]
         raise UserError(f"{place}: not a readable Parquet file ({first_line}); write it again") from None

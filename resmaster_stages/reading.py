@@ -23,6 +23,7 @@ from resmaster_stages.storage import layout
 from resmaster_stages.storage.arrays import decode_arrays
 from resmaster_stages.storage.commit import Receipt, StoredObject
 from resmaster_stages.storage.dataset import Dataset, Picture, Sample
+from resmaster_stages.storage.images import MASK_EXTENSION
 from resmaster_stages.storage.plan import Plan, PlannedSample
 from resmaster_stages.storage.shards import Entry, read_index, read_member
 from resmaster_stages.storage.tables import STAGE_SCHEMAS, decode_table
@@ -67,6 +68,7 @@ class ShardSamples(Sequence[Sample]):
             replica=planned.replica,
             source=planned.source,
             low_res=self._picture("low_res", planned.key),
+            detail_mask=self._detail_mask(planned.key),
             captions=tuple(self.rows("captions", planned.key)),
             high_res=self._picture("high_res", planned.key),
         )
@@ -90,6 +92,13 @@ class ShardSamples(Sequence[Sample]):
         extension, member = entry.image
         meta = json.loads(read_member(file, entry.members["json"]))
         return Picture(read_member(file, member), extension, meta)
+
+    def _detail_mask(self, key: str) -> Picture | None:
+        if "low_res" not in self._tars:
+            return None
+        file, entry = self._tars["low_res"][key]
+        member = entry.members.get(MASK_EXTENSION)
+        return Picture(read_member(file, member), "png", {"key": member.name}) if member else None
 
 
 @contextmanager

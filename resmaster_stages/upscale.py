@@ -60,10 +60,12 @@ def upscale_image(
     every view `prompt`. detail: for method freescale, a mask of any size: where it is white, `alpha` holds, where it is black
     `alpha_elsewhere`. progress: hears (steps done, steps in all), of each pass.
 
-    Raises ConfigError (wrong number of captions, image prompts without an IP-Adapter, a scheduler that does not fit, too
-    little memory) and SampleError (the model produced nothing that can be seen).
+    Raises ConfigError (wrong number of captions, a mask that is not read, image prompts without an IP-Adapter, a scheduler that
+    does not fit, too little memory) and SampleError (the model produced nothing that can be seen).
     """
     config = config or UpscaleConfig()
+    if detail is not None:
+        config.require_detail_mask("there is")
     if not config.uses_diffusion():
         return enlarge_image(image, config, models.device, models.dtype, progress)
     negative_prompt = config.negative_prompt if negative_prompt is None else negative_prompt
@@ -97,10 +99,6 @@ def _one_pass(
     from resmaster_stages.methods.render import render
     from resmaster_stages.methods.request import Reference, Request
 
-    if detail is not None and (config.method != "freescale" or config.freescale.alpha_elsewhere is None):
-        raise ConfigError(
-            "a detail mask is given, which only method freescale reads, with upscale.freescale.alpha_elsewhere; set both"
-        )
     grid = view_grid(height, width, models.native_px, config.stride, models.latent_factor)
     if captions is not None and len(captions) != len(grid):
         raise ConfigError(
@@ -194,6 +192,7 @@ def _diffused(config: DatasetConfig, sample: Sample, image: Image.Image) -> tupl
         negative_prompt=negative_prompt,
         captions=captions,
         caption=partial(caption_views, config, sample.prompt),
+        detail=sample.detail_mask.open() if sample.detail_mask else None,
         seed=seed,
         progress=reporter().step,
     )
@@ -221,6 +220,8 @@ def _make(config: DatasetConfig, sample: Sample) -> dict[str, bytes]:
     if sample.low_res is None:
         raise SampleError("there is no low-res picture of this sample; run the low_res stage again (resmaster repair)")
     image, upscale = sample.low_res.open(), config.upscale
+    if sample.detail_mask:
+        upscale.require_detail_mask(f"sample {sample.key} has")
     made = _diffused(config, sample, image) if upscale.uses_diffusion() else _super_resolved(config, image)
     picture, facts = made
     facts = {
@@ -238,6 +239,8 @@ def _make(config: DatasetConfig, sample: Sample) -> dict[str, bytes]:
         "stage_version": STAGE_VERSIONS["high_res"],
         **facts,
     }
+    if sample.detail_mask:
+        facts["detail_mask"] = {"sha256": hashlib.sha256(sample.detail_mask.data).hexdigest()}
     return {
         config.image_format: encode_picture(picture, config.image_format, config.webp_quality),
         "json": canonical_json(facts).encode(),

@@ -73,8 +73,11 @@ class Sample:
     """Low-res width in px."""
     replica: int
     source: str | None = None
-    """Where a user's image came from (`storage.images.read_image` reads it); None for prompts."""
+    """Where a user's image came from (`storage.images.read_image` reads it); of a prompt, its detail mask
+    (`storage.masks.read_mask`), None where it has none."""
     low_res: Picture | None = None
+    detail_mask: Picture | None = None
+    """Kept with the low-res picture; None where there is none."""
     captions: tuple[dict[str, Any], ...] = ()
     """Rows of the captions table, by (row, col)."""
     high_res: Picture | None = None

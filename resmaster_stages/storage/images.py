@@ -31,6 +31,8 @@ from resmaster_stages.storage.shards import BAD_TAR, members
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
 """What is decoded. Pillow knows dozens of formats more, one of which (EPS) starts another program."""
+MASK_EXTENSION = "detail_mask.png"
+"""Of the detail mask beside an image, in a folder or a tar."""
 MAX_FILE_BYTES = 256 * 2**20
 """Larger image files are turned down unread: at 3 bytes per pixel it is Pillow's limit of pixels, uncompressed."""
 MAX_TEXT_BYTES = 2**20
@@ -40,7 +42,7 @@ _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap the sides
 
 @dataclass(frozen=True)
 class FoundImage:
-    """An image of the user's: where it is, its file content, and the prompt beside it ("" if there is none).
+    """An image of the user's: where it is, its file content, and prompt and detail mask beside it ("" and None if there are none).
 
     Where `problem` says why it cannot be used, the rest is empty.
     """
@@ -48,6 +50,7 @@ class FoundImage:
     source: str
     data: bytes = b""
     prompt: Any = ""
+    mask: bytes | None = None
     problem: str = ""
 
 
@@ -93,7 +96,7 @@ def find_images(url: str) -> Iterator[FoundImage]:
     """The images of a folder (with all its sub-folders), of the tars in it, or of one tar, sorted by name.
 
     Prompts: beside `a.png` the text file `a.txt`; in a tar the members `.txt`, or `prompt`, `caption` or `text` of the
-    `.json`. Hidden files are left out. Raises PlanError if there is nothing.
+    `.json`. Detail masks: `a.detail_mask.png`. Hidden files are left out. Raises PlanError if there is nothing.
     """
     place = open_root(url) if not url.endswith(".tar") else None
     if place is None:
@@ -107,25 +110,38 @@ def find_images(url: str) -> Iterator[FoundImage]:
     names = sorted(sizes)
     visible = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
     texts = {name for name in visible if name.lower().endswith(".txt")}
+    masks = {mask for name in visible if name.lower().endswith(SUFFIXES) and (mask := mask_beside(name)) in sizes}
     found = False
     for name in visible:
+        if name in masks:
+            continue
         lower = name.lower()
         if lower.endswith(SUFFIXES):
             found = True
-            source, sidecar = place.url_of(name), name.rsplit(".", 1)[0] + ".txt"
-            problem = _unfit(name, sizes[name], MAX_FILE_BYTES)
+            if lower.endswith(f".{MASK_EXTENSION}"):
+                yield FoundImage(place.url_of(name), problem="a detail mask without its picture")
+                continue
+            source, sidecar, mask = place.url_of(name), name.rsplit(".", 1)[0] + ".txt", mask_beside(name)
+            problem = unfit(name, sizes[name], MAX_FILE_BYTES)
             if not problem and sidecar in texts:
-                problem = _unfit(sidecar, sizes[sidecar], MAX_TEXT_BYTES) or _leads_out(place, sidecar)
+                problem = unfit(sidecar, sizes[sidecar], MAX_TEXT_BYTES) or leads_out(place, sidecar)
+            if not problem and mask in masks:
+                problem = unfit(mask, sizes[mask], MAX_FILE_BYTES) or leads_out(place, mask)
             if problem:
                 yield FoundImage(source, problem=problem)
                 continue
             prompt = _text(place.read(sidecar)) if sidecar in texts else ""
-            yield FoundImage(source, place.read(name), prompt)
+            yield FoundImage(source, place.read(name), prompt, place.read(mask) if mask in masks else None)
         elif lower.endswith(".tar"):
             found = True
             yield from _images_in_tar(place.url_of(name))
     if not found:
         raise PlanError(f"{url}: no images ({', '.join(SUFFIXES)}) or .tar files in it")
+
+
+def mask_beside(image: str) -> str:
+    """The name or source of an image's detail mask, from that of the image."""
+    return f"{image.rsplit('.', 1)[0]}.{MASK_EXTENSION}"
 
 
 def read_image(source: str) -> bytes:
@@ -152,7 +168,7 @@ def _read(url: str) -> bytes:
         return data
 
 
-def _unfit(name: str, size: int, limit: int) -> str:
+def unfit(name: str, size: int, limit: int) -> str:
     """Why a file cannot be used, from its name and size in bytes alone; "" if it can."""
     if printable(name) != name:
         return "its name holds control characters or is not UTF-8"
@@ -161,11 +177,11 @@ def _unfit(name: str, size: int, limit: int) -> str:
     return ""
 
 
-def _leads_out(place: Folder, name: str) -> str:
-    """Why a local text cannot be read: it is a link to somewhere outside of the folder. "" if it is not."""
-    if not place.local or Path(place.full(name)).resolve().is_relative_to(Path(place.path).resolve()):
+def leads_out(place: Folder, name: str) -> str:
+    """Why a local file cannot be read: it is a link to somewhere outside of the folder. "" if it is not."""
+    if not place.local or Path(place.full(name)).resolve().is_relative_to(Path(place.path or "/").resolve()):
         return ""
-    return f"{name.rsplit('/', 1)[-1]} is a link that leads out of the folder; put the text itself there"
+    return f"{name.rsplit('/', 1)[-1]} is a link that leads out of the folder; put the file itself there"
 
 
 @dataclass(frozen=True)
@@ -180,7 +196,7 @@ class _Place:
 def _place_of(info: tarfile.TarInfo) -> _Place | None:
     """Where a member lies; None for what is no file and does not pretend to be an image."""
     lower = info.name.lower()
-    problem = _unfit(info.name, info.size, MAX_FILE_BYTES if lower.endswith(SUFFIXES) else MAX_TEXT_BYTES)
+    problem = unfit(info.name, info.size, MAX_FILE_BYTES if lower.endswith(SUFFIXES) else MAX_TEXT_BYTES)
     if not info.isreg() or info.issparse():
         if not lower.endswith(SUFFIXES):
             return None
@@ -226,7 +242,9 @@ def _images_in_tar(url: str) -> Iterator[FoundImage]:
             for name in (name for extension, name in files.items() if f".{extension}" in SUFFIXES):
                 found = True
                 beside = files.get("txt") or files.get("json")
+                mask = mask_beside(name)
                 problem = index[name].problem or (index[beside].problem if beside else "")
+                problem = problem or (index[mask].problem if mask in index else "")
                 if problem:
                     yield FoundImage(f"{url}#{name}", problem=problem)
                     continue
@@ -235,7 +253,7 @@ def _images_in_tar(url: str) -> Iterator[FoundImage]:
                     prompt = _text(content(files["txt"]))
                 elif "json" in files:
                     prompt = _prompt_of_json(content(files["json"]))
-                yield FoundImage(f"{url}#{name}", content(name), prompt)
+                yield FoundImage(f"{url}#{name}", content(name), prompt, content(mask) if mask in index else None)
     if not found:
         raise PlanError(f"{url}: no images ({', '.join(SUFFIXES)}) in it")
 

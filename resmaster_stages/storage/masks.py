@@ -1,0 +1,130 @@
+"""Detail masks of the user's: image files in a column of a prompts file, or beside the user's own images.
+
+Knows nothing about what a mask does. All content is untrusted, as that of images:
+- A name leads to files below the prompts file's own folder only: no other path, no URL, no link out of it.
+- A mask is decoded as images are, and never published as it came, but encoded anew.
+
+A source is a path or URL of an image file, `{tar}#{member}`, or `{Parquet file}#{row}` (from 1) for one inside a table.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import io
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from resmaster_stages.errors import SampleError
+from resmaster_stages.storage.filesystem import Folder, explained, open_root
+from resmaster_stages.storage.images import (
+    FORMATS,
+    MAX_FILE_BYTES,
+    SUFFIXES,
+    image_size,
+    leads_out,
+    mask_beside,
+    read_image,
+    unfit,
+)
+
+COLUMN = "detail_mask"
+"""The column of a prompts file that names a mask, or (Parquet) holds its file."""
+NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+BATCH_ROWS = 64
+"""Rows of a Parquet file that are unfolded at a time where it holds masks."""
+
+
+def mask_of_row(prompts: str, value: Any, row: int) -> tuple[str, bytes]:
+    """(source, file content) of the mask that `value` gives in row `row` (from 1) of the prompts file `prompts`.
+
+    Raises SampleError, in a few words, if there is no usable mask.
+    """
+    folder, slash, base = prompts.rpartition("/")
+    place = open_root(folder + slash or ".")
+    if isinstance(value, bytes):
+        if len(value) > MAX_FILE_BYTES:
+            raise SampleError(f"has {len(value):,} bytes, more than {MAX_FILE_BYTES:,}")
+        source, data = f"{place.url_of(base)}#{row}", value
+    else:
+        source, data = _named(place, value)
+    check_mask(data)
+    return source, data
+
+
+def _named(place: Folder, name: Any) -> tuple[str, bytes]:
+    """(source, file content) of the file `name` below `place`. Raises SampleError."""
+    if not isinstance(name, str):
+        raise SampleError("not the name of a file")
+    if "://" in name or name.startswith("/") or ".." in name.split("/"):
+        raise SampleError("leads out of the prompts file's folder; put the mask there and name it relative to it")
+    if not name.lower().endswith(SUFFIXES):
+        raise SampleError(f"unknown kind of image; known: {', '.join(SUFFIXES)}")
+    with explained(place.url_of(name)):
+        try:
+            problem = unfit(name, 0, MAX_FILE_BYTES) or leads_out(place, name)
+            if not problem and place.local and Path(place.full(name)).is_dir():
+                raise IsADirectoryError(name)
+            problem = problem or unfit(name, int(place.fs.size(place.full(name)) or 0), MAX_FILE_BYTES)
+            if problem:
+                raise SampleError(problem)
+            return place.url_of(name), place.read(name)
+        except OSError as error:
+            if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP) and not isinstance(error, NO_FILE):
+                raise
+            raise SampleError(f"no such file; names are relative to the prompts file's folder, {place.url}") from None
+
+
+def check_mask(data: bytes) -> None:
+    """Raises SampleError, from its header alone, unless an image file can be a mask."""
+    image_size(data, "the mask")
+    if Image.open(io.BytesIO(data), formats=FORMATS).mode.startswith(
+        "I"
+    ):  # Pillow would clip all but the darkest levels to white
+        raise SampleError("has 16 bits per pixel; save it with 8")
+
+
+def read_mask(source: str) -> bytes:
+    """The image file that `mask_of_row` found at `source`. Raises SampleError if it is gone or cannot be read."""
+    url, _, row = source.rpartition("#")
+    if not row.isdecimal():
+        return read_image(source)
+    try:
+        return _in_table(url, int(row))
+    except (OSError, pa.ArrowException, LookupError) as error:
+        raise SampleError(f"{source}: the mask is gone or cannot be read ({error})") from error
+
+
+def read_mask_beside(source: str) -> bytes:
+    """The mask beside the user's image at `source`. Raises SampleError if there is none that can be read."""
+    return read_image(mask_beside(source))
+
+
+def _in_table(url: str, row: int) -> bytes:
+    with fsspec.open(url, "rb") as file:
+        metadata = pq.read_metadata(file)
+    first = 1
+    for group in range(metadata.num_row_groups):
+        rows = metadata.row_group(group).num_rows
+        if row < first + rows:
+            value = _masks(url, group)[row - first].as_py()
+            return value if isinstance(value, bytes) else b""
+        first += rows
+    raise IndexError(f"it has {first - 1} rows")
+
+
+@functools.lru_cache(maxsize=1)
+def _masks(url: str, group: int) -> pa.ChunkedArray:
+    """The masks of a row group, which stay packed: the same one many times is held once."""
+    with fsspec.open(url, "rb") as file:
+        return pq.ParquetFile(file, read_dictionary=[COLUMN]).read_row_group(group, columns=[COLUMN])[COLUMN]
+
+
+def forget_tables() -> None:
+    """Read tables anew: they may have changed since they were last planned."""
+    _masks.cache_clear()
