@@ -73,6 +73,8 @@ def upscale_file(args: argparse.Namespace, console: Console) -> None:
     source, target = Path(args.input), Path(args.output)
     check_output(target)
     config = settings(args)
+    if args.detail_mask:
+        config.upscale.require_detail_mask("--detail-mask gives")
     image = open_input(source)
     detail = open_input(Path(args.detail_mask)) if args.detail_mask else None
 

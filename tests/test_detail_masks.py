@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from flows.cli import main
 from resmaster_stages import low_res, upscale
 from resmaster_stages.config import DatasetConfig, Stage, Weights, parse_config
 from resmaster_stages.diffusion.cost import UnetCost
@@ -377,3 +378,16 @@ def test_masks_beside_images_are_not_read_through_links_that_lead_out(tmp_path: 
     (found,) = images.find_images(str(folder))
     assert "a.detail_mask.png is a link that leads out of the folder" in found.problem
     assert found.mask is None
+
+
+def test_a_mask_that_the_method_does_not_read_is_refused_by_upscale_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    words = ["upscale", str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--detail-mask", str(tmp_path / "a.png")]
+    for method in ("super_resolution", "resmaster"):
+        assert main([*words, "--method", method]) == 2
+        assert capsys.readouterr().err.startswith(
+            "resmaster: --detail-mask gives a detail mask, which only method freescale"
+        )
+    assert not (tmp_path / "b.png").exists()
