@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,10 @@ from resmaster_stages.storage.damage import is_marked, unmark
 from resmaster_stages.storage.dataset import Dataset, Output
 from resmaster_stages.storage.filesystem import explained, sha256_of
 from resmaster_stages.storage.ledger import encode_failures, first_errors
-from resmaster_stages.storage.plan import read_plan
+from resmaster_stages.storage.plan import Plan, read_plan
 from resmaster_stages.storage.shards import ShardWriter, spell_image, validate
 from resmaster_stages.storage.tables import STAGE_SCHEMAS, decode_table, encode_table
-from resmaster_stages.supplements import Chain, read_chain
+from resmaster_stages.supplements import Chain, Link, read_chain
 from resmaster_stages.verify import is_whole, ledger_is_whole
 
 MODULES: dict[Stage, str] = {
@@ -100,9 +101,11 @@ def run_stage(
     receipts = []
     if chain.links[stage].commit is None:
         lost = {key for before in chain.before(stage)[-1:] for key in chain.lost(before)}
-        planned = read_plan(dataset.folder).read(shard)
+        planned = work.plan.read(shard)
         receipts.append(_make(work, chain, [sample.key for sample in planned if sample.key not in lost], supplement=0))
-        chain = read_chain(dataset.folder, hashes, shard, stage)
+        chain = Chain({**chain.links, stage: Link(receipts[-1])})
+        if chain.todo(stage):  # another worker may have done it
+            chain = read_chain(dataset.folder, hashes, shard, stage)
     link = chain.links[stage]
     if link.commit and chain.todo(stage):
         receipts.append(_make(work, chain, chain.due(stage), supplement=len(link.supplements) + 1))
@@ -121,6 +124,11 @@ class _Work:
     hashes: dict[Stage, str]
     process: Process | None
     provenance: dict[str, Any]
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Generations never change: one reading is enough."""
+        return read_plan(self.dataset.folder)
 
 
 @dataclass(frozen=True)
@@ -147,7 +155,7 @@ def _computed(work: _Work, chain: Chain, keys: Collection[str], supplement: int,
     own_hash, upstream = work.hashes[stage], upstream_of(config, stage)
     with (
         scratch_folder() as scratch,
-        chosen_samples(dataset, read_plan(dataset.folder).read(shard), keys, chain, shard, upstream) as samples,
+        chosen_samples(dataset, work.plan.read(shard), keys, chain, shard, upstream) as samples,
     ):
         reporter().shard_started(stage, shard, len(samples))
         started = time.monotonic()
@@ -200,7 +208,7 @@ def _make(work: _Work, chain: Chain, keys: Collection[str], supplement: int) -> 
                 stage_hash=own_hash,
                 shard=shard,
                 attempt=attempt,
-                generation=read_plan(dataset.folder).generation_of(shard).number,
+                generation=work.plan.generation_of(shard).number,
                 samples_ok=len(made.good),
                 samples_failed=len(made.failures),
                 failed_keys=tuple(key for key, _ in made.failures),
@@ -230,7 +238,7 @@ def _mend(work: _Work, chain: Chain, receipt: Receipt) -> None:
     if not broken and not ledger_lost:
         return
     lost = {key for before in chain.before(stage)[-1:] for key in chain.lost(before)}
-    planned = {sample.key for sample in read_plan(folder).read(shard)}
+    planned = {sample.key for sample in work.plan.read(shard)}
     failed = set(receipt.failed_keys)
     keys = set(receipt.keys) if receipt.supplement else planned - lost - failed
     if ledger_lost:  # only then does it matter how the others failed

@@ -106,29 +106,29 @@ class Chain:
 
 def read_chain(folder: Folder, hashes: Mapping[Stage, str], shard: int, last: Stage) -> Chain:
     """One shard's commits, from the first stage to `last`. Raises ShardError if a record is damaged."""
-    stages = list(hashes)[: list(hashes).index(last) + 1]
-    first = [
-        name
-        for stage in stages
-        for name in (
-            layout.commit(stage, hashes[stage], shard, 1),
-            layout.retry_request(stage, hashes[stage], shard, 1),
-        )
-    ]
-    extras = folder.read_many(first)  # one round trip: mostly there are none
     links: dict[Stage, Link] = {}
-    for stage in stages:
-        own_hash = hashes[stage]
-        supplements: list[Receipt] = []
-        if layout.commit(stage, own_hash, shard, 1) in extras:
-            while found := read_commit(folder, stage, own_hash, shard, len(supplements) + 1):
-                supplements.append(found)
-        requests = 0
-        if layout.retry_request(stage, own_hash, shard, 1) in extras:
-            while folder.exists(layout.retry_request(stage, own_hash, shard, requests + 1)):
-                requests += 1
-        links[stage] = Link(read_commit(folder, stage, own_hash, shard), tuple(supplements), requests)
+    lost: set[str] = set()
+    for stage in list(hashes)[: list(hashes).index(last) + 1]:
+        receipt = read_commit(folder, stage, hashes[stage], shard)
+        lost.update(receipt.failed_keys if receipt else ())
+        # Supplements and requests are about samples that were lost: where none was, there are none.
+        links[stage] = _mended(folder, stage, hashes[stage], receipt) if receipt and lost else Link(receipt)
     return Chain(links)
+
+
+def _mended(folder: Folder, stage: Stage, own_hash: str, receipt: Receipt) -> Link:
+    """A commit with its supplements and requests."""
+    supplement, request = (name(stage, own_hash, receipt.shard, 1) for name in (layout.commit, layout.retry_request))
+    extras = folder.read_many([supplement, request])  # one round trip: mostly there are none
+    supplements: list[Receipt] = []
+    if supplement in extras:
+        while found := read_commit(folder, stage, own_hash, receipt.shard, len(supplements) + 1):
+            supplements.append(found)
+    requests = 0
+    if request in extras:
+        while folder.exists(layout.retry_request(stage, own_hash, receipt.shard, requests + 1)):
+            requests += 1
+    return Link(receipt, tuple(supplements), requests)
 
 
 @dataclass(frozen=True)

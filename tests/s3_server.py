@@ -114,11 +114,13 @@ def serving(folder: Path) -> Iterator[S3Server]:
 
 
 def _make_bucket(server: S3Server, process: subprocess.Popen[bytes]) -> bool:
-    """Wait until the server answers, and make the bucket. False if it ended."""
+    """Wait until the server answers, and make the bucket, if the folder does not have it from an earlier server. False if it ended."""
     deadline = time.monotonic() + 60
     while process.poll() is None:
         try:
             server.filesystem().call_s3("create_bucket", Bucket=server.bucket)
+            return True
+        except FileExistsError:
             return True
         except Exception:  # each client library has its own way to say "not yet"
             if time.monotonic() > deadline:

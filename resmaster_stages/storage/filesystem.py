@@ -15,6 +15,7 @@ import errno
 import hashlib
 import io
 import os
+import stat
 import threading
 import time
 import uuid
@@ -120,14 +121,15 @@ class Folder:
         """Whether fsspec's memory store holds it: all who open a file there share one read position, so it is read whole instead."""
         return isinstance(self.fs, MemoryFileSystem)
 
-    def _protocols(self) -> tuple[str, ...]:
+    @property
+    def _on_s3(self) -> bool:
         protocol = self.fs.protocol
-        return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+        return "s3" in ((protocol,) if isinstance(protocol, str) else protocol)
 
     @property
     def _whole(self) -> dict[str, Any]:
         """Options by which a file is read in one request. s3fs would ask for its size first, and list if there is none."""
-        return {"max_concurrency": 1} if "s3" in self._protocols() else {}
+        return {"max_concurrency": 1} if self._on_s3 else {}
 
     @property
     def url(self) -> str:
@@ -203,7 +205,10 @@ class Folder:
         """Sorted names (relative to this folder) of what lies directly in `folder`; empty if it does not exist."""
         with explained(self.url_of(folder)):
             try:
-                found = self.fs.ls(self.full(folder), detail=False, refresh=True)
+                if self._on_s3:
+                    found = [path for path, _ in self._listed(folder, "/")]
+                else:
+                    found = self.fs.ls(self.full(folder), detail=False, refresh=True)
             except TypeError:
                 found = self.fs.ls(self.full(folder), detail=False)
             except FileNotFoundError:
@@ -212,25 +217,45 @@ class Folder:
         paths = {str(path).rstrip("/") for path in found} - {self.full(folder)}  # some stores list the folder itself
         return sorted(prefix + path.rsplit("/", 1)[-1] for path in paths)
 
-    def files(self, folder: str = "") -> list[Listed]:
-        """Every file below a sub-folder ("": this one), however deep, sorted by name; hidden ones too."""
+    def files(self, folder: str = "") -> Iterator[Listed]:
+        """Every file below a sub-folder ("": this one), however deep; hidden ones too. On a disk and on S3 few are held at a time."""
+        if self._on_s3:
+            found = self._listed(folder)
+        elif self.local:
+            found = _walk(self.full(folder))
+        else:
+            found = self.fs.find(self.full(folder), detail=True).items()
         start = self.full(folder)
         with explained(self.url_of(folder)):
-            found: dict[str, dict[str, Any]] = self.fs.find(start, detail=True)
-        listed = []
-        for path, facts in found.items():
-            # some stores list folders among the files
-            if path.startswith(f"{start}/") and not path.endswith("/") and facts.get("type", "file") == "file":
-                moment = next((facts[name] for name in _MODIFIED if facts.get(name) is not None), None)
-                if isinstance(moment, (int, float)):
-                    moment = datetime.fromtimestamp(moment, UTC)
-                moment = moment or self.fs.modified(path)
-                listed.append(Listed(path[len(self.path) + 1 :], int(facts["size"]), moment.astimezone(UTC)))
-        return sorted(listed, key=lambda file: file.name)
+            for path, facts in found:
+                # some stores list folders among the files
+                if path.startswith(f"{start}/") and not path.endswith("/") and facts.get("type", "file") == "file":
+                    moment = next((facts[name] for name in _MODIFIED if facts.get(name) is not None), None)
+                    if isinstance(moment, (int, float)):
+                        moment = datetime.fromtimestamp(moment, UTC)
+                    moment = moment or self.fs.modified(path)
+                    yield Listed(path[len(self.path) + 1 :], int(facts["size"]), moment.astimezone(UTC))
+
+    def _listed(self, folder: str, delimiter: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+        """(path, facts) of all below `folder` on S3, or with the delimiter "/" of what lies directly in it: a page at a time.
+
+        s3fs would hold a kilobyte for each, and list the folder around it too if there is none.
+        """
+        bucket, _, prefix = self.full(folder).partition("/")
+        asked = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "Delimiter": delimiter, **self.fs.req_kw}
+        while True:
+            page = self.fs.call_s3("list_objects_v2", **asked)
+            for each in page.get("CommonPrefixes", []):
+                yield f"{bucket}/{each['Prefix']}".rstrip("/"), {"type": "directory"}
+            for each in page.get("Contents", []):
+                yield f"{bucket}/{each['Key']}", {"size": each["Size"], "LastModified": each["LastModified"]}
+            if not page.get("IsTruncated"):
+                return
+            asked["ContinuationToken"] = page["NextContinuationToken"]
 
     def unfinished_uploads(self) -> list[tuple[Listed, str]]:
         """(what it would have become, upload id) of uploads in parts below this folder that nobody has ended; S3 only."""
-        if "s3" not in self._protocols():
+        if not self._on_s3:
             return []
         bucket, _, prefix = self.path.partition("/")
         found: list[tuple[Listed, str]] = []
@@ -293,7 +318,7 @@ class Folder:
                 with _temporary(path, source) as temporary:
                     os.replace(temporary, path)
                 _sync_folder(path)
-            elif "s3" in self._protocols():
+            elif self._on_s3:
                 size = max(PART_BYTES, -(-source.stat().st_size // PARTS))
                 self.fs.put_file(str(source), path, chunksize=size)
             else:
@@ -327,6 +352,19 @@ class Folder:
                 self.fs.rm(self.full(folder), recursive=True)
             except FileNotFoundError:
                 return
+
+
+def _walk(start: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(path, facts) of every regular file below a folder on this machine's disk."""
+    for place, _, names in os.walk(start):
+        for name in names:
+            path = os.path.join(place, name)
+            try:
+                facts = os.lstat(path)
+            except FileNotFoundError:  # gone since the folder was listed
+                continue
+            if stat.S_ISREG(facts.st_mode):
+                yield path, {"size": facts.st_size, "mtime": facts.st_mtime}
 
 
 def open_root(url: str) -> Folder:

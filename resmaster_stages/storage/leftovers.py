@@ -5,11 +5,12 @@ Invariants:
 - Never removed: what any commit or plan record names, of whichever configuration; records, configurations, ledgers; the cache of
   a shard that is not committed yet.
 - The listing is made before the records are read, so what is committed meanwhile is named; what is still being uploaded is young.
+- Of what is no leftover, 12 bytes a file are remembered, not names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
@@ -18,6 +19,7 @@ from resmaster_stages.config import Stage
 from resmaster_stages.errors import UserError
 from resmaster_stages.storage import layout
 from resmaster_stages.storage.commit import all_commits, committed_shards
+from resmaster_stages.storage.digests import DigestSet, digest_of
 from resmaster_stages.storage.filesystem import Folder, Listed
 from resmaster_stages.storage.plan import find_plan
 
@@ -43,11 +45,30 @@ def find_leftovers(
     look like a leftover.
     """
     limit = (now or datetime.now(UTC)) - older_than
-    old = [file for file in folder.files() if file.modified < limit]
+    attempts, others = DigestSet(), list[Listed]()
+    for file in folder.files():
+        if file.modified < limit:
+            if layout.is_attempt(file.name):
+                attempts.add(digest_of(file.name))
+            elif _kind(file.name, ()):
+                others.append(file)
     uploads = [Leftover("unfinished upload", file, upload) for file, upload in folder.unfinished_uploads()]
-    named = _named(folder)
+    named = DigestSet()
+    for name in _named(folder):
+        if (digest := digest_of(name)) in attempts:
+            named.add(digest)
+    if len(named) < len(attempts):  # only their digests are held: their names take another look
+        others += [
+            file
+            for file in folder.files()
+            if layout.is_attempt(file.name) and (digest := digest_of(file.name)) in attempts and digest not in named
+        ]
     unfinished = _unfinished_caches(folder, hashes)
-    found = [Leftover(kind, file) for file in old if (kind := _kind(file.name, unfinished)) and file.name not in named]
+    found = [
+        Leftover(kind, file)
+        for file in sorted(others, key=lambda file: file.name)
+        if (kind := _kind(file.name, unfinished))
+    ]
     return found + [leftover for leftover in uploads if leftover.file.modified < limit]
 
 
@@ -74,29 +95,30 @@ def _kind(name: str, unfinished: Collection[str]) -> Kind | None:
     return None
 
 
-def _named(folder: Folder) -> set[str]:
-    named: set[str] = set()
+def _named(folder: Folder) -> Iterator[str]:
+    """What records name."""
     for generation in find_plan(folder).generations:
-        named |= {part.stored.name for part in generation.parts}
+        yield from (part.stored.name for part in generation.parts)
         if generation.rejected:
-            named.add(generation.rejected.name)
+            yield generation.rejected.name
     for name, receipt in all_commits(folder):
         if receipt is None:
             place = folder.url
             raise UserError(
                 f"{name} cannot be read; first run: resmaster verify {place}, then: resmaster repair {place}"
             )
-        named |= {stored.name for stored in receipt.objects}
-    return named
+        yield from (stored.name for stored in receipt.objects)
 
 
 def _unfinished_caches(folder: Folder, hashes: Mapping[Stage, str]) -> set[str]:
     """The caches that a run may still need: those of the current configuration whose shards are not committed."""
     names = {name.rsplit("/", 1)[-1].removesuffix(".json") for name in folder.names(layout.CACHE)}
-    finished = {
-        layout.spill_folder(stage, own_hash, shard).rsplit("/", 1)[-1]
-        for stage, own_hash in hashes.items()
-        for shard in committed_shards(folder, stage, own_hash)
-    }
     current = tuple(f"{stage}-{own_hash[:8]}-" for stage, own_hash in hashes.items())
-    return {name for name in names - finished if name.startswith(current)}
+    unfinished = {name for name in names if name.startswith(current)}
+    if unfinished:
+        for stage, own_hash in hashes.items():
+            unfinished.difference_update(
+                layout.spill_folder(stage, own_hash, shard).rsplit("/", 1)[-1]
+                for shard in committed_shards(folder, stage, own_hash)
+            )
+    return unfinished
