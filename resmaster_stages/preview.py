@@ -6,16 +6,19 @@ Everything that can be wrong with the input is found here: `plan` prints the ans
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from resmaster_stages.config import DatasetConfig, Stage
 from resmaster_stages.errors import ConfigError, UserError
 from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.models.geometry import latent_factor, native_px
-from resmaster_stages.prompts import draft_samples
+from resmaster_stages.prompts import DraftReader
 from resmaster_stages.storage.commit import committed_shards
 from resmaster_stages.storage.dataset import find_dataset
+from resmaster_stages.storage.digests import DigestSet
 from resmaster_stages.storage.filesystem import Folder, open_root
 from resmaster_stages.storage.plan import Plan, find_plan
 
@@ -115,12 +118,13 @@ def preview(config: DatasetConfig) -> Preview:
 
         inception_weights()
     dataset = find_dataset(config)
-    draft = draft_samples(config)
-    sizes = sorted(((s.height, s.width) for s in draft.samples), key=lambda each: each[0] * each[1])
     folder = root.sub(config.name)
     plan = find_plan(folder) if dataset else Plan(folder, ())
-    known = plan.keys()
-    new = sum(sample.key not in known for sample in draft.samples)
+    draft, known = DraftReader(config), DigestSet(map(bytes.fromhex, plan.keys()))
+    sizes, new = Counter[tuple[int, int]](), 0
+    for sample in draft:
+        sizes[sample.height, sample.width] += 1
+        new += bytes.fromhex(sample.key) not in known
     shards = plan.shards + -(-new // config.samples_per_shard)
 
     stages = []
@@ -138,6 +142,13 @@ def preview(config: DatasetConfig) -> Preview:
         duplicates=draft.duplicates,
         rejected=tuple(str(item) for item in draft.rejected),
         size=size,
-        typical_px=sizes[len(sizes) // 2],
+        typical_px=_middle(sizes),
         stages=tuple(stages),
     )
+
+
+def _middle(sizes: Counter[tuple[int, int]]) -> tuple[int, int]:
+    """(height, width) of the sample in the middle, by area, of as many of each size."""
+    ordered = sorted(sizes, key=lambda size: size[0] * size[1])
+    ends = accumulate(sizes[size] for size in ordered)
+    return next(size for size, end in zip(ordered, ends) if end > sizes.total() // 2)

@@ -15,9 +15,12 @@ import csv
 import io
 import json
 import logging
+import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any
 
 import fsspec
@@ -29,15 +32,20 @@ from resmaster_stages.disclosure import one_line, without_credentials
 from resmaster_stages.errors import PlanError, SampleError, UserError
 from resmaster_stages.identity import image_key, masked_key, normalise_prompt, prompt_key
 from resmaster_stages.storage.dataset import RACES, Dataset
+from resmaster_stages.storage.digests import DigestSet
 from resmaster_stages.storage.filesystem import explained
 from resmaster_stages.storage.images import find_images, image_size
 from resmaster_stages.storage.masks import BATCH_ROWS, COLUMN, check_mask, forget_tables, mask_of_row
-from resmaster_stages.storage.plan import Plan, Rejected, SampleSpec, append_generation, find_plan
+from resmaster_stages.storage.plan import GenerationWriter, Plan, Rejected, SampleSpec, find_plan
 
 MAX_PROMPT_CHARACTERS = 2000
 SHOWN_CHARACTERS = 80
 PARQUET_BATCH_ROWS = 10_000
+READ_BYTES = 1 << 20
 SUFFIXES = (".txt", ".csv", ".jsonl", ".parquet")
+
+_LONE_RETURN = re.compile(r"(?<=\r)(?!\n|\Z)")
+"""Where a line of CSV ends too."""
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +62,41 @@ class RawPrompt:
     """Line, or row of a table; from 1."""
 
 
+class DraftReader:
+    """The samples that a configuration asks for, each once and in order, as they are read. To be iterated once.
+
+    Of what was read, 12 bytes a sample are held. Raises UserError for a source that cannot be read, at latest where it cannot;
+    ConfigError if it gives detail masks that the configuration does not read; PlanError at the end if it gave no usable sample.
+    """
+
+    def __init__(self, config: DatasetConfig) -> None:
+        self.rejected: list[Rejected] = []
+        """What was turned down so far."""
+        self.duplicates = 0
+        """Inputs so far that were equal to an earlier one."""
+        self._config = config
+        if config.images:
+            self._specs = _specs_of_images(config, self.rejected)
+        elif config.prompts:
+            self._specs = _specs_of_prompts(config, self.rejected)
+        else:
+            raise PlanError("nothing to plan: give prompts or images in the configuration, or --prompts or --images")
+
+    def __iter__(self) -> Iterator[SampleSpec]:
+        config, seen, inputs = self._config, DigestSet(), 0
+        for replicas in self._specs:
+            if config.limit is not None and inputs >= config.limit:
+                break
+            fresh = [spec for spec in replicas if seen.add(bytes.fromhex(spec.key))]
+            inputs += bool(fresh)
+            self.duplicates += not fresh
+            yield from fresh
+        if not inputs:
+            first = f"; first: {self.rejected[0]}" if self.rejected else ""
+            source = str(config.images or config.prompts)
+            raise PlanError(f"{without_credentials(source)}: nothing usable in it{first}")
+
+
 @dataclass(frozen=True)
 class Draft:
     """What a configuration asks for: samples without duplicates, in order, and what was turned down."""
@@ -61,6 +104,13 @@ class Draft:
     samples: tuple[SampleSpec, ...]
     rejected: tuple[Rejected, ...]
     duplicates: int
+
+
+def draft_samples(config: DatasetConfig) -> Draft:
+    """All samples that `config` asks for, from its prompts or images; writes nothing. Raises as `DraftReader`."""
+    reader = DraftReader(config)
+    samples = tuple(reader)
+    return Draft(samples, tuple(reader.rejected), reader.duplicates)
 
 
 def ingest(dataset: Dataset, config: DatasetConfig) -> Plan:
@@ -71,52 +121,24 @@ def ingest(dataset: Dataset, config: DatasetConfig) -> Plan:
     plan = find_plan(dataset.folder)
     if plan.generations and not config.prompts and not config.images:
         return plan
-    draft = draft_samples(config)
     for _ in range(RACES):
-        known = plan.keys()
-        new = [sample for sample in draft.samples if sample.key not in known]
-        gone = len(known) - (len(draft.samples) - len(new))
-        if gone:
-            log.warning("%s: %d planned samples are no longer asked for; the plan keeps them", dataset.url, gone)
-        if not new:
-            return plan
-        won = append_generation(plan, new, config.samples_per_shard, draft.rejected, draft.duplicates)
+        draft, known, kept = DraftReader(config), DigestSet(map(bytes.fromhex, plan.keys())), 0
+        with GenerationWriter(plan, config.samples_per_shard) as writer:
+            for sample in draft:
+                if bytes.fromhex(sample.key) in known:
+                    kept += 1
+                else:
+                    writer.add(sample)
+            if gone := len(known) - kept:
+                log.warning("%s: %d planned samples are no longer asked for; the plan keeps them", dataset.url, gone)
+            if not writer.samples:
+                return plan
+            won = writer.commit(draft.rejected, draft.duplicates)
         plan = find_plan(dataset.folder)
         if won:
-            log.info("%s: planned %d new samples, %d rejected", dataset.url, len(new), len(draft.rejected))
+            log.info("%s: planned %d new samples, %d rejected", dataset.url, writer.samples, len(draft.rejected))
             return plan
     raise PlanError(f"{dataset.url}: other processes keep planning the same dataset; run one at a time")
-
-
-def draft_samples(config: DatasetConfig) -> Draft:
-    """The samples that `config` asks for, from its prompts or images; writes nothing.
-
-    Raises UserError for a source that cannot be read, PlanError if it gives no usable sample, ConfigError if it gives detail masks
-    that the configuration does not read.
-    """
-    rejected: list[Rejected] = []
-    if config.images:
-        specs = _specs_of_images(config, rejected)
-    elif config.prompts:
-        specs = _specs_of_prompts(config, rejected)
-    else:
-        raise PlanError("nothing to plan: give prompts or images in the configuration, or --prompts or --images")
-    source = config.images or config.prompts
-    unique: dict[str, SampleSpec] = {}
-    duplicates = inputs = 0
-    for replicas in specs:
-        if config.limit is not None and inputs >= config.limit:
-            break
-        fresh = [spec for spec in replicas if spec.key not in unique]
-        if not fresh:
-            duplicates += 1
-            continue
-        inputs += 1
-        unique |= {spec.key: spec for spec in fresh}
-    if not unique:
-        first = f"; first: {rejected[0]}" if rejected else ""
-        raise PlanError(f"{without_credentials(str(source))}: nothing usable in it{first}")
-    return Draft(tuple(unique.values()), tuple(rejected), duplicates)
 
 
 def _specs_of_prompts(config: DatasetConfig, rejected: list[Rejected]) -> Iterator[list[SampleSpec]]:
@@ -217,53 +239,58 @@ def read_prompts(path: str) -> Iterator[RawPrompt]:
     suffix = "." + path.rsplit(".", 1)[-1].lower() if "." in path.rsplit("/", 1)[-1] else ""
     if suffix not in SUFFIXES:
         raise UserError(f"{place}: unknown kind of prompts file; known: {', '.join(SUFFIXES)}")
-    try:
-        with explained(path), fsspec.open(path, "rb") as file:
-            data: bytes = file.read()
-    except FileNotFoundError:
-        raise UserError(f"{place}: no such prompts file; check the path") from None
-    except ValueError as error:
-        raise UserError(f"{place}: cannot be opened ({error}); give a path or an s3:// URL") from None
-    if not data.strip():
-        raise UserError(f"{place}: the prompts file is empty; write at least one prompt into it")
     if suffix == ".parquet":
-        return _from_parquet(data, place)
-    text = _decode(data, place)
-    if suffix == ".csv":
-        return _from_csv(text, place)
-    return _from_jsonl(text, place) if suffix == ".jsonl" else _from_text(text, place)
+        with _opened(path) as file:
+            return _from_parquet(file.read(), place)
+    lines = _lines(path)
+    for blank, line in enumerate(lines):
+        if line.strip():
+            whole = chain(repeat("\n", blank), [line], lines)
+            if suffix == ".csv":
+                return _from_csv(whole, place)
+            return _from_jsonl(whole, place) if suffix == ".jsonl" else _from_text(whole, place)
+    raise UserError(f"{place}: the prompts file is empty; write at least one prompt into it")
 
 
-def _decode(data: bytes, place: str) -> str:
-    """A prompts file as text. Raises UserError naming the first line that is not."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{place}: line {line}: not UTF-8 text; save the file as UTF-8") from None
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise UserError(f"{place}: line {line}: not a text file (it holds NUL bytes); save the prompts as UTF-8 text")
-    return text
+@contextmanager
+def _opened(path: str) -> Iterator[io.BufferedReader]:
+    """A prompts file, opened. Raises UserError if there is none or its place cannot be understood."""
+    place = without_credentials(path)
+    with explained(path), ExitStack() as stack:
+        try:
+            file = stack.enter_context(fsspec.open(path, "rb"))
+        except FileNotFoundError:
+            raise UserError(f"{place}: no such prompts file; check the path") from None
+        except ValueError as error:
+            raise UserError(f"{place}: cannot be opened ({error}); give a path or an s3:// URL") from None
+        yield io.BufferedReader(file, READ_BYTES)
 
 
-def _lines(text: str) -> Iterator[str]:
-    """The lines of a text with their ends. io.StringIO would hold 4 bytes for every character."""
-    start = 0
-    while start < len(text):
-        end = text.find("\n", start) + 1 or len(text)
-        yield text[start:end]
-        start = end
+def _lines(path: str) -> Iterator[str]:
+    """The lines of a text file with their ends, as they are read. Raises UserError naming the first line that is not text."""
+    place = without_credentials(path)
+    with _opened(path) as file:
+        for number, data in enumerate(file, start=1):
+            try:
+                line = data.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise UserError(f"{place}: line {number}: not UTF-8 text; save the file as UTF-8") from None
+            if "\0" in line:
+                raise UserError(
+                    f"{place}: line {number}: not a text file (it holds NUL bytes); save the prompts as UTF-8 text"
+                )
+            yield line
 
 
-def _from_text(text: str, place: str) -> Iterator[RawPrompt]:
-    for number, line in enumerate(_lines(text), start=1):
+def _from_text(lines: Iterable[str], place: str) -> Iterator[RawPrompt]:
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             yield RawPrompt(f"{place}:{number}", line.rstrip("\r\n"))
 
 
-def _from_csv(text: str, place: str) -> Iterator[RawPrompt]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, restkey="")
+def _from_csv(lines: Iterable[str], place: str) -> Iterator[RawPrompt]:
+    ends = (part for line in lines for part in _LONE_RETURN.split(line))
+    reader = csv.DictReader(ends, strict=True, restkey="")
     try:
         _check_columns([name.strip() for name in reader.fieldnames or []], place)
         reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
@@ -279,8 +306,8 @@ def _from_csv(text: str, place: str) -> Iterator[RawPrompt]:
         raise UserError(f"{place}: line {reader.reader.line_num}: not valid CSV ({error})") from None
 
 
-def _from_jsonl(text: str, place: str) -> Iterator[RawPrompt]:
-    for number, line in enumerate(_lines(text), start=1):
+def _from_jsonl(lines: Iterable[str], place: str) -> Iterator[RawPrompt]:
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

@@ -147,7 +147,7 @@ def commit(folder: Folder, receipt: Receipt, files: Sequence[tuple[str, Path]], 
         for name, path in files:
             folder.upload(name, path)
     except Exception:
-        _discard(folder, own)
+        discard(folder, own)
         raise
     place = (receipt.stage, receipt.stage_hash, receipt.shard, receipt.supplement)
     name = layout.commit(*place)
@@ -159,7 +159,7 @@ def commit(folder: Folder, receipt: Receipt, files: Sequence[tuple[str, Path]], 
         if winner is None:
             raise ShardError(f"{folder.url_of(name)}: was there and is gone; run the same command again") from error
         if winner.attempt != receipt.attempt:
-            _discard(folder, own)
+            discard(folder, own)
         return winner
     except Exception:
         # The store may have kept the record although its answer got lost.
@@ -228,8 +228,8 @@ def _parse(folder: Folder, name: str, data: bytes, stage_hash: str) -> Receipt:
     return receipt
 
 
-def _discard(folder: Folder, names: Sequence[str]) -> None:
-    """Delete objects of an attempt that lost. What cannot be deleted stays behind unseen."""
+def discard(folder: Folder, names: Sequence[str]) -> None:
+    """Delete files of an attempt that lost. What cannot be deleted stays behind unseen."""
     for name in names:
         try:
             folder.remove(name)

@@ -6,6 +6,7 @@ Knows nothing about what the digests are of. They must be uniform, as those of c
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 DIGEST_BYTES = 12
 TABLES = 256
@@ -21,9 +22,11 @@ def digest_of(name: str) -> bytes:
 class DigestSet:
     """Digests of 12 bytes in open hash tables, one for each first byte: they grow one at a time, by half."""
 
-    def __init__(self) -> None:
+    def __init__(self, digests: Iterable[bytes] = ()) -> None:
         self._tables = [bytearray(DIGEST_BYTES * FIRST_SLOTS) for _ in range(TABLES)]
         self._counts = [0] * TABLES
+        for digest in digests:
+            self.add(digest)
 
     def __len__(self) -> int:
         return sum(self._counts)

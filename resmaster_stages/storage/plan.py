@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from resmaster_stages.errors import PlanError
 from resmaster_stages.identity import canonical_json
 from resmaster_stages.storage import layout
-from resmaster_stages.storage.commit import StoredObject, new_attempt
+from resmaster_stages.storage.commit import StoredObject, discard, new_attempt
 from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.tables import PLAN_SCHEMA, REJECTED_SCHEMA, decode_table, encode_table
 
@@ -159,10 +159,11 @@ class Plan:
         found = (table.filter(pc.starts_with(table["key"], prefix)) for table in tables)
         return [PlannedSample(**row) for table in found for row in table.to_pylist()]
 
-    def keys(self) -> set[str]:
-        """The keys of all samples."""
-        parts = (part for generation in self.generations for part in generation.parts)
-        return {key for part in parts for key in _read_part(self.folder, part.stored)["key"].to_pylist()}
+    def keys(self) -> Iterator[str]:
+        """The keys of all samples, in order."""
+        for generation in self.generations:
+            for part in generation.parts:
+                yield from _read_part(self.folder, part.stored)["key"].to_pylist()
 
 
 def find_plan(folder: Folder) -> Plan:
@@ -186,53 +187,78 @@ def read_plan(folder: Folder) -> Plan:
     return plan
 
 
-def append_generation(
-    plan: Plan, samples: Sequence[SampleSpec], samples_per_shard: int, rejected: Sequence[Rejected], duplicates: int
-) -> bool:
-    """Append `samples`, whose keys must be new, to `plan`. False if another planner was faster: read the plan again."""
-    folder, number, attempt = plan.folder, len(plan.generations), new_attempt()
-    shards_per_part = max(1, PART_ROWS // samples_per_shard)
-    rows_per_part = shards_per_part * samples_per_shard
-    parts: list[Part] = []
-    for start in range(0, len(samples), rows_per_part):
-        chunk = [
-            {**asdict(sample), "shard": plan.shards + place // samples_per_shard, "index": plan.samples + place}
-            for place, sample in enumerate(samples[start : start + rows_per_part], start)
-        ]
-        name = layout.plan_part(number, len(parts), attempt)
-        stored = _store(folder, name, encode_table(chunk, PLAN_SCHEMA))
-        first, last = chunk[0]["shard"], chunk[-1]["shard"]
-        parts.append(Part(stored, first, last - first + 1))
-    refused = None
-    if rejected:
-        table = encode_table([asdict(item) for item in rejected], REJECTED_SCHEMA)
-        refused = _store(folder, layout.plan_rejected(number, attempt), table)
-    generation = Generation(
-        number=number,
-        first_shard=plan.shards,
-        first_index=plan.samples,
-        samples=len(samples),
-        samples_per_shard=samples_per_shard,
-        parts=tuple(parts),
-        rejected=refused,
-        rejected_count=len(rejected),
-        duplicates=duplicates,
-    )
-    try:
-        folder.create(layout.plan_record(number), (canonical_json(generation.to_json()) + "\n").encode())
-    except FileExistsError:
-        winner = find_plan(folder).generations[number]
-        if winner.parts and winner.parts[0].stored == parts[0].stored:
-            return True  # ours: the store answered "exists" to its own retry
-        for stored in [part.stored for part in parts] + ([refused] if refused else []):
-            folder.remove(stored.name)
-        return False
-    return True
+class GenerationWriter:
+    """Appends a generation to a plan, from samples that come one by one and whose keys must be new; holds those of one file.
 
+    Use as a context manager: if the generation is not committed in it, its files are removed.
+    """
 
-def _store(folder: Folder, name: str, data: bytes) -> StoredObject:
-    folder.write(name, data)
-    return StoredObject(name, hashlib.sha256(data).hexdigest(), len(data))
+    def __init__(self, plan: Plan, samples_per_shard: int) -> None:
+        self.samples = 0
+        """Samples added so far."""
+        self._plan, self._samples_per_shard = plan, samples_per_shard
+        self._number, self._attempt = len(plan.generations), new_attempt()
+        self._rows_per_part = max(1, PART_ROWS // samples_per_shard) * samples_per_shard
+        self._rows: list[dict[str, Any]] = []
+        self._parts: list[Part] = []
+        self._unnamed: list[str] = []
+
+    def __enter__(self) -> GenerationWriter:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        discard(self._plan.folder, self._unnamed)
+
+    def add(self, sample: SampleSpec) -> None:
+        """One sample more."""
+        shard = self._plan.shards + self.samples // self._samples_per_shard
+        self._rows.append({**asdict(sample), "shard": shard, "index": self._plan.samples + self.samples})
+        self.samples += 1
+        if len(self._rows) == self._rows_per_part:
+            self._flush()
+
+    def _flush(self) -> None:
+        name = layout.plan_part(self._number, len(self._parts), self._attempt)
+        stored = self._store(name, encode_table(self._rows, PLAN_SCHEMA))
+        first, last = self._rows[0]["shard"], self._rows[-1]["shard"]
+        self._parts.append(Part(stored, first, last - first + 1))
+        self._rows = []
+
+    def _store(self, name: str, data: bytes) -> StoredObject:
+        self._unnamed.append(name)
+        self._plan.folder.write(name, data)
+        return StoredObject(name, hashlib.sha256(data).hexdigest(), len(data))
+
+    def commit(self, rejected: Sequence[Rejected], duplicates: int) -> bool:
+        """Make the samples, at least one, part of the plan. False if another planner was faster: read the plan again."""
+        folder = self._plan.folder
+        if self._rows:
+            self._flush()
+        refused = None
+        if rejected:
+            table = encode_table([asdict(item) for item in rejected], REJECTED_SCHEMA)
+            refused = self._store(layout.plan_rejected(self._number, self._attempt), table)
+        generation = Generation(
+            number=self._number,
+            first_shard=self._plan.shards,
+            first_index=self._plan.samples,
+            samples=self.samples,
+            samples_per_shard=self._samples_per_shard,
+            parts=tuple(self._parts),
+            rejected=refused,
+            rejected_count=len(rejected),
+            duplicates=duplicates,
+        )
+        files, self._unnamed = self._unnamed, []  # while it is unknown who won, nothing is deleted
+        try:
+            folder.create(layout.plan_record(self._number), (canonical_json(generation.to_json()) + "\n").encode())
+        except FileExistsError:
+            winner = find_plan(folder).generations[self._number]
+            if winner.parts and winner.parts[0].stored == self._parts[0].stored:
+                return True  # ours: the store answered "exists" to its own retry
+            self._unnamed = files
+            return False
+        return True
 
 
 @functools.lru_cache(maxsize=2)

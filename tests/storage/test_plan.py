@@ -1,5 +1,6 @@
 import threading
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,14 @@ from hypothesis import strategies as st
 from resmaster_stages.errors import PlanError
 from resmaster_stages.storage import plan as plan_module
 from resmaster_stages.storage.filesystem import open_root
-from resmaster_stages.storage.plan import Rejected, SampleSpec, append_generation, find_plan, read_plan
+from resmaster_stages.storage.plan import GenerationWriter, Plan, Rejected, SampleSpec, find_plan, read_plan
+
+
+def append(plan: Plan, samples: list[SampleSpec], per_shard: int, rejected: Sequence[Rejected] = ()) -> bool:
+    with GenerationWriter(plan, per_shard) as writer:
+        for sample in samples:
+            writer.add(sample)
+        return writer.commit(rejected, 0)
 
 
 def specs(*names: str) -> list[SampleSpec]:
@@ -26,7 +34,7 @@ def test_generations_are_dense_and_complete(sizes: list[int], per_shard: int, pa
         for number, size in enumerate(sizes):
             new = [f"{number}-{place}" for place in range(size)]
             names += new
-            assert append_generation(find_plan(folder), specs(*new), per_shard, [], 0)
+            assert append(find_plan(folder), specs(*new), per_shard)
     plan = read_plan(folder)
     shards = [plan.read(shard) for shard in range(plan.shards)]
     rows = [row for shard in shards for row in shard]
@@ -35,7 +43,7 @@ def test_generations_are_dense_and_complete(sizes: list[int], per_shard: int, pa
     assert [row.shard for row in rows] == sorted(row.shard for row in rows)
     assert [len(shard) for shard in shards] == [plan.size(shard) for shard in range(plan.shards)]
     assert all(1 <= len(shard) <= per_shard for shard in shards)
-    assert plan.keys() == set(names)
+    assert list(plan.keys()) == names
     assert [plan.generation_of(rows[names.index(name)].shard).number for name in names] == [
         int(name.split("-")[0]) for name in names
     ]
@@ -45,7 +53,7 @@ def test_no_plan_and_no_such_shard(tmp_path: Path) -> None:
     folder = open_root(str(tmp_path))
     with pytest.raises(PlanError, match="has no plan yet"):
         read_plan(folder)
-    append_generation(find_plan(folder), specs("a"), 2, [], 0)
+    append(find_plan(folder), specs("a"), 2)
     for shard in (1, -1):
         with pytest.raises(PlanError, match=f"shard {shard} is not in the plan"):
             read_plan(folder).read(shard)
@@ -57,7 +65,7 @@ def test_racing_planners_have_one_winner() -> None:
 
     def contend(number: int) -> None:
         barrier.wait()
-        if append_generation(empty, specs(f"k{number}"), 2, [Rejected("f:1", "", "empty")], 0):
+        if append(empty, specs(f"k{number}"), 2, [Rejected("f:1", "", "empty")]):
             won.append(number)
 
     threads = [threading.Thread(target=contend, args=(number,)) for number in range(6)]
@@ -66,13 +74,13 @@ def test_racing_planners_have_one_winner() -> None:
     for thread in threads:
         thread.join()
     assert len(won) == 1
-    assert read_plan(folder).keys() == {f"k{won[0]}"}
+    assert list(read_plan(folder).keys()) == [f"k{won[0]}"]
     assert len(folder.names("plan/gen-0000")) == 3, "the losers' files are gone"
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
     folder = open_root(str(tmp_path))
-    append_generation(find_plan(folder), specs("a", "b"), 2, [], 0)
+    append(find_plan(folder), specs("a", "b"), 2)
     (part,) = (tmp_path / "plan/gen-0000").glob("part-*")
     whole = part.read_bytes()
     part.write_bytes(whole[:-1])
