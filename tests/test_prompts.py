@@ -63,6 +63,25 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, data: bytes, messa
         list(read_prompts(str(tmp_path / name)))
 
 
+def test_lines_end_as_they_may(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_bytes('\ufeffid,prompt\r1,"a\rb"\r2,"c\r\nd"\r\n3,e\n4,f\r'.encode())
+    prompts = [(raw.prompt, raw.source.rsplit(":", 1)[1]) for raw in read_prompts(str(tmp_path / "p.csv"))]
+    assert prompts == [("a\rb", "3"), ("c\r\nd", "5"), ("e", "6"), ("f", "7")]
+    (tmp_path / "p.txt").write_bytes(b"\n \r\na\r\nb")
+    prompts = [(raw.prompt, raw.source.rsplit(":", 1)[1]) for raw in read_prompts(str(tmp_path / "p.txt"))]
+    assert prompts == [("a", "3"), ("b", "4")]
+
+
+def test_an_error_late_in_the_file_leaves_no_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resmaster_stages.storage.plan.PART_ROWS", 2)
+    (tmp_path / "p.txt").write_bytes(b"a\nb\nc\nd\n\xff\n")
+    config = config_at(tmp_path, prompts=str(tmp_path / "p.txt"))
+    dataset = create_or_open(config)
+    with pytest.raises(UserError, match="line 5: not UTF-8"):
+        ingest(dataset, config)
+    assert dataset.folder.names("plan/gen-0000") == []
+
+
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone\.txt: no such prompts file"):
         read_prompts(str(tmp_path / "gone.txt"))

@@ -5,8 +5,12 @@ import re
 import shlex
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,12 +19,15 @@ from benchmarks import scale
 from resmaster_stages import publish, supplements
 from resmaster_stages.config import Weights
 from resmaster_stages.gallery import write_report
+from resmaster_stages.preview import preview
 from resmaster_stages.publish import write_manifest
 from resmaster_stages.stage import run_stage
 from resmaster_stages.standing import pending, status
-from resmaster_stages.storage.dataset import Dataset
-from resmaster_stages.storage.filesystem import Folder
+from resmaster_stages.storage import layout, leftovers, plan
+from resmaster_stages.storage.dataset import Dataset, open_dataset
+from resmaster_stages.storage.filesystem import Folder, Listed
 from resmaster_stages.storage.plan import read_plan
+from tests import s3_server as s3
 from tests.fake_stages import FAKES, planned
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +80,66 @@ def test_looking_costs_the_same_calls_at_any_size(tmp_path: Path, monkeypatch: p
         assert calls.of(look, small) == calls.of(look, large)
         assert calls.count["names"] == names, "one listing of records per stage, besides those of damage"
     assert calls.of(pending, large)["read_many"] == 0, "names are enough"
+
+
+def test_a_commit_reads_nothing_twice_and_no_supplement_where_nothing_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = planned(tmp_path, ["a", "bad low_res", "b", "c"], tmp_path)
+    asked: list[str] = []
+    read, read_many = Folder.read, Folder.read_many
+    monkeypatch.setattr(Folder, "read", lambda folder, name: asked.append(name) or read(folder, name))
+    monkeypatch.setattr(
+        Folder, "read_many", lambda folder, names: asked.extend(names) or read_many(folder, list(names))
+    )
+    for number, stage in enumerate(dataset.config.stages(), start=1):
+        for shard in (0, 1):
+            asked.clear()
+            run_stage(dataset, dataset.config, stage, shard, process=FAKES[stage])
+            extras = [name for name in asked if layout.extra_of(name)]
+            assert len(set(asked)) == len(asked)
+            if shard == 1:
+                assert not extras
+                assert len(asked) == number + 3, "records up to this stage's; two of the plan; the breadcrumb"
+            else:
+                assert len(extras) == 2 * (number - 1), "a sample was lost in the first stage"
+
+
+def test_planning_and_gc_hold_few_bytes_of_each_sample_and_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "PART_ROWS", 500)
+
+    def peak(act: Callable[..., object], *arguments: object) -> int:
+        tracemalloc.start()
+        try:
+            act(*arguments)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    def planning(count: int) -> int:
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        scale.write_prompts(folder / "prompts.txt", count)
+        peaks = [peak(scale.plan, folder, str(folder), 100) for _ in range(2)]  # the second time all are known
+        config = scale.config_of(folder, str(folder), 100)
+        assert read_plan(open_dataset(str(folder)).folder).samples == count
+        return max(*peaks, peak(preview, config))
+
+    few, many = 1_000, 5_000
+    planning(few)
+    assert planning(many) - planning(few + 1) < 80 * (many - few)
+
+    names = [f"high_res/{number:06d}-{number:08x}.tar" for number in range(many)]
+    monkeypatch.setattr(Folder, "files", lambda folder: (Listed(name, 1, datetime.now(UTC)) for name in names))
+    monkeypatch.setattr(leftovers, "_named", lambda folder: iter(names))
+    folder = open_dataset(str(tmp_path / str(few))).folder
+
+    def gc() -> None:
+        assert leftovers.find_leftovers(folder, {}, timedelta(0)) == []
+
+    assert peak(gc) < 60 * many
 
 
 def test_records_are_held_a_chunk_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +196,13 @@ def test_the_commands_of_the_page_are_right() -> None:
             continue
         assert words[:3] == ["python", "-m", "benchmarks.scale"]
         assert set(scale.parser().parse_args(words[3:]).steps.split(",")) <= set(scale.STEPS)
+
+
+@pytest.mark.s3
+def test_a_server_may_have_its_bucket_already(s3_server: s3.S3Server) -> None:
+    """As with `--keep` the second time."""
+    running = SimpleNamespace(poll=lambda: None)
+    assert s3._make_bucket(s3_server, running)
 
 
 @pytest.mark.slow

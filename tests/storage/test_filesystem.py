@@ -58,6 +58,16 @@ def test_files_lists_all_depths_with_size_and_time(folder: Folder) -> None:
     assert list(folder.files("b/gone")) == []
 
 
+@pytest.mark.s3
+def test_listings_of_many_pages(s3_root: str) -> None:
+    folder = open_root(s3_root)
+    names = [f"many/{number:04d}" for number in range(1003)]
+    folder.write_many(dict.fromkeys([*names, "many/x/y", "other"], b""))
+    assert folder.names("many") == [*names, "many/x"]
+    assert sorted(file.name for file in folder.files()) == [*names, "many/x/y", "other"]
+    assert folder.names("man") == []
+
+
 def test_url_leads_back(folder: Folder) -> None:
     folder.write("x", b"1")
     again = open_root(folder.url)
