@@ -132,7 +132,7 @@ def test_planning_and_gc_hold_few_bytes_of_each_sample_and_file(
     assert planning(many) - planning(few + 1) < 80 * (many - few)
 
     names = [f"high_res/{number:06d}-{number:08x}.tar" for number in range(many)]
-    monkeypatch.setattr(Folder, "files", lambda folder: (Listed(name, 1, datetime.now(UTC)) for name in names))
+    monkeypatch.setattr(Folder, "files", lambda folder: (Listed(name, 1, datetime.min.replace(tzinfo=UTC)) for name in names))
     monkeypatch.setattr(leftovers, "_named", lambda folder: iter(names))
     folder = open_dataset(str(tmp_path / str(few))).folder
 

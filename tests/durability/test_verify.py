@@ -95,7 +95,7 @@ def test_a_whole_dataset(dataset: Dataset) -> None:
     named = [receipt_of(dataset, stage, shard).objects[0].bytes for stage in FAKES for shard in (0, 1)]
     assert found.bytes >= sum(named) > 0
     note(dataset, found)
-    assert dataset.folder.files("damaged") == []
+    assert not list(dataset.folder.files("damaged"))
 
 
 def test_all_kinds_of_damage_at_once_are_found_and_mended(dataset: Dataset) -> None:
@@ -134,7 +134,7 @@ def test_all_kinds_of_damage_at_once_are_found_and_mended(dataset: Dataset) -> N
     for receipt in (high, low, captions, quality):
         assert receipt_of(dataset, receipt.stage, receipt.shard) == receipt, "a commit record never changes"
     assert verify(dataset).damage == ()
-    assert dataset.folder.files("damaged") == []
+    assert not list(dataset.folder.files("damaged"))
     changed = {file.name for file in dataset.folder.files() if stamps.get(file.name) != file.modified}
     if dataset.folder.local:  # an object store's clock is too coarse to tell
         untouched = receipt_of(dataset, "high_res", 0).objects[0].name
@@ -266,7 +266,7 @@ def test_damage_of_an_older_configuration_is_told_and_not_marked(local: Dataset)
     found = verify(changed)
     assert [(damage.name, damage.current) for damage in found.damage] == [(old.name, False)]
     note(changed, found)
-    assert local.folder.files("damaged") == []
+    assert not list(local.folder.files("damaged"))
 
 
 def test_a_false_alarm_is_cleared(local: Dataset) -> None:
