@@ -65,6 +65,10 @@ NOT_RUN = {
         "python -m benchmarks.scale --shards 100,1000": "takes minutes; tests/test_scale.py runs it on less",
         'python -m benchmarks.scale --shards 100,1000,10000 --steps "plan,fill,look,status,manifest,verify,gc"': "takes "
         "minutes; tests/test_scale.py runs it on less",
+        'python -m benchmarks.scale --s3 --shards 1000,10000 --samples 10 --steps "plan,fill" --keep out/scale': "takes "
+        "minutes, and a server",
+        "python -m benchmarks.scale --s3 --shards 1000,10000 --samples 10 --steps "
+        '"look,status,gc,manifest,verify" --keep out/scale': "takes minutes, and what the one before it built",
         "make soak MINUTES=10": "tests/test_soak.py runs it for seconds",
     },
     "storage.md": dict.fromkeys(
