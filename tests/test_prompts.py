@@ -1,6 +1,7 @@
 import json
 import logging
 import threading
+import uuid
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ from resmaster_stages.errors import PlanError, UserError
 from resmaster_stages.identity import normalise_prompt
 from resmaster_stages.prompts import draft_samples, ingest, read_prompts, why_unusable
 from resmaster_stages.storage.dataset import create_or_open
+from resmaster_stages.storage.filesystem import open_root
 from resmaster_stages.storage.plan import read_plan
 from resmaster_stages.storage.tables import REJECTED_SCHEMA, decode_table
 from tests.fake_stages import config_at, planned, png
@@ -80,6 +82,16 @@ def test_an_error_late_in_the_file_leaves_no_plan(tmp_path: Path, monkeypatch: p
     with pytest.raises(UserError, match="line 5: not UTF-8"):
         ingest(dataset, config)
     assert dataset.folder.names("plan/gen-0000") == []
+
+
+@pytest.mark.parametrize("store", ["memory", pytest.param("s3", marks=pytest.mark.s3)])
+def test_prompts_in_a_store(store: str, request: pytest.FixtureRequest) -> None:
+    folder = open_root(request.getfixturevalue("s3_root") if store == "s3" else f"memory://{uuid.uuid4().hex}")
+    for suffix, head in ((".txt", ""), (".csv", "prompt\n")):
+        folder.write(f"p{suffix}", f"{head}a\nein Häuschen\n".encode())
+        assert [raw.prompt for raw in read_prompts(f"{folder.url}/p{suffix}")] == ["a", "ein Häuschen"]
+    with pytest.raises(UserError, match="no such prompts file"):
+        read_prompts(f"{folder.url}/gone.txt")
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def files(dataset: Dataset, folder: str) -> list[str]:
     return [name for name, facts in found.items() if facts["size"]]  # this server shows emptied folders as objects
 
 
-@pytest.mark.parametrize(("faults", "every"), [(tuple(set(FAULTS) - {"time-out"}), 1), (("time-out",), 40)])
+@pytest.mark.parametrize(("faults", "every"), [(tuple(set(FAULTS) - {"time-out"}), 1), (("time-out",), 17)])
 def test_a_build_through_a_store_that_fails_has_the_same_bytes(
     faults: tuple[str, ...],
     every: int,
@@ -71,7 +71,7 @@ def test_a_build_through_a_store_that_fails_has_the_same_bytes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every request of the build fails twice, each time in another way; or every 40th gets no answer (that takes a second)."""
+    """Every request of the build fails twice, each time in another way; or every 17th gets no answer (that takes a second)."""
     reference = contents(build(f"{s3_root}/reference", tmp_path / "reference"))
     number = itertools.count()
 
