@@ -5,6 +5,7 @@ import os
 import sys
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -16,12 +17,18 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 from tests.s3_server import S3Server, serving, weed
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several test processes, a file's tests stay together, and those of the one Prefect server do."""
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group("server" if file.startswith("tests/server/") else file))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several test processes (`--dist loadfile`), the tests of the one Prefect server stay together like those of a file."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/server" if nodeid.startswith("tests/server/") else nodeid.partition("::")[0]
+
+    return Scheduling(config, log)
 
 
 def pytest_unconfigure() -> None:

@@ -59,6 +59,7 @@ NOT_RUN = {
     },
     "speed.md": {
         "python benchmarks/methods.py": "takes minutes",
+        "python -m benchmarks.peers": "takes minutes; tests/test_benchmarks.py runs it on less",
         "python benchmarks/methods.py --model sdxl --device cuda --flops": "needs a GPU",
     },
     "scale.md": {
