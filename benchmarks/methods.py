@@ -38,10 +38,36 @@ from resmaster_stages.upscale import upscale_image
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
+def random_vae(shrink: int, **values: Any) -> AutoencoderKL:
+    """Stable Diffusion's VAE (also SDXL's) with random weights, its channels divided by `shrink`."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=tuple(channels // shrink for channels in (128, 256, 512, 512)),
+        layers_per_block=2,
+        latent_channels=4,
+        norm_num_groups=max(1, 32 // shrink),
+        **values,
+    )
+
+
+def text_config(tokenizer: Any, hidden: int) -> CLIPTextConfig:
+    """A text encoder of one layer for `tokenizer`."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_size=hidden,
+        projection_dim=hidden,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+
+
 def sdxl(device: torch.device, dtype: torch.dtype, shrink: int = 1) -> Models:
     """An SDXL with random weights, its channels divided by `shrink`."""
     widths = tuple(channels // shrink for channels in (320, 640, 1280))
-    groups = max(1, 32 // shrink)
     torch.manual_seed(0)
     with torch.device(device):
         unet = UNet2DConditionModel(
@@ -57,36 +83,14 @@ def sdxl(device: torch.device, dtype: torch.dtype, shrink: int = 1) -> Models:
             addition_embed_type="text_time",
             addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=6 * 256 + 1280 // shrink,
-            norm_num_groups=groups,
+            norm_num_groups=max(1, 32 // shrink),
         )
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=tuple(channels // shrink for channels in (128, 256, 512, 512)),
-            layers_per_block=2,
-            latent_channels=4,
-            norm_num_groups=groups,
-            scaling_factor=0.13025,
-            force_upcast=False,
-        )
+        vae = random_vae(shrink, scaling_factor=0.13025, force_upcast=False)
     tokenizer = AutoTokenizer.from_pretrained(pack_folder() / "tokenizer")
-
-    def text(hidden: int) -> CLIPTextConfig:
-        return CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            hidden_size=hidden,
-            projection_dim=hidden,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-        )
-
     pipe = StableDiffusionXLPipeline(
         vae=vae,
-        text_encoder=CLIPTextModel(text(768 // shrink)),
-        text_encoder_2=CLIPTextModelWithProjection(text(1280 // shrink)),
+        text_encoder=CLIPTextModel(text_config(tokenizer, 768 // shrink)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer, 1280 // shrink)),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,
@@ -126,9 +130,9 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     yield peak
     if device.type == "cuda":
         peak.found = torch.cuda.max_memory_allocated(device)
-    elif STATUS.exists():
-        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        peak.found = int(line.split()[1]) * 1024
+    elif CLEAR.exists():
+        found = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
+        peak.found = int(found[0].split()[1]) * 1024 if found else None
 
 
 def settle(device: torch.device) -> None:

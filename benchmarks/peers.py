@@ -17,17 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    StableDiffusionPanoramaPipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDIMScheduler, StableDiffusionPanoramaPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+from transformers import AutoTokenizer, CLIPTextModel
 
-from benchmarks.methods import Peak, device_name, peak_memory, settle
+from benchmarks.methods import Peak, device_name, peak_memory, random_vae, settle, text_config
 from resmaster_stages.config import UpscaleConfig
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.loop import CanvasNoise
@@ -42,7 +36,6 @@ PROMPT, SEED = "a red house on a green meadow", 0
 
 def stable_diffusion(device: torch.device, dtype: torch.dtype, shrink: int) -> StableDiffusionPipeline:
     """Stable Diffusion 1.5 in shape, with random weights; its channels and its native size divided by `shrink`."""
-    groups = max(1, 32 // shrink)
     torch.manual_seed(0)
     with torch.device(device):
         unet = UNet2DConditionModel(
@@ -50,30 +43,13 @@ def stable_diffusion(device: torch.device, dtype: torch.dtype, shrink: int) -> S
             block_out_channels=tuple(channels // shrink for channels in (320, 640, 1280, 1280)),
             attention_head_dim=8,
             cross_attention_dim=768 // shrink,
-            norm_num_groups=groups,
+            norm_num_groups=max(1, 32 // shrink),
         )
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=tuple(channels // shrink for channels in (128, 256, 512, 512)),
-            layers_per_block=2,
-            latent_channels=4,
-            norm_num_groups=groups,
-        )
+        vae = random_vae(shrink)
     tokenizer = AutoTokenizer.from_pretrained(pack_folder() / "tokenizer")
     pipe = StableDiffusionPipeline(
         vae=vae,
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                hidden_size=768 // shrink,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-            )
-        ),
+        text_encoder=CLIPTextModel(text_config(tokenizer, 768 // shrink)),
         tokenizer=tokenizer,
         unet=unet,
         scheduler=DDIMScheduler(

@@ -22,7 +22,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     stack.start("server", "server", "start", "--host", "127.0.0.1", "--port", str(stack.port), "--no-ui")
     try:
         wait(stack.healthy, seconds=300)
-        # for threads that take their settings from the process
+        # the second one for threads that take their settings from the process
         with (
             temporary_settings({PREFECT_API_URL: stack.api}),
             _temporary_global_settings_context(get_settings_context()),
