@@ -377,6 +377,14 @@ def status(args: argparse.Namespace, console: Console) -> int:
             f"{escape(dataset.url)}: {found.shards} shards, {found.samples} samples", highlight=False, soft_wrap=True
         )
         out.print(_status_table(dataset, found))
+        for stage in found.stages:
+            if stage.damaged_shards:
+                shards = ", ".join(map(str, stage.damaged_shards))
+                out.print(
+                    f"damaged: {stage.stage} of shards {shards}; put them back: resmaster repair {escape(dataset.url)}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
         added = f", prompts in {found.generations} generations" if found.generations > 1 else ""
         out.print(f"configuration: {found.config}{added}", highlight=False, soft_wrap=True)
         others = [(stage.stage, *other) for stage in found.stages for other in stage.others.items()]

@@ -17,6 +17,7 @@ from prometheus_client.openmetrics.exposition import generate_latest
 from resmaster_stages.config import Stage
 from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.standing import stage_status
+from resmaster_stages.storage.damage import marked_shards
 from resmaster_stages.storage.dataset import Dataset
 from resmaster_stages.storage.ledger import ledger_rows
 from resmaster_stages.storage.plan import Plan, read_plan
@@ -35,6 +36,7 @@ def openmetrics(dataset: Dataset) -> str:
         links = list_links(dataset.folder, stage, own_hash)
         rows = [row for row in ledger_rows(dataset.folder, stage) if row["stage_hash"] == own_hash]
         _add_stage(families, [name, stage], plan, stage, links, rows, pixels / 1e6)
+        families.damaged.add_metric([name, stage], len(marked_shards(dataset.folder, stage, own_hash)))
     registry = CollectorRegistry()
     registry.register(families)
     text: bytes = generate_latest(registry)
@@ -54,6 +56,7 @@ class _Families:
         self.shards_planned = gauge("planned_shards", "Shards of the plan.")
         self.samples_planned = gauge("planned_samples", "Samples of the plan.")
         self.shards = gauge("shards", "Shards by state: committed, pending or failed.", "stage", "state")
+        self.damaged = gauge("damaged_shards", "Committed shards that verify has found damaged.", "stage")
         self.samples = gauge("samples", "Samples by state: ok, failed or pending.", "stage", "state")
         self.failures = counter("sample_failures", "Rows of the ledger: failures of samples.", "stage", "error_class")
         self.retries = counter("sample_retries", "Failures of samples that had failed before.", "stage")

@@ -37,6 +37,8 @@ class StageStatus:
     """Commits that added to a shard what had failed in it."""
     namespace: str = ""
     """First digits of the stage's hash: its commit records are in `commits/{stage}-{namespace}/`."""
+    damaged_shards: tuple[int, ...] = ()
+    """Committed shards that `verify` has found damaged; `repair` puts them back."""
     others: dict[str, int] = field(default_factory=dict)
     """Namespaces of other configurations -> shards that are committed there."""
 
@@ -77,7 +79,8 @@ def status(dataset: Dataset, config: DatasetConfig | None = None) -> Status:
             for name, other in namespaces
             if name == stage and other != own_hash[:8]
         }
-        stages.append(replace(found, namespace=own_hash[:8], others=others))
+        damaged = tuple(marked_shards(dataset.folder, stage, own_hash))
+        stages.append(replace(found, namespace=own_hash[:8], damaged_shards=damaged, others=others))
     current = current_config(dataset.folder)
     return Status(plan.shards, plan.samples, tuple(stages), len(plan.generations), current)
 

@@ -76,7 +76,7 @@ class Calls:
 def test_looking_costs_the_same_calls_at_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = built(tmp_path / "small", 2), built(tmp_path / "large", 9)
     calls = Calls(monkeypatch)
-    for look, names in ((pending, 8), (status, 6)):
+    for look, names in ((pending, 8), (status, 10)):
         assert calls.of(look, small) == calls.of(look, large)
         assert calls.count["names"] == names, "one listing of records per stage, besides those of damage"
     assert calls.of(pending, large)["read_many"] == 0, "names are enough"

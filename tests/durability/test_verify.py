@@ -302,6 +302,13 @@ def test_the_command_line(local: Dataset, capsys: pytest.CaptureFixture[str]) ->
     assert "low_res" in shown.out
     assert "restore its folder from a copy" in shown.err
     assert f"resmaster repair {local.url}" in shown.err.replace("\n", "")
+    assert main(["status", local.url]) == 0
+    assert f"damaged: low_res of shards 1; put them back: resmaster repair {local.url}" in capsys.readouterr().out
+    assert main(["status", local.url, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["stages"]
+    assert [stage["damaged_shards"] for stage in told] == [[1], [], [], []]
+    assert main(["status", local.url, "--openmetrics"]) == 0
+    assert 'resmaster_damaged_shards{dataset="demo",stage="low_res"} 1.0' in capsys.readouterr().out
     assert main(["verify", f"{local.url}/nowhere"]) == 2
     assert "Traceback" not in shown.err + capsys.readouterr().err
 
