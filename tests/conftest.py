@@ -15,7 +15,15 @@ os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
+import hypothesis
+
 from tests.s3_server import S3Server, serving, weed
+
+# The result is the code's alone: not of the machine's speed, nor of chance. `--hypothesis-profile default` looks elsewhere.
+hypothesis.settings.register_profile(
+    "same everywhere", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("same everywhere")
 
 
 @pytest.hookimpl(optionalhook=True)

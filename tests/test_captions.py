@@ -115,7 +115,7 @@ def test_clean_caption(raw: str, clean: str) -> None:
 
 
 @given(st.text(max_size=80))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_clean_caption_is_idempotent_and_one_line(text: str) -> None:
     clean = clean_caption(text)
     assert clean_caption(clean) == clean
@@ -124,7 +124,7 @@ def test_clean_caption_is_idempotent_and_one_line(text: str) -> None:
 
 
 @given(st.lists(st.text("abcdefgh", min_size=1, max_size=12), max_size=120), st.sampled_from(["", ", oil painting"]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_shorten_fits_keeps_a_prefix_and_the_suffix(parts: list[str], suffix: str) -> None:
     text = " ".join(parts)
     short, tokens, truncated = shorten(text, words, 75, suffix)

@@ -150,7 +150,7 @@ def test_nothing_usable_or_nothing_given(tmp_path: Path) -> None:
         draft_samples(config_at(tmp_path))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(max_size=40))
 def test_what_is_usable_survives_storage(text: str) -> None:
     if why_unusable(text) is None:

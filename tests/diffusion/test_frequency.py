@@ -50,7 +50,7 @@ def test_limits_of_the_swap():
     torch.testing.assert_close(nothing, x0 - x0.mean((2, 3), keepdim=True), atol=0.2, rtol=0)  # G = 0 but at DC
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(0.02, 3.0), st.floats(-3, 3))
 def test_constant_images_are_preserved_at_any_size(height, width, sigma_f, value):
     x = torch.full((1, 2, height, width), value)

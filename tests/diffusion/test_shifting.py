@@ -18,7 +18,7 @@ from tests.methods.common import adapted, picture, schedule
 from tests.methods.common import settings as method
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 20), st.data())
 def test_every_shift_has_as_many_windows_which_cover_the_canvas(height, width, window, data):
     grid = Grid(height, width, window, data.draw(st.integers(1, window)))

@@ -81,7 +81,7 @@ def test_fifty_steps_equal_diffusers_euler_in_its_own_units():
     torch.testing.assert_close(ours, expected, atol=2e-4, rtol=2e-4)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(4, 20),
     st.integers(4, 20),

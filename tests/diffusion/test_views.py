@@ -25,7 +25,7 @@ def test_last_window_is_pulled_back_to_the_border():
     assert grid.name == "1152x2368/1024/512"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 20), st.data())
 def test_boxes_are_of_one_size_inside_the_canvas_and_cover_it(height, width, window, data):
     grid = Grid(height, width, window, data.draw(st.integers(1, window)))
@@ -57,7 +57,7 @@ def test_whole_canvas_is_one_view():
     assert grid.boxes == ((0, 0, 13, 33),)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(1, 24),
     st.integers(1, 24),

@@ -26,7 +26,7 @@ def make(method="demofusion", seed=3, image=None, **values):
 
 
 @given(st.integers(3, 40), st.integers(3, 40), st.integers(1, 5))
-@examples(max_examples=25, deadline=None)
+@examples(max_examples=25)
 def test_interleaving_is_a_bijection_of_native_views(height, width, factor):
     views, canvas = InterleavedViews(height, width, factor), torch.randn(2, 3, height, width)
     cut = views.cut(canvas)
@@ -37,7 +37,7 @@ def test_interleaving_is_a_bijection_of_native_views(height, width, factor):
 
 
 @given(st.integers(8, 50), st.integers(8, 50), st.integers(4, 20), st.integers(0, 99), st.booleans())
-@examples(max_examples=40, deadline=None)
+@examples(max_examples=40)
 def test_shifted_windows_cover_the_canvas_and_fuse_to_it(height, width, window, seed, clamp):
     grid = Grid(height, width, window, max(1, window // 2))
     generators = [torch.Generator().manual_seed(seed + i) for i in range(2)]

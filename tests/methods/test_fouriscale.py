@@ -56,7 +56,7 @@ def test_the_base_is_the_bucket_that_the_canvas_is_a_multiple_of(height, width, 
 
 
 @given(st.integers(8, 400), st.integers(8, 400))
-@examples(max_examples=30, deadline=None)
+@examples(max_examples=30)
 def test_every_canvas_has_a_base_that_covers_it(height, width):
     (rows, cols), factor = base_size(height, width, 64)
     assert rows * factor >= height

@@ -168,7 +168,7 @@ def dilated_by_interleaving(conv: torch.nn.Conv2d, x: torch.Tensor, factor: int)
 
 
 @given(st.integers(1, 17), st.integers(1, 17), st.integers(1, 5))
-@examples(max_examples=30, deadline=None)
+@examples(max_examples=30)
 def test_whole_dilation_is_a_dense_convolution_of_interleaved_samples(height, width, factor):
     conv, x = torch.nn.Conv2d(3, 5, 3, padding=1), torch.randn(2, 3, height, width)
     torch.testing.assert_close(dilated(conv, x, factor), dilated_by_interleaving(conv, x, factor), atol=1e-5, rtol=1e-5)

@@ -123,7 +123,7 @@ def test_the_network_computes_what_the_paper_draws():
 
 
 @given(st.integers(1, 200), st.integers(5, 60), st.integers(0, 2))
-@examples(max_examples=60, deadline=None)
+@examples(max_examples=60)
 def test_tiles_contribute_every_pixel_once_and_at_least_a_halo_from_their_inner_borders(length, tile, halo):
     grid = tile_grid(length, length, SuperResolutionConfig.model_construct(tile=tile, halo=halo))
     parts = cores(grid.rows, grid.window_height, halo)

@@ -68,7 +68,7 @@ def test_fid_is_symmetric_and_zero_of_constants() -> None:
     assert frechet_distance(one, two) == 16.0
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.randoms(use_true_random=False))
 def test_statistics_merge_in_any_order_to_those_of_the_union(sizes: list[int], order: object) -> None:
     x = draw(sum(sizes), 5) + 1e4  # sums of squares would lose digits here
@@ -175,7 +175,7 @@ def test_inception_score_in_closed_form() -> None:
 # ----------------------------------------------------------------------------------------------------------- crops
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 200))
 def test_crops_lie_inside_and_are_square(height: int, width: int, size: int) -> None:
     boxes = crop_boxes("ab" * 12, height, width, size)

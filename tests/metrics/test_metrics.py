@@ -70,7 +70,7 @@ def test_bicubic_resizing_is_antialiased_and_keeps_fractions() -> None:
 
 
 @given(st.floats(0.5, 100))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_psnr_of_a_constant_difference(difference: float) -> None:
     zeros = np.zeros((4, 5, 3))
     assert psnr(zeros, zeros + difference) == pytest.approx(20 * math.log10(255 / difference), abs=1e-4)

@@ -15,7 +15,7 @@ from resmaster_stages.errors import ShardError
 from resmaster_stages.storage.arrays import decode_arrays, encode_arrays
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data(), st.integers(1, 4), st.sampled_from(["float16", "float32", "float64"]))
 def test_what_is_written_is_read(data: st.DataObject, count: int, kind: str) -> None:
     shape = data.draw(hnp.array_shapes(max_dims=3, max_side=4))

@@ -24,7 +24,7 @@ def specs(*names: str) -> list[SampleSpec]:
     return [SampleSpec(name, f"prompt {name}", "", 16, 24, 0) for name in names]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=4), st.integers(1, 4), st.integers(1, 5))
 def test_generations_are_dense_and_complete(sizes: list[int], per_shard: int, part_rows: int) -> None:
     folder = open_root(f"memory://{uuid.uuid4().hex}")

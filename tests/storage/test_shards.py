@@ -21,7 +21,7 @@ def write(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
     return path
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.dictionaries(
         st.text("0123456789abcdef", min_size=1, max_size=24),
