@@ -219,14 +219,14 @@ class Folder:
 
     def files(self, folder: str = "") -> Iterator[Listed]:
         """Every file below a sub-folder ("": this one), however deep; hidden ones too. On a disk and on S3 few are held at a time."""
-        if self._on_s3:
-            found = self._listed(folder)
-        elif self.local:
-            found = _walk(self.full(folder))
-        else:
-            found = self.fs.find(self.full(folder), detail=True).items()
         start = self.full(folder)
         with explained(self.url_of(folder)):
+            if self._on_s3:
+                found = self._listed(folder)
+            elif self.local:
+                found = _walk(start)
+            else:
+                found = self.fs.find(start, detail=True).items()
             for path, facts in found:
                 # some stores list folders among the files
                 if path.startswith(f"{start}/") and not path.endswith("/") and facts.get("type", "file") == "file":

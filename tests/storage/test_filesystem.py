@@ -219,3 +219,15 @@ def test_credentials_are_cut_out() -> None:
     assert without_credentials("s3://key:secret@bucket/x") == "s3://bucket/x"
     assert without_credentials("http://host/a@b") == "http://host/a@b"
     assert without_credentials("mail me@x") == "mail me@x"
+
+
+def test_a_store_that_cannot_be_reached_is_named_when_its_files_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = open_root("memory://somewhere/else")
+    unreachable = type("EndpointConnectionError", (Exception,), {"__module__": "botocore.exceptions"})
+
+    def find(*args: object, **options: object) -> None:
+        raise unreachable("no route")
+
+    monkeypatch.setattr(type(folder.fs), "find", find)
+    with pytest.raises(ConnectionError, match=r"somewhere/else.*cannot be reached"):
+        list(folder.files())
