@@ -153,6 +153,22 @@ class ModelConfig(Part):
     """`auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`, `mps`."""
     offload: Literal["none", "model"] = Operational("none")
     """`model`: keep only the part at work on the GPU; slower, needs less memory."""
+    compile: Literal["auto", "blocks", "off"] = Operational("auto")
+    """`blocks`: the UNet's transformer blocks are compiled at first use (about a minute), each shape once; where a method changes
+    them, they run as they are. `auto`: on CUDA."""
+    exactness: Literal["bytes", "fast"] = Operational("bytes")
+    """`bytes`: a re-run on the same kind of machine gives the same bytes. `fast`: cuDNN chooses convolutions by a race, so bytes
+    may differ by rounding. Commit records say which."""
+    quantise: Literal["none", "fp8"] = "none"
+    """`fp8`: the UNet's large linear layers compute in 8 bits, on CUDA from compute capability 8.9 on, compiled. Needs the extra
+    `fp8`."""
+
+    def identity(self) -> dict[str, Any]:
+        """As of every part; without quantising it is what it was before there was any."""
+        values = super().identity()
+        if self.quantise == "none":
+            del values["quantise"]
+        return values
 
 
 class LowResConfig(Part):
@@ -412,10 +428,29 @@ SHARED_PARTS: dict[str, tuple[str, ...]] = {
 }
 """Parts of `UpscaleConfig` that some methods read, and which."""
 
+ACCELERATED: dict[str, Any] = {"stepper": "dpmpp_2m", "steps": 25, "guidance_stop": 0.7}
+"""Half the steps by a solver of second order, the last 30 % of them without guidance."""
+
+ACCELERATED_VIEWS: dict[str, Any] = {
+    **ACCELERATED,
+    "init": "noised_lr",
+    "start": 0.3,
+    "shift": "every_step",
+    "shift_stride": 1.0,
+    "shift_stop": 0.82,
+}
+"""Also without the first 30 % of the path, where a picture becomes the reference anyway, and with views that move without
+overlapping; in the last four of 25 steps they overlap and stand still."""
+
 METHOD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "multidiffusion": {
+        "default": {},
+        "accelerated": ACCELERATED_VIEWS,
+    },
     "resmaster": {
         "default": {},
         "faithful": {"stepper": "posterior", "structure": {"preset": "paper"}},
+        "accelerated": ACCELERATED_VIEWS,
     },
     "demofusion": {
         "default": {},
@@ -444,21 +479,49 @@ METHOD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "faithful": {"stepper": "ddim_keep", "freescale": {"blur": "features", "jitter": "zeros", "freeu": True}},
     },
     # Its path begins where ResMaster's swap has nearly ended, so it swaps at every step, by the gentler reading.
-    "c_upscale": {preset: {"structure": {"preset": "lr_nyquist"}} for preset in ("default", "faithful")},
+    "c_upscale": {
+        **{preset: {"structure": {"preset": "lr_nyquist"}} for preset in ("default", "faithful")},
+        "accelerated": {**ACCELERATED, "structure": {"preset": "lr_nyquist"}},
+    },
 }
 """Settings by method and `upscale.preset`; explicit fields win. `default`: what we recommend, and what an absent preset
-means. `faithful`: the authors' published settings."""
+means. `faithful`: the authors' published settings. `accelerated`: `default` for less work (docs/speed.md)."""
+
+PRESETS = tuple(dict.fromkeys(name for presets in METHOD_PRESETS.values() for name in presets))
+"""Every preset that some method has."""
+
+IDLE_UNLESS: dict[str, tuple[str, str]] = {
+    "start": ("init", "noised_lr"),
+    "shift_stride": ("shift", "every_step"),
+    "shift_stop": ("shift", "every_step"),
+}
+"""Fields of `UpscaleConfig` that are read only where another one has a certain value: a preset's go where a user set it otherwise."""
+
+
+OFF_FIELDS: dict[str, Any] = {
+    "shift": "none",
+    "shift_stride": None,
+    "shift_stop": 1.0,
+    "via": (),
+    "start": 0.0,
+    "guidance_stop": 1.0,
+}
+"""Fields of `UpscaleConfig` that came later, and the value at which the result is what it was before: then they are no part of
+its identity."""
 
 
 class UpscaleConfig(Part):
     """Stage 4: low-res image + captions -> high-res image.
 
-    `preset: faithful` beside `method` sets the fields to what the method's authors published.
+    `preset: faithful` beside `method` sets the fields to what the method's authors published, `preset: accelerated` to what
+    gives about the same picture for a fraction of the work.
     """
 
     model_config = ConfigDict(
         json_schema_extra=_offer_preset(
-            ("default", "faithful"), "`faithful`: what the method's authors published; other fields win."
+            PRESETS,
+            "`faithful`: what the method's authors published; `accelerated`: much less work (methods resmaster, multidiffusion "
+            "and c_upscale); other fields win.",
         )
     )
 
@@ -474,6 +537,9 @@ class UpscaleConfig(Part):
     """Denoising steps."""
     guidance_scale: float = Field(default=7.5, ge=1)
     """Classifier-free guidance scale."""
+    guidance_stop: float = Field(default=1.0, gt=0, le=1)
+    """Fraction of the steps after which guidance ends: from there on, a view is evaluated once a step instead of twice. Methods
+    scalecrafter and fouriscale have guidance of their own."""
     negative_prompt: str = DEMOFUSION_NEGATIVE_PROMPT
     """Used for prompts that bring none of their own."""
     stride: float = Field(default=0.5, gt=0, le=1)
@@ -481,11 +547,15 @@ class UpscaleConfig(Part):
     shift: Literal["none", "every_step"] = "none"
     """`every_step`: methods resmaster and multidiffusion move the whole grid of views from step to step, so that no border
     lies twice at the same place; a moved view takes caption and image prompt of the nearest view."""
+    shift_stride: float | None = Field(default=None, gt=0, le=1)
+    """With `shift: every_step`, the distance of neighbouring views while they move: fewer views the greater it is. None: `stride`."""
+    shift_stop: float = Field(default=1.0, gt=0, le=1)
+    """With `shift: every_step`, the fraction of the steps after which views stand still, at `stride`."""
     fuse: Literal["uniform", "linear", "gaussian"] = "uniform"
     """Weight of a view's pixels where views overlap."""
-    stepper: Literal["ddim_implied", "ddim_keep", "posterior", "ddim_ancestral"] = "ddim_implied"
-    """How z_{t-1} follows from the edited x0: deterministic with implied or kept noise, ResMaster's stochastic eq. 7, or DDIM
-    with eta = 1."""
+    stepper: Literal["ddim_implied", "ddim_keep", "posterior", "ddim_ancestral", "dpmpp_2m"] = "ddim_implied"
+    """How z_{t-1} follows from the edited x0: deterministic with implied or kept noise, ResMaster's stochastic eq. 7, DDIM
+    with eta = 1, or DPM-Solver++(2M), which needs about half the steps."""
     init: Literal["noise", "noised_lr"] = "noise"
     """Start from pure noise (the paper) or from the noised low-res latent. Methods of several phases start in their own way."""
     start: float = Field(default=0.0, ge=0, lt=1)
@@ -525,10 +595,12 @@ class UpscaleConfig(Part):
         presets = METHOD_PRESETS.get(method, {"default": {}}) if isinstance(method, str) else {"default": {}}
         if preset not in presets:
             raise ValueError(f"method {method}: unknown preset {preset!r}; known: {', '.join(presets)}")
-        merged = {**presets[preset], **rest}
+        chosen = presets[preset]
+        idle = {name for name, (field, value) in IDLE_UNLESS.items() if rest.get(field, value) != value}
+        merged = {**{name: value for name, value in chosen.items() if name not in idle}, **rest}
         own = rest.get(method) if method in METHOD_PARTS else None
         if isinstance(own, dict):
-            merged[method] = {**presets[preset].get(method, {}), **own}
+            merged[method] = {**chosen.get(method, {}), **own}
         return merged
 
     @model_validator(mode="after")
@@ -554,6 +626,11 @@ class UpscaleConfig(Part):
     def _no_idle_part(self) -> UpscaleConfig:
         if self.shift != "none" and self.method not in ("resmaster", "multidiffusion"):
             raise ValueError(f"shift is set, which method {self.method} does not read; drop it")
+        for name in ("shift_stride", "shift_stop"):
+            if self.shift == "none" and getattr(self, name) != OFF_FIELDS[name]:
+                raise ValueError(f"{name} is set, but no view moves; set shift: every_step too, or drop it")
+        if self.guidance_stop != 1 and self.method in ("scalecrafter", "fouriscale"):
+            raise ValueError(f"guidance_stop is set, which method {self.method} does not read; drop it")
         for name, part in METHOD_PARTS.items():
             if name != self.method and getattr(self, name) != part():
                 raise ValueError(
@@ -574,7 +651,7 @@ class UpscaleConfig(Part):
             return {name: values[name] for name in ("method", "scale", self.method)}
         idle = METHOD_PARTS.keys() - {self.method}
         idle |= {name for name, readers in SHARED_PARTS.items() if self.method not in readers}
-        idle |= {name for name, off in (("shift", "none"), ("via", ()), ("start", 0.0)) if values[name] == off}
+        idle |= {name for name, off in OFF_FIELDS.items() if values[name] == off}
         return {name: value for name, value in values.items() if name not in idle}
 
     @field_validator("method")

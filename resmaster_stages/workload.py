@@ -6,8 +6,8 @@ a view to keep one shape); a test holds the two together for every method. Metho
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from resmaster_stages.config import DatasetConfig, LowResConfig, UpscaleConfig
 from resmaster_stages.diffusion.views import Grid, view_grid
@@ -41,8 +41,6 @@ def high_res_work(
     before = 1.0
     for scale, own in zip((*config.via, config.scale), config.passes()):
         grid = view_grid(round(height * scale), round(width * scale), native_px, config.stride, latent_factor)
-        if config.shift != "none":
-            grid = replace(grid, shift=(0, 0))
         low_area = round(height * before) / native_px * (round(width * before) / native_px)
         work += _of_method(own, grid, low_area)
         before = scale
@@ -63,34 +61,49 @@ def _branches(guidance_scale: float) -> int:
     return 2 if guidance_scale > 1 else 1
 
 
+def _branches_at(config: UpscaleConfig, index: int) -> int:
+    """Guidance branches of step `index` of the path."""
+    return _branches(config.guidance_scale) if index / config.steps < config.guidance_stop else 1
+
+
 def _of_method(config: UpscaleConfig, grid: Grid, low_area: float) -> Iterator[UnetWork]:
+    from resmaster_stages.diffusion.shifting import is_moving, moving_grid
     from resmaster_stages.methods.stages import first_step, phase_scales
 
-    branches, steps = _branches(config.guidance_scale), config.steps
+    steps = config.steps
     canvas = _area(grid.height, grid.width, grid)
     view = _area(grid.window_height, grid.window_width, grid)
-    single = steps - first_step(config.start, steps)
+    single = range(first_step(config.start, steps), steps)
+
+    def rows(indices: Iterable[int]) -> int:
+        """Of one view in these steps."""
+        return sum(_branches_at(config, index) for index in indices)
+
     if config.method in ("resmaster", "multidiffusion"):
-        yield UnetWork(single * branches * len(grid), view)
+        moving = moving_grid(grid, config)
+        still = [index for index in single if not is_moving(config, index)]
+        yield UnetWork(rows(still) * len(grid), view)
+        if moving is not None:
+            yield UnetWork(rows(set(single) - set(still)) * len(moving), view)
     elif config.method == "c_upscale":
-        left = steps - first_step(config.c_upscale.start, steps)
-        yield UnetWork(left * branches * len(grid), view)
+        left = range(first_step(config.c_upscale.start, steps), steps)
+        yield UnetWork(rows(left) * len(grid), view)
         if config.c_upscale.share:
-            yield UnetWork(left, low_area)
+            yield UnetWork(len(left), low_area)
     elif config.method == "demofusion":
-        left = steps - first_step(config.demofusion.start, steps)
+        left = range(first_step(config.demofusion.start, steps), steps)
         for scale in phase_scales(config.scale, config.demofusion.phases, config.demofusion.refine):
-            rows, cols = _phase(grid, scale, config.scale)
-            phase, factor = Grid(rows, cols, grid.window, grid.stride), max(1, round(scale))
-            yield UnetWork(left * branches * len(phase), _area(phase.window_height, phase.window_width, grid))
-            yield UnetWork(left * branches * factor**2, _area(-(-rows // factor), -(-cols // factor), grid))
+            height, width = _phase(grid, scale, config.scale)
+            phase, factor = Grid(height, width, grid.window, grid.stride), max(1, round(scale))
+            yield UnetWork(rows(left) * len(phase), _area(phase.window_height, phase.window_width, grid))
+            yield UnetWork(rows(left) * factor**2, _area(-(-height // factor), -(-width // factor), grid))
     elif config.method == "freescale":
-        left = steps - first_step(config.freescale.start, steps)
+        left = range(first_step(config.freescale.start, steps), steps)
         for scale in phase_scales(config.scale, config.freescale.phases, refine=False):
-            yield UnetWork(left * branches, _area(*_phase(grid, scale, config.scale), grid))
+            yield UnetWork(rows(left), _area(*_phase(grid, scale, config.scale), grid))
     elif config.method != "super_resolution":  # which has a network of its own and no UNet
-        third = _steps_with_a_third_branch(config, grid) if branches == 2 else 0
-        yield UnetWork(single * branches + max(0, third - (steps - single)), canvas)
+        third = _steps_with_a_third_branch(config, grid) if config.guidance_scale > 1 else 0
+        yield UnetWork(rows(single) + max(0, third - single.start), canvas)
 
 
 def _area(height: int, width: int, grid: Grid) -> float:

@@ -7,6 +7,7 @@ import pytest
 
 from resmaster_stages.config import (
     METHOD_PRESETS,
+    PRESETS,
     STAGES,
     STRUCTURE_PRESETS,
     DatasetConfig,
@@ -210,7 +211,8 @@ def test_method_presets_expand_and_explicit_fields_win() -> None:
     assert (faithful.demofusion.start, faithful.demofusion.jitter, faithful.stepper) == (0.2, "zeros", "ddim_keep")
     assert parse_config(config(upscale=faithful.model_dump()).model_dump(mode="json")).upscale == faithful
     for method, presets in METHOD_PRESETS.items():
-        assert set(presets) == {"default", "faithful"}
+        assert "default" in presets
+        assert set(presets) <= set(PRESETS) == {"default", "faithful", "accelerated"}
         for name in presets:
             config(upscale={"method": method, "preset": name})
     with pytest.raises(ConfigError, match="unknown preset 'best'; known: default, faithful"):

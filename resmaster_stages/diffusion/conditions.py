@@ -48,12 +48,17 @@ class Conditions:
             negative_image=None if self.negative_image is None else self.negative_image[items],
         )
 
-    def batch(self, items: Tensor, branches: Branches = (NEGATIVE, TEXT)) -> dict[str, Any]:
-        """UNet arguments for `items` [n] (long), branch by branch. Unconditional branches need negative conditions."""
+    def texts(self, items: Tensor, branches: Branches) -> list[tuple[TextEmbeddings, Tensor]]:
+        """Per branch, the distinct prompts and which of them each of `items` [n] (long) uses."""
         texts = [self.text if branch.conditional else self.negative for branch in branches]
-        images = [self.image if branch.conditional else self.negative_image for branch in branches]
         rows = [(text, text.index[items]) for text in texts if text is not None]
         assert len(rows) == len(branches), "an unconditional branch without negative conditions"
+        return rows
+
+    def batch(self, items: Tensor, branches: Branches = (NEGATIVE, TEXT)) -> dict[str, Any]:
+        """UNet arguments for `items` [n] (long), branch by branch. Unconditional branches need negative conditions."""
+        images = [self.image if branch.conditional else self.negative_image for branch in branches]
+        rows = self.texts(items, branches)
         added: dict[str, Any] = {"image_embeds": []}
         if self.image is not None:
             added["image_embeds"] = [torch.cat([image[items] for image in images if image is not None])]

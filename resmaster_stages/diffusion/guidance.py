@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -47,12 +47,15 @@ def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
 
 @dataclass(frozen=True)
 class ClassifierFree:
-    """negative + scale * (text - negative); scale 1 computes the conditional branch alone."""
+    """negative + scale * (text - negative); the conditional branch alone where the scale is 1, and from `stop` on."""
 
     scale: float
+    stop: float = 1.0
+    """Fraction of the steps after which guidance ends (Kynkäänniemi et al. 2024: late guidance changes little). Steps are
+    fixed beforehand: a rule that looked at the predictions would wait for the device."""
 
     def branches(self, step: Step) -> Branches:
-        return (TEXT,) if self.scale == 1 else (NEGATIVE, TEXT)
+        return (NEGATIVE, TEXT) if self.scale != 1 and step.done < self.stop else (TEXT,)
 
     def combine(self, outputs: Sequence[Tensor], step: Step) -> Tensor:
         return outputs[0] if len(outputs) == 1 else guide(outputs[0], outputs[1], self.scale)
@@ -66,6 +69,10 @@ class Moment:
     branches: Branches = ()
     items: Tensor | None = None
     """Numbers [n] of the views in the batch, which has their rows branch by branch: item = sample * views + view."""
+    states: Tensor | None = None
+    """What the batch's rows hear: [rows, 77, D]."""
+    texts: Sequence[tuple[Any, Tensor]] = ()
+    """Per branch, the `TextEmbeddings` of distinct prompts and which of them each view uses [n]: `states` is made of these."""
 
     @property
     def index(self) -> int:

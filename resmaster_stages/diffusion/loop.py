@@ -35,6 +35,8 @@ from resmaster_stages.diffusion.cost import count_call
 from resmaster_stages.diffusion.guidance import Guidance, Moment
 from resmaster_stages.diffusion.schedule import Step
 from resmaster_stages.diffusion.steppers import Stepper
+from resmaster_stages.diffusion.text_projections import text_projected_once
+from resmaster_stages.models.acceleration import changed_blocks_uncompiled, compiled_blocks
 from resmaster_stages.models.loading import Models
 
 LatentHook = Callable[[Tensor, Step], Tensor]
@@ -102,14 +104,35 @@ class Composition:
     """Shared with the patches that change from step to step or from branch to branch."""
 
 
+def batch_size(items: int, largest: int) -> int:
+    """Items per UNet call: of the sizes from above a quarter of `largest` up to it, the one that computes the fewest items
+    twice; the greatest of equals. 49 views in calls of at most 16 are 7 calls of 7."""
+    if items <= largest:
+        return items
+    return min(range(largest, largest // 4, -1), key=lambda size: -items % size)
+
+
 def static_batches(items: int, largest: int, device: torch.device | str = "cpu") -> list[Tensor]:
-    """Item numbers [n] of each UNet call: ceil(items / largest) calls of one shape, as even as can be.
+    """Item numbers [n] of each UNet call, `batch_size` of them in all calls: one shape.
 
     Where the last call is short, it repeats the last item; what comes out for the repeats is dropped.
     """
-    calls = -(-items // largest)
-    size = -(-items // calls)
-    return list(torch.arange(calls * size, device=device).clamp(max=items - 1).split(size))
+    size = batch_size(items, largest)
+    return list(torch.arange(items + -items % size, device=device).clamp(max=items - 1).split(size))
+
+
+def _rows(views: Tensor, items: Tensor, branches: int, dtype: torch.dtype) -> Tensor:
+    """The UNet's input for `items` [n] of `views` [N, C, h, w], branch by branch: [branches * n, C, h, w].
+
+    Written once, in the layout that convolutions on GPUs want.
+    """
+    layout = torch.channels_last if views.is_cuda else torch.contiguous_format
+    shape = (branches * len(items), *views.shape[1:])
+    rows = torch.empty(shape, dtype=dtype, device=views.device, memory_format=layout)
+    chosen = views[items]
+    for part in rows.split(len(items)):
+        part.copy_(chosen)
+    return rows
 
 
 def predict(
@@ -123,9 +146,10 @@ def predict(
     """Every view's prediction by every branch of `moment`: [N, C, h, w], float32, per branch. One UNet call per batch."""
     outputs, branches = [], moment.branches
     for items in batches:
-        moment.items = items
-        rows = views[items].to(denoiser.dtype).repeat(len(branches), 1, 1, 1)  # branch by branch
+        rows = _rows(views, items, len(branches), denoiser.dtype)
         arguments = conditions.batch(items, branches)
+        moment.items, moment.states = items, arguments["encoder_hidden_states"]
+        moment.texts = conditions.texts(items, branches)
         count_call(len(rows), rows[0, 0].numel() / denoiser.config.sample_size**2)
         output = denoiser(rows, timestep, return_dict=False, **arguments)[0]
         outputs.append(output.float().chunk(len(branches)))
@@ -151,12 +175,12 @@ class CanvasNoise:
 
 
 @contextmanager
-def _same_kernels() -> Iterator[None]:
-    """Within the block cuDNN picks deterministic kernels, by rule rather than by race."""
+def _kernels(same_bytes: bool) -> Iterator[None]:
+    """Within the block cuDNN picks deterministic kernels by rule; or, without `same_bytes`, the fastest by a race."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
     try:
-        cudnn.benchmark, cudnn.deterministic = False, True
+        cudnn.benchmark, cudnn.deterministic = not same_bytes, same_bytes
         yield
     finally:
         cudnn.benchmark, cudnn.deterministic = before
@@ -177,10 +201,13 @@ def denoise(
     timesteps = torch.tensor([step.t for step in schedule], device=models.device)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
-        stack.enter_context(_same_kernels())
+        stack.enter_context(_kernels(models.same_bytes))
         stack.enter_context(models.using(models.unet))
         for patch in c.patches:
             stack.enter_context(patch(models.unet))
+        if models.device.type == "cpu" and not compiled_blocks(models.unet):
+            stack.enter_context(text_projected_once(models.unet, c.moment))
+        stack.enter_context(changed_blocks_uncompiled(models.unet))
         for step, t in zip(schedule, timesteps):
             for hook in c.latent_hooks:
                 z = hook(z, step)

@@ -38,6 +38,11 @@ class Step:
     train_steps: int = 1000
 
     @property
+    def done(self) -> float:
+        """The fraction of the path's steps that lie before this one: what `start` and `stop` settings are compared with."""
+        return self.index / self.count
+
+    @property
     def cosine(self) -> float:
         """(1 + cos(pi (T - t) / T)) / 2: from 1 at t = T to 0 at t = 0. DemoFusion's and FreeScale's decay."""
         return (1 + cos(pi * (self.train_steps - self.t) / self.train_steps)) / 2

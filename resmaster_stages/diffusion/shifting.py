@@ -2,7 +2,8 @@
 
 Fewer views are needed for a seamless picture, since every border is averaged away by the steps that have none there. The
 shifts are a low-discrepancy sequence (Roberts' R2) of the step's number alone: the same for all samples, without a draw.
-Knows nothing about models. Invariant: the number and the size of the views are the same at every step.
+Moving views may lie further apart than those that stand still, and stand still in the last steps, where borders would show.
+Knows nothing about models. Invariant: the size of the views is the same at every step, their number at all moving steps.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from functools import cache
 
 import torch
 
+from resmaster_stages.config import UpscaleConfig
 from resmaster_stages.diffusion.conditions import Conditions
 from resmaster_stages.diffusion.fusing import Fuser
 from resmaster_stages.diffusion.loop import Views, always
 from resmaster_stages.diffusion.schedule import Step
-from resmaster_stages.diffusion.views import Grid
+from resmaster_stages.diffusion.views import Grid, stride_of
 
 PLASTIC = 1.32471795724474602596
 """The root of x^3 = x + 1: R2's steps are its inverse and the inverse's square."""
@@ -37,22 +39,37 @@ def nearest_views(moved: Grid, grid: Grid) -> list[int]:
     return [nearest(y, grid.rows) * len(grid.cols) + nearest(x, grid.cols) for y in moved.rows for x in moved.cols]
 
 
-def placed(
-    grid: Grid, conditions: Conditions, shift: str, kind: str, device: torch.device
-) -> Callable[[Step], tuple[Views, Conditions]]:
-    """A view group's views and conditions: those of `grid` at every step (`shift: none`), or moved (`every_step`).
+def moving_grid(grid: Grid, config: UpscaleConfig) -> Grid | None:
+    """The grid that moves, where it lies at shift 0; None where none does."""
+    if config.shift == "none":
+        return None
+    stride = config.stride if config.shift_stride is None else config.shift_stride
+    return replace(grid, stride=stride_of(grid.window, stride), shift=(0, 0))
 
-    A moved view takes caption, image prompt and size conditions of the grid's nearest view. kind: weights of a window's cells.
+
+def is_moving(config: UpscaleConfig, index: int) -> bool:
+    """Whether step `index` of the path has moved views."""
+    return config.shift != "none" and index / config.steps < config.shift_stop
+
+
+def placed(
+    grid: Grid, conditions: Conditions, config: UpscaleConfig, device: torch.device
+) -> Callable[[Step], tuple[Views, Conditions]]:
+    """A view group's views and conditions: those of `grid` at every step, or moved as `config` says.
+
+    A moved view takes caption, image prompt and size conditions of the grid's nearest view.
     """
-    if shift == "none":
-        return always(Fuser(grid, kind, device), conditions)
+    still = Fuser(grid, config.fuse, device), conditions
+    moving = moving_grid(grid, config)
+    if moving is None:
+        return always(*still)
     samples = len(conditions) // len(grid)
 
     @cache
     def moved(y: int, x: int) -> tuple[Views, Conditions]:
-        there = replace(grid, shift=(y, x))
+        there = replace(moving, shift=(y, x))
         near = nearest_views(there, grid)
         items = torch.tensor([sample * len(grid) + view for sample in range(samples) for view in near])
-        return Fuser(there, kind, device), conditions.take(items.to(device, non_blocking=True))
+        return Fuser(there, config.fuse, device), conditions.take(items.to(device, non_blocking=True))
 
-    return lambda step: moved(*shift_at(step.index, grid.stride))
+    return lambda step: moved(*shift_at(step.index, moving.stride)) if is_moving(config, step.index) else still

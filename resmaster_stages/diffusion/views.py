@@ -108,6 +108,11 @@ class Grid:
         return len(self.rows) * len(self.cols)
 
 
+def stride_of(window: int, fraction: float) -> int:
+    """`fraction` of a window, in whole units: from 1 to the window."""
+    return min(window, max(1, round(window * fraction)))
+
+
 def view_grid(
     target_height_px: int, target_width_px: int, native_px: int, stride_fraction: float, latent_factor: int
 ) -> Grid:
@@ -120,7 +125,7 @@ def view_grid(
         height=-(-target_height_px // latent_factor),
         width=-(-target_width_px // latent_factor),
         window=window,
-        stride=min(window, max(1, round(window * stride_fraction))),
+        stride=stride_of(window, stride_fraction),
         unit_px=latent_factor,
         height_px=target_height_px,
         width_px=target_width_px,

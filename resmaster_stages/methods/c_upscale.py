@@ -21,7 +21,7 @@ from resmaster_stages.diffusion.composer import Composer
 from resmaster_stages.diffusion.conditions import make_conditions
 from resmaster_stages.diffusion.following import structural_guidance
 from resmaster_stages.diffusion.fusing import Fuser
-from resmaster_stages.diffusion.guidance import TEXT, ClassifierFree, Moment
+from resmaster_stages.diffusion.guidance import TEXT, Moment
 from resmaster_stages.diffusion.image_prompts import adapter_scale
 from resmaster_stages.diffusion.loop import (
     CanvasNoise,
@@ -35,7 +35,7 @@ from resmaster_stages.diffusion.loop import (
     static_batches,
 )
 from resmaster_stages.diffusion.schedule import Step
-from resmaster_stages.diffusion.steppers import STEPPERS
+from resmaster_stages.diffusion.steppers import make_stepper
 from resmaster_stages.methods.request import Request
 from resmaster_stages.methods.stages import Stage, first_step
 
@@ -92,8 +92,8 @@ def stages(request: Request) -> tuple[Stage, ...]:
         )
         views = Fuser(grid, config.fuse, models.device)
         return z, Composition(
-            groups=(ViewGroup(always(views, conditions), ClassifierFree(config.guidance_scale)),),
-            stepper=STEPPERS[config.stepper],
+            groups=(ViewGroup(always(views, conditions), request.guidance()),),
+            stepper=make_stepper(config.stepper),
             latent_hooks=look,
             x0_hooks=structure,
             patches=patches,

@@ -26,7 +26,6 @@ from resmaster_stages.config import DemoFusionConfig
 from resmaster_stages.diffusion.conditions import Conditions, make_conditions
 from resmaster_stages.diffusion.following import match_moments, skip_residual
 from resmaster_stages.diffusion.frequency import gaussian_blur
-from resmaster_stages.diffusion.guidance import ClassifierFree
 from resmaster_stages.diffusion.image_prompts import adapter_scale
 from resmaster_stages.diffusion.loop import CanvasNoise, Composition, LatentHook, ViewGroup, Views, always
 from resmaster_stages.diffusion.scattered import (
@@ -38,7 +37,7 @@ from resmaster_stages.diffusion.scattered import (
     jittered,
 )
 from resmaster_stages.diffusion.schedule import Step
-from resmaster_stages.diffusion.steppers import STEPPERS
+from resmaster_stages.diffusion.steppers import make_stepper
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.methods.request import Request
 from resmaster_stages.methods.stages import Stage, first_step, phase_scales
@@ -100,7 +99,7 @@ def _local_views(request: Request, grid: Grid, noise: CanvasNoise) -> ViewGroup:
 
     return ViewGroup(
         at,
-        ClassifierFree(config.guidance_scale),
+        request.guidance(),
         weight=lambda step: 1 - step.cosine**config.demofusion.cosine_scale_2,
     )
 
@@ -114,7 +113,7 @@ def _dilated_views(request: Request, height: int, width: int, factor: int) -> Vi
     conditions = _conditions(request, grid, [[(0, 0)] * len(views)] * len(request.prompts))
     return ViewGroup(
         always(views, conditions),
-        ClassifierFree(config.guidance_scale),
+        request.guidance(),
         weight=lambda step: step.cosine**config.demofusion.cosine_scale_2,
         prepare=dilated_input(factor, config.demofusion),
     )
@@ -141,7 +140,7 @@ def stages(request: Request) -> tuple[Stage, ...]:
                     _local_views(request, grid, noise),
                     _dilated_views(request, rows, cols, max(1, round(scale))),
                 ),
-                stepper=STEPPERS[config.stepper],
+                stepper=make_stepper(config.stepper),
                 latent_hooks=(skip_residual(x0, draw, settings.cosine_scale_1),),
                 patches=(partial(adapter_scale, scale=0.0),),
             )

@@ -11,10 +11,10 @@ from functools import partial
 
 from resmaster_stages.diffusion.conditions import make_conditions
 from resmaster_stages.diffusion.fusing import Fuser
-from resmaster_stages.diffusion.guidance import ClassifierFree, Guidance, Moment
+from resmaster_stages.diffusion.guidance import Guidance, Moment
 from resmaster_stages.diffusion.image_prompts import adapter_scale
 from resmaster_stages.diffusion.loop import Composition, LatentHook, Patch, ViewGroup, always
-from resmaster_stages.diffusion.steppers import STEPPERS
+from resmaster_stages.diffusion.steppers import make_stepper
 from resmaster_stages.methods.request import Request
 
 
@@ -45,10 +45,10 @@ def whole_canvas_composition(
         groups=(
             ViewGroup(
                 always(Fuser(grid, "uniform", request.models.device), conditions),
-                guidance or ClassifierFree(config.guidance_scale),
+                guidance or request.guidance(),
             ),
         ),
-        stepper=STEPPERS[config.stepper],
+        stepper=make_stepper(config.stepper),
         latent_hooks=latent_hooks,
         patches=(partial(adapter_scale, scale=0.0), *patches),
         moment=moment or Moment(),

@@ -8,11 +8,10 @@ from __future__ import annotations
 from functools import partial
 
 from resmaster_stages.diffusion.conditions import make_conditions
-from resmaster_stages.diffusion.guidance import ClassifierFree
 from resmaster_stages.diffusion.image_prompts import adapter_scale
 from resmaster_stages.diffusion.loop import Composition, ViewGroup
 from resmaster_stages.diffusion.shifting import placed
-from resmaster_stages.diffusion.steppers import STEPPERS
+from resmaster_stages.diffusion.steppers import make_stepper
 from resmaster_stages.methods.request import Request
 
 
@@ -28,12 +27,7 @@ def compose(request: Request) -> Composition:
         micro_conditioning=config.micro_conditioning,
     )
     return Composition(
-        groups=(
-            ViewGroup(
-                placed(grid, conditions, config.shift, config.fuse, request.models.device),
-                ClassifierFree(config.guidance_scale),
-            ),
-        ),
-        stepper=STEPPERS[config.stepper],
+        groups=(ViewGroup(placed(grid, conditions, config, request.models.device), request.guidance()),),
+        stepper=make_stepper(config.stepper),
         patches=(partial(adapter_scale, scale=0.0),),
     )

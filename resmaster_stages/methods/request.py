@@ -14,6 +14,7 @@ from torch import Tensor
 
 from resmaster_stages.config import UpscaleConfig
 from resmaster_stages.diffusion import autoencoder
+from resmaster_stages.diffusion.guidance import ClassifierFree
 from resmaster_stages.diffusion.views import Grid, view_grid, whole_canvas
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.loading import Models
@@ -76,6 +77,10 @@ class Request:
     def guided(self) -> bool:
         """Whether there is an unconditional branch."""
         return self.config.guidance_scale != 1
+
+    def guidance(self) -> ClassifierFree:
+        """The guidance rule of methods that have none of their own."""
+        return ClassifierFree(self.config.guidance_scale, self.config.guidance_stop)
 
     @property
     def canvas_size(self) -> tuple[int, int]:

@@ -17,11 +17,10 @@ from functools import partial
 
 from resmaster_stages.diffusion.conditions import make_conditions
 from resmaster_stages.diffusion.following import structural_guidance
-from resmaster_stages.diffusion.guidance import ClassifierFree
 from resmaster_stages.diffusion.image_prompts import adapter_scale, embed_crops
 from resmaster_stages.diffusion.loop import Composition, ViewGroup, X0Hook
 from resmaster_stages.diffusion.shifting import placed
-from resmaster_stages.diffusion.steppers import STEPPERS
+from resmaster_stages.diffusion.steppers import make_stepper
 from resmaster_stages.methods.request import Request
 
 
@@ -46,13 +45,8 @@ def compose(request: Request) -> Composition:
         image=image,
     )
     return Composition(
-        groups=(
-            ViewGroup(
-                placed(grid, conditions, config.shift, config.fuse, models.device),
-                ClassifierFree(config.guidance_scale),
-            ),
-        ),
-        stepper=STEPPERS[config.stepper],
+        groups=(ViewGroup(placed(grid, conditions, config, models.device), request.guidance()),),
+        stepper=make_stepper(config.stepper),
         x0_hooks=hooks,
         patches=(partial(adapter_scale, scale=image_scale),),
     )

@@ -26,6 +26,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from resmaster_stages.config import IpAdapterConfig, ModelConfig
 from resmaster_stages.errors import ConfigError, OutOfMemory
+from resmaster_stages.models.acceleration import can_compile, compile_blocks, quantise_fp8, require_fp8
 from resmaster_stages.models.faults import device_faults
 from resmaster_stages.models.identity import PICTUREBOOK, as_folder, model_identity, pack_folder
 
@@ -60,6 +61,8 @@ class Models:
     dtype: torch.dtype
     offload: bool = False
     identity: str = "pipeline"
+    same_bytes: bool = True
+    """Whether convolutions are chosen by rule, so that a re-run gives the same bytes; else by a race, which is faster."""
 
     @property
     def latent_factor(self) -> int:
@@ -287,4 +290,16 @@ def load_models(config: ModelConfig) -> Models:
     if device.type == "cuda":  # convolutions in half precision want it there; on CPUs it made no measurable difference
         models.unet.to(memory_format=torch.channels_last)
         models.vae.to(memory_format=torch.channels_last)
-    return replace(models, device=device)
+    _accelerate(models.unet, config, device)
+    return replace(models, device=device, same_bytes=config.exactness == "bytes")
+
+
+def _accelerate(unet: Any, config: ModelConfig, device: torch.device) -> None:
+    """Quantises and compiles `unet` as `config` says. Raises ConfigError."""
+    wanted = config.compile == "blocks" or (config.compile == "auto" and device.type == "cuda")
+    compiled = wanted and can_compile(device)
+    if config.quantise == "fp8":
+        require_fp8(device, compiled)
+        quantise_fp8(unet)
+    if compiled:
+        compile_blocks(unet)

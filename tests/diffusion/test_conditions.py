@@ -175,7 +175,18 @@ def test_batch_size_does_not_matter():
 
 
 @pytest.mark.parametrize(
-    ("items", "largest", "shapes"), [(49, 16, [13] * 4), (5, 8, [5]), (9, 4, [3] * 3), (7, 3, [3] * 3), (1, 16, [1])]
+    ("items", "largest", "shapes"),
+    [
+        (49, 16, [7] * 7),
+        (25, 16, [5] * 5),
+        (36, 16, [12] * 3),
+        (49, 49, [49]),
+        (225, 16, [15] * 15),
+        (17, 16, [9] * 2),  # a prime: no more than one is computed twice
+        (5, 8, [5]),
+        (9, 4, [3] * 3),
+        (1, 16, [1]),
+    ],
 )
 def test_batches_are_static_even_and_complete(items, largest, shapes):
     batches = static_batches(items, largest)

@@ -49,7 +49,7 @@ def test_moved_views_are_fused_back_and_take_the_nearest_views_conditions():
     models, grid = adapted(), view_grid(128, 192, 64, 0.5, 8)
     texts = [f"{number}" for number in range(2 * len(grid))]  # two samples
     conditions = make_conditions(models, grid, texts, [""] * len(texts), guided=True)
-    at = placed(grid, conditions, "every_step", "uniform", models.device)
+    at = placed(grid, conditions, UpscaleConfig(shift="every_step"), models.device)
     canvas = torch.randn(2, 4, grid.height, grid.width)
     seen = set()
     for step in schedule(6):

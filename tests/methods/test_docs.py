@@ -35,8 +35,11 @@ def test_every_method_has_a_section_with_its_use_cost_failure_and_knobs(method: 
     for name in part.model_fields if part else ():
         assert f"`{name}`" in section or f"`{name}:" in section, name
     presets = METHOD_PRESETS.get(method, {})
-    if presets.get("faithful") != presets.get("default"):
+    if presets.keys() - {"default"} and presets.get("faithful") != presets.get("default"):
         assert "**Presets**" in section
+    for preset in presets.keys() - {"default"}:
+        assert f"`{preset}`" in section
+    if "faithful" in presets and presets["faithful"] != presets["default"]:
         assert "**Differs from the authors' code**" in section
 
 

@@ -1,0 +1,125 @@
+"""The UNet made faster as a whole: transformer blocks compiled, large linear layers in 8 bits.
+
+Knows nothing about methods. Invariants:
+- Compiled blocks compute what they computed, up to rounding; a machine that cannot compile runs them as they are, and says so
+  in one line.
+- A block of which a method changed a layer runs as it is for that while: the change would break its graph.
+- `quantise_fp8` changes results, so it is asked for by name and never falls back.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from resmaster_stages.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+_GRAPHS = 64
+"""Graphs that one block's code may have: levels of the UNet times shapes of batches (guided or not, moved views or not)."""
+
+FP8_LEAST_WIDTH = 640
+"""Narrower layers are bound by memory, not by arithmetic."""
+
+_NOT_IN_FP8 = (
+    "time_embedding",
+    "add_embedding",
+    "time_emb_proj",
+    "attn2.to_k",
+    "attn2.to_v",
+    "encoder_hid_proj",
+    "_ip.",
+)
+"""Parts of names of layers that cost nothing and whose errors reach every pixel: embeddings, text and image projections."""
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether code for `device` can be compiled on this machine: found out by compiling a line."""
+    probe = torch.compile(lambda x: (x * 2 + 1).relu(), dynamic=False)
+    try:
+        return bool((probe(torch.ones(8, device=device)) == 3).all())
+    except Exception as error:  # whatever a compiler, a linker or a driver says
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        log.warning(
+            "model.compile: nothing can be compiled for %s here (%s); the model runs uncompiled, more slowly. Install a C "
+            "compiler (and on CUDA Triton), or set model.compile: off",
+            device,
+            reason[:200],
+        )
+        return False
+
+
+def compile_blocks(unet: Any) -> None:
+    """Compiles the repeated blocks of `unet` (a diffusers model) for good, each static shape at its first use."""
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, _GRAPHS)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * _GRAPHS)
+    unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
+
+
+def compiled_blocks(unet: Any) -> list[nn.Module]:
+    """The compiled blocks of `unet`; none of what is no module."""
+    modules = unet.modules() if isinstance(unet, nn.Module) else ()
+    return [module for module in modules if getattr(module, "_compiled_call_impl", None) is not None]
+
+
+def _is_changed(block: nn.Module) -> bool:
+    return any("forward" in module.__dict__ for module in block.modules())
+
+
+@contextmanager
+def changed_blocks_uncompiled(unet: Any) -> Iterator[None]:
+    """Within the block, compiled blocks of which a layer is replaced (`patches.replaced_forward`) run uncompiled."""
+    changed = [(block, block._compiled_call_impl) for block in compiled_blocks(unet) if _is_changed(block)]
+    if changed:
+        log.info("%d of the UNet's blocks run uncompiled: the method changes layers of theirs", len(changed))
+    try:
+        for block, _ in changed:
+            block._compiled_call_impl = None
+        yield
+    finally:
+        for block, compiled in changed:
+            block._compiled_call_impl = compiled
+
+
+def takes_fp8(module: nn.Module, name: str, least_width: int = FP8_LEAST_WIDTH) -> bool:
+    """Whether a layer of a UNet is to compute in 8 bits: wide linear layers of its blocks, of widths that 16 divides."""
+    if not isinstance(module, nn.Linear) or any(part in name for part in _NOT_IN_FP8):
+        return False
+    widths = (module.in_features, module.out_features)
+    return min(widths) >= least_width and not any(width % 16 for width in widths)
+
+
+def require_fp8(device: torch.device, compiled: bool) -> None:
+    """Raises ConfigError unless 8-bit linear layers can run on `device`, and faster than without."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError(
+            f"model.quantise: fp8 needs a CUDA device of compute capability 8.9 (Ada, Hopper) or later, and {device} is none; "
+            "set model.quantise: none"
+        )
+    if not compiled:
+        raise ConfigError(
+            "model.quantise: fp8 is slower than float16 unless it is compiled; set model.compile: blocks, or model.quantise: none"
+        )
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError(
+            "model.quantise: fp8 needs torchao; install resmaster-pipeline[fp8], or set model.quantise: none"
+        )
+
+
+def quantise_fp8(unet: Any, least_width: int = FP8_LEAST_WIDTH) -> int:
+    """Lets the wide linear layers of `unet` compute in 8 bits, scales per row, for good; how many layers there are."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    chosen = {name for name, module in unet.named_modules() if takes_fp8(module, name, least_width)}
+    quantize_(
+        unet, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=lambda _, name: name in chosen
+    )
+    return len(chosen)
