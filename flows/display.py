@@ -64,14 +64,27 @@ def spell_seconds(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-class TerminalReporter(Silent):
+class Notes(Silent):
+    """A `Reporter` that prints what is noted, each line once, and nothing else."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._noted: set[str] = set()
+
+    def note(self, line: str) -> None:
+        if line not in self._noted:
+            self._noted.add(line)
+            self.console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+class TerminalReporter(Notes):
     """A `Reporter` that draws a live display; use as a context manager around the build.
 
     `pending` is the number of samples still to do per stage, `shards` the number of shards in the dataset.
     """
 
     def __init__(self, pending: dict[Stage, int], shards: int, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        super().__init__(console or Console(stderr=True))
         self._left = TimeLeft(pending)
         self._shards = shards
         self._clock = time.monotonic()

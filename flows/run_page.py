@@ -36,7 +36,7 @@ class Row:
 class RunPage(Silent):
     """The page of one run over `shards`.
 
-    `pending`: stage -> samples to do; `log` hears a line per committed stage; `link` makes an address of a run's id.
+    `pending`: stage -> samples to do; `log` hears a line per committed stage, and what is noted; `link` makes an address of a run's id.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class RunPage(Silent):
         self._runs: dict[str, Row] = {}
         self._share: tuple[int, int] | None = None
         self._now = "starting"
+        self._noted: set[str] = set()
         self._sample_clock = self._shard_clock = self._begin
 
     # ------------------------------------------------------------------------------------------------------- listening
@@ -93,6 +94,11 @@ class RunPage(Silent):
 
     def step(self, done: int, total: int) -> None:
         self._now = f"{self._now.partition(', step')[0]}, step {done} of {total}"
+
+    def note(self, line: str) -> None:
+        if line not in self._noted:
+            self._noted.add(line)
+            self._log(line)
 
     def run_submitted(self, run: str, name: str) -> None:
         self._runs[run] = Row(name, state="submitted", rank=1, where=self._link(run))

@@ -12,8 +12,10 @@ from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import Progress
 
+from flows.display import Notes
 from resmaster_stages.config import SDXL, DatasetConfig, load_config, parse_config
 from resmaster_stages.errors import UserError
+from resmaster_stages.progress import reporting
 
 FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
@@ -82,7 +84,8 @@ def upscale_file(args: argparse.Namespace, console: Console) -> None:
     from resmaster_stages.upscale import caption_views, enlarge_image, target_size, upscale_image
 
     upscale = config.upscale
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    bars = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with bars as progress, reporting(Notes(console)):
         bar = progress.add_task("loading models", total=None)
 
         def step(done: int, total: int) -> None:

@@ -37,13 +37,19 @@ BATCH_FIELDS: dict[Stage, tuple[str, str]] = {
 """Where the configuration says how much goes to the device at once. Quality goes picture by picture."""
 
 
-def batch_of(config: DatasetConfig, stage: Stage) -> int:
-    """How much of `stage` goes to the device at once."""
+def batch_of(config: DatasetConfig, stage: Stage) -> int | None:
+    """How much of `stage` goes to the device at once; None where the device's memory decides."""
     if stage not in BATCH_FIELDS:
         return 1
     part, field = BATCH_FIELDS[stage]
-    size: int = getattr(getattr(config, part), field)
+    size: int | None = getattr(getattr(config, part), field)
     return size
+
+
+def half_batch(error: OutOfMemory, config: DatasetConfig, stage: Stage) -> int:
+    """Half of the batch for which memory ran out; 0 where nothing smaller can be tried."""
+    sizes = [size for size in (error.batch, batch_of(config, stage)) if size is not None]
+    return min(sizes, default=1) // 2
 
 
 def with_batch(config: DatasetConfig, stage: Stage, size: int) -> DatasetConfig:
@@ -184,9 +190,9 @@ def _computed(
         left = run.places[done:]
         if not left:
             raise ShardError(f"the stage {stage} failed after its last sample: {trouble}") from trouble
-        if isinstance(trouble, OutOfMemory) and batch_of(run.config, stage) > 1:
+        if isinstance(trouble, OutOfMemory) and (half := half_batch(trouble, run.config, stage)):
             release_memory()
-            runs.appendleft(Run(with_batch(run.config, stage, batch_of(run.config, stage) // 2), left))
+            runs.appendleft(Run(with_batch(run.config, stage, half), left))
         elif size > 1:
             if left[size:]:
                 runs.appendleft(Run(run.config, left[size:]))

@@ -582,8 +582,9 @@ class UpscaleConfig(Part):
     """Of method c_upscale."""
     super_resolution: SuperResolutionConfig = SuperResolutionConfig()
     """Of method super_resolution."""
-    view_batch: int = Operational(16, ge=1)
-    """Views per UNet call (times two with guidance, at some steps three). Lower it if memory runs out."""
+    view_batch: int | None = Operational(None, ge=1)
+    """Views per UNet call at most (times two with guidance, at some steps three). null: what the device's memory allows, 16 on
+    CPUs. Other numbers give the same picture up to rounding."""
 
     @model_validator(mode="before")
     @classmethod

@@ -32,6 +32,11 @@ class PlanError(UserError):
 class OutOfMemory(UserError):
     """A batch does not fit into the device's memory, or the computer's."""
 
+    def __init__(self, message: str, batch: int | None = None) -> None:
+        super().__init__(message)
+        self.batch = batch
+        """How much was in the batch; None where that is not known."""
+
 
 class SampleError(ResMasterError):
     """One sample cannot be made (bad prompt, undecodable image, NaN latents). The shard goes on."""

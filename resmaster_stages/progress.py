@@ -38,6 +38,9 @@ class Reporter(Protocol):
     def step(self, done: int, total: int) -> None:
         """Denoising step `done` of `total` of the sample at hand."""
 
+    def note(self, line: str) -> None:
+        """A fact that the user should know, in a line; it may be told for every sample, and is shown once."""
+
 
 class Silent:
     """The reporter that says nothing, used where none was plugged in."""
@@ -57,6 +60,8 @@ class Silent:
     def run_ended(self, run: str, state: str, finished: bool) -> None: ...
 
     def step(self, done: int, total: int) -> None: ...
+
+    def note(self, line: str) -> None: ...
 
 
 class Both:
@@ -96,6 +101,10 @@ class Both:
     def step(self, done: int, total: int) -> None:
         for each in self._reporters:
             each.step(done, total)
+
+    def note(self, line: str) -> None:
+        for each in self._reporters:
+            each.note(line)
 
 
 _reporter: ContextVar[Reporter] = ContextVar("reporter", default=Silent())  # noqa: B039  (stateless)

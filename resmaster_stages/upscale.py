@@ -95,6 +95,7 @@ def _one_pass(
     progress: Callable[[int, int], None] | None,
 ) -> Image.Image:
     """`image` re-imagined at `height` x `width` px."""
+    from resmaster_stages.diffusion.memory import preflight
     from resmaster_stages.diffusion.reference import pad_to_multiple, to_mask, to_tensor, upsample
     from resmaster_stages.methods.render import render
     from resmaster_stages.methods.request import Reference, Request
@@ -116,6 +117,8 @@ def _one_pass(
         reference=Reference(models, pixels, config.scale, to_tensor(image)),
         detail=None if detail is None else to_mask(detail),
     )
+    for line in preflight(models, config.view_batch, grid, 2 if request.guided else 1):
+        reporter().note(line)
     (result,) = render(request, [seed], progress)
     if isinstance(result, SampleError):
         raise result

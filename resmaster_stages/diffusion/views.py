@@ -79,6 +79,11 @@ class Grid:
         """Width of every window, in units."""
         return min(self.window, self.width)
 
+    @property
+    def window_size(self) -> tuple[int, int]:
+        """(height, width) of every window, in units."""
+        return self.window_height, self.window_width
+
     @cached_property
     def boxes(self) -> tuple[Box, ...]:
         """Half-open (y0, x0, y1, x1) of each window, in units, row-major."""

@@ -52,7 +52,7 @@ def whole_picture(request: Request, composer: Composer, draw: Tensor) -> LatentH
         guided=False,
         sizes=[(*size, 0, 0, *size)] * len(request.prompts),
     )
-    batches = static_batches(len(conditions), request.config.view_batch, models.device)
+    batches = static_batches(len(conditions), request.view_limit, models.device)
 
     def look(z: Tensor, step: Step) -> Tensor:
         small = step.noised(reference.small_latents, draw)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from resmaster_stages.diffusion import autoencoder
-from resmaster_stages.diffusion.loop import CanvasNoise, Progress, denoise
+from resmaster_stages.diffusion.loop import CanvasNoise, Progress, batch_size, denoise
 from resmaster_stages.diffusion.reference import to_image
 from resmaster_stages.diffusion.schedule import make_schedule
 from resmaster_stages.errors import SampleError
@@ -29,7 +29,8 @@ def render(request: Request, seeds: Sequence[int], progress: Progress | None = N
     Raises ConfigError (a setting that the model cannot serve, or too little memory) and GpuLost.
     """
     models, config = request.models, request.config
-    with device_faults("lower upscale.view_batch or low_res.batch_size, or set model.offload: model"):
+    advice = "lower upscale.view_batch or low_res.batch_size, or set model.offload: model"
+    with device_faults(advice, batch_size(len(request.prompts) * len(request.views()), request.view_limit)):
         schedule = make_schedule(models.scheduler_config, config.steps)
         stages = METHODS[config.method](request)
         noise = CanvasNoise(seeds, models.latent_channels, *request.canvas_size, models.device)
@@ -43,7 +44,7 @@ def render(request: Request, seeds: Sequence[int], progress: Progress | None = N
         for stage in stages:
             path, draw = schedule[stage.first :], noise.resized(stage.height, stage.width)
             z, composition = stage.begin(z, draw, path[0])  # [B, C, h, w]
-            z = denoise(models, composition, path, z, draw, view_batch=config.view_batch, progress=tick)
+            z = denoise(models, composition, path, z, draw, view_batch=request.view_limit, progress=tick)
             z = stage.finish(z)
         assert z is not None
         pixels = autoencoder.decode(models, z)[..., : request.height, : request.width]

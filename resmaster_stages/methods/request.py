@@ -15,6 +15,7 @@ from torch import Tensor
 from resmaster_stages.config import UpscaleConfig
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.guidance import ClassifierFree
+from resmaster_stages.diffusion.memory import view_limit
 from resmaster_stages.diffusion.views import Grid, view_grid, whole_canvas
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.loading import Models
@@ -87,6 +88,12 @@ class Request:
         """(height, width) of the canvas, in latents."""
         factor = self.models.latent_factor
         return -(-self.height // factor), -(-self.width // factor)
+
+    @cached_property
+    def view_limit(self) -> int:
+        """Views per UNet call at most."""
+        grid = self.views()
+        return view_limit(self.models, self.config.view_batch, grid.window_size, 2 if self.guided else 1)
 
     def required_reference(self) -> Reference:
         """The reference. Raises ConfigError where there is none."""

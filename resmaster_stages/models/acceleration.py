@@ -10,7 +10,6 @@ Knows nothing about methods. Invariants:
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,8 +18,7 @@ import torch
 from torch import nn
 
 from resmaster_stages.errors import ConfigError
-
-log = logging.getLogger(__name__)
+from resmaster_stages.progress import reporter
 
 _GRAPHS = 64
 """Graphs that one block's code may have: levels of the UNet times shapes of batches (guided or not, moved views or not)."""
@@ -47,11 +45,9 @@ def can_compile(device: torch.device) -> bool:
         return bool((probe(torch.ones(8, device=device)) == 3).all())
     except Exception as error:  # whatever a compiler, a linker or a driver says
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        log.warning(
-            "model.compile: nothing can be compiled for %s here (%s); the model runs uncompiled, more slowly. Install a C "
-            "compiler (and on CUDA Triton), or set model.compile: off",
-            device,
-            reason[:200],
+        reporter().note(
+            f"model.compile: nothing can be compiled for {device} here ({reason[:200]}); the model runs uncompiled, more slowly. "
+            "Install a C compiler (and on CUDA Triton), or set model.compile: off"
         )
         return False
 
@@ -79,7 +75,7 @@ def changed_blocks_uncompiled(unet: Any) -> Iterator[None]:
     """Within the block, compiled blocks of which a layer is replaced (`patches.replaced_forward`) run uncompiled."""
     changed = [(block, block._compiled_call_impl) for block in compiled_blocks(unet) if _is_changed(block)]
     if changed:
-        log.info("%d of the UNet's blocks run uncompiled: the method changes layers of theirs", len(changed))
+        reporter().note(f"{len(changed)} of the UNet's blocks run uncompiled: the method changes layers of theirs")
     try:
         for block, _ in changed:
             block._compiled_call_impl = None

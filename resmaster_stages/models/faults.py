@@ -43,14 +43,20 @@ def fault_of(error: Exception, advice: str) -> GpuLost | OutOfMemory | None:
 
 
 @contextmanager
-def device_faults(advice: str) -> Iterator[None]:
-    """Raises GpuLost where the device context is poisoned, and OutOfMemory with `advice` where memory ran out."""
+def device_faults(advice: str, batch: int | None = None) -> Iterator[None]:
+    """Raises GpuLost where the device context is poisoned, and OutOfMemory with `advice` where memory ran out.
+
+    batch: how much goes to the device at once.
+    """
     try:
         yield
     except ResMasterError:
         raise
     except Exception as error:
-        if fault := fault_of(error, advice):
+        fault = fault_of(error, advice)
+        if isinstance(fault, OutOfMemory):
+            fault.batch = batch
+        if fault:
             raise fault from error
         raise
 

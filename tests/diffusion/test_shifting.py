@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from resmaster_stages.config import UpscaleConfig, parse_config
 from resmaster_stages.diffusion.conditions import make_conditions
 from resmaster_stages.diffusion.cost import counting
-from resmaster_stages.diffusion.shifting import nearest_views, placed, shift_at
+from resmaster_stages.diffusion.shifting import moving_grid, nearest_views, placed, shift_at
 from resmaster_stages.diffusion.views import Grid, view_grid
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.upscale import upscale_image
@@ -91,3 +91,28 @@ def test_methods_without_a_moving_grid_refuse_it_and_identities_stay():
         parse_config({"name": "d", "upscale": {"method": "direct", "shift": "every_step"}})
     assert "shift" not in UpscaleConfig().identity()
     assert UpscaleConfig(shift="every_step").identity()["shift"] == "every_step"
+
+
+def test_moving_views_may_lie_further_apart_and_stand_still_at_the_end():
+    models, grid = adapted(), view_grid(128, 192, 64, 0.5, 8)
+    texts = [f"{number}" for number in range(len(grid))]
+    conditions = make_conditions(models, grid, texts, [""] * len(texts), guided=True)
+    config = UpscaleConfig(shift="every_step", shift_stride=1.0, shift_stop=0.6, steps=10)
+    at, canvas = placed(grid, conditions, config, models.device), torch.randn(1, 4, grid.height, grid.width)
+    counts = []
+    for step in schedule(10):
+        views, there = at(step)
+        torch.testing.assert_close(views.fuse(views.cut(canvas)), canvas)
+        counts.append(len(there))
+    moving = len(moving_grid(grid, config))
+    assert moving < len(replace(grid, shift=(0, 0)))
+    assert counts == [moving] * 6 + [len(grid)] * 4
+    assert torch.equal(at(schedule(10)[-1])[1].text.index, conditions.text.index)
+
+
+def test_fields_of_moving_views_need_moving_views():
+    with pytest.raises(ConfigError, match="shift_stop is set, but no view moves; set shift: every_step too"):
+        parse_config({"name": "d", "upscale": {"shift_stop": 0.5}})
+    with pytest.raises(ConfigError, match="shift_stride"):
+        parse_config({"name": "d", "upscale": {"shift_stride": 1.0}})
+    assert UpscaleConfig(shift="every_step").identity().keys() == {*UpscaleConfig().identity(), "shift"}

@@ -1,14 +1,22 @@
 import itertools
+import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resmaster_stages.diffusion.fusing import Fuser
-from resmaster_stages.diffusion.schedule import make_schedule
-from resmaster_stages.diffusion.steppers import STEPPERS, ddim_ancestral, ddim_implied, ddim_keep, posterior
+from resmaster_stages.diffusion.schedule import Step, make_schedule
+from resmaster_stages.diffusion.steppers import (
+    STEPPERS,
+    ddim_ancestral,
+    ddim_implied,
+    ddim_keep,
+    make_stepper,
+    posterior,
+)
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.errors import ConfigError
 from tests.tiny_models import SCHEDULER
@@ -170,3 +178,63 @@ def test_ancestral_steps_equal_diffusers_ddim_with_eta_1_and_the_posterior():
         torch.testing.assert_close(z, theirs, atol=1e-5, rtol=1e-5)
     step = make_schedule(euler_config(), 5)[-1]
     assert torch.equal(ddim_ancestral(z, z, z, step, never), z)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("count", [8, 25])
+def test_dpmpp_2m_equals_diffusers_solver(prediction_type, spacing, count):
+    changes = {"prediction_type": prediction_type, "timestep_spacing": spacing}
+    scheduler = DPMSolverMultistepScheduler(
+        **{**SCHEDULER, **changes}, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero"
+    )
+    schedule = make_schedule(euler_config(**changes), count)
+    scheduler.set_timesteps(timesteps=[step.t for step in schedule])
+    scheduler.sigmas = torch.tensor([step.sigma / step.alpha for step in schedule] + [0.0], dtype=torch.float64)
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = start
+    for t in scheduler.timesteps:
+        expected = scheduler.step(model(expected, int(t)), t, expected).prev_sample
+    # diffusers steps in float32
+    torch.testing.assert_close(run(make_stepper("dpmpp_2m"), schedule, start), expected, atol=5e-6, rtol=5e-6)
+
+
+def test_the_first_step_of_dpmpp_2m_is_ddim_and_so_is_every_first_step_of_a_pass():
+    schedule = make_schedule(euler_config(), 10)
+    z, x0 = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+    for step in schedule:  # a pass may begin anywhere
+        torch.testing.assert_close(
+            make_stepper("dpmpp_2m")(z, x0, x0, step, never), ddim_implied(z, x0, x0, step, never), atol=1e-5, rtol=1e-5
+        )
+    stepper = make_stepper("dpmpp_2m")
+    stepper(z, x0, x0, schedule[0], never)
+    assert (stepper(z, -x0, x0, schedule[1], never) - ddim_implied(z, -x0, x0, schedule[1], never)).abs().max() > 0.01
+
+
+def even(count, low=-4.0, high=3.0):
+    """Steps that are even in l = log(alpha / sigma)."""
+    lines = [low + (high - low) * i / count for i in range(count + 1)]
+    signal = [1 / (1 + math.exp(-2 * line)) for line in lines]
+    return [
+        Step(i, count, 0, a**0.5, (1 - a) ** 0.5, b**0.5, (1 - b) ** 0.5)
+        for i, (a, b) in enumerate(itertools.pairwise(signal))
+    ]
+
+
+def error(count, stepper, slope):
+    """Of the end of a path of x0 = slope l + 0.1, against the closed integral of d(z / sigma) = x0 e^l dl."""
+    steps, z = even(count), torch.full((1, 1, 1, 1), 0.3, dtype=torch.float64)
+    for step in steps:
+        x0 = torch.full_like(z, slope * math.log(step.alpha / step.sigma) + 0.1)
+        z = stepper(z, x0, x0, step, never)
+    whole = [(slope * (line - 1) + 0.1) * math.exp(line) for line in (-4.0, 3.0)]
+    exact = steps[-1].sigma_next * (0.3 / steps[0].sigma + whole[1] - whole[0])
+    return abs(z.item() - exact)
+
+
+def test_dpmpp_2m_is_of_second_order():
+    assert error(20, make_stepper("dpmpp_2m"), 0.0) < 1e-12  # a constant x0: exact
+    errors = {count: error(count, make_stepper("dpmpp_2m"), 0.2) for count in (20, 40, 80)}
+    assert errors[20] < error(20, ddim_implied, 0.2) / 4
+    assert errors[40] == pytest.approx(errors[20] / 4, rel=0.2)
+    assert errors[80] == pytest.approx(errors[40] / 4, rel=0.1)

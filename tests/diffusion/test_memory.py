@@ -1,0 +1,191 @@
+"""What a UNet call needs of memory, against what it allocates step by step; and what is said and done about it."""
+
+import weakref
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from resmaster_stages.diffusion import memory
+from resmaster_stages.diffusion.loop import batch_size
+from resmaster_stages.diffusion.memory import CPU_VIEWS, Need, preflight, row_bytes, view_limit
+from resmaster_stages.diffusion.views import view_grid
+from resmaster_stages.errors import OutOfMemory
+from resmaster_stages.models.faults import device_faults
+from resmaster_stages.progress import Silent, reporting
+from resmaster_stages.upscale import upscale_image
+from tests.methods.common import adapted, picture, plain, request, settings
+from tests.tiny_models import counted
+
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SD15 = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+PICTUREBOOK = {
+    **SDXL,
+    "sample_size": 16,
+    "block_out_channels": (64, 96, 96),
+    "transformer_layers_per_block": (1, 1, 1),
+    "attention_head_dim": (2, 3, 3),
+    "norm_num_groups": 16,
+    "cross_attention_dim": 256,
+}
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of storages that are alive, and the most there ever were."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = set(), 0, 0
+
+    def _freed(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.alive:
+                    self.alive.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return output
+
+
+@pytest.mark.parametrize(
+    ("shape", "height", "width"),
+    [(SDXL, 128, 128), (SDXL, 96, 168), (SDXL, 256, 256), (SD15, 64, 64), (PICTUREBOOK, 16, 16)],
+)
+def test_a_row_needs_what_it_allocates_within_a_tenth(monkeypatch, shape, height, width):
+    # attention without a matrix of its scores, as on every GPU
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda query, *args, **kwargs: torch.empty_like(query))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.device("meta"), torch.inference_mode():  # shapes without values
+            unet, rows = UNet2DConditionModel(**shape), 2
+            added = {
+                "text_embeds": torch.empty(rows, shape.get("projection_class_embeddings_input_dim", 1536) - 1536),
+                "time_ids": torch.empty(rows, 6),
+            }
+            latents = torch.empty(rows, 4, height, width)
+            states = torch.empty(rows, 77, shape["cross_attention_dim"])
+            with Allocations() as found:
+                unet(latents, torch.tensor(9), encoder_hidden_states=states, added_cond_kwargs=added, return_dict=False)
+    finally:
+        torch.set_default_dtype(before)
+    assert row_bytes(unet, height, width) == pytest.approx(found.peak / rows, rel=0.1)
+
+
+def test_the_views_of_a_call_follow_from_the_size_of_the_device(monkeypatch):
+    models = adapted()
+    assert view_limit(models, None, (16, 16), 2) == CPU_VIEWS
+    assert view_limit(models, 5, (16, 16), 2) == 5
+    need = memory.need_of(models, (16, 16), 2, 0)
+    assert need.view == 2 * row_bytes(models.unet, 16, 16)
+    for views in (1, 7, 49):
+        monkeypatch.setattr(
+            memory, "device_bytes", lambda device, views=views: int(need.bytes(views) / memory.USABLE) + 1
+        )
+        assert view_limit(models, None, (16, 16), 2) == views
+        assert view_limit(models, None, (16, 16), 1) >= 2 * views
+    monkeypatch.setattr(memory, "device_bytes", lambda device: 1)
+    assert view_limit(models, None, (16, 16), 2) == 1  # it is tried
+
+
+def test_sdxl_on_two_cards():
+    """4096 px in 49 views of 1024 px, guidance on, float16."""
+    unet = SimpleNamespace(config=SimpleNamespace(**SDXL), dtype=torch.float16)
+    cards = {
+        total: Need(7_000_000_000, 2 * row_bytes(unet, 128, 128), total) for total in (16_000_000_000, 80_000_000_000)
+    }
+    small, large = cards.values()
+    assert (small.fitting, batch_size(49, small.fitting)) == (20, 7)
+    assert batch_size(49, large.fitting) == 49
+    assert small.sentence(49, "a card", True) == "49 at a time need about 23 GB, and a card has 16 GB: 20 at a time"
+    assert (
+        small.sentence(49, "a card", False)
+        == "49 at a time need about 23 GB, and a card has 16 GB; set upscale.view_batch: 20"
+    )
+    assert large.sentence(49, "a card", True) == "49 at a time need about 23 GB, and a card has 80 GB"
+
+
+def test_what_is_needed_is_said_before_the_first_step_and_nothing_on_a_cpu(monkeypatch):
+    heard = []
+
+    class Listener(Silent):
+        def note(self, line):
+            heard.append(line)
+
+    def draw():
+        steps = []
+        upscale_image(
+            plain(),
+            picture(),
+            "a cat",
+            config=settings("multidiffusion"),
+            progress=lambda *at: steps.append(len(heard)),
+        )
+        return steps
+
+    with reporting(Listener()):
+        draw()
+        assert heard == []
+        monkeypatch.setattr(memory, "device_bytes", lambda device: 1_000_000_000)
+        assert draw() == [1, 1]
+    (line,) = heard
+    assert line.startswith("128 x 128 px in 9 views: 9 at a time need about")
+    assert "and cpu has 1 GB" in line
+
+
+def test_a_vae_that_overflows_in_float16_is_named(monkeypatch):
+    monkeypatch.setattr(memory, "device_bytes", lambda device: 1_000_000_000)
+    models = plain()
+    vae = SimpleNamespace(
+        dtype=torch.float16, config=SimpleNamespace(force_upcast=True), parameters=models.vae.parameters
+    )
+    lines = preflight(replace(models, vae=vae), None, view_grid(128, 128, 64, 0.5, 4), 2)
+    assert "set model.vae to one that is safe, such as madebyollin/sdxl-vae-fp16-fix" in lines[1]
+
+
+@pytest.mark.parametrize(("views", "limit", "batch"), [(9, 4, 3), (9, 16, 9)])
+def test_memory_that_runs_out_names_the_batch_that_it_ran_out_for(monkeypatch, views, limit, batch):
+    models = plain()
+
+    def full(*args, **kwargs):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with counted(models.unet), monkeypatch.context() as patched:
+        patched.setattr(models.unet, "forward", full)
+        with pytest.raises(OutOfMemory) as caught:
+            upscale_image(models, picture(), "a cat", config=settings("multidiffusion", view_batch=limit))
+    assert caught.value.batch == batch
+    assert len(request(models, settings("multidiffusion")).views()) == views
+    with pytest.raises(OutOfMemory) as caught, device_faults("advice"):
+        full()
+    assert caught.value.batch is None
