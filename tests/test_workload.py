@@ -2,7 +2,7 @@
 
 import pytest
 
-from resmaster_stages.config import DIFFUSION_METHODS, METHOD_PRESETS, METHODS, LowResConfig
+from resmaster_stages.config import DIFFUSION_METHODS, METHOD_PRESETS, METHODS, LowResConfig, UpscaleConfig
 from resmaster_stages.diffusion.cost import counting
 from resmaster_stages.low_res import generate
 from resmaster_stages.upscale import upscale_image
@@ -71,3 +71,45 @@ def test_the_papers_numbers() -> None:
     assert high_res_work(settings("resmaster", scale=4, steps=50), *sizes) == (UnetWork(50 * 2 * 49, 1.0),)
     demofusion = high_res_work(settings("demofusion", scale=4, steps=50, demofusion={"start": 0}), *sizes)
     assert sum(each.rows for each in demofusion) == 50 * 2 * (9 + 4 + 25 + 9 + 49 + 16)
+
+
+def test_the_accelerated_preset_takes_a_sixth_of_the_rows() -> None:
+    sizes = (1024, 1024, 1024, 8)
+    rows = {
+        preset: sum(
+            each.rows
+            for each in high_res_work(UpscaleConfig.model_validate({"method": "resmaster", "preset": preset}), *sizes)
+        )
+        for preset in ("default", "accelerated")
+    }
+    # 18 of 25 steps: 11 with guidance and 3 without on 25 moving views, the last 4 on 49 that stand still
+    assert rows == {"default": 4900, "accelerated": 11 * 25 * 2 + 3 * 25 + 4 * 49}
+    assert rows["accelerated"] <= 850
+
+
+@pytest.mark.parametrize("method", ["resmaster", "multidiffusion"])
+@pytest.mark.parametrize("values", [{}, {"preset": "accelerated"}], ids=str)
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (48, 64), (80, 32)])
+def test_automatic_batches_repeat_no_view(method: str, values: dict, width: int, height: int) -> None:
+    """At 2x, 3x and 4x of a native-size picture, in as few calls of one shape as there can be."""
+    for scale in (2, 3, 4):
+        config = settings(method, scale=scale, steps=2, view_batch=None, **values)
+        models = adapted()
+        with counting() as counted:
+            upscale_image(models, picture(width, height), "a cat", config=config)
+        work = high_res_work(config, height, width, models.native_px, models.latent_factor)
+        assert counted.rows == sum(each.rows for each in work)
+
+
+@pytest.mark.parametrize("method", ["direct", "multidiffusion", "resmaster", "demofusion", "freescale", "c_upscale"])
+def test_guidance_that_ends_earlier(method: str) -> None:
+    config = settings(method, scale=2, steps=10, guidance_stop=0.8, view_batch=1)
+    models = adapted()
+    with counting() as counted:
+        upscale_image(models, picture(32, 32), "a cat", config=config)
+    work = high_res_work(config, 32, 32, models.native_px, models.latent_factor)
+    assert sum(each.rows for each in work) == counted.rows
+    assert counted.rows < sum(
+        each.rows
+        for each in high_res_work(settings(method, scale=2, steps=10), 32, 32, models.native_px, models.latent_factor)
+    )
