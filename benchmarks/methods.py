@@ -7,9 +7,12 @@
 pictures are noise; its text encoders are one layer each. `--shrink` divides its channels.
 
 Columns: seconds of one picture (of a warm process, decoding included); on CPUs, seconds of processor time too, which other
-programs on the machine disturb less; UNet calls; rows through the UNet in native views; peak
+programs on the machine disturb less; the UNet's share of them; UNet calls; rows through the UNet in native views; peak
 memory (CUDA: allocated; Linux: resident, of the whole process with its models). With `--flops` every picture is made once
-more to count its operations, and the rate stands beside that of a plain matrix product on the same device.
+more to count its operations, and the rate stands beside that of a plain matrix product on the same device. With `--parts` a
+second table says where the rest goes: VAE, text and image encoders, and what is none of these.
+
+A method may be written with a preset, as `resmaster:accelerated`.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +34,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextM
 
 from resmaster_stages.config import METHODS, ModelConfig, UpscaleConfig
 from resmaster_stages.diffusion.cost import UnetCost, counting
+from resmaster_stages.diffusion.patches import bare
 from resmaster_stages.models.identity import pack_folder
 from resmaster_stages.models.loading import Models, load_models, resolve_device, resolve_dtype
 from resmaster_stages.upscale import upscale_image
@@ -155,6 +159,60 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
+class Clock:
+    """Seconds of parts of a model, by name: of the processor on CPUs, of the device between two events on CUDA."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.process_time()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def watching(self, parts: Mapping[str, Sequence[Any]]) -> Iterator[None]:
+        """Within the block the calls of `parts` (name -> modules) are timed."""
+        begun: list[Any] = []
+        hooks = []
+        for name, modules in parts.items():
+            for module in modules:
+                hooks.append(module.register_forward_pre_hook(lambda *_: begun.append(self._now())))
+                hooks.append(
+                    module.register_forward_hook(
+                        lambda *_, name=name: self._spans.append((name, begun.pop(), self._now()))
+                    )
+                )
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def seconds(self) -> dict[str, float]:
+        """Name -> seconds. Waits for the device."""
+        settle(self.device)
+        found: dict[str, float] = {}
+        for name, start, end in self._spans:
+            took = end - start if self.device.type != "cuda" else start.elapsed_time(end) / 1000
+            found[name] = found.get(name, 0.0) + took
+        return found
+
+
+def parts_of(models: Models) -> dict[str, list[Any]]:
+    """What is timed of a model."""
+    return {
+        "UNet": [bare(models.unet)],
+        "VAE encoder": [models.vae.encoder],
+        "VAE decoder": [models.vae.decoder],
+        "text": list(models.text_encoders),
+        "image prompts": [models.image_encoder] if models.image_encoder is not None else [],
+    }
+
+
 @dataclass
 class Row:
     """What one picture of one method took."""
@@ -166,12 +224,25 @@ class Row:
     cost: UnetCost
     peak: int | None
     operations: int | None
+    parts: dict[str, float]
+    """Seconds by part: of the processor on CPUs, of the device on CUDA."""
+
+    @property
+    def whole(self) -> float:
+        """What `parts` are shares of."""
+        return self.seconds if self.processor_seconds is None else self.processor_seconds
+
+    def share(self, part: str) -> float:
+        """Of the whole picture."""
+        return self.parts.get(part, 0.0) / self.whole
 
 
 def measure(models: Models, image: Image.Image, method: str, scale: float, steps: int, count_operations: bool) -> Row:
     """One picture, timed; and once more, counted, if wanted."""
-    values: dict[str, Any] = {"method": method, "scale": scale, "steps": steps, "micro_conditioning": "native"}
-    if method == "resmaster" and not models.has_ip_adapter:
+    name, _, preset = method.partition(":")
+    values: dict[str, Any] = {"method": name, "scale": scale, "micro_conditioning": "native"}
+    values |= {"preset": preset} if preset else {"steps": steps}
+    if name == "resmaster" and not models.has_ip_adapter:
         values["image_prompt"] = {"enabled": False}
     config = UpscaleConfig.model_validate(values)
 
@@ -179,7 +250,8 @@ def measure(models: Models, image: Image.Image, method: str, scale: float, steps
         upscale_image(models, image, "a red house on a green meadow", config=config)
         settle(models.device)
 
-    with counting() as cost, peak_memory(models.device) as peak:
+    clock = Clock(models.device)
+    with counting() as cost, peak_memory(models.device) as peak, clock.watching(parts_of(models)):
         start, began = time.perf_counter(), time.process_time()
         draw()
         seconds, worked = time.perf_counter() - start, time.process_time() - began
@@ -188,12 +260,14 @@ def measure(models: Models, image: Image.Image, method: str, scale: float, steps
         with FlopCounterMode(display=False) as counter:
             draw()
         operations = counter.get_total_flops()
-    return Row(method, scale, seconds, worked if models.device.type == "cpu" else None, cost, peak.found, operations)
+    processor = worked if models.device.type == "cpu" else None
+    return Row(method, scale, seconds, processor, cost, peak.found, operations, clock.seconds())
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "seconds": lambda row: f"{row.seconds:.1f}",
     "CPU s": lambda row: "" if row.processor_seconds is None else f"{row.processor_seconds:.1f}",
+    "UNet share": lambda row: f"{row.share('UNet'):.0%}",
     "UNet calls": lambda row: str(row.cost.calls),
     "native rows": lambda row: f"{row.cost.native_rows:.0f}",
     "peak GB": lambda row: "" if row.peak is None else f"{row.peak / 1e9:.2f}",
@@ -213,6 +287,17 @@ def table(rows: list[Row]) -> str:
         own = {row.scale: row for row in rows if row.method == method}
         cells = [COLUMNS[name](own[scale]) for scale in scales for name in columns]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def parts_table(rows: list[Row]) -> str:
+    """Markdown: a line per method and scale, each part's share of the picture."""
+    names = list(dict.fromkeys(name for row in rows for name in row.parts))
+    lines = ["| method | scale | " + " | ".join([*names, "rest"]) + " |", "| --- |" + " ---: |" * (len(names) + 2)]
+    for row in rows:
+        shares = [row.share(name) for name in names]
+        cells = [f"{share:.1%}" for share in (*shares, 1 - sum(shares))]
+        lines.append(f"| {row.method} | {row.scale:g}x | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -242,6 +327,7 @@ def options() -> argparse.ArgumentParser:
         "--shrink", type=int, default=1, help="of --model sdxl: divide its channels and its native size"
     )
     parser.add_argument("--flops", action="store_true", help="count operations too")
+    parser.add_argument("--parts", action="store_true", help="say where the time goes")
     return parser
 
 
@@ -268,6 +354,8 @@ def main(words: list[str] | None = None) -> None:
     if args.flops:
         print(f"a matrix product on it: {product_rate(device, dtype) / 1e12:.3f} Tflop/s")
     print("\n" + table(rows))
+    if args.parts:
+        print("\n" + parts_table(rows))
 
 
 if __name__ == "__main__":

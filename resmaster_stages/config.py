@@ -548,7 +548,8 @@ class UpscaleConfig(Part):
     """`every_step`: methods resmaster and multidiffusion move the whole grid of views from step to step, so that no border
     lies twice at the same place; a moved view takes caption and image prompt of the nearest view."""
     shift_stride: float | None = Field(default=None, gt=0, le=1)
-    """With `shift: every_step`, the distance of neighbouring views while they move: fewer views the greater it is. None: `stride`."""
+    """With `shift: every_step`, the distance of neighbouring views while they move, of which there are the fewer the greater it is.
+    Where there would be no fewer than at `stride` (up to 2x), they stand still. null: `stride`."""
     shift_stop: float = Field(default=1.0, gt=0, le=1)
     """With `shift: every_step`, the fraction of the steps after which views stand still, at `stride`."""
     fuse: Literal["uniform", "linear", "gaussian"] = "uniform"

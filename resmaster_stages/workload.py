@@ -67,7 +67,7 @@ def _branches_at(config: UpscaleConfig, index: int) -> int:
 
 
 def _of_method(config: UpscaleConfig, grid: Grid, low_area: float) -> Iterator[UnetWork]:
-    from resmaster_stages.diffusion.shifting import is_moving, moving_grid
+    from resmaster_stages.diffusion.shifting import moving_grid
     from resmaster_stages.methods.stages import first_step, phase_scales
 
     steps = config.steps
@@ -81,10 +81,10 @@ def _of_method(config: UpscaleConfig, grid: Grid, low_area: float) -> Iterator[U
 
     if config.method in ("resmaster", "multidiffusion"):
         moving = moving_grid(grid, config)
-        still = [index for index in single if not is_moving(config, index)]
-        yield UnetWork(rows(still) * len(grid), view)
+        moved = [index for index in single if moving is not None and index / steps < config.shift_stop]
+        yield UnetWork(rows(set(single) - set(moved)) * len(grid), view)
         if moving is not None:
-            yield UnetWork(rows(set(single) - set(still)) * len(moving), view)
+            yield UnetWork(rows(moved) * len(moving), view)
     elif config.method == "c_upscale":
         left = range(first_step(config.c_upscale.start, steps), steps)
         yield UnetWork(rows(left) * len(grid), view)

@@ -38,6 +38,21 @@ def test_picturebook_side_by_side(run: Run) -> None:
 
 
 @pytest.mark.slow
+def test_presets_side_by_side_and_where_the_time_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    methods.main(["--methods", "resmaster,resmaster:accelerated", "--scales", "1.25", "--steps", "50", "--parts"])
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    table, parts = lines[:4], lines[4:]
+    rows = [dict(zip(table[0], cells)) for cells in table[2:]]
+    assert [row["native rows, 1.25x"] for row in rows] == ["400", str(11 * 4 * 2 + 7 * 4)]
+    assert parts[0] == ["method", "scale", "image prompts", "VAE encoder", "text", "UNet", "VAE decoder", "rest"]
+    for cells, row in zip(parts[2:], rows):
+        shares = [float(cell.rstrip("%")) for cell in cells[2:]]
+        assert sum(shares) == pytest.approx(100, abs=0.5)
+        assert round(shares[3]) == pytest.approx(float(row["UNet share, 1.25x"].rstrip("%")), abs=1)
+        assert shares[3] == max(shares)
+
+
+@pytest.mark.slow
 def test_an_sdxl_of_random_weights_and_counted_operations(run: Run) -> None:
     """The part for GPUs, on a CPU: the same code with SDXL's channels divided by 20."""
     some = "direct,resmaster,scalecrafter,freescale"

@@ -40,16 +40,16 @@ def nearest_views(moved: Grid, grid: Grid) -> list[int]:
 
 
 def moving_grid(grid: Grid, config: UpscaleConfig) -> Grid | None:
-    """The grid that moves, where it lies at shift 0; None where none does."""
+    """The grid that moves, where it lies at shift 0; None where none does.
+
+    Windows that move need one more of them per axis. A stride of their own is there to have fewer: where it does not, none move.
+    """
     if config.shift == "none":
         return None
-    stride = config.stride if config.shift_stride is None else config.shift_stride
-    return replace(grid, stride=stride_of(grid.window, stride), shift=(0, 0))
-
-
-def is_moving(config: UpscaleConfig, index: int) -> bool:
-    """Whether step `index` of the path has moved views."""
-    return config.shift != "none" and index / config.steps < config.shift_stop
+    if config.shift_stride is None:
+        return replace(grid, shift=(0, 0))
+    moving = replace(grid, stride=stride_of(grid.window, config.shift_stride), shift=(0, 0))
+    return moving if len(moving) < len(grid) else None
 
 
 def placed(
@@ -72,4 +72,4 @@ def placed(
         items = torch.tensor([sample * len(grid) + view for sample in range(samples) for view in near])
         return Fuser(there, config.fuse, device), conditions.take(items.to(device, non_blocking=True))
 
-    return lambda step: moved(*shift_at(step.index, moving.stride)) if is_moving(config, step.index) else still
+    return lambda step: moved(*shift_at(step.index, moving.stride)) if step.done < config.shift_stop else still
