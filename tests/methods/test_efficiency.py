@@ -4,11 +4,13 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resmaster_stages.diffusion import dispersion, frequency, scale_fusion
-from resmaster_stages.methods import fouriscale
+from resmaster_stages.diffusion.loop import CanvasNoise, denoise
+from resmaster_stages.methods import METHODS, fouriscale
 from resmaster_stages.upscale import upscale_image
-from tests.methods.common import adapted, picture, plain, settings
+from tests.methods.common import adapted, picture, plain, request, schedule, settings
 from tests.tiny_models import counted
 
 
@@ -115,3 +117,46 @@ def test_image_prompts_and_captions_are_encoded_once():
         for hook in hooks:
             hook.remove()
     assert encoded == {"image": 1, "text": 2}  # nine crops in one batch; captions, and the negative prompt
+
+
+class Waits(TorchDispatchMode):
+    """Collects operations whose result the host has to have before it can go on."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique_consecutive", "_unique2"):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [
+        ("resmaster", {}),
+        ("resmaster", {"preset": "accelerated"}),
+        ("multidiffusion", {"shift": "every_step", "stepper": "dpmpp_2m", "guidance_stop": 0.5}),
+        ("c_upscale", {}),
+        ("direct", {}),
+        ("scalecrafter", {}),
+        ("fouriscale", {}),
+    ],
+)
+def test_no_step_waits_for_the_device(method, values):
+    """Methods that draw places at random read them from a generator of the host, which is no wait."""
+    models = adapted()
+    asked = request(models, settings(method, scale=4, steps=6, **values))
+    (stage,) = METHODS[method](asked)
+    noise, path = CanvasNoise([3], 4, *asked.canvas_size, models.device), schedule(6)[stage.first :]
+    z, composition = stage.begin(None, noise, path[0])
+    denoise(models, composition, path, z, noise, view_batch=asked.view_limit)  # filters are made once, on the host
+    z, composition = stage.begin(None, noise, path[0])
+    with Waits() as waits:
+        denoise(models, composition, path, z, noise, view_batch=asked.view_limit)
+    assert waits.found == []
+    with Waits() as waits:
+        float(z.sum())
+    assert waits.found == ["_local_scalar_dense"]
