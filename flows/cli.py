@@ -210,7 +210,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("output", metavar="OUTPUT", help="image file to write (.png, .webp or .jpg)")
     sub.add_argument("--scale", type=float, default=4.0, help="target size over input size (default: 4)")
     sub.add_argument("--method", default="resmaster", help=f"one of: {', '.join(METHODS)} (default: resmaster)")
-    sub.add_argument("--preset", help="settings of the method: default, or faithful (what its authors published)")
+    sub.add_argument(
+        "--preset",
+        help="settings of the method: default, faithful (what its authors published), or accelerated (less work)",
+    )
     sub.add_argument("--prompt", default="", metavar="TEXT", help="what the image shows")
     sub.add_argument(
         "--detail-mask", metavar="FILE", help="method freescale: where this image is white, more detail is drawn anew"

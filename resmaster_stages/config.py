@@ -428,29 +428,28 @@ SHARED_PARTS: dict[str, tuple[str, ...]] = {
 }
 """Parts of `UpscaleConfig` that some methods read, and which."""
 
-ACCELERATED: dict[str, Any] = {"stepper": "dpmpp_2m", "steps": 25, "guidance_stop": 0.7}
-"""Half the steps by a solver of second order, the last 30 % of them without guidance."""
-
-ACCELERATED_VIEWS: dict[str, Any] = {
-    **ACCELERATED,
+ACCELERATED: dict[str, Any] = {
+    "stepper": "dpmpp_2m",
+    "steps": 25,
+    "guidance_stop": 0.7,
     "init": "noised_lr",
     "start": 0.3,
     "shift": "every_step",
     "shift_stride": 1.0,
     "shift_stop": 0.82,
 }
-"""Also without the first 30 % of the path, where a picture becomes the reference anyway, and with views that move without
-overlapping; in the last four of 25 steps they overlap and stand still."""
+"""Half the steps by a solver of second order; the last 30 % of them without guidance; none of the first 30 %, where a picture
+becomes the reference anyway; on views that move without overlapping, but in the last four of 25 steps overlap and stand still."""
 
 METHOD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "multidiffusion": {
         "default": {},
-        "accelerated": ACCELERATED_VIEWS,
+        "accelerated": ACCELERATED,
     },
     "resmaster": {
         "default": {},
         "faithful": {"stepper": "posterior", "structure": {"preset": "paper"}},
-        "accelerated": ACCELERATED_VIEWS,
+        "accelerated": ACCELERATED,
     },
     "demofusion": {
         "default": {},
@@ -479,10 +478,7 @@ METHOD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "faithful": {"stepper": "ddim_keep", "freescale": {"blur": "features", "jitter": "zeros", "freeu": True}},
     },
     # Its path begins where ResMaster's swap has nearly ended, so it swaps at every step, by the gentler reading.
-    "c_upscale": {
-        **{preset: {"structure": {"preset": "lr_nyquist"}} for preset in ("default", "faithful")},
-        "accelerated": {**ACCELERATED, "structure": {"preset": "lr_nyquist"}},
-    },
+    "c_upscale": {preset: {"structure": {"preset": "lr_nyquist"}} for preset in ("default", "faithful")},
 }
 """Settings by method and `upscale.preset`; explicit fields win. `default`: what we recommend, and what an absent preset
 means. `faithful`: the authors' published settings. `accelerated`: `default` for less work (docs/speed.md)."""
@@ -520,8 +516,8 @@ class UpscaleConfig(Part):
     model_config = ConfigDict(
         json_schema_extra=_offer_preset(
             PRESETS,
-            "`faithful`: what the method's authors published; `accelerated`: much less work (methods resmaster, multidiffusion "
-            "and c_upscale); other fields win.",
+            "`faithful`: what the method's authors published; `accelerated`: a sixth of the work (methods resmaster and "
+            "multidiffusion); other fields win.",
         )
     )
 
