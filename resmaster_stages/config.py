@@ -148,7 +148,7 @@ class ModelConfig(Part):
     ip_adapter: IpAdapterConfig | None = None
     """Image prompts. The picturebook pack brings its own adapter and needs nothing here."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`auto`: float16 on CUDA, float32 elsewhere."""
+    """`auto`: float16 on CUDA, float32 elsewhere. Beside `bfloat16` the VAE stays in float32."""
     device: str = Operational("auto")
     """`auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`, `mps`."""
     offload: Literal["none", "model"] = Operational("none")

@@ -5,7 +5,7 @@ Knows nothing about prompts or steps.
 Invariants:
 - A canvas of no more area than a native image is one tile, computed as diffusers computes it.
 - A VAE in float16 that overflows there (`force_upcast`) works in float32 for the while, and is put back, exceptions
-  included.
+  included. (A VAE beside a UNet in bfloat16 is loaded in float32: `models.loading.vae_dtype`.)
 """
 
 from __future__ import annotations
@@ -21,8 +21,25 @@ from resmaster_stages.diffusion.fusing import Fuser
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.models.loading import Models
 
-_PX_AT_ONCE = 1024 * 1024
-"""Pixels that go through the VAE in one call: one native tile of SDXL, many of a small model."""
+_NATIVE_PX = 1024 * 1024
+"""Pixels of one native tile of SDXL, or of many tiles of a small model."""
+_MOST_AT_ONCE = 4
+"""Native tiles of SDXL in one call at most."""
+_BYTES_PER_NATIVE = 16 * 2**30
+"""Memory of a GPU per native tile in one call. SDXL's decoder holds up to four feature maps of 256 channels and a
+native tile's size, 1 GiB each in float32; cuDNN's workspace and the rest of the model are beside them."""
+
+
+def px_at_once(device: torch.device) -> int:
+    """Pixels that go through the VAE in one call: `_NATIVE_PX`, on a GPU of much memory up to four times as many.
+
+    The device's whole memory decides, not what is free at the moment: the same device makes the same calls every time.
+    What several tiles per call gain has not been measured.
+    """
+    if device.type != "cuda":
+        return _NATIVE_PX
+    tiles = torch.cuda.get_device_properties(device).total_memory // _BYTES_PER_NATIVE
+    return _NATIVE_PX * min(_MOST_AT_ONCE, max(1, tiles))
 
 
 def tile_grid(height: int, width: int, native: int) -> Grid:
@@ -58,12 +75,17 @@ def _affine(models: Models) -> tuple[Tensor | float, Tensor | float]:
 def _by_tiles(
     canvas: Tensor, cut: Fuser, blend: Fuser, compute: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> Tensor:
-    """Every tile of `canvas` [B, C, H, W] computed and blended, row by row: memory holds one row of tiles."""
-    at_once = max(1, _PX_AT_ONCE // max(cut.window_height * cut.window_width, blend.window_height * blend.window_width))
+    """Every tile of `canvas` [B, C, H, W] computed and blended, row by row: memory holds one row of tiles.
+
+    The calls of a row are as even as can be: 5 tiles, 4 at once, are 3 and 2.
+    """
+    tile_px = max(cut.window_height * cut.window_width, blend.window_height * blend.window_width)
+    at_once = max(1, px_at_once(canvas.device) // tile_px)
     result: Tensor | None = None
     for row in range(len(cut.rows)):
         tiles = cut.cut_row(canvas, row)
-        computed = torch.cat([compute(batch.to(dtype)).float() for batch in tiles.split(at_once)])
+        calls = -(-len(tiles) // at_once)
+        computed = torch.cat([compute(batch.to(dtype)).float() for batch in tiles.tensor_split(calls)])
         if result is None:
             result = computed.new_zeros(len(canvas), computed.shape[1], blend.height, blend.width)
         blend.add_row(result, computed, row)

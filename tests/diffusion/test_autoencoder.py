@@ -82,6 +82,26 @@ def test_half_precision_vae_is_upcast_and_put_back_after_exceptions():
     assert pipe.vae.dtype == torch.float16
 
 
+@pytest.mark.parametrize(("at_once", "calls"), [(1, [1] * 6), (2, [2, 2, 2]), (4, [3, 3]), (5, [3, 3]), (6, [6])])
+def test_a_row_of_tiles_goes_through_the_vae_in_even_calls_and_comes_out_the_same(monkeypatch, at_once, calls):
+    vae = BlockVae()
+    latents = torch.randn(2, 3, 16, 40)  # one row of 3 tiles per sample
+    ours = replace(Models.from_pipeline(tiny()), vae=vae)
+    expected = autoencoder.decode(ours, latents)
+    vae.shapes.clear()
+    monkeypatch.setattr(autoencoder, "px_at_once", lambda device: at_once * 64 * 64)
+    torch.testing.assert_close(autoencoder.decode(ours, latents), expected)
+    assert [shape[0] for shape in vae.shapes] == calls
+
+
+@pytest.mark.parametrize(("gib", "tiles"), [(8, 1), (24, 1), (44.5, 2), (79.1, 4), (139, 4)])
+def test_a_large_gpu_takes_several_native_tiles_per_call(monkeypatch, gib, tiles):
+    memory = SimpleNamespace(total_memory=int(gib * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    assert autoencoder.px_at_once(torch.device("cuda")) == tiles * 1024**2
+    assert autoencoder.px_at_once(torch.device("cpu")) == 1024**2
+
+
 def test_configured_latent_statistics_are_undone():
     vae = BlockVae()
     vae.config.latents_mean, vae.config.latents_std = [1.0, 2.0, 3.0], [2.0, 4.0, 8.0]

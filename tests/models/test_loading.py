@@ -57,7 +57,10 @@ def test_adapter_other_vae_and_precision(saved):
     )
     models = load_models(config)
     assert models.has_ip_adapter
-    assert {models.unet.dtype, models.vae.dtype, models.image_encoder.dtype} == {torch.bfloat16}
+    assert {models.unet.dtype, models.image_encoder.dtype, *(each.dtype for each in models.text_encoders)} == {
+        torch.bfloat16
+    }
+    assert models.vae.dtype == torch.float32
     assert "vae=vae@" in models.identity
     assert "ip_adapter=tiny@" in models.identity
 
