@@ -69,26 +69,30 @@ def text_config(tokenizer: Any, hidden: int) -> CLIPTextConfig:
     )
 
 
+def sdxl_shape(shrink: int = 1) -> dict[str, Any]:
+    """The UNet's configuration of SDXL, its channels and its native size divided by `shrink`."""
+    return {
+        "sample_size": 128 // shrink,
+        "block_out_channels": tuple(channels // shrink for channels in (320, 640, 1280)),
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10 if shrink == 1 else 1),
+        "attention_head_dim": [5, 10, 20] if shrink == 1 else [1, 2, 4],
+        "cross_attention_dim": 2048 // shrink,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 6 * 256 + 1280 // shrink,
+        "norm_num_groups": max(1, 32 // shrink),
+    }
+
+
 def sdxl(device: torch.device, dtype: torch.dtype, shrink: int = 1) -> Models:
     """An SDXL with random weights, its channels divided by `shrink`."""
-    widths = tuple(channels // shrink for channels in (320, 640, 1280))
     torch.manual_seed(0)
     with torch.device(device):
-        unet = UNet2DConditionModel(
-            sample_size=128 // shrink,
-            block_out_channels=widths,
-            layers_per_block=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10 if shrink == 1 else 1),
-            attention_head_dim=[5, 10, 20] if shrink == 1 else [1, 2, 4],
-            cross_attention_dim=2048 // shrink,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=6 * 256 + 1280 // shrink,
-            norm_num_groups=max(1, 32 // shrink),
-        )
+        unet = UNet2DConditionModel(**sdxl_shape(shrink))
         vae = random_vae(shrink, scaling_factor=0.13025, force_upcast=False)
     tokenizer = AutoTokenizer.from_pretrained(pack_folder() / "tokenizer")
     pipe = StableDiffusionXLPipeline(

@@ -17,15 +17,17 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 from resmaster_stages.breadcrumbs import ALONE_STRIKES, OUT_STRIKES, Breadcrumbs
 from resmaster_stages.config import DatasetConfig, Stage
 from resmaster_stages.errors import GpuLost, OutOfMemory, Quarantined, ResMasterError, SampleError, ShardError
 from resmaster_stages.models.faults import fault_of, release_memory
-from resmaster_stages.reading import ShardSamples
 from resmaster_stages.spill import Spill
 from resmaster_stages.storage.dataset import Output, Sample
+
+if TYPE_CHECKING:
+    from resmaster_stages.reading import ShardSamples
 
 Process = Callable[[DatasetConfig, Sequence[Sample]], Iterator[Output]]
 

@@ -18,8 +18,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import s3fs
+if TYPE_CHECKING:
+    import s3fs
 
 SCRIPT = Path(__file__).parent.parent / "infra" / "seaweedfs.sh"
 BUCKET = "tests"
@@ -48,6 +50,8 @@ class S3Server:
 
     def filesystem(self) -> s3fs.S3FileSystem:
         """A client that sees other processes' objects at once."""
+        import s3fs
+
         return s3fs.S3FileSystem(
             key=self.key,
             secret=self.secret,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -22,12 +23,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    CLIPTextModelWithProjection,
-    CLIPVisionModelWithProjection,
-    GitForCausalLM,
-    ResNetForImageClassification,
-)
+from transformers import GitForCausalLM, ResNetForImageClassification
 
 from resmaster_stages.config import ModelConfig, QualityConfig, SuperResolutionConfig, UpscaleConfig
 from resmaster_stages.low_res import generate
@@ -35,8 +31,7 @@ from resmaster_stages.metrics.features import load_extractor
 from resmaster_stages.metrics.fid import FeatureStatistics, frechet_distance
 from resmaster_stages.metrics.repeats import Counts, mentions, repeated_objects
 from resmaster_stages.models.enlarger import load_enlarger
-from resmaster_stages.models.identity import PICTUREBOOK
-from resmaster_stages.models.loading import load_models
+from resmaster_stages.models.loading import PACK_ADAPTER, load_models
 from resmaster_stages.picturebook import (
     captions,
     data,
@@ -55,6 +50,23 @@ from resmaster_stages.upscale import upscale_image
 
 SCENE_SEED = 950_000_000
 """Where the seeds of evaluation scenes start; training never reaches them."""
+
+
+PARTS = ("vae", "clip", "captioner", "classifier", "super_resolution", "scenes", "repeats")
+"""Groups of measures."""
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much is measured."""
+
+    photos: int = 512
+    """Held-out photos, a multiple of 64."""
+    scenes: int = 64
+    """Scenes to generate."""
+    repeats: int = 16
+    """Prompts for the rates of repeated objects at 4x."""
+    guidance: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,8 @@ def micro_f1(found: list[frozenset[Any]], wanted: list[frozenset[Any]]) -> float
 
 def describe_all(captioner: GitForCausalLM, pixels: Tensor, batch: int = 64) -> list[str]:
     """Captions of uint8 [N, 3, 128, 128]."""
-    return [s for p in pixels.split(batch) for s in train_captioner.describe(captioner, to_float(small_pixels(p)))]
+    parts = (to_float(small_pixels(part)).to(captioner.device) for part in pixels.split(batch))
+    return [text for part in parts for text in train_captioner.describe(captioner, part)]
 
 
 def _degraded(pixels: Tensor, rng: Random) -> Tensor:
@@ -181,9 +194,9 @@ def pair_score(
 
 
 def scene_measures(
-    pipe: StableDiffusionXLPipeline, captioner: GitForCausalLM, count: int, guidance: float
+    pack: Path, pipe: StableDiffusionXLPipeline, captioner: GitForCausalLM, count: int, guidance: float
 ) -> list[Measure]:
-    """Generated scenes against real drawings of the same scenes: pairs found by the captioner, and FID."""
+    """Generated scenes against real drawings of the same scenes: pairs found by the captioner, and FID. `pipe` is `pack`'s."""
     shown = square_scenes(count, SCENE_SEED)
     prompts = [captions.caption(scene) for scene in shown]
     wanted = [captions.pairs_in(scene) for scene in shown]
@@ -192,14 +205,14 @@ def scene_measures(
     generated, precision = pair_score(captioner, painted, wanted)
 
     pipe.load_ip_adapter(
-        str(PACK), subfolder="ip_adapter", weight_name="ip-adapter.safetensors", image_encoder_folder=None
+        str(pack), subfolder="ip_adapter", weight_name="ip-adapter.safetensors", image_encoder_folder=None
     )
     pipe.set_ip_adapter_scale(1.0)
     prompted = paint(pipe, [""] * count, seed=200, guidance=guidance, image_prompts=pictures)
     pipe.unload_ip_adapter()
     by_image, _ = pair_score(captioner, prompted, wanted)
 
-    extractor = load_extractor(QualityConfig(features="picturebook", device="cpu"))
+    extractor = load_extractor(QualityConfig(features="picturebook", device=str(pipe.device)))
     sets = [drawn(square_scenes(4 * count, SCENE_SEED + 1_000_000)), pictures, painted]
     reference, truth, made = (FeatureStatistics.of(extractor.extract(images).features) for images in sets)
     return [
@@ -216,11 +229,17 @@ def scene_measures(
     ]
 
 
-def repeat_measures(captioner: GitForCausalLM, count: int) -> list[Measure]:
+def config_of(pack: Path, device: str) -> ModelConfig:
+    """`pack`, which need not be the embedded one, with its IP-Adapter, in float32."""
+    adapter = PACK_ADAPTER.model_copy(update={"id": str(pack)})
+    return ModelConfig(id=str(pack), ip_adapter=adapter, device=device, dtype="float32")
+
+
+def repeat_measures(pack: Path, captioner: GitForCausalLM, count: int) -> list[Measure]:
     """The share of 4x pictures in which the captioner counts more objects of a kind than the prompt names."""
     from resmaster_stages.picturebook.render import render
 
-    models = load_models(ModelConfig(id=PICTUREBOOK, device="cpu"))
+    models = load_models(config_of(pack, str(captioner.device)))
     shown = square_scenes(count, SCENE_SEED + 2_000_000)
     prompts = [captions.caption(scene) for scene in shown]
     native = data.NATIVE_PX
@@ -262,33 +281,42 @@ def super_resolution_measures(pack: Path, count: int) -> list[Measure]:
     ]
 
 
-def evaluate(
-    pack: Path = PACK, photos: int = 512, scenes_generated: int = 64, guidance: float = 5.0, repeats: int = 16
-) -> list[Measure]:
-    """All measures of a pack on disk."""
-    pipe = StableDiffusionXLPipeline.from_pretrained(pack, local_files_only=True).to(torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    vae: AutoencoderKL = pipe.vae
-    text: CLIPTextModelWithProjection = pipe.text_encoder_2
-    image: CLIPVisionModelWithProjection = pipe.image_encoder
-    captioner = GitForCausalLM.from_pretrained(pack / "captioner", local_files_only=True).float().eval()
-    found, made = held_out(photos)
-    crisp = torch.tensor([p.render_px == data.NATIVE_PX for p in made])
-    out = [
-        Measure(
-            "VAE round trip, whole scenes, PSNR in dB", train_vae.psnr(vae, found.pixels[crisp & found.whole]), 27.0
-        ),
-        Measure("VAE round trip, close-ups, PSNR in dB", train_vae.psnr(vae, found.pixels[crisp & ~found.whole]), 27.0),
-        Measure("CLIP retrieval, own caption first of 64", train_clip.retrieval(text, image, found), 0.70),
+def _vae_measures(vae: AutoencoderKL, photos: PhotoSet, crisp: Tensor) -> list[Measure]:
+    """PSNR of round trips of the photos that are `crisp` (bool [N])."""
+    kinds = (("whole scenes", photos.whole), ("close-ups", ~photos.whole))
+    return [
+        Measure(f"VAE round trip, {name}, PSNR in dB", train_vae.psnr(vae, photos.pixels[crisp & chosen]), 27.0)
+        for name, chosen in kinds
     ]
-    out += captioner_measures(captioner, found)
-    classifier = ResNetForImageClassification.from_pretrained(pack / "classifier", local_files_only=True).float().eval()
-    out.append(
-        Measure("classifier, main subject of held-out photos", train_classifier.accuracy(classifier, found), 0.85)
-    )
-    out += super_resolution_measures(pack, min(photos, 64))
-    out += scene_measures(pipe, captioner, scenes_generated, guidance)
-    out += repeat_measures(captioner, repeats)
+
+
+def evaluate(
+    pack: Path = PACK, amounts: Amounts | None = None, device: str = "cpu", parts: Sequence[str] = PARTS
+) -> list[Measure]:
+    """The measures of a pack on disk, those of `parts`, in float32."""
+    amounts = amounts or Amounts()
+    pipe = StableDiffusionXLPipeline.from_pretrained(pack, local_files_only=True).to(device, torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    captioner = GitForCausalLM.from_pretrained(pack / "captioner", local_files_only=True).to(device).float().eval()
+    found, made = held_out(amounts.photos)
+    out: list[Measure] = []
+    if "vae" in parts:
+        out += _vae_measures(pipe.vae, found, torch.tensor([p.render_px == data.NATIVE_PX for p in made]))
+    if "clip" in parts:
+        right = train_clip.retrieval(pipe.text_encoder_2, pipe.image_encoder, found)
+        out.append(Measure("CLIP retrieval, own caption first of 64", right, 0.70))
+    if "captioner" in parts:
+        out += captioner_measures(captioner, found)
+    if "classifier" in parts:
+        classifier = ResNetForImageClassification.from_pretrained(pack / "classifier", local_files_only=True)
+        right = train_classifier.accuracy(classifier.to(device).float().eval(), found)
+        out.append(Measure("classifier, main subject of held-out photos", right, 0.85))
+    if "super_resolution" in parts:
+        out += super_resolution_measures(pack, min(amounts.photos, 64))
+    if "scenes" in parts:
+        out += scene_measures(pack, pipe, captioner, amounts.scenes, amounts.guidance)
+    if "repeats" in parts:
+        out += repeat_measures(pack, captioner, amounts.repeats)
     return out
 
 
@@ -300,8 +328,10 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=64, help="scenes to generate")
     parser.add_argument("--repeats", type=int, default=16, help="prompts for the repeated-object rates at 4x")
     parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    measures = evaluate(args.pack, args.photos, args.scenes, args.guidance, args.repeats)
+    amounts = Amounts(args.photos, args.scenes, args.repeats, args.guidance)
+    measures = evaluate(args.pack, amounts, args.device)
     for measure in measures:
         print(measure)
     path = args.pack / "card.json"

@@ -96,7 +96,8 @@ def card_of(work: Path) -> dict[str, Any]:
         path = work / f"{stage}.pt"
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            stages[stage] = {"steps": state["step"], "seconds": round(state["elapsed"])}
+            if state["step"]:  # others are an earlier pack's
+                stages[stage] = {"steps": state["step"], "seconds": round(state["elapsed"])}
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     earlier = work / START
     return {

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +29,13 @@ from resmaster_stages.picturebook import (
 from resmaster_stages.picturebook.training import Budget
 
 STAGES = ("render", "vae", "clip", "captioner", "classifier", "super_resolution", "unet", "export")
+KEPT = {
+    "clip": train_clip.keep,
+    "captioner": train_captioner.keep,
+    "classifier": train_classifier.keep,
+    "super_resolution": train_super_resolution.keep,
+}
+"""Stages that an earlier pack can stand in for where they are not trained."""
 RECIPE: dict[str, Budget] = {
     "vae": Budget(seconds=3100, decay=0.2),
     "clip": Budget(seconds=890, decay=0.6),
@@ -44,7 +52,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("train"), help="photos, caches and checkpoints")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--from-pack", type=Path, default=None, help="start from an earlier pack's weights (a copy of its folder)"
+        "--from-pack",
+        type=Path,
+        default=None,
+        help="start from an earlier pack's weights (a copy of its folder); stages that are not trained keep them",
     )
     parser.add_argument("--photos", type=int, default=40_000)
     parser.add_argument("--processes", type=int, default=2, help="for drawing photos")
@@ -68,6 +79,13 @@ def budget_of(stage: str, args: argparse.Namespace) -> Budget:
     )
 
 
+def keep_others(work: Path, pack: Path, stages: Sequence[str]) -> None:
+    """Checkpoints of `pack` for what `stages` do not train and `work` does not have."""
+    for stage, keep in KEPT.items():
+        if stage not in stages and not (work / f"{stage}.pt").exists():
+            keep(work, pack)
+
+
 def main() -> None:
     """Run the chosen stages in order."""
     args = _arguments()
@@ -82,6 +100,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     if args.from_pack:
         warm_start.begin(args.from_pack, args.work)
+        keep_others(args.work, args.from_pack, stages)
     for stage in STAGES:
         if stage not in stages:
             continue

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GitForCausalLM
 
-from resmaster_stages.picturebook import train_clip
+from resmaster_stages.picturebook import train_clip, training, warm_start
 from resmaster_stages.picturebook.data import PhotoSet, to_float
 from resmaster_stages.picturebook.tokens import make_tokenizer
 from resmaster_stages.picturebook.train_clip import (
@@ -40,6 +40,13 @@ def load(work: Path) -> GitForCausalLM:
     git = GitForCausalLM(captioner_config())
     git.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["ema"])
     return git.eval().requires_grad_(False)
+
+
+def keep(work: Path, pack: Path) -> None:
+    """Write an earlier pack's captioner as this stage's checkpoint, for trainings of other stages."""
+    git = GitForCausalLM(captioner_config())
+    warm_start.captioner(git, pack)
+    training.keep(work / "captioner.pt", {"ema": git.state_dict()})
 
 
 @torch.no_grad()

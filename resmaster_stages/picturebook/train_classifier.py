@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ResNetConfig, ResNetForImageClassification
 
+from resmaster_stages.picturebook import training
 from resmaster_stages.picturebook.captions import SUBJECTS
 from resmaster_stages.picturebook.data import NATIVE_PX, PhotoSet, to_float
 from resmaster_stages.picturebook.train_clip import PAIRS, pair_targets
@@ -77,6 +78,14 @@ def load(work: Path) -> ResNetForImageClassification:
     learner = _Learner()
     learner.load_state_dict(torch.load(work / "classifier.pt", map_location="cpu", weights_only=True)["ema"])
     return learner.classifier.eval().requires_grad_(False)
+
+
+def keep(work: Path, pack: Path) -> None:
+    """Write an earlier pack's classifier as this stage's checkpoint, for trainings of other stages."""
+    learner = _Learner()
+    earlier = ResNetForImageClassification.from_pretrained(pack / "classifier", local_files_only=True)
+    learner.classifier.load_state_dict(earlier.state_dict())
+    training.keep(work / "classifier.pt", {"ema": learner.state_dict()})
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from transformers import (
     GitForCausalLM,
 )
 
-from resmaster_stages.picturebook import warm_start
+from resmaster_stages.picturebook import training, warm_start
 from resmaster_stages.picturebook.data import PhotoSet, degrade, to_float
 from resmaster_stages.picturebook.scenes import COLOURS, KINDS
 from resmaster_stages.picturebook.tokens import MAX_LENGTH, make_tokenizer
@@ -188,6 +188,14 @@ def load(folder: Path) -> tuple[CLIPTextModelWithProjection, CLIPVisionModelWith
     towers.load_state_dict(state["model"])
     towers.eval().requires_grad_(False)
     return towers.text, towers.image, float(towers.log_scale)
+
+
+def keep(work: Path, pack: Path) -> None:
+    """Write an earlier pack's CLIP as this stage's checkpoint, for trainings of other stages."""
+    towers = _Towers()
+    towers.log_scale.data.fill_(warm_start.clip(towers.text, towers.image, pack))
+    warm_start.captioner(towers.captioner, pack)
+    training.keep(work / "clip.pt", {"model": towers.state_dict()})
 
 
 def load_captioner(folder: Path) -> GitForCausalLM:

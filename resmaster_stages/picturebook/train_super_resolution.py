@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resmaster_stages.models.rrdbnet import RRDBNet, RRDBShape
-from resmaster_stages.picturebook import data
+from resmaster_stages.picturebook import data, training
 from resmaster_stages.picturebook.training import Budget, Course, Ema, optimiser, parameters_m, set_rate
 
 SHAPE = RRDBShape(features=32, blocks=2, growth=16)
@@ -163,6 +163,14 @@ def load(work: Path) -> RRDBNet:
     network = RRDBNet(SHAPE)
     network.load_state_dict(torch.load(work / "super_resolution.pt", map_location="cpu", weights_only=True)["ema"])
     return network.eval().requires_grad_(False)
+
+
+def keep(work: Path, pack: Path) -> None:
+    """Write an earlier pack's network as this stage's checkpoint, for trainings of other stages."""
+    from safetensors.torch import load_file
+
+    weights = load_file(pack / FOLDER / "model.safetensors")
+    training.keep(work / "super_resolution.pt", {"ema": {name: value.float() for name, value in weights.items()}})
 
 
 @torch.no_grad()

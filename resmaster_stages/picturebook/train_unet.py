@@ -97,8 +97,10 @@ class Painter(nn.Module):
         self.text = CLIPTextModel(text_config())
 
 
-def attach_adapter(unet: UNet2DConditionModel) -> None:
-    """Give a UNet fresh IP-Adapter processors (keys and values start as the text's) and an image projection."""
+def attach_adapter(unet: UNet2DConditionModel, embedding: int = PROJECTION, tokens: int = IP_TOKENS) -> None:
+    """Give a UNet fresh IP-Adapter processors (keys and values start as the text's) and an image projection, which makes
+    `tokens` tokens of an image embedding of `embedding` numbers."""
+    width = unet.config.cross_attention_dim
     processors: dict[str, nn.Module] = {}
     state = unet.state_dict()
     for name in unet.attn_processors:
@@ -106,12 +108,12 @@ def attach_adapter(unet: UNet2DConditionModel) -> None:
             processors[name] = AttnProcessor2_0()
             continue
         keys = state[name.replace("processor", "to_k.weight")]
-        processor = IPAdapterAttnProcessor2_0(keys.shape[0], CONTEXT, num_tokens=(IP_TOKENS,), scale=0.0)
+        processor = IPAdapterAttnProcessor2_0(keys.shape[0], width, num_tokens=(tokens,), scale=0.0)
         processor.to_k_ip[0].weight.data.copy_(keys)
         processor.to_v_ip[0].weight.data.copy_(state[name.replace("processor", "to_v.weight")])
         processors[name] = processor
     unet.set_attn_processor(processors)
-    unet.encoder_hid_proj = MultiIPAdapterImageProjection([ImageProjection(PROJECTION, CONTEXT, IP_TOKENS)])
+    unet.encoder_hid_proj = MultiIPAdapterImageProjection([ImageProjection(embedding, width, tokens)])
     unet.config.encoder_hid_dim_type = "ip_image_proj"
 
 
@@ -139,32 +141,34 @@ class Cache:
 
 
 @torch.no_grad()
-def _cache_clip(work: Path, photos: PhotoSet) -> dict[str, Tensor]:
+def _cache_clip(work: Path, photos: PhotoSet, device: str) -> dict[str, Tensor]:
     """What text encoder 2 and the image encoder say about every photo; read from `work`/cache-clip.pt if there."""
     path = work / "cache-clip.pt"
     if not fresh(path, work / "clip.pt"):
         text, image, _ = train_clip.load(work)
+        text.to(device), image.to(device)
         rng = Random(3)
         ids, _ = tokenize(photos.captions)
         empty_ids, _ = tokenize([""])
-        empty = text(empty_ids, output_hidden_states=True)
+        empty = text(empty_ids.to(device), output_hidden_states=True)
         states, pooled = [], []
         views: tuple[list[Tensor], list[Tensor]] = ([], [])
         for start in range(0, len(photos), 250):
             part = slice(start, start + 250)
-            out = text(ids[part], output_hidden_states=True)
-            states.append(out.hidden_states[-2].half())
-            pooled.append(out.text_embeds.half())
+            out = text(ids[part].to(device), output_hidden_states=True)
+            states.append(out.hidden_states[-2].half().cpu())
+            pooled.append(out.text_embeds.half().cpu())
             small = to_float(small_pixels(photos.pixels[part]))
             for share, found in zip((0.0, 0.8), views):
-                found.append(image(pixel_values=degrade_small(small, rng, share)).image_embeds.half())
+                pixels = degrade_small(small, rng, share).to(device)
+                found.append(image(pixel_values=pixels).image_embeds.half().cpu())
         fields = {
             "states": torch.cat(states),
             "pooled": torch.cat(pooled),
             "images": torch.stack([torch.cat(found) for found in views]),
             "ids": ids,
-            "empty_states": empty.hidden_states[-2].half(),
-            "empty_pooled": empty.text_embeds.half(),
+            "empty_states": empty.hidden_states[-2].half().cpu(),
+            "empty_pooled": empty.text_embeds.half().cpu(),
             "empty_ids": empty_ids,
         }
         torch.save(fields, path)
@@ -173,18 +177,18 @@ def _cache_clip(work: Path, photos: PhotoSet) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _cache_latents(work: Path, photos: PhotoSet, team: Team) -> Tensor:
+def _cache_latents(work: Path, photos: PhotoSet, team: Team, device: str) -> Tensor:
     """Every photo's latents [N, 4, 16, 16], unscaled modes; read from `work`/cache-latents.pt if there."""
     path = work / "cache-latents.pt"
     missing = not fresh(path, work / "vae-final.pt")
     team.wait()
     if missing:
-        vae = train_vae.load(work).to(memory_format=torch.channels_last)
+        vae = train_vae.load(work).to(device, memory_format=torch.channels_last)
         found = []
         for part in photos.pixels.tensor_split(team.size)[team.rank].split(250):
-            with torch.autocast("cpu", torch.bfloat16):
-                x = to_float(part).contiguous(memory_format=torch.channels_last)
-                found.append(vae.encode(x).latent_dist.mode().half().contiguous())
+            with torch.autocast(device, torch.bfloat16):
+                x = to_float(part).to(device, memory_format=torch.channels_last)
+                found.append(vae.encode(x).latent_dist.mode().half().cpu().contiguous())
         torch.save(torch.cat(found), work / f"latents-{team.rank}.pt")
         team.wait()
         if team.leads:
@@ -197,12 +201,12 @@ def _cache_latents(work: Path, photos: PhotoSet, team: Team) -> Tensor:
     return latents
 
 
-def make_cache(work: Path, photos: PhotoSet, team: Team) -> Cache:
+def make_cache(work: Path, photos: PhotoSet, team: Team, device: str = "cpu") -> Cache:
     """Compute or read what the frozen models say about every photo."""
     if team.leads:
-        _cache_clip(work, photos)
-    latents = _cache_latents(work, photos, team)
-    return Cache(latents=latents, latent_std=latent_std(work), **_cache_clip(work, photos))
+        _cache_clip(work, photos, device)
+    latents = _cache_latents(work, photos, team, device)
+    return Cache(latents=latents, latent_std=latent_std(work), **_cache_clip(work, photos, device))
 
 
 def latent_std(work: Path) -> float:
@@ -292,7 +296,7 @@ def train(
     team = Team()
     torch.manual_seed(2)
     photos = PhotoSet.load(work / "photos")
-    cache = make_cache(work, photos, team)
+    cache = make_cache(work, photos, team, device)
     time_ids = photos.time_ids
     del photos
     schedule = DDPMScheduler(**SCHEDULE)

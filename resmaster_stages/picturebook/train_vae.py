@@ -106,7 +106,8 @@ def normalise(vae: AutoencoderKL, pixels: Tensor) -> None:
 
     The matrix is the symmetric (ZCA) one. Log-variances get the matching row norms, which is exact without correlation.
     """
-    found = torch.cat([vae.encode(to_float(part)).latent_dist.mode() for part in pixels.split(64)])
+    device = next(vae.parameters()).device
+    found = torch.cat([vae.encode(to_float(part).to(device)).latent_dist.mode() for part in pixels.split(64)])
     flat: Tensor = found.permute(1, 0, 2, 3).flatten(1).double()
     mean = flat.mean(1)
     values, vectors = torch.linalg.eigh(torch.cov(flat))
@@ -121,9 +122,9 @@ def normalise(vae: AutoencoderKL, pixels: Tensor) -> None:
     before.bias[n:] += 2 * whiten.norm(dim=1).log()
 
 
-def finish(work: Path) -> None:
+def finish(work: Path, device: str = "cpu") -> None:
     """Write the averaged, normalised VAE to `work`/vae-final.pt."""
-    vae = _averaged(work)
+    vae = _averaged(work).to(device)
     normalise(vae, PhotoSet.load(work / "photos", 1000).pixels)
     torch.save(vae.state_dict(), work / "vae-final.pt")
 
@@ -202,13 +203,14 @@ def train(
                     "whitened_at": whitened_at,
                 }
             )
-            averaged = _averaged(work)
+            averaged = _averaged(work).to(device)
+            shown = to_float(held_out[:8]).to(device)
             with torch.no_grad():
-                y = averaged.decode(averaged.encode(to_float(held_out[:8])).latent_dist.mode()).sample
-            _grid(to_float(held_out[:8]), y, work / "vae.png")
+                y = averaged.decode(averaged.encode(shown).latent_dist.mode()).sample
+            _grid(shown.cpu(), y.cpu(), work / "vae.png")
             print(f"vae: step {course.step} held-out PSNR {psnr(averaged, held_out):.2f} dB", flush=True)
     if team.leads:
-        finish(work)
+        finish(work, device)
 
 
 def _grid(x: Tensor, y: Tensor, path: Path) -> None:
