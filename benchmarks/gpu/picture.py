@@ -1,0 +1,188 @@
+"""Whole pictures by the engine, on an SDXL of full size with random weights: seconds of each part, memory, rows.
+
+Seconds and memory are real; the picture is noise. What was measured over few steps says so (`steps_measured`), and what is
+reckoned from it stands apart from what was measured.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from PIL import Image
+
+from benchmarks.gpu import models as shapes
+from benchmarks.gpu.record import Run
+from benchmarks.methods import peak_memory, settle
+from resmaster_stages.config import DIFFUSION_METHODS, UpscaleConfig
+from resmaster_stages.diffusion import autoencoder
+from resmaster_stages.diffusion.cost import counting
+from resmaster_stages.errors import SampleError
+from resmaster_stages.methods import render, resmaster
+from resmaster_stages.models.acceleration import compile_blocks
+from resmaster_stages.models.faults import release_memory
+from resmaster_stages.models.loading import Models
+from resmaster_stages.pictures import encode_picture
+from resmaster_stages.upscale import upscale_image
+
+PROMPT = "a red house on a green meadow"
+PARTS: tuple[tuple[str, Any, str], ...] = (
+    ("denoise", render, "denoise"),
+    ("encode", autoencoder, "encode"),
+    ("decode", autoencoder, "decode"),
+    ("image_prompts", resmaster, "embed_crops"),
+)
+"""Part of a picture, and where the engine looks its function up."""
+STEPS, SHORT_STEPS = 50, 5
+
+
+@contextmanager
+def timed_parts(device: torch.device) -> Iterator[dict[str, float]]:
+    """Seconds of each part of what the block draws; the device is waited for at the borders of parts."""
+    spent: dict[str, float] = defaultdict(float)
+
+    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            settle(device)
+            start = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                settle(device)
+                spent[name] += time.perf_counter() - start
+
+        return wrapped
+
+    with ExitStack() as stack:
+        for name, place, attribute in PARTS:
+            stack.enter_context(mock.patch.object(place, attribute, timed(name, getattr(place, attribute))))
+        yield spent
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A low-res picture and the models that enlarge it."""
+
+    models: Models
+    image: Image.Image
+
+    @property
+    def device(self) -> torch.device:
+        return self.models.device
+
+    def draw(self, config: UpscaleConfig) -> dict[str, Any]:
+        """One picture: seconds of each part, peak memory, rows. The picture may be no picture, for weights are random."""
+        picture, fault = None, None
+        with counting() as cost, peak_memory(self.device) as peak, timed_parts(self.device) as parts:
+            start = time.perf_counter()
+            try:
+                picture = upscale_image(self.models, self.image, PROMPT, config=config)
+            except SampleError as error:
+                fault = str(error)
+            settle(self.device)
+            seconds = time.perf_counter() - start
+        return {
+            "pixels": round(self.image.width * config.scale),
+            "steps_measured": config.steps,
+            "seconds": seconds,
+            "parts": {**parts, "save": saving(picture) if picture else None},
+            "calls": cost.calls,
+            "rows": cost.rows,
+            "native_rows": cost.native_rows,
+            "peak_bytes": peak.found,
+            "no_picture": fault,
+        }
+
+
+def saving(picture: Image.Image) -> dict[str, float]:
+    """Seconds of encoding files, on one core."""
+    found = {}
+    for image_format in ("webp", "png"):
+        start = time.perf_counter()
+        encode_picture(picture, image_format)
+        found[image_format] = time.perf_counter() - start
+    return found
+
+
+def reckoned(entry: dict[str, Any], steps: int) -> dict[str, Any]:
+    """`entry` with what `steps` steps would take, if each took what the measured ones took on average."""
+    if entry["steps_measured"] == steps:
+        return entry
+    denoising = entry["parts"]["denoise"]
+    whole = entry["seconds"] - denoising + denoising * steps / entry["steps_measured"]
+    return {**entry, "reckoned": {"steps": steps, "seconds": whole}}
+
+
+def configured(method: str, scale: float, steps: int | None = None, **values: Any) -> UpscaleConfig:
+    """A method's configuration for a model that has learnt native sizes alone."""
+    own = {} if steps is None else {"steps": steps}
+    return UpscaleConfig.model_validate({"method": method, "scale": scale, **own, **values})
+
+
+def compiled(models: Models) -> Models:
+    """`models` with a UNet of its own whose blocks are compiled, convolutions raced (`exactness: fast`)."""
+    unet = copy.deepcopy(models.unet)
+    compile_blocks(unet)
+    return replace(models, unet=unet, same_bytes=False)
+
+
+def _warmed(canvas: Canvas, config: UpscaleConfig, steps: int) -> dict[str, Any]:
+    """A picture of `config` after one of few steps, which chose kernels, took memory and compiled."""
+    start = time.perf_counter()
+    canvas.draw(config.model_copy(update={"steps": min(steps, config.steps)}))
+    first = time.perf_counter() - start
+    return {"warm_up_seconds": first, **canvas.draw(config)}
+
+
+def largest(run: Run, canvas: Canvas, scale: float) -> None:
+    """ResMaster at 4096 px: eager for a few steps, then compiled and accelerated to the end, then eager to the end."""
+    short, whole = (2, 3) if run.rehearse else (SHORT_STEPS, STEPS)
+    attempt, views = run.record.attempt, {"view_batch": 49}
+    exact = configured("resmaster", scale, whole, **views)
+    attempt(
+        "pictures",
+        lambda: reckoned(_warmed(canvas, exact.model_copy(update={"steps": short}), 1), whole),
+        what="exact, eager",
+    )
+    fast = Canvas(compiled(canvas.models), canvas.image)
+    if not run.skip("pictures", 130.0, what="exact, compiled blocks"):
+        attempt("pictures", lambda: _warmed(fast, exact, 1), what="exact, compiled blocks")
+    if not run.skip("pictures", 60.0, what="accelerated"):
+        accelerated = configured("resmaster", scale, 3 if run.rehearse else None, preset="accelerated")
+        attempt("pictures", lambda: _warmed(fast, accelerated, 4), what="accelerated")
+
+
+def by_method(run: Run, canvas: Canvas, scale: float) -> None:
+    """Every method that uses the diffusion model, at 2048 px, eager, over few steps."""
+    short, whole = (2, 3) if run.rehearse else (SHORT_STEPS, STEPS)
+    for method in DIFFUSION_METHODS:
+        if not run.skip("methods", 12.0, what=method):
+            config = configured(method, scale, short)
+            run.record.attempt("methods", lambda config=config: reckoned(canvas.draw(config), whole), what=method)
+            release_memory()
+
+
+def measure(run: Run) -> None:
+    """The largest picture first, then every method."""
+    device = torch.device(run.device)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    models = shapes.whole(device, dtype, run.rehearse)
+    run.record.put("dtype", str(dtype).removeprefix("torch."))
+    run.record.put("image_encoder", shapes.TOY_ENCODER if run.rehearse else shapes.ENCODER)
+    native = models.native_px
+    image = Image.effect_noise((8, 8), 80).convert("RGB").resize((native, native), Image.Resampling.BICUBIC)
+    canvas = Canvas(models, image)
+    scales = (1.5, 2.0) if run.rehearse else (4.0, 2.0)
+    largest(run, canvas, scales[0])
+    release_memory()
+    by_method(run, canvas, scales[1])
+    if not run.skip("pictures", 150.0, what="exact, eager, to the end"):
+        exact = configured("resmaster", scales[0], 3 if run.rehearse else STEPS, view_batch=49)
+        run.record.attempt("pictures", lambda: canvas.draw(exact), what="exact, eager, to the end")
