@@ -1,0 +1,249 @@
+"""Whether the device draws what the CPU draws: the picturebook, whose weights are trained, 128 px to 512 px.
+
+PSNR of final pictures by number format against the CPU's in float32, equal bytes, other batches, memory that runs out, and the
+tests marked `gpu`.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.gpu.record import Run
+from resmaster_stages import upscale
+from resmaster_stages.breadcrumbs import Breadcrumbs
+from resmaster_stages.computing import compute
+from resmaster_stages.config import DatasetConfig, ModelConfig, UpscaleConfig
+from resmaster_stages.low_res import generate
+from resmaster_stages.metrics.agreement import psnr
+from resmaster_stages.models.faults import release_memory
+from resmaster_stages.models.loading import load_models
+from resmaster_stages.spill import Spill
+from resmaster_stages.storage.dataset import Output, Picture, Sample
+from resmaster_stages.storage.filesystem import open_root
+
+ROOT = Path(__file__).parent.parent.parent
+PROMPT = "a red house and a green tree on a green meadow on a sunny day"
+FORMATS = ("float32", "bfloat16", "float16")
+OUTCOMES = ("passed", "failed", "errors", "error", "skipped")
+
+
+def difference(a: Image.Image, b: Image.Image) -> dict[str, Any]:
+    """How far apart two pictures are, in levels of 255 and in dB (at most 100)."""
+    x, y = (np.asarray(each, np.int16) for each in (a, b))
+    return {"greatest_levels": int(np.abs(x - y).max()), "psnr_db": psnr(a, b)}
+
+
+def model(device: str, dtype: str, compiled: str = "off") -> ModelConfig:
+    """The picturebook on `device`."""
+    return ModelConfig.model_validate({"device": device, "dtype": dtype, "compile": compiled})
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is drawn again and again."""
+
+    low_res: Image.Image
+    config: UpscaleConfig
+
+    def drawn(self, config: ModelConfig, **values: Any) -> Image.Image:
+        """The picture by the models of `config`."""
+        own = self.config.model_copy(update=values)
+        return upscale.upscale_image(load_models(config), self.low_res, PROMPT, config=own)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Within the block, convolutions and products in float32 are computed as such, not in the matrix units' short format."""
+    places = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [place.allow_tf32 for place in places]
+    try:
+        for place in places:
+            place.allow_tf32 = False
+        yield
+    finally:
+        for place, value in zip(places, before):
+            place.allow_tf32 = value
+
+
+def formats(run: Run, subject: Subject) -> None:
+    """Each number format on the device against float32 on the CPU."""
+    reference = subject.drawn(model("cpu", "float32"))
+    shown = {"device": run.device, "against": "cpu, float32"}
+
+    def near(config: ModelConfig) -> dict[str, Any]:
+        return difference(subject.drawn(config), reference)
+
+    if run.device == "cuda":
+        with full_float32():
+            run.record.attempt("formats", lambda: near(model("cuda", "float32")), dtype="float32, no TF32", **shown)
+    for dtype in FORMATS:
+        run.record.attempt("formats", lambda dtype=dtype: near(model(run.device, dtype)), dtype=dtype, **shown)
+    if run.device == "cuda":
+        run.record.attempt(
+            "formats", lambda: near(model("cuda", "float16", "blocks")), dtype="float16, compiled blocks", **shown
+        )
+
+
+def repeats(run: Run, subject: Subject) -> None:
+    """Once more, and with other batches."""
+    config = model(run.device, "float16" if run.device == "cuda" else "float32")
+    first = subject.drawn(config)
+    run.record.attempt(
+        "repeats",
+        lambda: {"same_bytes": subject.drawn(config).tobytes() == first.tobytes()},
+        what=f"view_batch {subject.config.view_batch} again",
+    )
+    for batch in (7, 49):
+        run.record.attempt(
+            "repeats",
+            lambda batch=batch: difference(subject.drawn(config, view_batch=batch), first),
+            what=f"view_batch {batch} against {subject.config.view_batch}",
+        )
+
+
+class OneSample(Sequence[Sample]):
+    """A shard's samples, of which there is one."""
+
+    def __init__(self, low_res: Image.Image) -> None:
+        buffer = io.BytesIO()
+        low_res.save(buffer, "PNG")
+        picture = Picture(buffer.getvalue(), "png", {"key": "0"})
+        self.sample = Sample("0", 0, PROMPT, "", low_res.height, low_res.width, 0, low_res=picture)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, position: Any) -> Any:
+        return [self.sample][position]
+
+    def keys(self) -> list[str]:
+        return [self.sample.key]
+
+
+@dataclass
+class Stage:
+    """The stage of high-res pictures, as a worker runs it on one sample; it notes the batches that it tried."""
+
+    config: DatasetConfig
+    samples: OneSample
+    limit: int | None = None
+    """Views per call above which memory is said to have run out: rehearsals have no device whose memory ends."""
+
+    def __post_init__(self) -> None:
+        self.tried: list[int] = []
+
+    def process(self, config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        batch = config.upscale.view_batch
+        self.tried.append(batch)
+        if self.limit is not None and batch > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. (rehearsed)")
+        yield from upscale.process(config, samples)
+
+    def picture(self) -> Image.Image:
+        """The sample's picture. Raises its error."""
+        with tempfile.TemporaryDirectory() as folder:
+            root, place = open_root(folder), ("high_res", "0", 0)
+            spill, breadcrumbs = Spill(root, *place, None), Breadcrumbs(root, *place, self.samples.keys())
+            (output,) = compute(self.process, self.config, "high_res", self.samples, spill, breadcrumbs)
+        if output.error is not None:
+            raise output.error
+        return Image.open(io.BytesIO(output.files[self.config.image_format])).convert("RGB")
+
+
+def dataset(run: Run, batch: int) -> DatasetConfig:
+    """A picture large enough that the UNet's batch decides how much memory is needed."""
+    scale, dtype = (2.0, "float32") if run.rehearse else (12.0, "float16")
+    upscaling = {"scale": scale, "steps": 2, "view_batch": batch, "text_prompt": {"enabled": False}}
+    return DatasetConfig.model_validate(
+        {
+            "name": "truth",
+            "prompts": "none.txt",
+            "model": model(run.device, dtype).model_dump(),
+            "upscale": upscaling,
+        }
+    )
+
+
+def _peak(config: DatasetConfig, samples: OneSample) -> tuple[Image.Image, int]:
+    release_memory()
+    torch.cuda.reset_peak_memory_stats()
+    picture = Stage(config, samples).picture()
+    return picture, torch.cuda.max_memory_allocated()
+
+
+@contextmanager
+def memory_limit(size: int) -> Iterator[None]:
+    """Within the block this process may take `size` bytes of the device's memory."""
+    release_memory()
+    torch.cuda.set_per_process_memory_fraction(size / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def out_of_memory(run: Run, low_res: Image.Image) -> dict[str, Any]:
+    """A batch that does not fit is halved, and the picture is that of the smaller batch."""
+    samples, views = OneSample(low_res), 9 if run.rehearse else 529
+    half = views // 2
+    if run.device != "cuda":
+        smaller = Stage(dataset(run, half), samples).picture()
+        stage = Stage(dataset(run, views), samples, limit=half)
+        found = stage.picture()
+        return {"provoked_by": "a raised error", "tried": stage.tried, **difference(found, smaller)}
+    _, needed = _peak(dataset(run, views), samples)
+    smaller, enough = _peak(dataset(run, half), samples)
+    limit = (needed + enough) // 2
+    stage = Stage(dataset(run, views), samples)
+    with memory_limit(limit):
+        found = stage.picture()
+    return {
+        "provoked_by": "a limit of the process's device memory",
+        "peak_bytes": {str(views): needed, str(half): enough},
+        "limit_bytes": limit,
+        "tried": stage.tried,
+        **difference(found, smaller),
+    }
+
+
+def marked_tests(seconds: float) -> dict[str, Any]:
+    """The tests marked `gpu`, in a process of their own: how many passed, and what the others said."""
+    files = [
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if re.search(r"^(@|pytestmark = .*)pytest\.mark\.gpu", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    ]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(30.0, seconds), check=False)
+    last = done.stdout.strip().rpartition("\n")[2]
+    counts = {what: int(number) for number, what in re.findall(r"(\d+) (\w+)", last) if what in OUTCOMES}
+    if not counts:
+        raise RuntimeError(f"pytest counted nothing:\n{done.stdout[-800:]}\n{done.stderr[-800:]}")
+    return {"files": files, **counts, "output": "" if done.returncode == 0 else done.stdout[-3000:]}
+
+
+def measure(run: Run) -> None:
+    """Formats first."""
+    steps, scale = (2, 2.0) if run.rehearse else (20, 4.0)
+    cpu = load_models(model("cpu", "float32"))
+    (low_res,) = generate(cpu, [PROMPT], [""], [0], cpu.native_px, cpu.native_px, steps, 5.0, 1)
+    if not isinstance(low_res, Image.Image):
+        raise low_res
+    subject = Subject(low_res, UpscaleConfig(scale=scale, steps=steps, view_batch=16))
+    formats(run, subject)
+    repeats(run, subject)
+    run.record.attempt("out_of_memory", lambda: out_of_memory(run, low_res))
+    run.record.attempt("marked_tests", lambda: marked_tests(run.left()))
