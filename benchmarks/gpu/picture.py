@@ -24,6 +24,9 @@ from benchmarks.methods import peak_memory, settle
 from resmaster_stages.config import DIFFUSION_METHODS, UpscaleConfig
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.cost import counting
+from resmaster_stages.diffusion.loop import batch_size
+from resmaster_stages.diffusion.memory import row_bytes, weights_bytes
+from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import SampleError
 from resmaster_stages.methods import render, resmaster
 from resmaster_stages.models.acceleration import compile_blocks
@@ -101,6 +104,14 @@ class Canvas:
         }
 
 
+def estimated_bytes(canvas: Canvas, config: UpscaleConfig) -> int:
+    """What the engine expects ResMaster to need at `config.scale`, both guidance branches in one call."""
+    models, side = canvas.models, round(canvas.image.width * config.scale)
+    grid = view_grid(side, side, models.native_px, config.stride, models.latent_factor)
+    views = batch_size(len(grid), config.view_batch or len(grid))
+    return weights_bytes(models) + 2 * views * row_bytes(models.unet, grid.window_height, grid.window_width)
+
+
 def saving(picture: Image.Image) -> dict[str, float]:
     """Seconds of encoding files, on one core."""
     found = {}
@@ -138,7 +149,7 @@ def _warmed(canvas: Canvas, config: UpscaleConfig, steps: int) -> dict[str, Any]
     start = time.perf_counter()
     canvas.draw(config.model_copy(update={"steps": min(steps, config.steps)}))
     first = time.perf_counter() - start
-    return {"warm_up_seconds": first, **canvas.draw(config)}
+    return {"warm_up_seconds": first, **canvas.draw(config), "estimated_bytes": estimated_bytes(canvas, config)}
 
 
 def largest(run: Run, canvas: Canvas, scale: float) -> None:

@@ -59,7 +59,9 @@ def first_seconds(call: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def timed(call: Callable[[], Any], device: torch.device, seconds: float = 1.0, least: int = 2, most: int = 50) -> Timing:
+def timed(
+    call: Callable[[], Any], device: torch.device, seconds: float = 1.0, least: int = 2, most: int = 50
+) -> Timing:
     """A warmed-up call's time: as many calls as fit in about `seconds`, from `least` to `most`."""
     one = first_seconds(call, device)
     count = min(most, max(least, int(seconds / max(one, 1e-9))))

@@ -89,7 +89,7 @@ def formats(run: Run, subject: Subject) -> None:
     if run.device == "cuda":
         with full_float32():
             run.record.attempt("formats", lambda: near(model("cuda", "float32")), dtype="float32, no TF32", **shown)
-    for dtype in FORMATS:
+    for dtype in FORMATS[:2] if run.rehearse else FORMATS:
         run.record.attempt("formats", lambda dtype=dtype: near(model(run.device, dtype)), dtype=dtype, **shown)
     if run.device == "cuda":
         run.record.attempt(
