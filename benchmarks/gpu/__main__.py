@@ -103,8 +103,9 @@ def do_step(args: argparse.Namespace) -> int:
             Run(record, device, args.rehearse, args.until, args.out)
         )
     except Exception as error:
-        record.change(lambda step: step.update(status="failed", error=trace(error)))
-        print(trace(error), flush=True)
+        said = trace(error)
+        record.change(lambda step: step.update(status="failed", error=said))
+        print(said, flush=True)
         return 1
     record.change(lambda step: step.update(status="done"))
     return 0

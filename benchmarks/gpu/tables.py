@@ -125,7 +125,7 @@ TABLES: dict[str, dict[str, tuple[str, tuple[Column, ...]]]] = {
         ),
         "marked_tests": (
             "Tests that need a GPU",
-            tuple((name, _text(name)) for name in ("passed", "failed", "skipped", "errors")),
+            tuple((name, _text(name)) for name in ("passed", "failed", "errors", "left out")),
         ),
     },
     "training": {
@@ -176,7 +176,7 @@ def _table(heading: str, columns: Sequence[Column], entries: Sequence[Entry]) ->
         lines += ["| " + " | ".join(name for name, _ in used) + " |", "|" + " --- |" * len(used)]
         lines += ["| " + " | ".join(show(each) for _, show in used) + " |" for each in shown] + [""]
     gaps = _gaps(entries)
-    return lines + (gaps + [""] if gaps else [])
+    return lines + ([*gaps, ""] if gaps else [])
 
 
 def markdown(content: dict[str, Any]) -> str:

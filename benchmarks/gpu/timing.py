@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,14 +41,14 @@ def _each(call: Callable[[], Any], device: torch.device, count: int) -> list[flo
         for _ in range(count):
             call()
             marks.append(time.perf_counter())
-        return [after - before for before, after in zip(marks, marks[1:])]
+        return [after - before for before, after in pairwise(marks)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     events[0].record()
     for event in events[1:]:
         call()
         event.record()
     torch.cuda.synchronize()
-    return [before.elapsed_time(after) / 1000 for before, after in zip(events, events[1:])]
+    return [before.elapsed_time(after) / 1000 for before, after in pairwise(events)]
 
 
 def first_seconds(call: Callable[[], Any], device: torch.device) -> float:
@@ -62,9 +63,9 @@ def first_seconds(call: Callable[[], Any], device: torch.device) -> float:
 def timed(
     call: Callable[[], Any], device: torch.device, seconds: float = 1.0, least: int = 2, most: int = 50
 ) -> Timing:
-    """A warmed-up call's time: as many calls as fit in about `seconds`, from `least` to `most`."""
+    """A warmed-up call's time: as many calls as fit in about `seconds`, from `least` to `most`; on a CPU, a rehearsal, `least`."""
     one = first_seconds(call, device)
-    count = min(most, max(least, int(seconds / max(one, 1e-9))))
+    count = min(most, max(least, int(seconds / max(one, 1e-9)))) if device.type == "cuda" else least
     found = _each(call, device, count)
     return Timing(statistics.median(found), min(found), max(found), count)
 

@@ -37,7 +37,7 @@ from resmaster_stages.storage.filesystem import open_root
 ROOT = Path(__file__).parent.parent.parent
 PROMPT = "a red house and a green tree on a green meadow on a sunny day"
 FORMATS = ("float32", "bfloat16", "float16")
-OUTCOMES = ("passed", "failed", "errors", "error", "skipped")
+OUTCOMES = {"passed": "passed", "failed": "failed", "error": "errors", "errors": "errors", "skipped": "left out"}
 
 
 def difference(a: Image.Image, b: Image.Image) -> dict[str, Any]:
@@ -229,7 +229,7 @@ def marked_tests(seconds: float) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(30.0, seconds), check=False)
     last = done.stdout.strip().rpartition("\n")[2]
-    counts = {what: int(number) for number, what in re.findall(r"(\d+) (\w+)", last) if what in OUTCOMES}
+    counts = {OUTCOMES[what]: int(number) for number, what in re.findall(r"(\d+) (\w+)", last) if what in OUTCOMES}
     if not counts:
         raise RuntimeError(f"pytest counted nothing:\n{done.stdout[-800:]}\n{done.stderr[-800:]}")
     return {"files": files, **counts, "output": "" if done.returncode == 0 else done.stdout[-3000:]}
