@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -154,13 +155,19 @@ def _name(entry: Entry) -> str:
     return ", ".join(str(entry[label]) for label in LABELS if label in entry)
 
 
+def _reason(error: str) -> str:
+    """The line of a traceback that names the error: the last one that is not indented and begins with a class's name."""
+    lines = error.strip().splitlines() or [""]
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit|NotFound\w*)\b", line)]
+    return (named or lines)[-1][:200]
+
+
 def _gaps(entries: Iterable[Entry]) -> list[str]:
     """A line for each entry that holds no number, or a picture that is none."""
     lines = []
     for entry in entries:
         if "error" in entry:
-            last = str(entry["error"]).strip().splitlines()[-1]
-            lines.append(f"- {_name(entry)}: FAILED: {last[:200]}")
+            lines.append(f"- {_name(entry)}: FAILED: {_reason(entry['error'])}")
         for key, word in (("skipped", "not measured"), ("left_out", "left out"), ("no_picture", "no picture came out")):
             if entry.get(key):
                 lines.append(f"- {_name(entry)}: {word}: {entry[key]}")
@@ -190,8 +197,7 @@ def markdown(content: dict[str, Any]) -> str:
         lines += ["A rehearsal at toy sizes: these numbers mean nothing.", ""]
     for step, content_of in content["steps"].items():
         if content_of.get("status") != "done":
-            last = str(content_of.get("error", "")).strip().splitlines()[-1:] or [""]
-            lines += [f"Step {step}: {content_of.get('status')}: {last[0][:200]}", ""]
+            lines += [f"Step {step}: {content_of.get('status')}: {_reason(content_of.get('error', ''))}", ""]
         for name, (heading, columns) in TABLES[step].items():
             if entries := content_of["found"].get(name):
                 lines += _table(heading, columns, entries)
