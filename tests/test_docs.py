@@ -62,6 +62,12 @@ NOT_RUN = {
         "python -m benchmarks.peers": "takes minutes; tests/test_benchmarks.py runs it on less",
         "python benchmarks/methods.py --model sdxl --device cuda --flops": "needs a GPU",
     },
+    "gpu.md": {
+        "python -m benchmarks.gpu --seconds 520 --out out/gpu": "needs a GPU; tests/test_gpu_programme.py rehearses it on a CPU",
+        "python -m benchmarks.gpu.tables docs/speed.md out/gpu/gpu.json": "needs a GPU's report; "
+        "tests/test_gpu_programme.py runs it on a rehearsal's",
+        "benchmarks/gpu_wheels.sh": "needs the package registry",
+    },
     "scale.md": {
         "python -m benchmarks.scale --shards 100,1000": "takes minutes; tests/test_scale.py runs it on less",
         'python -m benchmarks.scale --shards 100,1000,10000 --steps "plan,fill,look,status,manifest,verify,gc"': "takes "
