@@ -56,7 +56,7 @@ def attention(device: torch.device, dtype: torch.dtype, rows: int, tokens: int) 
 
 def copy(device: torch.device, size: int) -> dict[str, Any]:
     """A copy of `size` bytes within the device; bytes read and written both count."""
-    source = torch.randint(0, 255, (size,), device=device, dtype=torch.uint8)
+    source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     timing = timed(lambda: target.copy_(source), device)
     return {"terabytes_per_second": 2 * size / timing.median / 1e12, **timing.facts()}
@@ -77,7 +77,7 @@ def measure(run: Run) -> None:
             what=f"matrix product, {scale}",
             dtype="float8_e4m3fn",
         )
-    attempt("ceilings", lambda: copy(device, 2**20 if toy else 2**32), what="copy", dtype="uint8")
+    attempt("ceilings", lambda: copy(device, 2**20 if toy else 2**32), what="copy", dtype="float32")
     for dtype in (torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         for what, call in (

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu import models
@@ -33,6 +34,9 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("norms and elementwise", r"norm|elementwise|vectorized|reduce|softmax|silu|gelu|triton|fused|upsample|aten::"),
 )
 """Kind of operation and the names of its kernels (CUDA) or operators (CPU); the first that matches counts, others are `other`."""
+
+MARKS = ("##", "Torch-Compiled Region", "ProfilerStep")
+"""How names of a profile begin that are no kernels."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +98,16 @@ def kind_of(kernel: str) -> str:
 def where_time_goes(call: Callable[[], Any], device: torch.device) -> dict[str, Any]:
     """Shares of the device's time by kind of operation, and the costliest kernels by name."""
     cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
         call()
         if cuda:
             torch.cuda.synchronize()
-    spent = {
-        event.key: event.self_device_time_total if cuda else event.self_cpu_time_total for event in found.key_averages()
-    }
+    events = found.key_averages()
+    if cuda:  # kernels alone: operators and marks of compiled regions stand for kernels that are listed themselves
+        kernels = [each for each in events if each.device_type == DeviceType.CUDA and not each.key.startswith(MARKS)]
+        spent = {each.key: each.self_device_time_total for each in kernels}
+    else:
+        spent = {each.key: each.self_cpu_time_total for each in events}
     total = sum(spent.values())
     if not total:
         raise RuntimeError("the profiler saw no kernels")

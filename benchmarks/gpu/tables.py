@@ -36,11 +36,6 @@ def _part(name: str) -> Callable[[Entry], str]:
     return lambda entry: _number(name)(entry.get("parts") or {})
 
 
-def _saved(entry: Entry) -> str:
-    save = (entry.get("parts") or {}).get("save")
-    return f"{save['webp']:.1f}" if save else ""
-
-
 def _reckoned(entry: Entry) -> str:
     found = entry.get("reckoned")
     return f"{found['seconds']:.1f} for {found['steps']}" if found else ""
@@ -54,11 +49,12 @@ PICTURE: tuple[Column, ...] = (
     ("image prompts", _part("image_prompts")),
     ("denoise", _part("denoise")),
     ("decode", _part("decode")),
-    ("then WebP", _saved),
     ("reckoned seconds", _reckoned),
     ("calls", _text("calls")),
     ("native rows", _number("native_rows", "{:.0f}")),
     ("peak GB", _number("peak_bytes", "{:.1f}", 1e-9)),
+    ("expected GB", _number("estimated_bytes", "{:.1f}", 1e-9)),
+    ("first picture, s", _number("warm_up_seconds")),
 )
 TABLES: dict[str, dict[str, tuple[str, tuple[Column, ...]]]] = {
     "ceilings": {
@@ -97,6 +93,16 @@ TABLES: dict[str, dict[str, tuple[str, tuple[Column, ...]]]] = {
     "picture": {
         "pictures": ("ResMaster, the largest picture", (("what", _text("what")), *PICTURE)),
         "methods": ("Every method, eager", (("method", _text("what")), *PICTURE)),
+        "saving": (
+            "Files of such a picture, lossless, on one core",
+            (
+                ("px", _text("pixels")),
+                ("WebP, s", _number("webp_seconds")),
+                ("WebP, MB", _number("webp_bytes", "{:.1f}", 1e-6)),
+                ("PNG, s", _number("png_seconds")),
+                ("PNG, MB", _number("png_bytes", "{:.1f}", 1e-6)),
+            ),
+        ),
     },
     "truth": {
         "formats": (

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import StableDiffusionXLPipeline
 
 from benchmarks.gpu.record import Run
@@ -156,7 +157,7 @@ def _compared(run: Run, plan: Plan, pack: Path) -> None:
 
 def _samples(run: Run, pack: Path) -> dict[str, Any]:
     """A sheet of pictures by the new pack, to look at."""
-    pipe = StableDiffusionXLPipeline.from_pretrained(pack, local_files_only=True).to(run.device)
+    pipe = StableDiffusionXLPipeline.from_pretrained(pack, local_files_only=True).to(run.device, torch.float32)
     pipe.set_progress_bar_config(disable=True)
     sheet(pipe).save(run.out / "samples.png")
     return {"file": "samples.png"}

@@ -78,8 +78,8 @@ def full_float32() -> Iterator[None]:
             place.allow_tf32 = value
 
 
-def formats(run: Run, subject: Subject) -> None:
-    """Each number format on the device against float32 on the CPU."""
+def formats(run: Run, subject: Subject) -> Image.Image:
+    """Each number format on the device against float32 on the CPU, which is returned."""
     reference = subject.drawn(model("cpu", "float32"))
     shown = {"device": run.device, "against": "cpu, float32"}
 
@@ -91,10 +91,7 @@ def formats(run: Run, subject: Subject) -> None:
             run.record.attempt("formats", lambda: near(model("cuda", "float32")), dtype="float32, no TF32", **shown)
     for dtype in FORMATS[:2] if run.rehearse else FORMATS:
         run.record.attempt("formats", lambda dtype=dtype: near(model(run.device, dtype)), dtype=dtype, **shown)
-    if run.device == "cuda":
-        run.record.attempt(
-            "formats", lambda: near(model("cuda", "float16", "blocks")), dtype="float16, compiled blocks", **shown
-        )
+    return reference
 
 
 def repeats(run: Run, subject: Subject) -> None:
@@ -226,8 +223,13 @@ def marked_tests(seconds: float) -> dict[str, Any]:
         for path in sorted((ROOT / "tests").rglob("test_*.py"))
         if re.search(r"^(@|pytestmark = .*)pytest\.mark\.gpu", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     ]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", *files]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(30.0, seconds), check=False)
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", *files]
+    limit = max(30.0, seconds)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired as stopped:
+        said = (stopped.stdout or b"").decode(errors="replace")
+        raise RuntimeError(f"the tests were stopped after {limit:.0f} s:\n{said[-1500:]}") from None
     last = done.stdout.strip().rpartition("\n")[2]
     counts = {OUTCOMES[what]: int(number) for number, what in re.findall(r"(\d+) (\w+)", last) if what in OUTCOMES}
     if not counts:
@@ -243,7 +245,11 @@ def measure(run: Run) -> None:
     if not isinstance(low_res, Image.Image):
         raise low_res
     subject = Subject(low_res, UpscaleConfig(scale=scale, steps=steps, view_batch=16))
-    formats(run, subject)
+    reference = formats(run, subject)
     repeats(run, subject)
     run.record.attempt("out_of_memory", lambda: out_of_memory(run, low_res))
     run.record.attempt("marked_tests", lambda: marked_tests(run.left()))
+    labels = {"dtype": "float16, compiled blocks", "device": run.device, "against": "cpu, float32"}
+    if run.device == "cuda" and not run.skip("formats", 25.0, **labels):
+        compiled = model("cuda", "float16", "blocks")
+        run.record.attempt("formats", lambda: difference(subject.drawn(compiled), reference), **labels)
