@@ -9,12 +9,12 @@ target=${TARGET_PYTHON:-3.12}  # of there
 limit_mib=64
 folder=.wheels
 # Each with what it needs, apart from what such a machine has.
-packages=(diffusers importlib_metadata zipp pydantic pydantic_core annotated_types typing_inspection typing_extensions resvg_py torchao)
+packages=(diffusers importlib_metadata lazy_importer zipp pydantic pydantic_core annotated_types typing_inspection typing_extensions resvg_py torchao)
 platforms=(manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_24_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64 manylinux1_x86_64)
 
-# The version that constraints.txt pins, as pip takes it; the name alone where it pins none.
+# A package as pip takes it: at the version that constraints.txt pins, else at those that pyproject.toml allows.
 pinned() {
-  grep -iE "^${1//_/[-_]}==" constraints.txt || echo "$1"
+  grep -iE "^${1//_/[-_]}==" constraints.txt || { grep -oE "\"${1}[<>=][^\"]*\"" pyproject.toml | tr -d '"'; } || echo "$1"
 }
 
 mkdir -p "$folder"

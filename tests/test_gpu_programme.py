@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tarfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,7 @@ def test_a_step_that_hangs_is_stopped(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(programme, "GRACE_SECONDS", 0.0)
-    plan = programme.Programme(("ceilings",), 14.0, tmp_path, True)
+    plan = programme.Programme(("ceilings",), 24.0, tmp_path, True)
     assert programme.run(plan) == 1
     step = read(tmp_path / "gpu.json")["steps"]["ceilings"]
     assert step["status"] == "stopped"
@@ -229,6 +230,29 @@ def test_kernels_are_told_apart(kernel: str, kind: str) -> None:
     from benchmarks.gpu.rows import kind_of
 
     assert kind_of(kernel) == kind
+
+
+def test_what_travels_and_what_is_there_are_all_that_is_needed() -> None:
+    """The wheels of the script, and what the page says that a machine brings, with what those need themselves."""
+    script, page = (ROOT / "benchmarks/gpu_wheels.sh").read_text(), (ROOT / "docs" / "gpu.md").read_text()
+    found = re.search(r"^packages=\((.*)\)$", script, flags=re.MULTILINE)
+    listed = re.search(r"A machine with Python 3.12, (.*?) lacks", page, flags=re.DOTALL)
+    assert found
+    assert listed
+    travelling = found[1].split()
+    there = re.split(r",\s|\sand\s", listed[1])
+    brought = ("filelock", "regex")  # by torch and transformers
+    known = {_name(each) for each in (*travelling, *there, *brought)}
+    for package in travelling:
+        for line in [] if package == "torchao" else metadata.requires(package) or []:
+            if "extra ==" not in line:
+                assert _name(line) in known, f"{package} needs {line}"
+    for package in ("diffusers", "pydantic", "resvg_py"):
+        assert package in travelling
+
+
+def _name(requirement: str) -> str:
+    return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
 
 
 def test_a_row_is_counted() -> None:

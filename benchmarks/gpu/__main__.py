@@ -25,8 +25,8 @@ SHARES = {"ceilings": 0.03, "rows": 0.25, "picture": 0.44, "truth": 0.14, "train
 """Steps in order of worth, and their shares of the time. What a step does not use, those after it have."""
 GRACE_SECONDS = 15.0
 """How much longer than its time a step may take before it is stopped: what it is at may be nearly done."""
-CLOSING_SECONDS = 10.0
-"""Kept for stopping the last step and for the table."""
+CLOSING_SECONDS = 20.0
+"""Kept for that of the last step, for stopping it and for the table."""
 REPORT, LOG = "gpu.json", "log.txt"
 
 
