@@ -289,7 +289,7 @@ def test_the_stage_loads_no_base_model_and_calls_no_unet(monkeypatch):
     with counting() as cost:
         (output,) = upscale.process(config, [sample])
     assert cost.calls == 0
-    facts = json.loads(output.files["json"])
+    facts = json.loads(output.finished().files["json"])
     assert (facts["width"], facts["height"], facts["method"]) == (120, 72, "super_resolution")
     assert facts["model"].startswith("picturebook@")
     assert facts["upscale"].keys() == {"method", "scale", "super_resolution"}
