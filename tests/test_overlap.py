@@ -19,6 +19,7 @@ from resmaster_stages.config import DatasetConfig, Weights
 from resmaster_stages.diffusion.cost import count_call
 from resmaster_stages.errors import GpuLost, SampleError, ShardError
 from resmaster_stages.models.busy import busy, timing
+from resmaster_stages.overlap import Finishing
 from resmaster_stages.progress import Silent, reporter, reporting
 from resmaster_stages.stage import run_stage
 from resmaster_stages.storage import dataset as dataset_module
@@ -317,10 +318,42 @@ def test_what_is_computed_when_the_end_comes_is_finished_and_kept(dataset: Datas
         high_res(dataset, Stage(computing))
     assert spilled(dataset.config) == 2
     left = [name for name in dataset.folder.names(layout.CACHE) if name.endswith(".json")]
-    assert bool(left) == isinstance(error, GpuLost), "only a lost GPU accuses"
+    accused = [json.loads(dataset.folder.read(name))["strikes"] for name in left]
+    assert accused == ([{keys_of(dataset)["c"]: 1}] if isinstance(error, GpuLost) else []), "only a lost GPU accuses"
     again = Stage(waits="" if left else ALL_BUT_LAST)
     assert high_res(dataset, again).samples_ok == 6
     assert [each for each in again.log if len(each) == 1] == list("cdef")
+
+
+def test_what_waits_behind_another_one_when_the_end_comes_is_kept(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal while a is encoded, and b waits for that, made."""
+    waiting = threading.Event()
+    put = Finishing.put
+
+    def noted(self: Finishing, output: Output, last: bool) -> None:
+        put(self, output, last)
+        if output.key == keys_of(dataset)["b"]:
+            waiting.set()
+
+    def finishing(prompt: str) -> None:
+        if prompt == "a":
+            assert waiting.wait(PATIENCE)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Finishing, "put", noted)
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            high_res(dataset, stage := Stage(finishing=finishing, waits=""))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert "c" not in stage.log
+    assert spilled(dataset.config) == 2
 
 
 def test_a_reader_that_stops_early_ends_the_threads(dataset: Dataset) -> None:
@@ -385,7 +418,8 @@ def test_a_sample_that_kills_when_it_is_read_is_found_out(dataset: Dataset, monk
     assert keys["c"] not in at_work(dataset)
     assert keys["b"] in at_work(dataset)
     monkeypatch.setenv("NOT_AHEAD", "1")
-    assert high_res(dataset, stage).samples_ok == 6
+    assert in_child(dataset, "high_res", stage) == 0
+    assert ledger_rows(dataset.folder, "high_res") == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -154,8 +154,9 @@ def test_a_stopped_run_keeps_what_is_done_and_leaves_no_litter(
 def test_a_stopped_run_finishes_what_is_computed(tmp_path: Path) -> None:
     """SIGTERM while the second sample is computed and the first one is encoded."""
     root, scratch, begun = tmp_path / "out", tmp_path / "scratch", tmp_path / "begun"
-    (tmp_path / "prompts.txt").write_text("first\nsecond\nthird")
-    config = config_at("out", prompts=str(tmp_path / "prompts.txt"), samples_per_shard=3, spill_seconds=0)
+    (tmp_path / "prompts.txt").write_text("first\nsecond")
+    alone = {"height": 16, "width": 16, "batch_size": 1}
+    config = config_at("out", prompts=str(tmp_path / "prompts.txt"), spill_seconds=0, low_res=alone)
     (tmp_path / "beside.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
     process = start(["-c", BESIDE, str(begun), "run", str(tmp_path / "beside.yaml"), "--root", str(root)], scratch)
     wait_for(begun.exists, process)
@@ -211,7 +212,7 @@ def test_handlers_are_put_back() -> None:
 def test_the_real_model_is_stopped_in_the_middle_of_a_picture(tmp_path: Path) -> None:
     """SIGTERM while the UNet works on the second high-res picture: the first one is kept."""
     upscale = {"scale": 1.5, "steps": 30, "micro_conditioning": "native", "negative_prompt": ""}
-    config = write_config(tmp_path, samples_per_shard=3, spill_seconds=0, upscale=upscale)
+    config = write_config(tmp_path, spill_seconds=0, upscale=upscale)
     root, scratch = tmp_path / "out", tmp_path / "scratch"
     process = start(["-m", "flows.cli", "run", str(config), "--root", str(root)], scratch)
     wait_for(lambda: list(root.glob("tiny/cache/high_res-*/*.sample")), process)
