@@ -19,6 +19,7 @@ from resmaster_stages.identity import image_key
 from resmaster_stages.low_res import generate
 from resmaster_stages.methods import METHODS
 from resmaster_stages.models import loading
+from resmaster_stages.models.busy import timing
 from resmaster_stages.models.loading import Models
 from resmaster_stages.storage.dataset import Output, Picture, Sample
 from resmaster_stages.upscale import captions_for_views, upscale_image
@@ -106,10 +107,11 @@ def test_direct_follows_the_pipelines_own_scheduler():
 )
 def test_unet_calls_are_few_predictable_and_of_one_shape(method, width, height, view_batch, calls, shape):
     ours = adapted()
-    with counted(ours.unet) as shapes:
+    with counted(ours.unet) as shapes, timing() as device:
         result = upscale_image(
             ours, picture(width, height), "a cat", config=settings(method=method, view_batch=view_batch)
         )
+    assert device.seconds > 0
     assert result.size == (2 * width, 2 * height)
     assert shapes == [shape] * calls
 
@@ -397,6 +399,20 @@ def test_high_res_stage_makes_one_output_per_sample_and_a_failure_costs_one(load
     assert again.files == outputs[0].files
     (alone,) = made(upscale.process(dataset(), samples[4:]))
     assert alone.files == outputs[4].files
+
+
+@pytest.mark.parametrize("stage", [low_res, upscale], ids=["low_res", "high_res"])
+def test_images_are_encoded_when_the_driver_asks_for_it(stage, loaded, monkeypatch):
+    """Which it does in another thread: the stage goes on to the next sample without."""
+    encoded_already = []
+    real = stage.encode_picture
+    monkeypatch.setattr(stage, "encode_picture", lambda *a: encoded_already.append(1) or real(*a))
+    config = dataset(upscale={"steps": 1, "scale": 2, "method": "multidiffusion"})
+    outputs = list(stage.process(config, [sample(i, low_res=encoded(picture())) for i in range(2)]))
+    assert encoded_already == []
+    assert [output.files for output in outputs] == [{}, {}]
+    assert all("webp" in output.files for output in made(outputs))
+    assert encoded_already == [1, 1]
 
 
 def test_high_res_as_png_without_captions(loaded):
