@@ -473,9 +473,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    warnings.filterwarnings(
-        "ignore", "Image size .* exceeds limit"
-    )  # such an image is an error of its own, in one line
+    # such an image is an error of its own, in one line
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     console = Console(stderr=True)
     try:
         with stoppable():
