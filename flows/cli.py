@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -475,6 +476,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # such an image is an error of its own, in one line
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     console = Console(stderr=True)
     try:
         with stoppable():

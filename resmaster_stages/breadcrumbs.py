@@ -7,6 +7,9 @@ out after three strikes.
 Invariants:
 - Whoever ends in an orderly way (done, failed, stopped) takes its file away and blames nobody; a lost GPU is no such way.
 - A file whose process still lives on this host blames nobody.
+- While one sample is computed, those before it may still be finished: the file names both, for either may be what kills.
+- After a first strike nothing overlaps (`computing`), so an innocent neighbour gets one strike at most, and no second one.
+- A sample that is read ahead is not at work yet.
 - Quick samples after quick samples share one file that names them all, so that a breadcrumb never costs more than its
   sample; after a first strike every batch has its own.
 """
@@ -41,6 +44,7 @@ class Breadcrumbs:
         self._me = process_name()
         self._written: list[str] | None = None
         self._since: float | None = None
+        self._computed: list[str] = []
         self.strikes = self._read()
         """Key -> how often a process died while it was at work."""
 
@@ -57,18 +61,18 @@ class Breadcrumbs:
             strikes[key] = strikes.get(key, 0) + 1
         return {key: count for key, count in strikes.items() if key in set(self.keys)}
 
-    def at(self, keys: Sequence[str]) -> None:
-        """A batch of these samples begins."""
+    def at(self, keys: Sequence[str], finishing: Sequence[str] = ()) -> None:
+        """A batch of these samples begins, while those before it are still `finishing`."""
         now = time.monotonic()
         exact = bool(self.strikes) or self._since is None or now - self._since >= SLOW_SECONDS
-        self._since = now
-        where = list(keys) if exact else self.keys
+        self._since, self._computed = now, list(keys)
+        where = [*finishing, *keys] if exact else self.keys
         if where != self._written:
             self._write(where)
 
     def blame(self) -> None:
-        """The batch at work broke the device: the same as if it had killed the process."""
-        for key in self._written or ():
+        """The batch that is computed broke the device: the same as if it had killed the process."""
+        for key in self._computed:
             self.strikes[key] = self.strikes.get(key, 0) + 1
         with suppress(OSError):
             self._write([])

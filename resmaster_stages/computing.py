@@ -7,6 +7,9 @@ Invariants:
 - What is at fault is found out: out of memory halves the batch, down to 1; any other error in a batch runs its samples one by
   one; in the end it costs the one sample, as its Output's error. A lost device, the user's mistakes and a store or network that
   fails are nobody's fault here: they pass.
+- While a sample (or slot) is computed, the one before it is finished and spilled, and the next one is read (`overlap`). An error in
+  finishing is its own sample's, whatever happens to the next one; memory that ran out there is asked for once more, alone.
+- In a shard in which a process died before, each sample is finished before the next one begins, so the next death has one suspect.
 - Samples are computed in the slots of an uninterrupted run wherever that is possible, so a resumed shard has the same bytes.
   Halved batches and suspects that run alone give the same pictures up to rounding.
 """
@@ -17,12 +20,14 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, overload
 
 from resmaster_stages.breadcrumbs import ALONE_STRIKES, OUT_STRIKES, Breadcrumbs
 from resmaster_stages.config import DatasetConfig, Stage
 from resmaster_stages.errors import GpuLost, OutOfMemory, Quarantined, ResMasterError, SampleError, ShardError
 from resmaster_stages.models.faults import fault_of, release_memory
+from resmaster_stages.overlap import Finishing, Reading
 from resmaster_stages.spill import Spill
 from resmaster_stages.storage.dataset import Output, Sample
 
@@ -49,9 +54,9 @@ def batch_of(config: DatasetConfig, stage: Stage) -> int | None:
 
 
 def half_batch(error: OutOfMemory, config: DatasetConfig, stage: Stage) -> int:
-    """Half of the batch for which memory ran out; 0 where nothing smaller can be tried."""
+    """Half of the batch for which memory ran out, 1 if nobody knows it; 0 where nothing smaller can be tried."""
     sizes = [size for size in (error.batch, batch_of(config, stage)) if size is not None]
-    return min(sizes, default=1) // 2
+    return min(sizes, default=2) // 2
 
 
 def with_batch(config: DatasetConfig, stage: Stage, size: int) -> DatasetConfig:
@@ -68,10 +73,17 @@ def slot_of(config: DatasetConfig, stage: Stage) -> int:
 
 
 class Watched(Sequence[Sample]):
-    """Some samples of a shard, read when asked for; `at` hears their keys before that."""
+    """Some samples of a shard, read when asked for; `at` hears their keys before that. `ahead`: the next one is read meanwhile."""
 
-    def __init__(self, samples: ShardSamples, places: Sequence[int], at: Callable[[list[str]], None]) -> None:
-        self._samples, self._places, self._at = samples, places, at
+    def __init__(
+        self,
+        samples: ShardSamples,
+        reading: Reading,
+        places: Sequence[int],
+        at: Callable[[list[str]], None],
+        ahead: bool,
+    ) -> None:
+        self._samples, self._reading, self._places, self._at, self._ahead = samples, reading, places, at, ahead
 
     def __len__(self) -> int:
         return len(self._places)
@@ -87,9 +99,10 @@ class Watched(Sequence[Sample]):
         if isinstance(position, slice):
             self._at([keys[place] for place in self._places[position]])
             return [self._samples[place] for place in self._places[position]]
-        place = self._places[position]
+        place, following = self._places[position], position + 1
         self._at([keys[place]])
-        return self._samples[place]
+        more = self._ahead and 0 < following < len(self)
+        return self._reading.read(place, self._places[following] if more else None)
 
 
 @dataclass(frozen=True)
@@ -146,12 +159,14 @@ def compute(
             ready[key] = Output(key, error=error)
     place = 0
     try:
-        for output in _computed(process, config, stage, samples, spill, breadcrumbs, ready):
-            while keys[place] != output.key:
-                yield ready[keys[place]]
+        with Reading(samples) as reading, Finishing(partial(_finished, stage, spill)) as finishing:
+            work = _Work(process, stage, samples, breadcrumbs, reading, finishing)
+            for output in _computed(work, plan_runs(config, stage, keys, ready, breadcrumbs.strikes)):
+                while keys[place] != output.key:
+                    yield ready[keys[place]]
+                    place += 1
+                yield output
                 place += 1
-            yield output
-            place += 1
         yield from (ready[key] for key in keys[place:])
     except GpuLost:
         breadcrumbs.blame()
@@ -160,35 +175,55 @@ def compute(
         breadcrumbs.leave()
 
 
-def _computed(
-    process: Process,
-    config: DatasetConfig,
-    stage: Stage,
-    samples: ShardSamples,
-    spill: Spill,
-    breadcrumbs: Breadcrumbs,
-    ready: dict[str, Output],
-) -> Iterator[Output]:
-    """The Outputs of all samples that are not `ready`, in order."""
-    keys = samples.keys()
-    runs = deque(plan_runs(config, stage, keys, ready, breadcrumbs.strikes))
+@dataclass(frozen=True)
+class _Work:
+    """One stage at work on one shard."""
+
+    process: Process
+    stage: Stage
+    samples: ShardSamples
+    breadcrumbs: Breadcrumbs
+    reading: Reading
+    finishing: Finishing
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether nothing may overlap: a process died here, and the next death has to have one suspect."""
+        return bool(self.breadcrumbs.strikes)
+
+    def watched(self, places: Sequence[int]) -> Watched:
+        """The samples at `places`, with a breadcrumb for each that `process` asks for."""
+
+        def at(keys: list[str]) -> None:
+            self.breadcrumbs.at(keys, self.finishing.keys())
+
+        return Watched(self.samples, self.reading, places, at, ahead=not self.one_by_one)
+
+
+def _computed(work: _Work, planned: Sequence[Run]) -> Iterator[Output]:
+    """The Outputs of the samples of these runs, in order."""
+    stage, keys, finishing = work.stage, work.samples.keys(), work.finishing
+    runs = deque(planned)
     while runs:
         run = runs.popleft()
         size, done = slot_of(run.config, stage), 0
-        outputs = process(run.config, Watched(samples, run.places, breadcrumbs.at))
-        try:
-            for place in run.places:
-                output = _next(outputs, stage, keys[place])
-                done += 1
-                spill.keep(output)
-                if done % size == 0 or done == len(run.places):
-                    spill.flush()
-                yield output
-            if (extra := next(outputs, None)) is not None:
-                raise ShardError(f"the stage {stage} gave sample {extra.key} where nothing more was due")
+        trouble: Exception | None = None
+        outputs = work.process(run.config, work.watched(run.places))
+        while True:
+            try:
+                output = _next(outputs, stage, keys[run.places[done]] if done < len(run.places) else None)
+            except Exception as error:
+                trouble = _without_frames(_whose(error, stage))
+                break
+            if output is None:
+                break
+            done += 1
+            finishing.put(output, last=done % size == 0 or done == len(run.places))
+            del output  # its image may go as soon as it is encoded
+            yield from finishing.take(leave=0 if work.one_by_one else size)
+        if trouble is None:
             continue
-        except Exception as error:
-            trouble = _without_frames(_whose(error, stage))
+        yield from finishing.take(leave=0)
         left = run.places[done:]
         if not left:
             raise ShardError(f"the stage {stage} failed after its last sample: {trouble}") from trouble
@@ -205,16 +240,36 @@ def _computed(
             if left[1:]:
                 runs.appendleft(Run(run.config, left[1:]))
             yield Output(keys[left[0]], error=trouble)
+    yield from finishing.take(leave=0)
 
 
-def _next(outputs: Iterator[Output], stage: Stage, key: str) -> Output:
-    """The next Output, which must be that of `key`."""
+def _next(outputs: Iterator[Output], stage: Stage, key: str | None) -> Output | None:
+    """The next Output, which must be that of `key`; None: there must not be one."""
     output = next(outputs, None)
-    if output is None:
-        raise ShardError(f"the stage {stage} gave no sample where {key} was due")
-    if output.key != key:
-        raise ShardError(f"the stage {stage} gave sample {output.key} where {key} was due")
+    found = output.key if output else None
+    if found != key:
+        raise ShardError(f"the stage {stage} gave sample {found or 'none'} where {key or 'none'} was due")
     return output
+
+
+def _finished(stage: Stage, spill: Spill, output: Output, last: bool, alone: bool) -> Output:
+    """`output` with its files made, or its error, and spilled if it is the `last` of its slot. Raises what is nobody's fault.
+
+    `output` itself if it was not `alone` and memory ran out.
+    """
+    try:
+        made = output.finished()
+        spill.keep(made)
+    except Exception as error:
+        trouble = _whose(error, stage)
+        if isinstance(trouble, OutOfMemory) and not alone and output.finish is not None:
+            return output
+        made = Output(output.key, error=trouble)
+    if made.error is not None:
+        _without_frames(made.error)
+    if last:
+        spill.flush()
+    return made
 
 
 def _whose(error: Exception, stage: Stage) -> Exception:

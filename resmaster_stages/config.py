@@ -765,8 +765,8 @@ class DatasetConfig(Part):
     max_failure_ratio: float = Field(default=0.02, ge=0, le=1)
     """A shard with a greater share of failed samples is not committed. One failure is always tolerated."""
     spill_seconds: float | None = Operational(5.0, ge=0)
-    """A killed run loses at most this much work (or one batch): finished samples of a shard that is not committed yet are kept in
-    `cache/` whenever they took that long. null: none are kept."""
+    """A killed run loses at most this much work, and the two samples (or batches) that are just computed and encoded: finished samples
+    of a shard that is not committed yet are kept in `cache/` whenever they took that long. null: none are kept."""
     model: ModelConfig = ModelConfig()
     """The base diffusion model."""
     low_res: LowResConfig = LowResConfig()

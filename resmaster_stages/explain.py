@@ -290,6 +290,8 @@ def _stage_lines(trace: StageTrace) -> Iterator[str]:
             f"shard took {receipt.seconds:.1f} s",
         ]
         facts += [f"{share:.2f} s per sample"] if share is not None else []
+        idle = receipt.provenance.get("device", {}).get("idle_share")  # records of earlier versions have none
+        facts += [f"device idle {idle:.0%} of it"] if idle is not None else []
     yield _line(trace.stage, ", ".join(facts))
     yield _line("commit", trace.commit + ("" if receipt else " (none)"), 2)
     if receipt:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -136,6 +137,12 @@ def _files(
     }
 
 
+def _files_of_prompt(
+    config: DatasetConfig, sample: Sample, picture: Image.Image, facts: dict[str, Any]
+) -> dict[str, bytes]:
+    return _files(config, sample, picture, facts, _mask_of_prompt(sample))
+
+
 def _from_image(config: DatasetConfig, sample: Sample) -> Output:
     from resmaster_stages.storage.dataset import Output
     from resmaster_stages.storage.images import decode_image, read_image
@@ -159,7 +166,7 @@ def _from_image(config: DatasetConfig, sample: Sample) -> Output:
             _check_unchanged(sample, key, mask)
         picture = decode_image(data, sample.source)
         facts = {"negative_prompt": sample.negative_prompt, "source_sha256": hashlib.sha256(data).hexdigest()}
-        return Output(key=sample.key, files=_files(config, sample, picture, facts, mask))
+        return Output(key=sample.key, finish=partial(_files, config, sample, picture, facts, mask))
     except SampleError as error:
         return Output(key=sample.key, error=error)
 
@@ -200,11 +207,7 @@ def _from_prompts(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[
             "model": models.identity,
             "low_res": low_res.identity(),
         }
-        try:
-            mask = _mask_of_prompt(sample)
-            yield Output(key=sample.key, files=_files(config, sample, result, facts, mask))
-        except SampleError as error:
-            yield Output(key=sample.key, error=error)
+        yield Output(key=sample.key, finish=partial(_files_of_prompt, config, sample, result, facts))
 
 
 def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:

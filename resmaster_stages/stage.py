@@ -28,6 +28,7 @@ from resmaster_stages.diffusion.cost import UnetCost, counting
 from resmaster_stages.errors import PlanError, SampleError, ShardError
 from resmaster_stages.identity import digest_of_keys
 from resmaster_stages.lineage import stage_hashes, upstream_of
+from resmaster_stages.models.busy import BusyTime, timing
 from resmaster_stages.progress import reporter
 from resmaster_stages.provenance import own_provenance
 from resmaster_stages.reading import chosen_samples
@@ -146,6 +147,12 @@ class _Computed:
     """Upstream stage -> the attempts that were read."""
     seconds: float
     unet: UnetCost
+    busy: BusyTime
+
+    def device(self) -> dict[str, float]:
+        """How long the device was at work, and the share of the stage's time in which it was not, for commit records."""
+        share = self.busy.seconds / self.seconds if self.seconds else 0.0
+        return {"busy_seconds": round(self.busy.seconds, 3), "idle_share": round(max(0.0, 1 - share), 4)}
 
 
 @contextmanager
@@ -170,7 +177,7 @@ def _computed(work: _Work, chain: Chain, keys: Collection[str], supplement: int,
         outputs = compute(
             work.process or importlib.import_module(MODULES[stage]).process, config, stage, samples, spill, breadcrumbs
         )
-        with counting() as unet_cost, closing(outputs):
+        with counting() as unet_cost, timing() as busy_time, closing(outputs):
             good, failures, images = _write(outputs, stage, shard, own_hash, tolerated, target, features)
         yield _Computed(
             good=good,
@@ -181,6 +188,7 @@ def _computed(work: _Work, chain: Chain, keys: Collection[str], supplement: int,
             upstream={each: " ".join(samples.attempts(each)) for each in upstream},
             seconds=time.monotonic() - started,
             unet=unet_cost,
+            busy=busy_time,
         )
         spill.drop()
         breadcrumbs.forget()
@@ -217,7 +225,7 @@ def _make(work: _Work, chain: Chain, keys: Collection[str], supplement: int) -> 
                 upstream=made.upstream,
                 seconds=round(made.seconds, 3),
                 finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                provenance={**own_provenance(), "unet": asdict(made.unet), **work.provenance},
+                provenance={**own_provenance(), "unet": asdict(made.unet), "device": made.device(), **work.provenance},
                 supplement=supplement,
                 keys=tuple(made.good) if supplement else (),
                 request=chain.links[stage].requests if supplement else 0,

@@ -218,23 +218,33 @@ def _super_resolved(config: DatasetConfig, image: Image.Image) -> tuple[Image.Im
     return picture, {"model": super_resolution_identity(config.upscale.super_resolution)}
 
 
-def _make(config: DatasetConfig, sample: Sample) -> dict[str, bytes]:
-    """The sample's files by extension, in the order of the tar's members."""
+def _make(config: DatasetConfig, sample: Sample) -> Output:
+    """The sample's picture, to be finished."""
+    from resmaster_stages.storage.dataset import Output
+
     if sample.low_res is None:
         raise SampleError("there is no low-res picture of this sample; run the low_res stage again (resmaster repair)")
     image, upscale = sample.low_res.open(), config.upscale
     if sample.detail_mask:
         upscale.require_detail_mask(f"sample {sample.key} has")
     made = _diffused(config, sample, image) if upscale.uses_diffusion() else _super_resolved(config, image)
-    picture, facts = made
+    return Output(sample.key, finish=partial(_files, config, sample, image.size, *made))
+
+
+def _files(
+    config: DatasetConfig, sample: Sample, low_res: tuple[int, int], picture: Image.Image, facts: dict[str, Any]
+) -> dict[str, bytes]:
+    """The sample's files by extension, in the order of the tar's members. low_res: (width, height) in px."""
+    assert sample.low_res is not None
+    upscale = config.upscale
     facts = {
         "key": sample.key,
         "prompt": sample.prompt,
         "width": picture.width,
         "height": picture.height,
         "low_res": {
-            "width": image.width,
-            "height": image.height,
+            "width": low_res[0],
+            "height": low_res[1],
             "sha256": hashlib.sha256(sample.low_res.data).hexdigest(),
         },
         "method": upscale.method,
@@ -257,6 +267,6 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
 
     for sample in samples:
         try:
-            yield Output(key=sample.key, files=_make(config, sample))
+            yield _make(config, sample)
         except SampleError as error:
             yield Output(key=sample.key, error=error)

@@ -21,6 +21,7 @@ from resmaster_stages import captions
 from resmaster_stages.captions import caption_rows, even_batches, patch_grid, process, style_suffix
 from resmaster_stages.config import CaptionsConfig, ModelConfig, parse_config
 from resmaster_stages.errors import ConfigError, SampleError, UserError
+from resmaster_stages.models.busy import timing
 from resmaster_stages.models.captioner import (
     LocalCaptioner,
     ServerCaptioner,
@@ -337,7 +338,9 @@ def test_a_local_captioner_is_deterministic_and_bounded(blip_folder: Path) -> No
     captioner = load_captioner(CaptionsConfig(model=str(blip_folder), max_new_tokens=6), "cpu")
     assert isinstance(captioner, LocalCaptioner)
     images = [gradient(), gradient().rotate(90), Image.new("RGB", (32, 32), "red")]
-    first = captioner.caption(images)
+    with timing() as device:
+        first = captioner.caption(images)
+    assert device.seconds > 0
     assert len(first) == 3
     assert first == captioner.caption(images)
     assert all(len(text.split()) <= 6 for text in first)

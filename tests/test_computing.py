@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from resmaster_stages.computing import plan_runs, with_batch
+from resmaster_stages.computing import half_batch, plan_runs, with_batch
 from resmaster_stages.config import STAGES, DatasetConfig, Stage, Weights
 from resmaster_stages.errors import ConfigError, GpuLost, OutOfMemory, SampleError, ShardError
 from resmaster_stages.stage import run_stage
@@ -119,14 +119,27 @@ def test_views_and_patches_are_halved_within_a_sample(dataset: Dataset) -> None:
         yield from FAKES["captions"](config, samples)
 
     def high_res(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
-        sizes.append(config.upscale.view_batch)
-        if config.upscale.view_batch > 4:
-            raise CUDA
+        views = config.upscale.view_batch or 16  # where nothing is set, the device's memory decides
+        sizes.append(views)
+        if views > 4:
+            raise OutOfMemory("full", batch=views)
         yield from FAKES["high_res"](config, samples)
 
     assert run(dataset, "captions", captions).samples_ok == 7
     assert run(dataset, "high_res", high_res).samples_ok == 7
     assert sizes == [16, 8, 4] * 2
+
+
+def test_what_is_halved_is_the_batch_that_did_not_fit(dataset: Dataset) -> None:
+    config = with_batch(dataset.config, "high_res", 16)
+    assert (
+        half_batch(OutOfMemory("full", batch=7), config, "high_res") == 3
+    )  # 49 views in calls of at most 16 are calls of 7
+    assert half_batch(OutOfMemory("full"), config, "high_res") == 8
+    assert half_batch(OutOfMemory("full", batch=49), dataset.config, "high_res") == 24
+    assert half_batch(OutOfMemory("full", batch=1), dataset.config, "high_res") == 0
+    assert half_batch(OutOfMemory("full"), dataset.config, "high_res") == 1
+    assert half_batch(OutOfMemory("full"), with_batch(config, "high_res", 1), "high_res") == 0
 
 
 def test_the_halved_batch_does_not_change_the_identity(dataset: Dataset) -> None:
@@ -241,11 +254,12 @@ def test_errors_do_not_keep_tensors_alive(dataset: Dataset) -> None:
         tensor = torch.zeros(3)
         alive.append(weakref.ref(tensor))
         for sample in samples:
-            if config.upscale.view_batch > 2:
+            views = config.upscale.view_batch or 16
+            if views > 2:
                 try:
                     raise CUDA
                 except RuntimeError as error:
-                    raise OutOfMemory("full") from error
+                    raise OutOfMemory("full", batch=views) from error
             yield Output(sample.key, files=files_of(sample, 64))
 
     run(dataset, "low_res")

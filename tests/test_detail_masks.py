@@ -257,7 +257,7 @@ def test_a_mask_that_changes_or_goes_costs_its_sample_and_a_new_plan_takes_the_n
     ]
     (tmp_path / "right.png").write_bytes(png(LEFT.rotate(90)))
     (tmp_path / "masks" / "left.png").unlink()
-    gone, fine, changed = low_res.process(config, asked)
+    gone, fine, changed = (output.finished() for output in low_res.process(config, asked))
     assert fine.error is None
     assert isinstance(gone.error, SampleError)
     assert "gone or cannot be read" in str(gone.error)
@@ -312,7 +312,7 @@ def test_the_mask_itself_makes_the_difference(tmp_path: Path, loaded: Models) ->
     dataset, _ = built(config_of(tmp_path, prompts=str(masked_prompts(tmp_path))), "low_res", "high_res")
     left, none, right = samples_of(dataset)
     pictures = {
-        next(upscale.process(dataset.config, [replace(left, detail_mask=mask)])).files["png"]
+        next(upscale.process(dataset.config, [replace(left, detail_mask=mask)])).finished().files["png"]
         for mask in (left.detail_mask, right.detail_mask, none.detail_mask)
     }
     assert len(pictures) == 3

@@ -75,6 +75,17 @@ def test_the_commands_fetch_the_files(tmp_path: Path) -> None:
     assert (target / f"{key}.txt").read_text() == "a tree"
 
 
+def test_the_idle_share_is_shown_where_the_record_has_it(tmp_path: Path) -> None:
+    dataset = built(tmp_path / "out", ["a tree"], tmp_path)
+    key = key_of(dataset, 0)
+    assert spelled(explain(dataset, key)).count("device idle 100% of it") == 4  # the stand-ins need no device
+    for path in (tmp_path / "out").glob("**/commits/high_res-*/*.json"):
+        record = json.loads(path.read_text())
+        del record["provenance"]["device"]
+        path.write_text(json.dumps(record))
+    assert spelled(explain(dataset, key)).count("device idle") == 3
+
+
 def test_how_objects_elsewhere_are_fetched() -> None:
     class Bucket:
         def unstrip_protocol(self, path: str) -> str:

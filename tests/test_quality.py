@@ -14,6 +14,7 @@ from PIL import Image, ImageFilter
 from resmaster_stages.config import QualityConfig, parse_config
 from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.metrics.clip_score import ClipScorer, load_clip
+from resmaster_stages.models.busy import timing
 from resmaster_stages.quality import FLAGS, badness, process
 from resmaster_stages.storage.dataset import Output, Picture, Sample
 from resmaster_stages.storage.tables import QUALITY_SCHEMA
@@ -185,7 +186,9 @@ def test_a_score_is_a_hundred_times_the_positive_cosine(cosine: float, expected:
 
 def test_the_stage_scores_prompts_and_leaves_none_without_one(config: Any, clip_folder: Path) -> None:
     with_clip = config.model_copy(update={"quality": QualityConfig(clip=str(clip_folder), device="cpu")})
-    outputs = list(process(with_clip, [pair("aa", scene()), pair("bb", scene(seed=2), prompt="")]))
+    with timing() as device:
+        outputs = list(process(with_clip, [pair("aa", scene()), pair("bb", scene(seed=2), prompt="")]))
+    assert device.seconds > 0
     assert 0 <= outputs[0].rows[0]["clip_score"] <= 100
     assert outputs[1].rows[0]["clip_score"] is None
 
@@ -193,7 +196,9 @@ def test_the_stage_scores_prompts_and_leaves_none_without_one(config: Any, clip_
 def test_the_stage_keeps_features_of_both_pictures_if_asked(config: Any, clip_folder: Path) -> None:
     assert next(process(config, [pair("aa", scene())])).arrays == {}
     asked = QualityConfig(clip=str(clip_folder), features="clip", device="cpu")
-    (output,) = process(config.model_copy(update={"quality": asked}), [pair("aa", scene())])
+    with timing() as device:
+        (output,) = process(config.model_copy(update={"quality": asked}), [pair("aa", scene())])
+    assert device.seconds > 0
     assert {name: values.shape for name, values in output.arrays.items()} == {
         f"{picture}.{view}": shape
         for picture in ("high_res", "low_res")

@@ -17,7 +17,7 @@ from resmaster_stages.errors import GpuLost
 from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.processes import lives, process_name
 from resmaster_stages.scratch import PREFIX, YOUNG_SECONDS, reclaim, scratch_folder
-from resmaster_stages.spill import Spill, decode, encode
+from resmaster_stages.spill import SPILLED, Spill, decode, encode
 from resmaster_stages.stage import run_stage
 from resmaster_stages.standing import status
 from resmaster_stages.storage import layout
@@ -41,20 +41,38 @@ def dataset(tmp_path: Path) -> Dataset:
 
 
 def killed_at(prompt: str, stage: Stage, log: Path) -> Process:
-    """`stage` in slots, as low_res computes them, or sample by sample; each is logged when done; `prompt` kills the process."""
+    """`stage` in slots, as low_res computes them, or sample by sample; each is logged when done; `prompt` kills the process.
+
+    The kill waits until what was done before is kept: what happens else is for `test_overlap` to say.
+    """
 
     def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
         size = config.low_res.batch_size if stage == "low_res" else 1
+        kept = config.spill_seconds == 0 and stage in SPILLED
+        due = spilled(config)
         for start in range(0, len(samples), size):
             slot = samples[start : start + size]
             if any(sample.prompt == prompt for sample in slot):
+                wait_for_spills(config, due)
                 os.kill(os.getpid(), 9)
             outputs = list(FAKES[stage](config, slot))
+            due += len(outputs) if kept else 0
             with log.open("a") as file:
                 file.write("".join(sample.prompt for sample in slot) + " ")
             yield from outputs
 
     return process
+
+
+def spilled(config: DatasetConfig) -> int:
+    return len(list(Path(config.root, config.name).glob("cache/*/*.sample")))
+
+
+def wait_for_spills(config: DatasetConfig, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while spilled(config) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def in_child(dataset: Dataset, stage: Stage, process: Process) -> int:

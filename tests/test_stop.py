@@ -34,6 +34,35 @@ def slow(stage):
 install({stage: slow(stage) for stage in FAKES})
 sys.exit(main())
 """
+BESIDE = """
+import sys, time
+from pathlib import Path
+from flows.cli import main
+from resmaster_stages.storage.dataset import Output
+from tests.fake_stages import FAKES, files_of
+from tests.standin_cli import install
+
+begun = Path(sys.argv.pop(1))
+
+
+def low_res(config, samples):
+    for number, sample in enumerate(samples):
+        if number == 1:
+            begun.touch()
+            time.sleep(600)
+        yield Output(sample.key, finish=lambda sample=sample: finish(sample))
+
+
+def finish(sample):
+    while not begun.exists():
+        time.sleep(0.01)
+    time.sleep(1)  # the signal comes in the middle of this
+    return files_of(sample, 16)
+
+
+install({**FAKES, "low_res": low_res})
+sys.exit(main())
+"""
 STUBBORN = """
 import sys, time
 from flows import stop
@@ -121,6 +150,25 @@ def test_a_stopped_run_keeps_what_is_done_and_leaves_no_litter(
         assert processes_of(scratch) == [], "no server is left behind"
 
 
+@pytest.mark.timeout(300)
+def test_a_stopped_run_finishes_what_is_computed(tmp_path: Path) -> None:
+    """SIGTERM while the second sample is computed and the first one is encoded."""
+    root, scratch, begun = tmp_path / "out", tmp_path / "scratch", tmp_path / "begun"
+    (tmp_path / "prompts.txt").write_text("first\nsecond")
+    alone = {"height": 16, "width": 16, "batch_size": 1}
+    config = config_at("out", prompts=str(tmp_path / "prompts.txt"), spill_seconds=0, low_res=alone)
+    (tmp_path / "beside.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+    process = start(["-c", BESIDE, str(begun), "run", str(tmp_path / "beside.yaml"), "--root", str(root)], scratch)
+    wait_for(begun.exists, process)
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 143, error
+    assert "Traceback" not in out + error
+    assert len(list(root.glob("demo/cache/*/*.sample"))) == 1
+    assert list(root.glob("demo/cache/*.json")) == [], "nobody is blamed"
+    assert list(scratch.iterdir()) == []
+
+
 @pytest.mark.parametrize(("first", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_ends_at_once_what_does_not_end(first: signal.Signals, status: int, tmp_path: Path) -> None:
     process = start(["-c", STUBBORN, "600"], tmp_path)
@@ -164,7 +212,7 @@ def test_handlers_are_put_back() -> None:
 def test_the_real_model_is_stopped_in_the_middle_of_a_picture(tmp_path: Path) -> None:
     """SIGTERM while the UNet works on the second high-res picture: the first one is kept."""
     upscale = {"scale": 1.5, "steps": 30, "micro_conditioning": "native", "negative_prompt": ""}
-    config = write_config(tmp_path, samples_per_shard=3, spill_seconds=0, upscale=upscale)
+    config = write_config(tmp_path, spill_seconds=0, upscale=upscale)
     root, scratch = tmp_path / "out", tmp_path / "scratch"
     process = start(["-m", "flows.cli", "run", str(config), "--root", str(root)], scratch)
     wait_for(lambda: list(root.glob("tiny/cache/high_res-*/*.sample")), process)

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -18,8 +19,9 @@ from resmaster_stages.identity import image_key
 from resmaster_stages.low_res import generate
 from resmaster_stages.methods import METHODS
 from resmaster_stages.models import loading
+from resmaster_stages.models.busy import timing
 from resmaster_stages.models.loading import Models
-from resmaster_stages.storage.dataset import Picture, Sample
+from resmaster_stages.storage.dataset import Output, Picture, Sample
 from resmaster_stages.upscale import captions_for_views, upscale_image
 from tests.tiny_models import SCHEDULER, counted, make_adapted_pipeline, make_pipeline, tiny, tiny_adapted
 
@@ -31,6 +33,11 @@ def adapted() -> Models:
 def picture(width=64, height=64, seed=0) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def made(outputs: Iterator[Output]) -> list[Output]:
+    """The stage's outputs, with their files."""
+    return [output.finished() for output in outputs]
 
 
 def settings(**values) -> UpscaleConfig:
@@ -100,10 +107,11 @@ def test_direct_follows_the_pipelines_own_scheduler():
 )
 def test_unet_calls_are_few_predictable_and_of_one_shape(method, width, height, view_batch, calls, shape):
     ours = adapted()
-    with counted(ours.unet) as shapes:
+    with counted(ours.unet) as shapes, timing() as device:
         result = upscale_image(
             ours, picture(width, height), "a cat", config=settings(method=method, view_batch=view_batch)
         )
+    assert device.seconds > 0
     assert result.size == (2 * width, 2 * height)
     assert shapes == [shape] * calls
 
@@ -371,7 +379,7 @@ def test_high_res_stage_makes_one_output_per_sample_and_a_failure_costs_one(load
         sample(3, low_res=good["low_res"]),
         sample(4, **good, negative_prompt="ugly"),
     ]
-    outputs = list(upscale.process(dataset(), samples))
+    outputs = made(upscale.process(dataset(), samples))
     assert [output.key for output in outputs] == [each.key for each in samples]
     assert [type(output.error) for output in outputs] == [type(None), SampleError, SampleError, SampleError, type(None)]
     assert list(outputs[0].files) == ["webp", "json", "txt"]
@@ -387,21 +395,35 @@ def test_high_res_stage_makes_one_output_per_sample_and_a_failure_costs_one(load
     }
     assert facts["negative_prompt"] == configuration.DEMOFUSION_NEGATIVE_PROMPT
     assert json.loads(outputs[4].files["json"])["negative_prompt"] == "ugly"
-    again = next(upscale.process(dataset(), samples[:1]))
+    (again,) = made(upscale.process(dataset(), samples[:1]))
     assert again.files == outputs[0].files
-    alone = next(upscale.process(dataset(), samples[4:]))
+    (alone,) = made(upscale.process(dataset(), samples[4:]))
     assert alone.files == outputs[4].files
+
+
+@pytest.mark.parametrize("stage", [low_res, upscale], ids=["low_res", "high_res"])
+def test_images_are_encoded_when_the_driver_asks_for_it(stage, loaded, monkeypatch):
+    """Which it does in another thread: the stage goes on to the next sample without."""
+    encoded_already = []
+    real = stage.encode_picture
+    monkeypatch.setattr(stage, "encode_picture", lambda *a: encoded_already.append(1) or real(*a))
+    config = dataset(upscale={"steps": 1, "scale": 2, "method": "multidiffusion"})
+    outputs = list(stage.process(config, [sample(i, low_res=encoded(picture())) for i in range(2)]))
+    assert encoded_already == []
+    assert [output.files for output in outputs] == [{}, {}]
+    assert all("webp" in output.files for output in made(outputs))
+    assert encoded_already == [1, 1]
 
 
 def test_high_res_as_png_without_captions(loaded):
     config = dataset(image_format="png", upscale={"steps": 1, "scale": 2, "method": "multidiffusion"})
-    (output,) = upscale.process(config, [sample(0, low_res=encoded(picture()))])
+    (output,) = made(upscale.process(config, [sample(0, low_res=encoded(picture()))]))
     assert output.files["png"].startswith(b"\x89PNG")
 
 
 def test_low_res_stage_is_reproducible_and_a_poisoned_sample_costs_one(loaded):
     samples = [sample(i) for i in range(6)]
-    outputs = list(low_res.process(dataset(), samples))
+    outputs = made(low_res.process(dataset(), samples))
     assert [output.key for output in outputs] == [each.key for each in samples]
     assert all(output.error is None for output in outputs)
     assert len({output.files["webp"] for output in outputs}) == 6
@@ -419,7 +441,7 @@ def test_low_res_stage_is_reproducible_and_a_poisoned_sample_costs_one(loaded):
         return result
 
     loaded.unet.forward = poisoned
-    with_poison = list(low_res.process(dataset(), samples))
+    with_poison = made(low_res.process(dataset(), samples))
     assert isinstance(with_poison[1].error, SampleError)
     assert "NaN" in str(with_poison[1].error)
     assert [o.files for i, o in enumerate(with_poison) if i != 1] == [o.files for i, o in enumerate(outputs) if i != 1]
@@ -429,7 +451,7 @@ def test_low_res_sizes_and_bad_prompts(loaded):
     with pytest.raises(ConfigError, match=r"low_res\.height: 66 is no multiple of 4; use 64 or 68"):
         list(low_res.process(dataset(), [sample(0, height=66)]))
     samples = [sample(0), sample(1, prompt="\ud800"), sample(2, width=96)]
-    outputs = list(low_res.process(dataset(), samples))
+    outputs = made(low_res.process(dataset(), samples))
     assert [type(output.error) for output in outputs] == [type(None), SampleError, type(None)]
     assert Image.open(io.BytesIO(outputs[2].files["webp"])).size == (96, 64)
 
@@ -447,7 +469,7 @@ def test_low_res_takes_a_users_images_upright_and_survives_corrupt_ones(tmp_path
     for i in (0, 1):
         data = (tmp_path / names[i]).read_bytes()
         samples[i] = replace(samples[i], key=image_key(data, samples[i].prompt))
-    outputs = list(low_res.process(dataset(images=str(tmp_path)), samples))
+    outputs = made(low_res.process(dataset(images=str(tmp_path)), samples))
     image = Image.open(io.BytesIO(outputs[0].files["webp"])).convert("RGB")
     assert image.tobytes() == noisy.transpose(Image.Transpose.ROTATE_270).tobytes()
     assert [type(output.error) for output in outputs] == [type(None), SampleError, SampleError, SampleError]
@@ -455,4 +477,4 @@ def test_low_res_takes_a_users_images_upright_and_survives_corrupt_ones(tmp_path
     (moved := tmp_path / "elsewhere").mkdir()
     (tmp_path / "turned.png").rename(moved / "turned.png")
     same = replace(samples[0], source=str(moved / "turned.png"))
-    assert next(low_res.process(dataset(images=str(moved)), [same])).files == outputs[0].files
+    assert made(low_res.process(dataset(images=str(moved)), [same]))[0].files == outputs[0].files

@@ -20,6 +20,7 @@ from resmaster_stages.diffusion.schedule import make_schedule
 from resmaster_stages.errors import SampleError
 from resmaster_stages.methods import METHODS
 from resmaster_stages.methods.request import Request
+from resmaster_stages.models.busy import busy
 from resmaster_stages.models.faults import device_faults
 
 
@@ -30,7 +31,7 @@ def render(request: Request, seeds: Sequence[int], progress: Progress | None = N
     """
     models, config = request.models, request.config
     advice = "lower upscale.view_batch or low_res.batch_size, or set model.offload: model"
-    with device_faults(advice, batch_size(len(request.prompts) * len(request.views()), request.view_limit)):
+    with busy(), device_faults(advice, batch_size(len(request.prompts) * len(request.views()), request.view_limit)):
         schedule = make_schedule(models.scheduler_config, config.steps)
         stages = METHODS[config.method](request)
         noise = CanvasNoise(seeds, models.latent_channels, *request.canvas_size, models.device)

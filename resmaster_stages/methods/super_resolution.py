@@ -25,6 +25,7 @@ from resmaster_stages.diffusion.loop import Progress
 from resmaster_stages.diffusion.reference import pad_to_multiple, to_image, to_tensor
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.errors import SampleError
+from resmaster_stages.models.busy import busy
 from resmaster_stages.models.enlarger import Enlarger, load_enlarger
 from resmaster_stages.models.faults import device_faults
 
@@ -116,7 +117,7 @@ def super_resolve(
     Raises ConfigError (weights that cannot be read, too little memory), SampleError (a result that is not finite) and GpuLost.
     """
     enlarger = load_enlarger(config.super_resolution, device, dtype)
-    with device_faults("lower upscale.super_resolution.tile"):
+    with busy(), device_faults("lower upscale.super_resolution.tile"):
         pixels = enlarged(enlarger, image, height, width, config, progress)
     if not torch.isfinite(pixels).all():
         raise SampleError("the network produced NaN or infinite values; try model.dtype: float32 or bfloat16")

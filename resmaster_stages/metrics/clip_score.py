@@ -31,6 +31,7 @@ class ClipScorer:
         """100 * max(cos(image, text), 0) of each pair, in one batch. Texts are cut at the tokenizer's length."""
         import torch
 
+        from resmaster_stages.models.busy import busy
         from resmaster_stages.models.faults import device_faults
 
         if len(images) != len(texts):
@@ -40,24 +41,25 @@ class ClipScorer:
         device = self.model.device
         tokens = self._tokens(texts)
         pixels = np.stack([self._pixels(image) for image in images])  # [B, 3, px, px]
-        with torch.inference_mode(), device_faults("set quality.device: cpu"):
+        with busy(), torch.inference_mode(), device_faults("set quality.device: cpu"):
             output = self.model(
                 **tokens,
                 pixel_values=torch.from_numpy(pixels).to(device, self.model.dtype),
             )
             cosine = torch.nn.functional.cosine_similarity(
                 output.image_embeds.float(), output.text_embeds.float(), dim=-1
-            )
-        return [100.0 * max(float(value), 0.0) for value in cosine.cpu()]
+            ).cpu()
+        return [100.0 * max(float(value), 0.0) for value in cosine]
 
     def image_embeddings(self, images: Sequence[Image.Image]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Projected embeddings [N, D] as the model gives them: not normalised."""
         import torch
 
+        from resmaster_stages.models.busy import busy
         from resmaster_stages.models.faults import device_faults
 
         pixels = torch.from_numpy(np.stack([self._pixels(image) for image in images]))
-        with torch.inference_mode(), device_faults("set quality.device: cpu"):
+        with busy(), torch.inference_mode(), device_faults("set quality.device: cpu"):
             seen = self.model.vision_model(pixel_values=pixels.to(self.model.device, self.model.dtype))
             return self.model.visual_projection(seen.pooler_output).float().cpu().numpy()
 

@@ -105,11 +105,12 @@ class ClassifierFeatures:
         """Features [N, D] and probabilities [N, classes] of images in [-1, 1]."""
         import torch
 
+        from resmaster_stages.models.busy import busy
         from resmaster_stages.models.faults import device_faults
 
         features = [np.zeros((0, self.dimension), np.float32)]
         probabilities = [np.zeros((0, self._network.config.num_labels), np.float32)]
-        with torch.inference_mode(), device_faults("set quality.device: cpu"):
+        with busy(), torch.inference_mode(), device_faults("set quality.device: cpu"):
             for batch in _batches(images):
                 pixels = np.stack([resize(image, self.input_px, self.input_px).transpose(2, 0, 1) for image in batch])
                 scaled = torch.from_numpy(pixels / 127.5 - 1.0).to(self._network.device, torch.float32)
@@ -133,10 +134,11 @@ class InceptionFeatures:
         """Features [N, 2048] of (x - 128) / 128 at 299 x 299 px."""
         import torch
 
+        from resmaster_stages.models.busy import busy
         from resmaster_stages.models.faults import device_faults
 
         parts = [np.zeros((0, self.dimension), np.float32)]
-        with torch.inference_mode(), device_faults("set quality.device: cpu"):
+        with busy(), torch.inference_mode(), device_faults("set quality.device: cpu"):
             for batch in _batches(images):
                 pixels = np.stack([resize(image, INCEPTION_PX, INCEPTION_PX).transpose(2, 0, 1) for image in batch])
                 scaled = torch.from_numpy((pixels - 128.0) / 128.0).to(self._device, torch.float32)

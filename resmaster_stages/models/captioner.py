@@ -164,6 +164,7 @@ class LocalCaptioner:
         """One sentence per image, in one `generate` call."""
         import torch
 
+        from resmaster_stages.models.busy import busy
         from resmaster_stages.models.faults import device_faults
 
         if not images:
@@ -178,7 +179,7 @@ class LocalCaptioner:
             # GIT starts from its begin mark alone; given with its mask, since padding and end may be one token
             start = torch.full((len(images), 1), self.model.generation_config.bos_token_id, device=self.model.device)
             inputs |= {"input_ids": start, "attention_mask": torch.ones_like(start)}
-        with torch.inference_mode(), device_faults("lower captions.batch_size"):
+        with busy(), torch.inference_mode(), device_faults("lower captions.batch_size"):
             # [B, L] tokens; decoders repeat the prompt, encoder-decoders do not
             tokens = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=self.max_new_tokens)
         if self._chat and not getattr(self.model.config, "is_encoder_decoder", False):

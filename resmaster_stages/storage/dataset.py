@@ -9,9 +9,9 @@ Invariants:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from PIL import Image
 
 from resmaster_stages.config import DatasetConfig, parse_config
 from resmaster_stages.disclosure import one_line, without_credentials
-from resmaster_stages.errors import ConfigError, UserError
+from resmaster_stages.errors import ConfigError, SampleError, UserError
 from resmaster_stages.storage import layout
 from resmaster_stages.storage.filesystem import Folder, open_root
 from resmaster_stages.storage.images import decode_image
@@ -51,9 +51,18 @@ class Picture:
     """webp, png or jpg."""
     meta: dict[str, Any]
     """The sample's JSON."""
+    _decoded: list[Image.Image] = field(default_factory=list, compare=False, repr=False)
 
     def open(self) -> Image.Image:
         """The image as RGB, fully decoded. Raises SampleError if it cannot be decoded or is far too large."""
+        return self._decoded.pop() if self._decoded else self._decode()
+
+    def decode_ahead(self) -> None:
+        """Decode the image for the next `open`, which is where errors are raised."""
+        with suppress(Exception):
+            self._decoded.append(self._decode())
+
+    def _decode(self) -> Image.Image:
         return decode_image(self.data, str(self.meta.get("key", "image")))
 
 
@@ -85,7 +94,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Output:
-    """What a stage yields for one sample: files, rows, or the error that it failed with."""
+    """What a stage yields for one sample: files (or how to make them), rows, or the error that it failed with."""
 
     key: str
     files: dict[str, bytes] = field(default_factory=dict)
@@ -95,6 +104,17 @@ class Output:
     arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict, compare=False)
     """Feature vectors, kept in an object of their own; every good sample of a shard has the same ones, or none has any."""
     error: Exception | None = None
+    finish: Callable[[], dict[str, bytes]] | None = field(default=None, compare=False)
+    """Makes `files` where that takes time and no device (encoding, hashing), in another thread while the next sample is computed."""
+
+    def finished(self) -> Output:
+        """The output with its files made. A SampleError on the way becomes its error; any other error is raised."""
+        if self.finish is None:
+            return self
+        try:
+            return replace(self, files=self.finish(), finish=None)
+        except SampleError as error:
+            return Output(self.key, error=error)
 
 
 def create_or_open(config: DatasetConfig) -> Dataset:

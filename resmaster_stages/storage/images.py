@@ -14,7 +14,6 @@ import functools
 import io
 import json
 import tarfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,10 +56,8 @@ class FoundImage:
 def decode_image(data: bytes, name: str) -> Image.Image:
     """An image file as RGB, upright (EXIF), fully decoded; transparency becomes white. Raises SampleError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = Image.open(io.BytesIO(data), formats=FORMATS)
-            opened.load()
+        opened = _opened(data)
+        opened.load()
         image: Image.Image = ImageOps.exif_transpose(opened)
     except Exception as error:
         raise _undecodable(name, error) from error
@@ -74,13 +71,22 @@ def decode_image(data: bytes, name: str) -> Image.Image:
 def image_size(data: bytes, name: str) -> tuple[int, int]:
     """(height, width) in px of an image file as `decode_image` will give it, from its header. Raises SampleError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = _opened(data)
         swapped = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
     except Exception as error:
         raise _undecodable(name, error) from error
     return (image.width, image.height) if swapped else (image.height, image.width)
+
+
+def _opened(data: bytes) -> Image.Image:
+    """An image file whose header is read.
+
+    Pillow only warns of somewhat too many pixels. Turning the warning into an error would change filters that threads share.
+    """
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError
+    return image
 
 
 def _undecodable(name: str, error: Exception) -> SampleError:

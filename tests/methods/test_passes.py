@@ -89,6 +89,7 @@ def test_a_dataset_captions_every_pass_anew(monkeypatch):
     (output,) = upscale.process(
         config, [Sample("k", 0, "a cat", "", 64, 64, 0, low_res=low_res, captions=tuple(rows.rows))]
     )
+    output = output.finished()
     assert output.error is None
     assert json.loads(output.files["json"])["width"] == 256
     assert sum(map(len, looked_at)) == 9 + 49

@@ -23,6 +23,7 @@ from resmaster_stages.diffusion.cost import counting
 from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.methods.super_resolution import cores, enlarged, sizes, super_resolve, tile_grid, tiled
 from resmaster_stages.models import loading
+from resmaster_stages.models.busy import timing
 from resmaster_stages.models.enlarger import Enlarger, load_enlarger
 from resmaster_stages.models.identity import super_resolution_file, super_resolution_identity, weights_of
 from resmaster_stages.models.rrdbnet import RRDBNet, RRDBShape, network_of, official_state, shape_of
@@ -286,10 +287,11 @@ def test_the_stage_loads_no_base_model_and_calls_no_unet(monkeypatch):
     )
     low_res = Picture(encode_picture(picture(40, 24), "png"), "png", {})
     sample = Sample("k", 0, "a cat", "", 24, 40, 0, low_res=low_res)
-    with counting() as cost:
+    with counting() as cost, timing() as device:
         (output,) = upscale.process(config, [sample])
     assert cost.calls == 0
-    facts = json.loads(output.files["json"])
+    assert device.seconds > 0
+    facts = json.loads(output.finished().files["json"])
     assert (facts["width"], facts["height"], facts["method"]) == (120, 72, "super_resolution")
     assert facts["model"].startswith("picturebook@")
     assert facts["upscale"].keys() == {"method", "scale", "super_resolution"}
