@@ -17,7 +17,7 @@ import pytest
 from resmaster_stages.computing import Process
 from resmaster_stages.config import DatasetConfig, Weights
 from resmaster_stages.diffusion.cost import count_call
-from resmaster_stages.errors import GpuLost, SampleError, ShardError
+from resmaster_stages.errors import GpuLost, OutOfMemory, SampleError, ShardError
 from resmaster_stages.models.busy import busy, timing
 from resmaster_stages.overlap import Finishing
 from resmaster_stages.progress import Silent, reporter, reporting
@@ -242,9 +242,9 @@ def test_memory_that_runs_out_in_computing_does_not_lose_the_finished_sample(dat
 
     def computing(config: DatasetConfig, prompt: str) -> None:
         if prompt == "c":
-            batches.append(config.upscale.view_batch)
+            batches.append(config.upscale.view_batch or 16)  # where nothing is set, the device's memory decides
             if len(batches) < 3:
-                raise MemoryError
+                raise OutOfMemory("full", batch=batches[-1])
 
     stage = Stage(computing)
     receipt = high_res(dataset, stage)

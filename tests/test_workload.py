@@ -82,8 +82,8 @@ def test_the_accelerated_preset_takes_a_sixth_of_the_rows() -> None:
         )
         for preset in ("default", "accelerated")
     }
-    # 18 of 25 steps: 11 with guidance and 3 without on 25 moving views, the last 4 on 49 that stand still
-    assert rows == {"default": 4900, "accelerated": 11 * 25 * 2 + 3 * 25 + 4 * 49}
+    # 18 of 25 steps: 11 with guidance and 2 without on 25 moving views, the last 5 on 49 that stand still
+    assert rows == {"default": 4900, "accelerated": 11 * 25 * 2 + 2 * 25 + 5 * 49}
     assert rows["accelerated"] <= 850
 
 
