@@ -311,6 +311,7 @@ def test_provenance_is_volatile_facts_only(dataset: Dataset) -> None:
     receipt = run(dataset, "low_res", 0, provenance={"flow_run": "x"})
     assert receipt.provenance["flow_run"] == "x"
     assert receipt.provenance["versions"]["pyarrow"]
+    assert receipt.provenance["exactness"] == "bytes"
     assert receipt.finished_at.endswith("+00:00")
 
 

@@ -27,9 +27,9 @@ from resmaster_stages.diffusion.cost import counting
 from resmaster_stages.diffusion.loop import batch_size
 from resmaster_stages.diffusion.memory import row_bytes, weights_bytes
 from resmaster_stages.diffusion.views import view_grid
-from resmaster_stages.errors import SampleError
+from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.methods import render, resmaster
-from resmaster_stages.models.acceleration import compile_blocks
+from resmaster_stages.models.acceleration import compile_blocks, quantise_fp8, require_fp8
 from resmaster_stages.models.faults import release_memory
 from resmaster_stages.models.loading import Models
 from resmaster_stages.pictures import encode_picture
@@ -139,9 +139,12 @@ def configured(method: str, scale: float, steps: int | None = None, **values: An
     return UpscaleConfig.model_validate({"method": method, "scale": scale, **own, **values})
 
 
-def compiled(models: Models) -> Models:
+def compiled(models: Models, fp8: bool = False) -> Models:
     """`models` with a UNet of its own whose blocks are compiled, convolutions raced (`exactness: fast`)."""
     unet = copy.deepcopy(models.unet)
+    if fp8:
+        require_fp8(models.device, compiled=True)
+        quantise_fp8(unet)
     compile_blocks(unet)
     return replace(models, unet=unet, same_bytes=False)
 
@@ -169,7 +172,16 @@ def largest(run: Run, canvas: Canvas, scale: float) -> None:
         attempt("pictures", lambda: _warmed(fast, exact, 1), what="exact, compiled blocks")
     if not run.skip("pictures", 50.0, what="accelerated"):
         accelerated = configured("resmaster", scale, 3 if run.rehearse else None, preset="accelerated")
-        attempt("pictures", lambda: _warmed(fast, accelerated, 4), what="accelerated")
+        attempt("pictures", lambda: _warmed(fast, accelerated, 8), what="accelerated")  # eight steps have all shapes
+
+
+def eight_bits(canvas: Canvas, config: UpscaleConfig) -> dict[str, Any]:
+    """`config`'s picture with the wide linear layers in 8 bits; where they cannot run, why."""
+    try:
+        models = compiled(canvas.models, fp8=True)
+    except ConfigError as error:
+        return {"left_out": str(error)}
+    return _warmed(Canvas(models, canvas.image), config, 1)
 
 
 def by_method(run: Run, canvas: Canvas, scale: float) -> None:
@@ -199,6 +211,8 @@ def measure(run: Run) -> None:
     side = round(native * scales[0])
     if not run.skip("saving", 25.0, what="files"):
         run.record.attempt("saving", lambda: saving(side), what="files of a picture")
+    exact = configured("resmaster", scales[0], 3 if run.rehearse else STEPS, view_batch=49)
+    if not run.skip("pictures", 105.0, what="exact, compiled blocks, fp8 linears"):
+        run.record.attempt("pictures", lambda: eight_bits(canvas, exact), what="exact, compiled blocks, fp8 linears")
     if not run.skip("pictures", 150.0, what="exact, eager, to the end"):
-        exact = configured("resmaster", scales[0], 3 if run.rehearse else STEPS, view_batch=49)
         run.record.attempt("pictures", lambda: canvas.draw(exact), what="exact, eager, to the end")

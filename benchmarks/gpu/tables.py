@@ -130,6 +130,15 @@ TABLES: dict[str, dict[str, tuple[str, tuple[Column, ...]]]] = {
                 ("PSNR in dB against the smaller batch", _number("psnr_db")),
             ),
         ),
+        "eight_bits": (
+            "Pictures with 8-bit linear layers against those without",
+            (
+                ("layers", _text("layers")),
+                ("least PSNR in dB", _number("least_db")),
+                ("must reach", _number("gate_db")),
+                ("passes", lambda entry: {True: "yes", False: "NO"}.get(entry.get("passes"), "")),
+            ),
+        ),
         "marked_tests": (
             "Tests that need a GPU",
             tuple((name, _text(name)) for name in ("passed", "failed", "errors", "left out")),

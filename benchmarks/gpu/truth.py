@@ -6,6 +6,7 @@ tests marked `gpu`.
 
 from __future__ import annotations
 
+import copy
 import io
 import re
 import subprocess
@@ -13,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from resmaster_stages import upscale
 from resmaster_stages.breadcrumbs import Breadcrumbs
 from resmaster_stages.computing import compute
 from resmaster_stages.config import DatasetConfig, ModelConfig, UpscaleConfig
+from resmaster_stages.errors import ConfigError
 from resmaster_stages.low_res import generate
 from resmaster_stages.metrics.agreement import psnr
+from resmaster_stages.models.acceleration import compile_blocks, quantise_fp8, require_fp8
 from resmaster_stages.models.faults import release_memory
 from resmaster_stages.models.loading import load_models
 from resmaster_stages.spill import Spill
@@ -37,6 +40,9 @@ from resmaster_stages.storage.filesystem import open_root
 ROOT = Path(__file__).parent.parent.parent
 PROMPT = "a red house and a green tree on a green meadow on a sunny day"
 FORMATS = ("float32", "bfloat16", "float16")
+PROMPTS = ROOT / "resmaster_stages" / "picturebook" / "evaluation-prompts.txt"
+FP8_GATE_DB = 35.0
+"""PSNR that pictures with 8-bit layers must reach, against those without."""
 OUTCOMES = {"passed": "passed", "failed": "failed", "error": "errors", "errors": "errors", "skipped": "left out"}
 
 
@@ -92,6 +98,34 @@ def formats(run: Run, subject: Subject) -> Image.Image:
     for dtype in FORMATS[:2] if run.rehearse else FORMATS:
         run.record.attempt("formats", lambda dtype=dtype: near(model(run.device, dtype)), dtype=dtype, **shown)
     return reference
+
+
+def eight_bits(run: Run, subject: Subject) -> dict[str, Any]:
+    """Pictures with 8-bit linear layers against those without, both in bfloat16 and compiled; where they cannot run, why.
+
+    The picturebook's layers are narrower than those that are worth it on SDXL: here all from 64 wide are taken.
+    """
+    models = load_models(model(run.device, "bfloat16", "off"))
+    try:
+        require_fp8(models.device, compiled=True)
+    except ConfigError as error:
+        return {"left_out": str(error)}
+    prompts = PROMPTS.read_text(encoding="utf-8").splitlines()[:8]
+    pictures = []
+    for layers in (0, 64):
+        unet = copy.deepcopy(models.unet)
+        count = quantise_fp8(unet, layers) if layers else 0
+        compile_blocks(unet)
+        own = replace(models, unet=unet)
+        pictures.append([upscale.upscale_image(own, subject.low_res, text, config=subject.config) for text in prompts])
+    found = [psnr(*pair) for pair in zip(*pictures)]
+    return {
+        "layers": count,
+        "psnr_db": found,
+        "least_db": min(found),
+        "gate_db": FP8_GATE_DB,
+        "passes": min(found) >= FP8_GATE_DB,
+    }
 
 
 def repeats(run: Run, subject: Subject) -> None:
@@ -248,6 +282,7 @@ def measure(run: Run) -> None:
     reference = formats(run, subject)
     repeats(run, subject)
     run.record.attempt("out_of_memory", lambda: out_of_memory(run, low_res))
+    run.record.attempt("eight_bits", lambda: eight_bits(run, subject), what="fp8 linear layers")
     run.record.attempt("marked_tests", lambda: marked_tests(run.left()))
     labels = {"dtype": "float16, compiled blocks", "device": run.device, "against": "cpu, float32"}
     if run.device == "cuda" and not run.skip("formats", 25.0, **labels):
