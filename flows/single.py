@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from flows.display import Notes
-from resmaster_stages.config import SDXL, DatasetConfig, load_config, parse_config
+from resmaster_stages.config import SDXL, DatasetConfig, load_config, parse_config, with_method
 from resmaster_stages.errors import UserError
 from resmaster_stages.progress import reporting
 
@@ -38,7 +38,7 @@ def settings(args: argparse.Namespace) -> DatasetConfig:
         }
         if not picturebook and args.model != SDXL["id"]:
             base["upscale"]["image_prompt"] = {"enabled": False}  # a bare checkpoint brings no adapter; use --config
-    upscale: dict[str, Any] = {**base["upscale"], "method": args.method, "scale": args.scale}
+    upscale: dict[str, Any] = {**with_method(base.get("upscale", {}), args.method), "scale": args.scale}
     if args.preset is not None:
         upscale["preset"] = args.preset
     if args.steps is not None:

@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from resmaster_stages.config import DatasetConfig, parse_config
+from resmaster_stages.config import DatasetConfig, parse_config, with_method
 from resmaster_stages.errors import ConfigError, PlanError, SampleError, UserError
 from resmaster_stages.identity import digest, digest_of_keys, image_key
 from resmaster_stages.lineage import stage_hashes
@@ -173,6 +173,8 @@ def _changed(
     quality: Mapping[str, Any] | None = None,
 ) -> DatasetConfig:
     values = config.model_dump(mode="json", exclude_unset=True)  # what nobody set is for the method's preset to say
+    if "method" in upscale:
+        values["upscale"] = with_method(values.get("upscale", {}), upscale["method"])
     for name, change in (("upscale", upscale), ("low_res", low_res), ("quality", quality or {})):
         part = values.setdefault(name, {})
         for key, value in change.items():

@@ -10,7 +10,7 @@ Invariants:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -681,6 +681,20 @@ class UpscaleConfig(Part):
     def uses_captions(self) -> bool:
         """Whether the result depends on the captions stage."""
         return self.method in ("resmaster", "c_upscale") and self.text_prompt.enabled
+
+
+def with_method(values: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """What was set of an `UpscaleConfig`, for another `method`: without what came from preset `accelerated`, unless that method
+    has the same one."""
+    before = values.get("method", UpscaleConfig.model_fields["method"].default)
+    preset = METHOD_PRESETS.get(before, {}).get("accelerated", {})
+    if method == before or not preset or not preset.keys() <= values.keys():
+        return {**values, "method": method}
+    own = {name: value for name, value in values.items() if name not in preset or value != preset[name]}
+    own = {name: value for name, value in own.items() if name not in IDLE_UNLESS or IDLE_UNLESS[name][0] in own}
+    if METHOD_PRESETS.get(method, {}).get("accelerated") == preset:
+        return {**values, "method": method}
+    return {**own, "method": method}
 
 
 class QualityConfig(Part):

@@ -7,14 +7,17 @@ import pytest
 
 from resmaster_stages.config import (
     METHOD_PRESETS,
+    METHODS,
     PRESETS,
     STAGES,
     STRUCTURE_PRESETS,
     DatasetConfig,
+    UpscaleConfig,
     Weights,
     load_config,
     parse_config,
     stage_hash,
+    with_method,
 )
 from resmaster_stages.errors import ConfigError
 
@@ -217,3 +220,25 @@ def test_method_presets_expand_and_explicit_fields_win() -> None:
             config(upscale={"method": method, "preset": name})
     with pytest.raises(ConfigError, match="unknown preset 'best'; known: default, faithful"):
         config(upscale={"method": "demofusion", "preset": "best"})
+
+
+def test_another_method_gets_what_was_set_but_not_what_another_methods_preset_set() -> None:
+    upscale = UpscaleConfig.model_validate(
+        {"preset": "accelerated", "steps": 16, "shift_stop": 0.7, "guidance_scale": 4.0}
+    )
+    values = upscale.model_dump(mode="json", exclude_unset=True)
+    direct = with_method(values, "direct")
+    assert direct == {"method": "direct", "steps": 16, "guidance_scale": 4.0}
+    assert UpscaleConfig.model_validate(with_method(values, "multidiffusion")).shift == "every_step"
+    assert UpscaleConfig.model_validate(with_method(values, "resmaster")) == upscale
+    for method in METHODS:
+        UpscaleConfig.model_validate(with_method(values, method))
+    spelled = {"stepper": "posterior", "steps": 9}
+    assert with_method(spelled, "direct") == {**spelled, "method": "direct"}
+
+
+def test_what_a_preset_sets_goes_where_the_user_turned_off_what_it_hangs_on() -> None:
+    still = UpscaleConfig.model_validate({"preset": "accelerated", "shift": "none"})
+    assert (still.shift_stride, still.shift_stop, still.start) == (None, 1.0, 0.3)
+    noise = UpscaleConfig.model_validate({"preset": "accelerated", "init": "noise"})
+    assert (noise.start, noise.shift) == (0.0, "every_step")
