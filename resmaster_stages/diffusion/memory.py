@@ -88,8 +88,12 @@ class Need:
         return f"{need}: {self.fitting} at a time" if automatic else f"{need}; set upscale.view_batch: {self.fitting}"
 
 
-def need_of(models: Models, window: tuple[int, int], branches: int, total: int) -> Need:
-    """For views of `window` (height, width) latents by `branches` guidance branches, on a device of `total` bytes."""
+def need_of(models: Models, window: tuple[int, int], branches: int) -> Need | None:
+    """For views of `window` (height, width) latents by `branches` guidance branches; None where the device has no memory of its own,
+    or the denoiser is no UNet of diffusers."""
+    total = device_bytes(models.device)
+    if total is None or not hasattr(models.unet.config, "block_out_channels"):
+        return None
     return Need(weights_bytes(models), branches * row_bytes(models.unet, *window), total)
 
 
@@ -97,20 +101,16 @@ def view_limit(models: Models, limit: int | None, window: tuple[int, int], branc
     """Views per UNet call at most: `limit` (`UpscaleConfig.view_batch`), or where it is None what the device's memory allows."""
     if limit is not None:
         return limit
-    total = device_bytes(models.device)
-    return CPU_VIEWS if total is None else need_of(models, window, branches, total).fitting
+    need = need_of(models, window, branches)
+    return CPU_VIEWS if need is None else need.fitting
 
 
 def preflight(models: Models, limit: int | None, grid: Grid, branches: int) -> list[str]:
-    """What a picture of `grid`'s views will need of the device, and what slows it down without need: a line each.
-
-    Nothing where the device has no memory of its own.
-    """
-    total = device_bytes(models.device)
-    if total is None:
+    """What a picture of `grid`'s views will need of the device, and what slows it down without need: a line each, if `need_of` knows."""
+    need = need_of(models, grid.window_size, branches)
+    if need is None:
         return []
     name = torch.cuda.get_device_name(models.device) if models.device.type == "cuda" else models.device.type
-    need = need_of(models, grid.window_size, branches, total)
     views = min(len(grid), limit or len(grid))
     lines = [f"{grid.height_px} x {grid.width_px} px in {len(grid)} views: {need.sentence(views, name, limit is None)}"]
     if models.vae.dtype == torch.float16 and models.vae.config.force_upcast:

@@ -106,7 +106,9 @@ def test_the_views_of_a_call_follow_from_the_size_of_the_device(monkeypatch):
     models = adapted()
     assert view_limit(models, None, (16, 16), 2) == CPU_VIEWS
     assert view_limit(models, 5, (16, 16), 2) == 5
-    need = memory.need_of(models, (16, 16), 2, 0)
+    assert memory.need_of(models, (16, 16), 2) is None
+    monkeypatch.setattr(memory, "device_bytes", lambda device: 10**9)
+    need = memory.need_of(models, (16, 16), 2)
     assert need.view == 2 * row_bytes(models.unet, 16, 16)
     for views in (1, 7, 49):
         monkeypatch.setattr(
@@ -116,6 +118,9 @@ def test_the_views_of_a_call_follow_from_the_size_of_the_device(monkeypatch):
         assert view_limit(models, None, (16, 16), 1) >= 2 * views
     monkeypatch.setattr(memory, "device_bytes", lambda device: 1)
     assert view_limit(models, None, (16, 16), 2) == 1  # it is tried
+    other = replace(models, unet=SimpleNamespace(config=SimpleNamespace(sample_size=16, in_channels=4)))
+    assert view_limit(other, None, (16, 16), 2) == CPU_VIEWS  # a denoiser of which nothing is known
+    assert preflight(other, None, view_grid(128, 128, 64, 0.5, 4), 2) == []
 
 
 def test_sdxl_on_two_cards():
