@@ -50,6 +50,15 @@ NOT_RUN = {
                 "resmaster:structure.preset=lr_nyquist,resmaster:structure.preset=lr_nyquist:stride=0.75,"
                 "resmaster:structure.preset=lr_nyquist:stride=0.75:shift=every_step",
             ),
+            (
+                "picturebook-evaluation",
+                "--n 48 --reference picturebook --scales 4x4",
+                "resmaster:steps=50,resmaster:preset=accelerated:steps=25,resmaster:preset=accelerated:steps=14:shift_stop=0.7,"
+                "resmaster:preset=accelerated:steps=25:fuse=uniform:shift_stop=0.82,"
+                "resmaster:preset=accelerated:steps=12:fuse=uniform:shift_stop=0.82,"
+                "resmaster:steps=25:stepper=dpmpp_2m,resmaster:steps=50:init=noised_lr:start=0.3,"
+                "resmaster:steps=50:shift=every_step:shift_stride=1.0:shift_stop=0.82,resmaster:steps=50:guidance_stop=0.7",
+            ),
         )
     },
     "deploying.md": ELSEWHERE,

@@ -73,4 +73,4 @@ def test_links_and_pictures_are_there() -> None:
 
 def test_the_speed_table_has_every_method() -> None:
     rows = re.findall(r"^\| ([a-z_]+) \|", SPEED, flags=re.MULTILINE)
-    assert [name for name in rows if name in METHODS] == list(METHODS)
+    assert [name for name in rows if name in METHODS][: len(METHODS)] == list(METHODS)
