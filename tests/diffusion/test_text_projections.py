@@ -3,8 +3,12 @@
 from collections import Counter
 
 import pytest
+import torch
 
 from resmaster_stages.diffusion import loop
+from resmaster_stages.diffusion.guidance import Moment
+from resmaster_stages.diffusion.text import TextEmbeddings
+from resmaster_stages.diffusion.text_projections import text_projected_once
 from resmaster_stages.upscale import upscale_image
 from tests.methods.common import adapted, difference, forwards, picture, settings
 
@@ -63,3 +67,18 @@ def test_prompts_of_one_picture_do_not_reach_the_next():
     first = draw("resmaster").tobytes()
     upscale_image(adapted(), picture(seed=1), "a dog", config=settings("resmaster"), captions=["x"] * 9)
     assert draw("resmaster").tobytes() == first
+
+
+def test_whatever_is_not_the_batchs_text_is_projected_as_ever():
+    unet, moment = adapted().unet, Moment()
+    (layer, *_) = [module for name, module in unet.named_modules() if name.endswith(".attn2.to_k")]
+    prompts = torch.randn(3, 77, layer.in_features)
+    index = torch.tensor([2, 0, 2])
+    other = torch.randn(3, 77, layer.in_features)
+    with torch.inference_mode():
+        plain = layer(other), layer(prompts)
+        with text_projected_once(unet, moment):
+            moment.texts = [(TextEmbeddings(prompts, prompts[:, 0], index), index)]
+            moment.states = prompts[index]
+            torch.testing.assert_close(layer(moment.states), plain[1][index])
+            torch.testing.assert_close(layer(other), plain[0])
