@@ -7,12 +7,15 @@ Invariants:
 - Boxes are half-open, in target px, in the order y0, x0, y1, x1; rows come in row-major order of the grid.
 - A row depends on its own sample only: batches never mix samples, so a neighbour that fails changes nothing.
 - Where nothing can be said (a patch without detail, an empty answer) the row holds the global prompt, and `status` says so.
+- Where there is a CLIP model every caption is checked: one that fits clearly worse than a neighbour's gives way to it, with
+  status `replaced`. The global prompt never takes its place: it names what other patches show, which would be drawn again.
 - A caption has at most 75 tokens; `truncated` says if it had more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,8 @@ from resmaster_stages.config import CaptionsConfig, DatasetConfig
 from resmaster_stages.diffusion.views import Grid, view_grid
 from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.identity import digest
+from resmaster_stages.metrics.caption_fit import Embedder, best_captions, neighbours
+from resmaster_stages.metrics.clip_score import load_clip
 from resmaster_stages.metrics.luminance import luminance
 from resmaster_stages.models.captioner import (
     MAX_TOKENS,
@@ -42,12 +47,9 @@ MAX_STYLE_TOKENS = 40
 def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
     """One Output per sample, in order; its rows are the captions table without the key.
 
-    Raises ConfigError if the captioner or the tokenizer cannot be loaded; a sample's own trouble is its Output's error.
+    Raises ConfigError if the captioner, the tokenizer or the CLIP model cannot be loaded; a sample's own trouble is its Output's error.
     """
-    captions = config.captions
-    count = token_counter(config.model)
-    suffix = style_suffix(captions.style, count)
-    captioner = load_captioner(captions, config.model.device)
+    writer = load_writer(config)
     native, factor = native_px(config.model), latent_factor(config.model)
     scale = config.upscale.passes()[0].scale
     for sample in samples:
@@ -56,17 +58,44 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
                 raise SampleError(f"{sample.key}: no low-res image to caption")
             image = sample.low_res.open()
             grid = patch_grid(
-                captions,
+                config.captions,
                 round(image.height * scale),
                 round(image.width * scale),
                 native_px=native,
                 stride=config.upscale.stride,
                 factor=factor,
             )
-            rows = caption_rows(image, sample.prompt, grid, captions, captioner, count, suffix)
-            yield Output(key=sample.key, rows=rows)
+            yield Output(key=sample.key, rows=caption_rows(image, sample.prompt, grid, writer))
         except SampleError as error:
             yield Output(key=sample.key, error=error)
+
+
+@dataclass(frozen=True)
+class Writer:
+    """What captions are written with; the same for all samples of a dataset."""
+
+    config: CaptionsConfig
+    captioner: Captioner | None
+    """None: the global prompt everywhere (status `fallback`)."""
+    count: TokenCounter
+    suffix: str = ""
+    """Follows every caption: the style, as `style_suffix` gives it."""
+    clip: Embedder | None = None
+    """Judges captions; None: they are used as they were written."""
+
+
+def load_writer(config: DatasetConfig) -> Writer:
+    """The captioner, tokenizer and CLIP model of `config`; each is loaded once per process. Raises ConfigError."""
+    count = token_counter(config.model)
+    suffix = style_suffix(config.captions.style, count)
+    judge = config.caption_clip()
+    return Writer(
+        config=config.captions,
+        captioner=load_captioner(config.captions, config.model.device),
+        count=count,
+        suffix=suffix,
+        clip=load_clip(*judge, config.quality.device) if judge else None,
+    )
 
 
 def patch_grid(config: CaptionsConfig, height: int, width: int, *, native_px: int, stride: float, factor: int) -> Grid:
@@ -89,42 +118,28 @@ def style_suffix(style: str, count: TokenCounter) -> str:
     return ", " + words
 
 
-def caption_rows(
-    image: Image.Image,
-    prompt: str,
-    grid: Grid,
-    config: CaptionsConfig,
-    captioner: Captioner | None,
-    count: TokenCounter,
-    suffix: str = "",
-) -> list[dict[str, Any]]:
-    """The rows of one image. `captioner` None: the global prompt everywhere (status `fallback`)."""
-    answers: dict[int, str] = {}
-    if captioner is not None:
-        crops = patches(image, grid)
-        asked = [
-            number
-            for number, crop in enumerate(crops)
-            if config.min_detail == 0 or float(luminance(crop).std()) >= config.min_detail
-        ]
-        for batch in even_batches(asked, config.batch_size):
-            texts = captioner.caption([crops[number] for number in batch])
-            if len(texts) != len(batch):
-                raise SampleError(f"captioner {captioner.name!r} gave {len(texts)} captions for {len(batch)} patches")
-            answers.update(zip(batch, texts))
-    name = captioner.name if captioner else ""
-    revision = captioner.revision if captioner else ""
-    prompt_hash = digest({"instruction": config.instruction if captioner else "", "prompt": prompt})[:16]
+def caption_rows(image: Image.Image, prompt: str, grid: Grid, writer: Writer) -> list[dict[str, Any]]:
+    """The rows of one image."""
+    captioner = writer.captioner
+    crops = patches(image, grid) if captioner else []
+    answers = _answers(crops, captioner, writer.config) if captioner else {}
+    captions = {view: text for view, answer in answers.items() if (text := clean_caption(answer))}
+    chosen = {}
+    if writer.clip is not None:
+        around = neighbours(len(grid.rows), len(grid.cols))
+        chosen = best_captions(writer.clip, crops, captions, around, writer.config.check.margin)
+    prompt_hash = digest({"instruction": writer.config.instruction if captioner else "", "prompt": prompt})[:16]
     rows = []
     for number, (y0, x0, y1, x1) in enumerate(grid.pixel_boxes):
         row, col = divmod(number, len(grid.cols))
-        caption = clean_caption(answers.get(number, ""))
-        if caption:
-            status = "ok"
-            caption, tokens, truncated = shorten(caption, count, MAX_TOKENS, suffix)
+        choice = chosen.get(number)
+        view = choice.view if choice else number
+        if number in captions:
+            status = "ok" if view == number else "replaced"
+            caption, tokens, truncated = shorten(captions[view], writer.count, MAX_TOKENS, writer.suffix)
         else:
             status = "empty" if number in answers else "fallback"
-            caption, tokens, truncated = shorten(prompt, count, MAX_TOKENS)
+            caption, tokens, truncated = shorten(prompt, writer.count, MAX_TOKENS)
         rows.append(
             {
                 "grid": grid.name,
@@ -137,13 +152,30 @@ def caption_rows(
                 "caption": caption,
                 "n_tokens": tokens,
                 "truncated": truncated,
-                "model": name,
-                "revision": revision,
+                "model": captioner.name if captioner else "",
+                "revision": captioner.revision if captioner else "",
                 "status": status,
                 "prompt_hash": prompt_hash,
+                "fit": choice.fit if choice else None,
             }
         )
     return rows
+
+
+def _answers(crops: Sequence[Image.Image], captioner: Captioner, config: CaptionsConfig) -> dict[int, str]:
+    """What the captioner says, as it came, by number of the crop; crops with less than `min_detail` are not shown to it."""
+    asked = [
+        number
+        for number, crop in enumerate(crops)
+        if config.min_detail == 0 or float(luminance(crop).std()) >= config.min_detail
+    ]
+    answers: dict[int, str] = {}
+    for batch in even_batches(asked, config.batch_size):
+        texts = captioner.caption([crops[number] for number in batch])
+        if len(texts) != len(batch):
+            raise SampleError(f"captioner {captioner.name!r} gave {len(texts)} captions for {len(batch)} patches")
+        answers.update(zip(batch, texts))
+    return answers
 
 
 def patches(image: Image.Image, grid: Grid) -> list[Image.Image]:

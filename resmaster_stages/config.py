@@ -188,6 +188,28 @@ class LowResConfig(Part):
     """Prompts per UNet call."""
 
 
+class CaptionCheckConfig(Part):
+    """The check of captions: one that CLIP finds wrong for its patch gives way to that of a neighbouring patch."""
+
+    enabled: bool = True
+    """Off: captions are used as they were written. Without a CLIP model there is no check either."""
+    clip: str | None = None
+    """CLIP model that judges: `picturebook`, a hub id or folder. null: that of `quality.clip`; name one here to change the metric
+    without making captions anew."""
+    clip_revision: str | None = None
+    """Commit or tag at the hub, of the model in `clip`."""
+    margin: float = Field(default=3.0, ge=0, le=100)
+    """A neighbour's caption takes over if it fits by more than this, in points of the CLIP score (0 to 100)."""
+
+    @model_validator(mode="after")
+    def _revision_of_something(self) -> CaptionCheckConfig:
+        if self.clip_revision and self.clip is None:
+            raise ValueError(
+                "clip_revision needs a model in clip beside it; that of quality.clip is quality.clip_revision"
+            )
+        return self
+
+
 class CaptionsConfig(Part):
     """Stage 3: one caption per patch (ResMaster's enhanced text prompts)."""
 
@@ -210,10 +232,18 @@ class CaptionsConfig(Part):
     """Appended to each caption, e.g. `oil painting`: patch captions otherwise lose the global style."""
     min_detail: float = Field(default=0.0, ge=0)
     """Patches whose luminance varies less than this (standard deviation, 0 to 255) fall back to the global prompt."""
+    check: CaptionCheckConfig = CaptionCheckConfig()
+    """Captions are checked before they are used."""
     base_url: str | None = Operational(None)
     """Address of the OpenAI-compatible server, e.g. `http://127.0.0.1:8000/v1`; its key comes from OPENAI_API_KEY."""
     batch_size: int = Operational(16, ge=1)
     """Patches per captioner call."""
+
+    def identity(self) -> dict[str, Any]:
+        """As of every part, without the check: whether there is one is the dataset's to say (`DatasetConfig.caption_clip`)."""
+        values = super().identity()
+        del values["check"]
+        return values
 
 
 STRUCTURE_PRESETS: dict[str, dict[str, Any]] = {
@@ -701,7 +731,7 @@ class QualityConfig(Part):
     """Stage 5: metrics per image. Flags never delete."""
 
     clip: str | None = "picturebook"
-    """CLIP model for the CLIP score: `picturebook`, a hub id or folder, or null for none."""
+    """CLIP model for the CLIP score and the check of captions: `picturebook`, a hub id or folder, or null for none."""
     clip_revision: str | None = None
     """Commit or tag at the hub."""
     min_agreement_psnr: float = 18.0
@@ -714,7 +744,7 @@ class QualityConfig(Part):
     """Keep feature vectors of every image and of 10 crops, for FID and KID of any subset: of the CLIP model above, of the
     Inception network of 2015 (needs the extra `inception`), or of the embedded pack's classifier (for its own world)."""
     device: str = Operational("auto")
-    """Where the metrics are computed."""
+    """Where the metrics are computed, and the check of captions."""
 
     @model_validator(mode="after")
     def _features_have_a_model(self) -> QualityConfig:
@@ -813,6 +843,15 @@ class DatasetConfig(Part):
         """The stages that this dataset needs, in order: captions are skipped where no caption is used."""
         return tuple(stage for stage in STAGES if stage != "captions" or self.upscale.uses_captions())
 
+    def caption_clip(self) -> tuple[str, str | None] | None:
+        """The CLIP model that checks captions and its revision; None where captions are not checked."""
+        check = self.captions.check
+        if self.captions.source == "prompt" or not check.enabled:
+            return None
+        if check.clip is not None:
+            return check.clip, check.clip_revision
+        return None if self.quality.clip is None else (self.quality.clip, self.quality.clip_revision)
+
     def plan_identity(self) -> dict[str, Any]:
         """What fixes keys and their order in shards; may not change under a dataset that exists."""
         return {
@@ -840,6 +879,8 @@ class Weights:
     """The pack whose classifier gives the quality stage's features; None where another network does, or none."""
     super_resolution: str | None = None
     """Network of method super_resolution; None where another method is used."""
+    caption_check: str | None = None
+    """CLIP model that checks captions; None where they are not checked."""
 
 
 def stage_hash(config: DatasetConfig, stage: Stage, weights: Weights) -> str:
@@ -860,6 +901,8 @@ def stage_hash(config: DatasetConfig, stage: Stage, weights: Weights) -> str:
             "weights": weights.captioner,
             "tokenizer": weights.model,
         }
+        if judge := config.caption_clip():  # unchecked captions are what they were before there was a check
+            own["check"] = {"clip": judge, "weights": weights.caption_check, "margin": config.captions.check.margin}
         upstream = ["low_res"]
     elif stage == "high_res":
         network = {"model": model} if config.upscale.uses_diffusion() else {"weights": weights.super_resolution}

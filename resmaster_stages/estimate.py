@@ -57,6 +57,8 @@ PICTUREBOOK_RATES = Rates(
 )
 CAPTION_SECONDS = 0.008
 """Of a patch, by picturebook's captioner; same run."""
+CHECK_SECONDS = 0.0027
+"""Of a patch's caption, by picturebook's CLIP: a third of what the caption takes, measured one after the other."""
 QUALITY_SECONDS = 0.75
 """Per megapixel, with picturebook's CLIP; same run."""
 SDXL_RATES = Rates(
@@ -72,7 +74,7 @@ BYTES_SOURCE = (
     "measured on 13 photographs (Debian's lomiri-wallpapers-16.04, 2048 px, WebP of quality 95; low-res 512 px without loss); "
     "busy pictures take several times as much"
 )
-ROW_BYTES = {"captions": 40, "quality": 1200}
+ROW_BYTES = {"captions": 48, "quality": 1200}
 """Parquet bytes per patch and per sample, measured on picturebook in shards of four."""
 
 PART_BYTES = 50 * 2**20
@@ -227,8 +229,12 @@ def _from_table(look: Preview, stage: Stage) -> tuple[float | None, str]:
     if stage == "captions":
         if config.captions.source == "prompt":
             return 0.0, "the prompt is every patch's caption"
+        judge = config.caption_clip()
         known = config.captions.source == "model" and config.captions.model == PICTUREBOOK
-        return (CAPTION_SECONDS * _patches(config, height, width), measured) if known else (None, nothing)
+        if not known or (judge and judge[0] != PICTUREBOOK):
+            return None, nothing
+        each = CAPTION_SECONDS + (CHECK_SECONDS if judge else 0.0)
+        return each * _patches(config, height, width), measured
     known = config.quality.clip == PICTUREBOOK and config.quality.features in ("none", "picturebook")
     return (QUALITY_SECONDS * _megapixels(look), measured) if known else (None, nothing)
 

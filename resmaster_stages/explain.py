@@ -333,6 +333,7 @@ def _row_line(stage: Stage, row: dict[str, Any]) -> str:
         box = f"y {row['y0']}-{row['y1']}, x {row['x0']}-{row['x1']}"
         notes = [row["status"]] if row["status"] != "ok" else []
         notes += ["shortened"] if row["truncated"] else []
+        notes += [f"fit {row['fit']:.1f}"] if row.get("fit") is not None else []
         note = f" ({', '.join(notes)})" if notes else ""
         return _line("patch", f"{row['row']},{row['col']} ({box}): {row['caption']}{note}", 2)
     measures = [

@@ -29,6 +29,7 @@ from resmaster_stages.metrics.luminance import luminance
 from resmaster_stages.quality import FLAGS, badness
 from resmaster_stages.report_assets import SCRIPT, STYLE
 from resmaster_stages.storage.images import decode_image
+from resmaster_stages.storage.tables import DESCRIBED
 
 BUDGET_BYTES = 38_000_000
 """Size of all pictures in a page: browsers open such a file from a disk at once, and mail programs still take it."""
@@ -262,6 +263,14 @@ def _pictures(sample: ReportSample, share_bytes: float) -> str:
     )
 
 
+CAPTION_NOTES = {
+    "replaced": "a neighbour's caption",
+    "fallback": "global prompt",
+    "empty": "no answer: global prompt",
+}
+"""What the report says of captions whose status is not ok."""
+
+
 def _captions(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
@@ -270,19 +279,17 @@ def _captions(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         box = (int(row["y0"]), int(row["x0"]), int(row["y1"]), int(row["x1"]))
         status = str(row.get("status", "ok"))
-        notes = (
-            []
-            if status == "ok"
-            else [{"fallback": "global prompt", "empty": "no answer: global prompt"}.get(status, status)]
-        )
+        notes = [] if status == "ok" else [CAPTION_NOTES.get(status, status)]
         notes += ["shortened"] if row.get("truncated") else []
         note = f" <em>{_text(', '.join(notes))}</em>" if notes else ""
         items.append(
             f'<li data-box="{_place(box, height, width)}"><span>{_text(row["row"])}, {_text(row["col"])}</span>'
             f"<div>{_text(row['caption'])}{note}</div></li>"
         )
-    fallbacks = sum(str(row.get("status", "ok")) != "ok" for row in rows)
+    statuses = [str(row.get("status", "ok")) for row in rows]
+    fallbacks, replaced = sum(status not in DESCRIBED for status in statuses), statuses.count("replaced")
     tail = f", {fallbacks} with the global prompt" if fallbacks else ""
+    tail += f", {replaced} with a neighbour's caption" if replaced else ""
     return (
         f"<details><summary>{len(rows)} patch captions (row, column){tail}</summary>"
         f'<ol class="patches">{"".join(items)}</ol></details>'

@@ -144,6 +144,8 @@ def captions_for_views(grid: Grid, rows: Sequence[dict[str, Any]], prompt: str) 
 
     Rows hold half-open boxes y0, x0, y1, x1 in target px; rows without a caption of their own give `prompt`.
     """
+    from resmaster_stages.storage.tables import DESCRIBED
+
     if not rows:
         raise SampleError("there are no captions for this sample; run the captions stage again (resmaster repair)")
     texts = []
@@ -156,21 +158,18 @@ def captions_for_views(grid: Grid, rows: Sequence[dict[str, Any]], prompt: str) 
                 row["x0"],
             ),
         )
-        texts.append((nearest["caption"] if nearest["status"] == "ok" else "") or prompt)
+        texts.append((nearest["caption"] if nearest["status"] in DESCRIBED else "") or prompt)
     return texts
 
 
 def caption_views(config: DatasetConfig, prompt: str, image: Image.Image, height: int, width: int) -> list[str]:
     """A caption per view of a target of `height` x `width` px, by the configuration's captioner looking at `image`."""
-    from resmaster_stages.captions import caption_rows, patch_grid, style_suffix
-    from resmaster_stages.models.captioner import load_captioner, token_counter
+    from resmaster_stages.captions import caption_rows, load_writer, patch_grid
     from resmaster_stages.models.geometry import latent_factor, native_px
 
     native, factor, stride = native_px(config.model), latent_factor(config.model), config.upscale.stride
     patches = patch_grid(config.captions, height, width, native_px=native, stride=stride, factor=factor)
-    captioner, count = load_captioner(config.captions, config.model.device), token_counter(config.model)
-    suffix = style_suffix(config.captions.style, count)
-    rows = caption_rows(image, prompt, patches, config.captions, captioner, count, suffix)
+    rows = caption_rows(image, prompt, patches, load_writer(config))
     return captions_for_views(view_grid(height, width, native, stride, factor), rows, prompt)
 
 

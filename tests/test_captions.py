@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from resmaster_stages import captions
-from resmaster_stages.captions import caption_rows, even_batches, patch_grid, process, style_suffix
+from resmaster_stages.captions import Writer, caption_rows, even_batches, load_writer, patch_grid, process, style_suffix
 from resmaster_stages.config import CaptionsConfig, ModelConfig, parse_config
 from resmaster_stages.errors import ConfigError, SampleError, UserError
 from resmaster_stages.models.busy import timing
@@ -177,11 +177,17 @@ def test_a_model_without_sizes_is_named(tmp_path: Path) -> None:
 
 
 def rows_of(
-    image: Image.Image, captioner: Any, prompt: str = "a red house", grid: str = "views", **config: Any
+    image: Image.Image,
+    captioner: Any,
+    prompt: str = "a red house",
+    grid: str = "views",
+    clip: Any = None,
+    **config: Any,
 ) -> list[dict[str, Any]]:
     values = CaptionsConfig(grid=grid, **config)  # type: ignore[arg-type]
     patches = patch_grid(values, image.height * 4, image.width * 4, native_px=32, stride=0.5, factor=8)
-    return caption_rows(image, prompt, patches, values, captioner, words, style_suffix(values.style, words))
+    writer = Writer(values, captioner, words, style_suffix(values.style, words), clip)
+    return caption_rows(image, prompt, patches, writer)
 
 
 def test_views_overlap_tiles_do_not_and_both_end_at_the_border() -> None:
@@ -239,6 +245,122 @@ def test_even_batches(items: int, size: int) -> None:
     assert [i for batch in batches for i in batch] == list(range(items))
     assert len(batches) == -(-items // size)
     assert not batches or max(map(len, batches)) - min(map(len, batches)) <= 1
+
+
+# ----------------------------------------------------------------------------------------------------------- the check
+
+
+class Colours:
+    """A CLIP stand-in: reads colours' names, and sees a crop's mean colour."""
+
+    names = ("red", "green", "blue")
+
+    def image_embeddings(self, images: Any) -> Any:
+        return np.stack([np.asarray(image, np.float32).mean((0, 1)) for image in images])
+
+    def text_embeddings(self, texts: Any) -> Any:
+        return np.asarray([[text.split(",")[0] == name for name in self.names] for text in texts], np.float32)
+
+
+def in_turn(answers: list[str]) -> Callable[[Image.Image], str]:
+    left = iter(answers)
+    return lambda _: next(left)
+
+
+BLUE = Image.new("RGB", (32, 32), (0, 0, 200))
+
+
+def test_a_wrong_caption_is_replaced_whole_and_says_so() -> None:
+    answers = ["blue"] * 49
+    answers[24] = "red"
+    rows = rows_of(BLUE, Echo(in_turn(answers)), clip=Colours(), style="ink drawing", batch_size=7)
+    assert {row["caption"] for row in rows} == {"blue, ink drawing"}
+    assert {row["n_tokens"] for row in rows} == {4}
+    assert [number for number, row in enumerate(rows) if row["status"] == "replaced"] == [24]
+    assert {row["status"] for row in rows} == {"ok", "replaced"}
+    assert {row["fit"] for row in rows} == {100.0}
+    assert set(rows[0]) == set(CAPTIONS_SCHEMA.names) - {"key"}
+    unchecked = rows_of(BLUE, Echo(in_turn(answers)), style="ink drawing")
+    assert (unchecked[24]["caption"], unchecked[24]["status"]) == ("red, ink drawing", "ok")
+    assert {row["fit"] for row in unchecked} == {None}
+
+
+def test_a_margin_beyond_reach_replaces_nothing_but_scores_all() -> None:
+    rows = rows_of(BLUE, Echo(in_turn(["blue", "red"] * 25)), clip=Colours(), check={"margin": 100})
+    assert [row["caption"] for row in rows] == (["blue", "red"] * 25)[:49]
+    assert [row["fit"] for row in rows] == ([100.0, 0.0] * 25)[:49]
+
+
+def test_a_single_view_keeps_its_caption() -> None:
+    grid = patch_grid(CaptionsConfig(), 32, 32, native_px=32, stride=0.5, factor=8)
+    (row,) = caption_rows(BLUE, "blue", grid, Writer(CaptionsConfig(), Echo(lambda _: "red"), words, "", Colours()))
+    assert (row["caption"], row["status"], row["fit"]) == ("red", "ok", 0.0)
+
+
+def test_the_prompt_neither_gives_nor_takes() -> None:
+    """Views without an answer hold the prompt, which would suit them all best."""
+    answers = [""] * 49
+    answers[24] = "red"
+    rows = rows_of(BLUE, Echo(in_turn(answers)), prompt="blue", clip=Colours())
+    assert (rows[24]["caption"], rows[24]["status"], rows[24]["fit"]) == ("red", "ok", 0.0)
+    others = [row for number, row in enumerate(rows) if number != 24]
+    assert {(row["caption"], row["status"], row["fit"]) for row in others} == {("blue", "empty", None)}
+    assert {row["fit"] for row in rows_of(BLUE, None, clip=Colours())} == {None}
+
+
+def test_the_model_of_the_check_is_loaded_as_configured(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(captions, "load_captioner", lambda *_: Echo())
+    monkeypatch.setattr(captions, "load_clip", lambda *source: asked.append(source) or Colours())
+
+    def judge(check: dict[str, Any], clip: str | None, **captions_config: Any) -> tuple[Any, ...] | None:
+        asked.clear()
+        values = {"name": "t", "model": {"id": str(model_folder)}, "captions": {"check": check, **captions_config}}
+        writer = load_writer(parse_config({**values, "quality": {"clip": clip, "clip_revision": "1", "device": "cpu"}}))
+        assert (writer.clip is None) == (not asked)
+        return asked[0] if asked else None
+
+    assert judge({}, "a/b") == ("a/b", "1", "cpu")
+    assert judge({"clip": "c/d"}, "a/b") == ("c/d", None, "cpu")
+    assert judge({"clip": "c/d", "clip_revision": "2"}, None) == ("c/d", "2", "cpu")
+    assert judge({}, None) is None
+    assert judge({"enabled": False}, "a/b") is None
+    assert judge({}, "a/b", source="prompt") is None
+
+
+def test_a_clip_model_that_is_not_there_is_one_line(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captions, "load_captioner", lambda *_: Echo())
+    config = config_for(model_folder, check={"clip": str(model_folder)})
+    with pytest.raises(ConfigError, match=r"captions\.check\.clip") as error:
+        list(process(config, [sample("aa", png(gradient()))]))
+    assert "\n" not in str(error.value)
+
+
+def test_picturebooks_clip_finds_a_planted_caption_and_leaves_true_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("resvg_py")
+    from resmaster_stages.picturebook import captions as sentences
+    from resmaster_stages.picturebook.truth import true_picture, true_scene
+
+    prompt = "a red tree and a white boat on the water on a sunny day"
+    config = parse_config({"name": "t", "captions": {"batch_size": 49}})
+    grid = patch_grid(config.captions, 512, 512, native_px=128, stride=0.5, factor=latent_factor(config.model))
+    scene = true_scene(prompt, 512)
+    answers = [sentences.caption(scene, (x0, y0, x1, y1)) for y0, x0, y1, x1 in grid.pixel_boxes]
+    monkeypatch.setattr(captions, "load_captioner", lambda *_: Echo(in_turn(list(answers))))
+    image = true_picture(prompt, 128, 128)
+    true = caption_rows(image, prompt, grid, load_writer(config))
+    assert sum(row["status"] == "replaced" for row in true) <= 3, "nearly all of what is true stays"
+    water = answers.index(min(answers, key=len))  # an empty view: nothing but sky or water
+    foreign = "close-up of leaves with veins of a purple tree and bricks of a green house"
+    answers[water] = foreign
+    rows = caption_rows(image, prompt, grid, load_writer(config))
+    assert (rows[water]["status"], true[water]["status"]) == ("replaced", "ok")
+    assert foreign not in {row["caption"] for row in rows}
+    assert rows[water]["fit"] > 20
+    changed = [n for n, (a, b) in enumerate(zip(true, rows)) if n != water and a["caption"] != b["caption"]]
+    assert len(changed) <= 1, "one wrong caption draws no right one along"
 
 
 # ----------------------------------------------------------------------------------------------------------- the stage

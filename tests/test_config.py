@@ -56,6 +56,8 @@ def test_the_configurations_that_are_shipped() -> None:
         ({"model": {"dtype": "int4"}}, "model.dtype", "float32"),
         ({"name": "../etc"}, "name", "letters"),
         ({"prompts": "a", "images": "b"}, "prompts or images", "not both"),
+        ({"captions": {"check": {"margin": -1}}}, "captions.check.margin", "greater than or equal to 0"),
+        ({"captions": {"check": {"clip_revision": "1"}}}, "captions.check", "needs a model in clip"),
         ({"samples_per_shard": 0}, "samples_per_shard", "greater than or equal to 1"),
     ],
 )
@@ -120,6 +122,7 @@ def test_operational_fields_are_not_identity() -> None:
         ({"seed": 1}, {"low_res", "captions", "high_res", "quality"}),
         ({"low_res": {"steps": 7}}, {"low_res", "captions", "high_res", "quality"}),
         ({"captions": {"instruction": "say it"}}, {"captions", "high_res", "quality"}),
+        ({"captions": {"check": {"margin": 9}}}, {"captions", "high_res", "quality"}),
         ({"upscale": {"steps": 7}}, {"high_res", "quality"}),
         ({"upscale": {"scale": 2.0}}, {"captions", "high_res", "quality"}),
         ({"quality": {"max_seam": 9.0}}, {"quality"}),
@@ -135,6 +138,7 @@ def test_weights_are_identity() -> None:
         "model": {"low_res", "captions", "high_res", "quality"},
         "captioner": {"captions", "high_res", "quality"},
         "clip": {"quality"},
+        "caption_check": {"captions", "high_res", "quality"},
     }
     before = hashes(config())
     for name, changed in changes.items():
@@ -184,7 +188,30 @@ def test_hashes_of_older_datasets_stand() -> None:
         ({"method": "direct"}, "b719143f0abd3723"),
         ({"method": "multidiffusion", "scale": 2.0}, "85c64e0097740a93"),
     ):
-        assert stage_hash(config(upscale=upscale), "high_res", weights).startswith(expected)
+        unchecked = config(upscale=upscale, captions={"check": {"enabled": False}})
+        assert stage_hash(unchecked, "high_res", weights).startswith(expected)
+
+
+def test_the_check_of_captions_is_their_identity_where_there_is_one() -> None:
+    def captions_hash(**values: object) -> str:
+        return hashes(config(**values))["captions"]
+
+    off = captions_hash(captions={"check": {"enabled": False}})
+    assert captions_hash() != off
+    assert captions_hash(quality={"clip": None}) == off, "no model, no check"
+    assert captions_hash(captions={"check": {"margin": 5}}) != captions_hash()
+    assert captions_hash(captions={"check": {"clip": "picturebook"}}) == captions_hash(), (
+        "what quality.clip names anyway"
+    )
+    assert captions_hash(quality={"clip": "a/b"}) != captions_hash()
+    assert captions_hash(quality={"clip": "a/b"}) != captions_hash(quality={"clip": "a/b", "clip_revision": "1"})
+    own = {"check": {"clip": "c/d", "clip_revision": "2"}}
+    assert captions_hash(captions=own, quality={"clip": "a/b"}) == captions_hash(captions=own, quality={"clip": None})
+    assert captions_hash(captions=own) != captions_hash(captions={"check": {"clip": "c/d"}})
+    prompts = [captions_hash(captions={"source": "prompt", "check": {"margin": margin}}) for margin in (1, 2)]
+    assert prompts[0] == prompts[1], "a prompt is not checked"
+    unread = [hashes(config(captions={"check": {"enabled": False, "margin": margin}})) for margin in (1, 2)]
+    assert unread[0] == unread[1]
 
 
 def test_what_a_method_does_not_read_is_neither_its_identity_nor_stored() -> None:

@@ -190,6 +190,14 @@ def test_captions_that_are_not_the_captioners_are_marked() -> None:
     assert "1 with the global prompt" in parsed.text
     assert "a house global prompt" in parsed.text
     assert "b shortened" in parsed.text
+    assert "neighbour" not in parsed.text
+
+
+def test_captions_of_neighbours_are_marked_and_counted_apart() -> None:
+    captions = [*rows(["a house"], status="fallback"), *rows(["bricks"], status="replaced"), *rows(["bricks"])]
+    parsed = page(sample(captions=captions))
+    assert "3 patch captions (row, column), 1 with the global prompt, 1 with a neighbour's caption" in parsed.text
+    assert "bricks a neighbour's caption" in parsed.text
 
 
 def test_equal_input_gives_equal_pages_and_order_of_reading_is_free() -> None:

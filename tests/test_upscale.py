@@ -365,6 +365,9 @@ def test_captions_go_to_their_views_or_to_the_nearest():
     assert captions_for_views(grid, tiles, "p")[0] == "patch a"
     assert captions_for_views(grid, tiles, "p")[8] == "patch d"
     assert set(captions_for_views(grid, rows(grid, status="fallback"), "p")) == {"p"}
+    assert set(captions_for_views(grid, rows(grid, status="empty"), "p")) == {"p"}
+    replaced = rows(grid, status="replaced")
+    assert captions_for_views(grid, replaced, "p") == [row["caption"] for row in replaced], "a neighbour's tells of it"
     with pytest.raises(SampleError, match="captions stage"):
         captions_for_views(grid, (), "p")
 

@@ -67,8 +67,11 @@ class ClipScorer:
         """Projected embeddings [N, D] of unit length."""
         import torch
 
+        from resmaster_stages.models.busy import busy
+        from resmaster_stages.models.faults import device_faults
+
         tokens = self._tokens(texts)
-        with torch.inference_mode():
+        with busy(), torch.inference_mode(), device_faults("set quality.device: cpu"):
             read = self.model.text_model(**tokens)
             embeds = torch.nn.functional.normalize(self.model.text_projection(read.pooler_output).float(), dim=-1)
         return embeds.cpu().numpy()
@@ -88,9 +91,12 @@ class ClipScorer:
         return ((values - self._mean) / self._std).transpose(2, 0, 1).astype(np.float32)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def load_clip(identifier: str, revision: str | None = None, device: str = "auto") -> ClipScorer:
-    """The scorer of `picturebook`, a folder or a hub id. Raises ConfigError, in one line, if it cannot be loaded."""
+    """The scorer of `picturebook`, a folder or a hub id. Raises ConfigError, in one line, if it cannot be loaded.
+
+    Two are kept: the check of captions may use another one than the CLIP score.
+    """
     import torch
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
@@ -108,7 +114,7 @@ def load_clip(identifier: str, revision: str | None = None, device: str = "auto"
     except Exception as error:  # loaders raise whatever their parts raise; the user's remedy is the same
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
-            f"quality.clip {identifier!r} cannot be loaded ({lines[0][:160]}); give `picturebook`, a folder or hub id of a "
-            "CLIP model with safetensors weights, or null for no CLIP score"
+            f"CLIP model {identifier!r} cannot be loaded ({lines[0][:160]}); give quality.clip, or captions.check.clip if that "
+            "names it, `picturebook`, a folder or hub id of a CLIP model with safetensors weights, or null"
         ) from None
     return ClipScorer(model, tokenizer, processor.image_mean, processor.image_std)

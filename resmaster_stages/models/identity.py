@@ -148,6 +148,7 @@ def weights_of(config: DatasetConfig) -> Weights:
     """Names of all weights that a dataset is made with. Raises ConfigError for a folder that does not exist."""
     captions, quality = config.captions, config.quality
     local = captions.source == "model"
+    judge = config.caption_clip()
     return Weights(
         model=model_identity(config.model),
         captioner=_source_identity(captions.model, captions.revision, "captioner") if local else None,
@@ -156,4 +157,5 @@ def weights_of(config: DatasetConfig) -> Weights:
         super_resolution=None
         if config.upscale.uses_diffusion()
         else super_resolution_identity(config.upscale.super_resolution),
+        caption_check=_source_identity(*judge, "clip") if judge else None,
     )

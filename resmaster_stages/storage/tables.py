@@ -48,9 +48,14 @@ CAPTIONS_SCHEMA = _schema(
         ("revision", pa.string(), True),
         ("status", pa.string(), False),
         ("prompt_hash", pa.string(), True),
+        ("fit", pa.float64(), True),
     ],
 )
-"""One row per patch. `grid` is "HxW/window/stride" in px; `status` is ok, fallback or empty."""
+"""One row per patch. `grid` is "HxW/window/stride" in px. `status` is ok, replaced (a neighbour's caption, which fits better),
+fallback or empty (the global prompt). `fit` is how well the caption suits the patch, null where that was not checked."""
+
+DESCRIBED = ("ok", "replaced")
+"""Statuses of captions that tell of a patch; with any other the row holds the global prompt."""
 
 QUALITY_SCHEMA = _schema(
     "quality",

@@ -23,7 +23,7 @@ def pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("unet/w", {"model"}),
         ("captioner/w", {"captioner"}),
-        ("clip/w", {"clip"}),
+        ("clip/w", {"clip", "caption_check"}),
         ("classifier/w", {"features"}),
         ("card.json", set()),
     ],
@@ -41,6 +41,18 @@ def test_a_change_of_one_network_of_the_pack_renames_that_one_only(pack: Path, c
     (pack / changed).write_text("other")
     identity._pack_digest.cache_clear()
     after = weights_of(config)
-    names = ("model", "captioner", "clip", "features")
+    names = ("model", "captioner", "clip", "features", "caption_check")
     assert {name for name in names if getattr(before, name) != getattr(after, name)} == affects
     assert all(getattr(after, name) for name in names)
+
+
+def test_the_model_that_checks_captions_has_a_name_where_captions_are_checked(pack: Path) -> None:
+    def judge(**captions: object) -> str | None:
+        values = {"name": "d", "captions": captions, "quality": {"clip": "o/q", "clip_revision": "1"}}
+        return weights_of(parse_config(values)).caption_check
+
+    assert judge() == "o/q@1"
+    assert judge(check={"clip": "o/c", "clip_revision": "2"}) == "o/c@2"
+    assert judge(check={"clip": "o/c"}) == "o/c@main"
+    assert judge(check={"enabled": False}) is None
+    assert judge(source="prompt") is None

@@ -51,6 +51,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
                 "revision": st.none() | TEXT,
                 "status": TEXT,
                 "prompt_hash": st.none() | TEXT,
+                "fit": st.none() | st.floats(0, 100),
             }
         ),
         max_size=4,
