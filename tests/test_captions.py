@@ -351,16 +351,17 @@ def test_picturebooks_clip_finds_a_planted_caption_and_leaves_true_ones(monkeypa
     monkeypatch.setattr(captions, "load_captioner", lambda *_: Echo(in_turn(list(answers))))
     image = true_picture(prompt, 128, 128)
     true = caption_rows(image, prompt, grid, load_writer(config))
-    assert sum(row["status"] == "replaced" for row in true) <= 3, "nearly all of what is true stays"
-    water = answers.index(min(answers, key=len))  # an empty view: nothing but sky or water
+    assert sum(row["status"] == "ok" for row in true) >= 40, "most of what is true stays"
     foreign = "close-up of leaves with veins of a purple tree and bricks of a green house"
-    answers[water] = foreign
-    rows = caption_rows(image, prompt, grid, load_writer(config))
-    assert (rows[water]["status"], true[water]["status"]) == ("replaced", "ok")
-    assert foreign not in {row["caption"] for row in rows}
-    assert rows[water]["fit"] > 20
-    changed = [n for n, (a, b) in enumerate(zip(true, rows)) if n != water and a["caption"] != b["caption"]]
-    assert len(changed) <= 1, "one wrong caption draws no right one along"
+    for planted in (0, 6, 24, 45):  # corners, the middle, a border
+        wrong = [foreign if number == planted else text for number, text in enumerate(answers)]
+        monkeypatch.setattr(captions, "load_captioner", lambda *_, wrong=wrong: Echo(in_turn(wrong)))
+        rows = caption_rows(image, prompt, grid, load_writer(config))
+        assert rows[planted]["status"] == "replaced"
+        assert foreign not in {row["caption"] for row in rows}
+        assert rows[planted]["fit"] > 20
+        kept = [a["caption"] == b["caption"] for a, b in zip(true, rows)]
+        assert sum(kept) >= 45, "one wrong caption hardly moves others"
 
 
 # ----------------------------------------------------------------------------------------------------------- the stage

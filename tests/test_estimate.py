@@ -54,6 +54,10 @@ def test_without_commits_the_table_speaks_and_says_what_it_does_not_know(tmp_pat
     assert stage_of(found, "captions").seconds_per_sample == pytest.approx(49 * (0.008 + 0.0027)), (
         "picturebook's captioner and CLIP"
     )
+    unchecked = estimate(preview(sdxl(tmp_path, quality={"clip": None})))
+    assert stage_of(unchecked, "captions").seconds_per_sample == pytest.approx(49 * 0.008)
+    judged = estimate(preview(sdxl(tmp_path, captions={"check": {"clip": "someone/else"}})))
+    assert judged.unknown == ("captions",), "its speed is not known"
     assert found.unknown == ()
     assert found.cost == pytest.approx(2.0 * found.device_hours)
     assert found.wall_seconds == pytest.approx(found.device_hours * 3600 / 8), "16 shards in two rounds of eight"

@@ -60,6 +60,9 @@ def test_a_finished_sample(tmp_path: Path) -> None:
     text = spelled(found)
     for part in (key, "a boat", "patch     0,1", high_res.files[0].fetch, "agreement_psnr 30", found.models["model"]):
         assert part in text
+    assert "fit" not in text, "the stand-in checks no captions"
+    captions.rows[1].update(status="replaced", truncated=True, fit=41.26)
+    assert "a boat (replaced, shortened, fit 41.3)" in spelled(found)
 
 
 def test_the_commands_fetch_the_files(tmp_path: Path) -> None:
