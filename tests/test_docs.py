@@ -64,7 +64,8 @@ NOT_RUN = {
     "deploying.md": ELSEWHERE,
     "methods.md": {
         "resmaster compare deployments/datasets/picturebook.yaml --n 1 --root out/strip --scales 4x4 --methods direct,"
-        "multidiffusion,resmaster,demofusion,scalecrafter,fouriscale,freescale,c_upscale,super_resolution": "takes minutes",
+        "multidiffusion,resmaster,demofusion,scalecrafter,fouriscale,freescale,c_upscale,super_resolution,lanczos": "takes "
+        "minutes",
     },
     "speed.md": {
         "python benchmarks/methods.py": "takes minutes",
