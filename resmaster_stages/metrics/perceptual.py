@@ -50,8 +50,8 @@ def perceptual_distance(a: Image.Image, b: Image.Image, extractor: LayerExtracto
     if a.size != b.size:
         raise ValueError(f"pictures of one size expected, got {a.size} and {b.size} (width, height)")
     boxes = tile_boxes(a.height, a.width, extractor.input_px)
-    found = zip(extractor.layers(crops(a, boxes)), extractor.layers(crops(b, boxes)))
-    return float(sum(layer_distances(x, y) for x, y in found).mean())
+    layers = zip(extractor.layers(crops(a, boxes)), extractor.layers(crops(b, boxes)))
+    return float(np.sum([layer_distances(x, y).mean() for x, y in layers]))
 
 
 def layer_distances(a: Floats, b: Floats) -> NDArray[np.float64]:
