@@ -308,7 +308,7 @@ def repeat_measures(pack: Path, captioner: GitForCausalLM, count: int) -> list[M
 
 def paired_measures(pack: Path, captioner: GitForCausalLM, count: int) -> list[Measure]:
     """Scenes drawn at 128 px and enlarged 4x by every method of `paired.METHODS`, against the same scenes drawn at 512 px; and
-    these drawings through the VAE and back, which no latent method can beat."""
+    these drawings through the VAE and back, which a latent method can hardly beat."""
     device = str(captioner.device)
     shown = paired.draw(square_scenes(count, SCENE_SEED + 3_000_000))
     models = load_models(paired.config_of(pack, device))
@@ -449,7 +449,7 @@ def evaluate(
 
 
 def main() -> None:
-    """Print the measures and record them in the card."""
+    """Print the measures, record them in the card, and print the table of docs/picturebook.md."""
     parser = argparse.ArgumentParser(prog="python -m resmaster_stages.picturebook.evaluate", description=__doc__)
     parser.add_argument("--pack", type=Path, default=PACK)
     parser.add_argument("--photos", type=int, default=512, help="held-out photos (a multiple of 64)")
@@ -475,6 +475,7 @@ def main() -> None:
         "steps": 20,
     }
     path.write_text(json.dumps(card, indent=2) + "\n")
+    print(f"\n{measures_table(card['measures'])}")
 
 
 if __name__ == "__main__":

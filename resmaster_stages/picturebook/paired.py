@@ -139,7 +139,7 @@ def enlarged(models: Models, config: DatasetConfig, image: Image.Image, prompt: 
 
 
 def round_trip(models: Models, image: Image.Image) -> Image.Image:
-    """A drawing through the VAE and back: what no latent method can do better. Sides are multiples of the latent factor."""
+    """A drawing through the VAE and back: what a latent method can hardly beat. Sides are multiples of the latent factor."""
     return to_image(autoencoder.decode(models, autoencoder.encode(models, to_tensor(image)))[0])
 
 

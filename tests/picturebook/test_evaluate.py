@@ -88,7 +88,9 @@ def test_measuring_replaces_the_card_s_measures_and_nothing_else(
     assert card["hardware"] == "a"
     assert card["measures"] == {"new": {"value": 1.0, "aim": 1.25, "at_most": True}}
     assert card["measured_on"]["paired_scenes"] == 3
-    assert "<=   1.250   met" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "<=   1.250   met" in out
+    assert out.endswith("| new | 1.00 | ≤ 1.25 |\n")
 
 
 # -------------------------------------------------------------------------------------------------- the paired measure
