@@ -201,6 +201,13 @@ def parser() -> argparse.ArgumentParser:
         help="real images for FID and KID: a folder, WebDataset .tar shards, or picturebook: its prompts drawn by vectors "
         "at the target size (default: the low-res images)",
     )
+    sub.add_argument(
+        "--low-res",
+        choices=("generated", "drawn"),
+        default="generated",
+        help="drawn: picturebook's prompts drawn by vectors at the low-res size, so the true enlargement is known and the "
+        "distance from it is measured (default: generated)",
+    )
 
     sub = add(
         "upscale",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 from collections.abc import Callable
+from dataclasses import replace
 
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +27,7 @@ from resmaster_stages.config import DatasetConfig
 from resmaster_stages.disclosure import without_credentials
 from resmaster_stages.lineage import stage_hashes
 from resmaster_stages.models.identity import PICTUREBOOK
+from resmaster_stages.picturebook.drawn import DRAWN, renamed, true_enlargement, with_drawings
 from resmaster_stages.preview import Preview, preview
 from resmaster_stages.prompts import ingest
 from resmaster_stages.standing import status
@@ -44,11 +46,17 @@ Build = Callable[[Preview], int]
 
 def compare(config: DatasetConfig, args: argparse.Namespace, build: Build, console: Console) -> int:
     """Build what is missing, measure, write the folder `{name}-compare` under the root, and print the table."""
+    drawn = args.low_res == DRAWN
+    config = renamed(config) if drawn else config
+    folder = compare_folder(config)
     wanted = variants(config, args.methods, args.scales)
+    if drawn or args.reference == PICTUREBOOK:
+        for variant in wanted:
+            check_truth(variant.config)
+    if drawn:
+        wanted = [replace(variant, config=with_drawings(variant.config, folder)) for variant in wanted]
     for variant in wanted:
         preview(variant.config)  # what is wrong with any of them is found before the first one starts
-        if args.reference == PICTUREBOOK:
-            check_truth(variant.config)
     built: list[tuple[Variant, Dataset]] = []
     worst = 0
     for variant in wanted:
@@ -63,8 +71,8 @@ def compare(config: DatasetConfig, args: argparse.Namespace, build: Build, conso
             console.print(look.headline(), highlight=False, soft_wrap=True)
             worst = max(worst, build(look))
         built.append((variant, dataset))
-    folder = compare_folder(config)
-    found = compare_datasets(built, _reference(args.reference, folder), without_credentials(args.reference or ""))
+    reference, truth = _reference(args.reference, folder), true_enlargement if drawn else None
+    found = compare_datasets(built, reference, without_credentials(args.reference or ""), truth)
     page = write_comparison(folder, config.name, built, found)
     print_tables(found)
     print(f"comparison: {page}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, Literal
 
 from prefect import flow
 from prefect.client.schemas.objects import State
@@ -15,12 +15,17 @@ from flows.outcome import incomplete, outcome
 from flows.server_runs import cancel_children
 from resmaster_stages.compare import compare_folder
 from resmaster_stages.config import DatasetConfig
+from resmaster_stages.picturebook.drawn import DRAWN, renamed
 from resmaster_stages.preview import Preview
 
 
 @flow(name="compare", flow_run_name="compare {config.name}: {methods}", on_cancellation=[cancel_children])
 def compare_methods(
-    config: DatasetConfig, methods: str, scales: str = "4x4", reference: str | None = None
+    config: DatasetConfig,
+    methods: str,
+    scales: str = "4x4",
+    reference: str | None = None,
+    low_res: Literal["generated", "drawn"] = "generated",
 ) -> str | State[Any]:
     """Build the same samples by several methods, and measure them together.
 
@@ -29,6 +34,7 @@ def compare_methods(
         methods: comma-separated, e.g. `multidiffusion,resmaster+sg,resmaster`.
         scales: height x width in native sizes, comma-separated, e.g. `2x2,4x4`.
         reference: real images for FID and KID: a folder, shards, or `picturebook`; default: the low-res images.
+        low_res: `drawn`: picturebook's prompts are drawn at the low-res size, and their true enlargements are known.
 
     Returns the URL of the page with the tables.
     """
@@ -36,7 +42,7 @@ def compare_methods(
     def build(look: Preview) -> int:
         return 1 if outcome(build_dataset(look.config, return_state=True)).errors else 0
 
-    wanted = argparse.Namespace(methods=methods, scales=scales, reference=reference)
+    wanted = argparse.Namespace(methods=methods, scales=scales, reference=reference, low_res=low_res)
     worst = compare(config, wanted, build, Console(stderr=True))
-    page = compare_folder(config).url_of("compare.md")
+    page = compare_folder(renamed(config) if low_res == DRAWN else config).url_of("compare.md")
     return incomplete(f"some shards are missing; the others are compared in {page}", page) if worst else page

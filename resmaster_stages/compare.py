@@ -330,11 +330,13 @@ def compare_datasets(
     built: Sequence[tuple[Variant, Dataset]],
     reference: Callable[[Dataset, int, int], tuple[Features, Features | None]] | None = None,
     reference_name: str = "",
+    truth: Callable[[str, int, int], Image.Image] | None = None,
 ) -> Compared:
     """Measure every variant over the samples that all methods of its scale have.
 
     `reference` gives, for a scale's dataset and its pictures' height and width in px, the features to compare with and
     perhaps those of other real pictures, which get a row of their own; None means each scale's own low-res images.
+    `truth` gives, for a prompt and a height and width in px, the one true enlargement of its low-res image, where there is one.
     Raises PlanError if a scale has no sample in common.
     """
     from resmaster_stages.picturebook.counting import LEAST
@@ -365,6 +367,7 @@ def compare_datasets(
                     "reference_samples": count,
                     **compare_sets(stacked(read_features(dataset), keys), against, views),
                     **_repeats(dataset, keys),
+                    "perceptual_distance": _distance(dataset, keys, truth),
                 }
             )
         if real is not None:
@@ -439,6 +442,26 @@ def _repeats(dataset: Dataset, keys: Sequence[str]) -> dict[str, float | None]:
 
     wanted = ((sample.high_res, mentions(sample.prompt, KINDS)) for sample in finished_samples(dataset, keys))
     return _as_columns(repeated_objects(wanted, counter, LEAST))
+
+
+def _distance(
+    dataset: Dataset, keys: Sequence[str], truth: Callable[[str, int, int], Image.Image] | None
+) -> float | None:
+    """Mean perceptual distance of a dataset's pictures from the true ones, by the embedded pack's classifier; None without."""
+    if truth is None:
+        return None
+    from resmaster_stages.metrics.features import load_classifier
+    from resmaster_stages.metrics.perceptual import perceptual_distance
+    from resmaster_stages.models.identity import pack_folder
+
+    extractor = load_classifier(pack_folder(), dataset.config.quality.device)
+    found = [
+        perceptual_distance(
+            sample.high_res, truth(sample.prompt, sample.high_res.height, sample.high_res.width), extractor
+        )
+        for sample in finished_samples(dataset, keys)
+    ]
+    return sum(found) / len(found)
 
 
 def _as_columns(found: Repeats) -> dict[str, float | None]:

@@ -27,6 +27,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("clip_score", "CLIP ↑", "{:.2f}"),
     ("agreement_psnr", "PSNR ↑", "{:.2f}"),
     ("agreement_ssim", "SSIM ↑", "{:.3f}"),
+    ("perceptual_distance", "distance ↓", "{:.3f}"),
     ("detail_energy", "detail", "{:.4f}"),
     ("seam", "seam", "{:.2f}"),
     ("repeat_rate", "repeats ↓", "{:.2f}"),
@@ -77,7 +78,7 @@ def markdown(title: str, rows: Sequence[Mapping[str, Any]], sheets: Mapping[str,
     lines += [
         "r: whole image resized; c: 10 native-size crops resized; u: 10 crops not resized. KID with its 95 % interval. FID is "
         "biased at small counts: compare equal counts only. UNet calls: forward passes per image; UNet views: evaluations in "
-        "native-size views, guidance included. Seconds are those of the high-res stage, loading of models included.",
+        "native-size views, guidance included. Distance: perceptual, from the true enlargement. Seconds are those of the high-res stage, loading of models included.",
         "",
     ]
     return "\n".join(lines)

@@ -51,7 +51,7 @@ DIFFUSION_METHODS = (
 )
 """Methods that denoise with the base model."""
 
-METHODS = (*DIFFUSION_METHODS, "super_resolution")
+METHODS = (*DIFFUSION_METHODS, "super_resolution", "lanczos")
 """Upscaling methods; each is one file in `resmaster_stages/methods`."""
 
 DEMOFUSION_NEGATIVE_PROMPT = "blurry, ugly, duplicate, poorly drawn, deformed, mosaic"
@@ -555,7 +555,7 @@ class UpscaleConfig(Part):
 
     method: str = Field(default="resmaster", json_schema_extra={"enum": list(METHODS)})
     """One of the upscaling methods: direct, multidiffusion, resmaster, demofusion, scalecrafter, fouriscale,
-    freescale, c_upscale, super_resolution."""
+    freescale, c_upscale, super_resolution, lanczos."""
     scale: float = Field(default=4.0, ge=1, le=64)
     """Target size over low-res size. Generated images must come out at a multiple of the latent factor (8)."""
     via: tuple[float, ...] = ()
@@ -678,7 +678,7 @@ class UpscaleConfig(Part):
         """As of every part, less what the method does not read."""
         values = super().identity()
         if not self.uses_diffusion():
-            return {name: values[name] for name in ("method", "scale", self.method)}
+            return {name: values[name] for name in ("method", "scale", self.method) if name in values}
         idle = METHOD_PARTS.keys() - {self.method}
         idle |= {name for name, readers in SHARED_PARTS.items() if self.method not in readers}
         idle |= {name for name, off in OFF_FIELDS.items() if values[name] == off}

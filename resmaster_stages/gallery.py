@@ -77,8 +77,10 @@ def facts(config: DatasetConfig, manifest: pa.Table) -> dict[str, Any]:
         )
         if on
     ]
-    settings: dict[str, Any] = {"network": upscale.super_resolution.model}
-    if upscale.uses_diffusion():
+    settings: dict[str, Any] = {}
+    if upscale.method == "super_resolution":
+        settings = {"network": upscale.super_resolution.model}
+    elif upscale.uses_diffusion():
         settings = {"steps": upscale.steps, "guidance scale": upscale.guidance_scale}
     return {
         "samples": manifest.num_rows,

@@ -132,10 +132,15 @@ def enlarge_image(
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None = None,
 ) -> Image.Image:
-    """`upscale_image` by method super_resolution, which needs no base model. `progress` hears (tiles done, tiles in all)."""
+    """`upscale_image` by a method that needs no base model: super_resolution or lanczos. `progress` hears (tiles done, tiles
+    in all) of super_resolution."""
+    size = target_size(image.height, image.width, config.scale)
+    if config.method == "lanczos":
+        from resmaster_stages.methods.lanczos import enlarge
+
+        return enlarge(image, *size)
     from resmaster_stages.methods.super_resolution import super_resolve
 
-    size = target_size(image.height, image.width, config.scale)
     return super_resolve(image, *size, config, device, dtype, progress)
 
 
@@ -206,14 +211,16 @@ def _diffused(config: DatasetConfig, sample: Sample, image: Image.Image) -> tupl
     }
 
 
-def _super_resolved(config: DatasetConfig, image: Image.Image) -> tuple[Image.Image, dict[str, Any]]:
-    """The high-res picture by a super-resolution network, and the facts of how it was made."""
+def _enlarged(config: DatasetConfig, image: Image.Image) -> tuple[Image.Image, dict[str, Any]]:
+    """The high-res picture without the base model, and the facts of how it was made."""
     from resmaster_stages.models.identity import super_resolution_identity
     from resmaster_stages.models.loading import resolve_device, resolve_dtype
 
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device)
     picture = enlarge_image(image, config.upscale, device, dtype, reporter().step)
+    if config.upscale.method == "lanczos":
+        return picture, {}
     return picture, {"model": super_resolution_identity(config.upscale.super_resolution)}
 
 
@@ -226,7 +233,7 @@ def _make(config: DatasetConfig, sample: Sample) -> Output:
     image, upscale = sample.low_res.open(), config.upscale
     if sample.detail_mask:
         upscale.require_detail_mask(f"sample {sample.key} has")
-    made = _diffused(config, sample, image) if upscale.uses_diffusion() else _super_resolved(config, image)
+    made = _diffused(config, sample, image) if upscale.uses_diffusion() else _enlarged(config, image)
     return Output(sample.key, finish=partial(_files, config, sample, image.size, *made))
 
 

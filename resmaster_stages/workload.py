@@ -101,7 +101,7 @@ def _of_method(config: UpscaleConfig, grid: Grid, low_area: float) -> Iterator[U
         left = range(first_step(config.freescale.start, steps), steps)
         for scale in phase_scales(config.scale, config.freescale.phases, refine=False):
             yield UnetWork(rows(left), _area(*_phase(grid, scale, config.scale), grid))
-    elif config.method != "super_resolution":  # which has a network of its own and no UNet
+    elif config.uses_diffusion():
         third = _steps_with_a_third_branch(config, grid) if config.guidance_scale > 1 else 0
         yield UnetWork(rows(single) + max(0, third - single.start), canvas)
 

@@ -19,6 +19,7 @@ from flows.cli import parser
 from flows.compare import compare
 from resmaster_stages.compare import (
     at_scale,
+    finished_samples,
     low_res_size,
     reference_features,
     share_low_res,
@@ -31,6 +32,10 @@ from resmaster_stages.diffusion.cost import count_call, counting
 from resmaster_stages.errors import ConfigError, SampleError, UserError
 from resmaster_stages.gallery import write_report
 from resmaster_stages.lineage import stage_hashes
+from resmaster_stages.metrics.agreement import agreement
+from resmaster_stages.picturebook.drawn import REPLICA, true_enlargement
+from resmaster_stages.picturebook.truth import true_picture
+from resmaster_stages.pictures import encode_picture
 from resmaster_stages.preview import Preview, check_sizes
 from resmaster_stages.publish import write_manifest
 from resmaster_stages.quality import picture_features
@@ -235,7 +240,9 @@ def no_captions(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Ou
 
 
 def arguments(**values: Any) -> argparse.Namespace:
-    return argparse.Namespace(**{"methods": "direct,resmaster", "scales": "2x2,4x4", "reference": None, **values})
+    return argparse.Namespace(
+        **{"methods": "direct,resmaster", "scales": "2x2,4x4", "reference": None, "low_res": "generated", **values}
+    )
 
 
 def build(look: Preview) -> int:
@@ -381,6 +388,114 @@ def test_ground_truth_is_every_prompt_drawn_at_the_target_size(
     assert all(np.array_equal(again[key]["r"], values["r"]) for key, values in reference.items())
 
 
+class Pixels:
+    """An extractor whose one layer is the picture."""
+
+    input_px = 4
+
+    def layers(self, images: Sequence[Image.Image]) -> list[np.ndarray]:
+        return [np.stack([np.asarray(image, np.float32).transpose(2, 0, 1) for image in images])]
+
+
+def drawn_config(tmp_path: Path, lines: str, **values: Any) -> DatasetConfig:
+    (tmp_path / "prompts.txt").write_text(lines)
+    own = {"name": "d", "root": str(tmp_path / "out"), "prompts": str(tmp_path / "prompts.txt"), "image_format": "png"}
+    return parse_config({**own, "model": {"id": "tiny"}, "quality": {"features": "picturebook"}, **values})
+
+
+def test_drawn_low_res_images_have_a_true_enlargement_and_the_distance_from_it_is_a_column(
+    tmp_path: Path, fakes: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`direct` is made to give the truth itself, and `lanczos` is the method: their distances are 0 and more."""
+    pytest.importorskip("resvg_py")
+    from resmaster_stages import low_res, upscale
+
+    config = drawn_config(tmp_path, "a red house on the sand at night\ntwo cats: a blue cat and a pink cat\n")
+    monkeypatch.setattr("resmaster_stages.metrics.features.load_classifier", lambda folder, device: Pixels())
+    looks: list[str] = []
+
+    def the_truth(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        for sample in samples:
+            yield Output(sample.key, files={"png": encoded(true_enlargement(sample.prompt, 64, 64)), "json": b"{}"})
+
+    def build(look: Preview) -> int:
+        looks.append(look.config.name)
+        dataset = open_dataset(look.url)
+        for stage, shards in pending(dataset).items():
+            for shard in shards:
+                high_res = upscale.process if look.config.upscale.method == "lanczos" else the_truth
+                process = {"low_res": low_res.process, "high_res": high_res, "quality": quality}[stage]
+                with counting():
+                    run_stage(dataset, dataset.config, stage, shard, process=process)
+        write_manifest(dataset)
+        write_report(dataset)
+        return 0
+
+    asked = arguments(methods="direct,lanczos", scales="4x4", low_res="drawn")
+    assert compare(config, asked, build, Console(stderr=True)) == 0
+    assert looks == ["d-drawn-direct-4x4", "d-drawn-lanczos-4x4"]
+    folder = tmp_path / "out" / "d-drawn-compare"
+    direct, lanczos = pq.read_table(folder / "compare.parquet").to_pylist()
+    assert direct["perceptual_distance"] == 0
+    assert lanczos["perceptual_distance"] > 0.001
+    assert (direct["samples"], direct["height"], direct["width"]) == (2, 64, 64)
+    assert "distance ↓" in capsys.readouterr().out
+    assert "| distance ↓ |" in (folder / "compare.md").read_text()
+    for sample in finished_samples(open_dataset(str(tmp_path / "out" / looks[1])), [direct_key(tmp_path, 0)]):
+        assert sample.low_res.tobytes() == true_picture(sample.prompt, 16, 16, REPLICA).tobytes()
+    (tar,) = folder.glob("drawn-16x16-*.tar")
+    written = tar.stat().st_mtime_ns
+    looks.clear()
+    assert compare(config, asked, build, Console(stderr=True)) == 0
+    assert (looks, tar.stat().st_mtime_ns) == ([], written), "nothing was left to do"
+
+
+def direct_key(tmp_path: Path, place: int) -> str:
+    dataset = open_dataset(str(tmp_path / "out" / "d-drawn-direct-4x4"))
+    return list(read_plan(dataset.folder).read(0))[place].key
+
+
+def encoded(image: Image.Image) -> bytes:
+    return encode_picture(image, "png")
+
+
+def test_a_drawing_and_its_true_enlargement_are_one_scene_and_none_of_the_reference() -> None:
+    pytest.importorskip("resvg_py")
+    prompt = "a red house and a yellow cat on the sand at night"
+    small = true_picture(prompt, 88, 176, REPLICA)
+    assert agreement(true_enlargement(prompt, 256, 512), small)[0] > 28
+    for replica in range(3):
+        assert agreement(true_picture(prompt, 256, 512, replica), small)[0] < 22
+
+
+@pytest.mark.parametrize(
+    ("prompts", "values", "said"),
+    [
+        ("a photograph of a whale", {}, "names nothing of its world"),
+        ("a red cat", {"replicas": 2}, "replicas: 1"),
+        ("a red cat", {"images": "somewhere", "prompts": None}, "your own images"),
+    ],
+)
+def test_what_cannot_be_drawn_small_is_said_before_anything_is_built(
+    tmp_path: Path, fakes: None, prompts: str, values: dict[str, Any], said: str
+) -> None:
+    config = drawn_config(tmp_path, prompts, **values)
+    with pytest.raises(ConfigError, match=said) as error:
+        compare(config, arguments(methods="lanczos", low_res="drawn"), build, Console(stderr=True))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_drawing_takes_no_detail_mask(tmp_path: Path, fakes: None) -> None:
+    pytest.importorskip("resvg_py")
+    (tmp_path / "mask.png").write_bytes(png((9, 9, 9)))
+    (tmp_path / "prompts.csv").write_text("prompt,detail_mask\na red cat,mask.png\n")
+    masked = {"method": "freescale", "freescale": {"alpha_elsewhere": 0.5}}
+    config = drawn_config(tmp_path, "", prompts=str(tmp_path / "prompts.csv"), upscale=masked)
+    with pytest.raises(ConfigError, match="no detail mask"):
+        compare(config, arguments(methods="freescale", low_res="drawn"), build, Console(stderr=True))
+
+
 @pytest.mark.parametrize(
     ("prompts", "said"),
     [
@@ -432,4 +547,4 @@ def test_the_commands_in_the_documentation_are_understood() -> None:
         for variant in found:
             check_sizes(variant.config)
         counts.append((len(found), args.limit))
-    assert counts == [(15, 64), (11, 24), (18, 16), (4, 24), (3, 24), (9, 48)]
+    assert counts == [(15, 64), (11, 24), (18, 16), (4, 24), (3, 24), (9, 48), (9, 24)]

@@ -59,12 +59,21 @@ NOT_RUN = {
                 "resmaster:steps=25:stepper=dpmpp_2m,resmaster:steps=50:init=noised_lr:start=0.3,"
                 "resmaster:steps=50:shift=every_step:shift_stride=1.0:shift_stop=0.82,resmaster:steps=50:guidance_stop=0.7",
             ),
+            (
+                "picturebook-evaluation",
+                "--n 24 --reference picturebook --low-res drawn --scales 4x4",
+                "lanczos,super_resolution,direct:init=noised_lr:start=0.65,direct:init=noised_lr:start=0.5,"
+                "multidiffusion:init=noised_lr:start=0.65:stride=0.75:fuse=linear,"
+                "multidiffusion:init=noised_lr:start=0.5:stride=0.75:fuse=linear,"
+                "c_upscale,resmaster,resmaster:preset=accelerated:steps=25",
+            ),
         )
     },
     "deploying.md": ELSEWHERE,
     "methods.md": {
         "resmaster compare deployments/datasets/picturebook.yaml --n 1 --root out/strip --scales 4x4 --methods direct,"
-        "multidiffusion,resmaster,demofusion,scalecrafter,fouriscale,freescale,c_upscale,super_resolution": "takes minutes",
+        "multidiffusion,resmaster,demofusion,scalecrafter,fouriscale,freescale,c_upscale,super_resolution,lanczos": "takes "
+        "minutes",
     },
     "speed.md": {
         "python benchmarks/methods.py": "takes minutes",

@@ -39,6 +39,17 @@ def crop_boxes(key: str, height: int, width: int, size: int, count: int = CROPS_
     return boxes
 
 
+def tile_boxes(height: int, width: int, size: int) -> list[Box]:
+    """Squares of `size` px side by side, row by row, over a picture of `height` x `width` px: all of it where its sides are
+    multiples of `size`, else up to the last whole square. A picture smaller than a square gives squares of its shorter side.
+    """
+    if min(height, width, size) < 1:
+        raise ValueError(f"positive sizes expected, got {height} x {width} px, squares of {size} px")
+    edge = min(size, height, width)
+    places = ((y * edge, x * edge) for y in range(height // edge) for x in range(width // edge))
+    return [(y, x, y + edge, x + edge) for y, x in places]
+
+
 def crops(image: Image.Image, boxes: Sequence[Box]) -> list[Image.Image]:
     """What the boxes show, not resized."""
     return [image.crop((x0, y0, x1, y1)) for y0, x0, y1, x1 in boxes]

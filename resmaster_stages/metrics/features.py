@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -94,7 +94,7 @@ class ClipFeatures:
 
 
 class ClassifierFeatures:
-    """The pooled features of an image classifier of transformers, and its class probabilities."""
+    """The pooled features of an image classifier of transformers, its class probabilities, and its layers' feature maps."""
 
     def __init__(self, network: Any, name: str, input_px: int) -> None:
         self.name, self.input_px = name, input_px
@@ -103,21 +103,39 @@ class ClassifierFeatures:
 
     def extract(self, images: Sequence[Image.Image]) -> Features:
         """Features [N, D] and probabilities [N, classes] of images in [-1, 1]."""
+        features = [np.zeros((0, self.dimension), np.float32)]
+        probabilities = [np.zeros((0, self._network.config.num_labels), np.float32)]
+
+        def keep(pixels: Any) -> None:
+            pooled = self._network.resnet(pixels).pooler_output.flatten(1)
+            features.append(pooled.float().cpu().numpy())
+            probabilities.append(self._network.classifier(pooled).float().softmax(-1).cpu().numpy())
+
+        self._over(images, keep)
+        return Features(np.concatenate(features), np.concatenate(probabilities))
+
+    def layers(self, images: Sequence[Image.Image]) -> list[Floats]:
+        """Feature maps [N, C, h, w] of images (one at least): behind the stem and behind every stage, finest first."""
+        found: list[list[Floats]] = []
+
+        def keep(pixels: Any) -> None:
+            states = self._network.resnet(pixels, output_hidden_states=True).hidden_states
+            found.append([state.float().cpu().numpy() for state in states])
+
+        self._over(images, keep)
+        return [np.concatenate(parts) for parts in zip(*found)]
+
+    def _over(self, images: Sequence[Image.Image], keep: Callable[[Any], None]) -> None:
+        """Hands `keep` the images batch by batch: [N, 3, input_px, input_px] in [-1, 1] on the network's device."""
         import torch
 
         from resmaster_stages.models.busy import busy
         from resmaster_stages.models.faults import device_faults
 
-        features = [np.zeros((0, self.dimension), np.float32)]
-        probabilities = [np.zeros((0, self._network.config.num_labels), np.float32)]
         with busy(), torch.inference_mode(), device_faults("set quality.device: cpu"):
             for batch in _batches(images):
                 pixels = np.stack([resize(image, self.input_px, self.input_px).transpose(2, 0, 1) for image in batch])
-                scaled = torch.from_numpy(pixels / 127.5 - 1.0).to(self._network.device, torch.float32)
-                pooled = self._network.resnet(scaled).pooler_output.flatten(1)
-                features.append(pooled.float().cpu().numpy())
-                probabilities.append(self._network.classifier(pooled).float().softmax(-1).cpu().numpy())
-        return Features(np.concatenate(features), np.concatenate(probabilities))
+                keep(torch.from_numpy(pixels / 127.5 - 1.0).to(self._network.device, torch.float32))
 
 
 class InceptionFeatures:
@@ -176,9 +194,13 @@ def _load_clip(identifier: str, revision: str | None, device: str) -> ClipFeatur
 
 @lru_cache(maxsize=1)
 def _load_classifier(device: str) -> ClassifierFeatures:
+    return load_classifier(pack_folder(), device)
+
+
+def load_classifier(folder: Path, device: str) -> ClassifierFeatures:
+    """The classifier of the picturebook pack in `folder`, in float32."""
     from transformers import ResNetForImageClassification
 
-    folder = pack_folder()
     network = ResNetForImageClassification.from_pretrained(folder / "classifier", local_files_only=True)
     native = json.loads((folder / "classifier" / "preprocessor_config.json").read_text())["size"]["height"]
     return ClassifierFeatures(network.float().eval().to(_resolved(device)), PICTUREBOOK, native)

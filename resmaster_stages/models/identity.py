@@ -154,8 +154,8 @@ def weights_of(config: DatasetConfig) -> Weights:
         captioner=_source_identity(captions.model, captions.revision, "captioner") if local else None,
         clip=_source_identity(quality.clip, quality.clip_revision, "clip") if quality.clip else None,
         features=_source_identity(PICTUREBOOK, None, "classifier") if quality.features == "picturebook" else None,
-        super_resolution=None
-        if config.upscale.uses_diffusion()
-        else super_resolution_identity(config.upscale.super_resolution),
+        super_resolution=super_resolution_identity(config.upscale.super_resolution)
+        if config.upscale.method == "super_resolution"
+        else None,
         caption_check=_source_identity(*judge, "clip") if judge else None,
     )

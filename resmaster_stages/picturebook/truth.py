@@ -28,12 +28,12 @@ def true_scene(prompt: str, width: float, replica: int = 0) -> scenes.Scene:
     ground, sky = captions.place(prompt)
     if not wanted and ground is None and sky is None:
         raise ConfigError(
-            f"--reference picturebook: the prompt {prompt[:60]!r} names nothing of its world; use prompts such as "
+            f"picturebook's drawings: the prompt {prompt[:60]!r} names nothing of its world; use prompts such as "
             "'a red house on a green meadow under a blue sky', or give a folder of images"
         )
     if len(wanted) > MOST_OBJECTS:
         raise ConfigError(
-            f"--reference picturebook: the prompt {prompt[:60]!r} names {len(wanted)} objects; its scenes hold {MOST_OBJECTS}"
+            f"picturebook's drawings: the prompt {prompt[:60]!r} names {len(wanted)} objects; its scenes hold {MOST_OBJECTS}"
         )
     seed = int(digest([prompt, replica])[:12], 16)
     return scenes.scene_of(seed, width, ground, sky, wanted)
@@ -42,12 +42,10 @@ def true_scene(prompt: str, width: float, replica: int = 0) -> scenes.Scene:
 def check(prompts: Iterable[str], height_px: int, width_px: int) -> None:
     """Raise ConfigError, before anything is drawn, for what `true_picture` could not draw."""
     if importlib.util.find_spec("resvg_py") is None:
-        raise ConfigError(
-            "--reference picturebook: needs resvg_py; install it: pip install 'resmaster-pipeline[train]'"
-        )
+        raise ConfigError("picturebook's drawings: needs resvg_py; install it: pip install 'resmaster-pipeline[train]'")
     if not height_px <= width_px <= 2 * height_px:
         raise ConfigError(
-            f"--reference picturebook: {height_px} x {width_px} px; its scenes are square to twice as wide as high; "
+            f"picturebook's drawings: {height_px} x {width_px} px; its scenes are square to twice as wide as high; "
             "choose other scales, or give a folder of images"
         )
     for prompt in prompts:

@@ -165,6 +165,7 @@ COMPARE_SCHEMA = _schema(
         ("clip_score", pa.float64(), True),
         ("agreement_psnr", pa.float64(), True),
         ("agreement_ssim", pa.float64(), True),
+        ("perceptual_distance", pa.float64(), True),
         ("detail_energy", pa.float64(), True),
         ("seam", pa.float64(), True),
         ("repeat_rate", pa.float64(), True),
