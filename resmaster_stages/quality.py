@@ -25,7 +25,8 @@ from resmaster_stages.metrics.crops import crop_boxes, crops
 from resmaster_stages.metrics.detail import detail_energy
 from resmaster_stages.metrics.exposure import exposure
 from resmaster_stages.metrics.phash import phash
-from resmaster_stages.metrics.seam import seam_ratio
+from resmaster_stages.metrics.seam import seam_ratio, seam_worst
+from resmaster_stages.metrics.worst import worst_places
 from resmaster_stages.models.geometry import latent_factor, native_px
 from resmaster_stages.storage.arrays import Arrays
 from resmaster_stages.storage.dataset import Output, Sample
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 FLAGS: dict[str, str] = {
     "structure": "the down-scaled result disagrees with the low-res image",
     "seam": "steps in the picture where views end",
+    "border": "a hard step along the border of one view",
+    "lost": "contours of the low-res image are missing in one place",
+    "added": "contours that the low-res image has not, in one place",
+    "colour": "another colour than the low-res image, in one place or all over",
     "clipped": "much pure black or white",
     "blank": "one colour all over",
     "near_duplicate": "looks the same as an earlier sample of its shard",
@@ -119,7 +124,7 @@ def picture_features(extractor: FeatureExtractor, picture: Image.Image, key: str
 def measure(low: Image.Image, high: Image.Image, boxes: Sequence[Box]) -> dict[str, Any]:
     """The metrics of one pair that need no model. `boxes`: the views, half-open (y0, x0, y1, x1), in px of `high`."""
     psnr, ssim = agreement(high, low)
-    light = exposure(high)
+    light, worst = exposure(high), worst_places(high, low)
     return {
         "width": high.width,
         "height": high.height,
@@ -127,6 +132,10 @@ def measure(low: Image.Image, high: Image.Image, boxes: Sequence[Box]) -> dict[s
         "agreement_ssim": ssim,
         "detail_energy": detail_energy(high, low.height, low.width),
         "seam": seam_ratio(high, boxes),
+        "seam_worst": seam_worst(high, low, boxes),
+        "lost_worst": worst.lost,
+        "added_worst": worst.added,
+        "colour_worst": worst.colour,
         "clipped": light.clipped,
         "phash": phash(high),
         "luminance_mean": light.luminance_mean,
@@ -139,6 +148,10 @@ def flags(row: Mapping[str, Any], config: QualityConfig) -> list[str]:
     checks = {
         "structure": row["agreement_psnr"] < config.min_agreement_psnr,
         "seam": row["seam"] > config.max_seam,
+        "border": row["seam_worst"] > config.max_seam_worst,
+        "lost": row["lost_worst"] > config.max_lost_worst,
+        "added": row["added_worst"] > config.max_added_worst,
+        "colour": row["colour_worst"] > config.max_colour_worst,
         "clipped": row["clipped"] > config.max_clipped,
         "blank": row["luminance_std"] < BLANK_STD,
     }
