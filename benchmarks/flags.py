@@ -2,7 +2,7 @@
 
     python benchmarks/flags.py                                    # drawings: 64 prompts, 128 to 512 px
     python benchmarks/flags.py --n 16 --values                    # with the spread of every number
-    python benchmarks/flags.py --dataset out/picturebook          # with a row of a dataset's own pictures
+    python benchmarks/flags.py --dataset out/picturebook          # with a row of a dataset's own images
 
 A drawing of the picturebook's world is its own low-res and high-res image: the same scene at 128 and at 512 px. Each fault is
 planted in the high-res one alone, at a place and in a way that follow from the prompt. Needs `resvg_py` (the extra `train`).
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image, ImageFilter
+from scipy.ndimage import gaussian_filter, map_coordinates
 
 from resmaster_stages.config import QualityConfig
 from resmaster_stages.diffusion.views import Box, view_grid
@@ -48,16 +49,18 @@ COLUMNS = ("seam_worst", "lost_worst", "added_worst", "colour_worst")
 class Truth:
     """One scene, drawn twice."""
 
+    prompt: str
     scene: Scene
     low: Image.Image
     high: Image.Image
     other: Image.Image
     """Another prompt's scene, as large as `high`."""
     rng: Random
+    """What is left to chance follows from it."""
 
     @property
     def views(self) -> Sequence[Box]:
-        """Boxes of the views of `high`, in px."""
+        """Boxes of the views of `high`, half-open (y0, x0, y1, x1), in px."""
         return view_grid(HIGH_PX, HIGH_PX, LOW_PX, STRIDE, 8).pixel_boxes
 
     def drawn(self, *things: Thing) -> Image.Image:
@@ -141,7 +144,10 @@ def shifted(truth: Truth, box: Box) -> Image.Image:
 
 def hard(truth: Truth) -> Image.Image:
     """A rectangle of bars in two colours of the world."""
-    a, b = (np.array([int(COLOURS[name][1][i : i + 2], 16) for i in (1, 3, 5)]) for name in truth.rng.sample(sorted(COLOURS), 2))
+    a, b = (
+        np.array([int(COLOURS[name][1][i : i + 2], 16) for i in (1, 3, 5)])
+        for name in truth.rng.sample(sorted(COLOURS), 2)
+    )
     y, x = np.indices((HIGH_PX, HIGH_PX))
     bars = ((y if truth.rng.random() < 0.5 else x) // truth.rng.choice([4, 8, 16]) % 2)[:, :, None]
     return inside(truth.high, Image.fromarray(np.where(bars, a, b).astype(np.uint8)), view(truth))
@@ -224,13 +230,11 @@ def grainy(truth: Truth) -> Image.Image:
 
 def moved(truth: Truth) -> Image.Image:
     """Contours redrawn up to 2 px (half a low-res px) away, as models do."""
-    from scipy.ndimage import gaussian_filter, map_coordinates
-
     rng = np.random.default_rng(truth.rng.getrandbits(31))
     shifts = [gaussian_filter(rng.normal(size=(HIGH_PX, HIGH_PX)), 16) for _ in range(2)]
     places = [grid + 2 * shift / np.abs(shift).max() for grid, shift in zip(np.indices((HIGH_PX, HIGH_PX)), shifts)]
     values = np.asarray(truth.high)
-    found = [map_coordinates(values[:, :, c], places, order=1, mode="nearest") for c in range(3)]
+    found = [map_coordinates(values[:, :, c], places, order=1, mode="reflect") for c in range(3)]
     return Image.fromarray(np.stack(found, axis=2))
 
 
@@ -271,32 +275,22 @@ FAULTS: dict[str, tuple[str, Plant]] = {
 # ----------------------------------------------------------------------------------------------------------------- table
 
 
-def truths(count: int, seed: int = 0) -> Iterator[Callable[[str], Truth]]:
-    """Per prompt: a pair of pictures for each fault, with the randomness of that fault."""
+def truths(count: int, seed: int = 0) -> Iterator[Truth]:
+    """A pair of images per prompt."""
     prompts = PROMPTS.read_text(encoding="utf-8").splitlines()[:count]
-    for at, prompt in enumerate(prompts):
-        scene, next_scene = (true_scene(p, HEIGHT, seed) for p in (prompt, prompts[(at + 1) % len(prompts)]))
-        low, high, other = render(scene, LOW_PX, LOW_PX), render(scene, HIGH_PX, HIGH_PX), render(next_scene, HIGH_PX, HIGH_PX)
-
-        def pair(
-            name: str,
-            scene: Scene = scene,
-            low: Image.Image = low,
-            high: Image.Image = high,
-            other: Image.Image = other,
-            prompt: str = prompt,
-        ) -> Truth:
-            return Truth(scene, low, high, other, Random(int(digest([prompt, seed, name])[:12], 16)))
-
-        yield pair
+    scenes = [true_scene(prompt, HEIGHT, seed) for prompt in prompts]
+    for at, (prompt, scene) in enumerate(zip(prompts, scenes)):
+        high, other = (render(each, HIGH_PX, HIGH_PX) for each in (scene, scenes[(at + 1) % len(scenes)]))
+        yield Truth(prompt, scene, render(scene, LOW_PX, LOW_PX), high, other, Random(seed))
 
 
 def planted(count: int, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
-    """Name of a clean class or fault -> the quality rows of its samples. A fault that can hardly be seen is left out."""
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in (*CLEAN, *FAULTS)}
-    for pair in truths(count, seed):
-        for name, plant in [*CLEAN.items(), *((name, plant) for name, (_, plant) in FAULTS.items())]:
-            truth = pair(name)
+    """Name of a clean class or fault -> quality rows of its samples. A fault that can hardly be seen is left out."""
+    plants = CLEAN | {name: plant for name, (_, plant) in FAULTS.items()}
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in plants}
+    for drawn in truths(count, seed):
+        for name, plant in plants.items():
+            truth = replace(drawn, rng=Random(int(digest([drawn.prompt, seed, name])[:12], 16)))
             try:
                 image = plant(truth)
             except LookupError:
@@ -307,7 +301,7 @@ def planted(count: int, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
 
 
 def of_dataset(folder: Path, native_px: int = LOW_PX) -> list[dict[str, Any]]:
-    """The quality rows of a dataset's own pictures, measured anew."""
+    """The quality rows of a dataset's own images, measured anew."""
     rows = []
     for sample in pq.read_table(folder / "manifest.parquet").to_pylist():
         low, high = (picture(folder, sample, name) for name in ("low_res", "high_res"))
@@ -327,12 +321,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--n", type=int, default=64, help="prompts")
     parser.add_argument("--seed", type=int, default=0, help="other layouts of the same prompts")
     parser.add_argument("--values", action="store_true", help="also the 5th, 50th and 95th percentile of every number")
-    parser.add_argument("--dataset", type=Path, action="append", default=[], help="a folder of a dataset; may be repeated")
+    parser.add_argument(
+        "--dataset", type=Path, action="append", default=[], help="a dataset's folder, views of 128 px; may be repeated"
+    )
     options = parser.parse_args(argv)
     rows = planted(options.n, options.seed) | {folder.name: of_dataset(folder) for folder in options.dataset}
     config = QualityConfig()
     print("| images | samples | should raise | " + " | ".join(SHOWN) + " | any of these |")
-    print("|---|---:|---|" + "---:|" * (len(SHOWN) + 1))
+    print("| --- | ---: | --- |" + " ---: |" * (len(SHOWN) + 1))
     for name, found in rows.items():
         raised = [flags(row, config) for row in found]
         hits = [*([flag in each for each in raised] for flag in SHOWN), [bool({*each} & {*SHOWN}) for each in raised]]
@@ -341,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"| {name} | {len(found)} | {wanted} | " + " | ".join(shares) + " |")
     if options.values:
         print("\n| images | " + " | ".join(COLUMNS) + " |")
-        print("|---|" + "---:|" * len(COLUMNS))
+        print("| --- |" + " ---: |" * len(COLUMNS))
         for name, found in rows.items():
             if not found:
                 continue

@@ -714,7 +714,7 @@ class QualityConfig(Part):
     """Above this mean loss of contours (Oklab times 100 per compared px) in the worst window, a sample is flagged `lost`."""
     max_added_worst: float = 1.5
     """Above this mean gain of contours (Oklab times 100 per compared px) in the worst window, a sample is flagged `added`."""
-    max_colour_worst: float = 8.0
+    max_colour_worst: float = 7.0
     """Above this difference of colour (Oklab times 100) in the worst place, a sample is flagged `colour`."""
     max_clipped: float = 0.25
     """Above this share of pure black or white pixels, a sample is flagged `clipped`."""

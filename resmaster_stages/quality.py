@@ -47,6 +47,9 @@ FLAGS: dict[str, str] = {
 }
 """Every flag and what it says."""
 
+WORST_RANGES = {"seam_worst": 20.0, "lost_worst": 5.0, "added_worst": 5.0, "colour_worst": 25.0}
+"""Column of a worst place -> what is as bad as can be, about three times the threshold of its flag."""
+
 BLANK_STD = 1.0
 """Standard deviation of the luma, in grey levels, below which a picture is blank."""
 
@@ -162,7 +165,8 @@ def badness(row: Mapping[str, Any]) -> float:
     """One number by which to look at the worst samples first; greater is worse, 0 is about perfect.
 
     10 for `blank` and 2 for every other flag, plus each of these from 0 (good) to 1 (bad): the agreement's PSNR from 40 dB down
-    to 0, the seam ratio from 1 up to 2, the share of clipped pixels, the CLIP score from 100 down to 0 (0.5 if there is none).
+    to 0, the seam ratio from 1 up to 2, each worst place from 0 up to its `WORST_RANGES`, the share of clipped pixels, the
+    CLIP score from 100 down to 0. A worst place or CLIP score that there is none of counts 0.5.
     """
 
     def unit(value: float) -> float:
@@ -170,5 +174,8 @@ def badness(row: Mapping[str, Any]) -> float:
 
     score = sum(10.0 if flag == "blank" else 2.0 for flag in row.get("flags") or ())
     score += unit((40.0 - row["agreement_psnr"]) / 40.0) + unit(row["seam"] - 1.0) + unit(row["clipped"])
+    for name, most in WORST_RANGES.items():
+        value = row.get(name)
+        score += 0.5 if value is None else unit(value / most)
     clip = row.get("clip_score")
     return score + (0.5 if clip is None else unit(1.0 - clip / 100.0))

@@ -90,9 +90,10 @@ def seam_worst(
 
 
 def _excess(values: Array, origin: Array, line: int, borders: set[int]) -> Array:
-    """Of each piece of the line before row `line`: its step less those beside it and the origin's. As long as the origin is wide."""
+    """Of each piece of the line before row `line`: its step less those beside it and the origin's. As many as the origin is wide."""
     height, width = values.shape[:2]
-    cut = np.unique(np.linspace(0, width, origin.shape[1] + 1).round().astype(int)[:-1])
+    pieces = min(origin.shape[1], width)
+    cut = np.arange(pieces) * width // pieces  # where each begins
 
     def step(at: int) -> Array:
         across = np.add.reduceat(values[at] - values[at - 1], cut, axis=0)  # [pieces, 3]
@@ -100,7 +101,7 @@ def _excess(values: Array, origin: Array, line: int, borders: set[int]) -> Array
 
     distances = [sign * distance for distance in range(2, 2 * LATENT_PX + 1) for sign in (-1, 1)]
     beside = [step(line + d) for d in distances if 0 < line + d < height and line + d not in borders]
-    usual = np.max(beside, axis=0) if beside else np.zeros(len(cut))
+    usual = np.max(beside, axis=0) if beside else np.zeros(pieces)
     row, column = line * origin.shape[0] // height, np.minimum(cut * origin.shape[1] // width, origin.shape[1] - 1)
     around = origin[max(0, row - 2) : row + 2][:, column]  # [4, pieces, 3]
     known = np.ptp(around, axis=0).max(axis=1)

@@ -61,7 +61,7 @@ def contours(lab: Array) -> Array:
 
 
 def _soft(lab: Array, sigma: float) -> Array:
-    return gaussian_filter(lab, (sigma, sigma, 0), mode="nearest")
+    return gaussian_filter(lab, (sigma, sigma, 0), mode="reflect")  # nearest would make the outermost line count most
 
 
 def _reach(values: Array) -> Array:
