@@ -1,11 +1,12 @@
-"""How well the quality flags find planted faults, and how often they call out for nothing: the table that thresholds rest on.
+"""How well the quality flags find planted faults, and how often they are wrong: the table that thresholds rest on.
 
     python benchmarks/flags.py                                    # drawings: 64 prompts, 128 to 512 px
     python benchmarks/flags.py --n 16 --values                    # with the spread of every number
     python benchmarks/flags.py --dataset out/picturebook          # with a row of a dataset's own images
 
-A drawing of the picturebook's world is its own low-res and high-res image: the same scene at 128 and at 512 px. Each fault is
-planted in the high-res one alone, at a place and in a way that follow from the prompt. Needs `resvg_py` (the extra `train`).
+A drawing of the picturebook's world is its own low-res and high-res image: the same scene at 128 and at 512 px. Each
+fault is planted in the high-res one alone, at a place and in a way that follow from the prompt. Needs `resvg_py` (the
+extra `train`).
 
 Cells: share of samples that get the flag. A dataset's row has no truth: what is flagged there is to be looked at.
 """
@@ -39,7 +40,7 @@ LOW_PX, HIGH_PX = 128, 512
 STRIDE = 0.5
 """Distance of views, over their size: the default of `upscale.stride`."""
 LEAST_SEEN, LEAST_PX = 5.0, 50
-"""Mean difference (Oklab times 100) of the low-res px that a fault changes, and their number: fainter ones are no test."""
+"""Mean difference (Oklab times 100) of the low-res px that a fault changes, and their number: fainter is no test."""
 SHOWN = ("border", "lost", "added", "colour")
 """The flags that the table is about."""
 COLUMNS = ("seam_worst", "lost_worst", "added_worst", "colour_worst")

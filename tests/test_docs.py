@@ -60,7 +60,8 @@ NOT_RUN = {
                 "resmaster:steps=50:shift=every_step:shift_stride=1.0:shift_stop=0.82,resmaster:steps=50:guidance_stop=0.7",
             ),
         )
-    },
+    }
+    | {"python benchmarks/flags.py": "takes minutes; tests/test_benchmarks.py runs it on less"},
     "deploying.md": ELSEWHERE,
     "methods.md": {
         "resmaster compare deployments/datasets/picturebook.yaml --n 1 --root out/strip --scales 4x4 --methods direct,"

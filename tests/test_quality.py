@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,20 @@ def test_a_broken_picture_costs_its_own_row(config: Any) -> None:
     outputs = list(process(config, [bad, good, lost]))
     assert [type(output.error) for output in outputs] == [SampleError, type(None), SampleError]
     assert outputs[1].rows == next(process(config, [good])).rows
+
+
+def test_the_page_on_evaluation_names_every_flag_with_its_threshold() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| (\w+) \| .*?(?:`((?:min|max)_\w+)` \| ([\d.]+).*)?\|$", page.split("### Flags")[1], re.MULTILINE
+    )
+    listed = {name: (setting, value) for name, setting, value in rows if name in FLAGS}
+    assert list(listed) == list(FLAGS)
+    thresholds = {setting: float(value) for setting, value in listed.values() if setting}
+    defaults = QualityConfig().model_dump()
+    assert thresholds.pop("max_clipped") == 100 * defaults["max_clipped"]
+    assert thresholds == {name: defaults[name] for name in thresholds}
+    assert {name for name in defaults if name.startswith(("min_", "max_"))} == {*thresholds, "max_clipped"}
 
 
 # -------------------------------------------------------------------------------------------------------- CLIP score

@@ -1,9 +1,9 @@
-"""The worst place of a high-res picture beside its low-res origin: structure lost, structure added, and colour shifted.
+"""The worst place of a high-res picture beside its low-res origin: structure lost, structure added, colour shifted.
 
-`agreement` averages over the picture, so that one object out of many can vanish unseen. These numbers are of the window where
-the two pictures differ most. Both are averaged over areas (box filter) to one small size first, so that detail finer than the
-low-res picture is free to differ, and a picture of 4096 px is judged by the same numbers as one of 512 px. Knows no models: an
-object is what has contours.
+`agreement` averages over the picture, so that one object out of many can vanish unseen. These numbers are of the window
+where the two pictures differ most. Both are averaged over areas (box filter) to one small size first, so that detail
+finer than the low-res picture is free to differ, and a picture of 4096 px is judged by the same numbers as one of 512 px.
+Knows no models: an object is what has contours.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from resmaster_stages.metrics.oklab import oklab
 from resmaster_stages.metrics.resize import resize
 
 COMPARED_PX = 128
-"""Shorter side at which the pictures are compared, at most; what is smaller than about 8 of these px is not seen."""
+"""Shorter side at which the pictures are compared, at most. A thing of 3 to 12 of these px is the least that is seen, by
+contrast."""
 SOFT_PX = 1.0
-"""Sigma of the Gaussian blur of both pictures before their contours are compared: rounding and grain are no contours."""
+"""Sigma of the blur (Gaussian) of both pictures before their contours are compared: rounding and grain are none."""
 SLACK_PX = 2
 """A contour of one picture may lie so far from the other's."""
 WINDOW = 1 / 8
