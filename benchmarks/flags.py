@@ -92,7 +92,7 @@ class Truth:
         return bool((apart > 1).sum() >= LEAST_PX and apart[apart > 1].mean() > LEAST_SEEN)
 
 
-# ---------------------------------------------------------------------------------------------------------------- faults
+# -------------------------------------------------------------------------------------------------------------- faults
 
 
 def inside(image: Image.Image, changed: Image.Image, box: Box, feather_px: float = 0) -> Image.Image:
@@ -216,7 +216,7 @@ def hued_quarter(truth: Truth) -> Image.Image:
     return inside(truth.high, recoloured(truth.high, hue=0.1), quarter(truth), 16)
 
 
-# ----------------------------------------------------------------------------------------------------------------- clean
+# --------------------------------------------------------------------------------------------------------------- clean
 
 
 def enlarged(truth: Truth) -> Image.Image:
@@ -273,7 +273,7 @@ FAULTS: dict[str, tuple[str, Plant]] = {
 """What is planted -> the flag that should find it, and how."""
 
 
-# ----------------------------------------------------------------------------------------------------------------- table
+# --------------------------------------------------------------------------------------------------------------- table
 
 
 def truths(count: int, seed: int = 0) -> Iterator[Truth]:

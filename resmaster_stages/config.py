@@ -711,9 +711,9 @@ class QualityConfig(Part):
     max_seam_worst: float = 6.0
     """Above this step (grey levels) along the worst stretch of a view border, a sample is flagged `border`."""
     max_lost_worst: float = 1.5
-    """Above this mean loss of contours (Oklab times 100 per compared px) in the worst window, a sample is flagged `lost`."""
+    """Above this mean loss of contours (Oklab times 100 per px) in the worst window, a sample is flagged `lost`."""
     max_added_worst: float = 1.5
-    """Above this mean gain of contours (Oklab times 100 per compared px) in the worst window, a sample is flagged `added`."""
+    """Above this mean gain of contours (Oklab times 100 per px) in the worst window, a sample is flagged `added`."""
     max_colour_worst: float = 7.0
     """Above this difference of colour (Oklab times 100) in the worst place, a sample is flagged `colour`."""
     max_clipped: float = 0.25

@@ -164,9 +164,9 @@ def flags(row: Mapping[str, Any], config: QualityConfig) -> list[str]:
 def badness(row: Mapping[str, Any]) -> float:
     """One number by which to look at the worst samples first; greater is worse, 0 is about perfect.
 
-    10 for `blank` and 2 for every other flag, plus each of these from 0 (good) to 1 (bad): the agreement's PSNR from 40 dB
-    down to 0, the seam ratio from 1 up to 2, each worst place from 0 up to its `WORST_RANGES`, the share of clipped pixels,
-    the CLIP score from 100 down to 0. A worst place or CLIP score that there is none of counts 0.5.
+    10 for `blank` and 2 for every other flag, plus each of these from 0 (good) to 1 (bad): the agreement's PSNR from 40
+    dB down to 0, the seam ratio from 1 up to 2, each worst place from 0 up to its `WORST_RANGES`, the share of clipped
+    pixels, the CLIP score from 100 down to 0. A worst place or CLIP score that there is none of counts 0.5.
     """
 
     def unit(value: float) -> float:

@@ -65,10 +65,10 @@ def seam_worst(
 ) -> float:
     """Grey levels of the step along the worst stretch of a view border; 0 where there is none.
 
-    A stretch is a border line between two border lines across it, so that one view that does not belong has at least four.
-    It is cut into pieces as long as a low-res px. A piece's step is the greatest of the three channels' mean differences
+    A stretch is a border line between two border lines across it, so that a view that does not belong has four or more.
+    It is cut into pieces as long as a low-res px. A piece's step is the greatest of the channels' mean differences
     across the line, less the greatest such step at the lines 2 to 16 px beside it (texture, grain, a decoder's grid),
-    less the range of the low-res picture's four px around it: a contour of both pictures is no seam. The median over the
+    less the range of the low-res picture's four px around it: a contour of both pictures is no seam. The median of the
     pieces counts, since a seam runs along the whole stretch and a contour crosses it or bends away.
     """
     values, origin = rgb(high_res), rgb(low_res)
@@ -90,7 +90,7 @@ def seam_worst(
 
 
 def _excess(values: Array, origin: Array, line: int, borders: set[int]) -> Array:
-    """Of each piece of the line before row `line`: its step less those beside it and the origin's. One per origin px."""
+    """Of each piece of the line before row `line`: its step less those beside it and the origin's."""
     height, width = values.shape[:2]
     pieces = min(origin.shape[1], width)
     cut = np.arange(pieces) * width // pieces  # where each begins

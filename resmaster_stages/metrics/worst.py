@@ -2,7 +2,7 @@
 
 `agreement` averages over the picture, so that one object out of many can vanish unseen. These numbers are of the window
 where the two pictures differ most. Both are averaged over areas (box filter) to one small size first, so that detail
-finer than the low-res picture is free to differ, and a picture of 4096 px is judged by the same numbers as one of 512 px.
+finer than the low-res picture is free to differ, and a picture of 4096 px is judged by the same numbers as one of 512.
 Knows no models: an object is what has contours.
 """
 
@@ -19,8 +19,8 @@ from resmaster_stages.metrics.oklab import oklab
 from resmaster_stages.metrics.resize import resize
 
 COMPARED_PX = 128
-"""Shorter side at which the pictures are compared, at most. A thing of 3 to 12 of these px is the least that is seen, by
-contrast."""
+"""Shorter side at which the pictures are compared, at most. The least thing that is seen has 3 to 12 of
+these px, by its contrast."""
 SOFT_PX = 1.0
 """Sigma of the blur (Gaussian) of both pictures before their contours are compared: rounding and grain are none."""
 SLACK_PX = 2

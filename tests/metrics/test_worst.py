@@ -33,7 +33,7 @@ def scene(request: pytest.FixtureRequest) -> Scene:
     return true_scene(request.param, HEIGHT)
 
 
-# ----------------------------------------------------------------------------------------------------------------- Oklab
+# --------------------------------------------------------------------------------------------------------------- Oklab
 
 
 def test_oklab_of_known_colours() -> None:
@@ -43,7 +43,7 @@ def test_oklab_of_known_colours() -> None:
     assert oklab(np.array([300.0, -5.0, 0.0])) == pytest.approx(oklab(np.array([255, 0, 0])))
 
 
-# ---------------------------------------------------------------------------------------------------------- worst places
+# -------------------------------------------------------------------------------------------------------- worst places
 
 
 def test_equal_images_have_no_worst_place() -> None:
@@ -115,7 +115,7 @@ def test_a_quarter_in_another_light_is_found_where_the_mean_of_the_image_hides_i
     assert worst_places(high[::-1, ::-1], low[::-1, ::-1]).colour == pytest.approx(worst_places(high, low).colour)
 
 
-# ---------------------------------------------------------------------------------------------------------- worst border
+# -------------------------------------------------------------------------------------------------------- worst border
 
 
 def planted(box: tuple[int, int, int, int], light: float, ground: float = 100.0) -> np.ndarray:
