@@ -36,7 +36,7 @@ Stage = Literal["low_res", "captions", "high_res", "quality"]
 STAGES: tuple[Stage, ...] = ("low_res", "captions", "high_res", "quality")
 """The stages that work on shards, in order. (Stage 1, prompt ingestion, makes the plan that they follow.)"""
 
-STAGE_VERSIONS: dict[str, int] = {"low_res": 1, "captions": 1, "high_res": 1, "quality": 1}
+STAGE_VERSIONS: dict[str, int] = {"low_res": 1, "captions": 1, "high_res": 1, "quality": 2}
 """Raised by hand whenever a stage's code changes its result: old commits then no longer count as done."""
 
 DIFFUSION_METHODS = (
@@ -738,6 +738,14 @@ class QualityConfig(Part):
     """Below this PSNR (dB) of the down-scaled result against the low-res image, a sample is flagged `structure`."""
     max_seam: float = 1.5
     """Above this ratio of gradients on view borders to gradients elsewhere, a sample is flagged `seam`."""
+    max_seam_worst: float = 6.0
+    """Above this step (grey levels) along the worst stretch of a view border, a sample is flagged `border`."""
+    max_lost_worst: float = 1.5
+    """Above this mean loss of contours (Oklab times 100 per px) in the worst window, a sample is flagged `lost`."""
+    max_added_worst: float = 1.5
+    """Above this mean gain of contours (Oklab times 100 per px) in the worst window, a sample is flagged `added`."""
+    max_colour_worst: float = 7.0
+    """Above this difference of colour (Oklab times 100) in the worst place, a sample is flagged `colour`."""
     max_clipped: float = 0.25
     """Above this share of pure black or white pixels, a sample is flagged `clipped`."""
     features: Literal["none", "clip", "inception", "picturebook"] = "none"

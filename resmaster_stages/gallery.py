@@ -18,7 +18,7 @@ import pyarrow as pa
 from resmaster_stages.config import DatasetConfig, Stage
 from resmaster_stages.explain import explain_command
 from resmaster_stages.lineage import stage_hashes
-from resmaster_stages.quality import badness
+from resmaster_stages.quality import WORST_RANGES, badness
 from resmaster_stages.reading import shard_samples
 from resmaster_stages.report import ReportSample, choose, contact_sheets, render_report
 from resmaster_stages.storage import layout
@@ -28,7 +28,7 @@ from resmaster_stages.storage.plan import read_plan
 from resmaster_stages.storage.tables import MANIFEST_SCHEMA, decode_table, rows_at
 from resmaster_stages.supplements import list_records
 
-BADNESS_COLUMNS = ("agreement_psnr", "seam", "clipped", "clip_score", "flags")
+BADNESS_COLUMNS = ("agreement_psnr", "seam", *WORST_RANGES, "clipped", "clip_score", "flags")
 """What `quality.badness` reads of the manifest."""
 
 SIZE_COLUMNS = ["low_res_width", "low_res_height", "width", "height"]

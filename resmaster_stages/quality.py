@@ -25,7 +25,8 @@ from resmaster_stages.metrics.crops import crop_boxes, crops
 from resmaster_stages.metrics.detail import detail_energy
 from resmaster_stages.metrics.exposure import exposure
 from resmaster_stages.metrics.phash import phash
-from resmaster_stages.metrics.seam import seam_ratio
+from resmaster_stages.metrics.seam import seam_ratio, seam_worst
+from resmaster_stages.metrics.worst import worst_places
 from resmaster_stages.models.geometry import latent_factor, native_px
 from resmaster_stages.storage.arrays import Arrays
 from resmaster_stages.storage.dataset import Output, Sample
@@ -36,11 +37,18 @@ if TYPE_CHECKING:
 FLAGS: dict[str, str] = {
     "structure": "the down-scaled result disagrees with the low-res image",
     "seam": "steps in the picture where views end",
+    "border": "a hard step along the border of one view",
+    "lost": "contours of the low-res image are missing in one place",
+    "added": "contours that the low-res image has not, in one place",
+    "colour": "another colour than the low-res image, in one place or all over",
     "clipped": "much pure black or white",
     "blank": "one colour all over",
     "near_duplicate": "looks the same as an earlier sample of its shard",
 }
 """Every flag and what it says."""
+
+WORST_RANGES = {"seam_worst": 20.0, "lost_worst": 5.0, "added_worst": 5.0, "colour_worst": 25.0}
+"""Column of a worst place -> what is as bad as can be, about three times the threshold of its flag."""
 
 BLANK_STD = 1.0
 """Standard deviation of the luma, in grey levels, below which a picture is blank."""
@@ -119,7 +127,7 @@ def picture_features(extractor: FeatureExtractor, picture: Image.Image, key: str
 def measure(low: Image.Image, high: Image.Image, boxes: Sequence[Box]) -> dict[str, Any]:
     """The metrics of one pair that need no model. `boxes`: the views, half-open (y0, x0, y1, x1), in px of `high`."""
     psnr, ssim = agreement(high, low)
-    light = exposure(high)
+    light, worst = exposure(high), worst_places(high, low)
     return {
         "width": high.width,
         "height": high.height,
@@ -127,6 +135,10 @@ def measure(low: Image.Image, high: Image.Image, boxes: Sequence[Box]) -> dict[s
         "agreement_ssim": ssim,
         "detail_energy": detail_energy(high, low.height, low.width),
         "seam": seam_ratio(high, boxes),
+        "seam_worst": seam_worst(high, low, boxes),
+        "lost_worst": worst.lost,
+        "added_worst": worst.added,
+        "colour_worst": worst.colour,
         "clipped": light.clipped,
         "phash": phash(high),
         "luminance_mean": light.luminance_mean,
@@ -139,6 +151,10 @@ def flags(row: Mapping[str, Any], config: QualityConfig) -> list[str]:
     checks = {
         "structure": row["agreement_psnr"] < config.min_agreement_psnr,
         "seam": row["seam"] > config.max_seam,
+        "border": row["seam_worst"] > config.max_seam_worst,
+        "lost": row["lost_worst"] > config.max_lost_worst,
+        "added": row["added_worst"] > config.max_added_worst,
+        "colour": row["colour_worst"] > config.max_colour_worst,
         "clipped": row["clipped"] > config.max_clipped,
         "blank": row["luminance_std"] < BLANK_STD,
     }
@@ -148,8 +164,9 @@ def flags(row: Mapping[str, Any], config: QualityConfig) -> list[str]:
 def badness(row: Mapping[str, Any]) -> float:
     """One number by which to look at the worst samples first; greater is worse, 0 is about perfect.
 
-    10 for `blank` and 2 for every other flag, plus each of these from 0 (good) to 1 (bad): the agreement's PSNR from 40 dB down
-    to 0, the seam ratio from 1 up to 2, the share of clipped pixels, the CLIP score from 100 down to 0 (0.5 if there is none).
+    10 for `blank` and 2 for every other flag, plus each of these from 0 (good) to 1 (bad): the agreement's PSNR from 40
+    dB down to 0, the seam ratio from 1 up to 2, each worst place from 0 up to its `WORST_RANGES`, the share of clipped
+    pixels, the CLIP score from 100 down to 0. A worst place or CLIP score that there is none of counts 0.5.
     """
 
     def unit(value: float) -> float:
@@ -157,5 +174,8 @@ def badness(row: Mapping[str, Any]) -> float:
 
     score = sum(10.0 if flag == "blank" else 2.0 for flag in row.get("flags") or ())
     score += unit((40.0 - row["agreement_psnr"]) / 40.0) + unit(row["seam"] - 1.0) + unit(row["clipped"])
+    for name, most in WORST_RANGES.items():
+        value = row.get(name)
+        score += 0.5 if value is None else unit(value / most)
     clip = row.get("clip_score")
     return score + (0.5 if clip is None else unit(1.0 - clip / 100.0))

@@ -79,6 +79,10 @@ METRICS: tuple[tuple[str, str, str, str, str], ...] = (
         "1",
     ),
     ("seam", "seam", "{:.2f}", "steps on view borders over steps beside them; about 1 is none", "-1"),
+    ("seam_worst", "worst border", "{:.0f}", "grey levels of the step along the worst stretch of a view border", "-1"),
+    ("lost_worst", "lost", "{:.2f}", "contours of the low-res image that are missing in the worst place", "-1"),
+    ("added_worst", "added", "{:.2f}", "contours that the low-res image has not, in the worst place", "-1"),
+    ("colour_worst", "colour", "{:.1f}", "difference of colour in the worst place; about 2 can just be seen", "-1"),
     ("clip_score", "CLIP score", "{:.1f}", "100 times the cosine of picture and prompt", "1"),
     ("clipped", "clipped", "{:.1%}", "share of pure black and white pixels", "-1"),
 )
@@ -163,7 +167,7 @@ def _page(
         f'<header class="top"><h1>{_text(title)}</h1><p class="lead">{_text(lead + note)}</p>'
         f'<dl class="facts">{header}</dl></header>\n'
         f"<main>{body}{_failures(failures)}</main>\n"
-        "<footer>Agreement, detail and seams are defined in the metrics of this project. "
+        "<footer>Agreement, detail, seams and worst places are defined in the metrics of this project. "
         "Flags point at samples to look at; nothing is deleted.</footer>"
         f'<dialog aria-label="High-res image"><img alt="" src="data:,"></dialog><script>{SCRIPT}</script></body></html>\n'
     )

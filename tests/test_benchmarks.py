@@ -1,11 +1,18 @@
 """The benchmarks of the methods run, and their numbers are those of the work."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from benchmarks import methods, peers
+from benchmarks import flags, methods, peers
 from resmaster_stages.config import METHODS
+from resmaster_stages.diffusion.views import view_grid
+from resmaster_stages.quality import measure
 
 Run = Callable[..., list[dict[str, str]]]
 
@@ -70,3 +77,28 @@ def test_the_peer_draws_the_same_picture_with_more_calls(run: Run) -> None:
     assert all(int(row["greatest difference of a pixel"]) <= 1 for row in rows)
     assert rows[0]["ratio"] == "1.00"
     assert all(float(row["ratio"]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_planted_faults_raise_their_flags_and_clean_images_none(run: Run) -> None:
+    rows = {row["images"]: row for row in run("--n", "2", main=flags.main)}
+    assert list(rows) == [*flags.CLEAN, *flags.FAULTS]
+    assert {rows[name]["any of these"] for name in flags.CLEAN} == {"0%"}
+    assert all(rows[name]["should raise"] == flag for name, (flag, _) in flags.FAULTS.items())
+    assert {rows[name]["samples"] for name in flags.CLEAN} == {"2"}
+    for name in ("foreign rectangle, a view", "object smeared", "object repeated", "25 grey levels off, all"):
+        assert rows[name][flags.FAULTS[name][0]] == "100%"
+
+
+def test_a_dataset_is_measured_as_the_stage_measures_it(tmp_path: Path) -> None:
+    image = Image.effect_noise((128, 128), 60).convert("RGB")
+    sample: dict[str, Any] = {"key": "aa"}
+    for name, size in (("low_res", 32), ("high_res", 128)):
+        image.resize((size, size)).save(tmp_path / f"{name}.png")
+        data = (tmp_path / f"{name}.png").read_bytes()
+        (tmp_path / f"{name}.tar").write_bytes(b"before" + data + b"after")
+        sample |= {f"{name}_object": f"{name}.tar", f"{name}_offset": 6, f"{name}_bytes": len(data)}
+    pq.write_table(pa.Table.from_pylist([sample]), tmp_path / "manifest.parquet")
+    (row,) = flags.of_dataset(tmp_path, native_px=32)
+    boxes = view_grid(128, 128, 32, 0.5, 8).pixel_boxes
+    assert row == {"key": "aa", **measure(image.resize((32, 32)), image, boxes)}

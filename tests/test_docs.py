@@ -68,7 +68,8 @@ NOT_RUN = {
                 "c_upscale,resmaster,resmaster:preset=accelerated:steps=25",
             ),
         )
-    },
+    }
+    | {"python benchmarks/flags.py --seed 2": "takes minutes; tests/test_benchmarks.py runs it on less"},
     "deploying.md": ELSEWHERE,
     "methods.md": {
         "resmaster compare deployments/datasets/picturebook.yaml --n 1 --root out/strip --scales 4x4 --methods direct,"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from resmaster_stages.config import QualityConfig, parse_config
 from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.metrics.clip_score import ClipScorer, load_clip
 from resmaster_stages.models.busy import timing
-from resmaster_stages.quality import FLAGS, badness, process
+from resmaster_stages.quality import FLAGS, WORST_RANGES, badness, process
 from resmaster_stages.storage.dataset import Output, Picture, Sample
 from resmaster_stages.storage.tables import QUALITY_SCHEMA
 
@@ -71,13 +72,18 @@ def test_a_faithful_result_has_one_finite_row_without_flags(config: Any) -> None
     assert all(np.isfinite(value) for value in row.values() if isinstance(value, float))
 
 
-def test_each_flag_is_raised_by_its_defect_alone(config: Any) -> None:
+def test_each_flag_is_raised_by_its_defect(config: Any) -> None:
     low = scene()
     big = low.resize((128, 128), Image.Resampling.BICUBIC)
     values = np.asarray(big).astype(np.float32)
     edges = (np.indices((128, 128)) // 16).sum(axis=0) % 2 * 10.0 - 5.0  # views of 32 px, 16 px apart
     white = Image.new("RGB", (128, 128), "white")
     white.paste(big.crop((0, 0, 128, 80)))
+    view, plain, marked = big.copy(), Image.new("RGB", (32, 32), (80, 80, 80)), Image.new("RGB", (32, 32), (80, 80, 80))
+    view.paste((10, 40, 200), (32, 48, 64, 80))
+    plain.putpixel((0, 0), (120, 120, 120))
+    marked.paste((200, 190, 170), (12, 12, 20, 20))
+    light = Image.fromarray((values + 40).clip(0, 255).astype(np.uint8))
     outputs = list(
         process(
             config,
@@ -89,11 +95,16 @@ def test_each_flag_is_raised_by_its_defect_alone(config: Any) -> None:
                 pair("ee", scene(seed=4)),
                 pair("ff", scene(seed=4)),
                 pair("gg", Image.new("RGB", (32, 32), (90, 90, 90))),
+                pair("hh", low, view),
+                pair("ii", marked, plain.resize((128, 128), Image.Resampling.BICUBIC)),
+                pair("jj", plain, marked.resize((128, 128), Image.Resampling.BICUBIC)),
+                pair("kk", low, light),
             ],
         )
     )
-    assert [flags_of(output) for output in outputs] == [
-        ["structure"],
+    found = [flags_of(output) for output in outputs]
+    assert "structure" in found[0]
+    assert found[1:7] == [
         ["seam"],
         ["clipped"],
         ["blank"],
@@ -101,6 +112,10 @@ def test_each_flag_is_raised_by_its_defect_alone(config: Any) -> None:
         ["near_duplicate"],
         ["blank"],  # two blank pictures are not called duplicates
     ]
+    assert "border" in found[7]
+    assert ("lost" in found[8], "added" in found[8]) == (True, False)
+    assert ("lost" in found[9], "added" in found[9]) == (False, True)
+    assert found[10] == ["structure", "colour"]
     assert {flag for output in outputs for flag in flags_of(output)} == set(FLAGS)
 
 
@@ -111,6 +126,20 @@ def test_a_broken_picture_costs_its_own_row(config: Any) -> None:
     outputs = list(process(config, [bad, good, lost]))
     assert [type(output.error) for output in outputs] == [SampleError, type(None), SampleError]
     assert outputs[1].rows == next(process(config, [good])).rows
+
+
+def test_the_page_on_evaluation_names_every_flag_with_its_threshold() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| (\w+) \| .*?(?:`((?:min|max)_\w+)` \| ([\d.]+).*)?\|$", page.split("### Flags")[1], re.MULTILINE
+    )
+    listed = {name: (setting, value) for name, setting, value in rows if name in FLAGS}
+    assert list(listed) == list(FLAGS)
+    thresholds = {setting: float(value) for setting, value in listed.values() if setting}
+    defaults = QualityConfig().model_dump()
+    assert thresholds.pop("max_clipped") == 100 * defaults["max_clipped"]
+    assert thresholds == {name: defaults[name] for name in thresholds}
+    assert {name for name in defaults if name.startswith(("min_", "max_"))} == {*thresholds, "max_clipped"}
 
 
 # -------------------------------------------------------------------------------------------------------- CLIP score
@@ -220,7 +249,8 @@ def test_a_clip_model_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
 
 
 def row(**values: Any) -> dict[str, Any]:
-    return {"agreement_psnr": 30.0, "seam": 1.0, "clipped": 0.0, "clip_score": 30.0, "flags": [], **values}
+    worst = dict.fromkeys(WORST_RANGES, 0.0)
+    return {"agreement_psnr": 30.0, "seam": 1.0, **worst, "clipped": 0.0, "clip_score": 30.0, "flags": [], **values}
 
 
 def test_badness_orders_the_worst_first() -> None:
@@ -230,3 +260,7 @@ def test_badness_orders_the_worst_first() -> None:
     assert [badness(r) for r in order] == sorted((badness(r) for r in order), reverse=True)
     assert badness(row(agreement_psnr=float("nan"))) < float("inf")
     assert badness(row(clip_score=None)) == pytest.approx(0.25 + 0.5)
+    for name, most in WORST_RANGES.items():
+        assert badness(row(**{name: most / 2})) == pytest.approx(badness(row()) + 0.5)
+        assert badness(row(**{name: None})) == pytest.approx(badness(row()) + 0.5)  # a table of an older version
+        assert badness(row(**{name: 9 * most})) == pytest.approx(badness(row()) + 1)

@@ -35,6 +35,7 @@ def picture(size: int = 128, seed: int = 0) -> Image.Image:
 
 def quality(**values: Any) -> dict[str, Any]:
     row = {"agreement_psnr": 31.25, "agreement_ssim": 0.97, "detail_energy": 0.0312, "seam": 1.02, "clipped": 0.01}
+    row |= {"seam_worst": 0.0, "lost_worst": 0.2, "added_worst": 0.2, "colour_worst": 2.0}
     return {**row, "clip_score": None, "flags": [], **values}
 
 

@@ -7,12 +7,13 @@ about latents, though borders lie on the latent grid.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
-from resmaster_stages.metrics.luminance import Array, luminance
+from resmaster_stages.metrics.luminance import Array, luminance, rgb
 
 REACH_PX = 6
 """Lines on each side of a border that it is compared with."""
@@ -57,3 +58,51 @@ def seam_ratio(image: Image.Image | Array, boxes: Sequence[tuple[int, int, int, 
             along.append(float(np.median((profile[at] + FLOOR) / (beside + FLOOR))))
         ratios += sorted(along)[:-1] if len(along) > 2 else along
     return float(np.mean(ratios)) if ratios else 1.0
+
+
+def seam_worst(
+    high_res: Image.Image | Array, low_res: Image.Image | Array, boxes: Sequence[tuple[int, int, int, int]]
+) -> float:
+    """Grey levels of the step along the worst stretch of a view border; 0 where there is none.
+
+    A stretch is a border line between two border lines across it, so that a view that does not belong has four or more.
+    It is cut into pieces as long as a low-res px. A piece's step is the greatest of the channels' mean differences
+    across the line, less the greatest such step at the lines 2 to 16 px beside it (texture, grain, a decoder's grid),
+    less the range of the low-res picture's four px around it: a contour of both pictures is no seam. The median of the
+    pieces counts, since a seam runs along the whole stretch and a contour crosses it or bends away.
+    """
+    values, origin = rgb(high_res), rgb(low_res)
+    lines = [
+        sorted({box[axis] for box in boxes} | {box[axis + 2] for box in boxes} | {0, values.shape[axis]})
+        for axis in (0, 1)
+    ]
+    worst = 0.0
+    for axis in (0, 1):
+        turned, source = (values, origin) if axis == 0 else (values.swapaxes(0, 1), origin.swapaxes(0, 1))
+        for line in lines[axis][1:-1]:
+            excess = _excess(turned, source, line, set(lines[axis]))
+            pieces = len(excess)
+            for start, end in itertools.pairwise(lines[1 - axis]):
+                first, last = (round(edge * pieces / turned.shape[1]) for edge in (start, end))
+                if last > first:
+                    worst = max(worst, float(np.median(excess[first:last])))
+    return worst
+
+
+def _excess(values: Array, origin: Array, line: int, borders: set[int]) -> Array:
+    """Of each piece of the line before row `line`: its step less those beside it and the origin's."""
+    height, width = values.shape[:2]
+    pieces = min(origin.shape[1], width)
+    cut = np.arange(pieces) * width // pieces  # where each begins
+
+    def step(at: int) -> Array:
+        across = np.add.reduceat(values[at] - values[at - 1], cut, axis=0)  # [pieces, 3]
+        return np.abs(across).max(axis=1) / np.diff([*cut, width])
+
+    distances = [sign * distance for distance in range(2, 2 * LATENT_PX + 1) for sign in (-1, 1)]
+    beside = [step(line + d) for d in distances if 0 < line + d < height and line + d not in borders]
+    usual = np.max(beside, axis=0) if beside else np.zeros(pieces)
+    row, column = line * origin.shape[0] // height, np.minimum(cut * origin.shape[1] // width, origin.shape[1] - 1)
+    around = origin[max(0, row - 2) : row + 2][:, column]  # [4, pieces, 3]
+    known = np.ptp(around, axis=0).max(axis=1)
+    return np.maximum(step(line) - usual - known, 0)

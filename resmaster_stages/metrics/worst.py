@@ -1,0 +1,74 @@
+"""The worst place of a high-res picture beside its low-res origin: structure lost, structure added, colour shifted.
+
+`agreement` averages over the picture, so that one object out of many can vanish unseen. These numbers are of the window
+where the two pictures differ most. Both are averaged over areas (box filter) to one small size first, so that detail
+finer than the low-res picture is free to differ, and a picture of 4096 px is judged by the same numbers as one of 512.
+Knows no models: an object is what has contours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from scipy.ndimage import gaussian_filter, maximum_filter, uniform_filter
+
+from resmaster_stages.metrics.luminance import Array, rgb
+from resmaster_stages.metrics.oklab import oklab
+from resmaster_stages.metrics.resize import resize
+
+COMPARED_PX = 128
+"""Shorter side at which the pictures are compared, at most. The least thing that is seen has 3 to 12 of
+these px, by its contrast."""
+SOFT_PX = 1.0
+"""Sigma of the blur (Gaussian) of both pictures before their contours are compared: rounding and grain are none."""
+SLACK_PX = 2
+"""A contour of one picture may lie so far from the other's."""
+WINDOW = 1 / 8
+"""Side of the window whose mean counts, over the picture's shorter side."""
+
+
+@dataclass(frozen=True)
+class Worst:
+    """`lost` and `added`: Oklab times 100 per px; `colour`: Oklab times 100. 0 for equal pictures."""
+
+    lost: float
+    added: float
+    colour: float
+
+
+def worst_places(high_res: Image.Image | Array, low_res: Image.Image | Array) -> Worst:
+    """What the worst windows of `high_res` have lost, added and shifted of `low_res`."""
+    reference = rgb(low_res)
+    height, width = reference.shape[:2]
+    shrink = min(1.0, COMPARED_PX / min(height, width))
+    size = max(1, round(height * shrink)), max(1, round(width * shrink))
+    was, now = oklab(resize(reference, *size, "box")), oklab(resize(high_res, *size, "box"))
+    side = max(1, round(min(size) * WINDOW))
+    before, after = contours(was), contours(now)
+    return Worst(
+        lost=_worst(before - _reach(after), side),
+        added=_worst(after - _reach(before), side),
+        colour=float(np.linalg.norm(_soft(now - was, side / 2), axis=2).max()),
+    )
+
+
+def contours(lab: Array) -> Array:
+    """Length of the gradient of a softened picture [H, W, 3] over its three channels: [H, W], per px."""
+    soft = _soft(lab, SOFT_PX)
+    steps = [np.gradient(soft, axis=axis) if soft.shape[axis] > 1 else np.zeros_like(soft) for axis in (0, 1)]
+    return np.sqrt(sum((step**2).sum(axis=2) for step in steps))
+
+
+def _soft(lab: Array, sigma: float) -> Array:
+    return gaussian_filter(lab, (sigma, sigma, 0), mode="reflect")  # nearest would make the outermost line count most
+
+
+def _reach(values: Array) -> Array:
+    """The greatest value within the slack."""
+    return maximum_filter(values, 2 * SLACK_PX + 1, mode="nearest")
+
+
+def _worst(excess: Array, side: int) -> float:
+    return float(uniform_filter(np.maximum(excess, 0), side, mode="constant").max())
