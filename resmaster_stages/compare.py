@@ -61,7 +61,7 @@ SURPLUS = "surplus"
 Features = dict[str, Arrays]
 """Key -> view -> features."""
 
-MEANS = ("clip_score", "agreement_psnr", "agreement_ssim", "detail_energy", "seam")
+MEANS = ("clip_score", "agreement_psnr", "agreement_ssim", "detail_energy", "seam", "seam_worst")
 """Columns of the quality table whose means are compared."""
 
 
@@ -393,6 +393,7 @@ def _facts(variant: Variant, dataset: Dataset, manifest: Sequence[Mapping[str, A
     for name in MEANS:
         values = [row[name] for row in manifest if row[name] is not None]
         means[name] = sum(values) / len(values) if values else None
+    means["flagged"] = sum(bool(row["flags"]) for row in manifest) / len(manifest)
     cost: dict[str, Any] = {"seconds_captions": None}
     hashes = stage_hashes(config)
     for stage in ("captions", "high_res"):

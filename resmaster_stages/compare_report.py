@@ -30,6 +30,8 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("perceptual_distance", "distance ↓", "{:.3f}"),
     ("detail_energy", "detail", "{:.4f}"),
     ("seam", "seam", "{:.2f}"),
+    ("seam_worst", "worst border ↓", "{:.2f}"),
+    ("flagged", "flagged ↓", "{:.2f}"),
     ("repeat_rate", "repeats ↓", "{:.2f}"),
     ("unet_calls", "UNet calls", "{:.0f}"),
     ("unet_native_rows", "UNet views", "{:.0f}"),

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from flows.cli import parser
 from flows.compare import compare
+from resmaster_stages import compare as comparing
 from resmaster_stages.compare import (
     at_scale,
     finished_samples,
@@ -258,7 +259,7 @@ def build(look: Preview) -> int:
 
 
 def test_a_comparison_is_datasets_a_table_a_page_and_sheets(
-    tmp_path: Path, fakes: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, fakes: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(["p1", "p2", "p3", "p4", "bad direct"]))
     config = parse_config(
@@ -272,6 +273,14 @@ def test_a_comparison_is_datasets_a_table_a_page_and_sheets(
             "upscale": {"steps": 5, "view_batch": 100},
         }
     )
+    read = comparing._manifest
+
+    def with_one_flagged(dataset: Dataset) -> dict[str, dict[str, Any]]:
+        found = read(dataset)
+        next(iter(found.values()))["flags"] = ["border", "colour"]
+        return found
+
+    monkeypatch.setattr(comparing, "_manifest", with_one_flagged)
     looks: list[str] = []
 
     def counting(look: Preview) -> int:
@@ -298,6 +307,7 @@ def test_a_comparison_is_datasets_a_table_a_page_and_sheets(
     assert direct["kid_u_low"] is not None
     assert direct["fid_c"] is None, "against low-res images there are no native-size crops"
     assert (direct["agreement_psnr"], direct["clip_score"], direct["repeat_rate"]) == (30.0, None, None)
+    assert (direct["seam_worst"], direct["flagged"]) == (0.0, 0.25), "one of four has flags"
     assert (direct["unet_calls"], direct["unet_rows"], direct["unet_native_rows"]) == (2, 16, 8)
     assert (resmaster["unet_calls"], resmaster["unet_rows"]) == (1, 4)
     page = (folder / "compare.md").read_text()

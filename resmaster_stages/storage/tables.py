@@ -172,6 +172,8 @@ COMPARE_SCHEMA = _schema(
         ("perceptual_distance", pa.float64(), True),
         ("detail_energy", pa.float64(), True),
         ("seam", pa.float64(), True),
+        ("seam_worst", pa.float64(), True),
+        ("flagged", pa.float64(), True),
         ("repeat_rate", pa.float64(), True),
         ("repeat_surplus", pa.float64(), True),
         ("unet_calls", pa.float64(), True),
@@ -182,7 +184,7 @@ COMPARE_SCHEMA = _schema(
     ],
 )
 """One row per method and scale, and one of drawn pictures where there is ground truth: it has no costs. Of a view: r the whole
-image, c native-size crops, u crops that are not resized."""
+image, c native-size crops, u crops that are not resized. `flagged` is the share of samples with a flag of any kind."""
 
 STAGE_SCHEMAS: dict[Stage, pa.Schema] = {"captions": CAPTIONS_SCHEMA, "quality": QUALITY_SCHEMA}
 """The schemas of the stages that write tables."""
