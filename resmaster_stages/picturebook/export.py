@@ -103,6 +103,7 @@ def card_of(work: Path) -> dict[str, Any]:
     return {
         "data": {
             "photos": 500 * len(list((work / "photos").glob("photos-*.npz"))),
+            "world": scenes.VERSION,
             "train_seed": data.TRAIN_SEED,
             "held_out_seed": data.HELD_OUT_SEED,
             "kinds": list(scenes.KINDS),
@@ -128,7 +129,7 @@ def export(work: Path, pack: Path = PACK) -> int:
         pipe.image_encoder,
     )
     pipe.to(torch.float16)
-    pipe.save_pretrained(partial)
+    pipe.save_pretrained(partial, max_shard_size=FILE_LIMIT_BYTES)
 
     (partial / "ip_adapter").mkdir()
     half = {k: v.half().contiguous() for k, v in adapter.items()}

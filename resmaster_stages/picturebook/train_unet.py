@@ -2,7 +2,7 @@
 
 Everything follows diffusers' SDXL pipeline: cross-attention to concat(text 1, text 2) penultimate states, pooled text 2,
 six time ids, epsilon prediction, SDXL's scaled-linear schedule. Loss: MSE with min-SNR-5 weights. In 40 % of the steps
-the adapter is active (and often the text is missing), in the others it is absent, so the UNet is right with and
+the adapter is active at scale 1 (and often the text is missing), in the others it is absent, so the UNet is right with and
 without it. Zeros are the unconditional text (`force_zeros_for_empty_prompt`) and the unconditional image.
 """
 
@@ -37,9 +37,11 @@ from resmaster_stages.picturebook.training import (
     Team,
     attention,
     fresh,
+    muon,
     optimiser,
     parameters_m,
     set_rate,
+    vectors,
 )
 
 CONTEXT = 2 * WIDTH
@@ -47,8 +49,8 @@ IP_TOKENS = 4
 TIME_ID_WIDTH = 32
 CONFIG: dict[str, Any] = {
     "sample_size": 16,
-    "in_channels": 4,
-    "out_channels": 4,
+    "in_channels": train_vae.CONFIG["latent_channels"],
+    "out_channels": train_vae.CONFIG["latent_channels"],
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     "block_out_channels": (64, 96, 96),
@@ -76,7 +78,8 @@ class UnetRecipe:
     """Shares are probabilities per sample, `adapter_share` per step."""
 
     batch: int = 64
-    rate: float = 1e-3
+    rate: float = 2e-3
+    vector_rate: float = 1e-3  # of biases and norms
     text_rate: float = 2e-4
     adapter_share: float = 0.4
     text_dropped: float = 0.08
@@ -84,7 +87,7 @@ class UnetRecipe:
     text_dropped_with_adapter: float = 0.3
     image_dropped: float = 0.1
     min_snr: float = 5.0
-    ema: float = 0.9985
+    ema: float = 0.9993
 
 
 class Painter(nn.Module):
@@ -126,7 +129,7 @@ def set_adapter_scale(unet: UNet2DConditionModel, scale: float) -> None:
 
 @dataclass(frozen=True)
 class Cache:
-    """latents [N, 4, 16, 16] (unscaled modes), text 2 states [N, 77, 128] and pooled [N, 128], image embeddings
+    """latents [N, C, 16, 16] (unscaled modes), text 2 states [N, 77, 128] and pooled [N, 128], image embeddings
     [2, N, 128] (sharp, degraded); `empty_*` belong to the empty prompt; `latent_std` is a scalar."""
 
     latents: Tensor
@@ -178,7 +181,7 @@ def _cache_clip(work: Path, photos: PhotoSet, device: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _cache_latents(work: Path, photos: PhotoSet, team: Team, device: str) -> Tensor:
-    """Every photo's latents [N, 4, 16, 16], unscaled modes; read from `work`/cache-latents.pt if there."""
+    """Every photo's latents [N, C, 16, 16], unscaled modes; read from `work`/cache-latents.pt if there."""
     path = work / "cache-latents.pt"
     missing = not fresh(path, work / "vae-final.pt")
     team.wait()
@@ -288,7 +291,12 @@ def load(work: Path, averaged: bool = True) -> Painter:
 
 
 def train(
-    work: Path, budget: Budget, recipe: UnetRecipe | None = None, device: str = "cpu", pack: Path | None = None
+    work: Path,
+    budget: Budget,
+    recipe: UnetRecipe | None = None,
+    device: str = "cpu",
+    pack: Path | None = None,
+    compiled: bool = False,
 ) -> None:
     """Train until the budget is spent, from scratch or from an earlier pack, or decay early once `work`/STOP-UNET exists;
     checkpoint in `work`/unet.pt."""
@@ -308,13 +316,15 @@ def train(
     elif pack:
         warm_start.painter(painter.unet, painter.text, pack)
     painter.to(device).train()
-    optim = optimiser([painter.unet], recipe.rate)
-    optim_text = optimiser([painter.text], recipe.text_rate)
+    if compiled:
+        painter.unet.compile(dynamic=False)
+    rates = (recipe.rate, recipe.vector_rate, recipe.text_rate)
+    optims = (muon([painter.unet], rates[0]), vectors([painter.unet], rates[1]), optimiser([painter.text], rates[2]))
     ema = Ema(painter, recipe.ema)
     if state:
         ema.shadow = {k: v.to(device) for k, v in state["ema"].items()}
-        optim.load_state_dict(state["optim"])
-        optim_text.load_state_dict(state["optim_text"])
+        for optim, kept in zip(optims, state["optims"]):
+            optim.load_state_dict(kept)
     if team.leads:
         size = parameters_m(painter.unet)
         print(f"unet: {size:.2f} M, latent std {cache.latent_std:.3f}, from step {course.step}", flush=True)
@@ -325,18 +335,18 @@ def train(
     going, rate = team.decide(True, course.rate())
     course.start()
     while going:
-        set_rate(optim, recipe.rate * rate)
-        set_rate(optim_text, recipe.text_rate * rate)
-        scale = shared.uniform(0.7, 1.0) if shared.random() < recipe.adapter_share else 0.0
+        for optim, full in zip(optims, rates):
+            set_rate(optim, full * rate)
+        scale = 1.0 if shared.random() < recipe.adapter_share else 0.0
         with attention(device):
             count = team.share(recipe.batch)
             loss = _loss(painter, cache, time_ids, schedule, recipe, own, count, scale, device)
             loss.backward()
         team.average_gradients(painter)
         nn.utils.clip_grad_norm_(painter.parameters(), 1.0)
-        for o in (optim, optim_text):
-            o.step()
-            o.zero_grad(set_to_none=True)
+        for optim in optims:
+            optim.step()
+        painter.zero_grad(set_to_none=True)
         going, rate = team.decide(course.advance(), course.rate())
         if not team.leads:
             continue
@@ -349,7 +359,6 @@ def train(
                 {
                     "model": painter.state_dict(),
                     "ema": ema.shadow,
-                    "optim": optim.state_dict(),
-                    "optim_text": optim_text.state_dict(),
+                    "optims": [optim.state_dict() for optim in optims],
                 }
             )

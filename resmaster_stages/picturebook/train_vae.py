@@ -1,8 +1,10 @@
 """Train the picturebook's VAE: AutoencoderKL, 8x down, 4 latent channels, no attention (so tiled decoding is near-exact).
 
 Loss: L1 + MSE + MSE of gradients + local gradient energy + L1 at half and quarter size + a small KL term, on random
-64 px crops of photos. Part of the way through, the latents are whitened, which
-revives channels that training let die (three channels of plain colour are an easy trap).
+64 px crops of photos. Two habits keep latents easy to learn for the UNet. Channels beyond four are ordered: in a part of
+the batches the decoder sees the first four or eight alone, so these hold what matters most (DC-AE 1.5, arXiv:2508.00413,
+section 3). The latents are scale-equivariant: in a part of the batches the decoder gets latents at half the size and
+must draw the photo at half the size (EQ-VAE, arXiv:2502.09509).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch.nn import functional as F
 
 from resmaster_stages.picturebook import warm_start
 from resmaster_stages.picturebook.data import PhotoSet, to_float
-from resmaster_stages.picturebook.training import Budget, Course, Ema, Team, optimiser, parameters_m, set_rate
+from resmaster_stages.picturebook.training import Budget, Course, Ema, Team, muon, parameters_m, set_rate, vectors
 
 CONFIG: dict[str, Any] = {
     "in_channels": 3,
@@ -36,21 +38,28 @@ CONFIG: dict[str, Any] = {
 }
 
 
+FIRST_LOG_VARIANCE = -6.0
+"""Of the latents' noise, before training."""
+
+
 @dataclass(frozen=True)
 class VaeRecipe:
     """`photos` limits memory; `crop_px` is the training crop; weights are those of the loss terms."""
 
     photos: int = 8000
-    batch: int = 32
+    batch: int = 16
     crop_px: int = 64
-    rate: float = 1.5e-3
-    kl_weight: float = 2e-3
+    rate: float = 3e-3
+    vector_rate: float = 1e-3  # of biases and norms
+    kl_weight: float = 2e-4
     absolute_weight: float = 0.5
     square_weight: float = 5.0
     gradient_weight: float = 2.5
     scale_weight: float = 0.25
     energy_weight: float = 0.3
-    whiten_at: float = 0.65  # progress
+    few_share: float = 0.15  # of the batches: the decoder sees the first channels alone
+    few: tuple[int, ...] = (4, 8)
+    half_share: float = 0.2  # of the batches: latents and photo at half the size
 
 
 def _gradients(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,16 +90,24 @@ def _crops(pixels: Tensor, recipe: VaeRecipe, rng: Random, count: int) -> Tensor
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKL, pixels: Tensor, batch: int = 32) -> float:
-    """Mean PSNR in dB of round trips of uint8 photos [N, 3, h, w] (latent mode, clamped to the pixel range)."""
+def psnr(vae: AutoencoderKL, pixels: Tensor, channels: int | None = None, batch: int = 32) -> float:
+    """Mean PSNR in dB of round trips of uint8 photos [N, 3, h, w] (latent mode, clamped to the pixel range), by the first
+    `channels` alone where given."""
     found = []
     device = next(vae.parameters()).device
     for part in pixels.split(batch):
         x = to_float(part).to(device)
-        y = vae.decode(vae.encode(x).latent_dist.mode()).sample.float().clamp(-1, 1)
+        latents = vae.encode(x).latent_dist.mode()
+        latents = first_channels(latents, channels) if channels else latents
+        y = vae.decode(latents).sample.float().clamp(-1, 1)
         mse = ((x - y) / 2).square().mean((1, 2, 3)).clamp_min(1e-10)
         found.append(-10 * mse.log10())
     return float(torch.cat(found).mean())
+
+
+def first_channels(latents: Tensor, count: int) -> Tensor:
+    """Latents [B, C, h, w] with zeros beyond the first `count` channels."""
+    return F.pad(latents[:, :count], (0, 0, 0, 0, 0, latents.shape[1] - count))
 
 
 def _averaged(work: Path) -> AutoencoderKL:
@@ -104,15 +121,16 @@ def normalise(vae: AutoencoderKL, pixels: Tensor) -> None:
     """Fold a whitening into the 1x1 convolutions around the latents: over `pixels` (uint8 photos) the latent channels
     get mean 0, standard deviation 1 and no correlation, as the noise of diffusion has. Reconstructions do not change.
 
-    The matrix is the symmetric (ZCA) one. Log-variances get the matching row norms, which is exact without correlation.
+    The matrix is the symmetric (ZCA) one, which changes every channel as little as can be, so that their order stays.
+    Log-variances get the matching row norms, which is exact without correlation.
     """
     device = next(vae.parameters()).device
     found = torch.cat([vae.encode(to_float(part).to(device)).latent_dist.mode() for part in pixels.split(64)])
     flat: Tensor = found.permute(1, 0, 2, 3).flatten(1).double()
     mean = flat.mean(1)
-    values, vectors = torch.linalg.eigh(torch.cov(flat))
-    whiten = (vectors @ torch.diag(values.rsqrt()) @ vectors.T).float()
-    colour = (vectors @ torch.diag(values.sqrt()) @ vectors.T).float()
+    values, axes = torch.linalg.eigh(torch.cov(flat))
+    whiten = (axes @ torch.diag(values.rsqrt()) @ axes.T).float()
+    colour = (axes @ torch.diag(values.sqrt()) @ axes.T).float()
     n = len(mean)
     before, after = vae.quant_conv, vae.post_quant_conv
     after.bias += after.weight[:, :, 0, 0] @ mean.float()
@@ -137,7 +155,12 @@ def load(work: Path) -> AutoencoderKL:
 
 
 def train(
-    work: Path, budget: Budget, recipe: VaeRecipe | None = None, device: str = "cpu", pack: Path | None = None
+    work: Path,
+    budget: Budget,
+    recipe: VaeRecipe | None = None,
+    device: str = "cpu",
+    pack: Path | None = None,
+    compiled: bool = False,
 ) -> None:
     """Train until the budget is spent, from scratch or from an earlier pack; checkpoint in `work`/vae.pt, a sample grid in
     `work`/vae.png."""
@@ -149,43 +172,49 @@ def train(
     vae = AutoencoderKL(**CONFIG)
     if pack:
         warm_start.vae(vae, pack)
+    else:  # little noise at first: otherwise the decoder learns to ignore its latents
+        vae.quant_conv.bias.data[CONFIG["latent_channels"] :] = FIRST_LOG_VARIANCE
     vae.to(device, memory_format=torch.channels_last)
-    optim = optimiser([vae], recipe.rate)
+    optims = (muon([vae], recipe.rate), vectors([vae], recipe.vector_rate))
     ema = Ema(vae, 0.998)
     course = Course(budget, work / "vae.pt", work / "STOP-VAE")
     state = course.resume()
-    whitened_at: int | None = 0 if pack else None  # a pack's latents are white
     if state:
         vae.load_state_dict(state["model"])
         ema.shadow = {k: v.to(device) for k, v in state["ema"].items()}
-        whitened_at = state["whitened_at"]
-        optim.load_state_dict(state["optim"])
+        for optim, kept in zip(optims, state["optims"]):
+            optim.load_state_dict(kept)
     if team.leads:
         print(f"vae: {parameters_m(vae):.2f} M parameters, from step {course.step}", flush=True)
     rng = Random(course.step * 100 + team.rank)
     torch.manual_seed(course.step * 100 + team.rank)
+    few = [count for count in recipe.few if count < CONFIG["latent_channels"]]
+    if compiled:  # block by block: compiled whole, the decoder gave no gradients (torch 2.13, CPU)
+        for block in (*vae.encoder.down_blocks, *vae.decoder.up_blocks):
+            block.compile(dynamic=False)
     going, rate = team.decide(True, course.rate())
     course.start()
     while going:
-        if whitened_at is None and rate == 1.0 and team.decide(course.progress() >= recipe.whiten_at, 0.0)[0]:
-            whitened_at = course.step
-            normalise(vae, pixels[:1000])
-            optim = optimiser([vae], recipe.rate)
-            ema = Ema(vae, 0.998)
-        if whitened_at is not None:
-            rate *= min(1.0, (course.step - whitened_at + 1) / budget.warmup_steps)
-        set_rate(optim, recipe.rate * rate)
+        for optim, full in zip(optims, (recipe.rate, recipe.vector_rate)):
+            set_rate(optim, full * rate)
         x = _crops(pixels, recipe, rng, team.share(recipe.batch)).to(device, memory_format=torch.channels_last)
         with torch.autocast(device, torch.bfloat16):
             dist = vae.encode(x).latent_dist
-            output = vae.decode(dist.sample()).sample
-        loss = reconstruction_loss(output.float(), x, recipe)
+            latents = dist.sample()
+            if few and rng.random() < recipe.few_share:
+                latents = first_channels(latents, rng.choice(few))
+            target = x
+            if rng.random() < recipe.half_share:
+                latents, target = F.avg_pool2d(latents, 2), F.avg_pool2d(x, 2)
+            output = vae.decode(latents).sample
+        loss = reconstruction_loss(output.float(), target, recipe)
         kl = 0.5 * (dist.mean.float().square() + dist.var.float() - 1 - dist.logvar.float()).sum() / x.numel()
         (loss + recipe.kl_weight * kl).backward()
         team.average_gradients(vae)
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optim.step()
-        optim.zero_grad(set_to_none=True)
+        for optim in optims:
+            optim.step()
+        vae.zero_grad(set_to_none=True)
         going, rate = team.decide(course.advance(), course.rate())
         if not team.leads:
             continue
@@ -199,8 +228,7 @@ def train(
                 {
                     "model": vae.state_dict(),
                     "ema": ema.shadow,
-                    "optim": optim.state_dict(),
-                    "whitened_at": whitened_at,
+                    "optims": [optim.state_dict() for optim in optims],
                 }
             )
             averaged = _averaged(work).to(device)
@@ -208,7 +236,11 @@ def train(
             with torch.no_grad():
                 y = averaged.decode(averaged.encode(shown).latent_dist.mode()).sample
             _grid(shown.cpu(), y.cpu(), work / "vae.png")
-            print(f"vae: step {course.step} held-out PSNR {psnr(averaged, held_out):.2f} dB", flush=True)
+            print(
+                f"vae: step {course.step} held-out PSNR {psnr(averaged, held_out):.2f} dB, "
+                + ", ".join(f"{count} channels {psnr(averaged, held_out, count):.2f}" for count in few),
+                flush=True,
+            )
     if team.leads:
         finish(work, device)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
@@ -182,6 +182,47 @@ def optimiser(models: list[nn.Module], rate: float, weight_decay: float = 0.01) 
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), eps=1e-7, fused=True)
+
+
+class _Muon(torch.optim.Muon):
+    """Muon (arXiv:2502.16982) over parameters of two dimensions and more, each seen as a matrix with a row per output.
+
+    Step by step it learns such small networks about twice as fast as AdamW. Memory layouts may be channels-last.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], rate: float, weight_decay: float) -> None:
+        self.sources = parameters
+        matrices = [self._matrix(p.detach()) for p in parameters]
+        super().__init__(matrices, lr=rate, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+
+    @staticmethod
+    def _matrix(values: Tensor) -> Tensor:
+        """A view of a parameter, or of its gradient: [outputs, the rest]."""
+        if values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last):
+            values = values.permute(0, 2, 3, 1)  # how the numbers lie in memory
+        return values.view(len(values), -1)
+
+    def step(self, closure: Any = None) -> Any:
+        for source, matrix in zip(self.sources, self.param_groups[0]["params"]):
+            if source.grad is not None:
+                matrix.grad = self._matrix(source.grad.contiguous(memory_format=_layout(source)))
+        return super().step(closure)
+
+
+def _layout(values: Tensor) -> torch.memory_format:
+    channels_last = values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def muon(models: list[nn.Module], rate: float, weight_decay: float = 0.01) -> torch.optim.Optimizer:
+    """Muon for the weights of layers; `vectors` takes the rest."""
+    return _Muon([p for m in models for p in m.parameters() if p.requires_grad and p.ndim >= 2], rate, weight_decay)
+
+
+def vectors(models: list[nn.Module], rate: float) -> torch.optim.AdamW:
+    """AdamW for biases and norms."""
+    rest = [p for m in models for p in m.parameters() if p.requires_grad and p.ndim < 2]
+    return torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), eps=1e-7, weight_decay=0.0, fused=True)
 
 
 def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:

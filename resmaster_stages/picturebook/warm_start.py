@@ -36,8 +36,50 @@ def carry(model: nn.Module, weights: dict[str, Tensor], pack: Path, words: tuple
 
 
 def vae(model: AutoencoderKL, pack: Path) -> None:
-    """The pack's VAE."""
-    carry(model, AutoencoderKL.from_pretrained(pack, subfolder="vae").state_dict(), pack)
+    """The pack's VAE. Where `model` has more latent channels, the pack's are its first; the others start fresh, and
+    small in the decoder, so that what the pack can draw is drawn from the first step on."""
+    weights = AutoencoderKL.from_pretrained(pack, subfolder="vae").state_dict()
+    own = model.state_dict()
+    before, now = weights["post_quant_conv.bias"].numel(), own["post_quant_conv.bias"].numel()
+    if now > before:
+        weights = {k: _with_channels(v, own[k], k, before) for k, v in weights.items()}
+    carry(model, weights, pack)
+
+
+QUIET, NEW_LOG_VARIANCE = 0.5, -6.0
+"""Of new latent channels: how much of a fresh layer's reading of them the decoder keeps, and the log of their noise."""
+
+
+def _with_channels(old: Tensor, fresh: Tensor, name: str, before: int) -> Tensor:
+    """A layer beside the latents, `old` for `before` channels, in the shape of `fresh`."""
+    if old.shape == fresh.shape:
+        return old
+    now = max(fresh.shape[0] // 2 if name.startswith(("encoder.", "quant_conv.")) else fresh.shape[0], 0)
+    out = fresh.clone()
+    if name == "decoder.conv_in.weight":
+        out *= QUIET
+        out[:, :before] = old
+    elif name.startswith("post_quant_conv."):
+        out.zero_()
+        if old.ndim > 1:
+            out[range(before, now), range(before, now)] = 1.0
+            out[:before, :before] = old
+        else:
+            out[:before] = old
+    elif name.startswith("encoder.conv_out."):
+        out[:before], out[now : now + before] = old[:before], old[before:]
+    elif name == "quant_conv.bias":
+        out.zero_()
+        out[now:] = NEW_LOG_VARIANCE
+        out[:before], out[now : now + before] = old[:before], old[before:]
+    else:  # quant_conv.weight: means and log variances, of means and log variances
+        out.zero_()
+        out[range(before, now), range(before, now)] = 1.0
+        for rows, from_rows in ((0, 0), (now, before)):
+            for cols, from_cols in ((0, 0), (now, before)):
+                part = old[from_rows : from_rows + before, from_cols : from_cols + before]
+                out[rows : rows + before, cols : cols + before] = part
+    return out
 
 
 def clip(text: nn.Module, image: nn.Module, pack: Path) -> float:
