@@ -54,7 +54,7 @@ def _with_channels(old: Tensor, fresh: Tensor, name: str, before: int) -> Tensor
     """A layer beside the latents, `old` for `before` channels, in the shape of `fresh`."""
     if old.shape == fresh.shape:
         return old
-    now = max(fresh.shape[0] // 2 if name.startswith(("encoder.", "quant_conv.")) else fresh.shape[0], 0)
+    now = fresh.shape[0] // 2 if name.startswith(("encoder.", "quant_conv.")) else fresh.shape[0]
     out = fresh.clone()
     if name == "decoder.conv_in.weight":
         out *= QUIET
