@@ -515,7 +515,7 @@ METHOD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 """Settings by method and `upscale.preset`; explicit fields win. `default`: what we recommend, and what an absent preset
 means. `faithful`: the authors' published settings. `accelerated`: `default` for less work (docs/speed.md)."""
 
-PRESETS = ("default", "faithful", "accelerated")
+PRESETS = tuple(dict.fromkeys(name for presets in METHOD_PRESETS.values() for name in presets))
 """Every preset; not every method has all."""
 
 IDLE_UNLESS: dict[str, tuple[str, str]] = {

@@ -76,7 +76,7 @@ def train(work: Path, budget: Budget, recipe: CaptionerRecipe | None = None, dev
     optim = optimiser([captioner], recipe.rate, 0.02)
     ema = Ema(captioner, recipe.ema)
     course = Course(budget, work / "captioner.pt", work / "STOP-CAPTIONER")
-    state = course.resume()
+    state = course.resume("model", "ema", "optim")
     if state:
         captioner.load_state_dict(state["model"])
         optim.load_state_dict(state["optim"])

@@ -111,7 +111,7 @@ def train(work: Path, budget: Budget, recipe: ClassifierRecipe | None = None, de
     optim = optimiser([learner], recipe.rate, 0.02)
     ema = Ema(learner, recipe.ema)
     course = Course(budget, work / "classifier.pt", work / "STOP-CLASSIFIER")
-    state = course.resume()
+    state = course.resume("model", "ema", "optim")
     if state:
         learner.load_state_dict(state["model"])
         optim.load_state_dict(state["optim"])

@@ -231,7 +231,7 @@ def train(
     towers.to(device)
     optim = optimiser([towers], recipe.rate, 0.05)
     course = Course(budget, work / "clip.pt", work / "STOP-CLIP")
-    state = course.resume()
+    state = course.resume("model", "optim")
     if state:
         towers.load_state_dict(state["model"])
         optim.load_state_dict(state["optim"])

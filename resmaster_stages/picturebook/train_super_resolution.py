@@ -214,7 +214,7 @@ def train(
     optim = optimiser([network], recipe.rate, 0.0)
     ema = Ema(network, recipe.ema)
     course = Course(budget, work / "super_resolution.pt", work / "STOP-SUPER-RESOLUTION")
-    state = course.resume()
+    state = course.resume("model", "ema", "optim")
     if state:
         network.load_state_dict(state["model"])
         optim.load_state_dict(state["optim"])

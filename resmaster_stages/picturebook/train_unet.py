@@ -309,7 +309,7 @@ def train(
     del photos
     schedule = DDPMScheduler(**SCHEDULE)
     course = Course(budget, work / "unet.pt", work / "STOP-UNET")
-    state = course.resume()
+    state = course.resume("model", "ema", "optims")
     painter = Painter() if state else new_painter(work)
     if state:
         painter.load_state_dict(state["model"])

@@ -178,7 +178,7 @@ def train(
     optims = (muon([vae], recipe.rate), vectors([vae], recipe.vector_rate))
     ema = Ema(vae, 0.998)
     course = Course(budget, work / "vae.pt", work / "STOP-VAE")
-    state = course.resume()
+    state = course.resume("model", "ema", "optims")
     if state:
         vae.load_state_dict(state["model"])
         ema.shadow = {k: v.to(device) for k, v in state["ema"].items()}

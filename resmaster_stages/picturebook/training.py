@@ -79,11 +79,20 @@ class Course:
         partial.rename(self.checkpoint)
         self.last_save = time.monotonic()
 
-    def resume(self) -> dict[str, Any] | None:
-        """The last checkpoint, if any; sets step and elapsed."""
+    def resume(self, *needed: str) -> dict[str, Any] | None:
+        """The last checkpoint, if any; sets step and elapsed.
+
+        Raises SystemExit if it lacks what this stage goes on from: another version wrote it, or it came finished from a pack.
+        """
         if not self.checkpoint.exists():
             return None
         state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        missing = [name for name in (*needed, "step", "elapsed", "stopping_since") if name not in state]
+        if missing:
+            raise SystemExit(
+                f"{self.checkpoint} cannot be trained further: it has no {' and no '.join(missing)} (an earlier version wrote "
+                "it, or it came finished from a pack). Move it away to train this stage anew, or leave this stage out."
+            )
         self.step, self.elapsed, self.stopping_since = state["step"], state["elapsed"], state["stopping_since"]
         return state
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from resmaster_stages.picturebook import train_vae, warm_start
-from resmaster_stages.picturebook.training import muon, set_rate, vectors
+from resmaster_stages.picturebook import train_vae, training, warm_start
+from resmaster_stages.picturebook.training import Budget, Course, muon, set_rate, vectors
 
 
 def _net(layout: torch.memory_format) -> nn.Sequential:
@@ -108,3 +109,16 @@ def test_normalising_whitens_latents_and_changes_no_round_trip() -> None:
     assert torch.allclose(after.mean.std((0, 2, 3)), torch.ones(16), atol=1e-3)
     flat = after.mean.permute(1, 0, 2, 3).flatten(1)
     assert (torch.corrcoef(flat) - torch.eye(16)).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("state", "lacks"), [({"model": {}, "optim": {}}, "ema and no optims"), ({"ema": {}}, "model and no optims")]
+)
+def test_a_checkpoint_that_cannot_be_trained_further_is_refused(
+    tmp_path: Path, state: dict[str, Any], lacks: str
+) -> None:
+    training.keep(tmp_path / "unet.pt", state)
+    course = Course(Budget(), tmp_path / "unet.pt")
+    with pytest.raises(SystemExit, match=f"unet.pt cannot be trained further: it has no {lacks}"):
+        course.resume("model", "ema", "optims")
+    assert course.resume() == {**state, "step": 0, "elapsed": 0.0, "stopping_since": None}
