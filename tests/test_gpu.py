@@ -83,5 +83,5 @@ def test_the_vae_trains(tmp_path: Path) -> None:
     draw_photos(tmp_path / "photos", 16, 2, shard=8)
     draw_photos(tmp_path / "held-out", 8, 1, shard=8)
     budget = Budget(steps=6, warmup_steps=1, decay=0.1)
-    train_vae.train(tmp_path, budget, train_vae.VaeRecipe(batch=4, whiten_at=0.3), device="cuda")
+    train_vae.train(tmp_path, budget, train_vae.VaeRecipe(batch=4), device="cuda")
     assert all(value.isfinite().all() for value in train_vae.load(tmp_path).state_dict().values())

@@ -20,6 +20,7 @@ from resmaster_stages.picturebook import (
     train_captioner,
     train_classifier,
     train_clip,
+    train_decoder,
     train_super_resolution,
     train_unet,
     train_vae,
@@ -66,7 +67,7 @@ def assemble(work: Path, averaged: bool = True) -> tuple[StableDiffusionXLPipeli
     tokenizer = make_tokenizer()
     painter = train_unet.load(work, averaged)
     vae = AutoencoderKL(**train_vae.CONFIG, scaling_factor=round(1 / train_unet.latent_std(work), 4))
-    vae.load_state_dict(train_vae.load(work).state_dict())
+    vae.load_state_dict(train_decoder.load(work).state_dict())
     text2, image, _ = train_clip.load(work)
     plain, adapter = split_adapter(painter.unet.state_dict(), list(painter.unet.attn_processors))
     unet = UNet2DConditionModel(**train_unet.CONFIG)
@@ -92,7 +93,7 @@ def card_of(work: Path) -> dict[str, Any]:
     """How the checkpoints in `work` came about: data, seeds, steps and training seconds per stage, hardware, and the stages of
     the pack that they started from."""
     stages = {}
-    for stage in ("vae", "clip", "captioner", "classifier", "super_resolution", "unet"):
+    for stage in ("vae", "decoder", "clip", "captioner", "classifier", "super_resolution", "unet"):
         path = work / f"{stage}.pt"
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -129,7 +130,7 @@ def export(work: Path, pack: Path = PACK) -> int:
         pipe.image_encoder,
     )
     pipe.to(torch.float16)
-    pipe.save_pretrained(partial, max_shard_size=FILE_LIMIT_BYTES)
+    pipe.save_pretrained(partial, max_shard_size=FILE_LIMIT_BYTES * 9 // 10)  # without its header
 
     (partial / "ip_adapter").mkdir()
     half = {k: v.half().contiguous() for k, v in adapter.items()}

@@ -1,10 +1,10 @@
 """One command trains the whole picturebook: `python -m resmaster_stages.picturebook.train`.
 
-Stages, in order: render, vae, clip, captioner, classifier, super_resolution, unet, export. Each resumes from its last checkpoint in the work folder.
+Stages, in order: render, vae, decoder, clip, captioner, classifier, super_resolution, unet, export. Each resumes from its last checkpoint in the work folder.
 The defaults are the recipe of the shipped pack; budgets are wall-clock seconds on 2 CPU cores (or steps, if given).
 Where CPU cores are shared, VAE and UNet train faster as one-thread processes:
-`torchrun --nproc_per_node 2 -m resmaster_stages.picturebook.train --stages vae,unet --threads 1`.
-`touch WORK/STOP-UNET` (or STOP-VAE, STOP-CLIP, STOP-CAPTIONER, STOP-CLASSIFIER, STOP-SUPER-RESOLUTION) starts that stage's final decay early.
+`torchrun --nproc_per_node 2 -m resmaster_stages.picturebook.train --stages vae,decoder,unet --threads 1`.
+`touch WORK/STOP-UNET` (or STOP-VAE, STOP-DECODER, STOP-CLIP, STOP-CAPTIONER, STOP-CLASSIFIER, STOP-SUPER-RESOLUTION) starts that stage's final decay early.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from resmaster_stages.picturebook import (
     train_captioner,
     train_classifier,
     train_clip,
+    train_decoder,
     train_super_resolution,
     train_unet,
     train_vae,
@@ -28,7 +29,7 @@ from resmaster_stages.picturebook import (
 )
 from resmaster_stages.picturebook.training import Budget
 
-STAGES = ("render", "vae", "clip", "captioner", "classifier", "super_resolution", "unet", "export")
+STAGES = ("render", "vae", "decoder", "clip", "captioner", "classifier", "super_resolution", "unet", "export")
 KEPT = {
     "clip": train_clip.keep,
     "captioner": train_captioner.keep,
@@ -38,6 +39,7 @@ KEPT = {
 """Stages that an earlier pack can stand in for where they are not trained."""
 RECIPE: dict[str, Budget] = {
     "vae": Budget(seconds=3100, decay=0.2),
+    "decoder": Budget(seconds=1200, decay=0.7),
     "clip": Budget(seconds=890, decay=0.6),
     "captioner": Budget(seconds=480, decay=0.6),
     "classifier": Budget(seconds=420, decay=0.6),
@@ -61,7 +63,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2, help="for drawing photos")
     parser.add_argument("--threads", type=int, default=None, help="torch threads")
     parser.add_argument(
-        "--compile", action="store_true", help="torch.compile for VAE and UNet: minutes first, then a quarter faster"
+        "--compile",
+        action="store_true",
+        help="torch.compile for VAE, decoder and UNet: minutes first, then a quarter faster",
     )
     for stage, budget in RECIPE.items():
         flag = stage.replace("_", "-")
@@ -96,8 +100,8 @@ def main() -> None:
     unknown = sorted(set(stages) - set(STAGES))
     if unknown:
         raise SystemExit(f"Unknown stage {', '.join(unknown)}; choose from {', '.join(STAGES)}.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not set(stages) <= {"vae", "unet"}:
-        raise SystemExit("Under torchrun only the stages vae and unet can run; run the others without it.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not set(stages) <= {"vae", "decoder", "unet"}:
+        raise SystemExit("Under torchrun only the stages vae, decoder and unet can run; run the others without it.")
     if args.threads:
         torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
@@ -122,6 +126,8 @@ def main() -> None:
             budget = budget_of(stage, args)
             if stage == "vae":
                 train_vae.train(args.work, budget, device=args.device, pack=args.from_pack, compiled=args.compile)
+            elif stage == "decoder":
+                train_decoder.train(args.work, budget, device=args.device, compiled=args.compile)
             elif stage == "clip":
                 train_clip.train(args.work, budget, device=args.device, pack=args.from_pack)
             elif stage == "captioner":

@@ -180,7 +180,7 @@ def _cache_clip(work: Path, photos: PhotoSet, device: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _cache_latents(work: Path, photos: PhotoSet, team: Team, device: str) -> Tensor:
+def cache_latents(work: Path, photos: PhotoSet, team: Team, device: str) -> Tensor:
     """Every photo's latents [N, C, 16, 16], unscaled modes; read from `work`/cache-latents.pt if there."""
     path = work / "cache-latents.pt"
     missing = not fresh(path, work / "vae-final.pt")
@@ -208,7 +208,7 @@ def make_cache(work: Path, photos: PhotoSet, team: Team, device: str = "cpu") ->
     """Compute or read what the frozen models say about every photo."""
     if team.leads:
         _cache_clip(work, photos, device)
-    latents = _cache_latents(work, photos, team, device)
+    latents = cache_latents(work, photos, team, device)
     return Cache(latents=latents, latent_std=latent_std(work), **_cache_clip(work, photos, device))
 
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from resmaster_stages.picturebook import train_vae, training, warm_start
+from resmaster_stages.picturebook import data, train_decoder, train_vae, training, warm_start
 from resmaster_stages.picturebook.training import Budget, Course, muon, set_rate, vectors
 
 
@@ -122,3 +122,30 @@ def test_a_checkpoint_that_cannot_be_trained_further_is_refused(
     with pytest.raises(SystemExit, match=f"unet.pt cannot be trained further: it has no {lacks}"):
         course.resume("model", "ema", "optims")
     assert course.resume() == {**state, "step": 0, "elapsed": 0.0, "stopping_since": None}
+
+
+def test_the_decoder_trains_further_and_latents_stay(tmp_path: Path) -> None:
+    data.draw_photos(tmp_path / "photos", 4, 1, data.TRAIN_SEED, shard=4)
+    data.draw_photos(tmp_path / "held-out", 4, 1, data.HELD_OUT_SEED, shard=4)
+    fresh_vae = AutoencoderKL(**train_vae.CONFIG)
+    torch.save(fresh_vae.state_dict(), tmp_path / "vae-final.pt")
+    before = train_vae.load(tmp_path)
+    recipe = train_decoder.DecoderRecipe(batch=2, crop_cells=4)
+    for steps in (2, 3):  # the second goes on
+        train_decoder.train(tmp_path, Budget(steps=steps, warmup_steps=1), recipe)
+    after = train_decoder.load(tmp_path)
+    assert torch.load(tmp_path / "decoder.pt", weights_only=True)["step"] == 3
+    moved = {
+        name.partition(".")[0]
+        for name, value in after.state_dict().items()
+        if not value.equal(before.state_dict()[name])
+    }
+    assert moved == {"decoder", "post_quant_conv"}
+    torch.save(fresh_vae.state_dict(), tmp_path / "vae-final.pt")
+    assert (
+        train_decoder.load(tmp_path)
+        .state_dict()["decoder.conv_in.weight"]
+        .equal(fresh_vae.state_dict()["decoder.conv_in.weight"])
+    ), "another VAE's decoder is left alone"
+    with pytest.raises(SystemExit, match="belongs to an earlier VAE"):
+        train_decoder.train(tmp_path, Budget(steps=4), recipe)
