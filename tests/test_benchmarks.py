@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -9,9 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from benchmarks import flags, methods, peers
-from resmaster_stages.config import METHODS
+from benchmarks import flags, methods, peers, true_scenes
+from resmaster_stages.compare import variants
+from resmaster_stages.config import METHODS, load_config
 from resmaster_stages.diffusion.views import view_grid
+from resmaster_stages.picturebook import captions
+from resmaster_stages.picturebook.evaluate import square_scenes
 from resmaster_stages.quality import measure
 
 Run = Callable[..., list[dict[str, str]]]
@@ -102,3 +106,36 @@ def test_a_dataset_is_measured_as_the_stage_measures_it(tmp_path: Path) -> None:
     (row,) = flags.of_dataset(tmp_path, native_px=32)
     boxes = view_grid(128, 128, 32, 0.5, 8).pixel_boxes
     assert row == {"key": "aa", **measure(image.resize((32, 32)), image, boxes)}
+
+
+@pytest.mark.slow
+def test_parts_of_a_method_are_exchanged_for_the_truth_and_finished_images_are_kept(run: Run, tmp_path: Path) -> None:
+    short = "resmaster:preset=accelerated:steps=3"
+    words = ("--n", "2", "--out", str(tmp_path), "--methods", f"lanczos,{short},{short}@true")
+    rows = run(*words, main=true_scenes.main)
+    assert [row["row"].strip("`") for row in rows] == [*words[-1].split(","), true_scenes.VAE, "the drawings"]
+    by_name = {row["row"].strip("`"): row for row in rows}
+    assert by_name["lanczos"]["rows"] == "0" != by_name[short]["rows"] == by_name[short + "@true"]["rows"]
+    distances = {name: float(row["distance ↓"].split(" ± ")[0]) for name, row in by_name.items()}
+    assert distances["the drawings"] == 0 < distances[true_scenes.VAE] < distances["lanczos"]
+    assert by_name["the drawings"]["pairs ↑"] >= by_name[short]["pairs ↑"]
+    assert len(list(tmp_path.glob("*/*/*.png"))) == 3 * 2
+    for path in tmp_path.glob("*/*lanczos*/000.png"):
+        Image.new("RGB", (512, 512)).save(path)
+    assert run(*words, main=true_scenes.main)[0]["distance ↓"] != rows[0]["distance ↓"], "finished images are read"
+
+
+def test_a_view_is_told_what_it_shows() -> None:
+    scene = square_scenes(1, true_scenes.FIRST_SCENE)[0]
+    (variant,) = variants(load_config(true_scenes.CONFIG), "resmaster", "4x4")
+    texts = true_scenes.true_captions(scene, SimpleNamespace(native_px=128, latent_factor=8), variant.config, 512, 512)  # type: ignore[arg-type]
+    boxes = view_grid(512, 512, 128, variant.config.upscale.stride, 8).pixel_boxes
+    assert len(texts) == len(boxes)
+    for text, (y0, x0, y1, x1) in zip(texts, boxes):
+        assert captions.pairs(text) == captions.pairs_in(scene, (x0, y0, x1, y1))
+
+
+def test_true_captions_are_for_methods_that_read_captions(tmp_path: Path) -> None:
+    for text, message in (("lanczos@true", "reads no captions"), ("resmaster@best", "write @true")):
+        with pytest.raises(SystemExit, match=message):
+            true_scenes.main(["--n", "1", "--out", str(tmp_path), "--methods", text])

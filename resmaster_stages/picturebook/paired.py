@@ -143,13 +143,18 @@ def round_trip(models: Models, image: Image.Image) -> Image.Image:
     return to_image(autoencoder.decode(models, autoencoder.encode(models, to_tensor(image)))[0])
 
 
+def distances(pictures: Sequence[Image.Image], shown: TrueScenes, by: Judge) -> list[float]:
+    """The perceptual distance of every picture from its scene's drawing."""
+    return [perceptual_distance(a, b, by.extractor) for a, b in zip(pictures, shown.drawings, strict=True)]
+
+
 def judge(pictures: Sequence[Image.Image], shown: TrueScenes, by: Judge) -> Judged:
     """How near pictures, one per scene and of the drawings' size, come to the drawings."""
     small = [picture.reduce(SCALE) for picture in pictures]
     hits = sum(len(read & wanted) for read, wanted in zip(by.read_pairs(small), shown.pairs))
     pairs = list(zip(pictures, shown.drawings, strict=True))
     return Judged(
-        float(np.mean([perceptual_distance(a, b, by.extractor) for a, b in pairs])),
+        float(np.mean(distances(pictures, shown, by))),
         float(np.mean([psnr(a, b) for a, b in pairs])),
         float(np.mean([agreement(a, b)[0] for a, b in zip(pictures, shown.low_res)])),
         frechet_distance(_squares(pictures, by.extractor), _squares(shown.drawings, by.extractor)),

@@ -1,0 +1,182 @@
+"""Which part of a method falls short: scenes whose true enlargement is known, enlarged with parts exchanged for the truth.
+
+    python benchmarks/true_scenes.py                       # 24 scenes, 128 to 512 px, the default rows
+    python benchmarks/true_scenes.py --n 8 --methods lanczos,resmaster,resmaster@true,resmaster-tip
+
+A scene of the picturebook's world is drawn at 128 px, enlarged, and held against the same scene drawn at 512 px. Methods are
+written as for `resmaster compare`; `@true` behind one gives every view a true sentence of what it shows, in place of the captioner's.
+The low-res images are true, so the low-res model plays no part; true captions take the captioner away; the row of the VAE takes all
+but the VAE away. What is left is the UNet's and the method's share. Finished images are kept under --out: the same command goes on
+where it was stopped; other weights have a folder of their own. Needs `resvg_py` (the extra `train`).
+
+Cells: means over the scenes, `±` one standard error; *against the first*: the difference of distances, scene by scene.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import GitForCausalLM
+
+from resmaster_stages.compare import variants
+from resmaster_stages.config import DatasetConfig, load_config
+from resmaster_stages.diffusion.cost import counting
+from resmaster_stages.diffusion.views import view_grid
+from resmaster_stages.metrics.detail import detail_energy
+from resmaster_stages.metrics.features import load_classifier
+from resmaster_stages.models.loading import Models, load_models
+from resmaster_stages.picturebook import captions, paired
+from resmaster_stages.picturebook.evaluate import SCENE_SEED, as_pixels, describe_all, square_scenes
+from resmaster_stages.picturebook.export import PACK
+from resmaster_stages.picturebook.scenes import HEIGHT, Scene
+from resmaster_stages.upscale import caption_views, upscale_image
+
+CONFIG = Path(__file__).parent.parent / "deployments" / "datasets" / "picturebook-evaluation.yaml"
+FIRST_SCENE = SCENE_SEED + 5_000_000
+"""These scenes are not those of the pack's own evaluation."""
+TILED = "multidiffusion:init=noised_lr:start={start}:stride=0.75:fuse=linear"
+FAST = "resmaster:preset=accelerated:steps=25"
+METHODS = ",".join(
+    [
+        *(TILED.format(start=start) for start in (0.65, 0.5)),
+        "lanczos",
+        "super_resolution",
+        FAST,
+        FAST + "@true",
+        "resmaster-etp" + FAST.removeprefix("resmaster"),
+        "resmaster-tip" + FAST.removeprefix("resmaster"),
+    ]
+)
+VAE = "drawings through the VAE"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method with the pictures that it made."""
+
+    name: str
+    pictures: list[Image.Image]
+    rows: float | None
+    """UNet rows per picture."""
+
+
+def true_captions(scene: Scene, models: Models, config: DatasetConfig, height: int, width: int) -> list[str]:
+    """A true sentence for every view of a target of `height` x `width` px, row-major."""
+    boxes = view_grid(height, width, models.native_px, config.upscale.stride, models.latent_factor).pixel_boxes
+    unit = HEIGHT / height
+    return [captions.caption(scene, (x0 * unit, y0 * unit, x1 * unit, y1 * unit)) for y0, x0, y1, x1 in boxes]
+
+
+def enlarge(
+    models: Models, config: DatasetConfig, scene: Scene, image: Image.Image, prompt: str, seed: int, true: bool
+) -> tuple[Image.Image, int]:
+    """A scene's small drawing by a method, and the UNet rows that it took."""
+    large = paired.SCALE * image.height, paired.SCALE * image.width
+    texts = None
+    if true:
+        texts = true_captions(scene, models, config, *large)
+    elif config.upscale.uses_captions():
+        texts = caption_views(config, prompt, image, *large)
+    with counting() as cost:
+        made = upscale_image(models, image, prompt, config=config.upscale, captions=texts, seed=seed)
+    return made, cost.rows
+
+
+def pictures_of(text: str, shown: paired.TrueScenes, found: Sequence[Scene], models: Models, out: Path) -> Row:
+    """All scenes by one method; what lies in `out` already is read."""
+    method, at, source = text.partition("@")
+    if at and source != "true":
+        raise SystemExit(f"--methods {text}: write @true, or nothing")
+    (variant,) = variants(load_config(CONFIG), method, f"{paired.SCALE}x{paired.SCALE}")
+    if at and not variant.config.upscale.uses_captions():
+        raise SystemExit(f"--methods {text}: this method reads no captions")
+    folder = out / (variant.config.name + ("-true" if at else ""))
+    folder.mkdir(parents=True, exist_ok=True)
+    made, rows = [], []
+    for n, (scene, image, prompt) in enumerate(zip(found, shown.low_res, shown.prompts)):
+        path, counted = folder / f"{n:03d}.png", folder / f"{n:03d}.json"
+        if not counted.exists():
+            picture, cost = enlarge(models, variant.config, scene, image, prompt, n, bool(at))
+            picture.save(path)
+            counted.write_text(json.dumps({"rows": cost}))
+            print(f"{text}: {n + 1} of {len(found)}", flush=True)
+        made.append(Image.open(path).convert("RGB"))
+        rows.append(json.loads(counted.read_text())["rows"])
+    return Row(text, made, float(np.mean(rows)))
+
+
+def _spread(values: np.ndarray) -> str:
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{values.mean():+.3f} ± {error:.3f}"
+
+
+def table(rows: Sequence[Row], shown: paired.TrueScenes, by: paired.Judge) -> list[str]:
+    """Markdown, a line per row."""
+    head = [
+        "row",
+        "distance ↓",
+        "against the first",
+        "FID of squares ↓",
+        "PSNR ↑",
+        "agreement ↑",
+        "detail",
+        "pairs ↑",
+        "rows",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    first: np.ndarray | None = None
+    for row in rows:
+        judged = paired.judge(row.pictures, shown, by)
+        distances = np.array(paired.distances(row.pictures, shown, by))
+        first = distances if first is None else first
+        detail = np.mean([detail_energy(large, *low.size) for large, low in zip(row.pictures, shown.low_res)])
+        cells = [
+            f"`{row.name}`" if row.rows is not None else row.name,
+            _spread(distances).lstrip("+"),
+            _spread(distances - first) if distances is not first else "",
+            f"{judged.fid:.1f}",
+            f"{judged.psnr:.1f}",
+            f"{judged.agreement:.1f}",
+            f"{detail:.4f}",
+            f"{judged.pairs:.2f}",
+            f"{row.rows:,.0f}" if row.rows is not None else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python benchmarks/true_scenes.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--n", type=int, default=24, help="scenes")
+    parser.add_argument(
+        "--methods", default=METHODS, help="as for resmaster compare, @true behind a method for true captions"
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/true-scenes"), help="finished images are kept here")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(words)
+    found = square_scenes(options.n, FIRST_SCENE)
+    shown = paired.draw(found)
+    models = load_models(load_config(CONFIG).model.model_copy(update={"device": options.device}))
+    captioner = GitForCausalLM.from_pretrained(PACK / "captioner").to(options.device).float().eval()
+    by = paired.Judge(
+        load_classifier(PACK, options.device),
+        lambda images: [captions.pairs(text) for text in describe_all(captioner, as_pixels(list(images)))],
+    )
+    weights = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(PACK.rglob("*.safetensors")))).hexdigest()
+    out = options.out / weights[:12]
+    rows = [pictures_of(text.strip(), shown, found, models, out) for text in options.methods.split(",")]
+    rows.append(Row(VAE, [paired.round_trip(models, drawing) for drawing in shown.drawings], None))
+    rows.append(Row("the drawings", shown.drawings, None))
+    print("\n".join(table(rows, shown, by)))
+
+
+if __name__ == "__main__":
+    main()
