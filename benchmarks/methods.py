@@ -12,7 +12,7 @@ memory (CUDA: allocated; Linux: resident, of the whole process with its models).
 more to count its operations, and the rate stands beside that of a plain matrix product on the same device. With `--parts` a
 second table says where the rest goes: VAE, text and image encoders, and what is none of these.
 
-A method may be written with a preset, as `resmaster:accelerated`.
+A method may be written with a preset, as `resmaster:exact`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from resmaster_stages.config import METHODS, ModelConfig, UpscaleConfig
+from resmaster_stages.config import METHOD_PRESETS, METHODS, ModelConfig, UpscaleConfig
 from resmaster_stages.diffusion.cost import UnetCost, counting
 from resmaster_stages.diffusion.patches import bare
 from resmaster_stages.models.identity import pack_folder
@@ -244,8 +244,10 @@ class Row:
 def measure(models: Models, image: Image.Image, method: str, scale: float, steps: int, count_operations: bool) -> Row:
     """One picture, timed; and once more, counted, if wanted."""
     name, _, preset = method.partition(":")
-    values: dict[str, Any] = {"method": name, "scale": scale, "micro_conditioning": "native"}
-    values |= {"preset": preset} if preset else {"steps": steps}
+    preset = preset or "default"
+    values: dict[str, Any] = {"method": name, "preset": preset, "scale": scale, "micro_conditioning": "native"}
+    if "steps" not in METHOD_PRESETS.get(name, {}).get(preset, {}):
+        values["steps"] = steps
     if name == "resmaster" and not models.has_ip_adapter:
         values["image_prompt"] = {"enabled": False}
     config = UpscaleConfig.model_validate(values)

@@ -43,16 +43,16 @@ CONFIG = Path(__file__).parent.parent / "deployments" / "datasets" / "pictureboo
 FIRST_SCENE = SCENE_SEED + 5_000_000
 """These scenes are not those of the pack's own evaluation."""
 TILED = "multidiffusion:init=noised_lr:start={start}:stride=0.75:fuse=linear"
-FAST = "resmaster:preset=accelerated:steps=25"
 METHODS = ",".join(
     [
         *(TILED.format(start=start) for start in (0.65, 0.5)),
         "lanczos",
         "super_resolution",
-        FAST,
-        FAST + "@true",
-        "resmaster-etp" + FAST.removeprefix("resmaster"),
-        "resmaster-tip" + FAST.removeprefix("resmaster"),
+        "resmaster:steps=25",
+        "resmaster:steps=25@true",
+        "resmaster-etp:steps=25",
+        "resmaster-tip:steps=25",
+        "resmaster:preset=exact",
     ]
 )
 VAE = "drawings through the VAE"

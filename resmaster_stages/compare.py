@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from resmaster_stages.config import DatasetConfig, parse_config, with_method
+from resmaster_stages.config import LONGEST_NAME, DatasetConfig, parse_config, with_method
 from resmaster_stages.errors import ConfigError, PlanError, SampleError, UserError
 from resmaster_stages.identity import digest, digest_of_keys, image_key
 from resmaster_stages.lineage import stage_hashes
@@ -159,6 +159,10 @@ def _with_method(config: DatasetConfig, text: str, scale: str) -> DatasetConfig:
             inner = inner.setdefault(name, {})
         inner[last] = yaml.safe_load(value)
     label = re.sub(r"[^A-Za-z0-9-]+", "_", text)
+    room = LONGEST_NAME - len(f"{config.name}--{scale}")
+    if len(label) > room:
+        mark = digest(text)[:8]
+        label = f"{label[: max(0, room - len(mark) - 1)]}-{mark}"
     own = "picturebook" if config.model.id == PICTUREBOOK else "clip"
     quality = {"features": own} if config.quality.features == "none" else {}
     named_config = config.model_copy(update={"name": f"{config.name}-{label}-{scale}"})

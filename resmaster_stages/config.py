@@ -21,6 +21,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
@@ -69,6 +70,10 @@ SDXL: dict[str, Any] = {
     },
 }
 """The model part of a configuration for SDXL with image prompts."""
+
+
+LONGEST_NAME = 100
+"""Characters of a dataset's name at most."""
 
 
 def Operational(default: Any, **kwargs: Any) -> Any:
@@ -458,7 +463,7 @@ SHARED_PARTS: dict[str, tuple[str, ...]] = {
 }
 """Parts of `UpscaleConfig` that some methods read, and which."""
 
-ACCELERATED: dict[str, Any] = {
+FEWER_ROWS: dict[str, Any] = {
     "stepper": "dpmpp_2m",
     "steps": 25,
     "guidance_stop": 0.7,
@@ -474,14 +479,10 @@ becomes the reference anyway; on views that move without overlapping, but in the
 still."""
 
 METHOD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "multidiffusion": {
-        "default": {},
-        "accelerated": ACCELERATED,
-    },
     "resmaster": {
-        "default": {},
+        "default": FEWER_ROWS,
         "faithful": {"stepper": "posterior", "structure": {"preset": "paper"}},
-        "accelerated": ACCELERATED,
+        "exact": {},
     },
     "demofusion": {
         "default": {},
@@ -513,7 +514,7 @@ METHOD_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "c_upscale": {preset: {"structure": {"preset": "lr_nyquist"}} for preset in ("default", "faithful")},
 }
 """Settings by method and `upscale.preset`; explicit fields win. `default`: what we recommend, and what an absent preset
-means. `faithful`: the authors' published settings. `accelerated`: `default` for less work (docs/speed.md)."""
+means. `faithful`: the authors' published settings. `exact`: every row is computed that `default` leaves out (docs/speed.md)."""
 
 PRESETS = tuple(dict.fromkeys(name for presets in METHOD_PRESETS.values() for name in presets))
 """Every preset; not every method has all."""
@@ -523,7 +524,7 @@ IDLE_UNLESS: dict[str, tuple[str, str]] = {
     "shift_stride": ("shift", "every_step"),
     "shift_stop": ("shift", "every_step"),
 }
-"""Fields of `UpscaleConfig` that are read only where another one has a certain value: a preset's go where a user set it otherwise."""
+"""Fields of `UpscaleConfig` that are read only where another one has a certain value: a preset's go where it was set otherwise."""
 
 
 OFF_FIELDS: dict[str, Any] = {
@@ -541,21 +542,16 @@ its identity."""
 class UpscaleConfig(Part):
     """Stage 4: low-res image + captions -> high-res image.
 
-    `preset: faithful` beside `method` sets the fields to what the method's authors published, `preset: accelerated` to what
-    gives about the same picture for a fraction of the work.
+    `preset: faithful` beside `method` sets the fields to what the method's authors published. ResMaster's default leaves out
+    five sixths of the work; with `preset: exact` it is done.
     """
-
-    model_config = ConfigDict(
-        json_schema_extra=_offer_preset(
-            PRESETS,
-            "`faithful`: what the method's authors published; `accelerated`: a sixth of the work (methods resmaster and "
-            "multidiffusion); other fields win.",
-        )
-    )
 
     method: str = Field(default="resmaster", json_schema_extra={"enum": list(METHODS)})
     """One of the upscaling methods: direct, multidiffusion, resmaster, demofusion, scalecrafter, fouriscale,
     freescale, c_upscale, super_resolution, lanczos."""
+    preset: str = Field(default="default", json_schema_extra={"operational": True, "enum": list(PRESETS)})
+    """Where fields that are not given come from: default, faithful (what the method's authors published) or exact (method
+    resmaster: the work that its default leaves out is done)."""
     scale: float = Field(default=4.0, ge=1, le=64)
     """Target size over low-res size. Generated images must come out at a multiple of the latent factor (8)."""
     via: tuple[float, ...] = ()
@@ -615,23 +611,25 @@ class UpscaleConfig(Part):
     """Views per UNet call at most (times two with guidance, at some steps three). null: what the device's memory allows, 16 on
     CPUs. Other numbers give the same picture up to rounding."""
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _expand_preset(cls, values: Any) -> Any:
+    def _expand_preset(cls, values: Any, make: ModelWrapValidatorHandler[UpscaleConfig]) -> UpscaleConfig:
+        """The preset's fields count as not set, so that they go where the method or the preset changes."""
         if not isinstance(values, dict):
-            return values
-        rest = {key: value for key, value in values.items() if key != "preset"}
-        method, preset = rest.get("method", "resmaster"), values.get("preset", "default")
+            return make(values)
+        method, preset = values.get("method", "resmaster"), values.get("preset", "default")
         presets = METHOD_PRESETS.get(method, {"default": {}}) if isinstance(method, str) else {"default": {}}
         if preset not in presets:
             raise ValueError(f"method {method}: unknown preset {preset!r}; known: {', '.join(presets)}")
-        chosen = presets[preset]
-        idle = {name for name, (field, value) in IDLE_UNLESS.items() if rest.get(field, value) != value}
-        merged = {**{name: value for name, value in chosen.items() if name not in idle}, **rest}
-        own = rest.get(method) if method in METHOD_PARTS else None
+        idle = {name for name, (field, value) in IDLE_UNLESS.items() if values.get(field, value) != value}
+        chosen = {name: value for name, value in presets[preset].items() if name not in idle}
+        merged = {**chosen, **values}
+        own = values.get(method) if method in METHOD_PARTS else None
         if isinstance(own, dict):
             merged[method] = {**chosen.get(method, {}), **own}
-        return merged
+        made = make(merged)
+        made.__pydantic_fields_set__.difference_update(chosen.keys() - values.keys())
+        return made
 
     @model_validator(mode="after")
     def _check_via(self) -> UpscaleConfig:
@@ -714,17 +712,16 @@ class UpscaleConfig(Part):
 
 
 def with_method(values: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """What was set of an `UpscaleConfig`, for another `method`: without what came from preset `accelerated`, unless that method
-    has the same one."""
+    """What was set of an `UpscaleConfig`, for another `method`: without the part of the method before, without a preset that the
+    other method has not, and without what is read only beside a value that a preset gave."""
     before = values.get("method", UpscaleConfig.model_fields["method"].default)
-    preset = METHOD_PRESETS.get(before, {}).get("accelerated", {})
-    if method == before or not preset or not preset.keys() <= values.keys():
-        return {**values, "method": method}
-    own = {name: value for name, value in values.items() if name not in preset or value != preset[name]}
-    own = {name: value for name, value in own.items() if name not in IDLE_UNLESS or IDLE_UNLESS[name][0] in own}
-    if METHOD_PRESETS.get(method, {}).get("accelerated") == preset:
-        return {**values, "method": method}
-    return {**own, "method": method}
+    if method == before:
+        return dict(values)
+    hanging = {name for name, (field, _) in IDLE_UNLESS.items() if field not in values}
+    kept = {name: value for name, value in values.items() if name != before and name not in hanging}
+    if kept.get("preset", "default") not in METHOD_PRESETS.get(method, {"default": {}}):
+        del kept["preset"]
+    return {**kept, "method": method}
 
 
 class QualityConfig(Part):
@@ -837,8 +834,10 @@ class DatasetConfig(Part):
     @field_validator("name")
     @classmethod
     def _safe_name(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", value):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", value):
             raise ValueError("use letters, digits, dash and underscore, starting with a letter or digit")
+        if len(value) > LONGEST_NAME:
+            raise ValueError(f"has {len(value)} characters; use at most {LONGEST_NAME}")
         return value
 
     @model_validator(mode="after")

@@ -50,7 +50,7 @@ def test_picturebook_side_by_side(run: Run) -> None:
 
 @pytest.mark.slow
 def test_presets_side_by_side_and_where_the_time_goes(capsys: pytest.CaptureFixture[str]) -> None:
-    methods.main(["--methods", "resmaster,resmaster:accelerated", "--scales", "1.25", "--steps", "50", "--parts"])
+    methods.main(["--methods", "resmaster:exact,resmaster:default", "--scales", "1.25", "--steps", "50", "--parts"])
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     table, parts = lines[:4], lines[4:]
     rows = [dict(zip(table[0], cells)) for cells in table[2:]]
@@ -110,7 +110,7 @@ def test_a_dataset_is_measured_as_the_stage_measures_it(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_parts_of_a_method_are_exchanged_for_the_truth_and_finished_images_are_kept(run: Run, tmp_path: Path) -> None:
-    short = "resmaster:preset=accelerated:steps=3"
+    short = "resmaster:steps=3"
     words = ("--n", "2", "--out", str(tmp_path), "--methods", f"lanczos,{short},{short}@true")
     rows = run(*words, main=true_scenes.main)
     assert [row["row"].strip("`") for row in rows] == [*words[-1].split(","), true_scenes.VAE, "the drawings"]

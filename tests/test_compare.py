@@ -111,6 +111,30 @@ def test_other_settings_keep_what_they_do_not_name() -> None:
     assert upscale_of("resmaster:structure.preset=paper").structure.cutoff_units == "hr_nyquist"
 
 
+def test_many_settings_have_a_name_that_is_not_too_long() -> None:
+    base = parse_config({"name": "picturebook-evaluation"})
+    texts = [
+        f"resmaster:preset=exact:structure.preset=lr_nyquist:stride=0.75:shift=every_step:steps={n}" for n in (5, 6)
+    ]
+    names = [each.config.name for each in variants(base, ",".join(texts), "4x4")]
+    assert len({*names}) == 2
+    for name in names:
+        assert len(name) == 100
+        assert name.startswith("picturebook-evaluation-resmaster_preset_exact_")
+        assert name.endswith("-4x4")
+
+
+def test_a_preset_is_that_of_the_row_whatever_the_configurations_own_is() -> None:
+    base = parse_config({"name": "d", "upscale": {"steps": 20, "fuse": "uniform"}})
+    default, exact = (each.config.upscale for each in variants(base, "resmaster,resmaster:preset=exact", "2x2"))
+    assert (default.stepper, default.start, default.steps, default.fuse) == ("dpmpp_2m", 0.3, 20, "uniform")
+    assert (exact.stepper, exact.start, exact.steps, exact.shift) == ("ddim_implied", 0.0, 20, "none")
+    turned = parse_config({"name": "d", "upscale": {"preset": "exact"}})
+    again, other = (each.config.upscale for each in variants(turned, "resmaster:preset=default,direct", "2x2"))
+    assert again.stepper == "dpmpp_2m"
+    assert other == parse_config({"name": "d", "upscale": {"method": "direct", "scale": 2}}).upscale
+
+
 def test_what_nobody_set_is_for_each_methods_preset_to_say() -> None:
     base = parse_config({"name": "d", "upscale": {"steps": 7, "guidance_scale": 3.0}})
     [scalecrafter, c_upscale] = (each.config.upscale for each in variants(base, "scalecrafter,c_upscale", "2x2"))

@@ -184,7 +184,7 @@ def test_hashes_of_older_datasets_stand() -> None:
     """Known digests: a new method's settings are no part of the identity of the others."""
     weights = Weights("m", "c", "q")
     for upscale, expected in (
-        ({}, "fec8e16efb1702b1"),
+        ({"preset": "exact"}, "fec8e16efb1702b1"),
         ({"method": "direct"}, "b719143f0abd3723"),
         ({"method": "multidiffusion", "scale": 2.0}, "85c64e0097740a93"),
     ):
@@ -242,30 +242,45 @@ def test_method_presets_expand_and_explicit_fields_win() -> None:
     assert parse_config(config(upscale=faithful.model_dump()).model_dump(mode="json")).upscale == faithful
     for method, presets in METHOD_PRESETS.items():
         assert "default" in presets
-        assert set(presets) <= set(PRESETS) == {"default", "faithful", "accelerated"}
+        assert set(presets) <= set(PRESETS) == {"default", "faithful", "exact"}
         for name in presets:
             config(upscale={"method": method, "preset": name})
     with pytest.raises(ConfigError, match="unknown preset 'best'; known: default, faithful"):
         config(upscale={"method": "demofusion", "preset": "best"})
 
 
-def test_another_method_gets_what_was_set_but_not_what_another_methods_preset_set() -> None:
-    upscale = UpscaleConfig.model_validate(
-        {"preset": "accelerated", "steps": 16, "shift_stop": 0.7, "guidance_scale": 4.0}
-    )
+def test_another_method_gets_what_was_set_but_not_what_resmasters_preset_set() -> None:
+    upscale = UpscaleConfig.model_validate({"steps": 16, "shift_stop": 0.7, "guidance_scale": 4.0})
     values = upscale.model_dump(mode="json", exclude_unset=True)
-    direct = with_method(values, "direct")
-    assert direct == {"method": "direct", "steps": 16, "guidance_scale": 4.0}
-    assert UpscaleConfig.model_validate(with_method(values, "multidiffusion")).shift == "every_step"
+    assert with_method(values, "direct") == {"method": "direct", "steps": 16, "guidance_scale": 4.0}
     assert UpscaleConfig.model_validate(with_method(values, "resmaster")) == upscale
     for method in METHODS:
         UpscaleConfig.model_validate(with_method(values, method))
+    still = UpscaleConfig.model_validate({"shift": "none"}).model_dump(mode="json", exclude_unset=True)
+    assert with_method(still, "direct") == {"method": "direct", "shift": "none"}
+    exact = UpscaleConfig.model_validate({"preset": "exact", "steps": 16}).model_dump(mode="json", exclude_unset=True)
+    assert exact == {"preset": "exact", "steps": 16}
+    assert with_method(exact, "direct") == {"method": "direct", "steps": 16}
+    assert with_method(exact, "resmaster") == exact
+    free = {"method": "freescale", "preset": "faithful", "freescale": {"alpha": 2.0}}
+    assert with_method(free, "demofusion") == {"method": "demofusion", "preset": "faithful"}
     spelled = {"stepper": "posterior", "steps": 9}
     assert with_method(spelled, "direct") == {**spelled, "method": "direct"}
 
 
+@pytest.mark.parametrize(
+    "given", [{}, {"preset": "exact"}, {"preset": "faithful", "steps": 7}, {"shift": "none"}], ids=str
+)
+def test_what_was_given_is_all_that_is_set(given: dict[str, object]) -> None:
+    made = UpscaleConfig.model_validate(given)
+    assert made.model_fields_set == given.keys()
+    for again in (made.model_dump(exclude_unset=True), made.model_dump(), made.model_dump(mode="json")):
+        assert UpscaleConfig.model_validate(again) == made
+    assert "preset" not in made.identity()
+
+
 def test_what_a_preset_sets_goes_where_the_user_turned_off_what_it_hangs_on() -> None:
-    still = UpscaleConfig.model_validate({"preset": "accelerated", "shift": "none"})
+    still = UpscaleConfig.model_validate({"shift": "none"})
     assert (still.shift_stride, still.shift_stop, still.start) == (None, 1.0, 0.3)
-    noise = UpscaleConfig.model_validate({"preset": "accelerated", "init": "noise"})
+    noise = UpscaleConfig.model_validate({"init": "noise"})
     assert (noise.start, noise.shift) == (0.0, "every_step")

@@ -30,34 +30,35 @@ NOT_RUN = {
             (
                 "picturebook-evaluation",
                 "--n 24 --reference picturebook --scales 4x4",
-                "direct,super_resolution,multidiffusion,resmaster+sg,resmaster+sg+tip,resmaster,c_upscale,demofusion,"
+                "direct,super_resolution,multidiffusion,resmaster+sg:preset=exact,resmaster+sg+tip:preset=exact,"
+                "resmaster:preset=exact,c_upscale,demofusion,"
                 "freescale,scalecrafter,fouriscale",
             ),
             (
                 "picturebook-evaluation",
                 "--n 16 --reference picturebook --scales 2x2,2x4",
-                "direct,super_resolution,multidiffusion,resmaster,c_upscale,demofusion,freescale,scalecrafter,fouriscale",
+                "direct,super_resolution,multidiffusion,resmaster:preset=exact,c_upscale,demofusion,freescale,scalecrafter,fouriscale",
             ),
             (
                 "picturebook-evaluation",
                 "--n 24 --reference picturebook --scales 4x4",
-                "resmaster:structure.preset=paper,resmaster:structure.preset=paper_decay,"
-                "resmaster:structure.preset=lr_nyquist,resmaster:structure.preset=paper_early",
+                "resmaster:preset=exact:structure.preset=paper,resmaster:preset=exact:structure.preset=paper_decay,"
+                "resmaster:preset=exact:structure.preset=lr_nyquist,resmaster:preset=exact:structure.preset=paper_early",
             ),
             (
                 "picturebook-evaluation",
                 "--n 24 --reference picturebook --scales 4x4",
-                "resmaster:structure.preset=lr_nyquist,resmaster:structure.preset=lr_nyquist:stride=0.75,"
-                "resmaster:structure.preset=lr_nyquist:stride=0.75:shift=every_step",
+                "resmaster:preset=exact:structure.preset=lr_nyquist,resmaster:preset=exact:structure.preset=lr_nyquist:stride=0.75,"
+                "resmaster:preset=exact:structure.preset=lr_nyquist:stride=0.75:shift=every_step",
             ),
             (
                 "picturebook-evaluation",
                 "--n 48 --reference picturebook --scales 4x4",
-                "resmaster:steps=50,resmaster:preset=accelerated:steps=25,resmaster:preset=accelerated:steps=14:shift_stop=0.7,"
-                "resmaster:preset=accelerated:steps=25:fuse=uniform:shift_stop=0.82,"
-                "resmaster:preset=accelerated:steps=12:fuse=uniform:shift_stop=0.82,"
-                "resmaster:steps=25:stepper=dpmpp_2m,resmaster:steps=50:init=noised_lr:start=0.3,"
-                "resmaster:steps=50:shift=every_step:shift_stride=1.0:shift_stop=0.82,resmaster:steps=50:guidance_stop=0.7",
+                "resmaster:preset=exact:steps=50,resmaster:steps=25,resmaster:steps=14:shift_stop=0.7,"
+                "resmaster:steps=25:fuse=uniform:shift_stop=0.82,resmaster:steps=12:fuse=uniform:shift_stop=0.82,"
+                "resmaster:preset=exact:steps=25:stepper=dpmpp_2m,resmaster:preset=exact:steps=50:init=noised_lr:start=0.3,"
+                "resmaster:preset=exact:steps=50:shift=every_step:shift_stride=1.0:shift_stop=0.82,"
+                "resmaster:preset=exact:steps=50:guidance_stop=0.7",
             ),
             (
                 "picturebook-evaluation",
@@ -65,7 +66,7 @@ NOT_RUN = {
                 "lanczos,super_resolution,direct:init=noised_lr:start=0.65,direct:init=noised_lr:start=0.5,"
                 "multidiffusion:init=noised_lr:start=0.65:stride=0.75:fuse=linear,"
                 "multidiffusion:init=noised_lr:start=0.5:stride=0.75:fuse=linear,"
-                "c_upscale,resmaster,resmaster:preset=accelerated:steps=25",
+                "c_upscale,resmaster:preset=exact,resmaster:steps=25",
             ),
         )
     }

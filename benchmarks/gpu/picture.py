@@ -158,10 +158,10 @@ def _warmed(canvas: Canvas, config: UpscaleConfig, steps: int) -> dict[str, Any]
 
 
 def largest(run: Run, canvas: Canvas, scale: float) -> None:
-    """ResMaster at 4096 px: eager for a few steps, then compiled and accelerated to the end, then eager to the end."""
+    """ResMaster at 4096 px: the exact path eager for a few steps, then compiled to the end, and the default path."""
     short, whole = (2, 3) if run.rehearse else (SHORT_STEPS, STEPS)
     attempt, views = run.record.attempt, {"view_batch": 49}
-    exact = configured("resmaster", scale, whole, **views)
+    exact = configured("resmaster", scale, whole, preset="exact", **views)
     attempt(
         "pictures",
         lambda: reckoned(_warmed(canvas, exact.model_copy(update={"steps": short}), 1), whole),
@@ -170,9 +170,9 @@ def largest(run: Run, canvas: Canvas, scale: float) -> None:
     fast = Canvas(compiled(canvas.models), canvas.image)
     if not run.skip("pictures", 115.0, what="exact, compiled blocks"):
         attempt("pictures", lambda: _warmed(fast, exact, 1), what="exact, compiled blocks")
-    if not run.skip("pictures", 50.0, what="accelerated"):
-        accelerated = configured("resmaster", scale, 3 if run.rehearse else None, preset="accelerated")
-        attempt("pictures", lambda: _warmed(fast, accelerated, 8), what="accelerated")  # eight steps have all shapes
+    if not run.skip("pictures", 50.0, what="default"):
+        default = configured("resmaster", scale, 3 if run.rehearse else None)
+        attempt("pictures", lambda: _warmed(fast, default, 8), what="default")  # eight steps have all shapes
 
 
 def eight_bits(canvas: Canvas, config: UpscaleConfig) -> dict[str, Any]:

@@ -52,7 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "fuse": "linear",
     },
     "c_upscale": {**_SHARED, "method": "c_upscale"},
-    "resmaster": {**_SHARED, "method": "resmaster", "preset": "accelerated", "steps": 25},
+    "resmaster": {**_SHARED, "method": "resmaster", "steps": 25},
 }
 """What is measured: name -> fields of `UpscaleConfig`."""
 

@@ -49,7 +49,7 @@ def test_moved_views_are_fused_back_and_take_the_nearest_views_conditions():
     models, grid = adapted(), view_grid(128, 192, 64, 0.5, 8)
     texts = [f"{number}" for number in range(2 * len(grid))]  # two samples
     conditions = make_conditions(models, grid, texts, [""] * len(texts), guided=True)
-    at = placed(grid, conditions, UpscaleConfig(shift="every_step"), models.device)
+    at = placed(grid, conditions, UpscaleConfig(preset="exact", shift="every_step"), models.device)
     canvas = torch.randn(2, 4, grid.height, grid.width)
     seen = set()
     for step in schedule(6):
@@ -71,8 +71,10 @@ def test_moved_views_are_fused_back_and_take_the_nearest_views_conditions():
 
 @pytest.mark.parametrize("name", ["resmaster", "multidiffusion"])
 def test_moving_grids_change_the_picture_but_not_where_one_view_is_all(name):
+    exact = {"preset": "exact"} if name == "resmaster" else {}
+
     def draw(image, **values):
-        return upscale_image(adapted(), image, "a cat", config=method(name, **values), seed=3).tobytes()
+        return upscale_image(adapted(), image, "a cat", config=method(name, **exact, **values), seed=3).tobytes()
 
     assert draw(picture(), steps=3, shift="every_step") != draw(picture(), steps=3)
     small = picture(32, 32)  # twice 32 px is the tiny model's native size
@@ -89,8 +91,8 @@ def test_every_step_costs_the_same():
 def test_methods_without_a_moving_grid_refuse_it_and_identities_stay():
     with pytest.raises(ConfigError, match="shift is set, which method direct does not read"):
         parse_config({"name": "d", "upscale": {"method": "direct", "shift": "every_step"}})
-    assert "shift" not in UpscaleConfig().identity()
-    assert UpscaleConfig(shift="every_step").identity()["shift"] == "every_step"
+    assert "shift" not in UpscaleConfig(preset="exact").identity()
+    assert UpscaleConfig(preset="exact", shift="every_step").identity()["shift"] == "every_step"
 
 
 def test_moving_views_may_lie_further_apart_and_stand_still_at_the_end():
@@ -112,7 +114,9 @@ def test_moving_views_may_lie_further_apart_and_stand_still_at_the_end():
 
 def test_fields_of_moving_views_need_moving_views():
     with pytest.raises(ConfigError, match="shift_stop is set, but no view moves; set shift: every_step too"):
-        parse_config({"name": "d", "upscale": {"shift_stop": 0.5}})
+        parse_config({"name": "d", "upscale": {"shift": "none", "shift_stop": 0.5}})
     with pytest.raises(ConfigError, match="shift_stride"):
-        parse_config({"name": "d", "upscale": {"shift_stride": 1.0}})
-    assert UpscaleConfig(shift="every_step").identity().keys() == {*UpscaleConfig().identity(), "shift"}
+        parse_config({"name": "d", "upscale": {"preset": "exact", "shift_stride": 1.0}})
+    exact = {"preset": "exact"}
+    moving, still = (UpscaleConfig.model_validate({**exact, "shift": shift}) for shift in ("every_step", "none"))
+    assert moving.identity().keys() == {*still.identity(), "shift"}

@@ -49,7 +49,7 @@ def drawn(method, steps=20, **values):
 
 @pytest.mark.parametrize("method", ["multidiffusion", "resmaster"])
 def test_without_neighbours_to_see_views_and_canvas_are_one(method):
-    values = {"image_prompt": {"enabled": False}} if method == "resmaster" else {}
+    values = {"image_prompt": {"enabled": False}, "preset": "exact"} if method == "resmaster" else {}
     whole, shapes = drawn("direct")
     assert shapes == {(2, 4, 32, 32)}
     views, shapes = drawn(method, **values)

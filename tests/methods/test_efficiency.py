@@ -137,7 +137,7 @@ class Waits(TorchDispatchMode):
     ("method", "values"),
     [
         ("resmaster", {}),
-        ("resmaster", {"preset": "accelerated"}),
+        ("resmaster", {"preset": "exact"}),
         ("multidiffusion", {"shift": "every_step", "stepper": "dpmpp_2m", "guidance_stop": 0.5}),
         ("c_upscale", {}),
         ("direct", {}),

@@ -96,7 +96,7 @@ def test_a_dataset_captions_every_pass_anew(monkeypatch):
 
 
 def test_what_was_not_asked_for_is_not_in_the_identity():
-    plain = UpscaleConfig().identity()
+    plain = UpscaleConfig(preset="exact").identity()
     assert not plain.keys() & {"via", "start", "shift"}
     assert UpscaleConfig(via=(2.0,)).identity()["via"] == (2.0,)
 
@@ -135,7 +135,7 @@ def test_a_later_start_leaves_out_steps_and_keeps_closer_to_the_picture(method):
 
 @pytest.mark.parametrize(
     ("values", "advice"),
-    [({"start": 0.5}, "noised_lr"), ({"start": 0.5, "method": "freescale"}, "freescale.start")],
+    [({"start": 0.5, "init": "noise"}, "noised_lr"), ({"start": 0.5, "method": "freescale"}, "freescale.start")],
 )
 def test_a_start_that_would_not_be_read_is_refused(values, advice):
     with pytest.raises(ValueError, match=advice):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import ResNetForImageClassification
 
 from resmaster_stages.compare import variants
-from resmaster_stages.config import ACCELERATED, load_config
+from resmaster_stages.config import FEWER_ROWS, load_config
 from resmaster_stages.methods.lanczos import enlarge
 from resmaster_stages.metrics.features import load_classifier
 from resmaster_stages.picturebook import captions, evaluate, paired
@@ -192,7 +192,7 @@ def test_methods_are_those_of_the_evaluation_with_the_pack_s_own_networks(tmp_pa
         (variant,) = variants(evaluation, text, "4x4")
         assert found[name].upscale.identity() == variant.config.upscale.identity(), name
     ours = found["resmaster"].upscale
-    assert {field: getattr(ours, field) for field in ACCELERATED} == ACCELERATED
+    assert {field: getattr(ours, field) for field in FEWER_ROWS} == FEWER_ROWS
     assert [name for name, config in found.items() if config.upscale.uses_captions()] == ["c_upscale", "resmaster"]
 
 

@@ -102,7 +102,7 @@ def test_deploying_twice_is_deploying_once(deployed: Stack) -> None:
         assert all(field.get("description") for field in part["properties"].values()), part["title"]
     upscale = parts["UpscaleConfig"]["properties"]
     assert upscale["method"]["enum"] == list(METHODS)
-    assert upscale["preset"]["enum"] == ["default", "accelerated", "faithful"]
+    assert upscale["preset"]["enum"] == ["default", "faithful", "exact"]
 
 
 def test_the_repair_form_says_what_its_fields_are(deployed: Stack) -> None:
