@@ -39,6 +39,8 @@ from resmaster_stages.models.identity import pack_folder
 from resmaster_stages.models.loading import Models, load_models, resolve_device, resolve_dtype
 from resmaster_stages.upscale import upscale_image
 
+STEPS = 20
+"""Where neither the command line nor a preset says how many."""
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -241,13 +243,15 @@ class Row:
         return self.parts.get(part, 0.0) / self.whole
 
 
-def measure(models: Models, image: Image.Image, method: str, scale: float, steps: int, count_operations: bool) -> Row:
-    """One picture, timed; and once more, counted, if wanted."""
+def measure(
+    models: Models, image: Image.Image, method: str, scale: float, steps: int | None, count_operations: bool
+) -> Row:
+    """One picture, timed; and once more, counted, if wanted. Without `steps` it takes its preset's, or 20."""
     name, _, preset = method.partition(":")
     preset = preset or "default"
     values: dict[str, Any] = {"method": name, "preset": preset, "scale": scale, "micro_conditioning": "native"}
-    if "steps" not in METHOD_PRESETS.get(name, {}).get(preset, {}):
-        values["steps"] = steps
+    if steps is not None or "steps" not in METHOD_PRESETS.get(name, {}).get(preset, {}):
+        values["steps"] = steps or STEPS
     if name == "resmaster" and not models.has_ip_adapter:
         values["image_prompt"] = {"enabled": False}
     config = UpscaleConfig.model_validate(values)
@@ -328,7 +332,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--scales", default="2,4", help="target size over the model's native size")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, help="default: those that a method's preset names, or 20")
     parser.add_argument(
         "--shrink", type=int, default=1, help="of --model sdxl: divide its channels and its native size"
     )
@@ -355,7 +359,7 @@ def main(words: list[str] | None = None) -> None:
             rows.append(measure(models, image, method, scale, args.steps, args.flops))
             print(f"{method} at {scale:g}x: {rows[-1].seconds:.1f} s", flush=True)
     name = args.model if args.model == "picturebook" else f"SDXL's shape / {args.shrink}, random weights"
-    print(f"\n{name}, native {native} px, {args.steps} steps, {str(dtype).removeprefix('torch.')}")
+    print(f"\n{name}, native {native} px, {args.steps or STEPS} steps, {str(dtype).removeprefix('torch.')}")
     print(f"{device_name(device)}; torch {torch.__version__}")
     if args.flops:
         print(f"a matrix product on it: {product_rate(device, dtype) / 1e12:.3f} Tflop/s")

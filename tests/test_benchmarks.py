@@ -50,11 +50,11 @@ def test_picturebook_side_by_side(run: Run) -> None:
 
 @pytest.mark.slow
 def test_presets_side_by_side_and_where_the_time_goes(capsys: pytest.CaptureFixture[str]) -> None:
-    methods.main(["--methods", "resmaster:exact,resmaster:default", "--scales", "1.25", "--steps", "50", "--parts"])
+    methods.main(["--methods", "resmaster:exact,resmaster:default", "--scales", "1.25", "--parts"])
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     table, parts = lines[:4], lines[4:]
     rows = [dict(zip(table[0], cells)) for cells in table[2:]]
-    assert [row["native rows, 1.25x"] for row in rows] == ["400", str(11 * 4 * 2 + 7 * 4)]
+    assert [row["native rows, 1.25x"] for row in rows] == ["160", str(11 * 4 * 2 + 7 * 4)]
     assert parts[0] == ["method", "scale", "image prompts", "VAE encoder", "text", "UNet", "VAE decoder", "rest"]
     for cells, row in zip(parts[2:], rows):
         shares = [float(cell.rstrip("%")) for cell in cells[2:]]
@@ -66,7 +66,7 @@ def test_presets_side_by_side_and_where_the_time_goes(capsys: pytest.CaptureFixt
 @pytest.mark.slow
 def test_an_sdxl_of_random_weights_and_counted_operations(run: Run) -> None:
     """The part for GPUs, on a CPU: the same code with SDXL's channels divided by 20."""
-    some = "direct,resmaster,scalecrafter,freescale"
+    some = "direct,resmaster:exact,scalecrafter,freescale"
     rows = run("--model", "sdxl", "--shrink", "16", "--methods", some, "--scales", "2", "--steps", "2", "--flops")
     assert [row["method"] for row in rows] == some.split(",")
     assert rows[0]["native rows, 2x"] == "16"  # 2 steps x 2 branches x 4

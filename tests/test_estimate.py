@@ -48,7 +48,10 @@ def test_without_commits_the_table_speaks_and_says_what_it_does_not_know(tmp_pat
     found = estimate(preview(sdxl(tmp_path)), workers=8, price=2.0)
     assert found.shards == 16
     high_res = stage_of(found, "high_res")
-    assert high_res.seconds_per_sample == pytest.approx(50 * 49 * 0.122), "50 steps of 49 guided views"
+    rows = 11 * 25 * 2 + 2 * 25 + 5 * 49  # 18 of 25 steps: with guidance, without, and the last on all views
+    assert high_res.seconds_per_sample == pytest.approx(rows / 2 * 0.122), "two rows are a guided view"
+    exact = estimate(preview(sdxl(tmp_path, upscale={"preset": "exact"})))
+    assert stage_of(exact, "high_res").seconds_per_sample == pytest.approx(50 * 49 * 0.122)
     assert high_res.seconds_source.startswith("estimate: 0.122 s per guided native view")
     assert stage_of(found, "low_res").seconds_per_sample == pytest.approx(50 * 0.122)
     assert stage_of(found, "captions").seconds_per_sample == pytest.approx(49 * (0.008 + 0.0027)), (

@@ -67,7 +67,7 @@ def test_the_reference_has_the_same_latents_whatever_the_unets_precision(low, ro
 
 
 def test_bfloat16_draws_the_float32_picture_without_a_shift_of_colour(low, rounded):
-    config = UpscaleConfig(method="resmaster", scale=2, steps=6, guidance_scale=4.0, micro_conditioning="native")
+    config = UpscaleConfig(preset="exact", scale=2, steps=6, guidance_scale=4.0, micro_conditioning="native")
 
     def draw(models: Models) -> np.ndarray:
         return np.asarray(upscale_image(models, low, PROMPT, config=config, seed=1))

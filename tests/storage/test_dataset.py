@@ -60,7 +60,7 @@ def test_stage_changes_are_appended_and_can_be_taken_back(tmp_path: Path) -> Non
     assert open_dataset(str(tmp_path)).config == first
     create_or_open(first)
     assert sorted(os.listdir(tmp_path / "demo" / "configs")) == ["0001.json", "0002.json"]
-    assert json.loads((tmp_path / "demo" / "config.json").read_text())["upscale"]["steps"] == 50
+    assert json.loads((tmp_path / "demo" / "config.json").read_text())["upscale"]["steps"] == 25
 
 
 def test_a_change_that_loses_the_race_takes_the_next_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
