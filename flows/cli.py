@@ -220,7 +220,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--method", default="resmaster", help=f"one of: {', '.join(METHODS)} (default: resmaster)")
     sub.add_argument(
         "--preset",
-        help="settings of the method: default, faithful (what its authors published), or exact (resmaster: six times the work)",
+        help="settings of the method: default, faithful (what its authors published), or exact (resmaster: what its default leaves out)",
     )
     sub.add_argument("--prompt", default="", metavar="TEXT", help="what the image shows")
     sub.add_argument(

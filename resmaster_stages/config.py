@@ -543,7 +543,7 @@ class UpscaleConfig(Part):
     """Stage 4: low-res image + captions -> high-res image.
 
     `preset: faithful` beside `method` sets the fields to what the method's authors published. ResMaster's default leaves out
-    five sixths of the work; with `preset: exact` it is done.
+    most of the work (at 4x five sixths); with `preset: exact` it is done.
     """
 
     method: str = Field(default="resmaster", json_schema_extra={"enum": list(METHODS)})
