@@ -22,6 +22,7 @@ from resmaster_stages.picturebook.training import (
     Course,
     Ema,
     Team,
+    descend,
     fresh,
     muon,
     parameters_m,
@@ -129,11 +130,7 @@ def train(
             output = decoder(z)
         loss = train_vae.reconstruction_loss(output.float(), target, recipe.loss)
         loss.backward()
-        team.average_gradients(decoder)
-        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-        for optim in optims:
-            optim.step()
-        decoder.zero_grad(set_to_none=True)
+        descend(team, decoder, optims)
         going, rate = team.decide(course.advance(), course.rate())
         if not team.leads:
             continue

@@ -36,6 +36,7 @@ from resmaster_stages.picturebook.training import (
     Ema,
     Team,
     attention,
+    descend,
     fresh,
     muon,
     optimiser,
@@ -342,11 +343,7 @@ def train(
             count = team.share(recipe.batch)
             loss = _loss(painter, cache, time_ids, schedule, recipe, own, count, scale, device)
             loss.backward()
-        team.average_gradients(painter)
-        nn.utils.clip_grad_norm_(painter.parameters(), 1.0)
-        for optim in optims:
-            optim.step()
-        painter.zero_grad(set_to_none=True)
+        descend(team, painter, optims)
         going, rate = team.decide(course.advance(), course.rate())
         if not team.leads:
             continue

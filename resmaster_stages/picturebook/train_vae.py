@@ -16,12 +16,22 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from resmaster_stages.picturebook import warm_start
 from resmaster_stages.picturebook.data import PhotoSet, to_float
-from resmaster_stages.picturebook.training import Budget, Course, Ema, Team, muon, parameters_m, set_rate, vectors
+from resmaster_stages.picturebook.training import (
+    Budget,
+    Course,
+    Ema,
+    Team,
+    descend,
+    muon,
+    parameters_m,
+    set_rate,
+    vectors,
+)
 
 CONFIG: dict[str, Any] = {
     "in_channels": 3,
@@ -210,11 +220,7 @@ def train(
         loss = reconstruction_loss(output.float(), target, recipe)
         kl = 0.5 * (dist.mean.float().square() + dist.var.float() - 1 - dist.logvar.float()).sum() / x.numel()
         (loss + recipe.kl_weight * kl).backward()
-        team.average_gradients(vae)
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        for optim in optims:
-            optim.step()
-        vae.zero_grad(set_to_none=True)
+        descend(team, vae, optims)
         going, rate = team.decide(course.advance(), course.rate())
         if not team.leads:
             continue

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -149,6 +150,15 @@ class Team:
         message = torch.tensor([float(going), rate], dtype=torch.float64)
         distributed.broadcast(message, 0)
         return bool(message[0]), float(message[1])
+
+
+def descend(team: Team, model: nn.Module, optimisers: Sequence[torch.optim.Optimizer]) -> None:
+    """One step by the mean gradients of all processes, no longer than 1; gradients are cleared."""
+    team.average_gradients(model)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for each in optimisers:
+        each.step()
+    model.zero_grad(set_to_none=True)
 
 
 def fresh(path: Path, source: Path) -> bool:
