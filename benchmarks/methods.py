@@ -359,7 +359,8 @@ def main(words: list[str] | None = None) -> None:
             rows.append(measure(models, image, method, scale, args.steps, args.flops))
             print(f"{method} at {scale:g}x: {rows[-1].seconds:.1f} s", flush=True)
     name = args.model if args.model == "picturebook" else f"SDXL's shape / {args.shrink}, random weights"
-    print(f"\n{name}, native {native} px, {args.steps or STEPS} steps, {str(dtype).removeprefix('torch.')}")
+    steps = f"{args.steps} steps" if args.steps else f"{STEPS} steps, or a preset's own"
+    print(f"\n{name}, native {native} px, {steps}, {str(dtype).removeprefix('torch.')}")
     print(f"{device_name(device)}; torch {torch.__version__}")
     if args.flops:
         print(f"a matrix product on it: {product_rate(device, dtype) / 1e12:.3f} Tflop/s")

@@ -11,7 +11,7 @@ from resmaster_stages.picturebook.world import COLOURS, GROUNDS, Drawing, Part, 
 _INK = "#2b2430"
 
 
-@kind("cat", tuple(COLOURS), (140, 210), 0.72)
+@kind("cat", tuple(COLOURS), (260, 350), 0.72)
 def cat(t: Thing, rng: Random, night: bool) -> Drawing:
     """A sitting cat seen from the front: a furry body, a striped tail, ears, slit eyes and whiskers."""
     dark, base, light = COLOURS[t.colour]
@@ -47,15 +47,15 @@ def cat(t: Thing, rng: Random, night: bool) -> Drawing:
         f'<ellipse cx="{num(t.x)}" cy="{num(t.y - 0.28 * s)}" rx="{num(0.11 * s)}" ry="{num(0.19 * s)}" fill="{light}"/>'
     )
     fur: dict[str, list[str]] = {dark: [], light: [], base: []}
-    for _ in range(90):
+    for _ in range(170):
         a, r = rng.uniform(0, 2 * math.pi), math.sqrt(rng.random())
         x, y = t.x + 0.235 * s * r * math.cos(a), t.y - 0.24 * s + 0.22 * s * r * math.sin(a)
         chest = abs(x - t.x) < 0.1 * s and y < t.y - 0.1 * s
         shade = rng.choice([base, dark]) if chest else rng.choice([dark, light])
         fur[shade].append(
-            f"M{num(x)} {num(y)}q{num(rng.uniform(-0.012, 0.012) * s)} {num(0.02 * s)} {num((x - t.x) * 0.06)} {num(0.042 * s)}"
+            f"M{num(x)} {num(y)}q{num(rng.uniform(-0.012, 0.012) * s)} {num(0.02 * s)} {num((x - t.x) * 0.05)} {num(0.034 * s)}"
         )
-    out += [path(d, "none", shade, 0.008 * s) for shade, d in fur.items()]
+    out += [path(d, "none", shade, 0.007 * s) for shade, d in fur.items()]
     for f in (-1, 1):
         px = t.x + f * 0.095 * s
         out.append(
@@ -134,7 +134,7 @@ def cat(t: Thing, rng: Random, night: bool) -> Drawing:
     return Drawing("".join(out), (left, t.y - s, right, t.y), parts)
 
 
-@kind("bird", tuple(COLOURS), (110, 170), 1.5, floats=True, grounds=GROUNDS)
+@kind("bird", tuple(COLOURS), (180, 240), 1.5, floats=True, grounds=GROUNDS)
 def bird(t: Thing, rng: Random, night: bool) -> Drawing:
     """A bird in flight, seen from the side: rows of feathers with shafts on a raised wing, a fan tail, beak and eye."""
     dark, base, light = COLOURS[t.colour]
@@ -157,7 +157,7 @@ def bird(t: Thing, rng: Random, night: bool) -> Drawing:
             f"C{num(tip_x - 0.8 * ox)} {num(tip_y - 0.8 * oy)} {num(fx + 0.4 * length * c - ox)} {num(fy + 0.4 * length * n - oy)} {num(fx)} {num(fy)}z"
         )
         shaft = [f"M{num(fx)} {num(fy)}L{num(fx + 0.93 * length * c)} {num(fy + 0.93 * length * n)}"]
-        for k in (0.45, 0.62, 0.79):
+        for k in (0.4, 0.51, 0.62, 0.73, 0.84):
             for b in (-1, 1):
                 shaft.append(
                     f"M{num(fx + (k - 0.1) * length * c)} {num(fy + (k - 0.1) * length * n)}L{num(fx + k * length * c + b * 0.6 * ox)} {num(fy + k * length * n + b * 0.6 * oy)}"

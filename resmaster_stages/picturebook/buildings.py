@@ -8,7 +8,7 @@ from resmaster_stages.picturebook.svg import circle, num, path, rect, round_rect
 from resmaster_stages.picturebook.world import COLOURS, Drawing, Part, Thing, kind
 
 
-@kind("house", tuple(COLOURS), (150, 250), 0.95)
+@kind("house", tuple(COLOURS), (270, 370), 0.95)
 def house(t: Thing, rng: Random, night: bool) -> Drawing:
     """A brick house with a tiled roof, two windows with panes, a door with a knob and a chimney."""
     dark, base, light = COLOURS[t.colour]
@@ -25,7 +25,7 @@ def house(t: Thing, rng: Random, night: bool) -> Drawing:
     out.append(path([rect(cx - 0.012 * s, top - 0.375 * s, 0.124 * s, 0.03 * s)], roof_dark))
     # wall: mortar, then bricks in three shades
     out.append(path([rect(left, top, w, wall_h)], dark))
-    brick_h = 0.062 * s
+    brick_h = 0.042 * s
     brick_w = 2.1 * brick_h
     gap = 0.16 * brick_h
     shades: dict[str, list[str]] = {base: [], light: [], "mid": []}
@@ -47,8 +47,8 @@ def house(t: Thing, rng: Random, night: bool) -> Drawing:
         f'<path d="M{num(left - eave)} {num(top + 1)}L{num(t.x)} {num(apex)}L{num(left + w + eave)} {num(top + 1)}z" fill="{roof_dark}"/>'
     )
     tiles: dict[str, list[str]] = {roof_base: [], roof_light: []}
-    tile_rows, roof_h = 6, top - apex
-    tile_w = 0.088 * s
+    tile_rows, roof_h = 9, top - apex
+    tile_w = 0.06 * s
     for row in range(tile_rows, 0, -1):
         y1 = apex + roof_h * row / tile_rows
         half = (w / 2 + eave) * (row - 0.15) / tile_rows
@@ -112,7 +112,7 @@ def house(t: Thing, rng: Random, night: bool) -> Drawing:
     return Drawing("".join(out), (left - eave, apex, left + w + eave, t.y), tuple(parts))
 
 
-@kind("lighthouse", tuple(COLOURS), (220, 310), 0.5, grounds=("water", "sand", "meadow", "snow"))
+@kind("lighthouse", tuple(COLOURS), (350, 440), 0.5, grounds=("water", "sand", "meadow", "snow"))
 def lighthouse(t: Thing, rng: Random, night: bool) -> Drawing:
     """A banded tower of stone blocks on rocks, with a gallery, a lantern with panes and a domed cap."""
     dark, base, light = COLOURS[t.colour]
@@ -132,7 +132,7 @@ def lighthouse(t: Thing, rng: Random, night: bool) -> Drawing:
         x, y = t.x + f * 0.22 * s, t.y - 0.02 * s - (1 - abs(f)) * 0.035 * s
         rocks[rng.choice(list(rocks))].append(round_rect(x - r, y - r * 0.8, 2 * r, 1.5 * r, 0.6 * r))
     # blocks, in bands of the tower's colour and of white (of grey for a white tower)
-    rows, bands = 22, 6
+    rows, bands = 32, 6
     other = "#9aa2ad" if t.colour == "white" else "#f6f1e7"
     other_light = "#b5bcc6" if t.colour == "white" else "#ffffff"
     out.append(
@@ -150,7 +150,7 @@ def lighthouse(t: Thing, rng: Random, night: bool) -> Drawing:
         h0 = half(y0 + step / 2)
         plain = (row * bands // rows) % 2 == 0
         pair = (base, light) if plain else (other, other_light)
-        count = 5
+        count = 7
         width = 2 * h0 / count
         x = t.x - h0 - (width / 2 if row % 2 else 0.0)
         while x < t.x + h0 - 0.5:

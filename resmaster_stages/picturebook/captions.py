@@ -1,6 +1,6 @@
 """Sentences about scenes: captions for whole scenes and crops, and how to read (object, colour) pairs back.
 
-The vocabulary is small and fixed (`VOCABULARY`), every sentence is shorter than 40 words, and a crop's sentence names
+The vocabulary is small and fixed (`VOCABULARY`), every sentence has at most 50 words, and a crop's sentence names
 only what its box shows. Knows nothing about pixels or models.
 """
 

@@ -9,7 +9,7 @@ from resmaster_stages.picturebook.svg import circle, num, path, rect, round_rect
 from resmaster_stages.picturebook.world import COLOURS, GROUNDS, Drawing, Part, Thing, kind
 
 
-@kind("balloon", tuple(COLOURS), (150, 240), 0.68, floats=True, grounds=GROUNDS)
+@kind("balloon", tuple(COLOURS), (250, 340), 0.68, floats=True, grounds=GROUNDS)
 def balloon(t: Thing, rng: Random, night: bool) -> Drawing:
     """A hot-air balloon: gores with seams and a band, ropes and a woven basket."""
     dark, base, light = COLOURS[t.colour]
@@ -39,8 +39,8 @@ def balloon(t: Thing, rng: Random, night: bool) -> Drawing:
     seams = [f"M{num(cx)} {num(cy - r)}{edge(math.sin(math.pi * (i / 8 - 0.5)))}" for i in range(1, 8)]
     out.append(path(seams, "none", dark, 0.009 * s))
     rings = []
-    for k in range(1, 6):
-        yy = cy - 0.95 * r + k * 0.36 * r
+    for k in range(1, 9):
+        yy = cy - 0.95 * r + k * 0.23 * r
         half = (
             1.02 * r * math.sqrt(max(0.0, 1 - ((yy - cy) / (1.04 * r)) ** 2))
             if yy < cy
@@ -62,7 +62,7 @@ def balloon(t: Thing, rng: Random, night: bool) -> Drawing:
     out.append(path([round_rect(cx - nw, neck - 0.012 * s, 2 * nw, 0.03 * s, 2)], dark))
     out.append(path([round_rect(cx - bw / 2, by, bw, bh, 0.02 * s)], "#8a5a2f"))
     weave: dict[str, list[str]] = {"#c08a4d": [], "#a8733b": []}
-    nx, ny = 5, 4
+    nx, ny = 7, 6
     for i in range(nx):
         for j in range(ny):
             if (i + j) % 2 == 0:
@@ -86,7 +86,7 @@ def balloon(t: Thing, rng: Random, night: bool) -> Drawing:
     return Drawing("".join(out), (cx - r * 1.02, cy - r, cx + r * 1.02, t.y), parts)
 
 
-@kind("boat", tuple(COLOURS), (160, 240), 0.95, grounds=("water", "sand"))
+@kind("boat", tuple(COLOURS), (270, 370), 0.95, grounds=("water", "sand"))
 def boat(t: Thing, rng: Random, night: bool) -> Drawing:
     """A sailing boat: a hull of planks with nails, a mast, two sails with seams and patches, rigging and a pennant."""
     dark, base, light = COLOURS[t.colour]
@@ -105,9 +105,9 @@ def boat(t: Thing, rng: Random, night: bool) -> Drawing:
     lines = [f"M{num(t.x)} {num(top + 0.04 * s)}L{num(at(f))} {num(deck)}" for f in (1.0, -0.97)]
     shrouds = [f"M{num(t.x)} {num(top + 0.2 * s)}L{num(at(f))} {num(deck)}" for f in (-0.3, 0.3)]
     rungs = []
-    for i in range(1, 8):
-        y = top + 0.2 * s + (deck - top - 0.2 * s) * i / 8
-        rungs.append(f"M{num(at(-0.3 * i / 8))} {num(y)}L{num(at(0.3 * i / 8))} {num(y)}")
+    for i in range(1, 12):
+        y = top + 0.2 * s + (deck - top - 0.2 * s) * i / 12
+        rungs.append(f"M{num(at(-0.3 * i / 12))} {num(y)}L{num(at(0.3 * i / 12))} {num(y)}")
     out.append(path(lines + shrouds, "none", "#4c3a2c", 0.01 * s))
     out.append(path(rungs, "none", "#4c3a2c", 0.007 * s))
     out.append(path([rect(t.x - 0.014 * s, top, 0.028 * s, deck - top)], "#7a5a3a"))
@@ -129,8 +129,8 @@ def boat(t: Thing, rng: Random, night: bool) -> Drawing:
             f'Q{num((x0 + x1) / 2)} {num(foot + 0.035 * s)} {num(x0)} {num(foot - 0.01 * s)}z" fill="{"#f6ecd2" if side < 0 else "#fffaf0"}" stroke="#b9a57c" stroke-width="{0.008 * s:.2f}"/>'
         )
         seams = []
-        for i in range(1, 7):
-            f = i / 7
+        for i in range(1, 10):
+            f = i / 10
             y = y0 + (foot - y0) * f
             edge = x0 + (x1 - x0) * (1.44 * f * (1 - f) * 0.55 + f * f * 1.0 + 0.08 * f * (1 - f))
             seams.append(f"M{num(x0)} {num(y)}Q{num((x0 + edge) / 2)} {num(y + 0.018 * s)} {num(edge)} {num(y)}")
@@ -142,12 +142,12 @@ def boat(t: Thing, rng: Random, night: bool) -> Drawing:
     )
     out.append(path([outline], base, dark, 0.014 * s))
     planks, joints, nails = [], [], []
-    for i in range(1, 4):
-        y = deck + hull * i / 4
-        a, b = -0.96 + 0.07 * i, 1.02 - 0.11 * i
-        planks.append(f"M{num(at(a))} {num(y)}L{num(at(b))} {num(y - 0.02 * s * (1 - i / 4))}")
-    for i in range(4):
-        y0, y1 = deck + hull * i / 4, deck + hull * (i + 1) / 4
+    for i in range(1, 6):
+        y = deck + hull * i / 6
+        a, b = -0.96 + 0.047 * i, 1.02 - 0.073 * i
+        planks.append(f"M{num(at(a))} {num(y)}L{num(at(b))} {num(y - 0.02 * s * (1 - i / 6))}")
+    for i in range(6):
+        y0, y1 = deck + hull * i / 6, deck + hull * (i + 1) / 6
         for f in (-0.62, -0.25, 0.12, 0.48):
             x = at(f + (0.16 if i % 2 else 0.0))
             joints.append(f"M{num(x)} {num(y0)}V{num(y1)}")

@@ -29,7 +29,7 @@ from resmaster_stages.picturebook.tokens import make_tokenizer
 from resmaster_stages.picturebook.warm_start import START
 
 PACK = Path(__file__).parent / "pack"
-FILE_LIMIT_BYTES, PACK_LIMIT_BYTES = 15_000_000, 38_000_000
+FILE_LIMIT_BYTES, PACK_LIMIT_BYTES = 15_000_000, 45_000_000
 
 
 def image_processor() -> CLIPImageProcessorPil:

@@ -134,13 +134,13 @@ def draw_ground(scene: Scene) -> str:
 
     if scene.ground == "meadow":
         blades: dict[str, list[str]] = {"#37792f": [], "#a5d66f": [], "#5fa347": []}
-        for _ in range(int(300 * w / HEIGHT)):
+        for _ in range(int(420 * w / HEIGHT)):
             x, y, k = at()
             shade = rng.choice(list(blades))
             blades[shade].append(
-                f"M{num(x)} {num(y)}q{num(rng.uniform(-2, 2) * k)} {num(-11 * k)} {num(rng.uniform(-9, 9) * k)} {num(-23 * k)}"
+                f"M{num(x)} {num(y)}q{num(rng.uniform(-2, 2) * k)} {num(-9 * k)} {num(rng.uniform(-8, 8) * k)} {num(-19 * k)}"
             )
-        out += [path(d, "none", shade, 2.9) for shade, d in blades.items()]
+        out += [path(d, "none", shade, 2.3) for shade, d in blades.items()]
         blossoms = [circle(x, y, 3.4 * k) for x, y, k in (at() for _ in range(int(26 * w / HEIGHT)))]
         out.append(path(blossoms, "#fff4d6"))
     elif scene.ground == "sand":
@@ -188,7 +188,7 @@ def draw_ground(scene: Scene) -> str:
         y, row = horizon + 3, 0
         while y < HEIGHT + 4:
             f = (y - horizon) / depth
-            h = 11 + 22 * f
+            h = 9 + 17 * f
             x = -rng.uniform(0, 2 * h)
             while x < w:
                 width = h * rng.uniform(1.5, 2.2)

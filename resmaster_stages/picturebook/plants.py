@@ -9,7 +9,7 @@ from resmaster_stages.picturebook.svg import circle, leaf, num, path, shadow
 from resmaster_stages.picturebook.world import COLOURS, Drawing, Part, Thing, kind
 
 
-@kind("tree", ("green", "red", "yellow", "purple", "white", "orange", "pink"), (170, 270), 0.72)
+@kind("tree", ("green", "red", "yellow", "purple", "white", "orange", "pink"), (300, 400), 0.72)
 def tree(t: Thing, rng: Random, night: bool) -> Drawing:
     """A tree whose crown is made of single leaves with veins over a trunk with bark lines."""
     dark, base, light = COLOURS[t.colour]
@@ -23,7 +23,7 @@ def tree(t: Thing, rng: Random, night: bool) -> Drawing:
         f'L{num(t.x + tw * 0.7)} {num(cy + 0.1 * s)}Q{num(t.x + tw * 0.7)} {num(t.y - 0.08 * s)} {num(t.x + tw * 1.5)} {num(t.y)}z" fill="#7a5036"/>'
     )
     bark = []
-    for _ in range(9):
+    for _ in range(16):
         bx, by = t.x + rng.uniform(-0.65, 0.65) * tw, t.y - rng.uniform(0.02, 0.38) * s
         bark.append(f"M{num(bx)} {num(by)}q{num(rng.uniform(-2, 2))} {num(-0.02 * s)} 0 {num(-0.06 * s)}")
     out.append(path(bark, "none", "#4d2d1c", 0.013 * s))
@@ -42,14 +42,14 @@ def tree(t: Thing, rng: Random, night: bool) -> Drawing:
     out.append(f'<ellipse cx="{num(cx)}" cy="{num(cy)}" rx="{num(rx * 0.86)}" ry="{num(ry * 0.86)}" fill="{dark}"/>')
     layers: list[dict[str, list[str]]] = [{dark: [], base: [], light: []} for _ in range(2)]
     veins: list[list[str]] = [[], []]
-    for layer, count in ((0, 62), (1, 70)):
+    for layer, count in ((0, 120), (1, 140)):
         for _ in range(count):
             a = rng.uniform(0, 2 * math.pi)
             r = math.sqrt(rng.random()) * (1.0 if layer == 0 else 0.9)
             px, py = cx + rx * r * math.cos(a), cy + ry * r * math.sin(a)
             up = (cy - py) / ry + 0.35 * (cx - px) / rx + rng.gauss(0, 0.4)
             shade = light if up > 0.55 else base if up > -0.55 else dark
-            length = s * rng.uniform(0.105, 0.135)
+            length = s * rng.uniform(0.078, 0.1)
             outline, vein = leaf(px, py, length, a + rng.uniform(-1.1, 1.1), 0.62)
             layers[layer][shade].append(outline)
             veins[layer].append(vein)
@@ -62,7 +62,7 @@ def tree(t: Thing, rng: Random, night: bool) -> Drawing:
     return Drawing("".join(out), (crown[0], crown[1], crown[2], t.y), parts)
 
 
-@kind("flower", ("red", "blue", "yellow", "purple", "white", "orange", "pink"), (150, 250), 0.6)
+@kind("flower", ("red", "blue", "yellow", "purple", "white", "orange", "pink"), (260, 370), 0.6)
 def flower(t: Thing, rng: Random, night: bool) -> Drawing:
     """A big flower: petals with fine lines, a disk of seed dots, a stem with two veined leaves."""
     dark, base, light = COLOURS[t.colour]
@@ -100,7 +100,7 @@ def flower(t: Thing, rng: Random, night: bool) -> Drawing:
                 f"Q{num(tip[0] + ox * 0.3)} {num(tip[1] + oy * 0.3)} {num(tip[0])} {num(tip[1])}Q{num(tip[0] - ox * 0.3)} {num(tip[1] - oy * 0.3)} {num(mid[0] - ox * 0.8 + 0.12 * length * ca)} {num(mid[1] - oy * 0.8 + 0.12 * length * sa)}"
                 f"Q{num(mid[0] - ox * 1.5 - 0.2 * length * ca)} {num(mid[1] - oy * 1.5 - 0.2 * length * sa)} {num(cx)} {num(cy)}z"
             )
-            for k in (-0.4, 0.4):
+            for k in (-0.55, 0.0, 0.55):
                 lines.append(
                     f"M{num(cx + 0.35 * length * ca + ox * k * 0.5)} {num(cy + 0.35 * length * sa + oy * k * 0.5)}L{num(cx + (0.86 - 0.1 * abs(k)) * length * ca + ox * k)} {num(cy + (0.86 - 0.1 * abs(k)) * length * sa + oy * k)}"
                 )
@@ -110,9 +110,9 @@ def flower(t: Thing, rng: Random, night: bool) -> Drawing:
     dot = "#f2c14e" if t.colour in ("yellow", "white") else "#7a4a1e"
     out.append(f'<circle cx="{num(cx)}" cy="{num(cy)}" r="{num(0.32 * r)}" fill="{disk}"/>')
     seeds = []
-    for i in range(26):
-        rr, a = 0.3 * r * math.sqrt((i + 0.5) / 26), i * 2.39996
-        seeds.append(circle(cx + rr * math.cos(a), cy + rr * math.sin(a), 0.0105 * s))
+    for i in range(44):
+        rr, a = 0.3 * r * math.sqrt((i + 0.5) / 44), i * 2.39996
+        seeds.append(circle(cx + rr * math.cos(a), cy + rr * math.sin(a), 0.0085 * s))
     out.append(path(seeds, dot))
     parts = (
         Part("petals", (cx - r, cy - r, cx + r, cy + r)),

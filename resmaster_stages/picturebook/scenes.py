@@ -107,7 +107,7 @@ def _stand(rng: Random, width: float, horizon: float, wanted: Sequence[tuple[Kin
         return ()
     picked, count = [each for each, _ in wanted], len(wanted)
     # more objects, smaller objects; slots share the width in proportion to what stands in them
-    shrink = {1: 1.15, 2: 0.95, 3: 0.78}[count] * (1.1 if width > 1.3 * HEIGHT else 1.0)
+    shrink = {1: 1.05, 2: 0.9, 3: 0.7}[count]
     sizes = [rng.uniform(*k.sizes) * shrink for k in picked]
     widths = [k.aspect * s for k, s in zip(picked, sizes)]
     need = sum(widths) + 12 * (count + 1)

@@ -1,4 +1,4 @@
-"""Train the picturebook's VAE: AutoencoderKL, 8x down, 4 latent channels, no attention (so tiled decoding is near-exact).
+"""Train the picturebook's VAE: AutoencoderKL, 8x down, 16 latent channels, no attention (so tiled decoding is near-exact).
 
 Loss: L1 + MSE + MSE of gradients + local gradient energy + L1 at half and quarter size + a small KL term, on random
 64 px crops of photos. Two habits keep latents easy to learn for the UNet. Channels beyond four are ordered: in a part of
@@ -36,7 +36,7 @@ from resmaster_stages.picturebook.training import (
 CONFIG: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
-    "latent_channels": 4,
+    "latent_channels": 16,
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "block_out_channels": (16, 32, 64, 128),

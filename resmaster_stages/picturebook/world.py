@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from random import Random
 
 HEIGHT = 512.0
-VERSION = 1
+VERSION = 2
 """Of the world. A pack belongs to the version whose photos it was trained on."""
 GROUNDS = ("meadow", "sand", "snow", "road", "water")
 LAND = ("meadow", "sand", "snow", "road")

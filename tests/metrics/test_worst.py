@@ -16,7 +16,11 @@ from resmaster_stages.picturebook.render import render
 from resmaster_stages.picturebook.scenes import HEIGHT, Scene
 from resmaster_stages.picturebook.truth import true_scene
 
-PROMPTS = ("a red house and a yellow tree on a green meadow on a sunny day", "an orange boat on the water at sunset")
+# Nothing with contours of its own, such as the sun, lies behind the first object.
+PROMPTS = (
+    "a red house and a yellow tree on a sandy beach on a cloudy day",
+    "an orange boat on the water on a sunny day",
+)
 VIEWS = view_grid(512, 512, 128, 0.5, 8).pixel_boxes
 NO_FAULT = 0.5
 """Of `lost` and `added`: a third of the threshold of their flags."""

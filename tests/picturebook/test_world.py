@@ -117,7 +117,7 @@ def test_fine_detail_is_a_blur_at_128_and_crisp_at_512() -> None:
 def test_captions_are_short_and_name_what_is_there() -> None:
     for seed in range(400):
         photo = data.make_photo(seed)
-        assert len(photo.caption.split()) <= 40
+        assert len(photo.caption.split()) <= 50
         assert captions.pairs(photo.caption) == captions.pairs_in(photo.scene, photo.box)
     scene = scenes.make_scene(0)
     assert captions.caption(scene) == captions.caption(scene)
