@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +17,7 @@ from resmaster_stages.config import METHODS, load_config
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.picturebook import captions
 from resmaster_stages.picturebook.evaluate import square_scenes
+from resmaster_stages.preview import check_sizes
 from resmaster_stages.quality import measure
 
 Run = Callable[..., list[dict[str, str]]]
@@ -113,16 +115,45 @@ def test_parts_of_a_method_are_exchanged_for_the_truth_and_finished_images_are_k
     short = "resmaster:steps=3"
     words = ("--n", "2", "--out", str(tmp_path), "--methods", f"lanczos,{short},{short}@true")
     rows = run(*words, main=true_scenes.main)
-    assert [row["row"].strip("`") for row in rows] == [*words[-1].split(","), true_scenes.VAE, "the drawings"]
+    assert [row["row"].strip("`") for row in rows] == [
+        *words[-1].split(","),
+        true_scenes.VAE,
+        true_scenes.REDRAWN,
+        "the drawings",
+    ]
     by_name = {row["row"].strip("`"): row for row in rows}
     assert by_name["lanczos"]["rows"] == "0" != by_name[short]["rows"] == by_name[short + "@true"]["rows"]
     distances = {name: float(row["distance ↓"].split(" ± ")[0]) for name, row in by_name.items()}
     assert distances["the drawings"] == 0 < distances[true_scenes.VAE] < distances["lanczos"]
+    assert distances[true_scenes.REDRAWN] > distances[true_scenes.VAE]
     assert by_name["the drawings"]["pairs ↑"] >= by_name[short]["pairs ↑"]
     assert len(list(tmp_path.glob("*/*/*.png"))) == 3 * 2
     for path in tmp_path.glob("*/*lanczos*/000.png"):
         Image.new("RGB", (512, 512)).save(path)
     assert run(*words, main=true_scenes.main)[0]["distance ↓"] != rows[0]["distance ↓"], "finished images are read"
+
+
+def test_the_methods_of_the_table_are_understood() -> None:
+    for text in true_scenes.METHODS.split(","):
+        (variant,) = variants(load_config(true_scenes.CONFIG), text.removesuffix("@true"), "4x4")
+        check_sizes(variant.config)
+        assert variant.config.upscale.uses_captions() or not text.endswith("@true")
+
+
+def test_the_error_of_a_figure_without_each_scene_in_turn() -> None:
+    values = np.random.default_rng(1).normal(size=9)
+    means = np.array([values.mean(), *(np.delete(values, n).mean() for n in range(9))])
+    assert true_scenes.jackknife(means) == pytest.approx(values.std(ddof=1) / 3)  # that of a mean
+
+
+def test_fid_without_each_scene_in_turn() -> None:
+    rng = np.random.default_rng(2)
+    drawn = [rng.normal(size=(16, 3)) for _ in range(4)]
+    made = [*drawn[:3], drawn[3] + 5]
+    found = true_scenes.fids(made, drawn)
+    assert found.shape == (5,)
+    assert found[4] == pytest.approx(0, abs=1e-9)  # all but the one that was moved are equal
+    assert found[:4].min() > 0.1
 
 
 def test_a_view_is_told_what_it_shows() -> None:

@@ -162,10 +162,14 @@ def judge(pictures: Sequence[Image.Image], shown: TrueScenes, by: Judge) -> Judg
     )
 
 
-def _squares(pictures: Sequence[Image.Image], extractor: ClassifierFeatures) -> FeatureStatistics:
-    """Features of the squares that `perceptual_distance` compares, of all pictures."""
-    found = [
+def square_features(pictures: Sequence[Image.Image], extractor: ClassifierFeatures) -> list[np.ndarray]:
+    """Of every picture the features [squares, D] of the squares that `perceptual_distance` compares."""
+    return [
         extractor.extract(crops(picture, tile_boxes(picture.height, picture.width, extractor.input_px))).features
         for picture in pictures
     ]
-    return FeatureStatistics.of(np.concatenate(found))
+
+
+def _squares(pictures: Sequence[Image.Image], extractor: ClassifierFeatures) -> FeatureStatistics:
+    """Of all pictures together."""
+    return FeatureStatistics.of(np.concatenate(square_features(pictures, extractor)))
