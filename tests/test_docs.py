@@ -62,15 +62,18 @@ NOT_RUN = {
             ),
             (
                 "picturebook-evaluation",
-                "--n 24 --reference picturebook --low-res drawn --scales 4x4",
+                "--n 64 --reference picturebook --low-res drawn --scales 4x4",
                 "lanczos,super_resolution,direct:init=noised_lr:start=0.65,direct:init=noised_lr:start=0.5,"
                 "multidiffusion:init=noised_lr:start=0.65:stride=0.75:fuse=linear,"
                 "multidiffusion:init=noised_lr:start=0.5:stride=0.75:fuse=linear,"
-                "c_upscale,resmaster:preset=exact,resmaster:steps=25",
+                "c_upscale,resmaster:steps=25,resmaster:steps=14:shift_stop=0.7",
             ),
         )
     }
-    | {"python benchmarks/flags.py --seed 2": "takes minutes; tests/test_benchmarks.py runs it on less"},
+    | {
+        "python benchmarks/flags.py --seed 2": "takes minutes; tests/test_benchmarks.py runs it on less",
+        "python benchmarks/true_scenes.py": "takes an hour; tests/test_benchmarks.py runs it on less",
+    },
     "deploying.md": ELSEWHERE,
     "methods.md": {
         "resmaster compare deployments/datasets/picturebook.yaml --n 1 --root out/strip --scales 4x4 --methods direct,"
