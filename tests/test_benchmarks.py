@@ -1,6 +1,7 @@
 """The benchmarks of the methods run, and their numbers are those of the work."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from resmaster_stages.config import METHODS, load_config
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.picturebook import captions
 from resmaster_stages.picturebook.evaluate import square_scenes
+from resmaster_stages.picturebook.scenes import drawing
 from resmaster_stages.preview import check_sizes
 from resmaster_stages.quality import measure
 
@@ -154,6 +156,16 @@ def test_fid_without_each_scene_in_turn() -> None:
     assert found.shape == (5,)
     assert found[4] == pytest.approx(0, abs=1e-9)  # all but the one that was moved are equal
     assert found[:4].min() > 0.1
+
+
+def test_a_redrawn_scene_has_its_things_in_their_places_and_none_of_their_details() -> None:
+    for scene in square_scenes(4, true_scenes.FIRST_SCENE):
+        other = true_scenes.redrawn(scene)
+        assert [replace(each, seed=0) for each in other.things] == [replace(each, seed=0) for each in scene.things]
+        assert replace(other, seed=0, things=()) == replace(scene, seed=0, things=())
+        assert other.seed != scene.seed
+        for now, before in zip(other.things, scene.things):
+            assert drawing(now).svg != drawing(before).svg
 
 
 def test_a_view_is_told_what_it_shows() -> None:
