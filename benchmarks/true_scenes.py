@@ -7,8 +7,9 @@ A scene of the picturebook's world is drawn at 128 px, enlarged, and held agains
 written as for `resmaster compare`; `@true` behind one gives every view a true sentence of what it shows, in place of the captioner's.
 The low-res images are true, so the low-res model plays no part; true captions take the captioner away; the row of the VAE takes all
 but the VAE away. What is left is the UNet's and the method's share. *Details redrawn* is the same scene with other leaves, stones and
-bricks: what a picture gets whose detail is right in kind and wrong in place. Finished images are kept under --out: the same command goes on
-where it was stopped; other weights have a folder of their own. Needs `resvg_py` (the extra `train`).
+bricks: what a picture gets whose detail is right in kind and wrong in place. *Seam* looks at the borders of the row's own views. Finished
+images are kept under --out: the same command goes on where it was stopped; other weights have a folder of their own. Needs `resvg_py`
+(the extra `train`).
 
 Cells: means over the scenes, `±` one standard error; *against the first*: the difference of distances, scene by scene; *FID
 against the first*: the difference, its standard error by leaving out one scene at a time.
@@ -31,10 +32,11 @@ from transformers import GitForCausalLM
 from resmaster_stages.compare import variants
 from resmaster_stages.config import DatasetConfig, load_config
 from resmaster_stages.diffusion.cost import counting
-from resmaster_stages.diffusion.views import view_grid
+from resmaster_stages.diffusion.views import Grid, view_grid
 from resmaster_stages.metrics.detail import detail_energy
 from resmaster_stages.metrics.features import load_classifier
 from resmaster_stages.metrics.fid import FeatureStatistics, frechet_distance
+from resmaster_stages.metrics.seam import seam_ratio
 from resmaster_stages.models.loading import Models, load_models
 from resmaster_stages.picturebook import captions, paired
 from resmaster_stages.picturebook.evaluate import SCENE_SEED, as_pixels, describe_all, square_scenes
@@ -73,13 +75,22 @@ class Row:
     pictures: list[Image.Image]
     rows: float | None
     """UNet rows per picture."""
+    views: Grid
+    """Whose borders are looked at for seams."""
 
 
 def true_captions(scene: Scene, models: Models, config: DatasetConfig, height: int, width: int) -> list[str]:
     """A true sentence for every view of a target of `height` x `width` px, row-major."""
-    boxes = view_grid(height, width, models.native_px, config.upscale.stride, models.latent_factor).pixel_boxes
+    grid = view_grid(height, width, models.native_px, config.upscale.stride, models.latent_factor)
     unit = HEIGHT / height
-    return [captions.caption(scene, (x0 * unit, y0 * unit, x1 * unit, y1 * unit)) for y0, x0, y1, x1 in boxes]
+    return [
+        captions.caption(scene, (x0 * unit, y0 * unit, x1 * unit, y1 * unit)) for y0, x0, y1, x1 in grid.pixel_boxes
+    ]
+
+
+def views_of(models: Models, picture: Image.Image, config: DatasetConfig) -> Grid:
+    """The views that a picture of this size is made from."""
+    return view_grid(picture.height, picture.width, models.native_px, config.upscale.stride, models.latent_factor)
 
 
 def redrawn(scene: Scene) -> Scene:
@@ -122,7 +133,7 @@ def pictures_of(text: str, shown: paired.TrueScenes, found: Sequence[Scene], mod
             print(f"{text}: {n + 1} of {len(found)}", flush=True)
         made.append(Image.open(path).convert("RGB"))
         rows.append(json.loads(counted.read_text())["rows"])
-    return Row(text, made, float(np.mean(rows)))
+    return Row(text, made, float(np.mean(rows)), views_of(models, made[0], variant.config))
 
 
 def _spread(values: np.ndarray) -> str:
@@ -157,6 +168,7 @@ def table(rows: Sequence[Row], shown: paired.TrueScenes, by: paired.Judge) -> li
         "PSNR ↑",
         "agreement ↑",
         "detail",
+        "seam",
         "pairs ↑",
         "rows",
     ]
@@ -171,6 +183,7 @@ def table(rows: Sequence[Row], shown: paired.TrueScenes, by: paired.Judge) -> li
         if first is None:
             first, first_squares = distances, squares
         apart = squares - first_squares
+        seam = np.mean([seam_ratio(large, row.views.pixel_boxes) for large in row.pictures])
         detail = np.mean([detail_energy(large, *low.size) for large, low in zip(row.pictures, shown.low_res)])
         cells = [
             f"`{row.name}`" if row.rows is not None else row.name,
@@ -181,6 +194,7 @@ def table(rows: Sequence[Row], shown: paired.TrueScenes, by: paired.Judge) -> li
             f"{judged.psnr:.1f}",
             f"{judged.agreement:.1f}",
             f"{detail:.4f}",
+            f"{seam:.2f}",
             f"{judged.pairs:.2f}",
             f"{row.rows:,.0f}" if row.rows is not None else "",
         ]
@@ -208,9 +222,10 @@ def main(words: list[str] | None = None) -> None:
     weights = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(PACK.rglob("*.safetensors")))).hexdigest()
     out = options.out / weights[:12]
     rows = [pictures_of(text.strip(), shown, found, models, out) for text in options.methods.split(",")]
-    rows.append(Row(VAE, [paired.round_trip(models, drawing) for drawing in shown.drawings], None))
-    rows.append(Row(REDRAWN, paired.draw([redrawn(scene) for scene in found]).drawings, None))
-    rows.append(Row("the drawings", shown.drawings, None))
+    views = views_of(models, shown.drawings[0], load_config(CONFIG))
+    rows.append(Row(VAE, [paired.round_trip(models, drawing) for drawing in shown.drawings], None, views))
+    rows.append(Row(REDRAWN, paired.draw([redrawn(scene) for scene in found]).drawings, None, views))
+    rows.append(Row("the drawings", shown.drawings, None, views))
     print("\n".join(table(rows, shown, by)))
 
 
