@@ -737,7 +737,7 @@ class QualityConfig(Part):
     """Above this ratio of gradients on view borders to gradients elsewhere, a sample is flagged `seam`."""
     max_seam_worst: float = 6.0
     """Above this step (grey levels) along the worst stretch of a view border, a sample is flagged `border`."""
-    max_lost_worst: float = 1.5
+    max_lost_worst: float = 1.2
     """Above this mean loss of contours (Oklab times 100 per px) in the worst window, a sample is flagged `lost`."""
     max_added_worst: float = 1.5
     """Above this mean gain of contours (Oklab times 100 per px) in the worst window, a sample is flagged `added`."""
