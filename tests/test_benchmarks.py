@@ -1,5 +1,6 @@
 """The benchmarks of the methods run, and their numbers are those of the work."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -138,8 +139,11 @@ def test_parts_of_a_method_are_exchanged_for_the_truth_and_finished_images_are_k
     assert float(again["seam"]) > 2 > 1.2 > float(rows[0]["seam"])
 
 
-def test_the_methods_of_the_table_are_understood() -> None:
-    for text in true_scenes.METHODS.split(","):
+def test_the_methods_of_the_tables_are_understood() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
+    named = re.findall(r"^python benchmarks/true_scenes.py .*--methods \\\n(\S+)$", page, re.MULTILINE)
+    assert len(named) == 2
+    for text in ",".join([true_scenes.METHODS, *named]).split(","):
         (variant,) = variants(load_config(true_scenes.CONFIG), text.removesuffix("@true"), "4x4")
         check_sizes(variant.config)
         assert variant.config.upscale.uses_captions() or not text.endswith("@true")

@@ -29,36 +29,21 @@ NOT_RUN = {
             ),
             (
                 "picturebook-evaluation",
-                "--n 24 --reference picturebook --scales 4x4",
-                "direct,super_resolution,multidiffusion,resmaster+sg:preset=exact,resmaster+sg+tip:preset=exact,"
-                "resmaster:preset=exact,c_upscale,demofusion,"
-                "freescale,scalecrafter,fouriscale",
+                "--n 64 --reference picturebook --scales 4x4",
+                "lanczos,super_resolution,direct,multidiffusion,resmaster:steps=25,resmaster:steps=14:shift_stop=0.7,"
+                "multidiffusion:init=noised_lr:start=0.65:stride=0.75:fuse=linear,"
+                "multidiffusion:init=noised_lr:start=0.5:stride=0.75:fuse=linear,"
+                "c_upscale,demofusion,freescale,scalecrafter,fouriscale",
             ),
             (
                 "picturebook-evaluation",
-                "--n 16 --reference picturebook --scales 2x2,2x4",
-                "direct,super_resolution,multidiffusion,resmaster:preset=exact,c_upscale,demofusion,freescale,scalecrafter,fouriscale",
+                "--n 32 --reference picturebook --scales 2x2,2x4",
+                "direct,super_resolution,multidiffusion,resmaster:steps=25,c_upscale,demofusion,freescale,scalecrafter,fouriscale",
             ),
             (
                 "picturebook-evaluation",
-                "--n 24 --reference picturebook --scales 4x4",
-                "resmaster:preset=exact:structure.preset=paper,resmaster:preset=exact:structure.preset=paper_decay,"
-                "resmaster:preset=exact:structure.preset=lr_nyquist,resmaster:preset=exact:structure.preset=paper_early",
-            ),
-            (
-                "picturebook-evaluation",
-                "--n 24 --reference picturebook --scales 4x4",
-                "resmaster:preset=exact:structure.preset=lr_nyquist,resmaster:preset=exact:structure.preset=lr_nyquist:stride=0.75,"
-                "resmaster:preset=exact:structure.preset=lr_nyquist:stride=0.75:shift=every_step",
-            ),
-            (
-                "picturebook-evaluation",
-                "--n 48 --reference picturebook --scales 4x4",
-                "resmaster:preset=exact:steps=50,resmaster:steps=25,resmaster:steps=14:shift_stop=0.7,"
-                "resmaster:steps=25:fuse=uniform:shift_stop=0.82,resmaster:steps=12:fuse=uniform:shift_stop=0.82,"
-                "resmaster:preset=exact:steps=25:stepper=dpmpp_2m,resmaster:preset=exact:steps=50:init=noised_lr:start=0.3,"
-                "resmaster:preset=exact:steps=50:shift=every_step:shift_stride=1.0:shift_stop=0.82,"
-                "resmaster:preset=exact:steps=50:guidance_stop=0.7",
+                "--n 64 --reference picturebook --scales 4x4",
+                "multidiffusion,resmaster-sg-tip-etp:steps=25,resmaster+sg:steps=25,resmaster+sg+tip:steps=25,resmaster:steps=25",
             ),
             (
                 "picturebook-evaluation",
@@ -70,9 +55,18 @@ NOT_RUN = {
             ),
         )
     }
+    | {"python benchmarks/flags.py --seed 2": "takes minutes; tests/test_benchmarks.py runs it on less"}
     | {
-        "python benchmarks/flags.py --seed 2": "takes minutes; tests/test_benchmarks.py runs it on less",
-        "python benchmarks/true_scenes.py": "takes an hour; tests/test_benchmarks.py runs it on less",
+        f"python benchmarks/true_scenes.py{options}": "takes an hour; tests/test_benchmarks.py runs it on less"
+        for options in (
+            "",
+            " --methods resmaster:steps=14:shift_stop=0.7,resmaster:steps=14:shift_stop=0.7:structure.preset=paper,"
+            "resmaster:steps=14:shift_stop=0.7:structure.preset=paper_decay,"
+            "resmaster:steps=14:shift_stop=0.7:structure.preset=lr_nyquist",
+            " --n 16 --methods resmaster:preset=exact:steps=50,resmaster:steps=25,resmaster:steps=50:stepper=ddim_implied,"
+            "resmaster:steps=25:start=0,resmaster:steps=25:shift=none,resmaster:steps=25:shift=none:stride=0.75,"
+            "resmaster:steps=25:guidance_stop=1,resmaster:steps=25:start=0.5,resmaster:steps=14:shift_stop=0.7",
+        )
     },
     "deploying.md": ELSEWHERE,
     "methods.md": {
