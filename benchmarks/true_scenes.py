@@ -79,18 +79,16 @@ class Row:
     """Whose borders are looked at for seams."""
 
 
+def views_of(models: Models, config: DatasetConfig, height: int, width: int) -> Grid:
+    """The views that a picture of `height` x `width` px is made from."""
+    return view_grid(height, width, models.native_px, config.upscale.stride, models.latent_factor)
+
+
 def true_captions(scene: Scene, models: Models, config: DatasetConfig, height: int, width: int) -> list[str]:
     """A true sentence for every view of a target of `height` x `width` px, row-major."""
-    grid = view_grid(height, width, models.native_px, config.upscale.stride, models.latent_factor)
+    boxes = views_of(models, config, height, width).pixel_boxes
     unit = HEIGHT / height
-    return [
-        captions.caption(scene, (x0 * unit, y0 * unit, x1 * unit, y1 * unit)) for y0, x0, y1, x1 in grid.pixel_boxes
-    ]
-
-
-def views_of(models: Models, picture: Image.Image, config: DatasetConfig) -> Grid:
-    """The views that a picture of this size is made from."""
-    return view_grid(picture.height, picture.width, models.native_px, config.upscale.stride, models.latent_factor)
+    return [captions.caption(scene, (x0 * unit, y0 * unit, x1 * unit, y1 * unit)) for y0, x0, y1, x1 in boxes]
 
 
 def redrawn(scene: Scene) -> Scene:
@@ -133,7 +131,7 @@ def pictures_of(text: str, shown: paired.TrueScenes, found: Sequence[Scene], mod
             print(f"{text}: {n + 1} of {len(found)}", flush=True)
         made.append(Image.open(path).convert("RGB"))
         rows.append(json.loads(counted.read_text())["rows"])
-    return Row(text, made, float(np.mean(rows)), views_of(models, made[0], variant.config))
+    return Row(text, made, float(np.mean(rows)), views_of(models, variant.config, made[0].height, made[0].width))
 
 
 def _spread(values: np.ndarray) -> str:
@@ -222,7 +220,7 @@ def main(words: list[str] | None = None) -> None:
     weights = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(PACK.rglob("*.safetensors")))).hexdigest()
     out = options.out / weights[:12]
     rows = [pictures_of(text.strip(), shown, found, models, out) for text in options.methods.split(",")]
-    views = views_of(models, shown.drawings[0], load_config(CONFIG))
+    views = views_of(models, load_config(CONFIG), shown.drawings[0].height, shown.drawings[0].width)
     rows.append(Row(VAE, [paired.round_trip(models, drawing) for drawing in shown.drawings], None, views))
     rows.append(Row(REDRAWN, paired.draw([redrawn(scene) for scene in found]).drawings, None, views))
     rows.append(Row("the drawings", shown.drawings, None, views))

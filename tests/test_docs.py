@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from flows.cli import parser
+from resmaster_stages.config import QualityConfig, load_config
+from resmaster_stages.workload import high_res_work
 from tests.test_infra import ELSEWHERE
 
 ROOT = Path(__file__).parent.parent
@@ -181,3 +183,19 @@ def test_the_commands_run(page: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert done.stdout.count("==== resmaster") == len(due)
+
+
+def test_the_thresholds_of_the_flags_are_those_of_the_settings() -> None:
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    shown = dict(re.findall(r"(?:above|below) `((?:min|max)_\w+)` \| ([\d.]+)", page))
+    fields = {name: field.default for name, field in QualityConfig.model_fields.items() if name[:4] in ("min_", "max_")}
+    assert shown.keys() == fields.keys()
+    for name, default in fields.items():
+        assert float(shown[name]) in (default, 100 * default), name  # shares are shown in per cent
+
+
+def test_the_demo_takes_the_rows_that_its_pages_name() -> None:
+    demo = ROOT / "deployments" / "datasets" / "picturebook.yaml"
+    rows = sum(part.native_rows for part in high_res_work(load_config(demo).upscale, 128, 128, 128, 8))
+    assert f"{rows:.0f} rows an image" in demo.read_text()
+    assert f"{rows:.0f} rows an image" in (ROOT / "docs" / "speed.md").read_text()
