@@ -32,7 +32,7 @@ down:
 # Work pools, queues, deployments and automations on the server that PREFECT_API_URL names, e.g. make deploy POOL=kubernetes
 POOL ?= process
 deploy: install
-	$(BIN)/python -m flows.deploy --pool $(POOL) $(if $(GPUS),--gpus $(GPUS))
+	$(BIN)/python -m resmaster_flows.deploy --pool $(POOL) $(if $(GPUS),--gpus $(GPUS))
 
 # In two processes, for much of the time is spent waiting for servers and other programs.
 test: install

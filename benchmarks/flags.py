@@ -26,14 +26,15 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageFilter
 from scipy.ndimage import gaussian_filter, map_coordinates
 
-from resmaster_stages.config import QualityConfig
+from resmaster_stages.config.dataset import QualityConfig
 from resmaster_stages.diffusion.views import Box, view_grid
-from resmaster_stages.identity import digest
+from resmaster_stages.keys import digest
+from resmaster_stages.metrics.flags import flags
 from resmaster_stages.metrics.oklab import oklab
 from resmaster_stages.picturebook.render import render
 from resmaster_stages.picturebook.scenes import COLOURS, HEIGHT, KINDS, Scene, Thing, drawing
 from resmaster_stages.picturebook.truth import true_scene
-from resmaster_stages.quality import flags, measure
+from resmaster_stages.quality import measure
 
 PROMPTS = Path(__file__).parent.parent / "resmaster_stages" / "picturebook" / "evaluation-prompts.txt"
 LOW_PX, HIGH_PX = 128, 512

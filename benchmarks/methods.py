@@ -32,12 +32,14 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from resmaster_stages.config import METHOD_PRESETS, METHODS, ModelConfig, UpscaleConfig
+from resmaster_stages.config.methods import METHOD_PRESETS, METHODS, UpscaleConfig
+from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.diffusion.cost import UnetCost, counting
 from resmaster_stages.diffusion.patches import bare
+from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.identity import pack_folder
-from resmaster_stages.models.loading import Models, load_models, resolve_device, resolve_dtype
-from resmaster_stages.upscale import upscale_image
+from resmaster_stages.models.load import load_models, resolve_device, resolve_dtype
+from resmaster_stages.models.parts import Models
 
 STEPS = 20
 """Where neither the command line nor a preset says how many."""

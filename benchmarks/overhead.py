@@ -17,9 +17,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from flows.cli import ENVIRONMENT
-from resmaster_stages.config import STAGES, load_config
-from resmaster_stages.stage import MODULES
+from resmaster_flows.cli.main import ENVIRONMENT
+from resmaster_stages.config.dataset import STAGES
+from resmaster_stages.config.load import load_config
+from resmaster_stages.runner.attempt import MODULES
 
 
 def timed(process: Any, spent: dict[str, float], stage: str) -> Any:
@@ -50,7 +51,7 @@ def main() -> None:
     os.environ |= {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
     from prefect import flow
 
-    from flows.build import build_dataset
+    from resmaster_flows.build import build_dataset
 
     spent = dict.fromkeys(STAGES, 0.0)
     for stage, name in MODULES.items():

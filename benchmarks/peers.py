@@ -22,14 +22,15 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPTextModel
 
 from benchmarks.methods import Peak, device_name, peak_memory, random_vae, settle, text_config
-from resmaster_stages.config import UpscaleConfig
+from resmaster_stages.config.methods import UpscaleConfig
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.loop import CanvasNoise
 from resmaster_stages.diffusion.reference import to_image
 from resmaster_stages.diffusion.views import Box, view_grid
+from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.identity import pack_folder
-from resmaster_stages.models.loading import Models, resolve_device, resolve_dtype
-from resmaster_stages.upscale import upscale_image
+from resmaster_stages.models.load import resolve_device, resolve_dtype
+from resmaster_stages.models.parts import Models
 
 PROMPT, SEED = "a red house on a green meadow", 0
 

@@ -27,11 +27,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from resmaster_stages.config import DatasetConfig, Stage, parse_config
+from resmaster_stages.config.dataset import DatasetConfig, Stage
+from resmaster_stages.config.load import parse_config
+from resmaster_stages.dataset.dataset import create_or_open, open_dataset
+from resmaster_stages.dataset.sample import Output, Sample
+from resmaster_stages.inspection.status import pending, status
 from resmaster_stages.models import identity
-from resmaster_stages.stage import run_stage
-from resmaster_stages.standing import pending, status
-from resmaster_stages.storage.dataset import Output, Sample, create_or_open, open_dataset
+from resmaster_stages.runner.run import run_stage
 
 COMMIT_THREADS = 8
 """Shards under way at a time: what the store can do is measured, not the wait for one answer."""
@@ -120,12 +122,13 @@ def commit(folder: Path, root: str, samples: int) -> None:
 
 def fill(folder: Path, root: str, samples: int) -> None:
     """All commits at once, with objects of a few bytes and true records: what readers of a large dataset need, in minutes."""
-    from resmaster_stages.identity import digest_of_keys
-    from resmaster_stages.lineage import stage_hashes
-    from resmaster_stages.storage import layout
-    from resmaster_stages.storage.commit import Receipt, commit, new_attempt
-    from resmaster_stages.storage.plan import read_plan
-    from resmaster_stages.storage.tables import QUALITY_SCHEMA, encode_table
+    from resmaster_stages.dataset import layout
+    from resmaster_stages.dataset.commit import Receipt, commit, new_attempt
+    from resmaster_stages.dataset.plan import read_plan
+    from resmaster_stages.dataset.schemas import QUALITY_SCHEMA
+    from resmaster_stages.dataset.stages import stage_hashes
+    from resmaster_stages.keys import digest_of_keys
+    from resmaster_stages.storage.tables import encode_table
 
     dataset = open_dataset(root)
     plan = read_plan(dataset.folder)
@@ -168,7 +171,7 @@ def look(folder: Path, root: str, samples: int) -> None:
 
 
 def preview(folder: Path, root: str, samples: int) -> None:
-    from resmaster_stages.preview import preview
+    from resmaster_stages.planning.preview import preview
 
     assert not any(preview(config_of(folder, root, samples)).pending_samples().values())
 
@@ -179,28 +182,28 @@ def stand(folder: Path, root: str, samples: int) -> None:
 
 
 def manifest(folder: Path, root: str, samples: int) -> None:
-    from resmaster_stages.publish import write_manifest
+    from resmaster_stages.publish.manifest import write_manifest
 
     assert write_manifest(open_dataset(root)).shards_missing == 0
 
 
 def verify(folder: Path, root: str, samples: int) -> None:
-    from resmaster_stages.verify import verify
+    from resmaster_stages.inspection.verify import verify
 
     assert not verify(open_dataset(root)).damage
 
 
 def gc(folder: Path, root: str, samples: int) -> None:
     """Looking for leftovers; there are none."""
-    from resmaster_stages.lineage import stage_hashes
-    from resmaster_stages.storage.leftovers import find_leftovers
+    from resmaster_stages.dataset.stages import stage_hashes
+    from resmaster_stages.inspection.leftovers import find_leftovers
 
     dataset = open_dataset(root)
     assert not find_leftovers(dataset.folder, stage_hashes(dataset.config), timedelta(0))
 
 
 def report(folder: Path, root: str, samples: int) -> None:
-    from resmaster_stages.gallery import write_report
+    from resmaster_stages.publish.report import write_report
 
     write_report(open_dataset(root))
 
@@ -261,10 +264,7 @@ def peak_mib() -> float:
 
 def measure(name: str, folder: Path, root: str, samples: int) -> dict[str, Any]:
     """Run one step in this process."""
-    import resmaster_stages.gallery
-    import resmaster_stages.preview
-    import resmaster_stages.publish
-    import resmaster_stages.verify  # noqa: F401  (what is imported before does not count)
+    import resmaster_stages.inspection.verify  # noqa: F401  (what is imported before does not count)
 
     identity.weights_of = lambda config: identity.Weights(config.model.id)
     before = peak_mib()

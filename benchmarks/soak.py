@@ -31,14 +31,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from resmaster_stages.config import DatasetConfig
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.dataset.dataset import create_or_open
+from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.errors import ResMasterError
+from resmaster_stages.inspection.status import pending
 from resmaster_stages.models import identity
 from resmaster_stages.prompts import ingest
-from resmaster_stages.publish import write_manifest
-from resmaster_stages.stage import run_stage
-from resmaster_stages.standing import pending
-from resmaster_stages.storage.dataset import Output, Sample, create_or_open
+from resmaster_stages.publish.manifest import write_manifest
+from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import Folder
 from tests.durability.injection import everything
 from tests.fake_stages import FAKES, config_at

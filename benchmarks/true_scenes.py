@@ -29,20 +29,24 @@ import torch
 from PIL import Image
 from transformers import GitForCausalLM
 
-from resmaster_stages.compare import variants
-from resmaster_stages.config import DatasetConfig, load_config
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.load import load_config
 from resmaster_stages.diffusion.cost import counting
 from resmaster_stages.diffusion.views import Grid, view_grid
+from resmaster_stages.evaluation.variants import variants
+from resmaster_stages.high_res import caption_views
+from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.metrics.detail import detail_energy
 from resmaster_stages.metrics.features import load_classifier
 from resmaster_stages.metrics.fid import FeatureStatistics, frechet_distance
 from resmaster_stages.metrics.seam import seam_ratio
-from resmaster_stages.models.loading import Models, load_models
-from resmaster_stages.picturebook import captions, paired
-from resmaster_stages.picturebook.evaluate import SCENE_SEED, as_pixels, describe_all, square_scenes
-from resmaster_stages.picturebook.export import PACK
+from resmaster_stages.models.load import load_models
+from resmaster_stages.models.parts import Models
+from resmaster_stages.picturebook import captions
 from resmaster_stages.picturebook.scenes import HEIGHT, Scene
-from resmaster_stages.upscale import caption_views, upscale_image
+from resmaster_stages.picturebook.training import paired
+from resmaster_stages.picturebook.training.evaluate import SCENE_SEED, as_pixels, describe_all, square_scenes
+from resmaster_stages.picturebook.training.export import PACK
 
 CONFIG = Path(__file__).parent.parent / "deployments" / "datasets" / "picturebook-evaluation.yaml"
 FIRST_SCENE = SCENE_SEED + 5_000_000

@@ -103,7 +103,7 @@ up() {
     launch server "$python" -m prefect server start --host 127.0.0.1 --port "$port"
   fi
   until_true server_answers || fail "the Prefect server does not answer on port $port; see $dir/server.log"
-  (cd "$home" && "$python" -m flows.deploy --pool process)
+  (cd "$home" && "$python" -m resmaster_flows.deploy --pool process)
   for role in builds shards; do
     alive "$role" "workers.sh $role" >/dev/null || launch "$role" "$home/infra/workers.sh" "$role" $([ $role = shards ] && echo 1)
   done

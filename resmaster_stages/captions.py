@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from resmaster_stages.config import CaptionsConfig, DatasetConfig
-from resmaster_stages.diffusion.views import Grid, view_grid
+from resmaster_stages.config.dataset import CaptionsConfig, DatasetConfig
+from resmaster_stages.dataset.sample import Output, Sample
+from resmaster_stages.diffusion.views import Grid, patch_grid
 from resmaster_stages.errors import ConfigError, SampleError
-from resmaster_stages.identity import digest
+from resmaster_stages.keys import digest
 from resmaster_stages.metrics.caption_fit import Embedder, best_captions, neighbours
 from resmaster_stages.metrics.clip_score import load_clip
 from resmaster_stages.metrics.luminance import luminance
@@ -38,7 +39,6 @@ from resmaster_stages.models.captioner import (
     token_counter,
 )
 from resmaster_stages.models.geometry import latent_factor, native_px
-from resmaster_stages.storage.dataset import Output, Sample
 
 MAX_STYLE_TOKENS = 40
 """A style that takes more leaves no room for the caption."""
@@ -96,15 +96,6 @@ def load_writer(config: DatasetConfig) -> Writer:
         suffix=suffix,
         clip=load_clip(*judge, config.quality.device) if judge else None,
     )
-
-
-def patch_grid(config: CaptionsConfig, height: int, width: int, *, native_px: int, stride: float, factor: int) -> Grid:
-    """The patches of a target of `height` x `width` px.
-
-    `views`: the upscaler's own views, `stride` (a fraction of the window) apart. `tiles`: the same windows side by side, of
-    which the last row and column are pulled back to end at the border.
-    """
-    return view_grid(height, width, native_px, stride if config.grid == "views" else 1.0, factor)
 
 
 def style_suffix(style: str, count: TokenCounter) -> str:

@@ -18,15 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from resmaster_stages.config import STAGE_VERSIONS, DatasetConfig, UpscaleConfig
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.methods import UpscaleConfig
+from resmaster_stages.dataset.plan import picture_key
+from resmaster_stages.dataset.stages import STAGE_VERSIONS
 from resmaster_stages.errors import ConfigError, SampleError
-from resmaster_stages.identity import canonical_json, image_key, masked_key, prompt_key, sample_seed
-from resmaster_stages.pictures import encode_picture
+from resmaster_stages.keys import canonical_json, image_key, masked_key, sample_seed
+from resmaster_stages.storage.images import encode_picture
 
 if TYPE_CHECKING:
-    from resmaster_stages.models.loading import Models
-    from resmaster_stages.storage.dataset import Output, Sample
-    from resmaster_stages.storage.plan import PlannedSample
+    from resmaster_stages.dataset.sample import Output, Sample
+    from resmaster_stages.models.parts import Models
 
 
 def check_size(height: int, width: int, latent_factor: int) -> None:
@@ -86,13 +88,6 @@ def generate(
             yield result if ok else SampleError("the prompt is not valid Unicode text; remove the lone surrogates")
 
 
-def picture_key(sample: Sample | PlannedSample) -> str:
-    """The key that decides a prompt's picture: the sample's own as it would be without a detail mask."""
-    if sample.source is None:
-        return sample.key
-    return prompt_key(sample.prompt, sample.negative_prompt, sample.height, sample.width, sample.replica)
-
-
 def _check_unchanged(sample: Sample, key: str, mask: bytes) -> None:
     """Raises SampleError unless a sample of `key` has, with its `mask`, the key that it was planned with."""
     if masked_key(key, mask) != sample.key:
@@ -144,7 +139,7 @@ def _files_of_prompt(
 
 
 def _from_image(config: DatasetConfig, sample: Sample) -> Output:
-    from resmaster_stages.storage.dataset import Output
+    from resmaster_stages.dataset.sample import Output
     from resmaster_stages.storage.images import decode_image, read_image
     from resmaster_stages.storage.masks import read_mask_beside
 
@@ -173,9 +168,9 @@ def _from_image(config: DatasetConfig, sample: Sample) -> Output:
 
 def _from_prompts(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
     """One slot: up to `batch_size` samples."""
+    from resmaster_stages.dataset.sample import Output
     from resmaster_stages.diffusion.text import truncated
-    from resmaster_stages.models.loading import load_models
-    from resmaster_stages.storage.dataset import Output
+    from resmaster_stages.models.load import load_models
 
     models = load_models(config.model)
     low_res = config.low_res

@@ -5,6 +5,7 @@ import os
 import sys
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 
 import hypothesis
 
+from resmaster_stages.storage.filesystem import Folder, open_root
 from tests.s3_server import S3Server, serving, weed
 
 # The result is the code's alone: not of the machine's speed, nor of chance. `--hypothesis-profile default` looks elsewhere.
@@ -64,3 +66,11 @@ def s3_root(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[st
     s3fs.S3FileSystem.clear_instance_cache()
     yield f"s3://{s3_server.bucket}/{uuid.uuid4().hex[:12]}"
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(params=["local", "memory", pytest.param("s3", marks=pytest.mark.s3)])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    """An empty folder on each kind of store."""
+    if request.param == "s3":
+        return open_root(request.getfixturevalue("s3_root"))
+    return open_root(str(tmp_path / "root") if request.param == "local" else f"memory://{uuid.uuid4().hex}/root")

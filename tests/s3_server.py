@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import s3fs
+from tests.checkout import ROOT
 
-SCRIPT = Path(__file__).parent.parent / "infra" / "seaweedfs.sh"
+SCRIPT = ROOT / "infra" / "seaweedfs.sh"
 BUCKET = "tests"
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import sys
 from types import ModuleType
 
-from flows.cli import main
-from resmaster_stages import stage
-from resmaster_stages.config import Stage, Weights
+from resmaster_flows.cli.main import main
+from resmaster_stages.config.dataset import Stage
 from resmaster_stages.models import identity
-from resmaster_stages.stage import Process
+from resmaster_stages.models.identity import Weights
+from resmaster_stages.runner import attempt
+from resmaster_stages.runner.compute import Process
 from tests.fake_stages import FAKES
 
 
@@ -23,7 +24,7 @@ def install(processes: dict[Stage, Process]) -> None:
         module = ModuleType(f"tests.standin_{name}")
         module.process = process  # type: ignore[attr-defined]
         sys.modules[module.__name__] = module
-        stage.MODULES[name] = module.__name__
+        attempt.MODULES[name] = module.__name__
 
 
 if __name__ == "__main__":

@@ -1,46 +1,170 @@
-"""Imports point downwards: flows -> tasks -> resmaster_stages; the stages know nothing about Prefect."""
+"""Imports point downwards, floor by floor; what a wheel holds; what starts without heavy libraries."""
 
 import ast
+import os
 import subprocess
 import sys
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-LEVEL = {"flows": 2, "tasks": 1, "resmaster_stages": 0}
+from tests.checkout import PYTHONPATH, ROOT
+
+PACKAGES = {
+    "resmaster_flows": ROOT / "flows" / "resmaster_flows",
+    "resmaster_tasks": ROOT / "tasks" / "resmaster_tasks",
+    "resmaster_stages": ROOT / "resmaster_stages",
+}
+FLOORS = (
+    ("resmaster_flows.cli",),
+    ("resmaster_flows",),
+    ("resmaster_flows.watch",),
+    ("resmaster_tasks",),
+    ("resmaster_stages.picturebook.training",),
+    ("resmaster_stages.evaluation",),
+    # the five stages
+    (
+        "resmaster_stages.prompts",
+        "resmaster_stages.low_res",
+        "resmaster_stages.captions",
+        "resmaster_stages.high_res",
+        "resmaster_stages.quality",
+    ),
+    ("resmaster_stages.publish",),
+    ("resmaster_stages.planning",),
+    ("resmaster_stages.inspection",),
+    ("resmaster_stages.runner",),
+    ("resmaster_stages.methods",),
+    ("resmaster_stages.diffusion",),
+    ("resmaster_stages.dataset",),
+    ("resmaster_stages.metrics",),
+    ("resmaster_stages.models",),
+    ("resmaster_stages.storage",),
+    ("resmaster_stages.config",),
+    ("resmaster_stages.picturebook",),
+    # the ground
+    (
+        "resmaster_stages.keys",
+        "resmaster_stages.redaction",
+        "resmaster_stages.progress",
+        "resmaster_stages.errors",
+    ),
+)
+"""From the top down. A module belongs to the longest name that is its own or a folder above it."""
+
+FACES = {"resmaster_stages"}
+"""Modules without a floor: a package's face may name anything below it."""
 
 
-def imported_packages(path: Path) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def module_name(path: Path, top: str) -> str:
+    parts = path.relative_to(PACKAGES[top]).with_suffix("").parts
+    return ".".join((top, *parts)).removesuffix(".__init__")
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for top, folder in PACKAGES.items():
+        for path in sorted(folder.rglob("*.py")):
+            yield module_name(path, top), path
+
+
+KNOWN = dict(modules())
+
+
+def floor_of(module: str) -> int:
+    rooms = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+    while module not in rooms:
+        above, _, _ = module.rpartition(".")
+        assert above, f"{module} stands on no floor; give it a room of those in FLOORS"
+        module = above
+    return rooms[module]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules that a file imports, wherever in it, ours by their full names."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import; this project's imports are absolute"
-            names.add((node.module or "").split(".")[0])
-    return names
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in KNOWN else str(node.module)
 
 
-@pytest.mark.parametrize("package", LEVEL)
-def test_imports_point_downwards(package: str) -> None:
-    files = sorted((ROOT / package).rglob("*.py"))
-    assert files
-    for path in files:
-        for name in imported_packages(path):
-            assert LEVEL.get(name, -1) <= LEVEL[package], f"{path.relative_to(ROOT)} imports {name}"
+def upward(known: dict[str, Path]) -> list[str]:
+    """Imports that point upwards, as `importer -> imported`."""
+    return [
+        f"{module} -> {name}"
+        for module, path in known.items()
+        if module not in FACES
+        for name in imported(path)
+        if name in known and name not in FACES and floor_of(name) < floor_of(module)
+    ]
+
+
+def test_imports_point_downwards() -> None:
+    assert not upward(KNOWN)
+
+
+def test_an_upward_import_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "folder.py"
+    path.write_text("def late():\n    from resmaster_stages.runner import run\n")
+    assert upward({**KNOWN, "resmaster_stages.storage.folder": path}) == [
+        "resmaster_stages.storage.folder -> resmaster_stages.runner.run"
+    ]
+
+
+def test_the_root_holds_the_stages_and_the_ground() -> None:
+    at_root = {path.stem for path in PACKAGES["resmaster_stages"].glob("*.py")} - {"__init__"}
+    named = {room.removeprefix("resmaster_stages.") for floor in FLOORS for room in floor if room.count(".") == 1}
+    assert at_root == {name for name in named if (PACKAGES["resmaster_stages"] / f"{name}.py").is_file()}
+    assert len(at_root) == 9
+
+
+def test_the_readme_maps_every_room() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    folders = {path.parent for _, path in modules()} - {PACKAGES["resmaster_stages"]}
+    for folder in folders:
+        assert f"{folder.name.removeprefix('resmaster_')}/" in text, f"the file map lacks {folder.relative_to(ROOT)}"
 
 
 def test_stages_import_no_prefect() -> None:
-    for path in (ROOT / "resmaster_stages").rglob("*.py"):
-        assert "prefect" not in imported_packages(path), path
+    for module, path in KNOWN.items():
+        if module.startswith("resmaster_stages"):
+            assert not any(name.split(".")[0] == "prefect" for name in imported(path)), module
 
 
 def test_status_and_plan_start_without_torch_or_prefect() -> None:
     """The commands that only read the bucket must answer at once."""
     code = (
-        "import sys, flows.cli, flows.compare, resmaster_stages.stage, resmaster_stages.standing, resmaster_stages.preview, resmaster_stages.storage.dataset;"
+        "import sys, resmaster_flows.cli.main, resmaster_flows.cli.status, resmaster_flows.cli.plan, "
+        "resmaster_stages.runner.run, resmaster_stages.inspection.status, resmaster_stages.planning.preview;"
         "heavy = {'torch', 'diffusers', 'transformers', 'prefect'} & set(sys.modules); sys.exit(repr(heavy) if heavy else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_wheel_takes_no_common_name_and_leaves_the_training_out(tmp_path: Path) -> None:
+    """`flows` and `tasks` are what other people's Prefect projects call theirs."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "flows", "tasks", "resmaster_stages"):
+        (source / name).symlink_to(ROOT / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
+    subprocess.run(command, check=True, timeout=300)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = wheel.namelist()
+    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert tops == set(PACKAGES)
+    assert "resmaster_stages/picturebook/pack/card.json" in names
+    assert not [name for name in names if name.startswith("resmaster_stages/picturebook/training/")]
+    packed = {name for name in names if name.endswith(".py")}
+    wanted = {
+        f"{module.split('.')[0]}/{path.relative_to(PACKAGES[module.split('.')[0]])}" for module, path in KNOWN.items()
+    }
+    assert packed == {name for name in wanted if not name.startswith("resmaster_stages/picturebook/training/")}

@@ -14,14 +14,16 @@ import pytest
 from PIL import Image
 
 from benchmarks import flags, methods, peers, true_scenes
-from resmaster_stages.compare import variants
-from resmaster_stages.config import METHODS, load_config
+from resmaster_stages.config.load import load_config
+from resmaster_stages.config.methods import METHODS
 from resmaster_stages.diffusion.views import view_grid
+from resmaster_stages.evaluation.variants import variants
 from resmaster_stages.picturebook import captions
-from resmaster_stages.picturebook.evaluate import square_scenes
 from resmaster_stages.picturebook.scenes import drawing
-from resmaster_stages.preview import check_sizes
+from resmaster_stages.picturebook.training.evaluate import square_scenes
+from resmaster_stages.planning.preview import check_sizes
 from resmaster_stages.quality import measure
+from tests.checkout import ROOT
 
 Run = Callable[..., list[dict[str, str]]]
 
@@ -140,7 +142,7 @@ def test_parts_of_a_method_are_exchanged_for_the_truth_and_finished_images_are_k
 
 
 def test_the_methods_of_the_tables_are_understood() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
+    page = (ROOT / "docs" / "evaluation.md").read_text()
     named = re.findall(r"^python benchmarks/true_scenes.py .*--methods \\\n(\S+)$", page, re.MULTILINE)
     assert len(named) == 2
     for text in ",".join([true_scenes.METHODS, *named]).split(","):

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from resmaster_stages.gallery import write_report
-from resmaster_stages.publish import write_manifest
+from resmaster_stages.publish.manifest import write_manifest
+from resmaster_stages.publish.report import write_report
 from tests.browser import Browser, chromium
-from tests.test_explain import built, key_of
+from tests.inspection.test_explain import built, key_of
 
 pytestmark = pytest.mark.skipif(
     chromium() is None, reason="there is no Chromium here; on Debian: apt-get install chromium"

@@ -18,8 +18,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from resmaster_stages import captions
-from resmaster_stages.captions import Writer, caption_rows, even_batches, load_writer, patch_grid, process, style_suffix
-from resmaster_stages.config import CaptionsConfig, ModelConfig, parse_config
+from resmaster_stages.captions import Writer, caption_rows, even_batches, load_writer, process, style_suffix
+from resmaster_stages.config.dataset import CaptionsConfig
+from resmaster_stages.config.load import parse_config
+from resmaster_stages.config.model import ModelConfig
+from resmaster_stages.dataset.sample import Picture, Sample
+from resmaster_stages.dataset.schemas import CAPTIONS_SCHEMA
+from resmaster_stages.diffusion.views import patch_grid
 from resmaster_stages.errors import ConfigError, SampleError, UserError
 from resmaster_stages.models.busy import timing
 from resmaster_stages.models.captioner import (
@@ -32,8 +37,6 @@ from resmaster_stages.models.captioner import (
     token_counter,
 )
 from resmaster_stages.models.geometry import latent_factor, native_px
-from resmaster_stages.storage.dataset import Picture, Sample
-from resmaster_stages.storage.tables import CAPTIONS_SCHEMA
 
 
 def words(text: str) -> int:

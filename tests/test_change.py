@@ -4,15 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import main
-from resmaster_stages.config import STAGES, Weights
-from resmaster_stages.lineage import stage_hashes
+from resmaster_flows.cli.main import main
+from resmaster_stages.config.dataset import STAGES
+from resmaster_stages.dataset.dataset import Dataset, create_or_open, open_dataset
+from resmaster_stages.dataset.plan import read_plan
+from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.inspection.status import pending, status
+from resmaster_stages.models.identity import Weights
 from resmaster_stages.prompts import ingest
-from resmaster_stages.publish import write_manifest
-from resmaster_stages.stage import run_stage
-from resmaster_stages.standing import pending, status
-from resmaster_stages.storage.dataset import Dataset, create_or_open, open_dataset
-from resmaster_stages.storage.plan import read_plan
+from resmaster_stages.publish.manifest import write_manifest
+from resmaster_stages.runner.run import run_stage
 from tests.fake_stages import FAKES, planned
 
 

@@ -13,23 +13,27 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from flows.cli import main
-from resmaster_stages import low_res, upscale
-from resmaster_stages.config import DatasetConfig, Stage, Weights, parse_config
+from resmaster_flows.cli.main import main
+from resmaster_stages import high_res, low_res
+from resmaster_stages.config.dataset import DatasetConfig, Stage
+from resmaster_stages.config.load import parse_config
+from resmaster_stages.dataset.commit import Receipt
+from resmaster_stages.dataset.dataset import Dataset, create_or_open, open_dataset
+from resmaster_stages.dataset.plan import find_plan, read_plan
+from resmaster_stages.dataset.reading import shard_samples
+from resmaster_stages.dataset.sample import Sample
 from resmaster_stages.diffusion.cost import UnetCost
 from resmaster_stages.errors import ConfigError, PlanError, SampleError
-from resmaster_stages.explain import explain, spelled
-from resmaster_stages.identity import masked_key, prompt_key, sample_seed
-from resmaster_stages.models import loading
-from resmaster_stages.models.loading import Models
-from resmaster_stages.prompts import draft_samples, ingest
-from resmaster_stages.reading import shard_samples
-from resmaster_stages.stage import run_stage
+from resmaster_stages.inspection.explain import explain, spelled
+from resmaster_stages.keys import masked_key, prompt_key, sample_seed
+from resmaster_stages.methods.upscale import upscale_image
+from resmaster_stages.models import load
+from resmaster_stages.models.identity import Weights
+from resmaster_stages.models.parts import Models
+from resmaster_stages.planning.drafts import draft_samples
+from resmaster_stages.prompts import ingest
+from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage import images, masks
-from resmaster_stages.storage.commit import Receipt
-from resmaster_stages.storage.dataset import Dataset, Sample, create_or_open, open_dataset
-from resmaster_stages.storage.plan import find_plan, read_plan
-from resmaster_stages.upscale import upscale_image
 from tests.storage.test_images import encoded, tar_of
 from tests.tiny_models import make_pipeline
 
@@ -88,7 +92,7 @@ def masked_prompts(folder: Path, suffix: str = ".jsonl") -> Path:
 def loaded(monkeypatch: pytest.MonkeyPatch) -> Models:
     """A tiny model, which the stages load whatever the configuration says."""
     models = Models.from_pipeline(make_pipeline(), identity="tiny@1")
-    monkeypatch.setattr(loading, "load_models", lambda config: models)
+    monkeypatch.setattr(load, "load_models", lambda config: models)
     monkeypatch.setattr("resmaster_stages.models.identity.weights_of", lambda config: Weights("tiny@1"))
     return models
 
@@ -312,7 +316,7 @@ def test_the_mask_itself_makes_the_difference(tmp_path: Path, loaded: Models) ->
     dataset, _ = built(config_of(tmp_path, prompts=str(masked_prompts(tmp_path))), "low_res", "high_res")
     left, none, right = samples_of(dataset)
     pictures = {
-        next(upscale.process(dataset.config, [replace(left, detail_mask=mask)])).finished().files["png"]
+        next(high_res.process(dataset.config, [replace(left, detail_mask=mask)])).finished().files["png"]
         for mask in (left.detail_mask, right.detail_mask, none.detail_mask)
     }
     assert len(pictures) == 3
@@ -320,7 +324,7 @@ def test_the_mask_itself_makes_the_difference(tmp_path: Path, loaded: Models) ->
         update={"upscale": dataset.config.upscale.model_copy(update={"method": "direct"})}
     )
     with pytest.raises(ConfigError, match=f"sample {left.key} has a detail mask"):
-        next(upscale.process(other, [left]))
+        next(high_res.process(other, [left]))
 
 
 @pytest.mark.parametrize("stage", ["low_res", "high_res"])
@@ -334,7 +338,7 @@ def test_a_resumed_shard_has_the_bytes_of_an_uninterrupted_one(tmp_path: Path, s
     ingest(dataset, config)
     if stage == "high_res":
         run_stage(dataset, config, "low_res", 0)
-    process: Callable[..., Any] = {"low_res": low_res, "high_res": upscale}[stage].process
+    process: Callable[..., Any] = {"low_res": low_res, "high_res": high_res}[stage].process
     done: list[str] = []
 
     def breaks_off(config: DatasetConfig, samples: Any) -> Any:

@@ -11,18 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import parser
-from resmaster_stages.config import QualityConfig, load_config
-from resmaster_stages.workload import high_res_work
+from resmaster_flows.cli.main import parser
+from resmaster_stages.config.dataset import QualityConfig
+from resmaster_stages.config.load import load_config
+from resmaster_stages.planning.workload import high_res_work
+from tests.checkout import PYTHONPATH, ROOT
 from tests.test_infra import ELSEWHERE
 
-ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 NOT_RUN = {
     "evaluation.md": {
         f"resmaster compare deployments/datasets/{config}.yaml {options} --methods {methods}": "takes minutes to hours; "
-        "tests/test_compare.py runs the same on less"
+        "tests/evaluation/test_compare.py runs the same on less"
         for config, options, methods in (
             (
                 "picturebook",
@@ -88,14 +89,14 @@ NOT_RUN = {
         "benchmarks/gpu_wheels.sh": "needs the package registry",
     },
     "scale.md": {
-        "python -m benchmarks.scale --shards 100,1000": "takes minutes; tests/test_scale.py runs it on less",
+        "python -m benchmarks.scale --shards 100,1000": "takes minutes; tests/durability/test_scale.py runs it on less",
         'python -m benchmarks.scale --shards 100,1000,10000 --steps "plan,fill,look,status,manifest,verify,gc"': "takes "
-        "minutes; tests/test_scale.py runs it on less",
+        "minutes; tests/durability/test_scale.py runs it on less",
         'python -m benchmarks.scale --s3 --shards 1000,10000 --samples 10 --steps "plan,fill" --keep out/scale': "takes "
         "minutes, and a server",
         "python -m benchmarks.scale --s3 --shards 1000,10000 --samples 10 --steps "
         '"look,status,gc,manifest,verify" --keep out/scale': "takes minutes, and what the one before it built",
-        "make soak MINUTES=10": "tests/test_soak.py runs it for seconds",
+        "make soak MINUTES=10": "tests/durability/test_soak.py runs it for seconds",
     },
     "storage.md": dict.fromkeys(
         (
@@ -138,7 +139,7 @@ def test_what_is_not_run_is_still_there_and_parses() -> None:
 
 RUNNER = """
 import json, sys
-from flows.cli import main
+from resmaster_flows.cli.main import main
 from tests.fake_stages import FAKES
 from tests.standin_cli import install
 
@@ -165,7 +166,7 @@ def test_the_commands_run(page: Path, tmp_path: Path) -> None:
     (tmp_path / "resmaster_stages").symlink_to(ROOT / "resmaster_stages")
     environment = {
         **{name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"},
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": PYTHONPATH,
         "OMP_NUM_THREADS": "1",
     }
     listed = NOT_RUN.get(page.name, {})

@@ -8,14 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from resmaster_stages.config import ModelConfig, UpscaleConfig
+from resmaster_stages.config.methods import UpscaleConfig
+from resmaster_stages.config.model import ModelConfig
+from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.metrics.agreement import psnr
 from resmaster_stages.models.acceleration import compile_blocks, quantise_fp8
-from resmaster_stages.models.loading import load_models
-from resmaster_stages.picturebook import train_vae
-from resmaster_stages.picturebook.data import draw_photos
-from resmaster_stages.picturebook.training import Budget
-from resmaster_stages.upscale import upscale_image
+from resmaster_stages.models.load import load_models
+from resmaster_stages.picturebook.training import train_vae
+from resmaster_stages.picturebook.training.course import Budget
+from resmaster_stages.picturebook.training.data import draw_photos
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

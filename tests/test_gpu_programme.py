@@ -15,8 +15,8 @@ import pytest
 from benchmarks.gpu import __main__ as programme
 from benchmarks.gpu import tables
 from benchmarks.gpu.record import Record, Run, read
+from tests.checkout import PYTHONPATH, ROOT
 
-ROOT = Path(__file__).parent.parent
 ABSENT = ("prefect", "pyarrow", "webdataset", "s3fs", "aiobotocore", "botocore", "fastapi", "sqlalchemy")
 """Packages that a GPU machine need not have."""
 
@@ -32,15 +32,16 @@ sys.meta_path.insert(0, Refusing())
 DRAWING = """
 import importlib
 for name in (
-    "resmaster_stages.computing", "resmaster_stages.methods.render", "resmaster_stages.picturebook.train",
-    "resmaster_stages.picturebook.evaluate", "benchmarks.gpu.__main__", "benchmarks.gpu.ceilings", "benchmarks.gpu.rows",
+    "resmaster_stages.runner.compute", "resmaster_stages.methods.render", "resmaster_stages.picturebook.training.train",
+    "resmaster_stages.picturebook.training.evaluate", "benchmarks.gpu.__main__", "benchmarks.gpu.ceilings", "benchmarks.gpu.rows",
     "benchmarks.gpu.picture", "benchmarks.gpu.truth", "benchmarks.gpu.training", "tests.conftest", "tests.test_gpu",
 ):
     importlib.import_module(name)
 from PIL import Image
-from resmaster_stages.config import ModelConfig, UpscaleConfig
-from resmaster_stages.models.loading import load_models
-from resmaster_stages.upscale import upscale_image
+from resmaster_stages.config.methods import UpscaleConfig
+from resmaster_stages.config.model import ModelConfig
+from resmaster_stages.models.load import load_models
+from resmaster_stages.methods.upscale import upscale_image
 image = Image.effect_noise((128, 128), 60).convert("RGB")
 config = UpscaleConfig(scale=1.25, steps=2, view_batch=4)
 picture = upscale_image(load_models(ModelConfig(device="cpu")), image, "a red house", config=config)
@@ -49,7 +50,7 @@ assert picture.size == (160, 160)
 
 
 def python(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    given = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    given = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run([sys.executable, *words], cwd=cwd, env=given, capture_output=True, text=True, check=False)
 
 
@@ -68,7 +69,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (site / "sitecustomize.py").write_text(REFUSING)
     out = folder / "out"
     words = ["-m", "benchmarks.gpu", "--rehearse", "--seconds", "4000", "--out", str(out)]
-    done = python(*words, PYTHONPATH=f"{site}{os.pathsep}{ROOT}")
+    done = python(*words, PYTHONPATH=f"{site}{os.pathsep}{PYTHONPATH}")
     (out / "printed").write_text(done.stdout)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{(out / 'log.txt').read_text()[-3000:]}"
     return out
@@ -106,7 +107,7 @@ def test_the_rehearsal_does_every_step(rehearsal: Path) -> None:
 
 
 def programme_methods() -> tuple[str, ...]:
-    from resmaster_stages.config import DIFFUSION_METHODS
+    from resmaster_stages.config.methods import DIFFUSION_METHODS
 
     return DIFFUSION_METHODS
 

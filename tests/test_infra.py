@@ -20,10 +20,10 @@ from prefect.events.schemas.automations import AutomationCore
 from prefect.flows import load_flow_from_entrypoint
 from prefect.workers.process import ProcessWorker
 
-from flows import deploy
-from resmaster_stages.config import DispatchConfig
+from resmaster_flows import deploy
+from resmaster_stages.config.dataset import DispatchConfig
+from tests.checkout import ROOT
 
-ROOT = Path(__file__).parent.parent
 KUBERNETES_VERSIONS = ("1.28", "1.34")
 
 
@@ -60,10 +60,10 @@ def test_a_deployment_names_a_pool_a_queue_and_variables_that_exist(kind: str, e
 
 
 def test_the_scheduled_build_is_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    from resmaster_stages.config import parse_config
-    from resmaster_stages.preview import preview
+    from resmaster_stages.config.load import parse_config
+    from resmaster_stages.planning.preview import preview
 
-    entry = next(entry for _, entrypoint, entry in ENTRIES if entrypoint == "flows.build.build_dataset")
+    entry = next(entry for _, entrypoint, entry in ENTRIES if entrypoint == "resmaster_flows.build.build_dataset")
     text = yaml.safe_dump(entry["parameters"]["config"])
     for name, value in deploy.DEFAULTS.items():
         text = text.replace(f"{{{{ ${name} }}}}", value)
@@ -214,14 +214,14 @@ def test_every_command_of_the_page_is_run_somewhere() -> None:
     for target, recipe in {
         "up": "infra/stack.sh up",
         "down": "infra/stack.sh down",
-        "deploy": "-m flows.deploy --pool",
+        "deploy": "-m resmaster_flows.deploy --pool",
     }.items():
         assert re.search(rf"^{target}:.*\n\t.*{re.escape(recipe)}", makefile, flags=re.MULTILINE), target
     done = subprocess.run(
         ["make", "--no-print-directory", "-n", "-o", "install", "deploy", "POOL=kubernetes", "GPUS=8"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert done.stdout.strip().endswith("-m flows.deploy --pool kubernetes --gpus 8")
+    assert done.stdout.strip().endswith("-m resmaster_flows.deploy --pool kubernetes --gpus 8")
     for table in re.findall(r"^\| `(resmaster-[\w-]+)`", page, flags=re.MULTILINE):
         assert table in {entry["name"] for entry in read("deployments/automations.yaml")}
     for field in re.findall(r"`dispatch\.(\w+)`", page):

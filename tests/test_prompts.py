@@ -10,13 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from resmaster_stages.dataset.dataset import create_or_open
+from resmaster_stages.dataset.plan import read_plan
+from resmaster_stages.dataset.schemas import REJECTED_SCHEMA
 from resmaster_stages.errors import PlanError, UserError
-from resmaster_stages.identity import normalise_prompt
-from resmaster_stages.prompts import draft_samples, ingest, read_prompts, why_unusable
-from resmaster_stages.storage.dataset import create_or_open
+from resmaster_stages.keys import normalise_prompt
+from resmaster_stages.planning.drafts import draft_samples, why_unusable
+from resmaster_stages.planning.prompt_files import read_prompts
+from resmaster_stages.prompts import ingest
 from resmaster_stages.storage.filesystem import open_root
-from resmaster_stages.storage.plan import read_plan
-from resmaster_stages.storage.tables import REJECTED_SCHEMA, decode_table
+from resmaster_stages.storage.tables import decode_table
 from tests.fake_stages import config_at, planned, png
 
 
@@ -75,7 +78,7 @@ def test_lines_end_as_they_may(tmp_path: Path) -> None:
 
 
 def test_an_error_late_in_the_file_leaves_no_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resmaster_stages.storage.plan.PART_ROWS", 2)
+    monkeypatch.setattr("resmaster_stages.dataset.plan.PART_ROWS", 2)
     (tmp_path / "p.txt").write_bytes(b"a\nb\nc\nd\n\xff\n")
     config = config_at(tmp_path, prompts=str(tmp_path / "p.txt"))
     dataset = create_or_open(config)

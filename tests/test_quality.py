@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from resmaster_stages.config import QualityConfig, parse_config
+from resmaster_stages.config.dataset import QualityConfig
+from resmaster_stages.config.load import parse_config
+from resmaster_stages.dataset.sample import Output, Picture, Sample
+from resmaster_stages.dataset.schemas import QUALITY_SCHEMA
 from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.metrics.clip_score import ClipScorer, load_clip
+from resmaster_stages.metrics.flags import FLAGS, WORST_RANGES, badness
 from resmaster_stages.models.busy import timing
-from resmaster_stages.quality import FLAGS, WORST_RANGES, badness, process
-from resmaster_stages.storage.dataset import Output, Picture, Sample
-from resmaster_stages.storage.tables import QUALITY_SCHEMA
+from resmaster_stages.quality import process
+from tests.checkout import ROOT
 
 
 def encode(image: Image.Image) -> Picture:
@@ -129,7 +132,7 @@ def test_a_broken_picture_costs_its_own_row(config: Any) -> None:
 
 
 def test_the_page_on_evaluation_names_every_flag_with_its_threshold() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     rows = re.findall(
         r"^\| (\w+) \| .*?(?:`((?:min|max)_\w+)` \| ([\d.]+).*)?\|$", page.split("### Flags")[1], re.MULTILINE
     )

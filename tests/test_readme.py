@@ -12,10 +12,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from flows.cli import parser
+from resmaster_flows.cli.main import parser
+from tests.checkout import PYTHONPATH, ROOT
 from tests.s3_server import SCRIPT, free_ports, weed
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 NOT_RUN = {
@@ -89,7 +89,7 @@ def reader_environment() -> dict[str, str]:
     return {
         **os.environ,
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": PYTHONPATH,
         "OMP_NUM_THREADS": "1",
     }
 

@@ -15,15 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from resmaster_stages.config import Weights, parse_config
+from resmaster_stages.config.load import parse_config
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.publish import write_manifest
-from resmaster_stages.report import ReportSample, render_report
-from resmaster_stages.stage import run_stage
+from resmaster_stages.models.identity import Weights
+from resmaster_stages.publish.manifest import write_manifest
+from resmaster_stages.publish.page import ReportSample, render_report
+from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import explained
+from tests.checkout import PYTHONPATH
 from tests.fake_stages import FAKES, planned, png
 
-ROOT = Path(__file__).parent.parent
 CANARY = "canary9f3b"
 
 SECRETS = {
@@ -40,10 +41,10 @@ SECRETS = {
 BUILD = """
 import os, sys
 
-from flows.cli import main
+from resmaster_flows.cli.main import main
 from resmaster_stages.errors import SampleError, ShardError
-from resmaster_stages.storage.dataset import Output
-from tasks.stages import STAGE_TASKS
+from resmaster_stages.dataset.sample import Output
+from resmaster_tasks.stages import STAGE_TASKS
 from tests import fake_stages
 from tests.standin_cli import install
 
@@ -93,7 +94,7 @@ def test_no_secret_is_kept_or_shown(tmp_path: Path) -> None:
         **SECRETS,
         "PREFECT_HOME": str(prefect),
         "HOME": str(tmp_path),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": PYTHONPATH,
     }
     del environment["PREFECT_API_AUTH_STRING"]  # it would lock the build out of its own server
     said = ""

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from benchmarks.methods import sdxl, sdxl_shape
-from resmaster_stages.models.loading import Models
-from resmaster_stages.picturebook.train_unet import attach_adapter, set_adapter_scale
+from resmaster_stages.models.parts import Models
+from resmaster_stages.picturebook.training.train_unet import attach_adapter, set_adapter_scale
 
 SHRINK = 16
 """What a rehearsal divides the channels and the native size by."""

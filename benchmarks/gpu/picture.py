@@ -21,7 +21,7 @@ from PIL import Image
 from benchmarks.gpu import models as shapes
 from benchmarks.gpu.record import Run
 from benchmarks.methods import peak_memory, settle
-from resmaster_stages.config import DIFFUSION_METHODS, UpscaleConfig
+from resmaster_stages.config.methods import DIFFUSION_METHODS, UpscaleConfig
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.cost import counting
 from resmaster_stages.diffusion.loop import batch_size
@@ -29,11 +29,11 @@ from resmaster_stages.diffusion.memory import row_bytes, weights_bytes
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.methods import render, resmaster
+from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.acceleration import compile_blocks, quantise_fp8, require_fp8
 from resmaster_stages.models.faults import release_memory
-from resmaster_stages.models.loading import Models
-from resmaster_stages.pictures import encode_picture
-from resmaster_stages.upscale import upscale_image
+from resmaster_stages.models.parts import Models
+from resmaster_stages.storage.images import encode_picture
 
 PROMPT = "a red house on a green meadow"
 PARTS: tuple[tuple[str, Any, str], ...] = (

@@ -21,11 +21,11 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from benchmarks.gpu.record import Run
-from resmaster_stages.picturebook import data, train, train_unet, train_vae, warm_start
-from resmaster_stages.picturebook.evaluate import Amounts, Measure, evaluate
-from resmaster_stages.picturebook.export import PACK, export
-from resmaster_stages.picturebook.samples import sheet
-from resmaster_stages.picturebook.training import Budget
+from resmaster_stages.picturebook.training import data, train, train_unet, train_vae, warm_start
+from resmaster_stages.picturebook.training.course import Budget
+from resmaster_stages.picturebook.training.evaluate import Amounts, Measure, evaluate
+from resmaster_stages.picturebook.training.export import PACK, export
+from resmaster_stages.picturebook.training.samples import sheet
 
 PART_BYTES = 15 * 2**20
 """Greatest size of a part of the tar."""

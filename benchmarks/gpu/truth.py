@@ -23,18 +23,20 @@ import torch
 from PIL import Image
 
 from benchmarks.gpu.record import Run
-from resmaster_stages import upscale
-from resmaster_stages.breadcrumbs import Breadcrumbs
-from resmaster_stages.computing import compute
-from resmaster_stages.config import DatasetConfig, ModelConfig, UpscaleConfig
+from resmaster_stages import high_res
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.methods import UpscaleConfig
+from resmaster_stages.config.model import ModelConfig
+from resmaster_stages.dataset.sample import Output, Picture, Sample
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.low_res import generate
 from resmaster_stages.metrics.agreement import psnr
 from resmaster_stages.models.acceleration import compile_blocks, quantise_fp8, require_fp8
 from resmaster_stages.models.faults import release_memory
-from resmaster_stages.models.loading import load_models
-from resmaster_stages.spill import Spill
-from resmaster_stages.storage.dataset import Output, Picture, Sample
+from resmaster_stages.models.load import load_models
+from resmaster_stages.runner.compute import compute
+from resmaster_stages.runner.quarantine import Breadcrumbs
+from resmaster_stages.runner.resume import Spill
 from resmaster_stages.storage.filesystem import open_root
 
 ROOT = Path(__file__).parent.parent.parent
@@ -67,7 +69,7 @@ class Subject:
     def drawn(self, config: ModelConfig, **values: Any) -> Image.Image:
         """The picture by the models of `config`."""
         own = self.config.model_copy(update=values)
-        return upscale.upscale_image(load_models(config), self.low_res, PROMPT, config=own)
+        return high_res.upscale_image(load_models(config), self.low_res, PROMPT, config=own)
 
 
 @contextmanager
@@ -117,7 +119,7 @@ def eight_bits(run: Run, subject: Subject) -> dict[str, Any]:
         count = quantise_fp8(unet, layers) if layers else 0
         compile_blocks(unet)
         own = replace(models, unet=unet)
-        pictures.append([upscale.upscale_image(own, subject.low_res, text, config=subject.config) for text in prompts])
+        pictures.append([high_res.upscale_image(own, subject.low_res, text, config=subject.config) for text in prompts])
     found = [psnr(*pair) for pair in zip(*pictures)]
     return {
         "layers": count,
@@ -181,7 +183,7 @@ class Stage:
         self.tried.append(batch)
         if self.limit is not None and batch > self.limit:
             raise torch.OutOfMemoryError("CUDA out of memory. (rehearsed)")
-        yield from upscale.process(config, samples)
+        yield from high_res.process(config, samples)
 
     def picture(self) -> Image.Image:
         """The sample's picture. Raises its error."""

@@ -1,0 +1,1 @@
+"""The canvas engine: loop, views, fusing, steppers, frequency, patches."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from resmaster_stages.diffusion.fusing import Fuser
 from resmaster_stages.diffusion.views import Grid
-from resmaster_stages.models.loading import Models
+from resmaster_stages.models.parts import Models
 
 _NATIVE_PX = 1024 * 1024
 """Pixels of one native tile of SDXL, or of many tiles of a small model."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, Branches
 from resmaster_stages.diffusion.text import TextEmbeddings, encode_prompts
 from resmaster_stages.diffusion.views import Grid
-from resmaster_stages.models.loading import Models
+from resmaster_stages.models.parts import Models
 
 
 @dataclass(frozen=True)

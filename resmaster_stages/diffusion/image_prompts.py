@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from resmaster_stages.diffusion.views import Box
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.loading import Models
+from resmaster_stages.models.parts import Models
 
 _BATCH = 16
 

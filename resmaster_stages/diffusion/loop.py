@@ -37,7 +37,7 @@ from resmaster_stages.diffusion.schedule import Step
 from resmaster_stages.diffusion.steppers import Stepper
 from resmaster_stages.diffusion.text_projections import text_projected_once
 from resmaster_stages.models.acceleration import changed_blocks_uncompiled, compiled_blocks
-from resmaster_stages.models.loading import Models
+from resmaster_stages.models.parts import Models
 
 LatentHook = Callable[[Tensor, Step], Tensor]
 """Edits the noisy latents [B, C, H, W] before a step's prediction."""

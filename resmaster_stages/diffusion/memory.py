@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from resmaster_stages.diffusion.views import Grid
-from resmaster_stages.models.loading import Models
+from resmaster_stages.models.parts import Models
 
 CPU_VIEWS = 16
 """Views per call where the device has no memory of its own. On CPUs greater batches are not faster."""

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from resmaster_stages.diffusion.frequency import gaussian_blur
 from resmaster_stages.diffusion.guidance import Moment
+from resmaster_stages.diffusion.irregular_views import Origins, ScatteredViews, clamped, jittered
 from resmaster_stages.diffusion.patches import bare, level_size, replaced_forward
-from resmaster_stages.diffusion.scattered import Origins, ScatteredViews, clamped, jittered
 from resmaster_stages.diffusion.views import Grid
 
 

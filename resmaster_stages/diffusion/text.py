@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from resmaster_stages.models.loading import Models
+from resmaster_stages.models.parts import Models
 
 _BATCH = 32
 

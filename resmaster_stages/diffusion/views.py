@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from resmaster_stages.config.dataset import CaptionsConfig
+
 Box = tuple[int, int, int, int]
 """Half-open (y0, x0, y1, x1)."""
 
@@ -141,3 +143,12 @@ def whole_canvas(target_height_px: int, target_width_px: int, latent_factor: int
     """One view that is the whole canvas, in latents."""
     size = -(-max(target_height_px, target_width_px) // latent_factor)
     return view_grid(target_height_px, target_width_px, size * latent_factor, 1.0, latent_factor)
+
+
+def patch_grid(config: CaptionsConfig, height: int, width: int, *, native_px: int, stride: float, factor: int) -> Grid:
+    """The patches of a target of `height` x `width` px.
+
+    `views`: the upscaler's own views, `stride` (a fraction of the window) apart. `tiles`: the same windows side by side, of
+    which the last row and column are pulled back to end at the border.
+    """
+    return view_grid(height, width, native_px, stride if config.grid == "views" else 1.0, factor)

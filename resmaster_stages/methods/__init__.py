@@ -19,8 +19,8 @@ from resmaster_stages.methods import (
     resmaster,
     scalecrafter,
 )
+from resmaster_stages.methods.passes import Stage, single
 from resmaster_stages.methods.request import Request
-from resmaster_stages.methods.stages import Stage, single
 
 METHODS: dict[str, Callable[[Request], tuple[Stage, ...]]] = {
     "direct": single(direct.compose),

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from resmaster_stages.diffusion.composer import Composer
 from resmaster_stages.diffusion.conditions import make_conditions
-from resmaster_stages.diffusion.following import structural_guidance
 from resmaster_stages.diffusion.fusing import Fuser
 from resmaster_stages.diffusion.guidance import TEXT, Moment
 from resmaster_stages.diffusion.image_prompts import adapter_scale
@@ -34,10 +33,11 @@ from resmaster_stages.diffusion.loop import (
     predict,
     static_batches,
 )
+from resmaster_stages.diffusion.reference_guidance import structural_guidance
 from resmaster_stages.diffusion.schedule import Step
 from resmaster_stages.diffusion.steppers import make_stepper
+from resmaster_stages.methods.passes import Stage, first_step
 from resmaster_stages.methods.request import Request
-from resmaster_stages.methods.stages import Stage, first_step
 
 
 def whole_picture(request: Request, composer: Composer, draw: Tensor) -> LatentHook:

@@ -22,13 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resmaster_stages.config import DemoFusionConfig
+from resmaster_stages.config.methods import DemoFusionConfig
 from resmaster_stages.diffusion.conditions import Conditions, make_conditions
-from resmaster_stages.diffusion.following import match_moments, skip_residual
 from resmaster_stages.diffusion.frequency import gaussian_blur
 from resmaster_stages.diffusion.image_prompts import adapter_scale
-from resmaster_stages.diffusion.loop import CanvasNoise, Composition, LatentHook, ViewGroup, Views, always
-from resmaster_stages.diffusion.scattered import (
+from resmaster_stages.diffusion.irregular_views import (
     InterleavedViews,
     Origins,
     ScatteredViews,
@@ -36,11 +34,13 @@ from resmaster_stages.diffusion.scattered import (
     jitter_reach,
     jittered,
 )
+from resmaster_stages.diffusion.loop import CanvasNoise, Composition, LatentHook, ViewGroup, Views, always
+from resmaster_stages.diffusion.reference_guidance import match_moments, skip_residual
 from resmaster_stages.diffusion.schedule import Step
 from resmaster_stages.diffusion.steppers import make_stepper
 from resmaster_stages.diffusion.views import Grid
+from resmaster_stages.methods.passes import Stage, first_step, phase_scales
 from resmaster_stages.methods.request import Request
-from resmaster_stages.methods.stages import Stage, first_step, phase_scales
 
 
 def dilated_input(factor: int, settings: DemoFusionConfig) -> LatentHook:

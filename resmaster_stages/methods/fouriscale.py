@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resmaster_stages.config import FouriScaleConfig
+from resmaster_stages.config.methods import FouriScaleConfig
 from resmaster_stages.diffusion.buckets import base_size
 from resmaster_stages.diffusion.convolutions import PLAIN, Dilated, LayerRule, changed_layers, dilated
 from resmaster_stages.diffusion.freeu import freeu

@@ -22,16 +22,16 @@ from torch import Tensor
 
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.convolutions import PLAIN, Dilated, LayerRule, changed_layers
-from resmaster_stages.diffusion.following import skip_residual
 from resmaster_stages.diffusion.freeu import freeu
 from resmaster_stages.diffusion.guidance import Branch, Moment
 from resmaster_stages.diffusion.loop import CanvasNoise, Composition, Patch
 from resmaster_stages.diffusion.patches import chosen_layers
+from resmaster_stages.diffusion.reference_guidance import skip_residual
 from resmaster_stages.diffusion.scale_fusion import Windows, scale_fusion
 from resmaster_stages.diffusion.schedule import Step
 from resmaster_stages.methods import direct
+from resmaster_stages.methods.passes import Stage, first_step, phase_scales
 from resmaster_stages.methods.request import Request
-from resmaster_stages.methods.stages import Stage, first_step, phase_scales
 
 DILATED = ("down_blocks.-2.downsamplers", "down_blocks.-1.resnets", "mid_block.resnets")
 

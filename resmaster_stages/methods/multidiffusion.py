@@ -10,7 +10,7 @@ from functools import partial
 from resmaster_stages.diffusion.conditions import make_conditions
 from resmaster_stages.diffusion.image_prompts import adapter_scale
 from resmaster_stages.diffusion.loop import Composition, ViewGroup
-from resmaster_stages.diffusion.shifting import placed
+from resmaster_stages.diffusion.shifted_views import placed
 from resmaster_stages.diffusion.steppers import make_stepper
 from resmaster_stages.methods.request import Request
 

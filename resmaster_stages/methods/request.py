@@ -12,13 +12,13 @@ from functools import cached_property
 import torch.nn.functional as F
 from torch import Tensor
 
-from resmaster_stages.config import UpscaleConfig
+from resmaster_stages.config.methods import UpscaleConfig
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.guidance import ClassifierFree
 from resmaster_stages.diffusion.memory import view_limit
 from resmaster_stages.diffusion.views import Grid, view_grid, whole_canvas
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.loading import Models
+from resmaster_stages.models.parts import Models
 
 
 @dataclass(frozen=True, eq=False)

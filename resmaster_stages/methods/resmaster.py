@@ -16,10 +16,10 @@ from __future__ import annotations
 from functools import partial
 
 from resmaster_stages.diffusion.conditions import make_conditions
-from resmaster_stages.diffusion.following import structural_guidance
 from resmaster_stages.diffusion.image_prompts import adapter_scale, embed_crops
 from resmaster_stages.diffusion.loop import Composition, ViewGroup, X0Hook
-from resmaster_stages.diffusion.shifting import placed
+from resmaster_stages.diffusion.reference_guidance import structural_guidance
+from resmaster_stages.diffusion.shifted_views import placed
 from resmaster_stages.diffusion.steppers import make_stepper
 from resmaster_stages.methods.request import Request
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from resmaster_stages.config import ScaleCrafterConfig
+from resmaster_stages.config.methods import ScaleCrafterConfig
 from resmaster_stages.diffusion.convolutions import PLAIN, Dilated, Dispersed, LayerRule, changed_layers
 from resmaster_stages.diffusion.dispersion import dispersed_weight
 from resmaster_stages.diffusion.freeu import freeu

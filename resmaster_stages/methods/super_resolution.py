@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from resmaster_stages.config import SuperResolutionConfig, UpscaleConfig
+from resmaster_stages.config.methods import SuperResolutionConfig, UpscaleConfig
 from resmaster_stages.diffusion.loop import Progress
 from resmaster_stages.diffusion.reference import pad_to_multiple, to_image, to_tensor
 from resmaster_stages.diffusion.views import Grid

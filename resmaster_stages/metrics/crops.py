@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from resmaster_stages.identity import sample_seed
+from resmaster_stages.keys import sample_seed
 
 CROPS_PER_IMAGE = 10
 """As in DemoFusion, AccDiffusion and RectifiedHR."""

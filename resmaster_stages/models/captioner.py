@@ -30,7 +30,8 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from resmaster_stages.config import CaptionsConfig, ModelConfig
+from resmaster_stages.config.dataset import CaptionsConfig
+from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError, SampleError, UserError
 from resmaster_stages.models.geometry import model_location
 from resmaster_stages.models.identity import PICTUREBOOK, model_identity

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from resmaster_stages.config import SuperResolutionConfig
+from resmaster_stages.config.methods import SuperResolutionConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.identity import super_resolution_file
 from resmaster_stages.models.rrdbnet import network_of, official_state

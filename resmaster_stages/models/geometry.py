@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from resmaster_stages.config import ModelConfig
+from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.identity import PICTUREBOOK, as_folder, pack_folder
 

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from resmaster_stages.config import DatasetConfig, ModelConfig, SuperResolutionConfig, Weights
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.methods import SuperResolutionConfig
+from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError
 
 PICTUREBOOK = "picturebook"
@@ -159,3 +162,21 @@ def weights_of(config: DatasetConfig) -> Weights:
         else None,
         caption_check=_source_identity(*judge, "clip") if judge else None,
     )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Names of the exact weights that a dataset is made with (`resmaster_stages.models.identity.weights_of`)."""
+
+    model: str
+    """Base model with VAE and adapter."""
+    captioner: str | None = None
+    """Captioner; None where there is none."""
+    clip: str | None = None
+    """CLIP model of the quality stage; None where there is none."""
+    features: str | None = None
+    """The pack whose classifier gives the quality stage's features; None where another network does, or none."""
+    super_resolution: str | None = None
+    """Network of method super_resolution; None where another method is used."""
+    caption_check: str | None = None
+    """CLIP model that checks captions; None where they are not checked."""

@@ -1,0 +1,1 @@
+"""The embedded model: its world and its weights."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from PIL import Image
 
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.identity import digest
+from resmaster_stages.keys import digest
 from resmaster_stages.picturebook import captions, scenes
 
 MOST_OBJECTS = 3

@@ -1,0 +1,1 @@
+"""Bytes and formats: folder, tar, Parquet, arrays, images. Knows no dataset."""

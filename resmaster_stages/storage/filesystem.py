@@ -30,8 +30,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from resmaster_stages.disclosure import holds_credentials, one_line, without_credentials
 from resmaster_stages.errors import UserError
+from resmaster_stages.redaction import holds_credentials, one_line, without_credentials
 
 CREATE_ATTEMPTS = 6
 """How often a conditional create is sent again when the store answers that another one was under way."""

@@ -17,13 +17,13 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 from PIL import Image, ImageOps
 
-from resmaster_stages.disclosure import printable
 from resmaster_stages.errors import PlanError, SampleError
+from resmaster_stages.redaction import printable
 from resmaster_stages.storage.filesystem import Folder, explained, open_root
 from resmaster_stages.storage.shards import BAD_TAR, members
 
@@ -281,3 +281,17 @@ def _prompt_of_json(data: bytes) -> Any:
     if not isinstance(values, dict):
         return None
     return next((values[name] for name in ("prompt", "caption", "text") if name in values), "")
+
+
+def encode_picture(image: Image.Image, image_format: Literal["webp", "png"], quality: int = 100) -> bytes:
+    """`image` as a file's bytes. PNG and WebP of quality 100 are lossless. Raises SampleError where the format cannot."""
+    buffer = io.BytesIO()
+    if image_format == "png":
+        image.save(buffer, "PNG", compress_level=6)
+    elif max(image.size) > 16383:
+        raise SampleError(
+            f"WebP holds at most 16383 px a side, this is {image.width}x{image.height}; set image_format: png"
+        )
+    else:
+        image.save(buffer, "WEBP", lossless=quality == 100, quality=quality, method=4, exact=False)
+    return buffer.getvalue()

@@ -8,6 +8,7 @@ Invariants:
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Literal
 
 from resmaster_stages.errors import ResMasterError, UserError
-from resmaster_stages.storage import layout
 from resmaster_stages.storage.filesystem import PART_BYTES, Folder
 
 State = Literal["ok", "warning", "failed", "untested"]
@@ -109,7 +109,7 @@ class _Probe:
 
     def name(self) -> str:
         """A new name, to be removed in the end."""
-        self.written.append(layout.probe(uuid.uuid4().hex[:8]))
+        self.written.append(probe_name(uuid.uuid4().hex[:8]))
         return self.written[-1]
 
     def race(self, writers: int) -> int:
@@ -261,3 +261,19 @@ def _remove_empty(path: Path, known: Path) -> None:
         except OSError:  # not empty: another process has begun to use it
             return
         path = path.parent
+
+
+PROBE = ".probe-"
+
+
+_PROBE = re.compile(r"\.probe-[0-9a-f]{8}")
+
+
+def probe_name(token: str) -> str:
+    """A file that tries what the store honours."""
+    return f"{PROBE}{token}"
+
+
+def is_probe(name: str) -> bool:
+    """Whether it is the name of a probe."""
+    return bool(_PROBE.fullmatch(name))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from resmaster_stages.diffusion import autoencoder
-from resmaster_stages.models.loading import Models
+from resmaster_stages.models.parts import Models
 from tests.tiny_models import make_pipeline, tiny
 
 

@@ -13,7 +13,7 @@ from resmaster_stages.diffusion.schedule import make_schedule
 from resmaster_stages.diffusion.text import count_tokens, encode_prompts, truncated
 from resmaster_stages.diffusion.views import Grid, view_grid
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.loading import CLIP_MEAN, CLIP_STD, Models
+from resmaster_stages.models.parts import CLIP_MEAN, CLIP_STD, Models
 from tests.tiny_models import make_adapted_pipeline, tiny, tiny_adapted
 
 WHOLE = [(0, 0, 64, 64)]

@@ -16,9 +16,9 @@ from resmaster_stages.diffusion.loop import batch_size
 from resmaster_stages.diffusion.memory import CPU_VIEWS, Need, preflight, row_bytes, view_limit
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import OutOfMemory
+from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.faults import device_faults
 from resmaster_stages.progress import Silent, reporting
-from resmaster_stages.upscale import upscale_image
 from tests.methods.common import adapted, picture, plain, request, settings
 from tests.tiny_models import counted
 

@@ -9,7 +9,7 @@ from resmaster_stages.diffusion import loop
 from resmaster_stages.diffusion.guidance import Moment
 from resmaster_stages.diffusion.text import TextEmbeddings
 from resmaster_stages.diffusion.text_projections import text_projected_once
-from resmaster_stages.upscale import upscale_image
+from resmaster_stages.methods.upscale import upscale_image
 from tests.methods.common import adapted, difference, forwards, picture, settings
 
 METHODS = ["resmaster", "multidiffusion", "c_upscale", "demofusion", "direct"]

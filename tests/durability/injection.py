@@ -18,15 +18,16 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from resmaster_stages.lineage import stage_hashes
+from resmaster_stages.dataset.commit import list_commits
+from resmaster_stages.dataset.dataset import create_or_open, open_dataset
+from resmaster_stages.dataset.schemas import MANIFEST_SCHEMA
+from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.prompts import ingest
-from resmaster_stages.publish import write_manifest
-from resmaster_stages.stage import run_stage
+from resmaster_stages.publish.manifest import write_manifest
+from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage import filesystem
-from resmaster_stages.storage.commit import list_commits
-from resmaster_stages.storage.dataset import create_or_open, open_dataset
 from resmaster_stages.storage.filesystem import open_root
-from resmaster_stages.storage.tables import MANIFEST_SCHEMA, decode_table
+from resmaster_stages.storage.tables import decode_table
 from tests.fake_stages import FAKES, config_at
 
 S3_CHANGES = (

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from resmaster_stages.dataset.commit import Receipt, commit, new_attempt, read_commit
 from resmaster_stages.errors import UserError
 from resmaster_stages.storage import filesystem
-from resmaster_stages.storage.commit import Receipt, commit, new_attempt, read_commit
 from resmaster_stages.storage.filesystem import open_root
 from tests.durability.injection import PROMPTS, Steps, build, everything, fail, injected, interrupt, killed_build
 

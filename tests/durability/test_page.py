@@ -4,10 +4,11 @@ import re
 import shlex
 from pathlib import Path
 
-from flows.cli import main
+from resmaster_flows.cli.main import main
+from tests.checkout import ROOT
 from tests.durability.injection import PROMPTS, build
 
-PAGE = (Path(__file__).parents[2] / "docs" / "storage.md").read_text()
+PAGE = (ROOT / "docs" / "storage.md").read_text()
 
 
 def test_its_commands_run(tmp_path: Path) -> None:

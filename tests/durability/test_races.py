@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from resmaster_stages.config import DatasetConfig
-from resmaster_stages.stage import run_stage
-from resmaster_stages.storage.dataset import Output, Sample, open_dataset
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.dataset.dataset import open_dataset
+from resmaster_stages.dataset.ledger import ledger_rows
+from resmaster_stages.dataset.sample import Output, Sample
+from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import open_root
-from resmaster_stages.storage.ledger import ledger_rows
 from tests.fake_stages import low_res, planned
 
 PROCESSES = 12

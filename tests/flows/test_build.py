@@ -14,20 +14,23 @@ import webdataset as wds
 import yaml
 from prefect.settings import get_current_settings
 
-from flows import build
-from flows.build import BuildResult
-from flows.cli import main
-from flows.outcome import INCOMPLETE, outcome
-from resmaster_stages import gallery, stage
-from resmaster_stages.config import DatasetConfig, Stage, Weights
+from resmaster_flows import build
+from resmaster_flows.build import BuildResult
+from resmaster_flows.cli.main import main
+from resmaster_flows.outcome import INCOMPLETE, outcome
+from resmaster_stages.config.dataset import DatasetConfig, Stage
+from resmaster_stages.dataset.commit import Receipt, list_commits
+from resmaster_stages.dataset.dataset import open_dataset
+from resmaster_stages.dataset.retry import request_retries
+from resmaster_stages.dataset.sample import Output, Sample
+from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.errors import ConfigError, GpuLost
-from resmaster_stages.lineage import stage_hashes
+from resmaster_stages.models.identity import Weights
 from resmaster_stages.progress import Silent, reporting
-from resmaster_stages.storage.commit import Receipt, list_commits
-from resmaster_stages.storage.dataset import Output, Sample, open_dataset
-from resmaster_stages.supplements import request_retries
-from tasks.policy import worth_retrying
-from tasks.stages import STAGE_TASKS
+from resmaster_stages.publish import report
+from resmaster_stages.runner import attempt, run
+from resmaster_tasks.policy import worth_retrying
+from resmaster_tasks.stages import STAGE_TASKS
 from tests.fake_stages import FAKES, config_at
 from tests.s3_server import S3Server
 
@@ -42,7 +45,7 @@ class Stages:
         self.trouble: dict[Stage, list[Exception]] = {}
 
     def module(self, name: str) -> object:
-        owner, wanted = self, next(stage_name for stage_name, path in stage.MODULES.items() if path == name)
+        owner, wanted = self, next(stage_name for stage_name, path in attempt.MODULES.items() if path == name)
 
         class Module:
             @staticmethod
@@ -62,8 +65,8 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     class Importlib:
         import_module = staticmethod(fakes.module)
 
-    monkeypatch.setattr(stage, "importlib", Importlib)
-    monkeypatch.setattr(stage, "own_provenance", dict)
+    monkeypatch.setattr(attempt, "importlib", Importlib)
+    monkeypatch.setattr(run, "own_provenance", dict)
     monkeypatch.setattr("resmaster_stages.models.identity.weights_of", lambda config: Weights(config.model.id))
     for task in STAGE_TASKS.values():
         monkeypatch.setattr(task, "retry_delay_seconds", 0)
@@ -182,7 +185,7 @@ def test_the_report_lists_only_the_last_attempt_of_a_failed_sample(stages: Stage
     config = config_for(tmp_path, ["bad low_res 1", "bad low_res 2"])
     url = build_dataset(config).dataset_url
     repair(url)
-    rows = gallery.failures(open_dataset(url))
+    rows = report.failures(open_dataset(url))
     assert [row["attempt_number"] for row in rows] == [2, 2]
 
 
@@ -191,7 +194,7 @@ def contents(url: str) -> dict[tuple[Stage, int, int], str]:
     dataset = open_dataset(url)
     return {
         (name, shard, number): hashlib.sha256(dataset.folder.read(stored.name)).hexdigest()
-        for name, own_hash in stage.stage_hashes(dataset.config).items()
+        for name, own_hash in stage_hashes(dataset.config).items()
         for shard, receipt in list_commits(dataset.folder, name, own_hash).items()
         for number, stored in enumerate(receipt.objects)
     }

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.build import repair
-from flows.cli import main
-from flows.clusters import EXECUTORS, check, runner
-from flows.outcome import outcome
-from resmaster_stages.config import DatasetConfig, parse_config
+from resmaster_flows.build import repair
+from resmaster_flows.cli.main import main
+from resmaster_flows.clusters import EXECUTORS, check, runner
+from resmaster_flows.outcome import outcome
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.load import parse_config
+from resmaster_stages.dataset.dataset import Dataset, create_or_open
 from resmaster_stages.errors import UserError
 from resmaster_stages.prompts import ingest
-from resmaster_stages.storage.dataset import Dataset, create_or_open
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.checkout import PYTHONPATH
 
 
 def planned(tmp_path: Path, executor: str, prompts: list[str]) -> Dataset:
@@ -44,7 +44,7 @@ def counter() -> Callable[[], tuple[int, int]]:
     def loads() -> tuple[int, int]:
         import os
 
-        from resmaster_stages.models.loading import load_models
+        from resmaster_stages.models.load import load_models
 
         return os.getpid(), load_models.cache_info().misses
 
@@ -54,7 +54,7 @@ def counter() -> Callable[[], tuple[int, int]]:
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     """The processes of a cluster need this project."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_the_command_line_finds_it_before_anything_starts(
 
 
 def test_a_scheduler_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.clusters.CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr("resmaster_flows.clusters.CONNECT_SECONDS", 0.5)
     monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "tcp://127.0.0.1:1")
     with (
         temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}),

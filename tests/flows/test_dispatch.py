@@ -10,11 +10,11 @@ import pytest
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Running, Scheduled
 
-from flows.dispatch import FRUITLESS_RUNS, OUTAGE_LOOKS, Shards, Stopped, dispatch
-from flows.outcome import incomplete
-from flows.process import run_name
-from flows.selection import parse_numbers, spell_shards
-from resmaster_stages.config import DispatchConfig
+from resmaster_flows.dispatch import FRUITLESS_RUNS, OUTAGE_LOOKS, Shards, Stopped, dispatch
+from resmaster_flows.outcome import incomplete
+from resmaster_flows.process import run_name
+from resmaster_flows.selection import parse_numbers, spell_shards
+from resmaster_stages.config.dataset import DispatchConfig
 
 STAGES = 4
 

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_settings
 
-from flows.cli import main
-from flows.server_runs import on_workers, server_within_reach
-from resmaster_stages.config import DispatchConfig
+from resmaster_flows.cli.main import main
+from resmaster_flows.server_runs import on_workers, server_within_reach
+from resmaster_stages.config.dataset import DispatchConfig
 from resmaster_stages.errors import UserError
 
 NOBODY = "http://127.0.0.1:9/api"
@@ -35,7 +35,7 @@ def test_a_server_that_goes_away_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
         def api_healthcheck(self) -> None:
             return None
 
-    monkeypatch.setattr("flows.server_runs.get_client", lambda sync_client: Client())
+    monkeypatch.setattr("resmaster_flows.server_runs.get_client", lambda sync_client: Client())
     with (
         temporary_settings({PREFECT_API_URL: NOBODY}),
         pytest.raises(ConnectionError, match=r"lost .*run the same command again"),
@@ -70,7 +70,7 @@ class Temporary:
 
 @pytest.fixture
 def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Temporary]]:
-    monkeypatch.setattr("flows.server_runs.SubprocessASGIServer", Temporary)
+    monkeypatch.setattr("resmaster_flows.server_runs.SubprocessASGIServer", Temporary)
     monkeypatch.setattr(Temporary, "events", [])
     with temporary_settings({PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True}, restore_defaults={PREFECT_API_URL}):
         yield Temporary

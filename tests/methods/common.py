@@ -5,12 +5,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from resmaster_stages.config import UpscaleConfig
+from resmaster_stages.config.methods import UpscaleConfig
 from resmaster_stages.diffusion.reference import pad_to_multiple, to_tensor, upsample
 from resmaster_stages.diffusion.schedule import Step, make_schedule
 from resmaster_stages.methods.request import Reference, Request
-from resmaster_stages.models.loading import Models
-from resmaster_stages.upscale import target_size
+from resmaster_stages.methods.upscale import target_size
+from resmaster_stages.models.parts import Models
 from tests.tiny_models import SCHEDULER, tiny, tiny_adapted
 
 

@@ -10,7 +10,7 @@ import torch
 from resmaster_stages.diffusion.loop import CanvasNoise, denoise
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods import METHODS
-from resmaster_stages.upscale import upscale_image
+from resmaster_stages.methods.upscale import upscale_image
 from tests.methods.common import picture, plain, request, schedule, settings
 
 MEAN, DEVIATION = 0.3, 0.5

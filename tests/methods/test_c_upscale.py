@@ -6,8 +6,8 @@ from resmaster_stages.diffusion.frequency import swap_weights
 from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, Moment
 from resmaster_stages.diffusion.scale_fusion import attend
 from resmaster_stages.diffusion.views import Grid
-from resmaster_stages.methods.stages import first_step
-from resmaster_stages.upscale import upscale_image
+from resmaster_stages.methods.passes import first_step
+from resmaster_stages.methods.upscale import upscale_image
 from tests.methods.common import (
     adapted,
     difference,

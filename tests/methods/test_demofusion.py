@@ -6,15 +6,15 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from resmaster_stages.diffusion.following import match_moments, skip_residual
 from resmaster_stages.diffusion.frequency import gaussian_blur
+from resmaster_stages.diffusion.irregular_views import InterleavedViews, ScatteredViews, clamped, jitter_reach, jittered
 from resmaster_stages.diffusion.loop import CanvasNoise, denoise
-from resmaster_stages.diffusion.scattered import InterleavedViews, ScatteredViews, clamped, jitter_reach, jittered
+from resmaster_stages.diffusion.reference_guidance import match_moments, skip_residual
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.methods import demofusion, multidiffusion
 from resmaster_stages.methods.demofusion import dilated_input
-from resmaster_stages.methods.stages import phase_scales
-from resmaster_stages.upscale import upscale_image
+from resmaster_stages.methods.passes import phase_scales
+from resmaster_stages.methods.upscale import upscale_image
 from tests.methods.common import adapted, difference, picture, request, schedule, settings
 from tests.tiny_models import counted
 

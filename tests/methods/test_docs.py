@@ -2,18 +2,18 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 
 from benchmarks.methods import options
-from flows.cli import parser
-from resmaster_stages.compare import variants
-from resmaster_stages.config import METHOD_PARTS, METHOD_PRESETS, METHODS, UpscaleConfig, load_config
+from resmaster_flows.cli.main import parser
+from resmaster_stages.config.load import load_config
+from resmaster_stages.config.methods import METHOD_PARTS, METHOD_PRESETS, METHODS, UpscaleConfig
+from resmaster_stages.evaluation.variants import variants
+from tests.checkout import ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "methods.md").read_text()
 SPEED = (ROOT / "docs" / "speed.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.DOTALL | re.MULTILINE))

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from resmaster_stages.diffusion import dispersion, frequency, scale_fusion
 from resmaster_stages.diffusion.loop import CanvasNoise, denoise
 from resmaster_stages.methods import METHODS, fouriscale
-from resmaster_stages.upscale import upscale_image
+from resmaster_stages.methods.upscale import upscale_image
 from tests.methods.common import adapted, picture, plain, request, schedule, settings
 from tests.tiny_models import counted
 

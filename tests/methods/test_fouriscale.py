@@ -17,7 +17,7 @@ from resmaster_stages.methods.fouriscale import (
     mask,
     shared_attention,
 )
-from resmaster_stages.upscale import upscale_image
+from resmaster_stages.methods.upscale import upscale_image
 from tests.methods.common import (
     adapted,
     difference,

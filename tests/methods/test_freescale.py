@@ -5,13 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from resmaster_stages.diffusion.following import skip_residual
 from resmaster_stages.diffusion.guidance import TEXT, Moment
 from resmaster_stages.diffusion.reference import to_mask
+from resmaster_stages.diffusion.reference_guidance import skip_residual
 from resmaster_stages.diffusion.scale_fusion import Windows, attend, blur_features, scale_fusion, windowed
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.freescale import detail_control, layer_rules
-from resmaster_stages.upscale import upscale_image
+from resmaster_stages.methods.upscale import upscale_image
 from tests.methods.common import (
     adapted,
     difference,

@@ -16,10 +16,10 @@ from resmaster_stages.diffusion.loop import CanvasNoise, denoise
 from resmaster_stages.diffusion.reference import to_image
 from resmaster_stages.diffusion.schedule import make_schedule
 from resmaster_stages.methods import METHODS
-from resmaster_stages.methods.stages import first_step
+from resmaster_stages.methods.passes import first_step
+from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.identity import pack_folder
-from resmaster_stages.models.loading import Models
-from resmaster_stages.upscale import upscale_image
+from resmaster_stages.models.parts import Models
 from tests.methods.common import difference, picture, request, settings
 
 PROMPT, SEED, STEPS, GUIDANCE = "a red house on a green meadow under a blue sky", 7, 10, 4.0

@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resmaster_stages import upscale
-from resmaster_stages.config import UpscaleConfig, Weights, parse_config, stage_hash
+from resmaster_stages import high_res
+from resmaster_stages.config.load import parse_config
+from resmaster_stages.config.methods import UpscaleConfig
+from resmaster_stages.dataset.sample import Picture, Sample
+from resmaster_stages.dataset.stages import stage_hash
 from resmaster_stages.diffusion.cost import counting
 from resmaster_stages.methods.lanczos import enlarge
 from resmaster_stages.metrics.agreement import agreement
-from resmaster_stages.models import enlarger, identity, loading
-from resmaster_stages.pictures import encode_picture
-from resmaster_stages.storage.dataset import Picture, Sample
+from resmaster_stages.models import enlarger, identity, load
+from resmaster_stages.models.identity import Weights
+from resmaster_stages.storage.images import encode_picture
 from tests.methods.common import difference, picture
 
 
@@ -45,12 +48,12 @@ def test_what_is_averaged_down_again_is_the_low_res_picture():
 
 
 def test_a_dataset_needs_no_network_and_its_identity_names_none(monkeypatch):
-    for module, name in ((loading, "load_pipeline"), (enlarger, "load_enlarger")):
+    for module, name in ((load, "load_pipeline"), (enlarger, "load_enlarger")):
         monkeypatch.setattr(module, name, lambda *args: pytest.fail("a network was loaded"))
     low_res = Picture(encode_picture(picture(40, 24), "png"), "png", {})
     sample = Sample("k", 0, "a cat", "", 24, 40, 0, low_res=low_res)
     with counting() as cost:
-        (output,) = upscale.process(config_of(scale=2.5), [sample])
+        (output,) = high_res.process(config_of(scale=2.5), [sample])
     assert cost.calls == 0
     files = output.finished().files
     facts = json.loads(files["json"])

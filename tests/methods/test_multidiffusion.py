@@ -7,7 +7,7 @@ from diffusers import StableDiffusionPanoramaPipeline
 from resmaster_stages.diffusion.loop import CanvasNoise, denoise
 from resmaster_stages.diffusion.schedule import make_schedule
 from resmaster_stages.methods import multidiffusion
-from resmaster_stages.models.loading import Models
+from resmaster_stages.models.parts import Models
 from tests.methods.common import picture, request, settings
 from tests.tiny_models import counted, make_stable_diffusion
 

@@ -9,14 +9,17 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from resmaster_stages import captions as captions_stage
-from resmaster_stages import upscale
-from resmaster_stages.config import DIFFUSION_METHODS, UpscaleConfig, Weights, parse_config, stage_hash
+from resmaster_stages import high_res
+from resmaster_stages.config.load import parse_config
+from resmaster_stages.config.methods import DIFFUSION_METHODS, UpscaleConfig
+from resmaster_stages.dataset.sample import Picture, Sample
+from resmaster_stages.dataset.stages import stage_hash
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.reference import to_image
-from resmaster_stages.models import captioner, geometry, loading
-from resmaster_stages.pictures import encode_picture
-from resmaster_stages.storage.dataset import Picture, Sample
-from resmaster_stages.upscale import upscale_image
+from resmaster_stages.methods.upscale import upscale_image
+from resmaster_stages.models import captioner, geometry, load
+from resmaster_stages.models.identity import Weights
+from resmaster_stages.storage.images import encode_picture
 from tests.methods.common import adapted, difference, picture, request, settings
 from tests.tiny_models import counted
 
@@ -46,7 +49,7 @@ def test_each_finished_picture_is_the_next_one_s_low_res_picture():
     assert result.size == (120, 80)
     assert seen == []  # this method reads no captions
     again = settings("resmaster", scale=5, via=[2.0], image_prompt={"enabled": False})
-    with pytest.raises(upscale.ConfigError, match="99 given"):
+    with pytest.raises(high_res.ConfigError, match="99 given"):
         upscale_image(adapted(), picture(24, 16), "a cat", config=again, caption=caption)
     plain = settings("resmaster", scale=2, image_prompt={"enabled": False})
     expected = upscale_image(adapted(), picture(24, 16), "a cat", config=plain)
@@ -73,7 +76,7 @@ def test_a_dataset_captions_every_pass_anew(monkeypatch):
             looked_at.append([image.size for image in images])
             return ["a cat"] * len(images)
 
-    monkeypatch.setattr(loading, "load_models", lambda config: adapted())
+    monkeypatch.setattr(load, "load_models", lambda config: adapted())
     for module in (captions_stage, captioner):
         monkeypatch.setattr(module, "load_captioner", lambda config, device: Names())
         monkeypatch.setattr(module, "token_counter", lambda model: lambda text: len(text.split()))
@@ -86,7 +89,7 @@ def test_a_dataset_captions_every_pass_anew(monkeypatch):
     sample = Sample("k", 0, "a cat", "", 64, 64, 0, low_res=low_res)
     (rows,) = captions_stage.process(config, [sample])
     assert len(rows.rows) == 9  # the views of the first pass
-    (output,) = upscale.process(
+    (output,) = high_res.process(
         config, [Sample("k", 0, "a cat", "", 64, 64, 0, low_res=low_res, captions=tuple(rows.rows))]
     )
     output = output.finished()

@@ -7,19 +7,13 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from resmaster_stages.diffusion.convolutions import (
-    PLAIN,
-    Dilated,
-    Dispersed,
-    changed_layers,
-    dilated,
-)
+from resmaster_stages.diffusion.convolutions import PLAIN, Dilated, Dispersed, changed_layers, dilated
 from resmaster_stages.diffusion.freeu import backbone_channels, freeu, modulated
 from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, Moment
 from resmaster_stages.diffusion.patches import chosen_layers
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.scalecrafter import WEAK, NoiseDamped, family, layer_rules, make_plan, moderate, strong
-from resmaster_stages.upscale import upscale_image
+from resmaster_stages.methods.upscale import upscale_image
 from tests.methods.common import (
     adapted,
     difference,

@@ -15,20 +15,22 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
-from flows.cli import parser
-from flows.single import upscale_file
-from resmaster_stages import upscale
-from resmaster_stages.config import SuperResolutionConfig, UpscaleConfig, parse_config, stage_hash
+from resmaster_flows.cli.main import parser
+from resmaster_flows.cli.upscale import upscale_file
+from resmaster_stages import high_res
+from resmaster_stages.config.load import parse_config
+from resmaster_stages.config.methods import SuperResolutionConfig, UpscaleConfig
+from resmaster_stages.dataset.sample import Picture, Sample
+from resmaster_stages.dataset.stages import stage_hash
 from resmaster_stages.diffusion.cost import counting
 from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.methods.super_resolution import cores, enlarged, sizes, super_resolve, tile_grid, tiled
-from resmaster_stages.models import loading
+from resmaster_stages.models import load
 from resmaster_stages.models.busy import timing
 from resmaster_stages.models.enlarger import Enlarger, load_enlarger
 from resmaster_stages.models.identity import super_resolution_file, super_resolution_identity, weights_of
 from resmaster_stages.models.rrdbnet import RRDBNet, RRDBShape, network_of, official_state, shape_of
-from resmaster_stages.pictures import encode_picture
-from resmaster_stages.storage.dataset import Picture, Sample
+from resmaster_stages.storage.images import encode_picture
 from tests.methods.common import difference, picture
 
 CPU = torch.device("cpu")
@@ -276,7 +278,7 @@ def test_identity_is_the_file_s_content_and_nothing_that_the_method_does_not_rea
 
 
 def test_the_stage_loads_no_base_model_and_calls_no_unet(monkeypatch):
-    monkeypatch.setattr(loading, "load_pipeline", lambda config: pytest.fail("the base model was loaded"))
+    monkeypatch.setattr(load, "load_pipeline", lambda config: pytest.fail("the base model was loaded"))
     config = parse_config(
         {
             "name": "d",
@@ -288,7 +290,7 @@ def test_the_stage_loads_no_base_model_and_calls_no_unet(monkeypatch):
     low_res = Picture(encode_picture(picture(40, 24), "png"), "png", {})
     sample = Sample("k", 0, "a cat", "", 24, 40, 0, low_res=low_res)
     with counting() as cost, timing() as device:
-        (output,) = upscale.process(config, [sample])
+        (output,) = high_res.process(config, [sample])
     assert cost.calls == 0
     assert device.seconds > 0
     facts = json.loads(output.finished().files["json"])
@@ -298,7 +300,7 @@ def test_the_stage_loads_no_base_model_and_calls_no_unet(monkeypatch):
 
 
 def test_the_command_line_takes_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "load_pipeline", lambda config: pytest.fail("the base model was loaded"))
+    monkeypatch.setattr(load, "load_pipeline", lambda config: pytest.fail("the base model was loaded"))
     picture(30, 20).save(tmp_path / "in.png")
     words = [
         "upscale",

@@ -4,22 +4,21 @@ import hashlib
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from resmaster_stages.config import DIFFUSION_METHODS, METHOD_PRESETS
+from resmaster_stages.config.methods import DIFFUSION_METHODS, METHOD_PRESETS
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods import METHODS
 from resmaster_stages.methods.render import render
-from resmaster_stages.models.loading import Models
-from resmaster_stages.upscale import upscale_image
+from resmaster_stages.methods.upscale import upscale_image
+from resmaster_stages.models.parts import Models
+from tests.checkout import ROOT
 from tests.methods.common import adapted, difference, forwards, picture, request, settings
 from tests.tiny_models import make_adapted_pipeline
 
-ROOT = Path(__file__).parents[2]
 CASES = [(method, preset) for method in DIFFUSION_METHODS for preset in METHOD_PRESETS.get(method, ("default",))]
 
 

@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from resmaster_stages.config import QualityConfig, Weights, parse_config, stage_hash
+from resmaster_stages.config.dataset import QualityConfig
+from resmaster_stages.config.load import parse_config
+from resmaster_stages.dataset.stages import stage_hash
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.metrics import features
 from resmaster_stages.metrics.clip_score import ClipScorer
@@ -24,6 +26,7 @@ from resmaster_stages.metrics.features import (
     load_extractor,
 )
 from resmaster_stages.metrics.resize import resize
+from resmaster_stages.models.identity import Weights
 from tests.tiny_models import tokenizer
 
 

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 
-from resmaster_stages.config import QualityConfig
+from resmaster_stages.config.dataset import QualityConfig
 from resmaster_stages.metrics import features
 from resmaster_stages.metrics.crops import crops, tile_boxes
 from resmaster_stages.metrics.features import ClassifierFeatures, load_extractor

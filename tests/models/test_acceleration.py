@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from resmaster_stages.config import ModelConfig, parse_config
+from resmaster_stages.config.load import parse_config
+from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.diffusion.loop import _kernels
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models import acceleration, loading
+from resmaster_stages.methods.upscale import upscale_image
+from resmaster_stages.models import acceleration, load
 from resmaster_stages.models.acceleration import (
     can_compile,
     changed_blocks_uncompiled,
@@ -19,11 +21,10 @@ from resmaster_stages.models.acceleration import (
     require_fp8,
     takes_fp8,
 )
-from resmaster_stages.models.loading import Models
+from resmaster_stages.models.parts import Models
 from resmaster_stages.progress import Silent, reporting
-from resmaster_stages.upscale import upscale_image
+from tests.config.test_config import hashes
 from tests.methods.common import difference, picture, sdxl_shaped, settings
-from tests.test_config import hashes
 from tests.tiny_models import make_adapted_pipeline
 
 CPU = torch.device("cpu")
@@ -111,7 +112,7 @@ def test_a_machine_that_cannot_compile_says_so_and_goes_on(monkeypatch, models):
     monkeypatch.setattr(torch, "compile", broken)
     notes = Notes()
     with reporting(notes):
-        loading._accelerate(models.unet, ModelConfig(compile="blocks"), CPU)
+        load._accelerate(models.unet, ModelConfig(compile="blocks"), CPU)
     assert compiled_blocks(models.unet) == []
     (line,) = notes.lines
     assert "no C compiler found" in line
@@ -120,12 +121,12 @@ def test_a_machine_that_cannot_compile_says_so_and_goes_on(monkeypatch, models):
 
 
 def test_cpus_compile_nothing_unless_asked(monkeypatch, models):
-    monkeypatch.setattr(loading, "can_compile", lambda device: True)
-    loading._accelerate(models.unet, ModelConfig(), CPU)
+    monkeypatch.setattr(load, "can_compile", lambda device: True)
+    load._accelerate(models.unet, ModelConfig(), CPU)
     assert compiled_blocks(models.unet) == []
-    loading._accelerate(models.unet, ModelConfig(compile="off"), torch.device("cuda"))
+    load._accelerate(models.unet, ModelConfig(compile="off"), torch.device("cuda"))
     assert compiled_blocks(models.unet) == []
-    loading._accelerate(models.unet, ModelConfig(), torch.device("cuda"))
+    load._accelerate(models.unet, ModelConfig(), torch.device("cuda"))
     assert len(compiled_blocks(models.unet)) == sum(
         type(module).__name__ == "BasicTransformerBlock" for module in models.unet.modules()
     )
@@ -174,7 +175,7 @@ def test_eight_bits_are_refused_where_they_cannot_run_or_do_not_pay(monkeypatch)
     with pytest.raises(ConfigError, match=r"resmaster-pipeline\[fp8\]"):
         require_fp8(torch.device("cuda"), True)
     with pytest.raises(ConfigError, match="needs a CUDA device"):
-        loading.load_models.__wrapped__(ModelConfig(device="cpu", quantise="fp8"))
+        load.load_models.__wrapped__(ModelConfig(device="cpu", quantise="fp8"))
 
 
 def test_only_what_changes_results_changes_identities():
@@ -198,7 +199,7 @@ def test_kernels_are_chosen_by_rule_or_by_race_and_the_choice_is_put_back(same_b
 
 def test_the_pictures_of_both_exactnesses_are_one_on_a_cpu():
     pictures = [
-        draw(loading.replace(Models.from_pipeline(make_adapted_pipeline()), same_bytes=same), "resmaster")
+        draw(load.replace(Models.from_pipeline(make_adapted_pipeline()), same_bytes=same), "resmaster")
         for same in (True, False)
     ]
     assert np.array_equal(*map(np.asarray, pictures))

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from resmaster_stages.config import DatasetConfig, parse_config
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.load import parse_config
 from resmaster_stages.models import identity
 from resmaster_stages.models.identity import weights_of
 

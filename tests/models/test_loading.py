@@ -2,16 +2,17 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from resmaster_stages.config import IpAdapterConfig, ModelConfig
+from resmaster_stages.config.model import IpAdapterConfig, ModelConfig
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models import identity, loading
+from resmaster_stages.models import identity, load
 from resmaster_stages.models.identity import model_identity
-from resmaster_stages.models.loading import Models, load_models
+from resmaster_stages.models.load import load_models
+from resmaster_stages.models.parts import Models
+from tests.checkout import ROOT
 from tests.tiny_models import make_pipeline, save
 
 
@@ -74,7 +75,7 @@ def test_an_adapter_brings_its_own_image_encoder(copy, saved):
 
 
 def test_picturebook_is_the_pack_with_its_adapter(saved, monkeypatch):
-    for module in (identity, loading):
+    for module in (identity, load):
         monkeypatch.setattr(module, "pack_folder", lambda: saved)
     models = load_models(ModelConfig(device="cpu"))
     assert models.has_ip_adapter
@@ -164,7 +165,7 @@ def test_a_missing_pack_is_said_plainly(monkeypatch, tmp_path):
 
 def test_light_modules_import_no_torch():
     code = (
-        "import sys, resmaster_stages.models.identity, resmaster_stages.diffusion.views, resmaster_stages.upscale, "
+        "import sys, resmaster_stages.models.identity, resmaster_stages.diffusion.views, resmaster_stages.high_res, "
         "resmaster_stages.low_res; sys.exit('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

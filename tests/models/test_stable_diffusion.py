@@ -5,15 +5,17 @@ import pytest
 import torch
 from diffusers import PNDMScheduler
 
-from resmaster_stages.config import DIFFUSION_METHODS, ModelConfig
+from resmaster_stages.config.methods import DIFFUSION_METHODS
+from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.diffusion.loop import CanvasNoise, denoise
 from resmaster_stages.diffusion.schedule import make_schedule
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.low_res import generate
 from resmaster_stages.methods import multidiffusion
+from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models import geometry
-from resmaster_stages.models.loading import Models, load_models
-from resmaster_stages.upscale import upscale_image
+from resmaster_stages.models.load import load_models
+from resmaster_stages.models.parts import Models
 from tests.methods.common import difference, forwards, picture, request, settings
 from tests.tiny_models import SCHEDULER, counted, make_pipeline, make_stable_diffusion
 

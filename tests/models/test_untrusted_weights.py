@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from resmaster_stages.config import CaptionsConfig, IpAdapterConfig, ModelConfig
+from resmaster_stages.config.dataset import CaptionsConfig
+from resmaster_stages.config.model import IpAdapterConfig, ModelConfig
 from resmaster_stages.errors import ConfigError, UserError
 from resmaster_stages.metrics.clip_score import load_clip
 from resmaster_stages.models.captioner import load_captioner
 from resmaster_stages.models.identity import pack_folder
-from resmaster_stages.models.loading import load_pipeline
+from resmaster_stages.models.load import load_pipeline
 from tests.tiny_models import save
 
 

@@ -18,16 +18,18 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import ResNetForImageClassification
 
-from resmaster_stages.compare import variants
-from resmaster_stages.config import FEWER_ROWS, load_config
+from resmaster_stages.config.load import load_config
+from resmaster_stages.config.methods import FEWER_ROWS
+from resmaster_stages.evaluation.variants import variants
 from resmaster_stages.methods.lanczos import enlarge
 from resmaster_stages.metrics.features import load_classifier
-from resmaster_stages.picturebook import captions, evaluate, paired
-from resmaster_stages.picturebook.evaluate import Amounts, Measure
-from resmaster_stages.picturebook.export import PACK
-from resmaster_stages.picturebook.paired import Judge, Judged, TrueScenes
+from resmaster_stages.picturebook import captions
+from resmaster_stages.picturebook.training import evaluate, paired
+from resmaster_stages.picturebook.training.evaluate import Amounts, Measure
+from resmaster_stages.picturebook.training.export import PACK
+from resmaster_stages.picturebook.training.paired import Judge, Judged, TrueScenes
+from tests.checkout import ROOT
 
-ROOT = Path(__file__).parents[2]
 CARD = json.loads((PACK / "card.json").read_text())
 
 

@@ -16,12 +16,13 @@ from transformers import (
     CLIPProcessor,
 )
 
-from resmaster_stages.config import QualityConfig
+from resmaster_stages.config.dataset import QualityConfig
 from resmaster_stages.metrics.features import load_extractor
 from resmaster_stages.metrics.fid import FeatureStatistics, frechet_distance
-from resmaster_stages.picturebook import captions, data, scenes
-from resmaster_stages.picturebook.export import FILE_LIMIT_BYTES, PACK, PACK_LIMIT_BYTES
-from resmaster_stages.picturebook.tokens import make_tokenizer
+from resmaster_stages.picturebook import captions, scenes
+from resmaster_stages.picturebook.training import data
+from resmaster_stages.picturebook.training.export import FILE_LIMIT_BYTES, PACK, PACK_LIMIT_BYTES
+from resmaster_stages.picturebook.training.tokens import make_tokenizer
 
 HOUSE = scenes.Thing("house", "red", 256, 420, 240, 3)
 SIMPLE = scenes.Scene(1, 512.0, "meadow", "day", 300.0, (HOUSE,))
@@ -114,8 +115,8 @@ def test_text_to_image_with_and_without_an_image_prompt(pipe: StableDiffusionXLP
 
 
 def test_vae_round_trip(pipe: StableDiffusionXLPipeline, picture: Any) -> None:
-    from resmaster_stages.picturebook.evaluate import as_pixels
-    from resmaster_stages.picturebook.train_vae import psnr
+    from resmaster_stages.picturebook.training.evaluate import as_pixels
+    from resmaster_stages.picturebook.training.train_vae import psnr
 
     drawn = as_pixels([picture(scenes.make_scene(s), 128, 128, (0, 0, 512, 512)) for s in range(8)])
     assert psnr(pipe.vae, drawn) > 25.0

@@ -15,13 +15,15 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from resmaster_stages.config import ModelConfig, UpscaleConfig
+from resmaster_stages.config.methods import UpscaleConfig
+from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.reference import upsample
 from resmaster_stages.low_res import generate
+from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.metrics.agreement import psnr
-from resmaster_stages.models.loading import Models, load_pipeline
-from resmaster_stages.upscale import upscale_image
+from resmaster_stages.models.load import load_pipeline
+from resmaster_stages.models.parts import Models
 
 PROMPT = "a yellow flower on the sand under a blue sky"
 

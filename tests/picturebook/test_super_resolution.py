@@ -6,11 +6,12 @@ from random import Random
 import pytest
 import torch
 
-from resmaster_stages.config import SuperResolutionConfig
+from resmaster_stages.config.methods import SuperResolutionConfig
 from resmaster_stages.models.enlarger import load_enlarger
-from resmaster_stages.picturebook import data
-from resmaster_stages.picturebook.export import PACK
-from resmaster_stages.picturebook.train_super_resolution import (
+from resmaster_stages.picturebook.training import data
+from resmaster_stages.picturebook.training.course import Budget
+from resmaster_stages.picturebook.training.export import PACK
+from resmaster_stages.picturebook.training.train_super_resolution import (
     FOLDER,
     LARGE_PX,
     SuperResolutionRecipe,
@@ -22,7 +23,6 @@ from resmaster_stages.picturebook.train_super_resolution import (
     psnr,
     train,
 )
-from resmaster_stages.picturebook.training import Budget
 
 pytest.importorskip("resvg_py")
 CPU = torch.device("cpu")

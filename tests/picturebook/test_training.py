@@ -10,8 +10,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from resmaster_stages.picturebook import data, train_decoder, train_vae, training, warm_start
-from resmaster_stages.picturebook.training import Budget, Course, muon, set_rate, vectors
+from resmaster_stages.picturebook.training import course as training
+from resmaster_stages.picturebook.training import data, train_decoder, train_vae, warm_start
+from resmaster_stages.picturebook.training.course import Budget, Course, muon, set_rate, vectors
 
 
 def _net(layout: torch.memory_format) -> nn.Sequential:

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.picturebook import captions, data, scenes, truth
+from resmaster_stages.picturebook import captions, scenes, truth
+from resmaster_stages.picturebook.training import data
 
 resvg_py = pytest.importorskip("resvg_py")
 

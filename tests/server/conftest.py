@@ -21,9 +21,9 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlo
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from tests.checkout import PYTHONPATH, ROOT
 from tests.s3_server import die_with_parent
 
-ROOT = Path(__file__).parent.parent.parent
 POOL = "resmaster-process"
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ class Stack:
             "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
             "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
             "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "",
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "server" / "stand_ins"), str(ROOT)]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "server" / "stand_ins"), PYTHONPATH]),
             "OMP_NUM_THREADS": "1",
         }
         if database := os.environ.get("RESMASTER_TEST_DATABASE"):
@@ -145,7 +145,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 @pytest.fixture(scope="session")
 def deployed(stack: Stack) -> Stack:
     """The server after `make deploy`."""
-    command = [sys.executable, "-m", "flows.deploy", "--pool", "process"]
+    command = [sys.executable, "-m", "resmaster_flows.deploy", "--pool", "process"]
     done = subprocess.run(command, cwd=ROOT, env=stack.environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return stack

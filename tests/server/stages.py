@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from resmaster_stages.config import DatasetConfig, Stage
+from resmaster_stages.config.dataset import DatasetConfig, Stage
+from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.errors import SampleError, ShardError
-from resmaster_stages.stage import Process
-from resmaster_stages.storage.dataset import Output, Sample
+from resmaster_stages.runner.compute import Process
 from tests.fake_stages import FAKES
 
 LONGEST_WAIT_SECONDS = 150

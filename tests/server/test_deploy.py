@@ -14,9 +14,10 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import DeploymentSchedule
 from prefect.exceptions import PrefectHTTPStatusError
 
-from flows import build, deploy
-from flows.server_runs import ServerRuns
-from resmaster_stages.config import METHODS, STAGES, DispatchConfig
+from resmaster_flows import build, deploy
+from resmaster_flows.server_runs import ServerRuns
+from resmaster_stages.config.dataset import STAGES, DispatchConfig
+from resmaster_stages.config.methods import METHODS
 from resmaster_stages.errors import UserError
 from tests.server.conftest import POOL, ROOT, Stack
 
@@ -75,7 +76,7 @@ def test_deploying_twice_is_deploying_once(deployed: Stack) -> None:
     assert not schedule.active, "shipped, and paused"
     with deployed.client() as client:
         client.update_deployment_schedule(build, schedule.id, active=True)
-    command = [sys.executable, "-m", "flows.deploy", "--pool", "process"]
+    command = [sys.executable, "-m", "resmaster_flows.deploy", "--pool", "process"]
     done = subprocess.run(command, cwd=ROOT, env=deployed.environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "5 deployments named process" in done.stdout
@@ -91,13 +92,13 @@ def test_deploying_twice_is_deploying_once(deployed: Stack) -> None:
     assert {item["name"] for item in first["automations"]} == {"resmaster-zombies", "resmaster-repair-after-crash"}
     entrypoints = {item["entrypoint"]: item for item in first["deployments"]}
     assert set(entrypoints) == {
-        "flows.build.build_dataset",
-        "flows.process.process_shards",
-        "flows.build.repair",
-        "flows.build.publish",
-        "flows.compare_flow.compare_methods",
+        "resmaster_flows.build.build_dataset",
+        "resmaster_flows.process.process_shards",
+        "resmaster_flows.build.repair",
+        "resmaster_flows.build.publish",
+        "resmaster_flows.compare.compare_methods",
     }
-    parts = entrypoints["flows.build.build_dataset"]["parameter_openapi_schema"]["definitions"]
+    parts = entrypoints["resmaster_flows.build.build_dataset"]["parameter_openapi_schema"]["definitions"]
     for part in parts.values():
         assert all(field.get("description") for field in part["properties"].values()), part["title"]
     upscale = parts["UpscaleConfig"]["properties"]

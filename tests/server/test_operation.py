@@ -11,13 +11,13 @@ import pytest
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import AwaitingRetry, Cancelling
 
-from flows.outcome import INCOMPLETE
-from resmaster_stages.config import STAGES
-from resmaster_stages.lineage import stage_hashes
-from resmaster_stages.stage import run_stage
-from resmaster_stages.standing import pending
-from resmaster_stages.storage.commit import list_commits
-from resmaster_stages.storage.dataset import Dataset, open_dataset
+from resmaster_flows.outcome import INCOMPLETE
+from resmaster_stages.config.dataset import STAGES
+from resmaster_stages.dataset.commit import list_commits
+from resmaster_stages.dataset.dataset import Dataset, open_dataset
+from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.inspection.status import pending
+from resmaster_stages.runner.run import run_stage
 from tests.fake_stages import planned
 from tests.server.conftest import Stack, descendants, wait
 from tests.server.stages import begun_by, stand_in

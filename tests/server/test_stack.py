@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkout import PYTHONPATH, ROOT
 from tests.s3_server import free_ports
-from tests.server.conftest import ROOT
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -20,7 +20,7 @@ PROCESSES = ("server", "builds", "shards")
 
 def stack(verb: str, folder: Path, port: int, store_port: int) -> subprocess.CompletedProcess[str]:
     where = ["--dir", str(folder), "--port", str(port), "--store-port", str(store_port)]
-    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [str(ROOT / "infra" / "stack.sh"), verb, *where], env=environment, capture_output=True, text=True, check=False
     )

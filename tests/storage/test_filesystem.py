@@ -9,8 +9,9 @@ import fsspec
 import pytest
 
 from resmaster_stages.errors import UserError
+from resmaster_stages.redaction import without_credentials
 from resmaster_stages.storage import filesystem
-from resmaster_stages.storage.filesystem import Folder, explained, open_root, put_if_absent, without_credentials
+from resmaster_stages.storage.filesystem import Folder, explained, open_root, put_if_absent
 
 
 def test_write_read_list_remove(folder: Folder, tmp_path: Path) -> None:

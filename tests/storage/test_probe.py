@@ -10,10 +10,10 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from flows.cli import main
+from resmaster_flows.cli.main import main
+from resmaster_stages.dataset.dataset import create_or_open
 from resmaster_stages.errors import UserError
 from resmaster_stages.storage import probe
-from resmaster_stages.storage.dataset import create_or_open
 from resmaster_stages.storage.filesystem import Folder, open_root
 from tests.fake_stages import config_at
 from tests.s3_server import S3Server
@@ -130,7 +130,9 @@ def _check_refusal(root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_the_command_line_refuses_in_one_line(
     overwriting_root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flows.cli._execute", lambda console, config, *rest: create_or_open(config) and 0)
+    monkeypatch.setattr(
+        "resmaster_flows.cli.execute.execute", lambda console, config, *rest: create_or_open(config) and 0
+    )
     (tmp_path / "prompts.txt").write_text("a house\n")
     (tmp_path / "tiny.yaml").write_text("name: demo\nprompts: prompts.txt\n")
     command = ["run", str(tmp_path / "tiny.yaml"), "--root", overwriting_root]

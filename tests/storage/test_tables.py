@@ -6,17 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from resmaster_stages.dataset.schemas import CAPTIONS_SCHEMA, QUALITY_SCHEMA, REJECTED_SCHEMA
 from resmaster_stages.errors import ShardError
 from resmaster_stages.storage import tables
-from resmaster_stages.storage.tables import (
-    CAPTIONS_SCHEMA,
-    QUALITY_SCHEMA,
-    REJECTED_SCHEMA,
-    TableWriter,
-    decode_table,
-    encode_table,
-    rows_at,
-)
+from resmaster_stages.storage.tables import TableWriter, decode_table, encode_table, rows_at
 
 ROW = {
     "key": "k",

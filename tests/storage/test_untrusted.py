@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from resmaster_stages.errors import PlanError, SampleError, ShardError, UserError
-from resmaster_stages.prompts import draft_samples, read_prompts
+from resmaster_stages.planning.drafts import draft_samples
+from resmaster_stages.planning.prompt_files import read_prompts
 from resmaster_stages.storage import images
 from resmaster_stages.storage.filesystem import open_root
 from resmaster_stages.storage.images import decode_image, find_images, image_size, read_image

@@ -8,7 +8,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-DRIVER = "resmaster_stages.stage"
+DRIVER = "resmaster_stages.runner.attempt"
 
 
 class Finder(MetaPathFinder):

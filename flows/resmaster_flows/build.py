@@ -1,0 +1,167 @@
+"""Flows `build-dataset`, `repair` and `publish`: plan -> shards -> report. Idempotent: run again, they do only what is not
+committed. What is done is read from the store at the start and while waiting; what runs were started is not looked up.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.states import Cancelled
+
+from resmaster_flows.clusters import process_on_cluster
+from resmaster_flows.dispatch import Stopped, dispatch
+from resmaster_flows.outcome import incomplete, outcome
+from resmaster_flows.process import failures, process_shards
+from resmaster_flows.selection import parse_numbers
+from resmaster_flows.server_runs import REPAIR_QUEUE, ServerRuns, cancel_children, on_workers
+from resmaster_flows.watch.artifacts import run_page, show_dataset
+from resmaster_stages.config.dataset import DatasetConfig, Stage
+from resmaster_stages.dataset.damage import drop_unreadable_records, give_up_damaged
+from resmaster_stages.dataset.dataset import Dataset, create_or_open, open_dataset
+from resmaster_stages.dataset.retry import request_retries
+from resmaster_stages.inspection.status import pending, status
+from resmaster_stages.prompts import ingest
+from resmaster_stages.publish.manifest import write_manifest
+from resmaster_stages.publish.report import write_report
+from resmaster_stages.storage.probe import require_one_winner
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What a build ended with."""
+
+    dataset_url: str
+    """Folder or URL of the dataset."""
+    report_url: str
+    """The report to open."""
+    samples: int
+    """Samples that survived every stage."""
+    samples_failed: int
+    """Samples that failed in some stage; the ledger says why."""
+    errors: dict[str, str]
+    """Shards that could not be finished, with the first error of each."""
+
+
+@task(name="plan", cache_policy=NO_CACHE)
+def plan_dataset(config: DatasetConfig) -> str:
+    """Write the configuration and the plan, or find them. Returns the dataset's URL."""
+    dataset = create_or_open(config)
+    ingest(dataset, config)
+    return dataset.url
+
+
+@task(name="publish", cache_policy=NO_CACHE)
+def publish_dataset(dataset_url: str) -> str:
+    """Manifest, index, dataset card, report and contact sheets from what is committed. Returns the report's URL."""
+    dataset = open_dataset(dataset_url)
+    write_manifest(dataset)
+    return write_report(dataset)
+
+
+def left(dataset: Dataset, shards: Sequence[int] | None = None, stages: list[Stage] | None = None) -> Counter[int]:
+    """Shard -> number of commits that it lacks; finished shards are absent."""
+    todo = pending(dataset, shards=shards, stages=stages)
+    return Counter(shard for missing in todo.values() for shard in missing)
+
+
+def work(
+    dataset: Dataset, shards: list[int], stages: list[Stage] | None = None, queue: str | None = None
+) -> dict[str, str]:
+    """Have the shards done, on workers or here. Returns the error of each that is missing, by its number."""
+    config = dataset.config.dispatch
+    if not shards:
+        return {}
+    with run_page(dataset, shards, stages):
+        if config.where == "dask" or config.where == "ray":
+            return process_on_cluster(dataset, shards, stages, config.where)
+        if not on_workers(config):
+            errors: dict[str, str] = outcome(process_shards(dataset.url, shards, stages, return_state=True))
+            return errors
+        runs = ServerRuns(config, dataset.url, stages, queue)
+        missing = dispatch(runs, lambda: left(dataset, shards, stages), config)
+    return {str(shard): error for shard, error in missing.items()}
+
+
+def finish(dataset_url: str, errors: dict[str, str]) -> BuildResult | State[BuildResult]:
+    """Publish what is committed and sum up; the run fails if shards are missing."""
+    report_url = publish_dataset(dataset_url)
+    dataset = open_dataset(dataset_url)
+    show_dataset(dataset)
+    stages = status(dataset).stages
+    result = BuildResult(
+        dataset_url=dataset_url,
+        report_url=report_url,
+        samples=stages[-1].samples_ok,
+        samples_failed=sum(stage.samples_failed for stage in stages),
+        errors=errors,
+    )
+    return incomplete(failures(errors), result) if errors else result
+
+
+@flow(
+    name="build-dataset",
+    flow_run_name="build {config.name}",
+    on_cancellation=[cancel_children],
+)
+def build_dataset(config: DatasetConfig) -> BuildResult | State[BuildResult]:
+    """Build a dataset, or go on with it: plan, every stage over every shard that is not committed, report.
+
+    Args:
+        config: what to build and where; see the fields' descriptions.
+    """
+    dataset_url = plan_dataset(config)
+    dataset = open_dataset(dataset_url)
+    try:
+        errors = work(dataset, sorted(left(dataset)))
+    except Stopped:
+        return Cancelled(message="its runs were cancelled")
+    return finish(dataset_url, errors)
+
+
+@flow(name="repair", flow_run_name="repair {dataset_url}", on_cancellation=[cancel_children])
+def repair(
+    dataset_url: str,
+    shards: str | None = None,
+    stages: list[Stage] | None = None,
+    retry_errors: bool = False,
+    replace: bool = False,
+) -> BuildResult | State[BuildResult]:
+    """Do what is missing, failed or marked as damaged in a dataset, and nothing else; then publish anew.
+
+    Args:
+        dataset_url: folder or URL of the dataset.
+        shards: only these shards, e.g. `1,4-7`; default: all.
+        stages: only these stages; default: all.
+        retry_errors: give the failed samples of committed shards another attempt too; what becomes good is added.
+        replace: make damaged shards anew, and all that was made from them, instead of putting back the same bytes.
+    """
+    dataset = open_dataset(dataset_url)
+    if retry_errors:
+        request_retries(dataset, shards=parse_numbers(shards), stages=stages)
+    if not dataset.config.allow_overwriting_store:
+        require_one_winner(dataset.folder)
+    drop_unreadable_records(dataset)
+    if replace:
+        give_up_damaged(dataset, parse_numbers(shards))
+    try:
+        errors = work(dataset, sorted(left(dataset, parse_numbers(shards), stages)), stages, REPAIR_QUEUE)
+    except Stopped:
+        return Cancelled(message="its runs were cancelled")
+    return finish(dataset.url, errors)
+
+
+@flow(name="publish", flow_run_name="publish {dataset_url}")
+def publish(dataset_url: str) -> str:
+    """Write manifest, index, dataset card, report and contact sheets anew from what is committed.
+
+    Args:
+        dataset_url: folder or URL of the dataset.
+
+    Returns the report's URL.
+    """
+    return publish_dataset(dataset_url)

@@ -1,0 +1,144 @@
+"""`resmaster upscale`: one image of the user's own, through the same functions as the stages."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import Progress
+
+from resmaster_flows.watch.terminal import Notes
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.load import load_config, parse_config
+from resmaster_stages.config.methods import with_method
+from resmaster_stages.config.model import SDXL
+from resmaster_stages.errors import UserError
+from resmaster_stages.progress import reporting
+
+FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
+
+PICTUREBOOK_UPSCALE = {"steps": 20, "guidance_scale": 4.0, "negative_prompt": "", "micro_conditioning": "native"}
+"""What suits the embedded pack, as in deployments/datasets/picturebook.yaml."""
+
+
+def settings(args: argparse.Namespace) -> DatasetConfig:
+    """The configuration that the options of `resmaster upscale` describe."""
+    if args.config:
+        base = load_config(args.config).model_dump(mode="json", exclude_unset=True)
+    else:
+        picturebook = args.model == "picturebook"
+        captioner = args.captioner or ("picturebook" if picturebook else None)
+        base = {
+            "name": "single",
+            "model": SDXL if args.model == SDXL["id"] else {"id": args.model},
+            "captions": {"source": "model", "model": captioner} if captioner else {"source": "prompt"},
+            "upscale": dict(PICTUREBOOK_UPSCALE) if picturebook else {},
+        }
+        if not picturebook and args.model != SDXL["id"]:
+            base["upscale"]["image_prompt"] = {"enabled": False}  # a bare checkpoint brings no adapter; use --config
+    upscale: dict[str, Any] = {**with_method(base.get("upscale", {}), args.method), "scale": args.scale}
+    if args.preset is not None:
+        upscale["preset"] = args.preset
+    if args.steps is not None:
+        upscale["steps"] = args.steps
+    return parse_config({**base, "seed": args.seed, "upscale": upscale}, f"--scale {args.scale} --method {args.method}")
+
+
+def open_input(path: Path) -> Image.Image:
+    """The image to upscale, upright and in RGB. Raises UserError."""
+    from PIL import ImageOps
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such image file") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not an image that can be read ({error}); convert it to PNG or JPEG first") from None
+
+
+def check_output(path: Path) -> None:
+    """Refuse what could not be written after minutes of work. Raises UserError."""
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"{path}: unknown image format {path.suffix!r}; use one of {', '.join(FORMATS)}")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}; make it first")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: cannot be written; choose another output file")
+
+
+def upscale_file(args: argparse.Namespace, console: Console) -> None:
+    """Upscale `args.input` to `args.output`, with a progress bar."""
+    source, target = Path(args.input), Path(args.output)
+    check_output(target)
+    config = settings(args)
+    if args.detail_mask:
+        config.upscale.require_detail_mask("--detail-mask gives")
+    image = open_input(source)
+    detail = open_input(Path(args.detail_mask)) if args.detail_mask else None
+
+    from resmaster_stages.high_res import caption_views
+    from resmaster_stages.methods.upscale import enlarge_image, target_size, upscale_image
+    from resmaster_stages.models.load import load_models, resolve_device, resolve_dtype
+
+    upscale = config.upscale
+    bars = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with bars as progress, reporting(Notes(console)):
+        bar = progress.add_task("loading models", total=None)
+
+        def step(done: int, total: int) -> None:
+            progress.update(bar, description="upscaling", completed=done, total=total)
+
+        if upscale.uses_diffusion():
+            models = load_models(config.model)
+            caption = partial(caption_views, config, args.prompt) if config.captions.source != "prompt" else None
+            captions = None
+            if upscale.uses_captions() and caption:
+                progress.update(bar, description="captioning patches")
+                size = target_size(image.height, image.width, upscale.passes()[0].scale)
+                captions = caption(image, *size)
+            result = upscale_image(
+                models,
+                image,
+                args.prompt,
+                config=upscale,
+                captions=captions,
+                caption=caption,
+                detail=detail,
+                seed=config.seed,
+                progress=step,
+            )
+        else:
+            device = resolve_device(config.model.device)
+            result = enlarge_image(image, upscale, device, resolve_dtype(config.model.dtype, device), step)
+    save(result, target)
+    console.print(
+        f"{source} ({image.width} x {image.height} px) -> {target} ({result.width} x {result.height} px)",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Write `image` under a temporary name first: no half-written file is left under the final one."""
+    part = path.with_name(path.name + ".part")
+    try:
+        image.save(part, format=FORMATS[path.suffix.lower()], quality=95)
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another output file") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def upscale(args: argparse.Namespace, console: Console) -> int:
+    """`resmaster upscale`"""
+
+    upscale_file(args, console)
+    return 0

@@ -1,0 +1,58 @@
+"""`resmaster verify`: a table of what is not as its commit recorded. Needs no Prefect and loads no model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from resmaster_stages.dataset.dataset import open_dataset
+from resmaster_stages.inspection.verify import note
+from resmaster_stages.inspection.verify import verify as read_back
+
+SHOWN_SAMPLES = 3
+
+
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    sub.add_argument("root", metavar="ROOT", help="the dataset's folder or URL (or a root that holds just one)")
+    sub.add_argument("--json", action="store_true", help="print JSON, with all samples")
+
+
+def verify(args: argparse.Namespace, console: Console) -> int:
+    """Read all back; 0 if everything is as recorded, else 1."""
+    dataset = open_dataset(args.root)
+    found = read_back(dataset)
+    if args.json:
+        print(json.dumps({"dataset": dataset.url, **asdict(found)}, indent=2))
+    else:
+        out = Console()
+        if found.damage:
+            table = Table("stage", "shard", "object", "what", "samples", box=None, pad_edge=False)
+            for damage in found.damage:
+                shown = ", ".join(damage.samples[:SHOWN_SAMPLES])
+                more = len(damage.samples) - SHOWN_SAMPLES
+                table.add_row(
+                    damage.stage,
+                    "" if damage.shard is None else f"{damage.shard:06d}",
+                    escape(damage.name),
+                    damage.what + ("" if damage.current else " (an older configuration's)"),
+                    shown + (f" and {more} more" if more > 0 else ""),
+                )
+            out.print(table)
+        size = f"{found.objects:,} objects, {found.bytes / 1e9:,.3f} GB"
+        out.print(f"{escape(dataset.url)}: {size} read", highlight=False, soft_wrap=True)
+    note(dataset, found)
+    if not found.damage:
+        console.print("everything is as recorded")
+        return 0
+    if any(damage.stage == "plan" for damage in found.damage):
+        console.print("the plan cannot be made again: restore its folder from a copy")
+    console.print(
+        f"{len(found.damage)} objects are damaged; next: resmaster repair {escape(dataset.url)}", soft_wrap=True
+    )
+    return 1

@@ -1,0 +1,125 @@
+"""The shards of a build on a Dask or Ray cluster that is there already: `--executor dask` or `ray`.
+
+Workers are the rule (`resmaster_flows.dispatch`); this is for teams that have such a cluster. A cluster is found by its own variable:
+DASK_SCHEDULER_ADDRESS or RAY_ADDRESS. Its processes need this project installed, reach the store and the Prefect server, and
+keep their models from shard to shard.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections import deque
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture
+from prefect.settings import get_current_settings
+from prefect.task_runners import TaskRunner
+
+from resmaster_flows.outcome import incomplete, outcome
+from resmaster_flows.process import describe, failures
+from resmaster_stages.config.dataset import Stage
+from resmaster_stages.dataset.dataset import Dataset, open_dataset
+from resmaster_stages.errors import ConfigError, GpuLost, ShardError, UserError
+from resmaster_stages.progress import reporter
+from resmaster_tasks.shards import process_shard
+
+Executor = Literal["dask", "ray"]
+EXECUTORS: tuple[Executor, ...] = ("dask", "ray")
+ADDRESSES: dict[Executor, str] = {"dask": "DASK_SCHEDULER_ADDRESS", "ray": "RAY_ADDRESS"}
+"""Executor -> environment variable of its cluster's address."""
+CONNECT_SECONDS = 10
+"""So long a scheduler may take to answer."""
+
+
+def check(executor: Executor) -> str:
+    """The cluster's address. Raises UserError if the extra, the address or the Prefect server is missing."""
+    if importlib.util.find_spec(f"prefect_{executor}") is None:
+        raise UserError(
+            f"executor {executor} needs prefect-{executor}; install it with: pip install 'resmaster-pipeline[{executor}]'"
+        )
+    address = os.environ.get(ADDRESSES[executor], "").strip()
+    if not address:
+        raise UserError(f"executor {executor}: set {ADDRESSES[executor]} to the address of your cluster")
+    if get_current_settings().api.url is None:
+        raise UserError(f"executor {executor}: set PREFECT_API_URL to a server that the cluster reaches (make up)")
+    return address
+
+
+def runner(executor: Executor) -> TaskRunner[Any]:
+    """Prefect's task runner on the cluster. Raises UserError as of `check`, and if the cluster does not answer."""
+    address = check(executor)
+    if executor == "dask":
+        import distributed
+        from prefect_dask import DaskTaskRunner
+
+        try:
+            distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False).close()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{ADDRESSES[executor]}={address}: no Dask scheduler answers there ({error})") from None
+        return DaskTaskRunner(address=address)
+    import ray
+    from prefect_ray import RayTaskRunner
+
+    if not ray.is_initialized():
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(f"{ADDRESSES[executor]}={address}: no Ray cluster answers there ({error})") from None
+    return RayTaskRunner(address=address)
+
+
+def resources(executor: Executor) -> AbstractContextManager[Any]:
+    """What a shard asks of the cluster: on Ray a GPU if there are any, and a process that is kept afterwards."""
+    if executor == "dask":
+        return nullcontext()
+    import ray
+    from prefect_ray.context import remote_options
+
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    return remote_options(
+        num_gpus=gpus, max_calls=0
+    )  # by default Ray ends a process after one GPU task, models and all
+
+
+def process_on_cluster(
+    dataset: Dataset, shards: Sequence[int], stages: Sequence[Stage] | None, executor: Executor
+) -> dict[str, str]:
+    """Have the shards done on the cluster. Returns the error of each that could not be finished, by its number."""
+    run = _process.with_options(task_runner=runner(executor))
+    errors: dict[str, str] = outcome(
+        run(dataset.url, list(shards), list(stages) if stages else None, executor, return_state=True)
+    )
+    return errors
+
+
+@flow(name="process-shards-on-cluster", validate_parameters=False)
+def _process(
+    dataset_url: str, shards: list[int], stages: list[Stage] | None, executor: Executor
+) -> dict[str, str] | State[dict[str, str]]:
+    """Every stage over the shards, a task per shard, so many at a time as the configuration's window."""
+    config = open_dataset(dataset_url).config
+    chosen = [stage for stage in config.stages() if stages is None or stage in stages]
+    errors: dict[str, str] = {}
+    under_way: deque[tuple[int, PrefectFuture[int]]] = deque()
+    due = deque(shards)
+    with resources(executor):
+        while due or under_way:
+            while due and len(under_way) < config.dispatch.window:
+                shard = due.popleft()
+                under_way.append((shard, process_shard.submit(dataset_url, shard, chosen)))
+            shard, future = under_way.popleft()
+            try:
+                future.result()
+            except (GpuLost, ConfigError):
+                raise  # the next shard would end the same way
+            except Exception as error:
+                errors[str(shard)] = str(error) if isinstance(error, ShardError) else describe(error)
+                reporter().shard_failed(shard, errors[str(shard)])
+            done = len(shards) - len(due) - len(under_way) - len(errors)
+            reporter().dispatched(done, len(shards), len(under_way), len(due))
+    return incomplete(failures(errors), errors) if errors else errors

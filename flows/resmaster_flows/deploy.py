@@ -1,0 +1,199 @@
+"""Bring a Prefect server to the state that `deployments/` describes: work pools, queues, deployments, automations.
+
+    python -m resmaster_flows.deploy [--pool process|docker|kubernetes] [--gpus N]
+
+Idempotent: what is there is updated in place, under the same ids. What the files do not name is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import yaml
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
+from prefect.client.schemas.objects import DeploymentSchedule
+from prefect.events.schemas.automations import AutomationCore
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import get_current_settings
+from prefect.workers.process import ProcessWorker
+
+import resmaster_stages
+from resmaster_stages.errors import ResMasterError, UserError
+
+HOME = Path(os.environ.get("RESMASTER_HOME") or Path(__file__).resolve().parents[2])
+"""Where `deployments` and `infra` are: the checkout, or what the container image names."""
+DEPLOYMENTS = HOME / "deployments"
+POOLS = ("process", "docker", "kubernetes")
+
+NOTIFY_BLOCK = "resmaster-notify"
+NOTIFY_URL = "RESMASTER_NOTIFY_URL"
+
+DEFAULTS = {
+    "RESMASTER_ROOT": str(HOME / "out"),
+    "RESMASTER_PROMPTS": str(Path(resmaster_stages.__file__).resolve().parent / "picturebook" / "prompts.txt"),
+    "RESMASTER_IMAGE": "resmaster-pipeline:cuda",
+}
+"""What `prefect.yaml` reads from the environment, where the environment says nothing."""
+
+
+def read_yaml(name: str) -> Any:
+    """A file of `deployments/`. Raises UserError where this installation has none."""
+    path = DEPLOYMENTS / name
+    if not path.is_file():
+        raise UserError(f"{path}: not there; deploy from a checkout of the project")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+async def make_pool(client: PrefectClient, kind: str, gpus: int | None) -> str:
+    """Make or update the work pool of a kind and its queues. Returns its name."""
+    pools = read_yaml("pools.yaml")
+    pool = pools["pools"][kind]
+    name = pool["name"]
+    if "base_job_template" in pool:
+        template = yaml.safe_load((HOME / pool["base_job_template"]).read_text(encoding="utf-8"))
+    else:
+        template = ProcessWorker.get_default_base_job_template()
+    try:
+        await client.read_work_pool(name)
+    except ObjectNotFound:
+        await client.create_work_pool(WorkPoolCreate(name=name, type=pool["type"], base_job_template=template))
+    else:
+        await client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
+    for queue in pools["queues"]:
+        limit = gpus if queue["name"] in pools["limited_by_gpus"] else queue.get("concurrency_limit")
+        try:
+            found = await client.read_work_queue_by_name(queue["name"], work_pool_name=name)
+        except ObjectNotFound:
+            found = await client.create_work_queue(queue["name"], work_pool_name=name)
+        await client.update_work_queue(found.id, priority=queue["priority"], concurrency_limit=limit)
+    return str(name)
+
+
+def deploy_flows(kind: str) -> list[str]:
+    """Deploy the entries of `prefect.yaml` for a kind of pool, by Prefect's own command. Returns their names."""
+    wanted = [entry for entry in read_yaml("prefect.yaml")["deployments"] if entry["name"] == kind]
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--name", kind]
+    done = subprocess.run(
+        [*command, "--prefect-file", str(DEPLOYMENTS / "prefect.yaml")],
+        env={**DEFAULTS, **os.environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise ResMasterError(f"prefect deploy failed:\n{done.stdout}{done.stderr}".rstrip())
+    return [entry["entrypoint"] for entry in wanted]
+
+
+async def schedules_of(client: PrefectClient, kind: str) -> dict[tuple[UUID, str | None], DeploymentSchedule]:
+    """(deployment, slug) -> schedule, of all deployments for a kind of pool."""
+    named = DeploymentFilter(name=DeploymentFilterName(any_=[kind]))
+    found = await client.read_deployments(deployment_filter=named, limit=200)
+    return {(each.id, schedule.slug): schedule for each in found for schedule in each.schedules}
+
+
+async def keep_switched(
+    client: PrefectClient, kind: str, before: Mapping[tuple[UUID, str | None], DeploymentSchedule]
+) -> None:
+    """Resume or pause again the schedules that somebody had resumed or paused: a deploy sets them as the file ships them."""
+    for place, schedule in (await schedules_of(client, kind)).items():
+        if place in before and schedule.active != before[place].active:
+            await client.update_deployment_schedule(place[0], schedule.id, active=before[place].active)
+
+
+async def notification_block(client: PrefectClient) -> None:
+    """Make or update the block that notifications go through, if the environment names where to."""
+    url = os.environ.get(NOTIFY_URL)
+    if url:
+        block = CustomWebhookNotificationBlock(
+            name=NOTIFY_BLOCK, url=url, json_data={"text": "{{subject}}\n{{body}}"}, headers=None, cookies=None
+        )
+        await block.save(NOTIFY_BLOCK, overwrite=True, client=client)
+
+
+async def resolve(client: PrefectClient, action: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """An action with the ids of what it names. Raises ObjectNotFound."""
+    values = dict(action)
+    if flow := values.pop("deployment", None):
+        values["deployment_id"] = (await client.read_deployment_by_name(f"{flow}/{kind}")).id
+    if block := values.pop("block", None):
+        slug, _, name = block.partition("/")
+        values["block_document_id"] = (await client.read_block_document_by_name(name, slug)).id
+    return values
+
+
+async def make_automations(client: PrefectClient, kind: str) -> list[str]:
+    """Make or update the automations; those whose block is missing are left out. Returns the names of those left out."""
+    left_out = []
+    for entry in read_yaml("automations.yaml"):
+        try:
+            actions = [await resolve(client, action, kind) for action in entry["actions"]]
+        except ObjectNotFound:
+            left_out.append(entry["name"])
+            continue
+        wanted = AutomationCore.model_validate({**entry, "actions": actions})
+        found = await client.read_automations_by_name(entry["name"])
+        if not found:
+            await client.create_automation(wanted)
+        elif described(found[0]) != described(wanted):  # an update forgets what the automation was waiting for
+            await client.update_automation(found[0].id, wanted.model_copy(update={"enabled": found[0].enabled}))
+    return left_out
+
+
+def described(automation: AutomationCore) -> dict[str, Any]:
+    """What an automation is to do, without ids and without whether somebody switched it off."""
+    return automation.model_dump(
+        mode="json", include={"name", "description", "trigger", "actions"}, exclude={"trigger": {"id"}}
+    )
+
+
+async def deploy(kind: str, gpus: int | None) -> None:
+    """Do all of it, and say what was done."""
+    api = get_current_settings().api.url
+    if api is None:
+        raise UserError("no server to deploy to: set PREFECT_API_URL, or start one with: make up")
+    async with get_client() as client:
+        if (error := await client.api_healthcheck()) is not None:
+            raise ResMasterError(f"{api}: no answer ({error}); check PREFECT_API_URL, or start a server: make up")
+        pool = await make_pool(client, kind, gpus)
+        schedules = await schedules_of(client, kind)
+        entrypoints = await asyncio.to_thread(deploy_flows, kind)
+        await keep_switched(client, kind, schedules)
+        await notification_block(client)
+        left_out = await make_automations(client, kind)
+    print(f"{api}: work pool {pool}; {len(entrypoints)} deployments named {kind}; automations")
+    for name in left_out:
+        print(f"left out: {name}, for nobody is named to tell; set {NOTIFY_URL} and deploy again")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit status: 0 done, 1 not done, 2 bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m resmaster_flows.deploy", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--pool", choices=POOLS, default="process", help="kind of work pool (default: process)")
+    parser.add_argument("--gpus", type=int, help="runs at work at a time (default: what the workers' --limit allows)")
+    args = parser.parse_args(argv)
+    try:
+        if args.gpus is not None and args.gpus < 1:
+            raise UserError(f"--gpus {args.gpus}: give a number of at least 1")
+        asyncio.run(deploy(args.pool, args.gpus))
+    except ResMasterError as error:
+        print(f"deploy: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

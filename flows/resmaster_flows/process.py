@@ -1,0 +1,88 @@
+"""Flow `process-shards`: one process, one device; for each shard, for each stage, one task.
+
+Invariants:
+- A shard that fails does not stop the others; the flow fails at the end and says which.
+- A lost GPU or a wrong configuration ends the flow at once: every other shard would end the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
+
+from resmaster_flows.outcome import incomplete
+from resmaster_flows.selection import spell_shards
+from resmaster_flows.watch.artifacts import run_page
+from resmaster_stages.config.dataset import STAGES, Stage
+from resmaster_stages.dataset.dataset import open_dataset
+from resmaster_stages.errors import ConfigError, GpuLost, ShardError
+from resmaster_stages.progress import reporter
+from resmaster_stages.redaction import one_line
+from resmaster_tasks.stages import STAGE_TASKS
+
+NAME_CHARACTERS = 60
+"""So long may the list of shards in a run's name be."""
+
+
+def run_name(dataset_url: str, shards: Sequence[int], stages: Sequence[Stage] | None = None) -> str:
+    """`demo: shards 0-7`, or `demo: captions,quality of shards 0-7`: dataset, stages and shards of a run."""
+    chosen = f"{','.join(stages)} of " if stages is not None else ""
+    spelled = spell_shards(shards)
+    if len(spelled) > NAME_CHARACTERS:
+        spelled = f"{spelled[:NAME_CHARACTERS].rpartition(',')[0]},... ({len(shards)} in all)"
+    return f"{dataset_url.rstrip('/').rpartition('/')[2]}: {chosen}shards {spelled}"
+
+
+def _own_run_name() -> str:
+    parameters = flow_run.parameters
+    return run_name(parameters["dataset_url"], parameters["shards"], parameters.get("stages"))
+
+
+@flow(name="process-shards", flow_run_name=_own_run_name, validate_parameters=False)
+def process_shards(
+    dataset_url: str, shards: list[int], stages: list[Stage] | None = None
+) -> dict[str, str] | State[dict[str, str]]:
+    """Run every stage over the shards; committed ones return at once.
+
+    Args:
+        dataset_url: folder or URL of the dataset (the one that holds config.json).
+        shards: shard numbers, as in the plan.
+        stages: only these stages, in pipeline order; default: all that the dataset needs.
+
+    Returns the first error of each failed shard by its number; with any, the run ends as `Incomplete`. Raises GpuLost and
+    ConfigError at once.
+    """
+    dataset = open_dataset(dataset_url)
+    needed = dataset.config.stages()
+    chosen = [stage for stage in STAGES if stage in needed and (stages is None or stage in stages)]
+    errors: dict[str, str] = {}
+    with run_page(dataset, shards, chosen, part=True):
+        for shard in shards:
+            for stage in chosen:
+                try:
+                    STAGE_TASKS[stage](dataset_url, shard)
+                except (GpuLost, ConfigError):
+                    raise  # the next shard would end the same way
+                except Exception as error:
+                    errors[str(shard)] = f"{stage}: {error if isinstance(error, ShardError) else describe(error)}"
+                    reporter().shard_failed(shard, errors[str(shard)])
+                    break
+    if errors:
+        return incomplete(failures(errors), errors)
+    return errors
+
+
+def failures(errors: dict[str, Any]) -> str:
+    """The message of a run that could not finish some shards."""
+    first = next(iter(errors.values()))
+    return f"shards {spell_shards(int(shard) for shard in errors)} not finished; first: {first}"
+
+
+def describe(error: Exception) -> str:
+    """An error in one line, with its class: what a table of failures can hold."""
+    text = one_line(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,196 @@
+"""Runs of the deployment `process-shards` on a Prefect server: submitted, watched and cancelled in bulk.
+
+Knows nothing about shards' states: that is `resmaster_flows.dispatch`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterParentFlowRunId
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.runtime import deployment as own_deployment
+from prefect.runtime import flow_run as own_run
+from prefect.server.api.server import SubprocessASGIServer
+from prefect.settings import get_current_settings
+from prefect.states import Cancelled, Cancelling, Crashed
+
+from resmaster_flows.dispatch import Shards, Stopped
+from resmaster_flows.process import run_name
+from resmaster_stages.config.dataset import DispatchConfig, Stage
+from resmaster_stages.errors import UserError
+from resmaster_stages.keys import digest
+
+FLOW = "process-shards"
+REPAIR_QUEUE = "gpu-repair"
+"""Work queue of repairs: workers empty it before that of builds."""
+
+TEMPORARY_SERVER_STARTS = 3
+
+PAGE = 200
+"""Runs per answer of the server."""
+BULK = 50
+"""Runs whose state one request may set."""
+
+
+def on_workers(config: DispatchConfig) -> bool:
+    """Whether the work goes to workers: by the configuration, else if a server is configured."""
+    return config.where == "workers" or (config.where == "auto" and get_current_settings().api.url is not None)
+
+
+def start_temporary_server() -> None:
+    """Start the server that Prefect would start by itself at the first flow run, with more patience.
+
+    Prefect (3.8) gives up if the first answer takes 5 s, as on a busy machine. The next server finds a database that is made
+    already. Raises ConnectionError, and UserError where Prefect's settings allow no temporary server.
+    """
+    if not get_current_settings().server.ephemeral.enabled:
+        raise UserError(
+            "no Prefect server is configured, and Prefect's settings allow no temporary one: set PREFECT_API_URL (make up "
+            "starts a server), or PREFECT_SERVER_ALLOW_EPHEMERAL_MODE=true"
+        )
+    for _ in range(TEMPORARY_SERVER_STARTS):
+        server = SubprocessASGIServer()
+        try:
+            server.start()
+        except httpx.TimeoutException:
+            server.stop()
+        else:
+            return
+    raise ConnectionError(
+        f"a temporary Prefect server did not answer, {TEMPORARY_SERVER_STARTS} times; try again when this machine is less "
+        "busy, or start one that stays: make up"
+    )
+
+
+@contextmanager
+def server_within_reach() -> Iterator[None]:
+    """Within the block there is a server: a temporary one, or the configured one.
+
+    One that is configured but does not answer is a UserError, or later a ConnectionError.
+    """
+    api = get_current_settings().api.url
+    if api is None:
+        start_temporary_server()
+        yield
+        return
+    if (error := get_client(sync_client=True).api_healthcheck()) is not None:
+        raise UserError(f"{api}: no answer ({error}); start the server, or unset PREFECT_API_URL to do without one")
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise ConnectionError(
+            f"{api}: lost ({error or type(error).__name__}); what is committed is kept: run the same command again"
+        ) from error
+
+
+class ServerRuns:
+    """The runs of one build, within its flow run."""
+
+    def __init__(
+        self, config: DispatchConfig, dataset_url: str, stages: list[Stage] | None = None, queue: str | None = None
+    ) -> None:
+        """`queue`: work queue, default: the deployment's. Raises UserError if there is no server or no deployment."""
+        api = get_current_settings().api.url
+        if api is None:
+            raise UserError("dispatch.where is workers, but no server is configured: set PREFECT_API_URL (make up)")
+        self.deployment = f"{FLOW}/{config.deployment or own_deployment.name or 'process'}"
+        with get_client(sync_client=True) as client:
+            try:
+                client.read_deployment_by_name(self.deployment)
+            except ObjectNotFound:
+                raise UserError(
+                    f"{api}: has no deployment {self.deployment}; make it with: make deploy (or unset PREFECT_API_URL to "
+                    "do the work in this process)"
+                ) from None
+        self._dataset_url = dataset_url
+        self._stages = stages
+        self._queue = queue
+        self._build = UUID(own_run.id)
+        self._build_count: int = own_run.run_count
+
+    def submit(self, shards: Shards, attempt: int) -> tuple[UUID, str]:
+        """As of `Runs`. The key makes a request that is sent twice find the same run; a retried build starts new ones."""
+        batch = digest({"stages": self._stages, "shards": shards})
+        run = run_deployment(
+            self.deployment,
+            parameters={"dataset_url": self._dataset_url, "shards": list(shards), "stages": self._stages},
+            timeout=0,
+            idempotency_key=f"{self._build}/{self._build_count}/{batch}/{attempt}",
+            flow_run_name=run_name(self._dataset_url, shards, self._stages),
+            tags=[f"dataset:{self._dataset_url.rpartition('/')[2]}"],
+            work_queue_name=self._queue,
+        )
+        assert isinstance(run, FlowRun)  # flows are synchronous here
+        return run.id, run.name
+
+    def states(self, runs: Collection[UUID]) -> Mapping[UUID, State]:
+        """As of `Runs`: one request per 200 runs, the build itself among them."""
+        with get_client(sync_client=True) as client:
+            found = {run.id: run.state for run in _read(client, [self._build, *runs]) if run.state is not None}
+        own = found.pop(self._build, None)
+        if own is not None and (own.is_cancelling() or own.is_cancelled()):
+            raise Stopped
+        return found
+
+    def cancel(self, runs: Collection[UUID]) -> None:
+        """As of `Runs`."""
+        with get_client(sync_client=True) as client:
+            _cancel(client, _read(client, list(runs)))
+
+    def give_up(self, run: UUID, reason: str) -> None:
+        """As of `Runs`."""
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(run, Crashed(message=reason), force=True)
+
+
+def cancel_children(flow: object, flow_run: FlowRun, state: State) -> None:
+    """Hook of a build: cancelling it cancels what it started, and what that started."""
+    with get_client(sync_client=True) as client:
+        parents = [flow_run.id]
+        while parents:
+            children: list[FlowRun] = []
+            below = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=parents))
+            while page := client.read_flow_runs(
+                flow_run_filter=below, sort=FlowRunSort.ID_DESC, limit=PAGE, offset=len(children)
+            ):
+                children += page
+            _cancel(client, children)
+            parents = [run.id for run in children]
+
+
+def _read(client: SyncPrefectClient, ids: Sequence[UUID]) -> list[FlowRun]:
+    found: list[FlowRun] = []
+    for start in range(0, len(ids), PAGE):
+        wanted = FlowRunFilter(id=FlowRunFilterId(any_=list(ids[start : start + PAGE])))
+        found += client.read_flow_runs(flow_run_filter=wanted, limit=PAGE)
+    return found
+
+
+def _cancel(client: SyncPrefectClient, runs: Iterable[FlowRun]) -> None:
+    """Runs at work are cancelled by the worker that hears of it, those that wait at once. In bulk: Ctrl-C leaves seconds."""
+    begun: list[FlowRun] = []
+    waiting: list[FlowRun] = []
+    for run in runs:
+        if run.state is None or run.state.is_scheduled():
+            waiting.append(run)
+        elif not run.state.is_final() and not run.state.is_cancelling():
+            begun.append(run)
+    _set_states(client, begun, Cancelling(message="its build was cancelled"))
+    _set_states(client, waiting, Cancelled(message="its build was cancelled, or needs it no more"))
+
+
+def _set_states(client: SyncPrefectClient, runs: Sequence[FlowRun], state: State) -> None:
+    values = state.model_dump(mode="json", include={"type", "name", "message"})
+    for start in range(0, len(runs), BULK):
+        ids = [str(run.id) for run in runs[start : start + BULK]]
+        body = {"flow_runs": {"id": {"any_": ids}}, "state": values}
+        answer = client.request("POST", "/flow_runs/bulk_set_state", json=body)  # type: ignore[arg-type]  # not in its list
+        answer.raise_for_status()

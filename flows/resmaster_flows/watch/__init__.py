@@ -1,0 +1,1 @@
+"""What people see while a build runs: terminal, Prefect page, artifacts."""

@@ -1,0 +1,193 @@
+"""Brings what a run has to show to its page in the Prefect UI: progress, table, summary, contact sheet, tags.
+
+Invariants:
+- The build never waits for it: one thread of its own renders, compares and sends, at most every few seconds.
+- An artifact is created once and then changed in place; what has not changed is not sent.
+- Nothing that goes wrong here fails a build; it is logged, once per artifact.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import io
+import json
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from PIL import Image
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.context import FlowRunContext
+from prefect.logging import get_run_logger
+from prefect.utilities.urls import url_for
+
+from resmaster_flows.watch.page import RunPage
+from resmaster_stages.config.dataset import DatasetConfig, Stage
+from resmaster_stages.dataset import layout
+from resmaster_stages.dataset.dataset import Dataset
+from resmaster_stages.inspection.status import pending, pending_samples
+from resmaster_stages.progress import Both, reporter, reporting
+from resmaster_stages.publish.page import SIDES_PX, data_url
+from resmaster_stages.publish.summary import summary
+
+INTERVAL_SECONDS = 5.0
+"""The least time between two looks at what there is to send."""
+CLOSE_SECONDS = 15.0
+"""So long a run waits at its end for the last state to be sent."""
+SHEET_BYTES = 180_000
+"""Of a contact sheet: it travels in the artifact itself, and so is seen without any file server."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One artifact's present state."""
+
+    key: str
+    """Lower-case letters, digits, dashes; artifacts of one key are versions of each other."""
+    type: str
+    data: Any
+    description: str = ""
+
+
+class Publisher:
+    """Sends what `render` gives to the page of the current flow run, from a thread, until the block ends."""
+
+    def __init__(
+        self,
+        render: Callable[[], Sequence[Shown]],
+        tags: Sequence[str] = (),
+        interval: float = INTERVAL_SECONDS,
+    ) -> None:
+        """Must be made within a flow run. `tags` are added to those of the run; its tasks get none."""
+        context = FlowRunContext.get()
+        if context is None or context.flow_run is None:
+            raise RuntimeError("artifacts belong to a flow run, and there is none")
+        self._render = render
+        self._run = context.flow_run.id
+        self._tags = [] if set(tags) <= set(context.flow_run.tags) else sorted({*context.flow_run.tags, *tags})
+        self._interval = interval
+        self._sent: dict[str, tuple[UUID, Shown]] = {}
+        self._warned: set[str] = set()
+        self._log: logging.Logger | logging.LoggerAdapter[Any] = get_run_logger()
+        self._closing = threading.Event()
+        settings = contextvars.copy_context()  # which server it is stands in the context
+        self._thread = threading.Thread(target=settings.run, args=(self._work,), name="artifacts", daemon=True)
+
+    def __enter__(self) -> Publisher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._closing.set()
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            self._log.warning("artifacts: the server does not answer; the run's page may lack its last state")
+
+    def _work(self) -> None:
+        with self._forgiving("the page"), get_client(sync_client=True) as client:
+            if self._tags:
+                with self._forgiving("tags"):
+                    client.update_flow_run(self._run, tags=self._tags)
+            while not self._closing.wait(self._interval):
+                self._look(client)
+            self._look(client)
+
+    def _look(self, client: SyncPrefectClient) -> None:
+        with self._forgiving("the page"):
+            for shown in self._render():
+                with self._forgiving(shown.key):
+                    self._send(client, shown)
+
+    def _send(self, client: SyncPrefectClient, shown: Shown) -> None:
+        known = self._sent.get(shown.key)
+        if known is None:
+            created = client.create_artifact(
+                ArtifactCreate(
+                    key=shown.key,
+                    type=shown.type,
+                    data=shown.data,
+                    description=shown.description,
+                    flow_run_id=self._run,
+                )
+            )
+            self._sent[shown.key] = (created.id, shown)
+        elif known[1] != shown:
+            client.update_artifact(known[0], ArtifactUpdate(data=shown.data, description=shown.description))
+            self._sent[shown.key] = (known[0], shown)
+
+    @contextmanager
+    def _forgiving(self, what: str) -> Iterator[None]:
+        """Nobody's build fails because a page cannot be drawn; the first failure of each kind is logged."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self._warned:
+                self._warned.add(what)
+                self._log.warning("artifacts: %s cannot be shown: %s: %s", what, type(error).__name__, error)
+
+
+def key_of(name: str, what: str) -> str:
+    """The key of an artifact of the dataset `name`."""
+    slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+    return f"{slug}-{what}"
+
+
+def tags_of(config: DatasetConfig) -> list[str]:
+    """What a run is found by in the UI."""
+    return [f"dataset:{config.name}", f"method:{config.upscale.method}", f"model:{config.model.id}"]
+
+
+@contextmanager
+def run_page(
+    dataset: Dataset, shards: Sequence[int], stages: Sequence[Stage] | None = None, *, part: bool = False
+) -> Iterator[RunPage]:
+    """Within the block, the current flow run's page shows how its work on `shards` goes.
+
+    `part`: the run is one of many of a build; it logs a line per committed stage, and its artifacts have keys of their own.
+    """
+    logger = get_run_logger()
+    try:
+        todo = pending_samples(dataset, pending(dataset, shards=shards, stages=stages))
+    except Exception as error:  # the work itself will say so, if it is more than a hiccup
+        logger.warning("artifacts: how much there is to do cannot be shown: %s: %s", type(error).__name__, error)
+        todo = {}
+    log = logger.info if part else _quiet
+    page = RunPage(todo, shards, log, lambda run: url_for("flow-run", obj_id=run) or run)
+    kind = "run-" if part else ""
+    keys = [key_of(dataset.config.name, kind + what) for what in ("progress", "shards")]
+
+    def render() -> list[Shown]:
+        headline = page.headline()
+        return [
+            Shown(keys[0], "progress", page.percent, headline),
+            Shown(keys[1], "table", json.dumps(page.table()), headline),
+        ]
+
+    with Publisher(render, tags_of(dataset.config)), reporting(Both(reporter(), page)):
+        yield page
+
+
+def _quiet(line: str) -> None:
+    """The parts log their own lines."""
+
+
+def show_dataset(dataset: Dataset) -> None:
+    """Show the published dataset's summary and contact sheet on the current flow run's page."""
+
+    def render() -> Iterator[Shown]:
+        name = dataset.config.name
+        yield Shown(key_of(name, "summary"), "markdown", summary(dataset), "what the build came to")
+        sheet = layout.contact_sheet(0)
+        if dataset.folder.exists(sheet):
+            with Image.open(io.BytesIO(dataset.folder.read(sheet))) as image:
+                url = data_url(image.convert("RGB"), SHEET_BYTES, (2048, *SIDES_PX))
+            yield Shown(key_of(name, "contact-sheet"), "image", url, "low-res beside high-res, worst first")
+
+    with Publisher(lambda: list(render())):
+        pass

@@ -1,0 +1,55 @@
+"""How fast a build is, and so how long it will still take."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from resmaster_stages.config.dataset import Stage
+
+VERBS: dict[str, str] = {
+    "low_res": "drawing low-res images",
+    "captions": "captioning patches",
+    "high_res": "upscaling",
+    "quality": "measuring quality",
+}
+
+
+class TimeLeft:
+    """Estimates the seconds left from the measured seconds per sample of each stage.
+
+    Unknown until every stage that has work left has finished a sample: a guess would be worse than none.
+    """
+
+    def __init__(self, pending: dict[Stage, int]) -> None:
+        self.pending = dict(pending)
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._samples: dict[str, int] = defaultdict(int)
+
+    def sample_done(self, stage: str, seconds: float) -> None:
+        """One sample of `stage` took `seconds`."""
+        self._seconds[stage] += seconds
+        self._samples[stage] += 1
+        self.pending[stage] = max(0, self.pending.get(stage, 0) - 1)  # type: ignore[index,call-overload]
+
+    def seconds(self) -> float | None:
+        """Seconds left, or None while unknown."""
+        total = 0.0
+        for stage, left in self.pending.items():
+            if left == 0:
+                continue
+            if self._samples[stage] == 0:
+                return None
+            total += left * self._seconds[stage] / self._samples[stage]
+        return total
+
+
+def spell_seconds(seconds: float | None) -> str:
+    """`93.2` -> `1 min 33 s`."""
+    if seconds is None:
+        return "estimating"
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    minutes, rest = divmod(rest, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,254 @@
+"""What a user writes: frozen pydantic models, one docstring per field. The hash of a stage's part is the stage's identity.
+
+This module loads no model and touches no storage.
+
+Invariants:
+- `stage_hash` covers what changes a result, an explicit stage version, and the upstream stage's hash.
+- Operational fields (batch size, device, offload, concurrency) are marked as such and are not in it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import (
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from resmaster_stages.config.methods import UpscaleConfig
+from resmaster_stages.config.model import ModelConfig
+from resmaster_stages.config.part import Operational, Part
+
+Stage = Literal["low_res", "captions", "high_res", "quality"]
+STAGES: tuple[Stage, ...] = ("low_res", "captions", "high_res", "quality")
+"""The stages that work on shards, in order. (Stage 1, prompt ingestion, makes the plan that they follow.)"""
+
+
+LONGEST_NAME = 100
+"""Characters of a dataset's name at most."""
+
+
+class LowResConfig(Part):
+    """Stage 2: the base-resolution image of each prompt."""
+
+    height: int | None = Field(default=None, ge=16)
+    """Height in px; default: the model's native size."""
+    width: int | None = Field(default=None, ge=16)
+    """Width in px; default: the model's native size."""
+    steps: int = Field(default=50, ge=1, le=1000)
+    """Denoising steps."""
+    guidance_scale: float = Field(default=5.0, ge=1)
+    """Classifier-free guidance scale."""
+    negative_prompt: str = ""
+    """Used for prompts that bring none of their own."""
+    batch_size: int = Operational(8, ge=1)
+    """Prompts per UNet call."""
+
+
+class CaptionCheckConfig(Part):
+    """The check of captions: one that CLIP finds wrong for its patch gives way to that of a neighbouring patch."""
+
+    enabled: bool = True
+    """Off: captions are used as they were written. Without a CLIP model there is no check either."""
+    clip: str | None = None
+    """CLIP model that judges: `picturebook`, a hub id or folder. null: that of `quality.clip`; name one here to change the metric
+    without making captions anew."""
+    clip_revision: str | None = None
+    """Commit or tag at the hub, of the model in `clip`."""
+    margin: float = Field(default=3.0, ge=0, le=100)
+    """A neighbour's caption takes over if it fits by more than this, in points of the CLIP score (0 to 100)."""
+
+    @model_validator(mode="after")
+    def _revision_of_something(self) -> CaptionCheckConfig:
+        if self.clip_revision and self.clip is None:
+            raise ValueError(
+                "clip_revision needs a model in clip beside it; that of quality.clip is quality.clip_revision"
+            )
+        return self
+
+
+class CaptionsConfig(Part):
+    """Stage 3: one caption per patch (ResMaster's enhanced text prompts)."""
+
+    source: Literal["model", "server", "prompt"] = "model"
+    """`model`: a local captioner; `server`: an OpenAI-compatible server; `prompt`: no captioner, the global prompt everywhere."""
+    model: str = "picturebook"
+    """Captioner: `picturebook`, a hub id or folder of a Transformers image-text-to-text model, or the server's model name."""
+    revision: str | None = None
+    """Commit or tag at the hub."""
+    grid: Literal["views", "tiles"] = "views"
+    """`views`: a caption for every view (the paper); `tiles`: for non-overlapping tiles, each view takes its nearest (cheaper)."""
+    instruction: str = (
+        "Describe this image patch in detail in one sentence of at most 60 words, most salient first. "
+        "Name only what is visible."
+    )
+    """What the captioner is asked; models that take no instruction ignore it."""
+    max_new_tokens: int = Field(default=75, ge=4, le=512)
+    """Length limit of a caption."""
+    style: str = ""
+    """Appended to each caption, e.g. `oil painting`: patch captions otherwise lose the global style."""
+    min_detail: float = Field(default=0.0, ge=0)
+    """Patches whose luminance varies less than this (standard deviation, 0 to 255) fall back to the global prompt."""
+    check: CaptionCheckConfig = CaptionCheckConfig()
+    """Captions are checked before they are used."""
+    base_url: str | None = Operational(None)
+    """Address of the OpenAI-compatible server, e.g. `http://127.0.0.1:8000/v1`; its key comes from OPENAI_API_KEY."""
+    batch_size: int = Operational(16, ge=1)
+    """Patches per captioner call."""
+
+    def identity(self) -> dict[str, Any]:
+        """As of every part, without the check: whether there is one is the dataset's to say (`DatasetConfig.caption_clip`)."""
+        values = super().identity()
+        del values["check"]
+        return values
+
+
+class QualityConfig(Part):
+    """Stage 5: metrics per image. Flags never delete."""
+
+    clip: str | None = "picturebook"
+    """CLIP model for the CLIP score and the check of captions: `picturebook`, a hub id or folder, or null for none."""
+    clip_revision: str | None = None
+    """Commit or tag at the hub."""
+    min_agreement_psnr: float = 18.0
+    """Below this PSNR (dB) of the down-scaled result against the low-res image, a sample is flagged `structure`."""
+    max_seam: float = 1.5
+    """Above this ratio of gradients on view borders to gradients elsewhere, a sample is flagged `seam`."""
+    max_seam_worst: float = 6.0
+    """Above this step (grey levels) along the worst stretch of a view border, a sample is flagged `border`."""
+    max_lost_worst: float = 1.2
+    """Above this mean loss of contours (Oklab times 100 per px) in the worst window, a sample is flagged `lost`."""
+    max_added_worst: float = 1.5
+    """Above this mean gain of contours (Oklab times 100 per px) in the worst window, a sample is flagged `added`."""
+    max_colour_worst: float = 7.0
+    """Above this difference of colour (Oklab times 100) in the worst place, a sample is flagged `colour`."""
+    max_clipped: float = 0.25
+    """Above this share of pure black or white pixels, a sample is flagged `clipped`."""
+    features: Literal["none", "clip", "inception", "picturebook"] = "none"
+    """Keep feature vectors of every image and of 10 crops, for FID and KID of any subset: of the CLIP model above, of the
+    Inception network of 2015 (needs the extra `inception`), or of the embedded pack's classifier (for its own world)."""
+    device: str = Operational("auto")
+    """Where the metrics are computed, and the check of captions."""
+
+    @model_validator(mode="after")
+    def _features_have_a_model(self) -> QualityConfig:
+        if self.features == "clip" and self.clip is None:
+            raise ValueError("features: clip needs a model; name one in clip, or set features: none")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that change the result. Without features it is what it was before there were any."""
+        values = super().identity()
+        if self.features == "none":
+            del values["features"]
+        return values
+
+
+class DispatchConfig(Part):
+    """How a build shares its shards among workers. Changes no result."""
+
+    where: Literal["auto", "here", "workers", "dask", "ray"] = Operational("auto")
+    """`workers`: runs of the deployment `process-shards`, on any number of machines; `here`: one after the other in the
+    build's own process; `auto`: workers if a Prefect server is configured (PREFECT_API_URL); `dask` or `ray`: on a cluster
+    that is there already (DASK_SCHEDULER_ADDRESS, RAY_ADDRESS; needs the extra of that name)."""
+    deployment: str | None = Operational(None)
+    """Name of the deployment of `process-shards`; default: that of the build's own deployment, else `process`."""
+    shards_per_run: int = Operational(8, ge=1, le=1000)
+    """Shards per run. Starting a run and loading its models takes about half a minute: aim at runs of an hour or more."""
+    window: int = Operational(100, ge=1, le=199)
+    """Runs that may wait for a worker at a time; a worker asks for 200 at most."""
+    attempts: int = Operational(3, ge=1, le=20)
+    """How many runs may break off at a shard before it is given up."""
+    poll_seconds: float = Operational(15.0, gt=0)
+    """Time between looks at commits and runs: one listing per stage and one request."""
+    stall_seconds: float = Operational(7200.0, gt=0)
+    """A run that commits nothing for so long is given up, and its shards are dispatched anew: more than a shard's slowest
+    stage takes."""
+
+
+class DatasetConfig(Part):
+    """A dataset: where it lives, what goes in, and what each stage does."""
+
+    name: str
+    """The dataset's folder under the root: letters, digits, dash, underscore."""
+    root: str = Operational("out")
+    """A folder or an fsspec URL such as `s3://bucket/prefix`."""
+    prompts: str | None = Operational(None)
+    """File of prompts: .txt (one per line), .csv, .jsonl or .parquet; relative to the configuration file. Columns: `prompt`, and if
+    you like `negative_prompt` and `detail_mask` (an image file in the same folder; see `upscale.freescale.alpha_elsewhere`)."""
+    images: str | None = Operational(None)
+    """Your own low-res images instead of generated ones: a folder, or WebDataset shards (.tar, or a folder of them)."""
+    limit: int | None = Operational(None, ge=1)
+    """Take only the first N prompts or images."""
+    allow_overwriting_store: bool = Operational(False)
+    """Build on a store that lets two writers both win (`resmaster doctor` finds out). Run one process at a time then."""
+    seed: int = Field(default=0, ge=0)
+    """Base seed; every sample's seeds derive from it and the sample's key."""
+    replicas: int = Field(default=1, ge=1)
+    """Images per prompt."""
+    samples_per_shard: int = Field(default=64, ge=1, le=100_000)
+    """Samples per WebDataset shard."""
+    image_format: Literal["webp", "png"] = "webp"
+    """File format in the tars. Low-res images are always lossless."""
+    webp_quality: int = Field(default=95, ge=1, le=100)
+    """Quality of high-res WebP; 100 is lossless."""
+    max_failure_ratio: float = Field(default=0.02, ge=0, le=1)
+    """A shard with a greater share of failed samples is not committed. One failure is always tolerated."""
+    spill_seconds: float | None = Operational(5.0, ge=0)
+    """A killed run loses at most this much work, and the two samples (or batches) that are just computed and encoded: finished samples
+    of a shard that is not committed yet are kept in `cache/` whenever they took that long. null: none are kept."""
+    model: ModelConfig = ModelConfig()
+    """The base diffusion model."""
+    low_res: LowResConfig = LowResConfig()
+    """Stage 2."""
+    captions: CaptionsConfig = CaptionsConfig()
+    """Stage 3."""
+    upscale: UpscaleConfig = UpscaleConfig()
+    """Stage 4."""
+    quality: QualityConfig = QualityConfig()
+    """Stage 5."""
+    dispatch: DispatchConfig = DispatchConfig()
+    """How the work is shared among workers."""
+
+    @field_validator("name")
+    @classmethod
+    def _safe_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", value):
+            raise ValueError("use letters, digits, dash and underscore, starting with a letter or digit")
+        if len(value) > LONGEST_NAME:
+            raise ValueError(f"has {len(value)} characters; use at most {LONGEST_NAME}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DatasetConfig:
+        if self.prompts and self.images:
+            raise ValueError("give prompts or images, not both (prompts for your images go beside them as .txt files)")
+        return self
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages that this dataset needs, in order: captions are skipped where no caption is used."""
+        return tuple(stage for stage in STAGES if stage != "captions" or self.upscale.uses_captions())
+
+    def caption_clip(self) -> tuple[str, str | None] | None:
+        """The CLIP model that checks captions and its revision; None where captions are not checked."""
+        check = self.captions.check
+        if self.captions.source == "prompt" or not check.enabled:
+            return None
+        if check.clip is not None:
+            return check.clip, check.clip_revision
+        return None if self.quality.clip is None else (self.quality.clip, self.quality.clip_revision)
+
+    def plan_identity(self) -> dict[str, Any]:
+        """What fixes keys and their order in shards; may not change under a dataset that exists."""
+        return {
+            "name": self.name,
+            "seed": self.seed,
+            "replicas": self.replicas,
+            "samples_per_shard": self.samples_per_shard,
+            "source": "images" if self.images else "prompts",
+            "height": self.low_res.height,
+            "width": self.low_res.width,
+        }

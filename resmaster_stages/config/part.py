@@ -1,0 +1,63 @@
+"""The base of all parts of a configuration: frozen, strict, and able to say which of its fields change a result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+)
+
+from resmaster_stages.redaction import holds_credentials
+
+
+def Operational(default: Any, **kwargs: Any) -> Any:
+    """A field that changes how fast or where a result is computed, but not the result: left out of `identity()`."""
+    return Field(default=default, json_schema_extra={"operational": True}, **kwargs)
+
+
+def offer_preset(presets: Iterable[str], text: str) -> Callable[[dict[str, Any]], None]:
+    """Adds the key `preset`, which is expanded before validation, to a part's JSON schema: forms are made from it."""
+
+    def add(schema: dict[str, Any]) -> None:
+        schema["properties"]["preset"] = {
+            "type": "string",
+            "enum": list(presets),
+            "title": "Preset",
+            "description": text,
+        }
+
+    return add
+
+
+class Part(BaseModel):
+    """Base of all parts: frozen, no unknown keys, field docstrings become descriptions."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), hide_input_in_errors=True
+    )
+
+    @field_validator("*")
+    @classmethod
+    def _no_credentials(cls, value: Any) -> Any:
+        if isinstance(value, str) and holds_credentials(value):
+            raise ValueError(
+                "holds a user, password, signature or token, which would be kept with the dataset; leave it out and set the "
+                "environment instead (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, OPENAI_API_KEY, HF_TOKEN)"
+            )
+        return value
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that change the result, as JSON-ready values."""
+        values: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            extra = field.json_schema_extra
+            if isinstance(extra, dict) and extra.get("operational"):
+                continue
+            value = getattr(self, name)
+            values[name] = value.identity() if isinstance(value, Part) else value
+        return values

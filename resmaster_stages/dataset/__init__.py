@@ -1,0 +1,1 @@
+"""The contract of a dataset: layout, stages, schemas, plan, commits, reading, samples."""

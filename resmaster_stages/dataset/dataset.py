@@ -1,0 +1,185 @@
+"""A dataset's folder and configuration, and what stages see of its samples. Loads no model, knows no file of a stage.
+
+Invariants:
+- `config.json` is written once. What fixes keys and their order may never change; the configuration of stages may, and
+  each change is appended as `configs/0001.json`, `configs/0002.json`, ...; the last one counts.
+- No credential is ever written: configurations that hold one are refused, and what slips through is cut out of URLs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.load import parse_config
+from resmaster_stages.dataset import layout
+from resmaster_stages.errors import ConfigError, UserError
+from resmaster_stages.redaction import one_line, without_credentials
+from resmaster_stages.storage.filesystem import Folder, open_root
+from resmaster_stages.storage.probe import require_one_winner
+
+RACES = 20
+"""How often an append that another process won is tried again with the next number."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset that exists: where it is, and its current configuration."""
+
+    folder: Folder
+    config: DatasetConfig
+
+    @property
+    def url(self) -> str:
+        """Folder or URL; `open_dataset` takes it."""
+        return self.folder.url
+
+
+def create_or_open(config: DatasetConfig) -> Dataset:
+    """The dataset that `config` names, made if it is not there yet.
+
+    Raises ConfigError if it contradicts what is there, UserError if the root cannot be used, or if its store lets two
+    writers both win and the configuration does not allow that.
+    """
+    root = open_root(config.root)
+    folder = root.sub(config.name)
+    config = config.model_copy(update={"root": root.url})
+    with _usable(config.root):
+        if not config.allow_overwriting_store:
+            require_one_winner(folder)
+        try:
+            folder.create(layout.CONFIG, _dump(config))
+        except FileExistsError:
+            return _adopt(folder, config)
+    return Dataset(folder, config)
+
+
+def find_dataset(config: DatasetConfig) -> Dataset | None:
+    """The dataset that `config` names if it exists; writes nothing.
+
+    Raises ConfigError if `config` contradicts what is there, UserError if the root cannot be used.
+    """
+    folder = open_root(config.root).sub(config.name)
+    with _usable(config.root):
+        if not _has_config(folder):
+            return None
+        _check_plan_identity(folder, _current(folder)[1], config)
+    return Dataset(folder, config)
+
+
+def open_dataset(url: str) -> Dataset:
+    """The dataset at `url`, which is its folder or a root that holds just one. Its configuration is the last one given.
+
+    Raises ConfigError if there is none, if there are several, or if its configuration is damaged.
+    """
+    folder = open_root(url)
+    if not _has_config(folder):
+        below = [name for name in folder.names("") if _has_config(folder.sub(name))]
+        if not below:
+            raise ConfigError(f"{folder.url}: no dataset here (no config.json); make one with: resmaster run CONFIG")
+        if len(below) > 1:
+            raise ConfigError(f"{folder.url}: several datasets here ({', '.join(below)}); name one: {folder.url}/NAME")
+        folder = folder.sub(below[0])
+    return Dataset(folder, _current(folder)[1])
+
+
+def _has_config(folder: Folder) -> bool:
+    return folder.exists(layout.CONFIG)
+
+
+def _adopt(folder: Folder, config: DatasetConfig) -> Dataset:
+    """Open what is there, recording `config` as the current configuration if it differs."""
+    for _ in range(RACES):
+        number, stored = _current(folder)
+        _check_plan_identity(folder, stored, config)
+        text = _dump(config)
+        if _dump(stored) == text:
+            return Dataset(folder, config)
+        try:
+            folder.create(layout.changed_config(number + 1), text)
+        except FileExistsError:
+            continue
+        return Dataset(folder, config)
+    raise ConfigError(f"{folder.url}: other processes keep changing the configuration; run one at a time")
+
+
+def _check_plan_identity(folder: Folder, stored: DatasetConfig, config: DatasetConfig) -> None:
+    was, now = stored.plan_identity(), config.plan_identity()
+    for name, old in was.items():
+        if now[name] != old:
+            place = f"low_res.{name}" if name in ("height", "width") else name
+            raise ConfigError(
+                f"{folder.url}: {place} is {old!r} there and {now[name]!r} in the configuration; it fixes the samples' "
+                f"keys and order: set it back, or choose another name or root"
+            )
+
+
+def current_config(folder: Folder) -> str:
+    """Name of the file that holds the last configuration given."""
+    number = _current_number(folder)
+    return layout.changed_config(number) if number else layout.CONFIG
+
+
+def _current_number(folder: Folder) -> int:
+    numbers = [layout.number_of(name) for name in folder.names(layout.CONFIGS)]
+    return max((found for found in numbers if found is not None), default=0)
+
+
+def _current(folder: Folder) -> tuple[int, DatasetConfig]:
+    """Number and content of the last configuration given. Raises ConfigError if damaged or under another name."""
+    number = _current_number(folder)
+    name = layout.changed_config(number) if number else layout.CONFIG
+    place = without_credentials(folder.url_of(name))
+    try:
+        values = json.loads(folder.read(name))
+    except ValueError as error:
+        raise ConfigError(
+            f"{place}: damaged ({error}); restore it, or delete it and run the same configuration again"
+        ) from error
+    config = parse_config(_with_preset(values), place)
+    parent, _, own_name = folder.path.rpartition("/")
+    if own_name != config.name:
+        raise ConfigError(f"{folder.url}: holds the dataset {config.name!r}; rename the folder back to that")
+    return number, config.model_copy(update={"root": Folder(folder.fs, parent).url})
+
+
+def _with_preset(values: Any) -> Any:
+    """Stored values, with the preset that fields which came later are to be taken from: without a kept name it is the one that
+    changes nothing, for ResMaster's default of then left nothing out."""
+    upscale = values.get("upscale") if isinstance(values, dict) else None
+    if isinstance(upscale, dict) and upscale.get("method", "resmaster") == "resmaster":
+        upscale.setdefault("preset", "exact")
+    return values
+
+
+def _dump(config: DatasetConfig) -> bytes:
+    """A configuration as canonical, readable JSON without credentials."""
+    values = _clean(config.model_dump(mode="json"))
+    return (json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _clean(inner) for name, inner in value.items()}
+    return without_credentials(value) if isinstance(value, str) else value
+
+
+@contextmanager
+def _usable(root: str) -> Iterator[None]:
+    """At the start of a run, a root that is missing or out of reach is the user's to mend."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        message = "no such bucket or folder; create it, or choose another root"
+        raise UserError(f"{without_credentials(root)}: {message}") from error
+    except OSError as error:
+        place, reason = without_credentials(root), one_line(error)
+        if not reason.startswith(place):
+            reason = f"{place}: cannot be used ({reason})"
+        raise UserError(f"{reason}, or choose another root") from error

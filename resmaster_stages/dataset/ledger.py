@@ -1,0 +1,77 @@
+"""The error ledger: which sample failed in which attempt, and why. Append-only; knows nothing about retries.
+
+Invariant: a row is never changed or removed, except that an attempt that lost its commit takes its own file away.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from resmaster_stages import redaction
+from resmaster_stages.config.dataset import Stage
+from resmaster_stages.dataset import layout
+from resmaster_stages.dataset.schemas import LEDGER_SCHEMA
+from resmaster_stages.errors import ShardError
+from resmaster_stages.storage.filesystem import Folder
+from resmaster_stages.storage.tables import decode_table, encode_table
+
+MESSAGE_CHARACTERS = 1000
+
+
+def ledger_rows(folder: Folder, stage: Stage, shards: set[int] | None = None) -> list[dict[str, Any]]:
+    """All rows of a stage, or of some of its shards, as dictionaries in the form of LEDGER_SCHEMA."""
+    found = folder.names(layout.ledger_folder(stage))
+    by_name = {name: layout.ledger_shard(name) for name in found}
+    names = [name for name, shard in by_name.items() if shard is not None and (shards is None or shard in shards)]
+    files = folder.read_many(names)
+    return [
+        row for name in names if name in files for row in decode_table(files[name], LEDGER_SCHEMA, name).to_pylist()
+    ]
+
+
+def encode_failures(
+    folder: Folder, stage: Stage, stage_hash: str, shard: int, attempt: str, failures: Sequence[tuple[str, Exception]]
+) -> bytes:
+    """The ledger file of an attempt: one row per (key, error), numbered after the failures that are there already."""
+    earlier = Counter(row["key"] for row in ledger_rows(folder, stage, {shard}))
+    rows = [
+        {
+            "key": key,
+            "stage": stage,
+            "stage_hash": stage_hash,
+            "shard": shard,
+            "error_class": type(error).__name__,
+            "message": one_line(error),
+            "attempt": attempt,
+            "attempt_number": earlier[key] + 1,
+        }
+        for key, error in failures
+    ]
+    return encode_table(rows, LEDGER_SCHEMA)
+
+
+def one_line(error: Exception) -> str:
+    """An error's message on one line that may be stored, cut to a sensible length."""
+    return redaction.one_line(error)[:MESSAGE_CHARACTERS]
+
+
+def first_errors(failures: Sequence[tuple[str, Exception]]) -> str:
+    """A table of failures by class, the most frequent first: how many, the first one's key and message."""
+    counts = Counter(type(error).__name__ for _, error in failures)
+    lines = [("error", "samples", "first key", "first message")]
+    for name, count in counts.most_common():
+        key, error = next((key, error) for key, error in failures if type(error).__name__ == name)
+        lines.append((name, str(count), key, one_line(error)))
+    widths = [max(len(line[column]) for line in lines) for column in range(3)]
+    return "\n".join("  ".join([*(f"{cell:<{width}}" for cell, width in zip(line, widths)), line[3]]) for line in lines)
+
+
+def ledger_is_whole(folder: Folder, name: str) -> bool:
+    """Whether an error ledger can be read. Its record knows its name only."""
+    try:
+        decode_table(folder.read(name), LEDGER_SCHEMA, name)
+    except (FileNotFoundError, ShardError):
+        return False
+    return True

@@ -1,0 +1,284 @@
+"""The plan: which samples there are, in which shard, in which order. Knows nothing about where prompts come from.
+
+Invariants:
+- A generation of the plan is immutable once its `_PLAN.json` exists; of racing planners exactly one writes it.
+- New samples append a generation with new shards. Nothing is ever moved: the last shard of a generation stays partial.
+- Shard numbers are dense from 0, indices too; a key occurs once.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from resmaster_stages.dataset import layout
+from resmaster_stages.dataset.commit import StoredObject, discard, new_attempt
+from resmaster_stages.dataset.schemas import PLAN_SCHEMA, REJECTED_SCHEMA
+from resmaster_stages.errors import PlanError
+from resmaster_stages.keys import canonical_json, prompt_key
+from resmaster_stages.storage.filesystem import Folder
+from resmaster_stages.storage.tables import decode_table, encode_table
+
+if TYPE_CHECKING:
+    from resmaster_stages.dataset.sample import Sample
+
+PART_ROWS = 50_000
+"""Samples per plan file, rounded to whole shards."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """A sample that is to be made: its key and what it is made from. `height` and `width` are low-res px."""
+
+    key: str
+    prompt: str
+    negative_prompt: str
+    height: int
+    width: int
+    replica: int
+    source: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSample(SampleSpec):
+    """A sample with its place: shard, and index through the whole dataset."""
+
+    shard: int = 0
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """An input that cannot become a sample."""
+
+    source: str
+    """File and line, or image."""
+    text: str
+    """Its beginning."""
+    reason: str
+
+    def __str__(self) -> str:
+        shown = f" {self.text!r}" if self.text else ""
+        return f"{self.source}: {self.reason}{shown}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of a generation: whole shards from `first_shard` on."""
+
+    stored: StoredObject
+    first_shard: int
+    shards: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One immutable part of the plan."""
+
+    number: int
+    first_shard: int
+    first_index: int
+    samples: int
+    samples_per_shard: int
+    parts: tuple[Part, ...]
+    rejected: StoredObject | None
+    rejected_count: int
+    duplicates: int
+
+    @property
+    def shards(self) -> int:
+        """Number of shards; the last one may be partial."""
+        return -(-self.samples // self.samples_per_shard)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Generation:
+        """The inverse of `to_json`. Raises KeyError or TypeError."""
+        parts = [{**part, "stored": StoredObject(**part["stored"])} for part in values["parts"]]
+        rejected = StoredObject(**values["rejected"]) if values["rejected"] else None
+        return cls(**{**values, "parts": tuple(Part(**part) for part in parts), "rejected": rejected})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All generations of a dataset's plan."""
+
+    folder: Folder
+    generations: tuple[Generation, ...]
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return sum(generation.shards for generation in self.generations)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return sum(generation.samples for generation in self.generations)
+
+    def generation_of(self, shard: int) -> Generation:
+        """The generation that holds a shard. Raises PlanError if there is no such shard."""
+        for generation in self.generations:
+            if generation.first_shard <= shard < generation.first_shard + generation.shards:
+                return generation
+        raise PlanError(
+            f"{self.folder.url}: shard {shard} is not in the plan, which has {self.shards} (from 0); "
+            "resmaster status lists them"
+        )
+
+    def size(self, shard: int) -> int:
+        """Number of samples in a shard."""
+        generation = self.generation_of(shard)
+        before = (shard - generation.first_shard) * generation.samples_per_shard
+        return min(generation.samples_per_shard, generation.samples - before)
+
+    def read(self, shard: int) -> list[PlannedSample]:
+        """The samples of a shard in order."""
+        for part in self.generation_of(shard).parts:
+            if part.first_shard <= shard < part.first_shard + part.shards:
+                table = _read_part(self.folder, part.stored)
+                rows = table.filter(pc.equal(table["shard"], shard)).to_pylist()
+                return [PlannedSample(**row) for row in rows]
+        raise PlanError(f"{self.folder.url}: shard {shard} is missing in the plan's files; restore the folder plan/")
+
+    def pixels(self) -> int:
+        """Pixels of all low-res pictures."""
+        tables = [_read_part(self.folder, part.stored) for generation in self.generations for part in generation.parts]
+        sizes = (pc.multiply(table["height"].cast("int64"), table["width"].cast("int64")) for table in tables)
+        return sum(int(pc.sum(size).as_py()) for size in sizes)
+
+    def find(self, prefix: str) -> list[PlannedSample]:
+        """The samples whose keys begin with `prefix`, in order."""
+        tables = (_read_part(self.folder, part.stored) for generation in self.generations for part in generation.parts)
+        found = (table.filter(pc.starts_with(table["key"], prefix)) for table in tables)
+        return [PlannedSample(**row) for table in found for row in table.to_pylist()]
+
+    def keys(self) -> Iterator[str]:
+        """The keys of all samples, in order."""
+        for generation in self.generations:
+            for part in generation.parts:
+                yield from _read_part(self.folder, part.stored)["key"].to_pylist()
+
+
+def find_plan(folder: Folder) -> Plan:
+    """The plan of a dataset; without generations if there is none yet. Raises PlanError if damaged."""
+    generations: list[Generation] = []
+    while True:
+        name = layout.plan_record(len(generations))
+        try:
+            generations.append(Generation.from_json(json.loads(folder.read(name))))
+        except FileNotFoundError:
+            return Plan(folder, tuple(generations))
+        except (ValueError, KeyError, TypeError) as error:
+            raise PlanError(f"{folder.url_of(name)}: damaged ({error}); restore it from a copy") from error
+
+
+def read_plan(folder: Folder) -> Plan:
+    """The plan of a dataset. Raises PlanError if there is none yet."""
+    plan = find_plan(folder)
+    if not plan.generations:
+        raise PlanError(f"{folder.url}: has no plan yet; start with: resmaster run CONFIG")
+    return plan
+
+
+class GenerationWriter:
+    """Appends a generation to a plan, from samples that come one by one and whose keys must be new; holds those of one file.
+
+    Use as a context manager: if the generation is not committed in it, its files are removed.
+    """
+
+    def __init__(self, plan: Plan, samples_per_shard: int) -> None:
+        self.samples = 0
+        """Samples added so far."""
+        self._plan, self._samples_per_shard = plan, samples_per_shard
+        self._number, self._attempt = len(plan.generations), new_attempt()
+        self._rows_per_part = max(1, PART_ROWS // samples_per_shard) * samples_per_shard
+        self._rows: list[dict[str, Any]] = []
+        self._parts: list[Part] = []
+        self._unnamed: list[str] = []
+
+    def __enter__(self) -> GenerationWriter:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        discard(self._plan.folder, self._unnamed)
+
+    def add(self, sample: SampleSpec) -> None:
+        """One sample more."""
+        shard = self._plan.shards + self.samples // self._samples_per_shard
+        self._rows.append({**asdict(sample), "shard": shard, "index": self._plan.samples + self.samples})
+        self.samples += 1
+        if len(self._rows) == self._rows_per_part:
+            self._flush()
+
+    def _flush(self) -> None:
+        name = layout.plan_part(self._number, len(self._parts), self._attempt)
+        stored = self._store(name, encode_table(self._rows, PLAN_SCHEMA))
+        first, last = self._rows[0]["shard"], self._rows[-1]["shard"]
+        self._parts.append(Part(stored, first, last - first + 1))
+        self._rows = []
+
+    def _store(self, name: str, data: bytes) -> StoredObject:
+        self._unnamed.append(name)
+        self._plan.folder.write(name, data)
+        return StoredObject(name, hashlib.sha256(data).hexdigest(), len(data))
+
+    def commit(self, rejected: Sequence[Rejected], duplicates: int) -> bool:
+        """Make the samples, at least one, part of the plan. False if another planner was faster: read the plan again."""
+        folder = self._plan.folder
+        if self._rows:
+            self._flush()
+        refused = None
+        if rejected:
+            table = encode_table([asdict(item) for item in rejected], REJECTED_SCHEMA)
+            refused = self._store(layout.plan_rejected(self._number, self._attempt), table)
+        generation = Generation(
+            number=self._number,
+            first_shard=self._plan.shards,
+            first_index=self._plan.samples,
+            samples=self.samples,
+            samples_per_shard=self._samples_per_shard,
+            parts=tuple(self._parts),
+            rejected=refused,
+            rejected_count=len(rejected),
+            duplicates=duplicates,
+        )
+        files, self._unnamed = self._unnamed, []  # while it is unknown who won, nothing is deleted
+        try:
+            folder.create(layout.plan_record(self._number), (canonical_json(generation.to_json()) + "\n").encode())
+        except FileExistsError:
+            winner = find_plan(folder).generations[self._number]
+            if winner.parts and winner.parts[0].stored == self._parts[0].stored:
+                return True  # ours: the store answered "exists" to its own retry
+            self._unnamed = files
+            return False
+        return True
+
+
+@functools.lru_cache(maxsize=2)
+def _read_part(folder: Folder, stored: StoredObject) -> pa.Table:
+    """A plan file, checked against its record."""
+    try:
+        data = folder.read(stored.name)
+    except FileNotFoundError:
+        raise PlanError(f"{folder.url_of(stored.name)}: gone; restore the folder plan/ from a copy") from None
+    if hashlib.sha256(data).hexdigest() != stored.sha256:
+        raise PlanError(f"{folder.url_of(stored.name)}: damaged (sha256 differs); restore the folder plan/ from a copy")
+    return decode_table(data, PLAN_SCHEMA, stored.name)
+
+
+def picture_key(sample: Sample | PlannedSample) -> str:
+    """The key that decides a prompt's picture: the sample's own as it would be without a detail mask."""
+    if sample.source is None:
+        return sample.key
+    return prompt_key(sample.prompt, sample.negative_prompt, sample.height, sample.width, sample.replica)

@@ -1,0 +1,45 @@
+"""Holding a canvas that is being denoised to a picture that it shall resemble: pure functions of latents.
+
+Knows nothing about models or methods. All tensors are [B, C, H, W], float32; samples do not touch one another.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from resmaster_stages.config.methods import StructureConfig
+from resmaster_stages.diffusion.frequency import cutoff_sigma, swap_low_frequencies, swap_weights
+from resmaster_stages.diffusion.loop import LatentHook, X0Hook
+from resmaster_stages.diffusion.schedule import Step
+
+
+def skip_residual(x0: Tensor, noise: Tensor, exponent: float | Tensor) -> LatentHook:
+    """z <- (1 - c) z + c (x0 noised by `noise`), c = cosine ** exponent; all [B, C, H, W].
+
+    exponent: for the whole canvas, or of each place [B or 1, 1, H, W].
+    """
+
+    def pull(z: Tensor, step: Step) -> Tensor:
+        weight = step.cosine**exponent
+        return (1 - weight) * z + weight * step.noised(x0, noise)
+
+    return pull
+
+
+def match_moments(z: Tensor, like: Tensor) -> Tensor:
+    """`z` [B, C, H, W] with the mean and standard deviation of `like` [B, C, h, w], over all elements of each sample."""
+    dims = (1, 2, 3)
+    mean, std = z.mean(dims, keepdim=True), z.std(dims, keepdim=True)
+    return (z - mean) / std * like.std(dims, keepdim=True) + like.mean(dims, keepdim=True)
+
+
+def structural_guidance(reference: Tensor, config: StructureConfig, scale: float, steps: int) -> X0Hook:
+    """The hook that swaps low frequencies of x0 for those of `reference` [B, C, H, W], enlarged `scale` times."""
+    sigma_f = cutoff_sigma(config, scale)
+    weights = swap_weights(config, steps)
+
+    def swap(x0: Tensor, step: Step) -> Tensor:
+        weight = weights[step.index]
+        return swap_low_frequencies(x0, reference, sigma_f, weight) if weight else x0
+
+    return swap

@@ -1,0 +1,1 @@
+"""Builds the same samples by several methods and measures them together."""

@@ -1,0 +1,309 @@
+"""Comparing methods at several sizes: one dataset per method and scale, with the same prompts, seeds and low-res images.
+
+Each variant is a dataset of its own, `{name}-{method}-{scale}`, so a comparison stops and resumes like any other, and every
+variant has its report. Knows nothing about Prefect: who builds the datasets is the caller's business.
+
+Invariants:
+- Variants of one low-res size have the same keys, seeds and low-res bytes: the first one's are copied into the others.
+- All numbers of a scale are over the same samples: those that survived in every method.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image
+
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.dataset import layout
+from resmaster_stages.dataset.commit import commit, list_commits, new_attempt, read_commit
+from resmaster_stages.dataset.dataset import Dataset
+from resmaster_stages.dataset.plan import read_plan
+from resmaster_stages.dataset.reading import fetch, shard_samples
+from resmaster_stages.dataset.schemas import COMPARE_SCHEMA, MANIFEST_SCHEMA
+from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.errors import PlanError
+from resmaster_stages.evaluation.page import SheetRow, markdown, sheet
+from resmaster_stages.evaluation.reference import SURPLUS, Features, object_counter
+from resmaster_stages.evaluation.set_metrics import VIEWS, compare_sets, read_features, stacked
+from resmaster_stages.evaluation.variants import Variant
+from resmaster_stages.inspection.status import pending, status
+from resmaster_stages.keys import digest_of_keys
+from resmaster_stages.metrics.repeats import Repeats, mentions, repeated_objects, repeats_of
+from resmaster_stages.planning.drafts import draft_samples
+from resmaster_stages.storage.filesystem import Folder, open_root
+from resmaster_stages.storage.scratch import scratch_folder
+from resmaster_stages.storage.tables import decode_table, encode_table
+
+LOW_RES_VIEWS = ("r", "u")
+"""What the low-res images can be compared by: a native-size crop of one is the whole image."""
+
+
+REAL = "(real pictures)"
+"""What the row of drawn pictures is called: no method, but what a perfect one would score."""
+
+
+MEANS = ("clip_score", "agreement_psnr", "agreement_ssim", "detail_energy", "seam", "seam_worst")
+"""Columns of the quality table whose means are compared."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# which datasets
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the same low-res images for all
+
+
+def share_low_res(source: Dataset, target: Dataset) -> int:
+    """Commit `source`'s low-res shards in `target`, where both would compute the same. Returns how many were copied.
+
+    Nothing is copied where the configurations, weights or samples differ, or samples failed: the target then does its own.
+    """
+    if _low_res_identity(source) != _low_res_identity(target):
+        return 0
+    theirs, ours = stage_hashes(source.config)["low_res"], stage_hashes(target.config)["low_res"]
+    plan = read_plan(target.folder)
+    copied = 0
+    for shard in pending(target, stages=["low_res"])["low_res"]:
+        receipt = read_commit(source.folder, "low_res", theirs, shard)
+        keys = [sample.key for sample in plan.read(shard)]
+        if receipt is None or receipt.samples_failed or receipt.keys_digest != digest_of_keys(keys):
+            continue
+        attempt = new_attempt()
+        with scratch_folder() as scratch:
+            path = fetch(source, receipt, receipt.objects[0], scratch)
+            own = replace(
+                receipt,
+                stage_hash=ours,
+                attempt=attempt,
+                generation=plan.generation_of(shard).number,
+                provenance={**receipt.provenance, "copied_from": f"{source.config.name}/{receipt.objects[0].name}"},
+            )
+            commit(target.folder, own, [(layout.shard_object("low_res", shard, attempt), path)], None)
+        copied += 1
+    return copied
+
+
+def _low_res_identity(dataset: Dataset) -> str:
+    """The low-res stage's identity but for the dataset's name."""
+    return stage_hashes(dataset.config.model_copy(update={"name": "any"}))["low_res"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the reference
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the table
+
+
+@dataclass(frozen=True)
+class FinishedSample:
+    """A sample's prompt and pictures."""
+
+    key: str
+    prompt: str
+    low_res: Image.Image
+    high_res: Image.Image
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison found."""
+
+    rows: list[dict[str, Any]]
+    """One per variant, as `tables.COMPARE_SCHEMA`."""
+    keys: dict[str, list[str]]
+    """Scale -> samples that all its methods have."""
+
+
+def compare_datasets(
+    built: Sequence[tuple[Variant, Dataset]],
+    reference: Callable[[Dataset, int, int], tuple[Features, Features | None]] | None = None,
+    reference_name: str = "",
+    truth: Callable[[str, int, int], Image.Image] | None = None,
+) -> Compared:
+    """Measure every variant over the samples that all methods of its scale have.
+
+    `reference` gives, for a scale's dataset and its pictures' height and width in px, the features to compare with and
+    perhaps those of other real pictures, which get a row of their own; None means each scale's own low-res images.
+    `truth` gives, for a prompt and a height and width in px, the one true enlargement of its low-res image, where there is one.
+    Raises PlanError if a scale has no sample in common.
+    """
+    from resmaster_stages.picturebook.counting import LEAST
+
+    rows: list[dict[str, Any]] = []
+    common: dict[str, list[str]] = {}
+    for scale in dict.fromkeys(variant.scale for variant, _ in built):
+        group = [(variant, dataset, _manifest(dataset)) for variant, dataset in built if variant.scale == scale]
+        asked = [sample.key for sample in draft_samples(group[0][0].config).samples]
+        keys = [key for key in asked if all(key in manifest for _, _, manifest in group)]
+        if not keys:
+            raise PlanError(f"scale {scale}: no sample was made by all methods; run: resmaster status on each dataset")
+        common[scale] = keys
+        real: Features | None = None
+        views: Sequence[str] = VIEWS
+        if reference is None:
+            views, count = LOW_RES_VIEWS, len(keys)
+            against = stacked(read_features(group[0][1], "low_res"), keys)
+        else:
+            first = group[0][2][keys[0]]
+            own, real = reference(group[0][1], first["height"], first["width"])
+            count, against = len(own), stacked(own)
+        for variant, dataset, manifest in group:
+            rows.append(
+                {
+                    **_facts(variant, dataset, [manifest[key] for key in keys]),
+                    "reference": reference_name or "low-res images",
+                    "reference_samples": count,
+                    **compare_sets(stacked(read_features(dataset), keys), against, views),
+                    **_repeats(dataset, keys),
+                    "perceptual_distance": _distance(dataset, keys, truth),
+                }
+            )
+        if real is not None:
+            facts = dict.fromkeys(COMPARE_SCHEMA.names)
+            known = {name: rows[-1][name] for name in ("scale", "features", "height", "width", "reference")}
+            drawn = {"method": REAL, "dataset": "", "samples": len(real), "reference_samples": count}
+            sets = stacked(real)
+            extra = [int(value[0]) for value in sets.pop(SURPLUS, ())]
+            counted = _as_columns(repeats_of(extra, LEAST))
+            rows.append({**facts, **known, **drawn, **compare_sets(sets, against, views), **counted})
+    return Compared(rows, common)
+
+
+def _manifest(dataset: Dataset) -> dict[str, dict[str, Any]]:
+    table = decode_table(dataset.folder.read(layout.MANIFEST), MANIFEST_SCHEMA, layout.MANIFEST)
+    return {row["key"]: row for row in table.to_pylist()}
+
+
+def _facts(variant: Variant, dataset: Dataset, manifest: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sizes, means of the quality table, UNet cost and seconds per picture."""
+    config = dataset.config
+    means: dict[str, Any] = {}
+    for name in MEANS:
+        values = [row[name] for row in manifest if row[name] is not None]
+        means[name] = sum(values) / len(values) if values else None
+    means["flagged"] = sum(bool(row["flags"]) for row in manifest) / len(manifest)
+    cost: dict[str, Any] = {"seconds_captions": None}
+    hashes = stage_hashes(config)
+    for stage in ("captions", "high_res"):
+        if stage in hashes:
+            receipts = list_commits(dataset.folder, stage, hashes[stage]).values()
+            samples = sum(receipt.samples_ok + receipt.samples_failed for receipt in receipts)
+            cost[f"seconds_{stage}"] = sum(r.seconds for r in receipts) / samples if samples else None
+            if stage == "high_res":
+                for name in ("calls", "rows", "native_rows"):
+                    counted = sum(receipt.provenance["unet"][name] for receipt in receipts)
+                    cost[f"unet_{name}"] = counted / samples if samples else None
+    return {
+        "scale": variant.scale,
+        "method": variant.method,
+        "dataset": config.name,
+        "features": config.quality.features,
+        "samples": len(manifest),
+        "height": manifest[0]["height"],
+        "width": manifest[0]["width"],
+        **means,
+        **cost,
+    }
+
+
+def _repeats(dataset: Dataset, keys: Sequence[str]) -> dict[str, float | None]:
+    """Repeated objects of a dataset's pictures; None where nothing counts them or no prompt names any."""
+    counter = object_counter(dataset.config)
+    if counter is None:
+        return {"repeat_rate": None, "repeat_surplus": None}
+    from resmaster_stages.picturebook.counting import LEAST
+    from resmaster_stages.picturebook.scenes import KINDS
+
+    wanted = ((sample.high_res, mentions(sample.prompt, KINDS)) for sample in finished_samples(dataset, keys))
+    return _as_columns(repeated_objects(wanted, counter, LEAST))
+
+
+def _distance(
+    dataset: Dataset, keys: Sequence[str], truth: Callable[[str, int, int], Image.Image] | None
+) -> float | None:
+    """Mean perceptual distance of a dataset's pictures from the true ones, by the embedded pack's classifier; None without."""
+    if truth is None:
+        return None
+    from resmaster_stages.metrics.features import load_classifier
+    from resmaster_stages.metrics.perceptual import perceptual_distance
+    from resmaster_stages.models.identity import pack_folder
+
+    extractor = load_classifier(pack_folder(), dataset.config.quality.device)
+    found = [
+        perceptual_distance(
+            sample.high_res, truth(sample.prompt, sample.high_res.height, sample.high_res.width), extractor
+        )
+        for sample in finished_samples(dataset, keys)
+    ]
+    return sum(found) / len(found)
+
+
+def _as_columns(found: Repeats) -> dict[str, float | None]:
+    return {
+        "repeat_rate": found.rate if found.images else None,
+        "repeat_surplus": found.surplus if found.images else None,
+    }
+
+
+def finished_samples(dataset: Dataset, keys: Collection[str]) -> Iterator[FinishedSample]:
+    """The samples `keys` of a dataset with both pictures, in the plan's order; one shard is open at a time."""
+    plan, left = read_plan(dataset.folder), set(keys)
+    for shard in range(plan.shards):
+        if left.isdisjoint(sample.key for sample in plan.read(shard)):
+            continue
+        with shard_samples(dataset, dataset.config, plan, shard, ["low_res", "high_res"]) as samples:
+            for place, key in enumerate(samples.keys()):
+                if key in left:
+                    sample = samples[place]
+                    assert sample.low_res is not None
+                    assert sample.high_res is not None
+                    yield FinishedSample(key, sample.prompt, sample.low_res.open(), sample.high_res.open())
+
+
+def compare_folder(config: DatasetConfig) -> Folder:
+    """Where a comparison's table, page and sheets go: beside its datasets."""
+    return open_root(config.root).sub(f"{config.name}-compare")
+
+
+SHEET_SAMPLES = 4
+"""Samples on a sheet."""
+
+
+def published(dataset: Dataset) -> bool:
+    """Whether the manifest and the report are those of what is committed under the current configuration."""
+    if not dataset.folder.exists(layout.REPORT_PAGE) or not dataset.folder.exists(layout.MANIFEST):
+        return False
+    table = decode_table(dataset.folder.read(layout.MANIFEST), MANIFEST_SCHEMA, layout.MANIFEST)
+    own_hash = stage_hashes(dataset.config)["quality"]
+    finished = status(dataset).stages[-1].samples_ok
+    return len(table) == finished and all(found == own_hash for found in table["quality_hash"].to_pylist())
+
+
+def write_comparison(folder: Folder, name: str, built: list[tuple[Variant, Dataset]], found: Compared) -> str:
+    """Write compare.parquet, compare.md and a sheet per scale. Returns the page's path or URL."""
+    sheets: dict[str, str] = {}
+    for scale, keys in found.keys.items():
+        rows: dict[str, SheetRow] = {}
+        chosen = keys[:SHEET_SAMPLES]
+        methods = [variant.method for variant, _ in built if variant.scale == scale]
+        for variant, dataset in built:
+            if variant.scale == scale:
+                for sample in finished_samples(dataset, chosen):
+                    row = rows.setdefault(sample.key, SheetRow(sample.prompt, sample.low_res, {}))
+                    rows[sample.key] = SheetRow(
+                        row.prompt, row.low_res, {**row.pictures, variant.method: sample.high_res}
+                    )
+        buffer = io.BytesIO()
+        sheet([rows[key] for key in chosen], methods).save(buffer, "PNG", optimize=True)
+        sheets[scale] = f"sheet-{scale}.png"
+        folder.write(sheets[scale], buffer.getvalue())
+    folder.write("compare.parquet", encode_table(found.rows, COMPARE_SCHEMA))
+    folder.write("compare.md", markdown(f"{name}: methods compared", found.rows, sheets).encode())
+    return folder.url_of("compare.md")

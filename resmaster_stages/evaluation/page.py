@@ -1,0 +1,130 @@
+"""What a comparison looks like: Markdown, and sheets of pictures side by side with zoomed crops.
+
+Knows nothing about datasets: it is given rows and pictures.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from resmaster_stages.metrics.detail import most_detailed
+
+COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("method", "method", "{}"),
+    ("fid_r", "FID r ↓", "{:.2f}"),
+    ("kid_r", "KID r ↓", "{:.4f}"),
+    ("is_r", "IS r ↑", "{:.2f}"),
+    ("fid_c", "FID c ↓", "{:.2f}"),
+    ("kid_c", "KID c ↓", "{:.4f}"),
+    ("is_c", "IS c ↑", "{:.2f}"),
+    ("fid_u", "FID u ↓", "{:.2f}"),
+    ("kid_u", "KID u ↓", "{:.4f}"),
+    ("clip_score", "CLIP ↑", "{:.2f}"),
+    ("agreement_psnr", "PSNR ↑", "{:.2f}"),
+    ("agreement_ssim", "SSIM ↑", "{:.3f}"),
+    ("perceptual_distance", "distance ↓", "{:.3f}"),
+    ("detail_energy", "detail", "{:.4f}"),
+    ("seam", "seam", "{:.2f}"),
+    ("seam_worst", "worst border ↓", "{:.2f}"),
+    ("flagged", "flagged ↓", "{:.2f}"),
+    ("repeat_rate", "repeats ↓", "{:.2f}"),
+    ("unet_calls", "UNet calls", "{:.0f}"),
+    ("unet_native_rows", "UNet views", "{:.0f}"),
+    ("seconds_high_res", "s/image", "{:.1f}"),
+)
+"""(column of the table, heading, how a number is written), in order; columns that are empty everywhere are left out."""
+
+CELL_PX = 256
+GAP_PX = 8
+TEXT_PX = 18
+HEAD_LINES = 2
+
+
+def shown(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """The columns that some row fills."""
+    return [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
+
+
+def cell(row: Mapping[str, Any], name: str, form: str) -> str:
+    """A value as text; KID with half the width of its 95 % interval; a dash where there is none."""
+    value = row.get(name)
+    if value is None:
+        return "–"
+    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+    margin = f" ± {form.format((high - low) / 2)}" if low is not None and high is not None else ""
+    return form.format(value) + margin
+
+
+def markdown(title: str, rows: Sequence[Mapping[str, Any]], sheets: Mapping[str, str]) -> str:
+    """The comparison as a page: one table per scale; `sheets`: scale -> file name of its sheet."""
+    lines = [f"# {title}", ""]
+    for scale in dict.fromkeys(row["scale"] for row in rows):
+        group = [row for row in rows if row["scale"] == scale]
+        columns, first = shown(group), group[0]
+        lines += [
+            f"## {scale}: {first['width']} x {first['height']} px",
+            "",
+            f"{first['samples']} samples per method, the same for all; features: {first['features']}; "
+            f"reference: {first['reference']} ({first['reference_samples']} samples).",
+            "",
+            "| " + " | ".join(heading for _, heading, _ in columns) + " |",
+            "|" + "|".join("---" if name == "method" else "---:" for name, _, _ in columns) + "|",
+        ]
+        lines += ["| " + " | ".join(cell(row, name, form) for name, _, form in columns) + " |" for row in group]
+        lines += ["", f"![the same samples by every method]({sheets[scale]})", ""] if scale in sheets else [""]
+    lines += [
+        "r: whole image resized; c: 10 native-size crops resized; u: 10 crops not resized. KID with its 95 % interval. FID is "
+        "biased at small counts: compare equal counts only. UNet calls: forward passes per image; UNet views: evaluations in "
+        "native-size views, guidance included. Distance: perceptual, from the true enlargement. Seconds are those of the high-res stage, loading of models included.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """One sample: what it shows, its low-res picture, and each method's picture."""
+
+    prompt: str
+    low_res: Image.Image
+    pictures: Mapping[str, Image.Image]
+
+
+def sheet(rows: Sequence[SheetRow], methods: Sequence[str]) -> Image.Image:
+    """Low-res and all methods side by side, a row of whole pictures and a row of the same crop of each, per sample.
+
+    The crop is where the last method's picture has most detail.
+    """
+    columns = ["low-res", *methods]
+    font = ImageFont.load_default(size=14)
+    ratio = rows[0].low_res.height / rows[0].low_res.width
+    width, height = (CELL_PX, round(CELL_PX * ratio)) if ratio <= 1 else (round(CELL_PX / ratio), CELL_PX)
+    per_sample, head = TEXT_PX + height + GAP_PX + width + GAP_PX, GAP_PX + HEAD_LINES * TEXT_PX
+    page = Image.new("RGB", (GAP_PX + len(columns) * (width + GAP_PX), head + len(rows) * per_sample), "white")
+    pen = ImageDraw.Draw(page)
+    for place, name in enumerate(columns):
+        title = "\n".join(textwrap.wrap(name.replace(":", " "), width // 8)[:HEAD_LINES])
+        pen.text((GAP_PX + place * (width + GAP_PX), GAP_PX), title, fill="black", font=font)
+    for number, row in enumerate(rows):
+        top = head + number * per_sample
+        pen.text((GAP_PX, top), row.prompt[: page.width // 8], fill="#666666", font=font)
+        box = _zoomed(row.pictures[methods[-1]])
+        for place, picture in enumerate([row.low_res, *(row.pictures[name] for name in methods)]):
+            left = GAP_PX + place * (width + GAP_PX)
+            page.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (left, top + TEXT_PX))
+            y0, x0, y1, x1 = box
+            crop = (x0 * picture.width, y0 * picture.height, x1 * picture.width, y1 * picture.height)
+            zoomed = picture.resize((width, width), Image.Resampling.BICUBIC, box=crop)
+            page.paste(zoomed, (left, top + TEXT_PX + height + GAP_PX))
+    return page
+
+
+def _zoomed(picture: Image.Image) -> tuple[float, float, float, float]:
+    """The most detailed square of a quarter of the shorter side, as fractions (y0, x0, y1, x1) of the picture."""
+    y0, x0, y1, x1 = most_detailed(picture)
+    return y0 / picture.height, x0 / picture.width, y1 / picture.height, x1 / picture.width

@@ -1,0 +1,122 @@
+"""What a comparison is measured against: the user's own images, or the true images of picturebook's prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from PIL import Image
+
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.errors import ConfigError, SampleError, UserError
+from resmaster_stages.keys import digest, image_key
+from resmaster_stages.metrics.features import picture_features
+from resmaster_stages.metrics.repeats import mentions, surplus
+from resmaster_stages.models.geometry import native_px
+from resmaster_stages.models.identity import PICTUREBOOK
+from resmaster_stages.planning.drafts import draft_samples
+from resmaster_stages.planning.preview import check_sizes
+from resmaster_stages.storage.arrays import Arrays, decode_arrays, encode_arrays
+from resmaster_stages.storage.filesystem import Folder
+from resmaster_stages.storage.images import decode_image, find_images
+
+TRUE_PICTURES = 256
+"""Pictures drawn as ground truth, at least; every prompt equally often."""
+
+
+SURPLUS = "surplus"
+"""Beside the features of a drawn picture: how many objects too many are counted in it."""
+
+
+Features = dict[str, Arrays]
+"""Key -> view -> features."""
+
+
+def reference_features(config: DatasetConfig, url: str, cache: Folder) -> dict[str, Arrays]:
+    """Key -> view -> features of the images at `url` (a folder or WebDataset tars), kept in the folder `cache`.
+
+    The cache is named by the images' content, the network and the native size. Raises UserError if there are no images.
+    """
+    from resmaster_stages.metrics.features import load_extractor
+
+    extractor, native = load_extractor(config.quality), native_px(config.model)
+    keys = sorted({image_key(image.data, "") for image in find_images(url)})
+    weights = stage_hashes(config.model_copy(update={"name": "any"}))["quality"]
+    name = f"reference-{digest([keys, extractor.name, native, weights])[:16]}.features.parquet"
+    if cache.exists(name):
+        known, arrays = decode_arrays(cache.read(name), cache.url_of(name))
+        return {key: {view: values[row] for view, values in arrays.items()} for row, key in enumerate(known)}
+    found: dict[str, Arrays] = {}
+    for image in find_images(url):
+        key = image_key(image.data, "")
+        if key not in found:
+            try:
+                found[key] = picture_features(extractor, decode_image(image.data, image.source), key, native)
+            except SampleError as error:
+                raise UserError(f"--reference {url}: {error}; remove or mend it") from None
+    cache.write(name, encode_arrays(list(found), list(found.values())))
+    return found
+
+
+def check_truth(config: DatasetConfig) -> None:
+    """Raise ConfigError where picturebook's ground truth cannot be drawn for a dataset."""
+    from resmaster_stages.picturebook.truth import check
+
+    if config.images:
+        raise ConfigError("--reference picturebook: your own images have no prompts to draw; give a folder of images")
+    height, width = (round(side * config.upscale.scale) for side in check_sizes(config))
+    check((sample.prompt for sample in draft_samples(config).samples), height, width)
+
+
+def true_features(config: DatasetConfig, height: int, width: int, cache: Folder) -> tuple[Features, Features]:
+    """Features of picturebook's ground truth for a dataset's prompts at a size in px: (the reference, other drawings).
+
+    The reference has every prompt drawn in as many layouts as make `TRUE_PICTURES`; the other drawings, one per prompt,
+    are what a perfect method would score against it. Both are kept in the folder `cache`.
+    Raises ConfigError as `check_truth`.
+    """
+    from resmaster_stages.metrics.features import load_extractor
+    from resmaster_stages.picturebook.scenes import KINDS
+    from resmaster_stages.picturebook.truth import true_picture
+
+    samples = draft_samples(config).samples
+    extractor, native, counter = load_extractor(config.quality), native_px(config.model), object_counter(config)
+    layouts = -(-TRUE_PICTURES // len(samples))
+    weights = stage_hashes(config.model_copy(update={"name": "any"}))["quality"]
+    prompts = {sample.key: sample.prompt for sample in samples}
+    found: list[Features] = []
+    for part, replicas in (("reference", range(layouts)), ("real", range(layouts, layouts + 1))):
+        named = digest([prompts, height, width, layouts, extractor.name, native, weights])[:16]
+        name = f"{part}-{named}.features.parquet"
+        if cache.exists(name):
+            known, arrays = decode_arrays(cache.read(name), cache.url_of(name))
+            found.append({key: {v: values[row] for v, values in arrays.items()} for row, key in enumerate(known)})
+            continue
+        features: Features = {}
+        for replica in replicas:
+            for key, prompt in prompts.items():
+                picture = true_picture(prompt, height, width, replica)
+                own = f"{key}-{replica}"
+                features[own] = picture_features(extractor, picture, own, native)
+                if part == "real" and counter is not None:
+                    extra = surplus(counter(picture), mentions(prompt, KINDS))
+                    features[own] = {**features[own], SURPLUS: np.array([extra], np.float16)}
+        cache.write(name, encode_arrays(list(features), list(features.values())))
+        found.append(features)
+    return found[0], found[1]
+
+
+def object_counter(config: DatasetConfig) -> Callable[[Image.Image], Mapping[str, int]] | None:
+    """Counts objects as picturebook's captioner sees them, tile by tile; None for other models, whose objects it does not
+    know."""
+    if config.model.id != PICTUREBOOK:
+        return None
+    from resmaster_stages.models.captioner import load_captioner
+    from resmaster_stages.picturebook.counting import count_objects
+
+    own = {"source": "model", "model": PICTUREBOOK, "revision": None}
+    captioner = load_captioner(config.captions.model_copy(update=own), config.model.device)
+    assert captioner is not None
+    native = native_px(config.model)
+    return lambda image: count_objects(image, captioner.caption, native)

@@ -1,0 +1,105 @@
+"""Metrics of a set of samples against a reference set, from the feature vectors that the quality stage kept.
+
+Reads commits only: no image is opened and no model is loaded. What the views r, c and u are: `metrics.features.picture_features`.
+
+Invariants:
+- A set is given by keys, in any order; the numbers do not depend on the order, except the Inception score's splits.
+- Sets of different feature networks are never compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resmaster_stages.dataset.chain import list_links
+from resmaster_stages.dataset.dataset import Dataset
+from resmaster_stages.dataset.reading import committed_arrays
+from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.errors import PlanError
+from resmaster_stages.metrics.fid import FeatureStatistics, frechet_distance, merged
+from resmaster_stages.metrics.inception_score import inception_score
+from resmaster_stages.metrics.kid import kid
+from resmaster_stages.storage.arrays import Arrays
+
+VIEWS = ("r", "c", "u")
+"""Whole image resized; native-size crops resized; crops not resized."""
+ROWS_PER_SPLIT = 100
+"""The Inception score uses up to 10 splits of at least so many rows each."""
+
+
+def iter_features(dataset: Dataset, picture: str = "high_res") -> Iterator[dict[str, Arrays]]:
+    """Shard by shard, in order: key -> view -> features of a dataset's high_res or low_res pictures that are committed.
+
+    Raises PlanError if its configuration keeps no features, ShardError if an object is gone or damaged.
+    """
+    if dataset.config.quality.features == "none":
+        raise PlanError(
+            f"{dataset.url}: keeps no features; set quality.features: clip (or inception) and run it again: "
+            "only the quality stage is redone"
+        )
+    own_hash = stage_hashes(dataset.config)["quality"]
+    prefix = f"{picture}."
+    for _, link in sorted(list_links(dataset.folder, "quality", own_hash).items()):
+        yield {
+            key: {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
+            for receipt in link.receipts
+            for key, arrays in committed_arrays(dataset, receipt).items()
+        }
+
+
+def read_features(dataset: Dataset, picture: str = "high_res") -> dict[str, Arrays]:
+    """All shards of `iter_features` together, in the plan's order."""
+    return {key: arrays for shard in iter_features(dataset, picture) for key, arrays in shard.items()}
+
+
+def feature_statistics(
+    dataset: Dataset, view: str, picture: str = "high_res", keys: Collection[str] | None = None
+) -> FeatureStatistics:
+    """What FID needs of one view of all samples, or of `keys`: shard by shard, for datasets of any size.
+
+    Raises PlanError as `iter_features`, and where there is no sample.
+    """
+    parts = []
+    for shard in iter_features(dataset, picture):
+        if chosen := [key for key in shard if keys is None or key in keys]:
+            values = stacked(shard, chosen)[view]
+            parts.append(FeatureStatistics.of(values))
+    if not parts:
+        raise PlanError(f"{dataset.url}: no features of these samples; run: resmaster repair {dataset.url}")
+    return merged(parts)
+
+
+def stacked(features: Mapping[str, Arrays], keys: Iterable[str] | None = None) -> dict[str, NDArray[np.float32]]:
+    """View -> [N, D] or [N, crops, D] of `keys` (default: all). Raises PlanError for a key without features."""
+    chosen = list(features if keys is None else keys)
+    if missing := [key for key in chosen if key not in features]:
+        raise PlanError(f"{len(missing)} samples have no features, {missing[0]} first; run: resmaster repair")
+    names = features[chosen[0]].keys() if chosen else ()
+    return {name: np.stack([features[key][name] for key in chosen]).astype(np.float32) for name in names}
+
+
+def compare_sets(
+    found: Mapping[str, NDArray[Any]], reference: Mapping[str, NDArray[Any]], views: Sequence[str] = VIEWS
+) -> dict[str, float | None]:
+    """`fid_V`, `kid_V` with `kid_V_low`, `kid_V_high`, and `is_V` for every view V; None where there are too few samples.
+
+    FID takes every crop as a sample. KID's interval is of 95 %, by images.
+    """
+    row: dict[str, float | None] = {}
+    for view in views:
+        a, b = found.get(view), reference.get(view)
+        row |= dict.fromkeys((f"fid_{view}", f"kid_{view}", f"kid_{view}_low", f"kid_{view}_high", f"is_{view}"))
+        if a is not None and b is not None and min(len(a), len(b)) >= 2:
+            estimate = kid(a, b)
+            row[f"fid_{view}"] = frechet_distance(FeatureStatistics.of(a), FeatureStatistics.of(b))
+            row[f"kid_{view}"] = estimate.value
+            row[f"kid_{view}_low"], row[f"kid_{view}_high"] = estimate.low, estimate.high
+        probabilities = found.get(f"{view}.probabilities")
+        if probabilities is not None and len(probabilities):
+            rows = probabilities.reshape(-1, probabilities.shape[-1])
+            row[f"is_{view}"] = inception_score(rows, max(1, min(10, len(rows) // ROWS_PER_SPLIT)))[0]
+    return row

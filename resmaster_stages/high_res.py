@@ -1,0 +1,164 @@
+"""Stage 4: low-res picture and captions -> high-res picture, by the method that the configuration names.
+
+Knows nothing about storage, shards or Prefect. Torch is imported when a picture is made, not before.
+
+Invariants:
+- Exactly one Output per sample, in order; what goes wrong with one sample is its Output's error.
+- A picture depends on the sample, the configuration and the weights; not on the batch, the worker or the order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.dataset.stages import STAGE_VERSIONS
+from resmaster_stages.diffusion.views import Grid, view_grid
+from resmaster_stages.errors import SampleError
+from resmaster_stages.keys import canonical_json, sample_seed
+from resmaster_stages.methods.upscale import enlarge_image, target_size, upscale_image
+from resmaster_stages.progress import reporter
+from resmaster_stages.storage.images import encode_picture
+
+if TYPE_CHECKING:
+    from resmaster_stages.dataset.sample import Output, Sample
+
+
+def captions_for_views(grid: Grid, rows: Sequence[dict[str, Any]], prompt: str) -> list[str]:
+    """One caption per view: that of the captions table's nearest box (by centres; the view's own box if it is there).
+
+    Rows hold half-open boxes y0, x0, y1, x1 in target px; rows without a caption of their own give `prompt`.
+    """
+    from resmaster_stages.dataset.schemas import DESCRIBED
+
+    if not rows:
+        raise SampleError("there are no captions for this sample; run the captions stage again (resmaster repair)")
+    texts = []
+    for y0, x0, y1, x1 in grid.pixel_boxes:
+        nearest = min(
+            rows,
+            key=lambda row: (
+                (row["y0"] + row["y1"] - y0 - y1) ** 2 + (row["x0"] + row["x1"] - x0 - x1) ** 2,
+                row["y0"],
+                row["x0"],
+            ),
+        )
+        texts.append((nearest["caption"] if nearest["status"] in DESCRIBED else "") or prompt)
+    return texts
+
+
+def caption_views(config: DatasetConfig, prompt: str, image: Image.Image, height: int, width: int) -> list[str]:
+    """A caption per view of a target of `height` x `width` px, by the configuration's captioner looking at `image`."""
+    from resmaster_stages.captions import caption_rows, load_writer
+    from resmaster_stages.diffusion.views import patch_grid
+    from resmaster_stages.models.geometry import latent_factor, native_px
+
+    native, factor, stride = native_px(config.model), latent_factor(config.model), config.upscale.stride
+    patches = patch_grid(config.captions, height, width, native_px=native, stride=stride, factor=factor)
+    rows = caption_rows(image, prompt, patches, load_writer(config))
+    return captions_for_views(view_grid(height, width, native, stride, factor), rows, prompt)
+
+
+def _diffused(config: DatasetConfig, sample: Sample, image: Image.Image) -> tuple[Image.Image, dict[str, Any]]:
+    """The high-res picture by the base model, and the facts of how it was made."""
+    from resmaster_stages.diffusion.text import truncated
+    from resmaster_stages.models.load import load_models
+
+    models, upscale = load_models(config.model), config.upscale
+    captions = None
+    if upscale.uses_captions():
+        height, width = target_size(image.height, image.width, upscale.passes()[0].scale)
+        grid = view_grid(height, width, models.native_px, upscale.stride, models.latent_factor)
+        captions = captions_for_views(grid, sample.captions, sample.prompt)
+    seed = sample_seed(sample.key, config.seed, "high_res")
+    negative_prompt = sample.negative_prompt or upscale.negative_prompt
+    picture = upscale_image(
+        models,
+        image,
+        sample.prompt,
+        config=upscale,
+        negative_prompt=negative_prompt,
+        captions=captions,
+        caption=partial(caption_views, config, sample.prompt),
+        detail=sample.detail_mask.open() if sample.detail_mask else None,
+        seed=seed,
+        progress=reporter().step,
+    )
+    return picture, {
+        "prompt_truncated": truncated(models, [sample.prompt])[0],
+        "negative_prompt": negative_prompt,
+        "seed": seed,
+        "model": models.identity,
+    }
+
+
+def _enlarged(config: DatasetConfig, image: Image.Image) -> tuple[Image.Image, dict[str, Any]]:
+    """The high-res picture without the base model, and the facts of how it was made."""
+    from resmaster_stages.models.identity import super_resolution_identity
+    from resmaster_stages.models.load import resolve_device, resolve_dtype
+
+    device = resolve_device(config.model.device)
+    dtype = resolve_dtype(config.model.dtype, device)
+    picture = enlarge_image(image, config.upscale, device, dtype, reporter().step)
+    if config.upscale.method == "lanczos":
+        return picture, {}
+    return picture, {"model": super_resolution_identity(config.upscale.super_resolution)}
+
+
+def _make(config: DatasetConfig, sample: Sample) -> Output:
+    """The sample's picture, to be finished."""
+    from resmaster_stages.dataset.sample import Output
+
+    if sample.low_res is None:
+        raise SampleError("there is no low-res picture of this sample; run the low_res stage again (resmaster repair)")
+    image, upscale = sample.low_res.open(), config.upscale
+    if sample.detail_mask:
+        upscale.require_detail_mask(f"sample {sample.key} has")
+    made = _diffused(config, sample, image) if upscale.uses_diffusion() else _enlarged(config, image)
+    return Output(sample.key, finish=partial(_files, config, sample, image.size, *made))
+
+
+def _files(
+    config: DatasetConfig, sample: Sample, low_res: tuple[int, int], picture: Image.Image, facts: dict[str, Any]
+) -> dict[str, bytes]:
+    """The sample's files by extension, in the order of the tar's members. low_res: (width, height) in px."""
+    assert sample.low_res is not None
+    upscale = config.upscale
+    facts = {
+        "key": sample.key,
+        "prompt": sample.prompt,
+        "width": picture.width,
+        "height": picture.height,
+        "low_res": {
+            "width": low_res[0],
+            "height": low_res[1],
+            "sha256": hashlib.sha256(sample.low_res.data).hexdigest(),
+        },
+        "method": upscale.method,
+        "upscale": upscale.identity(),
+        "stage_version": STAGE_VERSIONS["high_res"],
+        **facts,
+    }
+    if sample.detail_mask:
+        facts["detail_mask"] = {"sha256": hashlib.sha256(sample.detail_mask.data).hexdigest()}
+    return {
+        config.image_format: encode_picture(picture, config.image_format, config.webp_quality),
+        "json": canonical_json(facts).encode(),
+        "txt": sample.prompt.encode(),
+    }
+
+
+def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+    """The stage over a shard's samples. Models are loaded at the first sample that needs them."""
+    from resmaster_stages.dataset.sample import Output
+
+    for sample in samples:
+        try:
+            yield _make(config, sample)
+        except SampleError as error:
+            yield Output(key=sample.key, error=error)

@@ -1,0 +1,1 @@
+"""Questions to a dataset that exists: status, explain, verify, leftovers."""

@@ -1,0 +1,345 @@
+"""All that is known of one sample: what it was made from, by what, when, and where its bytes lie.
+
+Reads the plan, commit records, ledger and the headers of the sample's own shards; loads no model and writes nothing.
+What is gone or damaged is told in its place: an explanation is asked for when something is wrong.
+
+Invariant: what is said of a stage comes from its commit record under the current configuration, never from a listing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from resmaster_stages.config.dataset import Stage
+from resmaster_stages.dataset import layout
+from resmaster_stages.dataset.chain import read_chain
+from resmaster_stages.dataset.commit import Receipt
+from resmaster_stages.dataset.dataset import Dataset, current_config
+from resmaster_stages.dataset.ledger import ledger_rows
+from resmaster_stages.dataset.plan import PlannedSample, picture_key, read_plan
+from resmaster_stages.dataset.schemas import STAGE_SCHEMAS
+from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.errors import ShardError, UserError
+from resmaster_stages.keys import sample_seed
+from resmaster_stages.models.identity import weights_of
+from resmaster_stages.redaction import without_credentials
+from resmaster_stages.storage.filesystem import Folder
+from resmaster_stages.storage.shards import Member, read_index
+from resmaster_stages.storage.tables import decode_table
+
+KEY_CHARACTERS = 24
+SHOWN_MATCHES = 5
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Where a file of the sample lies: a part of an object, both in bytes."""
+
+    url: str
+    """The object: a path, or a URL."""
+    member: str
+    """The file's name in the tar."""
+    offset: int
+    size: int
+    fetch: str
+    """A shell command that writes the file, under its own name, to the current folder."""
+
+
+@dataclass(frozen=True)
+class StageTrace:
+    """What one stage did with the sample."""
+
+    stage: Stage
+    stage_hash: str
+    state: Literal["committed", "failed", "left out", "pending"]
+    """`failed`: in this stage; `left out`: failed in an earlier one; `pending`: the shard has no commit yet."""
+    commit: str
+    """Path or URL of the shard's commit record, whether there is one or not."""
+    receipt: Receipt | None = None
+    files: tuple[Bytes, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+    """The sample's JSON in the tar: seed, model, method and settings, sizes, digests."""
+    rows: tuple[dict[str, Any], ...] = ()
+    """The sample's rows of the stage's table: captions by patch, or quality."""
+    failures: tuple[dict[str, Any], ...] = ()
+    """The sample's rows in the stage's ledger under the current configuration, by attempt."""
+    problem: str = ""
+    """Why what the commit record names cannot be read; empty if it can."""
+
+    @property
+    def seconds_per_sample(self) -> float | None:
+        """The shard's compute time over its samples; None without a commit or samples."""
+        if self.receipt is None or not (tried := self.receipt.samples_ok + self.receipt.samples_failed):
+            return None
+        return self.receipt.seconds / tried
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All that is known of one sample."""
+
+    dataset: str
+    sample: PlannedSample
+    generation: int
+    config: str
+    """Path or URL of the configuration that counts."""
+    base_seed: int
+    seeds: dict[str, int]
+    """Stage -> seed of the sample."""
+    models: dict[str, str]
+    """Part -> name of its exact weights."""
+    stages: tuple[StageTrace, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        for trace, own in zip(self.stages, values["stages"]):
+            own["seconds_per_sample"] = trace.seconds_per_sample
+        return values
+
+
+def explain_command(dataset_url: str, key: str) -> str:
+    """The command that prints the explanation."""
+    return shlex.join(["resmaster", "explain", without_credentials(dataset_url), key])
+
+
+def find_sample(dataset: Dataset, prefix: str) -> PlannedSample:
+    """The one planned sample whose key begins with `prefix`. Raises UserError if there is none or several."""
+    text = prefix.strip().lower()
+    if not re.fullmatch(rf"[0-9a-f]{{1,{KEY_CHARACTERS}}}", text):
+        raise UserError(
+            f"{prefix!r} is no key: give up to {KEY_CHARACTERS} hex digits, as the report and manifest.parquet show them"
+        )
+    found = read_plan(dataset.folder).find(text)
+    if not found:
+        raise UserError(
+            f"{dataset.url}: no sample's key begins with {text}; keys are in the report and manifest.parquet"
+        )
+    if len(found) > 1:
+        keys = [sample.key for sample in found]
+        shown = ", ".join(keys[:SHOWN_MATCHES]) + (", ..." if len(keys) > SHOWN_MATCHES else "")
+        raise UserError(f"{dataset.url}: {len(keys)} keys begin with {text} ({shown}); give more digits")
+    return found[0]
+
+
+def explain(dataset: Dataset, prefix: str) -> Explanation:
+    """Explain the sample whose key begins with `prefix`. Raises UserError if there is none or several."""
+    sample = find_sample(dataset, prefix)
+    config, weights = dataset.config, asdict(weights_of(dataset.config))
+    traces: list[StageTrace] = []
+    hashes = stage_hashes(config)
+    for stage in hashes:
+        lost = any(trace.state in ("failed", "left out") for trace in traces)
+        traces.append(_trace(dataset, stage, hashes, sample, lost))
+    return Explanation(
+        dataset=dataset.url,
+        sample=sample,
+        generation=read_plan(dataset.folder).generation_of(sample.shard).number,
+        config=dataset.folder.url_of(current_config(dataset.folder)),
+        base_seed=config.seed,
+        seeds={
+            stage: sample_seed(picture_key(sample) if stage == "low_res" else sample.key, config.seed, stage)
+            for stage in ("low_res", "high_res")
+            if stage == "high_res" or not config.images
+        },
+        models={part: name for part, name in weights.items() if name},
+        stages=tuple(traces),
+    )
+
+
+def _trace(dataset: Dataset, stage: Stage, hashes: dict[Stage, str], sample: PlannedSample, lost: bool) -> StageTrace:
+    own_hash = hashes[stage]
+    rows = ledger_rows(dataset.folder, stage, {sample.shard})
+    failures = [row for row in rows if row["key"] == sample.key and row["stage_hash"] == own_hash]
+    trace = StageTrace(
+        stage=stage,
+        stage_hash=own_hash,
+        state="pending",
+        commit=dataset.folder.url_of(layout.commit(stage, own_hash, sample.shard)),
+        failures=tuple(sorted(failures, key=lambda row: int(row["attempt_number"]))),
+    )
+    try:
+        chain = read_chain(dataset.folder, hashes, sample.shard, stage)
+    except ShardError as error:
+        return replace(trace, problem=str(error))
+    link = chain.links[stage]
+    if link.commit is None:
+        return replace(trace, state="left out" if lost else "failed" if failures else "pending")
+    receipt = chain.holder(stage, sample.key)
+    if receipt is None:
+        failed = sample.key in link.failed
+        return replace(
+            trace, state="left out" if lost else "failed" if failed else "pending", receipt=link.receipts[-1]
+        )
+    record = layout.commit(stage, own_hash, sample.shard, receipt.supplement)
+    trace = replace(trace, commit=dataset.folder.url_of(record))
+    trace = replace(trace, state="committed", receipt=receipt)
+    name = receipt.objects[0].name
+    try:
+        if layout.EXTENSIONS[stage] == "tar":
+            files, facts = _in_tar(dataset.folder, name, sample.key)
+            return replace(trace, files=files, facts=facts)
+        table = decode_table(dataset.folder.read(name), STAGE_SCHEMAS[stage], name).to_pylist()
+    except FileNotFoundError:
+        return replace(
+            trace, problem=f"{name} is gone; run: resmaster verify {dataset.url}, then: resmaster repair {dataset.url}"
+        )
+    except ShardError as error:
+        return replace(trace, problem=str(error))
+    own = [row for row in table if row["key"] == sample.key]
+    if stage == "captions":
+        own.sort(key=lambda row: (row["row"], row["col"]))
+    return replace(trace, rows=tuple(own))
+
+
+def _in_tar(folder: Folder, name: str, key: str) -> tuple[tuple[Bytes, ...], dict[str, Any]]:
+    """The sample's files in a tar, and its JSON. Raises FileNotFoundError, and ShardError if it is damaged."""
+    with folder.open(name) as file:
+        entry = next((entry for entry in read_index(file, name) if entry.key == key), None)
+        if entry is None:
+            raise ShardError(f"{name}: lacks sample {key}, which its commit record counts")
+        meta = entry.members["json"]
+        file.seek(meta.offset)
+        try:
+            facts = json.loads(file.read(meta.size))
+        except ValueError as error:
+            raise ShardError(f"{name}: the json of sample {key} is not JSON ({error})") from error
+    places = [
+        Bytes(folder.url_of(name), member.name, member.offset, member.size, fetch_command(folder, name, member))
+        for member in entry.members.values()
+    ]
+    return tuple(places), facts
+
+
+def fetch_command(folder: Folder, name: str, member: Member) -> str:
+    """A shell command that writes `member` of the tar `name` to the current folder, by one range read.
+
+    Local: tail and head. S3: the AWS command line, which reads AWS_ENDPOINT_URL too. Elsewhere: Python and fsspec.
+    """
+    url, first, last = folder.url_of(name), member.offset, member.offset + member.size - 1
+    if folder.local:
+        return f"tail -c +{first + 1} {shlex.quote(url)} | head -c {member.size} > {shlex.quote(member.name)}"
+    scheme, _, path = url.partition("://")
+    if scheme in ("s3", "s3a"):
+        bucket, _, key = path.partition("/")
+        return shlex.join(
+            [
+                "aws",
+                "s3api",
+                "get-object",
+                "--bucket",
+                bucket,
+                "--key",
+                key,
+                "--range",
+                f"bytes={first}-{last}",
+                member.name,
+            ]
+        )
+    code = f"import fsspec; file = fsspec.open({url!r}).open(); file.seek({first}); open({member.name!r}, 'wb').write(file.read({member.size}))"
+    return shlex.join(["python", "-c", code])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# as text
+
+
+def spelled(explanation: Explanation) -> str:
+    """The explanation as lines of text."""
+    return "\n".join(_lines(explanation))
+
+
+def _line(label: str, text: object, indent: int = 0) -> str:
+    return f"{' ' * indent}{label:<{12 - indent}}{text}"
+
+
+def _lines(explanation: Explanation) -> Iterator[str]:
+    sample = explanation.sample
+    yield _line("key", sample.key)
+    yield _line("dataset", explanation.dataset)
+    place = f"sample {sample.index}, shard {sample.shard:06d}, generation {explanation.generation} of the plan"
+    yield _line("place", place + (f", replica {sample.replica}" if sample.replica else ""))
+    yield _line("prompt", sample.prompt or "(none)")
+    if sample.negative_prompt:
+        yield _line("negative", sample.negative_prompt)
+    if sample.source:
+        yield _line("source", sample.source)
+    seeds = [f"base {explanation.base_seed}", *(f"{stage} {seed}" for stage, seed in explanation.seeds.items())]
+    yield _line("seeds", ", ".join(seeds))
+    for part, name in explanation.models.items():
+        yield _line(part, name)
+    yield _line("config", explanation.config)
+    for trace in explanation.stages:
+        yield ""
+        yield from _stage_lines(trace)
+
+
+def _stage_lines(trace: StageTrace) -> Iterator[str]:
+    receipt = trace.receipt
+    facts: list[str] = [trace.state]
+    if receipt:
+        share = trace.seconds_per_sample
+        facts += [
+            f"attempt {receipt.attempt}",
+            f"finished {receipt.finished_at}",
+            f"shard took {receipt.seconds:.1f} s",
+        ]
+        facts += [f"{share:.2f} s per sample"] if share is not None else []
+        idle = receipt.provenance.get("device", {}).get("idle_share")  # records of earlier versions have none
+        facts += [f"device idle {idle:.0%} of it"] if idle is not None else []
+    yield _line(trace.stage, ", ".join(facts))
+    yield _line("commit", trace.commit + ("" if receipt else " (none)"), 2)
+    if receipt:
+        made_by = _made_by(receipt.provenance)
+        if made_by:
+            yield _line("made by", made_by, 2)
+        for stored in receipt.objects:
+            yield _line("object", f"{stored.name}, {stored.bytes} bytes, sha256 {stored.sha256}", 2)
+    for place in trace.files:
+        yield _line("file", f"{place.member}, offset {place.offset}, {place.size} bytes", 2)
+        yield _line("", place.fetch, 2)
+    for name, value in trace.facts.items():
+        if name not in ("key", "prompt"):
+            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield _line("fact", f"{name} {shown}", 2)
+    for row in trace.rows:
+        yield _row_line(trace.stage, row)
+    for row in trace.failures:
+        text = f"attempt {row['attempt_number']} ({row['attempt']}): {row['error_class']}: {row['message']}"
+        yield _line("failure", text, 2)
+    if trace.problem:
+        yield _line("problem", trace.problem, 2)
+
+
+def _made_by(provenance: dict[str, Any]) -> str:
+    """Host, device, runs and versions of a commit record, in one line."""
+    parts = [f"{name} {provenance[name]}" for name in ("host", "gpu", "python") if name in provenance]
+    parts += [f"{name} {version}" for name, version in provenance.get("versions", {}).items()]
+    parts += [
+        f"{name.replace('_', ' ')} {provenance[name]}"
+        for name in ("flow_run", "flow_run_name", "task_run")
+        if name in provenance
+    ]
+    return ", ".join(parts)
+
+
+def _row_line(stage: Stage, row: dict[str, Any]) -> str:
+    if stage == "captions":
+        box = f"y {row['y0']}-{row['y1']}, x {row['x0']}-{row['x1']}"
+        notes = [row["status"]] if row["status"] != "ok" else []
+        notes += ["shortened"] if row["truncated"] else []
+        notes += [f"fit {row['fit']:.1f}"] if row.get("fit") is not None else []
+        note = f" ({', '.join(notes)})" if notes else ""
+        return _line("patch", f"{row['row']},{row['col']} ({box}): {row['caption']}{note}", 2)
+    measures = [
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in row.items()
+        if name not in ("key", "flags") and value is not None
+    ]
+    flags = ", ".join(row["flags"]) or "none"
+    return _line("quality", ", ".join(measures) + f"; flags: {flags}", 2)

@@ -1,0 +1,114 @@
+"""A dataset's numbers as OpenMetrics text, for Prometheus and its kin. Reads the store alone: no Prefect, no models.
+
+Counters count what commit records and the ledger hold, so they survive every server and process; they fall only where commit
+records were deleted or the configuration changed, which readers of counters take for a restart.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import datetime
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.openmetrics.exposition import generate_latest
+
+from resmaster_stages.config.dataset import Stage
+from resmaster_stages.dataset.chain import Link, list_links
+from resmaster_stages.dataset.damage import marked_shards
+from resmaster_stages.dataset.dataset import Dataset
+from resmaster_stages.dataset.ledger import ledger_rows
+from resmaster_stages.dataset.plan import Plan, read_plan
+from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.inspection.status import stage_status
+
+
+def openmetrics(dataset: Dataset) -> str:
+    """The text of one scrape. Raises PlanError if the dataset has no plan yet, ShardError for a damaged commit record."""
+    families = _Families()
+    plan = read_plan(dataset.folder)
+    name = dataset.config.name
+    families.shards_planned.add_metric([name], plan.shards)
+    families.samples_planned.add_metric([name], plan.samples)
+    pixels = plan.pixels() * dataset.config.upscale.scale**2 / max(1, plan.samples)
+    for stage, own_hash in stage_hashes(dataset.config).items():
+        links = list_links(dataset.folder, stage, own_hash)
+        rows = [row for row in ledger_rows(dataset.folder, stage) if row["stage_hash"] == own_hash]
+        _add_stage(families, [name, stage], plan, stage, links, rows, pixels / 1e6)
+        families.damaged.add_metric([name, stage], len(marked_shards(dataset.folder, stage, own_hash)))
+    registry = CollectorRegistry()
+    registry.register(families)
+    text: bytes = generate_latest(registry)
+    return text.decode()
+
+
+class _Families:
+    """The metrics of one scrape, empty at first."""
+
+    def __init__(self) -> None:
+        def gauge(name: str, text: str, *labels: str, unit: str = "") -> GaugeMetricFamily:
+            return GaugeMetricFamily(f"resmaster_{name}", text, labels=["dataset", *labels], unit=unit)
+
+        def counter(name: str, text: str, *labels: str, unit: str = "") -> CounterMetricFamily:
+            return CounterMetricFamily(f"resmaster_{name}", text, labels=["dataset", *labels], unit=unit)
+
+        self.shards_planned = gauge("planned_shards", "Shards of the plan.")
+        self.samples_planned = gauge("planned_samples", "Samples of the plan.")
+        self.shards = gauge("shards", "Shards by state: committed, pending or failed.", "stage", "state")
+        self.damaged = gauge("damaged_shards", "Committed shards that verify has found damaged.", "stage")
+        self.samples = gauge("samples", "Samples by state: ok, failed or pending.", "stage", "state")
+        self.failures = counter("sample_failures", "Rows of the ledger: failures of samples.", "stage", "error_class")
+        self.retries = counter("sample_retries", "Failures of samples that had failed before.", "stage")
+        self.seconds = counter("compute_seconds", "Compute time of commits.", "stage", unit="seconds")
+        self.gpu_seconds = counter("gpu_seconds", "Compute time of commits on a GPU.", "stage", "gpu", unit="seconds")
+        self.pace = gauge(
+            "seconds_per_megapixel", "Compute time of commits over the megapixels of their high-res pictures.", "stage"
+        )
+        self.unet_views = counter("unet_views", "UNet evaluations of commits, in native views.", "stage")
+        self.bytes = gauge("stored_bytes", "Size of the objects that commits name.", "stage", unit="bytes")
+        self.last = gauge(
+            "last_commit_timestamp_seconds", "When the last commit was made (Unix time).", "stage", unit="seconds"
+        )
+
+    def collect(self) -> list[Metric]:
+        """The metrics, as a registry asks for them."""
+        return list(vars(self).values())
+
+
+def _add_stage(
+    families: _Families,
+    labels: list[str],
+    plan: Plan,
+    stage: Stage,
+    links: dict[int, Link],
+    rows: list[dict[str, Any]],
+    megapixels: float,
+) -> None:
+    """One stage's numbers. `labels`: dataset and stage; `rows`: its ledger; `megapixels`: of a mean high-res picture."""
+    found = stage_status(stage, links.values(), set(range(plan.shards)) - links.keys(), rows)
+    receipts = [receipt for link in links.values() for receipt in link.receipts]
+    for state in ("committed", "pending", "failed"):
+        families.shards.add_metric([*labels, state], getattr(found, state))
+    undecided = plan.samples - found.samples_ok - found.samples_failed
+    for state, count in (("ok", found.samples_ok), ("failed", found.samples_failed), ("pending", undecided)):
+        families.samples.add_metric([*labels, state], count)
+    for error_class, count in sorted(Counter(row["error_class"] for row in rows).items()):
+        families.failures.add_metric([*labels, error_class], count)
+    families.retries.add_metric(labels, sum(row["attempt_number"] > 1 for row in rows))
+    families.seconds.add_metric(labels, found.seconds)
+    on_gpu: Counter[str] = Counter()
+    for receipt in receipts:
+        if "gpu" in receipt.provenance:
+            on_gpu[str(receipt.provenance["gpu"])] += receipt.seconds  # type: ignore[assignment]
+    for gpu, seconds in sorted(on_gpu.items()):
+        families.gpu_seconds.add_metric([*labels, gpu], seconds)
+    tried = sum(receipt.samples_ok + receipt.samples_failed for receipt in receipts)
+    if tried:
+        families.pace.add_metric(labels, found.seconds / (tried * megapixels))
+        latest = max(datetime.fromisoformat(receipt.finished_at) for receipt in receipts)
+        families.last.add_metric(labels, latest.timestamp())
+    views = sum(receipt.provenance.get("unet", {}).get("native_rows", 0.0) for receipt in receipts)
+    families.unet_views.add_metric(labels, views)
+    size = sum(stored.bytes for receipt in receipts for stored in receipt.objects)
+    families.bytes.add_metric(labels, size)

@@ -1,0 +1,133 @@
+"""One image, upscaled by the method that the configuration names: the library's `upscale_image`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from resmaster_stages.config.methods import UpscaleConfig
+from resmaster_stages.diffusion.views import view_grid
+from resmaster_stages.errors import ConfigError, SampleError
+from resmaster_stages.keys import digest
+from resmaster_stages.progress import reporter
+
+if TYPE_CHECKING:
+    import torch
+
+    from resmaster_stages.models.parts import Models
+
+
+def target_size(height: int, width: int, scale: float) -> tuple[int, int]:
+    """(height, width) in px of the high-res picture of a low-res one."""
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+Caption = Callable[[Image.Image, int, int], Sequence[str]]
+"""A picture and the (height, width) in px that it is to be enlarged to -> a caption per view, as `upscale_image` takes them."""
+
+
+def upscale_image(
+    models: Models,
+    image: Image.Image,
+    prompt: str,
+    *,
+    config: UpscaleConfig | None = None,
+    negative_prompt: str | None = None,
+    captions: Sequence[str] | None = None,
+    caption: Caption | None = None,
+    detail: Image.Image | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Image.Image:
+    """`image` (any size) re-imagined at `config.scale` times its size; the result is RGB of exactly that size.
+
+    models: from `models.loading.load_models`, or `Models.from_pipeline` for a pipeline of your own.
+    negative_prompt: None for the configuration's. captions: one per view, row-major, as `views.view_grid` counts them;
+    None gives every view `prompt`, an empty one its view. caption: writes those of later passes (`config.via`); None gives
+    every view `prompt`. detail: for method freescale, a mask of any size: where it is white, `alpha` holds, where it is black
+    `alpha_elsewhere`. progress: hears (steps done, steps in all), of each pass.
+
+    Raises ConfigError (wrong number of captions, a mask that is not read, image prompts without an IP-Adapter, a scheduler that
+    does not fit, too little memory) and SampleError (the model produced nothing that can be seen).
+    """
+    config = config or UpscaleConfig()
+    if detail is not None:
+        config.require_detail_mask("there is")
+    if not config.uses_diffusion():
+        return enlarge_image(image, config, models.device, models.dtype, progress)
+    negative_prompt = config.negative_prompt if negative_prompt is None else negative_prompt
+    picture = image
+    for number, (scale, own) in enumerate(zip((*config.via, config.scale), config.passes())):
+        height, width = target_size(image.height, image.width, scale)
+        if number:
+            captions = caption(picture, height, width) if caption and own.uses_captions() else None
+        draw = seed if number == 0 else int(digest([seed, number])[:15], 16)
+        picture = _one_pass(
+            models, picture, height, width, prompt, negative_prompt, captions, detail, own, draw, progress
+        )
+    return picture
+
+
+def _one_pass(
+    models: Models,
+    image: Image.Image,
+    height: int,
+    width: int,
+    prompt: str,
+    negative_prompt: str,
+    captions: Sequence[str] | None,
+    detail: Image.Image | None,
+    config: UpscaleConfig,
+    seed: int,
+    progress: Callable[[int, int], None] | None,
+) -> Image.Image:
+    """`image` re-imagined at `height` x `width` px."""
+    from resmaster_stages.diffusion.memory import preflight
+    from resmaster_stages.diffusion.reference import pad_to_multiple, to_mask, to_tensor, upsample
+    from resmaster_stages.methods.render import render
+    from resmaster_stages.methods.request import Reference, Request
+
+    grid = view_grid(height, width, models.native_px, config.stride, models.latent_factor)
+    if captions is not None and len(captions) != len(grid):
+        raise ConfigError(
+            f"captions: {len(captions)} given for {len(grid)} views ({grid.name}); give one per view, or none"
+        )
+    pixels = pad_to_multiple(upsample(image, height, width), models.latent_factor)
+    request = Request(
+        models=models,
+        config=config,
+        height=height,
+        width=width,
+        prompts=(prompt,),
+        negative_prompts=(negative_prompt,),
+        captions=None if captions is None else (tuple(text or prompt for text in captions),),
+        reference=Reference(models, pixels, config.scale, to_tensor(image)),
+        detail=None if detail is None else to_mask(detail),
+    )
+    for line in preflight(models, config.view_batch, grid, 2 if request.guided else 1):
+        reporter().note(line)
+    (result,) = render(request, [seed], progress)
+    if isinstance(result, SampleError):
+        raise result
+    return result
+
+
+def enlarge_image(
+    image: Image.Image,
+    config: UpscaleConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] | None = None,
+) -> Image.Image:
+    """`upscale_image` by a method that needs no base model: super_resolution or lanczos. `progress` hears (tiles done, tiles
+    in all) of super_resolution."""
+    size = target_size(image.height, image.width, config.scale)
+    if config.method == "lanczos":
+        from resmaster_stages.methods.lanczos import enlarge
+
+        return enlarge(image, *size)
+    from resmaster_stages.methods.super_resolution import super_resolve
+
+    return super_resolve(image, *size, config, device, dtype, progress)

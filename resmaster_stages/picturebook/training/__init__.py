@@ -1,0 +1,1 @@
+"""How the picturebook pack is made. Not part of the wheel."""

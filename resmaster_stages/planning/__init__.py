@@ -1,0 +1,1 @@
+"""Before anything runs: what would be done, and what it would cost."""

@@ -1,0 +1,159 @@
+"""The samples that a configuration asks for, from its prompts or images, without writing anything."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.dataset.plan import Rejected, SampleSpec
+from resmaster_stages.errors import PlanError, SampleError
+from resmaster_stages.keys import image_key, masked_key, normalise_prompt, prompt_key
+from resmaster_stages.planning.prompt_files import read_prompts
+from resmaster_stages.redaction import one_line, without_credentials
+from resmaster_stages.storage.digests import DigestSet
+from resmaster_stages.storage.images import find_images, image_size
+from resmaster_stages.storage.masks import check_mask, mask_of_row
+
+MAX_PROMPT_CHARACTERS = 2000
+
+
+SHOWN_CHARACTERS = 80
+
+
+class DraftReader:
+    """The samples that a configuration asks for, each once and in order, as they are read. To be iterated once.
+
+    Of what was read, 12 bytes a sample are held. Raises UserError for a source that cannot be read, at latest where it cannot;
+    ConfigError if it gives detail masks that the configuration does not read; PlanError at the end if it gave no usable sample.
+    """
+
+    def __init__(self, config: DatasetConfig) -> None:
+        self.rejected: list[Rejected] = []
+        """What was turned down so far."""
+        self.duplicates = 0
+        """Inputs so far that were equal to an earlier one."""
+        self._config = config
+        if config.images:
+            self._specs = _specs_of_images(config, self.rejected)
+        elif config.prompts:
+            self._specs = _specs_of_prompts(config, self.rejected)
+        else:
+            raise PlanError("nothing to plan: give prompts or images in the configuration, or --prompts or --images")
+
+    def __iter__(self) -> Iterator[SampleSpec]:
+        config, seen, inputs = self._config, DigestSet(), 0
+        for replicas in self._specs:
+            if config.limit is not None and inputs >= config.limit:
+                break
+            fresh = [spec for spec in replicas if seen.add(bytes.fromhex(spec.key))]
+            inputs += bool(fresh)
+            self.duplicates += not fresh
+            yield from fresh
+        if not inputs:
+            first = f"; first: {self.rejected[0]}" if self.rejected else ""
+            source = str(config.images or config.prompts)
+            raise PlanError(f"{without_credentials(source)}: nothing usable in it{first}")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a configuration asks for: samples without duplicates, in order, and what was turned down."""
+
+    samples: tuple[SampleSpec, ...]
+    rejected: tuple[Rejected, ...]
+    duplicates: int
+
+
+def draft_samples(config: DatasetConfig) -> Draft:
+    """All samples that `config` asks for, from its prompts or images; writes nothing. Raises as `DraftReader`."""
+    reader = DraftReader(config)
+    samples = tuple(reader)
+    return Draft(samples, tuple(reader.rejected), reader.duplicates)
+
+
+def _specs_of_prompts(config: DatasetConfig, rejected: list[Rejected]) -> Iterator[list[SampleSpec]]:
+    """The replicas of each good prompt; bad ones go to `rejected`."""
+    height, width = _base_size(config)
+    for raw in read_prompts(str(config.prompts)):
+        negative = "" if raw.negative_prompt is None else raw.negative_prompt
+        reason = why_unusable(raw.prompt)
+        if reason is None and negative != "" and (reason := why_unusable(negative, may_be_empty=True)):
+            reason = f"negative prompt: {reason}"
+        if reason is not None:
+            rejected.append(_rejection(raw.source, raw.prompt, reason))
+            continue
+        prompt, negative = normalise_prompt(raw.prompt), normalise_prompt(negative)
+        keys = [prompt_key(prompt, negative, height, width, replica) for replica in range(config.replicas)]
+        source = None
+        if raw.detail_mask not in (None, ""):
+            config.upscale.require_detail_mask(f"{raw.source}: gives")
+            try:
+                source, mask = mask_of_row(str(config.prompts), raw.detail_mask, raw.row)
+            except SampleError as error:
+                rejected.append(_rejection(raw.source, raw.prompt, f"its detail mask: {error}"))
+                continue
+            keys = [masked_key(key, mask) for key in keys]
+        yield [SampleSpec(key, prompt, negative, height, width, replica, source) for replica, key in enumerate(keys)]
+
+
+def _specs_of_images(config: DatasetConfig, rejected: list[Rejected]) -> Iterator[list[SampleSpec]]:
+    """The replicas of each readable image; bad ones go to `rejected`."""
+    for image in find_images(str(config.images)):
+        if image.problem:
+            rejected.append(_rejection(image.source, "", image.problem))
+            continue
+        reason = why_unusable(image.prompt, may_be_empty=True)
+        if reason is not None:
+            rejected.append(_rejection(image.source, image.prompt, f"its prompt: {reason}"))
+            continue
+        try:
+            height, width = image_size(image.data, image.source)
+        except SampleError as error:
+            rejected.append(_rejection(image.source, "", str(error).removeprefix(f"{image.source}: ")))
+            continue
+        prompt = normalise_prompt(image.prompt)
+        keys = [image_key(image.data, prompt, replica) for replica in range(config.replicas)]
+        if image.mask is not None:
+            config.upscale.require_detail_mask(f"{image.source}: has beside it")
+            try:
+                check_mask(image.mask)
+            except SampleError as error:
+                rejected.append(_rejection(image.source, image.prompt, f"its detail mask: {error}"))
+                continue
+            keys = [masked_key(key, image.mask) for key in keys]
+        yield [SampleSpec(key, prompt, "", height, width, replica, image.source) for replica, key in enumerate(keys)]
+
+
+def _base_size(config: DatasetConfig) -> tuple[int, int]:
+    """(height, width) in px of the low-res images; the model's native size where the configuration gives none."""
+    height, width = config.low_res.height, config.low_res.width
+    if height is None or width is None:
+        from resmaster_stages.models.geometry import native_px
+
+        native = native_px(config.model)
+        height, width = height or native, width or native
+    return height, width
+
+
+def why_unusable(text: Any, may_be_empty: bool = False) -> str | None:
+    """Why a value cannot be a prompt, in a few words; None if it can."""
+    if not isinstance(text, str):
+        return "not text"
+    kinds = {unicodedata.category(character) for character in text if not character.isspace()}
+    if "Cc" in kinds:
+        return "control characters"
+    if "Cs" in kinds:
+        return "not valid Unicode"
+    if len(text) > MAX_PROMPT_CHARACTERS and len(normalise_prompt(text)) > MAX_PROMPT_CHARACTERS:
+        return f"longer than {MAX_PROMPT_CHARACTERS} characters"
+    if not may_be_empty and kinds <= {"Cf"}:  # blank, or nothing but invisible format characters
+        return "empty"
+    return None
+
+
+def _rejection(source: str, value: Any, reason: str) -> Rejected:
+    text = (value if isinstance(value, str) else repr(value))[:SHOWN_CHARACTERS]
+    return Rejected(one_line(source), text.encode("utf-8", "replace").decode(), one_line(reason))

@@ -1,0 +1,286 @@
+"""What a run would take: hours, money, bytes and requests. From measured commits where there are any, else from a table.
+
+Knows nothing about Prefect. Every number says where it comes from; where nothing is known it is None, never a guess.
+
+What it leaves out: loading of models, start of workers, retries, and reads (a stage reads its upstream objects once).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from resmaster_stages.config.dataset import DatasetConfig, Stage
+from resmaster_stages.dataset.commit import Receipt, committed_shards, read_commits
+from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.diffusion.views import patch_grid
+from resmaster_stages.errors import UserError
+from resmaster_stages.models.geometry import latent_factor, native_px
+from resmaster_stages.models.identity import PICTUREBOOK
+from resmaster_stages.planning.preview import Preview, StagePreview
+from resmaster_stages.planning.workload import UnetWork, stage_work
+from resmaster_stages.runner.quarantine import SLOW_SECONDS
+from resmaster_stages.runner.resume import SPILLED
+from resmaster_stages.storage.filesystem import open_root
+
+MEASURED_COMMITS = 100
+"""So many commits of a stage, the last by shard number, are read for its speed."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one device takes for the UNet of a model."""
+
+    device: str
+    source: str
+    """Where the numbers come from."""
+    row: tuple[tuple[float, float], ...]
+    """Two or more (area in native views, seconds of one row of that area), by area; between and beyond, power laws."""
+
+    def unet(self, work: Sequence[UnetWork]) -> float:
+        """Seconds of `work`."""
+        return sum(each.rows * self.row_seconds(each.area) for each in work)
+
+    def row_seconds(self, area: float) -> float:
+        """Seconds of one row of `area` native views."""
+        pairs = list(zip(self.row, self.row[1:]))
+        (x0, y0), (x1, y1) = next((pair for pair in pairs if area <= pair[1][0]), pairs[-1])
+        return float(y0 * (area / x0) ** (math.log(y1 / y0) / math.log(x1 / x0)))
+
+
+PICTUREBOOK_RATES = Rates(
+    device="two shared CPU cores",
+    source="measured by this project: one run of deployments/datasets/picturebook.yaml, 16 samples, canvases taken as linear",
+    row=((1.0, 0.011), (16.0, 16 * 0.011)),
+)
+CAPTION_SECONDS = 0.008
+"""Of a patch, by picturebook's captioner; same run."""
+CHECK_SECONDS = 0.0027
+"""Of a patch's caption, by picturebook's CLIP: a third of what the caption takes, measured one after the other."""
+QUALITY_SECONDS = 0.75
+"""Per megapixel, with picturebook's CLIP; same run."""
+SDXL_RATES = Rates(
+    device="one A100 or A800",
+    source="estimate: 0.122 s per guided native view, 0.78 s per guided canvas of 2048 px and 6.55 s of 4096 px, calibrated on the "
+    "times that the FreeScale paper reports on an A800 (DemoFusion 86.5 s and 683 s, direct 5.46 min); UNet only",
+    row=((1.0, 0.061), (4.0, 0.39), (16.0, 3.275)),
+)
+SDXL_NATIVE_PX = 1024
+
+BYTES_PER_PIXEL = {"webp": 0.15, "png": 0.85, "lossless webp": 1.0}
+BYTES_SOURCE = (
+    "measured on 13 photographs (Debian's lomiri-wallpapers-16.04, 2048 px, WebP of quality 95; low-res 512 px without loss); "
+    "busy pictures take several times as much"
+)
+ROW_BYTES = {"captions": 48, "quality": 1200}
+"""Parquet bytes per patch and per sample, measured on picturebook in shards of four."""
+
+PART_BYTES = 50 * 2**20
+"""Objects of twice this size or more go up in parts of this size (s3fs)."""
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """What is left of one stage. `seconds` are those of one device; None where nothing is known."""
+
+    stage: Stage
+    shards: int
+    samples: int
+    seconds_per_sample: float | None
+    seconds: float | None
+    seconds_source: str
+    bytes: float
+    bytes_source: str
+    requests: int
+    """Writes to the store, at most: objects (in parts, if they are large), commit records, and the passing files by which a
+    killed run goes on where it was."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would take."""
+
+    stages: tuple[StageEstimate, ...]
+    workers: int
+    price: float | None
+    """Of a worker's hour, in any currency."""
+    shards: int
+    """Shards with work left in some stage."""
+
+    @property
+    def unknown(self) -> tuple[Stage, ...]:
+        """Stages with work left whose time is not known."""
+        return tuple(stage.stage for stage in self.stages if stage.seconds is None)
+
+    @property
+    def device_hours(self) -> float:
+        """Hours of one device for all stages whose time is known."""
+        return sum(stage.seconds or 0.0 for stage in self.stages) / 3600
+
+    @property
+    def cost(self) -> float | None:
+        """Hours times price."""
+        return None if self.price is None else self.device_hours * self.price
+
+    @property
+    def bytes(self) -> float:
+        """Bytes written."""
+        return sum(stage.bytes for stage in self.stages)
+
+    @property
+    def requests(self) -> int:
+        """Writes to the store."""
+        return sum(stage.requests for stage in self.stages)
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds until all workers are done: a shard is never split, so the last round may be ragged."""
+        if not self.shards:
+            return 0.0
+        rounds = math.ceil(self.shards / self.workers)
+        return rounds * self.device_hours * 3600 / self.shards
+
+
+def estimate(look: Preview, *, workers: int = 1, price: float | None = None) -> Estimate:
+    """What is left to do of `look`, by one device per worker. Raises UserError for numbers that make no sense."""
+    if workers < 1:
+        raise UserError(f"--workers {workers}: give a number of at least 1")
+    if price is not None and not (math.isfinite(price) and price >= 0):
+        raise UserError(f"--price {price}: give the price of one worker's hour, such as 2.5")
+    hashes = stage_hashes(look.config)
+    stages = tuple(_stage(look, stage, hashes[stage.stage]) for stage in look.stages)
+    return Estimate(stages, workers, price, max((stage.shards for stage in stages), default=0))
+
+
+def _stage(look: Preview, todo: StagePreview, own_hash: str) -> StageEstimate:
+    measured = _measured(look, todo.stage, own_hash)
+    if measured:
+        device, receipts = measured
+        tried = sum(receipt.samples_ok + receipt.samples_failed for receipt in receipts)
+        seconds: float | None = sum(receipt.seconds for receipt in receipts) / tried
+        source = f"measured: {len(receipts)} commits of this stage on {device}"
+        good = max(1, sum(receipt.samples_ok for receipt in receipts))
+        size = sum(stored.bytes for receipt in receipts for stored in receipt.objects) / good
+        size_source = source
+    else:
+        seconds, source = _from_table(look, todo.stage)
+        size, size_source = _size_from_table(look, todo.stage), BYTES_SOURCE
+    total = todo.samples_pending * size
+    return StageEstimate(
+        stage=todo.stage,
+        shards=todo.shards_pending,
+        samples=todo.samples_pending,
+        seconds_per_sample=seconds,
+        seconds=0.0 if not todo.samples_pending else None if seconds is None else seconds * todo.samples_pending,
+        seconds_source=source,
+        bytes=total,
+        bytes_source=size_source,
+        requests=_requests(look.config, todo, total, seconds),
+    )
+
+
+def _measured(look: Preview, stage: Stage, own_hash: str) -> tuple[str, list[Receipt]] | None:
+    """The commonest device of the stage's last commits, and those of them that it made."""
+    if not look.exists:
+        return None
+    folder = open_root(look.config.root).sub(look.config.name)
+    shards = committed_shards(folder, stage, own_hash)[-MEASURED_COMMITS:]
+    receipts = [
+        receipt
+        for receipt in read_commits(folder, stage, own_hash, shards).values()
+        if receipt.samples_ok + receipt.samples_failed
+    ]
+    devices = Counter(_device(receipt) for receipt in receipts)
+    if not devices:
+        return None
+    device = devices.most_common(1)[0][0]
+    return device, [receipt for receipt in receipts if _device(receipt) == device]
+
+
+def _device(receipt: Receipt) -> str:
+    return str(receipt.provenance.get("gpu", "a CPU"))
+
+
+def _rates(config: DatasetConfig) -> Rates | None:
+    if config.model.id == PICTUREBOOK:
+        return PICTUREBOOK_RATES
+    return SDXL_RATES if native_px(config.model) == SDXL_NATIVE_PX else None
+
+
+def _from_table(look: Preview, stage: Stage) -> tuple[float | None, str]:
+    """Seconds per sample of a stage by the table, and where they come from."""
+    config, (height, width) = look.config, look.typical_px
+    rates = _rates(config)
+    nothing = "not known; build a few shards first (--limit N), then estimate again"
+    if rates is None:
+        return None, nothing
+    source = f"{rates.source}; on {rates.device}"
+    measured = f"{PICTUREBOOK_RATES.source}; on {PICTUREBOOK_RATES.device}"
+    native, factor = native_px(config.model), latent_factor(config.model)
+    work = stage_work(config, height, width, native, factor)
+    if work.get(stage):
+        return rates.unet(work[stage]), source
+    if stage == "low_res":
+        return 0.0, "your own images: copied"
+    if stage == "high_res":
+        return None, nothing
+    if stage == "captions":
+        if config.captions.source == "prompt":
+            return 0.0, "the prompt is every patch's caption"
+        judge = config.caption_clip()
+        known = config.captions.source == "model" and config.captions.model == PICTUREBOOK
+        if not known or (judge and judge[0] != PICTUREBOOK):
+            return None, nothing
+        each = CAPTION_SECONDS + (CHECK_SECONDS if judge else 0.0)
+        return each * _patches(config, height, width), measured
+    known = config.quality.clip == PICTUREBOOK and config.quality.features in ("none", "picturebook")
+    return (QUALITY_SECONDS * _megapixels(look), measured) if known else (None, nothing)
+
+
+def _patches(config: DatasetConfig, height: int, width: int) -> int:
+    scale, native = config.upscale.passes()[0].scale, native_px(config.model)
+    target = round(height * scale), round(width * scale)
+    factor, stride = latent_factor(config.model), config.upscale.stride
+    return len(patch_grid(config.captions, *target, native_px=native, stride=stride, factor=factor))
+
+
+def _megapixels(look: Preview) -> float:
+    """Of the high-res picture."""
+    height, width = look.typical_px
+    return height * width * look.config.upscale.scale**2 / 1e6
+
+
+def _size_from_table(look: Preview, stage: Stage) -> float:
+    """Bytes per sample of a stage by the table."""
+    config, (height, width) = look.config, look.typical_px
+    if stage == "captions":
+        return ROW_BYTES[stage] * _patches(config, height, width)
+    if stage == "quality":
+        return ROW_BYTES[stage]
+    if stage == "low_res":
+        return height * width * BYTES_PER_PIXEL["png" if config.image_format == "png" else "lossless webp"]
+    lossless = config.image_format == "webp" and config.webp_quality == 100
+    return _megapixels(look) * 1e6 * BYTES_PER_PIXEL["lossless webp" if lossless else config.image_format]
+
+
+def _requests(config: DatasetConfig, todo: StagePreview, total: float, seconds: float | None) -> int:
+    """Writes of `total` bytes, at most. `seconds`: of a sample; unknown counts as slow.
+
+    Per shard an object (in parts, if it is large), its features if there are any, a commit record and two breadcrumbs; per
+    sample a breadcrumb where samples are slow, and a spilled copy where a shard takes long.
+    """
+    if not todo.shards_pending:
+        return 0
+    per_shard = _uploads(total / todo.shards_pending) + 1 + 2
+    per_shard += todo.stage == "quality" and config.quality.features != "none"
+    slow = math.inf if seconds is None else seconds
+    long = config.spill_seconds is not None and slow * config.samples_per_shard >= config.spill_seconds
+    per_sample = (slow >= SLOW_SECONDS) + (long and todo.stage in SPILLED)
+    return todo.shards_pending * per_shard + todo.samples_pending * per_sample
+
+
+def _uploads(size: float) -> int:
+    """Requests that upload one object: one, or beginning, parts and end."""
+    return 1 if size < 2 * PART_BYTES else 2 + math.ceil(size / PART_BYTES)

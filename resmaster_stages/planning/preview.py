@@ -1,0 +1,154 @@
+"""What a run would do, found out without writing anything. Loads no model, only its JSON files.
+
+Everything that can be wrong with the input is found here: `plan` prints the answer, `run` asks before it starts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from resmaster_stages.config.dataset import DatasetConfig, Stage
+from resmaster_stages.dataset.commit import committed_shards
+from resmaster_stages.dataset.dataset import find_dataset
+from resmaster_stages.dataset.plan import Plan, find_plan
+from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.errors import ConfigError, UserError
+from resmaster_stages.models.geometry import latent_factor, native_px
+from resmaster_stages.planning.drafts import DraftReader
+from resmaster_stages.storage.digests import DigestSet
+from resmaster_stages.storage.filesystem import Folder, open_root
+
+
+@dataclass(frozen=True)
+class StagePreview:
+    """What one stage has to do."""
+
+    stage: Stage
+    shards_pending: int
+    shards_committed: int
+    samples_pending: int
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a run would do."""
+
+    config: DatasetConfig
+    url: str
+    """Where the dataset is or will be."""
+    exists: bool
+    """Whether there is a dataset already."""
+    samples: int
+    """Samples planned after the run."""
+    new_samples: int
+    """Of these, samples that are not in the plan yet."""
+    shards: int
+    duplicates: int
+    """Inputs that are equal to an earlier one."""
+    rejected: tuple[str, ...]
+    """Inputs that cannot be used: place, reason, text."""
+    size: str
+    """Low-res and high-res size."""
+    typical_px: tuple[int, int]
+    """Low-res (height, width) of the sample in the middle, by area."""
+    stages: tuple[StagePreview, ...]
+
+    def headline(self) -> str:
+        """The preview in one line."""
+        notes = [f"{self.config.upscale.method}, {self.size}"]
+        if self.exists:
+            notes.append(f"continues, {self.new_samples} new" if self.new_samples else "continues")
+        if self.duplicates:
+            notes.append(f"{self.duplicates} duplicates left out")
+        if self.rejected:
+            notes.append(f"{len(self.rejected)} rejected")
+        return f"{self.config.name}: {self.samples} samples in {self.shards} shards ({'; '.join(notes)}) at {self.url}"
+
+    def pending_samples(self) -> dict[Stage, int]:
+        """Stage -> samples still to do."""
+        return {stage.stage: stage.samples_pending for stage in self.stages}
+
+
+def check_sizes(config: DatasetConfig) -> tuple[int, int]:
+    """Low-res (height, width) in px of generated images. Raises ConfigError if a size does not fit the latent grid."""
+    factor, native = latent_factor(config.model), native_px(config.model)
+    sizes = {"height": config.low_res.height or native, "width": config.low_res.width or native}
+    for name, size in sizes.items():
+        if size % factor:
+            below = size // factor * factor
+            raise ConfigError(f"low_res.{name}: {size} px is no multiple of {factor}; use {below} or {below + factor}")
+        target = size * config.upscale.scale
+        if abs(target - round(target / factor) * factor) > 1e-6:  # 88 x 2.909... px may miss 256 px by a rounding error
+            below = int(target // factor) * factor
+            raise ConfigError(
+                f"upscale.scale: {config.upscale.scale:g} x {size} px = {target:g} px, no multiple of {factor}; "
+                f"use a scale of {below / size:g} or {(below + factor) / size:g}"
+            )
+    return sizes["height"], sizes["width"]
+
+
+def check_root(root: Folder) -> None:
+    """Refuse a local root that cannot be written, without creating it. Raises UserError."""
+    if not root.local:
+        return
+    parent = Path(root.path)
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{root.path}: cannot be written ({parent} does not allow it); choose another root")
+
+
+def preview(config: DatasetConfig) -> Preview:
+    """What a run of `config` would do. Raises UserError for everything that is wrong with the input."""
+    root = open_root(config.root)
+    check_root(root)
+    if config.images:
+        latent_factor(config.model)
+        size = f"your images x {config.upscale.scale:g}"
+    else:
+        height, width = check_sizes(config)
+        scale = config.upscale.scale
+        size = f"{width} x {height} px to {round(width * scale)} x {round(height * scale)} px"
+    if config.quality.features == "inception":
+        from resmaster_stages.metrics.features import inception_weights
+
+        inception_weights()
+    dataset = find_dataset(config)
+    folder = root.sub(config.name)
+    plan = find_plan(folder) if dataset else Plan(folder, ())
+    draft, known = DraftReader(config), DigestSet(map(bytes.fromhex, plan.keys()))
+    sizes, new = Counter[tuple[int, int]](), 0
+    for sample in draft:
+        sizes[sample.height, sample.width] += 1
+        new += bytes.fromhex(sample.key) not in known
+    shards = plan.shards + -(-new // config.samples_per_shard)
+
+    stages = []
+    for stage, own_hash in stage_hashes(config).items():
+        committed = committed_shards(folder, stage, own_hash) if dataset else []
+        done = sum(plan.size(shard) for shard in committed)
+        stages.append(StagePreview(stage, shards - len(committed), len(committed), plan.samples + new - done))
+    return Preview(
+        config=config,
+        url=folder.url,
+        exists=dataset is not None,
+        samples=plan.samples + new,
+        new_samples=new,
+        shards=shards,
+        duplicates=draft.duplicates,
+        rejected=tuple(str(item) for item in draft.rejected),
+        size=size,
+        typical_px=_middle(sizes),
+        stages=tuple(stages),
+    )
+
+
+def _middle(sizes: Counter[tuple[int, int]]) -> tuple[int, int]:
+    """(height, width) of the sample in the middle, by area, of as many of each size."""
+    ordered = sorted(sizes, key=lambda size: size[0] * size[1])
+    ends = accumulate(sizes[size] for size in ordered)
+    return next(size for size, end in zip(ordered, ends) if end > sizes.total() // 2)

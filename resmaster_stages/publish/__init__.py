@@ -1,0 +1,1 @@
+"""What readers get: manifest, card, report, contact sheets."""

@@ -1,0 +1,57 @@
+"""Makes the objects of a commit again that are damaged, and puts them back if every byte is as recorded."""
+
+from __future__ import annotations
+
+from resmaster_stages.dataset.chain import Chain
+from resmaster_stages.dataset.commit import Receipt, StoredObject, is_whole
+from resmaster_stages.dataset.dataset import Dataset
+from resmaster_stages.dataset.ledger import encode_failures, first_errors, ledger_is_whole
+from resmaster_stages.errors import ShardError
+from resmaster_stages.runner.attempt import Work, computed
+from resmaster_stages.storage.filesystem import sha256_of
+
+
+def mend(work: Work, chain: Chain, receipt: Receipt) -> None:
+    """Compute a commit again and put back, under their old names, those of its objects that are not as recorded.
+
+    Raises ShardError, and puts nothing back, if what comes out differs from the record.
+    """
+    folder, stage, shard = work.dataset.folder, work.stage, work.shard
+    broken = {stored.name for stored in receipt.objects if not is_whole(folder, stored)}
+    ledger_lost = receipt.ledger is not None and not ledger_is_whole(folder, receipt.ledger)
+    if not broken and not ledger_lost:
+        return
+    lost = {key for before in chain.before(stage)[-1:] for key in chain.lost(before)}
+    planned = {sample.key for sample in work.plan.read(shard)}
+    failed = set(receipt.failed_keys)
+    keys = set(receipt.keys) if receipt.supplement else planned - lost - failed
+    if ledger_lost:  # only then does it matter how the others failed
+        keys |= failed
+    with computed(work, chain, keys, receipt.supplement, receipt.attempt) as made:
+        if {key for key, _ in made.failures} != keys & failed:
+            raise ShardError(
+                f"{stage} of shard {shard:06d}: other samples fail now than when it was committed; nothing was put back\n"
+                f"{first_errors(made.failures)}"
+            )
+        files = dict(made.files)
+        for stored in receipt.objects:
+            if stored.name in broken and (stored.name not in files or sha256_of(files[stored.name]) != stored.sha256):
+                raise ShardError(_differs(work.dataset, receipt, stored))
+        for name in sorted(broken):
+            folder.upload(name, files[name])
+        if ledger_lost and receipt.ledger:
+            folder.write(
+                receipt.ledger,
+                encode_failures(folder, stage, receipt.stage_hash, shard, receipt.attempt, made.failures),
+            )
+
+
+def _differs(dataset: Dataset, receipt: Receipt, stored: StoredObject) -> str:
+    facts = receipt.provenance
+    where = facts.get("gpu") or facts.get("host") or "another machine"
+    torch = facts.get("versions", {}).get("torch", "of an unknown version")
+    return (
+        f"{stored.name} came out with other bytes than its commit recorded ({where}, torch {torch}); nothing was put back. "
+        f"Repair it on such a machine, or accept new bytes for these shards and all that was made from them with: "
+        f"resmaster repair {dataset.url} --replace"
+    )

@@ -1,0 +1,93 @@
+"""Keeps finished samples of a shard that is not committed yet, so that a killed run goes on where it was.
+
+A spilled sample is one file in the dataset's `cache/`: sha256 of the rest, a line of JSON, the sample's files one after the
+other. It is read back as the very Output that the stage gave, so the shard's bytes are the same.
+
+Invariants:
+- A spill that is torn, damaged or of another configuration does not exist: the sample is computed again.
+- Nothing reads spills but the driver, before it computes; they are gone when the shard is committed.
+- Finished samples wait until `seconds` of work are at stake, then go together: a shard of quick samples writes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+from resmaster_stages.config.dataset import Stage
+from resmaster_stages.dataset import layout
+from resmaster_stages.dataset.sample import Output
+from resmaster_stages.keys import canonical_json
+from resmaster_stages.storage.filesystem import Folder
+
+SPILLED: tuple[Stage, ...] = ("low_res", "captions", "high_res")
+"""Quality is quick, and its flags depend on the samples before."""
+
+
+def encode(output: Output, stage_hash: str) -> bytes:
+    """A good Output as a file. Its rows must be plain JSON values."""
+    sizes = {extension: len(data) for extension, data in output.files.items()}
+    head = {"key": output.key, "stage_hash": stage_hash, "files": list(sizes.items()), "rows": output.rows}
+    body = b"\n".join([canonical_json(head).encode(), b"".join(output.files.values())])
+    return hashlib.sha256(body).hexdigest().encode() + body
+
+
+def decode(data: bytes, stage_hash: str) -> Output | None:
+    """The inverse of `encode`; None for anything else."""
+    checksum, body = data[:64], data[64:]
+    if hashlib.sha256(body).hexdigest().encode() != checksum:
+        return None
+    line, _, content = body.partition(b"\n")
+    head = json.loads(line)
+    if head["stage_hash"] != stage_hash:
+        return None
+    files, start = {}, 0
+    for extension, size in head["files"]:
+        files[extension] = content[start : start + size]
+        start += size
+    return Output(key=head["key"], files=files, rows=head["rows"])
+
+
+class Spill:
+    """The spilled samples of one stage of one shard. `seconds` None: none are written, none are read."""
+
+    def __init__(self, folder: Folder, stage: Stage, stage_hash: str, shard: int, seconds: float | None) -> None:
+        self.folder, self.stage_hash = folder, stage_hash
+        self._place = layout.spill_folder(stage, stage_hash, shard)
+        self._seconds = seconds if stage in SPILLED else None
+        self._waiting: dict[str, bytes] = {}
+        self._since = time.monotonic()
+        self._used = False
+
+    def read(self, keys: Sequence[str]) -> dict[str, Output]:
+        """Those of `keys` that were finished by an earlier run."""
+        if self._seconds is None:
+            return {}
+        wanted = {layout.spill(self._place, key): key for key in keys}
+        found = self.folder.read_many([name for name in self.folder.names(self._place) if name in wanted])
+        self._used = bool(found)
+        outputs = {wanted[name]: decode(data, self.stage_hash) for name, data in found.items()}
+        self._since = time.monotonic()
+        return {key: output for key, output in outputs.items() if output is not None and output.key == key}
+
+    def keep(self, output: Output) -> None:
+        """Note a finished sample; `flush` writes it."""
+        if self._seconds is not None and output.error is None and not output.arrays:
+            self._waiting[layout.spill(self._place, output.key)] = encode(output, self.stage_hash)
+
+    def flush(self) -> None:
+        """Write the samples that wait, if they took `seconds` or more."""
+        if self._waiting and self._seconds is not None and time.monotonic() - self._since >= self._seconds:
+            self._used = True
+            self.folder.write_many(self._waiting)
+            self._waiting = {}
+            self._since = time.monotonic()
+
+    def drop(self) -> None:
+        """Delete all of them: the shard is committed. What cannot be deleted is never read again."""
+        if self._used:
+            with suppress(OSError):
+                self.folder.remove_all(self._place)

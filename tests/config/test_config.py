@@ -1,0 +1,285 @@
+"""Configurations: what is refused and how; what is in a stage's identity and what is not."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from resmaster_stages.config.dataset import STAGES, DatasetConfig
+from resmaster_stages.config.load import load_config, parse_config
+from resmaster_stages.config.methods import (
+    METHOD_PRESETS,
+    METHODS,
+    PRESETS,
+    STRUCTURE_PRESETS,
+    UpscaleConfig,
+    with_method,
+)
+from resmaster_stages.dataset.stages import stage_hash
+from resmaster_stages.errors import ConfigError
+from resmaster_stages.models.identity import Weights
+from tests.checkout import ROOT
+
+WEIGHTS = Weights("model", "captioner", "clip")
+DATASETS = sorted((ROOT / "deployments" / "datasets").glob("*.yaml"))
+
+
+def config(**values: object) -> DatasetConfig:
+    return parse_config({"name": "test", **values})
+
+
+def hashes(some: DatasetConfig) -> dict[str, str]:
+    return {stage: stage_hash(some, stage, WEIGHTS) for stage in STAGES}
+
+
+@pytest.mark.parametrize("path", DATASETS, ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    loaded = load_config(path)
+    assert loaded.name == path.stem
+    assert Path(loaded.prompts or "").is_absolute()
+
+
+def test_the_configurations_that_are_shipped() -> None:
+    assert {path.stem for path in DATASETS} == {"picturebook", "picturebook-evaluation", "sdxl-2k", "sdxl-4k"}
+
+
+@pytest.mark.parametrize(
+    ("values", "culprit", "advice"),
+    [
+        ({"upscal": {}}, "'upscal'", "known here"),
+        ({"upscale": {"methd": "direct"}}, "'upscale.methd'", "method"),
+        ({"upscale": {"method": "magic"}}, "'magic'", "resmaster"),
+        ({"upscale": {"scale": 0.5}}, "upscale.scale", "greater than or equal to 1"),
+        ({"upscale": {"structure": {"preset": "nope"}}}, "'nope'", "paper"),
+        ({"upscale": {"structure": {"start": 0.5, "stop": 0.5}}}, "upscale.structure", "greater than start"),
+        ({"model": {"dtype": "int4"}}, "model.dtype", "float32"),
+        ({"name": "../etc"}, "name", "letters"),
+        ({"prompts": "a", "images": "b"}, "prompts or images", "not both"),
+        ({"captions": {"check": {"margin": -1}}}, "captions.check.margin", "greater than or equal to 0"),
+        ({"captions": {"check": {"clip_revision": "1"}}}, "captions.check", "needs a model in clip"),
+        ({"samples_per_shard": 0}, "samples_per_shard", "greater than or equal to 1"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(values: dict, culprit: str, advice: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"name": "test", **values}, "my.yaml")
+    message = str(caught.value)
+    assert message.startswith("my.yaml: ")
+    assert "\n" not in message
+    assert culprit in message
+    assert advice in message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"name: [", "not valid YAML"),
+        (b"- a\n- b", "expected a mapping"),
+        (b"", "expected a mapping"),
+        (b"\xff\xfe\x00binary", "not a text file"),
+    ],
+)
+def test_a_broken_file_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="is a folder"):
+        load_config(tmp_path)
+
+
+def test_paths_in_a_file_are_relative_to_it(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("name: a\nprompts: lists/p.txt\n")
+    assert load_config(tmp_path / "c.yaml").prompts == str(tmp_path / "lists" / "p.txt")
+    overridden = load_config(tmp_path / "c.yaml", images="/somewhere", limit=None)
+    assert (overridden.prompts, overridden.images, overridden.limit) == (None, "/somewhere", None)
+
+
+def test_operational_fields_are_not_identity() -> None:
+    base = config()
+    same = config(
+        root="s3://elsewhere/x",
+        limit=3,
+        model={"device": "cuda", "offload": "model"},
+        low_res={"batch_size": 1},
+        captions={"batch_size": 1},
+        upscale={"view_batch": 1},
+        quality={"device": "cpu"},
+    )
+    assert hashes(base) == hashes(same)
+
+
+@pytest.mark.parametrize(
+    ("change", "changed"),
+    [
+        ({"seed": 1}, {"low_res", "captions", "high_res", "quality"}),
+        ({"low_res": {"steps": 7}}, {"low_res", "captions", "high_res", "quality"}),
+        ({"captions": {"instruction": "say it"}}, {"captions", "high_res", "quality"}),
+        ({"captions": {"check": {"margin": 9}}}, {"captions", "high_res", "quality"}),
+        ({"upscale": {"steps": 7}}, {"high_res", "quality"}),
+        ({"upscale": {"scale": 2.0}}, {"captions", "high_res", "quality"}),
+        ({"quality": {"max_seam": 9.0}}, {"quality"}),
+    ],
+)
+def test_a_change_reaches_its_stage_and_what_depends_on_it_only(change: dict, changed: set[str]) -> None:
+    before, after = hashes(config()), hashes(config(**change))
+    assert {stage for stage in STAGES if before[stage] != after[stage]} == changed
+
+
+def test_weights_are_identity() -> None:
+    changes = {
+        "model": {"low_res", "captions", "high_res", "quality"},
+        "captioner": {"captions", "high_res", "quality"},
+        "clip": {"quality"},
+        "caption_check": {"captions", "high_res", "quality"},
+    }
+    before = hashes(config())
+    for name, changed in changes.items():
+        other = replace(WEIGHTS, **{name: "other"})
+        assert {stage for stage in STAGES if stage_hash(config(), stage, other) != before[stage]} == changed
+
+
+def test_captions_are_skipped_where_nothing_reads_them() -> None:
+    assert "captions" in config().stages()
+    without = config(upscale={"text_prompt": {"enabled": False}})
+    assert "captions" not in without.stages()
+    other_captions = config(upscale={"text_prompt": {"enabled": False}}, captions={"instruction": "say it"})
+    assert hashes(without)["high_res"] == hashes(other_captions)["high_res"]
+
+
+def test_presets_expand_and_explicit_fields_win() -> None:
+    for name, values in STRUCTURE_PRESETS.items():
+        structure = config(upscale={"structure": {"preset": name}}).upscale.structure
+        assert values.items() <= structure.model_dump().items()
+    mixed = config(upscale={"structure": {"preset": "paper", "cutoff": 0.3}}).upscale.structure
+    assert (mixed.cutoff, mixed.cutoff_units) == (0.3, "hr_nyquist")
+
+
+def test_every_field_says_what_it_is() -> None:
+    def undocumented(schema: dict) -> list[str]:
+        parts = {"DatasetConfig": schema, **schema.get("$defs", {})}
+        return [
+            f"{part}.{name}"
+            for part, body in parts.items()
+            for name, field in body.get("properties", {}).items()
+            if not field.get("description")
+        ]
+
+    assert undocumented(DatasetConfig.model_json_schema()) == []
+
+
+def test_a_configuration_survives_its_own_json() -> None:
+    some = config(upscale={"structure": {"preset": "paper_decay"}})
+    assert parse_config(some.model_dump(mode="json")) == some
+
+
+def test_hashes_of_older_datasets_stand() -> None:
+    """Known digests: a new method's settings are no part of the identity of the others."""
+    weights = Weights("m", "c", "q")
+    for upscale, expected in (
+        ({"preset": "exact"}, "fec8e16efb1702b1"),
+        ({"method": "direct"}, "b719143f0abd3723"),
+        ({"method": "multidiffusion", "scale": 2.0}, "85c64e0097740a93"),
+    ):
+        unchecked = config(upscale=upscale, captions={"check": {"enabled": False}})
+        assert stage_hash(unchecked, "high_res", weights).startswith(expected)
+
+
+def test_the_check_of_captions_is_their_identity_where_there_is_one() -> None:
+    def captions_hash(**values: object) -> str:
+        return hashes(config(**values))["captions"]
+
+    off = captions_hash(captions={"check": {"enabled": False}})
+    assert captions_hash() != off
+    assert captions_hash(quality={"clip": None}) == off, "no model, no check"
+    assert captions_hash(captions={"check": {"margin": 5}}) != captions_hash()
+    assert captions_hash(captions={"check": {"clip": "picturebook"}}) == captions_hash(), (
+        "what quality.clip names anyway"
+    )
+    assert captions_hash(quality={"clip": "a/b"}) != captions_hash()
+    assert captions_hash(quality={"clip": "a/b"}) != captions_hash(quality={"clip": "a/b", "clip_revision": "1"})
+    own = {"check": {"clip": "c/d", "clip_revision": "2"}}
+    assert captions_hash(captions=own, quality={"clip": "a/b"}) == captions_hash(captions=own, quality={"clip": None})
+    assert captions_hash(captions=own) != captions_hash(captions={"check": {"clip": "c/d"}})
+    prompts = [captions_hash(captions={"source": "prompt", "check": {"margin": margin}}) for margin in (1, 2)]
+    assert prompts[0] == prompts[1], "a prompt is not checked"
+    unread = [hashes(config(captions={"check": {"enabled": False, "margin": margin}})) for margin in (1, 2)]
+    assert unread[0] == unread[1]
+
+
+def test_what_a_method_does_not_read_is_neither_its_identity_nor_stored() -> None:
+    for method, values in (
+        ("direct", {"structure": {"cutoff": 0.1}, "image_prompt": {"scale": 0.1}, "text_prompt": {"enabled": False}}),
+        ("c_upscale", {"image_prompt": {"scale": 0.1}}),
+    ):
+        plain, other = (config(upscale={"method": method, **some}) for some in ({}, values))
+        assert hashes(plain)["high_res"] == hashes(other)["high_res"]
+    assert hashes(config())["high_res"] != hashes(config(upscale={"structure": {"cutoff": 0.1}}))["high_res"]
+    stored = config(upscale={"method": "demofusion"}).model_dump(mode="json")["upscale"]
+    assert "demofusion" in stored
+    assert not {"freescale", "scalecrafter"} & stored.keys()
+
+
+def test_a_methods_own_part_is_its_identity_alone() -> None:
+    other = {"demofusion": {"sigma": 0.5}}
+    with pytest.raises(ConfigError, match="method resmaster does not read"):
+        config(upscale=other)
+    assert "demofusion" not in config().upscale.identity()
+    base, changed = (config(upscale={"method": "demofusion", **values}) for values in ({}, other))
+    assert hashes(base)["high_res"] != hashes(changed)["high_res"]
+
+
+def test_method_presets_expand_and_explicit_fields_win() -> None:
+    faithful = config(upscale={"method": "demofusion", "preset": "faithful", "demofusion": {"start": 0.2}}).upscale
+    assert (faithful.demofusion.start, faithful.demofusion.jitter, faithful.stepper) == (0.2, "zeros", "ddim_keep")
+    assert parse_config(config(upscale=faithful.model_dump()).model_dump(mode="json")).upscale == faithful
+    for method, presets in METHOD_PRESETS.items():
+        assert "default" in presets
+        assert set(presets) <= set(PRESETS) == {"default", "faithful", "exact"}
+        for name in presets:
+            config(upscale={"method": method, "preset": name})
+    with pytest.raises(ConfigError, match="unknown preset 'best'; known: default, faithful"):
+        config(upscale={"method": "demofusion", "preset": "best"})
+
+
+def test_another_method_gets_what_was_set_but_not_what_resmasters_preset_set() -> None:
+    upscale = UpscaleConfig.model_validate({"steps": 16, "shift_stop": 0.7, "guidance_scale": 4.0})
+    values = upscale.model_dump(mode="json", exclude_unset=True)
+    assert with_method(values, "direct") == {"method": "direct", "steps": 16, "guidance_scale": 4.0}
+    assert UpscaleConfig.model_validate(with_method(values, "resmaster")) == upscale
+    for method in METHODS:
+        UpscaleConfig.model_validate(with_method(values, method))
+    still = UpscaleConfig.model_validate({"shift": "none"}).model_dump(mode="json", exclude_unset=True)
+    assert with_method(still, "direct") == {"method": "direct", "shift": "none"}
+    exact = UpscaleConfig.model_validate({"preset": "exact", "steps": 16}).model_dump(mode="json", exclude_unset=True)
+    assert exact == {"preset": "exact", "steps": 16}
+    assert with_method(exact, "direct") == {"method": "direct", "steps": 16}
+    assert with_method(exact, "resmaster") == exact
+    free = {"method": "freescale", "preset": "faithful", "freescale": {"alpha": 2.0}}
+    assert with_method(free, "demofusion") == {"method": "demofusion", "preset": "faithful"}
+    spelled = {"stepper": "posterior", "steps": 9}
+    assert with_method(spelled, "direct") == {**spelled, "method": "direct"}
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"preset": "exact"}, {"preset": "faithful", "steps": 7}, {"shift": "none"}], ids=str
+)
+def test_what_was_given_is_all_that_is_set(given: dict[str, object]) -> None:
+    made = UpscaleConfig.model_validate(given)
+    assert made.model_fields_set == given.keys()
+    for again in (made.model_dump(exclude_unset=True), made.model_dump(), made.model_dump(mode="json")):
+        assert UpscaleConfig.model_validate(again) == made
+    assert "preset" not in made.identity()
+
+
+def test_what_a_preset_sets_goes_where_the_user_turned_off_what_it_hangs_on() -> None:
+    still = UpscaleConfig.model_validate({"shift": "none"})
+    assert (still.shift_stride, still.shift_stop, still.start) == (None, 1.0, 0.3)
+    noise = UpscaleConfig.model_validate({"init": "noise"})
+    assert (noise.start, noise.shift) == (0.0, "every_step")

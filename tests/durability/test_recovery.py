@@ -1,0 +1,134 @@
+"""A build that is killed at any moment and run again ends as if nothing had happened. Real CLI, real model, real kills."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+PROMPTS = ["a red house on a green meadow", "a blue balloon in the sky", "a green tree in the snow"]
+
+
+def write_config(folder: Path, **values: object) -> Path:
+    """A tiny picturebook dataset: 3 prompts in 2 shards, 128 -> 192 px in 3 steps."""
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    path = folder / "tiny.yaml"
+    config = {
+        "name": "tiny",
+        "prompts": "prompts.txt",
+        "samples_per_shard": 2,
+        "image_format": "png",
+        "low_res": {"steps": 3},
+        "captions": {"max_new_tokens": 8},
+        "upscale": {"scale": 1.5, "steps": 3, "micro_conditioning": "native", "negative_prompt": ""},
+        **values,
+    }
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def start(config: Path, root: Path, *extra: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "resmaster_flows.cli.main", "run", str(config), "--root", str(root), *extra],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=170)
+    assert process.returncode == 0, err
+    return out + err
+
+
+def receipts(root: Path) -> dict[tuple[str, str], dict]:
+    """(stage, shard) -> commit record."""
+    found = {}
+    for path in sorted((root / "tiny" / "commits").glob("*/*.json")):
+        record = json.loads(path.read_text())
+        found[record["stage"], path.stem] = record
+    return found
+
+
+def contents(root: Path) -> dict[tuple[str, str], str]:
+    """(stage, shard) -> sha256 of the object that its commit names, computed from the file itself."""
+    return {
+        place: hashlib.sha256((root / "tiny" / record["objects"][0]["name"]).read_bytes()).hexdigest()
+        for place, record in receipts(root).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    config = write_config(folder)
+    finish(start(config, folder / "out"))
+    return config, folder / "out"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_killed_and_run_again_gives_the_same_bytes(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
+    config, reference = uninterrupted
+    root = tmp_path / "out"
+
+    for awaited in ("commits/low_res-*/000000.json", "commits/high_res-*/000000.json"):
+        process = start(config, root)
+        deadline = time.monotonic() + 150
+        while not list((root / "tiny").glob(awaited)):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+    before = receipts(root)
+    assert 0 < len(before) < 8
+    text = finish(start(config, root))
+    after = receipts(root)
+    assert len(after) == 8  # 4 stages x 2 shards
+    for place, record in before.items():
+        assert after[place] == record, "a committed shard was done again"
+    assert contents(root) == contents(reference)
+    assert "report:" in text
+
+    again = finish(start(config, root))
+    assert receipts(root) == after
+    assert "3 samples" in again
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_poison_sample_costs_one_ledger_row(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    images = tmp_path / "images"
+    images.mkdir()
+    for number, colour in enumerate(["red", "blue"]):
+        Image.new("RGB", (96, 64), colour).save(images / f"{number}.png")
+    noise = Image.effect_noise((96, 96), 80).convert("RGB")
+    noise.save(images / "poison.jpg", quality=95)
+    data = (images / "poison.jpg").read_bytes()
+    (images / "poison.jpg").write_bytes(data[: len(data) // 2])  # a good header, half a picture
+
+    config = write_config(tmp_path, prompts=None, images=str(images), samples_per_shard=3)
+    root = tmp_path / "out"
+    text = finish(start(config, root))
+    assert "2 samples, 1 failed" in text
+    ledgers = list((root / "tiny" / "errors").glob("*/*.parquet"))
+    assert len(ledgers) == 1
+    (row,) = pq.read_table(ledgers[0]).to_pylist()
+    assert row["stage"] == "low_res"
+    assert row["error_class"] == "SampleError"
+    assert "poison.jpg" in row["message"]
+    assert pq.read_table(root / "tiny" / "manifest.parquet").num_rows == 2

@@ -1,0 +1,255 @@
+"""The command line: bad input is one line and exit status 2, writes nothing, loses nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from resmaster_flows.cli.main import main, parser
+from resmaster_flows.selection import parse_numbers, parse_stages
+from resmaster_stages.config.load import load_config
+from resmaster_stages.dataset.dataset import create_or_open
+from resmaster_stages.errors import UserError
+from resmaster_stages.prompts import ingest
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    """A small picturebook dataset: two prompts, 128 -> 256 px."""
+    (tmp_path / "prompts.txt").write_text("a red house on a meadow\na green tree in the snow\n")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "name": "tiny",
+                "root": str(tmp_path / "out"),
+                "prompts": "prompts.txt",
+                "samples_per_shard": 1,
+                "low_res": {"steps": 2},
+                "upscale": {"steps": 2, "scale": 2},
+            }
+        )
+    )
+    return path
+
+
+def edit(path: Path, **values: object) -> Path:
+    config = yaml.safe_load(path.read_text())
+    for key, value in values.items():
+        config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
+    """Run a command that must fail as a user's mistake does; returns its one line."""
+    assert main([str(arg) for arg in argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("resmaster: ")
+    assert "Traceback" not in err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "culprits"),
+    [
+        ({"upscal": 1}, ["upscal"]),
+        ({"upscale": {"method": "magic"}}, ["magic", "resmaster"]),
+        ({"upscale": {"scale": 0.5}}, ["upscale.scale"]),
+        ({"upscale": {"scale": 1.51}}, ["scale"]),
+        ({"low_res": {"height": 100}}, ["low_res.height", "100"]),
+        ({"model": {"id": "no/such-model-anywhere"}}, ["no/such-model-anywhere"]),
+        ({"model": {"id": "/nonexistent/folder"}}, ["/nonexistent/folder"]),
+        ({"prompts": "absent.txt"}, ["absent.txt"]),
+        ({"prompts": None}, ["prompts"]),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_bad_configurations(
+    command: str, change: dict, culprits: list[str], config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = fails(capsys, command, edit(config_file, **change))
+    for culprit in culprits:
+        assert culprit in message
+    assert not (config_file.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "culprit"),
+    [
+        ("empty.txt", b"", "empty.txt"),
+        ("blank.txt", b"\n  \n", "blank.txt"),
+        ("binary.txt", bytes(range(256)) * 8, "binary.txt"),
+        ("broken.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "broken.jsonl"),
+        ("other.csv", b"text\nhello\n", "prompt"),
+        ("prompts.doc", b"hello", ".doc"),
+    ],
+)
+def test_bad_prompt_files(
+    name: str, content: bytes, culprit: str, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (config_file.parent / name).write_bytes(content)
+    assert culprit in fails(capsys, "run", config_file, "--prompts", config_file.parent / name)
+    assert not (config_file.parent / "out").exists()
+
+
+def test_no_images(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pictures").mkdir()
+    assert "pictures" in fails(capsys, "run", config_file, "--images", tmp_path / "pictures")
+    assert "nowhere" in fails(capsys, "run", config_file, "--images", tmp_path / "nowhere")
+
+
+def test_root_not_writable(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    assert str(tmp_path / "file") in fails(capsys, "run", config_file, "--root", tmp_path / "file")
+    assert "cannot be written" in fails(capsys, "plan", config_file, "--root", tmp_path / "file" / "below")
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_root_without_permission(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "resmaster_stages.planning.preview.os.access", lambda path, mode: False
+    )  # root may write anywhere
+    message = fails(capsys, "run", config_file)
+    assert f"{tmp_path} does not allow it" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["status", "repair"])
+def test_no_dataset_there(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert str(tmp_path) in fails(capsys, command, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_configuration_that_contradicts_the_dataset(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    create_or_open(load_config(config_file))
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert before
+    message = fails(capsys, "run", edit(config_file, samples_per_shard=2))
+    for part in ("samples_per_shard is 1", "2 in the configuration", "another name or root"):
+        assert part in message
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_dataset_configuration(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    create_or_open(load_config(config_file))
+    damaged = tmp_path / "out" / "tiny" / "config.json"
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    assert "config.json" in fails(capsys, "status", tmp_path / "out")
+
+
+def test_missing_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "absent.yaml" in fails(capsys, "run", tmp_path / "absent.yaml")
+
+
+def test_bad_limit(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--limit" in fails(capsys, "run", config_file, "--limit", "0")
+
+
+def test_upscale_refuses_what_it_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n garbage")
+    output = tmp_path / "out.png"
+    assert "broken.png" in fails(capsys, "upscale", broken, output, "--model", "picturebook")
+    assert "absent.png" in fails(capsys, "upscale", tmp_path / "absent.png", output, "--model", "picturebook")
+    good = tmp_path / "good.png"
+    Image.new("RGB", (128, 128)).save(good)
+    assert "--scale" in fails(capsys, "upscale", good, output, "--scale", "0.5", "--model", "picturebook")
+    assert "magic" in fails(capsys, "upscale", good, output, "--method", "magic", "--model", "picturebook")
+    assert "'best'; known: default, faithful" in fails(
+        capsys, "upscale", good, output, "--method", "demofusion", "--preset", "best", "--model", "picturebook"
+    )
+    assert ".xyz" in fails(capsys, "upscale", good, tmp_path / "out.xyz", "--model", "picturebook")
+    assert "nowhere" in fails(capsys, "upscale", good, tmp_path / "nowhere" / "out.png", "--model", "picturebook")
+    assert not output.exists()
+
+
+def test_shard_lists() -> None:
+    assert parse_numbers("1,4-7") == [1, 4, 5, 6, 7]
+    assert parse_numbers(" 3 , 3-3") == [3]
+    assert parse_numbers(None) is None
+    for wrong in ("", "a", "3-1", "1,,2", "-1", "1-"):
+        with pytest.raises(UserError, match="--shards"):
+            parse_numbers(wrong)
+
+
+def test_stage_lists() -> None:
+    assert parse_stages("quality,low_res") == ["low_res", "quality"]
+    assert parse_stages(None) is None
+    with pytest.raises(UserError, match="unknown stage 'upscale'"):
+        parse_stages("upscale")
+
+
+def test_plan_changes_nothing(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(config_file)]) == 0
+    out = capsys.readouterr().out
+    assert "2 samples in 2 shards" in out
+    assert not (config_file.parent / "out").exists()
+
+
+def test_help_is_worth_reading(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("run", "plan", "status", "repair", "upscale"):
+        with pytest.raises(SystemExit) as caught:
+            parser().parse_args([command, "--help"])
+        assert caught.value.code == 0
+        text = capsys.readouterr().out
+        assert len(text) > 300, command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "culprits"),
+    [
+        (["--methods", "magic"], ["magic", "resmaster"]),
+        (["--methods", "resmaster+x"], ["'x'", "sg, tip, etp"]),
+        (["--methods", "direct", "--scales", "4"], ["--scales 4", "2x4"]),
+        (["--methods", "direct", "--n", "0"], ["0", "at least 1"]),
+        (["--methods", "direct", "--prompts", "nowhere.txt"], ["nowhere.txt"]),
+    ],
+)
+def test_compare_refuses_before_it_starts(
+    config_file: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], culprits: list[str]
+) -> None:
+    line = fails(capsys, "compare", config_file, *arguments)
+    for culprit in culprits:
+        assert culprit in line
+    assert not (config_file.parent / "out").exists(), "nothing was written"
+
+
+def test_a_missing_extra_is_found_before_anything_starts(
+    config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    line = fails(capsys, "run", edit(config_file, quality={"features": "inception"}))
+    assert "resmaster-pipeline[inception]" in line
+    assert not (config_file.parent / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["plan", "status"])
+def test_a_reader_who_stops_reading_ends_it_quietly(config_file: Path, command: str) -> None:
+    """Tables are Rich's to print, `--json` is ours."""
+    config = load_config(config_file)
+    ingest(create_or_open(config), config)
+    words = ["plan", str(config_file)] if command == "plan" else ["status", str(config_file.parent / "out"), "--json"]
+    script = (
+        "import os, sys\n"
+        "from resmaster_flows.cli.main import main\n"
+        "reading, writing = os.pipe()\n"
+        "os.close(reading)\n"
+        "os.dup2(writing, 1)\n"
+        f"sys.exit(main({words!r}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Broken pipe" not in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,316 @@
+"""Damage of every kind: found by shard, stage and sample, and put back to the byte, on a folder and on S3."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resmaster_flows.cli.main import main
+from resmaster_stages.config.dataset import DatasetConfig, Stage
+from resmaster_stages.dataset.commit import Receipt, list_commits
+from resmaster_stages.dataset.damage import drop_unreadable_records, give_up_damaged, marked_shards
+from resmaster_stages.dataset.dataset import Dataset, create_or_open
+from resmaster_stages.dataset.layout import commit as commit_name
+from resmaster_stages.dataset.plan import read_plan
+from resmaster_stages.dataset.retry import request_retries
+from resmaster_stages.dataset.sample import Output, Sample
+from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.errors import ShardError
+from resmaster_stages.inspection.status import pending
+from resmaster_stages.inspection.verify import Damage, note, verify
+from resmaster_stages.publish.manifest import write_manifest
+from resmaster_stages.runner.compute import Process
+from resmaster_stages.runner.run import run_stage
+from tests.durability.injection import everything
+from tests.fake_stages import FAKES, files_of, planned
+
+PROMPTS = ["a", "b", "bad low_res", "c", "d", "e", "f", "g"]
+"""Two shards of four samples; the first one has an error ledger."""
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def dataset(request: pytest.FixtureRequest, tmp_path: Path) -> Dataset:
+    root = request.getfixturevalue("s3_root") if request.param == "s3" else str(tmp_path / "out")
+    made = planned(root, PROMPTS, tmp_path, samples_per_shard=4)
+    work(made)
+    return made
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Dataset:
+    made = planned(tmp_path / "out", PROMPTS, tmp_path, samples_per_shard=4)
+    work(made)
+    return made
+
+
+def listed(stage: Stage, shard: int, done: list[tuple[Stage, int]]) -> Process:
+    """A stand-in stage that says when it is really computed."""
+
+    def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        done.append((stage, shard))
+        yield from FAKES[stage](config, samples)
+
+    return process
+
+
+def work(dataset: Dataset) -> list[tuple[Stage, int]]:
+    """What a repair does, without Prefect; returns what it computed."""
+    done: list[tuple[Stage, int]] = []
+    drop_unreadable_records(dataset)
+    todo = pending(dataset)
+    for shard in sorted({shard for shards in todo.values() for shard in shards}):
+        for stage in todo:
+            run_stage(dataset, dataset.config, stage, shard, process=listed(stage, shard, done))
+    write_manifest(dataset)
+    return done
+
+
+def receipt_of(dataset: Dataset, stage: Stage, shard: int) -> Receipt:
+    return list_commits(dataset.folder, stage, stage_hashes(dataset.config)[stage])[shard]
+
+
+def change(dataset: Dataset, name: str, edit: Callable[[bytes], bytes]) -> None:
+    dataset.folder.write(name, edit(dataset.folder.read(name)))
+
+
+def flipped(offset: int) -> Callable[[bytes], bytes]:
+    return lambda data: data[:offset] + bytes([data[offset] ^ 0x10]) + data[offset + 1 :]
+
+
+def keys_of(dataset: Dataset, shard: int) -> list[str]:
+    return [sample.key for sample in read_plan(dataset.folder).read(shard)]
+
+
+def test_a_whole_dataset(dataset: Dataset) -> None:
+    found = verify(dataset)
+    assert found.damage == ()
+    assert found.objects == 1 + 8 + 1  # plan, stages, ledger
+    named = [receipt_of(dataset, stage, shard).objects[0].bytes for stage in FAKES for shard in (0, 1)]
+    assert found.bytes >= sum(named) > 0
+    note(dataset, found)
+    assert not list(dataset.folder.files("damaged"))
+
+
+def test_all_kinds_of_damage_at_once_are_found_and_mended(dataset: Dataset) -> None:
+    before, stamps = everything(dataset.config.root), {file.name: file.modified for file in dataset.folder.files()}
+    high, low = receipt_of(dataset, "high_res", 1), receipt_of(dataset, "low_res", 0)
+    captions, quality = receipt_of(dataset, "captions", 1), receipt_of(dataset, "quality", 0)
+    record = commit_name("quality", quality.stage_hash, 1)
+    keys = keys_of(dataset, 1)
+    tar = dataset.folder.read(high.objects[0].name)
+    change(dataset, high.objects[0].name, flipped(tar.index(f"{keys[2]}.png".encode()) + 520))
+    change(dataset, low.objects[0].name, lambda data: data[:4000])
+    dataset.folder.remove(captions.objects[0].name)
+    change(dataset, quality.objects[0].name, lambda data: data[:-100])
+    dataset.folder.remove(low.ledger or "")
+    change(dataset, record, lambda data: data[:50])
+
+    found = verify(dataset)
+    survivors = [key for key in keys_of(dataset, 0) if key not in low.failed_keys]
+    assert found.damage == (
+        Damage("low_res", 0, low.ledger or "", "gone"),
+        Damage("low_res", 0, low.objects[0].name, "cut off", tuple(survivors[1:])),
+        Damage("captions", 1, captions.objects[0].name, "gone"),
+        Damage("high_res", 1, high.objects[0].name, "changed", (keys[2],)),
+        Damage("quality", 0, quality.objects[0].name, "cut off"),
+        Damage("quality", 1, record, "unreadable"),
+    )
+    note(dataset, found)
+    assert {stage: shards for stage, shards in pending(dataset).items() if shards} == {
+        "low_res": [0],
+        "captions": [1],
+        "high_res": [1],
+        "quality": [0, 1],
+    }
+    assert work(dataset) == [("low_res", 0), ("quality", 0), ("captions", 1), ("high_res", 1), ("quality", 1)]
+    assert everything(dataset.config.root) == before
+    for receipt in (high, low, captions, quality):
+        assert receipt_of(dataset, receipt.stage, receipt.shard) == receipt, "a commit record never changes"
+    assert verify(dataset).damage == ()
+    assert not list(dataset.folder.files("damaged"))
+    changed = {file.name for file in dataset.folder.files() if stamps.get(file.name) != file.modified}
+    if dataset.folder.local:  # an object store's clock is too coarse to tell
+        untouched = receipt_of(dataset, "high_res", 0).objects[0].name
+        assert untouched not in changed
+        assert high.objects[0].name in changed
+
+
+@pytest.mark.parametrize("where", ["manifest", "headers", "no blocks"])
+def test_samples_are_found_by_the_manifest_or_else_by_the_tar(local: Dataset, where: str) -> None:
+    stored, keys = receipt_of(local, "high_res", 1).objects[0], keys_of(local, 1)
+    if where != "manifest":
+        local.folder.remove("manifest.parquet")
+    if where == "no blocks":  # as older versions wrote it
+        hashes = stage_hashes(local.config)
+
+        def without(data: bytes) -> bytes:
+            record = json.loads(data)
+            del record["objects"][0]["block_bytes"], record["objects"][0]["crc32"]
+            return json.dumps(record).encode()
+
+        change(local, commit_name("high_res", hashes["high_res"], 1), without)
+    data = local.folder.read(stored.name)
+    for number, key in enumerate(keys):
+        local.folder.write(stored.name, flipped(data.index(f"{key}.txt".encode()) + 512)(data))
+        (damage,) = verify(local).damage
+        assert damage.samples == (tuple(keys) if where == "no blocks" else (keys[number],))
+
+
+def test_a_tar_without_headers_or_manifest_is_still_told(local: Dataset) -> None:
+    stored = receipt_of(local, "high_res", 1).objects[0]
+    local.folder.remove("manifest.parquet")
+    change(local, stored.name, lambda data: bytes(len(data)))
+    assert verify(local).damage == (Damage("high_res", 1, stored.name, "changed", ()),)
+
+
+def test_other_bytes_are_not_put_back_unless_they_are_asked_for(local: Dataset) -> None:
+    """As on another kind of GPU: the same shard comes out a little different."""
+    low = receipt_of(local, "low_res", 0)
+    change(local, low.objects[0].name, flipped(600))
+    damaged = local.folder.read(low.objects[0].name)
+    note(local, verify(local))
+
+    def other(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        for output in FAKES["low_res"](config, samples):
+            yield output if output.error else Output(output.key, files={**output.files, "txt": b"other"})
+
+    with pytest.raises(ShardError, match=r"other bytes than its commit recorded .*nothing was put back.* --replace"):
+        run_stage(local, local.config, "low_res", 0, process=other)
+    assert local.folder.read(low.objects[0].name) == damaged
+    hashes = stage_hashes(local.config)
+    assert marked_shards(local.folder, "low_res", hashes["low_res"]) == [0]
+    assert receipt_of(local, "low_res", 0) == low
+
+    give_up_damaged(local)
+    assert {stage: shards for stage, shards in pending(local).items() if shards} == {stage: [0] for stage in FAKES}
+    assert run_stage(local, local.config, "low_res", 0, process=other).attempt != low.attempt
+    assert [stage for stage, _ in work(local)] == ["captions", "high_res", "quality"]
+    assert verify(local).damage == ()
+
+
+def test_giving_up_can_be_limited_to_shards(local: Dataset) -> None:
+    for shard in (0, 1):
+        change(local, receipt_of(local, "high_res", shard).objects[0].name, flipped(600))
+    note(local, verify(local))
+    give_up_damaged(local, [1])
+    hashes = stage_hashes(local.config)
+    assert set(list_commits(local.folder, "high_res", hashes["high_res"])) == {0}
+    assert set(list_commits(local.folder, "quality", hashes["quality"])) == {0}
+    assert set(list_commits(local.folder, "captions", hashes["captions"])) == {0, 1}
+
+
+def test_supplements_are_verified_and_mended_too(tmp_path: Path) -> None:
+    dataset = planned(tmp_path / "out", ["a", "bad low_res", "b"], tmp_path, samples_per_shard=3)
+    work(dataset)
+    assert request_retries(dataset) == 1
+    for stage in FAKES:
+        mended = {**FAKES, "low_res": healed}[stage]
+        run_stage(dataset, dataset.config, stage, 0, process=mended)
+    write_manifest(dataset)
+    before = {file.name: dataset.folder.read(file.name) for file in dataset.folder.files()}
+    supplements = [name for name in before if "/000000.s01.json" in name]
+    assert len(supplements) == 4
+    found = verify(dataset)
+    assert (found.damage, found.objects) == ((), 1 + 8 + 1)
+    tars = {name for name in before if name.startswith(("low_res/", "high_res/"))}
+    for name in tars:
+        dataset.folder.remove(name)
+    found = verify(dataset)
+    assert {damage.name for damage in found.damage} == tars
+    assert sorted(len(damage.samples) for damage in found.damage) == [1, 1, 2, 2]
+    note(dataset, found)
+    # what failed at first does not matter, be it mended since
+    run_stage(dataset, dataset.config, "low_res", 0, process=healed)
+    run_stage(dataset, dataset.config, "high_res", 0, process=FAKES["high_res"])
+    assert {file.name: dataset.folder.read(file.name) for file in dataset.folder.files()} == before
+
+    ledger = receipt_of(dataset, "low_res", 0).ledger or ""
+    dataset.folder.remove(ledger)
+    note(dataset, verify(dataset))
+    with pytest.raises(ShardError, match="other samples fail now"):
+        run_stage(dataset, dataset.config, "low_res", 0, process=healed)
+    run_stage(dataset, dataset.config, "low_res", 0, process=FAKES["low_res"])
+    assert verify(dataset).damage == ()
+
+
+def healed(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+    """The stage low_res, where nothing fails any more."""
+    for sample in samples:
+        yield Output(sample.key, files=files_of(sample, 16))
+
+
+def test_an_unreadable_record_takes_along_what_was_made_from_it(local: Dataset) -> None:
+    before = everything(local.config.root)
+    change(local, commit_name("captions", stage_hashes(local.config)["captions"], 0), lambda data: data[:-30])
+    (damage,) = verify(local).damage
+    assert (damage.stage, damage.shard, damage.what) == ("captions", 0, "unreadable")
+    note(local, verify(local))
+    assert work(local) == [("captions", 0), ("high_res", 0), ("quality", 0)]
+    assert everything(local.config.root) == before
+    assert verify(local).damage == ()
+
+
+def test_damage_of_an_older_configuration_is_told_and_not_marked(local: Dataset) -> None:
+    old = receipt_of(local, "high_res", 0).objects[0]
+    config = local.config.model_copy(update={"webp_quality": 90})
+    changed = create_or_open(config)
+    assert stage_hashes(config)["high_res"] != stage_hashes(local.config)["high_res"]
+    change(local, old.name, flipped(600))
+    found = verify(changed)
+    assert [(damage.name, damage.current) for damage in found.damage] == [(old.name, False)]
+    note(changed, found)
+    assert not list(local.folder.files("damaged"))
+
+
+def test_a_false_alarm_is_cleared(local: Dataset) -> None:
+    stored = receipt_of(local, "captions", 0).objects[0]
+    data = local.folder.read(stored.name)
+    local.folder.remove(stored.name)
+    note(local, verify(local))
+    assert pending(local)["captions"] == [0]
+    local.folder.write(stored.name, data)  # somebody restored it from a copy
+    note(local, verify(local))
+    assert pending(local)["captions"] == []
+
+
+def test_the_command_line(local: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", local.url]) == 0
+    shown = capsys.readouterr()
+    assert "everything is as recorded" in shown.err
+    assert "10 objects" in shown.out
+
+    stored = receipt_of(local, "low_res", 1).objects[0]
+    local.folder.remove(stored.name)
+    (part,) = (name for name in local.folder.names("plan/gen-0000") if name.endswith(".parquet"))
+    change(local, part, flipped(20))
+    assert main(["verify", local.config.root, "--json"]) == 1
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert [(damage["stage"], damage["shard"], damage["what"]) for damage in answer["damage"]] == [
+        ("plan", None, "changed"),
+        ("low_res", 1, "gone"),
+    ]
+    assert answer["damage"][1]["samples"] == keys_of_manifest(local, 1)
+    assert main(["verify", local.url]) == 1
+    shown = capsys.readouterr()
+    assert "low_res" in shown.out
+    assert "restore its folder from a copy" in shown.err
+    assert f"resmaster repair {local.url}" in shown.err.replace("\n", "")
+    assert main(["status", local.url]) == 0
+    assert f"damaged: low_res of shards 1; put them back: resmaster repair {local.url}" in capsys.readouterr().out
+    assert main(["status", local.url, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["stages"]
+    assert [stage["damaged_shards"] for stage in told] == [[1], [], [], []]
+    assert main(["status", local.url, "--openmetrics"]) == 0
+    assert 'resmaster_damaged_shards{dataset="demo",stage="low_res"} 1.0' in capsys.readouterr().out
+    assert main(["verify", f"{local.url}/nowhere"]) == 2
+    assert "Traceback" not in shown.err + capsys.readouterr().err
+
+
+def keys_of_manifest(dataset: Dataset, shard: int) -> list[str]:
+    from resmaster_stages.dataset.schemas import MANIFEST_SCHEMA
+    from resmaster_stages.storage.tables import decode_table
+
+    rows = decode_table(dataset.folder.read("manifest.parquet"), MANIFEST_SCHEMA, "manifest").to_pylist()
+    return [row["key"] for row in rows if row["shard"] == shard]

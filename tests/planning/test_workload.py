@@ -1,0 +1,119 @@
+"""What is estimated of a method's work is what the engine counts when it does it."""
+
+import pytest
+
+from resmaster_stages.config.dataset import LowResConfig
+from resmaster_stages.config.methods import DIFFUSION_METHODS, METHOD_PRESETS, METHODS, UpscaleConfig
+from resmaster_stages.diffusion.cost import counting
+from resmaster_stages.low_res import generate
+from resmaster_stages.methods.upscale import upscale_image
+from resmaster_stages.planning.workload import UnetWork, high_res_work, low_res_work
+from tests.methods.common import adapted, picture, settings
+
+CASES = [(method, preset) for method in METHODS for preset in METHOD_PRESETS.get(method, ("default",))]
+
+
+@pytest.mark.parametrize(("method", "preset"), CASES)
+@pytest.mark.parametrize(
+    "values", [{"scale": 2.5}, {"scale": 4, "steps": 3}, {"scale": 2, "guidance_scale": 1.0}], ids=str
+)
+def test_every_method_does_the_work_that_is_estimated(method: str, preset: str, values: dict) -> None:
+    config = settings(method, preset=preset, view_batch=1, **values)
+    models = adapted()
+    with counting() as counted:
+        upscale_image(models, picture(48, 32), "a cat", config=config)
+    work = high_res_work(config, 32, 48, models.native_px, models.latent_factor)
+    assert sum(each.rows for each in work) == counted.rows
+    assert sum(each.native_rows for each in work) == pytest.approx(counted.native_rows)
+
+
+@pytest.mark.parametrize("method", DIFFUSION_METHODS)
+def test_pictures_that_are_finished_on_the_way(method: str) -> None:
+    config = settings(method, scale=3.5, via=[1.5], view_batch=1)
+    models = adapted()
+    with counting() as counted:
+        upscale_image(models, picture(48, 32), "a cat", config=config)
+    work = high_res_work(config, 32, 48, models.native_px, models.latent_factor)
+    assert sum(each.rows for each in work) == counted.rows
+    assert sum(each.native_rows for each in work) == pytest.approx(counted.native_rows)
+
+
+@pytest.mark.parametrize("method", ["direct", "multidiffusion", "resmaster", "scalecrafter", "fouriscale"])
+@pytest.mark.parametrize("start", [0.5, 0.9])
+def test_paths_that_begin_later(method: str, start: float) -> None:
+    config = settings(method, scale=4, steps=6, init="noised_lr", start=start, view_batch=1)
+    models = adapted()
+    with counting() as counted:
+        upscale_image(models, picture(32, 32), "a cat", config=config)
+    work = high_res_work(config, 32, 32, models.native_px, models.latent_factor)
+    assert sum(each.rows for each in work) == counted.rows
+
+
+def test_moving_windows() -> None:
+    config = settings("resmaster", shift="every_step", view_batch=1)
+    models = adapted()
+    with counting() as counted:
+        upscale_image(models, picture(64, 32), "a cat", config=config)
+    work = high_res_work(config, 32, 64, models.native_px, models.latent_factor)
+    assert sum(each.rows for each in work) == counted.rows
+
+
+def test_low_res_pictures() -> None:
+    models = adapted()
+    with counting() as counted:
+        list(generate(models, ["a cat"], [""], [0], 32, 64, 3, 5.0, 1))
+    work = low_res_work(LowResConfig(steps=3, guidance_scale=5.0), 32, 64, models.native_px)
+    assert sum(each.native_rows for each in work) == pytest.approx(counted.native_rows)
+
+
+def test_the_papers_numbers() -> None:
+    """4096 px from 1024 px: 49 views a step, and DemoFusion's 112 over its three phases (less the steps before its start)."""
+    sizes = (1024, 1024, 1024, 8)
+    assert high_res_work(settings("resmaster", preset="exact", scale=4, steps=50), *sizes) == (
+        UnetWork(50 * 2 * 49, 1.0),
+    )
+    demofusion = high_res_work(settings("demofusion", scale=4, steps=50, demofusion={"start": 0}), *sizes)
+    assert sum(each.rows for each in demofusion) == 50 * 2 * (9 + 4 + 25 + 9 + 49 + 16)
+
+
+def test_resmasters_default_takes_a_sixth_of_the_rows() -> None:
+    sizes = (1024, 1024, 1024, 8)
+    rows = {
+        preset: sum(
+            each.rows
+            for each in high_res_work(UpscaleConfig.model_validate({"method": "resmaster", "preset": preset}), *sizes)
+        )
+        for preset in ("exact", "default")
+    }
+    # 18 of 25 steps: 11 with guidance and 2 without on 25 moving views, the last 5 on 49 that stand still
+    assert rows == {"exact": 4900, "default": 11 * 25 * 2 + 2 * 25 + 5 * 49}
+    assert rows["default"] <= 850
+
+
+@pytest.mark.parametrize(
+    ("method", "values"), [("resmaster", {}), ("resmaster", {"preset": "exact"}), ("multidiffusion", {})], ids=str
+)
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (48, 64), (80, 32)])
+def test_automatic_batches_repeat_no_view(method: str, values: dict, width: int, height: int) -> None:
+    """At 2x, 3x and 4x of a native-size picture, in as few calls of one shape as there can be."""
+    for scale in (2, 3, 4):
+        config = settings(method, scale=scale, steps=2, view_batch=None, **values)
+        models = adapted()
+        with counting() as counted:
+            upscale_image(models, picture(width, height), "a cat", config=config)
+        work = high_res_work(config, height, width, models.native_px, models.latent_factor)
+        assert counted.rows == sum(each.rows for each in work)
+
+
+@pytest.mark.parametrize("method", ["direct", "multidiffusion", "resmaster", "demofusion", "freescale", "c_upscale"])
+def test_guidance_that_ends_earlier(method: str) -> None:
+    config = settings(method, scale=2, steps=10, guidance_stop=0.5, view_batch=1)
+    models = adapted()
+    with counting() as counted:
+        upscale_image(models, picture(32, 32), "a cat", config=config)
+    work = high_res_work(config, 32, 32, models.native_px, models.latent_factor)
+    assert sum(each.rows for each in work) == counted.rows
+    assert counted.rows < sum(
+        each.rows
+        for each in high_res_work(settings(method, scale=2, steps=10), 32, 32, models.native_px, models.latent_factor)
+    )

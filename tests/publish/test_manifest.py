@@ -1,0 +1,181 @@
+import json
+import re
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from resmaster_stages.config.dataset import STAGES
+from resmaster_stages.dataset import layout
+from resmaster_stages.dataset.dataset import Dataset
+from resmaster_stages.dataset.plan import Plan, read_plan
+from resmaster_stages.dataset.schemas import MANIFEST_SCHEMA
+from resmaster_stages.errors import ShardError
+from resmaster_stages.models.identity import Weights
+from resmaster_stages.publish.card import Publication
+from resmaster_stages.publish.manifest import write_manifest
+from resmaster_stages.runner.run import run_stage
+from resmaster_stages.storage.filesystem import Folder
+from resmaster_stages.storage.shards import read_index
+from resmaster_stages.storage.tables import decode_table
+from tests.fake_stages import FAKES, planned
+
+PROMPTS = ["a", "b", "bad low_res", "bad high_res", "c"]
+
+
+@pytest.fixture(autouse=True)
+def fake_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resmaster_stages.models.identity.weights_of", lambda config: Weights(config.model.id))
+
+
+def build(root: str | Path, folder: Path, shards: list[int] | None = None, **values) -> Dataset:
+    dataset = planned(root, PROMPTS, folder, **values)
+    for shard in range(read_plan(dataset.folder).shards) if shards is None else shards:
+        for stage in dataset.config.stages():
+            run_stage(dataset, dataset.config, stage, shard, process=FAKES[stage])
+    return dataset
+
+
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_manifest_points_at_every_image(kind: str, tmp_path: Path) -> None:
+    dataset = build(tmp_path if kind == "local" else f"memory://{uuid.uuid4().hex}", tmp_path)
+    published = write_manifest(dataset)
+    assert published == Publication(3, 3, 0, {"low_res": 1, "captions": 0, "high_res": 1, "quality": 0})
+    rows = decode_table(dataset.folder.read("manifest.parquet"), MANIFEST_SCHEMA, "manifest").to_pylist()
+    assert [row["prompt"] for row in rows] == ["a", "b", "c"]
+    assert [row["index"] for row in rows] == [0, 1, 4]
+    for row in rows:
+        for part in ("low_res", "high_res"):
+            offset, size = row[f"{part}_offset"], row[f"{part}_bytes"]
+            image = dataset.folder.read(row[f"{part}_object"])[offset : offset + size]
+            assert image.startswith(b"\x89PNG")
+            assert image.endswith(b"IEND\xaeB`\x82")
+            assert row[f"{part}_member"] == f"{row['key']}.png"
+        assert (row["width"], row["height"], row["agreement_psnr"], row["flags"]) == (64, 64, 30.0, [])
+        assert dataset.folder.exists(row["captions_object"])
+
+
+def test_index_follows_commits_and_names_no_empty_tar(tmp_path: Path) -> None:
+    dataset = build(tmp_path, tmp_path)
+    dataset.folder.write("high_res/000000-deadbeef.tar", b"leftover of an interrupted attempt")
+    write_manifest(dataset)
+    index = json.loads(dataset.folder.read("index.json"))
+    assert (index["__kind__"], index["wids_version"]) == ("wids-shard-index-v1", 1)
+    assert [shard["nsamples"] for shard in index["shardlist"]] == [2, 1]
+    for shard in index["shardlist"]:
+        path = tmp_path / "demo" / shard["url"]
+        assert path.stat().st_size == shard["filesize"]
+        with path.open("rb") as file:
+            assert len(read_index(file, "x")) == shard["nsamples"]
+
+
+def test_unfinished_shards_are_left_out_and_counted(tmp_path: Path) -> None:
+    dataset = build(tmp_path, tmp_path, shards=[0])
+    run_stage(dataset, dataset.config, "low_res", 2, process=FAKES["low_res"])
+    published = write_manifest(dataset)
+    assert (published.samples, published.shards, published.shards_missing) == (2, 1, 2)
+    assert "2 still missing" in dataset.folder.read("README.md").decode()
+
+
+def test_nothing_finished_is_still_a_valid_publication(tmp_path: Path) -> None:
+    dataset = build(tmp_path, tmp_path, shards=[])
+    assert write_manifest(dataset).samples == 0
+    assert pq.read_table(tmp_path / "demo" / "manifest.parquet").num_rows == 0
+
+
+def test_publishing_twice_gives_the_same_files(tmp_path: Path) -> None:
+    dataset = build(tmp_path, tmp_path)
+    names = (layout.MANIFEST, layout.INDEX, layout.CARD)
+    write_manifest(dataset)
+    first = [dataset.folder.read(name) for name in names]
+    write_manifest(dataset)
+    assert [dataset.folder.read(name) for name in names] == first
+
+
+def test_without_captions(tmp_path: Path) -> None:
+    dataset = build(tmp_path, tmp_path, shards=[], upscale={"method": "direct"})
+    for stage in ("low_res", "high_res", "quality"):
+        process = FAKES["low_res"] if stage == "high_res" else FAKES[stage]
+        run_stage(dataset, dataset.config, stage, 0, process=process)
+    write_manifest(dataset)
+    rows = pq.read_table(tmp_path / "demo" / "manifest.parquet").to_pylist()
+    assert [row["captions_object"] for row in rows] == [None, None]
+    assert "captions/" not in dataset.folder.read("README.md").decode()
+
+
+def test_a_key_that_occurs_twice_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = build(tmp_path, tmp_path, shards=[0])
+    for path in (tmp_path / "demo" / "commits").glob("*/*.json"):  # records of earlier versions tell no places
+        path.write_text(json.dumps({**json.loads(path.read_text()), "images": []}))
+    real = Plan.read
+    monkeypatch.setattr(Plan, "read", lambda self, shard: real(self, shard) * 2)
+    with pytest.raises(ShardError, match=r"sample [0-9a-f]{24} occurs twice"):
+        write_manifest(dataset)
+    assert not dataset.folder.exists("manifest.parquet")
+
+
+@pytest.mark.parametrize("stage", ["low_res", "high_res", "quality"])
+def test_an_object_that_is_gone_is_named(tmp_path: Path, stage: str) -> None:
+    dataset = build(tmp_path, tmp_path, shards=[0])
+    (name,) = dataset.folder.names(stage)
+    dataset.folder.remove(name)
+    with pytest.raises(ShardError, match=f"{name} is gone; run: resmaster verify .*, then: resmaster repair"):
+        write_manifest(dataset)
+
+
+def test_the_cards_header_and_its_code_work(tmp_path: Path) -> None:
+    """Both snippets of the card are run as they stand, in the dataset's folder."""
+    dataset = build(tmp_path, tmp_path)
+    write_manifest(dataset)
+    card = dataset.folder.read("README.md").decode()
+    _, header, body = card.split("---\n", 2)
+    assert yaml.safe_load(header)["size_categories"] == ["n<1K"]
+    assert "| Samples | 3 |" in body
+    assert "low_res: 1, captions: 0, high_res: 1, quality: 0" in body
+    snippets = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
+    assert len(snippets) == 2
+    probes = ["    print(image.size, prompt)\n", "        print(image.size, row['prompt'])\n"]
+    for snippet, probe in zip(snippets, probes, strict=True):
+        done = subprocess.run(
+            [sys.executable, "-c", snippet + probe], capture_output=True, text=True, cwd=tmp_path / "demo"
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split("\n")[:-1] == ["(64, 64) a", "(64, 64) b", "(64, 64) c"]
+
+
+def test_all_stages_are_covered() -> None:
+    assert set(FAKES) == set(STAGES)
+
+
+def test_tars_are_not_opened_where_records_tell_the_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = build(tmp_path, tmp_path)
+    opened: list[str] = []
+    real = Folder.open
+    monkeypatch.setattr(Folder, "open", lambda folder, name: opened.append(name) or real(folder, name))
+    write_manifest(dataset)
+    assert opened == []
+    told = dataset.folder.read(layout.MANIFEST)
+    for path in (tmp_path / "demo" / "commits").glob("*/*.json"):  # as earlier versions wrote them
+        record = json.loads(path.read_text())
+        assert bool(record.pop("images")) == (record["stage"] in ("low_res", "high_res") and record["samples_ok"] > 0)
+        path.write_text(json.dumps(record))
+    write_manifest(dataset)
+    assert len(opened) == 4, "of the shard without survivors none"
+    assert dataset.folder.read(layout.MANIFEST) == told
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [("x", "damaged commit record"), (None, "of other samples than the plan's")]
+)
+def test_places_that_do_not_fit_are_refused(tmp_path: Path, change: str | None, said: str) -> None:
+    dataset = build(tmp_path, tmp_path, shards=[0])
+    (path,) = (tmp_path / "demo" / "commits").glob("high_res-*/*.json")
+    record = json.loads(path.read_text())
+    record["images"] = [change, *record["images"][1:]] if change else record["images"][1:]
+    path.write_text(json.dumps(record))
+    with pytest.raises(ShardError, match=said):
+        write_manifest(dataset)

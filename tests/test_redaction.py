@@ -1,0 +1,70 @@
+"""What may be shown of a text: no credential, no terminal command, and nothing else changed."""
+
+import traceback
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resmaster_stages.errors import ShardError
+from resmaster_stages.redaction import holds_credentials, no_secrets_in_errors, one_line, redacted, without_credentials
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("s3://key:secret@bucket/x", "s3://bucket/x"),
+        ("s3://AKIA:se/cr+et@bucket/x", "s3://bucket/x"),
+        ("https://me:pass/word@host/x", "https://host/x"),
+        ("cannot reach https://me:pass@host:8000/x: no route", "cannot reach https://host:8000/x: no route"),
+        ("postgresql+asyncpg://me:pass@db/prefect", "postgresql+asyncpg://db/prefect"),
+        ("https://h/x.tar?X-Amz-Date=1&X-Amz-Signature=abc&v=2", "https://h/x.tar?X-Amz-Date=[hidden]&X-Amz-Signature=[hidden]&v=2"),
+        ("https://h/x?token=abc", "https://h/x?token=[hidden]"),
+        ("https://h/x?sv=2&sig=a%2B", "https://h/x?sv=2&sig=[hidden]"),
+    ],
+)  # fmt: skip
+def test_credentials_are_cut_out_of_addresses(text: str, shown: str) -> None:
+    assert holds_credentials(text)
+    assert without_credentials(text) == shown
+    assert without_credentials(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "text", ["http://host/a@b", "http://host:8000/a@b", "mail me@x", "s3://bucket/a:b@c", "/a/b?key=1", "a: b@c", "s3://b/x?versionId=1"]
+)  # fmt: skip
+def test_what_is_no_credential_stays(text: str) -> None:
+    assert without_credentials(text) == text or "://" not in text
+    assert not holds_credentials(text)
+
+
+@given(st.text(alphabet="ab:/@?=& s3[]\n", max_size=40))
+def test_cutting_twice_changes_nothing_more(text: str) -> None:
+    text = "s3://" + text
+    assert without_credentials(without_credentials(text)) == without_credentials(text)
+
+
+def test_secrets_of_the_environment_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "OPENAI_API_KEY", "HF_TOKEN", "PREFECT_API_AUTH_STRING"):
+        monkeypatch.setenv(name, f"canary-{name}")
+        assert redacted(f"got canary-{name}.") == "got [hidden]."
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "parallelism")
+    monkeypatch.setenv("SHORT_TOKEN", "test")
+    assert redacted("a test of parallelism") == "a test of parallelism"
+
+
+def test_a_terminal_gets_no_commands() -> None:
+    assert one_line(ValueError("a\x1b]0;owned\x07b\n c\ud800 é")) == "a\\x1b]0;owned\\x07b c\\ud800 é"
+
+
+def test_errors_leave_without_their_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "canary-token")
+    with pytest.raises(ShardError) as ours, no_secrets_in_errors():
+        raise ShardError("with canary-token")
+    with pytest.raises(RuntimeError) as other, no_secrets_in_errors():
+        raise KeyError("canary-token")
+    for caught, shown in ((ours, "with [hidden]"), (other, "KeyError: '[hidden]'")):
+        assert str(caught.value) == shown
+        assert caught.value.__cause__ is None
+        assert "canary" not in "".join(traceback.format_exception(caught.value))
+    with pytest.raises(KeyError, match="plain"), no_secrets_in_errors():
+        raise KeyError("plain")
