@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from resmaster_flows.cli.main import ENVIRONMENT
-from resmaster_stages.config.dataset import STAGES
 from resmaster_stages.config.load import load_config
+from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.runner.attempt import MODULES
 
 

@@ -27,7 +27,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from resmaster_stages.config.dataset import DatasetConfig, Stage
+from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.dataset.dataset import create_or_open, open_dataset
 from resmaster_stages.dataset.sample import Output, Sample
@@ -39,7 +39,7 @@ COMMIT_THREADS = 8
 """Shards under way at a time: what the store can do is measured, not the wait for one answer."""
 
 
-def null(config: DatasetConfig, samples: Sequence[Sample], stage: Stage) -> Iterator[Output]:
+def null(config: DatasetConfig, samples: Sequence[Sample], stage: str) -> Iterator[Output]:
     """The smallest output that a stage can have."""
     row = ROWS.get(stage)
     for sample in samples:
@@ -49,7 +49,7 @@ def null(config: DatasetConfig, samples: Sequence[Sample], stage: Stage) -> Iter
             yield Output(sample.key, rows=[row])
 
 
-ROWS: dict[Stage, dict[str, Any]] = {
+ROWS: dict[str, dict[str, Any]] = {
     "captions": {
         "grid": "64x64/64/64",
         "caption": "null",
@@ -110,9 +110,8 @@ def commit(folder: Path, root: str, samples: int) -> None:
     dataset = open_dataset(root)
 
     def build(shard: int) -> None:
-        for stage in dataset.config.stages():
-            run_stage(
-                dataset, dataset.config, stage, shard, process=lambda config, own, stage=stage: null(config, own, stage)
+        for stage in dataset.hashes:
+            run_stage(dataset, stage, shard, process=lambda config, own, stage=stage: null(config, own, stage)
             )
 
     with ThreadPoolExecutor(COMMIT_THREADS) as pool:
@@ -199,7 +198,7 @@ def gc(folder: Path, root: str, samples: int) -> None:
     from resmaster_stages.inspection.leftovers import find_leftovers
 
     dataset = open_dataset(root)
-    assert not find_leftovers(dataset.folder, stage_hashes(dataset.config), timedelta(0))
+    assert not find_leftovers(dataset, timedelta(0))
 
 
 def report(folder: Path, root: str, samples: int) -> None:

@@ -90,7 +90,7 @@ def build(root: str, seed: int, tally: Any) -> None:
                 return
             shard = chance.choice(shards)
             for stage, process in FAKES.items():
-                run_stage(dataset, config, stage, shard, process=slowed(process, chance))
+                run_stage(dataset, stage, shard, process=slowed(process, chance))
         except (OSError, ResMasterError):
             if tally is None:
                 raise

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from resmaster_stages.config.dataset import DatasetConfig
-from resmaster_stages.dataset.stages import STAGE_VERSIONS
+from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.diffusion.views import Grid, view_grid
 from resmaster_stages.errors import SampleError
 from resmaster_stages.keys import canonical_json, sample_seed
@@ -141,7 +141,7 @@ def _files(
         },
         "method": upscale.method,
         "upscale": upscale.identity(),
-        "stage_version": STAGE_VERSIONS["high_res"],
+        "stage_version": STAGES["high_res"].version,
         **facts,
     }
     if sample.detail_mask:
@@ -154,7 +154,7 @@ def _files(
 
 
 def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
-    """The stage over a shard's samples. Models are loaded at the first sample that needs them."""
+    """The stage over some samples. Models are loaded at the first sample that needs them."""
     from resmaster_stages.dataset.sample import Output
 
     for sample in samples:

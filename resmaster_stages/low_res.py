@@ -21,7 +21,7 @@ from PIL import Image
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.methods import UpscaleConfig
 from resmaster_stages.dataset.plan import picture_key
-from resmaster_stages.dataset.stages import STAGE_VERSIONS
+from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.keys import canonical_json, image_key, masked_key, sample_seed
 from resmaster_stages.storage.images import encode_picture
@@ -121,7 +121,7 @@ def _files(
         "prompt": sample.prompt,
         "width": picture.width,
         "height": picture.height,
-        "stage_version": STAGE_VERSIONS["low_res"],
+        "stage_version": STAGES["low_res"].version,
         **facts,
     }
     return {
@@ -167,7 +167,7 @@ def _from_image(config: DatasetConfig, sample: Sample) -> Output:
 
 
 def _from_prompts(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
-    """One slot: up to `batch_size` samples."""
+    """One slot; `batch_size` of it at a time go through the model."""
     from resmaster_stages.dataset.sample import Output
     from resmaster_stages.diffusion.text import truncated
     from resmaster_stages.models.load import load_models
@@ -206,11 +206,7 @@ def _from_prompts(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[
 
 
 def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
-    """The stage over a shard's samples: all of them from prompts, or all of them from a user's images."""
+    """The stage over a slot of samples: all of them from prompts, or all of them from a user's images."""
     if config.images:
-        for sample in samples:
-            yield _from_image(config, sample)
-        return
-    size = config.low_res.batch_size
-    for start in range(0, len(samples), size):
-        yield from _from_prompts(config, samples[start : start + size])
+        return (_from_image(config, sample) for sample in samples)
+    return _from_prompts(config, samples)

@@ -50,7 +50,6 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
 
         extractor = load_extractor(quality)
     native, factor = native_px(config.model), latent_factor(config.model)
-    seen: set[str] = set()
     for sample in samples:
         try:
             if sample.low_res is None or sample.high_res is None:
@@ -60,10 +59,6 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
             row = measure(low, high, boxes)
             row["clip_score"] = scorer.scores([high], [sample.prompt])[0] if scorer and sample.prompt else None
             row["flags"] = flags(row, quality)
-            if "blank" not in row["flags"]:
-                if row["phash"] in seen:
-                    row["flags"].append("near_duplicate")
-                seen.add(row["phash"])
             arrays: dict[str, NDArray[Any]] = {}
             if extractor is not None:
                 for name, picture in (("high_res", high), ("low_res", low)):

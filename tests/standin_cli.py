@@ -9,7 +9,6 @@ import sys
 from types import ModuleType
 
 from resmaster_flows.cli.main import main
-from resmaster_stages.config.dataset import Stage
 from resmaster_stages.models import identity
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.runner import attempt
@@ -17,7 +16,7 @@ from resmaster_stages.runner.compute import Process
 from tests.fake_stages import FAKES
 
 
-def install(processes: dict[Stage, Process]) -> None:
+def install(processes: dict[str, Process]) -> None:
     """Put `processes` where the pipeline looks for its stages, for the rest of this process."""
     identity.weights_of = lambda config: Weights(config.model.id)
     for name, process in processes.items():

@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 
 from resmaster_flows.cli.main import main
-from resmaster_stages.config.dataset import STAGES
 from resmaster_stages.dataset.dataset import Dataset, create_or_open, open_dataset
 from resmaster_stages.dataset.plan import read_plan
-from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.dataset.stages import STAGES, stage_hashes
 from resmaster_stages.inspection.status import pending, status
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.prompts import ingest
@@ -27,7 +26,7 @@ def work(dataset: Dataset) -> dict[str, list[int]]:
     todo = pending(dataset)
     for stage in STAGES:
         for shard in todo[stage]:
-            run_stage(dataset, dataset.config, stage, shard, process=FAKES[stage])
+            run_stage(dataset, stage, shard, process=FAKES[stage])
     return {stage: shards for stage, shards in todo.items() if shards}
 
 

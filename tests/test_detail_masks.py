@@ -15,7 +15,7 @@ from PIL import Image
 
 from resmaster_flows.cli.main import main
 from resmaster_stages import high_res, low_res
-from resmaster_stages.config.dataset import DatasetConfig, Stage
+from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import Dataset, create_or_open, open_dataset
@@ -97,15 +97,15 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> Models:
     return models
 
 
-def built(config: DatasetConfig, *stages: Stage) -> tuple[Dataset, Receipt]:
+def built(config: DatasetConfig, *stages: str) -> tuple[Dataset, Receipt]:
     """The dataset with its one shard committed, and the last receipt."""
     dataset = create_or_open(config)
     ingest(dataset, config)
-    return dataset, [run_stage(dataset, config, stage, 0) for stage in stages][-1]
+    return dataset, [run_stage(dataset, stage, 0) for stage in stages][-1]
 
 
 def samples_of(dataset: Dataset) -> list[Sample]:
-    with shard_samples(dataset, dataset.config, read_plan(dataset.folder), 0, ["low_res", "high_res"]) as samples:
+    with shard_samples(dataset, 0, ["low_res", "high_res"]) as samples:
         return list(samples)
 
 
@@ -290,7 +290,7 @@ def test_each_sample_gets_what_upscale_image_makes_with_its_mask(tmp_path: Path,
     shutil.rmtree(tmp_path / "in")
     shutil.move(tmp_path / "out", tmp_path / "moved")
     dataset = open_dataset(str(tmp_path / "moved"))
-    run_stage(dataset, dataset.config, "high_res", 0)
+    run_stage(dataset, "high_res", 0)
     samples = samples_of(dataset)
     assert len({sample.low_res.data for sample in samples if sample.low_res}) == 1  # what the masks are drawn for
     results = []
@@ -328,7 +328,7 @@ def test_the_mask_itself_makes_the_difference(tmp_path: Path, loaded: Models) ->
 
 
 @pytest.mark.parametrize("stage", ["low_res", "high_res"])
-def test_a_resumed_shard_has_the_bytes_of_an_uninterrupted_one(tmp_path: Path, stage: Stage, loaded: Models) -> None:
+def test_a_resumed_shard_has_the_bytes_of_an_uninterrupted_one(tmp_path: Path, stage: str, loaded: Models) -> None:
     prompts = str(masked_prompts(tmp_path))
     _, whole = built(
         config_of(tmp_path / "whole", prompts=prompts), *(["low_res", "high_res"][: 1 + (stage == "high_res")])
@@ -337,7 +337,7 @@ def test_a_resumed_shard_has_the_bytes_of_an_uninterrupted_one(tmp_path: Path, s
     dataset = create_or_open(config)
     ingest(dataset, config)
     if stage == "high_res":
-        run_stage(dataset, config, "low_res", 0)
+        run_stage(dataset, "low_res", 0)
     process: Callable[..., Any] = {"low_res": low_res, "high_res": high_res}[stage].process
     done: list[str] = []
 
@@ -349,8 +349,8 @@ def test_a_resumed_shard_has_the_bytes_of_an_uninterrupted_one(tmp_path: Path, s
             yield output
 
     with pytest.raises(PlanError, match="broken off"):
-        run_stage(dataset, config, stage, 0, process=breaks_off)
-    receipt = run_stage(dataset, config, stage, 0)
+        run_stage(dataset, stage, 0, process=breaks_off)
+    receipt = run_stage(dataset, stage, 0)
     assert [(o.sha256, o.bytes) for o in receipt.objects] == [(o.sha256, o.bytes) for o in whole.objects]
     if stage == "high_res":
         cost = UnetCost(**receipt.provenance["unet"])

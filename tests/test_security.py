@@ -217,8 +217,8 @@ def test_the_dataset_card_holds_no_text_of_samples(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("resmaster_stages.models.identity.weights_of", lambda config: Weights(config.model.id))
     prompts = [attack for attack in ATTACKS if attack.isprintable()]
     dataset = planned(tmp_path / "out", prompts, tmp_path, samples_per_shard=20)
-    for stage in dataset.config.stages():
-        run_stage(dataset, dataset.config, stage, 0, process=FAKES[stage])
+    for stage in dataset.hashes:
+        run_stage(dataset, stage, 0, process=FAKES[stage])
     assert write_manifest(dataset).samples == len(prompts) > 8
     card = dataset.folder.read("README.md").decode()
     assert not any(attack in card for attack in ATTACKS)

@@ -20,7 +20,7 @@ from resmaster_flows.process import failures, process_shards
 from resmaster_flows.selection import parse_numbers
 from resmaster_flows.server_runs import REPAIR_QUEUE, ServerRuns, cancel_children, on_workers
 from resmaster_flows.watch.artifacts import run_page, show_dataset
-from resmaster_stages.config.dataset import DatasetConfig, Stage
+from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.damage import drop_unreadable_records, give_up_damaged
 from resmaster_stages.dataset.dataset import Dataset, create_or_open, open_dataset
 from resmaster_stages.dataset.retry import request_retries
@@ -63,14 +63,14 @@ def publish_dataset(dataset_url: str) -> str:
     return write_report(dataset)
 
 
-def left(dataset: Dataset, shards: Sequence[int] | None = None, stages: list[Stage] | None = None) -> Counter[int]:
+def left(dataset: Dataset, shards: Sequence[int] | None = None, stages: list[str] | None = None) -> Counter[int]:
     """Shard -> number of commits that it lacks; finished shards are absent."""
     todo = pending(dataset, shards=shards, stages=stages)
     return Counter(shard for missing in todo.values() for shard in missing)
 
 
 def work(
-    dataset: Dataset, shards: list[int], stages: list[Stage] | None = None, queue: str | None = None
+    dataset: Dataset, shards: list[int], stages: list[str] | None = None, queue: str | None = None
 ) -> dict[str, str]:
     """Have the shards done, on workers or here. Returns the error of each that is missing, by its number."""
     config = dataset.config.dispatch
@@ -127,7 +127,7 @@ def build_dataset(config: DatasetConfig) -> BuildResult | State[BuildResult]:
 def repair(
     dataset_url: str,
     shards: str | None = None,
-    stages: list[Stage] | None = None,
+    stages: list[str] | None = None,
     retry_errors: bool = False,
     replace: bool = False,
 ) -> BuildResult | State[BuildResult]:

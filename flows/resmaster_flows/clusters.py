@@ -22,7 +22,6 @@ from prefect.task_runners import TaskRunner
 
 from resmaster_flows.outcome import incomplete, outcome
 from resmaster_flows.process import describe, failures
-from resmaster_stages.config.dataset import Stage
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.errors import ConfigError, GpuLost, ShardError, UserError
 from resmaster_stages.progress import reporter
@@ -87,7 +86,7 @@ def resources(executor: Executor) -> AbstractContextManager[Any]:
 
 
 def process_on_cluster(
-    dataset: Dataset, shards: Sequence[int], stages: Sequence[Stage] | None, executor: Executor
+    dataset: Dataset, shards: Sequence[int], stages: Sequence[str] | None, executor: Executor
 ) -> dict[str, str]:
     """Have the shards done on the cluster. Returns the error of each that could not be finished, by its number."""
     run = _process.with_options(task_runner=runner(executor))
@@ -99,11 +98,11 @@ def process_on_cluster(
 
 @flow(name="process-shards-on-cluster", validate_parameters=False)
 def _process(
-    dataset_url: str, shards: list[int], stages: list[Stage] | None, executor: Executor
+    dataset_url: str, shards: list[int], stages: list[str] | None, executor: Executor
 ) -> dict[str, str] | State[dict[str, str]]:
     """Every stage over the shards, a task per shard, so many at a time as the configuration's window."""
     config = open_dataset(dataset_url).config
-    chosen = [stage for stage in config.stages() if stages is None or stage in stages]
+    chosen = [stage for stage in dataset.hashes if stages is None or stage in stages]
     errors: dict[str, str] = {}
     under_way: deque[tuple[int, PrefectFuture[int]]] = deque()
     due = deque(shards)

@@ -17,8 +17,8 @@ from prefect.runtime import flow_run
 from resmaster_flows.outcome import incomplete
 from resmaster_flows.selection import spell_shards
 from resmaster_flows.watch.artifacts import run_page
-from resmaster_stages.config.dataset import STAGES, Stage
 from resmaster_stages.dataset.dataset import open_dataset
+from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import ConfigError, GpuLost, ShardError
 from resmaster_stages.progress import reporter
 from resmaster_stages.redaction import one_line
@@ -28,7 +28,7 @@ NAME_CHARACTERS = 60
 """So long may the list of shards in a run's name be."""
 
 
-def run_name(dataset_url: str, shards: Sequence[int], stages: Sequence[Stage] | None = None) -> str:
+def run_name(dataset_url: str, shards: Sequence[int], stages: Sequence[str] | None = None) -> str:
     """`demo: shards 0-7`, or `demo: captions,quality of shards 0-7`: dataset, stages and shards of a run."""
     chosen = f"{','.join(stages)} of " if stages is not None else ""
     spelled = spell_shards(shards)
@@ -44,7 +44,7 @@ def _own_run_name() -> str:
 
 @flow(name="process-shards", flow_run_name=_own_run_name, validate_parameters=False)
 def process_shards(
-    dataset_url: str, shards: list[int], stages: list[Stage] | None = None
+    dataset_url: str, shards: list[int], stages: list[str] | None = None
 ) -> dict[str, str] | State[dict[str, str]]:
     """Run every stage over the shards; committed ones return at once.
 
@@ -57,7 +57,7 @@ def process_shards(
     ConfigError at once.
     """
     dataset = open_dataset(dataset_url)
-    needed = dataset.config.stages()
+    needed = dataset.hashes
     chosen = [stage for stage in STAGES if stage in needed and (stages is None or stage in stages)]
     errors: dict[str, str] = {}
     with run_page(dataset, shards, chosen, part=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from resmaster_stages.config.dataset import STAGES, Stage
+from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import UserError
 
 
@@ -21,7 +21,7 @@ def parse_numbers(text: str | None) -> list[int] | None:
     return sorted(numbers)
 
 
-def parse_stages(text: str | None) -> list[Stage] | None:
+def parse_stages(text: str | None) -> list[str] | None:
     """`captions,high_res` -> those stages in pipeline order; None stays None. Raises UserError on unknown names."""
     if text is None:
         return None

@@ -24,7 +24,7 @@ from prefect.states import Cancelled, Cancelling, Crashed
 
 from resmaster_flows.dispatch import Shards, Stopped
 from resmaster_flows.process import run_name
-from resmaster_stages.config.dataset import DispatchConfig, Stage
+from resmaster_stages.config.dataset import DispatchConfig
 from resmaster_stages.errors import UserError
 from resmaster_stages.keys import digest
 
@@ -95,7 +95,7 @@ class ServerRuns:
     """The runs of one build, within its flow run."""
 
     def __init__(
-        self, config: DispatchConfig, dataset_url: str, stages: list[Stage] | None = None, queue: str | None = None
+        self, config: DispatchConfig, dataset_url: str, stages: list[str] | None = None, queue: str | None = None
     ) -> None:
         """`queue`: work queue, default: the deployment's. Raises UserError if there is no server or no deployment."""
         api = get_current_settings().api.url

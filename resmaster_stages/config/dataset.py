@@ -3,7 +3,7 @@
 This module loads no model and touches no storage.
 
 Invariants:
-- `stage_hash` covers what changes a result, an explicit stage version, and the upstream stage's hash.
+- `identity()` of a part is what changes a result; the hash of a stage (`dataset.stages`) is made of it.
 - Operational fields (batch size, device, offload, concurrency) are marked as such and are not in it.
 """
 
@@ -21,11 +21,6 @@ from pydantic import (
 from resmaster_stages.config.methods import UpscaleConfig
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.config.part import Operational, Part
-
-Stage = Literal["low_res", "captions", "high_res", "quality"]
-STAGES: tuple[Stage, ...] = ("low_res", "captions", "high_res", "quality")
-"""The stages that work on shards, in order. (Stage 1, prompt ingestion, makes the plan that they follow.)"""
-
 
 LONGEST_NAME = 100
 """Characters of a dataset's name at most."""
@@ -227,10 +222,6 @@ class DatasetConfig(Part):
         if self.prompts and self.images:
             raise ValueError("give prompts or images, not both (prompts for your images go beside them as .txt files)")
         return self
-
-    def stages(self) -> tuple[Stage, ...]:
-        """The stages that this dataset needs, in order: captions are skipped where no caption is used."""
-        return tuple(stage for stage in STAGES if stage != "captions" or self.upscale.uses_captions())
 
     def caption_clip(self) -> tuple[str, str | None] | None:
         """The CLIP model that checks captions and its revision; None where captions are not checked."""

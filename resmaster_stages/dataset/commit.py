@@ -14,14 +14,11 @@ import hashlib
 import json
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from resmaster_stages.config.dataset import Stage
-from resmaster_stages.dataset import layout
-from resmaster_stages.errors import ShardError
 from resmaster_stages.storage.filesystem import Folder
 
 BLOCKS = 256
@@ -85,7 +82,7 @@ class StoredObject:
 class Receipt:
     """What a commit record says."""
 
-    stage: Stage
+    stage: str
     stage_hash: str
     shard: int
     attempt: str
@@ -103,20 +100,17 @@ class Receipt:
     ledger: str | None = None
     """Name of the error ledger of this attempt."""
     seconds: float = 0.0
-    """Time to compute."""
+    """Time to compute, of all attempts together."""
     finished_at: str = ""
     """UTC, ISO 8601."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Volatile facts: versions, host, device."""
-    supplement: int = 0
-    """0 for a shard's commit; 1, 2, ... for what was added later."""
-    keys: tuple[str, ...] = ()
-    """Supplements: the samples that it holds, in order."""
-    request: int = 0
-    """Supplements: the last request that it answers."""
+    number: int = 1
+    """Which attempt at the shard it is: 1, 2, ...; the highest counts."""
+    lost_keys: tuple[str, ...] = ()
+    """Planned samples that it did not get, because a stage before had lost them."""
     images: tuple[str, ...] = ()
-    """Tars: where each sample's image lies (`shards.spell_image`), in order, so that nobody needs to walk the tar to find one.
-    Empty in records of earlier versions."""
+    """Tars: where each sample's image lies (`shards.spell_image`), in order, so that nobody needs to walk the tar to find one."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -126,106 +120,8 @@ class Receipt:
     def from_json(cls, values: dict[str, Any]) -> Receipt:
         """The inverse of `to_json`. Raises KeyError or TypeError."""
         objects = tuple(StoredObject(**item) for item in values["objects"])
-        keys, failed = tuple(values.get("keys", ())), tuple(values["failed_keys"])
-        images = tuple(values.get("images", ()))
-        return cls(**{**values, "objects": objects, "failed_keys": failed, "keys": keys, "images": images})
-
-
-def commit(folder: Folder, receipt: Receipt, files: Sequence[tuple[str, Path]], ledger: bytes | None) -> Receipt:
-    """Upload `files` (name in the dataset, validated local file) and commit `receipt` with them.
-
-    `ledger` is the content of this attempt's error ledger, if samples failed.
-    Returns the receipt that counts: ours, or that of the attempt that won the race.
-    """
-    stored = tuple(describe(name, path) for name, path in files)
-    ledger_name = layout.ledger(receipt.stage, receipt.shard, receipt.attempt) if ledger is not None else None
-    receipt = replace(receipt, objects=stored, ledger=ledger_name)
-    own = [name for name, _ in files] + ([ledger_name] if ledger_name else [])
-    try:
-        if ledger is not None and ledger_name:
-            folder.write(ledger_name, ledger)
-        for name, path in files:
-            folder.upload(name, path)
-    except Exception:
-        discard(folder, own)
-        raise
-    place = (receipt.stage, receipt.stage_hash, receipt.shard, receipt.supplement)
-    name = layout.commit(*place)
-    text = json.dumps(receipt.to_json(), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    try:
-        folder.create(name, text.encode())
-    except FileExistsError as error:
-        winner = read_commit(folder, *place)
-        if winner is None:
-            raise ShardError(f"{folder.url_of(name)}: was there and is gone; run the same command again") from error
-        if winner.attempt != receipt.attempt:
-            discard(folder, own)
-        return winner
-    except Exception:
-        # The store may have kept the record although its answer got lost.
-        winner = read_commit(folder, *place)
-        if winner is None or winner.attempt != receipt.attempt:
-            raise
-        return winner
-    return receipt
-
-
-def read_commit(folder: Folder, stage: Stage, stage_hash: str, shard: int, supplement: int = 0) -> Receipt | None:
-    """The commit record of a shard, or of one of its supplements, or None. Raises ShardError if it is damaged."""
-    name = layout.commit(stage, stage_hash, shard, supplement)
-    try:
-        data = folder.read(name)
-    except FileNotFoundError:
-        return None
-    return _parse(folder, name, data, stage_hash)
-
-
-def committed_shards(folder: Folder, stage: Stage, stage_hash: str) -> list[int]:
-    """The shards that are committed, from one listing of the stage's commit records."""
-    names = folder.names(layout.commit_folder(stage, stage_hash))
-    return sorted(shard for name in names if (shard := layout.number_of(name)) is not None)
-
-
-def all_commits(folder: Folder) -> Iterator[tuple[str, Receipt | None]]:
-    """Every commit record there is, supplements too, of whichever configuration, by name; None for one that cannot be read."""
-    for group in folder.names(layout.COMMITS):
-        names = [name for name in folder.names(group) if layout.is_commit(name)]
-        for start in range(0, len(names), 1000):
-            for name, data in sorted(folder.read_many(names[start : start + 1000]).items()):
-                try:
-                    receipt = Receipt.from_json(json.loads(data))
-                    place = (receipt.stage, receipt.stage_hash, receipt.shard, receipt.supplement)
-                    good = layout.commit(*place) == name
-                except (ValueError, KeyError, TypeError):
-                    good = False
-                yield name, receipt if good else None
-
-
-def list_commits(folder: Folder, stage: Stage, stage_hash: str) -> dict[int, Receipt]:
-    """Shard -> commit record, for all that are committed. Raises ShardError if one is damaged."""
-    return read_commits(folder, stage, stage_hash, committed_shards(folder, stage, stage_hash))
-
-
-def read_commits(folder: Folder, stage: Stage, stage_hash: str, shards: Sequence[int]) -> dict[int, Receipt]:
-    """Shard -> commit record, for those of `shards` that are committed. Raises ShardError if one is damaged."""
-    names = [layout.commit(stage, stage_hash, shard) for shard in shards]
-    receipts = [_parse(folder, name, data, stage_hash) for name, data in folder.read_many(names).items()]
-    return {receipt.shard: receipt for receipt in receipts}
-
-
-def _parse(folder: Folder, name: str, data: bytes, stage_hash: str) -> Receipt:
-    place = folder.url_of(name)
-    try:
-        receipt = Receipt.from_json(json.loads(data))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(
-            f"{place}: damaged commit record ({error}); run: resmaster verify {folder.url}, then: resmaster repair"
-        ) from error
-    if receipt.stage_hash != stage_hash or name != layout.commit(
-        receipt.stage, stage_hash, receipt.shard, receipt.supplement
-    ):
-        raise ShardError(f"{place}: belongs to another shard or configuration; delete it, then run: resmaster repair")
-    return receipt
+        tuples = {name: tuple(values[name]) for name in ("failed_keys", "lost_keys", "images")}
+        return cls(**{**values, **tuples, "objects": objects})
 
 
 def discard(folder: Folder, names: Sequence[str]) -> None:

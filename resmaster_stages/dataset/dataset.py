@@ -12,12 +12,16 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.dataset import layout
-from resmaster_stages.errors import ConfigError, UserError
+from resmaster_stages.dataset.commits import Commits
+from resmaster_stages.dataset.plan import Plan, read_plan
+from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.errors import ConfigError, PlanError, UserError
 from resmaster_stages.redaction import one_line, without_credentials
 from resmaster_stages.storage.filesystem import Folder, open_root
 from resmaster_stages.storage.probe import require_one_winner
@@ -37,6 +41,24 @@ class Dataset:
     def url(self) -> str:
         """Folder or URL; `open_dataset` takes it."""
         return self.folder.url
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """The stages that it needs, in pipeline order -> the identity of their results."""
+        return stage_hashes(self.config)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Its samples, as planned when it is first asked for: generations never change. Raises PlanError if there is no plan."""
+        return read_plan(self.folder)
+
+    def commits(self, stage: str) -> Commits:
+        """What is committed of a stage. Raises PlanError for a stage that it does not need."""
+        if stage not in self.hashes:
+            raise PlanError(
+                f"{self.url}: this configuration needs no stage {stage!r}; it needs {', '.join(self.hashes)}"
+            )
+        return Commits(self.folder, stage, self.hashes[stage])
 
 
 def create_or_open(config: DatasetConfig) -> Dataset:

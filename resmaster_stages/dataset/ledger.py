@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from resmaster_stages import redaction
-from resmaster_stages.config.dataset import Stage
 from resmaster_stages.dataset import layout
+from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.dataset.schemas import LEDGER_SCHEMA
 from resmaster_stages.errors import ShardError
 from resmaster_stages.storage.filesystem import Folder
@@ -20,7 +20,7 @@ from resmaster_stages.storage.tables import decode_table, encode_table
 MESSAGE_CHARACTERS = 1000
 
 
-def ledger_rows(folder: Folder, stage: Stage, shards: set[int] | None = None) -> list[dict[str, Any]]:
+def ledger_rows(folder: Folder, stage: str, shards: set[int] | None = None) -> list[dict[str, Any]]:
     """All rows of a stage, or of some of its shards, as dictionaries in the form of LEDGER_SCHEMA."""
     found = folder.names(layout.ledger_folder(stage))
     by_name = {name: layout.ledger_shard(name) for name in found}
@@ -31,16 +31,14 @@ def ledger_rows(folder: Folder, stage: Stage, shards: set[int] | None = None) ->
     ]
 
 
-def encode_failures(
-    folder: Folder, stage: Stage, stage_hash: str, shard: int, attempt: str, failures: Sequence[tuple[str, Exception]]
-) -> bytes:
+def encode_failures(commits: Commits, shard: int, attempt: str, failures: Sequence[tuple[str, Exception]]) -> bytes:
     """The ledger file of an attempt: one row per (key, error), numbered after the failures that are there already."""
-    earlier = Counter(row["key"] for row in ledger_rows(folder, stage, {shard}))
+    earlier = Counter(row["key"] for row in ledger_rows(commits.folder, commits.stage, {shard}))
     rows = [
         {
             "key": key,
-            "stage": stage,
-            "stage_hash": stage_hash,
+            "stage": commits.stage,
+            "stage_hash": commits.stage_hash,
             "shard": shard,
             "error_class": type(error).__name__,
             "message": one_line(error),

@@ -8,22 +8,21 @@ Invariant: every object is read by its commit record and checked against its sha
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, overload
 
 from numpy.typing import NDArray
 
-from resmaster_stages.config.dataset import DatasetConfig, Stage
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.chain import Chain, read_chain
 from resmaster_stages.dataset.commit import Receipt, StoredObject
 from resmaster_stages.dataset.dataset import Dataset
-from resmaster_stages.dataset.plan import Plan, PlannedSample
-from resmaster_stages.dataset.sample import Picture, Sample
-from resmaster_stages.dataset.schemas import STAGE_SCHEMAS
-from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.dataset.plan import PlannedSample
+from resmaster_stages.dataset.sample import Output, Picture, Sample
+from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import PlanError, ShardError
 from resmaster_stages.storage.arrays import decode_arrays
 from resmaster_stages.storage.images import MASK_EXTENSION
@@ -31,21 +30,57 @@ from resmaster_stages.storage.scratch import scratch_folder
 from resmaster_stages.storage.shards import Entry, read_index, read_member
 from resmaster_stages.storage.tables import decode_table
 
+Rows = list[dict[str, Any]]
 
-class ShardSamples(Sequence[Sample]):
-    """The samples of a shard that survived the stages named, in the plan's order. Pictures are read when asked for."""
+
+class Outputs(Mapping[str, Output]):
+    """Key -> what a commit holds of a sample, byte for byte. Files are read when asked for, from a local copy."""
 
     def __init__(
         self,
-        planned: list[PlannedSample],
-        held: dict[Stage, dict[str, Receipt | None]],
-        tars: dict[Stage, dict[str, tuple[IO[bytes], Entry]]],
-        tables: dict[Stage, dict[str, list[dict[str, Any]]]],
+        tar: IO[bytes] | None,
+        entries: Mapping[str, Entry],
+        rows: Mapping[str, Rows],
+        arrays: Callable[[], Mapping[str, Mapping[str, NDArray[Any]]]] = dict,
     ) -> None:
+        self._tar, self._entries, self._rows, self._arrays = tar, entries, rows, cache(arrays)
+
+    def __getitem__(self, key: str) -> Output:
+        files = {name: self.file(key, name) for name in self._entries[key].members} if self._tar else {}
+        return Output(key, files=files, rows=self.rows(key), arrays=self._arrays().get(key, {}))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries if self._tar else self._rows)
+
+    def __len__(self) -> int:
+        return len(self._entries if self._tar else self._rows)
+
+    def rows(self, key: str) -> Rows:
+        """A sample's rows without their key; none in a tar."""
+        return self._rows.get(key, [])
+
+    def file(self, key: str, extension: str) -> bytes:
+        """One file of a sample in a tar."""
+        assert self._tar is not None
+        return read_member(self._tar, self._entries[key].members[extension])
+
+    def picture(self, key: str) -> Picture:
+        """A sample's image in a tar."""
+        extension, _ = self._entries[key].image
+        return Picture(self.file(key, extension), extension, json.loads(self.file(key, "json")))
+
+    def mask(self, key: str) -> Picture | None:
+        """A sample's detail mask in a tar, if there is one beside its image."""
+        member = self._entries[key].members.get(MASK_EXTENSION)
+        return Picture(self.file(key, MASK_EXTENSION), "png", {"key": member.name}) if member else None
+
+
+class ShardSamples(Sequence[Sample]):
+    """Samples of a shard in the plan's order, with what stages made of them. Images are read when asked for."""
+
+    def __init__(self, planned: Sequence[PlannedSample], outputs: Mapping[str, Outputs]) -> None:
         self.planned = planned
-        self._held = held
-        self._tars = tars
-        self._tables = tables
+        self._outputs = outputs
 
     def __len__(self) -> int:
         return len(self.planned)
@@ -60,6 +95,7 @@ class ShardSamples(Sequence[Sample]):
         if isinstance(position, slice):
             return [self[index] for index in range(*position.indices(len(self)))]
         planned = self.planned[position]
+        low_res, high_res = self._outputs.get("low_res"), self._outputs.get("high_res")
         return Sample(
             key=planned.key,
             index=planned.index,
@@ -69,121 +105,68 @@ class ShardSamples(Sequence[Sample]):
             width=planned.width,
             replica=planned.replica,
             source=planned.source,
-            low_res=self._picture("low_res", planned.key),
-            detail_mask=self._detail_mask(planned.key),
-            captions=tuple(self.rows("captions", planned.key)),
-            high_res=self._picture("high_res", planned.key),
+            low_res=low_res.picture(planned.key) if low_res else None,
+            detail_mask=low_res.mask(planned.key) if low_res else None,
+            captions=tuple(sorted(self.rows("captions", planned.key), key=lambda row: (row["row"], row["col"]))),
+            high_res=high_res.picture(planned.key) if high_res else None,
         )
 
     def keys(self) -> list[str]:
-        """The keys in order, without reading a picture."""
+        """The keys in order, without reading an image."""
         return [planned.key for planned in self.planned]
 
-    def attempts(self, stage: Stage) -> list[str]:
-        """The attempts whose commits hold these samples: one, unless supplements are among them."""
-        return list(dict.fromkeys(holder.attempt for holder in self._held[stage].values() if holder))
-
-    def rows(self, stage: Stage, key: str) -> list[dict[str, Any]]:
+    def rows(self, stage: str, key: str) -> Rows:
         """A sample's rows in a stage's table; none where the stage was not loaded."""
-        return self._tables.get(stage, {}).get(key, [])
-
-    def _picture(self, stage: Stage, key: str) -> Picture | None:
-        if stage not in self._tars:
-            return None
-        file, entry = self._tars[stage][key]
-        extension, member = entry.image
-        meta = json.loads(read_member(file, entry.members["json"]))
-        return Picture(read_member(file, member), extension, meta)
-
-    def _detail_mask(self, key: str) -> Picture | None:
-        if "low_res" not in self._tars:
-            return None
-        file, entry = self._tars["low_res"][key]
-        member = entry.members.get(MASK_EXTENSION)
-        return Picture(read_member(file, member), "png", {"key": member.name}) if member else None
+        return self._outputs[stage].rows(key) if stage in self._outputs else []
 
 
 @contextmanager
-def shard_samples(
-    dataset: Dataset,
-    config: DatasetConfig,
-    plan: Plan,
-    shard: int,
-    stages: Sequence[Stage],
-    hashes: dict[Stage, str] | None = None,
-) -> Iterator[ShardSamples]:
-    """The samples of a shard that `stages` and all before them made, supplements included, verified; usable within the block.
+def shard_samples(dataset: Dataset, shard: int, stages: Sequence[str]) -> Iterator[ShardSamples]:
+    """The samples of a shard that `stages` and all before them made, verified; usable within the block.
 
     Raises PlanError if one of the stages is not committed, ShardError if an object is gone or damaged.
     """
-    hashes = hashes or stage_hashes(config)
-    last = max(stages, key=list(hashes).index, default=None)
-    chain = read_chain(dataset.folder, hashes, shard, last) if last else Chain({})
-    planned = plan.read(shard)
-    keys = [sample.key for sample in planned if all(chain.holder(stage, sample.key) for stage in chain.links)]
-    with chosen_samples(dataset, planned, keys, chain, shard, stages) as samples:
+    last = max(stages, key=list(dataset.hashes).index, default=None)
+    chain = read_chain(dataset, shard, last) if last else Chain({})
+    with chosen_samples(dataset, shard, chain, stages, without=chain.lost()) as samples:
         yield samples
 
 
 @contextmanager
 def chosen_samples(
-    dataset: Dataset,
-    planned: Sequence[PlannedSample],
-    keys: Collection[str],
-    chain: Chain,
-    shard: int,
-    stages: Sequence[Stage],
+    dataset: Dataset, shard: int, chain: Chain, stages: Sequence[str], without: Collection[str]
 ) -> Iterator[ShardSamples]:
-    """Those of a shard's `planned` samples that `keys` names, with what `stages` made of them, verified.
-
-    Every one of `keys` must be held in every one of `stages`. Raises as `shard_samples`.
-    """
-    wanted = set(keys)
-    survivors = [sample for sample in planned if sample.key in wanted]
-    for stage in stages:
-        if chain.links[stage].commit is None:
-            raise PlanError(
-                f"{dataset.url}: shard {shard:06d} has no commit of stage {stage} under this configuration; "
-                f"run: resmaster repair {dataset.url}"
-            )
-    held = {stage: {each.key: chain.holder(stage, each.key) for each in survivors} for stage in stages}
-    members: dict[Stage, dict[str, tuple[IO[bytes], Entry]]] = {}
-    tables: dict[Stage, dict[str, list[dict[str, Any]]]] = {}
-    with scratch_folder() as scratch, ExitStack() as files:
+    """A shard's planned samples but those `without`, with what `stages` made of them, verified. Raises as `shard_samples`."""
+    planned = [sample for sample in dataset.plan.read(shard) if sample.key not in without]
+    outputs: dict[str, Outputs] = {}
+    with ExitStack() as files:
         for stage in stages:
-            members[stage], tables[stage] = {}, {}
-            for receipt in chain.links[stage].receipts:
-                own = [key for key, holder in held[stage].items() if holder is receipt]
-                if not own:
-                    continue
-                found = _fetched(dataset, receipt, scratch, files)
-                if missing := [key for key in own if key not in found]:
-                    raise ShardError(_damaged(dataset, receipt, f"lacks {len(missing)} samples, {missing[0]} first"))
-                for key in own:
-                    value = found[key]
-                    if isinstance(value, list):
-                        tables[stage][key] = value
-                    else:
-                        members[stage][key] = value
-        tars = {stage: found for stage, found in members.items() if layout.EXTENSIONS[stage] == "tar"}
-        yield ShardSamples(survivors, held, tars, tables)
+            receipt = chain.receipts[stage]
+            if receipt is None:
+                raise PlanError(
+                    f"{dataset.url}: shard {shard:06d} has no commit of stage {stage} under this configuration; "
+                    f"run: resmaster repair {dataset.url}"
+                )
+            outputs[stage] = files.enter_context(committed_outputs(dataset, receipt))
+            if missing := [sample.key for sample in planned if sample.key not in outputs[stage]]:
+                raise ShardError(_damaged(dataset, receipt, f"lacks {len(missing)} samples, {missing[0]} first"))
+        yield ShardSamples(planned, outputs)
 
 
-def _fetched(
-    dataset: Dataset, receipt: Receipt, scratch: Path, files: ExitStack
-) -> Mapping[str, tuple[IO[bytes], Entry] | list[dict[str, Any]]]:
-    """Key -> its place in the commit's tar, which stays open as long as `files`, or its rows in the commit's table."""
-    path = fetch(dataset, receipt, receipt.objects[0], scratch)
-    if layout.EXTENSIONS[receipt.stage] == "tar":
-        file = files.enter_context(path.open("rb"))
-        return {entry.key: (file, entry) for entry in read_index(file, receipt.objects[0].name)}
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for row in decode_table(path, STAGE_SCHEMAS[receipt.stage], receipt.objects[0].name).to_pylist():
-        rows.setdefault(row["key"], []).append(row)
-    if receipt.stage == "captions":
-        for own in rows.values():
-            own.sort(key=lambda row: (row["row"], row["col"]))
-    return rows
+@contextmanager
+def committed_outputs(dataset: Dataset, receipt: Receipt) -> Iterator[Outputs]:
+    """What a commit holds, verified; usable within the block. Raises ShardError if an object is gone or damaged."""
+    with scratch_folder() as scratch, ExitStack() as files:
+        name, schema = receipt.objects[0].name, STAGES[receipt.stage].schema
+        path = fetch(dataset, receipt, receipt.objects[0], scratch)
+        if schema is None:
+            tar = files.enter_context(path.open("rb"))
+            yield Outputs(tar, {entry.key: entry for entry in read_index(tar, name)}, {})
+            return
+        rows: dict[str, Rows] = {}
+        for row in decode_table(path, schema(), name).to_pylist():
+            rows.setdefault(row.pop("key"), []).append(row)
+        yield Outputs(None, {}, rows, lambda: committed_arrays(dataset, receipt))
 
 
 def committed_arrays(dataset: Dataset, receipt: Receipt) -> dict[str, dict[str, NDArray[Any]]]:

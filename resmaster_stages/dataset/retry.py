@@ -1,41 +1,34 @@
-"""Asks for another attempt at the failed samples of committed shards."""
+"""Another attempt at the failed samples of committed shards: which shards of which stages, and up to which number."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Collection
 
-from resmaster_stages.config.dataset import DatasetConfig, Stage
-from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.chain import read_chains
 from resmaster_stages.dataset.dataset import Dataset
-from resmaster_stages.dataset.plan import read_plan
-from resmaster_stages.dataset.stages import stage_hashes
+
+Retries = dict[str, dict[str, int]]
+"""Stage -> shard (its number as text, as JSON wants it) -> number of the attempt that is asked for. Once a shard has an attempt
+of that number, the wish is fulfilled, whoever did it."""
 
 
-def request_retries(
-    dataset: Dataset,
-    config: DatasetConfig | None = None,
-    *,
-    shards: Sequence[int] | None = None,
-    stages: Sequence[Stage] | None = None,
-) -> int:
-    """Ask for another attempt at every failed sample of committed shards, of `shards` and `stages` (default: all).
-
-    Returns the number of samples. A request that waits for its answer is not repeated.
-    """
-    hashes, count = stage_hashes(config or dataset.config), 0
-    for shard, chain in read_chains(dataset.folder, hashes, read_plan(dataset.folder).shards):
+def retries_of(
+    dataset: Dataset, shards: Collection[int] | None = None, stages: Collection[str] | None = None
+) -> tuple[Retries, int]:
+    """The next attempt at every failed sample of committed shards, of `shards` and `stages` (default: all), and how many
+    samples that are."""
+    retries: Retries = {}
+    samples = 0
+    for shard, chain in read_chains(dataset, range(dataset.plan.shards)):
         if shards is not None and shard not in shards:
             continue
-        for stage, link in chain.links.items():
-            if not link.failed or (stages is not None and stage not in stages):
-                continue
-            count += len(link.failed)
-            if not link.asked:
-                name = layout.retry_request(stage, hashes[stage], shard, link.requests + 1)
-                try:
-                    dataset.folder.create(name, (json.dumps({"keys": sorted(link.failed)}) + "\n").encode())
-                except FileExistsError:
-                    continue  # somebody else asked just now
-    return count
+        for stage, receipt in chain.receipts.items():
+            if receipt and receipt.failed_keys and (stages is None or stage in stages):
+                retries.setdefault(stage, {})[str(shard)] = receipt.number + 1
+                samples += len(receipt.failed_keys)
+    return retries, samples
+
+
+def number_of(retries: Retries | None, stage: str, shard: int) -> int:
+    """The number up to which a stage of a shard is to be attempted; 1 where nothing is asked for."""
+    return (retries or {}).get(stage, {}).get(str(shard), 1)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from resmaster_stages.config.dataset import Stage
-
 
 def _schema(table: str, fields: list[tuple[str, pa.DataType, bool]]) -> pa.Schema:
     """A schema from (name, type, nullable), with its name and version as metadata."""
@@ -177,5 +175,5 @@ COMPARE_SCHEMA = _schema(
 image, c native-size crops, u crops that are not resized. `flagged` is the share of samples with a flag of any kind."""
 
 
-STAGE_SCHEMAS: dict[Stage, pa.Schema] = {"captions": CAPTIONS_SCHEMA, "quality": QUALITY_SCHEMA}
+STAGE_SCHEMAS: dict[str, pa.Schema] = {"captions": CAPTIONS_SCHEMA, "quality": QUALITY_SCHEMA}
 """The schemas of the stages that write tables."""

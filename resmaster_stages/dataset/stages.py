@@ -1,77 +1,207 @@
-"""Which stages a stage depends on, and what identifies its result. Touches no storage; reads the names of weights only."""
+"""The stages that work on shards, one row each: what a stage is, what it depends on, what identifies its result.
+
+(Stage 1, prompt ingestion, makes the plan that they follow.) Everything else that is known of a stage by its name follows from
+its row: paths, tables, hashes, order, help texts. Loads no model; reads the names of weights only.
+
+Invariant: a hash covers what changes a result, the stage's version, and the hashes of the stages that it reads.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
 
-from resmaster_stages.config.dataset import DatasetConfig, Stage
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.keys import digest
 from resmaster_stages.models.identity import Weights
 
+if TYPE_CHECKING:
+    import pyarrow as pa
 
-def upstream_of(config: DatasetConfig, stage: Stage) -> tuple[Stage, ...]:
-    """The stages whose output `stage` reads."""
-    if stage == "low_res":
-        return ()
-    if stage == "captions":
-        return ("low_res",)
-    if stage == "high_res":
-        return ("low_res", "captions") if config.upscale.uses_captions() else ("low_res",)
-    return ("low_res", "high_res")
+Process = Callable[[DatasetConfig, Sequence[Sample]], Iterable[Output]]
+"""What a stage does: a configuration and the samples of one slot -> one Output for each, in order."""
 
 
-def stage_hashes(config: DatasetConfig) -> dict[Stage, str]:
-    """The identity of every stage that the dataset needs."""
+def _always(config: DatasetConfig) -> bool:
+    return True
+
+
+def _one(config: DatasetConfig) -> int:
+    return 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the pipeline."""
+
+    name: str
+    """Letters and underscores; the folder of its objects too."""
+    process: str | Process
+    """`module:function`, imported at the first use (stages bring torch along), or the function itself."""
+    identity: Callable[[DatasetConfig, Weights], dict[str, Any]]
+    """What of the configuration and the weights changes the result, as JSON-ready values."""
+    doing: str
+    """What people read while it works, e.g. `upscaling`."""
+    version: int = 1
+    """Raised by hand whenever the stage's code changes its result: old commits then no longer count as done."""
+    reads: tuple[str, ...] = ()
+    """The stages whose outputs `process` sees."""
+    schema: Callable[[], pa.Schema] | None = None
+    """Gives the columns of its table; None: the stage makes images, kept in a tar."""
+    needed: Callable[[DatasetConfig], bool] = _always
+    """Whether a dataset needs it."""
+    batch: tuple[str, str] | None = None
+    """Part and field of the configuration that say how much goes to the device at once; None: one image at a time."""
+    slot: Callable[[DatasetConfig], int] = _one
+    """How many samples are computed together, counted from the shard's first: the unit that is lost, resumed and suspected."""
+
+    @property
+    def extension(self) -> Literal["tar", "parquet"]:
+        """What it writes: images as a WebDataset tar, rows as Parquet."""
+        return "tar" if self.schema is None else "parquet"
+
+    def function(self) -> Process:
+        """`process`, imported."""
+        if not isinstance(self.process, str):
+            return self.process
+        module, _, name = self.process.partition(":")
+        function: Process = getattr(import_module(module), name)
+        return function
+
+
+def _model(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
+    return {**config.model.identity(), "weights": weights.model}
+
+
+def _low_res_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
+    own: dict[str, Any] = {"plan": config.plan_identity(), "image_format": config.image_format}
+    return own if config.images else {**own, "low_res": config.low_res.identity(), "model": _model(config, weights)}
+
+
+def _captions_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
+    own: dict[str, Any] = {
+        "captions": config.captions.identity(),
+        "views": {"scale": config.upscale.passes()[0].scale, "stride": config.upscale.stride},
+        "weights": weights.captioner,
+        "tokenizer": weights.model,
+    }
+    if judge := config.caption_clip():
+        own["check"] = {"clip": judge, "weights": weights.caption_check, "margin": config.captions.check.margin}
+    return own
+
+
+def _high_res_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
+    diffusion = config.upscale.uses_diffusion()
+    return {
+        "upscale": config.upscale.identity(),
+        **({"model": _model(config, weights)} if diffusion else {"weights": weights.super_resolution}),
+        "image_format": config.image_format,
+        "webp_quality": config.webp_quality,
+    }
+
+
+def _quality_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
+    return {"quality": config.quality.identity(), "weights": weights.clip, "features": weights.features}
+
+
+def _captions_schema() -> pa.Schema:
+    from resmaster_stages.dataset.schemas import CAPTIONS_SCHEMA
+
+    return CAPTIONS_SCHEMA
+
+
+def _quality_schema() -> pa.Schema:
+    from resmaster_stages.dataset.schemas import QUALITY_SCHEMA
+
+    return QUALITY_SCHEMA
+
+
+STAGES: dict[str, Stage] = {}
+"""Name -> stage, in pipeline order."""
+
+
+def register(stage: Stage) -> None:
+    """Add a stage, after those that are there."""
+    STAGES[stage.name] = stage
+
+
+register(
+    Stage(
+        "low_res",
+        process="resmaster_stages.low_res:process",
+        identity=_low_res_identity,
+        doing="drawing low-res images",
+        batch=("low_res", "batch_size"),
+        slot=lambda config: 1 if config.images else config.low_res.batch_size,
+    )
+)
+register(
+    Stage(
+        "captions",
+        process="resmaster_stages.captions:process",
+        identity=_captions_identity,
+        doing="captioning patches",
+        reads=("low_res",),
+        schema=_captions_schema,
+        needed=lambda config: config.upscale.uses_captions(),
+        batch=("captions", "batch_size"),
+    )
+)
+register(
+    Stage(
+        "high_res",
+        process="resmaster_stages.high_res:process",
+        identity=_high_res_identity,
+        doing="upscaling",
+        reads=("low_res", "captions"),
+        batch=("upscale", "view_batch"),
+    )
+)
+register(
+    Stage(
+        "quality",
+        process="resmaster_stages.quality:process",
+        identity=_quality_identity,
+        doing="measuring quality",
+        version=3,
+        reads=("low_res", "high_res"),
+        schema=_quality_schema,
+    )
+)
+
+
+def stages_of(config: DatasetConfig) -> tuple[str, ...]:
+    """The stages that a dataset needs, in pipeline order."""
+    return tuple(name for name, stage in STAGES.items() if stage.needed(config))
+
+
+def reads_of(config: DatasetConfig, stage: str) -> tuple[str, ...]:
+    """The stages whose outputs `stage` reads in this dataset."""
+    needed = stages_of(config)
+    return tuple(name for name in STAGES[stage].reads if name in needed)
+
+
+def hashes_of(config: DatasetConfig, weights: Weights) -> dict[str, str]:
+    """Stage -> the identity (64 hex digits) of its result, for every stage that a dataset needs."""
+    hashes: dict[str, str] = {}
+    for name in stages_of(config):
+        stage = STAGES[name]
+        hashes[name] = digest(
+            {
+                "stage": name,
+                "version": stage.version,
+                "config": stage.identity(config, weights),
+                "reads": {each: hashes[each] for each in reads_of(config, name)},
+            }
+        )
+    return hashes
+
+
+def stage_hashes(config: DatasetConfig) -> dict[str, str]:
+    """`hashes_of` with the weights that the configuration names."""
     from resmaster_stages.models.identity import weights_of
 
-    weights = weights_of(config)
-    return {stage: stage_hash(config, stage, weights) for stage in config.stages()}
-
-
-STAGE_VERSIONS: dict[str, int] = {"low_res": 1, "captions": 1, "high_res": 1, "quality": 2}
-"""Raised by hand whenever a stage's code changes its result: old commits then no longer count as done."""
-
-
-def stage_hash(config: DatasetConfig, stage: Stage, weights: Weights) -> str:
-    """Identity (64 hex digits) of what `stage` computes: its part of the configuration, its weights, its version, and
-    all that is upstream of it."""
-    model = {**config.model.identity(), "weights": weights.model}
-    own: dict[str, Any]
-    upstream: list[Stage]
-    if stage == "low_res":
-        own = {"plan": config.plan_identity(), "image_format": config.image_format}
-        if not config.images:
-            own |= {"low_res": config.low_res.identity(), "model": model}
-        upstream = []
-    elif stage == "captions":
-        own = {
-            "captions": config.captions.identity(),
-            "views": {"scale": config.upscale.passes()[0].scale, "stride": config.upscale.stride},
-            "weights": weights.captioner,
-            "tokenizer": weights.model,
-        }
-        if judge := config.caption_clip():  # unchecked captions are what they were before there was a check
-            own["check"] = {"clip": judge, "weights": weights.caption_check, "margin": config.captions.check.margin}
-        upstream = ["low_res"]
-    elif stage == "high_res":
-        network = {"model": model} if config.upscale.uses_diffusion() else {"weights": weights.super_resolution}
-        own = {
-            "upscale": config.upscale.identity(),
-            **network,
-            "image_format": config.image_format,
-            "webp_quality": config.webp_quality,
-        }
-        upstream = ["low_res", "captions"] if config.upscale.uses_captions() else ["low_res"]
-    else:
-        own = {"quality": config.quality.identity(), "weights": weights.clip}
-        if weights.features:
-            own["features"] = weights.features
-        upstream = ["high_res"]
-    return digest(
-        {
-            "stage": stage,
-            "version": STAGE_VERSIONS[stage],
-            "config": own,
-            "upstream": {name: stage_hash(config, name, weights) for name in upstream},
-        }
-    )
+    return hashes_of(config, weights_of(config))

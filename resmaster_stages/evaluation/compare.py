@@ -19,9 +19,8 @@ from PIL import Image
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
-from resmaster_stages.dataset.commit import commit, list_commits, new_attempt, read_commit
+from resmaster_stages.dataset.commit import new_attempt
 from resmaster_stages.dataset.dataset import Dataset
-from resmaster_stages.dataset.plan import read_plan
 from resmaster_stages.dataset.reading import fetch, shard_samples
 from resmaster_stages.dataset.schemas import COMPARE_SCHEMA, MANIFEST_SCHEMA
 from resmaster_stages.dataset.stages import stage_hashes
@@ -65,11 +64,10 @@ def share_low_res(source: Dataset, target: Dataset) -> int:
     """
     if _low_res_identity(source) != _low_res_identity(target):
         return 0
-    theirs, ours = stage_hashes(source.config)["low_res"], stage_hashes(target.config)["low_res"]
-    plan = read_plan(target.folder)
+    plan, theirs, ours = target.plan, source.commits("low_res"), target.commits("low_res")
     copied = 0
     for shard in pending(target, stages=["low_res"])["low_res"]:
-        receipt = read_commit(source.folder, "low_res", theirs, shard)
+        receipt = theirs.read(shard)
         keys = [sample.key for sample in plan.read(shard)]
         if receipt is None or receipt.samples_failed or receipt.keys_digest != digest_of_keys(keys):
             continue
@@ -78,12 +76,13 @@ def share_low_res(source: Dataset, target: Dataset) -> int:
             path = fetch(source, receipt, receipt.objects[0], scratch)
             own = replace(
                 receipt,
-                stage_hash=ours,
+                stage_hash=ours.stage_hash,
                 attempt=attempt,
+                number=1,
                 generation=plan.generation_of(shard).number,
                 provenance={**receipt.provenance, "copied_from": f"{source.config.name}/{receipt.objects[0].name}"},
             )
-            commit(target.folder, own, [(layout.shard_object("low_res", shard, attempt), path)], None)
+            ours.create(own, [(layout.shard_object("low_res", shard, attempt), path)])
         copied += 1
     return copied
 
@@ -190,10 +189,9 @@ def _facts(variant: Variant, dataset: Dataset, manifest: Sequence[Mapping[str, A
         means[name] = sum(values) / len(values) if values else None
     means["flagged"] = sum(bool(row["flags"]) for row in manifest) / len(manifest)
     cost: dict[str, Any] = {"seconds_captions": None}
-    hashes = stage_hashes(config)
     for stage in ("captions", "high_res"):
-        if stage in hashes:
-            receipts = list_commits(dataset.folder, stage, hashes[stage]).values()
+        if stage in dataset.hashes:
+            receipts = dataset.commits(stage).read_all().values()
             samples = sum(receipt.samples_ok + receipt.samples_failed for receipt in receipts)
             cost[f"seconds_{stage}"] = sum(r.seconds for r in receipts) / samples if samples else None
             if stage == "high_res":
@@ -254,11 +252,11 @@ def _as_columns(found: Repeats) -> dict[str, float | None]:
 
 def finished_samples(dataset: Dataset, keys: Collection[str]) -> Iterator[FinishedSample]:
     """The samples `keys` of a dataset with both pictures, in the plan's order; one shard is open at a time."""
-    plan, left = read_plan(dataset.folder), set(keys)
-    for shard in range(plan.shards):
-        if left.isdisjoint(sample.key for sample in plan.read(shard)):
+    left = set(keys)
+    for shard in range(dataset.plan.shards):
+        if left.isdisjoint(sample.key for sample in dataset.plan.read(shard)):
             continue
-        with shard_samples(dataset, dataset.config, plan, shard, ["low_res", "high_res"]) as samples:
+        with shard_samples(dataset, shard, ["low_res", "high_res"]) as samples:
             for place, key in enumerate(samples.keys()):
                 if key in left:
                     sample = samples[place]
@@ -281,7 +279,7 @@ def published(dataset: Dataset) -> bool:
     if not dataset.folder.exists(layout.REPORT_PAGE) or not dataset.folder.exists(layout.MANIFEST):
         return False
     table = decode_table(dataset.folder.read(layout.MANIFEST), MANIFEST_SCHEMA, layout.MANIFEST)
-    own_hash = stage_hashes(dataset.config)["quality"]
+    own_hash = dataset.hashes["quality"]
     finished = status(dataset).stages[-1].samples_ok
     return len(table) == finished and all(found == own_hash for found in table["quality_hash"].to_pylist())
 

@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from resmaster_stages.dataset.chain import list_links
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.reading import committed_arrays
-from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.errors import PlanError
 from resmaster_stages.metrics.fid import FeatureStatistics, frechet_distance, merged
 from resmaster_stages.metrics.inception_score import inception_score
@@ -41,12 +39,10 @@ def iter_features(dataset: Dataset, picture: str = "high_res") -> Iterator[dict[
             f"{dataset.url}: keeps no features; set quality.features: clip (or inception) and run it again: "
             "only the quality stage is redone"
         )
-    own_hash = stage_hashes(dataset.config)["quality"]
     prefix = f"{picture}."
-    for _, link in sorted(list_links(dataset.folder, "quality", own_hash).items()):
+    for _, receipt in sorted(dataset.commits("quality").read_all().items()):
         yield {
             key: {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
-            for receipt in link.receipts
             for key, arrays in committed_arrays(dataset, receipt).items()
         }
 

@@ -15,15 +15,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from resmaster_stages.config.dataset import Stage
 from resmaster_stages.dataset import layout
-from resmaster_stages.dataset.chain import read_chain
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import Dataset, current_config
 from resmaster_stages.dataset.ledger import ledger_rows
-from resmaster_stages.dataset.plan import PlannedSample, picture_key, read_plan
-from resmaster_stages.dataset.schemas import STAGE_SCHEMAS
-from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.dataset.plan import PlannedSample, picture_key
+from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import ShardError, UserError
 from resmaster_stages.keys import sample_seed
 from resmaster_stages.models.identity import weights_of
@@ -54,7 +51,7 @@ class Bytes:
 class StageTrace:
     """What one stage did with the sample."""
 
-    stage: Stage
+    stage: str
     stage_hash: str
     state: Literal["committed", "failed", "left out", "pending"]
     """`failed`: in this stage; `left out`: failed in an earlier one; `pending`: the shard has no commit yet."""
@@ -115,7 +112,7 @@ def find_sample(dataset: Dataset, prefix: str) -> PlannedSample:
         raise UserError(
             f"{prefix!r} is no key: give up to {KEY_CHARACTERS} hex digits, as the report and manifest.parquet show them"
         )
-    found = read_plan(dataset.folder).find(text)
+    found = dataset.plan.find(text)
     if not found:
         raise UserError(
             f"{dataset.url}: no sample's key begins with {text}; keys are in the report and manifest.parquet"
@@ -132,14 +129,13 @@ def explain(dataset: Dataset, prefix: str) -> Explanation:
     sample = find_sample(dataset, prefix)
     config, weights = dataset.config, asdict(weights_of(dataset.config))
     traces: list[StageTrace] = []
-    hashes = stage_hashes(config)
-    for stage in hashes:
+    for stage in dataset.hashes:
         lost = any(trace.state in ("failed", "left out") for trace in traces)
-        traces.append(_trace(dataset, stage, hashes, sample, lost))
+        traces.append(_trace(dataset, stage, sample, lost))
     return Explanation(
         dataset=dataset.url,
         sample=sample,
-        generation=read_plan(dataset.folder).generation_of(sample.shard).number,
+        generation=dataset.plan.generation_of(sample.shard).number,
         config=dataset.folder.url_of(current_config(dataset.folder)),
         base_seed=config.seed,
         seeds={
@@ -152,8 +148,8 @@ def explain(dataset: Dataset, prefix: str) -> Explanation:
     )
 
 
-def _trace(dataset: Dataset, stage: Stage, hashes: dict[Stage, str], sample: PlannedSample, lost: bool) -> StageTrace:
-    own_hash = hashes[stage]
+def _trace(dataset: Dataset, stage: str, sample: PlannedSample, lost: bool) -> StageTrace:
+    own_hash = dataset.hashes[stage]
     rows = ledger_rows(dataset.folder, stage, {sample.shard})
     failures = [row for row in rows if row["key"] == sample.key and row["stage_hash"] == own_hash]
     trace = StageTrace(
@@ -164,27 +160,24 @@ def _trace(dataset: Dataset, stage: Stage, hashes: dict[Stage, str], sample: Pla
         failures=tuple(sorted(failures, key=lambda row: int(row["attempt_number"]))),
     )
     try:
-        chain = read_chain(dataset.folder, hashes, sample.shard, stage)
+        receipt = dataset.commits(stage).read(sample.shard)
     except ShardError as error:
         return replace(trace, problem=str(error))
-    link = chain.links[stage]
-    if link.commit is None:
-        return replace(trace, state="left out" if lost else "failed" if failures else "pending")
-    receipt = chain.holder(stage, sample.key)
     if receipt is None:
-        failed = sample.key in link.failed
-        return replace(
-            trace, state="left out" if lost else "failed" if failed else "pending", receipt=link.receipts[-1]
-        )
-    record = layout.commit(stage, own_hash, sample.shard, receipt.supplement)
-    trace = replace(trace, commit=dataset.folder.url_of(record))
-    trace = replace(trace, state="committed", receipt=receipt)
-    name = receipt.objects[0].name
+        return replace(trace, state="left out" if lost else "failed" if failures else "pending")
+    record = layout.commit(stage, own_hash, sample.shard, receipt.number)
+    trace = replace(trace, commit=dataset.folder.url_of(record), receipt=receipt)
+    if lost or sample.key in receipt.failed_keys:
+        return replace(trace, state="left out" if lost else "failed")
+    if sample.key in receipt.lost_keys:  # it became good upstream since
+        return replace(trace, state="pending")
+    trace = replace(trace, state="committed")
+    name, schema = receipt.objects[0].name, STAGES[stage].schema
     try:
-        if layout.EXTENSIONS[stage] == "tar":
+        if schema is None:
             files, facts = _in_tar(dataset.folder, name, sample.key)
             return replace(trace, files=files, facts=facts)
-        table = decode_table(dataset.folder.read(name), STAGE_SCHEMAS[stage], name).to_pylist()
+        table = decode_table(dataset.folder.read(name), schema(), name).to_pylist()
     except FileNotFoundError:
         return replace(
             trace, problem=f"{name} is gone; run: resmaster verify {dataset.url}, then: resmaster repair {dataset.url}"
@@ -328,7 +321,7 @@ def _made_by(provenance: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _row_line(stage: Stage, row: dict[str, Any]) -> str:
+def _row_line(stage: str, row: dict[str, Any]) -> str:
     if stage == "captions":
         box = f"y {row['y0']}-{row['y1']}, x {row['x0']}-{row['x1']}"
         notes = [row["status"]] if row["status"] != "ok" else []

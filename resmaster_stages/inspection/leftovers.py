@@ -1,23 +1,26 @@
-"""What no reader will ever need: objects that no commit names, probes, temporary files, caches of finished shards.
+"""Finds files that may be deleted: objects that no commit names or that a later attempt took the place of, probes, temporary files,
+caches of finished shards.
 
 Invariants:
 - Only names that this project gives to attempts, probes, caches and temporary files are looked at; all others are never touched.
-- Never removed: what any commit or plan record names, of whichever configuration; records, configurations, ledgers; the cache of
-  a shard that is not committed yet.
+- Never removed: what a commit that counts or a plan record names, of whichever configuration; records, configurations, ledgers;
+  the cache of a shard that is not committed yet.
+- Objects of an attempt that has a successor go once the manifest was written after the successor, and is older than the limit
+  itself: readers who began with an older manifest had as long to finish.
 - The listing is made before the records are read, so what is committed meanwhile is named; what is still being uploaded is young.
 - Of what is no leftover, 12 bytes a file are remembered, not names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
-from resmaster_stages.config.dataset import Stage
 from resmaster_stages.dataset import layout
-from resmaster_stages.dataset.commit import all_commits, committed_shards
+from resmaster_stages.dataset.commits import all_records
+from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.plan import find_plan
 from resmaster_stages.errors import UserError
 from resmaster_stages.storage.digests import DigestSet, digest_of
@@ -37,14 +40,12 @@ class Leftover:
     """Unfinished uploads: their id."""
 
 
-def find_leftovers(
-    folder: Folder, hashes: Mapping[Stage, str], older_than: timedelta, now: datetime | None = None
-) -> list[Leftover]:
-    """The leftovers of the dataset in `folder` that are older than `older_than`, by the store's clock.
+def find_leftovers(dataset: Dataset, older_than: timedelta, now: datetime | None = None) -> list[Leftover]:
+    """The leftovers of a dataset that are older than `older_than`, by the store's clock.
 
-    `hashes` are those of the current configuration. Raises UserError if a commit record cannot be read: what it names would
-    look like a leftover.
+    Raises UserError if a commit record cannot be read: what it names would look like a leftover.
     """
+    folder = dataset.folder
     limit = (now or datetime.now(UTC)) - older_than
     attempts, others = DigestSet(), list[Listed]()
     for file in folder.files():
@@ -55,7 +56,7 @@ def find_leftovers(
                 others.append(file)
     uploads = [Leftover("unfinished upload", file, upload) for file, upload in folder.unfinished_uploads()]
     named = DigestSet()
-    for name in _named(folder):
+    for name in _named(folder, limit):
         if (digest := digest_of(name)) in attempts:
             named.add(digest)
     if len(named) < len(attempts):  # only their digests are held: their names take another look
@@ -64,7 +65,7 @@ def find_leftovers(
             for file in folder.files()
             if layout.is_attempt(file.name) and (digest := digest_of(file.name)) in attempts and digest not in named
         ]
-    unfinished = _unfinished_caches(folder, hashes)
+    unfinished = _unfinished_caches(dataset)
     found = [
         Leftover(kind, file)
         for file in sorted(others, key=lambda file: file.name)
@@ -91,35 +92,38 @@ def _kind(name: str, unfinished: Collection[str]) -> Kind | None:
     if layout.is_attempt(name):
         return "plan file" if name.startswith(f"{layout.PLAN}/") else "object"
     if name.startswith(f"{layout.CACHE}/"):
-        entry = name.split("/")[1].removesuffix(".json")
+        entry = name.split("/")[1]
         return None if entry in unfinished else "cache"
     return None
 
 
-def _named(folder: Folder) -> Iterator[str]:
-    """What records name."""
+def _named(folder: Folder, limit: datetime) -> Iterator[str]:
+    """What records name, without the objects of attempts of which no reader has heard since `limit`."""
     for generation in find_plan(folder).generations:
         yield from (part.stored.name for part in generation.parts)
         if generation.rejected:
             yield generation.rejected.name
-    for name, receipt in all_commits(folder):
-        if receipt is None:
+    published = folder.modified(layout.MANIFEST) if folder.exists(layout.MANIFEST) else None
+    for record in all_records(folder):
+        if record.receipt is None:
             place = folder.url
             raise UserError(
-                f"{name} cannot be read; first run: resmaster verify {place}, then: resmaster repair {place}"
+                f"{record.name} cannot be read; first run: resmaster verify {place}, then: resmaster repair {place}"
             )
-        yield from (stored.name for stored in receipt.objects)
+        if record.successor and published and folder.modified(record.successor) <= published < limit:
+            continue
+        yield from (stored.name for stored in record.receipt.objects)
 
 
-def _unfinished_caches(folder: Folder, hashes: Mapping[Stage, str]) -> set[str]:
+def _unfinished_caches(dataset: Dataset) -> set[str]:
     """The caches that a run may still need: those of the current configuration whose shards are not committed."""
-    names = {name.rsplit("/", 1)[-1].removesuffix(".json") for name in folder.names(layout.CACHE)}
-    current = tuple(f"{stage}-{own_hash[:8]}-" for stage, own_hash in hashes.items())
+    names = {name.split("/")[1] for name in dataset.folder.names(layout.CACHE)}
+    current = tuple(f"{stage}-{own_hash[:8]}-" for stage, own_hash in dataset.hashes.items())
     unfinished = {name for name in names if name.startswith(current)}
     if unfinished:
-        for stage, own_hash in hashes.items():
+        for stage, own_hash in dataset.hashes.items():
             unfinished.difference_update(
                 layout.spill_folder(stage, own_hash, shard).rsplit("/", 1)[-1]
-                for shard in committed_shards(folder, stage, own_hash)
+                for shard in dataset.commits(stage).numbers()
             )
     return unfinished

@@ -14,29 +14,26 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.openmetrics.exposition import generate_latest
 
-from resmaster_stages.config.dataset import Stage
-from resmaster_stages.dataset.chain import Link, list_links
-from resmaster_stages.dataset.damage import marked_shards
+from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.ledger import ledger_rows
-from resmaster_stages.dataset.plan import Plan, read_plan
-from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.dataset.plan import Plan
 from resmaster_stages.inspection.status import stage_status
 
 
 def openmetrics(dataset: Dataset) -> str:
     """The text of one scrape. Raises PlanError if the dataset has no plan yet, ShardError for a damaged commit record."""
     families = _Families()
-    plan = read_plan(dataset.folder)
+    plan = dataset.plan
     name = dataset.config.name
     families.shards_planned.add_metric([name], plan.shards)
     families.samples_planned.add_metric([name], plan.samples)
     pixels = plan.pixels() * dataset.config.upscale.scale**2 / max(1, plan.samples)
-    for stage, own_hash in stage_hashes(dataset.config).items():
-        links = list_links(dataset.folder, stage, own_hash)
+    for stage, own_hash in dataset.hashes.items():
+        commits = dataset.commits(stage)
         rows = [row for row in ledger_rows(dataset.folder, stage) if row["stage_hash"] == own_hash]
-        _add_stage(families, [name, stage], plan, stage, links, rows, pixels / 1e6)
-        families.damaged.add_metric([name, stage], len(marked_shards(dataset.folder, stage, own_hash)))
+        _add_stage(families, [name, stage], plan, stage, commits.read_all(), rows, pixels / 1e6)
+        families.damaged.add_metric([name, stage], len(commits.marked()))
     registry = CollectorRegistry()
     registry.register(families)
     text: bytes = generate_latest(registry)
@@ -80,14 +77,13 @@ def _add_stage(
     families: _Families,
     labels: list[str],
     plan: Plan,
-    stage: Stage,
-    links: dict[int, Link],
+    stage: str,
+    receipts: dict[int, Receipt],
     rows: list[dict[str, Any]],
     megapixels: float,
 ) -> None:
     """One stage's numbers. `labels`: dataset and stage; `rows`: its ledger; `megapixels`: of a mean high-res picture."""
-    found = stage_status(stage, links.values(), set(range(plan.shards)) - links.keys(), rows)
-    receipts = [receipt for link in links.values() for receipt in link.receipts]
+    found = stage_status(stage, receipts.values(), set(range(plan.shards)) - receipts.keys(), rows)
     for state in ("committed", "pending", "failed"):
         families.shards.add_metric([*labels, state], getattr(found, state))
     undecided = plan.samples - found.samples_ok - found.samples_failed
@@ -98,17 +94,17 @@ def _add_stage(
     families.retries.add_metric(labels, sum(row["attempt_number"] > 1 for row in rows))
     families.seconds.add_metric(labels, found.seconds)
     on_gpu: Counter[str] = Counter()
-    for receipt in receipts:
+    for receipt in receipts.values():
         if "gpu" in receipt.provenance:
             on_gpu[str(receipt.provenance["gpu"])] += receipt.seconds  # type: ignore[assignment]
     for gpu, seconds in sorted(on_gpu.items()):
         families.gpu_seconds.add_metric([*labels, gpu], seconds)
-    tried = sum(receipt.samples_ok + receipt.samples_failed for receipt in receipts)
+    tried = sum(receipt.samples_ok + receipt.samples_failed for receipt in receipts.values())
     if tried:
         families.pace.add_metric(labels, found.seconds / (tried * megapixels))
-        latest = max(datetime.fromisoformat(receipt.finished_at) for receipt in receipts)
+        latest = max(datetime.fromisoformat(receipt.finished_at) for receipt in receipts.values())
         families.last.add_metric(labels, latest.timestamp())
-    views = sum(receipt.provenance.get("unet", {}).get("native_rows", 0.0) for receipt in receipts)
+    views = sum(receipt.provenance.get("unet", {}).get("native_rows", 0.0) for receipt in receipts.values())
     families.unet_views.add_metric(labels, views)
-    size = sum(stored.bytes for receipt in receipts for stored in receipt.objects)
+    size = sum(stored.bytes for receipt in receipts.values() for stored in receipt.objects)
     families.bytes.add_metric(labels, size)

@@ -7,22 +7,20 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from resmaster_stages.config.dataset import DatasetConfig, Stage
 from resmaster_stages.dataset import layout
-from resmaster_stages.dataset.chain import Link, chunks, list_records, read_chain
-from resmaster_stages.dataset.commit import committed_shards
-from resmaster_stages.dataset.damage import marked_shards
+from resmaster_stages.dataset.chain import chunks, read_chains
+from resmaster_stages.dataset.commit import Receipt
+from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.dataset.dataset import Dataset, current_config
 from resmaster_stages.dataset.ledger import ledger_rows
-from resmaster_stages.dataset.plan import read_plan
-from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.dataset.retry import Retries, number_of
 
 
 @dataclass(frozen=True)
 class StageStatus:
     """How far a stage is. Every shard is either committed, pending or failed."""
 
-    stage: Stage
+    stage: str
     committed: int
     pending: int
     failed: int
@@ -30,11 +28,11 @@ class StageStatus:
     failed_shards: tuple[int, ...]
     samples_ok: int
     samples_failed: int
-    """Samples that failed in committed shards and were not mended, and those whose failure keeps a shard from being committed."""
+    """Samples that failed in committed shards, and those whose failure keeps a shard from being committed."""
     seconds: float
-    """Compute time of all commits."""
-    supplements: int = 0
-    """Commits that added to a shard what had failed in it."""
+    """Compute time of the commits that count."""
+    retried: int = 0
+    """Committed shards whose failed samples got another attempt."""
     namespace: str = ""
     """First digits of the stage's hash: its commit records are in `commits/{stage}-{namespace}/`."""
     damaged_shards: tuple[int, ...] = ()
@@ -60,45 +58,47 @@ class Status:
         return json.loads(json.dumps(asdict(self)))
 
 
-def status(dataset: Dataset, config: DatasetConfig | None = None) -> Status:
+def status(dataset: Dataset) -> Status:
     """How far each stage is, from commit records and, for what is not committed, the ledger."""
-    plan = read_plan(dataset.folder)
+    plan = dataset.plan
     names = dataset.folder.names(layout.COMMITS)
     namespaces = [each for each in map(layout.namespace_of, names) if each is not None]
     stages = []
-    for stage, own_hash in stage_hashes(config or dataset.config).items():
-        listing = list_records(dataset.folder, stage, own_hash)
-        missing = set(range(plan.shards)) - listing.committed
+    for stage, own_hash in dataset.hashes.items():
+        commits = dataset.commits(stage)
+        numbers = commits.numbers()
+        missing = set(range(plan.shards)) - numbers.keys()
         rows = ledger_rows(dataset.folder, stage, missing) if missing else []
-        links = (
-            link for chunk in chunks(sorted(listing.committed)) for link in listing.read(dataset.folder, chunk).values()
+        receipts = (
+            receipt
+            for chunk in chunks(sorted(numbers))
+            for receipt in commits.read_many({shard: numbers[shard] for shard in chunk}).values()
         )
-        found = stage_status(stage, links, missing, [row for row in rows if row["stage_hash"] == own_hash])
+        found = stage_status(stage, receipts, missing, [row for row in rows if row["stage_hash"] == own_hash])
         others = {
-            other: len(committed_shards(dataset.folder, stage, other))
+            other: len(Commits(dataset.folder, stage, other).numbers())
             for name, other in namespaces
             if name == stage and other != own_hash[:8]
         }
-        damaged = tuple(marked_shards(dataset.folder, stage, own_hash))
-        stages.append(replace(found, namespace=own_hash[:8], damaged_shards=damaged, others=others))
+        stages.append(replace(found, namespace=own_hash[:8], damaged_shards=tuple(commits.marked()), others=others))
     current = current_config(dataset.folder)
     return Status(plan.shards, plan.samples, tuple(stages), len(plan.generations), current)
 
 
 def stage_status(
-    stage: Stage, links: Iterable[Link], missing: Collection[int], ledger: Sequence[Mapping[str, Any]]
+    stage: str, receipts: Iterable[Receipt], missing: Collection[int], ledger: Sequence[Mapping[str, Any]]
 ) -> StageStatus:
-    """How far a stage is, from what is committed of each shard, the shards that have no commit, and their rows of the ledger."""
+    """How far a stage is, from the records that count, the shards that have none, and their rows of the ledger."""
     failures = {(row["shard"], row["key"]) for row in ledger if row["shard"] in missing}
     failed_shards = tuple(sorted({shard for shard, _ in failures}))
-    committed = supplements = ok = lost = 0
+    committed = retried = ok = lost = 0
     seconds = 0.0
-    for link in links:
+    for receipt in receipts:
         committed += 1
-        supplements += len(link.supplements)
-        ok += sum(receipt.samples_ok for receipt in link.receipts)
-        lost += len(link.failed)
-        seconds += sum(receipt.seconds for receipt in link.receipts)
+        retried += receipt.number > 1
+        ok += receipt.samples_ok
+        lost += receipt.samples_failed
+        seconds += receipt.seconds
     return StageStatus(
         stage=stage,
         committed=committed,
@@ -108,43 +108,42 @@ def stage_status(
         samples_ok=ok,
         samples_failed=lost + len(failures),
         seconds=round(seconds, 3),
-        supplements=supplements,
+        retried=retried,
     )
 
 
 def pending(
     dataset: Dataset,
-    config: DatasetConfig | None = None,
     *,
     shards: Sequence[int] | None = None,
-    stages: Sequence[Stage] | None = None,
-) -> dict[Stage, list[int]]:
-    """Stage -> shards that are not committed, lack a supplement or are known to be damaged, of `shards` and `stages` (default: all).
+    stages: Sequence[str] | None = None,
+    retries: Retries | None = None,
+) -> dict[str, list[int]]:
+    """Stage -> shards that have something to do, of `shards` and `stages` (default: all): no commit, damage, samples that became
+    good upstream, or an attempt of `retries` that is not there yet.
 
-    Lists names, and reads records only of shards that have requests or supplements. Raises PlanError if not planned.
+    Lists names, and reads records only of shards that have several attempts. Raises PlanError if not planned.
     """
-    plan = read_plan(dataset.folder)
-    wanted = list(range(plan.shards)) if shards is None else sorted(set(shards))
+    wanted = list(range(dataset.plan.shards)) if shards is None else sorted(set(shards))
     for shard in wanted:
-        plan.generation_of(shard)
-    hashes = stage_hashes(config or dataset.config)
-    names = {stage: dataset.folder.names(layout.commit_folder(stage, own_hash)) for stage, own_hash in hashes.items()}
-    extras = {extra[0] for found in names.values() for name in found if (extra := layout.extra_of(name))}
-    last = list(hashes)[-1]
-    chains = {shard: read_chain(dataset.folder, hashes, shard, last) for shard in wanted if shard in extras}
-    todo: dict[Stage, list[int]] = {}
-    for stage, found in names.items():
+        dataset.plan.generation_of(shard)
+    numbers = {stage: dataset.commits(stage).numbers() for stage in dataset.hashes}
+    several = {shard for found in numbers.values() for shard, number in found.items() if number > 1}
+    chains = dict(read_chains(dataset, [shard for shard in wanted if shard in several])) if several else {}
+    todo: dict[str, list[int]] = {}
+    for stage, found in numbers.items():
         if stages is None or stage in stages:
-            committed = {layout.number_of(name) for name in found} - {
-                *marked_shards(dataset.folder, stage, hashes[stage])
-            }
+            marked = set(dataset.commits(stage).marked())
             todo[stage] = [
-                shard for shard in wanted if shard not in committed or (shard in chains and chains[shard].todo(stage))
+                shard
+                for shard in wanted
+                if shard in marked
+                or found.get(shard, 0) < number_of(retries, stage, shard)
+                or (shard in chains and chains[shard].due(stage))
             ]
     return todo
 
 
-def pending_samples(dataset: Dataset, todo: dict[Stage, list[int]]) -> dict[Stage, int]:
+def pending_samples(dataset: Dataset, todo: dict[str, list[int]]) -> dict[str, int]:
     """Stage -> number of planned samples in the shards of `todo`."""
-    plan = read_plan(dataset.folder)
-    return {stage: sum(plan.size(shard) for shard in shards) for stage, shards in todo.items()}
+    return {stage: sum(dataset.plan.size(shard) for shard in shards) for stage, shards in todo.items()}

@@ -1,4 +1,4 @@
-"""Reads back everything that the commits and the plan name, and says what is not as recorded. Computes no image.
+"""Reads back everything that the commits that count and the plan name, and says what is not as recorded. Computes no image.
 
 Invariants:
 - Every object is hashed whole, in blocks, several at a time; never more than a few blocks of each are in memory.
@@ -12,17 +12,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
 
-from resmaster_stages.config.dataset import STAGES, Stage
 from resmaster_stages.dataset import layout
-from resmaster_stages.dataset.commit import Difference, Receipt, StoredObject, What, all_commits, difference
-from resmaster_stages.dataset.damage import mark, marked_shards, unmark
+from resmaster_stages.dataset.commit import Difference, Receipt, StoredObject, What, difference
+from resmaster_stages.dataset.commits import all_records
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.ledger import ledger_is_whole
 from resmaster_stages.dataset.plan import find_plan
 from resmaster_stages.dataset.schemas import MANIFEST_SCHEMA
-from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import ShardError
 from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.shards import read_index
@@ -39,7 +37,7 @@ HEADER_BYTES = 512
 class Damage:
     """One object that is not as recorded."""
 
-    stage: Stage | Literal["plan"]
+    stage: str
     shard: int | None
     name: str
     what: What
@@ -62,7 +60,7 @@ class Verification:
 class _Named:
     """An object that a record names."""
 
-    stage: Stage | Literal["plan"]
+    stage: str
     shard: int | None
     stored: StoredObject
     current: bool
@@ -70,13 +68,12 @@ class _Named:
 
 
 def verify(dataset: Dataset) -> Verification:
-    """Hash all that the plan and every commit name. Raises only what keeps the store from being read at all."""
-    hashes = stage_hashes(dataset.config)
+    """Hash all that the plan and every commit that counts name. Raises only what keeps the store from being read at all."""
     damage: list[Damage] = []
     places = _SamplePlaces(dataset.folder)
     count = size = 0
     with ThreadPoolExecutor(THREADS) as pool:
-        stream = _named(dataset, hashes, damage)
+        stream = _named(dataset, damage)
         while window := list(islice(stream, WINDOW)):
             for named, found in zip(window, pool.map(lambda named: _check(dataset.folder, named), window)):
                 count += 1
@@ -93,39 +90,41 @@ def verify(dataset: Dataset) -> Verification:
 
 def note(dataset: Dataset, found: Verification) -> None:
     """Mark the damaged shards of the current configuration, for a repair to follow, and clear the marks of all others."""
-    for stage, own_hash in stage_hashes(dataset.config).items():
+    for stage in dataset.hashes:
+        commits = dataset.commits(stage)
         damaged: dict[int, list[str]] = {}
         for damage in found.damage:
             if damage.current and damage.stage == stage and damage.shard is not None:
                 damaged.setdefault(damage.shard, []).append(damage.name)
         for shard, names in damaged.items():
-            mark(dataset.folder, stage, own_hash, shard, names)
-        for shard in marked_shards(dataset.folder, stage, own_hash):
+            commits.mark(shard, names)
+        for shard in commits.marked():
             if shard not in damaged:
-                unmark(dataset.folder, stage, own_hash, shard)
+                commits.unmark(shard)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # what is named, and whether it is there
 
 
-def _named(dataset: Dataset, hashes: dict[Stage, str], damage: list[Damage]) -> Iterator[_Named]:
+def _named(dataset: Dataset, damage: list[Damage]) -> Iterator[_Named]:
     """All objects that records name; records that cannot be read go to `damage`."""
     for generation in find_plan(dataset.folder).generations:
         for stored in [part.stored for part in generation.parts] + (
             [generation.rejected] if generation.rejected else []
         ):
             yield _Named("plan", None, stored, True)
-    current = {layout.commit_folder(stage, own_hash): stage for stage, own_hash in hashes.items()}
-    for name, receipt in all_commits(dataset.folder):
-        group = name.rsplit("/", 1)[0]
-        if receipt is None:
+    current = {layout.commit_folder(stage, own_hash) for stage, own_hash in dataset.hashes.items()}
+    for record in all_records(dataset.folder):
+        group = record.name.rsplit("/", 1)[0]
+        place = layout.attempt_of(record.name)
+        if record.receipt is None:
             stage = next((stage for stage in STAGES if group.startswith(f"{layout.COMMITS}/{stage}-")), None)
             if stage is not None:
-                shard = layout.shard_of(name)
-                damage.append(Damage(stage, shard, name, "unreadable", (), group in current))
-            continue
-        yield from _objects(receipt, group in current)
+                shard = place[0] if place else None
+                damage.append(Damage(stage, shard, record.name, "unreadable", (), group in current))
+        elif record.successor is None:
+            yield from _objects(record.receipt, group in current)
 
 
 def _objects(receipt: Receipt, current: bool) -> Iterator[_Named]:

@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from resmaster_stages.config.dataset import DatasetConfig, Stage
-from resmaster_stages.dataset.commit import Receipt, committed_shards, read_commits
-from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.dataset.commit import Receipt
+from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.diffusion.views import patch_grid
 from resmaster_stages.errors import UserError
 from resmaster_stages.models.geometry import latent_factor, native_px
@@ -22,7 +22,6 @@ from resmaster_stages.models.identity import PICTUREBOOK
 from resmaster_stages.planning.preview import Preview, StagePreview
 from resmaster_stages.planning.workload import UnetWork, stage_work
 from resmaster_stages.runner.quarantine import SLOW_SECONDS
-from resmaster_stages.runner.resume import SPILLED
 from resmaster_stages.storage.filesystem import open_root
 
 MEASURED_COMMITS = 100
@@ -85,7 +84,7 @@ PART_BYTES = 50 * 2**20
 class StageEstimate:
     """What is left of one stage. `seconds` are those of one device; None where nothing is known."""
 
-    stage: Stage
+    stage: str
     shards: int
     samples: int
     seconds_per_sample: float | None
@@ -110,7 +109,7 @@ class Estimate:
     """Shards with work left in some stage."""
 
     @property
-    def unknown(self) -> tuple[Stage, ...]:
+    def unknown(self) -> tuple[str, ...]:
         """Stages with work left whose time is not known."""
         return tuple(stage.stage for stage in self.stages if stage.seconds is None)
 
@@ -149,13 +148,12 @@ def estimate(look: Preview, *, workers: int = 1, price: float | None = None) -> 
         raise UserError(f"--workers {workers}: give a number of at least 1")
     if price is not None and not (math.isfinite(price) and price >= 0):
         raise UserError(f"--price {price}: give the price of one worker's hour, such as 2.5")
-    hashes = stage_hashes(look.config)
-    stages = tuple(_stage(look, stage, hashes[stage.stage]) for stage in look.stages)
+    stages = tuple(_stage(look, stage) for stage in look.stages)
     return Estimate(stages, workers, price, max((stage.shards for stage in stages), default=0))
 
 
-def _stage(look: Preview, todo: StagePreview, own_hash: str) -> StageEstimate:
-    measured = _measured(look, todo.stage, own_hash)
+def _stage(look: Preview, todo: StagePreview) -> StageEstimate:
+    measured = _measured(look, todo.stage)
     if measured:
         device, receipts = measured
         tried = sum(receipt.samples_ok + receipt.samples_failed for receipt in receipts)
@@ -181,17 +179,15 @@ def _stage(look: Preview, todo: StagePreview, own_hash: str) -> StageEstimate:
     )
 
 
-def _measured(look: Preview, stage: Stage, own_hash: str) -> tuple[str, list[Receipt]] | None:
+def _measured(look: Preview, stage: str) -> tuple[str, list[Receipt]] | None:
     """The commonest device of the stage's last commits, and those of them that it made."""
     if not look.exists:
         return None
     folder = open_root(look.config.root).sub(look.config.name)
-    shards = committed_shards(folder, stage, own_hash)[-MEASURED_COMMITS:]
-    receipts = [
-        receipt
-        for receipt in read_commits(folder, stage, own_hash, shards).values()
-        if receipt.samples_ok + receipt.samples_failed
-    ]
+    commits = Dataset(folder, look.config).commits(stage)
+    numbers = commits.numbers()
+    last = {shard: numbers[shard] for shard in sorted(numbers)[-MEASURED_COMMITS:]}
+    receipts = [found for found in commits.read_many(last).values() if found.samples_ok + found.samples_failed]
     devices = Counter(_device(receipt) for receipt in receipts)
     if not devices:
         return None
@@ -209,7 +205,7 @@ def _rates(config: DatasetConfig) -> Rates | None:
     return SDXL_RATES if native_px(config.model) == SDXL_NATIVE_PX else None
 
 
-def _from_table(look: Preview, stage: Stage) -> tuple[float | None, str]:
+def _from_table(look: Preview, stage: str) -> tuple[float | None, str]:
     """Seconds per sample of a stage by the table, and where they come from."""
     config, (height, width) = look.config, look.typical_px
     rates = _rates(config)
@@ -252,7 +248,7 @@ def _megapixels(look: Preview) -> float:
     return height * width * look.config.upscale.scale**2 / 1e6
 
 
-def _size_from_table(look: Preview, stage: Stage) -> float:
+def _size_from_table(look: Preview, stage: str) -> float:
     """Bytes per sample of a stage by the table."""
     config, (height, width) = look.config, look.typical_px
     if stage == "captions":
@@ -277,7 +273,7 @@ def _requests(config: DatasetConfig, todo: StagePreview, total: float, seconds: 
     per_shard += todo.stage == "quality" and config.quality.features != "none"
     slow = math.inf if seconds is None else seconds
     long = config.spill_seconds is not None and slow * config.samples_per_shard >= config.spill_seconds
-    per_sample = (slow >= SLOW_SECONDS) + (long and todo.stage in SPILLED)
+    per_sample = (slow >= SLOW_SECONDS) + long
     return todo.shards_pending * per_shard + todo.samples_pending * per_sample
 
 

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from resmaster_stages.config.dataset import DatasetConfig, Stage
-from resmaster_stages.dataset.commit import committed_shards
-from resmaster_stages.dataset.dataset import find_dataset
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.dataset.dataset import Dataset, find_dataset
 from resmaster_stages.dataset.plan import Plan, find_plan
-from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.errors import ConfigError, UserError
 from resmaster_stages.models.geometry import latent_factor, native_px
 from resmaster_stages.planning.drafts import DraftReader
@@ -27,7 +25,7 @@ from resmaster_stages.storage.filesystem import Folder, open_root
 class StagePreview:
     """What one stage has to do."""
 
-    stage: Stage
+    stage: str
     shards_pending: int
     shards_committed: int
     samples_pending: int
@@ -68,7 +66,7 @@ class Preview:
             notes.append(f"{len(self.rejected)} rejected")
         return f"{self.config.name}: {self.samples} samples in {self.shards} shards ({'; '.join(notes)}) at {self.url}"
 
-    def pending_samples(self) -> dict[Stage, int]:
+    def pending_samples(self) -> dict[str, int]:
         """Stage -> samples still to do."""
         return {stage.stage: stage.samples_pending for stage in self.stages}
 
@@ -128,8 +126,9 @@ def preview(config: DatasetConfig) -> Preview:
     shards = plan.shards + -(-new // config.samples_per_shard)
 
     stages = []
-    for stage, own_hash in stage_hashes(config).items():
-        committed = committed_shards(folder, stage, own_hash) if dataset else []
+    planned = Dataset(folder, config)
+    for stage in planned.hashes:
+        committed = planned.commits(stage).numbers() if dataset else {}
         done = sum(plan.size(shard) for shard in committed)
         stages.append(StagePreview(stage, shards - len(committed), len(committed), plan.samples + new - done))
     return Preview(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from resmaster_stages.config.dataset import DatasetConfig, Stage
+from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.plan import Plan
 
 
@@ -18,7 +18,7 @@ class Publication:
     """Shards committed in every stage."""
     shards_missing: int
     """Planned shards that are not."""
-    failures: dict[Stage, int]
+    failures: dict[str, int]
     """Stage -> samples that failed in it, in published shards."""
 
 

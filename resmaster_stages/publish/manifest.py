@@ -1,13 +1,14 @@
 """What readers use: the manifest, the index of shards and the dataset card, from commit records only.
 
-Knows nothing about models, and computes nothing about images: qualities come from the quality stage's tables.
+Knows nothing about models. Qualities come from the quality stage's tables; only the flag `near_duplicate` is added here, for it
+needs the whole dataset.
 
 Invariants:
 - Every key occurs at most once.
 - Only shards committed in every stage and not known to be damaged are published; the card says how many are still missing.
 - Equal commits give equal files: no time or host is in them.
-- Rows, records and the index go to disk as they come. What grows is 8 bytes per sample, and per shard the names that listings
-  give (docs/scale.md has numbers).
+- Rows, records and the index go to disk as they come. What grows is 26 to 35 bytes per sample, and per shard the names that
+  listings give (docs/scale.md has numbers).
 """
 
 from __future__ import annotations
@@ -23,41 +24,37 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from resmaster_stages.config.dataset import DatasetConfig, Stage
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.chain import CHUNK_SHARDS, Chain, read_chains
 from resmaster_stages.dataset.commit import Receipt
-from resmaster_stages.dataset.damage import marked_shards
 from resmaster_stages.dataset.dataset import Dataset
-from resmaster_stages.dataset.plan import Plan, read_plan
 from resmaster_stages.dataset.schemas import MANIFEST_SCHEMA, QUALITY_SCHEMA
-from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.errors import ShardError
 from resmaster_stages.keys import digest_of_keys
 from resmaster_stages.publish.card import Publication, dataset_card
+from resmaster_stages.storage.digests import DigestSet, digest_of
 from resmaster_stages.storage.scratch import scratch_folder
-from resmaster_stages.storage.shards import Member, parse_image, read_index
+from resmaster_stages.storage.shards import Member, parse_image
 from resmaster_stages.storage.tables import TableWriter, decode_table
 
 
-def write_manifest(dataset: Dataset, config: DatasetConfig | None = None) -> Publication:
+def write_manifest(dataset: Dataset) -> Publication:
     """Write manifest.parquet, index.json and README.md of what is committed, replacing older ones.
 
     Raises ShardError if an object is gone or damaged, or if a key occurs twice.
     """
-    config = config or dataset.config
-    plan = read_plan(dataset.folder)
-    hashes = stage_hashes(config)
-    damaged = {shard for stage, own_hash in hashes.items() for shard in marked_shards(dataset.folder, stage, own_hash)}
-    failures: dict[Stage, int] = dict.fromkeys(hashes, 0)
+    config, plan = dataset.config, dataset.plan
+    damaged = {shard for stage in dataset.hashes for shard in dataset.commits(stage).marked()}
+    failures: dict[str, int] = dict.fromkeys(dataset.hashes, 0)
     sizes: set[tuple[int, int]] = set()
     prints = array("Q")
+    looks = DigestSet()
     tars = frozenset(name for stage in ("low_res", "high_res") for name in dataset.folder.names(stage))
     complete = flagged = listed = total_bytes = 0
     chains = (
         (shard, chain)
-        for shard, chain in read_chains(dataset.folder, hashes, plan.shards)
-        if shard not in damaged and all(link.commit for link in chain.links.values())
+        for shard, chain in read_chains(dataset, range(plan.shards))
+        if shard not in damaged and chain.complete
     )
     with scratch_folder() as scratch:
         local, local_index = scratch / layout.MANIFEST, scratch / layout.INDEX
@@ -67,21 +64,22 @@ def write_manifest(dataset: Dataset, config: DatasetConfig | None = None) -> Pub
             while batch := list(itertools.islice(chains, CHUNK_SHARDS)):
                 tables = _quality_tables(dataset, [chain for _, chain in batch])
                 for shard, chain in batch:
-                    rows = list(_manifest_rows(dataset, plan, shard, chain, tables, tars))
+                    rows = list(_manifest_rows(dataset, shard, chain, tables, tars))
+                    _flag_duplicates(rows, looks)
                     table.write(rows)
                     prints.extend(int(row["key"][:16], 16) for row in rows)
                     sizes.update((row["height"], row["width"]) for row in rows)
                     flagged += sum(bool(row["flags"]) for row in rows)
                     complete += 1
-                    for stage, link in chain.links.items():
-                        failures[stage] += len(link.failed)
-                    for receipt in chain.links["high_res"].receipts:
-                        if receipt.samples_ok:  # an empty tar would only make readers stumble
-                            tar = receipt.objects[0]
-                            item = {"url": tar.name, "nsamples": receipt.samples_ok, "filesize": tar.bytes}
-                            index.write(",\n " * bool(listed) + json.dumps(item))
-                            listed += 1
-                            total_bytes += tar.bytes
+                    for stage, receipt in chain.committed.items():
+                        failures[stage] += receipt.samples_failed
+                    images = chain.committed["high_res"]
+                    if images.samples_ok:  # an empty tar would only make readers stumble
+                        tar = images.objects[0]
+                        item = {"url": tar.name, "nsamples": images.samples_ok, "filesize": tar.bytes}
+                        index.write(",\n " * bool(listed) + json.dumps(item))
+                        listed += 1
+                        total_bytes += tar.bytes
             index.write("]}\n")
         if (twice := _repeated(local, prints)) is not None:
             raise ShardError(f"{dataset.url}: sample {twice} occurs twice; restore the folder plan/ from a copy")
@@ -106,34 +104,33 @@ def _repeated(manifest: Path, prints: array[int]) -> str | None:
     return next((key for key, count in seen.items() if count > 1), None)
 
 
+def _flag_duplicates(rows: Sequence[dict[str, Any]], looks: DigestSet) -> None:
+    """Flag `near_duplicate` what looks the same as an earlier sample of the dataset; `looks` are the pHashes so far."""
+    for row in rows:
+        flags = list(row["flags"])
+        if "blank" not in flags and not looks.add(digest_of(row["phash"])):
+            row["flags"] = [*flags, "near_duplicate"]
+
+
 def _manifest_rows(
-    dataset: Dataset, plan: Plan, shard: int, chain: Chain, tables: dict[str, bytes], tars: frozenset[str]
+    dataset: Dataset, shard: int, chain: Chain, tables: dict[str, bytes], tars: frozenset[str]
 ) -> Iterator[dict[str, Any]]:
     """The manifest's rows of one shard, in the plan's order.
 
     `tables`: the content of its quality tables, by name. `tars`: names of the tars that are there.
     """
-    planned = plan.read(shard)
-    indices: dict[str, dict[str, Member]] = {}
-    qualities: dict[str, dict[str, dict[str, Any]]] = {}
+    receipts = chain.committed
+    low_res, high_res, quality = (receipts[name] for name in ("low_res", "high_res", "quality"))
+    captions, planned = receipts.get("captions"), dataset.plan.read(shard)
+    low_entries, high_entries = (
+        _images(dataset, receipt, [each.key for each in planned if each.key not in lost], tars)
+        for receipt, lost in ((each, {*each.lost_keys, *each.failed_keys}) for each in (low_res, high_res))
+    )
+    rows = {row["key"]: row for row in _quality_rows(dataset, quality, tables)}
+    lost = chain.lost()
     for sample in planned:
-        holders = {stage: chain.holder(stage, sample.key) for stage in chain.links}
-        if not all(holders.values()):
+        if sample.key in lost:
             continue
-        low_res, high_res, quality = holders["low_res"], holders["high_res"], holders["quality"]
-        captions = holders.get("captions")
-        assert low_res is not None
-        assert high_res is not None
-        assert quality is not None
-        for receipt in (low_res, high_res):
-            if receipt.attempt not in indices:
-                lost = chain.lost(receipt.stage)
-                own = receipt.keys or [each.key for each in planned if each.key not in lost]
-                indices[receipt.attempt] = _images(dataset, receipt, own, tars)
-        if quality.attempt not in qualities:
-            qualities[quality.attempt] = {row["key"]: row for row in _quality_rows(dataset, quality, tables)}
-        low_entries, high_entries = indices[low_res.attempt], indices[high_res.attempt]
-        rows = qualities[quality.attempt]
         for found, receipt in ((low_entries, low_res), (high_entries, high_res), (rows, quality)):
             if sample.key not in found:
                 raise ShardError(
@@ -168,13 +165,10 @@ def _manifest_rows(
 
 
 def _images(dataset: Dataset, receipt: Receipt, keys: Sequence[str], tars: frozenset[str]) -> dict[str, Member]:
-    """Key -> place of its image in a committed tar that holds `keys`: from its commit record, else from the tar's headers."""
+    """Key -> place of its image in a committed tar that holds `keys`, by its commit record."""
     name = receipt.objects[0].name
     if name not in tars:
         raise ShardError(_gone(dataset, receipt))
-    if not receipt.images:  # a record of an earlier version
-        with dataset.folder.open(name) as file:
-            return {entry.key: entry.image[1] for entry in read_index(file, name)}
     if digest_of_keys(keys) != receipt.keys_digest or len(keys) != len(receipt.images):
         raise ShardError(
             f"{name}: its commit record is of other samples than the plan's; restore the folder plan/ from a copy"
@@ -187,8 +181,7 @@ def _images(dataset: Dataset, receipt: Receipt, keys: Sequence[str], tars: froze
 
 def _quality_tables(dataset: Dataset, chains: Sequence[Chain]) -> dict[str, bytes]:
     """Name -> content of the chains' quality tables, fetched together; what is gone is absent."""
-    receipts = [receipt for chain in chains for receipt in chain.links["quality"].receipts]
-    return dataset.folder.read_many([receipt.objects[0].name for receipt in receipts])
+    return dataset.folder.read_many([chain.committed["quality"].objects[0].name for chain in chains])
 
 
 def _quality_rows(dataset: Dataset, receipt: Receipt, tables: dict[str, bytes]) -> list[dict[str, Any]]:

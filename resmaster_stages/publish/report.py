@@ -15,15 +15,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from resmaster_stages.config.dataset import DatasetConfig, Stage
+from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
-from resmaster_stages.dataset.chain import list_records
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.ledger import ledger_rows
-from resmaster_stages.dataset.plan import read_plan
 from resmaster_stages.dataset.reading import shard_samples
 from resmaster_stages.dataset.schemas import MANIFEST_SCHEMA
-from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.inspection.explain import explain_command
 from resmaster_stages.metrics.flags import WORST_RANGES, badness
 from resmaster_stages.publish.page import ReportSample, choose, render_report
@@ -97,15 +94,14 @@ def facts(config: DatasetConfig, manifest: pa.Table) -> dict[str, Any]:
 def failures(dataset: Dataset) -> list[dict[str, Any]]:
     """The ledger's rows of what is still missing under the current configuration: the last attempt of each sample, with a
     command that tells more."""
-    last: dict[tuple[Stage, str], dict[str, Any]] = {}
-    for stage, own_hash in stage_hashes(dataset.config).items():
-        rows = ledger_rows(dataset.folder, stage)
-        listing = list_records(dataset.folder, stage, own_hash) if rows else None
-        links = listing.read(dataset.folder, sorted({row["shard"] for row in rows})) if listing else {}
+    last: dict[tuple[str, str], dict[str, Any]] = {}
+    for stage, own_hash in dataset.hashes.items():
+        rows = [row for row in ledger_rows(dataset.folder, stage) if row["stage_hash"] == own_hash]
+        shards = {row["shard"] for row in rows}
+        numbers = dataset.commits(stage).numbers() if rows else {}
+        committed = dataset.commits(stage).read_many({shard: numbers[shard] for shard in shards & numbers.keys()})
         for row in rows:
-            if row["stage_hash"] != own_hash or (
-                row["shard"] in links and row["key"] not in links[row["shard"]].failed
-            ):
+            if row["shard"] in committed and row["key"] not in committed[row["shard"]].failed_keys:
                 continue
             known = last.get((stage, row["key"]))
             if known is None or row["attempt_number"] >= known["attempt_number"]:
@@ -114,11 +110,9 @@ def failures(dataset: Dataset) -> list[dict[str, Any]]:
 
 
 def _samples(dataset: Dataset, rows: dict[str, dict[str, Any]]) -> Iterator[ReportSample]:
-    plan, config = read_plan(dataset.folder), dataset.config
-    hashes = stage_hashes(config)
-    stages: tuple[Stage, ...] = config.stages()
+    stages = [stage for stage in ("low_res", "captions", "high_res") if stage in dataset.hashes]
     for shard in sorted({row["shard"] for row in rows.values()}):
-        with shard_samples(dataset, config, plan, shard, stages, hashes) as samples:
+        with shard_samples(dataset, shard, stages) as samples:
             for sample in samples:
                 if sample.key not in rows or sample.low_res is None or sample.high_res is None:
                     continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from resmaster_stages.dataset.chain import Chain
 from resmaster_stages.dataset.commit import Receipt, StoredObject, is_whole
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.ledger import encode_failures, first_errors, ledger_is_whole
@@ -11,39 +10,33 @@ from resmaster_stages.runner.attempt import Work, computed
 from resmaster_stages.storage.filesystem import sha256_of
 
 
-def mend(work: Work, chain: Chain, receipt: Receipt) -> None:
+def mend(work: Work, receipt: Receipt) -> None:
     """Compute a commit again and put back, under their old names, those of its objects that are not as recorded.
 
     Raises ShardError, and puts nothing back, if what comes out differs from the record.
     """
-    folder, stage, shard = work.dataset.folder, work.stage, work.shard
+    folder = work.dataset.folder
     broken = {stored.name for stored in receipt.objects if not is_whole(folder, stored)}
     ledger_lost = receipt.ledger is not None and not ledger_is_whole(folder, receipt.ledger)
     if not broken and not ledger_lost:
         return
-    lost = {key for before in chain.before(stage)[-1:] for key in chain.lost(before)}
-    planned = {sample.key for sample in work.plan.read(shard)}
-    failed = set(receipt.failed_keys)
-    keys = set(receipt.keys) if receipt.supplement else planned - lost - failed
-    if ledger_lost:  # only then does it matter how the others failed
-        keys |= failed
-    with computed(work, chain, keys, receipt.supplement, receipt.attempt) as made:
-        if {key for key, _ in made.failures} != keys & failed:
+    failed = frozenset(receipt.failed_keys)
+    # How the others failed matters only if the ledger is lost.
+    without = frozenset(receipt.lost_keys) if ledger_lost else failed.union(receipt.lost_keys)
+    with computed(work, without, earlier={}, tolerant=True) as made:
+        if {key for key, _ in made.failures} != failed - without:
             raise ShardError(
-                f"{stage} of shard {shard:06d}: other samples fail now than when it was committed; nothing was put back\n"
+                f"{work.place}: other samples fail now than when it was committed; nothing was put back\n"
                 f"{first_errors(made.failures)}"
             )
-        files = dict(made.files)
+        files = dict(made.objects(work, receipt.attempt))
         for stored in receipt.objects:
             if stored.name in broken and (stored.name not in files or sha256_of(files[stored.name]) != stored.sha256):
                 raise ShardError(_differs(work.dataset, receipt, stored))
         for name in sorted(broken):
             folder.upload(name, files[name])
         if ledger_lost and receipt.ledger:
-            folder.write(
-                receipt.ledger,
-                encode_failures(folder, stage, receipt.stage_hash, shard, receipt.attempt, made.failures),
-            )
+            folder.write(receipt.ledger, encode_failures(work.commits, work.shard, receipt.attempt, made.failures))
 
 
 def _differs(dataset: Dataset, receipt: Receipt, stored: StoredObject) -> str:

@@ -1,9 +1,9 @@
-"""Two threads beside the one that computes: one reads the sample that comes next, one finishes the samples before.
+"""Two threads beside the one that computes: one reads the slot that comes next, one finishes the samples before.
 
 Knows nothing about stages, nor about what goes wrong in them.
 
 Invariants:
-- One sample at most is read ahead, and no more outputs wait to be finished than the caller leaves there, and one.
+- One slot at most is read ahead, and no more outputs wait to be finished than the caller leaves there, and one.
 - Outputs are finished, and handed on, in the order in which they came.
 - An error is raised where its sample is asked for. At the end of the block what waits is finished, then the threads end.
 - Both threads work in the context of their caller: who counts and who hears of progress is the same there.
@@ -43,27 +43,28 @@ class _Beside:
 
 
 class Reading(_Beside):
-    """The samples of a shard. The one that is said to follow is read, and its images are decoded, in the thread."""
+    """The samples of a shard. The slot that is said to follow is read, and its images are decoded, in the thread."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         super().__init__()
         self._samples = samples
-        self._ahead: tuple[int, Future[Sample]] | None = None
+        self._ahead: tuple[range, Future[list[Sample]]] | None = None
 
-    def read(self, place: int, then: int | None = None) -> Sample:
-        """The sample at `place`, after which that at `then` will be asked for."""
+    def read(self, slot: range, then: range | None = None) -> list[Sample]:
+        """The samples of `slot`, after which those of `then` will be asked for."""
         ahead, self._ahead = self._ahead, None
-        sample = ahead[1].result() if ahead and ahead[0] == place else self._samples[place]
+        samples = ahead[1].result() if ahead and ahead[0] == slot else [self._samples[place] for place in slot]
         if then is not None:
             self._ahead = then, self._start(lambda: self._decoded(then))
-        return sample
+        return samples
 
-    def _decoded(self, place: int) -> Sample:
-        sample = self._samples[place]
-        for image in (sample.low_res, sample.detail_mask, sample.high_res):
-            if image is not None:
-                image.decode_ahead()
-        return sample
+    def _decoded(self, slot: range) -> list[Sample]:
+        samples = [self._samples[place] for place in slot]
+        for sample in samples:
+            for image in (sample.low_res, sample.detail_mask, sample.high_res):
+                if image is not None:
+                    image.decode_ahead()
+        return samples
 
 
 class Finishing(_Beside):

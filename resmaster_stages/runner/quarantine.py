@@ -10,8 +10,8 @@ Invariants:
 - While one sample is computed, those before it may still be finished: the file names both, for either may be what kills.
 - After a first strike nothing overlaps (`computing`), so an innocent neighbour gets one strike at most, and no second one.
 - A sample that is read ahead is not at work yet.
-- Quick samples after quick samples share one file that names them all, so that a breadcrumb never costs more than its
-  sample; after a first strike every batch has its own.
+- Until a sample turns out to be slow, one file names all of the shard, so that a breadcrumb never costs more than its sample;
+  after a first strike every batch has its own.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ import json
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from resmaster_stages.config.dataset import Stage
 from resmaster_stages.dataset import layout
-from resmaster_stages.storage.filesystem import Folder
+from resmaster_stages.dataset.commits import Commits
 
 SLOW_SECONDS = 1.0
 """A batch that follows one this long gets a file of its own."""
@@ -40,14 +39,15 @@ OUT_STRIKES = 3
 class Breadcrumbs:
     """The breadcrumb of one stage of one shard, whose samples are `keys`."""
 
-    def __init__(self, folder: Folder, stage: Stage, stage_hash: str, shard: int, keys: Sequence[str]) -> None:
-        self.folder, self.keys = folder, list(keys)
-        self._name = layout.breadcrumb(stage, stage_hash, shard)
+    def __init__(self, commits: Commits, shard: int, keys: Sequence[str], cache: Collection[str]) -> None:
+        """cache: names of the files in the shard's cache."""
+        self.folder, self.keys = commits.folder, list(keys)
+        self._name = layout.breadcrumb(commits.stage, commits.stage_hash, shard)
         self._me = process_name()
         self._written: list[str] | None = None
         self._since: float | None = None
         self._computed: list[str] = []
-        self.strikes = self._read()
+        self.strikes = self._read() if self._name in cache else {}
         """Key -> how often a process died while it was at work."""
 
     def _read(self) -> dict[str, int]:
@@ -66,7 +66,7 @@ class Breadcrumbs:
     def at(self, keys: Sequence[str], finishing: Sequence[str] = ()) -> None:
         """A batch of these samples begins, while those before it are still `finishing`."""
         now = time.monotonic()
-        exact = bool(self.strikes) or self._since is None or now - self._since >= SLOW_SECONDS
+        exact = bool(self.strikes) or (self._since is not None and now - self._since >= SLOW_SECONDS)
         self._since, self._computed = now, list(keys)
         where = [*finishing, *keys] if exact else self.keys
         if where != self._written:

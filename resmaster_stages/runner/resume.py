@@ -14,17 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 
-from resmaster_stages.config.dataset import Stage
 from resmaster_stages.dataset import layout
+from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.dataset.sample import Output
 from resmaster_stages.keys import canonical_json
-from resmaster_stages.storage.filesystem import Folder
-
-SPILLED: tuple[Stage, ...] = ("low_res", "captions", "high_res")
-"""Quality is quick, and its flags depend on the samples before."""
 
 
 def encode(output: Output, stage_hash: str) -> bytes:
@@ -54,10 +50,12 @@ def decode(data: bytes, stage_hash: str) -> Output | None:
 class Spill:
     """The spilled samples of one stage of one shard. `seconds` None: none are written, none are read."""
 
-    def __init__(self, folder: Folder, stage: Stage, stage_hash: str, shard: int, seconds: float | None) -> None:
-        self.folder, self.stage_hash = folder, stage_hash
-        self._place = layout.spill_folder(stage, stage_hash, shard)
-        self._seconds = seconds if stage in SPILLED else None
+    def __init__(self, commits: Commits, shard: int, seconds: float | None, cache: Collection[str]) -> None:
+        """cache: names of the files in the shard's cache."""
+        self.folder, self.stage_hash = commits.folder, commits.stage_hash
+        self._place = layout.spill_folder(commits.stage, commits.stage_hash, shard)
+        self._seconds = seconds
+        self._cache = cache
         self._waiting: dict[str, bytes] = {}
         self._since = time.monotonic()
         self._used = False
@@ -67,7 +65,7 @@ class Spill:
         if self._seconds is None:
             return {}
         wanted = {layout.spill(self._place, key): key for key in keys}
-        found = self.folder.read_many([name for name in self.folder.names(self._place) if name in wanted])
+        found = self.folder.read_many([name for name in self._cache if name in wanted])
         self._used = bool(found)
         outputs = {wanted[name]: decode(data, self.stage_hash) for name, data in found.items()}
         self._since = time.monotonic()

@@ -13,7 +13,6 @@ from prefect.filesystems import WritableFileSystem
 from prefect.results import ResultRecord, ResultRecordMetadata
 from prefect.serializers import JSONSerializer
 
-from resmaster_stages.config.dataset import Stage
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.dataset.stages import stage_hashes
@@ -42,7 +41,7 @@ class CommitRecords(WritableFileSystem):
         """Keys are no paths of this machine."""
 
 
-def cache_key(stage: Stage, dataset_url: str, shard: int) -> str:
+def cache_key(stage: str, dataset_url: str, shard: int) -> str:
     """Stage hash (which covers the stages before), shard, and the attempt that is committed, if the stage has nothing to do."""
     dataset = open_dataset(dataset_url)
     hashes = stage_hashes(dataset.config)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from resmaster_stages.config.dataset import Stage
 from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.redaction import no_secrets_in_errors
 from resmaster_stages.runner.run import run_stage
@@ -28,7 +27,7 @@ from resmaster_tasks.stages import run_facts
     retry_condition_fn=worth_retrying,
     cache_policy=NO_CACHE,  # the commit records are the cache
 )
-def process_shard(dataset_url: str, shard: int, stages: list[Stage]) -> int:
+def process_shard(dataset_url: str, shard: int, stages: list[str]) -> int:
     """Returns how many samples of the shard passed the last of `stages`."""
     with no_secrets_in_errors(), alone():
         dataset = open_dataset(dataset_url)

@@ -13,8 +13,8 @@ from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.runtime import flow_run, task_run
 from prefect.tasks import Task
 
-from resmaster_stages.config.dataset import STAGES, Stage
 from resmaster_stages.dataset.dataset import open_dataset
+from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.redaction import no_secrets_in_errors
 from resmaster_stages.runner.run import run_stage
 from resmaster_tasks.policy import RETRIES, RETRY_DELAYS_SECONDS, RETRY_JITTER, worth_retrying
@@ -26,7 +26,7 @@ def run_facts() -> dict[str, Any]:
     return {"flow_run": flow_run.id, "flow_run_name": flow_run.name, "task_run": task_run.id}
 
 
-def _stage_task(stage: Stage) -> Task[..., dict[str, Any]]:
+def _stage_task(stage: str) -> Task[..., dict[str, Any]]:
     @task(
         name=stage,
         task_run_name=f"{stage} {{shard:06d}}",
@@ -50,5 +50,5 @@ def _stage_task(stage: Stage) -> Task[..., dict[str, Any]]:
     return run
 
 
-STAGE_TASKS: dict[Stage, Task[..., dict[str, Any]]] = {stage: _stage_task(stage) for stage in STAGES}
+STAGE_TASKS: dict[str, Task[..., dict[str, Any]]] = {stage: _stage_task(stage) for stage in STAGES}
 """Stage name -> task with parameters (dataset_url, shard)."""

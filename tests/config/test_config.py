@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from resmaster_stages.config.dataset import STAGES, DatasetConfig
+from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import load_config, parse_config
 from resmaster_stages.config.methods import (
     METHOD_PRESETS,
@@ -15,7 +15,7 @@ from resmaster_stages.config.methods import (
     UpscaleConfig,
     with_method,
 )
-from resmaster_stages.dataset.stages import stage_hash
+from resmaster_stages.dataset.stages import STAGES, stage_hash
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.identity import Weights
 from tests.checkout import ROOT

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from resmaster_stages.config.dataset import STAGES, DatasetConfig, Stage
+from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.chain import list_links, read_chain
 from resmaster_stages.dataset.commit import Receipt, list_commits
@@ -19,7 +19,7 @@ from resmaster_stages.dataset.plan import read_plan
 from resmaster_stages.dataset.reading import shard_samples
 from resmaster_stages.dataset.retry import request_retries
 from resmaster_stages.dataset.sample import Output, Sample
-from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.dataset.stages import STAGES, stage_hashes
 from resmaster_stages.inspection.explain import explain
 from resmaster_stages.inspection.status import pending, status
 from resmaster_stages.models.identity import Weights
@@ -49,9 +49,9 @@ class Mended:
     """The stand-in stages with the mistake corrected; `done` lists what they were asked for."""
 
     def __init__(self, still_bad: Sequence[str] = ()) -> None:
-        self.still_bad, self.done = still_bad, dict[Stage, list[str]]()
+        self.still_bad, self.done = still_bad, dict[str, list[str]]()
 
-    def process(self, stage: Stage, config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+    def process(self, stage: str, config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
         for sample in samples:
             self.done.setdefault(stage, []).append(sample.prompt)
             if sample.prompt in self.still_bad and stage in sample.prompt:
@@ -68,10 +68,10 @@ def work(dataset: Dataset, mended: Mended | None = None) -> list[Receipt]:
     for stage in STAGES:
         for shard in pending(dataset, stages=[stage])[stage]:
 
-            def process(config: DatasetConfig, samples: Sequence[Sample], stage: Stage = stage) -> Iterator[Output]:
+            def process(config: DatasetConfig, samples: Sequence[Sample], stage: str = stage) -> Iterator[Output]:
                 return (mended.process(stage, config, samples)) if mended else FAKES[stage](config, samples)
 
-            receipts.append(run_stage(dataset, dataset.config, stage, shard, process=process))
+            receipts.append(run_stage(dataset, stage, shard, process=process))
     return receipts
 
 
@@ -135,7 +135,7 @@ def test_what_failed_and_is_mended_comes_in_supplements_and_nothing_else_changes
         data = dataset.folder.read(row["high_res_object"])
         assert data[row["high_res_offset"] :].startswith(b"\x89PNG")
     for shard in (0, 1):
-        with shard_samples(dataset, dataset.config, read_plan(dataset.folder), shard, STAGES) as samples:
+        with shard_samples(dataset, shard, STAGES) as samples:
             assert [sample.key for sample in samples] == keys[3 * shard : 3 * shard + 3]
             assert all(s.high_res and s.high_res.open().size == (64, 64) and len(s.captions) == 4 for s in samples)
     found = {each.stage: (each.samples_ok, each.samples_failed, each.supplements) for each in status(dataset).stages}
@@ -187,10 +187,7 @@ def test_racing_workers_make_one_supplement(dataset: Dataset) -> None:
     mended = Mended()
 
     def one(_: int) -> Receipt:
-        return run_stage(
-            dataset,
-            dataset.config,
-            "high_res",
+        return run_stage(dataset, "high_res",
             1,
             process=lambda config, samples: mended.process("high_res", config, samples),
         )
@@ -205,10 +202,7 @@ def test_racing_workers_make_one_supplement(dataset: Dataset) -> None:
 def test_a_build_that_comes_late_takes_what_was_mended_upstream_meanwhile(dataset: Dataset) -> None:
     """low_res is mended under a configuration whose later stages are not committed yet: commit and supplement, one after the other."""
     request_retries(dataset, stages=["low_res"])
-    run_stage(
-        dataset,
-        dataset.config,
-        "low_res",
+    run_stage(dataset, "low_res",
         0,
         process=lambda config, samples: Mended().process("low_res", config, samples),
     )
@@ -234,4 +228,4 @@ def test_another_configuration_knows_nothing_of_supplements_and_the_first_finds_
     work(changed, Mended())
     assert write_manifest(changed).samples == 5
     assert write_manifest(create_or_open(dataset.config)).samples == 5
-    assert set(list_commits(changed.folder, "high_res", stage_hashes(changed.config)["high_res"])) == {0, 1}
+    assert set(changed.commits("high_res").read_all()) == {0, 1}

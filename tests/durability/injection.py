@@ -52,7 +52,7 @@ def build(root: str, prompts: str) -> None:
     plan = ingest(dataset, config)
     for shard in range(plan.shards):
         for stage, process in FAKES.items():
-            run_stage(dataset, config, stage, shard, process=process)
+            run_stage(dataset, stage, shard, process=process)
     write_manifest(dataset)
 
 

@@ -29,7 +29,7 @@ def contend(url: str, environment: dict[str, str], barrier: Any, answers: Any) -
         barrier.wait(120)
 
     dataset = open_dataset(url)
-    receipt = run_stage(dataset, dataset.config, "low_res", 0, process=process, provenance={"process": os.getpid()})
+    receipt = run_stage(dataset, "low_res", 0, process=process, provenance={"process": os.getpid()})
     answers.put(json.dumps(receipt.to_json(), sort_keys=True))
 
 

@@ -44,8 +44,8 @@ def built(root: Path, shards: int) -> Dataset:
     root.mkdir()
     dataset = planned(root, prompts, root)
     for shard in range(read_plan(dataset.folder).shards):
-        for stage in dataset.config.stages():
-            run_stage(dataset, dataset.config, stage, shard, process=FAKES[stage])
+        for stage in dataset.hashes:
+            run_stage(dataset, stage, shard, process=FAKES[stage])
     return dataset
 
 
@@ -92,10 +92,10 @@ def test_a_commit_reads_nothing_twice_and_no_supplement_where_nothing_was_lost(
     monkeypatch.setattr(
         Folder, "read_many", lambda folder, names: asked.extend(names) or read_many(folder, list(names))
     )
-    for number, stage in enumerate(dataset.config.stages(), start=1):
+    for number, stage in enumerate(dataset.hashes, start=1):
         for shard in (0, 1):
             asked.clear()
-            run_stage(dataset, dataset.config, stage, shard, process=FAKES[stage])
+            run_stage(dataset, stage, shard, process=FAKES[stage])
             extras = [name for name in asked if layout.extra_of(name)]
             assert len(set(asked)) == len(asked)
             if shard == 1:
@@ -179,8 +179,8 @@ def test_a_tar_is_opened_equally_often_whatever_it_holds(tmp_path: Path, monkeyp
         folder.mkdir()
         dataset = planned(folder, [f"prompt {number}" for number in range(samples)], folder, samples_per_shard=samples)
         opened.clear()
-        for stage in dataset.config.stages():
-            run_stage(dataset, dataset.config, stage, 0, process=FAKES[stage])
+        for stage in dataset.hashes:
+            run_stage(dataset, stage, 0, process=FAKES[stage])
         counts.append(opened.count(".tar"))
     assert counts[0] == counts[1] > 0
 

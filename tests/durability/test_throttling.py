@@ -10,9 +10,9 @@ import fsspec
 import pytest
 import s3fs
 
-from resmaster_stages.config.dataset import STAGES
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
+from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.inspection.status import pending
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.publish.manifest import write_manifest
@@ -40,7 +40,7 @@ def build(root: str, folder: Path) -> Dataset:
     dataset = planned(root, ["a", "b", "bad high_res"], folder, samples_per_shard=3, spill_seconds=0)
     for stage in STAGES:
         for shard in pending(dataset)[stage]:
-            run_stage(dataset, dataset.config, stage, shard, process=FAKES[stage])
+            run_stage(dataset, stage, shard, process=FAKES[stage])
     write_manifest(dataset)
     return dataset
 
@@ -116,10 +116,10 @@ def test_a_store_that_throttles_for_longer_fails_the_task_which_is_worth_another
         s3fs.S3FileSystem.clear_instance_cache()
         dataset = open_dataset(dataset.url)
         with pytest.raises(OSError, match=r"(?i)slow ?down|reduce your request rate|unavailable"):
-            run_stage(dataset, dataset.config, "low_res", 0, process=FAKES["low_res"])
+            run_stage(dataset, "low_res", 0, process=FAKES["low_res"])
         storm[0] = False
         assert pending(dataset)["low_res"] == [0]
-        assert run_stage(dataset, dataset.config, "low_res", 0, process=FAKES["low_res"]).samples_ok == 1
+        assert run_stage(dataset, "low_res", 0, process=FAKES["low_res"]).samples_ok == 1
 
 
 def test_the_users_own_settings_of_s3_win(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,7 +213,7 @@ def commit_all(dataset: Dataset) -> None:
     for stage, shards in pending(dataset).items():
         for shard in shards:
             process = quality if stage == "quality" else FAKES[stage]
-            run_stage(dataset, dataset.config, stage, shard, process=process)
+            run_stage(dataset, stage, shard, process=process)
 
 
 def quality(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
@@ -239,13 +239,13 @@ def test_low_res_shards_are_copied_where_they_would_be_the_same(tmp_path: Path, 
     assert share_low_res(one, two) == 1, "the shard with a failed sample is left to the target"
     assert share_low_res(one, two) == 0
     assert pending(two)["low_res"] == [1]
-    run_stage(two, two.config, "low_res", 1, process=FAKES["low_res"])
-    found = [list_commits(d.folder, "low_res", stage_hashes(d.config)["low_res"]) for d in (one, two)]
+    run_stage(two, "low_res", 1, process=FAKES["low_res"])
+    found = [d.commits("low_res").read_all() for d in (one, two)]
     for shard in (0, 1):
         a, b = found[0][shard].objects[0], found[1][shard].objects[0]
         assert (a.sha256, a.bytes) == (b.sha256, b.bytes)
     assert found[1][0].provenance["copied_from"] == f"one/{found[0][0].objects[0].name}"
-    run_stage(two, two.config, "high_res", 0, process=no_captions)
+    run_stage(two, "high_res", 0, process=no_captions)
     for change in ({"seed": 1}, {"low_res": {"height": 16, "width": 16, "steps": 7}}):
         other = planned(tmp_path, prompts, tmp_path, **{"name": f"other{len(change)}{next(iter(change))}", **change})
         assert share_low_res(one, other) == 0, change
@@ -275,7 +275,7 @@ def build(look: Preview) -> int:
         for shard in shards:
             uses = dataset.config.upscale.uses_captions()
             process = {**FAKES, "quality": quality, "high_res": FAKES["high_res"] if uses else no_captions}[stage]
-            run_stage(dataset, dataset.config, stage, shard, process=process)
+            run_stage(dataset, stage, shard, process=process)
     write_manifest(dataset)
     write_report(dataset)
     return 0
@@ -341,7 +341,7 @@ def test_a_comparison_is_datasets_a_table_a_page_and_sheets(
     shas = set()
     for name in looks:
         dataset = open_dataset(str(tmp_path / "out" / name))
-        receipts = list_commits(dataset.folder, "low_res", stage_hashes(dataset.config)["low_res"])
+        receipts = dataset.commits("low_res").read_all()
         shas.add(tuple(receipt.objects[0].sha256 for receipt in receipts.values()))
     assert len(shas) == 1, "the same low-res images for all"
 
@@ -466,7 +466,7 @@ def test_drawn_low_res_images_have_a_true_enlargement_and_the_distance_from_it_i
                 high_res = upscale.process if look.config.upscale.method == "lanczos" else the_truth
                 process = {"low_res": low_res.process, "high_res": high_res, "quality": quality}[stage]
                 with counting():
-                    run_stage(dataset, dataset.config, stage, shard, process=process)
+                    run_stage(dataset, stage, shard, process=process)
         write_manifest(dataset)
         write_report(dataset)
         return 0

@@ -67,7 +67,7 @@ def build(root: Path, folder: Path, prompts: list[str]) -> tuple[Dataset, list[R
     receipts = []
     for shard in range(read_plan(dataset.folder).shards):
         for stage, process in {**FAKES, "quality": with_features}.items():
-            receipts.append(run_stage(dataset, dataset.config, stage, shard, process=process))  # type: ignore[arg-type]
+            receipts.append(run_stage(dataset, stage, shard, process=process))  # type: ignore[arg-type]
     return dataset, receipts
 
 
@@ -116,7 +116,7 @@ def test_features_are_a_second_object_of_the_commit_with_equal_bytes(tmp_path: P
         assert [len(receipt.objects) for receipt in receipts] == [1, 1, 1, 2, 1, 1, 1, 2]
         assert all(receipt.objects[1].name.endswith(".features.parquet") for receipt in quality)
         contents.append([dataset.folder.read(stored.name) for receipt in quality for stored in receipt.objects])
-        with shard_samples(dataset, dataset.config, read_plan(dataset.folder), 0, ["quality"]) as samples:
+        with shard_samples(dataset, 0, ["quality"]) as samples:
             assert list(committed_arrays(dataset, quality[0])) == samples.keys()
         assert committed_arrays(dataset, receipts[0]) == {}
     assert contents[0] == contents[1]
@@ -142,7 +142,7 @@ def test_a_stage_that_forgets_an_array_commits_nothing(tmp_path: Path) -> None:
             yield Output(output.key, files=output.files, arrays={"r": np.zeros(2, np.float16)} if place else {})
 
     with pytest.raises(ValueError, match="has arrays"):
-        run_stage(dataset, dataset.config, "low_res", 0, process=forgetful)
+        run_stage(dataset, "low_res", 0, process=forgetful)
     assert dataset.folder.names("low_res") == []
 
 

@@ -18,7 +18,7 @@ from resmaster_flows import build
 from resmaster_flows.build import BuildResult
 from resmaster_flows.cli.main import main
 from resmaster_flows.outcome import INCOMPLETE, outcome
-from resmaster_stages.config.dataset import DatasetConfig, Stage
+from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.commit import Receipt, list_commits
 from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.dataset.retry import request_retries
@@ -41,8 +41,8 @@ class Stages:
     """Stand-in stage modules that count calls and fail on request."""
 
     def __init__(self) -> None:
-        self.calls: Counter[Stage] = Counter()
-        self.trouble: dict[Stage, list[Exception]] = {}
+        self.calls: Counter[str] = Counter()
+        self.trouble: dict[str, list[Exception]] = {}
 
     def module(self, name: str) -> object:
         owner, wanted = self, next(stage_name for stage_name, path in attempt.MODULES.items() if path == name)
@@ -86,7 +86,7 @@ def repair(dataset_url: str, **arguments: object) -> BuildResult:
     return outcome(build.repair(dataset_url, **arguments, return_state=True))
 
 
-def commits(url: str) -> dict[Stage, set[int]]:
+def commits(url: str) -> dict[str, set[int]]:
     dataset = open_dataset(url)
     return {
         name: set(list_commits(dataset.folder, name, own_hash))
@@ -189,7 +189,7 @@ def test_the_report_lists_only_the_last_attempt_of_a_failed_sample(stages: Stage
     assert [row["attempt_number"] for row in rows] == [2, 2]
 
 
-def contents(url: str) -> dict[tuple[Stage, int, int], str]:
+def contents(url: str) -> dict[tuple[str, int, int], str]:
     """(stage, shard, number of the object) -> sha256 of what lies there."""
     dataset = open_dataset(url)
     return {

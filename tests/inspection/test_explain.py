@@ -25,7 +25,7 @@ def built(root: str | Path, prompts: list[str], folder: Path) -> Dataset:
     for shard in range(read_plan(dataset.folder).shards):
         for stage, process in FAKES.items():
             try:
-                run_stage(dataset, dataset.config, stage, shard, process=process)
+                run_stage(dataset, stage, shard, process=process)
             except ShardError:
                 break
     return dataset

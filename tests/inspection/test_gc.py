@@ -134,7 +134,7 @@ def test_what_a_killed_build_leaves_goes_and_the_build_ends_as_if_undisturbed(tm
         child.join(120)
         assert child.exitcode == -9
         dataset = dataset_at(root, prompts)
-        found = find_leftovers(dataset.folder, stage_hashes(dataset.config), HOUR, datetime.now(UTC) + 2 * HOUR)
+        found = find_leftovers(dataset, HOUR, datetime.now(UTC) + 2 * HOUR)
         remove_leftovers(dataset.folder, found)
         swept += len(found)
     assert swept > 0
@@ -203,8 +203,8 @@ def test_ledgers_of_failed_attempts_stay(tmp_path: Path) -> None:
 
     ingest(dataset, dataset.config)
     with pytest.raises(ShardError):
-        run_stage(dataset, dataset.config, "low_res", 0, process=FAKES["low_res"])
+        run_stage(dataset, "low_res", 0, process=FAKES["low_res"])
     later = datetime.now(UTC) + 2 * HOUR
-    found = find_leftovers(dataset.folder, stage_hashes(dataset.config), HOUR, later)
+    found = find_leftovers(dataset, HOUR, later)
     assert not any(leftover.file.name.startswith("errors/") for leftover in found)
     assert dataset.folder.names("errors/low_res")

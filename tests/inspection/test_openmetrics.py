@@ -19,7 +19,7 @@ def built(tmp_path: Path, prompts: list[str], **provenance: Any) -> Dataset:
     for shard in range(-(-len(prompts) // 2)):
         for stage, process in FAKES.items():
             try:
-                run_stage(dataset, dataset.config, stage, shard, process=process, provenance=provenance)
+                run_stage(dataset, stage, shard, process=process, provenance=provenance)
             except ShardError:
                 break
     return dataset
@@ -42,7 +42,7 @@ def test_the_numbers_of_a_build_with_failures(tmp_path: Path) -> None:
     prompts = ["a", "bad high_res 1", "c", "d", "bad low_res 1", "bad low_res 2"]
     dataset = built(tmp_path, prompts, gpu='a "big" one')
     with pytest.raises(ShardError):
-        run_stage(dataset, dataset.config, "low_res", 2, process=FAKES["low_res"])
+        run_stage(dataset, "low_res", 2, process=FAKES["low_res"])
     found = scraped(openmetrics(dataset))
     assert found["resmaster_planned_shards",] == 3
     assert found["resmaster_planned_samples",] == 6

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from resmaster_flows.cli.main import main
-from resmaster_stages.config.dataset import DatasetConfig, Stage
+from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.commit import Receipt, list_commits
 from resmaster_stages.dataset.damage import drop_unreadable_records, give_up_damaged, marked_shards
 from resmaster_stages.dataset.dataset import Dataset, create_or_open
@@ -45,7 +45,7 @@ def local(tmp_path: Path) -> Dataset:
     return made
 
 
-def listed(stage: Stage, shard: int, done: list[tuple[Stage, int]]) -> Process:
+def listed(stage: str, shard: int, done: list[tuple[str, int]]) -> Process:
     """A stand-in stage that says when it is really computed."""
 
     def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
@@ -55,20 +55,20 @@ def listed(stage: Stage, shard: int, done: list[tuple[Stage, int]]) -> Process:
     return process
 
 
-def work(dataset: Dataset) -> list[tuple[Stage, int]]:
+def work(dataset: Dataset) -> list[tuple[str, int]]:
     """What a repair does, without Prefect; returns what it computed."""
-    done: list[tuple[Stage, int]] = []
+    done: list[tuple[str, int]] = []
     drop_unreadable_records(dataset)
     todo = pending(dataset)
     for shard in sorted({shard for shards in todo.values() for shard in shards}):
         for stage in todo:
-            run_stage(dataset, dataset.config, stage, shard, process=listed(stage, shard, done))
+            run_stage(dataset, stage, shard, process=listed(stage, shard, done))
     write_manifest(dataset)
     return done
 
 
-def receipt_of(dataset: Dataset, stage: Stage, shard: int) -> Receipt:
-    return list_commits(dataset.folder, stage, stage_hashes(dataset.config)[stage])[shard]
+def receipt_of(dataset: Dataset, stage: str, shard: int) -> Receipt:
+    return dataset.commits(stage).read_all()[shard]
 
 
 def change(dataset: Dataset, name: str, edit: Callable[[bytes], bytes]) -> None:
@@ -177,7 +177,7 @@ def test_other_bytes_are_not_put_back_unless_they_are_asked_for(local: Dataset) 
             yield output if output.error else Output(output.key, files={**output.files, "txt": b"other"})
 
     with pytest.raises(ShardError, match=r"other bytes than its commit recorded .*nothing was put back.* --replace"):
-        run_stage(local, local.config, "low_res", 0, process=other)
+        run_stage(local, "low_res", 0, process=other)
     assert local.folder.read(low.objects[0].name) == damaged
     hashes = stage_hashes(local.config)
     assert marked_shards(local.folder, "low_res", hashes["low_res"]) == [0]
@@ -185,7 +185,7 @@ def test_other_bytes_are_not_put_back_unless_they_are_asked_for(local: Dataset) 
 
     give_up_damaged(local)
     assert {stage: shards for stage, shards in pending(local).items() if shards} == {stage: [0] for stage in FAKES}
-    assert run_stage(local, local.config, "low_res", 0, process=other).attempt != low.attempt
+    assert run_stage(local, "low_res", 0, process=other).attempt != low.attempt
     assert [stage for stage, _ in work(local)] == ["captions", "high_res", "quality"]
     assert verify(local).damage == ()
 
@@ -207,7 +207,7 @@ def test_supplements_are_verified_and_mended_too(tmp_path: Path) -> None:
     assert request_retries(dataset) == 1
     for stage in FAKES:
         mended = {**FAKES, "low_res": healed}[stage]
-        run_stage(dataset, dataset.config, stage, 0, process=mended)
+        run_stage(dataset, stage, 0, process=mended)
     write_manifest(dataset)
     before = {file.name: dataset.folder.read(file.name) for file in dataset.folder.files()}
     supplements = [name for name in before if "/000000.s01.json" in name]
@@ -222,16 +222,16 @@ def test_supplements_are_verified_and_mended_too(tmp_path: Path) -> None:
     assert sorted(len(damage.samples) for damage in found.damage) == [1, 1, 2, 2]
     note(dataset, found)
     # what failed at first does not matter, be it mended since
-    run_stage(dataset, dataset.config, "low_res", 0, process=healed)
-    run_stage(dataset, dataset.config, "high_res", 0, process=FAKES["high_res"])
+    run_stage(dataset, "low_res", 0, process=healed)
+    run_stage(dataset, "high_res", 0, process=FAKES["high_res"])
     assert {file.name: dataset.folder.read(file.name) for file in dataset.folder.files()} == before
 
     ledger = receipt_of(dataset, "low_res", 0).ledger or ""
     dataset.folder.remove(ledger)
     note(dataset, verify(dataset))
     with pytest.raises(ShardError, match="other samples fail now"):
-        run_stage(dataset, dataset.config, "low_res", 0, process=healed)
-    run_stage(dataset, dataset.config, "low_res", 0, process=FAKES["low_res"])
+        run_stage(dataset, "low_res", 0, process=healed)
+    run_stage(dataset, "low_res", 0, process=FAKES["low_res"])
     assert verify(dataset).damage == ()
 
 

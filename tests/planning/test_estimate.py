@@ -91,7 +91,7 @@ def test_commits_of_the_same_stage_count_more_than_any_table(tmp_path: Path) -> 
     look = preview(dataset.config)
     assert all("commits" not in stage.seconds_source for stage in estimate(look).stages)
     for shard in (0, 3):
-        receipt = run_stage(dataset, dataset.config, "low_res", shard, process=FAKES["low_res"])
+        receipt = run_stage(dataset, "low_res", shard, process=FAKES["low_res"])
         path = Path(dataset.folder.full(f"commits/low_res-{receipt.stage_hash[:8]}/{shard:06d}.json"))
         record = json.loads(path.read_text())
         path.write_text(json.dumps({**record, "seconds": 3.0, "provenance": {"gpu": "a big one"}}))
@@ -114,7 +114,7 @@ def test_nothing_left_takes_nothing(tmp_path: Path) -> None:
     dataset = planned(tmp_path / "out", ["a", "b", "c"], tmp_path)
     for stage, process in FAKES.items():
         for shard in (0, 1):
-            run_stage(dataset, dataset.config, stage, shard, process=process)
+            run_stage(dataset, stage, shard, process=process)
     found = estimate(preview(dataset.config), workers=3, price=1)
     assert (found.device_hours, found.cost, found.bytes, found.requests, found.wall_seconds) == (0, 0, 0, 0, 0)
     assert found.unknown == ()
@@ -122,7 +122,7 @@ def test_nothing_left_takes_nothing(tmp_path: Path) -> None:
 
 def test_the_writes_are_those_that_a_build_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = planned(tmp_path / "out", ["a", "b", "c"], tmp_path)
-    for stage in dataset.config.stages():
+    for stage in dataset.hashes:
         look = preview(dataset.config)
         todo = next(each for each in look.stages if each.stage == stage)
         assert _requests(dataset.config, todo, 0, 0.0) == 2 * (1 + 1 + 2), (
@@ -142,7 +142,7 @@ def test_the_writes_are_those_that_a_build_does(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(Folder, name, counted)
     for stage, process in FAKES.items():
         for shard in (0, 1):
-            run_stage(dataset, dataset.config, stage, shard, process=process)
+            run_stage(dataset, stage, shard, process=process)
     lasting = [name for name in writes if not name.startswith("cache/")]
     assert len(lasting) == 4 * 2 * (1 + 1)
     assert 0 < len(writes) - len(lasting) <= 4 * 2 * 2

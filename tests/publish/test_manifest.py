@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from resmaster_stages.config.dataset import STAGES
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.plan import Plan, read_plan
 from resmaster_stages.dataset.schemas import MANIFEST_SCHEMA
+from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import ShardError
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.publish.card import Publication
@@ -35,8 +35,8 @@ def fake_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def build(root: str | Path, folder: Path, shards: list[int] | None = None, **values) -> Dataset:
     dataset = planned(root, PROMPTS, folder, **values)
     for shard in range(read_plan(dataset.folder).shards) if shards is None else shards:
-        for stage in dataset.config.stages():
-            run_stage(dataset, dataset.config, stage, shard, process=FAKES[stage])
+        for stage in dataset.hashes:
+            run_stage(dataset, stage, shard, process=FAKES[stage])
     return dataset
 
 
@@ -75,7 +75,7 @@ def test_index_follows_commits_and_names_no_empty_tar(tmp_path: Path) -> None:
 
 def test_unfinished_shards_are_left_out_and_counted(tmp_path: Path) -> None:
     dataset = build(tmp_path, tmp_path, shards=[0])
-    run_stage(dataset, dataset.config, "low_res", 2, process=FAKES["low_res"])
+    run_stage(dataset, "low_res", 2, process=FAKES["low_res"])
     published = write_manifest(dataset)
     assert (published.samples, published.shards, published.shards_missing) == (2, 1, 2)
     assert "2 still missing" in dataset.folder.read("README.md").decode()
@@ -100,7 +100,7 @@ def test_without_captions(tmp_path: Path) -> None:
     dataset = build(tmp_path, tmp_path, shards=[], upscale={"method": "direct"})
     for stage in ("low_res", "high_res", "quality"):
         process = FAKES["low_res"] if stage == "high_res" else FAKES[stage]
-        run_stage(dataset, dataset.config, stage, 0, process=process)
+        run_stage(dataset, stage, 0, process=process)
     write_manifest(dataset)
     rows = pq.read_table(tmp_path / "demo" / "manifest.parquet").to_pylist()
     assert [row["captions_object"] for row in rows] == [None, None]

@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from resmaster_stages.config.dataset import STAGES, DatasetConfig, Stage
+from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.ledger import ledger_rows
 from resmaster_stages.dataset.plan import read_plan
 from resmaster_stages.dataset.sample import Output, Sample
+from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import ConfigError, GpuLost, OutOfMemory, SampleError, ShardError
 from resmaster_stages.inspection.status import pending, status
 from resmaster_stages.models.identity import Weights
@@ -46,8 +47,8 @@ def dataset(tmp_path: Path) -> Dataset:
     )
 
 
-def run(dataset: Dataset, stage: Stage, process: Process | None = None) -> Receipt:
-    return run_stage(dataset, dataset.config, stage, 0, process=process or FAKES[stage])
+def run(dataset: Dataset, stage: str, process: Process | None = None) -> Receipt:
+    return run_stage(dataset, stage, 0, process=process or FAKES[stage])
 
 
 def tar_bytes(dataset: Dataset, receipt: Receipt) -> bytes:

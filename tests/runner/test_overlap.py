@@ -56,12 +56,12 @@ def dataset(tmp_path: Path) -> Dataset:
     """One shard of six samples with low-res images and captions; every finished sample is spilled."""
     made = planned(tmp_path, PROMPTS, tmp_path, samples_per_shard=10, spill_seconds=0, max_failure_ratio=0.5)
     for stage in ("low_res", "captions"):
-        run_stage(made, made.config, stage, 0, process=FAKES[stage])
+        run_stage(made, stage, 0, process=FAKES[stage])
     return made
 
 
 def high_res(dataset: Dataset, process: Process) -> Receipt:
-    return run_stage(dataset, dataset.config, "high_res", 0, process=process)
+    return run_stage(dataset, "high_res", 0, process=process)
 
 
 def content(dataset: Dataset, receipt: Receipt) -> bytes:
@@ -138,7 +138,7 @@ def test_a_sample_is_read_and_another_one_finished_while_one_is_computed(
     assert (receipt.samples_ok, receipt.samples_failed) == (6, 0), ledger_rows(dataset.folder, "high_res")
     plain = planned(tmp_path / "plain", PROMPTS, tmp_path, samples_per_shard=10)
     for name in ("low_res", "captions"):
-        run_stage(plain, plain.config, name, 0, process=FAKES[name])
+        run_stage(plain, name, 0, process=FAKES[name])
     assert content(dataset, receipt) == content(plain, high_res(plain, FAKES["high_res"])), "the same order and bytes"
 
 
@@ -159,7 +159,7 @@ def test_a_slot_is_finished_while_the_next_one_is_computed(tmp_path: Path) -> No
             began.wait("cd" if sample.prompt in "ab" else "ef")
         return files_of(sample, 16)
 
-    receipt = run_stage(dataset, dataset.config, "low_res", 0, process=process)
+    receipt = run_stage(dataset, "low_res", 0, process=process)
     assert (receipt.samples_ok, receipt.samples_failed) == (6, 0), ledger_rows(dataset.folder, "low_res")
 
 
@@ -367,7 +367,7 @@ def test_a_reader_that_stops_early_ends_the_threads(dataset: Dataset) -> None:
     config = dataset.config.model_copy(update={"max_failure_ratio": 0.0})
     stage = Stage(finishing=finishing, waits="ab")
     with pytest.raises(ShardError, match="nothing committed"):
-        run_stage(dataset, config, "high_res", 0, process=stage)
+        run_stage(dataset, "high_res", 0, process=stage)
     assert [each for each in stage.log if len(each) == 1] == list("abc")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from resmaster_stages.config.dataset import DatasetConfig, Stage
+from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import read_commit
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
@@ -41,7 +41,7 @@ def dataset(tmp_path: Path) -> Dataset:
     return planned(tmp_path, list("abcdefghij"), tmp_path, samples_per_shard=10, low_res=SLOTS, spill_seconds=0)
 
 
-def killed_at(prompt: str, stage: Stage, log: Path) -> Process:
+def killed_at(prompt: str, stage: str, log: Path) -> Process:
     """`stage` in slots, as low_res computes them, or sample by sample; each is logged when done; `prompt` kills the process.
 
     The kill waits until what was done before is kept: what happens else is for `test_overlap` to say.
@@ -76,21 +76,21 @@ def wait_for_spills(config: DatasetConfig, count: int) -> None:
         time.sleep(0.01)
 
 
-def in_child(dataset: Dataset, stage: Stage, process: Process) -> int:
+def in_child(dataset: Dataset, stage: str, process: Process) -> int:
     """Run the stage over shard 0 in a process of its own; its exit status, -9 if it was killed."""
     child = os.fork()
     if not child:
         status = 1
         try:
-            run_stage(open_dataset(dataset.url), dataset.config, stage, 0, process=process)
+            run_stage(open_dataset(dataset.url), stage, 0, process=process)
             status = 0
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def content(dataset: Dataset, stage: Stage) -> bytes:
-    receipt = read_commit(dataset.folder, stage, stage_hashes(dataset.config)[stage], 0)
+def content(dataset: Dataset, stage: str) -> bytes:
+    receipt = dataset.commits(stage).read(0)
     assert receipt is not None
     return dataset.folder.read(receipt.objects[0].name)
 
@@ -109,13 +109,13 @@ def leftovers(dataset: Dataset) -> list[str]:
     ],
 )  # fmt: skip
 def test_a_killed_shard_goes_on_where_it_was_to_the_same_bytes(
-    dataset: Dataset, tmp_path: Path, stage: Stage, killer: str, kept: str, then: str
+    dataset: Dataset, tmp_path: Path, stage: str, killer: str, kept: str, then: str
 ) -> None:
     reference = planned(tmp_path / "reference", list("abcdefghij"), tmp_path, samples_per_shard=10, low_res=SLOTS)
     for place in (dataset, reference):
         for earlier in list(FAKES)[: list(FAKES).index(stage)]:
-            run_stage(place, place.config, earlier, 0, process=FAKES[earlier])
-    run_stage(reference, reference.config, stage, 0, process=FAKES[stage])
+            run_stage(place, earlier, 0, process=FAKES[earlier])
+    run_stage(reference, stage, 0, process=FAKES[stage])
     log = tmp_path / "log"
     assert in_child(dataset, stage, killed_at(killer, stage, log)) == -9
     assert log.read_text() == kept
@@ -186,10 +186,10 @@ def test_spills_work_where_there_are_no_folders(dataset: Dataset) -> None:
 
 @pytest.mark.parametrize("stage", ["low_res", "captions", "quality"])
 def test_a_sample_that_kills_the_process_is_left_out_after_three_attempts(
-    dataset: Dataset, tmp_path: Path, stage: Stage
+    dataset: Dataset, tmp_path: Path, stage: str
 ) -> None:
     for earlier in list(FAKES)[: list(FAKES).index(stage)]:
-        run_stage(dataset, dataset.config, earlier, 0, process=FAKES[earlier])
+        run_stage(dataset, earlier, 0, process=FAKES[earlier])
     log = tmp_path / "log"
     deadly = killed_at("f", stage, log)
     assert [in_child(dataset, stage, deadly) for _ in range(4)] == [-9, -9, -9, 0]
@@ -223,7 +223,7 @@ def test_an_orderly_end_blames_nobody(dataset: Dataset, error: BaseException) ->
 
     for _ in range(3):
         with pytest.raises((type(error), RuntimeError)):
-            run_stage(dataset, dataset.config, "low_res", 0, process=process)
+            run_stage(dataset, "low_res", 0, process=process)
         assert leftovers(dataset) == []
 
 
@@ -238,7 +238,7 @@ def test_quick_samples_share_one_breadcrumb(dataset: Dataset, monkeypatch: pytes
 
     monkeypatch.setattr(type(dataset.folder), "write", noted)
     config = dataset.config.model_copy(update={"spill_seconds": None})
-    run_stage(dataset, config, "low_res", 0, process=FAKES["low_res"])
+    run_stage(dataset, "low_res", 0, process=FAKES["low_res"])
     assert [len(keys) for keys in written] == [1, 10], "the first, as it might be slow; then all of them"
 
 

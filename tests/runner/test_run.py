@@ -13,14 +13,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from resmaster_stages.config.dataset import STAGES, DatasetConfig, Stage
+from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import Dataset, create_or_open
 from resmaster_stages.dataset.ledger import ledger_rows
 from resmaster_stages.dataset.plan import read_plan
 from resmaster_stages.dataset.reading import shard_samples
 from resmaster_stages.dataset.sample import Output, Sample
-from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.dataset.stages import STAGES, stage_hashes
 from resmaster_stages.errors import GpuLost, PlanError, SampleError, ShardError
 from resmaster_stages.inspection.status import pending, pending_samples, status
 from resmaster_stages.inspection.verify import note, verify
@@ -42,11 +42,11 @@ def dataset(request: pytest.FixtureRequest, tmp_path: Path) -> Dataset:
     return planned(root, ["a", "b", "c", "bad high_res", "d"], tmp_path)
 
 
-def run(dataset: Dataset, stage: Stage, shard: int, **options) -> Receipt:
-    return run_stage(dataset, dataset.config, stage, shard, **{"process": FAKES[stage], **options})
+def run(dataset: Dataset, stage: str, shard: int, **options) -> Receipt:
+    return run_stage(dataset, stage, shard, **{"process": FAKES[stage], **options})
 
 
-def run_all(dataset: Dataset) -> dict[tuple[Stage, int], Receipt]:
+def run_all(dataset: Dataset) -> dict[tuple[str, int], Receipt]:
     shards = range(read_plan(dataset.folder).shards)
     return {(stage, shard): run(dataset, stage, shard) for shard in shards for stage in STAGES}
 
@@ -79,7 +79,7 @@ def test_all_stages(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.Monkey
         (3, 0, 0, 4, 0),
     ]
     assert json.loads(json.dumps(found.to_json()))["stages"][2]["samples_failed"] == 1
-    with shard_samples(dataset, dataset.config, read_plan(dataset.folder), 1, STAGES) as samples:
+    with shard_samples(dataset, 1, STAGES) as samples:
         assert [sample.prompt for sample in samples] == ["c"]
         assert samples[0].high_res is not None
         assert samples[0].high_res.open().size == (64, 64)
@@ -358,7 +358,7 @@ def build(root):
     dataset = planned(root, ["a", "bad low_res"], folder)
     for stage, shards in pending(dataset).items():
         for shard in shards:
-            run_stage(dataset, dataset.config, stage, shard, process=FAKES[stage])
+            run_stage(dataset, stage, shard, process=FAKES[stage])
 
 
 def die_at(count):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from resmaster_stages.config.dataset import DatasetConfig, Stage
+from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.errors import SampleError, ShardError
 from resmaster_stages.runner.compute import Process
@@ -21,7 +21,7 @@ from tests.fake_stages import FAKES
 LONGEST_WAIT_SECONDS = 150
 
 
-def stand_in(stage: Stage) -> Process:
+def stand_in(stage: str) -> Process:
     def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
         for output, sample in zip(FAKES[stage](config, samples), samples, strict=True):
             if stage == "high_res":

@@ -16,8 +16,9 @@ from prefect.exceptions import PrefectHTTPStatusError
 
 from resmaster_flows import build, deploy
 from resmaster_flows.server_runs import ServerRuns
-from resmaster_stages.config.dataset import STAGES, DispatchConfig
+from resmaster_stages.config.dataset import DispatchConfig
 from resmaster_stages.config.methods import METHODS
+from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import UserError
 from tests.server.conftest import POOL, ROOT, Stack
 

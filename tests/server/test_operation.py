@@ -12,10 +12,9 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.states import AwaitingRetry, Cancelling
 
 from resmaster_flows.outcome import INCOMPLETE
-from resmaster_stages.config.dataset import STAGES
 from resmaster_stages.dataset.commit import list_commits
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
-from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.dataset.stages import STAGES, stage_hashes
 from resmaster_stages.inspection.status import pending
 from resmaster_stages.runner.run import run_stage
 from tests.fake_stages import planned
@@ -113,7 +112,7 @@ def test_kill_9_of_a_worker_and_its_run_costs_nothing_but_time(workers: Stack, t
     gate.touch()
     for shard in (0, 1):
         for stage in STAGES:
-            run_stage(reference, reference.config, stage, shard, process=stand_in(stage))
+            run_stage(reference, stage, shard, process=stand_in(stage))
     gate.unlink()
     for begun in tmp_path.glob("gate.begun-*"):
         begun.unlink()

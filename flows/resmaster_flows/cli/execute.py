@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from resmaster_stages.config.dataset import DatasetConfig, Stage
+from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import load_config
 from resmaster_stages.errors import UserError
 
@@ -64,7 +64,7 @@ def no_bars(config: DatasetConfig) -> None:
 def execute(
     console: Console,
     config: DatasetConfig,
-    pending_samples: dict[Stage, int],
+    pending_samples: dict[str, int],
     shard_count: int,
     build: str,
     arguments: dict[str, object],

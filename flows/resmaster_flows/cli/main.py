@@ -29,9 +29,9 @@ from resmaster_flows.cli.stop import MESSAGE, Terminated, exit_status, stoppable
 from resmaster_flows.cli.upscale import upscale
 from resmaster_flows.cli.verify import add_arguments as verify_arguments
 from resmaster_flows.cli.verify import verify
-from resmaster_stages.config.dataset import STAGES
 from resmaster_stages.config.methods import METHODS
 from resmaster_stages.config.model import SDXL
+from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import ResMasterError, UserError
 from resmaster_stages.redaction import one_line
 

@@ -28,7 +28,7 @@ from prefect.logging import get_run_logger
 from prefect.utilities.urls import url_for
 
 from resmaster_flows.watch.page import RunPage
-from resmaster_stages.config.dataset import DatasetConfig, Stage
+from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.inspection.status import pending, pending_samples
@@ -145,7 +145,7 @@ def tags_of(config: DatasetConfig) -> list[str]:
 
 @contextmanager
 def run_page(
-    dataset: Dataset, shards: Sequence[int], stages: Sequence[Stage] | None = None, *, part: bool = False
+    dataset: Dataset, shards: Sequence[int], stages: Sequence[str] | None = None, *, part: bool = False
 ) -> Iterator[RunPage]:
     """Within the block, the current flow run's page shows how its work on `shards` goes.
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from resmaster_stages.config.dataset import Stage
-
 VERBS: dict[str, str] = {
     "low_res": "drawing low-res images",
     "captions": "captioning patches",
@@ -20,7 +18,7 @@ class TimeLeft:
     Unknown until every stage that has work left has finished a sample: a guess would be worse than none.
     """
 
-    def __init__(self, pending: dict[Stage, int]) -> None:
+    def __init__(self, pending: dict[str, int]) -> None:
         self.pending = dict(pending)
         self._seconds: dict[str, float] = defaultdict(float)
         self._samples: dict[str, int] = defaultdict(int)

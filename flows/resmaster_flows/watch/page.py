@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from resmaster_flows.watch.pace import VERBS, TimeLeft, spell_seconds
-from resmaster_stages.config.dataset import Stage
 from resmaster_stages.progress import Silent
 
 ROWS = 200
@@ -41,7 +40,7 @@ class RunPage(Silent):
 
     def __init__(
         self,
-        pending: Mapping[Stage, int],
+        pending: Mapping[str, int],
         shards: Sequence[int],
         log: Callable[[str], None] = lambda line: None,
         link: Callable[[str], str] = lambda run: run,

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from resmaster_flows.watch.pace import VERBS, TimeLeft, spell_seconds
-from resmaster_stages.config.dataset import Stage
 from resmaster_stages.progress import Silent
 
 
@@ -35,7 +34,7 @@ class TerminalReporter(Notes):
     `pending` is the number of samples still to do per stage, `shards` the number of shards in the dataset.
     """
 
-    def __init__(self, pending: dict[Stage, int], shards: int, console: Console | None = None) -> None:
+    def __init__(self, pending: dict[str, int], shards: int, console: Console | None = None) -> None:
         super().__init__(console or Console(stderr=True))
         self._left = TimeLeft(pending)
         self._shards = shards

@@ -1,0 +1,180 @@
+"""The commit records of one stage under one configuration, and the marks of damage beside them.
+
+A record `000123.json` makes a shard's first attempt visible. An attempt at the samples that failed in it starts from what it made
+and becomes visible by a record of its own, `000123.2.json`; the highest number counts.
+
+Invariants:
+- A record is created by exactly one writer and never changed; it names all its objects with sha256 and size.
+- Numbers have no gaps, so of two writers that go on from the same attempt one wins.
+- A loser deletes its own objects only, which no record names; while it is unknown who won, nothing is deleted.
+- A mark of damage is taken away only by whoever found every object as recorded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from resmaster_stages.dataset import layout
+from resmaster_stages.dataset.commit import Receipt, describe, discard
+from resmaster_stages.errors import ShardError
+from resmaster_stages.storage.filesystem import Folder
+
+
+@dataclass(frozen=True)
+class Commits:
+    """What is committed of one stage."""
+
+    folder: Folder
+    stage: str
+    stage_hash: str
+
+    def read(self, shard: int) -> Receipt | None:
+        """The record that counts, or None. Raises ShardError if it is damaged."""
+        receipt = self.attempt(shard, 1)
+        # There is another attempt only where something was lost: mostly one read is enough.
+        while receipt and (receipt.failed_keys or receipt.lost_keys):
+            later = self.attempt(shard, receipt.number + 1)
+            if later is None:
+                break
+            receipt = later
+        return receipt
+
+    def attempt(self, shard: int, number: int) -> Receipt | None:
+        """The record of one attempt, or None. Raises ShardError if it is damaged."""
+        name = self._name(shard, number)
+        try:
+            return self._parsed(name, self.folder.read(name))
+        except FileNotFoundError:
+            return None
+
+    def numbers(self) -> dict[int, int]:
+        """Shard -> number of the attempt that counts, for all that are committed, from one listing."""
+        numbers: dict[int, int] = {}
+        for name in self.folder.names(layout.commit_folder(self.stage, self.stage_hash)):
+            if place := layout.attempt_of(name):
+                shard, number = place
+                numbers[shard] = max(number, numbers.get(shard, 0))
+        return numbers
+
+    def read_many(self, numbers: Mapping[int, int]) -> dict[int, Receipt]:
+        """Shard -> record of that attempt, for those that are there. Raises ShardError if one is damaged."""
+        names = [self._name(shard, number) for shard, number in numbers.items()]
+        found = (self._parsed(name, data) for name, data in self.folder.read_many(names).items())
+        return {receipt.shard: receipt for receipt in found}
+
+    def read_all(self) -> dict[int, Receipt]:
+        """Shard -> the record that counts, for all that are committed. Raises ShardError if one is damaged."""
+        return self.read_many(self.numbers())
+
+    def create(self, receipt: Receipt, files: Sequence[tuple[str, Path]], ledger: bytes | None = None) -> Receipt:
+        """Upload `files` (name in the dataset, validated local file) and make them visible by `receipt`.
+
+        `ledger` is the content of this attempt's error ledger, if samples failed.
+        Returns the receipt that counts: this one, or that of the writer who was faster.
+        """
+        stored = tuple(describe(name, path) for name, path in files)
+        ledger_name = layout.ledger(self.stage, receipt.shard, receipt.attempt) if ledger is not None else None
+        receipt = replace(receipt, objects=stored, ledger=ledger_name)
+        own = [name for name, _ in files] + ([ledger_name] if ledger_name else [])
+        try:
+            if ledger is not None and ledger_name:
+                self.folder.write(ledger_name, ledger)
+            for name, path in files:
+                self.folder.upload(name, path)
+        except Exception:
+            discard(self.folder, own)
+            raise
+        name = self._name(receipt.shard, receipt.number)
+        text = json.dumps(receipt.to_json(), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        try:
+            self.folder.create(name, text.encode())
+        except FileExistsError as error:
+            winner = self.attempt(receipt.shard, receipt.number)
+            if winner is None:
+                raise ShardError(
+                    f"{self.folder.url_of(name)}: was there and is gone; run the same command again"
+                ) from error
+            if winner.attempt != receipt.attempt:
+                discard(self.folder, own)
+            return winner
+        except Exception:
+            # The store may have kept the record although its answer got lost.
+            winner = self.attempt(receipt.shard, receipt.number)
+            if winner is None or winner.attempt != receipt.attempt:
+                raise
+            return winner
+        return receipt
+
+    def drop(self, shards: Collection[int]) -> None:
+        """Delete the records and marks of these shards: they will be made anew."""
+        names = self.folder.names(layout.commit_folder(self.stage, self.stage_hash)) if shards else []
+        places = [(place, name) for name in names if (place := layout.attempt_of(name)) and place[0] in shards]
+        for _, name in sorted(places, reverse=True):  # a later attempt goes before the one that it started from
+            self.folder.remove(name)
+        for shard in shards:
+            self.unmark(shard)
+
+    def mark(self, shard: int, objects: Iterable[str]) -> None:
+        """Note that these objects of a committed shard are damaged; replaces an earlier note."""
+        text = json.dumps({"objects": sorted(objects)}, indent=1) + "\n"
+        self.folder.write(layout.damage(self.stage, self.stage_hash, shard), text.encode())
+
+    def unmark(self, shard: int) -> None:
+        """The shard is whole again."""
+        self.folder.remove(layout.damage(self.stage, self.stage_hash, shard))
+
+    def is_marked(self, shard: int) -> bool:
+        """Whether damage of the shard is known."""
+        return self.folder.exists(layout.damage(self.stage, self.stage_hash, shard))
+
+    def marked(self) -> list[int]:
+        """The shards of which damage is known, from one listing."""
+        names = self.folder.names(layout.damage_folder(self.stage, self.stage_hash))
+        return sorted(shard for name in names if (shard := layout.number_of(name)) is not None)
+
+    def _name(self, shard: int, number: int) -> str:
+        return layout.commit(self.stage, self.stage_hash, shard, number)
+
+    def _parsed(self, name: str, data: bytes) -> Receipt:
+        place = self.folder.url_of(name)
+        try:
+            receipt = Receipt.from_json(json.loads(data))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ShardError(
+                f"{place}: damaged commit record ({error}); run: resmaster verify {self.folder.url}, then: resmaster repair"
+            ) from error
+        if receipt.stage_hash != self.stage_hash or name != self._name(receipt.shard, receipt.number):
+            raise ShardError(
+                f"{place}: belongs to another shard or configuration; delete it, then run: resmaster repair"
+            )
+        return receipt
+
+
+@dataclass(frozen=True)
+class Record:
+    """A commit record as it lies in a dataset."""
+
+    name: str
+    receipt: Receipt | None
+    """None if it cannot be read."""
+    successor: str | None
+    """Name of the record of the next attempt, if there is one: then nobody reads this one's objects any more."""
+
+
+def all_records(folder: Folder) -> Iterator[Record]:
+    """Every commit record there is, of every attempt and configuration."""
+    for group in folder.names(layout.COMMITS):
+        places = {place: name for name in folder.names(group) if (place := layout.attempt_of(name))}
+        later = {name: places.get((shard, number + 1)) for (shard, number), name in places.items()}
+        names = list(later)
+        for start in range(0, len(names), 1000):
+            for name, data in sorted(folder.read_many(names[start : start + 1000]).items()):
+                try:
+                    receipt = Receipt.from_json(json.loads(data))
+                    good = layout.commit(receipt.stage, receipt.stage_hash, receipt.shard, receipt.number) == name
+                except (ValueError, KeyError, TypeError):
+                    good = False
+                yield Record(name, receipt if good else None, later[name])
