@@ -21,7 +21,6 @@ from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.diffusion.views import Grid, view_grid
 from resmaster_stages.errors import SampleError
 from resmaster_stages.keys import canonical_json, sample_seed
-from resmaster_stages.methods.upscale import enlarge_image, target_size, upscale_image
 from resmaster_stages.progress import reporter
 from resmaster_stages.storage.images import encode_picture
 
@@ -67,6 +66,7 @@ def caption_views(config: DatasetConfig, prompt: str, image: Image.Image, height
 def _diffused(config: DatasetConfig, sample: Sample, image: Image.Image) -> tuple[Image.Image, dict[str, Any]]:
     """The high-res picture by the base model, and the facts of how it was made."""
     from resmaster_stages.diffusion.text import truncated
+    from resmaster_stages.methods.upscale import target_size, upscale_image
     from resmaster_stages.models.load import load_models
 
     models, upscale = load_models(config.model), config.upscale
@@ -99,6 +99,7 @@ def _diffused(config: DatasetConfig, sample: Sample, image: Image.Image) -> tupl
 
 def _enlarged(config: DatasetConfig, image: Image.Image) -> tuple[Image.Image, dict[str, Any]]:
     """The high-res picture without the base model, and the facts of how it was made."""
+    from resmaster_stages.methods.upscale import enlarge_image
     from resmaster_stages.models.identity import super_resolution_identity
     from resmaster_stages.models.load import resolve_device, resolve_dtype
 

@@ -19,7 +19,7 @@ from resmaster_stages.config.methods import UpscaleConfig
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.reference import upsample
-from resmaster_stages.low_res import generate
+from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.metrics.agreement import psnr
 from resmaster_stages.models.load import load_pipeline

@@ -5,7 +5,7 @@ import pytest
 from resmaster_stages.config.dataset import LowResConfig
 from resmaster_stages.config.methods import DIFFUSION_METHODS, METHOD_PRESETS, METHODS, UpscaleConfig
 from resmaster_stages.diffusion.cost import counting
-from resmaster_stages.low_res import generate
+from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.planning.workload import UnetWork, high_res_work, low_res_work
 from tests.methods.common import adapted, picture, settings
