@@ -111,8 +111,7 @@ def commit(folder: Path, root: str, samples: int) -> None:
 
     def build(shard: int) -> None:
         for stage in dataset.hashes:
-            run_stage(dataset, stage, shard, process=lambda config, own, stage=stage: null(config, own, stage)
-            )
+            run_stage(dataset, stage, shard, process=lambda config, own, stage=stage: null(config, own, stage))
 
     with ThreadPoolExecutor(COMMIT_THREADS) as pool:
         for _ in pool.map(build, sorted({shard for todo in pending(dataset).values() for shard in todo})):
@@ -194,7 +193,6 @@ def verify(folder: Path, root: str, samples: int) -> None:
 
 def gc(folder: Path, root: str, samples: int) -> None:
     """Looking for leftovers; there are none."""
-    from resmaster_stages.dataset.stages import stage_hashes
     from resmaster_stages.inspection.leftovers import find_leftovers
 
     dataset = open_dataset(root)

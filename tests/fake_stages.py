@@ -13,11 +13,11 @@ from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.dataset.dataset import Dataset, create_or_open
 from resmaster_stages.dataset.sample import Output, Sample
+from resmaster_stages.dataset.stages import Process
 from resmaster_stages.diffusion.cost import count_call
 from resmaster_stages.errors import SampleError
 from resmaster_stages.keys import canonical_json
 from resmaster_stages.prompts import ingest
-from resmaster_stages.runner.compute import Process
 
 BAD = "bad"
 """A prompt with this word fails in the stage it names, e.g. `bad low_res`."""

@@ -6,13 +6,12 @@ python -m tests.standin_cli run CONFIG --root ROOT
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from dataclasses import replace
 
 from resmaster_flows.cli.main import main
+from resmaster_stages.dataset.stages import STAGES, Process
 from resmaster_stages.models import identity
 from resmaster_stages.models.identity import Weights
-from resmaster_stages.runner import attempt
-from resmaster_stages.runner.compute import Process
 from tests.fake_stages import FAKES
 
 
@@ -20,10 +19,7 @@ def install(processes: dict[str, Process]) -> None:
     """Put `processes` where the pipeline looks for its stages, for the rest of this process."""
     identity.weights_of = lambda config: Weights(config.model.id)
     for name, process in processes.items():
-        module = ModuleType(f"tests.standin_{name}")
-        module.process = process  # type: ignore[attr-defined]
-        sys.modules[module.__name__] = module
-        attempt.MODULES[name] = module.__name__
+        STAGES[name] = replace(STAGES[name], process=process)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ committed. What is done is read from the store at the start and while waiting; w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
@@ -23,12 +24,21 @@ from resmaster_flows.watch.artifacts import run_page, show_dataset
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.damage import drop_unreadable_records, give_up_damaged
 from resmaster_stages.dataset.dataset import Dataset, create_or_open, open_dataset
-from resmaster_stages.dataset.retry import request_retries
+from resmaster_stages.dataset.retry import Retries, retries_of
+from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.inspection.status import pending, status
 from resmaster_stages.prompts import ingest
 from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.publish.report import write_report
 from resmaster_stages.storage.probe import require_one_winner
+
+if TYPE_CHECKING:
+    StageName = str
+else:
+    StageName = Literal[tuple(STAGES)]  # a choice in the form that is made of the flow's parameters
+
+Todo = dict[str, list[int]]
+"""Stage -> shards that have something to do."""
 
 
 @dataclass(frozen=True)
@@ -47,54 +57,57 @@ class BuildResult:
     """Shards that could not be finished, with the first error of each."""
 
 
-@task(name="plan", cache_policy=NO_CACHE)
-def plan_dataset(config: DatasetConfig) -> str:
-    """Write the configuration and the plan, or find them. Returns the dataset's URL."""
+@task(name="plan", cache_policy=NO_CACHE, persist_result=False)
+def plan_dataset(config: DatasetConfig) -> Dataset:
+    """Write the configuration and the plan, or find them."""
     dataset = create_or_open(config)
     ingest(dataset, config)
-    return dataset.url
+    return dataset
 
 
-@task(name="publish", cache_policy=NO_CACHE)
-def publish_dataset(dataset_url: str) -> str:
+@task(name="publish", cache_policy=NO_CACHE, persist_result=False)
+def publish_dataset(dataset: Dataset) -> str:
     """Manifest, index, dataset card, report and contact sheets from what is committed. Returns the report's URL."""
-    dataset = open_dataset(dataset_url)
     write_manifest(dataset)
     return write_report(dataset)
 
 
-def left(dataset: Dataset, shards: Sequence[int] | None = None, stages: list[str] | None = None) -> Counter[int]:
-    """Shard -> number of commits that it lacks; finished shards are absent."""
-    todo = pending(dataset, shards=shards, stages=stages)
-    return Counter(shard for missing in todo.values() for shard in missing)
-
-
 def work(
-    dataset: Dataset, shards: list[int], stages: list[str] | None = None, queue: str | None = None
+    dataset: Dataset, todo: Todo, look: Callable[[], Todo], retries: Retries | None = None, queue: str | None = None
 ) -> dict[str, str]:
-    """Have the shards done, on workers or here. Returns the error of each that is missing, by its number."""
+    """Have `todo` (stage -> shards) done, on workers or here. Returns the error of each shard that is missing, by its number.
+
+    `look` asks the dataset again what is to do.
+    """
     config = dataset.config.dispatch
+    shards, stages = list(_lacking(todo)), list(todo)
     if not shards:
         return {}
-    with run_page(dataset, shards, stages):
+    with run_page(dataset, todo):
         if config.where == "dask" or config.where == "ray":
-            return process_on_cluster(dataset, shards, stages, config.where)
+            return process_on_cluster(dataset, sorted(shards), stages, retries, config.where)
         if not on_workers(config):
-            errors: dict[str, str] = outcome(process_shards(dataset.url, shards, stages, return_state=True))
+            errors: dict[str, str] = outcome(
+                process_shards(dataset.url, sorted(shards), stages, retries, return_state=True)
+            )
             return errors
-        runs = ServerRuns(config, dataset.url, stages, queue)
-        missing = dispatch(runs, lambda: left(dataset, shards, stages), config)
+        runs = ServerRuns(config, dataset.url, stages, retries, queue)
+        missing = dispatch(runs, lambda: _lacking(look()), config, _lacking(todo))
     return {str(shard): error for shard, error in missing.items()}
 
 
-def finish(dataset_url: str, errors: dict[str, str]) -> BuildResult | State[BuildResult]:
+def _lacking(todo: Todo) -> Counter[int]:
+    """Shard -> number of commits that it lacks; finished shards are absent."""
+    return Counter(shard for missing in todo.values() for shard in missing)
+
+
+def finish(dataset: Dataset, errors: dict[str, str]) -> BuildResult | State[BuildResult]:
     """Publish what is committed and sum up; the run fails if shards are missing."""
-    report_url = publish_dataset(dataset_url)
-    dataset = open_dataset(dataset_url)
+    report_url = publish_dataset(dataset)
     show_dataset(dataset)
     stages = status(dataset).stages
     result = BuildResult(
-        dataset_url=dataset_url,
+        dataset_url=dataset.url,
         report_url=report_url,
         samples=stages[-1].samples_ok,
         samples_failed=sum(stage.samples_failed for stage in stages),
@@ -114,20 +127,19 @@ def build_dataset(config: DatasetConfig) -> BuildResult | State[BuildResult]:
     Args:
         config: what to build and where; see the fields' descriptions.
     """
-    dataset_url = plan_dataset(config)
-    dataset = open_dataset(dataset_url)
+    dataset = plan_dataset(config)
     try:
-        errors = work(dataset, sorted(left(dataset)))
+        errors = work(dataset, pending(dataset), lambda: pending(dataset))
     except Stopped:
         return Cancelled(message="its runs were cancelled")
-    return finish(dataset_url, errors)
+    return finish(dataset, errors)
 
 
 @flow(name="repair", flow_run_name="repair {dataset_url}", on_cancellation=[cancel_children])
 def repair(
     dataset_url: str,
     shards: str | None = None,
-    stages: list[str] | None = None,
+    stages: list[StageName] | None = None,
     retry_errors: bool = False,
     replace: bool = False,
 ) -> BuildResult | State[BuildResult]:
@@ -137,22 +149,25 @@ def repair(
         dataset_url: folder or URL of the dataset.
         shards: only these shards, e.g. `1,4-7`; default: all.
         stages: only these stages; default: all.
-        retry_errors: give the failed samples of committed shards another attempt too; what becomes good is added.
+        retry_errors: give the failed samples of committed shards another attempt too.
         replace: make damaged shards anew, and all that was made from them, instead of putting back the same bytes.
     """
-    dataset = open_dataset(dataset_url)
-    if retry_errors:
-        request_retries(dataset, shards=parse_numbers(shards), stages=stages)
+    dataset, numbers = open_dataset(dataset_url), parse_numbers(shards)
+    retries = retries_of(dataset, numbers, stages)[0] if retry_errors else None
     if not dataset.config.allow_overwriting_store:
         require_one_winner(dataset.folder)
     drop_unreadable_records(dataset)
     if replace:
-        give_up_damaged(dataset, parse_numbers(shards))
+        give_up_damaged(dataset, numbers)
+
+    def look() -> Todo:
+        return pending(dataset, shards=numbers, stages=stages, retries=retries)
+
     try:
-        errors = work(dataset, sorted(left(dataset, parse_numbers(shards), stages)), stages, REPAIR_QUEUE)
+        errors = work(dataset, look(), look, retries, REPAIR_QUEUE)
     except Stopped:
         return Cancelled(message="its runs were cancelled")
-    return finish(dataset.url, errors)
+    return finish(dataset, errors)
 
 
 @flow(name="publish", flow_run_name="publish {dataset_url}")
@@ -164,4 +179,4 @@ def publish(dataset_url: str) -> str:
 
     Returns the report's URL.
     """
-    return publish_dataset(dataset_url)
+    return publish_dataset(open_dataset(dataset_url))

@@ -22,9 +22,11 @@ from prefect.task_runners import TaskRunner
 
 from resmaster_flows.outcome import incomplete, outcome
 from resmaster_flows.process import describe, failures
+from resmaster_flows.watch.events import Dispatched
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
+from resmaster_stages.dataset.retry import Retries, part_of
 from resmaster_stages.errors import ConfigError, GpuLost, ShardError, UserError
-from resmaster_stages.progress import reporter
+from resmaster_stages.progress import ShardFailed, emit
 from resmaster_tasks.shards import process_shard
 
 Executor = Literal["dask", "ray"]
@@ -86,31 +88,35 @@ def resources(executor: Executor) -> AbstractContextManager[Any]:
 
 
 def process_on_cluster(
-    dataset: Dataset, shards: Sequence[int], stages: Sequence[str] | None, executor: Executor
+    dataset: Dataset,
+    shards: Sequence[int],
+    stages: Sequence[str] | None,
+    retries: Retries | None,
+    executor: Executor,
 ) -> dict[str, str]:
     """Have the shards done on the cluster. Returns the error of each that could not be finished, by its number."""
     run = _process.with_options(task_runner=runner(executor))
     errors: dict[str, str] = outcome(
-        run(dataset.url, list(shards), list(stages) if stages else None, executor, return_state=True)
+        run(dataset.url, list(shards), list(stages) if stages else None, retries, executor, return_state=True)
     )
     return errors
 
 
 @flow(name="process-shards-on-cluster", validate_parameters=False)
 def _process(
-    dataset_url: str, shards: list[int], stages: list[str] | None, executor: Executor
+    dataset_url: str, shards: list[int], stages: list[str] | None, retries: Retries | None, executor: Executor
 ) -> dict[str, str] | State[dict[str, str]]:
     """Every stage over the shards, a task per shard, so many at a time as the configuration's window."""
-    config = open_dataset(dataset_url).config
+    dataset = open_dataset(dataset_url)
     chosen = [stage for stage in dataset.hashes if stages is None or stage in stages]
     errors: dict[str, str] = {}
     under_way: deque[tuple[int, PrefectFuture[int]]] = deque()
     due = deque(shards)
     with resources(executor):
         while due or under_way:
-            while due and len(under_way) < config.dispatch.window:
+            while due and len(under_way) < dataset.config.dispatch.window:
                 shard = due.popleft()
-                under_way.append((shard, process_shard.submit(dataset_url, shard, chosen)))
+                under_way.append((shard, process_shard.submit(dataset_url, shard, chosen, part_of(retries, [shard]))))
             shard, future = under_way.popleft()
             try:
                 future.result()
@@ -118,7 +124,7 @@ def _process(
                 raise  # the next shard would end the same way
             except Exception as error:
                 errors[str(shard)] = str(error) if isinstance(error, ShardError) else describe(error)
-                reporter().shard_failed(shard, errors[str(shard)])
+                emit(ShardFailed(shard, errors[str(shard)]))
             done = len(shards) - len(due) - len(under_way) - len(errors)
-            reporter().dispatched(done, len(shards), len(under_way), len(due))
+            emit(Dispatched(done, len(shards), len(under_way), len(due)))
     return incomplete(failures(errors), errors) if errors else errors

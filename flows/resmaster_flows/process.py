@@ -17,10 +17,11 @@ from prefect.runtime import flow_run
 from resmaster_flows.outcome import incomplete
 from resmaster_flows.selection import spell_shards
 from resmaster_flows.watch.artifacts import run_page
+from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import open_dataset
-from resmaster_stages.dataset.stages import STAGES
+from resmaster_stages.dataset.retry import Retries, number_of
 from resmaster_stages.errors import ConfigError, GpuLost, ShardError
-from resmaster_stages.progress import reporter
+from resmaster_stages.progress import ShardFailed, emit
 from resmaster_stages.redaction import one_line
 from resmaster_tasks.stages import STAGE_TASKS
 
@@ -44,7 +45,7 @@ def _own_run_name() -> str:
 
 @flow(name="process-shards", flow_run_name=_own_run_name, validate_parameters=False)
 def process_shards(
-    dataset_url: str, shards: list[int], stages: list[str] | None = None
+    dataset_url: str, shards: list[int], stages: list[str] | None = None, retries: Retries | None = None
 ) -> dict[str, str] | State[dict[str, str]]:
     """Run every stage over the shards; committed ones return at once.
 
@@ -52,24 +53,25 @@ def process_shards(
         dataset_url: folder or URL of the dataset (the one that holds config.json).
         shards: shard numbers, as in the plan.
         stages: only these stages, in pipeline order; default: all that the dataset needs.
+        retries: stage -> shard -> number of the attempt that its failed samples are to get.
 
     Returns the first error of each failed shard by its number; with any, the run ends as `Incomplete`. Raises GpuLost and
     ConfigError at once.
     """
     dataset = open_dataset(dataset_url)
-    needed = dataset.hashes
-    chosen = [stage for stage in STAGES if stage in needed and (stages is None or stage in stages)]
+    chosen = [stage for stage in dataset.hashes if stages is None or stage in stages]
     errors: dict[str, str] = {}
-    with run_page(dataset, shards, chosen, part=True):
+    with run_page(dataset, dict.fromkeys(chosen, shards), part=True):
         for shard in shards:
+            known: dict[str, Receipt] = {}
             for stage in chosen:
                 try:
-                    STAGE_TASKS[stage](dataset_url, shard)
+                    known[stage] = STAGE_TASKS[stage](dataset, shard, known, number_of(retries, stage, shard))
                 except (GpuLost, ConfigError):
                     raise  # the next shard would end the same way
                 except Exception as error:
                     errors[str(shard)] = f"{stage}: {error if isinstance(error, ShardError) else describe(error)}"
-                    reporter().shard_failed(shard, errors[str(shard)])
+                    emit(ShardFailed(shard, errors[str(shard)]))
                     break
     if errors:
         return incomplete(failures(errors), errors)

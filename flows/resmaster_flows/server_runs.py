@@ -25,6 +25,7 @@ from prefect.states import Cancelled, Cancelling, Crashed
 from resmaster_flows.dispatch import Shards, Stopped
 from resmaster_flows.process import run_name
 from resmaster_stages.config.dataset import DispatchConfig
+from resmaster_stages.dataset.retry import Retries, part_of
 from resmaster_stages.errors import UserError
 from resmaster_stages.keys import digest
 
@@ -95,7 +96,12 @@ class ServerRuns:
     """The runs of one build, within its flow run."""
 
     def __init__(
-        self, config: DispatchConfig, dataset_url: str, stages: list[str] | None = None, queue: str | None = None
+        self,
+        config: DispatchConfig,
+        dataset_url: str,
+        stages: list[str] | None = None,
+        retries: Retries | None = None,
+        queue: str | None = None,
     ) -> None:
         """`queue`: work queue, default: the deployment's. Raises UserError if there is no server or no deployment."""
         api = get_current_settings().api.url
@@ -112,16 +118,23 @@ class ServerRuns:
                 ) from None
         self._dataset_url = dataset_url
         self._stages = stages
+        self._retries = retries
         self._queue = queue
         self._build = UUID(own_run.id)
         self._build_count: int = own_run.run_count
 
     def submit(self, shards: Shards, attempt: int) -> tuple[UUID, str]:
         """As of `Runs`. The key makes a request that is sent twice find the same run; a retried build starts new ones."""
-        batch = digest({"stages": self._stages, "shards": shards})
+        retries = part_of(self._retries, shards)
+        batch = digest({"stages": self._stages, "shards": shards, "retries": retries})
         run = run_deployment(
             self.deployment,
-            parameters={"dataset_url": self._dataset_url, "shards": list(shards), "stages": self._stages},
+            parameters={
+                "dataset_url": self._dataset_url,
+                "shards": list(shards),
+                "stages": self._stages,
+                "retries": retries,
+            },
             timeout=0,
             idempotency_key=f"{self._build}/{self._build_count}/{batch}/{attempt}",
             flow_run_name=run_name(self._dataset_url, shards, self._stages),

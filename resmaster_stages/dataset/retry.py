@@ -29,6 +29,16 @@ def retries_of(
     return retries, samples
 
 
+def part_of(retries: Retries | None, shards: Collection[int]) -> Retries | None:
+    """What is asked for of some shards."""
+    if retries is None:
+        return None
+    return {
+        stage: {shard: number for shard, number in numbers.items() if int(shard) in shards}
+        for stage, numbers in retries.items()
+    }
+
+
 def number_of(retries: Retries | None, stage: str, shard: int) -> int:
     """The number up to which a stage of a shard is to be attempted; 1 where nothing is asked for."""
     return (retries or {}).get(stage, {}).get(str(shard), 1)

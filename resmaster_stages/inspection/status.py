@@ -144,6 +144,6 @@ def pending(
     return todo
 
 
-def pending_samples(dataset: Dataset, todo: dict[str, list[int]]) -> dict[str, int]:
+def pending_samples(dataset: Dataset, todo: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """Stage -> number of planned samples in the shards of `todo`."""
     return {stage: sum(dataset.plan.size(shard) for shard in shards) for stage, shards in todo.items()}

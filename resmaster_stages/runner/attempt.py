@@ -22,7 +22,7 @@ from resmaster_stages.dataset.stages import Process, Stage, reads_of
 from resmaster_stages.diffusion.cost import UnetCost, counting
 from resmaster_stages.errors import SampleError, ShardError
 from resmaster_stages.models.busy import BusyTime, timing
-from resmaster_stages.progress import reporter
+from resmaster_stages.progress import SampleDone, ShardStarted, emit
 from resmaster_stages.runner.compute import compute
 from resmaster_stages.runner.quarantine import Breadcrumbs
 from resmaster_stages.runner.resume import Spill
@@ -97,7 +97,7 @@ def computed(
         scratch_folder() as scratch,
         chosen_samples(dataset, shard, work.chain, reads_of(config, stage.name), without) as samples,
     ):
-        reporter().shard_started(stage.name, shard, sum(sample.key not in earlier for sample in samples.planned))
+        emit(ShardStarted(stage.name, shard, sum(sample.key not in earlier for sample in samples.planned)))
         started = time.monotonic()
         made = Made(scratch / f"{stage.name}.{stage.extension}", scratch / f"{stage.name}.features.parquet")
         cache = dataset.folder.names(layout.spill_folder(stage.name, work.commits.stage_hash, shard))
@@ -140,7 +140,7 @@ def _write(made: Made, outputs: Iterator[Output], work: Work, most: int, earlier
                 arrays.append(output.arrays)
                 made.good.append(output.key)
             if output.key not in earlier:
-                reporter().sample_done(work.stage.name, work.shard, ok=output.error is None)
+                emit(SampleDone(work.stage.name, work.shard, ok=output.error is None))
     facts = {"stage_hash": work.commits.stage_hash}
     if work.stage.schema is None:
         made.images = tuple(spell_image(entry) for entry in validate(made.target, made.good))

@@ -28,7 +28,7 @@ from resmaster_stages.dataset.sample import Output
 from resmaster_stages.dataset.stages import STAGES, Process
 from resmaster_stages.errors import ShardError
 from resmaster_stages.keys import digest_of_keys
-from resmaster_stages.progress import reporter
+from resmaster_stages.progress import ShardDone, emit
 from resmaster_stages.runner.attempt import Made, Work, computed, tolerated
 from resmaster_stages.runner.mend import mend
 from resmaster_stages.runner.provenance import own_provenance
@@ -68,10 +68,10 @@ def ensure_stage(
         mend(work, receipt)
         commits.unmark(shard)
     if receipt and not chain.due(stage, number):
-        reporter().shard_done(stage, shard, cached=not damaged)
+        emit(ShardDone(stage, shard, dataset.plan.size(shard), cached=not damaged))
         return receipt, damaged
     made = _attempt(work, receipt, provenance or {})
-    reporter().shard_done(stage, shard, cached=False)
+    emit(ShardDone(stage, shard, dataset.plan.size(shard), cached=False))
     return made, True
 
 

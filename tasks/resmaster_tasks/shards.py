@@ -9,7 +9,9 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import open_dataset
+from resmaster_stages.dataset.retry import Retries, number_of
 from resmaster_stages.redaction import no_secrets_in_errors
 from resmaster_stages.runner.run import run_stage
 from resmaster_tasks.alone import alone
@@ -27,9 +29,12 @@ from resmaster_tasks.stages import run_facts
     retry_condition_fn=worth_retrying,
     cache_policy=NO_CACHE,  # the commit records are the cache
 )
-def process_shard(dataset_url: str, shard: int, stages: list[str]) -> int:
+def process_shard(dataset_url: str, shard: int, stages: list[str], retries: Retries | None = None) -> int:
     """Returns how many samples of the shard passed the last of `stages`."""
     with no_secrets_in_errors(), alone():
         dataset = open_dataset(dataset_url)
-        receipts = [run_stage(dataset, dataset.config, stage, shard, provenance=run_facts()) for stage in stages]
-        return receipts[-1].samples_ok
+        known: dict[str, Receipt] = {}
+        for stage in stages:
+            number = number_of(retries, stage, shard)
+            known[stage] = run_stage(dataset, stage, shard, known=known, number=number, provenance=run_facts())
+        return known[stages[-1]].samples_ok

@@ -1,24 +1,27 @@
 """The stage tasks. One task run is one stage over one shard, never one image: a task run costs about 11 ms.
 
 Tasks carry no tags: for every tag Prefect asks its server for a concurrency slot, which took a second per task run.
-The task's answer is the shard's receipt as plain JSON values, so that a result store needs no pickle.
+A stage that had nothing to do shows as Cached, in any run, on any machine, with any Prefect database: what is asked is the dataset.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from prefect import task
-from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run, task_run
+from prefect.states import Completed
 from prefect.tasks import Task
 
-from resmaster_stages.dataset.dataset import open_dataset
+from resmaster_stages.dataset.commit import Receipt
+from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.redaction import no_secrets_in_errors
-from resmaster_stages.runner.run import run_stage
+from resmaster_stages.runner.run import ensure_stage
 from resmaster_tasks.policy import RETRIES, RETRY_DELAYS_SECONDS, RETRY_JITTER, worth_retrying
-from resmaster_tasks.results import CommitRecords, cache_key_of_task
 
 
 def run_facts() -> dict[str, Any]:
@@ -26,7 +29,9 @@ def run_facts() -> dict[str, Any]:
     return {"flow_run": flow_run.id, "flow_run_name": flow_run.name, "task_run": task_run.id}
 
 
-def _stage_task(stage: str) -> Task[..., dict[str, Any]]:
+def stage_task(stage: str) -> Task[[Dataset, int, Mapping[str, Receipt], int], Any]:
+    """The task of a stage, with parameters (dataset, shard, known, number) as `ensure_stage` takes them."""
+
     @task(
         name=stage,
         task_run_name=f"{stage} {{shard:06d}}",
@@ -35,20 +40,16 @@ def _stage_task(stage: str) -> Task[..., dict[str, Any]]:
         retry_delay_seconds=RETRY_DELAYS_SECONDS,
         retry_jitter_factor=RETRY_JITTER,
         retry_condition_fn=worth_retrying,
-        cache_policy=CacheKeyFnPolicy(cache_key_fn=cache_key_of_task),
-        result_serializer="json",
-        cache_result_in_memory=False,
+        cache_policy=NO_CACHE,  # the commit records are the cache
+        persist_result=False,
     )
-    def run(dataset_url: str, shard: int) -> dict[str, Any]:
+    def run(dataset: Dataset, shard: int, known: Mapping[str, Receipt], number: int) -> Receipt | State[Receipt]:
         with no_secrets_in_errors():  # Prefect keeps and shows what a task raises
-            dataset = open_dataset(dataset_url)
-            return run_stage(dataset, dataset.config, stage, shard, provenance=run_facts()).to_json()
+            receipt, worked = ensure_stage(dataset, stage, shard, known=known, number=number, provenance=run_facts())
+        return receipt if worked else Completed(name="Cached", data=receipt)
 
-    run.result_storage = (
-        CommitRecords()
-    )  # the decorator takes only blocks that a server keeps; this one has nothing to keep
     return run
 
 
-STAGE_TASKS: dict[str, Task[..., dict[str, Any]]] = {stage: _stage_task(stage) for stage in STAGES}
-"""Stage name -> task with parameters (dataset_url, shard)."""
+STAGE_TASKS: dict[str, Task[..., Any]] = {stage: stage_task(stage) for stage in STAGES}
+"""Stage -> its task, which returns the receipt that counts."""

@@ -12,7 +12,7 @@ import pytest
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.chain import list_links, read_chain
-from resmaster_stages.dataset.commit import Receipt, list_commits
+from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import Dataset, create_or_open
 from resmaster_stages.dataset.ledger import ledger_rows
 from resmaster_stages.dataset.plan import read_plan
@@ -187,7 +187,9 @@ def test_racing_workers_make_one_supplement(dataset: Dataset) -> None:
     mended = Mended()
 
     def one(_: int) -> Receipt:
-        return run_stage(dataset, "high_res",
+        return run_stage(
+            dataset,
+            "high_res",
             1,
             process=lambda config, samples: mended.process("high_res", config, samples),
         )
@@ -202,7 +204,9 @@ def test_racing_workers_make_one_supplement(dataset: Dataset) -> None:
 def test_a_build_that_comes_late_takes_what_was_mended_upstream_meanwhile(dataset: Dataset) -> None:
     """low_res is mended under a configuration whose later stages are not committed yet: commit and supplement, one after the other."""
     request_retries(dataset, stages=["low_res"])
-    run_stage(dataset, "low_res",
+    run_stage(
+        dataset,
+        "low_res",
         0,
         process=lambda config, samples: Mended().process("low_res", config, samples),
     )

@@ -26,9 +26,9 @@ from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.errors import ConfigError, GpuLost
 from resmaster_stages.models.identity import Weights
-from resmaster_stages.progress import Silent, reporting
+from resmaster_stages.progress import Event, ShardDone, listening
 from resmaster_stages.publish import report
-from resmaster_stages.runner import attempt, run
+from resmaster_stages.runner import run
 from resmaster_tasks.policy import worth_retrying
 from resmaster_tasks.stages import STAGE_TASKS
 from tests.fake_stages import FAKES, config_at
@@ -44,28 +44,21 @@ class Stages:
         self.calls: Counter[str] = Counter()
         self.trouble: dict[str, list[Exception]] = {}
 
-    def module(self, name: str) -> object:
-        owner, wanted = self, next(stage_name for stage_name, path in attempt.MODULES.items() if path == name)
+    def process(self, stage: str) -> Process:
+        def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+            self.calls[stage] += 1
+            if self.trouble.get(stage):
+                raise self.trouble[stage].pop(0)
+            yield from FAKES[stage](config, samples)
 
-        class Module:
-            @staticmethod
-            def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
-                owner.calls[wanted] += 1
-                if owner.trouble.get(wanted):
-                    raise owner.trouble[wanted].pop(0)
-                yield from FAKES[wanted](config, samples)
-
-        return Module
+        return process
 
 
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     fakes = Stages()
-
-    class Importlib:
-        import_module = staticmethod(fakes.module)
-
-    monkeypatch.setattr(attempt, "importlib", Importlib)
+    for name, stage in STAGES.items():
+        monkeypatch.setitem(STAGES, name, replace(stage, process=fakes.process(name)))
     monkeypatch.setattr(run, "own_provenance", dict)
     monkeypatch.setattr("resmaster_stages.models.identity.weights_of", lambda config: Weights(config.model.id))
     for task in STAGE_TASKS.values():
@@ -96,17 +89,13 @@ def commits(url: str) -> dict[str, set[int]]:
 
 def test_a_build_runs_every_stage_once_per_shard_and_publishes(stages: Stages, tmp_path: Path) -> None:
     config = config_for(tmp_path, ["a", "b", "c"])
-    heard: list[tuple[str, int]] = []
-
-    class Listener(Silent):
-        def shard_done(self, stage: str, shard: int, cached: bool) -> None:
-            heard.append((stage, shard))
-
-    with reporting(Listener()):
+    heard: list[Event] = []
+    with listening(heard.append):
         result = build_dataset(config)
     assert (result.samples, result.samples_failed, result.errors) == (3, 0, {})
     assert stages.calls == dict.fromkeys(FAKES, 2)
-    assert heard == [(name, shard) for shard in (0, 1) for name in FAKES], "shard by shard, stage by stage"
+    done = [(event.stage, event.shard) for event in heard if isinstance(event, ShardDone)]
+    assert done == [(name, shard) for shard in (0, 1) for name in FAKES], "shard by shard, stage by stage"
     folder = tmp_path / "out" / "demo"
     assert pq.read_table(folder / "manifest.parquet").num_rows == 3
     for name in ("report/index.html", "report/contact-000.png", "index.json", "README.md", "config.json"):

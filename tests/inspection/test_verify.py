@@ -16,12 +16,11 @@ from resmaster_stages.dataset.layout import commit as commit_name
 from resmaster_stages.dataset.plan import read_plan
 from resmaster_stages.dataset.retry import request_retries
 from resmaster_stages.dataset.sample import Output, Sample
-from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.dataset.stages import Process, stage_hashes
 from resmaster_stages.errors import ShardError
 from resmaster_stages.inspection.status import pending
 from resmaster_stages.inspection.verify import Damage, note, verify
 from resmaster_stages.publish.manifest import write_manifest
-from resmaster_stages.runner.compute import Process
 from resmaster_stages.runner.run import run_stage
 from tests.durability.injection import everything
 from tests.fake_stages import FAKES, files_of, planned

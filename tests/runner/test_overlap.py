@@ -22,12 +22,12 @@ from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.ledger import ledger_rows
 from resmaster_stages.dataset.plan import read_plan
 from resmaster_stages.dataset.sample import Output, Picture, Sample
+from resmaster_stages.dataset.stages import Process
 from resmaster_stages.diffusion.cost import count_call
 from resmaster_stages.errors import GpuLost, OutOfMemory, SampleError, ShardError
 from resmaster_stages.models.busy import busy, timing
 from resmaster_stages.models.identity import Weights
-from resmaster_stages.progress import Silent, reporter, reporting
-from resmaster_stages.runner.compute import Process
+from resmaster_stages.progress import Event, Step, emit, listening
 from resmaster_stages.runner.overlap import Finishing
 from resmaster_stages.runner.run import run_stage
 from tests.fake_stages import FAKES, files_of, planned, png
@@ -200,20 +200,16 @@ def test_images_are_decoded_once_and_errors_come_where_they_are_opened(monkeypat
 
 
 def test_what_is_counted_and_reported_while_finishing_counts(dataset: Dataset) -> None:
-    heard: list[int] = []
-
-    class Listener(Silent):
-        def step(self, done: int, total: int) -> None:
-            heard.append(done)
+    heard: list[Event] = []
 
     def finishing(prompt: str) -> None:
         count_call(2, 1.0)
-        reporter().step(1, 1)
+        emit(Step(1, 1))
 
-    with reporting(Listener()):
+    with listening(heard.append):
         receipt = high_res(dataset, Stage(finishing=finishing))
     assert receipt.provenance["unet"]["rows"] == 12
-    assert heard == [1] * 6
+    assert [event for event in heard if isinstance(event, Step)] == [Step(1, 1)] * 6
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -364,7 +360,7 @@ def test_a_reader_that_stops_early_ends_the_threads(dataset: Dataset) -> None:
     def finishing(prompt: str) -> None:
         raise ZeroDivisionError
 
-    config = dataset.config.model_copy(update={"max_failure_ratio": 0.0})
+    dataset = replace(dataset, config=dataset.config.model_copy(update={"max_failure_ratio": 0.0}))
     stage = Stage(finishing=finishing, waits="ab")
     with pytest.raises(ShardError, match="nothing committed"):
         run_stage(dataset, "high_res", 0, process=stage)

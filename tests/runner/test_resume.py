@@ -12,15 +12,13 @@ import pytest
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
-from resmaster_stages.dataset.commit import read_commit
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.dataset.ledger import ledger_rows
 from resmaster_stages.dataset.sample import Output, Sample
-from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.dataset.stages import Process, stage_hashes
 from resmaster_stages.errors import GpuLost
 from resmaster_stages.inspection.status import status
 from resmaster_stages.models.identity import Weights
-from resmaster_stages.runner.compute import Process
 from resmaster_stages.runner.quarantine import Breadcrumbs, lives, process_name
 from resmaster_stages.runner.resume import SPILLED, Spill, decode, encode
 from resmaster_stages.runner.run import run_stage
@@ -237,7 +235,7 @@ def test_quick_samples_share_one_breadcrumb(dataset: Dataset, monkeypatch: pytes
         write(dataset.folder, name, data)
 
     monkeypatch.setattr(type(dataset.folder), "write", noted)
-    config = dataset.config.model_copy(update={"spill_seconds": None})
+    dataset = replace(dataset, config=dataset.config.model_copy(update={"spill_seconds": None}))
     run_stage(dataset, "low_res", 0, process=FAKES["low_res"])
     assert [len(keys) for keys in written] == [1, 10], "the first, as it might be slow; then all of them"
 

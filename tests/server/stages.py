@@ -14,8 +14,8 @@ from pathlib import Path
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.sample import Output, Sample
+from resmaster_stages.dataset.stages import Process
 from resmaster_stages.errors import SampleError, ShardError
-from resmaster_stages.runner.compute import Process
 from tests.fake_stages import FAKES
 
 LONGEST_WAIT_SECONDS = 150
@@ -50,3 +50,6 @@ def begun(path: Path) -> Path:
 def begun_by(path: Path) -> set[int]:
     """The processes that have begun to wait for a file."""
     return {int(found.name.rpartition("-")[2]) for found in path.parent.glob(f"{path.name}.begun-*")}
+
+
+low_res, captions, high_res, quality = (stand_in(stage) for stage in ("low_res", "captions", "high_res", "quality"))

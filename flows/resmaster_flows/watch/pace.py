@@ -27,7 +27,11 @@ class TimeLeft:
         """One sample of `stage` took `seconds`."""
         self._seconds[stage] += seconds
         self._samples[stage] += 1
-        self.pending[stage] = max(0, self.pending.get(stage, 0) - 1)  # type: ignore[index,call-overload]
+        self.pending[stage] = max(0, self.pending.get(stage, 0) - 1)
+
+    def drop(self, stage: str, samples: int) -> None:
+        """So many samples of `stage` turned out to be done already."""
+        self.pending[stage] = max(0, self.pending.get(stage, 0) - samples)
 
     def seconds(self) -> float | None:
         """Seconds left, or None while unknown."""

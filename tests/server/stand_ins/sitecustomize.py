@@ -1,21 +1,22 @@
-"""Loaded by every Python process of the server tests (it is on their PYTHONPATH): the driver gets stand-ins for the stages,
-which would load models. So the real deployments, with their real entrypoints, run in real worker processes, but cheaply.
+"""Loaded by every Python process of the server tests (it is on their PYTHONPATH): the table of stages gets stand-ins, for the stages
+would load models. So the real deployments, with their real entrypoints, run in real worker processes, but cheaply.
 """
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-DRIVER = "resmaster_stages.runner.attempt"
+TABLE = "resmaster_stages.dataset.stages"
 
 
 class Finder(MetaPathFinder):
-    """Finds the driver as usual, and has it changed once it is loaded."""
+    """Finds the table as usual, and has it changed once it is loaded."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path) if name == DRIVER else None
+        spec = PathFinder.find_spec(name, path) if name == TABLE else None
         if spec is not None and spec.loader is not None:
             spec.loader = Changed(spec.loader)
         return spec
@@ -27,20 +28,8 @@ class Changed(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-
-        class Importlib:
-            @staticmethod
-            def import_module(path: str) -> object:
-                from tests.server.stages import stand_in
-
-                stage = next(stage for stage, module_path in module.MODULES.items() if module_path == path)
-
-                class Module:
-                    process = staticmethod(stand_in(stage))
-
-                return Module
-
-        module.importlib = Importlib  # type: ignore[attr-defined]
+        for name, stage in module.STAGES.items():
+            module.STAGES[name] = replace(stage, process=f"tests.server.stages:{name}")
 
 
 sys.meta_path.insert(0, Finder())
