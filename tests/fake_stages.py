@@ -114,7 +114,7 @@ def quality(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
             "added_worst": 0.2,
             "colour_worst": 2.0,
             "clipped": 0.0,
-            "phash": "0" * 16,
+            "phash": sample.key[:16],
             "luminance_mean": 100.0,
             "luminance_std": 10.0,
             "flags": [],

@@ -27,7 +27,9 @@ from resmaster_stages import high_res
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.methods import UpscaleConfig
 from resmaster_stages.config.model import ModelConfig
+from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.dataset.sample import Output, Picture, Sample
+from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.upscale import upscale_image
@@ -189,9 +191,9 @@ class Stage:
     def picture(self) -> Image.Image:
         """The sample's picture. Raises its error."""
         with tempfile.TemporaryDirectory() as folder:
-            root, place = open_root(folder), ("high_res", "0", 0)
-            spill, breadcrumbs = Spill(root, *place, None), Breadcrumbs(root, *place, self.samples.keys())
-            (output,) = compute(self.process, self.config, "high_res", self.samples, spill, breadcrumbs)
+            commits, stage, keys = Commits(open_root(folder), "high_res", "0"), STAGES["high_res"], self.samples.keys()
+            spill, breadcrumbs = Spill(commits, 0, None, ()), Breadcrumbs(commits, 0, keys, ())
+            (output,) = compute(self.process, self.config, stage, self.samples, {}, spill, breadcrumbs)
         if output.error is not None:
             raise output.error
         return Image.open(io.BytesIO(output.files[self.config.image_format])).convert("RGB")

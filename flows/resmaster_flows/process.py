@@ -66,7 +66,8 @@ def process_shards(
             known: dict[str, Receipt] = {}
             for stage in chosen:
                 try:
-                    known[stage] = STAGE_TASKS[stage](dataset, shard, known, number_of(retries, stage, shard))
+                    number = number_of(retries, stage, shard)
+                    known[stage] = STAGE_TASKS[stage](dataset, shard, known, number, return_state=True).result()
                 except (GpuLost, ConfigError):
                     raise  # the next shard would end the same way
                 except Exception as error:

@@ -34,10 +34,11 @@ class Chain:
         return {stage: receipt for stage, receipt in self.receipts.items() if receipt}
 
     def lost(self, stage: str | None = None) -> frozenset[str]:
-        """The samples that the stages before `stage` lost (default: that any stage lost)."""
+        """The samples that some stage before `stage` does not hold (default: some stage at all), as it or one before it lost them."""
         names = list(self.receipts)
         before = names[: names.index(stage)] if stage else names
-        return frozenset(key for name in before if (found := self.receipts[name]) for key in found.failed_keys)
+        found = [receipt for name in before if (receipt := self.receipts[name])]
+        return frozenset(key for receipt in found for key in (*receipt.failed_keys, *receipt.lost_keys))
 
     def due(self, stage: str, number: int = 1) -> bool:
         """Whether `stage` has something to do: a first attempt, one up to `number`, or samples that it did not get before."""

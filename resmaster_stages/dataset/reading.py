@@ -45,15 +45,24 @@ class Outputs(Mapping[str, Output]):
     ) -> None:
         self._tar, self._entries, self._rows, self._arrays = tar, entries, rows, cache(arrays)
 
+    @property
+    def _held(self) -> Mapping[str, Any]:
+        return self._entries if self._tar else self._rows
+
     def __getitem__(self, key: str) -> Output:
+        if key not in self:
+            raise KeyError(key)
         files = {name: self.file(key, name) for name in self._entries[key].members} if self._tar else {}
         return Output(key, files=files, rows=self.rows(key), arrays=self._arrays().get(key, {}))
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._held
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries if self._tar else self._rows)
+        return iter(self._held)
 
     def __len__(self) -> int:
-        return len(self._entries if self._tar else self._rows)
+        return len(self._held)
 
     def rows(self, key: str) -> Rows:
         """A sample's rows without their key; none in a tar."""

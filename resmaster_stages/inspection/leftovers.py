@@ -110,7 +110,7 @@ def _named(folder: Folder, limit: datetime) -> Iterator[str]:
             raise UserError(
                 f"{record.name} cannot be read; first run: resmaster verify {place}, then: resmaster repair {place}"
             )
-        if record.successor and published and folder.modified(record.successor) <= published < limit:
+        if record.successor and published and folder.modified(record.successor) < published < limit:
             continue
         yield from (stored.name for stored in record.receipt.objects)
 

@@ -17,14 +17,14 @@ Invariants:
 from __future__ import annotations
 
 import traceback
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from resmaster_stages.config.dataset import DatasetConfig
-from resmaster_stages.dataset.sample import Output, Sample
+from resmaster_stages.dataset.sample import Output
 from resmaster_stages.dataset.stages import Process, Stage
 from resmaster_stages.errors import GpuLost, OutOfMemory, Quarantined, ResMasterError, SampleError, ShardError
 from resmaster_stages.models.faults import fault_of, release_memory
@@ -135,73 +135,85 @@ def _computed(work: _Work) -> Iterator[Output]:
     due = [slot for slot in slots if any(keys[place] not in work.ready for place in slot)]
     after = dict(pairwise(due))
     for slot in slots:
-        if slot in due:
-            following = None if work.one_by_one else after.get(slot)
-            outputs = _outputs_of(work, slot, work.reading.read(slot, following))
-        else:
+        if slot not in due:
             yield from finishing.take(leave=0)
-            outputs = []
-        for place in slot:
-            if keys[place] in work.ready:
-                yield from finishing.take(leave=0)
-                yield work.ready[keys[place]]
-            else:
-                finishing.put(outputs[place - slot.start], last=place == slot[-1])
-        del outputs  # their images may go as soon as they are encoded
-        yield from finishing.take(leave=0 if work.one_by_one else size)
+            yield from (work.ready[keys[place]] for place in slot)
+            continue
+        following = None if work.one_by_one else after.get(slot)
+        for outputs in _outputs_of(work, slot, following):
+            fresh = [output.key for output in outputs if output.key not in work.ready]
+            alone = work.one_by_one or len(outputs) < len(slot) or any(output.error is not None for output in outputs)
+            for output in outputs:
+                if output.key in fresh:
+                    finishing.put(output, last=output.key == fresh[-1])
+                else:
+                    yield from finishing.take(leave=0)
+                    yield work.ready[output.key]
+            del outputs, output  # their images may go as soon as they are encoded
+            yield from finishing.take(leave=0 if alone else size)
     yield from finishing.take(leave=0)
 
 
-def _outputs_of(work: _Work, slot: range, samples: Sequence[Sample]) -> list[Output]:
-    """The Outputs of one slot's samples, in order."""
-    suspected = any(work.breadcrumbs.strikes.get(sample.key, 0) >= ALONE_STRIKES for sample in samples)
-    if not (suspected and len(samples) > 1):
-        while True:
-            try:
-                return _called(work, work.config, samples)
-            except Exception as error:
-                trouble = _without_frames(_whose(error, work.stage))
-            half = half_batch(trouble, work.config, work.stage) if isinstance(trouble, OutOfMemory) else 0
-            if isinstance(trouble, OutOfMemory):
-                release_memory()
-            if half:
-                work.config = with_batch(work.config, work.stage, half)
-            elif len(samples) == 1:
-                return [Output(samples[0].key, error=trouble)]
-            else:
-                break
-    return [_alone(work, sample) for sample in samples]
+def _outputs_of(work: _Work, slot: range, following: range | None) -> Iterator[list[Output]]:
+    """The Outputs of one slot's samples, in order: all together, or one by one where something is wrong with one of them."""
+    strikes = (work.breadcrumbs.strikes.get(key, 0) for key in _keys(work, slot))
+    suspected = len(slot) > 1 and any(count >= ALONE_STRIKES for count in strikes)
+    together = None if suspected else _together(work, slot, following)
+    if together is not None:
+        yield together
+    else:
+        yield from ([_alone(work, place)] for place in slot)
 
 
-def _alone(work: _Work, sample: Sample) -> Output:
-    """The Output of a sample of a slot in which something is wrong, by itself."""
-    if sample.key in work.ready:
-        return work.ready[sample.key]
-    config = with_batch(work.config, work.stage, 1)
+def _together(work: _Work, slot: range, following: range | None) -> list[Output] | None:
+    """The Outputs of one slot's samples, in order; None if one of several, who knows which, is at fault."""
     while True:
         try:
-            return _called(work, config, [sample])[0]
+            return _called(work, work.config, slot, following)
         except Exception as error:
             trouble = _without_frames(_whose(error, work.stage))
-        half = half_batch(trouble, config, work.stage) if isinstance(trouble, OutOfMemory) else 0
+        half = half_batch(trouble, work.config, work.stage) if isinstance(trouble, OutOfMemory) else 0
         if isinstance(trouble, OutOfMemory):
             release_memory()
-        if not half:
-            return Output(sample.key, error=trouble)
-        config = with_batch(config, work.stage, half)
+        if half:
+            work.config = with_batch(work.config, work.stage, half)
+        else:
+            return [Output(_keys(work, slot)[0], error=trouble)] if len(slot) == 1 else None
 
 
-def _called(work: _Work, config: DatasetConfig, samples: Sequence[Sample]) -> list[Output]:
-    """What `process` makes of the samples. Raises ShardError unless that is one Output for each, in order."""
-    due = [sample.key for sample in samples]
-    work.breadcrumbs.at(due, work.finishing.keys())
-    outputs = list(work.process(config, samples))
+def _alone(work: _Work, place: int) -> Output:
+    """The Output of a sample of a slot in which something is wrong, by itself."""
+    slot = range(place, place + 1)
+    (key,) = _keys(work, slot)
+    if key in work.ready:
+        return work.ready[key]
+    try:
+        return _called(work, with_batch(work.config, work.stage, 1), slot)[0]
+    except Exception as error:
+        trouble = _without_frames(_whose(error, work.stage))
+    if isinstance(trouble, OutOfMemory):
+        release_memory()
+    return Output(key, error=trouble)
+
+
+def _called(work: _Work, config: DatasetConfig, slot: range, following: range | None = None) -> list[Output]:
+    """What `process` makes of the samples of a slot, while those of the `following` one are read.
+
+    Raises ShardError unless that is one Output for each, in order.
+    """
+    due = _keys(work, slot)
+    work.breadcrumbs.at(due, work.finishing.keys())  # before anything of the samples is read
+    outputs = list(work.process(config, work.reading.read(slot, following)))
     found = [output.key for output in outputs]
     if found != due:
         raise ShardError(
             f"the stage {work.stage.name} gave samples {', '.join(found) or 'none'} where {', '.join(due)} were due"
         )
     return outputs
+
+
+def _keys(work: _Work, slot: range) -> list[str]:
+    return [work.samples.planned[place].key for place in slot]
 
 
 def _finished(stage: Stage, spill: Spill, output: Output, last: bool, alone: bool) -> Output:

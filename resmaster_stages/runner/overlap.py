@@ -51,10 +51,13 @@ class Reading(_Beside):
         self._ahead: tuple[range, Future[list[Sample]]] | None = None
 
     def read(self, slot: range, then: range | None = None) -> list[Sample]:
-        """The samples of `slot`, after which those of `then` will be asked for."""
-        ahead, self._ahead = self._ahead, None
-        samples = ahead[1].result() if ahead and ahead[0] == slot else [self._samples[place] for place in slot]
-        if then is not None:
+        """The samples of `slot`, after which those of `then` will be asked for; again, if need be."""
+        if self._ahead and self._ahead[0] == slot:
+            (_, coming), self._ahead = self._ahead, None
+            samples = coming.result()
+        else:
+            samples = [self._samples[place] for place in slot]
+        if then is not None and self._ahead is None:
             self._ahead = then, self._start(lambda: self._decoded(then))
         return samples
 

@@ -95,8 +95,8 @@ def _attempt(work: Work, before: Receipt | None, provenance: Mapping[str, Any]) 
 
 def _check_failures(work: Work, made: Made, attempt: str, ledger: bytes) -> None:
     """Raises ShardError if more samples failed than a first attempt may lose; the ledger stays."""
-    samples = len(made.good) + len(made.failures)
-    most = tolerated(work, len(work.dataset.plan.read(work.shard)) - len(work.chain.lost(work.stage.name)))
+    samples = work.dataset.plan.size(work.shard) - len(work.chain.lost(work.stage.name))
+    most = tolerated(work, samples)
     if len(made.failures) > most:
         name = layout.ledger(work.stage.name, work.shard, attempt)
         work.dataset.folder.write(name, ledger)

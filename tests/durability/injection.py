@@ -18,10 +18,8 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from resmaster_stages.dataset.commit import list_commits
 from resmaster_stages.dataset.dataset import create_or_open, open_dataset
 from resmaster_stages.dataset.schemas import MANIFEST_SCHEMA
-from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.prompts import ingest
 from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.runner.run import run_stage
@@ -61,9 +59,10 @@ def everything(root: str) -> dict[object, object]:
     dataset = open_dataset(root)
     found: dict[object, object] = {}
     named = set()
-    for stage, own_hash in stage_hashes(dataset.config).items():
-        for shard, receipt in list_commits(dataset.folder, stage, own_hash).items():
-            found[stage, shard] = (receipt.samples_ok, receipt.failed_keys, receipt.keys_digest, bool(receipt.ledger))
+    for stage in dataset.hashes:
+        for shard, receipt in dataset.commits(stage).read_all().items():
+            lost = (receipt.failed_keys, receipt.lost_keys)
+            found[stage, shard] = (receipt.number, receipt.samples_ok, lost, receipt.keys_digest, bool(receipt.ledger))
             for number, stored in enumerate(receipt.objects):
                 data = dataset.folder.read(stored.name)
                 assert hashlib.sha256(data).hexdigest() == stored.sha256, stored.name

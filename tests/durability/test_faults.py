@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from resmaster_stages.dataset.commit import Receipt, commit, new_attempt, read_commit
+from resmaster_stages.dataset.commit import Receipt, new_attempt
+from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.errors import UserError
 from resmaster_stages.storage import filesystem
 from resmaster_stages.storage.filesystem import open_root
@@ -133,13 +134,14 @@ def test_a_fault_at_any_step_of_an_upload_in_parts(
 ) -> None:
     monkeypatch.setattr(filesystem, "PART_BYTES", 5 << 20)
     folder = open_root(s3_root)
+    commits = Commits(folder, "low_res", "ab" * 32)
     source = tmp_path / "large"
     source.write_bytes(os.urandom((10 << 20) + 1))
 
     def attempt(shard: int) -> Receipt:
         own = new_attempt()
         receipt = Receipt("low_res", "ab" * 32, shard, own, 0, 1, 0, (), "0" * 64, {})
-        return commit(folder, receipt, [(f"low_res/{shard:06d}-{own}.tar", source)], None)
+        return commits.create(receipt, [(f"low_res/{shard:06d}-{own}.tar", source)])
 
     steps = Steps()
     with injected(steps, s3_root):
@@ -155,7 +157,7 @@ def test_a_fault_at_any_step_of_an_upload_in_parts(
             try:
                 attempt(at + 1)
             except OSError:
-                assert read_commit(folder, "low_res", "ab" * 32, at + 1) is None
+                assert commits.read(at + 1) is None
         receipt = attempt(at + 1)
         found = [file.name for file in folder.files("low_res") if f"/{at + 1:06d}-" in file.name]
         if not steps.seen[at].startswith("before put_object"):  # there the outcome was unknown, so nothing was deleted

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -12,18 +13,21 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 import yaml
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.settings import get_current_settings
 
 from resmaster_flows import build
 from resmaster_flows.build import BuildResult
 from resmaster_flows.cli.main import main
 from resmaster_flows.outcome import INCOMPLETE, outcome
+from resmaster_flows.process import process_shards
 from resmaster_stages.config.dataset import DatasetConfig
-from resmaster_stages.dataset.commit import Receipt, list_commits
+from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import open_dataset
-from resmaster_stages.dataset.retry import request_retries
+from resmaster_stages.dataset.retry import number_of, retries_of
 from resmaster_stages.dataset.sample import Output, Sample
-from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.dataset.stages import STAGES, Process
 from resmaster_stages.errors import ConfigError, GpuLost
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.progress import Event, ShardDone, listening
@@ -81,10 +85,7 @@ def repair(dataset_url: str, **arguments: object) -> BuildResult:
 
 def commits(url: str) -> dict[str, set[int]]:
     dataset = open_dataset(url)
-    return {
-        name: set(list_commits(dataset.folder, name, own_hash))
-        for name, own_hash in stage_hashes(dataset.config).items()
-    }
+    return {name: set(dataset.commits(name).numbers()) for name in dataset.hashes}
 
 
 def test_a_build_runs_every_stage_once_per_shard_and_publishes(stages: Stages, tmp_path: Path) -> None:
@@ -93,7 +94,7 @@ def test_a_build_runs_every_stage_once_per_shard_and_publishes(stages: Stages, t
     with listening(heard.append):
         result = build_dataset(config)
     assert (result.samples, result.samples_failed, result.errors) == (3, 0, {})
-    assert stages.calls == dict.fromkeys(FAKES, 2)
+    assert stages.calls == {"low_res": 2, "captions": 3, "high_res": 3, "quality": 3}, "a call a slot"
     done = [(event.stage, event.shard) for event in heard if isinstance(event, ShardDone)]
     assert done == [(name, shard) for shard in (0, 1) for name in FAKES], "shard by shard, stage by stage"
     folder = tmp_path / "out" / "demo"
@@ -105,7 +106,7 @@ def test_a_build_runs_every_stage_once_per_shard_and_publishes(stages: Stages, t
     assert {"flow_run", "flow_run_name", "task_run"} <= {name for name, value in record["provenance"].items() if value}
 
     assert build_dataset(config) == result
-    assert stages.calls == dict.fromkeys(FAKES, 2), "nothing was done twice"
+    assert stages.calls.total() == 11, "nothing was done twice"
 
 
 def test_a_failing_shard_does_not_stop_the_others_and_repair_does_only_it(stages: Stages, tmp_path: Path) -> None:
@@ -125,7 +126,7 @@ def test_a_failing_shard_does_not_stop_the_others_and_repair_does_only_it(stages
     stages.calls.clear()
     again = repair(result.dataset_url)
     assert set(again.errors) == {"0"}
-    assert stages.calls == {"high_res": 1}
+    assert stages.calls == {"high_res": 2}, "a call a sample"
 
     stages.calls.clear()
     assert repair(result.dataset_url, shards="1").errors == {}
@@ -183,8 +184,8 @@ def contents(url: str) -> dict[tuple[str, int, int], str]:
     dataset = open_dataset(url)
     return {
         (name, shard, number): hashlib.sha256(dataset.folder.read(stored.name)).hexdigest()
-        for name, own_hash in stage_hashes(dataset.config).items()
-        for shard, receipt in list_commits(dataset.folder, name, own_hash).items()
+        for name in dataset.hashes
+        for shard, receipt in dataset.commits(name).read_all().items()
         for number, stored in enumerate(receipt.objects)
     }
 
@@ -266,11 +267,11 @@ def test_verify_and_repair_put_the_same_bytes_back(
     stages.calls.clear()
     assert main(["verify", url]) == 1
     assert main(["repair", url]) == 0
-    assert stages.calls == {"high_res": 1, "captions": 1}, "just these"
+    assert stages.calls == {"high_res": 1, "captions": 2}, "just these: a call a sample"
     assert contents(url) == before
     assert main(["verify", url]) == 0
     assert main(["repair", url]) == 0
-    assert stages.calls == {"high_res": 1, "captions": 1}
+    assert stages.calls == {"high_res": 1, "captions": 2}
 
     # where other bytes come out, the user decides
     monkeypatch.setitem(FAKES, "high_res", FAKES["low_res"])
@@ -284,34 +285,47 @@ def test_verify_and_repair_put_the_same_bytes_back(
     assert {place for place, sha in contents(url).items() if before[place] != sha} >= {("high_res", 1, 0)}
 
 
-def states(url: str, shard: int) -> dict[str, str]:
-    return {name: task(url, shard, return_state=True).name for name, task in STAGE_TASKS.items()}
+def states(url: str, shard: int, retry: bool = False) -> dict[str, str]:
+    dataset, known, names = open_dataset(url), dict[str, Receipt](), dict[str, str]()
+    retries = retries_of(dataset)[0] if retry else None
+    for name, task in STAGE_TASKS.items():
+        state = task(dataset, shard, known, number_of(retries, name, shard), return_state=True)
+        known[name], names[name] = state.result(), state.name
+    return names
 
 
 def test_what_is_committed_shows_as_cached_and_nothing_else_does(stages: Stages, tmp_path: Path) -> None:
     url = build_dataset(config_for(tmp_path, ["a", "b", "c"])).dataset_url
     stages.calls.clear()
     assert states(url, 0) == dict.fromkeys(FAKES, "Cached")
-    receipt = STAGE_TASKS["high_res"](url, 0)
-    assert Receipt.from_json(receipt) == list_commits(open_dataset(url).folder, "high_res", receipt["stage_hash"])[0]
+    dataset = open_dataset(url)
+    receipt = STAGE_TASKS["high_res"](dataset, 0, {}, 1, return_state=True).result()
+    assert receipt == dataset.commits("high_res").read(0)
     (record,) = (Path(url) / "commits").glob("high_res-*/000000.json")
     record.unlink()
     assert states(url, 0) == {**dict.fromkeys(FAKES, "Cached"), "high_res": "Completed"}, "no record, no result"
-    assert stages.calls == {"high_res": 1}
+    assert stages.calls == {"high_res": 2}
     assert states(url, 0) == dict.fromkeys(FAKES, "Cached")
-    assert request_retries(open_dataset(url)) == 0
     storage = get_current_settings().results.local_storage_path
     assert not [path for path in storage.rglob("*") if "high_res" in str(path)], "the dataset alone is asked"
 
 
-def test_a_request_for_another_attempt_is_not_answered_from_the_cache(stages: Stages, tmp_path: Path) -> None:
+def test_a_server_shows_what_is_committed_as_cached(stages: Stages, tmp_path: Path) -> None:
+    """By its own records of the task runs, as the UI reads them."""
+    config = config_for(tmp_path, ["a", "b", "c"])
+    build_dataset(config)
+    build_dataset(config.model_copy(update={"limit": 2}))  # all is there
+    url = repair(str(tmp_path / "out" / "demo")).dataset_url
+    flow_run = process_shards(url, [0], return_state=True).state_details.flow_run_id
+    with get_client(sync_client=True) as client:
+        runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run])))
+    assert {run.name: (run.state_name, run.state_type.value) for run in runs} == {
+        f"{stage} 000000": ("Cached", "COMPLETED") for stage in FAKES
+    }
+
+
+def test_another_attempt_that_is_asked_for_is_made_once(stages: Stages, tmp_path: Path) -> None:
     url = build_dataset(config_for(tmp_path, ["a", "bad high_res"])).dataset_url
     assert states(url, 0)["high_res"] == "Cached"
-    request_retries(open_dataset(url))
-    assert states(url, 0)["high_res"] == "Completed"
+    assert states(url, 0, retry=True)["high_res"] == "Completed"
     assert states(url, 0)["high_res"] == "Cached"
-
-
-def test_a_key_that_cannot_be_computed_runs_the_task_which_says_why(stages: Stages, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no dataset here"):
-        STAGE_TASKS["low_res"](str(tmp_path), 0)

@@ -71,7 +71,7 @@ class World:
 
     def dispatch(self, **config: float) -> dict[int, str]:
         settings = DispatchConfig.model_validate({"poll_seconds": 1, **config})
-        return dispatch(self, self.look, settings, sleep=self.sleep, clock=lambda: self.seconds)
+        return dispatch(self, self.look, settings, self.look(), sleep=self.sleep, clock=lambda: self.seconds)
 
 
 def test_every_shard_is_given_to_one_run_and_the_window_holds() -> None:
@@ -151,7 +151,7 @@ def test_commits_count_whoever_made_them() -> None:
         world.lacking[int(world.seconds) - 1] = 0
 
     settings = DispatchConfig(poll_seconds=1, shards_per_run=2)
-    assert dispatch(world, world.look, settings, sleep=others, clock=lambda: world.seconds) == {}
+    assert dispatch(world, world.look, settings, world.look(), sleep=others, clock=lambda: world.seconds) == {}
     assert all(state.is_cancelled() for _, state in world.runs.values()), "nobody needs to start them any more"
 
 
@@ -165,7 +165,7 @@ def test_a_waiting_run_may_wait_for_ever() -> None:
             world.workers = 1
 
     settings = DispatchConfig(poll_seconds=1, stall_seconds=10)
-    assert dispatch(world, world.look, settings, sleep=sleep, clock=lambda: world.seconds) == {}
+    assert dispatch(world, world.look, settings, world.look(), sleep=sleep, clock=lambda: world.seconds) == {}
     assert world.given_up == []
 
 
@@ -209,7 +209,7 @@ def test_a_build_that_is_stopped_cancels_its_runs(stop: type[BaseException]) -> 
             raise stop
 
     with pytest.raises(stop):
-        dispatch(world, world.look, DispatchConfig(poll_seconds=1, shards_per_run=2), sleep=sleep)
+        dispatch(world, world.look, DispatchConfig(poll_seconds=1, shards_per_run=2), world.look(), sleep=sleep)
     assert world.runs
     assert all(state.is_final() for _, state in world.runs.values())
 
@@ -224,7 +224,7 @@ def test_pending_runs_count_as_waiting_but_not_for_ever() -> None:
                 world.runs[run] = (shards, Pending())
 
     settings = DispatchConfig(poll_seconds=1, shards_per_run=2, stall_seconds=5, attempts=2)
-    missing = dispatch(world, world.look, settings, sleep=sleep, clock=lambda: world.seconds)
+    missing = dispatch(world, world.look, settings, world.look(), sleep=sleep, clock=lambda: world.seconds)
     assert set(missing) == {0, 1}
     assert [shards for shards, _ in world.submitted] == [(0, 1), (1,), (0,), (1,)]
 

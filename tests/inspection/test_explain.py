@@ -2,27 +2,29 @@
 
 import json
 import subprocess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from resmaster_flows.cli.main import main
+from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.dataset import Dataset
-from resmaster_stages.dataset.plan import read_plan
+from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.errors import ShardError, UserError
 from resmaster_stages.inspection.explain import Explanation, explain, fetch_command, find_sample, spelled
 from resmaster_stages.keys import sample_seed
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import Folder, open_root
 from resmaster_stages.storage.shards import Member
-from tests.fake_stages import FAKES, planned
+from tests.fake_stages import FAKES, files_of, planned
 
 
 def built(root: str | Path, prompts: list[str], folder: Path) -> Dataset:
     """A dataset with every stage of every shard done, as far as the prompts let it."""
     dataset = planned(root, prompts, folder)
-    for shard in range(read_plan(dataset.folder).shards):
+    for shard in range(dataset.plan.shards):
         for stage, process in FAKES.items():
             try:
                 run_stage(dataset, stage, shard, process=process)
@@ -32,7 +34,7 @@ def built(root: str | Path, prompts: list[str], folder: Path) -> Dataset:
 
 
 def key_of(dataset: Dataset, index: int) -> str:
-    plan = read_plan(dataset.folder)
+    plan = dataset.plan
     return next(s.key for shard in range(plan.shards) for s in plan.read(shard) if s.index == index)
 
 
@@ -112,6 +114,28 @@ def test_a_failed_sample_shows_its_ledger_rows(tmp_path: Path) -> None:
     assert (row["error_class"], row["message"], row["attempt_number"]) == ("SampleError", "told to fail", 1)
     assert "SampleError: told to fail" in spelled(found)
     assert states(explain(dataset, key_of(dataset, 1))) == ["committed"] * 4
+
+
+def test_a_sample_that_became_good_in_a_later_attempt(tmp_path: Path) -> None:
+    dataset = built(tmp_path / "out", ["bad low_res", "a tree"], tmp_path)
+    key = key_of(dataset, 0)
+    assert states(explain(dataset, key)) == ["failed", "left out", "left out", "left out"]
+
+    def healed(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        return (Output(sample.key, files=files_of(sample, 16)) for sample in samples)
+
+    run_stage(dataset, "low_res", 0, process=healed, number=2)
+    found = explain(dataset, key)
+    assert states(found) == ["committed", "pending", "pending", "pending"]
+    assert found.stages[0].commit.endswith("/000000.2.json")
+    assert Path(found.stages[0].commit).is_file()
+    assert [row["message"] for row in found.stages[0].failures] == ["told to fail"], "the ledger keeps it"
+    subprocess.run(["bash", "-c", found.stages[0].files[0].fetch], cwd=tmp_path, check=True)
+    assert Image.open(tmp_path / f"{key}.png").size == (16, 16)
+    assert states(explain(dataset, key_of(dataset, 1))) == ["committed"] * 4
+    for stage in ("captions", "high_res", "quality"):
+        run_stage(dataset, stage, 0, process=FAKES[stage])
+    assert states(explain(dataset, key)) == ["committed"] * 4
 
 
 def test_a_shard_without_a_commit(tmp_path: Path) -> None:

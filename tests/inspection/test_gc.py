@@ -3,21 +3,27 @@
 import multiprocessing
 import os
 import threading
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from resmaster_flows.cli.main import main
+from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset, create_or_open
-from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.dataset.retry import number_of, retries_of
+from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.inspection.leftovers import find_leftovers, remove_leftovers
+from resmaster_stages.inspection.status import pending
+from resmaster_stages.inspection.verify import verify
+from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import open_root
 from resmaster_stages.storage.probe import probe_name
 from tests.durability.injection import PROMPTS, build, everything, killed_build
-from tests.fake_stages import FAKES, config_at
+from tests.fake_stages import FAKES, config_at, files_of, planned
 
 HOUR = timedelta(hours=1)
 
@@ -39,7 +45,7 @@ def dataset_at(root: str, prompts: str) -> Dataset:
 
 def litter(dataset: Dataset) -> set[str]:
     """What interrupted runs leave behind, of every kind."""
-    hashes = stage_hashes(dataset.config)
+    hashes = dataset.hashes
     names = {
         layout.shard_object("high_res", 0, "0" * 8),
         layout.shard_object("captions", 1, "0" * 8),
@@ -64,10 +70,10 @@ def test_leftovers_go_and_all_else_stays(root: str, prompts: str) -> None:
     for stranger in ("notes.txt", "high_res/notes.txt", "low_res/000000.tar", "archive/000000-00000000.tar", ".hidden"):
         dataset.folder.write(stranger, b"the user's")
     kept = {file.name for file in dataset.folder.files()}
-    names, hashes = litter(dataset), stage_hashes(dataset.config)
-    assert find_leftovers(dataset.folder, hashes, HOUR) == [], "all are young"
+    names = litter(dataset)
+    assert find_leftovers(dataset, HOUR) == [], "all are young"
     later = datetime.now(UTC) + 2 * HOUR
-    found = find_leftovers(dataset.folder, hashes, HOUR, later)
+    found = find_leftovers(dataset, HOUR, later)
     assert {leftover.file.name for leftover in found} == names
     assert {leftover.kind for leftover in found} == {"object", "plan file", "probe", "temporary file", "cache"}
     remove_leftovers(dataset.folder, found)
@@ -78,7 +84,7 @@ def test_leftovers_go_and_all_else_stays(root: str, prompts: str) -> None:
 def test_caches_of_unfinished_shards_stay(root: str, prompts: str) -> None:
     build(root, prompts)
     dataset, later = dataset_at(root, prompts), datetime.now(UTC) + 2 * HOUR
-    hashes = stage_hashes(dataset.config)
+    hashes = dataset.hashes
     names = [
         layout.spill(layout.spill_folder("quality", hashes["quality"], 1), "ab"),
         layout.breadcrumb("quality", hashes["quality"], 1),
@@ -88,10 +94,10 @@ def test_caches_of_unfinished_shards_stay(root: str, prompts: str) -> None:
     record = layout.commit("quality", hashes["quality"], 1)
     data = dataset.folder.read(record)
     dataset.folder.remove(record)
-    found = {leftover.file.name for leftover in find_leftovers(dataset.folder, hashes, HOUR, later)}
+    found = {leftover.file.name for leftover in find_leftovers(dataset, HOUR, later)}
     assert found.isdisjoint(names)
     dataset.folder.create(record, data)
-    found = {leftover.file.name for leftover in find_leftovers(dataset.folder, hashes, HOUR, later)}
+    found = {leftover.file.name for leftover in find_leftovers(dataset, HOUR, later)}
     assert found == set(names)
 
 
@@ -101,19 +107,62 @@ def test_objects_of_other_configurations_stay(tmp_path: Path, prompts: str) -> N
     config = config_at(root, prompts=prompts, allow_overwriting_store=True, webp_quality=90)
     changed = create_or_open(config)
     later = datetime.now(UTC) + 2 * HOUR
-    assert find_leftovers(changed.folder, stage_hashes(config), HOUR, later) == []
+    assert find_leftovers(changed, HOUR, later) == []
+
+
+def test_objects_of_an_attempt_go_when_no_reader_can_know_of_them_any_more(tmp_path: Path) -> None:
+    dataset = planned(tmp_path / "out", ["a", "bad low_res", "b"], tmp_path, samples_per_shard=3)
+    first = {stage: run_stage(dataset, stage, 0, process=FAKES[stage]) for stage in FAKES}
+    write_manifest(dataset)
+    retries, _ = retries_of(dataset)
+    mended = {**FAKES, "low_res": without_failures}
+    for stage in FAKES:
+        run_stage(dataset, stage, 0, process=mended[stage], number=number_of(retries, stage, 0))
+
+    def found(after: timedelta = 3 * HOUR) -> set[str]:
+        return {leftover.file.name for leftover in find_leftovers(dataset, HOUR, datetime.now(UTC) + after)}
+
+    assert found() == set(), "the manifest still leads to them"
+    write_manifest(dataset)
+    assert found(timedelta(minutes=59)) == set(), "somebody may still read by the manifest before"
+    own = Path(dataset.folder.full(layout.commit("captions", dataset.hashes["captions"], 0, 2)))
+    manifest = Path(dataset.folder.full(layout.MANIFEST))
+    for at in (0, 1_000_000_000):
+        moment = manifest.stat().st_mtime_ns + at
+        os.utime(own, ns=(moment, moment))
+        assert found() == {receipt.objects[0].name for stage, receipt in first.items() if stage != "captions"}, (
+            "it may have been written before the record"
+        )
+    os.utime(own, (1, 1))
+    assert found() == {receipt.objects[0].name for receipt in first.values()}
+
+    read = everything(dataset.config.root)
+    kept = {file.name for file in dataset.folder.files()} - found()
+    assert main(["gc", dataset.url, "--older-than", "0"]) == 0
+    assert {file.name for file in dataset.folder.files()} == kept
+    assert first["low_res"].ledger in kept
+    assert layout.commit("low_res", dataset.hashes["low_res"], 0) in kept, "a record never goes"
+    assert everything(dataset.config.root) == read
+    assert verify(dataset).damage == ()
+    assert not any(pending(dataset).values())
+
+
+def without_failures(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+    """The stage low_res, where nothing fails any more."""
+    for sample in samples:
+        yield Output(sample.key, files=files_of(sample, 16))
 
 
 @pytest.mark.s3
 def test_unfinished_uploads_are_ended(s3_root: str, prompts: str) -> None:
     build(s3_root, prompts)
     dataset = dataset_at(s3_root, prompts)
-    folder, hashes = dataset.folder, stage_hashes(dataset.config)
+    folder = dataset.folder
     bucket, _, prefix = folder.path.partition("/")
     for place in (f"{prefix}/high_res/000000-00000000.tar", f"{prefix}-other/high_res/000000-00000000.tar"):
         folder.fs.call_s3("create_multipart_upload", Bucket=bucket, Key=place)
-    assert find_leftovers(folder, hashes, HOUR) == []
-    found = find_leftovers(folder, hashes, HOUR, datetime.now(UTC) + 2 * HOUR)
+    assert find_leftovers(dataset, HOUR) == []
+    found = find_leftovers(dataset, HOUR, datetime.now(UTC) + 2 * HOUR)
     assert [(leftover.kind, leftover.file.name) for leftover in found] == [
         ("unfinished upload", "high_res/000000-00000000.tar")
     ]
@@ -189,7 +238,7 @@ def test_the_command_line(tmp_path: Path, prompts: str, capsys: pytest.CaptureFi
     assert f"{len(names)} leftovers removed" in capsys.readouterr().out
     for wrong in ("-1", "nan", "inf"):
         assert main(["gc", root, f"--older-than={wrong}"]) == 2
-    record = layout.commit("low_res", stage_hashes(dataset.config)["low_res"], 0)
+    record = layout.commit("low_res", dataset.hashes["low_res"], 0)
     dataset.folder.write(record, b"{")
     capsys.readouterr()
     assert main(["gc", root, "--older-than", "0"]) == 2, "what an unreadable record names would look like a leftover"

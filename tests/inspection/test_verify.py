@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,13 @@ import pytest
 
 from resmaster_flows.cli.main import main
 from resmaster_stages.config.dataset import DatasetConfig
-from resmaster_stages.dataset.commit import Receipt, list_commits
-from resmaster_stages.dataset.damage import drop_unreadable_records, give_up_damaged, marked_shards
+from resmaster_stages.dataset.commit import Receipt
+from resmaster_stages.dataset.damage import drop_unreadable_records, give_up_damaged
 from resmaster_stages.dataset.dataset import Dataset, create_or_open
 from resmaster_stages.dataset.layout import commit as commit_name
-from resmaster_stages.dataset.plan import read_plan
-from resmaster_stages.dataset.retry import request_retries
+from resmaster_stages.dataset.retry import number_of, retries_of
 from resmaster_stages.dataset.sample import Output, Sample
-from resmaster_stages.dataset.stages import Process, stage_hashes
+from resmaster_stages.dataset.stages import Process
 from resmaster_stages.errors import ShardError
 from resmaster_stages.inspection.status import pending
 from resmaster_stages.inspection.verify import Damage, note, verify
@@ -48,7 +48,8 @@ def listed(stage: str, shard: int, done: list[tuple[str, int]]) -> Process:
     """A stand-in stage that says when it is really computed."""
 
     def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
-        done.append((stage, shard))
+        if (stage, shard) not in done:
+            done.append((stage, shard))
         yield from FAKES[stage](config, samples)
 
     return process
@@ -79,7 +80,7 @@ def flipped(offset: int) -> Callable[[bytes], bytes]:
 
 
 def keys_of(dataset: Dataset, shard: int) -> list[str]:
-    return [sample.key for sample in read_plan(dataset.folder).read(shard)]
+    return [sample.key for sample in dataset.plan.read(shard)]
 
 
 def test_a_whole_dataset(dataset: Dataset) -> None:
@@ -142,14 +143,13 @@ def test_samples_are_found_by_the_manifest_or_else_by_the_tar(local: Dataset, wh
     if where != "manifest":
         local.folder.remove("manifest.parquet")
     if where == "no blocks":  # as older versions wrote it
-        hashes = stage_hashes(local.config)
 
         def without(data: bytes) -> bytes:
             record = json.loads(data)
             del record["objects"][0]["block_bytes"], record["objects"][0]["crc32"]
             return json.dumps(record).encode()
 
-        change(local, commit_name("high_res", hashes["high_res"], 1), without)
+        change(local, commit_name("high_res", local.hashes["high_res"], 1), without)
     data = local.folder.read(stored.name)
     for number, key in enumerate(keys):
         local.folder.write(stored.name, flipped(data.index(f"{key}.txt".encode()) + 512)(data))
@@ -178,8 +178,7 @@ def test_other_bytes_are_not_put_back_unless_they_are_asked_for(local: Dataset) 
     with pytest.raises(ShardError, match=r"other bytes than its commit recorded .*nothing was put back.* --replace"):
         run_stage(local, "low_res", 0, process=other)
     assert local.folder.read(low.objects[0].name) == damaged
-    hashes = stage_hashes(local.config)
-    assert marked_shards(local.folder, "low_res", hashes["low_res"]) == [0]
+    assert local.commits("low_res").marked() == [0]
     assert receipt_of(local, "low_res", 0) == low
 
     give_up_damaged(local)
@@ -194,44 +193,73 @@ def test_giving_up_can_be_limited_to_shards(local: Dataset) -> None:
         change(local, receipt_of(local, "high_res", shard).objects[0].name, flipped(600))
     note(local, verify(local))
     give_up_damaged(local, [1])
-    hashes = stage_hashes(local.config)
-    assert set(list_commits(local.folder, "high_res", hashes["high_res"])) == {0}
-    assert set(list_commits(local.folder, "quality", hashes["quality"])) == {0}
-    assert set(list_commits(local.folder, "captions", hashes["captions"])) == {0, 1}
+    committed = {stage: set(local.commits(stage).numbers()) for stage in FAKES}
+    assert committed == {"low_res": {0, 1}, "captions": {0, 1}, "high_res": {0}, "quality": {0}}
 
 
-def test_supplements_are_verified_and_mended_too(tmp_path: Path) -> None:
-    dataset = planned(tmp_path / "out", ["a", "bad low_res", "b"], tmp_path, samples_per_shard=3)
-    work(dataset)
-    assert request_retries(dataset) == 1
-    for stage in FAKES:
-        mended = {**FAKES, "low_res": healed}[stage]
-        run_stage(dataset, stage, 0, process=mended)
-    write_manifest(dataset)
+def test_a_later_attempt_is_verified_and_mended_too(tmp_path: Path) -> None:
+    dataset = planned(tmp_path / "out", ["a", "bad low_res", "b bad low_res", "c"], tmp_path, samples_per_shard=4)
+    relaxed = replace(dataset, config=dataset.config.model_copy(update={"max_failure_ratio": 0.5}))
+    work(relaxed)
+    retry(relaxed, half_healed)
+    first, second = (dataset.commits("low_res").attempt(0, number) for number in (1, 2))
+    assert first
+    assert second
     before = {file.name: dataset.folder.read(file.name) for file in dataset.folder.files()}
-    supplements = [name for name in before if "/000000.s01.json" in name]
-    assert len(supplements) == 4
     found = verify(dataset)
-    assert (found.damage, found.objects) == ((), 1 + 8 + 1)
+    assert (found.damage, found.objects) == ((), 1 + 4 + 1), "of the attempts that count"
     tars = {name for name in before if name.startswith(("low_res/", "high_res/"))}
+    assert len(tars) == 4
     for name in tars:
         dataset.folder.remove(name)
+    dataset.folder.remove(first.ledger or "")
     found = verify(dataset)
-    assert {damage.name for damage in found.damage} == tars
-    assert sorted(len(damage.samples) for damage in found.damage) == [1, 1, 2, 2]
+    counting = [receipt_of(dataset, stage, 0).objects[0].name for stage in ("low_res", "high_res")]
+    assert [damage.name for damage in found.damage] == counting
+    assert [len(damage.samples) for damage in found.damage] == [3, 3]
     note(dataset, found)
-    # what failed at first does not matter, be it mended since
-    run_stage(dataset, "low_res", 0, process=healed)
-    run_stage(dataset, "high_res", 0, process=FAKES["high_res"])
-    assert {file.name: dataset.folder.read(file.name) for file in dataset.folder.files()} == before
+    for stage, process in (("low_res", half_healed), ("high_res", FAKES["high_res"])):
+        assert run_stage(dataset, stage, 0, process=process) == dataset.commits(stage).read(0)
+    again = {file.name: dataset.folder.read(file.name) for file in dataset.folder.files()}
+    gone = (tars - set(counting)) | {first.ledger}
+    assert again == {name: data for name, data in before.items() if name not in gone}, "nobody reads the others"
 
-    ledger = receipt_of(dataset, "low_res", 0).ledger or ""
-    dataset.folder.remove(ledger)
+    dataset.folder.remove(second.ledger or "")
     note(dataset, verify(dataset))
     with pytest.raises(ShardError, match="other samples fail now"):
         run_stage(dataset, "low_res", 0, process=healed)
-    run_stage(dataset, "low_res", 0, process=FAKES["low_res"])
+    run_stage(dataset, "low_res", 0, process=half_healed)
     assert verify(dataset).damage == ()
+
+
+def test_an_unreadable_record_of_a_later_attempt_takes_along_the_earlier_ones(tmp_path: Path) -> None:
+    dataset = planned(tmp_path / "out", ["a", "bad low_res", "b"], tmp_path, samples_per_shard=3)
+    work(dataset)
+    retry(dataset, healed)
+    for number in (2, 1):
+        record = commit_name("low_res", dataset.hashes["low_res"], 0, number)
+        change(dataset, record, lambda data: data[:-30])
+        found = verify(dataset)
+        assert [(damage.name, damage.what, damage.shard) for damage in found.damage] == [(record, "unreadable", 0)]
+        note(dataset, found)
+        assert work(dataset) == [(stage, 0) for stage in FAKES], "a first attempt"
+        assert verify(dataset).damage == ()
+        retry(dataset, healed)
+
+
+def retry(dataset: Dataset, low_res: Process) -> None:
+    """Another attempt at what failed, and all that follows from it."""
+    retries, _ = retries_of(dataset)
+    for stage in FAKES:
+        process = {**FAKES, "low_res": low_res}[stage]
+        run_stage(dataset, stage, 0, process=process, number=number_of(retries, stage, 0))
+    write_manifest(dataset)
+
+
+def half_healed(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+    """The stage low_res, where the prompt `bad low_res` does not fail any more, and longer ones do."""
+    for sample in samples:
+        yield from (healed if sample.prompt == "bad low_res" else FAKES["low_res"])(config, [sample])
 
 
 def healed(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
@@ -242,7 +270,7 @@ def healed(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]
 
 def test_an_unreadable_record_takes_along_what_was_made_from_it(local: Dataset) -> None:
     before = everything(local.config.root)
-    change(local, commit_name("captions", stage_hashes(local.config)["captions"], 0), lambda data: data[:-30])
+    change(local, commit_name("captions", local.hashes["captions"], 0), lambda data: data[:-30])
     (damage,) = verify(local).damage
     assert (damage.stage, damage.shard, damage.what) == ("captions", 0, "unreadable")
     note(local, verify(local))
@@ -255,7 +283,7 @@ def test_damage_of_an_older_configuration_is_told_and_not_marked(local: Dataset)
     old = receipt_of(local, "high_res", 0).objects[0]
     config = local.config.model_copy(update={"webp_quality": 90})
     changed = create_or_open(config)
-    assert stage_hashes(config)["high_res"] != stage_hashes(local.config)["high_res"]
+    assert changed.hashes["high_res"] != local.hashes["high_res"]
     change(local, old.name, flipped(600))
     found = verify(changed)
     assert [(damage.name, damage.current) for damage in found.damage] == [(old.name, False)]

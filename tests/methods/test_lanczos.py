@@ -11,7 +11,7 @@ from resmaster_stages import high_res
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.config.methods import UpscaleConfig
 from resmaster_stages.dataset.sample import Picture, Sample
-from resmaster_stages.dataset.stages import stage_hash
+from resmaster_stages.dataset.stages import hashes_of
 from resmaster_stages.diffusion.cost import counting
 from resmaster_stages.methods.lanczos import enlarge
 from resmaster_stages.metrics.agreement import agreement
@@ -62,7 +62,7 @@ def test_a_dataset_needs_no_network_and_its_identity_names_none(monkeypatch):
     assert identity.weights_of(config_of()).super_resolution is None
 
     def hashed(**values):
-        return stage_hash(config_of(**values), "high_res", Weights("m"))
+        return hashes_of(config_of(**values), Weights("m"))["high_res"]
 
     assert hashed(steps=7) == hashed()
     assert hashed(scale=3) != hashed()

@@ -13,7 +13,7 @@ from resmaster_stages import high_res
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.config.methods import DIFFUSION_METHODS, UpscaleConfig
 from resmaster_stages.dataset.sample import Picture, Sample
-from resmaster_stages.dataset.stages import stage_hash
+from resmaster_stages.dataset.stages import hashes_of
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.reference import to_image
 from resmaster_stages.errors import ConfigError
@@ -105,7 +105,7 @@ def test_what_was_not_asked_for_is_not_in_the_identity():
     assert UpscaleConfig(via=(2.0,)).identity()["via"] == (2.0,)
 
     def hashed(stage, **values):
-        return stage_hash(parse_config({"name": "d", "upscale": values}), stage, Weights("m", "c"))
+        return hashes_of(parse_config({"name": "d", "upscale": values}), Weights("m", "c"))[stage]
 
     assert hashed("high_res") != hashed("high_res", via=[2])
     assert hashed("captions", via=[2]) == hashed("captions", scale=2)

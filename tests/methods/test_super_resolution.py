@@ -21,7 +21,7 @@ from resmaster_stages import high_res
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.config.methods import SuperResolutionConfig, UpscaleConfig
 from resmaster_stages.dataset.sample import Picture, Sample
-from resmaster_stages.dataset.stages import stage_hash
+from resmaster_stages.dataset.stages import hashes_of
 from resmaster_stages.diffusion.cost import counting
 from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.methods.super_resolution import cores, enlarged, sizes, super_resolve, tile_grid, tiled
@@ -261,7 +261,7 @@ def test_identity_is_the_file_s_content_and_nothing_that_the_method_does_not_rea
                 "upscale": {"method": "super_resolution", "steps": steps, "super_resolution": values},
             }
         )
-        return stage_hash(config, "high_res", replace(weights_of(config), model="any"))
+        return hashes_of(config, replace(weights_of(config), model="any"))["high_res"]
 
     own = {"model": str(tmp_path / "net.safetensors")}
     assert hashed(**own) == hashed(**own, steps=7) == hashed(**own, base={"dtype": "float32"})

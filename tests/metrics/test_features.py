@@ -14,7 +14,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from resmaster_stages.config.dataset import QualityConfig
 from resmaster_stages.config.load import parse_config
-from resmaster_stages.dataset.stages import stage_hash
+from resmaster_stages.dataset.stages import hashes_of
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.metrics import features
 from resmaster_stages.metrics.clip_score import ClipScorer
@@ -130,7 +130,7 @@ def test_wrong_settings_are_one_line() -> None:
 
 def test_features_are_part_of_the_identity_only_where_there_are_any() -> None:
     def own(**quality: Any) -> str:
-        return stage_hash(parse_config({"name": "t", "quality": quality}), "quality", Weights("m"))
+        return hashes_of(parse_config({"name": "t", "quality": quality}), Weights("m"))["quality"]
 
     assert "features" not in QualityConfig().identity()
     assert own() == own(features="none") == own(device="cpu")

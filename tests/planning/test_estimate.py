@@ -129,8 +129,7 @@ def test_the_writes_are_those_that_a_build_does(tmp_path: Path, monkeypatch: pyt
             "an object, a record, two breadcrumbs a shard"
         )
         assert _requests(dataset.config, todo, 0, 1.0) == 8 + 3, "and one a sample, where samples are slow"
-        spilled = 3 if stage != "quality" else 0
-        assert _requests(dataset.config, todo, 0, 60.0) == 8 + 3 + spilled, "and a copy, where a shard takes long"
+        assert _requests(dataset.config, todo, 0, 60.0) == 8 + 3 + 3, "and a copy, where a shard takes long"
     writes: list[str] = []
     for name in ("create", "write", "upload"):
         original = getattr(Folder, name)

@@ -3,15 +3,19 @@ import re
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.plan import Plan, read_plan
+from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.schemas import MANIFEST_SCHEMA
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import ShardError
@@ -22,7 +26,7 @@ from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.shards import read_index
 from resmaster_stages.storage.tables import decode_table
-from tests.fake_stages import FAKES, planned
+from tests.fake_stages import FAKES, files_of, planned
 
 PROMPTS = ["a", "b", "bad low_res", "bad high_res", "c"]
 
@@ -109,10 +113,10 @@ def test_without_captions(tmp_path: Path) -> None:
 
 def test_a_key_that_occurs_twice_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = build(tmp_path, tmp_path, shards=[0])
-    for path in (tmp_path / "demo" / "commits").glob("*/*.json"):  # records of earlier versions tell no places
-        path.write_text(json.dumps({**json.loads(path.read_text()), "images": []}))
     real = Plan.read
-    monkeypatch.setattr(Plan, "read", lambda self, shard: real(self, shard) * 2)
+    monkeypatch.setattr(Plan, "read", lambda self, shard: [*real(self, shard), *(real(self, 0) if shard == 2 else [])])
+    for stage in dataset.hashes:
+        run_stage(dataset, stage, 2, process=FAKES[stage])
     with pytest.raises(ShardError, match=r"sample [0-9a-f]{24} occurs twice"):
         write_manifest(dataset)
     assert not dataset.folder.exists("manifest.parquet")
@@ -151,21 +155,74 @@ def test_all_stages_are_covered() -> None:
     assert set(FAKES) == set(STAGES)
 
 
-def test_tars_are_not_opened_where_records_tell_the_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tars_are_not_opened_for_records_tell_the_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = build(tmp_path, tmp_path)
     opened: list[str] = []
     real = Folder.open
     monkeypatch.setattr(Folder, "open", lambda folder, name: opened.append(name) or real(folder, name))
     write_manifest(dataset)
     assert opened == []
-    told = dataset.folder.read(layout.MANIFEST)
-    for path in (tmp_path / "demo" / "commits").glob("*/*.json"):  # as earlier versions wrote them
-        record = json.loads(path.read_text())
-        assert bool(record.pop("images")) == (record["stage"] in ("low_res", "high_res") and record["samples_ok"] > 0)
-        path.write_text(json.dumps(record))
+    for stage in dataset.hashes:
+        for receipt in dataset.commits(stage).read_all().values():
+            assert len(receipt.images) == (receipt.samples_ok if stage in ("low_res", "high_res") else 0)
+
+
+def test_near_duplicates_are_flagged_over_the_whole_dataset(tmp_path: Path) -> None:
+    """In the manifest alone, which knows all of it: the quality tables stay as they are. Blank images are no duplicates."""
+    looks = {"a": ("0" * 16, []), "b": ("1" * 16, []), "c": ("0" * 16, ["seam"]), "d": ("2" * 16, ["blank"])}
+
+    def quality(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        for sample, output in zip(samples, FAKES["quality"](config, samples), strict=True):
+            phash, flags = looks[sample.prompt[0]]
+            yield replace(output, rows=[{**output.rows[0], "phash": phash, "flags": flags}])
+
+    dataset = planned(tmp_path, ["a", "b", "c", "d", "d again", "b again"], tmp_path)
+    for shard in range(3):
+        for stage in dataset.hashes:
+            run_stage(dataset, stage, shard, process=quality if stage == "quality" else FAKES[stage])
     write_manifest(dataset)
-    assert len(opened) == 4, "of the shard without survivors none"
-    assert dataset.folder.read(layout.MANIFEST) == told
+    rows = pq.read_table(tmp_path / "demo" / "manifest.parquet").to_pylist()
+    assert [row["flags"] for row in rows] == [
+        [],
+        [],
+        ["seam", "near_duplicate"],
+        ["blank"],
+        ["blank"],
+        ["near_duplicate"],
+    ]
+    tables = [receipt.objects[0].name for receipt in dataset.commits("quality").read_all().values()]
+    kept = [row["flags"] for name in tables for row in pq.read_table(tmp_path / "demo" / name).to_pylist()]
+    assert kept == [[], [], ["seam"], ["blank"], ["blank"], []]
+
+
+def test_a_later_attempt_is_all_that_readers_see_of_its_shard(tmp_path: Path) -> None:
+    """With the sample that became good in its place, and the bytes of the others as they were."""
+    dataset = build(tmp_path, tmp_path)
+    write_manifest(dataset)
+    before = {row["key"]: row for row in pq.read_table(tmp_path / "demo" / "manifest.parquet").to_pylist()}
+    superseded = {
+        stored.name
+        for stage in dataset.hashes
+        for receipt in [dataset.commits(stage).read(1)]
+        if receipt
+        for stored in receipt.objects
+    }
+
+    def mended(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        for sample in samples:
+            yield Output(sample.key, files=files_of(sample, 16))
+
+    for stage in dataset.hashes:
+        run_stage(dataset, stage, 1, number=2, process=mended if stage == "low_res" else FAKES[stage])
+    published = write_manifest(dataset)
+    assert published == Publication(4, 3, 0, {"low_res": 0, "captions": 0, "high_res": 1, "quality": 0})
+    rows = pq.read_table(tmp_path / "demo" / "manifest.parquet").to_pylist()
+    assert [row["prompt"] for row in rows] == ["a", "b", "bad low_res", "c"]
+    assert [row for row in rows if row["shard"] != 1] == list(before.values())
+    (row,) = (row for row in rows if row["shard"] == 1)
+    assert not superseded & {row[name] for name in ("low_res_object", "captions_object", "high_res_object")}
+    index = json.loads(dataset.folder.read("index.json"))["shardlist"]
+    assert [shard["url"] for shard in index] == [rows[0]["high_res_object"], row["high_res_object"], rows[3]["high_res_object"]]
 
 
 @pytest.mark.parametrize(

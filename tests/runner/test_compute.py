@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -10,20 +11,22 @@ import torch
 from PIL import Image
 
 from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.ledger import ledger_rows
 from resmaster_stages.dataset.plan import read_plan
+from resmaster_stages.dataset.reading import ShardSamples
 from resmaster_stages.dataset.sample import Output, Sample
-from resmaster_stages.dataset.stages import STAGES
+from resmaster_stages.dataset.stages import STAGES, Process
 from resmaster_stages.errors import ConfigError, GpuLost, OutOfMemory, SampleError, ShardError
 from resmaster_stages.inspection.status import pending, status
 from resmaster_stages.models.identity import Weights
-from resmaster_stages.runner.compute import half_batch, plan_runs, with_batch
+from resmaster_stages.runner.compute import compute, half_batch, with_batch
+from resmaster_stages.runner.quarantine import Breadcrumbs
+from resmaster_stages.runner.resume import Spill, encode
 from resmaster_stages.runner.run import run_stage
 from tests.fake_stages import FAKES, files_of, planned
-
-Process = Callable[[DatasetConfig, Sequence[Sample]], Iterator[Output]]
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU = RuntimeError(
@@ -51,12 +54,8 @@ def run(dataset: Dataset, stage: str, process: Process | None = None) -> Receipt
     return run_stage(dataset, stage, 0, process=process or FAKES[stage])
 
 
-def tar_bytes(dataset: Dataset, receipt: Receipt) -> bytes:
-    return dataset.folder.read(receipt.objects[0].name)
-
-
 class Batches:
-    """A low_res stage in slots, as the real one; it notes them and raises `error` where `when` says so."""
+    """A low_res stage in batches, as the real one; it notes them and raises `error` where `when` says so."""
 
     def __init__(self, error: Exception, when: Callable[[list[str]], bool]) -> None:
         self.error, self.when = error, when
@@ -65,33 +64,33 @@ class Batches:
     def __call__(self, config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
         size = config.low_res.batch_size
         for start in range(0, len(samples), size):
-            slot = samples[start : start + size]
-            self.tried.append([sample.prompt for sample in slot])
+            batch = samples[start : start + size]
+            self.tried.append([sample.prompt for sample in batch])
             if self.when(self.tried[-1]):
                 raise self.error
-            for sample in slot:
+            for sample in batch:
                 yield Output(sample.key, files=files_of(sample, 16))
 
 
 @pytest.mark.parametrize(
     "error", [CUDA, CPU, PYTHON, KERNEL, OutOfMemory("too large")], ids=lambda error: type(error).__name__
 )
-def test_out_of_memory_halves_the_batch_and_goes_on_where_it_was(dataset: Dataset, error: Exception) -> None:
-    stage = Batches(error, when=lambda slot: len(slot) > 2 and "d" in slot)
+def test_out_of_memory_halves_the_batch_and_goes_on_with_the_same_slot(dataset: Dataset, error: Exception) -> None:
+    stage = Batches(error, when=lambda batch: len(batch) > 2 and "d" in batch)
     receipt = run(dataset, "low_res", stage)
     assert stage.tried == [["a", "b", "c", "poison"], ["d", "e", "f"], ["d", "e"], ["f"]]
     assert (receipt.samples_ok, receipt.samples_failed) == (7, 0)
 
 
 def test_out_of_memory_with_a_batch_of_one_costs_the_sample(dataset: Dataset) -> None:
-    stage = Batches(CUDA, when=lambda slot: "poison" in slot)
+    stage = Batches(CUDA, when=lambda batch: "poison" in batch)
     receipt = run(dataset, "low_res", stage)
     assert stage.tried == [
         ["a", "b", "c", "poison"],
         ["a", "b"],
         ["c", "poison"],
-        ["c"],
-        ["poison"],
+        *([each] for each in ["a", "b", "c", "poison"]),  # all at a batch of one
+        *([each] for each in ["a", "b", "c", "poison"]),  # each by itself
         ["d"],
         ["e"],
         ["f"],
@@ -102,12 +101,12 @@ def test_out_of_memory_with_a_batch_of_one_costs_the_sample(dataset: Dataset) ->
 
 
 def test_memory_that_is_never_enough_fails_the_shard_at_once_and_says_so(dataset: Dataset) -> None:
-    stage = Batches(CUDA, when=lambda slot: True)
+    stage = Batches(CUDA, when=lambda batch: True)
     with pytest.raises(
         ShardError, match=r"(?s)2 of 7 samples failed.*\nOutOfMemory +2 +[0-9a-f]+ +out of memory; lower"
     ):
         run(dataset, "low_res", stage)
-    assert [len(slot) for slot in stage.tried] == [4, 2, 1, 1]
+    assert [len(batch) for batch in stage.tried] == [4, 2, 1, 1, 1]
     assert pending(dataset)["low_res"] == [0]
 
 
@@ -130,30 +129,30 @@ def test_views_and_patches_are_halved_within_a_sample(dataset: Dataset) -> None:
 
     assert run(dataset, "captions", captions).samples_ok == 7
     assert run(dataset, "high_res", high_res).samples_ok == 7
-    assert sizes == [16, 8, 4] * 2
+    assert sizes == [16, 8, *[4] * 7] * 2
 
 
 def test_what_is_halved_is_the_batch_that_did_not_fit(dataset: Dataset) -> None:
-    config = with_batch(dataset.config, "high_res", 16)
-    assert (
-        half_batch(OutOfMemory("full", batch=7), config, "high_res") == 3
-    )  # 49 views in calls of at most 16 are calls of 7
-    assert half_batch(OutOfMemory("full"), config, "high_res") == 8
-    assert half_batch(OutOfMemory("full", batch=49), dataset.config, "high_res") == 24
-    assert half_batch(OutOfMemory("full", batch=1), dataset.config, "high_res") == 0
-    assert half_batch(OutOfMemory("full"), dataset.config, "high_res") == 1
-    assert half_batch(OutOfMemory("full"), with_batch(config, "high_res", 1), "high_res") == 0
+    stage = STAGES["high_res"]
+    config = with_batch(dataset.config, stage, 16)
+    # 49 views in calls of at most 16 are calls of 7
+    assert half_batch(OutOfMemory("full", batch=7), config, stage) == 3
+    assert half_batch(OutOfMemory("full"), config, stage) == 8
+    assert half_batch(OutOfMemory("full", batch=49), dataset.config, stage) == 24
+    assert half_batch(OutOfMemory("full", batch=1), dataset.config, stage) == 0
+    assert half_batch(OutOfMemory("full"), dataset.config, stage) == 1
+    assert half_batch(OutOfMemory("full"), with_batch(config, stage, 1), stage) == 0
 
 
 def test_the_halved_batch_does_not_change_the_identity(dataset: Dataset) -> None:
     from resmaster_stages.dataset.stages import stage_hashes
 
-    for stage in STAGES:
+    for stage in STAGES.values():
         assert stage_hashes(with_batch(dataset.config, stage, 1)) == stage_hashes(dataset.config)
 
 
 def test_an_error_that_nobody_foresaw_costs_the_one_sample_that_raises_it(dataset: Dataset) -> None:
-    stage = Batches(ZeroDivisionError("tokens / 0"), when=lambda slot: "poison" in slot)
+    stage = Batches(ZeroDivisionError("tokens / 0"), when=lambda batch: "poison" in batch)
     receipt = run(dataset, "low_res", stage)
     assert stage.tried == [["a", "b", "c", "poison"], ["a"], ["b"], ["c"], ["poison"], ["d", "e", "f"]]
     assert (receipt.samples_ok, receipt.samples_failed) == (6, 1)
@@ -166,7 +165,7 @@ def test_an_error_that_nobody_foresaw_costs_the_one_sample_that_raises_it(datase
 
 
 def test_the_neighbours_of_a_failing_sample_keep_their_bytes(dataset: Dataset, tmp_path: Path) -> None:
-    run(dataset, "low_res", Batches(ValueError(), when=lambda slot: "poison" in slot))
+    run(dataset, "low_res", Batches(ValueError(), when=lambda batch: "poison" in batch))
     (tmp_path / "other").mkdir()
     other = planned(
         tmp_path / "other",
@@ -216,7 +215,7 @@ def test_a_poison_image_costs_one_row_in_every_stage_that_opens_it(dataset: Data
     ],
 )  # fmt: skip
 def test_what_is_nobodys_fault_passes(dataset: Dataset, error: Exception, kind: type[Exception]) -> None:
-    stage = Batches(error, when=lambda slot: "poison" in slot)
+    stage = Batches(error, when=lambda batch: "poison" in batch)
     with pytest.raises(kind):
         run(dataset, "low_res", stage)
     assert stage.tried == [["a", "b", "c", "poison"]], "it is not tried again here"
@@ -272,7 +271,7 @@ def test_errors_do_not_keep_tensors_alive(dataset: Dataset) -> None:
         assert run(dataset, "high_res", high_res).samples_ok == 7
     finally:
         gc.enable()
-    assert len(alive) == 4
+    assert len(alive) == 3 + 7
 
 
 def test_the_table_of_first_errors_counts_by_class(dataset: Dataset) -> None:
@@ -294,23 +293,88 @@ def test_the_table_of_first_errors_counts_by_class(dataset: Dataset) -> None:
     ]
 
 
-def test_runs_keep_the_slots_of_an_uninterrupted_run(dataset: Dataset) -> None:
-    keys = list("abcdefghij")
-    config = dataset.config
+@pytest.mark.parametrize(
+    ("stage", "ready", "strikes", "called"),
+    [
+        ("low_res", "", {}, "abcd efgh ij"),
+        ("low_res", "abcd", {}, "efgh ij"),
+        ("low_res", "abef", {}, "abcd efgh ij"),  # half a slot is computed again, with its neighbours
+        ("low_res", "abcdij", {"f": 1}, "efgh"),
+        ("low_res", "abcd", {"f": 2}, "e f g h ij"),
+        ("low_res", "abcdf", {"e": 2}, "e g h ij"),
+        ("low_res", "abcdefgh", {"a": 2}, "ij"),
+        ("high_res", "c", {"d": 2}, "a b d e f g h i j"),
+    ],
+)
+@pytest.mark.parametrize("again", [False, True], ids=["resumed", "another attempt"])
+def test_calls_keep_the_slots_of_an_uninterrupted_run(
+    tmp_path: Path, stage: str, ready: str, strikes: dict[str, int], called: str, again: bool
+) -> None:
+    """What is ready was spilled by a run that was killed, or is committed by an earlier attempt."""
+    low_res = {"height": 16, "width": 16, "batch_size": 4}
+    dataset = planned(tmp_path, list("abcdefghij"), tmp_path, samples_per_shard=10, low_res=low_res, spill_seconds=0)
+    samples, commits = ShardSamples(dataset.plan.read(0), {}), dataset.commits(stage)
+    key_of = {sample.prompt: sample.key for sample in samples.planned}
+    made = {key_of[prompt]: Output(key_of[prompt], files={"txt": b"ready"}) for prompt in ready}
+    place = layout.spill_folder(stage, commits.stage_hash, 0)
+    if not again:
+        for key, output in made.items():
+            dataset.folder.write(layout.spill(place, key), encode(output, commits.stage_hash))
+    crumb = {"process": "elsewhere 1 1", "at": [], "strikes": {key_of[prompt]: n for prompt, n in strikes.items()}}
+    dataset.folder.write(layout.breadcrumb(stage, commits.stage_hash, 0), json.dumps(crumb).encode())
+    calls: list[tuple[str, int]] = []
 
-    def places(ready: str, strikes: dict[str, int]) -> list[tuple[int, tuple[int, ...]]]:
-        outputs = {key: Output(key) for key in ready}
-        runs = plan_runs(config, "low_res", keys, outputs, strikes)
-        return [(run.config.low_res.batch_size, run.places) for run in runs]
+    def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        calls.append(("".join(sample.prompt for sample in samples), config.low_res.batch_size))
+        yield from (Output(sample.key, files={"txt": b"computed"}) for sample in samples)
 
-    assert places("", {}) == [(4, tuple(range(10)))]
-    assert places("abcd", {}) == [(4, (4, 5, 6, 7, 8, 9))]
-    assert places("abef", {}) == [(4, tuple(range(10)))], "half a slot is computed again, with its neighbours"
-    assert places("abcdij", {"f": 1}) == [(4, (4, 5, 6, 7))]
-    assert places("abcd", {"f": 2}) == [(1, (4,)), (1, (5,)), (1, (6,)), (1, (7,)), (4, (8, 9))]
-    assert places("abcdf", {"e": 2}) == [(1, (4,)), (1, (6,)), (1, (7,)), (4, (8, 9))]
-    single = plan_runs(config, "high_res", keys, {"c": Output("c")}, {"d": 2})
-    assert [run.places for run in single] == [(0, 1, 3, 4, 5, 6, 7, 8, 9)]
+    cache = dataset.folder.names(place)
+    spill = Spill(commits, 0, 0.0, cache)
+    breadcrumbs = Breadcrumbs(commits, 0, samples.keys(), cache)
+    outputs = list(compute(process, dataset.config, STAGES[stage], samples, made if again else {}, spill, breadcrumbs))
+    assert [slot for slot, _ in calls] == called.split()
+    if stage == "low_res":
+        assert [batch for _, batch in calls] == [1 if len(slot) == 1 else 4 for slot in called.split()]
+    assert [output.key for output in outputs] == samples.keys()
+    assert {output.key for output in outputs if output.files["txt"] == b"ready"} == set(made)
+
+
+def test_a_suspect_is_finished_before_the_next_one_is_computed(tmp_path: Path) -> None:
+    """Alone, so that a death while it is finished, too, has one suspect."""
+    low_res = {"height": 16, "width": 16, "batch_size": 4}
+    dataset = planned(tmp_path, list("abcd"), tmp_path, samples_per_shard=10, low_res=low_res, spill_seconds=0)
+    commits = dataset.commits("low_res")
+    crumb = {"process": "elsewhere 1 1", "at": [], "strikes": {dataset.plan.read(0)[1].key: 2}}
+    name = layout.breadcrumb("low_res", commits.stage_hash, 0)
+    dataset.folder.write(name, json.dumps(crumb).encode())
+    log: list[str] = []
+
+    def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        for sample in samples:
+            log.append(sample.prompt)
+            yield Output(sample.key, finish=lambda sample=sample: finish(sample))
+
+    def finish(sample: Sample) -> dict[str, bytes]:
+        assert json.loads(dataset.folder.read(name))["at"] == [sample.key]
+        log.append(f"{sample.prompt} finishes")
+        return files_of(sample, 16)
+
+    assert run(dataset, "low_res", process).samples_failed == 0
+    assert log == [line for prompt in "abcd" for line in (prompt, f"{prompt} finishes")]
+
+
+def test_a_shard_in_which_all_fail_is_given_up_at_once(dataset: Dataset) -> None:
+    run(dataset, "low_res")
+    tried: list[str] = []
+
+    def captions(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        tried.extend(sample.prompt for sample in samples)
+        raise ZeroDivisionError
+        yield
+
+    with pytest.raises(ShardError, match="2 of 7 samples failed"):
+        run(dataset, "captions", captions)
+    assert tried == ["a", "b"]
 
 
 def test_pillow_running_out_of_memory_is_no_poison(dataset: Dataset) -> None:

@@ -9,18 +9,18 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from resmaster_stages.config.dataset import DatasetConfig
-from resmaster_stages.dataset import layout
 from resmaster_stages.dataset import sample as sample_module
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.ledger import ledger_rows
-from resmaster_stages.dataset.plan import read_plan
+from resmaster_stages.dataset.reading import ShardSamples
 from resmaster_stages.dataset.sample import Output, Picture, Sample
 from resmaster_stages.dataset.stages import Process
 from resmaster_stages.diffusion.cost import count_call
@@ -31,7 +31,7 @@ from resmaster_stages.progress import Event, Step, emit, listening
 from resmaster_stages.runner.overlap import Finishing
 from resmaster_stages.runner.run import run_stage
 from tests.fake_stages import FAKES, files_of, planned, png
-from tests.runner.test_resume import in_child, spilled
+from tests.runner.test_resume import breadcrumbs, in_child, spilled
 
 PATIENCE = 30.0
 """Seconds after which something that was waited for does not come any more."""
@@ -315,7 +315,7 @@ def test_what_is_computed_when_the_end_comes_is_finished_and_kept(dataset: Datas
     with pytest.raises(type(error)):
         high_res(dataset, Stage(computing))
     assert spilled(dataset.config) == 2
-    left = [name for name in dataset.folder.names(layout.CACHE) if name.endswith(".json")]
+    left = breadcrumbs(dataset)
     accused = [json.loads(dataset.folder.read(name))["strikes"] for name in left]
     assert accused == ([{keys_of(dataset)["c"]: 1}] if isinstance(error, GpuLost) else []), "only a lost GPU accuses"
     again = Stage(waits="" if left else ALL_BUT_LAST)
@@ -420,6 +420,24 @@ def test_a_sample_that_kills_when_it_is_read_is_found_out(dataset: Dataset, monk
     assert ledger_rows(dataset.folder, "high_res") == []
 
 
+def test_nothing_is_read_before_somebody_can_be_accused_of_it(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = ShardSamples.__getitem__
+    places: list[int] = []
+
+    def watched(samples: ShardSamples, place: int) -> Sample:
+        assert at_work(dataset)
+        places.append(place)
+        sample = read(samples, place)
+        assert isinstance(sample, Sample)
+        return sample
+
+    monkeypatch.setattr(ShardSamples, "__getitem__", watched)
+    assert high_res(dataset, FAKES["high_res"]).samples_ok == 6
+    assert places == list(range(6)), "each once"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # how long the device was at work
 
@@ -453,11 +471,11 @@ def test_time_that_is_broken_off_counts(monkeypatch: pytest.MonkeyPatch) -> None
 
 def keys_of(dataset: Dataset) -> dict[str, str]:
     """Prompt -> key of the one shard."""
-    return {sample.prompt: sample.key for sample in read_plan(dataset.folder).read(0)}
+    return {sample.prompt: sample.key for sample in dataset.plan.read(0)}
 
 
 def at_work(dataset: Dataset) -> list[str]:
     """Whom the shard's breadcrumb names."""
-    (name,) = (name for name in dataset.folder.names(layout.CACHE) if name.endswith(".json"))
+    (name,) = breadcrumbs(dataset)
     found: list[str] = json.loads(dataset.folder.read(name))["at"]
     return found

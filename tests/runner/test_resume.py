@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
+from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.dataset.ledger import ledger_rows
 from resmaster_stages.dataset.sample import Output, Sample
@@ -20,8 +22,9 @@ from resmaster_stages.errors import GpuLost
 from resmaster_stages.inspection.status import status
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.runner.quarantine import Breadcrumbs, lives, process_name
-from resmaster_stages.runner.resume import SPILLED, Spill, decode, encode
+from resmaster_stages.runner.resume import Spill, decode, encode
 from resmaster_stages.runner.run import run_stage
+from resmaster_stages.storage.filesystem import Folder, open_root
 from resmaster_stages.storage.scratch import PREFIX, YOUNG_SECONDS, reclaim, scratch_folder
 from tests.fake_stages import FAKES, planned
 
@@ -40,25 +43,20 @@ def dataset(tmp_path: Path) -> Dataset:
 
 
 def killed_at(prompt: str, stage: str, log: Path) -> Process:
-    """`stage` in slots, as low_res computes them, or sample by sample; each is logged when done; `prompt` kills the process.
+    """A slot of `stage`, which is logged when done; `prompt` kills the process.
 
     The kill waits until what was done before is kept: what happens else is for `test_overlap` to say.
     """
 
     def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
-        size = config.low_res.batch_size if stage == "low_res" else 1
-        kept = config.spill_seconds == 0 and stage in SPILLED
-        due = spilled(config)
-        for start in range(0, len(samples), size):
-            slot = samples[start : start + size]
-            if any(sample.prompt == prompt for sample in slot):
-                wait_for_spills(config, due)
-                os.kill(os.getpid(), 9)
-            outputs = list(FAKES[stage](config, slot))
-            due += len(outputs) if kept else 0
-            with log.open("a") as file:
-                file.write("".join(sample.prompt for sample in slot) + " ")
-            yield from outputs
+        if any(sample.prompt == prompt for sample in samples):
+            done = set(log.read_text().replace(" ", "")) if log.exists() else set()
+            wait_for_spills(config, len(done) if config.spill_seconds == 0 else 0)
+            os.kill(os.getpid(), 9)
+        outputs = list(FAKES[stage](config, samples))
+        with log.open("a") as file:
+            file.write("".join(sample.prompt for sample in samples) + " ")
+        yield from outputs
 
     return process
 
@@ -80,7 +78,7 @@ def in_child(dataset: Dataset, stage: str, process: Process) -> int:
     if not child:
         status = 1
         try:
-            run_stage(open_dataset(dataset.url), stage, 0, process=process)
+            run_stage(replace(open_dataset(dataset.url), config=dataset.config), stage, 0, process=process)
             status = 0
         finally:
             os._exit(status)
@@ -94,7 +92,15 @@ def content(dataset: Dataset, stage: str) -> bytes:
 
 
 def leftovers(dataset: Dataset) -> list[str]:
-    return dataset.folder.names(layout.CACHE)
+    return [name for folder in dataset.folder.names(layout.CACHE) for name in dataset.folder.names(folder)]
+
+
+def spills(dataset: Dataset) -> list[str]:
+    return [name for name in leftovers(dataset) if name.endswith(".sample")]
+
+
+def breadcrumbs(dataset: Dataset) -> list[str]:
+    return [name for name in leftovers(dataset) if name.endswith("/at.json")]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +109,7 @@ def leftovers(dataset: Dataset) -> list[str]:
         ("low_res", "g", "abcd ", "efgh ij "),
         ("captions", "g", "a b c d e f ", "g h i j "),
         ("high_res", "g", "a b c d e f ", "g h i j "),
-        ("quality", "g", "a b c d e f ", "a b c d e f g h i j "),
+        ("quality", "g", "a b c d e f ", "g h i j "),
     ],
 )  # fmt: skip
 def test_a_killed_shard_goes_on_where_it_was_to_the_same_bytes(
@@ -127,8 +133,7 @@ def test_a_killed_shard_goes_on_where_it_was_to_the_same_bytes(
 def test_torn_damaged_and_foreign_spills_are_computed_again(dataset: Dataset, tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert in_child(dataset, "low_res", killed_at("i", "low_res", log)) == -9
-    (folder,) = (name for name in leftovers(dataset) if not name.endswith(".json"))
-    names = dataset.folder.names(folder)
+    names = spills(dataset)
     assert len(names) == 8
     data = [dataset.folder.read(name) for name in names]
     dataset.folder.write(names[0], data[0][:-1])
@@ -138,10 +143,8 @@ def test_torn_damaged_and_foreign_spills_are_computed_again(dataset: Dataset, tm
     hurt = {Path(name).stem for name in names[:4]}
     log.unlink()
     assert in_child(dataset, "low_res", killed_at("", "low_res", log)) == 0
-    from resmaster_stages.dataset.plan import read_plan
-
     slots = ["abcd", "efgh", "ij"]
-    bad = {sample.prompt for sample in read_plan(dataset.folder).read(0) if sample.key in hurt}
+    bad = {sample.prompt for sample in dataset.plan.read(0) if sample.key in hurt}
     assert log.read_text().split() == [slot for slot in slots if slot == "ij" or bad & set(slot)]
 
 
@@ -160,22 +163,21 @@ def test_spills_can_be_switched_off_and_quick_shards_have_none(dataset: Dataset,
         assert stage_hashes(config) == stage_hashes(dataset.config), "operational: not in the hash"
         fresh = Dataset(dataset.folder, config)
         assert in_child(fresh, "low_res", killed_at("i", "low_res", tmp_path / "log")) == -9
-        folders = [name for name in leftovers(dataset) if not name.endswith(".json")]
-        assert sum(len(dataset.folder.names(folder)) for folder in folders) == written
+        assert len(spills(dataset)) == written
 
 
-def test_spills_work_where_there_are_no_folders(dataset: Dataset) -> None:
-    from resmaster_stages.storage.filesystem import open_root
-
-    folder = open_root("memory://spills")
-    spill = Spill(folder, "high_res", "a" * 64, 0, 0.0)
+def test_spills_work_where_there_are_no_folders() -> None:
+    commits = Commits(open_root("memory://spills"), "high_res", "a" * 64)
+    spill = Spill(commits, 0, 0.0, [])
     for key in ("aa", "bb"):
         spill.keep(Output(key, files={"png": key.encode()}))
     spill.flush()
-    again = Spill(folder, "high_res", "a" * 64, 0, 0.0)
+    place = layout.spill_folder("high_res", "a" * 64, 0)
+    again = Spill(commits, 0, 0.0, commits.folder.names(place))
     assert {key: output.files["png"] for key, output in again.read(["aa", "cc"]).items()} == {"aa": b"aa"}
     again.drop()
-    assert folder.names(layout.CACHE) == []
+    assert commits.folder.names(place) == []
+    assert commits.folder.names(layout.CACHE) == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -192,9 +194,7 @@ def test_a_sample_that_kills_the_process_is_left_out_after_three_attempts(
     deadly = killed_at("f", stage, log)
     assert [in_child(dataset, stage, deadly) for _ in range(4)] == [-9, -9, -9, 0]
     (row,) = ledger_rows(dataset.folder, stage)
-    from resmaster_stages.dataset.plan import read_plan
-
-    assert row["key"] == read_plan(dataset.folder).read(0)[5].key
+    assert row["key"] == dataset.plan.read(0)[5].key
     assert row["error_class"] == "Quarantined"
     assert "died 3 times" in row["message"]
     found = next(each for each in status(dataset).stages if each.stage == stage)
@@ -216,7 +216,7 @@ def test_one_kill_leaves_nobody_out_and_batches_whole(dataset: Dataset, tmp_path
 def test_an_orderly_end_blames_nobody(dataset: Dataset, error: BaseException) -> None:
     def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
         assert samples[0].prompt == "a"
-        assert [name for name in leftovers(dataset) if name.endswith(".json")]
+        assert breadcrumbs(dataset)
         raise error
 
     for _ in range(3):
@@ -225,33 +225,55 @@ def test_an_orderly_end_blames_nobody(dataset: Dataset, error: BaseException) ->
         assert leftovers(dataset) == []
 
 
-def test_quick_samples_share_one_breadcrumb(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    written: list[list[str]] = []
+def noted(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Whom the breadcrumbs name that a run of low_res writes, as prompts."""
+    prompts = {sample.key: sample.prompt for sample in dataset.plan.read(0)}
+    written: list[str] = []
     write = type(dataset.folder).write
 
-    def noted(folder: object, name: str, data: bytes) -> None:
+    def note(folder: Folder, name: str, data: bytes) -> None:
         if name.startswith(layout.CACHE):
-            written.append(json.loads(data)["at"])
-        write(dataset.folder, name, data)
+            written.append("".join(prompts[key] for key in json.loads(data)["at"]))
+        write(folder, name, data)
 
-    monkeypatch.setattr(type(dataset.folder), "write", noted)
+    monkeypatch.setattr(type(dataset.folder), "write", note)
     dataset = replace(dataset, config=dataset.config.model_copy(update={"spill_seconds": None}))
     run_stage(dataset, "low_res", 0, process=FAKES["low_res"])
-    assert [len(keys) for keys in written] == [1, 10], "the first, as it might be slow; then all of them"
+    return written
+
+
+def test_quick_samples_share_one_breadcrumb(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert noted(dataset, monkeypatch) == ["abcdefghij"]
+
+
+def test_a_batch_after_a_slow_one_has_its_own_breadcrumb(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resmaster_stages.runner.quarantine.SLOW_SECONDS", 0.0)
+    first, *others = noted(dataset, monkeypatch)
+    assert first == "abcdefghij", "it might be quick"
+    assert [names[-4:] if names.endswith("h") else names[-2:] for names in others] == ["efgh", "ij"]
+    assert all("abcdefghij".find(names) >= 0 for names in others), "and before it what is still being finished"
 
 
 def test_a_living_process_is_not_blamed(dataset: Dataset) -> None:
-    first = Breadcrumbs(dataset.folder, "low_res", "a" * 64, 0, ["aa", "bb"])
-    first.at(["aa"])
-    assert Breadcrumbs(dataset.folder, "low_res", "a" * 64, 0, ["aa", "bb"]).strikes == {}
-    name = layout.breadcrumb("low_res", "a" * 64, 0)
+    commits = dataset.commits("low_res")
+    name = layout.breadcrumb("low_res", commits.stage_hash, 0)
+
+    def found(*keys: str, cache: Sequence[str] = (name,)) -> Breadcrumbs:
+        return Breadcrumbs(commits, 0, keys, cache)
+
+    found("aa").at(["aa"])
+    assert found("aa", "bb").strikes == {}
     record = json.loads(dataset.folder.read(name))
+    assert record["at"] == ["aa"]
     dataset.folder.write(name, json.dumps({**record, "process": "elsewhere 1 1"}).encode())
-    assert Breadcrumbs(dataset.folder, "low_res", "a" * 64, 0, ["aa", "bb"]).strikes == {"aa": 1}
-    assert Breadcrumbs(dataset.folder, "low_res", "a" * 64, 0, ["bb"]).strikes == {}, "a sample of another shard"
+    assert found("aa", "bb").strikes == {"aa": 1}
+    assert found("bb").strikes == {}, "a sample of another shard"
+    assert found("aa", cache=[]).strikes == {}, "none was listed"
     for damaged in (b"", b"[]", b"{}", b'{"strikes": 1, "process": 2, "at": 3}'):
         dataset.folder.write(name, damaged)
-        assert Breadcrumbs(dataset.folder, "low_res", "a" * 64, 0, ["aa"]).strikes == {}
+        assert found("aa").strikes == {}
+    dataset.folder.remove(name)
+    assert found("aa").strikes == {}, "it was listed, and has gone since"
 
 
 def test_processes_are_told_apart() -> None:

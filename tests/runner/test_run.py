@@ -264,8 +264,8 @@ def test_progress_hears_everything_once(tmp_path: Path) -> None:
         ShardStarted("low_res", 0, 2),
         SampleDone("low_res", 0, ok=True),
         SampleDone("low_res", 0, ok=False),
-        ShardDone("low_res", 0, cached=False),
-        ShardDone("low_res", 0, cached=True),
+        ShardDone("low_res", 0, 2, cached=False),
+        ShardDone("low_res", 0, 2, cached=True),
     ]
 
 

@@ -32,7 +32,7 @@ def work(progress: Progress, clock: Clock, stage: str, shard: int, samples: int,
         for number in range(samples):
             clock.now += seconds
             emit(SampleDone(stage, shard, ok=number >= bad))
-        emit(ShardDone(stage, shard, cached=False))
+        emit(ShardDone(stage, shard, 2, cached=False))
 
 
 def test_how_far_how_fast_and_how_long(clock: Clock) -> None:
@@ -65,8 +65,8 @@ def test_a_line_per_committed_stage_and_per_failed_shard(clock: Clock) -> None:
         for stage, seconds in (("low_res", 2.0), ("high_res", 20.0)):
             emit(ShardStarted(stage, 0, 2))
             clock.now += seconds
-            emit(ShardDone(stage, 0, cached=False))
-            emit(ShardDone(stage, 0, cached=True))
+            emit(ShardDone(stage, 0, 2, cached=False))
+            emit(ShardDone(stage, 0, 2, cached=True))
         emit(ShardFailed(1, "low_res: 2 of 2 samples failed"))
     assert said == [
         "shard 000000: low_res committed in 2 s",
@@ -77,9 +77,19 @@ def test_a_line_per_committed_stage_and_per_failed_shard(clock: Clock) -> None:
 
 def test_shards_that_others_finished_count_as_done(clock: Clock) -> None:
     progress = Progress({"low_res": 2, "high_res": 2}, [0], clock)
-    hear(progress, *(ShardDone(stage, 0, cached=True) for stage in ("low_res", "high_res")))
+    hear(progress, *(ShardDone(stage, 0, 2, cached=True) for stage in ("low_res", "high_res")))
     assert progress.percent == 100
     assert "took" in headline(progress)
+
+
+def test_what_was_reckoned_with_and_is_there_already_is_no_work(clock: Clock) -> None:
+    progress = Progress({"low_res": 4, "high_res": 4}, [0, 1], clock, reckoned=True)
+    hear(progress, *(ShardDone(stage, 0, 2, cached=True) for stage in ("low_res", "high_res")))
+    assert (progress.percent, progress.samples_total) == (0, 4)
+    work(progress, clock, "low_res", 1, 2, 1.0)
+    assert progress.percent == 50
+    work(progress, clock, "high_res", 1, 2, 1.0)
+    assert progress.percent == 100
 
 
 def test_a_repeated_attempt_never_passes_100(clock: Clock) -> None:

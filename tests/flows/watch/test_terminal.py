@@ -50,12 +50,12 @@ def drive(*events: Event, on_a_terminal: bool = False, shards: Sequence[int] = r
 
 
 SHARD = (
-    ShardDone("low_res", 1, cached=True),
+    ShardDone("low_res", 1, 2, cached=True),
     ShardStarted("high_res", 1, 2),
     Step(3, 20),
     SampleDone("high_res", 1, ok=True),
     SampleDone("high_res", 1, ok=False),
-    ShardDone("high_res", 1, cached=False),
+    ShardDone("high_res", 1, 2, cached=False),
 )
 
 
