@@ -3,7 +3,7 @@
 Flags never delete: what to do with a flagged sample is decided by whoever reads the table. Knows nothing about storage.
 
 Invariants:
-- Every metric is computed from the sample alone. Only the flag `near_duplicate` looks at the samples before it in the shard.
+- Every metric is computed from the sample alone. Only the flag `near_duplicate` looks at the shard's samples before it.
 - Numbers are finite, or None where a metric has nothing to measure.
 """
 

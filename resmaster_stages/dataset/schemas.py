@@ -1,7 +1,7 @@
 """The columns of every table of a dataset.
 
-Those of the quality table are the metrics' own. Its schema and the manifest's are functions, so that they hold every metric
-that is listed when they are called.
+Those of the quality table are the metrics' own. Its schema and the manifest's are functions, so that they hold every
+metric that is listed when they are called.
 """
 
 from __future__ import annotations
@@ -104,8 +104,11 @@ LEDGER_SCHEMA = table_schema(
 
 
 def manifest_schema() -> pa.Schema:
-    """One row per finished sample. Objects are relative to the dataset; offset and bytes are those of the image file in the
-    tar, so that one range request fetches it. `height` and `width` are those of the high-res image."""
+    """One row per finished sample.
+
+    Objects are relative to the dataset; offset and bytes are those of the image file in the tar, so that one range request
+    fetches it. `height` and `width` are those of the high-res image.
+    """
     return table_schema(
         "manifest",
         [

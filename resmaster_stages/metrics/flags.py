@@ -34,8 +34,8 @@ def badness_columns() -> list[str]:
 def badness(row: Mapping[str, Any]) -> float:
     """One number by which to look at the worst samples first; greater is worse, 0 is about perfect.
 
-    Every flag adds its own badness (10 for `blank`, 2 for the others). Every column with a range of badness adds from 0 (good) to 1
-    (bad), and `UNKNOWN_BADNESS` where it has no value.
+    Every flag adds its own badness (10 for `blank`, 2 for the others). Every column with a range of badness adds from
+    0 (good) to 1 (bad), and `UNKNOWN_BADNESS` where it has no value.
     """
     known = known_flags()
     score = sum(known[flag].badness if flag in known else Flag.badness for flag in row.get("flags") or ())

@@ -1,10 +1,10 @@
 """What a metric is: a function of one sample's images, and what tables and pages say of its columns. Knows no metric.
 
-The file of a metric ends in its `Metric`, and `resmaster_stages.metrics.METRICS` lists it. The tables' schemas, flags, badness,
-report, summary, dataset card and comparison derive from that list.
+The file of a metric ends in its `Metric`, and `resmaster_stages.metrics.METRICS` lists it. The tables' schemas, flags,
+badness, report, summary, dataset card and comparison derive from that list.
 
-Invariant: whoever needs the list gets it at once, `resmaster status` too. A metric's file imports what loads slowly (torch,
-transformers, scipy) in the functions that use it.
+Invariant: whoever needs the list gets it at once, `resmaster status` too. A metric's file imports what loads slowly
+(torch, transformers, scipy) in the functions that use it.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Column:
     name: str
     """The column in the tables."""
     meaning: str
-    """What it says, as a phrase without a full stop: the explanation in report, summary, dataset card and comparison."""
+    """What it says, as a phrase without a full stop: shown in report, summary, dataset card and comparison."""
     label: str = ""
     """What pages call it; a column without a label is in the tables only."""
     form: str = "{:.2f}"

@@ -1,4 +1,4 @@
-"""A metric that this module lists is measured, and found in every place that derives from the list. Nothing else is told of it."""
+"""A metric that this module lists is measured, and found in every place that derives from the list."""
 
 from __future__ import annotations
 
