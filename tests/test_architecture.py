@@ -141,7 +141,7 @@ def test_status_and_plan_start_without_torch_or_prefect() -> None:
     code = (
         "import sys, resmaster_flows.cli.main, resmaster_flows.cli.status, resmaster_flows.cli.plan, "
         "resmaster_stages.runner.run, resmaster_stages.inspection.status, resmaster_stages.planning.preview;"
-        "heavy = {'torch', 'diffusers', 'transformers', 'prefect'} & set(sys.modules); sys.exit(repr(heavy) if heavy else 0)"
+        "heavy = {'torch', 'diffusers', 'transformers', 'scipy', 'prefect'} & set(sys.modules); sys.exit(repr(heavy) if heavy else 0)"
     )
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

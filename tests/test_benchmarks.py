@@ -18,6 +18,7 @@ from resmaster_stages.config.load import load_config
 from resmaster_stages.config.methods import METHODS
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.evaluation.variants import variants
+from resmaster_stages.metrics.metric import Pair
 from resmaster_stages.picturebook import captions
 from resmaster_stages.picturebook.scenes import drawing
 from resmaster_stages.picturebook.training.evaluate import square_scenes
@@ -112,7 +113,7 @@ def test_a_dataset_is_measured_as_the_stage_measures_it(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([sample]), tmp_path / "manifest.parquet")
     (row,) = flags.of_dataset(tmp_path, native_px=32)
     boxes = view_grid(128, 128, 32, 0.5, 8).pixel_boxes
-    assert row == {"key": "aa", **measure(image.resize((32, 32)), image, boxes)}
+    assert row == {"key": "aa", **measure(Pair(image.resize((32, 32)), image, boxes))}
 
 
 @pytest.mark.slow

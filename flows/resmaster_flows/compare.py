@@ -125,8 +125,7 @@ def print_tables(found: Compared) -> None:
         table.add_column(f"{scale}, n = {rows[0]['samples']}", no_wrap=True)
         for row in rows:
             table.add_column(row["method"], justify="right", overflow="fold")
-        for name, heading, form in shown(rows):
-            if name != "method":
-                table.add_row(heading, *(cell(row, name, form) for row in rows))
+        for column in shown(rows):
+            table.add_row(column.heading, *(cell(row, column) for row in rows))
         out.print(table)
         out.print()

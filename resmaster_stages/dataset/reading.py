@@ -178,7 +178,7 @@ def _fetched(
         file = files.enter_context(path.open("rb"))
         return {entry.key: (file, entry) for entry in read_index(file, receipt.objects[0].name)}
     rows: dict[str, list[dict[str, Any]]] = {}
-    for row in decode_table(path, STAGE_SCHEMAS[receipt.stage], receipt.objects[0].name).to_pylist():
+    for row in decode_table(path, STAGE_SCHEMAS[receipt.stage](), receipt.objects[0].name).to_pylist():
         rows.setdefault(row["key"], []).append(row)
     if receipt.stage == "captions":
         for own in rows.values():

@@ -6,6 +6,7 @@ from typing import Any
 
 from resmaster_stages.config.dataset import DatasetConfig, Stage
 from resmaster_stages.keys import digest
+from resmaster_stages.metrics import metric_columns
 from resmaster_stages.models.identity import Weights
 
 
@@ -63,7 +64,8 @@ def stage_hash(config: DatasetConfig, stage: Stage, weights: Weights) -> str:
         }
         upstream = ["low_res", "captions"] if config.upscale.uses_captions() else ["low_res"]
     else:
-        own = {"quality": config.quality.identity(), "weights": weights.clip}
+        measured = [column.name for column in metric_columns()]
+        own = {"quality": config.quality.identity(), "weights": weights.clip, "columns": measured}
         if weights.features:
             own["features"] = weights.features
         upstream = ["high_res"]

@@ -23,9 +23,10 @@ from resmaster_stages.dataset.commit import commit, list_commits, new_attempt, r
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.plan import read_plan
 from resmaster_stages.dataset.reading import fetch, shard_samples
-from resmaster_stages.dataset.schemas import COMPARE_SCHEMA, MANIFEST_SCHEMA
+from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.errors import PlanError
+from resmaster_stages.evaluation.columns import compare_schema, compared_metrics
 from resmaster_stages.evaluation.page import SheetRow, markdown, sheet
 from resmaster_stages.evaluation.reference import SURPLUS, Features, object_counter
 from resmaster_stages.evaluation.set_metrics import VIEWS, compare_sets, read_features, stacked
@@ -44,10 +45,6 @@ LOW_RES_VIEWS = ("r", "u")
 
 REAL = "(real pictures)"
 """What the row of drawn pictures is called: no method, but what a perfect one would score."""
-
-
-MEANS = ("clip_score", "agreement_psnr", "agreement_ssim", "detail_energy", "seam", "seam_worst")
-"""Columns of the quality table whose means are compared."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -116,7 +113,7 @@ class Compared:
     """What a comparison found."""
 
     rows: list[dict[str, Any]]
-    """One per variant, as `tables.COMPARE_SCHEMA`."""
+    """One per variant, as `columns.compare_schema`."""
     keys: dict[str, list[str]]
     """Scale -> samples that all its methods have."""
 
@@ -166,7 +163,7 @@ def compare_datasets(
                 }
             )
         if real is not None:
-            facts = dict.fromkeys(COMPARE_SCHEMA.names)
+            facts = dict.fromkeys(compare_schema().names)
             known = {name: rows[-1][name] for name in ("scale", "features", "height", "width", "reference")}
             drawn = {"method": REAL, "dataset": "", "samples": len(real), "reference_samples": count}
             sets = stacked(real)
@@ -177,7 +174,7 @@ def compare_datasets(
 
 
 def _manifest(dataset: Dataset) -> dict[str, dict[str, Any]]:
-    table = decode_table(dataset.folder.read(layout.MANIFEST), MANIFEST_SCHEMA, layout.MANIFEST)
+    table = decode_table(dataset.folder.read(layout.MANIFEST), manifest_schema(), layout.MANIFEST)
     return {row["key"]: row for row in table.to_pylist()}
 
 
@@ -185,9 +182,9 @@ def _facts(variant: Variant, dataset: Dataset, manifest: Sequence[Mapping[str, A
     """Sizes, means of the quality table, UNet cost and seconds per picture."""
     config = dataset.config
     means: dict[str, Any] = {}
-    for name in MEANS:
-        values = [row[name] for row in manifest if row[name] is not None]
-        means[name] = sum(values) / len(values) if values else None
+    for column in compared_metrics():
+        values = [row[column.name] for row in manifest if row[column.name] is not None]
+        means[column.name] = sum(values) / len(values) if values else None
     means["flagged"] = sum(bool(row["flags"]) for row in manifest) / len(manifest)
     cost: dict[str, Any] = {"seconds_captions": None}
     hashes = stage_hashes(config)
@@ -280,7 +277,7 @@ def published(dataset: Dataset) -> bool:
     """Whether the manifest and the report are those of what is committed under the current configuration."""
     if not dataset.folder.exists(layout.REPORT_PAGE) or not dataset.folder.exists(layout.MANIFEST):
         return False
-    table = decode_table(dataset.folder.read(layout.MANIFEST), MANIFEST_SCHEMA, layout.MANIFEST)
+    table = decode_table(dataset.folder.read(layout.MANIFEST), manifest_schema(), layout.MANIFEST)
     own_hash = stage_hashes(dataset.config)["quality"]
     finished = status(dataset).stages[-1].samples_ok
     return len(table) == finished and all(found == own_hash for found in table["quality_hash"].to_pylist())
@@ -304,6 +301,6 @@ def write_comparison(folder: Folder, name: str, built: list[tuple[Variant, Datas
         sheet([rows[key] for key in chosen], methods).save(buffer, "PNG", optimize=True)
         sheets[scale] = f"sheet-{scale}.png"
         folder.write(sheets[scale], buffer.getvalue())
-    folder.write("compare.parquet", encode_table(found.rows, COMPARE_SCHEMA))
+    folder.write("compare.parquet", encode_table(found.rows, compare_schema()))
     folder.write("compare.md", markdown(f"{name}: methods compared", found.rows, sheets).encode())
     return folder.url_of("compare.md")

@@ -184,7 +184,7 @@ def _trace(dataset: Dataset, stage: Stage, hashes: dict[Stage, str], sample: Pla
         if layout.EXTENSIONS[stage] == "tar":
             files, facts = _in_tar(dataset.folder, name, sample.key)
             return replace(trace, files=files, facts=facts)
-        table = decode_table(dataset.folder.read(name), STAGE_SCHEMAS[stage], name).to_pylist()
+        table = decode_table(dataset.folder.read(name), STAGE_SCHEMAS[stage](), name).to_pylist()
     except FileNotFoundError:
         return replace(
             trace, problem=f"{name} is gone; run: resmaster verify {dataset.url}, then: resmaster repair {dataset.url}"

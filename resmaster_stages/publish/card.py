@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from resmaster_stages.config.dataset import DatasetConfig, Stage
 from resmaster_stages.dataset.plan import Plan
+from resmaster_stages.metrics import metric_columns
+from resmaster_stages.metrics.flags import known_flags
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ def dataset_card(
         facts="\n".join(f"| {name} | {value} |" for name, value in facts),
         captions=CAPTIONS_LINE if config.upscale.uses_captions() else "",
         features=FEATURES_LINE.format(config.quality.features) if config.quality.features != "none" else "",
+        measures="\n".join(f"| `{column.name}` | {column.meaning} |" for column in metric_columns()),
+        flags="\n".join(f"| `{flag.name}` | {flag.meaning} |" for flag in known_flags().values()),
     )
 
 
@@ -94,6 +98,19 @@ Follow `index.json` or `manifest.parquet`, not folder listings: folders may hold
 | `high_res/*.tar`, `low_res/*.tar` | WebDataset shards: `KEY.webp` or `KEY.png`, `KEY.json`, `KEY.txt` (the prompt) |
 {captions}| `quality/*.parquet` | the quality measures, also in the manifest |
 {features}
+## Quality
+
+Columns of the quality table and of the manifest:
+
+| Column | Meaning |
+|---|---|
+{measures}
+| `flags` | names of what is wrong, as listed below; a flag deletes nothing |
+
+| Flag | Meaning |
+|---|---|
+{flags}
+
 ## Reading it
 
 All samples, with webdataset (run it in this folder):

@@ -30,7 +30,7 @@ from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.damage import marked_shards
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.plan import Plan, read_plan
-from resmaster_stages.dataset.schemas import MANIFEST_SCHEMA, QUALITY_SCHEMA
+from resmaster_stages.dataset.schemas import manifest_schema, quality_schema
 from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.errors import ShardError
 from resmaster_stages.keys import digest_of_keys
@@ -61,7 +61,7 @@ def write_manifest(dataset: Dataset, config: DatasetConfig | None = None) -> Pub
     )
     with scratch_folder() as scratch:
         local, local_index = scratch / layout.MANIFEST, scratch / layout.INDEX
-        with TableWriter(local, MANIFEST_SCHEMA) as table, local_index.open("w", encoding="utf-8") as index:
+        with TableWriter(local, manifest_schema()) as table, local_index.open("w", encoding="utf-8") as index:
             head = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": config.name}
             index.write(json.dumps(head)[:-1] + ', "shardlist": [')
             while batch := list(itertools.islice(chains, CHUNK_SHARDS)):
@@ -195,7 +195,7 @@ def _quality_rows(dataset: Dataset, receipt: Receipt, tables: dict[str, bytes]) 
     name = receipt.objects[0].name
     if name not in tables:
         raise ShardError(_gone(dataset, receipt))
-    rows: list[dict[str, Any]] = decode_table(tables[name], QUALITY_SCHEMA, name).to_pylist()
+    rows: list[dict[str, Any]] = decode_table(tables[name], quality_schema(), name).to_pylist()
     return rows
 
 

@@ -25,8 +25,9 @@ from PIL import Image
 
 from resmaster_stages.dataset.schemas import DESCRIBED
 from resmaster_stages.errors import SampleError
+from resmaster_stages.metrics import shown_columns
 from resmaster_stages.metrics.detail import Box, most_detailed
-from resmaster_stages.metrics.flags import FLAGS, badness
+from resmaster_stages.metrics.flags import badness, known_flags
 from resmaster_stages.publish.assets import SCRIPT, STYLE
 from resmaster_stages.storage.images import decode_image
 
@@ -54,33 +55,6 @@ class ReportSample:
     """Further facts to show, such as the seed."""
     command: str = ""
     """A command that tells more of the sample; "" for none."""
-
-
-METRICS: tuple[tuple[str, str, str, str, str], ...] = (
-    (
-        "agreement_psnr",
-        "agreement",
-        "{:.1f} dB",
-        "PSNR of the down-scaled result against the low-res image: is structure kept?",
-        "1",
-    ),
-    ("agreement_ssim", "SSIM", "{:.3f}", "structural similarity of the down-scaled result with the low-res image", "1"),
-    (
-        "detail_energy",
-        "detail",
-        "{:.2%}",
-        "share of the picture's energy that is finer than the low-res image could hold",
-        "1",
-    ),
-    ("seam", "seam", "{:.2f}", "steps on view borders over steps beside them; about 1 is none", "-1"),
-    ("seam_worst", "worst border", "{:.0f}", "grey levels of the step along the worst stretch of a view border", "-1"),
-    ("lost_worst", "lost", "{:.2f}", "contours of the low-res image that are missing in the worst place", "-1"),
-    ("added_worst", "added", "{:.2f}", "contours that the low-res image has not, in the worst place", "-1"),
-    ("colour_worst", "colour", "{:.1f}", "difference of colour in the worst place; about 2 can just be seen", "-1"),
-    ("clip_score", "CLIP score", "{:.1f}", "100 times the cosine of picture and prompt", "1"),
-    ("clipped", "clipped", "{:.1%}", "share of pure black and white pixels", "-1"),
-)
-"""Column of the quality table, label, format, meaning, and the sign by which the worst sorts first."""
 
 
 def choose(bad: Sequence[float] | NDArray[np.float64], limit: int = 200) -> list[int]:
@@ -172,10 +146,13 @@ def _bar() -> str:
         ("bad -1", "worst first"),
         ("bad 1", "best first"),
         ("index 1", "dataset order"),
-        *((f"{name.replace('_', '')} {sign}", f"worst {label}") for name, label, _, _, sign in METRICS),
+        *(
+            (f"{column.name.replace('_', '')} {-1 if column.better == '↓' else 1}", f"{column.label}, worst first")
+            for column in shown_columns()
+        ),
     ]
     options = "".join(f'<option value="{value}">{_text(label)}</option>' for value, label in orders)
-    flags = "".join(f'<option value="{flag}">{_text(flag.replace("_", " "))}</option>' for flag in FLAGS)
+    flags = "".join(f'<option value="{flag}">{_text(flag.replace("_", " "))}</option>' for flag in known_flags())
     return (
         '<div class="bar"><span class="switch" role="group" aria-label="View">'
         '<button value="pair" aria-pressed="true">Side by side</button>'
@@ -211,12 +188,17 @@ def _card(sample: ReportSample, index: int, bad: float, share_bytes: float) -> s
     quality = sample.quality
     flags = [str(flag) for flag in quality.get("flags") or ()]
     data = {"index": index, "bad": f"{bad:.4f}" if math.isfinite(bad) else "", "flags": " ".join(flags)}
-    data |= {name.replace("_", ""): _plain(quality.get(name)) for name, *_ in METRICS}
+    columns, known = shown_columns(), known_flags()
+    data |= {column.name.replace("_", ""): _plain(quality.get(column.name)) for column in columns}
     attributes = "".join(f' data-{name}="{_text(value)}"' for name, value in data.items())
-    badges = "".join(f'<li title="{_text(FLAGS.get(flag, ""))}">{_text(flag.replace("_", " "))}</li>' for flag in flags)
+    badges = "".join(
+        f'<li title="{_text(known[flag].meaning if flag in known else "")}">{_text(flag.replace("_", " "))}</li>'
+        for flag in flags
+    )
     numbers = "".join(
-        f'<div title="{_text(meaning)}"><dt>{_text(label)}</dt><dd>{_number(quality.get(name), form)}</dd></div>'
-        for name, label, form, meaning, _ in METRICS
+        f'<div title="{_text(column.meaning)}"><dt>{_text(column.heading)}</dt>'
+        f"<dd>{_number(quality.get(column.name), column.form)}</dd></div>"
+        for column in columns
     )
     extra = " · ".join(f"{name} {value}" for name, value in sample.meta.items())
     return (
@@ -345,7 +327,7 @@ def _text(value: object) -> str:
 
 
 def _measured(quality: Mapping[str, Any]) -> bool:
-    return all(quality.get(name) is not None for name in ("agreement_psnr", "seam", "clipped"))
+    return any(quality.get(column.name) is not None for column in shown_columns())
 
 
 def _plain(value: Any) -> str:

@@ -22,16 +22,13 @@ from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.ledger import ledger_rows
 from resmaster_stages.dataset.plan import read_plan
 from resmaster_stages.dataset.reading import shard_samples
-from resmaster_stages.dataset.schemas import MANIFEST_SCHEMA
+from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.inspection.explain import explain_command
-from resmaster_stages.metrics.flags import WORST_RANGES, badness
+from resmaster_stages.metrics.flags import badness, badness_columns
 from resmaster_stages.publish.page import ReportSample, choose, render_report
 from resmaster_stages.publish.sheets import contact_sheets
 from resmaster_stages.storage.tables import decode_table, rows_at
-
-BADNESS_COLUMNS = ("agreement_psnr", "seam", *WORST_RANGES, "clipped", "clip_score", "flags")
-"""What `quality.badness` reads of the manifest."""
 
 SIZE_COLUMNS = ["low_res_width", "low_res_height", "width", "height"]
 
@@ -42,9 +39,9 @@ SHOWN_SAMPLES = 200
 def write_report(dataset: Dataset) -> str:
     """Write report/index.html and contact sheets of what the manifest holds. Returns the page's path or URL."""
     manifest = dataset.folder.read(layout.MANIFEST)
-    table = decode_table(manifest, MANIFEST_SCHEMA, layout.MANIFEST, (*BADNESS_COLUMNS, *SIZE_COLUMNS))
+    table = decode_table(manifest, manifest_schema(), layout.MANIFEST, (*badness_columns(), *SIZE_COLUMNS))
     bad = [badness(row) for batch in table.to_batches(10_000) for row in batch.to_pylist()]
-    rows = rows_at(manifest, MANIFEST_SCHEMA, layout.MANIFEST, choose(bad, SHOWN_SAMPLES))
+    rows = rows_at(manifest, manifest_schema(), layout.MANIFEST, choose(bad, SHOWN_SAMPLES))
     shown = {row["key"]: row for row in rows}
     samples = sorted(_samples(dataset, shown), key=lambda sample: -badness(sample.quality))
     page = render_report(

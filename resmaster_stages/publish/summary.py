@@ -13,10 +13,10 @@ import pyarrow.compute as pc
 
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset
-from resmaster_stages.dataset.schemas import MANIFEST_SCHEMA
+from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.inspection.status import Status, status
-from resmaster_stages.metrics.flags import FLAGS
-from resmaster_stages.publish.page import METRICS
+from resmaster_stages.metrics import shown_columns
+from resmaster_stages.metrics.flags import known_flags
 from resmaster_stages.publish.report import SIZE_COLUMNS, facts, failures
 from resmaster_stages.redaction import without_credentials
 from resmaster_stages.storage.tables import decode_table
@@ -26,8 +26,8 @@ SHOWN_FAILURES = 20
 
 def summary(dataset: Dataset) -> str:
     """The page of a dataset whose manifest is written."""
-    columns = [*(name for name, *_ in METRICS), "flags", *SIZE_COLUMNS]
-    table = decode_table(dataset.folder.read(layout.MANIFEST), MANIFEST_SCHEMA, layout.MANIFEST, columns)
+    columns = [*(column.name for column in shown_columns()), "flags", *SIZE_COLUMNS]
+    table = decode_table(dataset.folder.read(layout.MANIFEST), manifest_schema(), layout.MANIFEST, columns)
     url = without_credentials(dataset.url)
     parts = [
         f"# {_cell(dataset.config.name)}",
@@ -68,12 +68,13 @@ def _stages(found: Status) -> str:
 def _quality(table: pa.Table) -> str:
     """Mean, median and the worst twentieth of each measure."""
     lines = []
-    for name, label, form, meaning, sign in METRICS:
-        values = table[name].drop_null().to_numpy()
+    for column in shown_columns():
+        values = table[column.name].drop_null().to_numpy()
         values = values[np.isfinite(values)]
         if values.size:
-            worst = np.percentile(values, 5 if sign == "1" else 95)
-            lines.append((label, *(form.format(float(v)) for v in (values.mean(), np.median(values), worst)), meaning))
+            worst = np.percentile(values, 95 if column.better == "↓" else 5)
+            numbers = (column.form.format(float(v)) for v in (values.mean(), np.median(values), worst))
+            lines.append((column.heading, *numbers, column.meaning))
     return _table(("measure", "mean", "median", "worst twentieth", "meaning"), lines) if lines else "No sample yet."
 
 
@@ -82,7 +83,7 @@ def _flags(table: pa.Table) -> str:
         found["values"]: found["counts"] for found in pc.value_counts(pc.list_flatten(table["flags"])).to_pylist()
     }
     flagged = pc.sum(pc.greater(pc.list_value_length(table["flags"]), 0)).as_py() or 0
-    shown = ", ".join(f"{flag} {counts[flag]}" for flag in FLAGS if flag in counts)
+    shown = ", ".join(f"{flag} {counts[flag]}" for flag in known_flags() if flag in counts)
     return f"{flagged} of {len(table)}" + (f" ({shown})" if shown else "")
 
 

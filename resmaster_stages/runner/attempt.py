@@ -154,7 +154,7 @@ def _write(
     if tar:
         images = tuple(spell_image(entry) for entry in validate(target, good))
     else:
-        schema = STAGE_SCHEMAS[stage]
+        schema = STAGE_SCHEMAS[stage]()
         with explained(str(target.parent)):
             target.write_bytes(encode_table(rows, schema, {"stage_hash": own_hash}))
         keys = list(dict.fromkeys(decode_table(target, schema, target.name)["key"].to_pylist()))

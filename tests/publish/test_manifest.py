@@ -13,7 +13,7 @@ from resmaster_stages.config.dataset import STAGES
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.plan import Plan, read_plan
-from resmaster_stages.dataset.schemas import MANIFEST_SCHEMA
+from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.errors import ShardError
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.publish.card import Publication
@@ -45,7 +45,7 @@ def test_manifest_points_at_every_image(kind: str, tmp_path: Path) -> None:
     dataset = build(tmp_path if kind == "local" else f"memory://{uuid.uuid4().hex}", tmp_path)
     published = write_manifest(dataset)
     assert published == Publication(3, 3, 0, {"low_res": 1, "captions": 0, "high_res": 1, "quality": 0})
-    rows = decode_table(dataset.folder.read("manifest.parquet"), MANIFEST_SCHEMA, "manifest").to_pylist()
+    rows = decode_table(dataset.folder.read("manifest.parquet"), manifest_schema(), "manifest").to_pylist()
     assert [row["prompt"] for row in rows] == ["a", "b", "c"]
     assert [row["index"] for row in rows] == [0, 1, 4]
     for row in rows:
