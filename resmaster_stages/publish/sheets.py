@@ -77,5 +77,6 @@ def _fit(text: str, font: Font, width: int) -> str:
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text
-    count = bisect_right(range(1, len(text) + 1), width, key=lambda count: font.getlength(text[:count] + "..."))
+    lengths = range(1, len(text) + 1)
+    count = bisect_right(lengths, float(width), key=lambda length: float(font.getlength(text[:length] + "...")))
     return text[:count].rstrip() + "..."
