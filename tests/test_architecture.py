@@ -149,7 +149,7 @@ def test_status_and_plan_start_without_torch_or_prefect() -> None:
 
 
 @pytest.mark.slow
-def test_a_wheel_takes_no_common_name_and_leaves_the_training_out(tmp_path: Path) -> None:
+def test_a_wheel_takes_no_common_name_carries_the_templates_and_leaves_the_training_out(tmp_path: Path) -> None:
     """`flows` and `tasks` are what other people's Prefect projects call theirs."""
     source = tmp_path / "source"
     source.mkdir()
@@ -162,6 +162,10 @@ def test_a_wheel_takes_no_common_name_and_leaves_the_training_out(tmp_path: Path
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == set(PACKAGES)
     assert "resmaster_stages/picturebook/pack/card.json" in names
+    templates = {
+        f"resmaster_stages/publish/templates/{name}" for name in ("page.html", "page.css", "page.js", "card.md")
+    }
+    assert templates <= set(names)
     assert not [name for name in names if name.startswith("resmaster_stages/picturebook/training/")]
     packed = {name for name in names if name.endswith(".py")}
     wanted = {

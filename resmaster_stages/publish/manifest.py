@@ -1,13 +1,13 @@
 """What readers use: the manifest, the index of shards and the dataset card, from commit records only.
 
-Knows nothing about models, and computes nothing about images: qualities come from the quality stage's tables.
-
 Invariants:
 - Every key occurs at most once.
 - Only shards committed in every stage and not known to be damaged are published; the card says how many are still missing.
 - Equal commits give equal files: no time or host is in them.
 - Rows, records and the index go to disk as they come. What grows is 8 bytes per sample, and per shard the names that listings
   give (docs/scale.md has numbers).
+
+Computes nothing about images: qualities come from the quality stage's tables.
 """
 
 from __future__ import annotations
@@ -48,40 +48,32 @@ def write_manifest(dataset: Dataset, config: DatasetConfig | None = None) -> Pub
     config = config or dataset.config
     plan = read_plan(dataset.folder)
     hashes = stage_hashes(config)
-    damaged = {shard for stage, own_hash in hashes.items() for shard in marked_shards(dataset.folder, stage, own_hash)}
     failures: dict[Stage, int] = dict.fromkeys(hashes, 0)
     sizes: set[tuple[int, int]] = set()
     prints = array("Q")
     tars = frozenset(name for stage in ("low_res", "high_res") for name in dataset.folder.names(stage))
     complete = flagged = listed = total_bytes = 0
-    chains = (
-        (shard, chain)
-        for shard, chain in read_chains(dataset.folder, hashes, plan.shards)
-        if shard not in damaged and all(link.commit for link in chain.links.values())
-    )
     with scratch_folder() as scratch:
         local, local_index = scratch / layout.MANIFEST, scratch / layout.INDEX
         with TableWriter(local, manifest_schema()) as table, local_index.open("w", encoding="utf-8") as index:
             head = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": config.name}
             index.write(json.dumps(head)[:-1] + ', "shardlist": [')
-            while batch := list(itertools.islice(chains, CHUNK_SHARDS)):
-                tables = _quality_tables(dataset, [chain for _, chain in batch])
-                for shard, chain in batch:
-                    rows = list(_manifest_rows(dataset, plan, shard, chain, tables, tars))
-                    table.write(rows)
-                    prints.extend(int(row["key"][:16], 16) for row in rows)
-                    sizes.update((row["height"], row["width"]) for row in rows)
-                    flagged += sum(bool(row["flags"]) for row in rows)
-                    complete += 1
-                    for stage, link in chain.links.items():
-                        failures[stage] += len(link.failed)
-                    for receipt in chain.links["high_res"].receipts:
-                        if receipt.samples_ok:  # an empty tar would only make readers stumble
-                            tar = receipt.objects[0]
-                            item = {"url": tar.name, "nsamples": receipt.samples_ok, "filesize": tar.bytes}
-                            index.write(",\n " * bool(listed) + json.dumps(item))
-                            listed += 1
-                            total_bytes += tar.bytes
+            for shard, chain, tables in _complete_chains(dataset, hashes, plan.shards):
+                rows = list(_manifest_rows(dataset, plan, shard, chain, tables, tars))
+                table.write(rows)
+                prints.extend(int(row["key"][:16], 16) for row in rows)
+                sizes.update((row["height"], row["width"]) for row in rows)
+                flagged += sum(bool(row["flags"]) for row in rows)
+                complete += 1
+                for stage, link in chain.links.items():
+                    failures[stage] += len(link.failed)
+                for receipt in chain.links["high_res"].receipts:
+                    if receipt.samples_ok:  # an empty tar would only make readers stumble
+                        tar = receipt.objects[0]
+                        item = {"url": tar.name, "nsamples": receipt.samples_ok, "filesize": tar.bytes}
+                        index.write(",\n " * bool(listed) + json.dumps(item))
+                        listed += 1
+                        total_bytes += tar.bytes
             index.write("]}\n")
         if (twice := _repeated(local, prints)) is not None:
             raise ShardError(f"{dataset.url}: sample {twice} occurs twice; restore the folder plan/ from a copy")
@@ -93,17 +85,24 @@ def write_manifest(dataset: Dataset, config: DatasetConfig | None = None) -> Pub
     return published
 
 
-def _repeated(manifest: Path, prints: array[int]) -> str | None:
-    """A key that occurs twice in a manifest. `prints`: the first 64 bits of its keys, all that is held of them; sorted in place."""
-    values = np.asarray(prints)
-    values.sort()
-    suspects = set(values[1:][values[1:] == values[:-1]].tolist())
-    if not suspects:
-        return None
-    batches = pq.ParquetFile(manifest).iter_batches(columns=["key"])
-    keys = (key for batch in batches for key in batch["key"].to_pylist())
-    seen = Counter(key for key in keys if int(key[:16], 16) in suspects)
-    return next((key for key, count in seen.items() if count > 1), None)
+def _complete_chains(
+    dataset: Dataset, hashes: dict[Stage, str], shards: int
+) -> Iterator[tuple[int, Chain, dict[str, bytes]]]:
+    """(shard, its commits, its quality tables) of shards committed in every stage and not known to be damaged, in order.
+
+    The tables, name -> content, are fetched for many shards together; what is gone is absent.
+    """
+    damaged = {shard for stage, own_hash in hashes.items() for shard in marked_shards(dataset.folder, stage, own_hash)}
+    chains = (
+        (shard, chain)
+        for shard, chain in read_chains(dataset.folder, hashes, shards)
+        if shard not in damaged and all(link.commit for link in chain.links.values())
+    )
+    while batch := list(itertools.islice(chains, CHUNK_SHARDS)):
+        receipts = [receipt for _, chain in batch for receipt in chain.links["quality"].receipts]
+        tables = dataset.folder.read_many([receipt.objects[0].name for receipt in receipts])
+        for shard, chain in batch:
+            yield shard, chain, tables
 
 
 def _manifest_rows(
@@ -129,7 +128,7 @@ def _manifest_rows(
             if receipt.attempt not in indices:
                 lost = chain.lost(receipt.stage)
                 own = receipt.keys or [each.key for each in planned if each.key not in lost]
-                indices[receipt.attempt] = _images(dataset, receipt, own, tars)
+                indices[receipt.attempt] = _image_places(dataset, receipt, own, tars)
         if quality.attempt not in qualities:
             qualities[quality.attempt] = {row["key"]: row for row in _quality_rows(dataset, quality, tables)}
         low_entries, high_entries = indices[low_res.attempt], indices[high_res.attempt]
@@ -167,8 +166,11 @@ def _manifest_rows(
         }
 
 
-def _images(dataset: Dataset, receipt: Receipt, keys: Sequence[str], tars: frozenset[str]) -> dict[str, Member]:
-    """Key -> place of its image in a committed tar that holds `keys`: from its commit record, else from the tar's headers."""
+def _image_places(dataset: Dataset, receipt: Receipt, keys: Sequence[str], tars: frozenset[str]) -> dict[str, Member]:
+    """Key -> place of its image in a committed tar that holds `keys`.
+
+    The commit record has the places; without them there, they are read from the tar's headers.
+    """
     name = receipt.objects[0].name
     if name not in tars:
         raise ShardError(_gone(dataset, receipt))
@@ -185,13 +187,8 @@ def _images(dataset: Dataset, receipt: Receipt, keys: Sequence[str], tars: froze
         raise ShardError(f"{name}: damaged commit record ({error}); delete it, then run: resmaster repair") from error
 
 
-def _quality_tables(dataset: Dataset, chains: Sequence[Chain]) -> dict[str, bytes]:
-    """Name -> content of the chains' quality tables, fetched together; what is gone is absent."""
-    receipts = [receipt for chain in chains for receipt in chain.links["quality"].receipts]
-    return dataset.folder.read_many([receipt.objects[0].name for receipt in receipts])
-
-
 def _quality_rows(dataset: Dataset, receipt: Receipt, tables: dict[str, bytes]) -> list[dict[str, Any]]:
+    """The rows of a committed quality table. `tables`: the content of such tables, by name."""
     name = receipt.objects[0].name
     if name not in tables:
         raise ShardError(_gone(dataset, receipt))
@@ -200,10 +197,23 @@ def _quality_rows(dataset: Dataset, receipt: Receipt, tables: dict[str, bytes]) 
 
 
 def _gone(dataset: Dataset, receipt: Receipt) -> str:
+    """What to say of a committed object that is not there."""
     return (
         f"{receipt.objects[0].name} is gone; run: resmaster verify {dataset.url}, then: resmaster repair {dataset.url}"
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the card
+def _repeated(manifest: Path, prints: array[int]) -> str | None:
+    """A key that occurs twice in a manifest, or None.
+
+    `prints`: the first 64 bits of its keys, which is all that memory holds of them. They are sorted in place.
+    """
+    values = np.asarray(prints)
+    values.sort()
+    suspects = set(values[1:][values[1:] == values[:-1]].tolist())
+    if not suspects:
+        return None
+    batches = pq.ParquetFile(manifest).iter_batches(columns=["key"])
+    keys = (key for batch in batches for key in batch["key"].to_pylist())
+    seen = Counter(key for key in keys if int(key[:16], 16) in suspects)
+    return next((key for key, count in seen.items() if count > 1), None)

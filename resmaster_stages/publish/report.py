@@ -1,10 +1,10 @@
 """Writes `report/` of a dataset: the page and the contact sheets, from what is committed.
 
-Knows storage; what the page looks like is `resmaster_stages.publish.page`'s business.
-
 Invariants:
 - Only samples of the manifest are shown, so the report never shows what readers do not get.
 - One shard is opened at a time, and only if it holds a sample that is shown.
+
+Knows storage, and not what the page looks like: see `page.py` and `sheets.py`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from resmaster_stages.publish.sheets import contact_sheets
 from resmaster_stages.storage.tables import decode_table, rows_at
 
 SIZE_COLUMNS = ["low_res_width", "low_res_height", "width", "height"]
-
+"""What `facts` reads of the manifest."""
 SHOWN_SAMPLES = 200
-"""A page with more pictures than this is slow to open: half are the worst, half evenly from the rest."""
+"""A page with more samples than this is slow to open: half are the worst, half evenly from the rest."""
 
 
 def write_report(dataset: Dataset) -> str:
@@ -49,9 +49,7 @@ def write_report(dataset: Dataset) -> str:
         facts(dataset.config, table),
         samples,
         failures(dataset),
-        count=len(samples),
         total=len(bad),
-        lead="Left: the low-res image. Right: the same, upscaled. Worst by quality first.",
     )
     dataset.folder.write(layout.REPORT_PAGE, page.encode())
     for number, sheet in enumerate(contact_sheets(samples, title=dataset.config.name)):
@@ -61,21 +59,39 @@ def write_report(dataset: Dataset) -> str:
     return dataset.folder.url_of(layout.REPORT_PAGE)
 
 
+def _samples(dataset: Dataset, rows: dict[str, dict[str, Any]]) -> Iterator[ReportSample]:
+    """The samples whose rows of the manifest are given (key -> row), in the order of their shards."""
+    plan, config = read_plan(dataset.folder), dataset.config
+    hashes = stage_hashes(config)
+    for shard in sorted({row["shard"] for row in rows.values()}):
+        with shard_samples(dataset, config, plan, shard, config.stages(), hashes) as samples:
+            for sample in samples:
+                if sample.key not in rows or sample.low_res is None or sample.high_res is None:
+                    continue
+                yield ReportSample(
+                    key=sample.key,
+                    prompt=sample.prompt,
+                    low_res=sample.low_res.data,
+                    high_res=sample.high_res.data,
+                    captions=sample.captions,
+                    quality=rows[sample.key],
+                    meta={"seed": sample.high_res.meta.get("seed"), "shard": shard},
+                    command=explain_command(dataset.url, sample.key),
+                )
+
+
 def facts(config: DatasetConfig, manifest: pa.Table) -> dict[str, Any]:
     """What the page's header says of the dataset. `manifest`: its `SIZE_COLUMNS` at least."""
     upscale = config.upscale
     found = manifest.select(SIZE_COLUMNS).group_by(SIZE_COLUMNS).aggregate([])
     sizes = sorted(tuple(row[name] for name in SIZE_COLUMNS) for row in found.to_pylist())
-    first = f"{sizes[0][0]} x {sizes[0][1]} px to {sizes[0][2]} x {sizes[0][3]} px" if sizes else "none yet"
-    parts = [
-        name
-        for name, on in (
-            ("structure", upscale.structure.enabled),
-            ("image prompts", upscale.image_prompt.enabled),
-            ("patch captions", upscale.text_prompt.enabled),
-        )
-        if on
-    ]
+    smallest = "{} x {} px to {} x {} px".format(*sizes[0]) if sizes else "none yet"
+    guidance = {
+        "structure": upscale.structure.enabled,
+        "image prompts": upscale.image_prompt.enabled,
+        "patch captions": upscale.text_prompt.enabled,
+    }
+    parts = ", ".join(name for name, on in guidance.items() if on) or "no guidance"
     settings: dict[str, Any] = {}
     if upscale.method == "super_resolution":
         settings = {"network": upscale.super_resolution.model}
@@ -83,8 +99,8 @@ def facts(config: DatasetConfig, manifest: pa.Table) -> dict[str, Any]:
         settings = {"steps": upscale.steps, "guidance scale": upscale.guidance_scale}
     return {
         "samples": manifest.num_rows,
-        "sizes": first + (f" and {len(sizes) - 1} more" if len(sizes) > 1 else ""),
-        "method": upscale.method + (f" ({', '.join(parts) or 'no guidance'})" if upscale.method == "resmaster" else ""),
+        "sizes": smallest + (f" and {len(sizes) - 1} more" if len(sizes) > 1 else ""),
+        "method": upscale.method + (f" ({parts})" if upscale.method == "resmaster" else ""),
         "model": config.model.id,
         **settings,
         "seed": config.seed,
@@ -92,8 +108,10 @@ def facts(config: DatasetConfig, manifest: pa.Table) -> dict[str, Any]:
 
 
 def failures(dataset: Dataset) -> list[dict[str, Any]]:
-    """The ledger's rows of what is still missing under the current configuration: the last attempt of each sample, with a
-    command that tells more."""
+    """The ledger's rows of what is still missing under the current configuration, one per stage and sample.
+
+    Each is the last attempt's, with a `command` that tells more.
+    """
     last: dict[tuple[Stage, str], dict[str, Any]] = {}
     for stage, own_hash in stage_hashes(dataset.config).items():
         rows = ledger_rows(dataset.folder, stage)
@@ -108,24 +126,3 @@ def failures(dataset: Dataset) -> list[dict[str, Any]]:
             if known is None or row["attempt_number"] >= known["attempt_number"]:
                 last[stage, row["key"]] = row
     return [{**row, "command": explain_command(dataset.url, row["key"])} for row in last.values()]
-
-
-def _samples(dataset: Dataset, rows: dict[str, dict[str, Any]]) -> Iterator[ReportSample]:
-    plan, config = read_plan(dataset.folder), dataset.config
-    hashes = stage_hashes(config)
-    stages: tuple[Stage, ...] = config.stages()
-    for shard in sorted({row["shard"] for row in rows.values()}):
-        with shard_samples(dataset, config, plan, shard, stages, hashes) as samples:
-            for sample in samples:
-                if sample.key not in rows or sample.low_res is None or sample.high_res is None:
-                    continue
-                yield ReportSample(
-                    key=sample.key,
-                    prompt=sample.prompt,
-                    low_res=sample.low_res.data,
-                    high_res=sample.high_res.data,
-                    captions=sample.captions,
-                    quality=rows[sample.key],
-                    meta={"seed": sample.high_res.meta.get("seed"), "shard": shard},
-                    command=explain_command(dataset.url, sample.key),
-                )
