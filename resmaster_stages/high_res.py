@@ -21,7 +21,7 @@ from resmaster_stages.dataset.stages import STAGE_VERSIONS
 from resmaster_stages.diffusion.views import Grid, view_grid
 from resmaster_stages.errors import SampleError
 from resmaster_stages.keys import canonical_json, sample_seed
-from resmaster_stages.progress import reporter
+from resmaster_stages.progress import Step, emit
 from resmaster_stages.storage.images import encode_picture
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _diffused(config: DatasetConfig, sample: Sample, image: Image.Image) -> tupl
         caption=partial(caption_views, config, sample.prompt),
         detail=sample.detail_mask.open() if sample.detail_mask else None,
         seed=seed,
-        progress=reporter().step,
+        progress=lambda done, total: emit(Step(done, total)),
     )
     return picture, {
         "prompt_truncated": truncated(models, [sample.prompt])[0],
@@ -105,7 +105,7 @@ def _enlarged(config: DatasetConfig, image: Image.Image) -> tuple[Image.Image, d
 
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device)
-    picture = enlarge_image(image, config.upscale, device, dtype, reporter().step)
+    picture = enlarge_image(image, config.upscale, device, dtype, lambda done, total: emit(Step(done, total)))
     if config.upscale.method == "lanczos":
         return picture, {}
     return picture, {"model": super_resolution_identity(config.upscale.super_resolution)}

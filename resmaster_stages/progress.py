@@ -1,125 +1,87 @@
-"""Where a stage says how far it is. Knows nothing about terminals or servers: a reporter is plugged in from above.
+"""Where a stage says how far it is: in events. Knows nothing about terminals or servers: listeners are plugged in from above.
 
-The current reporter is a context variable, so that neither stages nor tasks carry it through their arguments.
+The listeners are a context variable, so that neither stages nor tasks carry them through their arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol
+from dataclasses import dataclass
 
 
-class Reporter(Protocol):
-    """Hears what happens. Called often (per sample, per denoising step): implementations must be cheap."""
-
-    def shard_started(self, stage: str, shard: int, samples: int) -> None:
-        """A stage begins to compute a shard of `samples` samples."""
-
-    def sample_done(self, stage: str, shard: int, ok: bool) -> None:
-        """One sample of the shard is finished, or failed (`ok` is False)."""
-
-    def shard_done(self, stage: str, shard: int, cached: bool) -> None:
-        """The shard is committed; `cached` if it was so before this run."""
-
-    def shard_failed(self, shard: int, error: str) -> None:
-        """The shard could not be finished, for a reason that is told in one line."""
-
-    def dispatched(self, done: int, total: int, running: int, waiting: int) -> None:
-        """Where the work is done by others: `done` of `total` shards are finished, so many runs are at work or wait."""
-
-    def run_submitted(self, run: str, name: str) -> None:
-        """Others were asked to do a share of the work, in a run of this id and name."""
-
-    def run_ended(self, run: str, state: str, finished: bool) -> None:
-        """That run ended, in a state that is told in words; `finished` if its share is done."""
-
-    def step(self, done: int, total: int) -> None:
-        """Denoising step `done` of `total` of the sample at hand."""
-
-    def note(self, line: str) -> None:
-        """A fact that the user should know, in a line; it may be told for every sample, and is shown once."""
+class Event:
+    """Something that happened. Rooms above define more events."""
 
 
-class Silent:
-    """The reporter that says nothing, used where none was plugged in."""
+@dataclass(frozen=True)
+class ShardStarted(Event):
+    """A stage begins to compute a shard of `samples` samples."""
 
-    def shard_started(self, stage: str, shard: int, samples: int) -> None: ...
-
-    def sample_done(self, stage: str, shard: int, ok: bool) -> None: ...
-
-    def shard_done(self, stage: str, shard: int, cached: bool) -> None: ...
-
-    def shard_failed(self, shard: int, error: str) -> None: ...
-
-    def dispatched(self, done: int, total: int, running: int, waiting: int) -> None: ...
-
-    def run_submitted(self, run: str, name: str) -> None: ...
-
-    def run_ended(self, run: str, state: str, finished: bool) -> None: ...
-
-    def step(self, done: int, total: int) -> None: ...
-
-    def note(self, line: str) -> None: ...
+    stage: str
+    shard: int
+    samples: int
 
 
-class Both:
-    """Passes everything on to two reporters."""
+@dataclass(frozen=True)
+class SampleDone(Event):
+    """One sample of the shard is finished, or failed (`ok` is False)."""
 
-    def __init__(self, first: Reporter, second: Reporter) -> None:
-        self._reporters = (first, second)
-
-    def shard_started(self, stage: str, shard: int, samples: int) -> None:
-        for each in self._reporters:
-            each.shard_started(stage, shard, samples)
-
-    def sample_done(self, stage: str, shard: int, ok: bool) -> None:
-        for each in self._reporters:
-            each.sample_done(stage, shard, ok)
-
-    def shard_done(self, stage: str, shard: int, cached: bool) -> None:
-        for each in self._reporters:
-            each.shard_done(stage, shard, cached)
-
-    def shard_failed(self, shard: int, error: str) -> None:
-        for each in self._reporters:
-            each.shard_failed(shard, error)
-
-    def dispatched(self, done: int, total: int, running: int, waiting: int) -> None:
-        for each in self._reporters:
-            each.dispatched(done, total, running, waiting)
-
-    def run_submitted(self, run: str, name: str) -> None:
-        for each in self._reporters:
-            each.run_submitted(run, name)
-
-    def run_ended(self, run: str, state: str, finished: bool) -> None:
-        for each in self._reporters:
-            each.run_ended(run, state, finished)
-
-    def step(self, done: int, total: int) -> None:
-        for each in self._reporters:
-            each.step(done, total)
-
-    def note(self, line: str) -> None:
-        for each in self._reporters:
-            each.note(line)
+    stage: str
+    shard: int
+    ok: bool
 
 
-_reporter: ContextVar[Reporter] = ContextVar("reporter", default=Silent())  # noqa: B039  (stateless)
+@dataclass(frozen=True)
+class ShardDone(Event):
+    """The shard is committed; `cached` if it was so before this run."""
+
+    stage: str
+    shard: int
+    cached: bool
 
 
-def reporter() -> Reporter:
-    """The reporter of the current context."""
-    return _reporter.get()
+@dataclass(frozen=True)
+class ShardFailed(Event):
+    """The shard could not be finished, for a reason that is told in one line."""
+
+    shard: int
+    error: str
+
+
+@dataclass(frozen=True)
+class Step(Event):
+    """Denoising step `done` of `total` of the sample at hand."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Note(Event):
+    """A fact that the user should know, in a line; it may be told for every sample, and is shown once."""
+
+    line: str
+
+
+Listener = Callable[[Event], None]
+"""Hears what happens. Called often (per sample, per denoising step): it must be cheap, and ignore events that it does not know."""
+
+_listeners: ContextVar[tuple[Listener, ...]] = ContextVar("listeners", default=())
+
+
+def emit(event: Event) -> None:
+    """Tell the listeners of the current context, in the order in which they began to listen."""
+    for listener in _listeners.get():
+        listener(event)
 
 
 @contextmanager
-def reporting(to: Reporter) -> Iterator[None]:
-    """Within the block, `reporter()` is `to`."""
-    token = _reporter.set(to)
+def listening(listener: Listener) -> Iterator[None]:
+    """Within the block `listener` hears every event, beside those that listen already."""
+    token = _listeners.set((*_listeners.get(), listener))
     try:
         yield
     finally:
-        _reporter.reset(token)
+        _listeners.reset(token)

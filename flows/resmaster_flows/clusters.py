@@ -22,10 +22,11 @@ from prefect.task_runners import TaskRunner
 
 from resmaster_flows.outcome import incomplete, outcome
 from resmaster_flows.process import describe, failures
+from resmaster_flows.watch.events import Dispatched
 from resmaster_stages.config.dataset import Stage
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.errors import ConfigError, GpuLost, ShardError, UserError
-from resmaster_stages.progress import reporter
+from resmaster_stages.progress import ShardFailed, emit
 from resmaster_tasks.shards import process_shard
 
 Executor = Literal["dask", "ray"]
@@ -119,7 +120,7 @@ def _process(
                 raise  # the next shard would end the same way
             except Exception as error:
                 errors[str(shard)] = str(error) if isinstance(error, ShardError) else describe(error)
-                reporter().shard_failed(shard, errors[str(shard)])
+                emit(ShardFailed(shard, errors[str(shard)]))
             done = len(shards) - len(due) - len(under_way) - len(errors)
-            reporter().dispatched(done, len(shards), len(under_way), len(due))
+            emit(Dispatched(done, len(shards), len(under_way), len(due)))
     return incomplete(failures(errors), errors) if errors else errors

@@ -24,8 +24,9 @@ from prefect.client.schemas.objects import State
 from prefect.states import Crashed
 
 from resmaster_flows.outcome import INCOMPLETE
+from resmaster_flows.watch.events import Dispatched, RunEnded, RunSubmitted
 from resmaster_stages.config.dataset import DispatchConfig
-from resmaster_stages.progress import reporter
+from resmaster_stages.progress import emit
 
 FRUITLESS_RUNS = 10
 """So many runs in a row that ended without a commit end the dispatch: something is wrong with all of them."""
@@ -107,7 +108,7 @@ class Dispatch:
                 state = Crashed(message=f"no commit within {self._config.stall_seconds:g} s")
                 self._runs.give_up(run, state.message or "")
             del self.active[run]
-            reporter().run_ended(str(run), spell_state(state), finished=not unfinished)
+            emit(RunEnded(str(run), spell_state(state), finished=not unfinished))
             self._fruitless = self._fruitless + 1 if unfinished and left == child.lacking else 0
             self.errors.update(dict.fromkeys(unfinished, f"run {child.name}: {spell_state(state)}"))
             if state is not None and not state.is_cancelled() and state.name != INCOMPLETE:
@@ -139,7 +140,7 @@ class Dispatch:
                 run, name = self._runs.submit(shards, self._broken_off[shards[0]] + 1)
                 lacking = sum(todo[shard] for shard in shards)
                 self.active[run] = Child(name, shards, lacking, lacking, self._clock())
-                reporter().run_submitted(str(run), name)
+                emit(RunSubmitted(str(run), name))
                 room -= 1
             self.due.popleft()  # only now: a server out of reach is asked again at the next look
 
@@ -165,7 +166,7 @@ def dispatch(
             try:
                 state.top_up(todo)
                 running = len(state.active) - len(state.waiting)
-                reporter().dispatched(total - len(todo), total, running, len(state.waiting))
+                emit(Dispatched(total - len(todo), total, running, len(state.waiting)))
                 sleep(config.poll_seconds)
                 states = runs.states(state.active.keys())  # before the commits: those of an ended run must be seen
                 todo = look()
@@ -179,7 +180,7 @@ def dispatch(
     except (KeyboardInterrupt, Stopped):
         runs.cancel(state.active.keys())
         raise
-    reporter().dispatched(total - len(todo), total, 0, 0)
+    emit(Dispatched(total - len(todo), total, 0, 0))
     runs.cancel(state.waiting)  # their shards were finished by others
     return {shard: state.errors.get(shard, "not tried") for shard in sorted(todo)}
 

@@ -20,7 +20,7 @@ from resmaster_flows.watch.artifacts import run_page
 from resmaster_stages.config.dataset import STAGES, Stage
 from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.errors import ConfigError, GpuLost, ShardError
-from resmaster_stages.progress import reporter
+from resmaster_stages.progress import ShardFailed, emit
 from resmaster_stages.redaction import one_line
 from resmaster_tasks.stages import STAGE_TASKS
 
@@ -69,7 +69,7 @@ def process_shards(
                     raise  # the next shard would end the same way
                 except Exception as error:
                     errors[str(shard)] = f"{stage}: {error if isinstance(error, ShardError) else describe(error)}"
-                    reporter().shard_failed(shard, errors[str(shard)])
+                    emit(ShardFailed(shard, errors[str(shard)]))
                     break
     if errors:
         return incomplete(failures(errors), errors)

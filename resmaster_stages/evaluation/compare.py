@@ -13,28 +13,40 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import commit, list_commits, new_attempt, read_commit
-from resmaster_stages.dataset.dataset import Dataset
+from resmaster_stages.dataset.dataset import Dataset, create_or_open
 from resmaster_stages.dataset.plan import read_plan
 from resmaster_stages.dataset.reading import fetch, shard_samples
 from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.errors import PlanError
 from resmaster_stages.evaluation.columns import compare_schema, compared_metrics
+from resmaster_stages.evaluation.drawn import DRAWN, renamed, true_enlargement, with_drawings
 from resmaster_stages.evaluation.page import SheetRow, markdown, sheet
-from resmaster_stages.evaluation.reference import SURPLUS, Features, object_counter
+from resmaster_stages.evaluation.reference import (
+    SURPLUS,
+    Features,
+    check_truth,
+    object_counter,
+    reference_features,
+    true_features,
+)
 from resmaster_stages.evaluation.set_metrics import VIEWS, compare_sets, read_features, stacked
-from resmaster_stages.evaluation.variants import Variant
+from resmaster_stages.evaluation.variants import Variant, variants
 from resmaster_stages.inspection.status import pending, status
 from resmaster_stages.keys import digest_of_keys
 from resmaster_stages.metrics.repeats import Repeats, mentions, repeated_objects, repeats_of
+from resmaster_stages.models.identity import PICTUREBOOK
 from resmaster_stages.planning.drafts import draft_samples
+from resmaster_stages.planning.preview import Preview, preview
+from resmaster_stages.prompts import ingest
+from resmaster_stages.redaction import without_credentials
 from resmaster_stages.storage.filesystem import Folder, open_root
 from resmaster_stages.storage.scratch import scratch_folder
 from resmaster_stages.storage.tables import decode_table, encode_table
@@ -47,8 +59,74 @@ REAL = "(real pictures)"
 """What the row of drawn pictures is called: no method, but what a perfect one would score."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# which datasets
+Build = Callable[[Preview], bool]
+"""Builds and publishes the dataset that a preview describes. Returns whether every shard is finished."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison came to."""
+
+    measured: Compared
+    page: str
+    """Path or URL of compare.md."""
+    finished: bool
+    """Whether every shard of every dataset is there. What is not is left out of the tables."""
+
+
+def compare(
+    config: DatasetConfig,
+    methods: str,
+    scales: str,
+    build: Build,
+    *,
+    reference: str | None = None,
+    low_res: Literal["generated", "drawn"] = "generated",
+) -> Comparison:
+    """Build what is missing, measure, and write the folder `{name}-compare` under the root.
+
+    `methods` and `scales` are comma-separated, as `variants` reads them. `reference` names real images for FID and KID: a
+    folder, shards or `picturebook`; None means each scale's own low-res images. `low_res` is `drawn` where picturebook's
+    prompts are drawn by vectors at the low-res size, so that their true enlargements are known.
+    Raises ConfigError or UserError for what is wrong with any of the datasets, before the first one is built.
+    """
+    drawn = low_res == DRAWN
+    config = renamed(config) if drawn else config
+    folder = compare_folder(config)
+    wanted = variants(config, methods, scales)
+    if drawn or reference == PICTUREBOOK:
+        for variant in wanted:
+            check_truth(variant.config)
+    if drawn:
+        wanted = [replace(variant, config=with_drawings(variant.config, folder)) for variant in wanted]
+    for variant in wanted:
+        preview(variant.config)  # what is wrong with any of them is found before the first one starts
+    built, finished = _built(wanted, build)
+    measured = compare_datasets(
+        built,
+        _reference(reference, folder),
+        without_credentials(reference or ""),
+        true_enlargement if drawn else None,
+    )
+    return Comparison(measured, write_comparison(folder, config.name, built, measured), finished)
+
+
+def _built(wanted: Sequence[Variant], build: Build) -> tuple[list[tuple[Variant, Dataset]], bool]:
+    """The variants' datasets, planned and built where that was to be done, and whether every shard is finished."""
+    built: list[tuple[Variant, Dataset]] = []
+    finished = True
+    for variant in wanted:
+        dataset = create_or_open(variant.config)
+        ingest(dataset, variant.config)
+        for earlier, other in built:
+            if earlier.config.low_res == variant.config.low_res:
+                share_low_res(other, dataset)
+                break
+        look = preview(variant.config)
+        if any(look.pending_samples().values()) or not published(dataset):
+            finished &= build(look)
+        built.append((variant, dataset))
+    return built, finished
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -94,6 +172,20 @@ def _low_res_identity(dataset: Dataset) -> str:
 # the reference
 
 
+Reference = Callable[[Dataset, int, int], tuple[Features, Features | None]]
+"""For a scale's dataset and its images' height and width in px: the features to compare with, and perhaps those of other real
+images, which get a row of their own."""
+
+
+def _reference(url: str | None, folder: Folder) -> Reference | None:
+    """What `--reference` names: picturebook's ground truth at each scale's size, the user's images, or nothing."""
+    if url is None:
+        return None
+    if url == PICTUREBOOK:
+        return lambda dataset, height, width: true_features(dataset.config, height, width, folder)
+    return lambda dataset, height, width: (reference_features(dataset.config, url, folder), None)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the table
 
@@ -120,14 +212,13 @@ class Compared:
 
 def compare_datasets(
     built: Sequence[tuple[Variant, Dataset]],
-    reference: Callable[[Dataset, int, int], tuple[Features, Features | None]] | None = None,
+    reference: Reference | None = None,
     reference_name: str = "",
     truth: Callable[[str, int, int], Image.Image] | None = None,
 ) -> Compared:
     """Measure every variant over the samples that all methods of its scale have.
 
-    `reference` gives, for a scale's dataset and its pictures' height and width in px, the features to compare with and
-    perhaps those of other real pictures, which get a row of their own; None means each scale's own low-res images.
+    `reference` None means each scale's own low-res images.
     `truth` gives, for a prompt and a height and width in px, the one true enlargement of its low-res image, where there is one.
     Raises PlanError if a scale has no sample in common.
     """

@@ -11,7 +11,7 @@ from resmaster_stages.config.methods import UpscaleConfig
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.keys import digest
-from resmaster_stages.progress import reporter
+from resmaster_stages.progress import Note, emit
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +107,7 @@ def _one_pass(
         detail=None if detail is None else to_mask(detail),
     )
     for line in preflight(models, config.view_batch, grid, 2 if request.guided else 1):
-        reporter().note(line)
+        emit(Note(line))
     (result,) = render(request, [seed], progress)
     if isinstance(result, SampleError):
         raise result

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.progress import reporter
+from resmaster_stages.progress import Note, emit
 
 _GRAPHS = 64
 """Graphs that one block's code may have: levels of the UNet times shapes of batches (guided or not, moved views or not)."""
@@ -45,9 +45,11 @@ def can_compile(device: torch.device) -> bool:
         return bool((probe(torch.ones(8, device=device)) == 3).all())
     except Exception as error:  # whatever a compiler, a linker or a driver says
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        reporter().note(
-            f"model.compile: nothing can be compiled for {device} here ({reason[:200]}); the model runs uncompiled, more slowly. "
-            "Install a C compiler (and on CUDA Triton), or set model.compile: off"
+        emit(
+            Note(
+                f"model.compile: nothing can be compiled for {device} here ({reason[:200]}); the model runs uncompiled, more slowly. "
+                "Install a C compiler (and on CUDA Triton), or set model.compile: off"
+            )
         )
         return False
 
@@ -75,7 +77,7 @@ def changed_blocks_uncompiled(unet: Any) -> Iterator[None]:
     """Within the block, compiled blocks of which a layer is replaced (`patches.replaced_forward`) run uncompiled."""
     changed = [(block, block._compiled_call_impl) for block in compiled_blocks(unet) if _is_changed(block)]
     if changed:
-        reporter().note(f"{len(changed)} of the UNet's blocks run uncompiled: the method changes layers of theirs")
+        emit(Note(f"{len(changed)} of the UNet's blocks run uncompiled: the method changes layers of theirs"))
     try:
         for block, _ in changed:
             block._compiled_call_impl = None

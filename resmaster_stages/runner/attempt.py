@@ -23,7 +23,7 @@ from resmaster_stages.dataset.stages import upstream_of
 from resmaster_stages.diffusion.cost import UnetCost, counting
 from resmaster_stages.errors import SampleError, ShardError
 from resmaster_stages.models.busy import BusyTime, timing
-from resmaster_stages.progress import reporter
+from resmaster_stages.progress import SampleDone, ShardStarted, emit
 from resmaster_stages.runner.compute import Process, compute
 from resmaster_stages.runner.quarantine import Breadcrumbs
 from resmaster_stages.runner.resume import Spill
@@ -92,7 +92,7 @@ def computed(work: Work, chain: Chain, keys: Collection[str], supplement: int, a
         scratch_folder() as scratch,
         chosen_samples(dataset, work.plan.read(shard), keys, chain, shard, upstream) as samples,
     ):
-        reporter().shard_started(stage, shard, len(samples))
+        emit(ShardStarted(stage, shard, len(samples)))
         started = time.monotonic()
         name = layout.shard_object(stage, shard, attempt)
         features_name = layout.features_object(stage, shard, attempt)
@@ -150,7 +150,7 @@ def _write(
                 rows += [{"key": output.key, **row} for row in output.rows]
                 arrays.append(output.arrays)
                 good.append(output.key)
-            reporter().sample_done(stage, shard, ok=output.error is None)
+            emit(SampleDone(stage, shard, ok=output.error is None))
     if tar:
         images = tuple(spell_image(entry) for entry in validate(target, good))
     else:

@@ -26,7 +26,7 @@ from resmaster_stages.dataset.ledger import encode_failures, first_errors
 from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.errors import PlanError, ShardError
 from resmaster_stages.keys import digest_of_keys
-from resmaster_stages.progress import reporter
+from resmaster_stages.progress import ShardDone, emit
 from resmaster_stages.runner.attempt import Work, computed
 from resmaster_stages.runner.compute import Process
 from resmaster_stages.runner.mend import mend
@@ -69,7 +69,7 @@ def run_stage(
             mend(work, chain, receipt)
         unmark(dataset.folder, stage, hashes[stage], shard)
     if not chain.todo(stage):
-        reporter().shard_done(stage, shard, cached=not mended)
+        emit(ShardDone(stage, shard, cached=not mended))
         return chain.links[stage].receipts[-1]
     receipts = []
     if chain.links[stage].commit is None:
@@ -82,7 +82,7 @@ def run_stage(
     link = chain.links[stage]
     if link.commit and chain.todo(stage):
         receipts.append(_make(work, chain, chain.due(stage), supplement=len(link.supplements) + 1))
-    reporter().shard_done(stage, shard, cached=False)
+    emit(ShardDone(stage, shard, cached=False))
     return receipts[-1]
 
 

@@ -17,7 +17,7 @@ from resmaster_stages.config.dataset import Stage
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.dataset.stages import stage_hashes
-from resmaster_stages.progress import reporter
+from resmaster_stages.progress import ShardDone, emit
 from resmaster_stages.runner.run import finished
 
 _found: dict[str, bytes] = {}
@@ -52,7 +52,7 @@ def cache_key(stage: Stage, dataset_url: str, shard: int) -> str:
     if receipt is not None:
         key = f"{key}/{receipt.attempt}"
         _found[key] = _record(key, receipt)
-        reporter().shard_done(stage, shard, cached=True)
+        emit(ShardDone(stage, shard, cached=True))
     return key
 
 

@@ -18,7 +18,7 @@ from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import OutOfMemory
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.faults import device_faults
-from resmaster_stages.progress import Silent, reporting
+from resmaster_stages.progress import Note, listening
 from tests.methods.common import adapted, picture, plain, request, settings
 from tests.tiny_models import counted
 
@@ -143,10 +143,6 @@ def test_sdxl_on_two_cards():
 def test_what_is_needed_is_said_before_the_first_step_and_nothing_on_a_cpu(monkeypatch):
     heard = []
 
-    class Listener(Silent):
-        def note(self, line):
-            heard.append(line)
-
     def draw():
         steps = []
         upscale_image(
@@ -158,14 +154,15 @@ def test_what_is_needed_is_said_before_the_first_step_and_nothing_on_a_cpu(monke
         )
         return steps
 
-    with reporting(Listener()):
+    with listening(heard.append):
         draw()
         assert heard == []
         monkeypatch.setattr(memory, "device_bytes", lambda device: 1_000_000_000)
         assert draw() == [1, 1]
-    (line,) = heard
-    assert line.startswith("128 x 128 px in 9 views: 9 at a time need about")
-    assert "and cpu has 1 GB" in line
+    (note,) = heard
+    assert isinstance(note, Note)
+    assert note.line.startswith("128 x 128 px in 9 views: 9 at a time need about")
+    assert "and cpu has 1 GB" in note.line
 
 
 def test_a_vae_that_overflows_in_float16_is_named(monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -12,11 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 from rich.console import Console
 
-from resmaster_flows.cli.main import parser
-from resmaster_flows.compare import compare
+from resmaster_flows.cli.compare import print_tables
+from resmaster_flows.cli.main import main, parser
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import load_config, parse_config
 from resmaster_stages.config.methods import METHODS, UpscaleConfig
@@ -28,7 +28,7 @@ from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.diffusion.cost import count_call, counting
 from resmaster_stages.errors import ConfigError, SampleError, UserError
 from resmaster_stages.evaluation import compare as comparing
-from resmaster_stages.evaluation.compare import finished_samples, share_low_res
+from resmaster_stages.evaluation.compare import Build, Comparison, finished_samples, share_low_res
 from resmaster_stages.evaluation.drawn import REPLICA, true_enlargement
 from resmaster_stages.evaluation.page import SheetRow, sheet
 from resmaster_stages.evaluation.reference import reference_features, true_features
@@ -39,7 +39,7 @@ from resmaster_stages.metrics.agreement import agreement
 from resmaster_stages.metrics.features import picture_features
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.picturebook.truth import true_picture
-from resmaster_stages.planning.preview import Preview, check_sizes
+from resmaster_stages.planning.preview import Preview, check_sizes, preview
 from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.publish.report import write_report
 from resmaster_stages.runner.run import run_stage
@@ -263,13 +263,15 @@ def no_captions(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Ou
 # ------------------------------------------------------------------------------------------------------ whole thing
 
 
-def arguments(**values: Any) -> argparse.Namespace:
-    return argparse.Namespace(
-        **{"methods": "direct,resmaster", "scales": "2x2,4x4", "reference": None, "low_res": "generated", **values}
-    )
+def compare(config: DatasetConfig, build: Build, **asked: Any) -> Comparison:
+    """With the tables printed, as the command line does."""
+    asked = {"methods": "direct,resmaster", "scales": "2x2,4x4", **asked}
+    found = comparing.compare(config, build=build, **asked)
+    print_tables(found.measured)
+    return found
 
 
-def build(look: Preview) -> int:
+def build(look: Preview) -> bool:
     dataset = open_dataset(look.url)
     for stage, shards in pending(dataset).items():
         for shard in shards:
@@ -278,7 +280,7 @@ def build(look: Preview) -> int:
             run_stage(dataset, dataset.config, stage, shard, process=process)
     write_manifest(dataset)
     write_report(dataset)
-    return 0
+    return True
 
 
 def test_a_comparison_is_datasets_a_table_a_page_and_sheets(
@@ -306,17 +308,17 @@ def test_a_comparison_is_datasets_a_table_a_page_and_sheets(
     monkeypatch.setattr(comparing, "_manifest", with_one_flagged)
     looks: list[str] = []
 
-    def counting(look: Preview) -> int:
+    def counting(look: Preview) -> bool:
         looks.append(look.config.name)
         return build(look)
 
-    assert compare(config, arguments(), counting, Console(stderr=True)) == 0
+    found = compare(config, counting)
+    assert (found.finished, found.page) == (True, f"{tmp_path}/out/d-compare/compare.md")
     assert looks == ["d-direct-2x2", "d-resmaster-2x2", "d-direct-4x4", "d-resmaster-4x4"]
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines()]
     assert ["4x4,", "n", "=", "4", "direct", "resmaster"] in lines
     assert ["UNet", "calls", "2", "1"] in lines
-    assert f"comparison: {tmp_path}/out/d-compare/compare.md" in out
     folder = tmp_path / "out" / "d-compare"
     rows = pq.read_table(folder / "compare.parquet").to_pylist()
     assert [(row["scale"], row["method"], row["samples"]) for row in rows] == [
@@ -347,26 +349,47 @@ def test_a_comparison_is_datasets_a_table_a_page_and_sheets(
 
     looks_at = looks[2]
     looks.clear()
-    assert compare(config, arguments(), counting, Console(stderr=True)) == 0
+    assert compare(config, counting).finished
     assert looks == [], "nothing was left to do"
     assert pq.read_table(folder / "compare.parquet").to_pylist() == rows
     manifest = tmp_path / "out" / looks_at / "manifest.parquet"
     whole = manifest.read_bytes()
     pq.write_table(pq.read_table(manifest).slice(0, 2), manifest)  # killed before it was published
-    assert compare(config, arguments(), counting, Console(stderr=True)) == 0
+    assert compare(config, counting).finished
     assert looks == [looks_at]
     assert manifest.read_bytes() == whole
     looks.clear()
     changed = config.model_copy(update={"upscale": config.upscale.model_copy(update={"steps": 6})})
-    assert compare(changed, arguments(scales="4x4"), counting, Console(stderr=True)) == 0
+    assert compare(changed, counting, scales="4x4").finished
     assert len(looks) == 2
     looks.clear()
-    assert compare(config, arguments(scales="4x4"), counting, Console(stderr=True)) == 0
+    assert compare(config, counting, scales="4x4").finished
     assert len(looks) == 2, "committed already, but the manifests are of the other configuration"
     assert [row["unet_calls"] for row in pq.read_table(folder / "compare.parquet").to_pylist()] == [2, 1]
     fewer = config.model_copy(update={"limit": 2})
-    assert compare(fewer, arguments(scales="4x4"), counting, Console(stderr=True)) == 0
+    assert compare(fewer, counting, scales="4x4").finished
     assert [row["samples"] for row in pq.read_table(folder / "compare.parquet").to_pylist()] == [2, 2]
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_the_verb_prints_tables_and_where_the_page_is(
+    status: int, tmp_path: Path, fakes: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exit status of a build that lacks shards is the comparison's; what is there is compared."""
+
+    def execute(console: Console, config: DatasetConfig, *rest: object) -> int:
+        build(preview(config))
+        return status
+
+    monkeypatch.setattr("resmaster_flows.cli.compare.execute", execute)
+    (tmp_path / "prompts.txt").write_text("p1\np2\n")
+    own = {"name": "d", "root": str(tmp_path / "out"), "prompts": "prompts.txt", "model": {"id": "tiny"}}
+    (tmp_path / "d.yaml").write_text(yaml.safe_dump(own))
+    assert main(["compare", str(tmp_path / "d.yaml"), "--methods", "direct", "--scales", "2x2"]) == status
+    out, error = capsys.readouterr()
+    assert "2x2, n = 2" in out
+    assert out.endswith(f"comparison: {tmp_path}/out/d-compare/compare.md\n")
+    assert "2 samples in 1 shards" in error
 
 
 def test_a_reference_of_the_users_own_images(tmp_path: Path, fakes: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,7 +429,7 @@ def test_ground_truth_is_every_prompt_drawn_at_the_target_size(
             "quality": {"features": "picturebook"},
         }
     )
-    assert compare(config, arguments(scales="2x2", reference="picturebook"), build, Console(stderr=True)) == 0
+    assert compare(config, build, scales="2x2", reference="picturebook").finished
     folder = tmp_path / "out" / "d-compare"
     rows = pq.read_table(folder / "compare.parquet").to_pylist()
     assert [row["method"] for row in rows] == ["direct", "resmaster", "(real pictures)"]
@@ -458,7 +481,7 @@ def test_drawn_low_res_images_have_a_true_enlargement_and_the_distance_from_it_i
         for sample in samples:
             yield Output(sample.key, files={"png": encoded(true_enlargement(sample.prompt, 64, 64)), "json": b"{}"})
 
-    def build(look: Preview) -> int:
+    def build(look: Preview) -> bool:
         looks.append(look.config.name)
         dataset = open_dataset(look.url)
         for stage, shards in pending(dataset).items():
@@ -469,10 +492,10 @@ def test_drawn_low_res_images_have_a_true_enlargement_and_the_distance_from_it_i
                     run_stage(dataset, dataset.config, stage, shard, process=process)
         write_manifest(dataset)
         write_report(dataset)
-        return 0
+        return True
 
-    asked = arguments(methods="direct,lanczos", scales="4x4", low_res="drawn")
-    assert compare(config, asked, build, Console(stderr=True)) == 0
+    asked = {"methods": "direct,lanczos", "scales": "4x4", "low_res": "drawn"}
+    assert compare(config, build, **asked).finished
     assert looks == ["d-drawn-direct-4x4", "d-drawn-lanczos-4x4"]
     folder = tmp_path / "out" / "d-drawn-compare"
     direct, lanczos = pq.read_table(folder / "compare.parquet").to_pylist()
@@ -486,7 +509,7 @@ def test_drawn_low_res_images_have_a_true_enlargement_and_the_distance_from_it_i
     (tar,) = folder.glob("drawn-16x16-*.tar")
     written = tar.stat().st_mtime_ns
     looks.clear()
-    assert compare(config, asked, build, Console(stderr=True)) == 0
+    assert compare(config, build, **asked).finished
     assert (looks, tar.stat().st_mtime_ns) == ([], written), "nothing was left to do"
 
 
@@ -521,7 +544,7 @@ def test_what_cannot_be_drawn_small_is_said_before_anything_is_built(
 ) -> None:
     config = drawn_config(tmp_path, prompts, **values)
     with pytest.raises(ConfigError, match=said) as error:
-        compare(config, arguments(methods="lanczos", low_res="drawn"), build, Console(stderr=True))
+        compare(config, build, methods="lanczos", low_res="drawn")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -533,7 +556,7 @@ def test_a_drawing_takes_no_detail_mask(tmp_path: Path, fakes: None) -> None:
     masked = {"method": "freescale", "freescale": {"alpha_elsewhere": 0.5}}
     config = drawn_config(tmp_path, "", prompts=str(tmp_path / "prompts.csv"), upscale=masked)
     with pytest.raises(ConfigError, match="no detail mask"):
-        compare(config, arguments(methods="freescale", low_res="drawn"), build, Console(stderr=True))
+        compare(config, build, methods="freescale", low_res="drawn")
 
 
 @pytest.mark.parametrize(
@@ -557,7 +580,7 @@ def test_what_has_no_ground_truth_is_said_before_anything_is_built(
         }
     )
     with pytest.raises(ConfigError, match=said):
-        compare(config, arguments(scales="2x2", reference="picturebook"), build, Console(stderr=True))
+        compare(config, build, scales="2x2", reference="picturebook")
     assert not (tmp_path / "out").exists()
 
 

@@ -26,7 +26,7 @@ from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.errors import ConfigError, GpuLost
 from resmaster_stages.models.identity import Weights
-from resmaster_stages.progress import Silent, reporting
+from resmaster_stages.progress import Event, ShardDone, listening
 from resmaster_stages.publish import report
 from resmaster_stages.runner import attempt, run
 from resmaster_tasks.policy import worth_retrying
@@ -96,17 +96,13 @@ def commits(url: str) -> dict[Stage, set[int]]:
 
 def test_a_build_runs_every_stage_once_per_shard_and_publishes(stages: Stages, tmp_path: Path) -> None:
     config = config_for(tmp_path, ["a", "b", "c"])
-    heard: list[tuple[str, int]] = []
-
-    class Listener(Silent):
-        def shard_done(self, stage: str, shard: int, cached: bool) -> None:
-            heard.append((stage, shard))
-
-    with reporting(Listener()):
+    heard: list[Event] = []
+    with listening(heard.append):
         result = build_dataset(config)
     assert (result.samples, result.samples_failed, result.errors) == (3, 0, {})
     assert stages.calls == dict.fromkeys(FAKES, 2)
-    assert heard == [(name, shard) for shard in (0, 1) for name in FAKES], "shard by shard, stage by stage"
+    done = [(event.stage, event.shard) for event in heard if isinstance(event, ShardDone)]
+    assert done == [(name, shard) for shard in (0, 1) for name in FAKES], "shard by shard, stage by stage"
     folder = tmp_path / "out" / "demo"
     assert pq.read_table(folder / "manifest.parquet").num_rows == 3
     for name in ("report/index.html", "report/contact-000.png", "index.json", "README.md", "config.json"):

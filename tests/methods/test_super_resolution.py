@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from resmaster_flows.cli.main import parser
-from resmaster_flows.cli.upscale import upscale_file
+from resmaster_flows.cli.upscale import run as upscale
 from resmaster_stages import high_res
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.config.methods import SuperResolutionConfig, UpscaleConfig
@@ -312,6 +312,6 @@ def test_the_command_line_takes_it(tmp_path, monkeypatch):
         "4",
     ]
     args: argparse.Namespace = parser().parse_args(words)
-    upscale_file(args, Console(quiet=True))
+    assert upscale(args, Console(quiet=True)) == 0
     with Image.open(tmp_path / "out.png") as result:
         assert result.size == (120, 80)

@@ -22,7 +22,7 @@ from resmaster_stages.models.acceleration import (
     takes_fp8,
 )
 from resmaster_stages.models.parts import Models
-from resmaster_stages.progress import Silent, reporting
+from resmaster_stages.progress import Note, listening
 from tests.config.test_config import hashes
 from tests.methods.common import difference, picture, sdxl_shaped, settings
 from tests.tiny_models import make_adapted_pipeline
@@ -30,12 +30,13 @@ from tests.tiny_models import make_adapted_pipeline
 CPU = torch.device("cpu")
 
 
-class Notes(Silent):
+class Notes:
     def __init__(self):
         self.lines = []
 
-    def note(self, line):
-        self.lines.append(line)
+    def hear(self, event):
+        if isinstance(event, Note):
+            self.lines.append(event.line)
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_blocks_whose_layers_a_method_changes_run_as_they_are_and_one_line_says_
     plain, notes = draw(models, method), Notes()
     compile_blocks(models.unet)
     compiled = [block._compiled_call_impl for block in compiled_blocks(models.unet)]
-    with reporting(notes):
+    with listening(notes.hear):
         assert difference(draw(models, method), plain) <= 1
     assert graphs == []
     assert set(notes.lines) == {
@@ -111,7 +112,7 @@ def test_a_machine_that_cannot_compile_says_so_and_goes_on(monkeypatch, models):
 
     monkeypatch.setattr(torch, "compile", broken)
     notes = Notes()
-    with reporting(notes):
+    with listening(notes.hear):
         load._accelerate(models.unet, ModelConfig(compile="blocks"), CPU)
     assert compiled_blocks(models.unet) == []
     (line,) = notes.lines
@@ -135,7 +136,7 @@ def test_cpus_compile_nothing_unless_asked(monkeypatch, models):
 @pytest.mark.slow
 def test_this_machine_compiles_for_its_processor_or_says_why_not():
     notes = Notes()
-    with reporting(notes):
+    with listening(notes.hear):
         assert can_compile(CPU) != bool(notes.lines)
 
 

@@ -26,7 +26,7 @@ from resmaster_stages.diffusion.cost import count_call
 from resmaster_stages.errors import GpuLost, OutOfMemory, SampleError, ShardError
 from resmaster_stages.models.busy import busy, timing
 from resmaster_stages.models.identity import Weights
-from resmaster_stages.progress import Silent, reporter, reporting
+from resmaster_stages.progress import Event, Step, emit, listening
 from resmaster_stages.runner.compute import Process
 from resmaster_stages.runner.overlap import Finishing
 from resmaster_stages.runner.run import run_stage
@@ -200,20 +200,16 @@ def test_images_are_decoded_once_and_errors_come_where_they_are_opened(monkeypat
 
 
 def test_what_is_counted_and_reported_while_finishing_counts(dataset: Dataset) -> None:
-    heard: list[int] = []
-
-    class Listener(Silent):
-        def step(self, done: int, total: int) -> None:
-            heard.append(done)
+    heard: list[Event] = []
 
     def finishing(prompt: str) -> None:
         count_call(2, 1.0)
-        reporter().step(1, 1)
+        emit(Step(1, 1))
 
-    with reporting(Listener()):
+    with listening(heard.append):
         receipt = high_res(dataset, Stage(finishing=finishing))
     assert receipt.provenance["unet"]["rows"] == 12
-    assert heard == [1] * 6
+    assert [event for event in heard if isinstance(event, Step)] == [Step(1, 1)] * 6
 
 
 # ----------------------------------------------------------------------------------------------------------------------

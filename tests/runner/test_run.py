@@ -25,7 +25,7 @@ from resmaster_stages.errors import GpuLost, PlanError, SampleError, ShardError
 from resmaster_stages.inspection.status import pending, pending_samples, status
 from resmaster_stages.inspection.verify import note, verify
 from resmaster_stages.models.identity import Weights
-from resmaster_stages.progress import Silent, reporting
+from resmaster_stages.progress import Event, SampleDone, ShardDone, ShardStarted, listening
 from resmaster_stages.runner.run import run_stage
 from tests.checkout import ROOT
 from tests.fake_stages import FAKES, config_at, low_res, planned
@@ -255,28 +255,17 @@ def test_what_is_not_a_samples_fault_passes_through(
 
 
 def test_progress_hears_everything_once(tmp_path: Path) -> None:
-    heard: list[tuple] = []
-
-    class Listener(Silent):
-        def shard_started(self, *facts) -> None:
-            heard.append(("started", *facts))
-
-        def sample_done(self, stage: str, shard: int, ok: bool) -> None:
-            heard.append(("sample", stage, shard, ok))
-
-        def shard_done(self, stage: str, shard: int, cached: bool) -> None:
-            heard.append(("done", stage, shard, cached))
-
+    heard: list[Event] = []
     dataset = planned(tmp_path, ["a", "bad low_res"], tmp_path)
-    with reporting(Listener()):
+    with listening(heard.append):
         run(dataset, "low_res", 0)
         run(dataset, "low_res", 0)
     assert heard == [
-        ("started", "low_res", 0, 2),
-        ("sample", "low_res", 0, True),
-        ("sample", "low_res", 0, False),
-        ("done", "low_res", 0, False),
-        ("done", "low_res", 0, True),
+        ShardStarted("low_res", 0, 2),
+        SampleDone("low_res", 0, ok=True),
+        SampleDone("low_res", 0, ok=False),
+        ShardDone("low_res", 0, cached=False),
+        ShardDone("low_res", 0, cached=True),
     ]
 
 

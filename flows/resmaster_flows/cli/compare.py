@@ -3,21 +3,92 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.table import Table
 
-from resmaster_flows.cli.execute import config_of, execute, no_bars
+from resmaster_flows.cli.arguments import add_source, config_of
+from resmaster_flows.cli.execute import execute, no_bars
+from resmaster_flows.watch.progress import Progress
+from resmaster_flows.watch.terminal import say
 
-
-def compare(args: argparse.Namespace, console: Console) -> int:
-    """`resmaster compare`"""
-    from resmaster_flows.compare import compare as compare_methods
+if TYPE_CHECKING:
+    from resmaster_stages.evaluation.compare import Compared
     from resmaster_stages.planning.preview import Preview
 
-    def build(look: Preview) -> int:
-        config = look.config
-        return execute(console, config, look.pending_samples(), look.shards, "build_dataset", {"config": config})
+HELP = "build the same samples by several methods, and measure them"
+DESCRIPTION = (
+    "Build one dataset per method and scale, with the same prompts, seeds and low-res images, and measure them "
+    "together. Safe to stop and to run again: each of them is a dataset."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    add_source(parser)
+    parser.add_argument("--n", dest="limit", metavar="N", type=int, help="the same as --limit")
+    parser.add_argument(
+        "--methods",
+        required=True,
+        metavar="LIST",
+        help="comma-separated: direct, multidiffusion, resmaster, resmaster+sg+tip (these parts only), resmaster-etp "
+        "(without it), resmaster:stride=0.75:structure.preset=paper (other settings)",
+    )
+    parser.add_argument(
+        "--scales",
+        default="4x4",
+        metavar="LIST",
+        help="height x width in native sizes, e.g. 2x2,2x4,4x4 (default: 4x4)",
+    )
+    parser.add_argument(
+        "--reference",
+        metavar="PATH",
+        help="real images for FID and KID: a folder, WebDataset .tar shards, or picturebook: its prompts drawn by vectors "
+        "at the target size (default: the low-res images)",
+    )
+    parser.add_argument(
+        "--low-res",
+        choices=("generated", "drawn"),
+        default="generated",
+        help="drawn: picturebook's prompts drawn by vectors at the low-res size, so the true enlargement is known and the "
+        "distance from it is measured (default: generated)",
+    )
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Build and measure, each dataset under the live display; 0 if every shard is finished, else 1."""
+    from resmaster_stages.evaluation.compare import compare
+
+    def build(look: Preview) -> bool:
+        def flow() -> Any:
+            from resmaster_flows.build import build_dataset
+
+            return build_dataset(look.config, return_state=True)
+
+        say(console, look.headline())
+        return execute(console, look.config, Progress(look.pending_samples(), range(look.shards)), flow) == 0
 
     config = config_of(args)
     no_bars(config)
-    return compare_methods(config, args, build, console)
+    found = compare(config, args.methods, args.scales, build, reference=args.reference, low_res=args.low_res)
+    print_tables(found.measured)
+    print(f"comparison: {found.page}")
+    return 0 if found.finished else 1
+
+
+def print_tables(found: Compared) -> None:
+    """The tables on standard output, one per scale: a line per metric, a column per method, so that terminals hold them."""
+    from resmaster_stages.evaluation.page import cell, shown
+
+    out = Console()
+    for scale in found.keys:
+        rows = [row for row in found.rows if row["scale"] == scale]
+        table = Table(box=None, pad_edge=False)
+        table.add_column(f"{scale}, n = {rows[0]['samples']}", no_wrap=True)
+        for row in rows:
+            table.add_column(row["method"], justify="right", overflow="fold")
+        for column in shown(rows):
+            table.add_row(column.heading, *(cell(row, column) for row in rows))
+        out.print(table)
+        out.print()

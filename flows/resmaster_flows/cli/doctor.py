@@ -10,19 +10,25 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from resmaster_flows.watch.terminal import say
 from resmaster_stages.storage.filesystem import open_root
 from resmaster_stages.storage.probe import examine
 
+HELP = "say whether a store is fit for builds"
+DESCRIPTION = (
+    "Try at ROOT what builds need of a store: create a name once, also when writers race, list, read and delete at once, "
+    "large objects; and look at the clock and the free disk. Leaves nothing behind. Exit status 1 if something failed."
+)
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "red", "untested": "dim"}
 
 
-def add_arguments(sub: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
-    sub.add_argument("root", metavar="ROOT", help="folder or s3://bucket/prefix; it need not exist yet")
-    sub.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("root", metavar="ROOT", help="folder or s3://bucket/prefix; it need not exist yet")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def doctor(args: argparse.Namespace, console: Console) -> int:
+def run(args: argparse.Namespace, console: Console) -> int:
     """Examine the store; 0 if nothing failed, else 1."""
     folder = open_root(args.root)
     findings = examine(folder)
@@ -39,5 +45,5 @@ def doctor(args: argparse.Namespace, console: Console) -> int:
     for finding in findings:
         table.add_row(finding.check, f"[{COLOURS[finding.state]}]{finding.state}[/]", escape(finding.detail))
     out.print(table)
-    out.print(f"{folder.url}: {'fit for builds' if good else 'not fit for builds'}", highlight=False, soft_wrap=True)
+    say(out, f"{folder.url}: {'fit for builds' if good else 'not fit for builds'}")
     return 0 if good else 1

@@ -2,57 +2,41 @@
 
 from __future__ import annotations
 
-import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
-from resmaster_stages.config.dataset import DatasetConfig, Stage
-from resmaster_stages.config.load import load_config
-from resmaster_stages.errors import UserError
+from resmaster_flows.watch.progress import Progress
+from resmaster_flows.watch.terminal import say, terminal
+from resmaster_stages.config.dataset import DatasetConfig
 
 if TYPE_CHECKING:
+    from prefect.client.schemas.objects import State
+
     from resmaster_flows.build import BuildResult
 
 
-def config_of(args: argparse.Namespace) -> DatasetConfig:
-    """CONFIG with the command line's overrides; relative paths given on the command line become absolute."""
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit {args.limit}: give a number of at least 1")
-    if args.prompts and args.images:
-        raise UserError(
-            "--prompts and --images exclude each other: give one; prompts for your images go beside them as .txt"
-        )
+def execute(console: Console, config: DatasetConfig, progress: Progress, build: Callable[[], State[Any]]) -> int:
+    """Run a flow that builds a dataset, and sum up. Returns the exit status.
 
-    def absolute(path: str | None) -> str | None:
-        return path if path is None or "://" in path else str(Path(path).resolve())
+    `build` calls the flow and returns its last state; it imports the flow too, for Prefect takes seconds to import.
+    """
+    no_bars(config)
+    if config.dispatch.where == "dask" or config.dispatch.where == "ray":
+        from resmaster_flows.clusters import check
 
-    return load_config(
-        args.config,
-        root=args.root,
-        prompts=absolute(args.prompts),
-        images=absolute(args.images),
-        limit=args.limit,
-        allow_overwriting_store=args.allow_overwriting_store or None,
-    )
+        check(config.dispatch.where)
+    with terminal(progress, console):
+        from resmaster_flows.outcome import outcome
+        from resmaster_flows.server_runs import server_within_reach
 
-
-def _finished(console: Console, result: BuildResult) -> int:
-    for shard, error in result.errors.items():
-        console.print(
-            f"[red]shard {int(shard):06d} not finished:[/red] {escape(error)}", highlight=False, soft_wrap=True
-        )
-    failed = f", {result.samples_failed} failed (see errors/)" if result.samples_failed else ""
-    console.print(f"{result.samples} samples{failed} in {escape(result.dataset_url)}", highlight=False, soft_wrap=True)
-    if result.errors:
-        console.print(
-            f"{len(result.errors)} shards are missing; try again with: resmaster repair {escape(result.dataset_url)}"
-        )
-    print(f"report: {result.report_url}")
-    return 1 if result.errors else 0
+        with server_within_reach():
+            result: BuildResult = outcome(build())
+    return _finished(console, result)
 
 
 def no_bars(config: DatasetConfig) -> None:
@@ -61,28 +45,12 @@ def no_bars(config: DatasetConfig) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def execute(
-    console: Console,
-    config: DatasetConfig,
-    pending_samples: dict[Stage, int],
-    shard_count: int,
-    build: str,
-    arguments: dict[str, object],
-) -> int:
-    """Run a flow of `resmaster_flows.build` under the live display."""
-    no_bars(config)
-    if config.dispatch.where == "dask" or config.dispatch.where == "ray":
-        from resmaster_flows.clusters import check
-
-        check(config.dispatch.where)
-    from resmaster_flows.watch.terminal import TerminalReporter
-    from resmaster_stages.progress import reporting
-
-    with TerminalReporter(pending_samples, shard_count, console) as reporter, reporting(reporter):
-        import resmaster_flows.build
-        from resmaster_flows.outcome import outcome
-        from resmaster_flows.server_runs import server_within_reach
-
-        with server_within_reach():
-            result: BuildResult = outcome(getattr(resmaster_flows.build, build)(**arguments, return_state=True))
-    return _finished(console, result)
+def _finished(console: Console, result: BuildResult) -> int:
+    for shard, error in result.errors.items():
+        say(console, Text.assemble((f"shard {int(shard):06d} not finished:", "red"), f" {error}"))
+    failed = f", {result.samples_failed} failed (see errors/)" if result.samples_failed else ""
+    say(console, f"{result.samples} samples{failed} in {result.dataset_url}")
+    if result.errors:
+        say(console, f"{len(result.errors)} shards are missing; try again with: resmaster repair {result.dataset_url}")
+    print(f"report: {result.report_url}")
+    return 1 if result.errors else 0

@@ -7,13 +7,27 @@ import json
 
 from rich.console import Console
 
+from resmaster_flows.cli.arguments import add_root
 
-def explain(args: argparse.Namespace, console: Console) -> int:
-    """`resmaster explain`"""
+HELP = "all that is known of one sample"
+DESCRIPTION = (
+    "Print what a sample was made from, by what and when, why it failed if it did, and where its bytes lie, with a "
+    "command to fetch each file. Reads the dataset only; needs no Prefect."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    add_root(parser)
+    parser.add_argument("key", metavar="KEY", help="the sample's key, or the beginning of it; the report shows keys")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Print it, as text or JSON."""
     from resmaster_stages.dataset.dataset import open_dataset
-    from resmaster_stages.inspection.explain import explain as explain_sample
-    from resmaster_stages.inspection.explain import spelled
+    from resmaster_stages.inspection.explain import explain, spelled
 
-    found = explain_sample(open_dataset(args.root), args.key)
+    found = explain(open_dataset(args.root), args.key)
     print(json.dumps(found.to_json(), indent=2, ensure_ascii=False) if args.json else spelled(found))
     return 0

@@ -7,21 +7,27 @@ import math
 from datetime import timedelta
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from resmaster_flows.cli.arguments import add_root
+from resmaster_flows.watch.terminal import say
 from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.errors import UserError
 from resmaster_stages.inspection.leftovers import find_leftovers, remove_leftovers
 
+HELP = "remove what no commit names"
+DESCRIPTION = (
+    "Remove leftovers of interrupted and losing attempts, probes, temporary files and caches of finished shards, if they are "
+    "older than a grace period. Nothing that a commit or the plan names is touched, no record, no ledger."
+)
 GRACE_HOURS = 24.0
 
 
-def add_arguments(sub: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
-    sub.add_argument("root", metavar="ROOT", help="the dataset's folder or URL (or a root that holds just one)")
-    sub.add_argument(
+    add_root(parser)
+    parser.add_argument(
         "--older-than",
         metavar="HOURS",
         type=float,
@@ -29,10 +35,10 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         help=f"leave younger files alone (default: {GRACE_HOURS:g}); a build that runs may need what is younger than its longest "
         "upload",
     )
-    sub.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
 
 
-def gc(args: argparse.Namespace, console: Console) -> int:
+def run(args: argparse.Namespace, console: Console) -> int:
     """Find leftovers, remove them, print a table."""
     if not (math.isfinite(args.older_than) and 0 <= args.older_than < 1e6):
         raise UserError(f"--older-than {args.older_than:g}: give a number of hours, 0 or more")
@@ -50,7 +56,7 @@ def gc(args: argparse.Namespace, console: Console) -> int:
         out.print(table)
         if args.dry_run:
             for leftover in found:
-                out.print(escape(leftover.file.name), highlight=False, soft_wrap=True)
+                say(out, leftover.file.name)
     verb = "would be removed" if args.dry_run else "removed"
-    out.print(f"{escape(dataset.url)}: {len(found):,} leftovers {verb}", highlight=False, soft_wrap=True)
+    say(out, f"{dataset.url}: {len(found):,} leftovers {verb}")
     return 0

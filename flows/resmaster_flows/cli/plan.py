@@ -1,21 +1,64 @@
-"""What `resmaster plan --estimate` prints."""
+"""`resmaster plan`: say what `run` would do, and with `--estimate` what it would cost."""
 
 from __future__ import annotations
 
 import argparse
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from resmaster_flows.cli.execute import config_of
+from resmaster_flows.cli.arguments import add_source, config_of
 from resmaster_flows.watch.pace import spell_seconds
+from resmaster_flows.watch.terminal import say
 from resmaster_stages.errors import UserError
 from resmaster_stages.planning.estimate import Estimate
 from resmaster_stages.publish.card import spell_bytes
 
+HELP = "say what `run` would do; change nothing"
+DESCRIPTION = (
+    "Read the prompts or images and the dataset at the root, and print per stage what would be done and what would "
+    "be skipped because it is committed. Writes nothing."
+)
+SHOWN_REJECTED = 10
 
-def print_estimate(found: Estimate, out: Console) -> None:
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    add_source(parser)
+    parser.add_argument(
+        "--estimate",
+        action="store_true",
+        help="say how long it would take, what it would cost, how much it would write",
+    )
+    parser.add_argument("--workers", metavar="N", type=int, default=1, help="with --estimate: workers, one device each")
+    parser.add_argument("--price", metavar="X", type=float, help="with --estimate: the price of one worker's hour")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Print the table, and with `--estimate` what it would cost."""
+    from resmaster_stages.planning.preview import preview
+
+    look = preview(config_of(args))
+    out = Console()
+    say(out, look.headline())
+    table = Table("stage", "shards to do", "shards committed", "samples to do", box=None, pad_edge=False)
+    for stage in look.stages:
+        table.add_row(stage.stage, str(stage.shards_pending), str(stage.shards_committed), str(stage.samples_pending))
+    out.print(table)
+    for rejected in look.rejected[:SHOWN_REJECTED]:
+        say(out, f"rejected: {rejected}")
+    if len(look.rejected) > SHOWN_REJECTED:
+        say(out, f"... and {len(look.rejected) - SHOWN_REJECTED} more rejected")
+    if args.estimate:
+        from resmaster_stages.planning.estimate import estimate
+
+        _print_estimate(estimate(look, workers=args.workers, price=args.price), out)
+    elif args.workers != 1 or args.price is not None:
+        raise UserError("--workers and --price are of --estimate; add --estimate")
+    return 0
+
+
+def _print_estimate(found: Estimate, out: Console) -> None:
     """A table by stage, the totals, and where each number comes from."""
     table = Table(
         "stage", "shards", "samples", "per sample", "device time", "written", "writes", box=None, pad_edge=False
@@ -33,38 +76,14 @@ def print_estimate(found: Estimate, out: Console) -> None:
     out.print(table)
     without = f", without {', '.join(found.unknown)}" if found.unknown else ""
     money = "" if found.cost is None else f", {found.cost:,.2f} at {found.price:g} an hour"
-    out.print(f"device time: {found.device_hours:.2f} h{money}{without}", highlight=False, soft_wrap=True)
+    say(out, f"device time: {found.device_hours:.2f} h{money}{without}")
     workers = f"{found.workers} worker{'s' if found.workers > 1 else ''}"
-    out.print(f"wall time: {spell_seconds(found.wall_seconds)} on {workers}{without}", highlight=False, soft_wrap=True)
-    out.print(f"written: {spell_bytes(found.bytes)} in {found.requests:,} writes", highlight=False, soft_wrap=True)
-    out.print("Not counted: loading of models, start of workers, retries, reads.", highlight=False, soft_wrap=True)
+    say(out, f"wall time: {spell_seconds(found.wall_seconds)} on {workers}{without}")
+    say(out, f"written: {spell_bytes(found.bytes)} in {found.requests:,} writes")
+    say(out, "Not counted: loading of models, start of workers, retries, reads.")
     sources: dict[str, list[str]] = {}
     for stage in found.stages:
         sources.setdefault(f"time: {stage.seconds_source}", []).append(stage.stage)
         sources.setdefault(f"bytes: {stage.bytes_source}", []).append(stage.stage)
     for source, stages in sources.items():
-        out.print(f"{', '.join(stages)}: {source}", highlight=False, soft_wrap=True, markup=False)
-
-
-def plan(args: argparse.Namespace, console: Console) -> int:
-    """`resmaster plan`"""
-    from resmaster_stages.planning.preview import preview
-
-    look = preview(config_of(args))
-    out = Console()
-    out.print(escape(look.headline()), highlight=False, soft_wrap=True)
-    table = Table("stage", "shards to do", "shards committed", "samples to do", box=None, pad_edge=False)
-    for stage in look.stages:
-        table.add_row(stage.stage, str(stage.shards_pending), str(stage.shards_committed), str(stage.samples_pending))
-    out.print(table)
-    for rejected in look.rejected[:10]:
-        out.print(f"rejected: {rejected}", highlight=False, soft_wrap=True, markup=False)
-    if len(look.rejected) > 10:
-        out.print(f"... and {len(look.rejected) - 10} more rejected")
-    if args.estimate:
-        from resmaster_stages.planning.estimate import estimate
-
-        print_estimate(estimate(look, workers=args.workers, price=args.price), out)
-    elif args.workers != 1 or args.price is not None:
-        raise UserError("--workers and --price are of --estimate; add --estimate")
-    return 0
+        say(out, f"{', '.join(stages)}: {source}")

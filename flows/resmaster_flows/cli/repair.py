@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
+from resmaster_flows.cli.arguments import add_root
 from resmaster_flows.cli.execute import execute
 from resmaster_flows.selection import parse_numbers, parse_stages
+from resmaster_flows.watch.progress import Progress
+from resmaster_flows.watch.terminal import say
+from resmaster_stages.config.dataset import STAGES
+
+HELP = "do only what is missing, failed or damaged"
+DESCRIPTION = (
+    "Re-run what is not committed: failed, interrupted or deleted shards; and put back what `verify` found damaged, with "
+    "the same bytes. Committed shards that are whole are left alone."
+)
 
 
-def repair(args: argparse.Namespace, console: Console) -> int:
-    """`resmaster repair`"""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    add_root(parser)
+    parser.add_argument("--shards", metavar="LIST", help="only these shards, e.g. 1,4-7")
+    parser.add_argument("--stages", metavar="LIST", help=f"only these stages, of: {','.join(STAGES)}")
+    parser.add_argument(
+        "--retry-errors",
+        action="store_true",
+        help="give the failed samples of committed shards another attempt; what becomes good is added in shards of its own",
+    )
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="make damaged shards anew, and all that was made from them, where the same bytes cannot be made any more",
+    )
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Look what is to be done, and do it; 0 if every shard is finished, else 1."""
     from resmaster_stages.dataset.dataset import open_dataset
     from resmaster_stages.inspection.status import pending, pending_samples
 
@@ -22,17 +49,16 @@ def repair(args: argparse.Namespace, console: Console) -> int:
         from resmaster_stages.dataset.retry import request_retries
 
         asked = request_retries(dataset, shards=shards, stages=stages)
-        console.print(f"{escape(dataset.url)}: {asked} failed samples to try again", highlight=False, soft_wrap=True)
+        say(console, f"{dataset.url}: {asked} failed samples to try again")
     todo = pending(dataset, shards=shards, stages=stages)
-    count = len({shard for missing in todo.values() for shard in missing})
-    if not count:
-        console.print(f"{escape(dataset.url)}: nothing to repair", highlight=False, soft_wrap=True)
+    due = sorted({shard for missing in todo.values() for shard in missing})
+    if not due:
+        say(console, f"{dataset.url}: nothing to repair")
         return 0
-    return execute(
-        console,
-        dataset.config,
-        pending_samples(dataset, todo),
-        count,
-        "repair",
-        {"dataset_url": dataset.url, "shards": args.shards, "stages": stages, "replace": args.replace},
-    )
+
+    def build() -> Any:
+        from resmaster_flows.build import repair
+
+        return repair(dataset.url, args.shards, stages, replace=args.replace, return_state=True)
+
+    return execute(console, dataset.config, Progress(pending_samples(dataset, todo), due), build)

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
-from resmaster_flows.cli.execute import config_of, execute
+from resmaster_flows.cli.arguments import add_source, config_of
+from resmaster_flows.cli.execute import execute
+from resmaster_flows.watch.progress import Progress
+from resmaster_flows.watch.terminal import say
+
+HELP = "build a dataset, or go on with it"
+DESCRIPTION = (
+    "Build the dataset that CONFIG describes. Safe to stop at any moment and to run again: committed shards are "
+    "never redone, and the result is the same to the byte."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    add_source(parser)
+    parser.add_argument(
+        "--executor",
+        choices=("dask", "ray"),
+        help="do the shards on a cluster that is there already (DASK_SCHEDULER_ADDRESS or RAY_ADDRESS)",
+    )
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """`resmaster run`"""
+    """Preview, then build; 0 if every shard is finished, else 1."""
     from resmaster_stages.planning.preview import preview
 
     config = config_of(args)
@@ -19,5 +38,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
         dispatch = config.dispatch.model_copy(update={"where": args.executor})
         config = config.model_copy(update={"dispatch": dispatch})
     look = preview(config)  # all that can be wrong with the input is found here, before anything starts
-    console.print(escape(look.headline()), highlight=False, soft_wrap=True)
-    return execute(console, config, look.pending_samples(), look.shards, "build_dataset", {"config": config})
+    say(console, look.headline())
+
+    def build() -> Any:
+        from resmaster_flows.build import build_dataset
+
+        return build_dataset(config, return_state=True)
+
+    return execute(console, config, Progress(look.pending_samples(), range(look.shards)), build)

@@ -7,15 +7,65 @@ import json
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+
+from resmaster_flows.cli.arguments import add_root
+from resmaster_flows.watch.terminal import say
 
 if TYPE_CHECKING:
     from resmaster_stages.dataset.dataset import Dataset
     from resmaster_stages.inspection.status import Status
 
+HELP = "what is committed, pending, failed"
+DESCRIPTION = (
+    "Print, per stage, how many shards are committed, pending and failed, and how many samples are ok or failed. "
+    "Reads the dataset only; needs no Prefect."
+)
 
-def _status_table(dataset: Dataset, found: Status) -> Table:
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    add_root(parser)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--openmetrics", action="store_true", help="print OpenMetrics text, for Prometheus and its kin")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Print the table, or it as JSON or OpenMetrics."""
+    from resmaster_stages.dataset.dataset import open_dataset
+    from resmaster_stages.inspection.status import status
+
+    dataset = open_dataset(args.root)
+    if args.openmetrics:
+        from resmaster_stages.inspection.openmetrics import openmetrics
+
+        print(openmetrics(dataset), end="")
+        return 0
+    found = status(dataset)
+    if args.json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        _print(dataset, found)
+    return 0
+
+
+def _print(dataset: Dataset, found: Status) -> None:
+    out = Console()
+    say(out, f"{dataset.url}: {found.shards} shards, {found.samples} samples")
+    out.print(_table(found))
+    for stage in found.stages:
+        if stage.damaged_shards:
+            shards = ", ".join(map(str, stage.damaged_shards))
+            say(out, f"damaged: {stage.stage} of shards {shards}; put them back: resmaster repair {dataset.url}")
+    added = f", prompts in {found.generations} generations" if found.generations > 1 else ""
+    say(out, f"configuration: {found.config}{added}")
+    for stage in found.stages:
+        for namespace, count in stage.others.items():
+            say(out, f"kept of another one: {stage.stage}-{namespace}, {count} shards")
+
+
+def _table(found: Status) -> Table:
     table = Table("stage", "committed", "pending", "failed", "samples ok", "samples failed", box=None, pad_edge=False)
     for stage in found.stages:
         table.add_row(
@@ -27,39 +77,3 @@ def _status_table(dataset: Dataset, found: Status) -> Table:
             str(stage.samples_failed),
         )
     return table
-
-
-def status(args: argparse.Namespace, console: Console) -> int:
-    """`resmaster status`"""
-    from resmaster_stages.dataset.dataset import open_dataset
-    from resmaster_stages.inspection.status import status as read_status
-
-    dataset = open_dataset(args.root)
-    if args.openmetrics:
-        from resmaster_stages.inspection.openmetrics import openmetrics
-
-        print(openmetrics(dataset), end="")
-        return 0
-    found = read_status(dataset)
-    if args.json:
-        print(json.dumps(found.to_json(), indent=2))
-    else:
-        out = Console()
-        out.print(
-            f"{escape(dataset.url)}: {found.shards} shards, {found.samples} samples", highlight=False, soft_wrap=True
-        )
-        out.print(_status_table(dataset, found))
-        for stage in found.stages:
-            if stage.damaged_shards:
-                shards = ", ".join(map(str, stage.damaged_shards))
-                out.print(
-                    f"damaged: {stage.stage} of shards {shards}; put them back: resmaster repair {escape(dataset.url)}",
-                    highlight=False,
-                    soft_wrap=True,
-                )
-        added = f", prompts in {found.generations} generations" if found.generations > 1 else ""
-        out.print(f"configuration: {found.config}{added}", highlight=False, soft_wrap=True)
-        others = [(stage.stage, *other) for stage in found.stages for other in stage.others.items()]
-        for name, namespace, count in others:
-            out.print(f"kept of another one: {name}-{namespace}, {count} shards", highlight=False, soft_wrap=True)
-    return 0

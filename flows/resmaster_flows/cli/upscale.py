@@ -12,18 +12,47 @@ from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import Progress
 
-from resmaster_flows.watch.terminal import Notes
+from resmaster_flows.watch.progress import notes
+from resmaster_flows.watch.terminal import say
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import load_config, parse_config
-from resmaster_stages.config.methods import with_method
+from resmaster_stages.config.methods import METHODS, with_method
 from resmaster_stages.config.model import SDXL
 from resmaster_stages.errors import UserError
-from resmaster_stages.progress import reporting
+from resmaster_stages.progress import listening
+
+HELP = "upscale one image of your own"
+DESCRIPTION = "Upscale one image. With ResMaster it keeps the image's structure and regenerates its detail."
 
 FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 PICTUREBOOK_UPSCALE = {"steps": 20, "guidance_scale": 4.0, "negative_prompt": "", "micro_conditioning": "native"}
 """What suits the embedded pack, as in deployments/datasets/picturebook.yaml."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    parser.add_argument("input", metavar="INPUT", help="image file")
+    parser.add_argument("output", metavar="OUTPUT", help="image file to write (.png, .webp or .jpg)")
+    parser.add_argument("--scale", type=float, default=4.0, help="target size over input size (default: 4)")
+    parser.add_argument("--method", default="resmaster", help=f"one of: {', '.join(METHODS)} (default: resmaster)")
+    parser.add_argument(
+        "--preset",
+        help="settings of the method: default, faithful (what its authors published), or exact (resmaster: what its default leaves out)",
+    )
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="what the image shows")
+    parser.add_argument(
+        "--detail-mask", metavar="FILE", help="method freescale: where this image is white, more detail is drawn anew"
+    )
+    parser.add_argument(
+        "--model", default=SDXL["id"], metavar="ID", help=f"picturebook, a hub id, or a folder (default: {SDXL['id']})"
+    )
+    parser.add_argument(
+        "--captioner", metavar="ID", help="caption each patch with this model (default: picturebook's own, else none)"
+    )
+    parser.add_argument("--config", metavar="CONFIG", help="take model, captioner and settings from this file instead")
+    parser.add_argument("--steps", type=int, help="denoising steps")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
 
 
 def settings(args: argparse.Namespace) -> DatasetConfig:
@@ -73,8 +102,8 @@ def check_output(path: Path) -> None:
         raise UserError(f"{path}: cannot be written; choose another output file")
 
 
-def upscale_file(args: argparse.Namespace, console: Console) -> None:
-    """Upscale `args.input` to `args.output`, with a progress bar."""
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Upscale INPUT to OUTPUT, with a progress bar."""
     source, target = Path(args.input), Path(args.output)
     check_output(target)
     config = settings(args)
@@ -89,7 +118,7 @@ def upscale_file(args: argparse.Namespace, console: Console) -> None:
 
     upscale = config.upscale
     bars = Progress(console=console, transient=True, disable=not console.is_terminal)
-    with bars as progress, reporting(Notes(console)):
+    with bars as progress, listening(notes(lambda line: say(console, f"  {line}"))):
         bar = progress.add_task("loading models", total=None)
 
         def step(done: int, total: int) -> None:
@@ -118,11 +147,8 @@ def upscale_file(args: argparse.Namespace, console: Console) -> None:
             device = resolve_device(config.model.device)
             result = enlarge_image(image, upscale, device, resolve_dtype(config.model.dtype, device), step)
     save(result, target)
-    console.print(
-        f"{source} ({image.width} x {image.height} px) -> {target} ({result.width} x {result.height} px)",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(console, f"{source} ({image.width} x {image.height} px) -> {target} ({result.width} x {result.height} px)")
+    return 0
 
 
 def save(image: Image.Image, path: Path) -> None:
@@ -135,10 +161,3 @@ def save(image: Image.Image, path: Path) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another output file") from None
     finally:
         part.unlink(missing_ok=True)
-
-
-def upscale(args: argparse.Namespace, console: Console) -> int:
-    """`resmaster upscale`"""
-
-    upscale_file(args, console)
-    return 0

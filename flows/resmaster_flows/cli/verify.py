@@ -10,23 +10,29 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from resmaster_flows.cli.arguments import add_root
+from resmaster_flows.watch.terminal import say
 from resmaster_stages.dataset.dataset import open_dataset
-from resmaster_stages.inspection.verify import note
-from resmaster_stages.inspection.verify import verify as read_back
+from resmaster_stages.inspection.verify import note, verify
 
+HELP = "read everything back, and say what is damaged"
+DESCRIPTION = (
+    "Hash every object that the commits and the plan name, and list what is gone, cut off or changed: by shard, stage and, in "
+    "tars, sample. Marks damaged shards for `repair`. Exit status 1 if something is damaged."
+)
 SHOWN_SAMPLES = 3
 
 
-def add_arguments(sub: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
-    sub.add_argument("root", metavar="ROOT", help="the dataset's folder or URL (or a root that holds just one)")
-    sub.add_argument("--json", action="store_true", help="print JSON, with all samples")
+    add_root(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON, with all samples")
 
 
-def verify(args: argparse.Namespace, console: Console) -> int:
+def run(args: argparse.Namespace, console: Console) -> int:
     """Read all back; 0 if everything is as recorded, else 1."""
     dataset = open_dataset(args.root)
-    found = read_back(dataset)
+    found = verify(dataset)
     if args.json:
         print(json.dumps({"dataset": dataset.url, **asdict(found)}, indent=2))
     else:
@@ -45,14 +51,12 @@ def verify(args: argparse.Namespace, console: Console) -> int:
                 )
             out.print(table)
         size = f"{found.objects:,} objects, {found.bytes / 1e9:,.3f} GB"
-        out.print(f"{escape(dataset.url)}: {size} read", highlight=False, soft_wrap=True)
+        say(out, f"{dataset.url}: {size} read")
     note(dataset, found)
     if not found.damage:
-        console.print("everything is as recorded")
+        say(console, "everything is as recorded")
         return 0
     if any(damage.stage == "plan" for damage in found.damage):
-        console.print("the plan cannot be made again: restore its folder from a copy")
-    console.print(
-        f"{len(found.damage)} objects are damaged; next: resmaster repair {escape(dataset.url)}", soft_wrap=True
-    )
+        say(console, "the plan cannot be made again: restore its folder from a copy")
+    say(console, f"{len(found.damage)} objects are damaged; next: resmaster repair {dataset.url}")
     return 1

@@ -15,7 +15,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -27,12 +27,13 @@ from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 from prefect.utilities.urls import url_for
 
-from resmaster_flows.watch.page import RunPage
+from resmaster_flows.watch.page import headline, lines, table
+from resmaster_flows.watch.progress import Progress, notes
 from resmaster_stages.config.dataset import DatasetConfig, Stage
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.inspection.status import pending, pending_samples
-from resmaster_stages.progress import Both, reporter, reporting
+from resmaster_stages.progress import listening
 from resmaster_stages.publish.page import SIDES_PX, data_url
 from resmaster_stages.publish.summary import summary
 
@@ -146,10 +147,10 @@ def tags_of(config: DatasetConfig) -> list[str]:
 @contextmanager
 def run_page(
     dataset: Dataset, shards: Sequence[int], stages: Sequence[Stage] | None = None, *, part: bool = False
-) -> Iterator[RunPage]:
+) -> Iterator[None]:
     """Within the block, the current flow run's page shows how its work on `shards` goes.
 
-    `part`: the run is one of many of a build; it logs a line per committed stage, and its artifacts have keys of their own.
+    `part`: the run is one of many of a build; it logs what happens, and its artifacts have keys of their own.
     """
     logger = get_run_logger()
     try:
@@ -157,24 +158,26 @@ def run_page(
     except Exception as error:  # the work itself will say so, if it is more than a hiccup
         logger.warning("artifacts: how much there is to do cannot be shown: %s: %s", type(error).__name__, error)
         todo = {}
-    log = logger.info if part else _quiet
-    page = RunPage(todo, shards, log, lambda run: url_for("flow-run", obj_id=run) or run)
+    progress = Progress(todo, shards)
     kind = "run-" if part else ""
     keys = [key_of(dataset.config.name, kind + what) for what in ("progress", "shards")]
 
     def render() -> list[Shown]:
-        headline = page.headline()
+        line = headline(progress)
         return [
-            Shown(keys[0], "progress", page.percent, headline),
-            Shown(keys[1], "table", json.dumps(page.table()), headline),
+            Shown(keys[0], "progress", progress.percent, line),
+            Shown(keys[1], "table", json.dumps(table(progress, _address)), line),
         ]
 
-    with Publisher(render, tags_of(dataset.config)), reporting(Both(reporter(), page)):
-        yield page
+    with Publisher(render, tags_of(dataset.config)), listening(progress.hear), ExitStack() as logged:
+        if part:
+            logged.enter_context(listening(lines(progress, logger.info)))
+            logged.enter_context(listening(notes(logger.info)))
+        yield
 
 
-def _quiet(line: str) -> None:
-    """The parts log their own lines."""
+def _address(run: str) -> str:
+    return url_for("flow-run", obj_id=run) or run
 
 
 def show_dataset(dataset: Dataset) -> None:

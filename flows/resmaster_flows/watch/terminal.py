@@ -5,111 +5,94 @@ Knows nothing about Prefect. On anything but a terminal it prints plain lines an
 
 from __future__ import annotations
 
-import time
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.text import Text
 
-from resmaster_flows.watch.pace import VERBS, TimeLeft, spell_seconds
-from resmaster_stages.config.dataset import Stage
-from resmaster_stages.progress import Silent
-
-
-class Notes(Silent):
-    """A `Reporter` that prints what is noted, each line once, and nothing else."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._noted: set[str] = set()
-
-    def note(self, line: str) -> None:
-        if line not in self._noted:
-            self._noted.add(line)
-            self.console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+from resmaster_flows.watch.events import Dispatched
+from resmaster_flows.watch.pace import VERBS, spell_seconds
+from resmaster_flows.watch.progress import Progress, notes
+from resmaster_stages.progress import Event, Listener, ShardDone, listening
 
 
-class TerminalReporter(Notes):
-    """A `Reporter` that draws a live display; use as a context manager around the build.
+def say(console: Console, text: str | Text) -> None:
+    """Print `text` as it stands: names may hold brackets, and who copies a path wants it in one line."""
+    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
-    `pending` is the number of samples still to do per stage, `shards` the number of shards in the dataset.
-    """
 
-    def __init__(self, pending: dict[Stage, int], shards: int, console: Console | None = None) -> None:
-        super().__init__(console or Console(stderr=True))
-        self._left = TimeLeft(pending)
-        self._shards = shards
-        self._clock = time.monotonic()
-        self._failed = 0
-        self._last_stage, self._images_total = list(pending.items())[-1] if pending else ("quality", 0)
-        self._images = 0
-        self._shard_clock: dict[tuple[str, int], float] = {}
-        self._dispatched = ""
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[images]}"),
-            TextColumn("{task.fields[left]}"),
-            console=self.console,
-            transient=True,
-            expand=True,
-            disable=not self.console.is_terminal,
-        )
-        self._bar: TaskID = self._progress.add_task(
-            "starting", total=sum(pending.values()) or None, left="", images=self._images_text()
-        )
+@contextmanager
+def terminal(progress: Progress, console: Console) -> Iterator[Bar]:
+    """Within the block `progress` hears what happens, and the terminal shows it."""
+    bar = Bar(
+        SpinnerColumn(),
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[images]}"),
+        TextColumn("{task.fields[left]}"),
+        console=console,
+        transient=True,
+        expand=True,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task(**_shown(progress))
 
-    def __enter__(self) -> TerminalReporter:
-        self._progress.__enter__()
-        return self
+    def draw(event: Event) -> None:
+        bar.update(task, **_shown(progress))
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self._progress.__exit__(kind, value, tb)
+    with (
+        bar,
+        listening(progress.hear),
+        listening(_lines(progress, console)),
+        listening(notes(lambda line: say(console, f"  {line}"))),
+        listening(draw),
+    ):
+        yield bar
 
-    def _describe(self, stage: str, shard: int, detail: str = "") -> str:
-        return f"shard {shard + 1}/{self._shards}  {VERBS.get(stage, stage)}{detail}"
 
-    def _left_text(self) -> str:
-        return f"time left: {spell_seconds(self._left.seconds())}"
+def _shown(progress: Progress) -> dict[str, Any]:
+    """What the bar shows."""
+    failed = f"  [red]{progress.samples_failed} failed" if progress.samples_failed else ""
+    return {
+        "description": _now(progress),
+        "total": 100 if progress.samples_total else None,
+        "completed": progress.percent,
+        "images": f"images: {progress.images}/{progress.images_total}",
+        "left": f"time left: {spell_seconds(progress.seconds_left)}{failed}",
+    }
 
-    def _images_text(self) -> str:
-        return f"images: {self._images}/{self._images_total}"
 
-    def shard_started(self, stage: str, shard: int, samples: int) -> None:
-        self._clock = time.monotonic()
-        self._shard_clock[stage, shard] = self._clock
-        self._now = (stage, shard)
-        self._progress.update(self._bar, description=self._describe(stage, shard), left=self._left_text())
+def _now(progress: Progress) -> str:
+    """What is being done."""
+    if progress.dispatched:
+        return _spell(progress.dispatched)
+    if progress.now is None:
+        return "starting"
+    place = f"{progress.shards[progress.now.shard].place}/{len(progress.shards)}"
+    step = f"  step {progress.step.done}/{progress.step.total}" if progress.step else ""
+    return f"shard {place}  {VERBS.get(progress.now.stage, progress.now.stage)}{step}"
 
-    def sample_done(self, stage: str, shard: int, ok: bool) -> None:
-        now = time.monotonic()
-        self._left.sample_done(stage, now - self._clock)
-        self._clock = now
-        self._failed += not ok
-        self._images += ok and stage == self._last_stage
-        failed = f"  [red]{self._failed} failed" if self._failed else ""
-        self._progress.update(
-            self._bar,
-            advance=1,
-            description=self._describe(stage, shard),
-            images=self._images_text(),
-            left=self._left_text() + failed,
-        )
 
-    def shard_done(self, stage: str, shard: int, cached: bool) -> None:
-        if cached:
-            return
-        seconds = time.monotonic() - self._shard_clock.pop((stage, shard), time.monotonic())
-        self.console.print(f"  shard {shard:06d}  {stage:<9} committed in {spell_seconds(seconds)}", highlight=False)
+def _spell(dispatched: Dispatched) -> str:
+    runs = f"{dispatched.running} runs at work, {dispatched.waiting} waiting"
+    return f"{dispatched.done} of {dispatched.total} shards finished; {runs}"
 
-    def dispatched(self, done: int, total: int, running: int, waiting: int) -> None:
-        line = f"{done} of {total} shards finished; {running} runs at work, {waiting} waiting"
-        self._progress.update(self._bar, description=line, completed=done, total=total)
-        if line != self._dispatched:
-            self._dispatched = line
-            self.console.print(f"  {line}", highlight=False)
 
-    def step(self, done: int, total: int) -> None:
-        stage, shard = self._now
-        self._progress.update(self._bar, description=self._describe(stage, shard, f"  step {done}/{total}"))
+def _lines(progress: Progress, console: Console) -> Listener:
+    """A listener that prints a line per committed stage of a shard, and one whenever other runs got further."""
+    last: Dispatched | None = None
+
+    def hear(event: Event) -> None:
+        nonlocal last
+        if isinstance(event, ShardDone) and not event.cached:
+            seconds = spell_seconds(progress.shards[event.shard].last_seconds)
+            say(console, f"  shard {event.shard:06d}  {event.stage:<9} committed in {seconds}")
+        elif isinstance(event, Dispatched) and event != last:
+            last = event
+            say(console, f"  {_spell(event)}")
+
+    return hear

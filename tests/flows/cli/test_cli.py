@@ -207,6 +207,26 @@ def test_help_is_worth_reading(capsys: pytest.CaptureFixture[str]) -> None:
         assert len(text) > 300, command
 
 
+def test_the_help_names_every_verb_and_loads_no_heavy_library() -> None:
+    script = (
+        "import sys\n"
+        "from resmaster_flows.cli.main import VERBS, parser\n"
+        "text = parser().format_help()\n"
+        "assert all(verb.HELP in ' '.join(text.split()) for verb in VERBS)\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'prefect'} & set(sys.modules)\n"
+        "sys.exit(repr(heavy) if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["biuld"])
+    assert caught.value.code == 2
+    assert "invalid choice: 'biuld'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "culprits"),
     [

@@ -1,12 +1,16 @@
 """The terminal's view of a build: what it estimates and what it prints."""
 
 import io
+from collections.abc import Sequence
 
 import pytest
 from rich.console import Console
 
+from resmaster_flows.watch.events import Dispatched
 from resmaster_flows.watch.pace import TimeLeft, spell_seconds
-from resmaster_flows.watch.terminal import TerminalReporter
+from resmaster_flows.watch.progress import Progress
+from resmaster_flows.watch.terminal import terminal
+from resmaster_stages.progress import Event, Note, SampleDone, ShardDone, ShardStarted, Step, emit
 
 
 def test_time_left_is_unknown_until_every_pending_stage_was_seen() -> None:
@@ -33,26 +37,49 @@ def test_spelling(seconds: float | None, text: str) -> None:
     assert spell_seconds(seconds) == text
 
 
-def drive(terminal: bool) -> str:
+def drive(*events: Event, on_a_terminal: bool = False, shards: Sequence[int] = range(4)) -> str:
+    """What is printed; the last event comes after the bar was drawn."""
     out = io.StringIO()
-    console = Console(file=out, force_terminal=terminal, width=100, no_color=True)
-    with TerminalReporter({"high_res": 2}, shards=4, console=console) as reporter:
-        reporter.shard_started("high_res", 1, 2)
-        reporter.step(3, 20)
-        reporter.sample_done("high_res", 1, ok=True)
-        reporter.sample_done("high_res", 1, ok=False)
-        reporter._progress.refresh()
-        reporter.shard_done("high_res", 1, cached=False)
-        reporter.shard_done("low_res", 1, cached=True)
+    console = Console(file=out, force_terminal=on_a_terminal, width=100, no_color=True)
+    with terminal(Progress({"high_res": 2}, shards), console) as bar:
+        for event in events[:-1]:
+            emit(event)
+        bar.refresh()
+        emit(events[-1])
     return out.getvalue()
 
 
+SHARD = (
+    ShardDone("low_res", 1, cached=True),
+    ShardStarted("high_res", 1, 2),
+    Step(3, 20),
+    SampleDone("high_res", 1, ok=True),
+    SampleDone("high_res", 1, ok=False),
+    ShardDone("high_res", 1, cached=False),
+)
+
+
 def test_without_a_terminal_only_finished_shards_are_printed() -> None:
-    text = drive(terminal=False)
-    assert text.splitlines() == ["  shard 000001  high_res  committed in 0 s"]
+    assert drive(*SHARD).splitlines() == ["  shard 000001  high_res  committed in 0 s"]
 
 
 def test_a_terminal_shows_stage_shard_count_time_and_failures() -> None:
-    text = drive(terminal=True)
+    text = drive(*SHARD, on_a_terminal=True)
     for part in ("shard 2/4", "upscaling", "images: 1/2", "time left", "1 failed", "committed"):
         assert part in text
+    assert "upscaling  step 3/20" in drive(*SHARD[:3], SHARD[3], on_a_terminal=True)
+
+
+def test_shards_are_counted_among_those_of_the_build() -> None:
+    assert "shard 1/2" in drive(*SHARD, on_a_terminal=True, shards=[1, 12])
+
+
+def test_what_is_noted_is_printed_once_and_as_it_stands() -> None:
+    text = drive(Note("a [bold] line :warning:"), Note("another"), Note("a [bold] line :warning:"))
+    assert text.splitlines() == ["  a [bold] line :warning:", "  another"]
+
+
+def test_the_work_of_other_runs_is_told_whenever_it_changed() -> None:
+    text = drive(Dispatched(0, 4, 2, 0), Dispatched(0, 4, 2, 0), Dispatched(1, 4, 1, 1), Dispatched(0, 4, 2, 0))
+    first = "  0 of 4 shards finished; 2 runs at work, 0 waiting"
+    assert text.splitlines() == [first, "  1 of 4 shards finished; 1 runs at work, 1 waiting", first]

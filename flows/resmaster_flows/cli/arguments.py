@@ -1,0 +1,53 @@
+"""Arguments that verbs share: a source (CONFIG, and what overrides it) and the ROOT of a dataset."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.load import load_config
+from resmaster_stages.errors import UserError
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """CONFIG and its overrides; `config_of` reads them."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file; examples: deployments/datasets/")
+    parser.add_argument(
+        "--root", metavar="URL", help="folder or s3://bucket/prefix to build under, instead of CONFIG's"
+    )
+    parser.add_argument("--prompts", metavar="FILE", help="prompts (.txt .csv .jsonl .parquet), instead of CONFIG's")
+    parser.add_argument("--images", metavar="PATH", help="your own low-res images: a folder or WebDataset .tar shards")
+    parser.add_argument("--limit", metavar="N", type=int, help="only the first N prompts or images")
+    parser.add_argument(
+        "--allow-overwriting-store",
+        action="store_true",
+        help="build on a store that lets two writers both win (see doctor); run one process at a time then",
+    )
+
+
+def config_of(args: argparse.Namespace) -> DatasetConfig:
+    """CONFIG with the command line's overrides; relative paths given on the command line become absolute."""
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit}: give a number of at least 1")
+    if args.prompts and args.images:
+        raise UserError(
+            "--prompts and --images exclude each other: give one; prompts for your images go beside them as .txt"
+        )
+
+    def absolute(path: str | None) -> str | None:
+        return path if path is None or "://" in path else str(Path(path).resolve())
+
+    return load_config(
+        args.config,
+        root=args.root,
+        prompts=absolute(args.prompts),
+        images=absolute(args.images),
+        limit=args.limit,
+        allow_overwriting_store=args.allow_overwriting_store or None,
+    )
+
+
+def add_root(parser: argparse.ArgumentParser) -> None:
+    """ROOT, of verbs that work on a dataset that exists."""
+    parser.add_argument("root", metavar="ROOT", help="the dataset's folder or URL (or a root that holds just one)")

@@ -1,0 +1,150 @@
+"""How far a build is: counters, the time left, and what became of every shard and run. Hears events and draws nothing.
+
+Knows nothing about Prefect. Others may read while it hears, from other threads too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from resmaster_flows.watch.events import Dispatched, RunEnded, RunSubmitted
+from resmaster_flows.watch.pace import TimeLeft
+from resmaster_stages.config.dataset import Stage
+from resmaster_stages.progress import Event, Listener, Note, SampleDone, ShardDone, ShardFailed, ShardStarted, Step
+
+FAILED, AT_WORK, FINISHED, WAITING = range(4)
+"""Ranks, in the order in which people want to see them."""
+
+
+@dataclass
+class Shard:
+    """A shard that is worked on here."""
+
+    place: int
+    """Among the shards of the build, from 1."""
+    state: str = "waiting"
+    rank: int = WAITING
+    seconds: float = 0.0
+    """Of the stages that were committed here."""
+    last_seconds: float = 0.0
+    """Of the last of them."""
+    samples_failed: int = 0
+    began: float | None = None
+    """When the stage at work began, if one is: seconds of a monotonic clock."""
+
+
+@dataclass
+class Run:
+    """A run that works on shards elsewhere."""
+
+    name: str
+    state: str = "submitted"
+    rank: int = AT_WORK
+
+
+class Progress:
+    """What is known of a build of `shards`; `pending` is stage -> samples to do. `hear` is its listener."""
+
+    def __init__(
+        self, pending: Mapping[Stage, int], shards: Sequence[int], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
+        self._begin = self._sample_began = clock()
+        self._left = TimeLeft(dict(pending))
+        self._last_stage, self.images_total = list(pending.items())[-1] if pending else ("quality", 0)
+        self.samples_total = sum(pending.values())
+        self.samples_done = self.images = self.samples_failed = 0
+        self.shards = {shard: Shard(place) for place, shard in enumerate(shards, start=1)}
+        self.runs: dict[str, Run] = {}
+        self.now: ShardStarted | None = None
+        self.step: Step | None = None
+        self.dispatched: Dispatched | None = None
+
+    # ------------------------------------------------------------------------------------------------------- listening
+
+    def hear(self, event: Event) -> None:
+        """Take note of what happened."""
+        match event:
+            case ShardStarted():
+                self._shard_started(event)
+            case SampleDone():
+                self._sample_done(event)
+            case ShardDone():
+                self._shard_done(event)
+            case ShardFailed():
+                shard = self._shard(event.shard)
+                shard.state, shard.rank = f"failed: {event.error}", FAILED
+            case Step():
+                self.step = event
+            case RunSubmitted():
+                self.runs[event.run] = Run(event.name)
+            case RunEnded():
+                run = self.runs[event.run]
+                run.state, run.rank = event.state, FINISHED if event.finished else FAILED
+            case Dispatched():
+                self.dispatched = event
+
+    def _shard_started(self, event: ShardStarted) -> None:
+        shard = self._shard(event.shard)
+        shard.state, shard.rank = event.stage, AT_WORK
+        shard.began = self._sample_began = self._clock()
+        self.now, self.step = event, None
+
+    def _sample_done(self, event: SampleDone) -> None:
+        now = self._clock()
+        self._left.sample_done(event.stage, now - self._sample_began)
+        self._sample_began, self.step = now, None
+        self.samples_done += 1
+        self.images += event.ok and event.stage == self._last_stage
+        self.samples_failed += not event.ok
+        self._shard(event.shard).samples_failed += not event.ok
+
+    def _shard_done(self, event: ShardDone) -> None:
+        shard = self._shard(event.shard)
+        if not event.cached:
+            shard.last_seconds = 0.0 if shard.began is None else self._clock() - shard.began
+            shard.seconds += shard.last_seconds
+            shard.began = None
+        if event.stage == self._last_stage:
+            shard.state, shard.rank = "finished", FINISHED
+
+    def _shard(self, number: int) -> Shard:
+        return self.shards.setdefault(number, Shard(len(self.shards) + 1))
+
+    # --------------------------------------------------------------------------------------------------------- reading
+
+    @property
+    def percent(self) -> float:
+        """Of the work that there was at the start."""
+        if self.dispatched:
+            return 100.0 * self.dispatched.done / max(1, self.dispatched.total)
+        if all(shard.rank == FINISHED for shard in list(self.shards.values())):
+            return 100.0
+        return round(min(100.0, 100.0 * self.samples_done / max(1, self.samples_total)), 1)
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return self._clock() - self._begin
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None while unknown."""
+        if not self.dispatched:
+            return self._left.seconds()
+        done, total = self.dispatched.done, self.dispatched.total
+        return self.seconds * (total - done) / done if done else None
+
+
+def notes(say: Callable[[str], None]) -> Listener:
+    """A listener that says what is noted, each line once."""
+    said: set[str] = set()
+
+    def hear(event: Event) -> None:
+        if isinstance(event, Note) and event.line not in said:
+            said.add(event.line)
+            say(event.line)
+
+    return hear
