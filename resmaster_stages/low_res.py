@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from resmaster_stages.config.dataset import DatasetConfig
-from resmaster_stages.config.methods import UpscaleConfig
 from resmaster_stages.dataset.plan import picture_key
 from resmaster_stages.dataset.stages import STAGE_VERSIONS
 from resmaster_stages.errors import ConfigError, SampleError
@@ -66,13 +65,12 @@ def generate(
     At the native size this is what diffusers' StableDiffusionXLPipeline draws for the same seed (one CPU generator per
     picture) with DDIM, eta = 0, or Euler. Raises ConfigError for a size that is no multiple of the latent factor.
     """
+    from resmaster_stages.methods.direct import Direct
     from resmaster_stages.methods.render import render
     from resmaster_stages.methods.request import Request
 
     check_size(height, width, models.latent_factor)
-    config = UpscaleConfig(
-        method="direct", steps=steps, guidance_scale=guidance_scale, stepper="ddim_keep", view_batch=batch_size
-    )
+    config = Direct(steps=steps, guidance_scale=guidance_scale, stepper="ddim_keep", view_batch=batch_size)
     for start in range(0, len(prompts), batch_size):
         slot = slice(start, start + batch_size)
         good = [_is_text(p) and _is_text(n) for p, n in zip(prompts[slot], negative_prompts[slot])]

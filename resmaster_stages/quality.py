@@ -56,7 +56,7 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
             if sample.low_res is None or sample.high_res is None:
                 raise SampleError(f"{sample.key}: low-res or high-res image is missing")
             low, high = sample.low_res.open(), sample.high_res.open()
-            boxes = view_grid(high.height, high.width, native, config.upscale.stride, factor).pixel_boxes
+            boxes = view_grid(high.height, high.width, native, config.upscale.view_stride, factor).pixel_boxes
             row = measure(low, high, boxes)
             row["clip_score"] = scorer.scores([high], [sample.prompt])[0] if scorer and sample.prompt else None
             row["flags"] = flags(row, quality)

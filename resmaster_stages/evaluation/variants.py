@@ -12,7 +12,7 @@ import yaml
 
 from resmaster_stages.config.dataset import LONGEST_NAME, DatasetConfig
 from resmaster_stages.config.load import parse_config
-from resmaster_stages.config.methods import with_method
+from resmaster_stages.config.method import with_method
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.keys import digest
 from resmaster_stages.models.geometry import latent_factor, native_px

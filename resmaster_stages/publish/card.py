@@ -50,7 +50,7 @@ def dataset_card(
         name=config.name,
         size_category=_size_category(published.samples),
         facts="\n".join(f"| {name} | {value} |" for name, value in facts),
-        captions=CAPTIONS_LINE if config.upscale.uses_captions() else "",
+        captions=CAPTIONS_LINE if config.upscale.uses("captions") else "",
         features=FEATURES_LINE.format(config.quality.features) if config.quality.features != "none" else "",
     )
 

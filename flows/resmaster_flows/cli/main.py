@@ -30,7 +30,7 @@ from resmaster_flows.cli.upscale import upscale
 from resmaster_flows.cli.verify import add_arguments as verify_arguments
 from resmaster_flows.cli.verify import verify
 from resmaster_stages.config.dataset import STAGES
-from resmaster_stages.config.methods import METHODS
+from resmaster_stages.config.method import methods
 from resmaster_stages.config.model import SDXL
 from resmaster_stages.errors import ResMasterError, UserError
 from resmaster_stages.redaction import one_line
@@ -215,7 +215,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("input", metavar="INPUT", help="image file")
     sub.add_argument("output", metavar="OUTPUT", help="image file to write (.png, .webp or .jpg)")
     sub.add_argument("--scale", type=float, default=4.0, help="target size over input size (default: 4)")
-    sub.add_argument("--method", default="resmaster", help=f"one of: {', '.join(METHODS)} (default: resmaster)")
+    sub.add_argument("--method", default="resmaster", help=f"one of: {', '.join(methods())} (default: resmaster)")
     sub.add_argument(
         "--preset",
         help="settings of the method: default, faithful (what its authors published), or exact (resmaster: what its default leaves out)",

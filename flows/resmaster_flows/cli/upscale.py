@@ -15,7 +15,7 @@ from rich.progress import Progress
 from resmaster_flows.watch.terminal import Notes
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import load_config, parse_config
-from resmaster_stages.config.methods import with_method
+from resmaster_stages.config.method import with_method
 from resmaster_stages.config.model import SDXL
 from resmaster_stages.errors import UserError
 from resmaster_stages.progress import reporting
@@ -84,6 +84,7 @@ def upscale_file(args: argparse.Namespace, console: Console) -> None:
     detail = open_input(Path(args.detail_mask)) if args.detail_mask else None
 
     from resmaster_stages.high_res import caption_views
+    from resmaster_stages.methods.settings import Enlargement
     from resmaster_stages.methods.upscale import enlarge_image, target_size, upscale_image
     from resmaster_stages.models.load import load_models, resolve_device, resolve_dtype
 
@@ -95,13 +96,16 @@ def upscale_file(args: argparse.Namespace, console: Console) -> None:
         def step(done: int, total: int) -> None:
             progress.update(bar, description="upscaling", completed=done, total=total)
 
-        if upscale.uses_diffusion():
+        if isinstance(upscale, Enlargement):
+            device = resolve_device(config.model.device)
+            result = enlarge_image(image, upscale, device, resolve_dtype(config.model.dtype, device), step)
+        else:
             models = load_models(config.model)
             caption = partial(caption_views, config, args.prompt) if config.captions.source != "prompt" else None
             captions = None
-            if upscale.uses_captions() and caption:
+            if upscale.uses("captions") and caption:
                 progress.update(bar, description="captioning patches")
-                size = target_size(image.height, image.width, upscale.passes()[0].scale)
+                size = target_size(image.height, image.width, upscale.way()[0].scale)
                 captions = caption(image, *size)
             result = upscale_image(
                 models,
@@ -114,9 +118,6 @@ def upscale_file(args: argparse.Namespace, console: Console) -> None:
                 seed=config.seed,
                 progress=step,
             )
-        else:
-            device = resolve_device(config.model.device)
-            result = enlarge_image(image, upscale, device, resolve_dtype(config.model.dtype, device), step)
     save(result, target)
     console.print(
         f"{source} ({image.width} x {image.height} px) -> {target} ({result.width} x {result.height} px)",
