@@ -41,7 +41,9 @@ FREESCALE = {
     "method": "freescale",
     "steps": 3,
     "scale": 2,
-    "freescale": {"start": 0.0, "alpha": 3.0, "alpha_elsewhere": 0.5},
+    "start": 0.0,
+    "alpha": 3.0,
+    "alpha_elsewhere": 0.5,
 }
 SIZE = (64, 64)
 LEFT = Image.new("L", (10, 8))

@@ -22,13 +22,13 @@ from benchmarks.gpu import models as shapes
 from benchmarks.gpu.record import Run
 from benchmarks.methods import peak_memory, settle
 from resmaster_stages.config.method import Method, methods
-from resmaster_stages.diffusion import autoencoder
+from resmaster_stages.diffusion import autoencoder, image_prompts
 from resmaster_stages.diffusion.cost import counting
 from resmaster_stages.diffusion.loop import batch_size
 from resmaster_stages.diffusion.memory import row_bytes, weights_bytes
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import ConfigError, SampleError
-from resmaster_stages.methods import render, resmaster
+from resmaster_stages.methods import render
 from resmaster_stages.methods.settings import Diffusion
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.acceleration import compile_blocks, quantise_fp8, require_fp8
@@ -41,7 +41,7 @@ PARTS: tuple[tuple[str, Any, str], ...] = (
     ("denoise", render, "denoise"),
     ("encode", autoencoder, "encode"),
     ("decode", autoencoder, "decode"),
-    ("image_prompts", resmaster, "embed_crops"),
+    ("image_prompts", image_prompts, "embed_crops"),
 )
 """Part of a picture, and where the engine looks its function up."""
 STEPS, SHORT_STEPS = 50, 3

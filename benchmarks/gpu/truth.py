@@ -29,10 +29,10 @@ from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.dataset.sample import Output, Picture, Sample
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.low_res import generate
+from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.metrics.agreement import psnr
 from resmaster_stages.models.acceleration import compile_blocks, quantise_fp8, require_fp8
 from resmaster_stages.models.faults import release_memory
-from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.models.load import load_models
 from resmaster_stages.runner.compute import compute
 from resmaster_stages.runner.quarantine import Breadcrumbs

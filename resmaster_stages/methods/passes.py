@@ -72,6 +72,4 @@ def phase_scales(scale: float, phases: str, refine: bool) -> tuple[float, ...]:
 def phase_sizes(height: int, width: int, scales: Sequence[float]) -> tuple[tuple[float, int, int], ...]:
     """(scale, rows, columns) of each phase's canvas; the last one has `height` x `width` latents."""
     last = scales[-1]
-    return tuple(
-        (scale, max(1, round(height * scale / last)), max(1, round(width * scale / last))) for scale in scales
-    )
+    return tuple((scale, max(1, round(height * scale / last)), max(1, round(width * scale / last))) for scale in scales)

@@ -8,6 +8,7 @@ from PIL import Image
 from resmaster_stages.config.method import Method, methods, with_method
 from resmaster_stages.diffusion.reference import pad_to_multiple, to_tensor, upsample
 from resmaster_stages.diffusion.schedule import Step, make_schedule
+from resmaster_stages.methods.lanczos import Lanczos
 from resmaster_stages.methods.request import Reference, Request
 from resmaster_stages.methods.upscale import target_size
 from resmaster_stages.models.parts import Models
@@ -34,6 +35,10 @@ DIFFUSION_METHODS = tuple(name for name, each in methods().items() if each.base_
 def settings(method, **values) -> Method:
     """`values` of `method`, at 2x in few steps where it has any."""
     return Method.model_validate({**with_method({"steps": 2, "scale": 2}, method), **values})
+
+
+def lanczos(image, height, width) -> Image.Image:
+    return Lanczos().enlarge(image, height, width, torch.device("cpu"), torch.float32)
 
 
 def request(models, config, low_res=None, prompt="a cat") -> Request:
