@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from benchmarks import flags, methods, peers, true_scenes
-from resmaster_stages.config.load import load_config
 from resmaster_stages.config import method
+from resmaster_stages.config.load import load_config
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.evaluation.variants import variants
 from resmaster_stages.picturebook import captions

@@ -14,12 +14,11 @@ from typing import Any, Literal
 
 from pydantic import (
     Field,
-    SerializeAsAny,
     field_validator,
     model_validator,
 )
 
-from resmaster_stages.config.method import Method
+from resmaster_stages.config.method import AnyMethod, Method
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.config.part import Operational, Part
 
@@ -207,7 +206,7 @@ class DatasetConfig(Part):
     """Stage 2."""
     captions: CaptionsConfig = CaptionsConfig()
     """Stage 3."""
-    upscale: SerializeAsAny[Method] = Field(default_factory=lambda: Method.model_validate({}))
+    upscale: AnyMethod = Field(default_factory=lambda: Method.model_validate({}))
     """Stage 4."""
     quality: QualityConfig = QualityConfig()
     """Stage 5."""

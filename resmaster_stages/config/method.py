@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import import_module
 from inspect import get_annotations
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import Field, GetJsonSchemaHandler, ModelWrapValidatorHandler, model_validator
+from pydantic import Field, GetJsonSchemaHandler, ModelWrapValidatorHandler, SerializeAsAny, model_validator
 from pydantic_core import CoreSchema
 
-from resmaster_stages.config.part import Part
+from resmaster_stages.config.part import Part, drop_defaults
 from resmaster_stages.errors import ConfigError
 
 DEFAULT = "resmaster"
@@ -47,6 +47,8 @@ class Method(Part):
     """Whether the result depends on the base model."""
     reads: ClassVar[tuple[Source, ...]] = ()
     """What the result may depend on; `uses` says whether it does as the fields are set."""
+    switches: ClassVar[Mapping[str, str]] = {}
+    """Short name -> a field whose `enabled` it switches, for `resmaster compare` (`resmaster+sg`, `resmaster-etp`)."""
     with_detail_mask: ClassVar[Mapping[str, Any]] = {}
     """Of methods that read a detail mask: an example of fields with which they do."""
 
@@ -76,7 +78,12 @@ class Method(Part):
             for name, value in cls.presets[preset].items()
             if name not in ties or values.get(ties[name][0], ties[name][1]) == ties[name][1]
         }
-        made = make({**chosen, **values})
+        parts = {
+            name: {**value, **values[name]}
+            for name, value in chosen.items()
+            if isinstance(value, dict) and isinstance(values.get(name), dict)
+        }
+        made = make({**chosen, **values, **parts})
         made.__pydantic_fields_set__.difference_update(chosen.keys() - values.keys())
         return made
 
@@ -89,14 +96,14 @@ class Method(Part):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """Of a method: its fields and the names of its presets. Of the base: the methods that there are now."""
-        if not cls._concrete():
-            return {"anyOf": [handler(each.__pydantic_core_schema__) for each in methods().values()]}
+        """With the method's name as title, for forms, and the names of its presets."""
         made = handler(schema)
         inner = handler.resolve_ref_schema(made)
-        inner["title"] = cls.model_fields["method"].default
-        inner["properties"]["method"]["description"] = "Name of the method."
-        inner["properties"]["preset"]["enum"] = list(cls.presets)
+        if cls._concrete():
+            inner["title"] = cls.model_fields["method"].default
+            inner["properties"]["method"]["description"] = "Name of the method."
+            inner["properties"]["preset"]["enum"] = list(cls.presets)
+            drop_defaults(inner["properties"], cls.presets.values())
         return made
 
     @classmethod
@@ -178,6 +185,22 @@ def methods() -> Mapping[str, type[Method]]:
     """All methods by name: those of `resmaster_stages.methods`, then those that were registered from outside."""
     import_module("resmaster_stages.methods")  # by name: that room stands above this one
     return _METHODS
+
+
+class _Alternatives:
+    """Writes the methods that there are, when it is asked, into a JSON schema; in place, where forms look for alternatives."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        default_first = sorted(methods().values(), key=lambda method: method is not methods()[DEFAULT])
+        return {
+            "anyOf": [
+                each.__get_pydantic_json_schema__(each.__pydantic_core_schema__, handler) for each in default_first
+            ]
+        }
+
+
+AnyMethod = Annotated[SerializeAsAny[Method], _Alternatives()]
+"""The type of a field that holds any method."""
 
 
 def method_class(name: Any) -> type[Method]:

@@ -66,6 +66,7 @@ class ResMaster(MovingViews, Steered):
         "exact": {},
     }
     reads: ClassVar[tuple[Source, ...]] = ("reference", "captions", "image_prompt")
+    switches: ClassVar[Mapping[str, str]] = {"sg": "structure", "tip": "image_prompt", "etp": "text_prompt"}
 
     method: Literal["resmaster"] = "resmaster"
     image_prompt: ImagePromptConfig = ImagePromptConfig()

@@ -181,9 +181,9 @@ def test_known_hashes_stand() -> None:
     """They may change on purpose alone: where they do, every dataset is made anew."""
     weights = Weights("m", "c", "q")
     for upscale, expected in (
-        ({"preset": "exact"}, "0"),
-        ({"method": "direct"}, "0"),
-        ({"method": "lanczos", "scale": 2.0}, "0"),
+        ({"preset": "exact"}, "f5250d6de960fed6"),
+        ({"method": "direct"}, "ce57de92c62d7410"),
+        ({"method": "lanczos", "scale": 2.0}, "7bcd932bdf14297d"),
     ):
         unchecked = config(upscale=upscale, captions={"check": {"enabled": False}})
         assert stage_hash(unchecked, "high_res", weights).startswith(expected)
@@ -236,6 +236,8 @@ def test_method_presets_expand_and_explicit_fields_win() -> None:
         assert {"default"} <= method.presets.keys() <= {"default", "faithful", "exact"}
         for preset in method.presets:
             config(upscale={"method": name, "preset": preset})
+    part = config(upscale={"preset": "faithful", "structure": {"cutoff": 0.5}}).upscale.structure
+    assert (part.cutoff, part.stop) == (0.5, 1.0), "of a part, too, explicit fields win and the others are the preset's"
     with pytest.raises(ConfigError, match="unknown preset 'best'; known: default, faithful"):
         config(upscale={"method": "demofusion", "preset": "best"})
 

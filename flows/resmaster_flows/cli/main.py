@@ -184,8 +184,8 @@ def parser() -> argparse.ArgumentParser:
         "--methods",
         required=True,
         metavar="LIST",
-        help="comma-separated: direct, multidiffusion, resmaster, resmaster+sg+tip (these parts only), resmaster-etp "
-        "(without it), resmaster:stride=0.75:structure.preset=paper (other settings)",
+        help=f"comma-separated, of: {', '.join(methods())}; with a method's parts and settings: resmaster+sg+tip (these parts "
+        "only), resmaster-etp (without it), resmaster:stride=0.75:structure.preset=paper, demofusion:cosine_scale_1=3",
     )
     sub.add_argument(
         "--scales",
