@@ -2,7 +2,7 @@
 
 - global structure: the low frequencies of every predicted x0 come from the reference (`structure`);
 - regional semantics: each view has its own caption;
-- regional attention: a view attends to the global prompt only as the whole picture does in that place.
+- regional attention: a view attends to the global prompt only as the whole image does in that place.
 
 Authors' word, by the abstract and public notes: the three priors, the start from the noised reference, overlapping views.
 There is no public code, and the paper's tables and constants were not at hand. Our reconstruction: the composer of

@@ -1,6 +1,6 @@
-"""FreeScale (Qiu et al., ICCV 2025): a cascade of whole-canvas stages, each from the enlarged image of the one before.
+"""FreeScale (Qiu et al., ICCV 2025): a cascade of whole-canvas passes, each from the enlarged image of the one before.
 
-Each stage decodes, enlarges in RGB, encodes, adds noise up to step 15 of 50 and denoises from there, with
+Each pass decodes, enlarges in RGB, encodes, adds noise up to step 15 of 50 and denoises from there, with
 - restrained dilation: nine deep convolutions on the way down, by the canvas's scale, until step 35;
 - scale fusion: every self-attention takes its coarse part from windows of the native size (`scale_fusion`);
 - detail control: every noisy latent is pulled to the enlarged image's, by cosine ** `alpha`.
@@ -9,8 +9,8 @@ Authors' word: all of the above, and preset `faithful` (FreeU; windows that see 
 also mixes neighbouring feature channels, as their kernel does and their paper does not say). Our choice in preset
 `default`: none of those three. Different in both: the encoder's mode instead of a sample; square windows also where the
 image is not square; window places once per step and level instead of once per layer. Detail control by region
-(`alpha_elsewhere` and a mask of the image) is theirs; where the mask comes from is the user's affair. Windows run as one batch on projections
-that are computed once.
+(`alpha_elsewhere` and a mask of the image) is theirs; where the mask comes from is the user's affair. Windows run as one
+batch on projections that are computed once.
 """
 
 from __future__ import annotations

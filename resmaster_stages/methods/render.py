@@ -1,7 +1,7 @@
-"""From a request to pictures: draw the noise, denoise pass by pass, decode, check.
+"""From a request to images: draw the noise, denoise pass by pass, decode, check.
 
 Invariants:
-- A sample whose latents or pixels are not finite, or whose picture is all black, is a SampleError in its own place;
+- A sample whose latents or pixels are not finite, or whose image is all black, is a SampleError in its own place;
   its neighbours in the batch are not touched.
 """
 
@@ -24,7 +24,7 @@ from resmaster_stages.models.faults import device_faults
 
 
 def render(request: Request, seeds: Sequence[int], progress: Progress | None = None) -> list[Image.Image | SampleError]:
-    """One picture of the requested size per seed (and prompt), or what is wrong with it.
+    """One image of the requested size per seed (and prompt), or what is wrong with it.
 
     Raises ConfigError (a setting that the model cannot serve, or too little memory) and GpuLost.
     """

@@ -179,7 +179,7 @@ def between(scale: float) -> dict[str, float]:
 
 
 def strong(vertical: float, horizontal: float, whose: Family = "sdxl") -> dict[str, float]:
-    """Layers and dilations of a larger canvas, from its height and width over a native picture's."""
+    """Layers and dilations of a larger canvas, from its height and width over a native image's."""
     scale = max(vertical, horizontal)
     deep = dict.fromkeys(DEEP, scale)
     if whose == "sdxl":
