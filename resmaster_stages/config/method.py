@@ -1,7 +1,8 @@
 """The base of all upscaling methods as a user writes them, and the table of methods by name.
 
 A method is one file in `resmaster_stages/methods`: a class with the method's settings as fields, which are all the keys
-that a configuration may give for it. `upscale: {method: demofusion, cosine_scale_1: 3}` is read as the class of that name.
+that a configuration may give for it. `upscale: {method: demofusion, cosine_scale_1: 3}` is read as the class of that
+name.
 
 Knows no method by name but the default one: the table is filled by `register`, which anybody may call.
 """
@@ -23,21 +24,21 @@ DEFAULT = "resmaster"
 """The method of a configuration that names none."""
 
 Source = Literal["reference", "captions", "image_prompt", "detail_mask"]
-"""What a method may read beside the prompt: the low-res image, a caption per view, an image prompt per view (which needs an
-IP-Adapter), and a mask of where more detail is drawn."""
+"""What a method may read beside the prompt: the low-res image, a caption per view, an image prompt per view (which
+needs an IP-Adapter), and a mask of where more detail is drawn."""
 
 
 def OnlyWith(other: str, value: str, default: Any, **kwargs: Any) -> Any:
-    """A field that is read only where the field `other` has `value`. It may not be set elsewhere, and a preset's value of it
-    goes where the user gave `other` another value."""
+    """A field that is read only where the field `other` has `value`. It may not be set elsewhere, and a preset's value
+    of it goes where the user gave `other` another value."""
     return Field(default=default, json_schema_extra={"only_with": [other, value]}, **kwargs)
 
 
 class Method(Part):
     """Stage 4: low-res image + captions -> high-res image.
 
-    Validates to the class of the method that the values name. A concrete method narrows `method` to a Literal and is given
-    to `register`.
+    Validates to the class of the method that the values name. A concrete method narrows `method` to a Literal and is
+    given to `register`.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
@@ -55,8 +56,8 @@ class Method(Part):
     method: str
     """Name of the method."""
     preset: str = Field(default="default", json_schema_extra={"operational": True})
-    """Where fields that are not given come from: default, faithful (what the method's authors published) or exact (the work
-    that the default leaves out is done)."""
+    """Where fields that are not given come from: default, faithful (what the method's authors published) or exact (the
+    work that the default leaves out is done)."""
     scale: float = Field(default=4.0, ge=1, le=64)
     """Target size over low-res size. Generated images must come out at a multiple of the latent factor (8)."""
 
@@ -144,8 +145,8 @@ class Method(Part):
 
     @property
     def view_stride(self) -> float:
-        """Distance of neighbouring views, as a fraction of the window. Methods without views are looked at as if they had some:
-        seams are measured at the same places for all."""
+        """Distance of neighbouring views, as a fraction of the window. Methods without views are looked at as if they
+        had some: seams are measured at the same places for all."""
         return 0.5
 
     def weights(self) -> str | None:
@@ -188,7 +189,8 @@ def methods() -> Mapping[str, type[Method]]:
 
 
 class _Alternatives:
-    """Writes the methods that there are, when it is asked, into a JSON schema; in place, where forms look for alternatives."""
+    """Writes the methods that there are, when it is asked, into a JSON schema; in place, where forms look for
+    alternatives."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         default_first = sorted(methods().values(), key=lambda method: method is not methods()[DEFAULT])
@@ -212,8 +214,8 @@ def method_class(name: Any) -> type[Method]:
 
 
 def with_method(values: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """What was set for one method, for another one: what both read in common (fields of a base class of both), without a
-    preset that the other has not, and without what is read only beside a value that a preset gave."""
+    """What was set for one method, for another one: what both read in common (fields of a base class of both), without
+    a preset that the other has not, and without what is read only beside a value that a preset gave."""
     before = values.get("method", DEFAULT)
     known = methods()
     if method == before:

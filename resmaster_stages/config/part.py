@@ -21,7 +21,8 @@ def Operational(default: Any, **kwargs: Any) -> Any:
 
 
 def drop_defaults(properties: dict[str, Any], presets: Iterable[Mapping[str, Any]]) -> None:
-    """Takes the defaults of fields that a preset sets out of a JSON schema: forms send defaults along, and those would win."""
+    """Takes the defaults of fields that a preset sets out of a JSON schema: forms send defaults along, and those would
+    win."""
     for name in {name for preset in presets for name in preset}:
         properties[name].pop("default", None)
 

@@ -1,4 +1,5 @@
-"""Convolutions of features without their high frequencies, and attention maps that one branch takes from another (FouriScale).
+"""Convolutions of features without their high frequencies, and attention maps that one branch takes from another
+(FouriScale).
 
 Dilation alone lets high frequencies alias into the wider taps. Knows nothing about plans and steps.
 """
@@ -46,7 +47,8 @@ def filter_matrix(
 
 @dataclass(frozen=True)
 class Filtered:
-    """A convolution with taps `dilation` cells apart, of features without the frequencies above 1 / `factor` Nyquist."""
+    """A convolution with taps `dilation` cells apart, of features without the frequencies above 1 / `factor`
+    Nyquist."""
 
     factor: float
     dilation: int

@@ -1,9 +1,10 @@
 """Grids that move: at every step all windows are shifted together, so view borders never lie twice at the same place.
 
-Fewer views are needed for a seamless picture, since every border is averaged away by the steps that have none there. The
-shifts are a low-discrepancy sequence (Roberts' R2) of the step's number alone: the same for all samples, without a draw.
-Moving views may lie further apart than those that stand still, and stand still in the last steps, where borders would show.
-Knows nothing about models. Invariant: the size of the views is the same at every step, their number at all moving steps.
+Fewer views are needed for a seamless picture, since every border is averaged away by the steps that have none there.
+The shifts are a low-discrepancy sequence (Roberts' R2) of the step's number alone: the same for all samples, without a
+draw. Moving views may lie further apart than those that stand still, and stand still in the last steps, where borders
+would show. Knows nothing about models. Invariant: the size of the views is the same at every step, their number at all
+moving steps.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def placed(
     moving: Grid | None = None,
     stop: float = 1.0,
 ) -> Callable[[Step], tuple[Views, Conditions]]:
-    """A view group's views and conditions: those of `grid` at every step; or before the fraction `stop` of the steps those of
-    `moving` (which lies at shift 0), moved from step to step.
+    """A view group's views and conditions: those of `grid` at every step; or before the fraction `stop` of the steps
+    those of `moving` (which lies at shift 0), moved from step to step.
 
     A moved view takes caption, image prompt and size conditions of the grid's nearest view. fuse: as `Fuser` takes it.
     """

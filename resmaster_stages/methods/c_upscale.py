@@ -4,9 +4,9 @@
 - regional semantics: each view has its own caption;
 - regional attention: a view attends to the global prompt only as the whole image does in that place.
 
-Authors' word, by the abstract and public notes: the three priors, the start from the noised reference, overlapping views.
-There is no public code, and the paper's tables and constants were not at hand. Our reconstruction: the composer of
-regional attention and captions (`diffusion.composer`) and its share of one half, the filter (ResMaster's, in Nyquist
+Authors' word, by the abstract and public notes: the three priors, the start from the noised reference, overlapping
+views. There is no public code, and the paper's tables and constants were not at hand. Our reconstruction: the composer
+of regional attention and captions (`diffusion.composer`) and its share of one half, the filter (ResMaster's, in Nyquist
 frequencies of the low-res image and at every step), and the start at 45 % of the noise, which third-party notes give.
 So preset `faithful` is the same as `default`: nothing better is known.
 """

@@ -6,11 +6,11 @@ Each phase enlarges the latents of the one before, and follows them in three way
 - dilated views: interleaved samples of the blurred canvas, which see the image whole.
 All three fade with (1 + cos(pi (T - t) / T)) / 2, raised to `cosine_scale_1`, `_3` and `_2`.
 
-Authors' word: all of the above, and preset `faithful` (their published settings; windows that reach beyond the canvas see
-zeros, and crop coordinates count from that padded border). Our choice: windows stay inside the canvas and tell their true
-place; the first tenth of each phase, which mostly copies the noised reference, is left out; any scale, not only whole ones.
-Different from the authors in both presets: the first phase is the project's low-res image, encoded, and was told its own
-size rather than the target's.
+Authors' word: all of the above, and preset `faithful` (their published settings; windows that reach beyond the canvas
+see zeros, and crop coordinates count from that padded border). Our choice: windows stay inside the canvas and tell
+their true place; the first tenth of each phase, which mostly copies the noised reference, is left out; any scale, not
+only whole ones. Different from the authors in both presets: the first phase is the project's low-res image, encoded,
+and was told its own size rather than the target's.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class DemoFusion(Views):
 
     method: Literal["demofusion"] = "demofusion"
     phases: Literal["every", "doubling", "last"] = "every"
-    """Sizes on the way to the target: 2, 3, 4, ... times the low-res size (the paper), 2, 4, ..., or the target at once."""
+    """Sizes on the way to the target: 2, 3, 4, ... times the low-res size (the paper), 2, 4, ..., or the target at
+    once."""
     refine: bool = False
     """A first phase at the low-res size: what the authors' code does with a user's own image."""
     start: float = Field(default=0.1, ge=0, lt=1)
@@ -66,7 +67,8 @@ class DemoFusion(Views):
     sigma: float = Field(default=0.8, gt=0)
     """Standard deviation of that blur at the start, in latents."""
     jitter: Literal["clamped", "zeros", "off"] = "clamped"
-    """Random shifts of local views: inside the canvas; beyond its border, where they see zeros (the authors); or none."""
+    """Random shifts of local views: inside the canvas; beyond its border, where they see zeros (the authors); or
+    none."""
 
     def canvases(self, height: int, width: int) -> tuple[tuple[float, int, int], ...]:
         """(scale, rows, columns) of each phase on the way to `height` x `width` latents."""
@@ -81,7 +83,8 @@ class DemoFusion(Views):
             yield UnetWork(rows * factor**2, area(-(-height // factor), -(-width // factor), grid))
 
     def passes(self, request: Request) -> tuple[Pass, ...]:
-        """One pass per phase, each enlarged from the one before, all held to the low-res latents' mean and deviation."""
+        """One pass per phase, each enlarged from the one before, all held to the low-res latents' mean and
+        deviation."""
         from resmaster_stages.diffusion.reference_guidance import match_moments
 
         first, reference = first_step(self.start, self.steps), request.required_reference()

@@ -1,15 +1,15 @@
 """FouriScale (Huang et al., ECCV 2024): direct inference with convolutions that are dilated and low-pass filtered.
 
-Dilation alone lets high frequencies alias into the wider taps; so the features of every dilated layer lose them first. A
-second text branch, filtered weakly and dilated less, keeps detail and takes its attention maps from the first: guidance
-goes from the negative prediction to the second branch's. Dilation falls from step 20 of 50 on and is off from step 35;
-there both text branches would be the same, so the second is left out.
+Dilation alone lets high frequencies alias into the wider taps; so the features of every dilated layer lose them first.
+A second text branch, filtered weakly and dilated less, keeps detail and takes its attention maps from the first:
+guidance goes from the negative prediction to the second branch's. Dilation falls from step 20 of 50 on and is off from
+step 35; there both text branches would be the same, so the second is left out.
 
-Authors' word: all of the above, the SDXL settings, and a floor of 0 for Stable Diffusion 1.5 and 2.1 (whose layers here are
-the same places of the deeper UNet: our choice). The filter is theirs on the spectrum; here it is two products with
+Authors' word: all of the above, the SDXL settings, and a floor of 0 for Stable Diffusion 1.5 and 2.1 (whose layers here
+are the same places of the deeper UNet: our choice). The filter is theirs on the spectrum; here it is two products with
 the circulant matrix of its impulse response (the same numbers, no transforms), symmetric in frequency, where their mask
-is off by one bin between positive and negative frequencies. In preset `default` FreeU is off. The reference is not read,
-except with `init: noised_lr`.
+is off by one bin between positive and negative frequencies. In preset `default` FreeU is off. The reference is not
+read, except with `init: noised_lr`.
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ def layer_rules(unet: Any, plan: Plan, covered: tuple[float, float], floor: floa
 
 @dataclass(frozen=True)
 class DetailGuidance:
-    """negative + scale * (detail - negative) before step `until`; classifier-free guidance after it. Scale 1: text alone.
+    """negative + scale * (detail - negative) before step `until`; classifier-free guidance after it. Scale 1: text
+    alone.
 
     Before step `amplified_until` the scale is `amplification` times as great.
     """

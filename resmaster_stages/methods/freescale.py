@@ -5,12 +5,12 @@ Each pass decodes, enlarges in RGB, encodes, adds noise up to step 15 of 50 and 
 - scale fusion: every self-attention takes its coarse part from windows of the native size (`scale_fusion`);
 - detail control: every noisy latent is pulled to the enlarged image's, by cosine ** `alpha`.
 
-Authors' word: all of the above, and preset `faithful` (FreeU; windows that see zero tokens beyond the canvas; a blur that
-also mixes neighbouring feature channels, as their kernel does and their paper does not say). Our choice in preset
+Authors' word: all of the above, and preset `faithful` (FreeU; windows that see zero tokens beyond the canvas; a blur
+that also mixes neighbouring feature channels, as their kernel does and their paper does not say). Our choice in preset
 `default`: none of those three. Different in both: the encoder's mode instead of a sample; square windows also where the
 image is not square; window places once per step and level instead of once per layer. Detail control by region
-(`alpha_elsewhere` and a mask of the image) is theirs; where the mask comes from is the user's affair. Windows run as one
-batch on projections that are computed once.
+(`alpha_elsewhere` and a mask of the image) is theirs; where the mask comes from is the user's affair. Windows run as
+one batch on projections that are computed once.
 """
 
 from __future__ import annotations
@@ -53,23 +53,26 @@ class FreeScale(LateGuidance):
 
     method: Literal["freescale"] = "freescale"
     phases: Literal["doubling", "every", "last"] = "doubling"
-    """Sizes on the way to the target: 2, 4, ... times the low-res size (the paper), 2, 3, 4, ..., or the target at once."""
+    """Sizes on the way to the target: 2, 4, ... times the low-res size (the paper), 2, 3, 4, ..., or the target at
+    once."""
     start: float = Field(default=0.3, ge=0, lt=1)
     """Fraction of the steps that each pass leaves out at the noisy end: the higher, the closer to the low-res image."""
     alpha: float = Field(default=2.0, ge=0)
     """Decay of the pull towards the enlarged image: the lower, the closer. The authors: 2, at 8x 1."""
     alpha_elsewhere: float | None = Field(default=None, ge=0)
-    """With a detail mask (column `detail_mask` of the prompts, `a.detail_mask.png` beside your image `a.png`, or `resmaster
-    upscale --detail-mask`): the decay where the mask is black, and `alpha` where it is white; samples without a mask have `alpha`
-    everywhere. The authors: alpha 3, elsewhere 0.5."""
+    """With a detail mask (column `detail_mask` of the prompts, `a.detail_mask.png` beside your image `a.png`, or
+    `resmaster upscale --detail-mask`): the decay where the mask is black, and `alpha` where it is white; samples
+    without a mask have `alpha` everywhere. The authors: alpha 3, elsewhere 0.5."""
     dilate_until: float = Field(default=0.7, ge=0, le=1)
     """Fraction of the steps with dilated convolutions."""
     fusion: bool = True
     """Scale fusion. Off: about a quarter cheaper by the authors' times; objects may repeat."""
     blur: Literal["canvas", "features"] = "canvas"
-    """What separates coarse from fine: a blur over the canvas (the paper), or also over feature channels (the authors' code)."""
+    """What separates coarse from fine: a blur over the canvas (the paper), or also over feature channels (the authors'
+    code)."""
     jitter: Literal["clamped", "zeros", "off"] = "clamped"
-    """Random shifts of attention windows: inside the canvas; beyond its border, where they see zeros (the authors); or none."""
+    """Random shifts of attention windows: inside the canvas; beyond its border, where they see zeros (the authors); or
+    none."""
     freeu: bool = False
     """FreeU, which the authors' programs switch on."""
 

@@ -38,7 +38,8 @@ class Pass:
 
 
 def from_noise(request: Request, compose: Callable[[Request], Composition], first: int | None) -> Pass:
-    """The pass on the request's canvas, from noise; or, with a number of the `first` step, from the noised reference."""
+    """The pass on the request's canvas, from noise; or, with a number of the `first` step, from the noised
+    reference."""
 
     def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
         composition, z = compose(request), noise()

@@ -7,8 +7,8 @@ Three additions, each of which can be switched off; without all three it is Mult
 
 Where this differs from the paper's wording, on purpose: the swap acts on the fused canvas rather than on each view (the
 same away from view borders, and without seams); the reference is encoded once rather than per view; the step is
-deterministic unless `stepper: posterior` asks for eq. 7; the swap ends after 60 % of the steps. Preset `faithful` is the
-paper read literally: eq. 7, and the swap at every step.
+deterministic unless `stepper: posterior` asks for eq. 7; the swap ends after 60 % of the steps. Preset `faithful` is
+the paper read literally: eq. 7, and the swap at every step.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ FEWER_ROWS: dict[str, Any] = {
     "fuse": "linear",
     "shift_stop": 0.78,
 }
-"""Half the steps by a solver of second order; the last 30 % of them without guidance; none of the first 30 %, where an image
-becomes the reference anyway; on views that move without overlapping, but in the last five of 25 steps overlap, feathered, and
-stand still."""
+"""Half the steps by a solver of second order; the last 30 % of them without guidance; none of the first 30 %, where an
+image becomes the reference anyway; on views that move without overlapping, but in the last five of 25 steps overlap,
+feathered, and stand still."""
 
 
 @register

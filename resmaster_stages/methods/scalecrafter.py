@@ -2,16 +2,16 @@
 
 - re-dilation: the taps of the listed convolutions are spread, in the early steps only, where the layout is decided;
 - progressive (from 3x on): the dilation falls step by step;
-- noise-damped guidance (from 3x on): strongly dilated networks denoise badly, so the unconditional prediction comes from
-  a weakly dilated one, while the difference that the prompt makes comes from the strongly dilated one.
+- noise-damped guidance (from 3x on): strongly dilated networks denoise badly, so the unconditional prediction comes
+  from a weakly dilated one, while the difference that the prompt makes comes from the strongly dilated one.
 
-Authors' word: the layers, dilations and durations for SDXL at 2048 x 2048, 2560 x 2560, 4096 x 2048 and 4096 x 4096, for
-Stable Diffusion 1.5 (native 512) at 1024, 1280 and 2048 px and for 2.1 at 2048 px; dispersed convolution and its layers, which
-their settings name and no published run switches on; preset `faithful`. The weak network of 1.5 at 2048 px is their list
-for tests, the only one at hand. Our choice: the rules that give those at any size; in preset `default` no FreeU, and below
-3x the deepest down block too (the authors' list names one that SDXL does not have). The unconditional half alone runs
-through the weak network; the authors' code computes both halves and drops one. The reference is not read, except with
-`init: noised_lr`.
+Authors' word: the layers, dilations and durations for SDXL at 2048 x 2048, 2560 x 2560, 4096 x 2048 and 4096 x 4096,
+for Stable Diffusion 1.5 (native 512) at 1024, 1280 and 2048 px and for 2.1 at 2048 px; dispersed convolution and its
+layers, which their settings name and no published run switches on; preset `faithful`. The weak network of 1.5 at 2048
+px is their list for tests, the only one at hand. Our choice: the rules that give those at any size; in preset `default`
+no FreeU, and below 3x the deepest down block too (the authors' list names one that SDXL does not have). The
+unconditional half alone runs through the weak network; the authors' code computes both halves and drops one. The
+reference is not read, except with `init: noised_lr`.
 """
 
 from __future__ import annotations
@@ -65,13 +65,14 @@ class ScaleCrafter(FromNoise, MicroConditioned):
     down: bool = True
     """Below 3x: dilate the deepest down block too. The authors' list misses it on SDXL."""
     dispersed: bool = False
-    """Dispersed convolution: the deepest layers reach as far by denser kernels of 5 x 5. The authors describe it; none of
-    their published runs switches it on."""
+    """Dispersed convolution: the deepest layers reach as far by denser kernels of 5 x 5. The authors describe it; none
+    of their published runs switches it on."""
     freeu: bool = False
     """FreeU, which the authors' programs switch on."""
 
     def work(self, grid: Grid) -> Iterator[UnetWork]:
-        """The canvas at every step, by a third branch while guidance is damped. Counted as on SDXL, whatever the model."""
+        """The canvas at every step, by a third branch while guidance is damped. Counted as on SDXL, whatever the
+        model."""
         left, native = self.left(self.start), grid.window * grid.unit_px
         height, width = grid.height_px or grid.height * grid.unit_px, grid.width_px or grid.width * grid.unit_px
         damped = make_plan(height / native, width / native, self.steps, self).damped_until

@@ -1,7 +1,7 @@
 """Settings that several methods have, in groups: a method's class is made of those that it reads.
 
-Each group brings what its fields mean for the work of a method and for what the canvas engine is made of. Imports no torch
-before an image is made, so that reading a configuration stays quick.
+Each group brings what its fields mean for the work of a method and for what the canvas engine is made of. Imports no
+torch before an image is made, so that reading a configuration stays quick.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ class Diffusion(Method):
     negative_prompt: str = NEGATIVE_PROMPT
     """Used for prompts that bring none of their own."""
     stepper: Literal["ddim_implied", "ddim_keep", "posterior", "ddim_ancestral", "dpmpp_2m"] = "ddim_implied"
-    """How z_{t-1} follows from the edited x0: deterministic with implied or kept noise, ResMaster's stochastic eq. 7, DDIM
-    with eta = 1, or DPM-Solver++(2M), which needs about half the steps."""
+    """How z_{t-1} follows from the edited x0: deterministic with implied or kept noise, ResMaster's stochastic eq. 7,
+    DDIM with eta = 1, or DPM-Solver++(2M), which needs about half the steps."""
     view_batch: int | None = Operational(None, ge=1)
-    """Views per UNet call at most (times two with guidance, at some steps three). null: what the device's memory allows, 16 on
-    CPUs. Other numbers give the same image up to rounding."""
+    """Views per UNet call at most (times two with guidance, at some steps three). null: what the device's memory
+    allows, 16 on CPUs. Other numbers give the same image up to rounding."""
 
     @model_validator(mode="after")
     def _check_via(self) -> Self:
@@ -110,8 +110,8 @@ class Diffusion(Method):
 
     @abstractmethod
     def work(self, grid: Grid) -> Iterator[UnetWork]:
-        """What the UNet evaluates for an image with `grid`'s views, from the settings alone; a test holds the numbers to what
-        the engine counts."""
+        """What the UNet evaluates for an image with `grid`'s views, from the settings alone; a test holds the numbers
+        to what the engine counts."""
 
     @abstractmethod
     def passes(self, request: Request) -> tuple[Pass, ...]:
@@ -122,7 +122,8 @@ class LateGuidance(Diffusion):
     """Guidance that may end before the path does."""
 
     guidance_stop: float = Field(default=1.0, gt=0, le=1)
-    """Fraction of the steps after which guidance ends: from there on, a view is evaluated once a step instead of twice."""
+    """Fraction of the steps after which guidance ends: from there on, a view is evaluated once a step instead of
+    twice."""
 
     def branches(self, index: int) -> int:
         """Guidance branches of step `index` of the path."""
@@ -150,8 +151,8 @@ class FromNoise(Diffusion):
     init: Literal["noise", "noised_lr"] = "noise"
     """Start from pure noise (the paper) or from the noised low-res latent."""
     start: float = OnlyWith("init", "noised_lr", 0.0, ge=0, lt=1)
-    """With `init: noised_lr`, the fraction of the steps that is left out at the noisy end (1 less img2img's strength): the
-    higher, the closer to the low-res image."""
+    """With `init: noised_lr`, the fraction of the steps that is left out at the noisy end (1 less img2img's strength):
+    the higher, the closer to the low-res image."""
 
     def uses(self, what: Source) -> bool:
         """Whether the result depends on `what`."""
@@ -185,19 +186,19 @@ class MovingViews(Views, FromNoise):
     """Views that may move from step to step."""
 
     shift: Literal["none", "every_step"] = "none"
-    """`every_step`: the whole grid of views moves from step to step, so that no border lies twice at the same place; a moved
-    view takes caption and image prompt of the nearest view."""
+    """`every_step`: the whole grid of views moves from step to step, so that no border lies twice at the same place; a
+    moved view takes caption and image prompt of the nearest view."""
     shift_stride: float | None = OnlyWith("shift", "every_step", None, gt=0, le=1)
-    """With `shift: every_step`, the distance of neighbouring views while they move, of which there are the fewer the greater
-    it is. Where there would be no fewer than at `stride` (up to 2x), they stand still. null: `stride`."""
+    """With `shift: every_step`, the distance of neighbouring views while they move, of which there are the fewer the
+    greater it is. Where there would be no fewer than at `stride` (up to 2x), they stand still. null: `stride`."""
     shift_stop: float = OnlyWith("shift", "every_step", 1.0, gt=0, le=1)
     """With `shift: every_step`, the fraction of the steps after which views stand still, at `stride`."""
 
     def moving(self, grid: Grid) -> Grid | None:
         """The grid that moves, where it lies at shift 0; None where none does.
 
-        Windows that move need one more of them per axis. A stride of their own is there to have fewer: where it does not, none
-        move.
+        Windows that move need one more of them per axis. A stride of their own is there to have fewer: where it does
+        not, none move.
         """
         if self.shift == "none":
             return None

@@ -3,11 +3,12 @@
 No diffusion and no prompt: what the low-res image shows is kept and sharpened, and nothing is added that it does not
 show. The sanity baseline of every generative upscaler.
 
-The network has a factor of its own (4, or 2). Larger targets take as many passes as they need, and what comes out larger
-than the target is reduced by antialiased bicubic interpolation (the papers do not say how they came to other factors).
+The network has a factor of its own (4, or 2). Larger targets take as many passes as they need, and what comes out
+larger than the target is reduced by antialiased bicubic interpolation (the papers do not say how they came to other
+factors).
 
-Images go through in tiles with a halo, so memory depends on the tile alone. Invariant: with a halo as wide as the network
-sees, tiles change nothing; the receptive field's rim weighs next to nothing, so a few pixels do.
+Images go through in tiles with a halo, so memory depends on the tile alone. Invariant: with a halo as wide as the
+network sees, tiles change nothing; the receptive field's rim weighs next to nothing, so a few pixels do.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class SuperResolution(Enlargement):
 
     method: Literal["super_resolution"] = "super_resolution"
     model: str = "picturebook"
-    """The network: `picturebook` (the embedded pack's, for its own world), a file of weights such as BSRGAN.safetensors or
-    BSRGAN.pth, or a hub id together with `weight_name`."""
+    """The network: `picturebook` (the embedded pack's, for its own world), a file of weights such as BSRGAN.safetensors
+    or BSRGAN.pth, or a hub id together with `weight_name`."""
     weight_name: str | None = None
     """File of the weights at the hub."""
     revision: str | None = None
@@ -49,7 +50,8 @@ class SuperResolution(Enlargement):
     allow_pickle: bool = Operational(False)
     """Read a .pth file: its tensors alone, no code runs."""
     tile: int = Field(default=256, ge=16)
-    """Edge in px of the tiles of the low-res image that go through the network, halo included. Lower it if memory runs out."""
+    """Edge in px of the tiles of the low-res image that go through the network, halo included. Lower it if memory runs
+    out."""
     halo: int = Field(default=16, ge=0)
     """Border in px of each tile that only its neighbours see: 16 leaves differences of a level of 255."""
 
@@ -94,8 +96,8 @@ class SuperResolution(Enlargement):
     ) -> Image.Image:
         """`image` at `height` x `width` px by the network. `progress` hears (tiles done, tiles in all).
 
-        Raises ConfigError (weights that cannot be read, too little memory), SampleError (a result that is not finite) and
-        GpuLost.
+        Raises ConfigError (weights that cannot be read, too little memory), SampleError (a result that is not finite)
+        and GpuLost.
         """
         from resmaster_stages.diffusion.reference import to_image
         from resmaster_stages.models.busy import busy
@@ -116,7 +118,8 @@ def tile_grid(height: int, width: int, settings: SuperResolution) -> Grid:
 
 
 def cores(origins: tuple[int, ...], window: int, halo: int) -> list[tuple[int, int]]:
-    """The part [start, end) of an axis that each tile contributes: it reaches up to a halo from the tile's inner borders."""
+    """The part [start, end) of an axis that each tile contributes: it reaches up to a halo from the tile's inner
+    borders."""
     starts: list[int] = []
     ends: list[int] = []
     for number, origin in enumerate(origins):
@@ -162,7 +165,8 @@ def enlarged(
     settings: SuperResolution,
     progress: Progress | None = None,
 ) -> Tensor:
-    """`image` at `height` x `width` px: [3, height, width], about 0 to 1. `progress` hears (tiles done, tiles in all)."""
+    """`image` at `height` x `width` px: [3, height, width], about 0 to 1. `progress` hears (tiles done, tiles in
+    all)."""
     import torch.nn.functional as F
 
     from resmaster_stages.diffusion.reference import pad_to_multiple, to_tensor

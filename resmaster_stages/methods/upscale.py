@@ -27,7 +27,8 @@ def target_size(height: int, width: int, scale: float) -> tuple[int, int]:
 
 
 Caption = Callable[[Image.Image, int, int], Sequence[str]]
-"""A picture and the (height, width) in px that it is to be enlarged to -> a caption per view, as `upscale_image` takes them."""
+"""A picture and the (height, width) in px that it is to be enlarged to -> a caption per view, as `upscale_image` takes
+them."""
 
 
 def upscale_image(
@@ -45,14 +46,14 @@ def upscale_image(
 ) -> Image.Image:
     """`image` (any size) re-imagined at `config.scale` times its size; the result is RGB of exactly that size.
 
-    models: from `models.loading.load_models`, or `Models.from_pipeline` for a pipeline of your own.
-    negative_prompt: None for the configuration's. captions: one per view, row-major, as `views.view_grid` counts them;
-    None gives every view `prompt`, an empty one its view. caption: writes those of later passes (`config.via`); None gives
-    every view `prompt`. detail: for methods that read one (freescale), a mask of any size: where it is white, more detail is
-    drawn anew. progress: hears (steps done, steps in all), of each pass.
+    models: from `models.loading.load_models`, or `Models.from_pipeline` for a pipeline of your own. negative_prompt:
+    None for the configuration's. captions: one per view, row-major, as `views.view_grid` counts them; None gives every
+    view `prompt`, an empty one its view. caption: writes those of later passes (`config.via`); None gives every view
+    `prompt`. detail: for methods that read one (freescale), a mask of any size: where it is white, more detail is drawn
+    anew. progress: hears (steps done, steps in all), of each pass.
 
-    Raises ConfigError (wrong number of captions, a mask that is not read, image prompts without an IP-Adapter, a scheduler that
-    does not fit, too little memory) and SampleError (the model produced nothing that can be seen).
+    Raises ConfigError (wrong number of captions, a mask that is not read, image prompts without an IP-Adapter, a
+    scheduler that does not fit, too little memory) and SampleError (the model produced nothing that can be seen).
     """
     config = config or ResMaster()
     if detail is not None:

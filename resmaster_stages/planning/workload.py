@@ -1,7 +1,7 @@
 """How much a UNet has to evaluate for one image, from the configuration alone: no model is loaded.
 
-The numbers are those that `diffusion.cost` counts when the image is made with `view_batch: 1` (greater batches may repeat
-a view to keep one shape); a test holds the two together for every method.
+The numbers are those that `diffusion.cost` counts when the image is made with `view_batch: 1` (greater batches may
+repeat a view to keep one shape); a test holds the two together for every method.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def high_res_work(config: Method, height: int, width: int, native_px: int, laten
 def stage_work(
     config: DatasetConfig, height: int, width: int, native_px: int, latent_factor: int
 ) -> dict[str, tuple[UnetWork, ...]]:
-    """Stage -> what a sample with a low-res image of `height` x `width` px takes; stages without a UNet are left out."""
+    """Stage -> what a sample with a low-res image of `height` x `width` px takes; stages without a UNet are left
+    out."""
     work = {"high_res": high_res_work(config.upscale, height, width, native_px, latent_factor)}
     if not config.images:
         work["low_res"] = low_res_work(config.low_res, height, width, native_px)
