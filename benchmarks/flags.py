@@ -40,7 +40,7 @@ from resmaster_stages.quality import measure
 PROMPTS = Path(__file__).parent.parent / "resmaster_stages" / "picturebook" / "evaluation-prompts.txt"
 LOW_PX, HIGH_PX = 128, 512
 STRIDE = 0.5
-"""Distance of views, over their size: the default of `upscale.stride`."""
+"""Distance of views, over their size: the default of a method's `stride`."""
 LEAST_SEEN, LEAST_PX = 5.0, 50
 """Mean difference (Oklab times 100) of the low-res px that a fault changes, and their number: fainter is no test."""
 SHOWN = ("border", "lost", "added", "colour")

@@ -51,7 +51,7 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
             if sample.low_res is None or sample.high_res is None:
                 raise SampleError(f"{sample.key}: low-res or high-res image is missing")
             low, high = sample.low_res.open(), sample.high_res.open()
-            boxes = view_grid(high.height, high.width, native, config.upscale.stride, factor).pixel_boxes
+            boxes = view_grid(high.height, high.width, native, config.upscale.view_stride, factor).pixel_boxes
             row = measure(Pair(low, high, boxes, sample.prompt, scorer))
             row["flags"] = flags(row, quality)
             if "blank" not in row["flags"]:

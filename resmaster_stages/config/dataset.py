@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from resmaster_stages.config.methods import UpscaleConfig
+from resmaster_stages.config.method import AnyMethod, Method
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.config.part import Operational, Part
 
@@ -178,7 +178,7 @@ class DatasetConfig(Part):
     """A folder or an fsspec URL such as `s3://bucket/prefix`."""
     prompts: str | None = Operational(None)
     """File of prompts: .txt (one per line), .csv, .jsonl or .parquet; relative to the configuration file. Columns: `prompt`, and if
-    you like `negative_prompt` and `detail_mask` (an image file in the same folder; see `upscale.freescale.alpha_elsewhere`)."""
+    you like `negative_prompt` and `detail_mask` (an image file in the same folder; see `alpha_elsewhere` of method freescale)."""
     images: str | None = Operational(None)
     """Your own low-res images instead of generated ones: a folder, or WebDataset shards (.tar, or a folder of them)."""
     limit: int | None = Operational(None, ge=1)
@@ -206,7 +206,7 @@ class DatasetConfig(Part):
     """Stage 2."""
     captions: CaptionsConfig = CaptionsConfig()
     """Stage 3."""
-    upscale: UpscaleConfig = UpscaleConfig()
+    upscale: AnyMethod = Field(default_factory=lambda: Method.model_validate({}))
     """Stage 4."""
     quality: QualityConfig = QualityConfig()
     """Stage 5."""
@@ -230,7 +230,7 @@ class DatasetConfig(Part):
 
     def stages(self) -> tuple[Stage, ...]:
         """The stages that this dataset needs, in order: captions are skipped where no caption is used."""
-        return tuple(stage for stage in STAGES if stage != "captions" or self.upscale.uses_captions())
+        return tuple(stage for stage in STAGES if stage != "captions" or self.upscale.uses("captions"))
 
     def caption_clip(self) -> tuple[str, str | None] | None:
         """The CLIP model that checks captions and its revision; None where captions are not checked."""

@@ -17,7 +17,7 @@ def upstream_of(config: DatasetConfig, stage: Stage) -> tuple[Stage, ...]:
     if stage == "captions":
         return ("low_res",)
     if stage == "high_res":
-        return ("low_res", "captions") if config.upscale.uses_captions() else ("low_res",)
+        return ("low_res", "captions") if config.upscale.uses("captions") else ("low_res",)
     return ("low_res", "high_res")
 
 
@@ -47,7 +47,7 @@ def stage_hash(config: DatasetConfig, stage: Stage, weights: Weights) -> str:
     elif stage == "captions":
         own = {
             "captions": config.captions.identity(),
-            "views": {"scale": config.upscale.passes()[0].scale, "stride": config.upscale.stride},
+            "views": {"scale": config.upscale.way()[0].scale, "stride": config.upscale.view_stride},
             "weights": weights.captioner,
             "tokenizer": weights.model,
         }
@@ -55,14 +55,14 @@ def stage_hash(config: DatasetConfig, stage: Stage, weights: Weights) -> str:
             own["check"] = {"clip": judge, "weights": weights.caption_check, "margin": config.captions.check.margin}
         upstream = ["low_res"]
     elif stage == "high_res":
-        network = {"model": model} if config.upscale.uses_diffusion() else {"weights": weights.super_resolution}
+        network = {"model": model} if config.upscale.base_model else {"weights": weights.upscaler}
         own = {
             "upscale": config.upscale.identity(),
             **network,
             "image_format": config.image_format,
             "webp_quality": config.webp_quality,
         }
-        upstream = ["low_res", "captions"] if config.upscale.uses_captions() else ["low_res"]
+        upstream = ["low_res", "captions"] if config.upscale.uses("captions") else ["low_res"]
     else:
         measured = [column.name for column in metric_columns()]
         own = {"quality": config.quality.identity(), "weights": weights.clip, "columns": measured}

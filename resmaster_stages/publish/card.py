@@ -56,7 +56,7 @@ def dataset_card(
         name=config.name,
         size_category=_size_category(published.samples),
         facts=facts,
-        captions=config.upscale.uses_captions(),
+        captions=config.upscale.uses("captions"),
         features=config.quality.features,
         columns=metric_columns(),
         flags=known_flags().values(),

@@ -85,24 +85,13 @@ def facts(config: DatasetConfig, manifest: pa.Table) -> dict[str, Any]:
     upscale = config.upscale
     found = manifest.select(SIZE_COLUMNS).group_by(SIZE_COLUMNS).aggregate([])
     sizes = sorted(tuple(row[name] for name in SIZE_COLUMNS) for row in found.to_pylist())
-    smallest = "{} x {} px to {} x {} px".format(*sizes[0]) if sizes else "none yet"
-    guidance = {
-        "structure": upscale.structure.enabled,
-        "image prompts": upscale.image_prompt.enabled,
-        "patch captions": upscale.text_prompt.enabled,
-    }
-    parts = ", ".join(name for name, on in guidance.items() if on) or "no guidance"
-    settings: dict[str, Any] = {}
-    if upscale.method == "super_resolution":
-        settings = {"network": upscale.super_resolution.model}
-    elif upscale.uses_diffusion():
-        settings = {"steps": upscale.steps, "guidance scale": upscale.guidance_scale}
+    first = f"{sizes[0][0]} x {sizes[0][1]} px to {sizes[0][2]} x {sizes[0][3]} px" if sizes else "none yet"
     return {
         "samples": manifest.num_rows,
-        "sizes": smallest + (f" and {len(sizes) - 1} more" if len(sizes) > 1 else ""),
-        "method": upscale.method + (f" ({parts})" if upscale.method == "resmaster" else ""),
+        "sizes": first + (f" and {len(sizes) - 1} more" if len(sizes) > 1 else ""),
+        "method": upscale.label(),
         "model": config.model.id,
-        **settings,
+        **upscale.facts(),
         "seed": config.seed,
     }
 
