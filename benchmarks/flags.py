@@ -30,6 +30,7 @@ from resmaster_stages.config.dataset import QualityConfig
 from resmaster_stages.diffusion.views import Box, view_grid
 from resmaster_stages.keys import digest
 from resmaster_stages.metrics.flags import flags
+from resmaster_stages.metrics.metric import Pair
 from resmaster_stages.metrics.oklab import oklab
 from resmaster_stages.picturebook.render import render
 from resmaster_stages.picturebook.scenes import COLOURS, HEIGHT, KINDS, Scene, Thing, drawing
@@ -39,7 +40,7 @@ from resmaster_stages.quality import measure
 PROMPTS = Path(__file__).parent.parent / "resmaster_stages" / "picturebook" / "evaluation-prompts.txt"
 LOW_PX, HIGH_PX = 128, 512
 STRIDE = 0.5
-"""Distance of views, over their size: the default of `upscale.stride`."""
+"""Distance of views, over their size: the default of a method's `stride`."""
 LEAST_SEEN, LEAST_PX = 5.0, 50
 """Mean difference (Oklab times 100) of the low-res px that a fault changes, and their number: fainter is no test."""
 SHOWN = ("border", "lost", "added", "colour")
@@ -298,7 +299,7 @@ def planted(count: int, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
             except LookupError:
                 continue
             if name in CLEAN or truth.changed_by(image):
-                rows[name].append(measure(truth.low, image, truth.views))
+                rows[name].append(measure(Pair(truth.low, image, truth.views)))
     return rows
 
 
@@ -308,7 +309,7 @@ def of_dataset(folder: Path, native_px: int = LOW_PX) -> list[dict[str, Any]]:
     for sample in pq.read_table(folder / "manifest.parquet").to_pylist():
         low, high = (picture(folder, sample, name) for name in ("low_res", "high_res"))
         boxes = view_grid(high.height, high.width, native_px, STRIDE, 8).pixel_boxes
-        rows.append({"key": sample["key"], **measure(low, high, boxes)})
+        rows.append({"key": sample["key"], **measure(Pair(low, high, boxes))})
     return rows
 
 

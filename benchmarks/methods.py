@@ -32,7 +32,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from resmaster_stages.config.methods import METHOD_PRESETS, METHODS, UpscaleConfig
+from resmaster_stages.config.method import Method, methods, with_method
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.diffusion.cost import UnetCost, counting
 from resmaster_stages.diffusion.patches import bare
@@ -251,12 +251,13 @@ def measure(
     """One picture, timed; and once more, counted, if wanted. Without `steps` it takes its preset's, or 20."""
     name, _, preset = method.partition(":")
     preset = preset or "default"
-    values: dict[str, Any] = {"method": name, "preset": preset, "scale": scale, "micro_conditioning": "native"}
-    if steps is not None or "steps" not in METHOD_PRESETS.get(name, {}).get(preset, {}):
+    values: dict[str, Any] = {"scale": scale, "micro_conditioning": "native"}
+    if steps is not None or "steps" not in methods()[name].presets.get(preset, {}):
         values["steps"] = steps or STEPS
+    values = {**with_method(values, name), "preset": preset}
     if name == "resmaster" and not models.has_ip_adapter:
         values["image_prompt"] = {"enabled": False}
-    config = UpscaleConfig.model_validate(values)
+    config = Method.model_validate(values)
 
     def draw() -> None:
         upscale_image(models, image, "a red house on a green meadow", config=config)
@@ -332,7 +333,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=("picturebook", "sdxl"), default="picturebook")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", default=",".join(methods()))
     parser.add_argument("--scales", default="2,4", help="target size over the model's native size")
     parser.add_argument("--steps", type=int, help="default: those that a method's preset names, or 20")
     parser.add_argument(

@@ -22,11 +22,11 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPTextModel
 
 from benchmarks.methods import Peak, device_name, peak_memory, random_vae, settle, text_config
-from resmaster_stages.config.methods import UpscaleConfig
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.loop import CanvasNoise
 from resmaster_stages.diffusion.reference import to_image
 from resmaster_stages.diffusion.views import Box, view_grid
+from resmaster_stages.methods.multidiffusion import MultiDiffusion
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.identity import pack_folder
 from resmaster_stages.models.load import resolve_device, resolve_dtype
@@ -115,8 +115,7 @@ def contenders(pipe: StableDiffusionPipeline, scale: float, steps: int, view_bat
     """Both implementations, set to draw the same picture; theirs also with all views of a step in as few calls as ours."""
     models = Models.from_pipeline(pipe)
     native, factor = models.native_px, models.latent_factor
-    config = UpscaleConfig(
-        method="multidiffusion",
+    config = MultiDiffusion(
         scale=scale,
         steps=steps,
         stepper="ddim_implied",

@@ -123,7 +123,7 @@ def fill(folder: Path, root: str, samples: int) -> None:
     from resmaster_stages.dataset import layout
     from resmaster_stages.dataset.commit import Receipt, commit, new_attempt
     from resmaster_stages.dataset.plan import read_plan
-    from resmaster_stages.dataset.schemas import QUALITY_SCHEMA
+    from resmaster_stages.dataset.schemas import quality_schema
     from resmaster_stages.dataset.stages import stage_hashes
     from resmaster_stages.keys import digest_of_keys
     from resmaster_stages.storage.tables import encode_table
@@ -138,7 +138,7 @@ def fill(folder: Path, root: str, samples: int) -> None:
     def add(shard: int) -> None:
         keys = [sample.key for sample in plan.read(shard)]
         quality = folder / f"quality-{shard}"
-        quality.write_bytes(encode_table([{"key": key, **ROWS["quality"]} for key in keys], QUALITY_SCHEMA))
+        quality.write_bytes(encode_table([{"key": key, **ROWS["quality"]} for key in keys], quality_schema()))
         for stage, own_hash in hashes.items():
             attempt = new_attempt()
             receipt = Receipt(

@@ -85,7 +85,7 @@ class Row:
 
 def views_of(models: Models, config: DatasetConfig, height: int, width: int) -> Grid:
     """The views that a picture of `height` x `width` px is made from."""
-    return view_grid(height, width, models.native_px, config.upscale.stride, models.latent_factor)
+    return view_grid(height, width, models.native_px, config.upscale.view_stride, models.latent_factor)
 
 
 def true_captions(scene: Scene, models: Models, config: DatasetConfig, height: int, width: int) -> list[str]:
@@ -108,7 +108,7 @@ def enlarge(
     texts = None
     if true:
         texts = true_captions(scene, models, config, *large)
-    elif config.upscale.uses_captions():
+    elif config.upscale.uses("captions"):
         texts = caption_views(config, prompt, image, *large)
     with counting() as cost:
         made = upscale_image(models, image, prompt, config=config.upscale, captions=texts, seed=seed)
@@ -121,7 +121,7 @@ def pictures_of(text: str, shown: paired.TrueScenes, found: Sequence[Scene], mod
     if at and source != "true":
         raise SystemExit(f"--methods {text}: write @true, or nothing")
     (variant,) = variants(load_config(CONFIG), method, f"{paired.SCALE}x{paired.SCALE}")
-    if at and not variant.config.upscale.uses_captions():
+    if at and not variant.config.upscale.uses("captions"):
         raise SystemExit(f"--methods {text}: this method reads no captions")
     folder = out / (variant.config.name + ("-true" if at else ""))
     folder.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,7 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
     """
     writer = load_writer(config)
     native, factor = native_px(config.model), latent_factor(config.model)
-    scale = config.upscale.passes()[0].scale
+    scale = config.upscale.way()[0].scale
     for sample in samples:
         try:
             if sample.low_res is None:
@@ -62,7 +62,7 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
                 round(image.height * scale),
                 round(image.width * scale),
                 native_px=native,
-                stride=config.upscale.stride,
+                stride=config.upscale.view_stride,
                 factor=factor,
             )
             yield Output(key=sample.key, rows=caption_rows(image, sample.prompt, grid, writer))

@@ -21,6 +21,7 @@ from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.diffusion.views import Grid, view_grid
 from resmaster_stages.errors import SampleError
 from resmaster_stages.keys import canonical_json, sample_seed
+from resmaster_stages.methods.settings import Diffusion, Enlargement
 from resmaster_stages.progress import Step, emit
 from resmaster_stages.storage.images import encode_picture
 
@@ -57,23 +58,25 @@ def caption_views(config: DatasetConfig, prompt: str, image: Image.Image, height
     from resmaster_stages.diffusion.views import patch_grid
     from resmaster_stages.models.geometry import latent_factor, native_px
 
-    native, factor, stride = native_px(config.model), latent_factor(config.model), config.upscale.stride
+    native, factor, stride = native_px(config.model), latent_factor(config.model), config.upscale.view_stride
     patches = patch_grid(config.captions, height, width, native_px=native, stride=stride, factor=factor)
     rows = caption_rows(image, prompt, patches, load_writer(config))
     return captions_for_views(view_grid(height, width, native, stride, factor), rows, prompt)
 
 
-def _diffused(config: DatasetConfig, sample: Sample, image: Image.Image) -> tuple[Image.Image, dict[str, Any]]:
+def _diffused(
+    config: DatasetConfig, upscale: Diffusion, sample: Sample, image: Image.Image
+) -> tuple[Image.Image, dict[str, Any]]:
     """The high-res picture by the base model, and the facts of how it was made."""
     from resmaster_stages.diffusion.text import truncated
     from resmaster_stages.methods.upscale import target_size, upscale_image
     from resmaster_stages.models.load import load_models
 
-    models, upscale = load_models(config.model), config.upscale
+    models = load_models(config.model)
     captions = None
-    if upscale.uses_captions():
-        height, width = target_size(image.height, image.width, upscale.passes()[0].scale)
-        grid = view_grid(height, width, models.native_px, upscale.stride, models.latent_factor)
+    if upscale.uses("captions"):
+        height, width = target_size(image.height, image.width, upscale.way()[0].scale)
+        grid = view_grid(height, width, models.native_px, upscale.view_stride, models.latent_factor)
         captions = captions_for_views(grid, sample.captions, sample.prompt)
     seed = sample_seed(sample.key, config.seed, "high_res")
     negative_prompt = sample.negative_prompt or upscale.negative_prompt
@@ -97,18 +100,18 @@ def _diffused(config: DatasetConfig, sample: Sample, image: Image.Image) -> tupl
     }
 
 
-def _enlarged(config: DatasetConfig, image: Image.Image) -> tuple[Image.Image, dict[str, Any]]:
+def _enlarged(config: DatasetConfig, upscale: Enlargement, image: Image.Image) -> tuple[Image.Image, dict[str, Any]]:
     """The high-res picture without the base model, and the facts of how it was made."""
     from resmaster_stages.methods.upscale import enlarge_image
-    from resmaster_stages.models.identity import super_resolution_identity
     from resmaster_stages.models.load import resolve_device, resolve_dtype
 
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device)
-    picture = enlarge_image(image, config.upscale, device, dtype, lambda done, total: emit(Step(done, total)))
-    if config.upscale.method == "lanczos":
-        return picture, {}
-    return picture, {"model": super_resolution_identity(config.upscale.super_resolution)}
+    picture, weights = (
+        enlarge_image(image, upscale, device, dtype, lambda done, total: emit(Step(done, total))),
+        upscale.weights(),
+    )
+    return picture, {"model": weights} if weights else {}
 
 
 def _make(config: DatasetConfig, sample: Sample) -> Output:
@@ -120,7 +123,11 @@ def _make(config: DatasetConfig, sample: Sample) -> Output:
     image, upscale = sample.low_res.open(), config.upscale
     if sample.detail_mask:
         upscale.require_detail_mask(f"sample {sample.key} has")
-    made = _diffused(config, sample, image) if upscale.uses_diffusion() else _enlarged(config, image)
+    if isinstance(upscale, Enlargement):
+        made = _enlarged(config, upscale, image)
+    else:
+        assert isinstance(upscale, Diffusion)
+        made = _diffused(config, upscale, sample, image)
     return Output(sample.key, finish=partial(_files, config, sample, image.size, *made))
 
 

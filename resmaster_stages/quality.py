@@ -3,8 +3,8 @@
 Flags never delete: what to do with a flagged sample is decided by whoever reads the table. Knows nothing about storage.
 
 Invariants:
-- Every metric is computed from the sample alone. Only the flag `near_duplicate` looks at the samples before it in the shard.
-- Numbers are finite; `clip_score` is None where there is no CLIP model or no prompt.
+- Every metric and flag is computed from the sample alone. (`near_duplicate` needs all samples: `publish.manifest` adds it.)
+- Numbers are finite, or None where a metric has nothing to measure.
 """
 
 from __future__ import annotations
@@ -13,20 +13,15 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
-from PIL import Image
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.sample import Output, Sample
-from resmaster_stages.diffusion.views import Box, view_grid
+from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import SampleError
-from resmaster_stages.metrics.agreement import agreement
-from resmaster_stages.metrics.detail import detail_energy
-from resmaster_stages.metrics.exposure import exposure
+from resmaster_stages.metrics import METRICS
 from resmaster_stages.metrics.features import picture_features
 from resmaster_stages.metrics.flags import flags
-from resmaster_stages.metrics.phash import phash
-from resmaster_stages.metrics.seam import seam_ratio, seam_worst
-from resmaster_stages.metrics.worst import worst_places
+from resmaster_stages.metrics.metric import Pair
 from resmaster_stages.models.geometry import latent_factor, native_px
 
 if TYPE_CHECKING:
@@ -55,9 +50,8 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
             if sample.low_res is None or sample.high_res is None:
                 raise SampleError(f"{sample.key}: low-res or high-res image is missing")
             low, high = sample.low_res.open(), sample.high_res.open()
-            boxes = view_grid(high.height, high.width, native, config.upscale.stride, factor).pixel_boxes
-            row = measure(low, high, boxes)
-            row["clip_score"] = scorer.scores([high], [sample.prompt])[0] if scorer and sample.prompt else None
+            boxes = view_grid(high.height, high.width, native, config.upscale.view_stride, factor).pixel_boxes
+            row = measure(Pair(low, high, boxes, sample.prompt, scorer))
             row["flags"] = flags(row, quality)
             arrays: dict[str, NDArray[Any]] = {}
             if extractor is not None:
@@ -69,23 +63,9 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
             yield Output(key=sample.key, error=error)
 
 
-def measure(low: Image.Image, high: Image.Image, boxes: Sequence[Box]) -> dict[str, Any]:
-    """The metrics of one pair that need no model. `boxes`: the views, half-open (y0, x0, y1, x1), in px of `high`."""
-    psnr, ssim = agreement(high, low)
-    light, worst = exposure(high), worst_places(high, low)
-    return {
-        "width": high.width,
-        "height": high.height,
-        "agreement_psnr": psnr,
-        "agreement_ssim": ssim,
-        "detail_energy": detail_energy(high, low.height, low.width),
-        "seam": seam_ratio(high, boxes),
-        "seam_worst": seam_worst(high, low, boxes),
-        "lost_worst": worst.lost,
-        "added_worst": worst.added,
-        "colour_worst": worst.colour,
-        "clipped": light.clipped,
-        "phash": phash(high),
-        "luminance_mean": light.luminance_mean,
-        "luminance_std": light.luminance_std,
-    }
+def measure(pair: Pair) -> dict[str, Any]:
+    """The quality table's row of one sample, without key and flags."""
+    row: dict[str, Any] = {"width": pair.high.width, "height": pair.high.height}
+    for metric in METRICS:
+        row |= metric.measure(pair)
+    return row

@@ -141,7 +141,9 @@ def test_status_and_plan_start_without_torch_or_prefect() -> None:
     code = (
         "import sys, resmaster_flows.cli.main, resmaster_flows.cli.status, resmaster_flows.cli.plan, "
         "resmaster_stages.runner.run, resmaster_stages.inspection.status, resmaster_stages.planning.preview;"
-        "heavy = {'torch', 'diffusers', 'transformers', 'prefect'} & set(sys.modules); sys.exit(repr(heavy) if heavy else 0)"
+        "resmaster_flows.cli.main.parser();"
+        "from resmaster_stages.config.load import parse_config; parse_config({'name': 'demo'}).model_json_schema();"
+        "heavy = {'torch', 'diffusers', 'transformers', 'scipy', 'prefect'} & set(sys.modules); sys.exit(repr(heavy) if heavy else 0)"
     )
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
@@ -149,7 +151,7 @@ def test_status_and_plan_start_without_torch_or_prefect() -> None:
 
 
 @pytest.mark.slow
-def test_a_wheel_takes_no_common_name_and_leaves_the_training_out(tmp_path: Path) -> None:
+def test_a_wheel_takes_no_common_name_carries_the_templates_and_leaves_the_training_out(tmp_path: Path) -> None:
     """`flows` and `tasks` are what other people's Prefect projects call theirs."""
     source = tmp_path / "source"
     source.mkdir()
@@ -162,6 +164,10 @@ def test_a_wheel_takes_no_common_name_and_leaves_the_training_out(tmp_path: Path
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == set(PACKAGES)
     assert "resmaster_stages/picturebook/pack/card.json" in names
+    templates = {
+        f"resmaster_stages/publish/templates/{name}" for name in ("page.html", "page.css", "page.js", "card.md")
+    }
+    assert templates <= set(names)
     assert not [name for name in names if name.startswith("resmaster_stages/picturebook/training/")]
     packed = {name for name in names if name.endswith(".py")}
     wanted = {

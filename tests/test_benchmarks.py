@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 from benchmarks import flags, methods, peers, true_scenes
+from resmaster_stages.config import method
 from resmaster_stages.config.load import load_config
-from resmaster_stages.config.methods import METHODS
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.evaluation.variants import variants
+from resmaster_stages.metrics.metric import Pair
 from resmaster_stages.picturebook import captions
 from resmaster_stages.picturebook.scenes import drawing
 from resmaster_stages.picturebook.training.evaluate import square_scenes
@@ -44,7 +45,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.mark.slow
 def test_picturebook_side_by_side(run: Run) -> None:
     rows = run("--scales", "1.25", "--steps", "2")
-    assert [row["method"] for row in rows] == list(METHODS)
+    assert [row["method"] for row in rows] == list(method.methods())
     by_method = {row["method"]: row for row in rows}
     assert by_method["direct"]["UNet calls, 1.25x"] == "2"
     assert by_method["direct"]["native rows, 1.25x"] == "6"  # 2 steps x 2 branches x 1.25 squared
@@ -112,7 +113,7 @@ def test_a_dataset_is_measured_as_the_stage_measures_it(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([sample]), tmp_path / "manifest.parquet")
     (row,) = flags.of_dataset(tmp_path, native_px=32)
     boxes = view_grid(128, 128, 32, 0.5, 8).pixel_boxes
-    assert row == {"key": "aa", **measure(image.resize((32, 32)), image, boxes)}
+    assert row == {"key": "aa", **measure(Pair(image.resize((32, 32)), image, boxes))}
 
 
 @pytest.mark.slow
@@ -148,7 +149,7 @@ def test_the_methods_of_the_tables_are_understood() -> None:
     for text in ",".join([true_scenes.METHODS, *named]).split(","):
         (variant,) = variants(load_config(true_scenes.CONFIG), text.removesuffix("@true"), "4x4")
         check_sizes(variant.config)
-        assert variant.config.upscale.uses_captions() or not text.endswith("@true")
+        assert variant.config.upscale.uses("captions") or not text.endswith("@true")
 
 
 def test_the_error_of_a_figure_without_each_scene_in_turn() -> None:
@@ -183,7 +184,7 @@ def test_a_view_is_told_what_it_shows() -> None:
     scene = square_scenes(1, true_scenes.FIRST_SCENE)[0]
     (variant,) = variants(load_config(true_scenes.CONFIG), "resmaster", "4x4")
     texts = true_scenes.true_captions(scene, SimpleNamespace(native_px=128, latent_factor=8), variant.config, 512, 512)  # type: ignore[arg-type]
-    boxes = view_grid(512, 512, 128, variant.config.upscale.stride, 8).pixel_boxes
+    boxes = view_grid(512, 512, 128, variant.config.upscale.view_stride, 8).pixel_boxes
     assert len(texts) == len(boxes)
     for text, (y0, x0, y1, x1) in zip(texts, boxes):
         assert captions.pairs(text) == captions.pairs_in(scene, (x0, y0, x1, y1))

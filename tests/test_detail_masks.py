@@ -26,6 +26,7 @@ from resmaster_stages.diffusion.cost import UnetCost
 from resmaster_stages.errors import ConfigError, PlanError, SampleError
 from resmaster_stages.inspection.explain import explain, spelled
 from resmaster_stages.keys import masked_key, prompt_key, sample_seed
+from resmaster_stages.methods.direct import Direct
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models import load
 from resmaster_stages.models.identity import Weights
@@ -41,7 +42,9 @@ FREESCALE = {
     "method": "freescale",
     "steps": 3,
     "scale": 2,
-    "freescale": {"start": 0.0, "alpha": 3.0, "alpha_elsewhere": 0.5},
+    "start": 0.0,
+    "alpha": 3.0,
+    "alpha_elsewhere": 0.5,
 }
 SIZE = (64, 64)
 LEFT = Image.new("L", (10, 8))
@@ -320,9 +323,7 @@ def test_the_mask_itself_makes_the_difference(tmp_path: Path, loaded: Models) ->
         for mask in (left.detail_mask, right.detail_mask, none.detail_mask)
     }
     assert len(pictures) == 3
-    other = dataset.config.model_copy(
-        update={"upscale": dataset.config.upscale.model_copy(update={"method": "direct"})}
-    )
+    other = dataset.config.model_copy(update={"upscale": Direct()})
     with pytest.raises(ConfigError, match=f"sample {left.key} has a detail mask"):
         next(high_res.process(other, [left]))
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from resmaster_stages.config.methods import UpscaleConfig
 from resmaster_stages.config.model import ModelConfig
+from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.metrics.agreement import psnr
 from resmaster_stages.models.acceleration import compile_blocks, quantise_fp8
@@ -20,7 +20,7 @@ from resmaster_stages.picturebook.training.data import draw_photos
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-CONFIG = UpscaleConfig(scale=2.0, steps=8, view_batch=9)
+CONFIG = ResMaster(scale=2.0, steps=8, view_batch=9)
 
 
 @pytest.fixture(scope="module")

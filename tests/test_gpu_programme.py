@@ -38,12 +38,12 @@ for name in (
 ):
     importlib.import_module(name)
 from PIL import Image
-from resmaster_stages.config.methods import UpscaleConfig
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.models.load import load_models
+from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.methods.upscale import upscale_image
 image = Image.effect_noise((128, 128), 60).convert("RGB")
-config = UpscaleConfig(scale=1.25, steps=2, view_batch=4)
+config = ResMaster(scale=1.25, steps=2, view_batch=4)
 picture = upscale_image(load_models(ModelConfig(device="cpu")), image, "a red house", config=config)
 assert picture.size == (160, 160)
 """
@@ -107,9 +107,9 @@ def test_the_rehearsal_does_every_step(rehearsal: Path) -> None:
 
 
 def programme_methods() -> tuple[str, ...]:
-    from resmaster_stages.config.methods import DIFFUSION_METHODS
+    from resmaster_stages.config.method import methods
 
-    return DIFFUSION_METHODS
+    return tuple(name for name, each in methods().items() if each.base_model)
 
 
 @pytest.mark.slow

@@ -11,16 +11,15 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from resmaster_stages import high_res, low_res
-from resmaster_stages.config import methods as configuration
 from resmaster_stages.config.load import parse_config
-from resmaster_stages.config.methods import UpscaleConfig
+from resmaster_stages.config.method import Method, methods, with_method
 from resmaster_stages.dataset.sample import Output, Picture, Sample
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import ConfigError, GpuLost, OutOfMemory, SampleError
 from resmaster_stages.high_res import captions_for_views
 from resmaster_stages.keys import image_key
-from resmaster_stages.methods import METHODS
 from resmaster_stages.methods.generate import generate
+from resmaster_stages.methods.settings import NEGATIVE_PROMPT
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models import load
 from resmaster_stages.models.busy import timing
@@ -42,8 +41,8 @@ def made(outputs: Iterator[Output]) -> list[Output]:
     return [output.finished() for output in outputs]
 
 
-def settings(**values) -> UpscaleConfig:
-    return UpscaleConfig.model_validate({"steps": 2, "scale": 2, **values})
+def settings(method="resmaster", **values) -> Method:
+    return Method.model_validate({**with_method({"steps": 2, "scale": 2}, method), **values})
 
 
 OFF = {
@@ -56,10 +55,6 @@ OFF = {
 
 def difference(a: Image.Image, b: Image.Image) -> int:
     return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
-
-
-def test_every_configured_method_is_there():
-    assert tuple(METHODS) == configuration.DIFFUSION_METHODS
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
@@ -131,11 +126,10 @@ def test_guidance_scale_one_has_no_unconditional_branch():
 
 
 @pytest.mark.parametrize(("width", "height", "scale"), [(37, 61, 2.3), (5, 90, 1.7), (64, 64, 1.0), (131, 9, 1.0)])
-@pytest.mark.parametrize("method", configuration.METHODS)
+@pytest.mark.parametrize("method", methods())
 def test_any_size_is_served_exactly(width, height, scale, method):
-    result = upscale_image(
-        adapted(), picture(width, height), "a cat", config=settings(scale=scale, steps=1, method=method)
-    )
+    config = Method.model_validate(with_method({"scale": scale, "steps": 1}, method))
+    result = upscale_image(adapted(), picture(width, height), "a cat", config=config)
     assert result.size == (round(width * scale), round(height * scale))
     assert result.mode == "RGB"
 
@@ -403,7 +397,7 @@ def test_high_res_stage_makes_one_output_per_sample_and_a_failure_costs_one(load
         "height": 64,
         "sha256": hashlib.sha256(samples[0].low_res.data).hexdigest(),
     }
-    assert facts["negative_prompt"] == configuration.DEMOFUSION_NEGATIVE_PROMPT
+    assert facts["negative_prompt"] == NEGATIVE_PROMPT
     assert json.loads(outputs[4].files["json"])["negative_prompt"] == "ugly"
     (again,) = made(high_res.process(dataset(), samples[:1]))
     assert again.files == outputs[0].files

@@ -15,10 +15,10 @@ from PIL import Image, ImageFilter
 from resmaster_stages.config.dataset import QualityConfig
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.dataset.sample import Output, Picture, Sample
-from resmaster_stages.dataset.schemas import QUALITY_SCHEMA
+from resmaster_stages.dataset.schemas import quality_schema
 from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.metrics.clip_score import ClipScorer, load_clip
-from resmaster_stages.metrics.flags import FLAGS, WORST_RANGES, badness
+from resmaster_stages.metrics.flags import badness, known_flags
 from resmaster_stages.models.busy import timing
 from resmaster_stages.quality import process
 from tests.checkout import ROOT
@@ -67,7 +67,7 @@ def flags_of(output: Output) -> list[str]:
 def test_a_faithful_result_has_one_finite_row_without_flags(config: Any) -> None:
     (output,) = process(config, [pair("aa", scene())])
     (row,) = output.rows
-    assert set(row) == set(QUALITY_SCHEMA.names) - {"key"}
+    assert set(row) == set(quality_schema().names) - {"key"}
     assert (row["width"], row["height"]) == (128, 128)
     assert row["clip_score"] is None
     assert row["flags"] == []
@@ -119,7 +119,7 @@ def test_each_flag_is_raised_by_its_defect(config: Any) -> None:
     assert ("lost" in found[8], "added" in found[8]) == (True, False)
     assert ("lost" in found[9], "added" in found[9]) == (False, True)
     assert found[10] == ["structure", "colour"]
-    assert {flag for output in outputs for flag in flags_of(output)} == set(FLAGS) - {"near_duplicate"}
+    assert {flag for output in outputs for flag in flags_of(output)} == set(known_flags()) - {"near_duplicate"}
     assert outputs[4].rows[0]["phash"] == outputs[5].rows[0]["phash"], "by which it does"
 
 
@@ -137,8 +137,8 @@ def test_the_page_on_evaluation_names_every_flag_with_its_threshold() -> None:
     rows = re.findall(
         r"^\| (\w+) \| .*?(?:`((?:min|max)_\w+)` \| ([\d.]+).*)?\|$", page.split("### Flags")[1], re.MULTILINE
     )
-    listed = {name: (setting, value) for name, setting, value in rows if name in FLAGS}
-    assert list(listed) == list(FLAGS)
+    listed = {name: (setting, value) for name, setting, value in rows if name in known_flags()}
+    assert list(listed) == list(known_flags())
     thresholds = {setting: float(value) for setting, value in listed.values() if setting}
     defaults = QualityConfig().model_dump()
     assert thresholds.pop("max_clipped") == 100 * defaults["max_clipped"]
@@ -252,8 +252,12 @@ def test_a_clip_model_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- badness
 
 
+WORST_PLACES = {"seam_worst": 20.0, "lost_worst": 5.0, "added_worst": 5.0, "colour_worst": 25.0}
+"""Column -> what is as bad as can be."""
+
+
 def row(**values: Any) -> dict[str, Any]:
-    worst = dict.fromkeys(WORST_RANGES, 0.0)
+    worst = dict.fromkeys(WORST_PLACES, 0.0)
     return {"agreement_psnr": 30.0, "seam": 1.0, **worst, "clipped": 0.0, "clip_score": 30.0, "flags": [], **values}
 
 
@@ -264,7 +268,7 @@ def test_badness_orders_the_worst_first() -> None:
     assert [badness(r) for r in order] == sorted((badness(r) for r in order), reverse=True)
     assert badness(row(agreement_psnr=float("nan"))) < float("inf")
     assert badness(row(clip_score=None)) == pytest.approx(0.25 + 0.5)
-    for name, most in WORST_RANGES.items():
+    for name, most in WORST_PLACES.items():
         assert badness(row(**{name: most / 2})) == pytest.approx(badness(row()) + 0.5)
         assert badness(row(**{name: None})) == pytest.approx(badness(row()) + 0.5)  # a table of an older version
         assert badness(row(**{name: 9 * most})) == pytest.approx(badness(row()) + 1)

@@ -161,6 +161,7 @@ ATTACKS = (
     "\x00<\x00script>alert(1)</script>\ud800\u2028<img\x0bsrc=x\x0conerror=alert(1)>",
     "data:text/html,<script>alert(1)</script>",
     "]]><![CDATA[<script>alert(1)</script>",
+    "{{ script }}{% include 'page.js' %}{# <img src=x onerror=alert(1)> #}",
 )
 
 
@@ -168,7 +169,7 @@ def sample(text: str) -> ReportSample:
     row = {"row": text, "col": text, "y0": 0, "x0": 0, "y1": 64, "x1": 64, "caption": text, "status": text}
     quality = {"agreement_psnr": 30.0, "seam": 1.0, "clipped": 0.0, "flags": [text]}
     picture = png((1, 2, 3), (64, 64))
-    return ReportSample(text, text, picture, picture, [row], quality, {text: text})
+    return ReportSample(text, text, picture, picture, [row], quality, {text: text}, text)
 
 
 def elements(html: str) -> list[tuple[str, dict[str, str]]]:
@@ -183,11 +184,11 @@ def shape(html: str) -> list[tuple[str, tuple[str, ...]]]:
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=range(len(ATTACKS)))
 def test_hostile_text_adds_no_element_and_no_attribute_to_the_report(attack: str) -> None:
-    failure = {"key": attack, "stage": attack, "error_class": attack, "message": attack}
+    failure = {"key": attack, "stage": attack, "error_class": attack, "message": attack, "command": attack}
 
     def page(text: str) -> str:
         row: dict[str, Any] = dict.fromkeys(failure, text)
-        return render_report(text, {text: text}, [sample(text)], [row], lead=text)
+        return render_report(text, {text: text}, [sample(text)], [row])
 
     hostile, harmless = page(attack), page("text")
     assert shape(hostile) == shape(harmless)

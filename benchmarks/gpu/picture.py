@@ -21,14 +21,15 @@ from PIL import Image
 from benchmarks.gpu import models as shapes
 from benchmarks.gpu.record import Run
 from benchmarks.methods import peak_memory, settle
-from resmaster_stages.config.methods import DIFFUSION_METHODS, UpscaleConfig
-from resmaster_stages.diffusion import autoencoder
+from resmaster_stages.config.method import Method, methods
+from resmaster_stages.diffusion import autoencoder, image_prompts
 from resmaster_stages.diffusion.cost import counting
 from resmaster_stages.diffusion.loop import batch_size
 from resmaster_stages.diffusion.memory import row_bytes, weights_bytes
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import ConfigError, SampleError
-from resmaster_stages.methods import render, resmaster
+from resmaster_stages.methods import render
+from resmaster_stages.methods.settings import Diffusion
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.acceleration import compile_blocks, quantise_fp8, require_fp8
 from resmaster_stages.models.faults import release_memory
@@ -40,7 +41,7 @@ PARTS: tuple[tuple[str, Any, str], ...] = (
     ("denoise", render, "denoise"),
     ("encode", autoencoder, "encode"),
     ("decode", autoencoder, "decode"),
-    ("image_prompts", resmaster, "embed_crops"),
+    ("image_prompts", image_prompts, "embed_crops"),
 )
 """Part of a picture, and where the engine looks its function up."""
 STEPS, SHORT_STEPS = 50, 3
@@ -80,7 +81,7 @@ class Canvas:
     def device(self) -> torch.device:
         return self.models.device
 
-    def draw(self, config: UpscaleConfig) -> dict[str, Any]:
+    def draw(self, config: Diffusion) -> dict[str, Any]:
         """One picture: seconds of each part, peak memory, rows. The picture may be no picture, for weights are random."""
         fault = None
         with counting() as cost, peak_memory(self.device) as peak, timed_parts(self.device) as parts:
@@ -104,10 +105,10 @@ class Canvas:
         }
 
 
-def estimated_bytes(canvas: Canvas, config: UpscaleConfig) -> int:
+def estimated_bytes(canvas: Canvas, config: Diffusion) -> int:
     """What the engine expects ResMaster to need at `config.scale`, both guidance branches in one call."""
     models, side = canvas.models, round(canvas.image.width * config.scale)
-    grid = view_grid(side, side, models.native_px, config.stride, models.latent_factor)
+    grid = view_grid(side, side, models.native_px, config.view_stride, models.latent_factor)
     views = batch_size(len(grid), config.view_batch or len(grid))
     return weights_bytes(models) + 2 * views * row_bytes(models.unet, grid.window_height, grid.window_width)
 
@@ -133,10 +134,12 @@ def reckoned(entry: dict[str, Any], steps: int) -> dict[str, Any]:
     return {**entry, "reckoned": {"steps": steps, "seconds": whole}}
 
 
-def configured(method: str, scale: float, steps: int | None = None, **values: Any) -> UpscaleConfig:
+def configured(method: str, scale: float, steps: int | None = None, **values: Any) -> Diffusion:
     """A method's configuration for a model that has learnt native sizes alone."""
     own = {} if steps is None else {"steps": steps}
-    return UpscaleConfig.model_validate({"method": method, "scale": scale, **own, **values})
+    config = Method.model_validate({"method": method, "scale": scale, **own, **values})
+    assert isinstance(config, Diffusion)
+    return config
 
 
 def compiled(models: Models, fp8: bool = False) -> Models:
@@ -149,7 +152,7 @@ def compiled(models: Models, fp8: bool = False) -> Models:
     return replace(models, unet=unet, same_bytes=False)
 
 
-def _warmed(canvas: Canvas, config: UpscaleConfig, steps: int) -> dict[str, Any]:
+def _warmed(canvas: Canvas, config: Diffusion, steps: int) -> dict[str, Any]:
     """A picture of `config` after one of few steps, which chose kernels, took memory and compiled."""
     start = time.perf_counter()
     canvas.draw(config.model_copy(update={"steps": min(steps, config.steps)}))
@@ -175,7 +178,7 @@ def largest(run: Run, canvas: Canvas, scale: float) -> None:
         attempt("pictures", lambda: _warmed(fast, default, 8), what="default")  # eight steps have all shapes
 
 
-def eight_bits(canvas: Canvas, config: UpscaleConfig) -> dict[str, Any]:
+def eight_bits(canvas: Canvas, config: Diffusion) -> dict[str, Any]:
     """`config`'s picture with the wide linear layers in 8 bits; where they cannot run, why."""
     try:
         models = compiled(canvas.models, fp8=True)
@@ -187,7 +190,7 @@ def eight_bits(canvas: Canvas, config: UpscaleConfig) -> dict[str, Any]:
 def by_method(run: Run, canvas: Canvas, scale: float) -> None:
     """Every method that uses the diffusion model, at 2048 px, eager, over few steps."""
     short, whole = (2, 3) if run.rehearse else (SHORT_STEPS, STEPS)
-    for method in DIFFUSION_METHODS:
+    for method in (name for name, each in methods().items() if each.base_model):
         if not run.skip("methods", 8.0, what=method):
             config = configured(method, scale, short)
             run.record.attempt("methods", lambda config=config: reckoned(canvas.draw(config), whole), what=method)

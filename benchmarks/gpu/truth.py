@@ -25,13 +25,13 @@ from PIL import Image
 from benchmarks.gpu.record import Run
 from resmaster_stages import high_res
 from resmaster_stages.config.dataset import DatasetConfig
-from resmaster_stages.config.methods import UpscaleConfig
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.dataset.sample import Output, Picture, Sample
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.generate import generate
+from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.metrics.agreement import psnr
 from resmaster_stages.models.acceleration import compile_blocks, quantise_fp8, require_fp8
@@ -67,7 +67,7 @@ class Subject:
     """What is drawn again and again."""
 
     low_res: Image.Image
-    config: UpscaleConfig
+    config: ResMaster
 
     def drawn(self, config: ModelConfig, **values: Any) -> Image.Image:
         """The picture by the models of `config`."""
@@ -283,7 +283,7 @@ def measure(run: Run) -> None:
     (low_res,) = generate(cpu, [PROMPT], [""], [0], cpu.native_px, cpu.native_px, steps, 5.0, 1)
     if not isinstance(low_res, Image.Image):
         raise low_res
-    subject = Subject(low_res, UpscaleConfig(scale=scale, steps=steps, view_batch=16))
+    subject = Subject(low_res, ResMaster(scale=scale, steps=steps, view_batch=16))
     reference = formats(run, subject)
     repeats(run, subject)
     run.record.attempt("out_of_memory", lambda: out_of_memory(run, low_res))

@@ -67,7 +67,8 @@ def process_shards(
             for stage in chosen:
                 try:
                     number = number_of(retries, stage, shard)
-                    known[stage] = STAGE_TASKS[stage](dataset, shard, known, number, return_state=True).result()
+                    state: Any = STAGE_TASKS[stage](dataset, shard, known, number, return_state=True)
+                    known[stage] = state.result()
                 except (GpuLost, ConfigError):
                     raise  # the next shard would end the same way
                 except Exception as error:

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from resmaster_stages.config.methods import UpscaleConfig
+from resmaster_stages.config.method import AnyMethod, Method
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.config.part import Operational, Part
 
@@ -173,7 +173,7 @@ class DatasetConfig(Part):
     """A folder or an fsspec URL such as `s3://bucket/prefix`."""
     prompts: str | None = Operational(None)
     """File of prompts: .txt (one per line), .csv, .jsonl or .parquet; relative to the configuration file. Columns: `prompt`, and if
-    you like `negative_prompt` and `detail_mask` (an image file in the same folder; see `upscale.freescale.alpha_elsewhere`)."""
+    you like `negative_prompt` and `detail_mask` (an image file in the same folder; see `alpha_elsewhere` of method freescale)."""
     images: str | None = Operational(None)
     """Your own low-res images instead of generated ones: a folder, or WebDataset shards (.tar, or a folder of them)."""
     limit: int | None = Operational(None, ge=1)
@@ -201,7 +201,7 @@ class DatasetConfig(Part):
     """Stage 2."""
     captions: CaptionsConfig = CaptionsConfig()
     """Stage 3."""
-    upscale: UpscaleConfig = UpscaleConfig()
+    upscale: AnyMethod = Field(default_factory=lambda: Method.model_validate({}))
     """Stage 4."""
     quality: QualityConfig = QualityConfig()
     """Stage 5."""

@@ -11,25 +11,29 @@ from pydantic import (
 )
 
 from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.method import DEFAULT, Method, method_class
 from resmaster_stages.config.part import Part
 from resmaster_stages.errors import ConfigError
 
 
-def _explain(error: ValidationError, source: str) -> str:
+def _explain(error: ValidationError, values: dict[str, Any], source: str) -> str:
     """The first mistake of a configuration, in one line."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"]) or "the file"
     if first["type"] == "extra_forbidden":
-        part = type_at(first["loc"][:-1])
+        part = type_at(first["loc"][:-1], values)
         known = ", ".join(part.model_fields) if part else ""
-        return f"{source}: unknown key {where!r}" + (f"; known here: {known}" if known else "")
+        here = (
+            f"method {part.model_fields['method'].default} knows" if part and issubclass(part, Method) else "known here"
+        )
+        return f"{source}: unknown key {where!r}" + (f"; {here}: {known}" if known else "")
     message = first["msg"].removeprefix("Value error, ")
     more = error.error_count() - 1
     return f"{source}: {where}: {message}" + (f" (and {more} more)" if more else "")
 
 
-def type_at(location: tuple[Any, ...]) -> type[Part] | None:
-    """The part of the configuration at a path such as ("upscale", "structure"), or None."""
+def type_at(location: tuple[Any, ...], values: Any) -> type[Part] | None:
+    """The part of the configuration `values` at a path such as ("upscale", "structure"), or None."""
     part: type[Part] = DatasetConfig
     for name in location:
         field = part.model_fields.get(str(name))
@@ -38,7 +42,9 @@ def type_at(location: tuple[Any, ...]) -> type[Part] | None:
         found = [c for c in candidates if isinstance(c, type) and issubclass(c, Part)]
         if not found:
             return None
-        part = found[0]
+        part, values = found[0], values.get(name, {})
+        if part is Method:
+            part = method_class(values.get("method", DEFAULT))
     return part
 
 
@@ -49,7 +55,7 @@ def parse_config(values: Any, source: str = "configuration") -> DatasetConfig:
     try:
         return DatasetConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, source)) from None
+        raise ConfigError(_explain(error, values, source)) from None
 
 
 def load_config(path: str | Path, **overrides: Any) -> DatasetConfig:

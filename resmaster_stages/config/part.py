@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pydantic import (
@@ -20,10 +20,18 @@ def Operational(default: Any, **kwargs: Any) -> Any:
     return Field(default=default, json_schema_extra={"operational": True}, **kwargs)
 
 
-def offer_preset(presets: Iterable[str], text: str) -> Callable[[dict[str, Any]], None]:
+def drop_defaults(properties: dict[str, Any], presets: Iterable[Mapping[str, Any]]) -> None:
+    """Takes the defaults of fields that a preset sets out of a JSON schema: forms send defaults along, and those would
+    win."""
+    for name in {name for preset in presets for name in preset}:
+        properties[name].pop("default", None)
+
+
+def offer_preset(presets: Mapping[str, Mapping[str, Any]], text: str) -> Callable[[dict[str, Any]], None]:
     """Adds the key `preset`, which is expanded before validation, to a part's JSON schema: forms are made from it."""
 
     def add(schema: dict[str, Any]) -> None:
+        drop_defaults(schema["properties"], presets.values())
         schema["properties"]["preset"] = {
             "type": "string",
             "enum": list(presets),

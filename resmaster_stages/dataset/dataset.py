@@ -162,20 +162,11 @@ def _current(folder: Folder) -> tuple[int, DatasetConfig]:
         raise ConfigError(
             f"{place}: damaged ({error}); restore it, or delete it and run the same configuration again"
         ) from error
-    config = parse_config(_with_preset(values), place)
+    config = parse_config(values, place)
     parent, _, own_name = folder.path.rpartition("/")
     if own_name != config.name:
         raise ConfigError(f"{folder.url}: holds the dataset {config.name!r}; rename the folder back to that")
     return number, config.model_copy(update={"root": Folder(folder.fs, parent).url})
-
-
-def _with_preset(values: Any) -> Any:
-    """Stored values, with the preset that fields which came later are to be taken from: without a kept name it is the one that
-    changes nothing, for ResMaster's default of then left nothing out."""
-    upscale = values.get("upscale") if isinstance(values, dict) else None
-    if isinstance(upscale, dict) and upscale.get("method", "resmaster") == "resmaster":
-        upscale.setdefault("preset", "exact")
-    return values
 
 
 def _dump(config: DatasetConfig) -> bytes:

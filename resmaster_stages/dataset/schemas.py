@@ -1,17 +1,23 @@
-"""The columns of every table of a dataset."""
+"""The columns of every table of a dataset.
+
+Those of the quality table are the metrics' own. Its schema and the manifest's are functions, so that they hold every
+metric that is listed when they are called.
+"""
 
 from __future__ import annotations
 
 import pyarrow as pa
 
+from resmaster_stages.metrics import metric_columns
 
-def _schema(table: str, fields: list[tuple[str, pa.DataType, bool]]) -> pa.Schema:
+
+def table_schema(table: str, fields: list[tuple[str, pa.DataType, bool]]) -> pa.Schema:
     """A schema from (name, type, nullable), with its name and version as metadata."""
     columns = [pa.field(name, kind, nullable=nullable) for name, kind, nullable in fields]
     return pa.schema(columns, metadata={"table": table, "schema_version": "1"})
 
 
-CAPTIONS_SCHEMA = _schema(
+CAPTIONS_SCHEMA = table_schema(
     "captions",
     [
         ("key", pa.string(), False),
@@ -40,32 +46,21 @@ DESCRIBED = ("ok", "replaced")
 """Statuses of captions that tell of a patch; with any other the row holds the global prompt."""
 
 
-QUALITY_SCHEMA = _schema(
-    "quality",
-    [
-        ("key", pa.string(), False),
-        ("width", pa.int32(), False),
-        ("height", pa.int32(), False),
-        ("clip_score", pa.float64(), True),
-        ("agreement_psnr", pa.float64(), True),
-        ("agreement_ssim", pa.float64(), True),
-        ("detail_energy", pa.float64(), True),
-        ("seam", pa.float64(), True),
-        ("seam_worst", pa.float64(), True),
-        ("lost_worst", pa.float64(), True),
-        ("added_worst", pa.float64(), True),
-        ("colour_worst", pa.float64(), True),
-        ("clipped", pa.float64(), True),
-        ("phash", pa.string(), True),
-        ("luminance_mean", pa.float64(), True),
-        ("luminance_std", pa.float64(), True),
-        ("flags", pa.list_(pa.string()), False),
-    ],
-)
-"""One row per image."""
+def quality_schema() -> pa.Schema:
+    """One row per image."""
+    return table_schema(
+        "quality",
+        [
+            ("key", pa.string(), False),
+            ("width", pa.int32(), False),
+            ("height", pa.int32(), False),
+            *[(column.name, column.kind, True) for column in metric_columns()],
+            ("flags", pa.list_(pa.string()), False),
+        ],
+    )
 
 
-PLAN_SCHEMA = _schema(
+PLAN_SCHEMA = table_schema(
     "plan",
     [
         ("key", pa.string(), False),
@@ -82,14 +77,14 @@ PLAN_SCHEMA = _schema(
 """One row per planned sample; `index` counts through the whole dataset, `height` and `width` are low-res px."""
 
 
-REJECTED_SCHEMA = _schema(
+REJECTED_SCHEMA = table_schema(
     "rejected",
     [("source", pa.string(), False), ("text", pa.string(), False), ("reason", pa.string(), False)],
 )
 """What the plan turned down: where it came from, its beginning, and why."""
 
 
-LEDGER_SCHEMA = _schema(
+LEDGER_SCHEMA = table_schema(
     "errors",
     [
         ("key", pa.string(), False),
@@ -105,75 +100,37 @@ LEDGER_SCHEMA = _schema(
 """One row per failed sample and attempt; `attempt_number` counts the sample's failures in this stage from 1."""
 
 
-MANIFEST_SCHEMA = _schema(
-    "manifest",
-    [
-        ("key", pa.string(), False),
-        ("index", pa.int64(), False),
-        ("shard", pa.int32(), False),
-        ("replica", pa.int32(), False),
-        ("prompt", pa.string(), False),
-        ("negative_prompt", pa.string(), False),
-        ("source", pa.string(), True),
-        ("high_res_object", pa.string(), False),
-        ("high_res_member", pa.string(), False),
-        ("high_res_offset", pa.int64(), False),
-        ("high_res_bytes", pa.int64(), False),
-        ("low_res_object", pa.string(), False),
-        ("low_res_member", pa.string(), False),
-        ("low_res_offset", pa.int64(), False),
-        ("low_res_bytes", pa.int64(), False),
-        ("low_res_height", pa.int32(), False),
-        ("low_res_width", pa.int32(), False),
-        ("captions_object", pa.string(), True),
-        *[(field.name, field.type, field.nullable) for field in QUALITY_SCHEMA if field.name != "key"],
-        ("low_res_hash", pa.string(), False),
-        ("captions_hash", pa.string(), True),
-        ("high_res_hash", pa.string(), False),
-        ("quality_hash", pa.string(), False),
-    ],
-)
-"""One row per finished sample. Objects are relative to the dataset; offset and bytes are those of the image file in the
-tar, so that one range request fetches it. `height` and `width` are those of the high-res image."""
+def manifest_schema() -> pa.Schema:
+    """One row per finished sample.
 
-
-COMPARE_SCHEMA = _schema(
-    "compare",
-    [
-        ("scale", pa.string(), False),
-        ("method", pa.string(), False),
-        ("dataset", pa.string(), False),
-        ("features", pa.string(), False),
-        ("reference", pa.string(), False),
-        ("reference_samples", pa.int64(), False),
-        ("samples", pa.int64(), False),
-        ("height", pa.int32(), False),
-        ("width", pa.int32(), False),
-        *[
-            (name, pa.float64(), True)
-            for view in ("r", "c", "u")
-            for name in (f"fid_{view}", f"kid_{view}", f"kid_{view}_low", f"kid_{view}_high", f"is_{view}")
+    Objects are relative to the dataset; offset and bytes are those of the image file in the tar, so that one range request
+    fetches it. `height` and `width` are those of the high-res image.
+    """
+    return table_schema(
+        "manifest",
+        [
+            ("key", pa.string(), False),
+            ("index", pa.int64(), False),
+            ("shard", pa.int32(), False),
+            ("replica", pa.int32(), False),
+            ("prompt", pa.string(), False),
+            ("negative_prompt", pa.string(), False),
+            ("source", pa.string(), True),
+            ("high_res_object", pa.string(), False),
+            ("high_res_member", pa.string(), False),
+            ("high_res_offset", pa.int64(), False),
+            ("high_res_bytes", pa.int64(), False),
+            ("low_res_object", pa.string(), False),
+            ("low_res_member", pa.string(), False),
+            ("low_res_offset", pa.int64(), False),
+            ("low_res_bytes", pa.int64(), False),
+            ("low_res_height", pa.int32(), False),
+            ("low_res_width", pa.int32(), False),
+            ("captions_object", pa.string(), True),
+            *[(field.name, field.type, field.nullable) for field in quality_schema() if field.name != "key"],
+            ("low_res_hash", pa.string(), False),
+            ("captions_hash", pa.string(), True),
+            ("high_res_hash", pa.string(), False),
+            ("quality_hash", pa.string(), False),
         ],
-        ("clip_score", pa.float64(), True),
-        ("agreement_psnr", pa.float64(), True),
-        ("agreement_ssim", pa.float64(), True),
-        ("perceptual_distance", pa.float64(), True),
-        ("detail_energy", pa.float64(), True),
-        ("seam", pa.float64(), True),
-        ("seam_worst", pa.float64(), True),
-        ("flagged", pa.float64(), True),
-        ("repeat_rate", pa.float64(), True),
-        ("repeat_surplus", pa.float64(), True),
-        ("unet_calls", pa.float64(), True),
-        ("unet_rows", pa.float64(), True),
-        ("unet_native_rows", pa.float64(), True),
-        ("seconds_captions", pa.float64(), True),
-        ("seconds_high_res", pa.float64(), True),
-    ],
-)
-"""One row per method and scale, and one of drawn pictures where there is ground truth: it has no costs. Of a view: r the whole
-image, c native-size crops, u crops that are not resized. `flagged` is the share of samples with a flag of any kind."""
-
-
-STAGE_SCHEMAS: dict[str, pa.Schema] = {"captions": CAPTIONS_SCHEMA, "quality": QUALITY_SCHEMA}
-"""The schemas of the stages that write tables."""
+    )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.keys import digest
+from resmaster_stages.metrics import metric_columns
 from resmaster_stages.models.identity import Weights
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _low_res_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]
 def _captions_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
     own: dict[str, Any] = {
         "captions": config.captions.identity(),
-        "views": {"scale": config.upscale.passes()[0].scale, "stride": config.upscale.stride},
+        "views": {"scale": config.upscale.way()[0].scale, "stride": config.upscale.view_stride},
         "weights": weights.captioner,
         "tokenizer": weights.model,
     }
@@ -94,17 +95,22 @@ def _captions_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any
 
 
 def _high_res_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
-    diffusion = config.upscale.uses_diffusion()
+    network = {"model": _model(config, weights)} if config.upscale.base_model else {"weights": weights.upscaler}
     return {
         "upscale": config.upscale.identity(),
-        **({"model": _model(config, weights)} if diffusion else {"weights": weights.super_resolution}),
+        **network,
         "image_format": config.image_format,
         "webp_quality": config.webp_quality,
     }
 
 
 def _quality_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
-    return {"quality": config.quality.identity(), "weights": weights.clip, "features": weights.features}
+    return {
+        "quality": config.quality.identity(),
+        "weights": weights.clip,
+        "features": weights.features,
+        "columns": [column.name for column in metric_columns()],
+    }
 
 
 def _captions_schema() -> pa.Schema:
@@ -114,9 +120,9 @@ def _captions_schema() -> pa.Schema:
 
 
 def _quality_schema() -> pa.Schema:
-    from resmaster_stages.dataset.schemas import QUALITY_SCHEMA
+    from resmaster_stages.dataset.schemas import quality_schema
 
-    return QUALITY_SCHEMA
+    return quality_schema()
 
 
 STAGES: dict[str, Stage] = {}
@@ -146,7 +152,7 @@ register(
         doing="captioning patches",
         reads=("low_res",),
         schema=_captions_schema,
-        needed=lambda config: config.upscale.uses_captions(),
+        needed=lambda config: config.upscale.uses("captions"),
         batch=("captions", "batch_size"),
     )
 )

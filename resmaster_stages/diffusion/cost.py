@@ -23,6 +23,21 @@ class UnetCost:
     """`rows` in units of a view of the native area: what to compare methods of different views by."""
 
 
+@dataclass(frozen=True)
+class UnetWork:
+    """Evaluations of one size, as a method foresees them: what `UnetCost` counts with `view_batch: 1`."""
+
+    rows: int
+    """Views through the UNet, guidance branches counted."""
+    area: float
+    """Of each view, in units of the native area."""
+
+    @property
+    def native_rows(self) -> float:
+        """`rows` in units of a native view."""
+        return self.rows * self.area
+
+
 _counter: ContextVar[UnetCost | None] = ContextVar("unet_cost", default=None)
 
 

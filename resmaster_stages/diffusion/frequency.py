@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resmaster_stages.config.methods import StructureConfig
+from resmaster_stages.config.structure import StructureConfig
 
 _RADIUS = 32
 """Longest kernel radius in cells; kernels are cut where their values fall below a millionth of the peak."""

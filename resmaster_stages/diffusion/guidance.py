@@ -3,18 +3,19 @@
 A branch is one row of the UNet's batch per view: with the negative prompt or with the view's own. Rules that need the
 same text twice (a weaker or a stronger variant of the network) name the branches apart; patches go by the names.
 
-Knows nothing about the network. Invariant: without guidance (scale 1, no negative conditions) there is one branch.
+Knows nothing about the network, and imports no torch. Invariant: without guidance (scale 1, no negative conditions) there is one branch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from resmaster_stages.diffusion.schedule import Step
+    from resmaster_stages.diffusion.schedule import Step
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def need_of(models: Models, window: tuple[int, int], branches: int) -> Need | No
 
 
 def view_limit(models: Models, limit: int | None, window: tuple[int, int], branches: int) -> int:
-    """Views per UNet call at most: `limit` (`UpscaleConfig.view_batch`), or where it is None what the device's memory allows."""
+    """Views per UNet call at most: `limit` (`Diffusion.view_batch`), or where it is None what the device's memory allows."""
     if limit is not None:
         return limit
     need = need_of(models, window, branches)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from resmaster_stages.config.methods import StructureConfig
+from resmaster_stages.config.structure import StructureConfig
 from resmaster_stages.diffusion.frequency import cutoff_sigma, swap_low_frequencies, swap_weights
 from resmaster_stages.diffusion.loop import LatentHook, X0Hook
 from resmaster_stages.diffusion.schedule import Step

@@ -1,9 +1,10 @@
 """Grids that move: at every step all windows are shifted together, so view borders never lie twice at the same place.
 
-Fewer views are needed for a seamless picture, since every border is averaged away by the steps that have none there. The
-shifts are a low-discrepancy sequence (Roberts' R2) of the step's number alone: the same for all samples, without a draw.
-Moving views may lie further apart than those that stand still, and stand still in the last steps, where borders would show.
-Knows nothing about models. Invariant: the size of the views is the same at every step, their number at all moving steps.
+Fewer views are needed for a seamless picture, since every border is averaged away by the steps that have none there.
+The shifts are a low-discrepancy sequence (Roberts' R2) of the step's number alone: the same for all samples, without a
+draw. Moving views may lie further apart than those that stand still, and stand still in the last steps, where borders
+would show. Knows nothing about models. Invariant: the size of the views is the same at every step, their number at all
+moving steps.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ from functools import cache
 
 import torch
 
-from resmaster_stages.config.methods import UpscaleConfig
 from resmaster_stages.diffusion.conditions import Conditions
 from resmaster_stages.diffusion.fusing import Fuser
 from resmaster_stages.diffusion.loop import Views, always
 from resmaster_stages.diffusion.schedule import Step
-from resmaster_stages.diffusion.views import Grid, stride_of
+from resmaster_stages.diffusion.views import Grid
 
 PLASTIC = 1.32471795724474602596
 """The root of x^3 = x + 1: R2's steps are its inverse and the inverse's square."""
@@ -39,28 +39,21 @@ def nearest_views(moved: Grid, grid: Grid) -> list[int]:
     return [nearest(y, grid.rows) * len(grid.cols) + nearest(x, grid.cols) for y in moved.rows for x in moved.cols]
 
 
-def moving_grid(grid: Grid, config: UpscaleConfig) -> Grid | None:
-    """The grid that moves, where it lies at shift 0; None where none does.
-
-    Windows that move need one more of them per axis. A stride of their own is there to have fewer: where it does not, none move.
-    """
-    if config.shift == "none":
-        return None
-    if config.shift_stride is None:
-        return replace(grid, shift=(0, 0))
-    moving = replace(grid, stride=stride_of(grid.window, config.shift_stride), shift=(0, 0))
-    return moving if len(moving) < len(grid) else None
-
-
 def placed(
-    grid: Grid, conditions: Conditions, config: UpscaleConfig, device: torch.device
+    grid: Grid,
+    conditions: Conditions,
+    fuse: str,
+    device: torch.device,
+    *,
+    moving: Grid | None = None,
+    stop: float = 1.0,
 ) -> Callable[[Step], tuple[Views, Conditions]]:
-    """A view group's views and conditions: those of `grid` at every step, or moved as `config` says.
+    """A view group's views and conditions: those of `grid` at every step; or before the fraction `stop` of the steps
+    those of `moving` (which lies at shift 0), moved from step to step.
 
-    A moved view takes caption, image prompt and size conditions of the grid's nearest view.
+    A moved view takes caption, image prompt and size conditions of the grid's nearest view. fuse: as `Fuser` takes it.
     """
-    still = Fuser(grid, config.fuse, device), conditions
-    moving = moving_grid(grid, config)
+    still = Fuser(grid, fuse, device), conditions
     if moving is None:
         return always(*still)
     samples = len(conditions) // len(grid)
@@ -70,6 +63,6 @@ def placed(
         there = replace(moving, shift=(y, x))
         near = nearest_views(there, grid)
         items = torch.tensor([sample * len(grid) + view for sample in range(samples) for view in near])
-        return Fuser(there, config.fuse, device), conditions.take(items.to(device, non_blocking=True))
+        return Fuser(there, fuse, device), conditions.take(items.to(device, non_blocking=True))
 
-    return lambda step: moved(*shift_at(step.index, moving.stride)) if step.done < config.shift_stop else still
+    return lambda step: moved(*shift_at(step.index, moving.stride)) if step.done < stop else still

@@ -94,9 +94,9 @@ STEPPERS: dict[str, Stepper] = {
     "posterior": posterior,
     "ddim_ancestral": ddim_ancestral,
 }
-"""Those that remember nothing, by the names that `UpscaleConfig.stepper` takes."""
+"""Those that remember nothing, by the names that a method's `stepper` takes."""
 
 
 def make_stepper(name: str) -> Stepper:
-    """The stepper of a name that `UpscaleConfig.stepper` takes, for one pass of the loop."""
+    """The stepper of a name that a method's `stepper` takes, for one pass of the loop."""
     return Dpmpp2M() if name == "dpmpp_2m" else STEPPERS[name]

@@ -22,9 +22,10 @@ from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import new_attempt
 from resmaster_stages.dataset.dataset import Dataset, create_or_open
 from resmaster_stages.dataset.reading import fetch, shard_samples
-from resmaster_stages.dataset.schemas import COMPARE_SCHEMA, MANIFEST_SCHEMA
+from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.errors import PlanError
+from resmaster_stages.evaluation.columns import compare_schema, compared_metrics
 from resmaster_stages.evaluation.drawn import DRAWN, renamed, true_enlargement, with_drawings
 from resmaster_stages.evaluation.page import SheetRow, markdown, sheet
 from resmaster_stages.evaluation.reference import (
@@ -55,10 +56,6 @@ LOW_RES_VIEWS = ("r", "u")
 
 REAL = "(real pictures)"
 """What the row of drawn pictures is called: no method, but what a perfect one would score."""
-
-
-MEANS = ("clip_score", "agreement_psnr", "agreement_ssim", "detail_energy", "seam", "seam_worst")
-"""Columns of the quality table whose means are compared."""
 
 
 Build = Callable[[Preview], bool]
@@ -207,7 +204,7 @@ class Compared:
     """What a comparison found."""
 
     rows: list[dict[str, Any]]
-    """One per variant, as `tables.COMPARE_SCHEMA`."""
+    """One per variant, as `columns.compare_schema`."""
     keys: dict[str, list[str]]
     """Scale -> samples that all its methods have."""
 
@@ -256,7 +253,7 @@ def compare_datasets(
                 }
             )
         if real is not None:
-            facts = dict.fromkeys(COMPARE_SCHEMA.names)
+            facts = dict.fromkeys(compare_schema().names)
             known = {name: rows[-1][name] for name in ("scale", "features", "height", "width", "reference")}
             drawn = {"method": REAL, "dataset": "", "samples": len(real), "reference_samples": count}
             sets = stacked(real)
@@ -267,7 +264,7 @@ def compare_datasets(
 
 
 def _manifest(dataset: Dataset) -> dict[str, dict[str, Any]]:
-    table = decode_table(dataset.folder.read(layout.MANIFEST), MANIFEST_SCHEMA, layout.MANIFEST)
+    table = decode_table(dataset.folder.read(layout.MANIFEST), manifest_schema(), layout.MANIFEST)
     return {row["key"]: row for row in table.to_pylist()}
 
 
@@ -275,9 +272,9 @@ def _facts(variant: Variant, dataset: Dataset, manifest: Sequence[Mapping[str, A
     """Sizes, means of the quality table, UNet cost and seconds per picture."""
     config = dataset.config
     means: dict[str, Any] = {}
-    for name in MEANS:
-        values = [row[name] for row in manifest if row[name] is not None]
-        means[name] = sum(values) / len(values) if values else None
+    for column in compared_metrics():
+        values = [row[column.name] for row in manifest if row[column.name] is not None]
+        means[column.name] = sum(values) / len(values) if values else None
     means["flagged"] = sum(bool(row["flags"]) for row in manifest) / len(manifest)
     cost: dict[str, Any] = {"seconds_captions": None}
     for stage in ("captions", "high_res"):
@@ -369,7 +366,7 @@ def published(dataset: Dataset) -> bool:
     """Whether the manifest and the report are those of what is committed under the current configuration."""
     if not dataset.folder.exists(layout.REPORT_PAGE) or not dataset.folder.exists(layout.MANIFEST):
         return False
-    table = decode_table(dataset.folder.read(layout.MANIFEST), MANIFEST_SCHEMA, layout.MANIFEST)
+    table = decode_table(dataset.folder.read(layout.MANIFEST), manifest_schema(), layout.MANIFEST)
     own_hash = dataset.hashes["quality"]
     finished = status(dataset).stages[-1].samples_ok
     return len(table) == finished and all(found == own_hash for found in table["quality_hash"].to_pylist())
@@ -393,6 +390,6 @@ def write_comparison(folder: Folder, name: str, built: list[tuple[Variant, Datas
         sheet([rows[key] for key in chosen], methods).save(buffer, "PNG", optimize=True)
         sheets[scale] = f"sheet-{scale}.png"
         folder.write(sheets[scale], buffer.getvalue())
-    folder.write("compare.parquet", encode_table(found.rows, COMPARE_SCHEMA))
+    folder.write("compare.parquet", encode_table(found.rows, compare_schema()))
     folder.write("compare.md", markdown(f"{name}: methods compared", found.rows, sheets).encode())
     return folder.url_of("compare.md")

@@ -12,32 +12,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from resmaster_stages.evaluation.columns import measures
 from resmaster_stages.metrics.detail import most_detailed
-
-COLUMNS: tuple[tuple[str, str, str], ...] = (
-    ("method", "method", "{}"),
-    ("fid_r", "FID r ↓", "{:.2f}"),
-    ("kid_r", "KID r ↓", "{:.4f}"),
-    ("is_r", "IS r ↑", "{:.2f}"),
-    ("fid_c", "FID c ↓", "{:.2f}"),
-    ("kid_c", "KID c ↓", "{:.4f}"),
-    ("is_c", "IS c ↑", "{:.2f}"),
-    ("fid_u", "FID u ↓", "{:.2f}"),
-    ("kid_u", "KID u ↓", "{:.4f}"),
-    ("clip_score", "CLIP ↑", "{:.2f}"),
-    ("agreement_psnr", "PSNR ↑", "{:.2f}"),
-    ("agreement_ssim", "SSIM ↑", "{:.3f}"),
-    ("perceptual_distance", "distance ↓", "{:.3f}"),
-    ("detail_energy", "detail", "{:.4f}"),
-    ("seam", "seam", "{:.2f}"),
-    ("seam_worst", "worst border ↓", "{:.2f}"),
-    ("flagged", "flagged ↓", "{:.2f}"),
-    ("repeat_rate", "repeats ↓", "{:.2f}"),
-    ("unet_calls", "UNet calls", "{:.0f}"),
-    ("unet_native_rows", "UNet views", "{:.0f}"),
-    ("seconds_high_res", "s/image", "{:.1f}"),
-)
-"""(column of the table, heading, how a number is written), in order; columns that are empty everywhere are left out."""
+from resmaster_stages.metrics.metric import Column
 
 CELL_PX = 256
 GAP_PX = 8
@@ -45,19 +22,19 @@ TEXT_PX = 18
 HEAD_LINES = 2
 
 
-def shown(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """The columns that some row fills."""
-    return [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
+def shown(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """The columns of measures that some row fills."""
+    return [column for column in measures() if column.label and any(row.get(column.name) is not None for row in rows)]
 
 
-def cell(row: Mapping[str, Any], name: str, form: str) -> str:
+def cell(row: Mapping[str, Any], column: Column) -> str:
     """A value as text; KID with half the width of its 95 % interval; a dash where there is none."""
-    value = row.get(name)
+    value = row.get(column.name)
     if value is None:
         return "–"
-    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
-    margin = f" ± {form.format((high - low) / 2)}" if low is not None and high is not None else ""
-    return form.format(value) + margin
+    low, high = row.get(f"{column.name}_low"), row.get(f"{column.name}_high")
+    margin = f" ± {column.form.format((high - low) / 2)}" if low is not None and high is not None else ""
+    return column.form.format(value) + margin
 
 
 def markdown(title: str, rows: Sequence[Mapping[str, Any]], sheets: Mapping[str, str]) -> str:
@@ -72,15 +49,15 @@ def markdown(title: str, rows: Sequence[Mapping[str, Any]], sheets: Mapping[str,
             f"{first['samples']} samples per method, the same for all; features: {first['features']}; "
             f"reference: {first['reference']} ({first['reference_samples']} samples).",
             "",
-            "| " + " | ".join(heading for _, heading, _ in columns) + " |",
-            "|" + "|".join("---" if name == "method" else "---:" for name, _, _ in columns) + "|",
+            "| " + " | ".join(["method", *(column.heading for column in columns)]) + " |",
+            "|---|" + "---:|" * len(columns),
         ]
-        lines += ["| " + " | ".join(cell(row, name, form) for name, _, form in columns) + " |" for row in group]
+        lines += [
+            "| " + " | ".join([row["method"], *(cell(row, column) for column in columns)]) + " |" for row in group
+        ]
         lines += ["", f"![the same samples by every method]({sheets[scale]})", ""] if scale in sheets else [""]
     lines += [
-        "r: whole image resized; c: 10 native-size crops resized; u: 10 crops not resized. KID with its 95 % interval. FID is "
-        "biased at small counts: compare equal counts only. UNet calls: forward passes per image; UNet views: evaluations in "
-        "native-size views, guidance included. Distance: perceptual, from the true enlargement. Seconds are those of the high-res stage, loading of models included.",
+        *(f"- {column.heading}: {column.meaning}" for column in shown(rows)),
         "",
     ]
     return "\n".join(lines)

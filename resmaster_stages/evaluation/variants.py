@@ -12,14 +12,11 @@ import yaml
 
 from resmaster_stages.config.dataset import LONGEST_NAME, DatasetConfig
 from resmaster_stages.config.load import parse_config
-from resmaster_stages.config.methods import with_method
+from resmaster_stages.config.method import methods, with_method
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.keys import digest
 from resmaster_stages.models.geometry import latent_factor, native_px
 from resmaster_stages.models.identity import PICTUREBOOK
-
-SWITCHES = {"sg": "structure", "tip": "image_prompt", "etp": "text_prompt"}
-"""ResMaster's parts: structural guidance, tailored image prompts, enhanced text prompts."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +91,15 @@ def _with_method(config: DatasetConfig, text: str, scale: str) -> DatasetConfig:
             f"--methods {text}: write a method, e.g. multidiffusion, resmaster, resmaster+sg, resmaster-etp"
         )
     method, named = parts[1], re.findall(r"[a-z]+", parts[2])
+    switches = methods()[method].switches if method in methods() else {}
     for name in named:
-        if name not in SWITCHES or method != "resmaster":
-            raise ConfigError(f"--methods {text}: no switch {name!r} here; resmaster has {', '.join(SWITCHES)}")
+        if name not in switches:
+            having = [f"{each} has {', '.join(known.switches)}" for each, known in methods().items() if known.switches]
+            raise ConfigError(f"--methods {text}: no switch {name!r} here; {'; '.join(having)}")
     upscale: dict[str, Any] = {"method": method}
     if named:
         keep = parts[2][0] == "+"
-        for name, part in SWITCHES.items():
+        for name, part in switches.items():
             upscale[part] = {"enabled": (name in named) == keep}
     for setting in settings:
         path, equals, value = setting.partition("=")

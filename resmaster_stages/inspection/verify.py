@@ -19,7 +19,7 @@ from resmaster_stages.dataset.commits import all_records
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.ledger import ledger_is_whole
 from resmaster_stages.dataset.plan import find_plan
-from resmaster_stages.dataset.schemas import MANIFEST_SCHEMA
+from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import ShardError
 from resmaster_stages.storage.filesystem import Folder
@@ -166,7 +166,7 @@ class _SamplePlaces:
         if self._manifest is None:
             self._manifest = {}
             try:
-                table = decode_table(self.folder.read(layout.MANIFEST), MANIFEST_SCHEMA, layout.MANIFEST)
+                table = decode_table(self.folder.read(layout.MANIFEST), manifest_schema(), layout.MANIFEST)
             except (FileNotFoundError, ShardError):
                 return self._manifest
             for stage in ("low_res", "high_res"):

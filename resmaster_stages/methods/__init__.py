@@ -1,34 +1,16 @@
-"""Upscaling methods: one file per paper, each of which says what the canvas engine is made of.
+"""Upscaling methods: one file per paper. Importing a file registers its method.
 
-Methods of one stage have a `compose(request)`, the others a `stages(request)`.
-
-Invariant: the names here are those of `config.METHODS`.
+The order here is that of help, forms and pages.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
-from resmaster_stages.methods import (
-    c_upscale,
-    demofusion,
-    direct,
-    fouriscale,
-    freescale,
-    multidiffusion,
-    resmaster,
-    scalecrafter,
-)
-from resmaster_stages.methods.passes import Stage, single
-from resmaster_stages.methods.request import Request
-
-METHODS: dict[str, Callable[[Request], tuple[Stage, ...]]] = {
-    "direct": single(direct.compose),
-    "multidiffusion": single(multidiffusion.compose),
-    "resmaster": single(resmaster.compose),
-    "demofusion": demofusion.stages,
-    "scalecrafter": single(scalecrafter.compose),
-    "fouriscale": single(fouriscale.compose),
-    "freescale": freescale.stages,
-    "c_upscale": c_upscale.stages,
-}
+# isort: off
+from resmaster_stages.methods import direct as direct
+from resmaster_stages.methods import multidiffusion as multidiffusion
+from resmaster_stages.methods import resmaster as resmaster
+from resmaster_stages.methods import demofusion as demofusion
+from resmaster_stages.methods import scalecrafter as scalecrafter
+from resmaster_stages.methods import fouriscale as fouriscale
+from resmaster_stages.methods import freescale as freescale
+from resmaster_stages.methods import c_upscale as c_upscale
+from resmaster_stages.methods import super_resolution as super_resolution
+from resmaster_stages.methods import lanczos as lanczos

@@ -2,46 +2,115 @@
 
 - global structure: the low frequencies of every predicted x0 come from the reference (`structure`);
 - regional semantics: each view has its own caption;
-- regional attention: a view attends to the global prompt only as the whole picture does in that place.
+- regional attention: a view attends to the global prompt only as the whole image does in that place.
 
-Authors' word, by the abstract and public notes: the three priors, the start from the noised reference, overlapping views.
-There is no public code, and the paper's tables and constants were not at hand. Our reconstruction: the composer of
-regional attention and captions (`diffusion.composer`) and its share of one half, the filter (ResMaster's, in Nyquist frequencies of the low-res picture and at every step), and the start
-at 45 % of the noise, which third-party notes give. So preset `faithful` is the same as `default`: nothing better is known.
+Authors' word, by the abstract and public notes: the three priors, the start from the noised reference, overlapping
+views. There is no public code, and the paper's tables and constants were not at hand. Our reconstruction: the composer
+of regional attention and captions (`diffusion.composer`) and its share of one half, the filter (ResMaster's, in Nyquist
+frequencies of the low-res image and at every step), and the start at 45 % of the noise, which third-party notes give.
+So preset `faithful` is the same as `default`: nothing better is known.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
+from pydantic import Field
 
-from resmaster_stages.diffusion.composer import Composer
-from resmaster_stages.diffusion.conditions import make_conditions
-from resmaster_stages.diffusion.fusing import Fuser
-from resmaster_stages.diffusion.guidance import TEXT, Moment
-from resmaster_stages.diffusion.image_prompts import adapter_scale
-from resmaster_stages.diffusion.loop import (
-    CanvasNoise,
-    Composition,
-    LatentHook,
-    Patch,
-    ViewGroup,
-    X0Hook,
-    always,
-    predict,
-    static_batches,
-)
-from resmaster_stages.diffusion.reference_guidance import structural_guidance
-from resmaster_stages.diffusion.schedule import Step
-from resmaster_stages.diffusion.steppers import make_stepper
-from resmaster_stages.methods.passes import Stage, first_step
-from resmaster_stages.methods.request import Request
+from resmaster_stages.config.method import register
+from resmaster_stages.diffusion.cost import UnetWork
+from resmaster_stages.diffusion.views import Grid
+from resmaster_stages.methods.passes import Pass, first_step
+from resmaster_stages.methods.settings import Steered, area
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from resmaster_stages.diffusion.composer import Composer
+    from resmaster_stages.diffusion.loop import CanvasNoise, Composition, LatentHook, Patch
+    from resmaster_stages.diffusion.schedule import Step
+    from resmaster_stages.methods.request import Request
 
 
-def whole_picture(request: Request, composer: Composer, draw: Tensor) -> LatentHook:
-    """Before each step: predicts the low-res pictures, noised by `draw` [B, C, h, w], for the composer to see."""
+@register
+class CUpscale(Steered):
+    """Views denoised from the noised low-res image: less change than ResMaster at about the same cost."""
+
+    # The path begins where ResMaster's swap has nearly ended, so it swaps at every step, by the gentler reading.
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        name: {"structure": {"preset": "lr_nyquist"}} for name in ("default", "faithful")
+    }
+
+    method: Literal["c_upscale"] = "c_upscale"
+    start: float = Field(default=0.55, ge=0, lt=1)
+    """Fraction of the steps that is left out at the noisy end: the higher, the closer to the low-res image."""
+    share: float = Field(default=0.5, ge=0, le=1)
+    """Share of the global prompt, as the whole image attends to it, beside each view's caption; 0: no composer."""
+
+    def work(self, grid: Grid) -> Iterator[UnetWork]:
+        """The views, and the low-res image by one branch where there is a composer."""
+        left = self.left(self.start)
+        yield UnetWork(self.rows(left) * len(grid), area(*grid.window_size, grid))
+        if self.share:
+            height, width = round(grid.height / self.scale), round(grid.width / self.scale)
+            yield UnetWork(len(left), area(height, width, grid))
+
+    def passes(self, request: Request) -> tuple[Pass, ...]:
+        """One pass, from the noised reference."""
+        reference = request.required_reference()
+
+        def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
+            return step.noised(reference.latents, noise()), self.compose(request, noise)
+
+        return (Pass(*request.canvas_size, begin, first_step(self.start, self.steps)),)
+
+    def compose(self, request: Request, noise: CanvasNoise) -> Composition:
+        """A grid of views, each with its caption, whose attention the whole image screens."""
+        from resmaster_stages.diffusion.composer import Composer
+        from resmaster_stages.diffusion.conditions import make_conditions
+        from resmaster_stages.diffusion.fusing import Fuser
+        from resmaster_stages.diffusion.guidance import Moment
+        from resmaster_stages.diffusion.image_prompts import adapter_scale
+        from resmaster_stages.diffusion.loop import Composition, ViewGroup, always
+        from resmaster_stages.diffusion.steppers import make_stepper
+
+        models, grid, reference, moment = request.models, request.views(), request.required_reference(), Moment()
+        look: tuple[LatentHook, ...] = ()
+        patches: tuple[Patch, ...] = (partial(adapter_scale, scale=0.0),)
+        if self.share:
+            small = reference.small_latents.shape[-2:]
+            composer = Composer(grid, small, self.share, moment, models.device)
+            look = (whole_image(request, composer, noise.resized(*small)()),)
+            patches = (*patches, composer.patch)
+        conditions = make_conditions(
+            models,
+            grid,
+            request.view_texts(grid),
+            request.per_view(request.negative_prompts, grid),
+            guided=request.guided,
+            micro_conditioning=self.micro_conditioning,
+        )
+        views = Fuser(grid, self.fuse, models.device)
+        return Composition(
+            groups=(ViewGroup(always(views, conditions), self.guidance()),),
+            stepper=make_stepper(self.stepper),
+            latent_hooks=look,
+            x0_hooks=self.structural_guidance(reference),
+            patches=patches,
+            moment=moment,
+        )
+
+
+def whole_image(request: Request, composer: Composer, draw: Tensor) -> LatentHook:
+    """Before each step: predicts the low-res images, noised by `draw` [B, C, h, w], for the composer to see."""
+    import torch
+
+    from resmaster_stages.diffusion.conditions import make_conditions
+    from resmaster_stages.diffusion.guidance import TEXT
+    from resmaster_stages.diffusion.loop import predict, static_batches
+
     models, reference = request.models, request.required_reference()
     size = tuple(reference.small.shape[-2:])
     conditions = make_conditions(
@@ -63,41 +132,3 @@ def whole_picture(request: Request, composer: Composer, draw: Tensor) -> LatentH
         return z
 
     return look
-
-
-def stages(request: Request) -> tuple[Stage, ...]:
-    """One stage, from the noised reference."""
-    config, settings, models = request.config, request.config.c_upscale, request.models
-    reference, grid = request.required_reference(), request.views()
-
-    def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
-        z, moment = step.noised(reference.latents, noise()), Moment()
-        look: tuple[LatentHook, ...] = ()
-        patches: tuple[Patch, ...] = (partial(adapter_scale, scale=0.0),)
-        if settings.share:
-            small = reference.small_latents.shape[-2:]
-            composer = Composer(grid, small, settings.share, moment, models.device)
-            look = (whole_picture(request, composer, noise.resized(*small)()),)
-            patches = (*patches, composer.patch)
-        structure: tuple[X0Hook, ...] = ()
-        if config.structure.enabled:
-            structure = (structural_guidance(reference.latents, config.structure, reference.scale, config.steps),)
-        conditions = make_conditions(
-            models,
-            grid,
-            request.view_texts(grid),
-            request.per_view(request.negative_prompts, grid),
-            guided=request.guided,
-            micro_conditioning=config.micro_conditioning,
-        )
-        views = Fuser(grid, config.fuse, models.device)
-        return z, Composition(
-            groups=(ViewGroup(always(views, conditions), request.guidance()),),
-            stepper=make_stepper(config.stepper),
-            latent_hooks=look,
-            x0_hooks=structure,
-            patches=patches,
-            moment=moment,
-        )
-
-    return (Stage(*request.canvas_size, begin, first_step(settings.start, config.steps)),)

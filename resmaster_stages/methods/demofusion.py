@@ -1,50 +1,137 @@
-"""DemoFusion (Du et al., CVPR 2024): the picture grows phase by phase; every phase is denoised as a whole path.
+"""DemoFusion (Du et al., CVPR 2024): the image grows phase by phase; every phase is denoised as a whole path.
 
 Each phase enlarges the latents of the one before, and follows them in three ways:
 - skip residual: every noisy latent is pulled to the enlarged latents, noised by one and the same draw;
 - local views: overlapping windows, shifted at random at every step;
-- dilated views: interleaved samples of the blurred canvas, which see the picture whole.
+- dilated views: interleaved samples of the blurred canvas, which see the image whole.
 All three fade with (1 + cos(pi (T - t) / T)) / 2, raised to `cosine_scale_1`, `_3` and `_2`.
 
-Authors' word: all of the above, and preset `faithful` (their published settings; windows that reach beyond the canvas see
-zeros, and crop coordinates count from that padded border). Our choice: windows stay inside the canvas and tell their true
-place; the first tenth of each phase, which mostly copies the noised reference, is left out; any scale, not only whole ones.
-Different from the authors in both presets: the first phase is the project's low-res picture, encoded, and was told its own
-size rather than the target's.
+Authors' word: all of the above, and preset `faithful` (their published settings; windows that reach beyond the canvas
+see zeros, and crop coordinates count from that padded border). Our choice: windows stay inside the canvas and tell
+their true place; the first tenth of each phase, which mostly copies the noised reference, is left out; any scale, not
+only whole ones. Different from the authors in both presets: the first phase is the project's low-res image, encoded,
+and was told its own size rather than the target's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from pydantic import Field
 
-from resmaster_stages.config.methods import DemoFusionConfig
-from resmaster_stages.diffusion.conditions import Conditions, make_conditions
-from resmaster_stages.diffusion.frequency import gaussian_blur
-from resmaster_stages.diffusion.image_prompts import adapter_scale
-from resmaster_stages.diffusion.irregular_views import (
-    InterleavedViews,
-    Origins,
-    ScatteredViews,
-    clamped,
-    jitter_reach,
-    jittered,
-)
-from resmaster_stages.diffusion.loop import CanvasNoise, Composition, LatentHook, ViewGroup, Views, always
-from resmaster_stages.diffusion.reference_guidance import match_moments, skip_residual
-from resmaster_stages.diffusion.schedule import Step
-from resmaster_stages.diffusion.steppers import make_stepper
+from resmaster_stages.config.method import Source, register
+from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid
-from resmaster_stages.methods.passes import Stage, first_step, phase_scales
-from resmaster_stages.methods.request import Request
+from resmaster_stages.methods.passes import Pass, first_step, phase_scales, phase_sizes
+from resmaster_stages.methods.settings import Views, area
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from resmaster_stages.diffusion.conditions import Conditions
+    from resmaster_stages.diffusion.irregular_views import Origins
+    from resmaster_stages.diffusion.loop import CanvasNoise, Composition, LatentHook, ViewGroup
+    from resmaster_stages.diffusion.loop import Views as CutViews
+    from resmaster_stages.diffusion.schedule import Step
+    from resmaster_stages.methods.passes import Begin
+    from resmaster_stages.methods.request import Request
 
 
-def dilated_input(factor: int, settings: DemoFusionConfig) -> LatentHook:
+@register
+class DemoFusion(Views):
+    """An image that grows phase by phase: much new detail, at leisure."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "default": {},
+        "faithful": {"stepper": "ddim_keep", "start": 0.0, "jitter": "zeros"},
+    }
+    reads: ClassVar[tuple[Source, ...]] = ("reference",)
+
+    method: Literal["demofusion"] = "demofusion"
+    phases: Literal["every", "doubling", "last"] = "every"
+    """Sizes on the way to the target: 2, 3, 4, ... times the low-res size (the paper), 2, 4, ..., or the target at
+    once."""
+    refine: bool = False
+    """A first phase at the low-res size: what the authors' code does with a user's own image."""
+    start: float = Field(default=0.1, ge=0, lt=1)
+    """Fraction of each phase's steps that is left out at its noisy end. The authors leave out none."""
+    cosine_scale_1: float = Field(default=3.0, ge=0)
+    """Decay of the skip residual: the greater, the sooner a phase is on its own."""
+    cosine_scale_2: float = Field(default=1.0, ge=0)
+    """Decay of the dilated views' share of the prediction."""
+    cosine_scale_3: float = Field(default=1.0, ge=0)
+    """Decay of the blur before dilated views are cut."""
+    sigma: float = Field(default=0.8, gt=0)
+    """Standard deviation of that blur at the start, in latents."""
+    jitter: Literal["clamped", "zeros", "off"] = "clamped"
+    """Random shifts of local views: inside the canvas; beyond its border, where they see zeros (the authors); or
+    none."""
+
+    def canvases(self, height: int, width: int) -> tuple[tuple[float, int, int], ...]:
+        """(scale, rows, columns) of each phase on the way to `height` x `width` latents."""
+        return phase_sizes(height, width, phase_scales(self.scale, self.phases, self.refine))
+
+    def work(self, grid: Grid) -> Iterator[UnetWork]:
+        """Local and dilated views of every phase."""
+        rows = self.rows(self.left(self.start))
+        for scale, height, width in self.canvases(grid.height, grid.width):
+            phase, factor = Grid(height, width, grid.window, grid.stride), max(1, round(scale))
+            yield UnetWork(rows * len(phase), area(*phase.window_size, grid))
+            yield UnetWork(rows * factor**2, area(-(-height // factor), -(-width // factor), grid))
+
+    def passes(self, request: Request) -> tuple[Pass, ...]:
+        """One pass per phase, each enlarged from the one before, all held to the low-res latents' mean and
+        deviation."""
+        from resmaster_stages.diffusion.reference_guidance import match_moments
+
+        first, reference = first_step(self.start, self.steps), request.required_reference()
+        return tuple(
+            Pass(
+                rows,
+                cols,
+                self.beginning(request, scale, rows, cols),
+                first,
+                lambda z: match_moments(z, reference.small_latents),
+            )
+            for scale, rows, cols in self.canvases(*request.canvas_size)
+        )
+
+    def beginning(self, request: Request, scale: float, rows: int, cols: int) -> Begin:
+        """How the phase of `rows` x `cols` latents begins: with the image of the phase before, enlarged and noised."""
+        import torch.nn.functional as F
+
+        from resmaster_stages.diffusion.image_prompts import adapter_scale
+        from resmaster_stages.diffusion.loop import Composition
+        from resmaster_stages.diffusion.reference_guidance import skip_residual
+        from resmaster_stages.diffusion.steppers import make_stepper
+
+        reference, window = request.required_reference(), request.views()
+
+        def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
+            small = reference.small_latents if previous is None else previous
+            x0 = F.interpolate(small, size=(rows, cols), mode="bicubic", align_corners=False)
+            draw = noise()
+            grid = Grid(rows, cols, window.window, window.stride)
+            return step.noised(x0, draw), Composition(
+                groups=(
+                    _local_views(request, self, grid, noise),
+                    _dilated_views(request, self, rows, cols, max(1, round(scale))),
+                ),
+                stepper=make_stepper(self.stepper),
+                latent_hooks=(skip_residual(x0, draw, self.cosine_scale_1),),
+                patches=(partial(adapter_scale, scale=0.0),),
+            )
+
+        return begin
+
+
+def dilated_input(factor: int, settings: DemoFusion) -> LatentHook:
     """What dilated views are cut from: the canvas, blurred less and less, at its own mean and standard deviation."""
+    from resmaster_stages.diffusion.frequency import gaussian_blur
+    from resmaster_stages.diffusion.reference_guidance import match_moments
 
     def blur(z: Tensor, step: Step) -> Tensor:
         if factor == 1:
@@ -55,11 +142,13 @@ def dilated_input(factor: int, settings: DemoFusionConfig) -> LatentHook:
     return blur
 
 
-def _conditions(request: Request, grid: Grid, origins: list[Origins]) -> Conditions:
-    """Of windows at `origins`, per sample. Size and target are those of the final picture in every phase."""
+def _conditions(request: Request, settings: DemoFusion, grid: Grid, origins: list[Origins]) -> Conditions:
+    """Of windows at `origins`, per sample. Size and target are those of the final image in every phase."""
+    from resmaster_stages.diffusion.conditions import make_conditions
+
     factor, (height, width) = request.models.latent_factor, request.canvas_size
     canvas, window = (height * factor, width * factor), (grid.window_height * factor, grid.window_width * factor)
-    native = request.config.micro_conditioning == "native"
+    native = settings.micro_conditioning == "native"
     places = [origin for each in origins for origin in each]
     sizes = [(*window, 0, 0, *window) if native else (*canvas, y * factor, x * factor, *canvas) for y, x in places]
     views = len(origins[0])
@@ -73,24 +162,28 @@ def _conditions(request: Request, grid: Grid, origins: list[Origins]) -> Conditi
     )
 
 
-def _local_views(request: Request, grid: Grid, noise: CanvasNoise) -> ViewGroup:
+def _local_views(request: Request, settings: DemoFusion, grid: Grid, noise: CanvasNoise) -> ViewGroup:
     """Windows at new places at every step; each sample's places come from its own generator."""
-    config, device = request.config, request.models.device
-    zeros = config.demofusion.jitter == "zeros"
+    import torch
+
+    from resmaster_stages.diffusion.irregular_views import ScatteredViews, clamped, jitter_reach, jittered
+    from resmaster_stages.diffusion.loop import ViewGroup
+
+    device, zeros = request.models.device, settings.jitter == "zeros"
     border = jitter_reach(grid) if zeros else 0
     regular = [[(y, x) for y in grid.rows for x in grid.cols]] * len(request.prompts)
-    conditions = _conditions(request, grid, regular)
+    conditions = _conditions(request, settings, grid, regular)
     factor = request.models.latent_factor
 
-    def at(step: Step) -> tuple[Views, Conditions]:
-        if config.demofusion.jitter == "off":
+    def at(step: Step) -> tuple[CutViews, Conditions]:
+        if settings.jitter == "off":
             origins = regular
         else:
             origins = [jittered(grid, generator) for generator in noise.generators]
         if not zeros:
             origins = [clamped(grid, each) for each in origins]
-        views = ScatteredViews(grid, origins, config.fuse, device)
-        if config.micro_conditioning == "native":
+        views = ScatteredViews(grid, origins, settings.fuse, device)
+        if settings.micro_conditioning == "native":
             return views, conditions
         crops = [((y + border) * factor, (x + border) * factor) for each in origins for y, x in each]
         time_ids = conditions.time_ids.clone()
@@ -99,52 +192,23 @@ def _local_views(request: Request, grid: Grid, noise: CanvasNoise) -> ViewGroup:
 
     return ViewGroup(
         at,
-        request.guidance(),
-        weight=lambda step: 1 - step.cosine**config.demofusion.cosine_scale_2,
+        settings.guidance(),
+        weight=lambda step: 1 - step.cosine**settings.cosine_scale_2,
     )
 
 
-def _dilated_views(request: Request, height: int, width: int, factor: int) -> ViewGroup:
+def _dilated_views(request: Request, settings: DemoFusion, height: int, width: int, factor: int) -> ViewGroup:
     """Interleaved samples of the whole canvas, which all count as crops at its corner."""
-    config = request.config
+    from resmaster_stages.diffusion.irregular_views import InterleavedViews
+    from resmaster_stages.diffusion.loop import ViewGroup, always
+
     views = InterleavedViews(height, width, factor)
     size = max(-(-height // factor), -(-width // factor))
     grid = Grid(-(-height // factor), -(-width // factor), size, size)
-    conditions = _conditions(request, grid, [[(0, 0)] * len(views)] * len(request.prompts))
+    conditions = _conditions(request, settings, grid, [[(0, 0)] * len(views)] * len(request.prompts))
     return ViewGroup(
         always(views, conditions),
-        request.guidance(),
-        weight=lambda step: step.cosine**config.demofusion.cosine_scale_2,
-        prepare=dilated_input(factor, config.demofusion),
+        settings.guidance(),
+        weight=lambda step: step.cosine**settings.cosine_scale_2,
+        prepare=dilated_input(factor, settings),
     )
-
-
-def stages(request: Request) -> tuple[Stage, ...]:
-    """One stage per phase, each enlarged from the one before, all held to the low-res latents' mean and deviation."""
-    config, settings = request.config, request.config.demofusion
-    reference = request.required_reference()
-    height, width = request.canvas_size
-    first = first_step(settings.start, config.steps)
-
-    def phase(scale: float) -> Stage:
-        rows, cols = (max(1, round(side * scale / config.scale)) for side in (height, width))
-        window = request.views()
-
-        def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
-            small = reference.small_latents if previous is None else previous
-            x0 = F.interpolate(small, size=(rows, cols), mode="bicubic", align_corners=False)
-            draw = noise()
-            grid = Grid(rows, cols, window.window, window.stride)
-            return step.noised(x0, draw), Composition(
-                groups=(
-                    _local_views(request, grid, noise),
-                    _dilated_views(request, rows, cols, max(1, round(scale))),
-                ),
-                stepper=make_stepper(config.stepper),
-                latent_hooks=(skip_residual(x0, draw, settings.cosine_scale_1),),
-                patches=(partial(adapter_scale, scale=0.0),),
-            )
-
-        return Stage(rows, cols, begin, first, lambda z: match_moments(z, reference.small_latents))
-
-    return tuple(phase(scale) for scale in phase_scales(config.scale, settings.phases, settings.refine))

@@ -1,60 +1,76 @@
 """Direct inference (SDXL-DI): the UNet sees the whole canvas at once.
 
-At the model's native size this is plain SDXL, and how low-res pictures are made. Beyond it, objects repeat and layouts
+At the model's native size this is plain SDXL, and how low-res images are made. Beyond it, objects repeat and layouts
 collapse: the baseline that every tuning-free method is measured against.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Literal
 
-from resmaster_stages.diffusion.conditions import make_conditions
-from resmaster_stages.diffusion.fusing import Fuser
-from resmaster_stages.diffusion.guidance import Guidance, Moment
-from resmaster_stages.diffusion.image_prompts import adapter_scale
-from resmaster_stages.diffusion.loop import Composition, LatentHook, Patch, ViewGroup, always
-from resmaster_stages.diffusion.steppers import make_stepper
-from resmaster_stages.methods.request import Request
+from resmaster_stages.config.method import register
+from resmaster_stages.diffusion.cost import UnetWork
+from resmaster_stages.diffusion.views import Grid
+from resmaster_stages.methods.settings import FromNoise, LateGuidance, MicroConditioned, area
+
+if TYPE_CHECKING:
+    from resmaster_stages.diffusion.guidance import Guidance, Moment
+    from resmaster_stages.diffusion.loop import Composition, LatentHook, Patch
+    from resmaster_stages.methods.request import Request
+
+
+@register
+class Direct(FromNoise, LateGuidance, MicroConditioned):
+    """The whole canvas at once: for the native size, and as a baseline."""
+
+    method: Literal["direct"] = "direct"
+
+    def work(self, grid: Grid) -> Iterator[UnetWork]:
+        """The canvas at every step."""
+        yield UnetWork(self.rows(self.left(self.start)), area(grid.height, grid.width, grid))
+
+    def compose(self, request: Request) -> Composition:
+        """One view: the canvas."""
+        return whole_canvas_composition(request, self.guidance(), micro_conditioning=self.micro_conditioning)
 
 
 def whole_canvas_composition(
     request: Request,
+    guidance: Guidance,
     *,
-    guidance: Guidance | None = None,
     latent_hooks: tuple[LatentHook, ...] = (),
     patches: tuple[Patch, ...] = (),
     moment: Moment | None = None,
+    micro_conditioning: str = "canvas",
     size: Sequence[int] | None = None,
 ) -> Composition:
     """One view, the canvas, for methods that change what the UNet makes of it.
 
-    size: (height, width) in px that the UNet is told instead of the canvas's.
+    size: (height, width) in px that the UNet is told, in place of what `micro_conditioning` says.
     """
-    config, grid = request.config, request.canvas()
+    from resmaster_stages.diffusion.conditions import make_conditions
+    from resmaster_stages.diffusion.fusing import Fuser
+    from resmaster_stages.diffusion.guidance import Moment
+    from resmaster_stages.diffusion.image_prompts import adapter_scale
+    from resmaster_stages.diffusion.loop import Composition, ViewGroup, always
+    from resmaster_stages.diffusion.steppers import make_stepper
+
+    grid = request.canvas()
     conditions = make_conditions(
         request.models,
         grid,
         request.prompts,
         request.negative_prompts,
         guided=request.guided,
-        micro_conditioning=config.micro_conditioning,
+        micro_conditioning=micro_conditioning,
         sizes=[(*size, 0, 0, *size)] * len(request.prompts) if size else None,
     )
     return Composition(
-        groups=(
-            ViewGroup(
-                always(Fuser(grid, "uniform", request.models.device), conditions),
-                guidance or request.guidance(),
-            ),
-        ),
-        stepper=make_stepper(config.stepper),
+        groups=(ViewGroup(always(Fuser(grid, "uniform", request.models.device), conditions), guidance),),
+        stepper=make_stepper(request.config.stepper),
         latent_hooks=latent_hooks,
         patches=(partial(adapter_scale, scale=0.0), *patches),
         moment=moment or Moment(),
     )
-
-
-def compose(request: Request) -> Composition:
-    """One view: the canvas."""
-    return whole_canvas_composition(request)

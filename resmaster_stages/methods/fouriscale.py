@@ -1,93 +1,110 @@
 """FouriScale (Huang et al., ECCV 2024): direct inference with convolutions that are dilated and low-pass filtered.
 
-Dilation alone lets high frequencies alias into the wider taps; so the features of every dilated layer lose them first. A
-second text branch, filtered weakly and dilated less, keeps detail and takes its attention maps from the first: guidance
-goes from the negative prediction to the second branch's. Dilation falls from step 20 of 50 on and is off from step 35;
-there both text branches would be the same, so the second is left out.
+Dilation alone lets high frequencies alias into the wider taps; so the features of every dilated layer lose them first.
+A second text branch, filtered weakly and dilated less, keeps detail and takes its attention maps from the first:
+guidance goes from the negative prediction to the second branch's. Dilation falls from step 20 of 50 on and is off from
+step 35; there both text branches would be the same, so the second is left out.
 
-Authors' word: all of the above, the SDXL settings, and a floor of 0 for Stable Diffusion 1.5 and 2.1 (whose layers here are
-the same places of the deeper UNet: our choice). The filter is theirs on the spectrum; here it is two products with
+Authors' word: all of the above, the SDXL settings, and a floor of 0 for Stable Diffusion 1.5 and 2.1 (whose layers here
+are the same places of the deeper UNet: our choice). The filter is theirs on the spectrum; here it is two products with
 the circulant matrix of its impulse response (the same numbers, no transforms), symmetric in frequency, where their mask
-is off by one bin between positive and negative frequencies. In preset `default` FreeU is off. The reference is not read,
-except with `init: noised_lr`.
+is off by one bin between positive and negative frequencies. In preset `default` FreeU is off. The reference is not
+read, except with `init: noised_lr`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from pydantic import Field, model_validator
 
-from resmaster_stages.config.methods import FouriScaleConfig
+from resmaster_stages.config.method import register
 from resmaster_stages.diffusion.buckets import base_size
-from resmaster_stages.diffusion.convolutions import PLAIN, Dilated, LayerRule, changed_layers, dilated
-from resmaster_stages.diffusion.freeu import freeu
+from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, Branch, Branches, Moment, guide
-from resmaster_stages.diffusion.loop import Composition, Patch
-from resmaster_stages.diffusion.patches import Layer, bare, chosen_layers, replaced_forward
-from resmaster_stages.diffusion.schedule import Step
-from resmaster_stages.methods import direct
-from resmaster_stages.methods.request import Request
+from resmaster_stages.diffusion.views import Grid
+from resmaster_stages.methods.direct import whole_canvas_composition
+from resmaster_stages.methods.settings import FromNoise, area
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from resmaster_stages.diffusion.convolutions import LayerRule
+    from resmaster_stages.diffusion.loop import Composition, Patch
+    from resmaster_stages.diffusion.patches import Layer
+    from resmaster_stages.diffusion.schedule import Step
+    from resmaster_stages.methods.request import Request
+
+SAMPLING: dict[str, Any] = {"stepper": "ddim_ancestral", "guidance_scale": 5.0}
+
+
+@register
+class FouriScale(FromNoise):
+    """Direct inference with dilated and low-pass filtered convolutions: from a prompt alone."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "default": SAMPLING,
+        "faithful": {**SAMPLING, "negative_prompt": "", "freeu": True},
+    }
+
+    method: Literal["fouriscale"] = "fouriscale"
+    full_until: float = Field(default=0.4, ge=0, le=1)
+    """Fraction of the steps with full dilation."""
+    until: float = Field(default=0.7, ge=0, le=1)
+    """Fraction of the steps at which the dilation has fallen to none."""
+    floor: float | None = Field(default=None, ge=0, le=1)
+    """What the filter leaves of the highest frequencies. None, as the authors: 0.6 for SDXL, 0 for its predecessors."""
+    amplification: float = Field(default=1.0, ge=1)
+    """Times the guidance scale while dilation is full; the authors offer 2.4 against blurred results."""
+    freeu: bool = False
+    """FreeU, which the authors' programs switch on."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.until < self.full_until:
+            raise ValueError(f"until ({self.until}) must not be less than full_until ({self.full_until})")
+        return self
+
+    def work(self, grid: Grid) -> Iterator[UnetWork]:
+        """The canvas at every step, by a third branch while layers are filtered."""
+        left = self.left(self.start)
+        height, width = grid.height_px or grid.height * grid.unit_px, grid.width_px or grid.width * grid.unit_px
+        plan = make_plan(height, width, grid.window * grid.unit_px, self.steps, self)
+        third = max(0, plan.until - left.start) if self.guidance_scale > 1 and plan.factor > 1 else 0
+        yield UnetWork(self.rows(left) + third, area(grid.height, grid.width, grid))
+
+    def compose(self, request: Request) -> Composition:
+        """Direct inference, its guidance rule, convolutions and self-attention replaced; told the size of the base."""
+        from resmaster_stages.diffusion.convolutions import changed_layers
+        from resmaster_stages.diffusion.freeu import freeu
+        from resmaster_stages.diffusion.low_pass import shared_attention
+
+        models, moment = request.models, Moment()
+        plan = make_plan(request.height, request.width, models.native_px, self.steps, self)
+        canvas = [side * models.latent_factor for side in request.canvas_size]
+        covered = (plan.factor * plan.base[0] / canvas[0], plan.factor * plan.base[1] / canvas[1])
+        floor = self.floor if self.floor is not None else 0.6 if models.told_sizes else 0.0
+        rules = layer_rules(models.unet, plan, covered, floor)
+        patches: tuple[Patch, ...] = (
+            partial(changed_layers, rules=rules, moment=moment),
+            partial(shared_attention, moment=moment, branch=DETAIL),
+        )
+        if self.freeu:
+            patches = (*patches, freeu)
+        until, full_until = (plan.until, plan.full_until) if rules else (0, 0)
+        guidance = DetailGuidance(self.guidance_scale, until, self.amplification, full_until)
+        return whole_canvas_composition(request, guidance, patches=patches, moment=moment, size=plan.base)
+
 
 DETAIL = Branch("detail", True)
 """The prompt once more, through the weakly filtered network."""
 
 FILTERED = ("down_blocks.-1.resnets", "mid_block.resnets", "up_blocks.0.resnets", "up_blocks.1.resnets")
 DILATED_ONLY = ("up_blocks.0.upsamplers",)
-
-
-def mask(length: int, factor: float, weak: bool, floor: float) -> Tensor:
-    """Gain of each frequency index 0 ... length // 2 of an axis: [length // 2 + 1], float64.
-
-    1 up to the Nyquist frequency of the axis made `factor` times smaller (and one index more), then a line down to
-    `floor`: steep (an eighth of the axis) or, for the weak filter, just down to the end of the spectrum.
-    """
-    half = length // 2
-    ramp = (factor - 1) * length // (2 * factor) if weak else max(length // 8, 1)
-    index = torch.arange(half + 1, dtype=torch.float64).clamp(max=max(half - 1, 0))
-    if ramp == 0:
-        return torch.ones_like(index)
-    return (1 + (1 - floor) / ramp * (half / factor + 1 - index)).clamp(floor, 1)
-
-
-@lru_cache(maxsize=512)
-def filter_matrix(
-    length: int, factor: float, weak: bool, floor: float, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """The filter along an axis of `length` cells as a circulant matrix [length, length]: y = matrix @ x."""
-    response = torch.fft.irfft(mask(length, factor, weak, floor).to(torch.complex128), n=length)
-    index = torch.arange(length)
-    return response[(index[:, None] - index) % length].to(device=device, dtype=dtype)
-
-
-@dataclass(frozen=True)
-class Filtered:
-    """A convolution with taps `dilation` cells apart, of features without the frequencies above 1 / `factor` Nyquist."""
-
-    factor: float
-    dilation: int
-    weak: bool
-    floor: float
-    covered: tuple[float, float]
-    """Height and width that the features are padded to with zeros before the filter, over their own."""
-
-    def __call__(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        """[N, C, h, w] -> [N, C', h / stride, w / stride], rounded up."""
-        height, width = x.shape[-2:]
-        rows, cols = (max(side, round(side * more)) for side, more in zip((height, width), self.covered))
-        down, across = (
-            filter_matrix(n, max(self.factor / stride, 1.0), self.weak, self.floor, x.device, x.dtype)
-            for n, stride in zip((rows, cols), conv.stride)
-        )
-        padded = F.pad(x, (0, cols - width, 0, rows - height))
-        return dilated(conv, (down @ padded @ across.T)[..., :height, :width], self.dilation)
 
 
 @dataclass(frozen=True)
@@ -108,7 +125,7 @@ class Plan:
         return max((self.factor - 1) * (self.until - index) / (self.until - self.full_until) + 1, 1.0)
 
 
-def make_plan(height: int, width: int, native_px: int, steps: int, settings: FouriScaleConfig) -> Plan:
+def make_plan(height: int, width: int, native_px: int, steps: int, settings: FouriScale) -> Plan:
     """The plan of a canvas of `height` x `width` px."""
     base, factor = base_size(height, width, native_px)
     return Plan(base, factor, round(settings.full_until * steps), round(settings.until * steps))
@@ -116,6 +133,9 @@ def make_plan(height: int, width: int, native_px: int, steps: int, settings: Fou
 
 def layer_rules(unet: Any, plan: Plan, covered: tuple[float, float], floor: float) -> dict[str, LayerRule]:
     """How each convolution is computed at each step, in the strongly and in the weakly filtered branches."""
+    from resmaster_stages.diffusion.convolutions import PLAIN, Dilated
+    from resmaster_stages.diffusion.low_pass import Filtered
+    from resmaster_stages.diffusion.patches import chosen_layers
 
     def rule(filtered: bool, index: int, branch: Branch) -> Layer:
         factor = plan.dilation(index)
@@ -131,31 +151,10 @@ def layer_rules(unet: Any, plan: Plan, covered: tuple[float, float], floor: floa
     return {name: partial(rule, value == 1) for name, value in both.items()}
 
 
-@contextmanager
-def shared_attention(unet: Any, moment: Moment) -> Iterator[None]:
-    """Within the block the detail branch attends within the canvas as the text branch does: it has its own values only."""
-
-    def like_text(plain: Any) -> Any:
-        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            y = plain(x, *args, **kwargs)
-            if DETAIL not in moment.branches:
-                return y
-            rows = list(y.chunk(len(moment.branches)))
-            rows[moment.branches.index(DETAIL)] = rows[moment.branches.index(TEXT)]
-            return torch.cat(rows)
-
-        return forward
-
-    with ExitStack() as stack:
-        for name, module in bare(unet).named_modules():
-            if name.endswith((".attn1.to_q", ".attn1.to_k")):
-                stack.enter_context(replaced_forward(module, like_text(module.forward)))
-        yield
-
-
 @dataclass(frozen=True)
 class DetailGuidance:
-    """negative + scale * (detail - negative) before step `until`; classifier-free guidance after it. Scale 1: text alone.
+    """negative + scale * (detail - negative) before step `until`; classifier-free guidance after it. Scale 1: text
+    alone.
 
     Before step `amplified_until` the scale is `amplification` times as great.
     """
@@ -175,24 +174,3 @@ class DetailGuidance:
             return outputs[0]
         scale = self.scale * (self.amplification if step.index < self.amplified_until else 1)
         return guide(outputs[0], outputs[-1], scale)
-
-
-def compose(request: Request) -> Composition:
-    """Direct inference, its guidance rule, convolutions and self-attention replaced; told the size of the base."""
-    config, settings, moment = request.config, request.config.fouriscale, Moment()
-    models = request.models
-    plan = make_plan(request.height, request.width, models.native_px, config.steps, settings)
-    canvas = [side * models.latent_factor for side in request.canvas_size]
-    covered = (plan.factor * plan.base[0] / canvas[0], plan.factor * plan.base[1] / canvas[1])
-    floor = settings.floor if settings.floor is not None else 0.6 if models.told_sizes else 0.0
-    rules = layer_rules(models.unet, plan, covered, floor)
-    patches: tuple[Patch, ...] = (
-        partial(changed_layers, rules=rules, moment=moment),
-        partial(shared_attention, moment=moment),
-    )
-    if settings.freeu:
-        patches = (*patches, freeu)
-    guidance = DetailGuidance(
-        config.guidance_scale, plan.until if rules else 0, settings.amplification, plan.full_until if rules else 0
-    )
-    return direct.whole_canvas_composition(request, guidance=guidance, patches=patches, moment=moment, size=plan.base)

@@ -1,43 +1,157 @@
-"""FreeScale (Qiu et al., ICCV 2025): a cascade of whole-canvas stages, each from the enlarged picture of the one before.
+"""FreeScale (Qiu et al., ICCV 2025): a cascade of whole-canvas passes, each from the enlarged image of the one before.
 
-Each stage decodes, enlarges in RGB, encodes, adds noise up to step 15 of 50 and denoises from there, with
+Each pass decodes, enlarges in RGB, encodes, adds noise up to step 15 of 50 and denoises from there, with
 - restrained dilation: nine deep convolutions on the way down, by the canvas's scale, until step 35;
 - scale fusion: every self-attention takes its coarse part from windows of the native size (`scale_fusion`);
-- detail control: every noisy latent is pulled to the enlarged picture's, by cosine ** `alpha`.
+- detail control: every noisy latent is pulled to the enlarged image's, by cosine ** `alpha`.
 
-Authors' word: all of the above, and preset `faithful` (FreeU; windows that see zero tokens beyond the canvas; a blur that
-also mixes neighbouring feature channels, as their kernel does and their paper does not say). Our choice in preset
+Authors' word: all of the above, and preset `faithful` (FreeU; windows that see zero tokens beyond the canvas; a blur
+that also mixes neighbouring feature channels, as their kernel does and their paper does not say). Our choice in preset
 `default`: none of those three. Different in both: the encoder's mode instead of a sample; square windows also where the
-picture is not square; window places once per step and level instead of once per layer. Detail control by region
-(`alpha_elsewhere` and a mask of the picture) is theirs; where the mask comes from is the user's affair. Windows run as one batch on projections that are computed once.
+image is not square; window places once per step and level instead of once per layer. Detail control by region
+(`alpha_elsewhere` and a mask of the image) is theirs; where the mask comes from is the user's affair. Windows run as
+one batch on projections that are computed once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch.nn.functional as F
-from torch import Tensor
+from pydantic import Field
 
-from resmaster_stages.diffusion import autoencoder
-from resmaster_stages.diffusion.convolutions import PLAIN, Dilated, LayerRule, changed_layers
-from resmaster_stages.diffusion.freeu import freeu
-from resmaster_stages.diffusion.guidance import Branch, Moment
-from resmaster_stages.diffusion.loop import CanvasNoise, Composition, Patch
-from resmaster_stages.diffusion.patches import chosen_layers
-from resmaster_stages.diffusion.reference_guidance import skip_residual
-from resmaster_stages.diffusion.scale_fusion import Windows, scale_fusion
-from resmaster_stages.diffusion.schedule import Step
-from resmaster_stages.methods import direct
-from resmaster_stages.methods.passes import Stage, first_step, phase_scales
-from resmaster_stages.methods.request import Request
+from resmaster_stages.config.method import Source, register
+from resmaster_stages.diffusion.cost import UnetWork
+from resmaster_stages.diffusion.views import Grid
+from resmaster_stages.methods.direct import whole_canvas_composition
+from resmaster_stages.methods.passes import Pass, first_step, phase_scales, phase_sizes
+from resmaster_stages.methods.settings import LateGuidance, area
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from resmaster_stages.diffusion.convolutions import Dilated, LayerRule
+    from resmaster_stages.diffusion.guidance import Branch
+    from resmaster_stages.diffusion.loop import CanvasNoise, Composition, Patch
+    from resmaster_stages.diffusion.schedule import Step
+    from resmaster_stages.methods.passes import Begin
+    from resmaster_stages.methods.request import Request
+
+
+@register
+class FreeScale(LateGuidance):
+    """A cascade of whole canvases: faster than DemoFusion, with more memory."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "default": {},
+        "faithful": {"stepper": "ddim_keep", "blur": "features", "jitter": "zeros", "freeu": True},
+    }
+    reads: ClassVar[tuple[Source, ...]] = ("reference", "detail_mask")
+    with_detail_mask: ClassVar[Mapping[str, Any]] = {"alpha": 3, "alpha_elsewhere": 0.5}
+
+    method: Literal["freescale"] = "freescale"
+    phases: Literal["doubling", "every", "last"] = "doubling"
+    """Sizes on the way to the target: 2, 4, ... times the low-res size (the paper), 2, 3, 4, ..., or the target at
+    once."""
+    start: float = Field(default=0.3, ge=0, lt=1)
+    """Fraction of the steps that each pass leaves out at the noisy end: the higher, the closer to the low-res image."""
+    alpha: float = Field(default=2.0, ge=0)
+    """Decay of the pull towards the enlarged image: the lower, the closer. The authors: 2, at 8x 1."""
+    alpha_elsewhere: float | None = Field(default=None, ge=0)
+    """With a detail mask (column `detail_mask` of the prompts, `a.detail_mask.png` beside your image `a.png`, or
+    `resmaster upscale --detail-mask`): the decay where the mask is black, and `alpha` where it is white; samples
+    without a mask have `alpha` everywhere. The authors: alpha 3, elsewhere 0.5."""
+    dilate_until: float = Field(default=0.7, ge=0, le=1)
+    """Fraction of the steps with dilated convolutions."""
+    fusion: bool = True
+    """Scale fusion. Off: about a quarter cheaper by the authors' times; objects may repeat."""
+    blur: Literal["canvas", "features"] = "canvas"
+    """What separates coarse from fine: a blur over the canvas (the paper), or also over feature channels (the authors'
+    code)."""
+    jitter: Literal["clamped", "zeros", "off"] = "clamped"
+    """Random shifts of attention windows: inside the canvas; beyond its border, where they see zeros (the authors); or
+    none."""
+    freeu: bool = False
+    """FreeU, which the authors' programs switch on."""
+
+    def uses(self, what: Source) -> bool:
+        """Whether the result depends on `what`."""
+        return super().uses(what) and (what != "detail_mask" or self.alpha_elsewhere is not None)
+
+    def canvases(self, height: int, width: int) -> tuple[tuple[float, int, int], ...]:
+        """(scale, rows, columns) of each pass on the way to `height` x `width` latents."""
+        return phase_sizes(height, width, phase_scales(self.scale, self.phases, refine=False))
+
+    def work(self, grid: Grid) -> Iterator[UnetWork]:
+        """The canvas of every pass."""
+        for _, height, width in self.canvases(grid.height, grid.width):
+            yield UnetWork(self.rows(self.left(self.start)), area(height, width, grid))
+
+    def passes(self, request: Request) -> tuple[Pass, ...]:
+        """One pass per size, each restarted in the middle of the path."""
+        request.required_reference()
+        first = first_step(self.start, self.steps)
+        return tuple(
+            Pass(rows, cols, self.beginning(request, scale, rows, cols), first)
+            for scale, rows, cols in self.canvases(*request.canvas_size)
+        )
+
+    def beginning(self, request: Request, scale: float, rows: int, cols: int) -> Begin:
+        """How the pass of `rows` x `cols` latents begins: with the image of the pass before, enlarged and noised."""
+        import torch.nn.functional as F
+
+        from resmaster_stages.diffusion import autoencoder
+
+        models, reference = request.models, request.required_reference()
+        here = replace(request, height=rows * models.latent_factor, width=cols * models.latent_factor)
+
+        def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
+            pixels = reference.small if previous is None else autoencoder.decode(models, previous).clamp(-1, 1)
+            large = F.interpolate(pixels, size=(here.height, here.width), mode="bicubic", align_corners=False)
+            x0, draw = autoencoder.encode(models, large.clamp(-1, 1)), noise()
+            return step.noised(x0, draw), self.compose(here, scale, x0, noise, draw)
+
+        return begin
+
+    def compose(self, request: Request, scale: float, x0: Tensor, noise: CanvasNoise, draw: Tensor) -> Composition:
+        """One pass, `scale` times the low-res image, that follows `x0` [B, C, h, w] noised by `draw`."""
+        from resmaster_stages.diffusion.convolutions import changed_layers
+        from resmaster_stages.diffusion.freeu import freeu
+        from resmaster_stages.diffusion.guidance import Moment
+        from resmaster_stages.diffusion.reference_guidance import skip_residual
+        from resmaster_stages.diffusion.scale_fusion import Windows, scale_fusion
+
+        models, reference, moment = request.models, request.required_reference(), Moment()
+        factor = max(1, max(request.height, request.width) // models.native_px)
+        rules = layer_rules(models.unet, factor, round(self.dilate_until * self.steps))
+        patches: tuple[Patch, ...] = (partial(changed_layers, rules=rules, moment=moment),)
+        if self.fusion:
+            native = models.native_px // models.latent_factor
+            windows = Windows(*request.canvas_size, native, self.jitter, noise.generators, moment)
+            radius = max(1, round(scale)) - 1
+            fusion = partial(scale_fusion, windows=windows, radius=radius, features=self.blur == "features")
+            patches = (*patches, fusion)
+        if self.freeu:
+            patches = (*patches, freeu)
+        return whole_canvas_composition(
+            request,
+            self.guidance(),
+            latent_hooks=(skip_residual(x0, draw, detail_control(request, self, *request.canvas_size)),),
+            patches=patches,
+            moment=moment,
+            size=reference.small.shape[-2:],
+        )
+
 
 DILATED = ("down_blocks.-2.downsamplers", "down_blocks.-1.resnets", "mid_block.resnets")
 
 
 def layer_rules(unet: object, factor: int, until: int) -> dict[str, LayerRule]:
     """The nine convolutions, `factor` times dilated before step `until`."""
+    from resmaster_stages.diffusion.convolutions import PLAIN, Dilated
+    from resmaster_stages.diffusion.patches import chosen_layers
 
     def rule(index: int, branch: Branch) -> Dilated:
         return Dilated(float(factor)) if index < until else PLAIN
@@ -47,57 +161,12 @@ def layer_rules(unet: object, factor: int, until: int) -> dict[str, LayerRule]:
     return dict.fromkeys(chosen_layers(unet, dict.fromkeys(DILATED, float(factor)), "freescale"), rule)
 
 
-def detail_control(request: Request, height: int, width: int) -> float | Tensor:
-    """Exponent of the pull to the enlarged picture, by place where there is a mask: [B or 1, 1, height, width]."""
-    settings = request.config.freescale
+def detail_control(request: Request, settings: FreeScale, height: int, width: int) -> float | Tensor:
+    """Exponent of the pull to the enlarged image, by place where there is a mask: [B or 1, 1, height, width]."""
+    import torch.nn.functional as F
+
     if request.detail is None or settings.alpha_elsewhere is None:
         return settings.alpha
     mask = F.interpolate(request.detail, (height, width), mode="bilinear", align_corners=False, antialias=True)
     mask = mask.to(request.models.device)
     return settings.alpha_elsewhere + (settings.alpha - settings.alpha_elsewhere) * mask
-
-
-def _compose(request: Request, scale: float, x0: Tensor, noise: CanvasNoise, draw: Tensor) -> Composition:
-    """One stage, `scale` times the low-res picture, that follows `x0` [B, C, h, w] noised by `draw`."""
-    config, settings, moment = request.config, request.config.freescale, Moment()
-    models, reference = request.models, request.required_reference()
-    factor = max(1, max(request.height, request.width) // models.native_px)
-    rules = layer_rules(models.unet, factor, round(settings.dilate_until * config.steps))
-    patches: tuple[Patch, ...] = (partial(changed_layers, rules=rules, moment=moment),)
-    if settings.fusion:
-        native = models.native_px // models.latent_factor
-        windows = Windows(*request.canvas_size, native, settings.jitter, noise.generators, moment)
-        radius = max(1, round(scale)) - 1
-        patches = (
-            *patches,
-            partial(scale_fusion, windows=windows, radius=radius, features=settings.blur == "features"),
-        )
-    if settings.freeu:
-        patches = (*patches, freeu)
-    return direct.whole_canvas_composition(
-        request,
-        latent_hooks=(skip_residual(x0, draw, detail_control(request, *request.canvas_size)),),
-        patches=patches,
-        moment=moment,
-        size=reference.small.shape[-2:],
-    )
-
-
-def stages(request: Request) -> tuple[Stage, ...]:
-    """One stage per size, each restarted in the middle of the path."""
-    config, settings, models = request.config, request.config.freescale, request.models
-    reference, factor = request.required_reference(), models.latent_factor
-
-    def stage(scale: float) -> Stage:
-        rows, cols = (max(1, round(side * scale / config.scale)) for side in request.canvas_size)
-
-        def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
-            pixels = reference.small if previous is None else autoencoder.decode(models, previous).clamp(-1, 1)
-            large = F.interpolate(pixels, size=(rows * factor, cols * factor), mode="bicubic", align_corners=False)
-            x0, draw = autoencoder.encode(models, large.clamp(-1, 1)), noise()
-            here = replace(request, height=rows * factor, width=cols * factor)
-            return step.noised(x0, draw), _compose(here, scale, x0, noise, draw)
-
-        return Stage(rows, cols, begin, first_step(settings.start, config.steps))
-
-    return tuple(stage(scale) for scale in phase_scales(config.scale, settings.phases, refine=False))

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image
 
-from resmaster_stages.config.methods import UpscaleConfig
 from resmaster_stages.errors import ConfigError, SampleError
+from resmaster_stages.methods.direct import Direct
 from resmaster_stages.methods.render import render
 from resmaster_stages.methods.request import Request
 from resmaster_stages.models.parts import Models
@@ -50,9 +50,7 @@ def generate(
     """
 
     check_size(height, width, models.latent_factor)
-    config = UpscaleConfig(
-        method="direct", steps=steps, guidance_scale=guidance_scale, stepper="ddim_keep", view_batch=batch_size
-    )
+    config = Direct(steps=steps, guidance_scale=guidance_scale, stepper="ddim_keep", view_batch=batch_size)
     for start in range(0, len(prompts), batch_size):
         slot = slice(start, start + batch_size)
         good = [_is_text(p) and _is_text(n) for p, n in zip(prompts[slot], negative_prompts[slot])]

@@ -6,28 +6,40 @@ Every view gets the global prompt, so the prompt's object tends to appear in eve
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING, Literal
 
-from resmaster_stages.diffusion.conditions import make_conditions
-from resmaster_stages.diffusion.image_prompts import adapter_scale
-from resmaster_stages.diffusion.loop import Composition, ViewGroup
-from resmaster_stages.diffusion.shifted_views import placed
-from resmaster_stages.diffusion.steppers import make_stepper
-from resmaster_stages.methods.request import Request
+from resmaster_stages.config.method import register
+from resmaster_stages.methods.settings import MovingViews
+
+if TYPE_CHECKING:
+    from resmaster_stages.diffusion.loop import Composition
+    from resmaster_stages.methods.request import Request
 
 
-def compose(request: Request) -> Composition:
-    """A grid of views with one prompt."""
-    config, grid = request.config, request.views()
-    conditions = make_conditions(
-        request.models,
-        grid,
-        request.per_view(request.prompts, grid),
-        request.per_view(request.negative_prompts, grid),
-        guided=request.guided,
-        micro_conditioning=config.micro_conditioning,
-    )
-    return Composition(
-        groups=(ViewGroup(placed(grid, conditions, config, request.models.device), request.guidance()),),
-        stepper=make_stepper(config.stepper),
-        patches=(partial(adapter_scale, scale=0.0),),
-    )
+@register
+class MultiDiffusion(MovingViews):
+    """Overlapping views, averaged, each with the whole prompt: for textures and panoramas."""
+
+    method: Literal["multidiffusion"] = "multidiffusion"
+
+    def compose(self, request: Request) -> Composition:
+        """A grid of views with one prompt."""
+        from resmaster_stages.diffusion.conditions import make_conditions
+        from resmaster_stages.diffusion.image_prompts import adapter_scale
+        from resmaster_stages.diffusion.loop import Composition, ViewGroup
+        from resmaster_stages.diffusion.steppers import make_stepper
+
+        grid = request.views()
+        conditions = make_conditions(
+            request.models,
+            grid,
+            request.per_view(request.prompts, grid),
+            request.per_view(request.negative_prompts, grid),
+            guided=request.guided,
+            micro_conditioning=self.micro_conditioning,
+        )
+        return Composition(
+            groups=(ViewGroup(self.placed(grid, conditions, request.models.device), self.guidance()),),
+            stepper=make_stepper(self.stepper),
+            patches=(partial(adapter_scale, scale=0.0),),
+        )

@@ -1,7 +1,7 @@
-"""From a request to pictures: draw the noise, denoise stage by stage, decode, check.
+"""From a request to images: draw the noise, denoise pass by pass, decode, check.
 
 Invariants:
-- A sample whose latents or pixels are not finite, or whose picture is all black, is a SampleError in its own place;
+- A sample whose latents or pixels are not finite, or whose image is all black, is a SampleError in its own place;
   its neighbours in the batch are not touched.
 """
 
@@ -18,14 +18,13 @@ from resmaster_stages.diffusion.loop import CanvasNoise, Progress, batch_size, d
 from resmaster_stages.diffusion.reference import to_image
 from resmaster_stages.diffusion.schedule import make_schedule
 from resmaster_stages.errors import SampleError
-from resmaster_stages.methods import METHODS
 from resmaster_stages.methods.request import Request
 from resmaster_stages.models.busy import busy
 from resmaster_stages.models.faults import device_faults
 
 
 def render(request: Request, seeds: Sequence[int], progress: Progress | None = None) -> list[Image.Image | SampleError]:
-    """One picture of the requested size per seed (and prompt), or what is wrong with it.
+    """One image of the requested size per seed (and prompt), or what is wrong with it.
 
     Raises ConfigError (a setting that the model cannot serve, or too little memory) and GpuLost.
     """
@@ -33,20 +32,20 @@ def render(request: Request, seeds: Sequence[int], progress: Progress | None = N
     advice = "lower upscale.view_batch or low_res.batch_size, or set model.offload: model"
     with busy(), device_faults(advice, batch_size(len(request.prompts) * len(request.views()), request.view_limit)):
         schedule = make_schedule(models.scheduler_config, config.steps)
-        stages = METHODS[config.method](request)
+        passes = config.passes(request)
         noise = CanvasNoise(seeds, models.latent_channels, *request.canvas_size, models.device)
-        done, total = count(1), sum(len(schedule) - stage.first for stage in stages)
+        done, total = count(1), sum(len(schedule) - each.first for each in passes)
 
         def tick() -> None:
             if progress:
                 progress(next(done), total)
 
         z = None
-        for stage in stages:
-            path, draw = schedule[stage.first :], noise.resized(stage.height, stage.width)
-            z, composition = stage.begin(z, draw, path[0])  # [B, C, h, w]
+        for each in passes:
+            path, draw = schedule[each.first :], noise.resized(each.height, each.width)
+            z, composition = each.begin(z, draw, path[0])  # [B, C, h, w]
             z = denoise(models, composition, path, z, draw, view_batch=request.view_limit, progress=tick)
-            z = stage.finish(z)
+            z = each.finish(z)
         assert z is not None
         pixels = autoencoder.decode(models, z)[..., : request.height, : request.width]
         finite = torch.isfinite(pixels).flatten(1).all(dim=1).tolist()

@@ -12,12 +12,11 @@ from functools import cached_property
 import torch.nn.functional as F
 from torch import Tensor
 
-from resmaster_stages.config.methods import UpscaleConfig
 from resmaster_stages.diffusion import autoencoder
-from resmaster_stages.diffusion.guidance import ClassifierFree
 from resmaster_stages.diffusion.memory import view_limit
 from resmaster_stages.diffusion.views import Grid, view_grid, whole_canvas
 from resmaster_stages.errors import ConfigError
+from resmaster_stages.methods.settings import Diffusion
 from resmaster_stages.models.parts import Models
 
 
@@ -61,7 +60,7 @@ class Request:
     """One batch of canvases to be made by one method."""
 
     models: Models
-    config: UpscaleConfig
+    config: Diffusion
     height: int
     """Of the pictures, in px."""
     width: int
@@ -79,10 +78,6 @@ class Request:
         """Whether there is an unconditional branch."""
         return self.config.guidance_scale != 1
 
-    def guidance(self) -> ClassifierFree:
-        """The guidance rule of methods that have none of their own."""
-        return ClassifierFree(self.config.guidance_scale, self.config.guidance_stop)
-
     @property
     def canvas_size(self) -> tuple[int, int]:
         """(height, width) of the canvas, in latents."""
@@ -99,14 +94,14 @@ class Request:
         """The reference. Raises ConfigError where there is none."""
         if self.reference is None:
             raise ConfigError(
-                f"method {self.config.method} follows a low-res picture; to generate without one, use method direct"
+                f"method {self.config.method} follows a low-res image; to generate without one, use method direct"
             )
         return self.reference
 
     def views(self) -> Grid:
         """The grid of native-size views."""
         models = self.models
-        return view_grid(self.height, self.width, models.native_px, self.config.stride, models.latent_factor)
+        return view_grid(self.height, self.width, models.native_px, self.config.view_stride, models.latent_factor)
 
     def canvas(self) -> Grid:
         """The grid whose one view is the whole canvas."""
@@ -114,7 +109,7 @@ class Request:
 
     def view_texts(self, grid: Grid) -> list[str]:
         """Each view's caption, or its sample's prompt where captions are off or not given."""
-        if self.config.text_prompt.enabled and self.captions is not None:
+        if self.config.uses("captions") and self.captions is not None:
             return [caption for captions in self.captions for caption in captions]
         return self.per_view(self.prompts, grid)
 

@@ -2,38 +2,102 @@
 
 - re-dilation: the taps of the listed convolutions are spread, in the early steps only, where the layout is decided;
 - progressive (from 3x on): the dilation falls step by step;
-- noise-damped guidance (from 3x on): strongly dilated networks denoise badly, so the unconditional prediction comes from
-  a weakly dilated one, while the difference that the prompt makes comes from the strongly dilated one.
+- noise-damped guidance (from 3x on): strongly dilated networks denoise badly, so the unconditional prediction comes
+  from a weakly dilated one, while the difference that the prompt makes comes from the strongly dilated one.
 
-Authors' word: the layers, dilations and durations for SDXL at 2048 x 2048, 2560 x 2560, 4096 x 2048 and 4096 x 4096, for
-Stable Diffusion 1.5 (native 512) at 1024, 1280 and 2048 px and for 2.1 at 2048 px; dispersed convolution and its layers, which
-their settings name and no published run switches on; preset `faithful`. The weak network of 1.5 at 2048 px is their list
-for tests, the only one at hand. Our choice: the rules that give those at any size; in preset `default` no FreeU, and below
-3x the deepest down block too (the authors' list names one that SDXL does not have). The unconditional half alone runs
-through the weak network; the authors' code computes both halves and drops one. The reference is not read, except with
-`init: noised_lr`.
+Authors' word: the layers, dilations and durations for SDXL at 2048 x 2048, 2560 x 2560, 4096 x 2048 and 4096 x 4096,
+for Stable Diffusion 1.5 (native 512) at 1024, 1280 and 2048 px and for 2.1 at 2048 px; dispersed convolution and its
+layers, which their settings name and no published run switches on; preset `faithful`. The weak network of 1.5 at 2048
+px is their list for tests, the only one at hand. Our choice: the rules that give those at any size; in preset `default`
+no FreeU, and below 3x the deepest down block too (the authors' list names one that SDXL does not have). The
+unconditional half alone runs through the weak network; the authors' code computes both halves and drops one. The
+reference is not read, except with `init: noised_lr`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil, sqrt
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import Tensor
+from pydantic import Field
 
-from resmaster_stages.config.methods import ScaleCrafterConfig
-from resmaster_stages.diffusion.convolutions import PLAIN, Dilated, Dispersed, LayerRule, changed_layers
-from resmaster_stages.diffusion.dispersion import dispersed_weight
-from resmaster_stages.diffusion.freeu import freeu
+from resmaster_stages.config.method import register
+from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, Branch, Branches, Moment, guide
-from resmaster_stages.diffusion.loop import Composition, Patch
-from resmaster_stages.diffusion.patches import Layer, bare, chosen_layers
-from resmaster_stages.diffusion.schedule import Step
-from resmaster_stages.methods import direct
-from resmaster_stages.methods.request import Request
+from resmaster_stages.diffusion.views import Grid
+from resmaster_stages.methods.direct import whole_canvas_composition
+from resmaster_stages.methods.settings import FromNoise, MicroConditioned, area
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from resmaster_stages.diffusion.convolutions import LayerRule
+    from resmaster_stages.diffusion.loop import Composition, Patch
+    from resmaster_stages.diffusion.patches import Layer
+    from resmaster_stages.diffusion.schedule import Step
+    from resmaster_stages.methods.request import Request
+
+SAMPLING: dict[str, Any] = {"stepper": "ddim_ancestral", "guidance_scale": 5.0}
+
+
+@register
+class ScaleCrafter(FromNoise, MicroConditioned):
+    """Direct inference with dilated convolutions: from a prompt alone, best below 3x.
+
+    Where a field is null, it is what the authors published for the canvas's size.
+    """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "default": SAMPLING,
+        "faithful": {**SAMPLING, "negative_prompt": "", "down": False, "freeu": True},
+    }
+
+    method: Literal["scalecrafter"] = "scalecrafter"
+    dilate_until: float | None = Field(default=None, ge=0, le=1)
+    """Fraction of the steps with dilated convolutions (the paper's tau; SDXL: 0.6, from 3x on 0.7)."""
+    progressive: bool | None = None
+    """Whether the dilation falls step by step (from 3x on)."""
+    damped_until: float | None = Field(default=None, ge=0, le=1)
+    """Fraction of the steps with noise-damped guidance (0, from 3x on 0.7)."""
+    down: bool = True
+    """Below 3x: dilate the deepest down block too. The authors' list misses it on SDXL."""
+    dispersed: bool = False
+    """Dispersed convolution: the deepest layers reach as far by denser kernels of 5 x 5. The authors describe it; none
+    of their published runs switches it on."""
+    freeu: bool = False
+    """FreeU, which the authors' programs switch on."""
+
+    def work(self, grid: Grid) -> Iterator[UnetWork]:
+        """The canvas at every step, by a third branch while guidance is damped. Counted as on SDXL, whatever the
+        model."""
+        left, native = self.left(self.start), grid.window * grid.unit_px
+        height, width = grid.height_px or grid.height * grid.unit_px, grid.width_px or grid.width * grid.unit_px
+        damped = make_plan(height / native, width / native, self.steps, self).damped_until
+        third = max(0, damped - left.start) if self.guidance_scale > 1 else 0
+        yield UnetWork(self.rows(left) + third, area(grid.height, grid.width, grid))
+
+    def compose(self, request: Request) -> Composition:
+        """Direct inference, its guidance rule and convolutions replaced."""
+        from resmaster_stages.diffusion.convolutions import changed_layers
+        from resmaster_stages.diffusion.freeu import freeu
+
+        native, unet, moment = request.models.native_px, request.models.unet, Moment()
+        plan = make_plan(request.height / native, request.width / native, self.steps, self, family(unet))
+        rules = layer_rules(unet, plan)
+        patches: tuple[Patch, ...] = (partial(changed_layers, rules=rules, moment=moment),)
+        if self.freeu:
+            patches = (*patches, freeu)
+        return whole_canvas_composition(
+            request,
+            NoiseDamped(self.guidance_scale, plan.damped_until),
+            patches=patches,
+            moment=moment,
+            micro_conditioning=self.micro_conditioning,
+        )
+
 
 WEAK = Branch("weak", False)
 """The negative prompt through the weakly dilated network."""
@@ -76,6 +140,8 @@ DISPERSED["sd2"] = DISPERSED["sd1"]
 
 def family(unet: Any) -> Family:
     """Whose UNet this is, by its depth and the width of its text."""
+    from resmaster_stages.diffusion.patches import bare
+
     config = bare(unet).config
     if len(config.block_out_channels) != 4:
         return "sdxl"
@@ -91,7 +157,7 @@ def _down(number: int, factor: float) -> dict[str, float]:
 
 
 def moderate(scale: float, down: bool) -> dict[str, float]:
-    """Layers and dilations of a canvas less than three times as long as a native picture.
+    """Layers and dilations of a canvas less than three times as long as a native image.
 
     down: the deepest down block whatever its number; else the authors' `down_blocks.3`, which SDXL lacks.
     """
@@ -114,7 +180,7 @@ def between(scale: float) -> dict[str, float]:
 
 
 def strong(vertical: float, horizontal: float, whose: Family = "sdxl") -> dict[str, float]:
-    """Layers and dilations of a larger canvas, from its height and width over a native picture's."""
+    """Layers and dilations of a larger canvas, from its height and width over a native image's."""
     scale = max(vertical, horizontal)
     deep = dict.fromkeys(DEEP, scale)
     if whose == "sdxl":
@@ -171,10 +237,8 @@ class Plan:
         return float(max(ceil(factor * (self.until - index) / self.until), 2)) if self.progressive else factor
 
 
-def make_plan(
-    vertical: float, horizontal: float, steps: int, settings: ScaleCrafterConfig, whose: Family = "sdxl"
-) -> Plan:
-    """The plan of a canvas `vertical` times as high and `horizontal` times as wide as a native picture."""
+def make_plan(vertical: float, horizontal: float, steps: int, settings: ScaleCrafter, whose: Family = "sdxl") -> Plan:
+    """The plan of a canvas `vertical` times as high and `horizontal` times as wide as a native image."""
     scale = max(vertical, horizontal)
     large = scale >= 3
     until, damped = durations(scale, whose)
@@ -197,6 +261,10 @@ def make_plan(
 
 def layer_rules(unet: object, plan: Plan) -> dict[str, LayerRule]:
     """How each dilated convolution is computed at each step, in the strong and in the weak network."""
+    from resmaster_stages.diffusion.convolutions import PLAIN, Dilated, Dispersed
+    from resmaster_stages.diffusion.dispersion import dispersed_weight
+    from resmaster_stages.diffusion.patches import bare, chosen_layers
+
     strong_layers, weak_layers = (chosen_layers(unet, each, "scalecrafter") for each in (plan.strong, plan.weak))
     spread = chosen_layers(unet, dict.fromkeys(plan.dispersed, 1.0), "scalecrafter")
     kernels = {name: dispersed_weight(bare(unet).get_submodule(name).weight) for name in spread}
@@ -209,18 +277,3 @@ def layer_rules(unet: object, plan: Plan) -> dict[str, LayerRule]:
         return Dispersed(dilation, kernels[name]) if name in kernels else Dilated(dilation)
 
     return {name: partial(rule, name) for name in strong_layers | weak_layers}
-
-
-def compose(request: Request) -> Composition:
-    """Direct inference, its guidance rule and convolutions replaced."""
-    config, settings, moment = request.config, request.config.scalecrafter, Moment()
-    native = request.models.native_px
-    unet = request.models.unet
-    plan = make_plan(request.height / native, request.width / native, config.steps, settings, family(unet))
-    rules = layer_rules(unet, plan)
-    patches: tuple[Patch, ...] = (partial(changed_layers, rules=rules, moment=moment),)
-    if settings.freeu:
-        patches = (*patches, freeu)
-    return direct.whole_canvas_composition(
-        request, guidance=NoiseDamped(config.guidance_scale, plan.damped_until), patches=patches, moment=moment
-    )

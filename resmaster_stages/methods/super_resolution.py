@@ -1,42 +1,125 @@
-"""Super-resolution (SDXL + BSRGAN in the papers' tables): one pass of a network that was trained to enlarge pictures.
+"""Super-resolution (SDXL + BSRGAN in the papers' tables): one pass of a network that was trained to enlarge images.
 
-No diffusion and no prompt: what the low-res picture shows is kept and sharpened, and nothing is added that it does not
+No diffusion and no prompt: what the low-res image shows is kept and sharpened, and nothing is added that it does not
 show. The sanity baseline of every generative upscaler.
 
-The network has a factor of its own (4, or 2). Larger targets take as many passes as they need, and what comes out larger
-than the target is reduced by antialiased bicubic interpolation (the papers do not say how they came to other factors).
+The network has a factor of its own (4, or 2). Larger targets take as many passes as they need, and what comes out
+larger than the target is reduced by antialiased bicubic interpolation (the papers do not say how they came to other
+factors).
 
-Pictures go through in tiles with a halo, so memory depends on the tile alone. Invariant: with a halo as wide as the network
-sees, tiles change nothing; the receptive field's rim weighs next to nothing, so a few pixels do.
+Images go through in tiles with a halo, so memory depends on the tile alone. Invariant: with a halo as wide as the
+network sees, tiles change nothing; the receptive field's rim weighs next to nothing, so a few pixels do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import count
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from pydantic import Field, model_validator
 
-from resmaster_stages.config.methods import SuperResolutionConfig, UpscaleConfig
-from resmaster_stages.diffusion.loop import Progress
-from resmaster_stages.diffusion.reference import pad_to_multiple, to_image, to_tensor
+from resmaster_stages.config.method import register
+from resmaster_stages.config.part import Operational
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.errors import SampleError
-from resmaster_stages.models.busy import busy
-from resmaster_stages.models.enlarger import Enlarger, load_enlarger
-from resmaster_stages.models.faults import device_faults
+from resmaster_stages.methods.settings import Enlargement
+from resmaster_stages.models.identity import NetworkFile, network_identity
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from resmaster_stages.diffusion.loop import Progress
+    from resmaster_stages.models.enlarger import Enlarger
 
 
-def tile_grid(height: int, width: int, settings: SuperResolutionConfig) -> Grid:
-    """Tiles of a picture, halo included: neighbours share two halos."""
+@register
+class SuperResolution(Enlargement):
+    """One pass of a network that was trained to enlarge images: sharpens what is there, adds nothing."""
+
+    method: Literal["super_resolution"] = "super_resolution"
+    model: str = "picturebook"
+    """The network: `picturebook` (the embedded pack's, for its own world), a file of weights such as BSRGAN.safetensors
+    or BSRGAN.pth, or a hub id together with `weight_name`."""
+    weight_name: str | None = None
+    """File of the weights at the hub."""
+    revision: str | None = None
+    """Commit or tag at the hub."""
+    allow_pickle: bool = Operational(False)
+    """Read a .pth file: its tensors alone, no code runs."""
+    tile: int = Field(default=256, ge=16)
+    """Edge in px of the tiles of the low-res image that go through the network, halo included. Lower it if memory runs
+    out."""
+    halo: int = Field(default=16, ge=0)
+    """Border in px of each tile that only its neighbours see: 16 leaves differences of a level of 255."""
+
+    @model_validator(mode="after")
+    def _check_tile(self) -> Self:
+        if self.tile <= 2 * self.halo:
+            raise ValueError(f"tile ({self.tile}) must be greater than two halos ({2 * self.halo})")
+        return self
+
+    @model_validator(mode="after")
+    def _check_file(self) -> Self:
+        if self.model == "picturebook":
+            return self
+        name = self.weight_name or self.model
+        if not name.endswith(".safetensors") and not self.allow_pickle:
+            raise ValueError(
+                f"{name} is not a .safetensors file; choose one that is, or set allow_pickle: true for a .pth file that you "
+                "trust (its tensors alone are read)"
+            )
+        return self
+
+    def network(self) -> NetworkFile:
+        """Where the network's weights are."""
+        return NetworkFile(self.model, self.weight_name, self.revision)
+
+    def weights(self) -> str:
+        """Name of the network's exact weights."""
+        return network_identity(self.network())
+
+    def facts(self) -> dict[str, Any]:
+        """What reports say of the settings."""
+        return {"network": self.model}
+
+    def enlarge(
+        self,
+        image: Image.Image,
+        height: int,
+        width: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Progress | None = None,
+    ) -> Image.Image:
+        """`image` at `height` x `width` px by the network. `progress` hears (tiles done, tiles in all).
+
+        Raises ConfigError (weights that cannot be read, too little memory), SampleError (a result that is not finite)
+        and GpuLost.
+        """
+        from resmaster_stages.diffusion.reference import to_image
+        from resmaster_stages.models.busy import busy
+        from resmaster_stages.models.enlarger import load_enlarger
+        from resmaster_stages.models.faults import device_faults
+
+        enlarger = load_enlarger(self.network(), device, dtype)
+        with busy(), device_faults("lower upscale.tile"):
+            pixels = enlarged(enlarger, image, height, width, self, progress)
+        if not pixels.isfinite().all():
+            raise SampleError("the network produced NaN or infinite values; try model.dtype: float32 or bfloat16")
+        return to_image(pixels * 2 - 1)
+
+
+def tile_grid(height: int, width: int, settings: SuperResolution) -> Grid:
+    """Tiles of a image, halo included: neighbours share two halos."""
     return Grid(height, width, settings.tile, settings.tile - 2 * settings.halo)
 
 
 def cores(origins: tuple[int, ...], window: int, halo: int) -> list[tuple[int, int]]:
-    """The part [start, end) of an axis that each tile contributes: it reaches up to a halo from the tile's inner borders."""
+    """The part [start, end) of an axis that each tile contributes: it reaches up to a halo from the tile's inner
+    borders."""
     starts: list[int] = []
     ends: list[int] = []
     for number, origin in enumerate(origins):
@@ -50,7 +133,7 @@ def tiled(
     enlarge: Callable[[Tensor], Tensor],
     scale: int,
     pixels: Tensor,
-    settings: SuperResolutionConfig,
+    settings: SuperResolution,
     tick: Callable[[], None],
 ) -> Tensor:
     """`pixels` [1, 3, h, w] through `enlarge`, tile by tile: [1, 3, scale h, scale w]."""
@@ -79,13 +162,18 @@ def enlarged(
     image: Image.Image,
     height: int,
     width: int,
-    config: UpscaleConfig,
+    settings: SuperResolution,
     progress: Progress | None = None,
 ) -> Tensor:
-    """`image` at `height` x `width` px: [3, height, width], about 0 to 1. `progress` hears (tiles done, tiles in all)."""
-    settings, multiple = config.super_resolution, enlarger.multiple
+    """`image` at `height` x `width` px: [3, height, width], about 0 to 1. `progress` hears (tiles done, tiles in
+    all)."""
+    import torch.nn.functional as F
+
+    from resmaster_stages.diffusion.reference import pad_to_multiple, to_tensor
+
+    multiple = enlarger.multiple
     pixels = to_tensor(image) / 2 + 0.5
-    passes = sizes(image.height, image.width, config.scale, enlarger.scale)
+    passes = sizes(image.height, image.width, settings.scale, enlarger.scale)
     padded_sizes = ((-(-rows // multiple) * multiple, -(-cols // multiple) * multiple) for rows, cols in passes)
     total = sum(len(tile_grid(rows, cols, settings)) for rows, cols in padded_sizes)
     done = count(1)
@@ -101,24 +189,3 @@ def enlarged(
     if pixels.shape[-2:] != (height, width):
         pixels = F.interpolate(pixels, (height, width), mode="bicubic", align_corners=False, antialias=True)
     return pixels[0]
-
-
-def super_resolve(
-    image: Image.Image,
-    height: int,
-    width: int,
-    config: UpscaleConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Progress | None = None,
-) -> Image.Image:
-    """`image` at `height` x `width` px by the network that `config.super_resolution` names.
-
-    Raises ConfigError (weights that cannot be read, too little memory), SampleError (a result that is not finite) and GpuLost.
-    """
-    enlarger = load_enlarger(config.super_resolution, device, dtype)
-    with busy(), device_faults("lower upscale.super_resolution.tile"):
-        pixels = enlarged(enlarger, image, height, width, config, progress)
-    if not torch.isfinite(pixels).all():
-        raise SampleError("the network produced NaN or infinite values; try model.dtype: float32 or bfloat16")
-    return to_image(pixels * 2 - 1)

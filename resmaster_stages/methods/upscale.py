@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from resmaster_stages.config.methods import UpscaleConfig
+from resmaster_stages.config.method import Method
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.keys import digest
+from resmaster_stages.methods.resmaster import ResMaster
+from resmaster_stages.methods.settings import Diffusion, Enlargement
 from resmaster_stages.progress import Note, emit
 
 if TYPE_CHECKING:
@@ -25,7 +27,8 @@ def target_size(height: int, width: int, scale: float) -> tuple[int, int]:
 
 
 Caption = Callable[[Image.Image, int, int], Sequence[str]]
-"""A picture and the (height, width) in px that it is to be enlarged to -> a caption per view, as `upscale_image` takes them."""
+"""A picture and the (height, width) in px that it is to be enlarged to -> a caption per view, as `upscale_image` takes
+them."""
 
 
 def upscale_image(
@@ -33,7 +36,7 @@ def upscale_image(
     image: Image.Image,
     prompt: str,
     *,
-    config: UpscaleConfig | None = None,
+    config: Method | None = None,
     negative_prompt: str | None = None,
     captions: Sequence[str] | None = None,
     caption: Caption | None = None,
@@ -43,26 +46,27 @@ def upscale_image(
 ) -> Image.Image:
     """`image` (any size) re-imagined at `config.scale` times its size; the result is RGB of exactly that size.
 
-    models: from `models.loading.load_models`, or `Models.from_pipeline` for a pipeline of your own.
-    negative_prompt: None for the configuration's. captions: one per view, row-major, as `views.view_grid` counts them;
-    None gives every view `prompt`, an empty one its view. caption: writes those of later passes (`config.via`); None gives
-    every view `prompt`. detail: for method freescale, a mask of any size: where it is white, `alpha` holds, where it is black
-    `alpha_elsewhere`. progress: hears (steps done, steps in all), of each pass.
+    models: from `models.loading.load_models`, or `Models.from_pipeline` for a pipeline of your own. negative_prompt:
+    None for the configuration's. captions: one per view, row-major, as `views.view_grid` counts them; None gives every
+    view `prompt`, an empty one its view. caption: writes those of later passes (`config.via`); None gives every view
+    `prompt`. detail: for methods that read one (freescale), a mask of any size: where it is white, more detail is drawn
+    anew. progress: hears (steps done, steps in all), of each pass.
 
-    Raises ConfigError (wrong number of captions, a mask that is not read, image prompts without an IP-Adapter, a scheduler that
-    does not fit, too little memory) and SampleError (the model produced nothing that can be seen).
+    Raises ConfigError (wrong number of captions, a mask that is not read, image prompts without an IP-Adapter, a
+    scheduler that does not fit, too little memory) and SampleError (the model produced nothing that can be seen).
     """
-    config = config or UpscaleConfig()
+    config = config or ResMaster()
     if detail is not None:
         config.require_detail_mask("there is")
-    if not config.uses_diffusion():
+    if isinstance(config, Enlargement):
         return enlarge_image(image, config, models.device, models.dtype, progress)
+    assert isinstance(config, Diffusion)
     negative_prompt = config.negative_prompt if negative_prompt is None else negative_prompt
     picture = image
-    for number, (scale, own) in enumerate(zip((*config.via, config.scale), config.passes())):
+    for number, (scale, own) in enumerate(zip((*config.via, config.scale), config.way())):
         height, width = target_size(image.height, image.width, scale)
         if number:
-            captions = caption(picture, height, width) if caption and own.uses_captions() else None
+            captions = caption(picture, height, width) if caption and own.uses("captions") else None
         draw = seed if number == 0 else int(digest([seed, number])[:15], 16)
         picture = _one_pass(
             models, picture, height, width, prompt, negative_prompt, captions, detail, own, draw, progress
@@ -79,7 +83,7 @@ def _one_pass(
     negative_prompt: str,
     captions: Sequence[str] | None,
     detail: Image.Image | None,
-    config: UpscaleConfig,
+    config: Diffusion,
     seed: int,
     progress: Callable[[int, int], None] | None,
 ) -> Image.Image:
@@ -89,7 +93,7 @@ def _one_pass(
     from resmaster_stages.methods.render import render
     from resmaster_stages.methods.request import Reference, Request
 
-    grid = view_grid(height, width, models.native_px, config.stride, models.latent_factor)
+    grid = view_grid(height, width, models.native_px, config.view_stride, models.latent_factor)
     if captions is not None and len(captions) != len(grid):
         raise ConfigError(
             f"captions: {len(captions)} given for {len(grid)} views ({grid.name}); give one per view, or none"
@@ -116,18 +120,10 @@ def _one_pass(
 
 def enlarge_image(
     image: Image.Image,
-    config: UpscaleConfig,
+    config: Enlargement,
     device: torch.device,
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None = None,
 ) -> Image.Image:
-    """`upscale_image` by a method that needs no base model: super_resolution or lanczos. `progress` hears (tiles done, tiles
-    in all) of super_resolution."""
-    size = target_size(image.height, image.width, config.scale)
-    if config.method == "lanczos":
-        from resmaster_stages.methods.lanczos import enlarge
-
-        return enlarge(image, *size)
-    from resmaster_stages.methods.super_resolution import super_resolve
-
-    return super_resolve(image, *size, config, device, dtype, progress)
+    """`upscale_image` by a method that needs no base model. `progress` hears (parts done, parts in all)."""
+    return config.enlarge(image, *target_size(image.height, image.width, config.scale), device, dtype, progress)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import gaussian_filter
 
 from resmaster_stages.metrics.luminance import Array, luminance, rgb
+from resmaster_stages.metrics.metric import Column, Flag, Metric
 from resmaster_stages.metrics.resize import resize
 
 MAX_PSNR = 100.0
@@ -39,6 +39,8 @@ def ssim(a: Image.Image | Array, b: Image.Image | Array) -> float:
     Gaussian window of sigma 1.5 cut off at 11 x 11 px, K1 = 0.01, K2 = 0.03, L = 255, population covariances. The 5 px next to
     the border, whose windows are incomplete, are left out where the picture has more than 10 px along both axes.
     """
+    from scipy.ndimage import gaussian_filter
+
     x, y = luminance(a).astype(np.float64), luminance(b).astype(np.float64)
     if x.shape != y.shape:
         raise ValueError(f"pictures of one size expected, got {x.shape} and {y.shape}")
@@ -56,3 +58,30 @@ def ssim(a: Image.Image | Array, b: Image.Image | Array) -> float:
     if min(values.shape) > 10:
         values = values[5:-5, 5:-5]
     return float(values.mean())
+
+
+METRIC = Metric(
+    compute=lambda pair: agreement(pair.high_rgb, pair.low_rgb),
+    columns=(
+        Column(
+            "agreement_psnr",
+            "PSNR of the down-scaled result against the low-res image: is structure kept?",
+            label="PSNR",
+            form="{:.1f} dB",
+            better="↑",
+            compared=True,
+            flag=Flag(
+                "structure", "the down-scaled result disagrees with the low-res image", below="min_agreement_psnr"
+            ),
+            badness=(40.0, 0.0),
+        ),
+        Column(
+            "agreement_ssim",
+            "structural similarity of the down-scaled result with the low-res image",
+            label="SSIM",
+            form="{:.3f}",
+            better="↑",
+            compared=True,
+        ),
+    ),
+)

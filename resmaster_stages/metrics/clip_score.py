@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from resmaster_stages.errors import ConfigError
+from resmaster_stages.metrics.metric import Column, Metric, Pair
 from resmaster_stages.metrics.resize import resize
 from resmaster_stages.models.geometry import model_location
 from resmaster_stages.models.identity import PICTUREBOOK
@@ -118,3 +119,24 @@ def load_clip(identifier: str, revision: str | None = None, device: str = "auto"
             "names it, `picturebook`, a folder or hub id of a CLIP model with safetensors weights, or null"
         ) from None
     return ClipScorer(model, tokenizer, processor.image_mean, processor.image_std)
+
+
+def clip_score(pair: Pair) -> float | None:
+    """The CLIP score of a high-res image and its prompt; None without a model or a prompt."""
+    return pair.clip.scores([pair.high], [pair.prompt])[0] if pair.clip and pair.prompt else None
+
+
+METRIC = Metric(
+    compute=lambda pair: (clip_score(pair),),
+    columns=(
+        Column(
+            "clip_score",
+            "100 times the cosine of image and prompt",
+            label="CLIP",
+            form="{:.1f}",
+            better="↑",
+            compared=True,
+            badness=(100.0, 0.0),
+        ),
+    ),
+)

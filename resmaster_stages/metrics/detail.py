@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 from PIL import Image
-from scipy.fft import rfft2
-from scipy.ndimage import gaussian_filter, uniform_filter
 
 from resmaster_stages.metrics.luminance import Array, luminance
+from resmaster_stages.metrics.metric import Column, Metric
 
 
 def detail_energy(high_res: Image.Image | Array, low_height: int, low_width: int) -> float:
@@ -21,6 +20,8 @@ def detail_energy(high_res: Image.Image | Array, low_height: int, low_width: int
     in cycles per px of the high-res picture: sum |Y|^2 where |f_y| > h/(2H) or |f_x| > w/(2W), over sum |Y|^2 without the
     mean. 0 for a picture without any variation, and where the picture is not larger than its origin.
     """
+    from scipy.fft import rfft2
+
     y = luminance(high_res)
     height, width = y.shape
     window = np.outer(_hann(height), _hann(width))
@@ -61,6 +62,8 @@ def most_detailed(image: Image.Image) -> Box:
     Fine structure: the luma less its Gaussian blur (sigma a hundredth of the shorter side). Its square, averaged over the
     square's area; energy is capped, so that one hard contour does not outweigh texture all over. First maximum, row-major.
     """
+    from scipy.ndimage import gaussian_filter, uniform_filter
+
     y = luminance(image)
     height, width = y.shape
     side = max(1, min(height, width, max(8, round(min(height, width) * ZOOM_SHARE))))
@@ -70,3 +73,17 @@ def most_detailed(image: Image.Image) -> Box:
     inside = energy[top : top + height - side + 1, left : left + width - side + 1]
     row, col = np.unravel_index(int(inside.argmax()), inside.shape)
     return int(row), int(col), int(row) + side, int(col) + side
+
+
+METRIC = Metric(
+    compute=lambda pair: (detail_energy(pair.high_rgb, pair.low.height, pair.low.width),),
+    columns=(
+        Column(
+            "detail_energy",
+            "share of the image's energy that is finer than the low-res image could hold",
+            label="detail",
+            form="{:.2%}",
+            compared=True,
+        ),
+    ),
+)

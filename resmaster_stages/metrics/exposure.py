@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from resmaster_stages.metrics.luminance import Array, luminance, rgb
+from resmaster_stages.metrics.metric import Column, Flag, Metric
 
 
 class Exposure(NamedTuple):
@@ -24,3 +25,25 @@ def exposure(image: Image.Image | Array) -> Exposure:
     clipped = (values <= 0).all(axis=2) | (values >= 255).all(axis=2)
     y = luminance(values)
     return Exposure(float(clipped.mean()), float(y.mean(dtype=np.float64)), float(y.std(dtype=np.float64)))
+
+
+METRIC = Metric(
+    compute=lambda pair: exposure(pair.high_rgb),
+    columns=(
+        Column(
+            "clipped",
+            "share of pure black and white pixels",
+            label="clipped",
+            form="{:.1%}",
+            better="↓",
+            flag=Flag("clipped", "much pure black or white", above="max_clipped"),
+            badness=(0.0, 1.0),
+        ),
+        Column("luminance_mean", "mean of the luma, in grey levels"),
+        Column(
+            "luminance_std",
+            "standard deviation of the luma, in grey levels",
+            flag=Flag("blank", "one colour all over", below=1.0, badness=10.0),
+        ),
+    ),
+)

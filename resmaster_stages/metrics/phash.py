@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
-from scipy.fft import dctn
 
 from resmaster_stages.metrics.luminance import WEIGHTS, Array
+from resmaster_stages.metrics.metric import Column, Flag, Metric
 from resmaster_stages.metrics.resize import resize
 
 
@@ -15,6 +16,8 @@ def phash(image: Image.Image | Array) -> str:
 
     The luma at 32 x 32 px, its 2-D DCT-II, the 8 x 8 lowest frequencies, each compared with their median.
     """
+    from scipy.fft import dctn
+
     small = resize(image, 32, 32, "lanczos") @ WEIGHTS
     low = dctn(small.astype(np.float64), type=2)[:8, :8]
     # 0.5 is an amplitude of 1e-4 grey levels: rounding errors of one colour, not bits of information
@@ -26,3 +29,17 @@ def phash(image: Image.Image | Array) -> str:
 def distance(a: str, b: str) -> int:
     """Number of bits (0 to 64) in which two hashes differ."""
     return (int(a, 16) ^ int(b, 16)).bit_count()
+
+
+METRIC = Metric(
+    compute=lambda pair: (phash(pair.high_rgb),),
+    columns=(
+        Column(
+            "phash",
+            "perceptual hash, 16 hex digits",
+            kind=pa.string(),
+            # raised by the quality stage, which sees the samples before it
+            flag=Flag("near_duplicate", "looks the same as an earlier sample of the dataset"),
+        ),
+    ),
+)

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from resmaster_stages.metrics.luminance import Array, luminance, rgb
+from resmaster_stages.metrics.metric import Column, Flag, Metric
 
 REACH_PX = 6
 """Lines on each side of a border that it is compared with."""
@@ -106,3 +107,32 @@ def _excess(values: Array, origin: Array, line: int, borders: set[int]) -> Array
     around = origin[max(0, row - 2) : row + 2][:, column]  # [4, pieces, 3]
     known = np.ptp(around, axis=0).max(axis=1)
     return np.maximum(step(line) - usual - known, 0)
+
+
+METRIC = Metric(
+    compute=lambda pair: (
+        seam_ratio(pair.high_rgb, pair.boxes),
+        seam_worst(pair.high_rgb, pair.low_rgb, pair.boxes),
+    ),
+    columns=(
+        Column(
+            "seam",
+            "steps on view borders over steps beside them; about 1 is none",
+            label="seam",
+            better="↓",
+            compared=True,
+            flag=Flag("seam", "steps in the image where views end", above="max_seam"),
+            badness=(1.0, 2.0),
+        ),
+        Column(
+            "seam_worst",
+            "grey levels of the step along the worst stretch of a view border",
+            label="worst border",
+            form="{:.1f}",
+            better="↓",
+            compared=True,
+            flag=Flag("border", "a hard step along the border of one view", above="max_seam_worst"),
+            badness=(0.0, 20.0),
+        ),
+    ),
+)

@@ -8,13 +8,13 @@ Knows no models: an object is what has contours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import gaussian_filter, maximum_filter, uniform_filter
 
 from resmaster_stages.metrics.luminance import Array, rgb
+from resmaster_stages.metrics.metric import Column, Flag, Metric
 from resmaster_stages.metrics.oklab import oklab
 from resmaster_stages.metrics.resize import resize
 
@@ -29,8 +29,7 @@ WINDOW = 1 / 8
 """Side of the window whose mean counts, over the picture's shorter side."""
 
 
-@dataclass(frozen=True)
-class Worst:
+class Worst(NamedTuple):
     """`lost` and `added`: Oklab times 100 per px; `colour`: Oklab times 100. 0 for equal pictures."""
 
     lost: float
@@ -62,13 +61,56 @@ def contours(lab: Array) -> Array:
 
 
 def _soft(lab: Array, sigma: float) -> Array:
+    from scipy.ndimage import gaussian_filter
+
     return gaussian_filter(lab, (sigma, sigma, 0), mode="reflect")  # nearest would make the outermost line count most
 
 
 def _reach(values: Array) -> Array:
     """The greatest value within the slack."""
+    from scipy.ndimage import maximum_filter
+
     return maximum_filter(values, 2 * SLACK_PX + 1, mode="nearest")
 
 
 def _worst(excess: Array, side: int) -> float:
+    from scipy.ndimage import uniform_filter
+
     return float(uniform_filter(np.maximum(excess, 0), side, mode="constant").max())
+
+
+METRIC = Metric(
+    compute=lambda pair: worst_places(pair.high_rgb, pair.low_rgb),
+    columns=(
+        Column(
+            "lost_worst",
+            "contours of the low-res image that are missing in the worst place",
+            label="lost",
+            better="↓",
+            flag=Flag("lost", "contours of the low-res image are missing in one place", above="max_lost_worst"),
+            badness=(0.0, 5.0),
+        ),
+        Column(
+            "added_worst",
+            "contours that the low-res image has not, in the worst place",
+            label="added",
+            better="↓",
+            flag=Flag("added", "contours that the low-res image has not, in one place", above="max_added_worst"),
+            badness=(0.0, 5.0),
+        ),
+        Column(
+            "colour_worst",
+            "difference of colour in the worst place; about 2 can just be seen",
+            label="colour",
+            form="{:.1f}",
+            better="↓",
+            flag=Flag(
+                "colour",
+                "another colour than the low-res image, in one place or all over",
+                above="max_colour_worst",
+            ),
+            badness=(0.0, 25.0),
+        ),
+    ),
+)
+"""A worst place is as bad as can be from about three times the threshold of its flag."""

@@ -22,9 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from resmaster_stages.config.methods import SuperResolutionConfig
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.identity import super_resolution_file
+from resmaster_stages.models.identity import NetworkFile, network_file
 from resmaster_stages.models.rrdbnet import network_of, official_state
 
 _WRAPPERS = ("params_ema", "params", "state_dict")
@@ -97,9 +96,9 @@ def _by_spandrel(state: dict[str, Tensor], path: Path, device: torch.device, dty
 
 
 @lru_cache(maxsize=1)
-def load_enlarger(config: SuperResolutionConfig, device: torch.device, dtype: torch.dtype) -> Enlarger:
+def load_enlarger(config: NetworkFile, device: torch.device, dtype: torch.dtype) -> Enlarger:
     """The network that `config` names, ready to use. The last one stays loaded. Raises ConfigError, one line."""
-    path = super_resolution_file(config)
+    path = network_file(config)
     state = read_weights(path)
     official = official_state(state)
     if "conv_first.weight" not in official or "RRDB_trunk.0.RDB1.conv1.weight" not in official:

@@ -12,7 +12,6 @@ from functools import lru_cache
 from pathlib import Path
 
 from resmaster_stages.config.dataset import DatasetConfig
-from resmaster_stages.config.methods import SuperResolutionConfig
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError
 
@@ -106,7 +105,19 @@ def model_identity(config: ModelConfig) -> str:
     return "+".join(parts)
 
 
-def super_resolution_file(config: SuperResolutionConfig) -> Path:
+@dataclass(frozen=True)
+class NetworkFile:
+    """Where a super-resolution network's weights are."""
+
+    model: str
+    """`picturebook` (the embedded pack's), a file, or a hub id together with `weight_name`."""
+    weight_name: str | None = None
+    """File at the hub."""
+    revision: str | None = None
+    """Commit or tag at the hub."""
+
+
+def network_file(config: NetworkFile) -> Path:
     """The file of a super-resolution network's weights, fetched from the hub if need be. Raises ConfigError."""
     if config.model == PICTUREBOOK:
         return pack_folder() / "super_resolution" / "model.safetensors"
@@ -115,8 +126,7 @@ def super_resolution_file(config: SuperResolutionConfig) -> Path:
         return path.resolve()
     if config.weight_name is None:
         raise ConfigError(
-            f"upscale.super_resolution.model: {config.model} is no file; give picturebook, a file of weights, or a hub id "
-            "and weight_name"
+            f"upscale.model: {config.model} is no file; give picturebook, a file of weights, or a hub id and weight_name"
         )
     import huggingface_hub
 
@@ -125,7 +135,7 @@ def super_resolution_file(config: SuperResolutionConfig) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"upscale.super_resolution.model: cannot get {config.weight_name} of {config.model} ({reason}); "
+            f"upscale.model: cannot get {config.weight_name} of {config.model} ({reason}); "
             "check the name, or give a file"
         ) from None
 
@@ -136,13 +146,13 @@ def _file_digest(path: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def super_resolution_identity(config: SuperResolutionConfig) -> str:
+def network_identity(config: NetworkFile) -> str:
     """Name of a network's exact weights: a file by its content, a hub id by its revision. Raises ConfigError."""
     if config.model == PICTUREBOOK:
         return _source_identity(PICTUREBOOK, None, "super_resolution")
     if config.weight_name and not Path(config.model).expanduser().is_file():
         return f"{config.model}/{config.weight_name}@{config.revision or 'main'}"
-    path = super_resolution_file(config)
+    path = network_file(config)
     found = path.stat()
     return f"{path.name}@{_file_digest(path, found.st_size, found.st_mtime_ns)[:16]}"
 
@@ -157,9 +167,7 @@ def weights_of(config: DatasetConfig) -> Weights:
         captioner=_source_identity(captions.model, captions.revision, "captioner") if local else None,
         clip=_source_identity(quality.clip, quality.clip_revision, "clip") if quality.clip else None,
         features=_source_identity(PICTUREBOOK, None, "classifier") if quality.features == "picturebook" else None,
-        super_resolution=super_resolution_identity(config.upscale.super_resolution)
-        if config.upscale.method == "super_resolution"
-        else None,
+        upscaler=config.upscale.weights(),
         caption_check=_source_identity(*judge, "clip") if judge else None,
     )
 
@@ -176,7 +184,7 @@ class Weights:
     """CLIP model of the quality stage; None where there is none."""
     features: str | None = None
     """The pack whose classifier gives the quality stage's features; None where another network does, or none."""
-    super_resolution: str | None = None
-    """Network of method super_resolution; None where another method is used."""
+    upscaler: str | None = None
+    """The upscaling method's own network; None where it has none."""
     caption_check: str | None = None
     """CLIP model that checks captions; None where they are not checked."""

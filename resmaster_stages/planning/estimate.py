@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import Dataset
+from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import patch_grid
 from resmaster_stages.errors import UserError
 from resmaster_stages.models.geometry import latent_factor, native_px
 from resmaster_stages.models.identity import PICTUREBOOK
 from resmaster_stages.planning.preview import Preview, StagePreview
-from resmaster_stages.planning.workload import UnetWork, stage_work
+from resmaster_stages.planning.workload import stage_work
 from resmaster_stages.runner.quarantine import SLOW_SECONDS
 from resmaster_stages.storage.filesystem import open_root
 
@@ -236,9 +237,9 @@ def _from_table(look: Preview, stage: str) -> tuple[float | None, str]:
 
 
 def _patches(config: DatasetConfig, height: int, width: int) -> int:
-    scale, native = config.upscale.passes()[0].scale, native_px(config.model)
+    scale, native = config.upscale.way()[0].scale, native_px(config.model)
     target = round(height * scale), round(width * scale)
-    factor, stride = latent_factor(config.model), config.upscale.stride
+    factor, stride = latent_factor(config.model), config.upscale.view_stride
     return len(patch_grid(config.captions, *target, native_px=native, stride=stride, factor=factor))
 
 

@@ -28,7 +28,7 @@ from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.chain import CHUNK_SHARDS, Chain, read_chains
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import Dataset
-from resmaster_stages.dataset.schemas import MANIFEST_SCHEMA, QUALITY_SCHEMA
+from resmaster_stages.dataset.schemas import manifest_schema, quality_schema
 from resmaster_stages.errors import ShardError
 from resmaster_stages.keys import digest_of_keys
 from resmaster_stages.publish.card import Publication, dataset_card
@@ -44,42 +44,34 @@ def write_manifest(dataset: Dataset) -> Publication:
     Raises ShardError if an object is gone or damaged, or if a key occurs twice.
     """
     config, plan = dataset.config, dataset.plan
-    damaged = {shard for stage in dataset.hashes for shard in dataset.commits(stage).marked()}
     failures: dict[str, int] = dict.fromkeys(dataset.hashes, 0)
     sizes: set[tuple[int, int]] = set()
     prints = array("Q")
     looks = DigestSet()
     tars = frozenset(name for stage in ("low_res", "high_res") for name in dataset.folder.names(stage))
     complete = flagged = listed = total_bytes = 0
-    chains = (
-        (shard, chain)
-        for shard, chain in read_chains(dataset, range(plan.shards))
-        if shard not in damaged and chain.complete
-    )
     with scratch_folder() as scratch:
         local, local_index = scratch / layout.MANIFEST, scratch / layout.INDEX
-        with TableWriter(local, MANIFEST_SCHEMA) as table, local_index.open("w", encoding="utf-8") as index:
+        with TableWriter(local, manifest_schema()) as table, local_index.open("w", encoding="utf-8") as index:
             head = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": config.name}
             index.write(json.dumps(head)[:-1] + ', "shardlist": [')
-            while batch := list(itertools.islice(chains, CHUNK_SHARDS)):
-                tables = _quality_tables(dataset, [chain for _, chain in batch])
-                for shard, chain in batch:
-                    rows = list(_manifest_rows(dataset, shard, chain, tables, tars))
-                    _flag_duplicates(rows, looks)
-                    table.write(rows)
-                    prints.extend(int(row["key"][:16], 16) for row in rows)
-                    sizes.update((row["height"], row["width"]) for row in rows)
-                    flagged += sum(bool(row["flags"]) for row in rows)
-                    complete += 1
-                    for stage, receipt in chain.committed.items():
-                        failures[stage] += receipt.samples_failed
-                    images = chain.committed["high_res"]
-                    if images.samples_ok:  # an empty tar would only make readers stumble
-                        tar = images.objects[0]
-                        item = {"url": tar.name, "nsamples": images.samples_ok, "filesize": tar.bytes}
-                        index.write(",\n " * bool(listed) + json.dumps(item))
-                        listed += 1
-                        total_bytes += tar.bytes
+            for shard, chain, tables in _complete_chains(dataset):
+                rows = list(_manifest_rows(dataset, shard, chain, tables, tars))
+                _flag_duplicates(rows, looks)
+                table.write(rows)
+                prints.extend(int(row["key"][:16], 16) for row in rows)
+                sizes.update((row["height"], row["width"]) for row in rows)
+                flagged += sum(bool(row["flags"]) for row in rows)
+                complete += 1
+                for stage, receipt in chain.committed.items():
+                    failures[stage] += receipt.samples_failed
+                images = chain.committed["high_res"]
+                if images.samples_ok:  # an empty tar would only make readers stumble
+                    tar = images.objects[0]
+                    item = {"url": tar.name, "nsamples": images.samples_ok, "filesize": tar.bytes}
+                    index.write(",\n " * bool(listed) + json.dumps(item))
+                    listed += 1
+                    total_bytes += tar.bytes
             index.write("]}\n")
         if (twice := _repeated(local, prints)) is not None:
             raise ShardError(f"{dataset.url}: sample {twice} occurs twice; restore the folder plan/ from a copy")
@@ -91,25 +83,21 @@ def write_manifest(dataset: Dataset) -> Publication:
     return published
 
 
-def _repeated(manifest: Path, prints: array[int]) -> str | None:
-    """A key that occurs twice in a manifest. `prints`: the first 64 bits of its keys, all that is held of them; sorted in place."""
-    values = np.asarray(prints)
-    values.sort()
-    suspects = set(values[1:][values[1:] == values[:-1]].tolist())
-    if not suspects:
-        return None
-    batches = pq.ParquetFile(manifest).iter_batches(columns=["key"])
-    keys = (key for batch in batches for key in batch["key"].to_pylist())
-    seen = Counter(key for key in keys if int(key[:16], 16) in suspects)
-    return next((key for key, count in seen.items() if count > 1), None)
+def _complete_chains(dataset: Dataset) -> Iterator[tuple[int, Chain, dict[str, bytes]]]:
+    """(shard, its commits, its quality tables) of shards committed in every stage and not known to be damaged, in order.
 
-
-def _flag_duplicates(rows: Sequence[dict[str, Any]], looks: DigestSet) -> None:
-    """Flag `near_duplicate` what looks the same as an earlier sample of the dataset; `looks` are the pHashes so far."""
-    for row in rows:
-        flags = list(row["flags"])
-        if "blank" not in flags and not looks.add(digest_of(row["phash"])):
-            row["flags"] = [*flags, "near_duplicate"]
+    The tables, name -> content, are fetched for many shards together; what is gone is absent.
+    """
+    damaged = {shard for stage in dataset.hashes for shard in dataset.commits(stage).marked()}
+    chains = (
+        (shard, chain)
+        for shard, chain in read_chains(dataset, range(dataset.plan.shards))
+        if shard not in damaged and chain.complete
+    )
+    while batch := list(itertools.islice(chains, CHUNK_SHARDS)):
+        tables = dataset.folder.read_many([chain.committed["quality"].objects[0].name for _, chain in batch])
+        for shard, chain in batch:
+            yield shard, chain, tables
 
 
 def _manifest_rows(
@@ -123,7 +111,7 @@ def _manifest_rows(
     low_res, high_res, quality = (receipts[name] for name in ("low_res", "high_res", "quality"))
     captions, planned = receipts.get("captions"), dataset.plan.read(shard)
     low_entries, high_entries = (
-        _images(dataset, receipt, [each.key for each in planned if each.key not in lost], tars)
+        _image_places(dataset, receipt, [each.key for each in planned if each.key not in lost], tars)
         for receipt, lost in ((each, {*each.lost_keys, *each.failed_keys}) for each in (low_res, high_res))
     )
     rows = {row["key"]: row for row in _quality_rows(dataset, quality, tables)}
@@ -164,7 +152,15 @@ def _manifest_rows(
         }
 
 
-def _images(dataset: Dataset, receipt: Receipt, keys: Sequence[str], tars: frozenset[str]) -> dict[str, Member]:
+def _flag_duplicates(rows: Sequence[dict[str, Any]], looks: DigestSet) -> None:
+    """Flag `near_duplicate` what looks the same as an earlier sample of the dataset; `looks` are the pHashes so far."""
+    for row in rows:
+        flags = list(row["flags"])
+        if "blank" not in flags and not looks.add(digest_of(row["phash"])):
+            row["flags"] = [*flags, "near_duplicate"]
+
+
+def _image_places(dataset: Dataset, receipt: Receipt, keys: Sequence[str], tars: frozenset[str]) -> dict[str, Member]:
     """Key -> place of its image in a committed tar that holds `keys`, by its commit record."""
     name = receipt.objects[0].name
     if name not in tars:
@@ -179,16 +175,11 @@ def _images(dataset: Dataset, receipt: Receipt, keys: Sequence[str], tars: froze
         raise ShardError(f"{name}: damaged commit record ({error}); delete it, then run: resmaster repair") from error
 
 
-def _quality_tables(dataset: Dataset, chains: Sequence[Chain]) -> dict[str, bytes]:
-    """Name -> content of the chains' quality tables, fetched together; what is gone is absent."""
-    return dataset.folder.read_many([chain.committed["quality"].objects[0].name for chain in chains])
-
-
 def _quality_rows(dataset: Dataset, receipt: Receipt, tables: dict[str, bytes]) -> list[dict[str, Any]]:
     name = receipt.objects[0].name
     if name not in tables:
         raise ShardError(_gone(dataset, receipt))
-    rows: list[dict[str, Any]] = decode_table(tables[name], QUALITY_SCHEMA, name).to_pylist()
+    rows: list[dict[str, Any]] = decode_table(tables[name], quality_schema(), name).to_pylist()
     return rows
 
 
@@ -198,5 +189,14 @@ def _gone(dataset: Dataset, receipt: Receipt) -> str:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the card
+def _repeated(manifest: Path, prints: array[int]) -> str | None:
+    """A key that occurs twice in a manifest. `prints`: the first 64 bits of its keys, all that is held of them; sorted in place."""
+    values = np.asarray(prints)
+    values.sort()
+    suspects = set(values[1:][values[1:] == values[:-1]].tolist())
+    if not suspects:
+        return None
+    batches = pq.ParquetFile(manifest).iter_batches(columns=["key"])
+    keys = (key for batch in batches for key in batch["key"].to_pylist())
+    seen = Counter(key for key in keys if int(key[:16], 16) in suspects)
+    return next((key for key, count in seen.items() if count > 1), None)

@@ -1,10 +1,10 @@
 """Writes `report/` of a dataset: the page and the contact sheets, from what is committed.
 
-Knows storage; what the page looks like is `resmaster_stages.publish.page`'s business.
-
 Invariants:
 - Only samples of the manifest are shown, so the report never shows what readers do not get.
 - One shard is opened at a time, and only if it holds a sample that is shown.
+
+Knows storage, and not what the page looks like: see `page.py` and `sheets.py`.
 """
 
 from __future__ import annotations
@@ -20,28 +20,25 @@ from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.ledger import ledger_rows
 from resmaster_stages.dataset.reading import shard_samples
-from resmaster_stages.dataset.schemas import MANIFEST_SCHEMA
+from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.inspection.explain import explain_command
-from resmaster_stages.metrics.flags import WORST_RANGES, badness
+from resmaster_stages.metrics.flags import badness, badness_columns
 from resmaster_stages.publish.page import ReportSample, choose, render_report
 from resmaster_stages.publish.sheets import contact_sheets
 from resmaster_stages.storage.tables import decode_table, rows_at
 
-BADNESS_COLUMNS = ("agreement_psnr", "seam", *WORST_RANGES, "clipped", "clip_score", "flags")
-"""What `quality.badness` reads of the manifest."""
-
 SIZE_COLUMNS = ["low_res_width", "low_res_height", "width", "height"]
-
+"""What `facts` reads of the manifest."""
 SHOWN_SAMPLES = 200
-"""A page with more pictures than this is slow to open: half are the worst, half evenly from the rest."""
+"""A page with more samples than this is slow to open: half are the worst, half evenly from the rest."""
 
 
 def write_report(dataset: Dataset) -> str:
     """Write report/index.html and contact sheets of what the manifest holds. Returns the page's path or URL."""
     manifest = dataset.folder.read(layout.MANIFEST)
-    table = decode_table(manifest, MANIFEST_SCHEMA, layout.MANIFEST, (*BADNESS_COLUMNS, *SIZE_COLUMNS))
+    table = decode_table(manifest, manifest_schema(), layout.MANIFEST, (*badness_columns(), *SIZE_COLUMNS))
     bad = [badness(row) for batch in table.to_batches(10_000) for row in batch.to_pylist()]
-    rows = rows_at(manifest, MANIFEST_SCHEMA, layout.MANIFEST, choose(bad, SHOWN_SAMPLES))
+    rows = rows_at(manifest, manifest_schema(), layout.MANIFEST, choose(bad, SHOWN_SAMPLES))
     shown = {row["key"]: row for row in rows}
     samples = sorted(_samples(dataset, shown), key=lambda sample: -badness(sample.quality))
     page = render_report(
@@ -49,9 +46,7 @@ def write_report(dataset: Dataset) -> str:
         facts(dataset.config, table),
         samples,
         failures(dataset),
-        count=len(samples),
         total=len(bad),
-        lead="Left: the low-res image. Right: the same, upscaled. Worst by quality first.",
     )
     dataset.folder.write(layout.REPORT_PAGE, page.encode())
     for number, sheet in enumerate(contact_sheets(samples, title=dataset.config.name)):
@@ -61,32 +56,38 @@ def write_report(dataset: Dataset) -> str:
     return dataset.folder.url_of(layout.REPORT_PAGE)
 
 
+def _samples(dataset: Dataset, rows: dict[str, dict[str, Any]]) -> Iterator[ReportSample]:
+    """The samples whose rows of the manifest are given (key -> row), in the order of their shards."""
+    stages = [stage for stage in ("low_res", "captions", "high_res") if stage in dataset.hashes]
+    for shard in sorted({row["shard"] for row in rows.values()}):
+        with shard_samples(dataset, shard, stages) as samples:
+            for sample in samples:
+                if sample.key not in rows or sample.low_res is None or sample.high_res is None:
+                    continue
+                yield ReportSample(
+                    key=sample.key,
+                    prompt=sample.prompt,
+                    low_res=sample.low_res.data,
+                    high_res=sample.high_res.data,
+                    captions=sample.captions,
+                    quality=rows[sample.key],
+                    meta={"seed": sample.high_res.meta.get("seed"), "shard": shard},
+                    command=explain_command(dataset.url, sample.key),
+                )
+
+
 def facts(config: DatasetConfig, manifest: pa.Table) -> dict[str, Any]:
     """What the page's header says of the dataset. `manifest`: its `SIZE_COLUMNS` at least."""
     upscale = config.upscale
     found = manifest.select(SIZE_COLUMNS).group_by(SIZE_COLUMNS).aggregate([])
     sizes = sorted(tuple(row[name] for name in SIZE_COLUMNS) for row in found.to_pylist())
     first = f"{sizes[0][0]} x {sizes[0][1]} px to {sizes[0][2]} x {sizes[0][3]} px" if sizes else "none yet"
-    parts = [
-        name
-        for name, on in (
-            ("structure", upscale.structure.enabled),
-            ("image prompts", upscale.image_prompt.enabled),
-            ("patch captions", upscale.text_prompt.enabled),
-        )
-        if on
-    ]
-    settings: dict[str, Any] = {}
-    if upscale.method == "super_resolution":
-        settings = {"network": upscale.super_resolution.model}
-    elif upscale.uses_diffusion():
-        settings = {"steps": upscale.steps, "guidance scale": upscale.guidance_scale}
     return {
         "samples": manifest.num_rows,
         "sizes": first + (f" and {len(sizes) - 1} more" if len(sizes) > 1 else ""),
-        "method": upscale.method + (f" ({', '.join(parts) or 'no guidance'})" if upscale.method == "resmaster" else ""),
+        "method": upscale.label(),
         "model": config.model.id,
-        **settings,
+        **upscale.facts(),
         "seed": config.seed,
     }
 
@@ -107,22 +108,3 @@ def failures(dataset: Dataset) -> list[dict[str, Any]]:
             if known is None or row["attempt_number"] >= known["attempt_number"]:
                 last[stage, row["key"]] = row
     return [{**row, "command": explain_command(dataset.url, row["key"])} for row in last.values()]
-
-
-def _samples(dataset: Dataset, rows: dict[str, dict[str, Any]]) -> Iterator[ReportSample]:
-    stages = [stage for stage in ("low_res", "captions", "high_res") if stage in dataset.hashes]
-    for shard in sorted({row["shard"] for row in rows.values()}):
-        with shard_samples(dataset, shard, stages) as samples:
-            for sample in samples:
-                if sample.key not in rows or sample.low_res is None or sample.high_res is None:
-                    continue
-                yield ReportSample(
-                    key=sample.key,
-                    prompt=sample.prompt,
-                    low_res=sample.low_res.data,
-                    high_res=sample.high_res.data,
-                    captions=sample.captions,
-                    quality=rows[sample.key],
-                    meta={"seed": sample.high_res.meta.get("seed"), "shard": shard},
-                    command=explain_command(dataset.url, sample.key),
-                )

@@ -1,5 +1,6 @@
-"""What a build came to, as a page of Markdown: samples, quality, flags, failures, and what to do next. Pure functions of what
-is published and of the ledger.
+"""What a build came to, as a page of Markdown: samples, quality, flags, failures, and what to do next.
+
+Reads what is published and the ledger; writes nothing. The page goes to Prefect, which shows Markdown.
 """
 
 from __future__ import annotations
@@ -13,21 +14,22 @@ import pyarrow.compute as pc
 
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset
-from resmaster_stages.dataset.schemas import MANIFEST_SCHEMA
+from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.inspection.status import Status, status
-from resmaster_stages.metrics.flags import FLAGS
-from resmaster_stages.publish.page import METRICS
+from resmaster_stages.metrics import shown_columns
+from resmaster_stages.metrics.flags import known_flags
 from resmaster_stages.publish.report import SIZE_COLUMNS, facts, failures
 from resmaster_stages.redaction import without_credentials
 from resmaster_stages.storage.tables import decode_table
 
 SHOWN_FAILURES = 20
+"""Failures that the page lists; it only counts further ones."""
 
 
 def summary(dataset: Dataset) -> str:
     """The page of a dataset whose manifest is written."""
-    columns = [*(name for name, *_ in METRICS), "flags", *SIZE_COLUMNS]
-    table = decode_table(dataset.folder.read(layout.MANIFEST), MANIFEST_SCHEMA, layout.MANIFEST, columns)
+    columns = [*(column.name for column in shown_columns()), "flags", *SIZE_COLUMNS]
+    table = decode_table(dataset.folder.read(layout.MANIFEST), manifest_schema(), layout.MANIFEST, columns)
     url = without_credentials(dataset.url)
     parts = [
         f"# {_cell(dataset.config.name)}",
@@ -45,18 +47,8 @@ def summary(dataset: Dataset) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(value: object) -> str:
-    """Text from outside as one cell: in one line, and nothing in it is Markdown or HTML."""
-    text = " ".join(str(value).split())
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|#!~" else "&amp;" if c == "&" else c for c in text)
-
-
 def _stages(found: Status) -> str:
+    """What each stage has done and what it still has to do."""
     head = ("stage", "shards committed", "pending", "failed", "samples ok", "samples failed", "compute")
     rows = [
         (s.stage, s.committed, s.pending, s.failed, s.samples_ok, s.samples_failed, f"{s.seconds:.0f} s")
@@ -67,28 +59,42 @@ def _stages(found: Status) -> str:
 
 def _quality(table: pa.Table) -> str:
     """Mean, median and the worst twentieth of each measure."""
-    lines = []
-    for name, label, form, meaning, sign in METRICS:
-        values = table[name].drop_null().to_numpy()
+    rows = []
+    for column in shown_columns():
+        values = table[column.name].drop_null().to_numpy()
         values = values[np.isfinite(values)]
         if values.size:
-            worst = np.percentile(values, 5 if sign == "1" else 95)
-            lines.append((label, *(form.format(float(v)) for v in (values.mean(), np.median(values), worst)), meaning))
-    return _table(("measure", "mean", "median", "worst twentieth", "meaning"), lines) if lines else "No sample yet."
+            worst = np.percentile(values, 95 if column.better == "↓" else 5)
+            numbers = (column.form.format(float(value)) for value in (values.mean(), np.median(values), worst))
+            rows.append((column.heading, *numbers, column.meaning))
+    return _table(("measure", "mean", "median", "worst twentieth", "meaning"), rows) if rows else "No sample yet."
 
 
 def _flags(table: pa.Table) -> str:
-    counts = {
-        found["values"]: found["counts"] for found in pc.value_counts(pc.list_flatten(table["flags"])).to_pylist()
-    }
+    """How many samples have a flag, and how many have each."""
+    found = pc.value_counts(pc.list_flatten(table["flags"])).to_pylist()
+    counts = {each["values"]: each["counts"] for each in found}
     flagged = pc.sum(pc.greater(pc.list_value_length(table["flags"]), 0)).as_py() or 0
-    shown = ", ".join(f"{flag} {counts[flag]}" for flag in FLAGS if flag in counts)
+    shown = ", ".join(f"{flag} {counts[flag]}" for flag in known_flags() if flag in counts)
     return f"{flagged} of {len(table)}" + (f" ({shown})" if shown else "")
 
 
 def _failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The section of failures, as parts of the page; none if there are none."""
     if not rows:
         return []
     shown = [(row["key"], row["stage"], row["error_class"], row["message"]) for row in rows[:SHOWN_FAILURES]]
     more = f"\n\n... and {len(rows) - len(shown)} more" if len(rows) > len(shown) else ""
     return [f"## {len(rows)} failed samples", _table(("key", "stage", "error", "reason"), shown) + more]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; cells are escaped."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    """Text from outside as one cell: in one line, and nothing in it is Markdown or HTML."""
+    text = " ".join(str(value).split())
+    return "".join(f"\\{c}" if c in "\\`*_[]<>|#!~" else "&amp;" if c == "&" else c for c in text)

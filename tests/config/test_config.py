@@ -7,14 +7,8 @@ import pytest
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import load_config, parse_config
-from resmaster_stages.config.methods import (
-    METHOD_PRESETS,
-    METHODS,
-    PRESETS,
-    STRUCTURE_PRESETS,
-    UpscaleConfig,
-    with_method,
-)
+from resmaster_stages.config.method import Method, methods, with_method
+from resmaster_stages.config.structure import STRUCTURE_PRESETS
 from resmaster_stages.dataset.stages import STAGES, hashes_of, reads_of, stages_of
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.identity import Weights
@@ -47,7 +41,11 @@ def test_the_configurations_that_are_shipped() -> None:
     ("values", "culprit", "advice"),
     [
         ({"upscal": {}}, "'upscal'", "known here"),
-        ({"upscale": {"methd": "direct"}}, "'upscale.methd'", "method"),
+        ({"upscale": {"methd": "direct"}}, "'upscale.methd'", "method resmaster knows: method, preset, scale"),
+        ({"upscale": {"method": "demofusion", "image_prompt": {}}}, "'upscale.image_prompt'", "cosine_scale_1"),
+        ({"upscale": {"structure": {"cutof": 1}}}, "'upscale.structure.cutof'", "known here: enabled, cutoff"),
+        ({"upscale": {"method": ["direct"]}}, "unknown method", "resmaster"),
+        ({"upscale": {"method": "freescale", "alpha": -1}}, "upscale.alpha", "greater than or equal to 0"),
         ({"upscale": {"method": "magic"}}, "'magic'", "resmaster"),
         ({"upscale": {"scale": 0.5}}, "upscale.scale", "greater than or equal to 1"),
         ({"upscale": {"structure": {"preset": "nope"}}}, "'nope'", "paper"),
@@ -182,13 +180,13 @@ def test_a_configuration_survives_its_own_json() -> None:
     assert parse_config(some.model_dump(mode="json")) == some
 
 
-def test_hashes_of_datasets_that_there_are_stand() -> None:
-    """Known digests: a new method's settings are no part of the identity of the others."""
+def test_known_hashes_stand() -> None:
+    """They may change on purpose alone: where they do, every dataset is made anew."""
     weights = Weights("m", "c", "q")
     for upscale, expected in (
-        ({"preset": "exact"}, "45dac48dc68af5ab"),
-        ({"method": "direct"}, "0eabd6d6b3cffd15"),
-        ({"method": "multidiffusion", "scale": 2.0}, "3fed580b498bafe6"),
+        ({"preset": "exact"}, "f5250d6de960fed6"),
+        ({"method": "direct"}, "ce57de92c62d7410"),
+        ({"method": "lanczos", "scale": 2.0}, "7bcd932bdf14297d"),
     ):
         unchecked = config(upscale=upscale, captions={"check": {"enabled": False}})
         assert hashes_of(unchecked, weights)["high_res"].startswith(expected)
@@ -216,55 +214,52 @@ def test_the_check_of_captions_is_their_identity_where_there_is_one() -> None:
     assert unread[0] == unread[1]
 
 
-def test_what_a_method_does_not_read_is_neither_its_identity_nor_stored() -> None:
-    for method, values in (
-        ("direct", {"structure": {"cutoff": 0.1}, "image_prompt": {"scale": 0.1}, "text_prompt": {"enabled": False}}),
-        ("c_upscale", {"image_prompt": {"scale": 0.1}}),
-    ):
-        plain, other = (config(upscale={"method": method, **some}) for some in ({}, values))
-        assert hashes(plain)["high_res"] == hashes(other)["high_res"]
-    assert hashes(config())["high_res"] != hashes(config(upscale={"structure": {"cutoff": 0.1}}))["high_res"]
-    stored = config(upscale={"method": "demofusion"}).model_dump(mode="json")["upscale"]
-    assert "demofusion" in stored
-    assert not {"freescale", "scalecrafter"} & stored.keys()
+def test_a_methods_identity_is_its_own_fields_and_its_name() -> None:
+    demofusion = config(upscale={"method": "demofusion", "view_batch": 3}).upscale
+    assert demofusion.identity().keys() == type(demofusion).model_fields.keys() - {"preset", "view_batch"}
+    assert config(upscale={"method": "lanczos"}).upscale.identity() == {"method": "lanczos", "scale": 4.0}
+    for name, method in methods().items():
+        assert method.model_fields["method"].default == name
+        changed = config(upscale={"method": name, "scale": 2})
+        assert hashes(config(upscale={"method": name}))["high_res"] != hashes(changed)["high_res"]
 
 
-def test_a_methods_own_part_is_its_identity_alone() -> None:
-    other = {"demofusion": {"sigma": 0.5}}
-    with pytest.raises(ConfigError, match="method resmaster does not read"):
-        config(upscale=other)
-    assert "demofusion" not in config().upscale.identity()
-    base, changed = (config(upscale={"method": "demofusion", **values}) for values in ({}, other))
-    assert hashes(base)["high_res"] != hashes(changed)["high_res"]
+def test_a_field_of_the_same_name_belongs_to_its_method() -> None:
+    """`start` of the phases of DemoFusion is not that of one path from the reference."""
+    late = {"method": "direct", "init": "noised_lr", "start": 0.65}
+    assert with_method(late, "scalecrafter") == {**late, "method": "scalecrafter"}
+    assert with_method(late, "demofusion") == {"method": "demofusion"}
 
 
 def test_method_presets_expand_and_explicit_fields_win() -> None:
-    faithful = config(upscale={"method": "demofusion", "preset": "faithful", "demofusion": {"start": 0.2}}).upscale
-    assert (faithful.demofusion.start, faithful.demofusion.jitter, faithful.stepper) == (0.2, "zeros", "ddim_keep")
+    faithful = config(upscale={"method": "demofusion", "preset": "faithful", "start": 0.2}).upscale
+    assert (faithful.start, faithful.jitter, faithful.stepper) == (0.2, "zeros", "ddim_keep")
     assert parse_config(config(upscale=faithful.model_dump()).model_dump(mode="json")).upscale == faithful
-    for method, presets in METHOD_PRESETS.items():
-        assert "default" in presets
-        assert set(presets) <= set(PRESETS) == {"default", "faithful", "exact"}
-        for name in presets:
-            config(upscale={"method": method, "preset": name})
+    for name, method in methods().items():
+        assert {"default"} <= method.presets.keys() <= {"default", "faithful", "exact"}
+        for preset in method.presets:
+            config(upscale={"method": name, "preset": preset})
+    part = config(upscale={"preset": "faithful", "structure": {"cutoff": 0.5}}).upscale.structure
+    assert (part.cutoff, part.stop) == (0.5, 1.0), "of a part, too, explicit fields win and the others are the preset's"
     with pytest.raises(ConfigError, match="unknown preset 'best'; known: default, faithful"):
         config(upscale={"method": "demofusion", "preset": "best"})
 
 
 def test_another_method_gets_what_was_set_but_not_what_resmasters_preset_set() -> None:
-    upscale = UpscaleConfig.model_validate({"steps": 16, "shift_stop": 0.7, "guidance_scale": 4.0})
+    upscale = Method.model_validate({"steps": 16, "shift_stop": 0.7, "guidance_scale": 4.0})
     values = upscale.model_dump(mode="json", exclude_unset=True)
     assert with_method(values, "direct") == {"method": "direct", "steps": 16, "guidance_scale": 4.0}
-    assert UpscaleConfig.model_validate(with_method(values, "resmaster")) == upscale
-    for method in METHODS:
-        UpscaleConfig.model_validate(with_method(values, method))
-    still = UpscaleConfig.model_validate({"shift": "none"}).model_dump(mode="json", exclude_unset=True)
-    assert with_method(still, "direct") == {"method": "direct", "shift": "none"}
-    exact = UpscaleConfig.model_validate({"preset": "exact", "steps": 16}).model_dump(mode="json", exclude_unset=True)
+    assert Method.model_validate(with_method(values, "resmaster")) == upscale
+    for method in methods():
+        Method.model_validate(with_method(values, method))
+    still = Method.model_validate({"shift": "none"}).model_dump(mode="json", exclude_unset=True)
+    assert with_method(still, "direct") == {"method": "direct"}
+    assert with_method(still, "multidiffusion") == {"method": "multidiffusion", "shift": "none"}
+    exact = Method.model_validate({"preset": "exact", "steps": 16}).model_dump(mode="json", exclude_unset=True)
     assert exact == {"preset": "exact", "steps": 16}
     assert with_method(exact, "direct") == {"method": "direct", "steps": 16}
     assert with_method(exact, "resmaster") == exact
-    free = {"method": "freescale", "preset": "faithful", "freescale": {"alpha": 2.0}}
+    free = {"method": "freescale", "preset": "faithful", "alpha": 2.0}
     assert with_method(free, "demofusion") == {"method": "demofusion", "preset": "faithful"}
     spelled = {"stepper": "posterior", "steps": 9}
     assert with_method(spelled, "direct") == {**spelled, "method": "direct"}
@@ -274,15 +269,15 @@ def test_another_method_gets_what_was_set_but_not_what_resmasters_preset_set() -
     "given", [{}, {"preset": "exact"}, {"preset": "faithful", "steps": 7}, {"shift": "none"}], ids=str
 )
 def test_what_was_given_is_all_that_is_set(given: dict[str, object]) -> None:
-    made = UpscaleConfig.model_validate(given)
+    made = Method.model_validate(given)
     assert made.model_fields_set == given.keys()
     for again in (made.model_dump(exclude_unset=True), made.model_dump(), made.model_dump(mode="json")):
-        assert UpscaleConfig.model_validate(again) == made
+        assert Method.model_validate(again) == made
     assert "preset" not in made.identity()
 
 
 def test_what_a_preset_sets_goes_where_the_user_turned_off_what_it_hangs_on() -> None:
-    still = UpscaleConfig.model_validate({"shift": "none"})
+    still = Method.model_validate({"shift": "none"})
     assert (still.shift_stride, still.shift_stop, still.start) == (None, 1.0, 0.3)
-    noise = UpscaleConfig.model_validate({"init": "noise"})
+    noise = Method.model_validate({"init": "noise"})
     assert (noise.start, noise.shift) == (0.0, "every_step")

@@ -64,16 +64,6 @@ def test_stage_changes_are_appended_and_can_be_taken_back(tmp_path: Path) -> Non
     assert json.loads((tmp_path / "demo" / "config.json").read_text())["upscale"]["steps"] == 25
 
 
-def test_a_dataset_from_before_fields_and_presets_were_kept_is_what_it_was(tmp_path: Path) -> None:
-    made = create_or_open(config_at(tmp_path, upscale={"method": "resmaster", "preset": "exact"}))
-    path = tmp_path / "demo" / "config.json"
-    values = json.loads(path.read_text())
-    for name in ("preset", "guidance_stop", "shift", "shift_stride", "shift_stop", "start"):
-        del values["upscale"][name]
-    path.write_text(json.dumps(values))
-    assert open_dataset(str(tmp_path)).config.upscale == made.config.upscale
-
-
 def test_a_change_that_loses_the_race_takes_the_next_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create_or_open(config_at(tmp_path))
     real, raced = dataset_module._current, []

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resmaster_stages.config.methods import StructureConfig
+from resmaster_stages.config.structure import StructureConfig
 from resmaster_stages.diffusion.frequency import (
     cutoff_sigma,
     fft_mask,

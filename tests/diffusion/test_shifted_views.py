@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resmaster_stages.config.load import parse_config
-from resmaster_stages.config.methods import UpscaleConfig
 from resmaster_stages.diffusion.conditions import make_conditions
 from resmaster_stages.diffusion.cost import counting
-from resmaster_stages.diffusion.shifted_views import moving_grid, nearest_views, placed, shift_at
+from resmaster_stages.diffusion.shifted_views import nearest_views, shift_at
 from resmaster_stages.diffusion.views import Grid, view_grid
 from resmaster_stages.errors import ConfigError
+from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.methods.upscale import upscale_image
 from tests.methods.common import adapted, picture, schedule
 from tests.methods.common import settings as method
@@ -50,7 +50,7 @@ def test_moved_views_are_fused_back_and_take_the_nearest_views_conditions():
     models, grid = adapted(), view_grid(128, 192, 64, 0.5, 8)
     texts = [f"{number}" for number in range(2 * len(grid))]  # two samples
     conditions = make_conditions(models, grid, texts, [""] * len(texts), guided=True)
-    at = placed(grid, conditions, UpscaleConfig(preset="exact", shift="every_step"), models.device)
+    at = ResMaster(preset="exact", shift="every_step").placed(grid, conditions, models.device)
     canvas = torch.randn(2, 4, grid.height, grid.width)
     seen = set()
     for step in schedule(6):
@@ -89,35 +89,31 @@ def test_every_step_costs_the_same():
     assert cost.calls == 3 * 9  # 2 x 2 windows stand still, 3 x 3 move
 
 
-def test_methods_without_a_moving_grid_refuse_it_and_identities_stay():
-    with pytest.raises(ConfigError, match="shift is set, which method direct does not read"):
+def test_methods_without_a_moving_grid_refuse_it():
+    with pytest.raises(ConfigError, match=r"unknown key 'upscale\.shift'; method direct knows"):
         parse_config({"name": "d", "upscale": {"method": "direct", "shift": "every_step"}})
-    assert "shift" not in UpscaleConfig(preset="exact").identity()
-    assert UpscaleConfig(preset="exact", shift="every_step").identity()["shift"] == "every_step"
+    assert ResMaster(preset="exact", shift="every_step").identity()["shift"] == "every_step"
 
 
 def test_moving_views_may_lie_further_apart_and_stand_still_at_the_end():
     models, grid = adapted(), view_grid(128, 192, 64, 0.5, 8)
     texts = [f"{number}" for number in range(len(grid))]
     conditions = make_conditions(models, grid, texts, [""] * len(texts), guided=True)
-    config = UpscaleConfig(shift="every_step", shift_stride=1.0, shift_stop=0.6, steps=10)
-    at, canvas = placed(grid, conditions, config, models.device), torch.randn(1, 4, grid.height, grid.width)
+    config = ResMaster(shift="every_step", shift_stride=1.0, shift_stop=0.6, steps=10)
+    at, canvas = config.placed(grid, conditions, models.device), torch.randn(1, 4, grid.height, grid.width)
     counts = []
     for step in schedule(10):
         views, there = at(step)
         torch.testing.assert_close(views.fuse(views.cut(canvas)), canvas)
         counts.append(len(there))
-    moving = len(moving_grid(grid, config))
+    moving = len(config.moving(grid))
     assert moving < len(replace(grid, shift=(0, 0)))
     assert counts == [moving] * 6 + [len(grid)] * 4
     assert torch.equal(at(schedule(10)[-1])[1].text.index, conditions.text.index)
 
 
 def test_fields_of_moving_views_need_moving_views():
-    with pytest.raises(ConfigError, match="shift_stop is set, but no view moves; set shift: every_step too"):
+    with pytest.raises(ConfigError, match="shift_stop is set, but is read only with shift: every_step; set that too"):
         parse_config({"name": "d", "upscale": {"shift": "none", "shift_stop": 0.5}})
     with pytest.raises(ConfigError, match="shift_stride"):
         parse_config({"name": "d", "upscale": {"preset": "exact", "shift_stride": 1.0}})
-    exact = {"preset": "exact"}
-    moving, still = (UpscaleConfig.model_validate({**exact, "shift": shift}) for shift in ("every_step", "none"))
-    assert moving.identity().keys() == {*still.identity(), "shift"}

@@ -19,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 from resmaster_stages.dataset.dataset import create_or_open, open_dataset
-from resmaster_stages.dataset.schemas import MANIFEST_SCHEMA
+from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.prompts import ingest
 from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.runner.run import run_stage
@@ -70,7 +70,7 @@ def everything(root: str) -> dict[object, object]:
                 named.add(stored.name)
             if receipt.ledger:
                 assert dataset.folder.exists(receipt.ledger)
-    manifest = decode_table(dataset.folder.read("manifest.parquet"), MANIFEST_SCHEMA, "manifest")
+    manifest = decode_table(dataset.folder.read("manifest.parquet"), manifest_schema(), "manifest")
     objects = ("high_res_object", "low_res_object", "captions_object")
     found["manifest"] = manifest.drop(objects).to_pylist()
     keys = manifest["key"].to_pylist()

@@ -19,7 +19,7 @@ from resmaster_flows.cli.compare import print_tables
 from resmaster_flows.cli.main import main, parser
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import load_config, parse_config
-from resmaster_stages.config.methods import METHODS, UpscaleConfig
+from resmaster_stages.config.method import Method, methods, with_method
 from resmaster_stages.dataset.dataset import Dataset, create_or_open, open_dataset
 from resmaster_stages.dataset.plan import read_plan
 from resmaster_stages.dataset.sample import Output, Sample
@@ -61,7 +61,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resmaster_stages.metrics.features.load_extractor", lambda config: Means())
 
 
-def upscale_of(method: str) -> UpscaleConfig:
+def upscale_of(method: str) -> Method:
     (variant,) = variants(parse_config({"name": "d"}), method, "4x4")
     return variant.config.upscale
 
@@ -185,20 +185,19 @@ def test_images_of_the_user_keep_their_size(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ cost
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods())
 def test_the_cost_is_what_a_real_unet_counts(method: str) -> None:
     from resmaster_stages.methods.upscale import upscale_image
     from resmaster_stages.models.parts import Models
     from tests.tiny_models import counted, tiny_adapted
 
     models = Models.from_pipeline(tiny_adapted())
-    config = UpscaleConfig.model_validate(
-        {"method": method, "steps": 2, "scale": 2, "view_batch": 4, "micro_conditioning": "native"}
-    )
+    values = {"steps": 2, "scale": 2, "view_batch": 4, "micro_conditioning": "native"}
+    config = Method.model_validate(with_method(values, method))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 80, 3)).astype(np.uint8))
     with counted(models.unet) as shapes, counting() as cost:
         upscale_image(models, image, "a boat", config=config)
-    assert bool(shapes) == config.uses_diffusion()
+    assert bool(shapes) == config.base_model
     assert (cost.calls, cost.rows) == (len(shapes), sum(shape[0] for shape in shapes))
     native = (models.native_px // models.latent_factor) ** 2
     assert cost.native_rows == pytest.approx(sum(n * h * w for n, _, h, w in shapes) / native)
@@ -273,7 +272,7 @@ def build(look: Preview) -> bool:
     dataset = open_dataset(look.url)
     for stage, shards in pending(dataset).items():
         for shard in shards:
-            uses = dataset.config.upscale.uses_captions()
+            uses = dataset.config.upscale.uses("captions")
             process = {**FAKES, "quality": quality, "high_res": FAKES["high_res"] if uses else no_captions}[stage]
             run_stage(dataset, stage, shard, process=process)
     write_manifest(dataset)
@@ -551,7 +550,7 @@ def test_a_drawing_takes_no_detail_mask(tmp_path: Path, fakes: None) -> None:
     pytest.importorskip("resvg_py")
     (tmp_path / "mask.png").write_bytes(png((9, 9, 9)))
     (tmp_path / "prompts.csv").write_text("prompt,detail_mask\na red cat,mask.png\n")
-    masked = {"method": "freescale", "freescale": {"alpha_elsewhere": 0.5}}
+    masked = {"method": "freescale", "alpha_elsewhere": 0.5}
     config = drawn_config(tmp_path, "", prompts=str(tmp_path / "prompts.csv"), upscale=masked)
     with pytest.raises(ConfigError, match="no detail mask"):
         compare(config, build, methods="freescale", low_res="drawn")

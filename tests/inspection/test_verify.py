@@ -336,8 +336,8 @@ def test_the_command_line(local: Dataset, capsys: pytest.CaptureFixture[str]) ->
 
 
 def keys_of_manifest(dataset: Dataset, shard: int) -> list[str]:
-    from resmaster_stages.dataset.schemas import MANIFEST_SCHEMA
+    from resmaster_stages.dataset.schemas import manifest_schema
     from resmaster_stages.storage.tables import decode_table
 
-    rows = decode_table(dataset.folder.read("manifest.parquet"), MANIFEST_SCHEMA, "manifest").to_pylist()
+    rows = decode_table(dataset.folder.read("manifest.parquet"), manifest_schema(), "manifest").to_pylist()
     return [row["key"] for row in rows if row["shard"] == shard]

@@ -5,9 +5,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from resmaster_stages.config.methods import UpscaleConfig
+from resmaster_stages.config.method import Method, methods, with_method
 from resmaster_stages.diffusion.reference import pad_to_multiple, to_tensor, upsample
 from resmaster_stages.diffusion.schedule import Step, make_schedule
+from resmaster_stages.methods.lanczos import Lanczos
 from resmaster_stages.methods.request import Reference, Request
 from resmaster_stages.methods.upscale import target_size
 from resmaster_stages.models.parts import Models
@@ -27,8 +28,17 @@ def picture(width=64, height=64, seed=0) -> Image.Image:
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def settings(method, **values) -> UpscaleConfig:
-    return UpscaleConfig.model_validate({"method": method, "steps": 2, "scale": 2, **values})
+DIFFUSION_METHODS = tuple(name for name, each in methods().items() if each.base_model)
+"""Methods that denoise with the base model."""
+
+
+def settings(method, **values) -> Method:
+    """`values` of `method`, at 2x in few steps where it has any."""
+    return Method.model_validate({**with_method({"steps": 2, "scale": 2}, method), **values})
+
+
+def lanczos(image, height, width) -> Image.Image:
+    return Lanczos().enlarge(image, height, width, torch.device("cpu"), torch.float32)
 
 
 def request(models, config, low_res=None, prompt="a cat") -> Request:

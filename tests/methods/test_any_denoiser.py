@@ -9,7 +9,6 @@ import torch
 
 from resmaster_stages.diffusion.loop import CanvasNoise, denoise
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.methods import METHODS
 from resmaster_stages.methods.upscale import upscale_image
 from tests.methods.common import picture, plain, request, schedule, settings
 
@@ -38,9 +37,9 @@ class Gaussian:
 def drawn(method, steps=20, **values):
     """The canvas of a method, and the one view of the whole canvas that the denoiser saw least once, in shapes."""
     models = replace(plain(), unet=Gaussian(schedule(steps)))
-    asked = request(models, settings(method, steps=steps, structure={"enabled": False}, **values))
+    asked = request(models, settings(method, steps=steps, **values))
     z, noise = None, CanvasNoise([3], 4, *asked.canvas_size, models.device)
-    for stage in METHODS[method](asked):
+    for stage in asked.config.passes(asked):
         path, draw = schedule(steps)[stage.first :], noise.resized(stage.height, stage.width)
         z, composition = stage.begin(z, draw, path[0])
         z = stage.finish(denoise(models, composition, path, z, draw, view_batch=16))
@@ -49,7 +48,8 @@ def drawn(method, steps=20, **values):
 
 @pytest.mark.parametrize("method", ["multidiffusion", "resmaster"])
 def test_without_neighbours_to_see_views_and_canvas_are_one(method):
-    values = {"image_prompt": {"enabled": False}, "preset": "exact"} if method == "resmaster" else {}
+    off = {"image_prompt": {"enabled": False}, "structure": {"enabled": False}}
+    values = {**off, "preset": "exact"} if method == "resmaster" else {}
     whole, shapes = drawn("direct")
     assert shapes == {(2, 4, 32, 32)}
     views, shapes = drawn(method, **values)

@@ -132,7 +132,7 @@ def test_capturing_and_patches_end_with_exceptions():
     ("values", "shapes"),
     [
         ({"steps": 4}, [(1, 4, 16, 16), (18, 4, 16, 16)] * 2),
-        ({"steps": 2, "c_upscale": {"share": 0.0}}, [(18, 4, 16, 16)]),
+        ({"steps": 2, "share": 0.0}, [(18, 4, 16, 16)]),
         ({"steps": 2, "view_batch": 5, "guidance_scale": 1}, [(1, 4, 16, 16), *[(3, 4, 16, 16)] * 3]),
     ],
 )
@@ -148,7 +148,7 @@ def test_unet_calls(values, shapes):
 def test_the_structure_is_held_at_every_step_of_its_own_path(preset):
     config = settings("c_upscale", preset=preset, steps=50)
     weights = swap_weights(config.structure, config.steps)
-    assert all(weights[first_step(config.c_upscale.start, config.steps) :])
+    assert all(weights[first_step(config.start, config.steps) :])
     assert (config.structure.cutoff, config.structure.cutoff_units) == (0.8, "lr_nyquist")
 
 
@@ -158,7 +158,7 @@ def make(captions=None, **values):
 
 
 def test_without_its_priors_it_is_multidiffusion_from_the_noised_reference():
-    bare = make(**OFF, c_upscale={"share": 0.0, "start": 0.0})
+    bare = make(**OFF, share=0.0, start=0.0)
     assert bare.tobytes() == make(method="multidiffusion", init="noised_lr").tobytes()
 
 
@@ -167,8 +167,8 @@ def test_without_its_priors_it_is_multidiffusion_from_the_noised_reference():
     [
         {"structure": {"enabled": False}},
         {"text_prompt": {"enabled": False}},
-        {"c_upscale": {"share": 0.9}},
-        {"c_upscale": {"start": 0.2}},
+        {"share": 0.9},
+        {"start": 0.2},
     ],
 )
 def test_every_prior_has_an_effect(change):

@@ -11,7 +11,6 @@ from resmaster_stages.diffusion.irregular_views import InterleavedViews, Scatter
 from resmaster_stages.diffusion.loop import CanvasNoise, denoise
 from resmaster_stages.diffusion.reference_guidance import match_moments, skip_residual
 from resmaster_stages.diffusion.views import Grid
-from resmaster_stages.methods import demofusion, multidiffusion
 from resmaster_stages.methods.demofusion import dilated_input
 from resmaster_stages.methods.passes import phase_scales
 from resmaster_stages.methods.upscale import upscale_image
@@ -90,13 +89,13 @@ def test_the_anchor_restores_mean_and_deviation_of_each_sample():
 
 def test_the_blur_before_dilated_views_keeps_moments_and_fades():
     z = torch.randn(1, 4, 32, 32)
-    blur = dilated_input(4, settings("demofusion").demofusion)
+    blur = dilated_input(4, settings("demofusion"))
     first, last = blur(z, schedule()[0]), blur(z, schedule()[-1])
     torch.testing.assert_close(first.std(), z.std())
     assert (first - z).abs().mean() > 0.3
     torch.testing.assert_close(last, z)
     torch.testing.assert_close(gaussian_blur(torch.ones(1, 1, 9, 9), 2, 1.0)[0, 0, 4, 4], torch.tensor(1.0))
-    assert torch.equal(dilated_input(1, settings("demofusion").demofusion)(z, schedule()[0]), z)
+    assert torch.equal(dilated_input(1, settings("demofusion"))(z, schedule()[0]), z)
 
 
 @pytest.mark.parametrize(
@@ -118,13 +117,13 @@ def test_phases(scale, phases, refine, expected):
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"demofusion": {"start": 0.0}}, [(18, 4, 16, 16), (8, 4, 16, 16)] * 2),
-        ({"demofusion": {"refine": True}}, [(2, 4, 16, 16)] * 4 + [(18, 4, 16, 16), (8, 4, 16, 16)] * 2),
+        ({"start": 0.0}, [(18, 4, 16, 16), (8, 4, 16, 16)] * 2),
+        ({"refine": True}, [(2, 4, 16, 16)] * 4 + [(18, 4, 16, 16), (8, 4, 16, 16)] * 2),
         (
             {"scale": 3, "view_batch": 25, "steps": 1},
             [(18, 4, 16, 16), (8, 4, 16, 16), (50, 4, 16, 16), (18, 4, 16, 16)],
         ),
-        ({"demofusion": {"start": 0.5}}, [(18, 4, 16, 16), (8, 4, 16, 16)]),
+        ({"start": 0.5}, [(18, 4, 16, 16), (8, 4, 16, 16)]),
         ({"guidance_scale": 1, "steps": 1}, [(9, 4, 16, 16), (4, 4, 16, 16)]),
         ({"preset": "faithful"}, [(18, 4, 16, 16), (8, 4, 16, 16)] * 2),
     ],
@@ -141,12 +140,12 @@ def test_unet_calls(values, expected):
 
 def test_without_dilated_views_it_is_multidiffusion_with_the_skip_residual():
     ours = adapted()
-    config = settings("demofusion", steps=3, demofusion={"cosine_scale_2": 1e9, **STILL})
+    config = settings("demofusion", steps=3, cosine_scale_2=1e9, **STILL)
     asked = request(ours, config)
-    (stage,) = demofusion.stages(asked)
+    (stage,) = config.passes(asked)
     noise = CanvasNoise([5], 4, 32, 32, ours.device)
     z, composition = stage.begin(None, noise, schedule(3)[0])
-    expected = replace(multidiffusion.compose(asked), latent_hooks=composition.latent_hooks)
+    expected = replace(settings("multidiffusion", steps=3).compose(asked), latent_hooks=composition.latent_hooks)
     results = [denoise(ours, c, schedule(3), z, noise, view_batch=16) for c in (composition, expected)]
     torch.testing.assert_close(*results)
     without = replace(expected, latent_hooks=())
@@ -161,8 +160,8 @@ def test_every_knob_has_an_effect(change):
     base = {"start": 0.0}
     assert (
         difference(
-            make(steps=3, demofusion=base),
-            make(steps=3, demofusion={**base, **change}),
+            make(steps=3, **base),
+            make(steps=3, **base, **change),
         )
         > 0
     )
@@ -174,5 +173,5 @@ def test_a_seed_decides_the_picture_whatever_the_batch_and_the_reference_is_foll
     assert difference(one, make(seed=1, view_batch=16)) <= 1
     assert difference(one, make(seed=2, view_batch=4)) > 0
     held = {"cosine_scale_1": 0.0, "start": 0.0}  # every latent is the noised reference: the last step starts from it
-    a, b = (make(demofusion=held, image=picture(seed=s)) for s in (1, 2))
+    a, b = (make(**held, image=picture(seed=s)) for s in (1, 2))
     assert difference(a, b) > 10

@@ -1,5 +1,6 @@
 """docs/methods.md and docs/speed.md: a section per method, a word on every knob, commands and settings that are understood."""
 
+import inspect
 import re
 import shlex
 
@@ -10,7 +11,7 @@ from PIL import Image
 from benchmarks.methods import options
 from resmaster_flows.cli.main import parser
 from resmaster_stages.config.load import load_config
-from resmaster_stages.config.methods import METHOD_PARTS, METHOD_PRESETS, METHODS, UpscaleConfig
+from resmaster_stages.config.method import Method, methods
 from resmaster_stages.evaluation.variants import variants
 from tests.checkout import ROOT
 
@@ -26,15 +27,16 @@ def lines(page: str, start: str) -> list[str]:
     return [line for line in text.replace("\\\n", " ").splitlines() if line.startswith(start)]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods())
 def test_every_method_has_a_section_with_its_use_cost_failure_and_knobs(method: str) -> None:
     section = SECTIONS[method]
     for word in ("Use it", "Cost", "Known failure", "Knobs"):
         assert f"**{word}**" in section, word
-    part = METHOD_PARTS.get(method)
-    for name in part.model_fields if part else ():
-        assert f"`{name}`" in section or f"`{name}:" in section, name
-    presets = METHOD_PRESETS.get(method, {})
+    known = methods()[method]
+    own = inspect.get_annotations(known).keys() & known.model_fields.keys() - {"method"}
+    for name in own:
+        assert re.search(rf"`{name}[`:.]", section), name
+    presets = known.presets
     if presets.keys() - {"default"} and presets.get("faithful") != presets.get("default"):
         assert "**Presets**" in section
     for preset in presets.keys() - {"default"}:
@@ -44,19 +46,19 @@ def test_every_method_has_a_section_with_its_use_cost_failure_and_knobs(method: 
 
 
 def test_the_table_of_uses_names_every_method() -> None:
-    assert set(re.findall(r"\*\*([a-z_]+)\*\*", PAGE[: PAGE.index("## direct")])) == set(METHODS)
+    assert set(re.findall(r"\*\*([a-z_]+)\*\*", PAGE[: PAGE.index("## direct")])) == set(methods())
 
 
 def test_settings_and_commands_are_understood() -> None:
     (snippet,) = re.findall(r"^```yaml\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
-    UpscaleConfig.model_validate(yaml.safe_load(snippet)["upscale"])
+    Method.model_validate(yaml.safe_load(snippet)["upscale"])
     for command in re.findall(r"`(resmaster upscale .*?)`", PAGE):
         if "..." not in command and command.count(".png") > 1:
             parser().parse_args(shlex.split(command)[1:])
     (command,) = lines(PAGE, "resmaster compare ")
     args = parser().parse_args(shlex.split(command)[1:])
     found = variants(load_config(ROOT / args.config), args.methods, args.scales)
-    assert [variant.method for variant in found] == list(METHODS)
+    assert [variant.method for variant in found] == list(methods())
     for command in lines(SPEED, "python benchmarks/methods.py"):
         options().parse_args(shlex.split(command)[2:])
     assert len(lines(SPEED, "python benchmarks/methods.py")) == 2
@@ -73,4 +75,4 @@ def test_links_and_pictures_are_there() -> None:
 
 def test_the_speed_table_has_every_method() -> None:
     rows = re.findall(r"^\| ([a-z_]+) \|", SPEED, flags=re.MULTILINE)
-    assert [name for name in rows if name in METHODS][: len(METHODS)] == list(METHODS)
+    assert [name for name in rows if name in methods()][: len(methods())] == list(methods())

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resmaster_stages.diffusion import dispersion, frequency, scale_fusion
+from resmaster_stages.diffusion import dispersion, frequency, low_pass, scale_fusion
 from resmaster_stages.diffusion.loop import CanvasNoise, denoise
-from resmaster_stages.methods import METHODS, fouriscale
 from resmaster_stages.methods.upscale import upscale_image
 from tests.methods.common import adapted, picture, plain, request, schedule, settings
 from tests.tiny_models import counted
@@ -22,7 +21,7 @@ def test_fouriscale_builds_each_filter_once(monkeypatch):
     built = []
     original = torch.fft.irfft
     monkeypatch.setattr(torch.fft, "irfft", lambda *args, **kwargs: built.append(1) or original(*args, **kwargs))
-    fouriscale.filter_matrix.cache_clear()
+    low_pass.filter_matrix.cache_clear()
     make("fouriscale", steps=10)
     # strong and weak, at the UNet's two levels, at dilation 2 and at those that fall from step 4 to 7
     assert 0 < len(built) <= 2 * 2 * 4
@@ -55,11 +54,11 @@ def test_dispersed_kernels_are_solved_once_and_spread_once_per_picture(monkeypat
     spread = []
     original = dispersion.dispersed_weight
     monkeypatch.setattr(
-        "resmaster_stages.methods.scalecrafter.dispersed_weight", lambda w: spread.append(1) or original(w)
+        "resmaster_stages.diffusion.dispersion.dispersed_weight", lambda w: spread.append(1) or original(w)
     )
-    make("scalecrafter", scale=3, steps=6, scalecrafter={"dispersed": True})
+    make("scalecrafter", scale=3, steps=6, dispersed=True)
     layers = len(spread)
-    make("scalecrafter", scale=3, steps=6, scalecrafter={"dispersed": True})
+    make("scalecrafter", scale=3, steps=6, dispersed=True)
     assert len(spread) == 2 * layers > 0
     assert dispersion.dispersion_matrix.cache_info().misses == 1
 
@@ -90,7 +89,7 @@ def test_freescale_projects_once_on_the_canvas_and_runs_its_windows_as_one_batch
         scale_fusion, "attend", lambda q, k, v, heads: batches.append(tuple(q.shape[:2])) or attend(q, k, v, heads)
     )
     try:
-        make("freescale", steps=2, freescale={"start": 0.0})
+        make("freescale", steps=2, start=0.0)
     finally:
         for hook in hooks:
             hook.remove()
@@ -149,7 +148,7 @@ def test_no_step_waits_for_the_device(method, values):
     """Methods that draw places at random read them from a generator of the host, which is no wait."""
     models = adapted()
     asked = request(models, settings(method, scale=4, steps=6, **values))
-    (stage,) = METHODS[method](asked)
+    (stage,) = asked.config.passes(asked)
     noise, path = CanvasNoise([3], 4, *asked.canvas_size, models.device), schedule(6)[stage.first :]
     z, composition = stage.begin(None, noise, path[0])
     denoise(models, composition, path, z, noise, view_batch=asked.view_limit)  # filters are made once, on the host

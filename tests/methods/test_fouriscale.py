@@ -7,16 +7,8 @@ from hypothesis import strategies as st
 from resmaster_stages.diffusion.buckets import base_size, buckets
 from resmaster_stages.diffusion.convolutions import changed_layers, dilated
 from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, Moment
-from resmaster_stages.methods.fouriscale import (
-    DETAIL,
-    DetailGuidance,
-    Filtered,
-    filter_matrix,
-    layer_rules,
-    make_plan,
-    mask,
-    shared_attention,
-)
+from resmaster_stages.diffusion.low_pass import Filtered, filter_matrix, mask, shared_attention
+from resmaster_stages.methods.fouriscale import DETAIL, DetailGuidance, layer_rules, make_plan
 from resmaster_stages.methods.upscale import upscale_image
 from tests.methods.common import (
     adapted,
@@ -30,7 +22,7 @@ from tests.methods.common import (
 )
 from tests.tiny_models import counted
 
-OWN = settings("fouriscale").fouriscale
+OWN = settings("fouriscale")
 CPU = torch.device("cpu")
 
 
@@ -141,13 +133,13 @@ def run_unet(unet, rows):
 def test_shared_attention_touches_the_detail_branch_alone():
     unet, moment = sdxl_shaped(), Moment(schedule()[0], (NEGATIVE, TEXT, DETAIL))
     base = run_unet(unet, 3)
-    with shared_attention(unet, moment):
+    with shared_attention(unet, moment, DETAIL):
         shared = run_unet(unet, 3)
         moment.branches = (NEGATIVE, TEXT)
         torch.testing.assert_close(run_unet(unet, 2), run_unet(sdxl_shaped(), 2))
     torch.testing.assert_close(shared[:2], base[:2])
     assert (shared[2] - base[2]).abs().max() > 1e-4
-    with pytest.raises(RuntimeError, match="boom"), shared_attention(unet, moment):
+    with pytest.raises(RuntimeError, match="boom"), shared_attention(unet, moment, DETAIL):
         raise RuntimeError("boom")
     assert forwards(unet) == {}
 
@@ -156,7 +148,7 @@ def test_after_the_schedule_the_network_is_the_plain_one():
     unet, moment = sdxl_shaped(), Moment(schedule()[35], (NEGATIVE, TEXT))
     base = run_unet(unet, 2)
     rules = layer_rules(unet, make_plan(2048, 2048, 1024, 50, OWN), (1.0, 1.0), 0.6)
-    with changed_layers(unet, rules, moment), shared_attention(unet, moment):
+    with changed_layers(unet, rules, moment), shared_attention(unet, moment, DETAIL):
         assert torch.equal(run_unet(unet, 2), base)
         moment.step = schedule()[34]
         assert (run_unet(unet, 2) - base).abs().max() > 1e-4
@@ -197,7 +189,7 @@ def make(**values):
     "change", [{"floor": 0.0}, {"freeu": True}, {"amplification": 2.4}, {"until": 0.5}, {"full_until": 0.0}]
 )
 def test_every_knob_has_an_effect(change):
-    assert difference(make(steps=4), make(steps=4, fouriscale=change)) > 0
+    assert difference(make(steps=4), make(steps=4, **change)) > 0
 
 
 def test_at_native_size_it_is_direct_inference():

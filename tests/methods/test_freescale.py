@@ -138,7 +138,7 @@ def test_fusion_is_undone_after_exceptions():
     [
         ({"steps": 10}, [(2, 4, 32, 32)] * 7),
         ({"scale": 4, "steps": 2}, [(2, 4, 32, 32)] * 2 + [(2, 4, 64, 64)] * 2),
-        ({"scale": 4, "steps": 2, "freescale": {"phases": "last", "start": 0.5}}, [(2, 4, 64, 64)]),
+        ({"scale": 4, "steps": 2, "phases": "last", "start": 0.5}, [(2, 4, 64, 64)]),
         ({"preset": "faithful", "steps": 2}, [(2, 4, 32, 32)] * 2),
         ({"scale": 1, "steps": 2}, [(2, 4, 16, 16)] * 2),
     ],
@@ -169,29 +169,29 @@ def make(image=None, seed=0, **values):
     ],
 )
 def test_every_knob_has_an_effect(change):
-    assert np.abs(np.asarray(make(steps=3)).astype(int) - np.asarray(make(steps=3, freescale=change))).sum() > 0
+    assert np.abs(np.asarray(make(steps=3)).astype(int) - np.asarray(make(steps=3, **change))).sum() > 0
 
 
 def test_a_seed_decides_the_picture_and_the_reference_is_followed():
     assert make(seed=1).tobytes() == make(seed=1).tobytes()
     assert difference(make(seed=1), make(seed=2)) > 0
-    held = {"freescale": {"alpha": 0.0}}  # every latent is the noised reference
+    held = {"alpha": 0.0}  # every latent is the noised reference
     assert difference(make(picture(seed=1), **held), make(picture(seed=2), **held)) > 10
 
 
 def test_without_its_parts_it_is_direct_inference_from_the_noised_reference():
     bare = {"fusion": False, "dilate_until": 0.0, "alpha": 1e9, "start": 0.0}
-    ours = make(scale=1, freescale=bare)
+    ours = make(scale=1, **bare)
     assert difference(ours, make(scale=1, method="direct", init="noised_lr")) <= 1
 
 
 def test_detail_control_by_region_mixes_two_exponents():
-    config = settings("freescale", freescale={"alpha": 3.0, "alpha_elsewhere": 0.5})
+    config = settings("freescale", alpha=3.0, alpha_elsewhere=0.5)
     asked = request(plain(), config)
-    assert detail_control(asked, 32, 32) == 3.0
+    assert detail_control(asked, config, 32, 32) == 3.0
     half = Image.new("L", (8, 8))
     half.paste(255, (4, 0, 8, 8))
-    exponents = detail_control(replace(asked, detail=to_mask(half)), 32, 32)
+    exponents = detail_control(replace(asked, detail=to_mask(half)), config, 32, 32)
     assert exponents.shape == (1, 1, 32, 32)
     assert exponents[..., :12].eq(0.5).all()
     assert exponents[..., 20:].eq(3).all()
@@ -204,7 +204,7 @@ def test_detail_control_by_region_mixes_two_exponents():
 
 def test_a_white_mask_is_no_mask_and_a_black_one_is_the_other_exponent():
     def make(detail=None, **values):
-        config = settings("freescale", steps=3, scale=2.5, freescale={"start": 0.0, **values})
+        config = settings("freescale", steps=3, scale=2.5, start=0.0, **values)
         return upscale_image(plain(), picture(40, 24), "a cat", config=config, detail=detail)
 
     both = {"alpha": 3.0, "alpha_elsewhere": 0.5}

@@ -15,7 +15,6 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from resmaster_stages.diffusion.loop import CanvasNoise, denoise
 from resmaster_stages.diffusion.reference import to_image
 from resmaster_stages.diffusion.schedule import make_schedule
-from resmaster_stages.methods import METHODS
 from resmaster_stages.methods.passes import first_step
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.identity import pack_folder
@@ -71,7 +70,7 @@ def ours(models, asked, seen):
     config = asked.config
     path = make_schedule(models.scheduler_config, config.steps)
     noise = CanvasNoise([SEED], models.latent_channels, *asked.canvas_size, models.device)
-    (stage,) = METHODS[config.method](asked)
+    (stage,) = config.passes(asked)
     z, composition = stage.begin(None, noise, path[stage.first])
     for step in path[stage.first :]:
         z = denoise(models, composition, [step], z, noise, view_batch=16)

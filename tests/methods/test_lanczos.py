@@ -9,16 +9,16 @@ from PIL import Image
 
 from resmaster_stages import high_res
 from resmaster_stages.config.load import parse_config
-from resmaster_stages.config.methods import UpscaleConfig
 from resmaster_stages.dataset.sample import Picture, Sample
 from resmaster_stages.dataset.stages import hashes_of
 from resmaster_stages.diffusion.cost import counting
-from resmaster_stages.methods.lanczos import enlarge
+from resmaster_stages.errors import ConfigError
 from resmaster_stages.metrics.agreement import agreement
 from resmaster_stages.models import enlarger, identity, load
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.storage.images import encode_picture
 from tests.methods.common import difference, picture
+from tests.methods.common import lanczos as enlarge
 
 
 def config_of(**values):
@@ -59,18 +59,16 @@ def test_a_dataset_needs_no_network_and_its_identity_names_none(monkeypatch):
     facts = json.loads(files["json"])
     assert (facts["width"], facts["height"], facts["method"]) == (100, 60, "lanczos")
     assert facts["upscale"] == {"method": "lanczos", "scale": 2.5}
-    assert identity.weights_of(config_of()).super_resolution is None
+    assert identity.weights_of(config_of()).upscaler is None
 
     def hashed(**values):
         return hashes_of(config_of(**values), Weights("m"))["high_res"]
 
-    assert hashed(steps=7) == hashed()
     assert hashed(scale=3) != hashed()
     assert difference(enlarge(picture(40, 24), 60, 100), Image.open(io.BytesIO(files["png"]))) == 0
 
 
 def test_what_it_does_not_read_is_refused():
-    with pytest.raises(ValueError, match="via"):
-        UpscaleConfig(method="lanczos", via=(2.0,))
-    with pytest.raises(ValueError, match="super_resolution"):
-        UpscaleConfig.model_validate({"method": "lanczos", "super_resolution": {"tile": 64}})
+    for values in ({"via": (2.0,)}, {"tile": 64}, {"steps": 7}):
+        with pytest.raises(ConfigError, match=r"method lanczos knows: method, preset, scale$"):
+            config_of(**values)

@@ -6,7 +6,6 @@ from diffusers import StableDiffusionPanoramaPipeline
 
 from resmaster_stages.diffusion.loop import CanvasNoise, denoise
 from resmaster_stages.diffusion.schedule import make_schedule
-from resmaster_stages.methods import multidiffusion
 from resmaster_stages.models.parts import Models
 from tests.methods.common import picture, request, settings
 from tests.tiny_models import counted, make_stable_diffusion
@@ -54,7 +53,7 @@ def test_the_canvas_is_that_of_diffusers_with_fewer_calls(prediction):
     with counted(models.unet) as calls:
         ours = denoise(
             models,
-            multidiffusion.compose(asked),
+            asked.config.compose(asked),
             make_schedule(models.scheduler_config, 5),
             start.clone(),
             noise,

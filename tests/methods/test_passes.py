@@ -11,17 +11,18 @@ from hypothesis import strategies as st
 from resmaster_stages import captions as captions_stage
 from resmaster_stages import high_res
 from resmaster_stages.config.load import parse_config
-from resmaster_stages.config.methods import DIFFUSION_METHODS, UpscaleConfig
+from resmaster_stages.config.method import Method
 from resmaster_stages.dataset.sample import Picture, Sample
 from resmaster_stages.dataset.stages import hashes_of
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.reference import to_image
 from resmaster_stages.errors import ConfigError
+from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models import captioner, geometry, load
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.storage.images import encode_picture
-from tests.methods.common import adapted, difference, picture, request, settings
+from tests.methods.common import DIFFUSION_METHODS, adapted, difference, picture, request, settings
 from tests.tiny_models import counted
 
 SINGLE = ("direct", "multidiffusion", "resmaster", "scalecrafter", "fouriscale")
@@ -99,10 +100,8 @@ def test_a_dataset_captions_every_pass_anew(monkeypatch):
     assert sum(map(len, looked_at)) == 9 + 49
 
 
-def test_what_was_not_asked_for_is_not_in_the_identity():
-    plain = UpscaleConfig(preset="exact").identity()
-    assert not plain.keys() & {"via", "start", "shift"}
-    assert UpscaleConfig(via=(2.0,)).identity()["via"] == (2.0,)
+def test_images_on_the_way_are_identity():
+    assert ResMaster(via=(2.0,)).identity()["via"] == (2.0,)
 
     def hashed(stage, **values):
         return hashes_of(parse_config({"name": "d", "upscale": values}), Weights("m", "c"))[stage]
@@ -117,7 +116,7 @@ def test_what_was_not_asked_for_is_not_in_the_identity():
 )
 def test_ways_that_do_not_rise_are_refused(values):
     with pytest.raises(ValueError, match="via"):
-        UpscaleConfig.model_validate({"scale": 4, **values})
+        Method.model_validate({"scale": 4, **values})
 
 
 @pytest.mark.parametrize("method", SINGLE)
@@ -139,8 +138,8 @@ def test_a_later_start_leaves_out_steps_and_keeps_closer_to_the_picture(method):
 
 @pytest.mark.parametrize(
     ("values", "advice"),
-    [({"start": 0.5, "init": "noise"}, "noised_lr"), ({"start": 0.5, "method": "freescale"}, "freescale.start")],
+    [({"start": 0.5, "init": "noise"}, "noised_lr"), ({"start": 0.5, "method": "direct"}, "noised_lr")],
 )
 def test_a_start_that_would_not_be_read_is_refused(values, advice):
     with pytest.raises(ValueError, match=advice):
-        UpscaleConfig.model_validate(values)
+        Method.model_validate(values)

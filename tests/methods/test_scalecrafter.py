@@ -50,7 +50,7 @@ UP0_OUT, UP1_OUT = {"up_blocks.0.upsamplers.0.conv"}, {"up_blocks.1.upsamplers.0
     ],
 )
 def test_on_sdxl_the_layers_are_the_published_ones(height, width, until, damped, progressive, expected):
-    own = settings("scalecrafter", preset="faithful").scalecrafter
+    own = settings("scalecrafter", preset="faithful")
     plan = make_plan(height / 1024, width / 1024, 50, own)
     assert (plan.until, plan.damped_until, plan.progressive) == (until, damped, progressive)
     layers = chosen_layers(sdxl_shaped(), plan.strong, "scalecrafter")
@@ -102,7 +102,7 @@ def test_on_stable_diffusion_the_layers_are_the_published_ones(whose, px, until,
     unet = make_stable_diffusion("v_prediction" if whose == "sd2" else "epsilon").unet
     unet.register_to_config(cross_attention_dim={"sd1": 768, "sd2": 1024}[whose])
     assert family(unet) == whose
-    plan = make_plan(px / 512, px / 512, 50, settings("scalecrafter", preset="faithful").scalecrafter, family(unet))
+    plan = make_plan(px / 512, px / 512, 50, settings("scalecrafter", preset="faithful"), family(unet))
     assert (plan.until, plan.damped_until, plan.progressive) == (until, damped, progressive)
     for found, wanted in ((plan.strong, expected), (plan.weak, weak)):
         if wanted is not None:
@@ -111,7 +111,7 @@ def test_on_stable_diffusion_the_layers_are_the_published_ones(whose, px, until,
 
 
 def test_dispersed_layers_are_the_published_ones_and_their_kernels_are_made_once():
-    own = settings("scalecrafter", scalecrafter={"dispersed": True}).scalecrafter
+    own = settings("scalecrafter", dispersed=True)
     unet, plan = sdxl_shaped(), make_plan(4, 4, 50, own)
     rules = layer_rules(unet, plan)
     first = {name: rule(0, TEXT) for name, rule in rules.items()}
@@ -125,14 +125,14 @@ def test_dispersed_layers_are_the_published_ones_and_their_kernels_are_made_once
     base = run_unet(unet, 1)
     with changed_layers(unet, rules, moment):
         dispersed_output = run_unet(unet, 1)
-    plain_rules = layer_rules(unet, make_plan(4, 4, 50, settings("scalecrafter").scalecrafter))
+    plain_rules = layer_rules(unet, make_plan(4, 4, 50, settings("scalecrafter")))
     with changed_layers(unet, plain_rules, moment):
         assert (run_unet(unet, 1) - dispersed_output).abs().max() > 1e-4
     assert torch.equal(run_unet(unet, 1), base)
 
 
 def test_the_default_dilates_the_deepest_down_block_at_2x_and_nothing_at_1x():
-    own = settings("scalecrafter").scalecrafter
+    own = settings("scalecrafter")
     assert chosen_layers(sdxl_shaped(), make_plan(2, 2, 50, own).strong, "x").keys() >= DOWN2
     assert not make_plan(1, 1, 50, own).strong
     with pytest.raises(ConfigError, match="none of its layers"):
@@ -140,13 +140,13 @@ def test_the_default_dilates_the_deepest_down_block_at_2x_and_nothing_at_1x():
 
 
 def test_the_dilation_falls_to_two_and_then_off():
-    plan = make_plan(4, 4, 50, settings("scalecrafter").scalecrafter)
+    plan = make_plan(4, 4, 50, settings("scalecrafter"))
     factors = [plan.dilation(4, index) for index in range(50)]
     assert factors[:9] == [4] * 9
     assert factors[9:18] == [3] * 9
     assert factors[18:35] == [2] * 17
     assert factors[35:] == [1] * 15
-    steady = make_plan(2.5, 2.5, 50, settings("scalecrafter").scalecrafter)
+    steady = make_plan(2.5, 2.5, 50, settings("scalecrafter"))
     assert [steady.dilation(2.5, index) for index in (0, 29, 30)] == [2.5, 2.5, 1]
 
 
@@ -217,7 +217,7 @@ def test_patches_are_undone_after_exceptions_and_nest():
 def test_branches_are_computed_as_their_rules_say():
     """Strong, strong and weak rows of one call are what three calls with one rule each give; step 35 is plain again."""
     unet, moment = sdxl_shaped(), Moment(schedule()[0], (NEGATIVE, TEXT, WEAK))
-    rules = layer_rules(unet, make_plan(4, 4, 50, settings("scalecrafter").scalecrafter))
+    rules = layer_rules(unet, make_plan(4, 4, 50, settings("scalecrafter")))
     base = run_unet(unet, 2)
     with changed_layers(unet, rules, moment):
         together = run_unet(unet, 3)
@@ -272,7 +272,7 @@ def test_freeu_differs_from_diffusers_in_the_two_layers_of_the_channel_rule():
     [
         ({"scale": 2, "steps": 3}, [(2, 4, 32, 32)] * 3),
         ({"scale": 4, "steps": 4}, [(3, 4, 64, 64)] * 3 + [(2, 4, 64, 64)]),
-        ({"scale": 2, "steps": 3, "scalecrafter": {"damped_until": 0.4}}, [(3, 4, 32, 32)] + [(2, 4, 32, 32)] * 2),
+        ({"scale": 2, "steps": 3, "damped_until": 0.4}, [(3, 4, 32, 32)] + [(2, 4, 32, 32)] * 2),
         ({"scale": 4, "steps": 2, "guidance_scale": 1}, [(1, 4, 64, 64)] * 2),
     ],
 )
@@ -290,7 +290,7 @@ def make(**values):
 
 def test_without_dilation_it_is_direct_inference():
     direct = make(method="direct", stepper="ddim_ancestral", guidance_scale=5)
-    assert make(scalecrafter={"dilate_until": 0}).tobytes() == direct.tobytes()
+    assert make(dilate_until=0).tobytes() == direct.tobytes()
     assert difference(make(), direct) > 0
     assert (
         make(scale=1).tobytes() == make(scale=1, method="direct", stepper="ddim_ancestral", guidance_scale=5).tobytes()
@@ -302,7 +302,7 @@ def test_without_dilation_it_is_direct_inference():
 )
 def test_every_knob_has_an_effect(change):
     scale = 2.5
-    assert difference(make(scale=scale), make(scale=scale, scalecrafter=change)) > 0
+    assert difference(make(scale=scale), make(scale=scale, **change)) > 0
 
 
 def test_large_canvases_scale_every_group():

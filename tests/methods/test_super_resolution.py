@@ -19,16 +19,15 @@ from resmaster_flows.cli.main import parser
 from resmaster_flows.cli.upscale import run as upscale
 from resmaster_stages import high_res
 from resmaster_stages.config.load import parse_config
-from resmaster_stages.config.methods import SuperResolutionConfig, UpscaleConfig
 from resmaster_stages.dataset.sample import Picture, Sample
 from resmaster_stages.dataset.stages import hashes_of
 from resmaster_stages.diffusion.cost import counting
 from resmaster_stages.errors import ConfigError, SampleError
-from resmaster_stages.methods.super_resolution import cores, enlarged, sizes, super_resolve, tile_grid, tiled
+from resmaster_stages.methods.super_resolution import SuperResolution, cores, enlarged, sizes, tile_grid, tiled
 from resmaster_stages.models import load
 from resmaster_stages.models.busy import timing
 from resmaster_stages.models.enlarger import Enlarger, load_enlarger
-from resmaster_stages.models.identity import super_resolution_file, super_resolution_identity, weights_of
+from resmaster_stages.models.identity import NetworkFile, network_file, network_identity, weights_of
 from resmaster_stages.models.rrdbnet import RRDBNet, RRDBShape, network_of, official_state, shape_of
 from resmaster_stages.storage.images import encode_picture
 from tests.methods.common import difference, picture
@@ -42,8 +41,8 @@ def network(shape=SMALL, seed=0) -> RRDBNet:
     return RRDBNet(shape).eval().requires_grad_(False)
 
 
-def settings(scale=4.0, **values) -> UpscaleConfig:
-    return UpscaleConfig.model_validate({"method": "super_resolution", "scale": scale, "super_resolution": values})
+def super_resolve(image, height, width, settings, dtype=torch.float32) -> Image.Image:
+    return settings.enlarge(image, height, width, CPU, dtype)
 
 
 def published(enlargements: int) -> dict[str, tuple[int, ...]]:
@@ -128,7 +127,7 @@ def test_the_network_computes_what_the_paper_draws():
 @given(st.integers(1, 200), st.integers(5, 60), st.integers(0, 2))
 @examples(max_examples=60)
 def test_tiles_contribute_every_pixel_once_and_at_least_a_halo_from_their_inner_borders(length, tile, halo):
-    grid = tile_grid(length, length, SuperResolutionConfig.model_construct(tile=tile, halo=halo))
+    grid = tile_grid(length, length, SuperResolution.model_construct(tile=tile, halo=halo))
     parts = cores(grid.rows, grid.window_height, halo)
     assert [pixel for start, end in parts for pixel in range(start, end)] == list(range(length))
     for origin, (start, end) in zip(grid.rows, parts):
@@ -139,18 +138,18 @@ def test_tiles_contribute_every_pixel_once_and_at_least_a_halo_from_their_inner_
 def test_tiled_is_untiled_with_a_halo_as_wide_as_the_network_sees():
     ours = network(replace(SMALL, blocks=1))  # 1 + 15 + 1 convolutions, and two more after the enlargements
     pixels, ticks = torch.rand(1, 3, 61, 90), []
-    wide = SuperResolutionConfig(tile=52, halo=20)
+    wide = SuperResolution(tile=52, halo=20)
     result = tiled(ours, 4, pixels, wide, lambda: ticks.append(1))
     torch.testing.assert_close(result, ours(pixels), atol=1e-5, rtol=1e-5)
     assert len(ticks) == len(tile_grid(61, 90, wide)) == 2 * 5
-    narrow = tiled(ours, 4, pixels, SuperResolutionConfig(tile=52, halo=0), lambda: None)
+    narrow = tiled(ours, 4, pixels, SuperResolution(tile=52, halo=0), lambda: None)
     assert (narrow - ours(pixels)).abs().max() > 1e-3
 
 
 def test_the_pack_s_network_in_tiles_differs_by_a_level_at_most():
     image = picture(96, 80)
-    whole = super_resolve(image, 320, 384, settings(tile=128), CPU, torch.float32)
-    assert difference(whole, super_resolve(image, 320, 384, settings(tile=64, halo=16), CPU, torch.float32)) <= 1
+    whole = super_resolve(image, 320, 384, SuperResolution(tile=128))
+    assert difference(whole, super_resolve(image, 320, 384, SuperResolution(tile=64, halo=16))) <= 1
     assert whole.size == (384, 320)
 
 
@@ -170,7 +169,7 @@ def test_any_size_is_served_exactly(width, height, scale, unshuffle):
     shape = replace(SMALL, blocks=1, unshuffle=unshuffle)
     enlarger = Enlarger(network(shape), shape.scale, CPU, torch.float32, unshuffle)
     wanted, heard = (round(height * scale), round(width * scale)), []
-    config = settings(scale, tile=16, halo=3)
+    config = SuperResolution(scale=scale, tile=16, halo=3)
     result = enlarged(enlarger, picture(width, height), *wanted, config, lambda *each: heard.append(each))
     assert result.shape == (3, *wanted)
     assert heard[-1] == (len(heard), len(heard))
@@ -178,17 +177,17 @@ def test_any_size_is_served_exactly(width, height, scale, unshuffle):
 
 def test_the_picture_is_kept_and_half_precision_draws_nearly_the_same():
     image = picture(48, 48)
-    whole = super_resolve(image, 192, 192, settings(), CPU, torch.float32)
-    assert difference(whole, super_resolve(image, 192, 192, settings(), CPU, torch.float16)) <= 4
+    whole = super_resolve(image, 192, 192, SuperResolution())
+    assert difference(whole, super_resolve(image, 192, 192, SuperResolution(), torch.float16)) <= 4
     small = np.asarray(whole.resize((48, 48), Image.Resampling.BOX), dtype=float)
     assert np.abs(small - np.asarray(image)).mean() < 8
 
 
 def test_a_network_that_produces_nan_costs_the_sample(monkeypatch):
     broken = Enlarger(lambda x: torch.full((1, 3, 64, 64), float("nan")), 4, CPU, torch.float32)
-    monkeypatch.setattr("resmaster_stages.methods.super_resolution.load_enlarger", lambda *each: broken)
+    monkeypatch.setattr("resmaster_stages.models.enlarger.load_enlarger", lambda *each: broken)
     with pytest.raises(SampleError, match="NaN"):
-        super_resolve(picture(16, 16), 64, 64, settings(), CPU, torch.float32)
+        super_resolve(picture(16, 16), 64, 64, SuperResolution())
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -207,12 +206,12 @@ def test_weights_come_as_safetensors_or_as_allowed_pickles_of_tensors(tmp_path):
     x = torch.rand(1, 3, 8, 8)
     expected = network()(x)
     for name, allow in (("net.safetensors", False), ("net.pth", True)):
-        config = SuperResolutionConfig(model=str(tmp_path / name), allow_pickle=allow)
-        enlarger = load_enlarger(config, CPU, torch.float32)
+        config = SuperResolution(model=str(tmp_path / name), allow_pickle=allow)
+        enlarger = load_enlarger(config.network(), CPU, torch.float32)
         assert enlarger.scale == 4
         torch.testing.assert_close(enlarger(x), expected)
     with pytest.raises(ValueError, match="allow_pickle"):
-        SuperResolutionConfig(model=str(tmp_path / "net.pth"))
+        SuperResolution(model=str(tmp_path / "net.pth"))
 
 
 class Evil:
@@ -223,9 +222,7 @@ class Evil:
 def test_what_cannot_be_loaded_is_named_in_one_line(tmp_path, monkeypatch):
     def refused(name, **values) -> str:
         with pytest.raises(ConfigError) as caught:
-            load_enlarger(
-                SuperResolutionConfig(model=str(tmp_path / name), allow_pickle=True, **values), CPU, torch.float32
-            )
+            load_enlarger(NetworkFile(str(tmp_path / name), **values), CPU, torch.float32)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -246,32 +243,32 @@ def test_what_cannot_be_loaded_is_named_in_one_line(tmp_path, monkeypatch):
     assert "resmaster-pipeline[spandrel]" in refused("swin.safetensors")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=r"cannot get x\.pth of owner/none"):
-        super_resolution_file(SuperResolutionConfig(model="owner/none", weight_name="x.pth", allow_pickle=True))
+        network_file(NetworkFile("owner/none", "x.pth"))
 
 
 def test_identity_is_the_file_s_content_and_nothing_that_the_method_does_not_read(tmp_path):
     save_file(network().state_dict(), tmp_path / "net.safetensors")
 
-    def hashed(base=None, steps=50, **values) -> str:
+    def hashed(base=None, **values) -> str:
         config = parse_config(
             {
                 "name": "d",
                 "images": "pictures",
                 "model": base or {},
-                "upscale": {"method": "super_resolution", "steps": steps, "super_resolution": values},
+                "upscale": {"method": "super_resolution", **values},
             }
         )
         return hashes_of(config, replace(weights_of(config), model="any"))["high_res"]
 
     own = {"model": str(tmp_path / "net.safetensors")}
-    assert hashed(**own) == hashed(**own, steps=7) == hashed(**own, base={"dtype": "float32"})
+    assert hashed(**own) == hashed(**own, base={"dtype": "float32"})
     assert hashed(**own) != hashed(**own, halo=8)
     assert hashed(**own) != hashed()
-    before = super_resolution_identity(SuperResolutionConfig(**own))
+    before = network_identity(NetworkFile(**own))
     save_file(network(seed=1).state_dict(), tmp_path / "net.safetensors")
-    assert super_resolution_identity(SuperResolutionConfig(**own)) != before
-    hub = SuperResolutionConfig(model="owner/name", weight_name="x.safetensors", revision="abc")
-    assert super_resolution_identity(hub) == "owner/name/x.safetensors@abc"
+    assert network_identity(NetworkFile(**own)) != before
+    hub = NetworkFile("owner/name", "x.safetensors", "abc")
+    assert network_identity(hub) == "owner/name/x.safetensors@abc"
 
 
 # ------------------------------------------------------------------------------------------------- stage, command line
@@ -296,7 +293,7 @@ def test_the_stage_loads_no_base_model_and_calls_no_unet(monkeypatch):
     facts = json.loads(output.finished().files["json"])
     assert (facts["width"], facts["height"], facts["method"]) == (120, 72, "super_resolution")
     assert facts["model"].startswith("picturebook@")
-    assert facts["upscale"].keys() == {"method", "scale", "super_resolution"}
+    assert facts["upscale"].keys() == {"method", "scale", "model", "weight_name", "revision", "tile", "halo"}
 
 
 def test_the_command_line_takes_it(tmp_path, monkeypatch):

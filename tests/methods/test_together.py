@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from resmaster_stages.config.methods import DIFFUSION_METHODS, METHOD_PRESETS
+from resmaster_stages.config.method import methods
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.methods import METHODS
 from resmaster_stages.methods.render import render
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.parts import Models
 from tests.checkout import ROOT
-from tests.methods.common import adapted, difference, forwards, picture, request, settings
+from tests.methods.common import DIFFUSION_METHODS, adapted, difference, forwards, picture, request, settings
 from tests.tiny_models import make_adapted_pipeline
 
-CASES = [(method, preset) for method in DIFFUSION_METHODS for preset in METHOD_PRESETS.get(method, ("default",))]
+CASES = [(method, preset) for method in DIFFUSION_METHODS for preset in methods()[method].presets]
 
 
 def make(method, preset, **values):
@@ -50,12 +49,11 @@ def test_a_method_draws_the_same_bytes_after_others_and_in_a_process_of_its_own(
 def test_methods_that_follow_a_picture_say_so_where_there_is_none(method):
     asked = request(adapted(), settings(method))
     object.__setattr__(asked, "reference", None)
-    follows = method in ("resmaster", "demofusion", "freescale", "c_upscale")
-    if not follows:
-        assert len(METHODS[method](asked)) == 1
+    if not asked.config.uses("reference"):
+        assert len(asked.config.passes(asked)) == 1
         return
-    with pytest.raises(ConfigError, match=f"method {method} follows a low-res picture"):
-        [stage.begin(None, None, None) for stage in METHODS[method](asked)]
+    with pytest.raises(ConfigError, match=f"method {method} follows a low-res image"):
+        [stage.begin(None, None, None) for stage in asked.config.passes(asked)]
 
 
 @pytest.mark.parametrize("method", DIFFUSION_METHODS)

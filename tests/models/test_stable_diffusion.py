@@ -5,18 +5,16 @@ import pytest
 import torch
 from diffusers import PNDMScheduler
 
-from resmaster_stages.config.methods import DIFFUSION_METHODS
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.diffusion.loop import CanvasNoise, denoise
 from resmaster_stages.diffusion.schedule import make_schedule
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.methods import multidiffusion
 from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models import geometry
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
-from tests.methods.common import difference, forwards, picture, request, settings
+from tests.methods.common import DIFFUSION_METHODS, difference, forwards, picture, request, settings
 from tests.tiny_models import SCHEDULER, counted, make_pipeline, make_stable_diffusion
 
 KINDS = ("epsilon", "v_prediction")
@@ -91,7 +89,7 @@ def test_v_and_epsilon_of_one_network_lead_to_the_same_canvas():
         for kind in KINDS:
             teller.unet.forward = plain if kind == "epsilon" else as_v
             noise = CanvasNoise([3], 4, 32, 32, teller.device)
-            composition = multidiffusion.compose(asked)
+            composition = asked.config.compose(asked)
             results.append(denoise(teller, composition, path[kind], noise(), noise, view_batch=16))
         del teller.unet.forward
         torch.testing.assert_close(*results, atol=2e-3, rtol=1e-3)

@@ -19,9 +19,8 @@ from torch.nn import functional as F
 from transformers import ResNetForImageClassification
 
 from resmaster_stages.config.load import load_config
-from resmaster_stages.config.methods import FEWER_ROWS
 from resmaster_stages.evaluation.variants import variants
-from resmaster_stages.methods.lanczos import enlarge
+from resmaster_stages.methods.resmaster import FEWER_ROWS
 from resmaster_stages.metrics.features import load_classifier
 from resmaster_stages.picturebook import captions
 from resmaster_stages.picturebook.training import evaluate, paired
@@ -29,6 +28,7 @@ from resmaster_stages.picturebook.training.evaluate import Amounts, Measure
 from resmaster_stages.picturebook.training.export import PACK
 from resmaster_stages.picturebook.training.paired import Judge, Judged, TrueScenes
 from tests.checkout import ROOT
+from tests.methods.common import lanczos as enlarge
 
 CARD = json.loads((PACK / "card.json").read_text())
 
@@ -185,7 +185,7 @@ def test_resmaster_is_held_to_its_aims_and_nobody_else(ours: dict[str, float], d
 
 def test_methods_are_those_of_the_evaluation_with_the_pack_s_own_networks(tmp_path: Path) -> None:
     found = {name: paired.dataset_of(tmp_path, "cpu", values) for name, values in paired.METHODS.items()}
-    assert found["super_resolution"].upscale.super_resolution.model.startswith(str(tmp_path))
+    assert found["super_resolution"].upscale.model.startswith(str(tmp_path))
     assert {config.captions.model for config in found.values()} == {str(tmp_path / "captioner")}
     assert {config.model.id for config in found.values()} == {str(tmp_path)}
     evaluation = load_config(ROOT / "deployments" / "datasets" / "picturebook-evaluation.yaml")
@@ -195,7 +195,7 @@ def test_methods_are_those_of_the_evaluation_with_the_pack_s_own_networks(tmp_pa
         assert found[name].upscale.identity() == variant.config.upscale.identity(), name
     ours = found["resmaster"].upscale
     assert {field: getattr(ours, field) for field in FEWER_ROWS} == FEWER_ROWS
-    assert [name for name, config in found.items() if config.upscale.uses_captions()] == ["c_upscale", "resmaster"]
+    assert [name for name, config in found.items() if config.upscale.uses("captions")] == ["c_upscale", "resmaster"]
 
 
 def test_captions_are_written_where_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,13 +215,13 @@ def test_captions_are_written_where_they_are_read(monkeypatch: pytest.MonkeyPatc
     assert seen["c_upscale"]["captions"] == ["a cat 40"]
     assert seen["lanczos"]["captions"] is None
     assert seen["lanczos"]["seed"] == 5
-    assert paired.dataset_of(PACK, "cpu", {"method": "resmaster"}).upscale.uses_captions()
+    assert paired.dataset_of(PACK, "cpu", {"method": "resmaster"}).upscale.uses("captions")
 
 
 @pytest.mark.slow
 def test_the_part_of_the_evaluation_runs_on_the_pack(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("resvg_py")
-    few = {name: {**values, "steps": 2} for name, values in paired.METHODS.items()}
+    few = {name: {**values, "steps": 2} if "steps" in values else values for name, values in paired.METHODS.items()}
     monkeypatch.setattr(paired, "METHODS", few)
     found = {m.name: m for m in evaluate.evaluate(amounts=Amounts(photos=64, paired=1), parts=["paired"])}
     distance = {name: found[f"paired, {name}: perceptual distance"].value for name in few}

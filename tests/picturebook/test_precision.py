@@ -15,11 +15,11 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from resmaster_stages.config.methods import UpscaleConfig
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.reference import upsample
 from resmaster_stages.methods.generate import generate
+from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.metrics.agreement import psnr
 from resmaster_stages.models.load import load_pipeline
@@ -69,7 +69,7 @@ def test_the_reference_has_the_same_latents_whatever_the_unets_precision(low, ro
 
 
 def test_bfloat16_draws_the_float32_picture_without_a_shift_of_colour(low, rounded):
-    config = UpscaleConfig(preset="exact", scale=2, steps=6, guidance_scale=4.0, micro_conditioning="native")
+    config = ResMaster(preset="exact", scale=2, steps=6, guidance_scale=4.0, micro_conditioning="native")
 
     def draw(models: Models) -> np.ndarray:
         return np.asarray(upscale_image(models, low, PROMPT, config=config, seed=1))

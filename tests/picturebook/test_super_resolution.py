@@ -6,8 +6,8 @@ from random import Random
 import pytest
 import torch
 
-from resmaster_stages.config.methods import SuperResolutionConfig
 from resmaster_stages.models.enlarger import load_enlarger
+from resmaster_stages.models.identity import NetworkFile
 from resmaster_stages.picturebook.training import data
 from resmaster_stages.picturebook.training.course import Budget
 from resmaster_stages.picturebook.training.export import PACK
@@ -70,7 +70,7 @@ def test_training_resumes_and_exports_what_the_loader_reads(tmp_path: Path, caps
     assert "step 3 held-out PSNR" in said
     assert sorted(path.name for path in (tmp_path / "large").iterdir()) == drawn
     export(tmp_path, tmp_path / FOLDER)
-    config = SuperResolutionConfig(model=str(tmp_path / FOLDER / "model.safetensors"))
+    config = NetworkFile(str(tmp_path / FOLDER / "model.safetensors"))
     assert load_enlarger(config, CPU, torch.float32)(torch.rand(1, 3, 8, 8)).shape == (1, 3, 32, 32)
 
 
@@ -78,5 +78,5 @@ def test_the_pack_s_network_beats_bicubic_enlargement(tmp_path: Path) -> None:
     weights = PACK / FOLDER / "model.safetensors"
     assert weights.stat().st_size < 1_500_000
     photos = draw_photos(tmp_path, 6, data.HELD_OUT_SEED + 5000)
-    ours, bicubic = psnr(load_enlarger(SuperResolutionConfig(), CPU, torch.float32), photos)
+    ours, bicubic = psnr(load_enlarger(NetworkFile("picturebook"), CPU, torch.float32), photos)
     assert ours > bicubic

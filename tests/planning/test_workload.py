@@ -3,14 +3,15 @@
 import pytest
 
 from resmaster_stages.config.dataset import LowResConfig
-from resmaster_stages.config.methods import DIFFUSION_METHODS, METHOD_PRESETS, METHODS, UpscaleConfig
-from resmaster_stages.diffusion.cost import counting
+from resmaster_stages.config.method import Method, methods, with_method
+from resmaster_stages.diffusion.cost import UnetWork, counting
 from resmaster_stages.methods.generate import generate
+from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.methods.upscale import upscale_image
-from resmaster_stages.planning.workload import UnetWork, high_res_work, low_res_work
-from tests.methods.common import adapted, picture, settings
+from resmaster_stages.planning.workload import high_res_work, low_res_work
+from tests.methods.common import DIFFUSION_METHODS, adapted, picture, settings
 
-CASES = [(method, preset) for method in METHODS for preset in METHOD_PRESETS.get(method, ("default",))]
+CASES = [(method, preset) for method, each in methods().items() for preset in each.presets]
 
 
 @pytest.mark.parametrize(("method", "preset"), CASES)
@@ -18,7 +19,7 @@ CASES = [(method, preset) for method in METHODS for preset in METHOD_PRESETS.get
     "values", [{"scale": 2.5}, {"scale": 4, "steps": 3}, {"scale": 2, "guidance_scale": 1.0}], ids=str
 )
 def test_every_method_does_the_work_that_is_estimated(method: str, preset: str, values: dict) -> None:
-    config = settings(method, preset=preset, view_batch=1, **values)
+    config = Method.model_validate({**with_method({"steps": 2, "view_batch": 1, **values}, method), "preset": preset})
     models = adapted()
     with counting() as counted:
         upscale_image(models, picture(48, 32), "a cat", config=config)
@@ -72,17 +73,14 @@ def test_the_papers_numbers() -> None:
     assert high_res_work(settings("resmaster", preset="exact", scale=4, steps=50), *sizes) == (
         UnetWork(50 * 2 * 49, 1.0),
     )
-    demofusion = high_res_work(settings("demofusion", scale=4, steps=50, demofusion={"start": 0}), *sizes)
+    demofusion = high_res_work(settings("demofusion", scale=4, steps=50, start=0), *sizes)
     assert sum(each.rows for each in demofusion) == 50 * 2 * (9 + 4 + 25 + 9 + 49 + 16)
 
 
 def test_resmasters_default_takes_a_sixth_of_the_rows() -> None:
     sizes = (1024, 1024, 1024, 8)
     rows = {
-        preset: sum(
-            each.rows
-            for each in high_res_work(UpscaleConfig.model_validate({"method": "resmaster", "preset": preset}), *sizes)
-        )
+        preset: sum(each.rows for each in high_res_work(ResMaster(preset=preset), *sizes))
         for preset in ("exact", "default")
     }
     # 18 of 25 steps: 11 with guidance and 2 without on 25 moving views, the last 5 on 49 that stand still

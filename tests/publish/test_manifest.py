@@ -16,7 +16,7 @@ from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.plan import Plan, read_plan
 from resmaster_stages.dataset.sample import Output, Sample
-from resmaster_stages.dataset.schemas import MANIFEST_SCHEMA
+from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import ShardError
 from resmaster_stages.models.identity import Weights
@@ -49,7 +49,7 @@ def test_manifest_points_at_every_image(kind: str, tmp_path: Path) -> None:
     dataset = build(tmp_path if kind == "local" else f"memory://{uuid.uuid4().hex}", tmp_path)
     published = write_manifest(dataset)
     assert published == Publication(3, 3, 0, {"low_res": 1, "captions": 0, "high_res": 1, "quality": 0})
-    rows = decode_table(dataset.folder.read("manifest.parquet"), MANIFEST_SCHEMA, "manifest").to_pylist()
+    rows = decode_table(dataset.folder.read("manifest.parquet"), manifest_schema(), "manifest").to_pylist()
     assert [row["prompt"] for row in rows] == ["a", "b", "c"]
     assert [row["index"] for row in rows] == [0, 1, 4]
     for row in rows:
@@ -222,7 +222,11 @@ def test_a_later_attempt_is_all_that_readers_see_of_its_shard(tmp_path: Path) ->
     (row,) = (row for row in rows if row["shard"] == 1)
     assert not superseded & {row[name] for name in ("low_res_object", "captions_object", "high_res_object")}
     index = json.loads(dataset.folder.read("index.json"))["shardlist"]
-    assert [shard["url"] for shard in index] == [rows[0]["high_res_object"], row["high_res_object"], rows[3]["high_res_object"]]
+    assert [shard["url"] for shard in index] == [
+        rows[0]["high_res_object"],
+        row["high_res_object"],
+        rows[3]["high_res_object"],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
 from PIL import Image, ImageFilter
 
 from resmaster_stages.metrics.detail import most_detailed
 from resmaster_stages.metrics.flags import badness
 from resmaster_stages.publish.page import ReportSample, choose, render_report, zoom
 from resmaster_stages.publish.sheets import contact_sheet, contact_sheets
+from resmaster_stages.publish.template import fill
 
 HOSTILE = "<script>alert('x')</script>\"><img src=http://evil.example/a.png onerror=alert(1)>\x00 & ünï 漢"
+FAILURE = {"key": "ff" * 12, "stage": "high_res", "error_class": "SampleError", "message": "NaN latents", "command": ""}
 
 
 def picture(size: int = 128, seed: int = 0) -> Image.Image:
@@ -57,13 +60,14 @@ def rows(texts: list[str], **values: Any) -> list[dict[str, Any]]:
 
 
 class Page(HTMLParser):
-    """What a browser would make of a page: tags with attributes, and all text that is not style or script."""
+    """What a browser would make of a page: tags with attributes, the text, and what is style or script."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str]]] = []
         self.open: list[str] = []
         self.text = ""
+        self.verbatim = ""
         self.feed(html)
         self.close()
 
@@ -78,6 +82,8 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if not self.open or self.open[-1] not in {"style", "script"}:
             self.text += data
+        else:
+            self.verbatim += data
 
     def all(self, tag: str, kind: str = "") -> list[dict[str, str]]:
         return [a for name, a in self.tags if name == tag and (not kind or a.get("class") == kind)]
@@ -115,8 +121,8 @@ def test_everything_from_outside_is_escaped() -> None:
         quality=quality(flags=[HOSTILE], seam=float("nan")),
         meta={HOSTILE: HOSTILE},
     )
-    failure = {"key": HOSTILE, "stage": HOSTILE, "error_class": HOSTILE, "message": HOSTILE}
-    html = render_report(HOSTILE, {HOSTILE: HOSTILE}, [dirty], [failure], lead=HOSTILE)
+    failure = dict.fromkeys(FAILURE, HOSTILE)
+    html = render_report(HOSTILE, {HOSTILE: HOSTILE}, [dirty], [failure])
     parsed = Page(html)
     assert parsed.open == []
     assert len(parsed.all("script")) == 1
@@ -124,6 +130,43 @@ def test_everything_from_outside_is_escaped() -> None:
     assert not any(name.startswith("on") for _, attributes in parsed.tags for name in attributes)
     assert "\x00" not in html
     assert parsed.text.count("alert('x')") >= 9  # it is all there, as text
+
+
+def test_hostile_text_arrives_in_every_field_as_it_is_and_changes_nothing_else() -> None:
+    """Each field gets the same text with a name of its own, so that a field that lost or changed it is named."""
+    nasty = """ "double" 'single' </script></style><b> & &lt; {{ title }} {% raw %} {# #} \\u003c \u2028 next\nline"""
+    shown = nasty.replace("\n", " ").strip()
+
+    def rendered(text: str) -> str:
+        hostile = ReportSample(
+            key="key" + text,
+            prompt="prompt" + text,
+            low_res=picture(),
+            high_res=picture(),
+            captions=rows(["caption" + text], status="status" + text, row="row" + text, col="col" + text),
+            quality=quality(flags=["flag" + text]),
+            meta={"fact" + text: "value" + text},
+            command="command" + text,
+        )
+        broken = sample("broken" + text, high_res=b"not an image")
+        failure = {name: f"failed {name}{text}" for name in FAILURE}
+        return render_report("title" + text, {"label" + text: "content" + text}, [hostile, broken], [failure])
+
+    html = rendered(nasty)
+    parsed, harmless = Page(html), Page(rendered(" harmless"))
+    of_page = ["title", "label", "content", "broken", *(f"failed {name}" for name in FAILURE)]
+    of_sample = ["key", "prompt", "caption", "status", "row", "col", "flag", "fact", "value", "command"]
+    for name in (*of_page, *of_sample):
+        assert f"{name} {shown}" in parsed.text, name
+    assert [a["alt"] for a in parsed.all("img")][:2] == [f"{kind}-res: prompt {shown}" for kind in ("low", "high")]
+    assert parsed.all("article")[0]["data-flags"] == f"flag {shown}"
+    assert [(tag, [*names]) for tag, names in parsed.tags] == [(tag, [*names]) for tag, names in harmless.tags]
+    assert (parsed.verbatim, html.count("<script>")) == (harmless.verbatim, 1)
+
+
+def test_a_name_that_a_template_reads_and_nobody_gave_is_an_error() -> None:
+    with pytest.raises(UndefinedError, match="facts"):
+        fill("card.md", name="demo", size_category="n<1K")
 
 
 def test_nothing_is_loaded_from_outside_and_the_policy_allows_just_the_pages_own_script() -> None:
@@ -153,15 +196,14 @@ def test_the_worst_come_first_and_unmeasured_samples_last() -> None:
 
 
 def test_failures_are_listed_with_their_reasons() -> None:
-    failure = {"key": "ff" * 12, "stage": "high_res", "error_class": "SampleError", "message": "NaN latents"}
-    parsed = page(sample(), failures=[failure])
+    parsed = page(sample(), failures=[FAILURE])
     assert "1 failed sample" in parsed.text
     assert "NaN latents" in parsed.text
     assert "failed" not in page(sample()).text
 
 
 def test_every_sample_and_failure_shows_the_command_that_tells_more() -> None:
-    failure = {"key": "ff", "message": "NaN latents", "command": "resmaster explain 'my data' ff"}
+    failure = {**FAILURE, "command": "resmaster explain 'my data' ff"}
     parsed = page(sample("aa", command="resmaster explain out/demo aa"), failures=[failure])
     assert "resmaster explain out/demo aa" in parsed.text
     assert "resmaster explain 'my data' ff" in parsed.text
@@ -195,9 +237,9 @@ def test_captions_of_neighbours_are_marked_and_counted_apart() -> None:
     assert "bricks a neighbour's caption" in parsed.text
 
 
-def test_equal_input_gives_equal_pages_and_order_of_reading_is_free() -> None:
-    samples = [sample("aa", 1), sample("bb", 2)]
-    assert render_report("t", {}, samples) == render_report("t", {}, iter(samples), count=2)
+def test_equal_input_gives_equal_pages() -> None:
+    first, second = (render_report("t", {}, [sample("aa", 1), sample("bb", 2)], [FAILURE]) for _ in range(2))
+    assert first == second
 
 
 def test_pictures_are_scaled_down_to_the_budget_and_no_more() -> None:

@@ -14,7 +14,7 @@ def test_the_summary_of_a_build(tmp_path: Path) -> None:
     page = summary(dataset)
     for line in (
         "| high\\_res | 2 | 0 | 0 | 2 | 1 | 0 s |",
-        "| agreement | 30.0 dB | 30.0 dB | 30.0 dB |",
+        "| PSNR ↑ | 30.0 dB | 30.0 dB | 30.0 dB |",
         "Flagged: 0 of 2.",
         "## 1 failed samples",
         "| high\\_res | SampleError | told to fail |",

@@ -17,7 +17,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from resmaster_flows import build, deploy
 from resmaster_flows.server_runs import ServerRuns
 from resmaster_stages.config.dataset import DispatchConfig
-from resmaster_stages.config.methods import METHODS
+from resmaster_stages.config.method import methods
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import UserError
 from tests.server.conftest import POOL, ROOT, Stack
@@ -102,9 +102,20 @@ def test_deploying_twice_is_deploying_once(deployed: Stack) -> None:
     parts = entrypoints["resmaster_flows.build.build_dataset"]["parameter_openapi_schema"]["definitions"]
     for part in parts.values():
         assert all(field.get("description") for field in part["properties"].values()), part["title"]
-    upscale = parts["UpscaleConfig"]["properties"]
-    assert upscale["method"]["enum"] == list(METHODS)
-    assert upscale["preset"]["enum"] == ["default", "faithful", "exact"]
+    alternatives = {
+        each["title"]: each["properties"] for each in parts["DatasetConfig"]["properties"]["upscale"]["anyOf"]
+    }
+    assert list(alternatives) == ["resmaster", *(name for name in methods() if name != "resmaster")], (
+        "the form shows the first"
+    )
+    for name, fields in alternatives.items():
+        assert all(field.get("description") for field in fields.values()), name
+        assert fields["method"]["const"] == fields["method"]["default"] == name
+        assert fields["preset"]["enum"] == list(methods()[name].presets)
+    assert "cosine_scale_1" in alternatives["demofusion"]
+    assert "default" not in alternatives["resmaster"]["steps"], (
+        "the form sends defaults, and the preset has another one"
+    )
 
 
 def test_the_repair_form_says_what_its_fields_are(deployed: Stack) -> None:

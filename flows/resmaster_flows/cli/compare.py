@@ -12,6 +12,7 @@ from resmaster_flows.cli.arguments import add_source, config_of
 from resmaster_flows.cli.execute import execute, no_bars
 from resmaster_flows.watch.progress import Progress
 from resmaster_flows.watch.terminal import say
+from resmaster_stages.config.method import methods
 
 if TYPE_CHECKING:
     from resmaster_stages.evaluation.compare import Compared
@@ -32,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         required=True,
         metavar="LIST",
-        help="comma-separated: direct, multidiffusion, resmaster, resmaster+sg+tip (these parts only), resmaster-etp "
-        "(without it), resmaster:stride=0.75:structure.preset=paper (other settings)",
+        help=f"comma-separated, of: {', '.join(methods())}; with a method's parts and settings: resmaster+sg+tip (these parts "
+        "only), resmaster-etp (without it), resmaster:stride=0.75:structure.preset=paper, demofusion:cosine_scale_1=3",
     )
     parser.add_argument(
         "--scales",
@@ -88,8 +89,7 @@ def print_tables(found: Compared) -> None:
         table.add_column(f"{scale}, n = {rows[0]['samples']}", no_wrap=True)
         for row in rows:
             table.add_column(row["method"], justify="right", overflow="fold")
-        for name, heading, form in shown(rows):
-            if name != "method":
-                table.add_row(heading, *(cell(row, name, form) for row in rows))
+        for column in shown(rows):
+            table.add_row(column.heading, *(cell(row, column) for row in rows))
         out.print(table)
         out.print()

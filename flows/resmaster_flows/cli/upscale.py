@@ -16,7 +16,7 @@ from resmaster_flows.watch.progress import notes
 from resmaster_flows.watch.terminal import say
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import load_config, parse_config
-from resmaster_stages.config.methods import METHODS, with_method
+from resmaster_stages.config.method import methods, with_method
 from resmaster_stages.config.model import SDXL
 from resmaster_stages.errors import UserError
 from resmaster_stages.progress import listening
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="INPUT", help="image file")
     parser.add_argument("output", metavar="OUTPUT", help="image file to write (.png, .webp or .jpg)")
     parser.add_argument("--scale", type=float, default=4.0, help="target size over input size (default: 4)")
-    parser.add_argument("--method", default="resmaster", help=f"one of: {', '.join(METHODS)} (default: resmaster)")
+    parser.add_argument("--method", default="resmaster", help=f"one of: {', '.join(methods())} (default: resmaster)")
     parser.add_argument(
         "--preset",
         help="settings of the method: default, faithful (what its authors published), or exact (resmaster: what its default leaves out)",
@@ -113,6 +113,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     detail = open_input(Path(args.detail_mask)) if args.detail_mask else None
 
     from resmaster_stages.high_res import caption_views
+    from resmaster_stages.methods.settings import Enlargement
     from resmaster_stages.methods.upscale import enlarge_image, target_size, upscale_image
     from resmaster_stages.models.load import load_models, resolve_device, resolve_dtype
 
@@ -124,13 +125,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
         def step(done: int, total: int) -> None:
             progress.update(bar, description="upscaling", completed=done, total=total)
 
-        if upscale.uses_diffusion():
+        if isinstance(upscale, Enlargement):
+            device = resolve_device(config.model.device)
+            result = enlarge_image(image, upscale, device, resolve_dtype(config.model.dtype, device), step)
+        else:
             models = load_models(config.model)
             caption = partial(caption_views, config, args.prompt) if config.captions.source != "prompt" else None
             captions = None
-            if upscale.uses_captions() and caption:
+            if upscale.uses("captions") and caption:
                 progress.update(bar, description="captioning patches")
-                size = target_size(image.height, image.width, upscale.passes()[0].scale)
+                size = target_size(image.height, image.width, upscale.way()[0].scale)
                 captions = caption(image, *size)
             result = upscale_image(
                 models,
@@ -143,9 +147,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
                 seed=config.seed,
                 progress=step,
             )
-        else:
-            device = resolve_device(config.model.device)
-            result = enlarge_image(image, upscale, device, resolve_dtype(config.model.dtype, device), step)
     save(result, target)
     say(console, f"{source} ({image.width} x {image.height} px) -> {target} ({result.width} x {result.height} px)")
     return 0

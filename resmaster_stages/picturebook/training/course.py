@@ -1,6 +1,6 @@
 """What every training stage shares: a budget in seconds or steps, a warm-up / constant / decay schedule, checkpoints.
 
-The budget counts training time over all runs, so an interrupted stage resumes where its last checkpoint was. A stop
+`fit` is the whole loop, for stages that train one model by one optimiser in one process. The budget counts training time over all runs, so an interrupted stage resumes where its last checkpoint was. A stop
 file starts the final decay early. Knows nothing about models.
 """
 
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -181,6 +182,45 @@ class Ema:
                 self.shadow[key].lerp_(value, 1 - decay)
             else:
                 self.shadow[key].copy_(value)
+
+
+def fit(
+    model: nn.Module,
+    optim: torch.optim.Optimizer,
+    ema: Ema,
+    losses: Callable[[Random], Mapping[str, Tensor]],
+    course: Course,
+    seed: int,
+) -> Iterator[int]:
+    """Train until the budget is spent, from the last checkpoint on. Yields the step after each checkpoint.
+
+    losses: draws a batch by the generator that it is given and returns scalars by name; their sum is descended.
+    course: its checkpoints hold `model`, `ema` (averaged weights) and `optim`. seed: of that generator, with the first step.
+    """
+    name, rate, device = course.checkpoint.stem, optim.param_groups[0]["lr"], next(model.parameters()).device
+    if state := course.resume("model", "ema", "optim"):
+        model.load_state_dict(state["model"])
+        optim.load_state_dict(state["optim"])
+        ema.shadow = {key: value.to(device) for key, value in state["ema"].items()}
+    print(f"{name}: {parameters_m(model):.2f} M parameters, from step {course.step}", flush=True)
+    rng, going = Random(seed + course.step), True
+    course.start()
+    while going:
+        set_rate(optim, rate * course.rate())
+        with attention(device.type):
+            found = losses(rng)
+            torch.stack([*found.values()]).sum().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optim.step()
+        optim.zero_grad(set_to_none=True)
+        going = course.advance()
+        ema.update(model, course.step)
+        if course.step % 50 == 0:
+            shown = " ".join(f"{key} {value.item():.4f}" for key, value in found.items())
+            print(f"{name}: step {course.step} {shown} {course.elapsed:.0f} s", flush=True)
+        if course.due() or not going:
+            course.save({"model": model.state_dict(), "ema": ema.shadow, "optim": optim.state_dict()})
+            yield course.step
 
 
 def attention(device: str) -> AbstractContextManager[None]:

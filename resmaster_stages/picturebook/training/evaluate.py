@@ -26,12 +26,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import GitForCausalLM, ResNetForImageClassification
 
-from resmaster_stages.config.methods import SuperResolutionConfig
 from resmaster_stages.methods.generate import generate
 from resmaster_stages.metrics.features import load_classifier
 from resmaster_stages.metrics.fid import FeatureStatistics, frechet_distance
 from resmaster_stages.metrics.repeats import Counts, mentions, repeated_objects
 from resmaster_stages.models.enlarger import load_enlarger
+from resmaster_stages.models.identity import NetworkFile
 from resmaster_stages.models.load import load_models
 from resmaster_stages.picturebook import captions, scenes
 from resmaster_stages.picturebook.counting import LEAST, count_objects
@@ -353,7 +353,7 @@ def paired_aims(found: Mapping[str, paired.Judged], pairs_in_drawings: float) ->
 def super_resolution_measures(pack: Path, count: int) -> list[Measure]:
     """PSNR of degraded held-out photos that the pack's network enlarges 4x, beside bicubic enlargement."""
     weights = pack / train_super_resolution.FOLDER / "model.safetensors"
-    enlarger = load_enlarger(SuperResolutionConfig(model=str(weights)), torch.device("cpu"), torch.float32)
+    enlarger = load_enlarger(NetworkFile(model=str(weights)), torch.device("cpu"), torch.float32)
     seeds = range(data.HELD_OUT_SEED, data.HELD_OUT_SEED + count)
     pixels = torch.stack(
         [torch.from_numpy(train_super_resolution.draw_large(s).copy()).permute(2, 0, 1) for s in seeds]

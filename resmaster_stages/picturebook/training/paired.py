@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from resmaster_stages.config.dataset import CaptionsConfig, DatasetConfig
-from resmaster_stages.config.methods import UpscaleConfig
+from resmaster_stages.config.method import Method
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.reference import to_image, to_tensor
@@ -45,8 +45,8 @@ _SHARED: dict[str, Any] = {
 }
 
 METHODS: dict[str, dict[str, Any]] = {
-    "lanczos": {**_SHARED, "method": "lanczos"},
-    "super_resolution": {**_SHARED, "method": "super_resolution"},
+    "lanczos": {"method": "lanczos", "scale": float(SCALE)},
+    "super_resolution": {"method": "super_resolution", "scale": float(SCALE)},
     "tiled img2img": {
         **_SHARED,
         "method": "multidiffusion",
@@ -58,7 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "c_upscale": {**_SHARED, "method": "c_upscale"},
     "resmaster": {**_SHARED, "method": "resmaster", "steps": 25},
 }
-"""What is measured: name -> fields of `UpscaleConfig`."""
+"""What is measured: name -> fields of the method."""
 
 Pairs = frozenset[tuple[str, str]]
 """(kind, colour) of objects."""
@@ -125,20 +125,20 @@ def dataset_of(pack: Path, device: str, upscale: dict[str, Any]) -> DatasetConfi
     """What a dataset with `pack`'s own networks would be configured as."""
     values = dict(upscale)
     if values["method"] == "super_resolution":
-        values["super_resolution"] = {"model": str(pack / "super_resolution" / "model.safetensors")}
+        values["model"] = str(pack / "super_resolution" / "model.safetensors")
     return DatasetConfig(
         name="paired",
         model=config_of(pack, device),
         captions=CaptionsConfig(model=str(pack / "captioner"), max_new_tokens=40),
-        upscale=UpscaleConfig.model_validate(values),
+        upscale=Method.model_validate(values),
     )
 
 
 def enlarged(models: Models, config: DatasetConfig, image: Image.Image, prompt: str, seed: int) -> Image.Image:
     """`image` by the method of `config`; where it reads captions, they are written as the captions stage writes them."""
     caption = partial(caption_views, config, prompt)
-    size = target_size(image.height, image.width, config.upscale.passes()[0].scale)
-    texts = caption(image, *size) if config.upscale.uses_captions() else None
+    size = target_size(image.height, image.width, config.upscale.way()[0].scale)
+    texts = caption(image, *size) if config.upscale.uses("captions") else None
     return upscale_image(models, image, prompt, config=config.upscale, captions=texts, caption=caption, seed=seed)
 
 

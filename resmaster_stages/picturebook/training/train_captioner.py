@@ -7,19 +7,11 @@ from pathlib import Path
 from random import Random
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GitForCausalLM
 
 from resmaster_stages.picturebook.training import course, train_clip, warm_start
-from resmaster_stages.picturebook.training.course import (
-    Budget,
-    Course,
-    Ema,
-    attention,
-    optimiser,
-    parameters_m,
-    set_rate,
-)
+from resmaster_stages.picturebook.training.course import Budget, Course, Ema, fit, optimiser
 from resmaster_stages.picturebook.training.data import PhotoSet, to_float
 from resmaster_stages.picturebook.training.tokens import make_tokenizer
 from resmaster_stages.picturebook.training.train_clip import (
@@ -82,32 +74,13 @@ def train(work: Path, budget: Budget, recipe: CaptionerRecipe | None = None, dev
     ids, lengths = tokenize(photos.captions)
     captioner = train_clip.load_captioner(work).to(device).train()
     optim = optimiser([captioner], recipe.rate, 0.02)
-    ema = Ema(captioner, recipe.ema)
-    course = Course(budget, work / "captioner.pt", work / "STOP-CAPTIONER")
-    state = course.resume("model", "ema", "optim")
-    if state:
-        captioner.load_state_dict(state["model"])
-        optim.load_state_dict(state["optim"])
-        ema.shadow = {k: v.to(device) for k, v in state["ema"].items()}
-    print(f"captioner: {parameters_m(captioner):.2f} M parameters, from step {course.step}", flush=True)
-    rng = Random(7000 + course.step)
-    going, running = True, 0.0
-    course.start()
-    while going:
-        set_rate(optim, recipe.rate * course.rate())
+
+    def losses(rng: Random) -> dict[str, Tensor]:
         pick = torch.tensor(rng.sample(range(len(ids)), recipe.batch))
         x = degrade_small(to_float(small[pick]), rng).to(device)
-        with attention(device):
-            with torch.autocast(device, torch.bfloat16):
-                loss = caption_loss(captioner, x, ids[pick].to(device), lengths[pick].to(device))
-            loss.backward()
-        nn.utils.clip_grad_norm_(captioner.parameters(), 1.0)
-        optim.step()
-        optim.zero_grad(set_to_none=True)
-        going = course.advance()
-        ema.update(captioner, course.step)
-        running = loss.item() if running == 0 else 0.95 * running + 0.05 * loss.item()
-        if course.step % 25 == 0:
-            print(f"captioner: step {course.step} loss {running:.4f} {course.elapsed:.0f} s", flush=True)
-        if course.due() or not going:
-            course.save({"model": captioner.state_dict(), "ema": ema.shadow, "optim": optim.state_dict()})
+        with torch.autocast(device, torch.bfloat16):
+            return {"loss": caption_loss(captioner, x, ids[pick].to(device), lengths[pick].to(device))}
+
+    course = Course(budget, work / "captioner.pt", work / "STOP-CAPTIONER")
+    for step in fit(captioner, optim, Ema(captioner, recipe.ema), losses, course, seed=7000):
+        print(f"captioner: step {step} saved", flush=True)

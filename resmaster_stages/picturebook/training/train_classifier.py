@@ -19,7 +19,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from resmaster_stages.picturebook.captions import SUBJECTS
 from resmaster_stages.picturebook.training import course
-from resmaster_stages.picturebook.training.course import Budget, Course, Ema, optimiser, parameters_m, set_rate
+from resmaster_stages.picturebook.training.course import Budget, Course, Ema, fit, optimiser
 from resmaster_stages.picturebook.training.data import NATIVE_PX, PhotoSet, to_float
 from resmaster_stages.picturebook.training.train_clip import PAIRS, pair_targets
 
@@ -109,19 +109,8 @@ def train(work: Path, budget: Budget, recipe: ClassifierRecipe | None = None, de
     pairs = pair_targets(photos.pairs)
     learner = _Learner().to(device)
     optim = optimiser([learner], recipe.rate, 0.02)
-    ema = Ema(learner, recipe.ema)
-    course = Course(budget, work / "classifier.pt", work / "STOP-CLASSIFIER")
-    state = course.resume("model", "ema", "optim")
-    if state:
-        learner.load_state_dict(state["model"])
-        optim.load_state_dict(state["optim"])
-        ema.shadow = {k: v.to(device) for k, v in state["ema"].items()}
-    print(f"classifier: {parameters_m(learner.classifier):.2f} M parameters, from step {course.step}", flush=True)
-    rng = Random(9000 + course.step)
-    going = True
-    course.start()
-    while going:
-        set_rate(optim, recipe.rate * course.rate())
+
+    def losses(rng: Random) -> dict[str, Tensor]:
         pick = torch.tensor(rng.sample(range(len(photos)), recipe.batch))
         x, factors = blur_some(to_float(photos.pixels[pick]), rng, recipe)
         x = x.to(device, memory_format=torch.channels_last)
@@ -129,21 +118,14 @@ def train(work: Path, budget: Budget, recipe: ClassifierRecipe | None = None, de
             features = learner.classifier.resnet(x).pooler_output.flatten(1)
             logits = learner.classifier.classifier(features)
             pair_logits, blur = learner.pair_head(features), learner.blur_head(features)[:, 0]
-        naming = F.cross_entropy(logits.float(), subjects[pick].to(device))
         wanted = pairs[pick].to(device)
         pairing = F.binary_cross_entropy_with_logits(pair_logits.float(), wanted, reduction="none").sum(1).mean()
-        blurring = F.mse_loss(blur.float(), factors.to(device))
-        (naming + 0.5 * pairing + blurring).backward()
-        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-        optim.step()
-        optim.zero_grad(set_to_none=True)
-        going = course.advance()
-        ema.update(learner, course.step)
-        if course.step % 50 == 0:
-            print(
-                f"classifier: step {course.step} subject {naming.item():.3f} pairs {pairing.item():.3f} blur {blurring.item():.3f} {course.elapsed:.0f} s",
-                flush=True,
-            )
-        if course.due() or not going:
-            course.save({"model": learner.state_dict(), "ema": ema.shadow, "optim": optim.state_dict()})
-            print(f"classifier: step {course.step} held-out accuracy {accuracy(load(work), held_out):.3f}", flush=True)
+        return {
+            "subject": F.cross_entropy(logits.float(), subjects[pick].to(device)),
+            "pairs": 0.5 * pairing,
+            "blur": F.mse_loss(blur.float(), factors.to(device)),
+        }
+
+    course = Course(budget, work / "classifier.pt", work / "STOP-CLASSIFIER")
+    for step in fit(learner, optim, Ema(learner, recipe.ema), losses, course, seed=9000):
+        print(f"classifier: step {step} held-out accuracy {accuracy(load(work), held_out):.3f}", flush=True)

@@ -22,12 +22,12 @@ from random import Random
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from resmaster_stages.models.rrdbnet import RRDBNet, RRDBShape
 from resmaster_stages.picturebook.training import course, data
-from resmaster_stages.picturebook.training.course import Budget, Course, Ema, optimiser, parameters_m, set_rate
+from resmaster_stages.picturebook.training.course import Budget, Course, Ema, fit, optimiser
 
 SHAPE = RRDBShape(features=32, blocks=2, growth=16)
 LARGE_PX = data.NATIVE_PX * SHAPE.scale
@@ -212,34 +212,14 @@ def train(
     held_out = draw_photos(work / "large", recipe.held_out, data.HELD_OUT_SEED, processes)
     network = RRDBNet(SHAPE).to(device)
     optim = optimiser([network], recipe.rate, 0.0)
-    ema = Ema(network, recipe.ema)
-    course = Course(budget, work / "super_resolution.pt", work / "STOP-SUPER-RESOLUTION")
-    state = course.resume("model", "ema", "optim")
-    if state:
-        network.load_state_dict(state["model"])
-        optim.load_state_dict(state["optim"])
-        ema.shadow = {k: v.to(device) for k, v in state["ema"].items()}
-    print(f"super_resolution: {parameters_m(network):.2f} M parameters, from step {course.step}", flush=True)
-    rng = Random(11_000 + course.step)
-    going = True
-    course.start()
-    while going:
-        set_rate(optim, recipe.rate * course.rate())
+
+    def losses(rng: Random) -> dict[str, Tensor]:
         low, high = (each.to(device) for each in _crops(photos, recipe, rng))
         with torch.autocast(device, torch.bfloat16):
             output = network(low)
-        loss = loss_of(output.float(), high, recipe)
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optim.step()
-        optim.zero_grad(set_to_none=True)
-        going = course.advance()
-        ema.update(network, course.step)
-        if course.step % 50 == 0:
-            print(f"super_resolution: step {course.step} loss {loss.item():.4f} {course.elapsed:.0f} s", flush=True)
-        if course.due() or not going:
-            course.save({"model": network.state_dict(), "ema": ema.shadow, "optim": optim.state_dict()})
-            ours, theirs = psnr(load(work), held_out)
-            print(
-                f"super_resolution: step {course.step} held-out PSNR {ours:.2f} dB, bicubic {theirs:.2f} dB", flush=True
-            )
+        return {"loss": loss_of(output.float(), high, recipe)}
+
+    course = Course(budget, work / "super_resolution.pt", work / "STOP-SUPER-RESOLUTION")
+    for step in fit(network, optim, Ema(network, recipe.ema), losses, course, seed=11_000):
+        ours, theirs = psnr(load(work), held_out)
+        print(f"super_resolution: step {step} held-out PSNR {ours:.2f} dB, bicubic {theirs:.2f} dB", flush=True)

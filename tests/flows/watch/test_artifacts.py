@@ -48,7 +48,7 @@ def test_the_pages_of_a_build(stages: Stages, tmp_path: Path) -> None:
         page = found["shown-here-summary"].data
         for part in (
             "# Shown\\_here",
-            "| agreement | 30.0 dB",
+            "| PSNR ↑ | 30.0 dB",
             "told to fail",
             f"`resmaster repair {result.dataset_url}`",
         ):

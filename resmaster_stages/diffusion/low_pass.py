@@ -1,0 +1,91 @@
+"""Convolutions of features without their high frequencies, and attention maps that one branch takes from another
+(FouriScale).
+
+Dilation alone lets high frequencies alias into the wider taps. Knows nothing about plans and steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resmaster_stages.diffusion.convolutions import dilated
+from resmaster_stages.diffusion.guidance import TEXT, Branch, Moment
+from resmaster_stages.diffusion.patches import bare, replaced_forward
+
+
+def mask(length: int, factor: float, weak: bool, floor: float) -> Tensor:
+    """Gain of each frequency index 0 ... length // 2 of an axis: [length // 2 + 1], float64.
+
+    1 up to the Nyquist frequency of the axis made `factor` times smaller (and one index more), then a line down to
+    `floor`: steep (an eighth of the axis) or, for the weak filter, just down to the end of the spectrum.
+    """
+    half = length // 2
+    ramp = (factor - 1) * length // (2 * factor) if weak else max(length // 8, 1)
+    index = torch.arange(half + 1, dtype=torch.float64).clamp(max=max(half - 1, 0))
+    if ramp == 0:
+        return torch.ones_like(index)
+    return (1 + (1 - floor) / ramp * (half / factor + 1 - index)).clamp(floor, 1)
+
+
+@lru_cache(maxsize=512)
+def filter_matrix(
+    length: int, factor: float, weak: bool, floor: float, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """The filter along an axis of `length` cells as a circulant matrix [length, length]: y = matrix @ x."""
+    response = torch.fft.irfft(mask(length, factor, weak, floor).to(torch.complex128), n=length)
+    index = torch.arange(length)
+    return response[(index[:, None] - index) % length].to(device=device, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """A convolution with taps `dilation` cells apart, of features without the frequencies above 1 / `factor`
+    Nyquist."""
+
+    factor: float
+    dilation: int
+    weak: bool
+    floor: float
+    covered: tuple[float, float]
+    """Height and width that the features are padded to with zeros before the filter, over their own."""
+
+    def __call__(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        """[N, C, h, w] -> [N, C', h / stride, w / stride], rounded up."""
+        height, width = x.shape[-2:]
+        rows, cols = (max(side, round(side * more)) for side, more in zip((height, width), self.covered))
+        down, across = (
+            filter_matrix(n, max(self.factor / stride, 1.0), self.weak, self.floor, x.device, x.dtype)
+            for n, stride in zip((rows, cols), conv.stride)
+        )
+        padded = F.pad(x, (0, cols - width, 0, rows - height))
+        return dilated(conv, (down @ padded @ across.T)[..., :height, :width], self.dilation)
+
+
+@contextmanager
+def shared_attention(unet: Any, moment: Moment, branch: Branch) -> Iterator[None]:
+    """Within the block `branch` attends within the canvas as the text branch does: it has its own values only."""
+
+    def like_text(plain: Any) -> Any:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            y = plain(x, *args, **kwargs)
+            if branch not in moment.branches:
+                return y
+            rows = list(y.chunk(len(moment.branches)))
+            rows[moment.branches.index(branch)] = rows[moment.branches.index(TEXT)]
+            return torch.cat(rows)
+
+        return forward
+
+    with ExitStack() as stack:
+        for name, module in bare(unet).named_modules():
+            if name.endswith((".attn1.to_q", ".attn1.to_k")):
+                stack.enter_context(replaced_forward(module, like_text(module.forward)))
+        yield
