@@ -7,7 +7,7 @@ import pytest
 from resmaster_flows.cli.main import main
 from resmaster_stages.dataset.dataset import Dataset, create_or_open, open_dataset
 from resmaster_stages.dataset.plan import read_plan
-from resmaster_stages.dataset.stages import STAGES, stage_hashes
+from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.inspection.status import pending, status
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.prompts import ingest
@@ -35,14 +35,14 @@ def test_settings_change_prompts_are_added_and_everything_is_found_again(
 ) -> None:
     first = planned(tmp_path, ["a", "b", "c"], tmp_path)
     assert work(first) == {stage: [0, 1] for stage in STAGES}
-    was = stage_hashes(first.config)
+    was = first.hashes
     assert (status(first).config, status(first).generations) == ("config.json", 1)
     assert [stage.others for stage in status(first).stages] == [{}] * 4
 
     steps = first.config.upscale.model_copy(update={"steps": 7})
     second = create_or_open(first.config.model_copy(update={"upscale": steps}))
     assert work(second) == {"high_res": [0, 1], "quality": [0, 1]}, "what comes before is used again"
-    now = stage_hashes(second.config)
+    now = second.hashes
     assert [now[stage] == was[stage] for stage in STAGES] == [True, True, False, False]
     found = status(open_dataset(second.url))
     assert found.config == "configs/0001.json"
@@ -55,6 +55,7 @@ def test_settings_change_prompts_are_added_and_everything_is_found_again(
 
     (tmp_path / "prompts.txt").write_text("a\nb\nc\nd\n")
     ingest(second, second.config)
+    second = open_dataset(second.url)
     assert work(second) == {stage: [2] for stage in STAGES}, "only what is new"
     assert status(second).generations == 2
     assert read_plan(second.folder).read(2)[0].prompt == "d"

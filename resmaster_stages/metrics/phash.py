@@ -38,7 +38,7 @@ METRIC = Metric(
             "phash",
             "perceptual hash, 16 hex digits",
             kind=pa.string(),
-            # raised by the quality stage, which sees the samples before it
+            # added when publishing, which sees all samples
             flag=Flag("near_duplicate", "looks the same as an earlier sample of the dataset"),
         ),
     ),

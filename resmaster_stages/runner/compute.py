@@ -155,7 +155,7 @@ def _computed(work: _Work) -> Iterator[Output]:
 
 
 def _outputs_of(work: _Work, slot: range, following: range | None) -> Iterator[list[Output]]:
-    """The Outputs of one slot's samples, in order: all together, or one by one where something is wrong with one of them."""
+    """The Outputs of one slot's samples, in order: all together, or one by one if something is wrong there."""
     strikes = (work.breadcrumbs.strikes.get(key, 0) for key in _keys(work, slot))
     suspected = len(slot) > 1 and any(count >= ALONE_STRIKES for count in strikes)
     together = None if suspected else _together(work, slot, following)

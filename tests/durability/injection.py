@@ -1,4 +1,4 @@
-"""A whole build of stand-in stages, and faults at each of its steps that change the store.
+"""A whole build of stand-in stages, another attempt at what failed in it, and faults at each of their steps that change the store.
 
 A step is a moment just before or just after a call that writes, syncs, renames, links, makes a folder or deletes (on a disk), or
 that sends or deletes an object or a part of one (S3), and the moment at which half of a file is written. Only calls on the
@@ -13,20 +13,32 @@ import hashlib
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+<<<<<<< HEAD
 from resmaster_stages.dataset.dataset import create_or_open, open_dataset
 from resmaster_stages.dataset.schemas import manifest_schema
+=======
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.dataset.dataset import Dataset, create_or_open, open_dataset
+from resmaster_stages.dataset.sample import Output, Sample
+from resmaster_stages.dataset.schemas import MANIFEST_SCHEMA
+from resmaster_stages.dataset.stages import Process
+>>>>>>> data
 from resmaster_stages.prompts import ingest
 from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage import filesystem
 from resmaster_stages.storage.filesystem import open_root
 from resmaster_stages.storage.tables import decode_table
-from tests.fake_stages import FAKES, config_at
+from tests.fake_stages import BAD, FAKES, config_at
+
+Work = Callable[[str, str], None]
+"""What faults strike: `build` or `retry`, with a root and a file of prompts."""
 
 S3_CHANGES = (
     "put_object",
@@ -43,7 +55,7 @@ PROMPTS = "a\nbad low_res\nb\n"
 
 
 def build(root: str, prompts: str) -> None:
-    """Plan, every stage over every shard, manifest; two samples per shard, `bad STAGE` prompts fail there."""
+    """Plan, every stage over every shard, manifest; two samples per shard, `bad STAGE` prompts fail there at first."""
     # without the probe of the store: its racing writers would make the order of steps a matter of luck
     config = config_at(root, prompts=prompts, allow_overwriting_store=True)
     dataset = create_or_open(config)
@@ -54,13 +66,34 @@ def build(root: str, prompts: str) -> None:
     write_manifest(dataset)
 
 
+def retry(root: str, prompts: str) -> None:
+    """Another attempt at what failed in a build in the first stage and shard, all that follows from it, manifest."""
+    dataset = open_dataset(root)
+    for stage in FAKES:
+        number = 2 if stage == "low_res" else 1
+        run_stage(dataset, stage, 0, number=number, process=good_later(dataset, stage, 0))
+    write_manifest(dataset)
+
+
+def good_later(dataset: Dataset, stage: str, shard: int) -> Process:
+    """A stand-in stage that makes what it is told to fail as well, once the shard's first attempt is committed."""
+
+    def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        if dataset.commits(stage).attempt(shard, 1) is not None:
+            samples = [replace(sample, prompt=sample.prompt.replace(BAD, "good")) for sample in samples]
+        yield from FAKES[stage](config, samples)
+
+    return process
+
+
 def everything(root: str) -> dict[object, object]:
-    """All that a reader of the dataset can see, without the random names of attempts."""
+    """All that a reader of the dataset can see, and all earlier attempts, without the random names of attempts."""
     dataset = open_dataset(root)
     found: dict[object, object] = {}
     named = set()
     for stage in dataset.hashes:
         for shard, receipt in dataset.commits(stage).read_all().items():
+<<<<<<< HEAD
             lost = (receipt.failed_keys, receipt.lost_keys)
             found[stage, shard] = (receipt.number, receipt.samples_ok, lost, receipt.keys_digest, bool(receipt.ledger))
             for number, stored in enumerate(receipt.objects):
@@ -71,6 +104,23 @@ def everything(root: str) -> dict[object, object]:
             if receipt.ledger:
                 assert dataset.folder.exists(receipt.ledger)
     manifest = decode_table(dataset.folder.read("manifest.parquet"), manifest_schema(), "manifest")
+=======
+            named.update(stored.name for stored in receipt.objects)
+            for number in range(1, receipt.number + 1):
+                attempt = dataset.commits(stage).attempt(shard, number)
+                assert attempt is not None
+                found[stage, shard, number] = (
+                    *(attempt.samples_ok, attempt.failed_keys, attempt.lost_keys, attempt.keys_digest),
+                    bool(attempt.ledger),
+                )
+                for place, stored in enumerate(attempt.objects):
+                    data = dataset.folder.read(stored.name)
+                    assert hashlib.sha256(data).hexdigest() == stored.sha256, stored.name
+                    found[stage, shard, number, place] = stored.sha256
+                if attempt.ledger:
+                    assert dataset.folder.exists(attempt.ledger)
+    manifest = decode_table(dataset.folder.read("manifest.parquet"), MANIFEST_SCHEMA, "manifest")
+>>>>>>> data
     objects = ("high_res_object", "low_res_object", "captions_object")
     found["manifest"] = manifest.drop(objects).to_pylist()
     keys = manifest["key"].to_pylist()
@@ -79,7 +129,7 @@ def everything(root: str) -> dict[object, object]:
     index = json.loads(dataset.folder.read("index.json"))["shardlist"]
     found["index"] = [(shard["nsamples"], shard["filesize"]) for shard in index]
     visible = {shard["url"] for shard in index}.union(*(manifest[name].to_pylist() for name in objects))
-    assert visible <= named, "readers are led to an object that no commit names"
+    assert visible <= named, "readers are led to an object that no commit names, or that a later attempt took the place of"
     return found
 
 
@@ -186,8 +236,8 @@ def _on_s3(steps: Steps) -> Iterator[None]:
         yield
 
 
-def killed_build(root: str, prompts: str, environment: dict[str, str], strike_at: int) -> None:
-    """A build that is killed at a step; what a child process runs."""
+def killed(work: Work, root: str, prompts: str, environment: dict[str, str], strike_at: int) -> None:
+    """Work that is killed at a step; what a child process runs."""
     os.environ.update(environment)
     with injected(Steps(strike_at, kill), root):
-        build(root, prompts)
+        work(root, prompts)

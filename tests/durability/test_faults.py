@@ -1,4 +1,4 @@
-"""A fault at any step of a build, by exception or by kill -9, on a folder and on S3: run again, and nothing shows.
+"""A fault at any step of a build or of another attempt, by exception or by kill -9, on a folder and on S3: run again, and nothing shows.
 
 RESMASTER_SOAK=1 strikes at every step in every way; without it the steps are thinned out.
 """
@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,19 @@ from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.errors import UserError
 from resmaster_stages.storage import filesystem
 from resmaster_stages.storage.filesystem import open_root
-from tests.durability.injection import PROMPTS, Steps, build, everything, fail, injected, interrupt, killed_build
+from tests.durability.injection import (
+    PROMPTS,
+    Steps,
+    Work,
+    build,
+    everything,
+    fail,
+    injected,
+    interrupt,
+    killed,
+    retry,
+)
+from tests.fake_stages import FAKES
 
 SOAK = os.environ.get("RESMASTER_SOAK") == "1"
 STORES = ["local", pytest.param("s3", marks=pytest.mark.s3)]
@@ -25,7 +37,7 @@ STORES = ["local", pytest.param("s3", marks=pytest.mark.s3)]
 
 @pytest.fixture(scope="module", params=STORES)
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Place"]:
-    """A store, with an undisturbed build in it."""
+    """A store to build in."""
     folder = tmp_path_factory.mktemp("faults")
     prompts = folder / "prompts.txt"
     prompts.write_text(PROMPTS)
@@ -46,34 +58,45 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             S3FileSystem.clear_instance_cache()
 
 
+@dataclass(frozen=True)
+class Undisturbed:
+    """Work of which nothing is known but that it went well."""
+
+    steps: list[str]
+    result: dict[object, object]
+
+
 @dataclass
 class Place:
     base: str
     prompts: str
     environment: dict[str, str]
-    steps: list[str] = field(default_factory=list)
-    undisturbed: dict[object, object] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        steps, root = Steps(), self.new_root()
-        with injected(steps, root):
-            build(root, self.prompts)
-        self.steps, self.undisturbed = steps.seen, everything(root)
 
     @property
     def strikes(self) -> tuple[Callable[[], None], ...]:
         """S3 calls run in the event loop's thread, where nobody presses a key."""
         return (fail,) if self.environment else (fail, interrupt)
 
-    def new_root(self) -> str:
-        return f"{self.base}/{uuid.uuid4().hex[:8]}"
+    def root_for(self, work: Work) -> str:
+        """A new root, with what is there before `work` begins."""
+        root = f"{self.base}/{uuid.uuid4().hex[:8]}"
+        if work is retry:
+            build(root, self.prompts)
+        return root
+
+    def undisturbed(self, work: Work) -> Undisturbed:
+        steps, root = Steps(), self.root_for(work)
+        with injected(steps, root):
+            work(root, self.prompts)
+        return Undisturbed(steps.seen, everything(root))
 
 
 def test_the_undisturbed_build_is_whole(place: Place) -> None:
-    assert len(place.undisturbed["keys"]) == 2
+    undisturbed = place.undisturbed(build)
+    assert len(undisturbed.result["keys"]) == 2
     for stage in ("low_res", "captions", "high_res", "quality"):
-        assert {(stage, 0, 0), (stage, 1, 0)} <= place.undisturbed.keys()
-    kinds = {step.split()[1] for step in place.steps if step.startswith("before")}
+        assert {(stage, 0, 1, 0), (stage, 1, 1, 0)} <= undisturbed.result.keys()
+    kinds = {step.split()[1] for step in undisturbed.steps if step.startswith("before")}
     on_disk = {"open", "replace", "link", "fsync", "unlink", "makedirs"}
     assert kinds == ({"put_object", "delete_object"} if place.environment else on_disk)
     for name in (
@@ -88,44 +111,58 @@ def test_the_undisturbed_build_is_whole(place: Place) -> None:
         "index",
     ):
         for moment in ("before", "after"):
-            assert any(step.startswith(moment) and f"/{name}" in step for step in place.steps), (moment, name)
+            assert any(step.startswith(moment) and f"/{name}" in step for step in undisturbed.steps), (moment, name)
+
+
+def test_the_undisturbed_retry_adds_attempts_and_leaves_what_was_there(place: Place) -> None:
+    before, after = place.undisturbed(build).result, place.undisturbed(retry).result
+    assert len(after["keys"]) == 3
+    assert {key for key in after if key not in before} == {
+        key for stage in FAKES for key in ((stage, 0, 2), (stage, 0, 2, 0))
+    }
+    kept = [key for key in before if isinstance(key, tuple)]
+    assert {key: after[key] for key in kept} == {key: before[key] for key in kept}
 
 
 @pytest.mark.timeout(900)
-def test_an_exception_at_any_step(place: Place) -> None:
+@pytest.mark.parametrize("work", [build, retry])
+def test_an_exception_at_any_step(place: Place, work: Work) -> None:
     struck = 0
+    undisturbed = place.undisturbed(work)
     thin = 1 if SOAK else 3 if place.environment else 7
-    for at in range(0, len(place.steps), thin):
+    for at in range(0, len(undisturbed.steps), thin):
         for strike in place.strikes if SOAK else (place.strikes[at % len(place.strikes)],):
-            root, steps = place.new_root(), Steps(at, strike)
+            root, steps = place.root_for(work), Steps(at, strike)
             try:
                 with injected(steps, root):
-                    build(root, place.prompts)
+                    work(root, place.prompts)
             except (OSError, UserError, KeyboardInterrupt):
                 struck += 1
             else:
                 # What may fail unseen: the answer of a create that is found to have succeeded, and what is done for later runs.
                 assert strike is fail, steps.seen[at]
                 assert any(part in steps.seen[at] for part in ("/commits/", "/cache/", "unlink")), steps.seen[at]
-            build(root, place.prompts)
-            assert everything(root) == place.undisturbed, place.steps[at]
-    assert struck > len(place.steps) // thin // 2
+            work(root, place.prompts)
+            assert everything(root) == undisturbed.result, undisturbed.steps[at]
+    assert struck > len(undisturbed.steps) // thin // 2
 
 
 @pytest.mark.timeout(900)
-def test_kill_9_at_any_step(place: Place) -> None:
-    """Each build is a process of its own; it is killed at one step, and the next one goes on where it ended."""
+@pytest.mark.parametrize("work", [build, retry])
+def test_kill_9_at_any_step(place: Place, work: Work) -> None:
+    """It is done in a process of its own, which is killed at one step, and the next one goes on where it ended."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.durability.injection", "s3fs"])
+    undisturbed = place.undisturbed(work)
     thin = 1 if SOAK else 11 if place.environment else 31
-    for at in range(thin // 2, len(place.steps), thin):
-        root = place.new_root()
-        child = context.Process(target=killed_build, args=(root, place.prompts, place.environment, at))
+    for at in range(thin // 2, len(undisturbed.steps), thin):
+        root = place.root_for(work)
+        child = context.Process(target=killed, args=(work, root, place.prompts, place.environment, at))
         child.start()
         child.join(120)
-        assert child.exitcode == -9, place.steps[at]
-        build(root, place.prompts)
-        assert everything(root) == place.undisturbed, place.steps[at]
+        assert child.exitcode == -9, undisturbed.steps[at]
+        work(root, place.prompts)
+        assert everything(root) == undisturbed.result, undisturbed.steps[at]
 
 
 @pytest.mark.s3
