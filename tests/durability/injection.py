@@ -19,16 +19,11 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-<<<<<<< HEAD
-from resmaster_stages.dataset.dataset import create_or_open, open_dataset
-from resmaster_stages.dataset.schemas import manifest_schema
-=======
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.dataset import Dataset, create_or_open, open_dataset
 from resmaster_stages.dataset.sample import Output, Sample
-from resmaster_stages.dataset.schemas import MANIFEST_SCHEMA
+from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.dataset.stages import Process
->>>>>>> data
 from resmaster_stages.prompts import ingest
 from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.runner.run import run_stage
@@ -93,18 +88,6 @@ def everything(root: str) -> dict[object, object]:
     named = set()
     for stage in dataset.hashes:
         for shard, receipt in dataset.commits(stage).read_all().items():
-<<<<<<< HEAD
-            lost = (receipt.failed_keys, receipt.lost_keys)
-            found[stage, shard] = (receipt.number, receipt.samples_ok, lost, receipt.keys_digest, bool(receipt.ledger))
-            for number, stored in enumerate(receipt.objects):
-                data = dataset.folder.read(stored.name)
-                assert hashlib.sha256(data).hexdigest() == stored.sha256, stored.name
-                found[stage, shard, number] = stored.sha256
-                named.add(stored.name)
-            if receipt.ledger:
-                assert dataset.folder.exists(receipt.ledger)
-    manifest = decode_table(dataset.folder.read("manifest.parquet"), manifest_schema(), "manifest")
-=======
             named.update(stored.name for stored in receipt.objects)
             for number in range(1, receipt.number + 1):
                 attempt = dataset.commits(stage).attempt(shard, number)
@@ -119,8 +102,7 @@ def everything(root: str) -> dict[object, object]:
                     found[stage, shard, number, place] = stored.sha256
                 if attempt.ledger:
                     assert dataset.folder.exists(attempt.ledger)
-    manifest = decode_table(dataset.folder.read("manifest.parquet"), MANIFEST_SCHEMA, "manifest")
->>>>>>> data
+    manifest = decode_table(dataset.folder.read("manifest.parquet"), manifest_schema(), "manifest")
     objects = ("high_res_object", "low_res_object", "captions_object")
     found["manifest"] = manifest.drop(objects).to_pylist()
     keys = manifest["key"].to_pylist()
@@ -129,7 +111,9 @@ def everything(root: str) -> dict[object, object]:
     index = json.loads(dataset.folder.read("index.json"))["shardlist"]
     found["index"] = [(shard["nsamples"], shard["filesize"]) for shard in index]
     visible = {shard["url"] for shard in index}.union(*(manifest[name].to_pylist() for name in objects))
-    assert visible <= named, "readers are led to an object that no commit names, or that a later attempt took the place of"
+    assert visible <= named, (
+        "readers are led to an object that no commit names, or that a later attempt took the place of"
+    )
     return found
 
 
