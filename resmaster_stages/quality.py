@@ -27,7 +27,7 @@ from resmaster_stages.metrics.flags import flags
 from resmaster_stages.metrics.phash import phash
 from resmaster_stages.metrics.seam import seam_ratio, seam_worst
 from resmaster_stages.metrics.worst import worst_places
-from resmaster_stages.models.geometry import latent_factor, native_px
+from resmaster_stages.models.geometry import geometry_of
 
 if TYPE_CHECKING:
     from resmaster_stages.metrics.features import FeatureExtractor
@@ -49,14 +49,14 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
         from resmaster_stages.metrics.features import load_extractor
 
         extractor = load_extractor(quality)
-    native, factor = native_px(config.model), latent_factor(config.model)
+    geometry = geometry_of(config.model)
     seen: set[str] = set()
     for sample in samples:
         try:
             if sample.low_res is None or sample.high_res is None:
                 raise SampleError(f"{sample.key}: low-res or high-res image is missing")
             low, high = sample.low_res.open(), sample.high_res.open()
-            boxes = view_grid(high.height, high.width, native, config.upscale.stride, factor).pixel_boxes
+            boxes = view_grid(geometry, high.height, high.width, config.upscale.stride).pixel_boxes
             row = measure(low, high, boxes)
             row["clip_score"] = scorer.scores([high], [sample.prompt])[0] if scorer and sample.prompt else None
             row["flags"] = flags(row, quality)
@@ -67,7 +67,7 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
             arrays: dict[str, NDArray[Any]] = {}
             if extractor is not None:
                 for name, picture in (("high_res", high), ("low_res", low)):
-                    found = picture_features(extractor, picture, sample.key, native)
+                    found = picture_features(extractor, picture, sample.key, geometry.native_px)
                     arrays |= {f"{name}.{view}": values for view, values in found.items()}
             yield Output(key=sample.key, rows=[row], arrays=arrays)
         except SampleError as error:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from resmaster_stages.diffusion.schedule import Step
+from resmaster_stages.models.schedule import Step
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,6 @@ at 45 % of the noise, which third-party notes give. So preset `faithful` is the 
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -21,7 +19,6 @@ from resmaster_stages.diffusion.composer import Composer
 from resmaster_stages.diffusion.conditions import make_conditions
 from resmaster_stages.diffusion.fusing import Fuser
 from resmaster_stages.diffusion.guidance import TEXT, Moment
-from resmaster_stages.diffusion.image_prompts import adapter_scale
 from resmaster_stages.diffusion.loop import (
     CanvasNoise,
     Composition,
@@ -34,10 +31,10 @@ from resmaster_stages.diffusion.loop import (
     static_batches,
 )
 from resmaster_stages.diffusion.reference_guidance import structural_guidance
-from resmaster_stages.diffusion.schedule import Step
 from resmaster_stages.diffusion.steppers import make_stepper
 from resmaster_stages.methods.passes import Stage, first_step
 from resmaster_stages.methods.request import Request
+from resmaster_stages.models.schedule import Step
 
 
 def whole_picture(request: Request, composer: Composer, draw: Tensor) -> LatentHook:
@@ -59,7 +56,7 @@ def whole_picture(request: Request, composer: Composer, draw: Tensor) -> LatentH
         moment = composer.moment
         moment.step, moment.branches = step, (TEXT,)
         with composer.capturing():
-            predict(models.unet, small, torch.full((), step.t, device=models.device), conditions, moment, batches)
+            predict(models.base, small, torch.full((), step.t, device=models.device), conditions, moment, batches)
         return z
 
     return look
@@ -73,8 +70,9 @@ def stages(request: Request) -> tuple[Stage, ...]:
     def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
         z, moment = step.noised(reference.latents, noise()), Moment()
         look: tuple[LatentHook, ...] = ()
-        patches: tuple[Patch, ...] = (partial(adapter_scale, scale=0.0),)
+        patches: tuple[Patch, ...] = ()
         if settings.share:
+            models.require("upscale.c_upscale.share", "attention")
             small = reference.small_latents.shape[-2:]
             composer = Composer(grid, small, settings.share, moment, models.device)
             look = (whole_picture(request, composer, noise.resized(*small)()),)

@@ -16,7 +16,6 @@ size rather than the target's.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,6 @@ from torch import Tensor
 from resmaster_stages.config.methods import DemoFusionConfig
 from resmaster_stages.diffusion.conditions import Conditions, make_conditions
 from resmaster_stages.diffusion.frequency import gaussian_blur
-from resmaster_stages.diffusion.image_prompts import adapter_scale
 from resmaster_stages.diffusion.irregular_views import (
     InterleavedViews,
     Origins,
@@ -36,11 +34,11 @@ from resmaster_stages.diffusion.irregular_views import (
 )
 from resmaster_stages.diffusion.loop import CanvasNoise, Composition, LatentHook, ViewGroup, Views, always
 from resmaster_stages.diffusion.reference_guidance import match_moments, skip_residual
-from resmaster_stages.diffusion.schedule import Step
 from resmaster_stages.diffusion.steppers import make_stepper
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.methods.passes import Stage, first_step, phase_scales
 from resmaster_stages.methods.request import Request
+from resmaster_stages.models.schedule import Step
 
 
 def dilated_input(factor: int, settings: DemoFusionConfig) -> LatentHook:
@@ -57,7 +55,7 @@ def dilated_input(factor: int, settings: DemoFusionConfig) -> LatentHook:
 
 def _conditions(request: Request, grid: Grid, origins: list[Origins]) -> Conditions:
     """Of windows at `origins`, per sample. Size and target are those of the final picture in every phase."""
-    factor, (height, width) = request.models.latent_factor, request.canvas_size
+    factor, (height, width) = request.models.geometry.latent_factor, request.canvas_size
     canvas, window = (height * factor, width * factor), (grid.window_height * factor, grid.window_width * factor)
     native = request.config.micro_conditioning == "native"
     places = [origin for each in origins for origin in each]
@@ -80,7 +78,7 @@ def _local_views(request: Request, grid: Grid, noise: CanvasNoise) -> ViewGroup:
     border = jitter_reach(grid) if zeros else 0
     regular = [[(y, x) for y in grid.rows for x in grid.cols]] * len(request.prompts)
     conditions = _conditions(request, grid, regular)
-    factor = request.models.latent_factor
+    factor = request.models.geometry.latent_factor
 
     def at(step: Step) -> tuple[Views, Conditions]:
         if config.demofusion.jitter == "off":
@@ -93,9 +91,9 @@ def _local_views(request: Request, grid: Grid, noise: CanvasNoise) -> ViewGroup:
         if config.micro_conditioning == "native":
             return views, conditions
         crops = [((y + border) * factor, (x + border) * factor) for each in origins for y, x in each]
-        time_ids = conditions.time_ids.clone()
-        time_ids[:, 2:4] = torch.tensor(crops, dtype=time_ids.dtype).to(device, non_blocking=True)
-        return views, replace(conditions, time_ids=time_ids)
+        sizes = conditions.sizes.clone()
+        sizes[:, 2:4] = torch.tensor(crops, dtype=sizes.dtype).to(device, non_blocking=True)
+        return views, replace(conditions, sizes=sizes)
 
     return ViewGroup(
         at,
@@ -142,7 +140,6 @@ def stages(request: Request) -> tuple[Stage, ...]:
                 ),
                 stepper=make_stepper(config.stepper),
                 latent_hooks=(skip_residual(x0, draw, settings.cosine_scale_1),),
-                patches=(partial(adapter_scale, scale=0.0),),
             )
 
         return Stage(rows, cols, begin, first, lambda z: match_moments(z, reference.small_latents))

@@ -7,12 +7,10 @@ collapse: the baseline that every tuning-free method is measured against.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from resmaster_stages.diffusion.conditions import make_conditions
 from resmaster_stages.diffusion.fusing import Fuser
 from resmaster_stages.diffusion.guidance import Guidance, Moment
-from resmaster_stages.diffusion.image_prompts import adapter_scale
 from resmaster_stages.diffusion.loop import Composition, LatentHook, Patch, ViewGroup, always
 from resmaster_stages.diffusion.steppers import make_stepper
 from resmaster_stages.methods.request import Request
@@ -50,7 +48,7 @@ def whole_canvas_composition(
         ),
         stepper=make_stepper(config.stepper),
         latent_hooks=latent_hooks,
-        patches=(partial(adapter_scale, scale=0.0), *patches),
+        patches=patches,
         moment=moment or Moment(),
     )
 

@@ -32,9 +32,9 @@ from resmaster_stages.diffusion.freeu import freeu
 from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, Branch, Branches, Moment, guide
 from resmaster_stages.diffusion.loop import Composition, Patch
 from resmaster_stages.diffusion.patches import Layer, bare, chosen_layers, replaced_forward
-from resmaster_stages.diffusion.schedule import Step
 from resmaster_stages.methods import direct
 from resmaster_stages.methods.request import Request
+from resmaster_stages.models.schedule import Step
 
 DETAIL = Branch("detail", True)
 """The prompt once more, through the weakly filtered network."""
@@ -181,11 +181,12 @@ def compose(request: Request) -> Composition:
     """Direct inference, its guidance rule, convolutions and self-attention replaced; told the size of the base."""
     config, settings, moment = request.config, request.config.fouriscale, Moment()
     models = request.models
-    plan = make_plan(request.height, request.width, models.native_px, config.steps, settings)
-    canvas = [side * models.latent_factor for side in request.canvas_size]
+    models.require("method fouriscale", "convolutions", "attention")
+    plan = make_plan(request.height, request.width, models.geometry.native_px, config.steps, settings)
+    canvas = [side * models.geometry.latent_factor for side in request.canvas_size]
     covered = (plan.factor * plan.base[0] / canvas[0], plan.factor * plan.base[1] / canvas[1])
-    floor = settings.floor if settings.floor is not None else 0.6 if models.told_sizes else 0.0
-    rules = layer_rules(models.unet, plan, covered, floor)
+    floor = settings.floor if settings.floor is not None else 0.6 if models.base.layers == "sdxl" else 0.0
+    rules = layer_rules(models.base.denoiser, plan, covered, floor)
     patches: tuple[Patch, ...] = (
         partial(changed_layers, rules=rules, moment=moment),
         partial(shared_attention, moment=moment),

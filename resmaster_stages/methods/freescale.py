@@ -28,10 +28,10 @@ from resmaster_stages.diffusion.loop import CanvasNoise, Composition, Patch
 from resmaster_stages.diffusion.patches import chosen_layers
 from resmaster_stages.diffusion.reference_guidance import skip_residual
 from resmaster_stages.diffusion.scale_fusion import Windows, scale_fusion
-from resmaster_stages.diffusion.schedule import Step
 from resmaster_stages.methods import direct
 from resmaster_stages.methods.passes import Stage, first_step, phase_scales
 from resmaster_stages.methods.request import Request
+from resmaster_stages.models.schedule import Step
 
 DILATED = ("down_blocks.-2.downsamplers", "down_blocks.-1.resnets", "mid_block.resnets")
 
@@ -61,12 +61,11 @@ def _compose(request: Request, scale: float, x0: Tensor, noise: CanvasNoise, dra
     """One stage, `scale` times the low-res picture, that follows `x0` [B, C, h, w] noised by `draw`."""
     config, settings, moment = request.config, request.config.freescale, Moment()
     models, reference = request.models, request.required_reference()
-    factor = max(1, max(request.height, request.width) // models.native_px)
-    rules = layer_rules(models.unet, factor, round(settings.dilate_until * config.steps))
+    factor = max(1, max(request.height, request.width) // models.geometry.native_px)
+    rules = layer_rules(models.base.denoiser, factor, round(settings.dilate_until * config.steps))
     patches: tuple[Patch, ...] = (partial(changed_layers, rules=rules, moment=moment),)
     if settings.fusion:
-        native = models.native_px // models.latent_factor
-        windows = Windows(*request.canvas_size, native, settings.jitter, noise.generators, moment)
+        windows = Windows(*request.canvas_size, models.geometry.native, settings.jitter, noise.generators, moment)
         radius = max(1, round(scale)) - 1
         patches = (
             *patches,
@@ -86,7 +85,8 @@ def _compose(request: Request, scale: float, x0: Tensor, noise: CanvasNoise, dra
 def stages(request: Request) -> tuple[Stage, ...]:
     """One stage per size, each restarted in the middle of the path."""
     config, settings, models = request.config, request.config.freescale, request.models
-    reference, factor = request.required_reference(), models.latent_factor
+    models.require("method freescale", "convolutions", "attention")
+    reference, factor = request.required_reference(), models.geometry.latent_factor
 
     def stage(scale: float) -> Stage:
         rows, cols = (max(1, round(side * scale / config.scale)) for side in request.canvas_size)

@@ -5,10 +5,7 @@ Every view gets the global prompt, so the prompt's object tends to appear in eve
 
 from __future__ import annotations
 
-from functools import partial
-
 from resmaster_stages.diffusion.conditions import make_conditions
-from resmaster_stages.diffusion.image_prompts import adapter_scale
 from resmaster_stages.diffusion.loop import Composition, ViewGroup
 from resmaster_stages.diffusion.shifted_views import placed
 from resmaster_stages.diffusion.steppers import make_stepper
@@ -29,5 +26,4 @@ def compose(request: Request) -> Composition:
     return Composition(
         groups=(ViewGroup(placed(grid, conditions, config, request.models.device), request.guidance()),),
         stepper=make_stepper(config.stepper),
-        patches=(partial(adapter_scale, scale=0.0),),
     )

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from resmaster_stages.diffusion.loop import CanvasNoise, Composition
-from resmaster_stages.diffusion.schedule import Step
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.request import Request
+from resmaster_stages.models.schedule import Step
 
 Begin = Callable[[Tensor | None, CanvasNoise, Step], tuple[Tensor, Composition]]
 """From the previous stage's clean latents [B, C, h, w] (None at first), the stage's noise and its first step to the

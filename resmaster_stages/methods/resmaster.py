@@ -13,10 +13,8 @@ paper read literally: eq. 7, and the swap at every step.
 
 from __future__ import annotations
 
-from functools import partial
-
 from resmaster_stages.diffusion.conditions import make_conditions
-from resmaster_stages.diffusion.image_prompts import adapter_scale, embed_crops
+from resmaster_stages.diffusion.image_prompts import embed_crops
 from resmaster_stages.diffusion.loop import Composition, ViewGroup, X0Hook
 from resmaster_stages.diffusion.reference_guidance import structural_guidance
 from resmaster_stages.diffusion.shifted_views import placed
@@ -48,5 +46,5 @@ def compose(request: Request) -> Composition:
         groups=(ViewGroup(placed(grid, conditions, config, models.device), request.guidance()),),
         stepper=make_stepper(config.stepper),
         x0_hooks=hooks,
-        patches=(partial(adapter_scale, scale=image_scale),),
+        image_scale=image_scale,
     )

@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil, sqrt
-from typing import Any, Literal
 
 from torch import Tensor
 
@@ -31,9 +30,10 @@ from resmaster_stages.diffusion.freeu import freeu
 from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, Branch, Branches, Moment, guide
 from resmaster_stages.diffusion.loop import Composition, Patch
 from resmaster_stages.diffusion.patches import Layer, bare, chosen_layers
-from resmaster_stages.diffusion.schedule import Step
 from resmaster_stages.methods import direct
 from resmaster_stages.methods.request import Request
+from resmaster_stages.models.bases.base import Layers
+from resmaster_stages.models.schedule import Step
 
 WEAK = Branch("weak", False)
 """The negative prompt through the weakly dilated network."""
@@ -57,11 +57,8 @@ class NoiseDamped:
         return outputs[0] if len(outputs) == 1 else guide(outputs[0], outputs[1], self.scale)
 
 
-Family = Literal["sdxl", "sd1", "sd2"]
-"""Whose published settings are read; other UNets are taken for SDXL's, their places counted from the deepest block."""
-
 DEEP = ("mid_block.resnets", "up_blocks.0.resnets", "up_blocks.0.upsamplers")
-DISPERSED: dict[Family, tuple[str, ...]] = {
+DISPERSED: dict[Layers, tuple[str, ...]] = {
     "sdxl": ("down_blocks.-1.resnets", *DEEP),
     "sd1": (
         "down_blocks.2.downsamplers",
@@ -72,14 +69,6 @@ DISPERSED: dict[Family, tuple[str, ...]] = {
     ),
 }
 DISPERSED["sd2"] = DISPERSED["sd1"]
-
-
-def family(unet: Any) -> Family:
-    """Whose UNet this is, by its depth and the width of its text."""
-    config = bare(unet).config
-    if len(config.block_out_channels) != 4:
-        return "sdxl"
-    return "sd2" if config.cross_attention_dim == 1024 else "sd1"
 
 
 def _up(number: int, factor: float) -> dict[str, float]:
@@ -113,7 +102,7 @@ def between(scale: float) -> dict[str, float]:
     }
 
 
-def strong(vertical: float, horizontal: float, whose: Family = "sdxl") -> dict[str, float]:
+def strong(vertical: float, horizontal: float, whose: Layers = "sdxl") -> dict[str, float]:
     """Layers and dilations of a larger canvas, from its height and width over a native picture's."""
     scale = max(vertical, horizontal)
     deep = dict.fromkeys(DEEP, scale)
@@ -133,7 +122,7 @@ def strong(vertical: float, horizontal: float, whose: Family = "sdxl") -> dict[s
     return {**_down(2, scale), "down_blocks.2.resnets": 0.75 * scale, **_down(3, scale), **deep, **outer}
 
 
-def weak(vertical: float, horizontal: float, whose: Family = "sdxl") -> dict[str, float]:
+def weak(vertical: float, horizontal: float, whose: Layers = "sdxl") -> dict[str, float]:
     """Layers and dilations of the network that the unconditional prediction comes from."""
     scale = max(vertical, horizontal)
     if whose == "sdxl":
@@ -143,7 +132,7 @@ def weak(vertical: float, horizontal: float, whose: Family = "sdxl") -> dict[str
     return {name: factor for name, factor in strong(vertical, horizontal, whose).items() if "up_blocks.3" not in name}
 
 
-def durations(scale: float, whose: Family) -> tuple[float, float]:
+def durations(scale: float, whose: Layers) -> tuple[float, float]:
     """Fractions of the steps with dilation and with noise-damped guidance."""
     if scale >= 3:
         return (0.74, 0.74) if whose == "sd2" else (0.7, 0.7)
@@ -172,7 +161,7 @@ class Plan:
 
 
 def make_plan(
-    vertical: float, horizontal: float, steps: int, settings: ScaleCrafterConfig, whose: Family = "sdxl"
+    vertical: float, horizontal: float, steps: int, settings: ScaleCrafterConfig, whose: Layers = "sdxl"
 ) -> Plan:
     """The plan of a canvas `vertical` times as high and `horizontal` times as wide as a native picture."""
     scale = max(vertical, horizontal)
@@ -214,10 +203,11 @@ def layer_rules(unet: object, plan: Plan) -> dict[str, LayerRule]:
 def compose(request: Request) -> Composition:
     """Direct inference, its guidance rule and convolutions replaced."""
     config, settings, moment = request.config, request.config.scalecrafter, Moment()
-    native = request.models.native_px
-    unet = request.models.unet
-    plan = make_plan(request.height / native, request.width / native, config.steps, settings, family(unet))
-    rules = layer_rules(unet, plan)
+    models, native = request.models, request.models.geometry.native_px
+    models.require("method scalecrafter", "convolutions")
+    whose = models.base.layers or "sdxl"
+    plan = make_plan(request.height / native, request.width / native, config.steps, settings, whose)
+    rules = layer_rules(models.base.denoiser, plan)
     patches: tuple[Patch, ...] = (partial(changed_layers, rules=rules, moment=moment),)
     if settings.freeu:
         patches = (*patches, freeu)

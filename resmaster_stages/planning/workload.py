@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from resmaster_stages.config.dataset import DatasetConfig, LowResConfig
 from resmaster_stages.config.methods import UpscaleConfig
-from resmaster_stages.diffusion.views import Grid, view_grid
+from resmaster_stages.diffusion.views import Grid, target_size, view_grid
+from resmaster_stages.models.bases.base import Geometry
 
 
 @dataclass(frozen=True)
@@ -29,32 +30,29 @@ class UnetWork:
         return self.rows * self.area
 
 
-def low_res_work(config: LowResConfig, height: int, width: int, native_px: int) -> tuple[UnetWork, ...]:
+def low_res_work(config: LowResConfig, geometry: Geometry, height: int, width: int) -> tuple[UnetWork, ...]:
     """What a generated low-res picture of `height` x `width` px takes."""
-    return (UnetWork(config.steps * _branches(config.guidance_scale), height * width / native_px**2),)
+    return (UnetWork(config.steps * _branches(config.guidance_scale), height * width / geometry.native_px**2),)
 
 
-def high_res_work(
-    config: UpscaleConfig, height: int, width: int, native_px: int, latent_factor: int
-) -> tuple[UnetWork, ...]:
+def high_res_work(config: UpscaleConfig, geometry: Geometry, height: int, width: int) -> tuple[UnetWork, ...]:
     """What the upscaling of a low-res picture of `height` x `width` px takes; nothing where a method has no UNet."""
     work: list[UnetWork] = []
     before = 1.0
     for scale, own in zip((*config.via, config.scale), config.passes()):
-        grid = view_grid(round(height * scale), round(width * scale), native_px, config.stride, latent_factor)
-        low_area = round(height * before) / native_px * (round(width * before) / native_px)
+        grid = view_grid(geometry, *target_size(height, width, scale), config.stride)
+        low_height, low_width = target_size(height, width, before)
+        low_area = low_height / geometry.native_px * (low_width / geometry.native_px)
         work += _of_method(own, grid, low_area)
         before = scale
     return tuple(work)
 
 
-def stage_work(
-    config: DatasetConfig, height: int, width: int, native_px: int, latent_factor: int
-) -> dict[str, tuple[UnetWork, ...]]:
+def stage_work(config: DatasetConfig, geometry: Geometry, height: int, width: int) -> dict[str, tuple[UnetWork, ...]]:
     """Stage -> what a sample with a low-res picture of `height` x `width` px takes; stages without a UNet are left out."""
-    work = {"high_res": high_res_work(config.upscale, height, width, native_px, latent_factor)}
+    work = {"high_res": high_res_work(config.upscale, geometry, height, width)}
     if not config.images:
-        work["low_res"] = low_res_work(config.low_res, height, width, native_px)
+        work["low_res"] = low_res_work(config.low_res, geometry, height, width)
     return work
 
 
