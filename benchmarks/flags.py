@@ -32,6 +32,7 @@ from resmaster_stages.keys import digest
 from resmaster_stages.metrics.flags import flags
 from resmaster_stages.metrics.metric import Pair
 from resmaster_stages.metrics.oklab import oklab
+from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.picturebook.render import render
 from resmaster_stages.picturebook.scenes import COLOURS, HEIGHT, KINDS, Scene, Thing, drawing
 from resmaster_stages.picturebook.truth import true_scene
@@ -64,7 +65,7 @@ class Truth:
     @property
     def views(self) -> Sequence[Box]:
         """Boxes of the views of `high`, half-open (y0, x0, y1, x1), in px."""
-        return view_grid(HIGH_PX, HIGH_PX, LOW_PX, STRIDE, 8).pixel_boxes
+        return view_grid(Geometry(LOW_PX, 8), HIGH_PX, HIGH_PX, STRIDE).pixel_boxes
 
     def drawn(self, *things: Thing) -> Image.Image:
         """The scene with these objects, in their order of depth, at high resolution."""
@@ -308,7 +309,7 @@ def of_dataset(folder: Path, native_px: int = LOW_PX) -> list[dict[str, Any]]:
     rows = []
     for sample in pq.read_table(folder / "manifest.parquet").to_pylist():
         low, high = (picture(folder, sample, name) for name in ("low_res", "high_res"))
-        boxes = view_grid(high.height, high.width, native_px, STRIDE, 8).pixel_boxes
+        boxes = view_grid(Geometry(native_px, 8), high.height, high.width, STRIDE).pixel_boxes
         rows.append({"key": sample["key"], **measure(Pair(low, high, boxes))})
     return rows
 

@@ -38,8 +38,9 @@ from resmaster_stages.diffusion.cost import UnetCost, counting
 from resmaster_stages.diffusion.patches import bare
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.identity import pack_folder
-from resmaster_stages.models.load import load_models, resolve_device, resolve_dtype
+from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
+from resmaster_stages.models.places import resolve_device, resolve_dtype
 
 STEPS = 20
 """Where neither the command line nor a preset says how many."""
@@ -213,11 +214,11 @@ class Clock:
 def parts_of(models: Models) -> dict[str, list[Any]]:
     """What is timed of a model."""
     return {
-        "UNet": [bare(models.unet)],
-        "VAE encoder": [models.vae.encoder],
-        "VAE decoder": [models.vae.decoder],
-        "text": list(models.text_encoders),
-        "image prompts": [models.image_encoder] if models.image_encoder is not None else [],
+        "UNet": [bare(models.base.denoiser)],
+        "VAE encoder": [models.base.vae.encoder],
+        "VAE decoder": [models.base.vae.decoder],
+        "text": list(models.base.text_encoders),
+        "image prompts": [models.base.image_encoder] if models.base.image_encoder is not None else [],
     }
 
 
@@ -255,7 +256,7 @@ def measure(
     if steps is not None or "steps" not in methods()[name].presets.get(preset, {}):
         values["steps"] = steps or STEPS
     values = {**with_method(values, name), "preset": preset}
-    if name == "resmaster" and not models.has_ip_adapter:
+    if name == "resmaster" and models.base.image_adapter() is None:
         values["image_prompt"] = {"enabled": False}
     config = Method.model_validate(values)
 
@@ -352,7 +353,7 @@ def main(words: list[str] | None = None) -> None:
         models = load_models(ModelConfig(device=args.device, dtype=args.dtype))
     else:
         models = sdxl(device, dtype, args.shrink)
-    native = models.native_px
+    native = models.geometry.native_px
     image = Image.effect_noise((8, 8), 80).convert("RGB").resize((native, native), Image.Resampling.BICUBIC)
     measure(models, image, "direct", 1.0, 2, False)  # warm: kernels are chosen and memory is taken here
 

@@ -29,8 +29,8 @@ from resmaster_stages.diffusion.views import Box, view_grid
 from resmaster_stages.methods.multidiffusion import MultiDiffusion
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.identity import pack_folder
-from resmaster_stages.models.load import resolve_device, resolve_dtype
 from resmaster_stages.models.parts import Models
+from resmaster_stages.models.places import resolve_device, resolve_dtype
 
 PROMPT, SEED = "a red house on a green meadow", 0
 
@@ -114,7 +114,7 @@ class Contender:
 def contenders(pipe: StableDiffusionPipeline, scale: float, steps: int, view_batch: int) -> list[Contender]:
     """Both implementations, set to draw the same picture; theirs also with all views of a step in as few calls as ours."""
     models = Models.from_pipeline(pipe)
-    native, factor = models.native_px, models.latent_factor
+    native = models.geometry.native_px
     config = MultiDiffusion(
         scale=scale,
         steps=steps,
@@ -124,7 +124,7 @@ def contenders(pipe: StableDiffusionPipeline, scale: float, steps: int, view_bat
         view_batch=view_batch,
     )
     side = round(native * scale)
-    grid = view_grid(side, side, native, config.stride, factor)
+    grid = view_grid(models.geometry, side, side, config.stride)
     noise = CanvasNoise([SEED], 4, grid.height, grid.width, models.device)
     first, low_res = noise().to(models.dtype), Image.new("RGB", (native, native))
     theirs = panorama(pipe, grid.boxes)

@@ -85,7 +85,7 @@ class Row:
 
 def views_of(models: Models, config: DatasetConfig, height: int, width: int) -> Grid:
     """The views that a picture of `height` x `width` px is made from."""
-    return view_grid(height, width, models.native_px, config.upscale.view_stride, models.latent_factor)
+    return view_grid(models.geometry, height, width, config.upscale.view_stride)
 
 
 def true_captions(scene: Scene, models: Models, config: DatasetConfig, height: int, width: int) -> list[str]:

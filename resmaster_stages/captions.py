@@ -23,22 +23,22 @@ from PIL import Image
 
 from resmaster_stages.config.dataset import CaptionsConfig, DatasetConfig
 from resmaster_stages.dataset.sample import Output, Sample
-from resmaster_stages.diffusion.views import Grid, patch_grid
+from resmaster_stages.diffusion.views import Grid, patch_grid, target_size
 from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.keys import digest
 from resmaster_stages.metrics.caption_fit import Embedder, best_captions, neighbours
 from resmaster_stages.metrics.clip_score import load_clip
 from resmaster_stages.metrics.luminance import luminance
+from resmaster_stages.models.bases.base import TokenCounter
 from resmaster_stages.models.captioner import (
     MAX_TOKENS,
     Captioner,
-    TokenCounter,
     clean_caption,
     load_captioner,
     shorten,
     token_counter,
 )
-from resmaster_stages.models.geometry import latent_factor, native_px
+from resmaster_stages.models.geometry import geometry_of
 
 MAX_STYLE_TOKENS = 40
 """A style that takes more leaves no room for the caption."""
@@ -50,21 +50,13 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
     Raises ConfigError if the captioner, the tokenizer or the CLIP model cannot be loaded; a sample's own trouble is its Output's error.
     """
     writer = load_writer(config)
-    native, factor = native_px(config.model), latent_factor(config.model)
-    scale = config.upscale.way()[0].scale
+    geometry, scale = geometry_of(config.model), config.upscale.way()[0].scale
     for sample in samples:
         try:
             if sample.low_res is None:
                 raise SampleError(f"{sample.key}: no low-res image to caption")
             image = sample.low_res.open()
-            grid = patch_grid(
-                config.captions,
-                round(image.height * scale),
-                round(image.width * scale),
-                native_px=native,
-                stride=config.upscale.view_stride,
-                factor=factor,
-            )
+            grid = patch_grid(config, geometry, *target_size(image.height, image.width, scale))
             yield Output(key=sample.key, rows=caption_rows(image, sample.prompt, grid, writer))
         except SampleError as error:
             yield Output(key=sample.key, error=error)

@@ -1,4 +1,4 @@
-"""The error classes. A message names the culprit and says what to do next.
+"""The error classes, and how other errors are quoted. A message names the culprit and says what to do next.
 
 | Error | What happens |
 |---|---|
@@ -52,3 +52,9 @@ class ShardError(ResMasterError):
 
 class GpuLost(ResMasterError):
     """The device is gone (illegal access, ECC, launch failure). Never retried in this process."""
+
+
+def first_line(error: object) -> str:
+    """The first line of what `error` says, at most 160 characters; the name of its type where it says nothing."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)[:160]

@@ -18,7 +18,7 @@ from PIL import Image
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.stages import STAGES
-from resmaster_stages.diffusion.views import Grid, view_grid
+from resmaster_stages.diffusion.views import Grid, patch_grid, view_grid
 from resmaster_stages.errors import SampleError
 from resmaster_stages.keys import canonical_json, sample_seed
 from resmaster_stages.methods.settings import Diffusion, Enlargement
@@ -48,20 +48,18 @@ def captions_for_views(grid: Grid, rows: Sequence[dict[str, Any]], prompt: str) 
                 row["x0"],
             ),
         )
-        texts.append((nearest["caption"] if nearest["status"] in DESCRIBED else "") or prompt)
+        texts.append(nearest["caption"] if nearest["status"] in DESCRIBED else prompt)
     return texts
 
 
 def caption_views(config: DatasetConfig, prompt: str, image: Image.Image, height: int, width: int) -> list[str]:
     """A caption per view of a target of `height` x `width` px, by the configuration's captioner looking at `image`."""
     from resmaster_stages.captions import caption_rows, load_writer
-    from resmaster_stages.diffusion.views import patch_grid
-    from resmaster_stages.models.geometry import latent_factor, native_px
+    from resmaster_stages.models.geometry import geometry_of
 
-    native, factor, stride = native_px(config.model), latent_factor(config.model), config.upscale.view_stride
-    patches = patch_grid(config.captions, height, width, native_px=native, stride=stride, factor=factor)
-    rows = caption_rows(image, prompt, patches, load_writer(config))
-    return captions_for_views(view_grid(height, width, native, stride, factor), rows, prompt)
+    geometry = geometry_of(config.model)
+    rows = caption_rows(image, prompt, patch_grid(config, geometry, height, width), load_writer(config))
+    return captions_for_views(view_grid(geometry, height, width, config.upscale.view_stride), rows, prompt)
 
 
 def _diffused(
@@ -75,8 +73,8 @@ def _diffused(
     models = load_models(config.model)
     captions = None
     if upscale.uses("captions"):
-        height, width = target_size(image.height, image.width, upscale.way()[0].scale)
-        grid = view_grid(height, width, models.native_px, upscale.view_stride, models.latent_factor)
+        size = target_size(image.height, image.width, upscale.way()[0].scale)
+        grid = view_grid(models.geometry, *size, upscale.view_stride)
         captions = captions_for_views(grid, sample.captions, sample.prompt)
     seed = sample_seed(sample.key, config.seed, "high_res")
     negative_prompt = sample.negative_prompt or upscale.negative_prompt
@@ -103,7 +101,7 @@ def _diffused(
 def _enlarged(config: DatasetConfig, upscale: Enlargement, image: Image.Image) -> tuple[Image.Image, dict[str, Any]]:
     """The high-res picture without the base model, and the facts of how it was made."""
     from resmaster_stages.methods.upscale import enlarge_image
-    from resmaster_stages.models.load import resolve_device, resolve_dtype
+    from resmaster_stages.models.places import resolve_device, resolve_dtype
 
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device)

@@ -22,7 +22,7 @@ from resmaster_stages.metrics import METRICS
 from resmaster_stages.metrics.features import picture_features
 from resmaster_stages.metrics.flags import flags
 from resmaster_stages.metrics.metric import Pair
-from resmaster_stages.models.geometry import latent_factor, native_px
+from resmaster_stages.models.geometry import geometry_of
 
 if TYPE_CHECKING:
     from resmaster_stages.metrics.features import FeatureExtractor
@@ -44,19 +44,19 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
         from resmaster_stages.metrics.features import load_extractor
 
         extractor = load_extractor(quality)
-    native, factor = native_px(config.model), latent_factor(config.model)
+    geometry = geometry_of(config.model)
     for sample in samples:
         try:
             if sample.low_res is None or sample.high_res is None:
                 raise SampleError(f"{sample.key}: low-res or high-res image is missing")
             low, high = sample.low_res.open(), sample.high_res.open()
-            boxes = view_grid(high.height, high.width, native, config.upscale.view_stride, factor).pixel_boxes
+            boxes = view_grid(geometry, high.height, high.width, config.upscale.view_stride).pixel_boxes
             row = measure(Pair(low, high, boxes, sample.prompt, scorer))
             row["flags"] = flags(row, quality)
             arrays: dict[str, NDArray[Any]] = {}
             if extractor is not None:
                 for name, picture in (("high_res", high), ("low_res", low)):
-                    found = picture_features(extractor, picture, sample.key, native)
+                    found = picture_features(extractor, picture, sample.key, geometry.native_px)
                     arrays |= {f"{name}.{view}": values for view, values in found.items()}
             yield Output(key=sample.key, rows=[row], arrays=arrays)
         except SampleError as error:

@@ -19,6 +19,7 @@ from resmaster_stages.config.load import load_config
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.evaluation.variants import variants
 from resmaster_stages.metrics.metric import Pair
+from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.picturebook import captions
 from resmaster_stages.picturebook.scenes import drawing
 from resmaster_stages.picturebook.training.evaluate import square_scenes
@@ -112,7 +113,7 @@ def test_a_dataset_is_measured_as_the_stage_measures_it(tmp_path: Path) -> None:
         sample |= {f"{name}_object": f"{name}.tar", f"{name}_offset": 6, f"{name}_bytes": len(data)}
     pq.write_table(pa.Table.from_pylist([sample]), tmp_path / "manifest.parquet")
     (row,) = flags.of_dataset(tmp_path, native_px=32)
-    boxes = view_grid(128, 128, 32, 0.5, 8).pixel_boxes
+    boxes = view_grid(Geometry(32, 8), 128, 128, 0.5).pixel_boxes
     assert row == {"key": "aa", **measure(Pair(image.resize((32, 32)), image, boxes))}
 
 
@@ -183,8 +184,8 @@ def test_a_redrawn_scene_has_its_things_in_their_places_and_other_details() -> N
 def test_a_view_is_told_what_it_shows() -> None:
     scene = square_scenes(1, true_scenes.FIRST_SCENE)[0]
     (variant,) = variants(load_config(true_scenes.CONFIG), "resmaster", "4x4")
-    texts = true_scenes.true_captions(scene, SimpleNamespace(native_px=128, latent_factor=8), variant.config, 512, 512)  # type: ignore[arg-type]
-    boxes = view_grid(512, 512, 128, variant.config.upscale.view_stride, 8).pixel_boxes
+    texts = true_scenes.true_captions(scene, SimpleNamespace(geometry=Geometry(128, 8)), variant.config, 512, 512)  # type: ignore[arg-type]
+    boxes = view_grid(Geometry(128, 8), 512, 512, variant.config.upscale.view_stride).pixel_boxes
     assert len(texts) == len(boxes)
     for text, (y0, x0, y1, x1) in zip(texts, boxes):
         assert captions.pairs(text) == captions.pairs_in(scene, (x0, y0, x1, y1))

@@ -24,8 +24,9 @@ from resmaster_stages.config.load import parse_config
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.dataset.sample import Picture, Sample
 from resmaster_stages.dataset.schemas import CAPTIONS_SCHEMA
-from resmaster_stages.diffusion.views import patch_grid
+from resmaster_stages.diffusion.views import patch_grid, view_grid
 from resmaster_stages.errors import ConfigError, SampleError, UserError
+from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.models.busy import timing
 from resmaster_stages.models.captioner import (
     LocalCaptioner,
@@ -36,7 +37,7 @@ from resmaster_stages.models.captioner import (
     shorten,
     token_counter,
 )
-from resmaster_stages.models.geometry import latent_factor, native_px
+from resmaster_stages.models.geometry import geometry_of
 
 
 def words(text: str) -> int:
@@ -85,6 +86,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, values in {"unet": {"sample_size": 4}, "vae": {"block_out_channels": [8, 8, 8, 8]}}.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(values))
+    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
     letters = [chr(c) for c in range(33, 127)]
     vocabulary = {
         t: i for i, t in enumerate([*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"])
@@ -164,16 +166,19 @@ def test_a_style_that_leaves_no_room_is_refused() -> None:
 
 def test_native_size_and_latent_factor_come_from_json(model_folder: Path) -> None:
     model = ModelConfig(id=str(model_folder))
-    assert (native_px(model), latent_factor(model)) == (32, 8)
+    assert geometry_of(model) == Geometry(32, 8)
 
 
 def test_a_model_without_sizes_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"unet/config.json.*give a folder"):
-        native_px(ModelConfig(id=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"model_index.json.*give the top folder"):
+        geometry_of(ModelConfig(id=str(tmp_path)))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    with pytest.raises(ConfigError, match=r"unet/config.json.*give the top folder"):
+        geometry_of(ModelConfig(id=str(tmp_path)))
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text("[1]")
     with pytest.raises(ConfigError, match="not a JSON object"):
-        native_px(ModelConfig(id=str(tmp_path)))
+        geometry_of(ModelConfig(id=str(tmp_path)))
 
 
 # ------------------------------------------------------------------------------------------------------------- patches
@@ -188,7 +193,8 @@ def rows_of(
     **config: Any,
 ) -> list[dict[str, Any]]:
     values = CaptionsConfig(grid=grid, **config)  # type: ignore[arg-type]
-    patches = patch_grid(values, image.height * 4, image.width * 4, native_px=32, stride=0.5, factor=8)
+    dataset = parse_config({"name": "t", "captions": {"grid": grid}})
+    patches = patch_grid(dataset, Geometry(32, 8), image.height * 4, image.width * 4)
     writer = Writer(values, captioner, words, style_suffix(values.style, words), clip)
     return caption_rows(image, prompt, patches, writer)
 
@@ -295,7 +301,7 @@ def test_a_margin_beyond_reach_replaces_nothing_but_scores_all() -> None:
 
 
 def test_a_single_view_keeps_its_caption() -> None:
-    grid = patch_grid(CaptionsConfig(), 32, 32, native_px=32, stride=0.5, factor=8)
+    grid = view_grid(Geometry(32, 8), 32, 32, 0.5)
     (row,) = caption_rows(BLUE, "blue", grid, Writer(CaptionsConfig(), Echo(lambda _: "red"), words, "", Colours()))
     assert (row["caption"], row["status"], row["fit"]) == ("red", "ok", 0.0)
 
@@ -348,7 +354,7 @@ def test_picturebooks_clip_finds_a_planted_caption_and_leaves_true_ones(monkeypa
 
     prompt = "a red tree and a white boat on the water on a sunny day"
     config = parse_config({"name": "t", "captions": {"batch_size": 49}})
-    grid = patch_grid(config.captions, 512, 512, native_px=128, stride=0.5, factor=latent_factor(config.model))
+    grid = patch_grid(config, geometry_of(config.model), 512, 512)
     scene = true_scene(prompt, 512)
     answers = [sentences.caption(scene, (x0, y0, x1, y1)) for y0, x0, y1, x1 in grid.pixel_boxes]
     monkeypatch.setattr(captions, "load_captioner", lambda *_: Echo(in_turn(list(answers))))
@@ -480,6 +486,7 @@ def git_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import CLIPImageProcessorPil, CLIPTokenizer, GitConfig, GitForCausalLM, GitProcessor
 
     folder = tmp_path_factory.mktemp("git")
+    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
     letters = [chr(c) for c in range(97, 123)]
     vocabulary = {
         t: i for i, t in enumerate([*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"])

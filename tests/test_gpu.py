@@ -48,7 +48,7 @@ def test_offloading_changes_no_byte(low_res: Image.Image) -> None:
 
 
 def test_compiled_blocks_compute_the_same() -> None:
-    unet = load_models(ModelConfig(device="cuda", dtype="float32", compile="off")).unet
+    unet = load_models(ModelConfig(device="cuda", dtype="float32", compile="off")).base.denoiser
     compiled = copy.deepcopy(unet)
     compile_blocks(compiled)
     size = unet.config.sample_size

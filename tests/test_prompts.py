@@ -15,6 +15,7 @@ from resmaster_stages.dataset.plan import read_plan
 from resmaster_stages.dataset.schemas import REJECTED_SCHEMA
 from resmaster_stages.errors import PlanError, UserError
 from resmaster_stages.keys import normalise_prompt
+from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.planning.drafts import draft_samples, why_unusable
 from resmaster_stages.planning.prompt_files import read_prompts
 from resmaster_stages.prompts import ingest
@@ -218,7 +219,7 @@ def _write(path: Path, text: str) -> Path:
 
 
 def test_native_size_is_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resmaster_stages.models.geometry.native_px", lambda model: 48)
+    monkeypatch.setattr("resmaster_stages.models.geometry.geometry_of", lambda model: Geometry(48, 8))
     config = config_at(tmp_path, prompts=str(_write(tmp_path / "p.txt", "a")), low_res={"width": 16})
     (sample,) = draft_samples(config).samples
     assert (sample.height, sample.width) == (48, 16)

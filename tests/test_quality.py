@@ -57,6 +57,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
     for name, values in {"unet": {"sample_size": 4}, "vae": {"block_out_channels": [8, 8, 8, 8]}}.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(values))
+    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
     return parse_config({"name": "t", "model": {"id": str(folder)}, "quality": {"clip": None}})
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import string
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
+
+from resmaster_stages.models.parts import Models
 
 NATIVE_PX = 64
 LATENT_FACTOR = 4
@@ -236,3 +239,8 @@ def counted(unet: Any) -> Iterator[list[tuple[int, ...]]]:
         yield shapes
     finally:
         del unet.forward
+
+
+def with_base(models: Models, **changed: Any) -> Models:
+    """`models` with other parts of the base model: `denoiser`, `vae`, `family`, ..."""
+    return replace(models, base=replace(models.base, **changed))

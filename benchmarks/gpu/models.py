@@ -53,10 +53,11 @@ def whole(device: torch.device, dtype: torch.dtype, toy: bool) -> Models:
     """An SDXL with an IP-Adapter and its image encoder."""
     models = sdxl(device, dtype, SHRINK if toy else 1)
     with torch.device(device):
-        attach_adapter(models.unet, embedding_width(toy), TOKENS)
+        attach_adapter(models.base.denoiser, embedding_width(toy), TOKENS)
         encoder = image_encoder(toy)
-    models.unet.to(device, dtype).eval().requires_grad_(False)
-    return replace(models, image_encoder=encoder.to(device, dtype).eval().requires_grad_(False))
+    models.base.denoiser.to(device, dtype).eval().requires_grad_(False)
+    encoder.to(device, dtype).eval().requires_grad_(False)
+    return replace(models, base=replace(models.base, image_encoder=encoder))
 
 
 def inputs(made: Any, rows: int, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:

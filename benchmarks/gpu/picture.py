@@ -25,7 +25,7 @@ from resmaster_stages.config.method import Method, methods
 from resmaster_stages.diffusion import autoencoder, image_prompts
 from resmaster_stages.diffusion.cost import counting
 from resmaster_stages.diffusion.loop import batch_size
-from resmaster_stages.diffusion.memory import row_bytes, weights_bytes
+from resmaster_stages.diffusion.memory import weights_bytes
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.methods import render
@@ -108,9 +108,9 @@ class Canvas:
 def estimated_bytes(canvas: Canvas, config: Diffusion) -> int:
     """What the engine expects ResMaster to need at `config.scale`, both guidance branches in one call."""
     models, side = canvas.models, round(canvas.image.width * config.scale)
-    grid = view_grid(side, side, models.native_px, config.view_stride, models.latent_factor)
+    grid = view_grid(models.geometry, side, side, config.view_stride)
     views = batch_size(len(grid), config.view_batch or len(grid))
-    return weights_bytes(models) + 2 * views * row_bytes(models.unet, grid.window_height, grid.window_width)
+    return weights_bytes(models) + 2 * views * models.base.row_bytes(*grid.window_size)
 
 
 def saving(side: int) -> dict[str, Any]:
@@ -144,12 +144,12 @@ def configured(method: str, scale: float, steps: int | None = None, **values: An
 
 def compiled(models: Models, fp8: bool = False) -> Models:
     """`models` with a UNet of its own whose blocks are compiled, convolutions raced (`exactness: fast`)."""
-    unet = copy.deepcopy(models.unet)
+    unet = copy.deepcopy(models.base.denoiser)
     if fp8:
         require_fp8(models.device, compiled=True)
         quantise_fp8(unet)
     compile_blocks(unet)
-    return replace(models, unet=unet, same_bytes=False)
+    return replace(models, base=replace(models.base, denoiser=unet), same_bytes=False)
 
 
 def _warmed(canvas: Canvas, config: Diffusion, steps: int) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def measure(run: Run) -> None:
     models = shapes.whole(device, dtype, run.rehearse)
     run.record.put("dtype", str(dtype).removeprefix("torch."))
     run.record.put("image_encoder", shapes.TOY_ENCODER if run.rehearse else shapes.ENCODER)
-    native = models.native_px
+    native = models.geometry.native_px
     image = Image.effect_noise((8, 8), 80).convert("RGB").resize((native, native), Image.Resampling.BICUBIC)
     canvas = Canvas(models, image)
     scales = (1.5, 2.0) if run.rehearse else (4.0, 2.0)

@@ -118,10 +118,10 @@ def eight_bits(run: Run, subject: Subject) -> dict[str, Any]:
     prompts = PROMPTS.read_text(encoding="utf-8").splitlines()[:8]
     pictures = []
     for layers in (0, 64):
-        unet = copy.deepcopy(models.unet)
+        unet = copy.deepcopy(models.base.denoiser)
         count = quantise_fp8(unet, layers) if layers else 0
         compile_blocks(unet)
-        own = replace(models, unet=unet)
+        own = replace(models, base=replace(models.base, denoiser=unet))
         pictures.append([upscale_image(own, subject.low_res, text, config=subject.config) for text in prompts])
     found = [psnr(*pair) for pair in zip(*pictures)]
     return {
@@ -280,7 +280,7 @@ def measure(run: Run) -> None:
     """Formats first."""
     steps, scale = (2, 2.0) if run.rehearse else (20, 4.0)
     cpu = load_models(model("cpu", "float32"))
-    (low_res,) = generate(cpu, [PROMPT], [""], [0], cpu.native_px, cpu.native_px, steps, 5.0, 1)
+    (low_res,) = generate(cpu, [PROMPT], [""], [0], cpu.geometry.native_px, cpu.geometry.native_px, steps, 5.0, 1)
     if not isinstance(low_res, Image.Image):
         raise low_res
     subject = Subject(low_res, ResMaster(scale=scale, steps=steps, view_batch=16))

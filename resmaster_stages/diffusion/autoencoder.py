@@ -5,7 +5,7 @@ Knows nothing about prompts or steps.
 Invariants:
 - A canvas of no more area than a native image is one tile, computed as diffusers computes it.
 - A VAE in float16 that overflows there (`force_upcast`) works in float32 for the while, and is put back, exceptions
-  included. (A VAE beside a UNet in bfloat16 is loaded in float32: `models.loading.vae_dtype`.)
+  included. (A VAE beside a UNet in bfloat16 is loaded in float32: `models.places.vae_dtype`.)
 """
 
 from __future__ import annotations
@@ -62,16 +62,6 @@ def _safe_precision(vae: Any) -> Iterator[None]:
             vae.to(torch.float16)
 
 
-def _affine(models: Models) -> tuple[Tensor | float, Tensor | float]:
-    """(scale, shift) with model latents = scale * (VAE latents - shift)."""
-    config = models.vae.config
-    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if mean is None or std is None:
-        return config.scaling_factor, 0.0
-    shift, spread = (torch.tensor(values, device=models.device).view(1, -1, 1, 1) for values in (mean, std))
-    return config.scaling_factor / spread, shift
-
-
 def _by_tiles(
     canvas: Tensor, cut: Fuser, blend: Fuser, compute: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> Tensor:
@@ -98,22 +88,21 @@ def encode(models: Models, pixels: Tensor) -> Tensor:
 
     The mode of the VAE's distribution, not a sample: noise in the reference would be swapped into every step.
     """
-    vae, factor = models.vae, models.latent_factor
-    grid = tile_grid(pixels.shape[-2] // factor, pixels.shape[-1] // factor, models.native_px // factor)
+    vae, factor = models.base.vae, models.geometry.latent_factor
+    grid = tile_grid(pixels.shape[-2] // factor, pixels.shape[-1] // factor, models.geometry.native)
     cut = Fuser(grid, "linear", models.device, scale=factor)
     blend = Fuser(grid, "linear", models.device)
     with torch.inference_mode(), models.using(vae), _safe_precision(vae):
         latents = _by_tiles(pixels.to(models.device), cut, blend, lambda x: vae.encode(x).latent_dist.mode(), vae.dtype)
-    scale, shift = _affine(models)
-    return (latents - shift) * scale
+    return models.base.to_canvas(latents)
 
 
 def decode(models: Models, latents: Tensor) -> Tensor:
     """`latents` [B, C, h, w] as pixels [B, 3, h*f, w*f] in about [-1, 1] (not clamped), float32."""
-    vae, factor = models.vae, models.latent_factor
-    grid = tile_grid(latents.shape[-2], latents.shape[-1], models.native_px // factor)
+    vae, factor = models.base.vae, models.geometry.latent_factor
+    grid = tile_grid(latents.shape[-2], latents.shape[-1], models.geometry.native)
     cut = Fuser(grid, "linear", models.device)
     blend = Fuser(grid, "linear", models.device, scale=factor)
-    scale, shift = _affine(models)
+    z = models.base.from_canvas(latents)
     with torch.inference_mode(), models.using(vae), _safe_precision(vae):
-        return _by_tiles(latents / scale + shift, cut, blend, lambda z: vae.decode(z, return_dict=False)[0], vae.dtype)
+        return _by_tiles(z, cut, blend, lambda tile: vae.decode(tile, return_dict=False)[0], vae.dtype)

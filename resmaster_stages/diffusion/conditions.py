@@ -1,4 +1,4 @@
-"""What the UNet is told about each view: text, size and crop, image prompt, each with its unconditional counterpart.
+"""What the denoiser is told about each view: text, size and crop, image prompt, each with its unconditional counterpart.
 
 Items are the views of all samples, sample by sample: item = sample * views + view.
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, Branches
 from resmaster_stages.diffusion.text import TextEmbeddings, encode_prompts
 from resmaster_stages.diffusion.views import Grid
+from resmaster_stages.models.bases.base import Rows
 from resmaster_stages.models.parts import Models
 
 
@@ -27,14 +27,12 @@ class Conditions:
 
     text: TextEmbeddings
     negative: TextEmbeddings | None
-    time_ids: Tensor  # [N, 6]: original height and width, crop top and left, target height and width, all in px
+    sizes: Tensor  # [N, 6]: original height and width, crop top and left, target height and width, all in px
     image: Tensor | None = None  # [N, 1, ...]
     negative_image: Tensor | None = None
-    told_sizes: bool = True
-    """Whether the UNet reads pooled text and `time_ids`."""
 
     def __len__(self) -> int:
-        return len(self.time_ids)
+        return len(self.sizes)
 
     def take(self, items: Tensor) -> Conditions:
         """The conditions of `items` [M] (long), in their order."""
@@ -43,7 +41,7 @@ class Conditions:
             self,
             text=replace(text, index=text.index[items]),
             negative=None if negative is None else replace(negative, index=negative.index[items]),
-            time_ids=self.time_ids[items],
+            sizes=self.sizes[items],
             image=None if self.image is None else self.image[items],
             negative_image=None if self.negative_image is None else self.negative_image[items],
         )
@@ -55,22 +53,20 @@ class Conditions:
         assert len(rows) == len(branches), "an unconditional branch without negative conditions"
         return rows
 
-    def batch(self, items: Tensor, branches: Branches = (NEGATIVE, TEXT)) -> dict[str, Any]:
-        """UNet arguments for `items` [n] (long), branch by branch. Unconditional branches need negative conditions."""
+    def rows(self, items: Tensor, branches: Branches = (NEGATIVE, TEXT)) -> Rows:
+        """Those of `items` [n] (long), branch by branch. Unconditional branches need negative conditions."""
         images = [self.image if branch.conditional else self.negative_image for branch in branches]
-        rows = self.texts(items, branches)
-        added: dict[str, Any] = {"image_embeds": []}
-        if self.image is not None:
-            added["image_embeds"] = [torch.cat([image[items] for image in images if image is not None])]
-        if self.told_sizes:
-            added["text_embeds"] = torch.cat([text.pooled[i] for text, i in rows])
-            added["time_ids"] = self.time_ids[items].repeat(len(branches), 1)
-        states = torch.cat([text.states[i] for text, i in rows])
-        return {"encoder_hidden_states": states, "added_cond_kwargs": added}
+        texts = self.texts(items, branches)
+        return Rows(
+            states=torch.cat([text.states[i] for text, i in texts]),
+            pooled=torch.cat([text.pooled[i] for text, i in texts]),
+            sizes=self.sizes[items].repeat(len(branches), 1),
+            image=None if self.image is None else torch.cat([image[items] for image in images if image is not None]),
+        )
 
 
 def size_and_crop(grid: Grid, micro_conditioning: str) -> list[tuple[int, ...]]:
-    """SDXL's six numbers per view: of the canvas and the view's place in it, or those of a native-size image."""
+    """Six numbers per view (`Conditions.sizes`), as SDXL reads them: of the canvas and the view's place in it, or those of a native-size image."""
     factor = grid.unit_px
     canvas = (grid.height * factor, grid.width * factor)
     window = (grid.window_height * factor, grid.window_width * factor)
@@ -92,15 +88,14 @@ def make_conditions(
 ) -> Conditions:
     """Conditions of all items of a batch: `prompts`, `negative_prompts` and `image` embeddings have one entry per item.
 
-    Without guidance (`guided` false) negative prompts are not encoded. `sizes`: SDXL's six numbers per item, for methods
+    Without guidance (`guided` false) negative prompts are not encoded. `sizes`: six numbers per item, for methods
     that do not follow `micro_conditioning`.
     """
     sizes = sizes or size_and_crop(grid, micro_conditioning) * (len(prompts) // len(grid))
     return Conditions(
         text=encode_prompts(models, prompts),
         negative=encode_prompts(models, negative_prompts, negative=True) if guided else None,
-        time_ids=torch.tensor(sizes, dtype=torch.float32, device=models.device),
+        sizes=torch.tensor(sizes, dtype=torch.float32, device=models.device),
         image=image[0] if image else None,
         negative_image=image[1] if image else None,
-        told_sizes=models.told_sizes,
     )

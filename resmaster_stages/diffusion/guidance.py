@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from resmaster_stages.diffusion.schedule import Step
+    from resmaster_stages.models.schedule import Step
 
 
 @dataclass(frozen=True)

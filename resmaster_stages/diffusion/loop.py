@@ -16,7 +16,7 @@ views decides only which kernels the device picks: another `view_batch` gives th
 `view_batch` on the same device the same bytes.
 
 Invariants:
-- The canvas is float32 whatever the UNet's precision. Nothing in the loop waits for the device.
+- The canvas is float32 whatever the denoiser's precision. Nothing in the loop waits for the device.
 - Patches are undone when the loop ends, exceptions included.
 """
 
@@ -33,36 +33,21 @@ from torch import Tensor
 from resmaster_stages.diffusion.conditions import Conditions
 from resmaster_stages.diffusion.cost import count_call
 from resmaster_stages.diffusion.guidance import Guidance, Moment
-from resmaster_stages.diffusion.schedule import Step
 from resmaster_stages.diffusion.steppers import Stepper
 from resmaster_stages.diffusion.text_projections import text_projected_once
 from resmaster_stages.models.acceleration import changed_blocks_uncompiled, compiled_blocks
+from resmaster_stages.models.bases.base import Base
 from resmaster_stages.models.parts import Models
+from resmaster_stages.models.schedule import Step
 
 LatentHook = Callable[[Tensor, Step], Tensor]
 """Edits the noisy latents [B, C, H, W] before a step's prediction."""
 X0Hook = Callable[[Tensor, Step], Tensor]
 """Edits the predicted clean latents [B, C, H, W] of a step."""
 Patch = Callable[[Any], AbstractContextManager[None]]
-"""Changes the UNet within a block."""
+"""Changes the denoiser within a block."""
 Progress = Callable[[int, int], None]
 """Hears (steps done, steps in all)."""
-
-
-class Denoiser(Protocol):
-    """What predicts: a diffusers UNet, or anything else that is called like one.
-
-    Methods that change layers (scalecrafter, fouriscale, freescale, c_upscale's composer, image prompts) need the UNet that
-    they name; the others need this and nothing more.
-    """
-
-    dtype: torch.dtype
-    config: Any
-    """`sample_size` (edge in latents of a native picture) and `in_channels` are read."""
-
-    def __call__(self, sample: Tensor, timestep: Tensor, *, return_dict: bool, **conditions: Any) -> tuple[Tensor, ...]:
-        """Predictions [N, C, h, w] (first of the tuple) for noisy latents [N, C, h, w] at one timestep []. Conditions:
-        `encoder_hidden_states` [N, 77, D] and `added_cond_kwargs`."""
 
 
 class Views(Protocol):
@@ -100,12 +85,14 @@ class Composition:
     latent_hooks: tuple[LatentHook, ...] = ()
     x0_hooks: tuple[X0Hook, ...] = ()
     patches: tuple[Patch, ...] = ()
+    image_scale: float = 0.0
+    """Weight of image prompts; 0 where there are none."""
     moment: Moment = field(default_factory=Moment)
     """Shared with the patches that change from step to step or from branch to branch."""
 
 
 def batch_size(items: int, largest: int) -> int:
-    """Items per UNet call: of the sizes from above a quarter of `largest` up to it, the one that computes the fewest items
+    """Items per call: of the sizes from above a quarter of `largest` up to it, the one that computes the fewest items
     twice; the greatest of equals. 49 views in calls of at most 16 are 7 calls of 7."""
     if items <= largest:
         return items
@@ -113,7 +100,7 @@ def batch_size(items: int, largest: int) -> int:
 
 
 def static_batches(items: int, largest: int, device: torch.device | str = "cpu") -> list[Tensor]:
-    """Item numbers [n] of each UNet call, `batch_size` of them in all calls: one shape.
+    """Item numbers [n] of each call, `batch_size` of them in all calls: one shape.
 
     Where the last call is short, it repeats the last item; what comes out for the repeats is dropped.
     """
@@ -122,7 +109,7 @@ def static_batches(items: int, largest: int, device: torch.device | str = "cpu")
 
 
 def _rows(views: Tensor, items: Tensor, branches: int, dtype: torch.dtype) -> Tensor:
-    """The UNet's input for `items` [n] of `views` [N, C, h, w], branch by branch: [branches * n, C, h, w].
+    """The denoiser's input for `items` [n] of `views` [N, C, h, w], branch by branch: [branches * n, C, h, w].
 
     Written once, in the layout that convolutions on GPUs want.
     """
@@ -136,22 +123,22 @@ def _rows(views: Tensor, items: Tensor, branches: int, dtype: torch.dtype) -> Te
 
 
 def predict(
-    denoiser: Denoiser,
+    base: Base,
     views: Tensor,
     timestep: Tensor,
     conditions: Conditions,
     moment: Moment,
     batches: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Every view's prediction by every branch of `moment`: [N, C, h, w], float32, per branch. One UNet call per batch."""
-    outputs, branches = [], moment.branches
+    """Every view's prediction by every branch of `moment`: [N, C, h, w], float32, per branch. One call per batch."""
+    outputs, branches, denoiser = [], moment.branches, base.denoiser
     for items in batches:
-        rows = _rows(views, items, len(branches), denoiser.dtype)
-        arguments = conditions.batch(items, branches)
-        moment.items, moment.states = items, arguments["encoder_hidden_states"]
+        sample = _rows(views, items, len(branches), denoiser.dtype)
+        rows = conditions.rows(items, branches)
+        moment.items, moment.states = items, rows.states
         moment.texts = conditions.texts(items, branches)
-        count_call(len(rows), rows[0, 0].numel() / denoiser.config.sample_size**2)
-        output = denoiser(rows, timestep, return_dict=False, **arguments)[0]
+        count_call(len(sample), sample[0, 0].numel() / base.geometry.native**2)
+        output = denoiser(sample, timestep, return_dict=False, **base.arguments(rows))[0]
         outputs.append(output.float().chunk(len(branches)))
     return [torch.cat(parts)[: len(views)] for parts in zip(*outputs)]
 
@@ -197,17 +184,18 @@ def denoise(
     progress: Callable[[], None] | None = None,
 ) -> Tensor:
     """Latents [B, C, H, W] at the first step's noise level -> clean latents, float32. `progress` is called per step."""
-    c = composition
+    c, denoiser = composition, models.base.denoiser
     timesteps = torch.tensor([step.t for step in schedule], device=models.device)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         stack.enter_context(_kernels(models.same_bytes))
-        stack.enter_context(models.using(models.unet))
+        stack.enter_context(models.using(denoiser))
+        stack.enter_context(models.base.image_scale(c.image_scale))
         for patch in c.patches:
-            stack.enter_context(patch(models.unet))
-        if models.device.type == "cpu" and not compiled_blocks(models.unet):
-            stack.enter_context(text_projected_once(models.unet, c.moment))
-        stack.enter_context(changed_blocks_uncompiled(models.unet))
+            stack.enter_context(patch(denoiser))
+        if models.device.type == "cpu" and not compiled_blocks(denoiser):
+            stack.enter_context(text_projected_once(denoiser, c.moment))
+        stack.enter_context(changed_blocks_uncompiled(denoiser))
         for step, t in zip(schedule, timesteps):
             for hook in c.latent_hooks:
                 z = hook(z, step)
@@ -217,7 +205,7 @@ def denoise(
                 batches = static_batches(len(conditions), view_batch, models.device)
                 c.moment.step, c.moment.branches = step, group.guidance.branches(step)
                 cut = views.cut(group.prepare(z, step))  # [B * views, C, h, w]
-                predictions = predict(models.unet, cut, t, conditions, c.moment, batches)
+                predictions = predict(models.base, cut, t, conditions, c.moment, batches)
                 output += group.weight(step) * views.fuse(group.guidance.combine(predictions, step))  # [B, C, H, W]
             x0, eps = step.split(z, output)
             for hook in c.x0_hooks:

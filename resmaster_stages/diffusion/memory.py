@@ -1,8 +1,6 @@
-"""What a UNet call needs of a device's memory, and so how many views go into one.
+"""What a call of the denoiser needs of a device's memory, and so how many views go into one.
 
-A row is one view by one guidance branch. While the UNet's last feed-forward of its finest attention is at work, a row holds the
-feature maps that the up blocks are still waiting for, and about 21 times that level's tokens. A test holds the estimate to
-within 10 % of what is allocated step by step, for the shapes of SDXL, Stable Diffusion 1.5 and picturebook.
+A row is one view by one guidance branch. What it takes is the base model's knowledge (`Base.row_bytes`).
 
 Invariant: the choice follows from the device's size and the model, not from what happens to be free: a re-run on the same kind
 of device has the same batches, hence the same bytes.
@@ -11,7 +9,6 @@ of device has the same batches, hence the same bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -24,30 +21,11 @@ CPU_VIEWS = 16
 USABLE = 0.85
 """Share of a device's memory that is planned with; the rest is for libraries, fragments and the pictures themselves."""
 
-_FEED_FORWARD = 21
-"""Live values per value of the feed-forward's input: both halves of its gate (8), the gate (4), their product (4), the layers around."""
-
-
-def row_bytes(unet: Any, height: int, width: int) -> int:
-    """Greatest memory in bytes that one row of `height` x `width` latents holds while `unet` computes it."""
-    config = unet.config
-    channels, per_block = config.block_out_channels, config.layers_per_block
-    waiting = channels[0] * height * width  # of conv_in
-    finest = 0
-    for level, kind in enumerate(config.down_block_types):
-        area = -(-height // 2**level) * -(-width // 2**level)
-        layers = per_block if isinstance(per_block, int) else per_block[level]
-        waiting += layers * channels[level] * area
-        if level + 1 < len(channels):
-            waiting += channels[level] * -(-height // 2 ** (level + 1)) * -(-width // 2 ** (level + 1))
-        if "CrossAttn" in kind:
-            finest = max(finest, channels[level] * area)
-    return int((waiting + _FEED_FORWARD * finest) * unet.dtype.itemsize)
-
 
 def weights_bytes(models: Models) -> int:
-    """Memory in bytes of the parts that are on the device while the UNet computes."""
-    parts = (models.unet,) if models.offload else (models.unet, models.vae, *models.text_encoders, models.image_encoder)
+    """Memory in bytes of the parts that are on the device while the denoiser computes."""
+    base = models.base
+    parts = (base.denoiser,) if models.offload else (base.denoiser, base.vae, *base.text_encoders, base.image_encoder)
     return sum(p.numel() * p.element_size() for part in parts if part is not None for p in part.parameters())
 
 
@@ -89,16 +67,15 @@ class Need:
 
 
 def need_of(models: Models, window: tuple[int, int], branches: int) -> Need | None:
-    """For views of `window` (height, width) latents by `branches` guidance branches; None where the device has no memory of its own,
-    or the denoiser is no UNet of diffusers."""
+    """For views of `window` (height, width) latents by `branches` guidance branches; None where the device has no memory of
+    its own, or the base model does not know what a row takes."""
     total = device_bytes(models.device)
-    if total is None or not hasattr(models.unet.config, "block_out_channels"):
-        return None
-    return Need(weights_bytes(models), branches * row_bytes(models.unet, *window), total)
+    row = None if total is None else models.base.row_bytes(*window)
+    return None if total is None or row is None else Need(weights_bytes(models), branches * row, total)
 
 
 def view_limit(models: Models, limit: int | None, window: tuple[int, int], branches: int) -> int:
-    """Views per UNet call at most: `limit` (`Diffusion.view_batch`), or where it is None what the device's memory allows."""
+    """Views per call of the denoiser at most: `limit` (`Diffusion.view_batch`), or where it is None what the device's memory allows."""
     if limit is not None:
         return limit
     need = need_of(models, window, branches)
@@ -113,7 +90,7 @@ def preflight(models: Models, limit: int | None, grid: Grid, branches: int) -> l
     name = torch.cuda.get_device_name(models.device) if models.device.type == "cuda" else models.device.type
     views = min(len(grid), limit or len(grid))
     lines = [f"{grid.height_px} x {grid.width_px} px in {len(grid)} views: {need.sentence(views, name, limit is None)}"]
-    if models.vae.dtype == torch.float16 and models.vae.config.force_upcast:
+    if models.base.vae.dtype == torch.float16 and models.base.vae.config.force_upcast:
         lines.append(
             "the VAE overflows in float16 and computes in float32, several times slower; set model.vae to one that is safe, such as "
             "madebyollin/sdxl-vae-fp16-fix for SDXL"

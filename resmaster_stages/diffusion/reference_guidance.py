@@ -10,7 +10,7 @@ from torch import Tensor
 from resmaster_stages.config.structure import StructureConfig
 from resmaster_stages.diffusion.frequency import cutoff_sigma, swap_low_frequencies, swap_weights
 from resmaster_stages.diffusion.loop import LatentHook, X0Hook
-from resmaster_stages.diffusion.schedule import Step
+from resmaster_stages.models.schedule import Step
 
 
 def skip_residual(x0: Tensor, noise: Tensor, exponent: float | Tensor) -> LatentHook:

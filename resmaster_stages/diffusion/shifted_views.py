@@ -18,8 +18,8 @@ import torch
 from resmaster_stages.diffusion.conditions import Conditions
 from resmaster_stages.diffusion.fusing import Fuser
 from resmaster_stages.diffusion.loop import Views, always
-from resmaster_stages.diffusion.schedule import Step
 from resmaster_stages.diffusion.views import Grid
+from resmaster_stages.models.schedule import Step
 
 PLASTIC = 1.32471795724474602596
 """The root of x^3 = x + 1: R2's steps are its inverse and the inverse's square."""

@@ -27,7 +27,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from resmaster_stages.diffusion.schedule import Step
+from resmaster_stages.models.schedule import Step
 
 Noise = Callable[[], Tensor]
 """Draws standard normal noise of the canvas's shape."""

@@ -12,7 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from resmaster_stages.config.dataset import CaptionsConfig
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.models.bases.base import Geometry
 
 Box = tuple[int, int, int, int]
 """Half-open (y0, x0, y1, x1)."""
@@ -120,35 +121,39 @@ def stride_of(window: int, fraction: float) -> int:
     return min(window, max(1, round(window * fraction)))
 
 
-def view_grid(
-    target_height_px: int, target_width_px: int, native_px: int, stride_fraction: float, latent_factor: int
-) -> Grid:
-    """The views of a target picture, in latents: windows of the model's native size, `stride_fraction` of it apart.
+def target_size(height: int, width: int, scale: float) -> tuple[int, int]:
+    """(height, width) in px of the high-res image of a low-res one."""
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def view_grid(geometry: Geometry, height: int, width: int, stride: float) -> Grid:
+    """The views of a target of `height` x `width` px, in latents: windows of the native size, `stride` of it apart.
 
     A target that is no multiple of the latent factor lives on a canvas that is padded up to one.
     """
-    window = max(1, native_px // latent_factor)
+    window, factor = max(1, geometry.native), geometry.latent_factor
     return Grid(
-        height=-(-target_height_px // latent_factor),
-        width=-(-target_width_px // latent_factor),
+        height=-(-height // factor),
+        width=-(-width // factor),
         window=window,
-        stride=stride_of(window, stride_fraction),
-        unit_px=latent_factor,
-        height_px=target_height_px,
-        width_px=target_width_px,
+        stride=stride_of(window, stride),
+        unit_px=factor,
+        height_px=height,
+        width_px=width,
     )
 
 
-def whole_canvas(target_height_px: int, target_width_px: int, latent_factor: int) -> Grid:
-    """One view that is the whole canvas, in latents."""
-    size = -(-max(target_height_px, target_width_px) // latent_factor)
-    return view_grid(target_height_px, target_width_px, size * latent_factor, 1.0, latent_factor)
+def whole_canvas(height: int, width: int, latent_factor: int) -> Grid:
+    """One view that is the whole canvas of a target of `height` x `width` px, in latents."""
+    longer = -(-max(height, width) // latent_factor) * latent_factor
+    return view_grid(Geometry(longer, latent_factor), height, width, 1.0)
 
 
-def patch_grid(config: CaptionsConfig, height: int, width: int, *, native_px: int, stride: float, factor: int) -> Grid:
-    """The patches of a target of `height` x `width` px.
+def patch_grid(config: DatasetConfig, geometry: Geometry, height: int, width: int) -> Grid:
+    """The patches that are captioned of a target of `height` x `width` px.
 
-    `views`: the upscaler's own views, `stride` (a fraction of the window) apart. `tiles`: the same windows side by side, of
-    which the last row and column are pulled back to end at the border.
+    `views`: the upscaler's own views. `tiles`: the same windows side by side, of which the last row and column are pulled
+    back to end at the border.
     """
-    return view_grid(height, width, native_px, stride if config.grid == "views" else 1.0, factor)
+    stride = config.upscale.view_stride if config.captions.grid == "views" else 1.0
+    return view_grid(geometry, height, width, stride)

@@ -9,11 +9,12 @@ from PIL import Image
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.stages import stage_hashes
+from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.errors import ConfigError, SampleError, UserError
 from resmaster_stages.keys import digest, image_key
 from resmaster_stages.metrics.features import picture_features
 from resmaster_stages.metrics.repeats import mentions, surplus
-from resmaster_stages.models.geometry import native_px
+from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.identity import PICTUREBOOK
 from resmaster_stages.planning.drafts import draft_samples
 from resmaster_stages.planning.preview import check_sizes
@@ -40,7 +41,7 @@ def reference_features(config: DatasetConfig, url: str, cache: Folder) -> dict[s
     """
     from resmaster_stages.metrics.features import load_extractor
 
-    extractor, native = load_extractor(config.quality), native_px(config.model)
+    extractor, native = load_extractor(config.quality), geometry_of(config.model).native_px
     keys = sorted({image_key(image.data, "") for image in find_images(url)})
     weights = stage_hashes(config.model_copy(update={"name": "any"}))["quality"]
     name = f"reference-{digest([keys, extractor.name, native, weights])[:16]}.features.parquet"
@@ -65,7 +66,7 @@ def check_truth(config: DatasetConfig) -> None:
 
     if config.images:
         raise ConfigError("--reference picturebook: your own images have no prompts to draw; give a folder of images")
-    height, width = (round(side * config.upscale.scale) for side in check_sizes(config))
+    height, width = target_size(*check_sizes(config), config.upscale.scale)
     check((sample.prompt for sample in draft_samples(config).samples), height, width)
 
 
@@ -81,7 +82,11 @@ def true_features(config: DatasetConfig, height: int, width: int, cache: Folder)
     from resmaster_stages.picturebook.truth import true_picture
 
     samples = draft_samples(config).samples
-    extractor, native, counter = load_extractor(config.quality), native_px(config.model), object_counter(config)
+    extractor, native, counter = (
+        load_extractor(config.quality),
+        geometry_of(config.model).native_px,
+        object_counter(config),
+    )
     layouts = -(-TRUE_PICTURES // len(samples))
     weights = stage_hashes(config.model_copy(update={"name": "any"}))["quality"]
     prompts = {sample.key: sample.prompt for sample in samples}
@@ -118,5 +123,5 @@ def object_counter(config: DatasetConfig) -> Callable[[Image.Image], Mapping[str
     own = {"source": "model", "model": PICTUREBOOK, "revision": None}
     captioner = load_captioner(config.captions.model_copy(update=own), config.model.device)
     assert captioner is not None
-    native = native_px(config.model)
+    native = geometry_of(config.model).native_px
     return lambda image: count_objects(image, captioner.caption, native)

@@ -15,7 +15,7 @@ from resmaster_stages.config.load import parse_config
 from resmaster_stages.config.method import methods, with_method
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.keys import digest
-from resmaster_stages.models.geometry import latent_factor, native_px
+from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.identity import PICTUREBOOK
 
 
@@ -68,9 +68,11 @@ def at_scale(config: DatasetConfig, scale: str) -> DatasetConfig:
         if rows != cols:
             raise ConfigError(f"--scales {scale}: your own images keep their shape; give equal numbers, e.g. 2x2,4x4")
         return _changed(config, f"--scales {scale}", {"scale": rows}, {})
-    native, factor = native_px(config.model), latent_factor(config.model)
-    height, width = low_res_size(rows, cols, native, factor)
-    return _changed(config, f"--scales {scale}", {"scale": rows * native / height}, {"height": height, "width": width})
+    geometry = geometry_of(config.model)
+    height, width = low_res_size(rows, cols, geometry.native_px, geometry.latent_factor)
+    return _changed(
+        config, f"--scales {scale}", {"scale": rows * geometry.native_px / height}, {"height": height, "width": width}
+    )
 
 
 def low_res_size(rows: int, cols: int, native: int, factor: int) -> tuple[int, int]:

@@ -14,7 +14,6 @@ So preset `faithful` is the same as `default`: nothing better is known.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
 
     from resmaster_stages.diffusion.composer import Composer
     from resmaster_stages.diffusion.loop import CanvasNoise, Composition, LatentHook, Patch
-    from resmaster_stages.diffusion.schedule import Step
     from resmaster_stages.methods.request import Request
+    from resmaster_stages.models.schedule import Step
 
 
 @register
@@ -72,18 +71,18 @@ class CUpscale(Steered):
         from resmaster_stages.diffusion.conditions import make_conditions
         from resmaster_stages.diffusion.fusing import Fuser
         from resmaster_stages.diffusion.guidance import Moment
-        from resmaster_stages.diffusion.image_prompts import adapter_scale
         from resmaster_stages.diffusion.loop import Composition, ViewGroup, always
         from resmaster_stages.diffusion.steppers import make_stepper
 
         models, grid, reference, moment = request.models, request.views(), request.required_reference(), Moment()
         look: tuple[LatentHook, ...] = ()
-        patches: tuple[Patch, ...] = (partial(adapter_scale, scale=0.0),)
+        patches: tuple[Patch, ...] = ()
         if self.share:
+            models.require("upscale.share", "attention")
             small = reference.small_latents.shape[-2:]
             composer = Composer(grid, small, self.share, moment, models.device)
             look = (whole_image(request, composer, noise.resized(*small)()),)
-            patches = (*patches, composer.patch)
+            patches = (composer.patch,)
         conditions = make_conditions(
             models,
             grid,
@@ -128,7 +127,7 @@ def whole_image(request: Request, composer: Composer, draw: Tensor) -> LatentHoo
         moment = composer.moment
         moment.step, moment.branches = step, (TEXT,)
         with composer.capturing():
-            predict(models.unet, small, torch.full((), step.t, device=models.device), conditions, moment, batches)
+            predict(models.base, small, torch.full((), step.t, device=models.device), conditions, moment, batches)
         return z
 
     return look

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -35,9 +34,9 @@ if TYPE_CHECKING:
     from resmaster_stages.diffusion.irregular_views import Origins
     from resmaster_stages.diffusion.loop import CanvasNoise, Composition, LatentHook, ViewGroup
     from resmaster_stages.diffusion.loop import Views as CutViews
-    from resmaster_stages.diffusion.schedule import Step
     from resmaster_stages.methods.passes import Begin
     from resmaster_stages.methods.request import Request
+    from resmaster_stages.models.schedule import Step
 
 
 @register
@@ -103,7 +102,6 @@ class DemoFusion(Views):
         """How the phase of `rows` x `cols` latents begins: with the image of the phase before, enlarged and noised."""
         import torch.nn.functional as F
 
-        from resmaster_stages.diffusion.image_prompts import adapter_scale
         from resmaster_stages.diffusion.loop import Composition
         from resmaster_stages.diffusion.reference_guidance import skip_residual
         from resmaster_stages.diffusion.steppers import make_stepper
@@ -122,7 +120,6 @@ class DemoFusion(Views):
                 ),
                 stepper=make_stepper(self.stepper),
                 latent_hooks=(skip_residual(x0, draw, self.cosine_scale_1),),
-                patches=(partial(adapter_scale, scale=0.0),),
             )
 
         return begin
@@ -146,7 +143,7 @@ def _conditions(request: Request, settings: DemoFusion, grid: Grid, origins: lis
     """Of windows at `origins`, per sample. Size and target are those of the final image in every phase."""
     from resmaster_stages.diffusion.conditions import make_conditions
 
-    factor, (height, width) = request.models.latent_factor, request.canvas_size
+    factor, (height, width) = request.models.geometry.latent_factor, request.canvas_size
     canvas, window = (height * factor, width * factor), (grid.window_height * factor, grid.window_width * factor)
     native = settings.micro_conditioning == "native"
     places = [origin for each in origins for origin in each]
@@ -173,7 +170,7 @@ def _local_views(request: Request, settings: DemoFusion, grid: Grid, noise: Canv
     border = jitter_reach(grid) if zeros else 0
     regular = [[(y, x) for y in grid.rows for x in grid.cols]] * len(request.prompts)
     conditions = _conditions(request, settings, grid, regular)
-    factor = request.models.latent_factor
+    factor = request.models.geometry.latent_factor
 
     def at(step: Step) -> tuple[CutViews, Conditions]:
         if settings.jitter == "off":
@@ -186,9 +183,9 @@ def _local_views(request: Request, settings: DemoFusion, grid: Grid, noise: Canv
         if settings.micro_conditioning == "native":
             return views, conditions
         crops = [((y + border) * factor, (x + border) * factor) for each in origins for y, x in each]
-        time_ids = conditions.time_ids.clone()
-        time_ids[:, 2:4] = torch.tensor(crops, dtype=time_ids.dtype).to(device, non_blocking=True)
-        return views, replace(conditions, time_ids=time_ids)
+        sizes = conditions.sizes.clone()
+        sizes[:, 2:4] = torch.tensor(crops, dtype=sizes.dtype).to(device, non_blocking=True)
+        return views, replace(conditions, sizes=sizes)
 
     return ViewGroup(
         at,

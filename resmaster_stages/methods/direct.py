@@ -7,7 +7,6 @@ collapse: the baseline that every tuning-free method is measured against.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from resmaster_stages.config.method import register
@@ -53,7 +52,6 @@ def whole_canvas_composition(
     from resmaster_stages.diffusion.conditions import make_conditions
     from resmaster_stages.diffusion.fusing import Fuser
     from resmaster_stages.diffusion.guidance import Moment
-    from resmaster_stages.diffusion.image_prompts import adapter_scale
     from resmaster_stages.diffusion.loop import Composition, ViewGroup, always
     from resmaster_stages.diffusion.steppers import make_stepper
 
@@ -71,6 +69,6 @@ def whole_canvas_composition(
         groups=(ViewGroup(always(Fuser(grid, "uniform", request.models.device), conditions), guidance),),
         stepper=make_stepper(request.config.stepper),
         latent_hooks=latent_hooks,
-        patches=(partial(adapter_scale, scale=0.0), *patches),
+        patches=patches,
         moment=moment or Moment(),
     )

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from resmaster_stages.diffusion.convolutions import LayerRule
     from resmaster_stages.diffusion.loop import Composition, Patch
     from resmaster_stages.diffusion.patches import Layer
-    from resmaster_stages.diffusion.schedule import Step
     from resmaster_stages.methods.request import Request
+    from resmaster_stages.models.schedule import Step
 
 SAMPLING: dict[str, Any] = {"stepper": "ddim_ancestral", "guidance_scale": 5.0}
 
@@ -84,11 +84,12 @@ class FouriScale(FromNoise):
         from resmaster_stages.diffusion.low_pass import shared_attention
 
         models, moment = request.models, Moment()
-        plan = make_plan(request.height, request.width, models.native_px, self.steps, self)
-        canvas = [side * models.latent_factor for side in request.canvas_size]
+        models.require("method fouriscale", "convolutions", "attention")
+        plan = make_plan(request.height, request.width, models.geometry.native_px, self.steps, self)
+        canvas = [side * models.geometry.latent_factor for side in request.canvas_size]
         covered = (plan.factor * plan.base[0] / canvas[0], plan.factor * plan.base[1] / canvas[1])
-        floor = self.floor if self.floor is not None else 0.6 if models.told_sizes else 0.0
-        rules = layer_rules(models.unet, plan, covered, floor)
+        floor = self.floor if self.floor is not None else 0.6 if models.base.layers == "sdxl" else 0.0
+        rules = layer_rules(models.base.denoiser, plan, covered, floor)
         patches: tuple[Patch, ...] = (
             partial(changed_layers, rules=rules, moment=moment),
             partial(shared_attention, moment=moment, branch=DETAIL),

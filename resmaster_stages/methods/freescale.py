@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from resmaster_stages.diffusion.convolutions import Dilated, LayerRule
     from resmaster_stages.diffusion.guidance import Branch
     from resmaster_stages.diffusion.loop import CanvasNoise, Composition, Patch
-    from resmaster_stages.diffusion.schedule import Step
     from resmaster_stages.methods.passes import Begin
     from resmaster_stages.methods.request import Request
+    from resmaster_stages.models.schedule import Step
 
 
 @register
@@ -92,6 +92,7 @@ class FreeScale(LateGuidance):
     def passes(self, request: Request) -> tuple[Pass, ...]:
         """One pass per size, each restarted in the middle of the path."""
         request.required_reference()
+        request.models.require("method freescale", "convolutions", "attention")
         first = first_step(self.start, self.steps)
         return tuple(
             Pass(rows, cols, self.beginning(request, scale, rows, cols), first)
@@ -105,7 +106,8 @@ class FreeScale(LateGuidance):
         from resmaster_stages.diffusion import autoencoder
 
         models, reference = request.models, request.required_reference()
-        here = replace(request, height=rows * models.latent_factor, width=cols * models.latent_factor)
+        factor = models.geometry.latent_factor
+        here = replace(request, height=rows * factor, width=cols * factor)
 
         def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
             pixels = reference.small if previous is None else autoencoder.decode(models, previous).clamp(-1, 1)
@@ -124,12 +126,11 @@ class FreeScale(LateGuidance):
         from resmaster_stages.diffusion.scale_fusion import Windows, scale_fusion
 
         models, reference, moment = request.models, request.required_reference(), Moment()
-        factor = max(1, max(request.height, request.width) // models.native_px)
-        rules = layer_rules(models.unet, factor, round(self.dilate_until * self.steps))
+        factor = max(1, max(request.height, request.width) // models.geometry.native_px)
+        rules = layer_rules(models.base.denoiser, factor, round(self.dilate_until * self.steps))
         patches: tuple[Patch, ...] = (partial(changed_layers, rules=rules, moment=moment),)
         if self.fusion:
-            native = models.native_px // models.latent_factor
-            windows = Windows(*request.canvas_size, native, self.jitter, noise.generators, moment)
+            windows = Windows(*request.canvas_size, models.geometry.native, self.jitter, noise.generators, moment)
             radius = max(1, round(scale)) - 1
             fusion = partial(scale_fusion, windows=windows, radius=radius, features=self.blur == "features")
             patches = (*patches, fusion)

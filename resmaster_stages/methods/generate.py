@@ -49,7 +49,7 @@ def generate(
     picture) with DDIM, eta = 0, or Euler. Raises ConfigError for a size that is no multiple of the latent factor.
     """
 
-    check_size(height, width, models.latent_factor)
+    check_size(height, width, models.geometry.latent_factor)
     config = Direct(steps=steps, guidance_scale=guidance_scale, stepper="ddim_keep", view_batch=batch_size)
     for start in range(0, len(prompts), batch_size):
         slot = slice(start, start + batch_size)

@@ -5,7 +5,6 @@ Every view gets the global prompt, so the prompt's object tends to appear in eve
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from resmaster_stages.config.method import register
@@ -25,7 +24,6 @@ class MultiDiffusion(MovingViews):
     def compose(self, request: Request) -> Composition:
         """A grid of views with one prompt."""
         from resmaster_stages.diffusion.conditions import make_conditions
-        from resmaster_stages.diffusion.image_prompts import adapter_scale
         from resmaster_stages.diffusion.loop import Composition, ViewGroup
         from resmaster_stages.diffusion.steppers import make_stepper
 
@@ -41,5 +39,4 @@ class MultiDiffusion(MovingViews):
         return Composition(
             groups=(ViewGroup(self.placed(grid, conditions, request.models.device), self.guidance()),),
             stepper=make_stepper(self.stepper),
-            patches=(partial(adapter_scale, scale=0.0),),
         )

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from resmaster_stages.diffusion.loop import CanvasNoise, Composition
-    from resmaster_stages.diffusion.schedule import Step
     from resmaster_stages.methods.request import Request
+    from resmaster_stages.models.schedule import Step
 
     Begin = Callable[[Tensor | None, CanvasNoise, Step], tuple[Tensor, Composition]]
     """From the previous pass's clean latents [B, C, h, w] (None at first), the pass's noise and its first step to the

@@ -16,7 +16,6 @@ from PIL import Image
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.loop import CanvasNoise, Progress, batch_size, denoise
 from resmaster_stages.diffusion.reference import to_image
-from resmaster_stages.diffusion.schedule import make_schedule
 from resmaster_stages.errors import SampleError
 from resmaster_stages.methods.request import Request
 from resmaster_stages.models.busy import busy
@@ -31,9 +30,9 @@ def render(request: Request, seeds: Sequence[int], progress: Progress | None = N
     models, config = request.models, request.config
     advice = "lower upscale.view_batch or low_res.batch_size, or set model.offload: model"
     with busy(), device_faults(advice, batch_size(len(request.prompts) * len(request.views()), request.view_limit)):
-        schedule = make_schedule(models.scheduler_config, config.steps)
+        schedule = models.base.path(config.steps)
         passes = config.passes(request)
-        noise = CanvasNoise(seeds, models.latent_channels, *request.canvas_size, models.device)
+        noise = CanvasNoise(seeds, models.base.latent_channels, *request.canvas_size, models.device)
         done, total = count(1), sum(len(schedule) - each.first for each in passes)
 
         def tick() -> None:

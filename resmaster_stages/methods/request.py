@@ -41,7 +41,7 @@ class Reference:
 
         The pictures as given where sizes fit; else `pixels`, which are padded at the target's size, made small again.
         """
-        factor = self.models.latent_factor
+        factor = self.models.geometry.latent_factor
         height, width = (max(1, round(side / factor / self.scale)) * factor for side in self.pixels.shape[-2:])
         exact = all(side == low * self.scale for side, low in zip(self.pixels.shape[-2:], self.low_res.shape[-2:]))
         if exact and self.low_res.shape[-2:] == (height, width):
@@ -81,7 +81,7 @@ class Request:
     @property
     def canvas_size(self) -> tuple[int, int]:
         """(height, width) of the canvas, in latents."""
-        factor = self.models.latent_factor
+        factor = self.models.geometry.latent_factor
         return -(-self.height // factor), -(-self.width // factor)
 
     @cached_property
@@ -100,18 +100,17 @@ class Request:
 
     def views(self) -> Grid:
         """The grid of native-size views."""
-        models = self.models
-        return view_grid(self.height, self.width, models.native_px, self.config.view_stride, models.latent_factor)
+        return view_grid(self.models.geometry, self.height, self.width, self.config.view_stride)
 
     def canvas(self) -> Grid:
         """The grid whose one view is the whole canvas."""
-        return whole_canvas(self.height, self.width, self.models.latent_factor)
+        return whole_canvas(self.height, self.width, self.models.geometry.latent_factor)
 
     def view_texts(self, grid: Grid) -> list[str]:
-        """Each view's caption, or its sample's prompt where captions are off or not given."""
-        if self.config.uses("captions") and self.captions is not None:
-            return [caption for captions in self.captions for caption in captions]
-        return self.per_view(self.prompts, grid)
+        """Each view's caption, or its sample's prompt where there are no captions."""
+        if self.captions is None:
+            return self.per_view(self.prompts, grid)
+        return [caption for captions in self.captions for caption in captions]
 
     def per_view(self, texts: tuple[str, ...], grid: Grid) -> list[str]:
         """Each sample's text for each of its views."""

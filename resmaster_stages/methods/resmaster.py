@@ -14,7 +14,6 @@ the paper read literally: eq. 7, and the swap at every step.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -88,7 +87,7 @@ class ResMaster(MovingViews, Steered):
     def compose(self, request: Request) -> Composition:
         """A grid of views, each with its own crop and caption, steered by the reference's low frequencies."""
         from resmaster_stages.diffusion.conditions import make_conditions
-        from resmaster_stages.diffusion.image_prompts import adapter_scale, embed_crops
+        from resmaster_stages.diffusion.image_prompts import embed_crops
         from resmaster_stages.diffusion.loop import Composition, ViewGroup
         from resmaster_stages.diffusion.steppers import make_stepper
 
@@ -109,5 +108,5 @@ class ResMaster(MovingViews, Steered):
             groups=(ViewGroup(self.placed(grid, conditions, models.device), self.guidance()),),
             stepper=make_stepper(self.stepper),
             x0_hooks=hooks,
-            patches=(partial(adapter_scale, scale=image_scale),),
+            image_scale=image_scale,
         )

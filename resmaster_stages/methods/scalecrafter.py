@@ -30,6 +30,7 @@ from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, Branch, Branches
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.methods.direct import whole_canvas_composition
 from resmaster_stages.methods.settings import FromNoise, MicroConditioned, area
+from resmaster_stages.models.bases.base import Layers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
     from resmaster_stages.diffusion.convolutions import LayerRule
     from resmaster_stages.diffusion.loop import Composition, Patch
     from resmaster_stages.diffusion.patches import Layer
-    from resmaster_stages.diffusion.schedule import Step
     from resmaster_stages.methods.request import Request
+    from resmaster_stages.models.schedule import Step
 
 SAMPLING: dict[str, Any] = {"stepper": "ddim_ancestral", "guidance_scale": 5.0}
 
@@ -84,9 +85,11 @@ class ScaleCrafter(FromNoise, MicroConditioned):
         from resmaster_stages.diffusion.convolutions import changed_layers
         from resmaster_stages.diffusion.freeu import freeu
 
-        native, unet, moment = request.models.native_px, request.models.unet, Moment()
-        plan = make_plan(request.height / native, request.width / native, self.steps, self, family(unet))
-        rules = layer_rules(unet, plan)
+        models, native, moment = request.models, request.models.geometry.native_px, Moment()
+        models.require("method scalecrafter", "convolutions")
+        whose = models.base.layers or "sdxl"
+        plan = make_plan(request.height / native, request.width / native, self.steps, self, whose)
+        rules = layer_rules(models.base.denoiser, plan)
         patches: tuple[Patch, ...] = (partial(changed_layers, rules=rules, moment=moment),)
         if self.freeu:
             patches = (*patches, freeu)
@@ -121,11 +124,8 @@ class NoiseDamped:
         return outputs[0] if len(outputs) == 1 else guide(outputs[0], outputs[1], self.scale)
 
 
-Family = Literal["sdxl", "sd1", "sd2"]
-"""Whose published settings are read; other UNets are taken for SDXL's, their places counted from the deepest block."""
-
 DEEP = ("mid_block.resnets", "up_blocks.0.resnets", "up_blocks.0.upsamplers")
-DISPERSED: dict[Family, tuple[str, ...]] = {
+DISPERSED: dict[Layers, tuple[str, ...]] = {
     "sdxl": ("down_blocks.-1.resnets", *DEEP),
     "sd1": (
         "down_blocks.2.downsamplers",
@@ -136,16 +136,6 @@ DISPERSED: dict[Family, tuple[str, ...]] = {
     ),
 }
 DISPERSED["sd2"] = DISPERSED["sd1"]
-
-
-def family(unet: Any) -> Family:
-    """Whose UNet this is, by its depth and the width of its text."""
-    from resmaster_stages.diffusion.patches import bare
-
-    config = bare(unet).config
-    if len(config.block_out_channels) != 4:
-        return "sdxl"
-    return "sd2" if config.cross_attention_dim == 1024 else "sd1"
 
 
 def _up(number: int, factor: float) -> dict[str, float]:
@@ -179,7 +169,7 @@ def between(scale: float) -> dict[str, float]:
     }
 
 
-def strong(vertical: float, horizontal: float, whose: Family = "sdxl") -> dict[str, float]:
+def strong(vertical: float, horizontal: float, whose: Layers = "sdxl") -> dict[str, float]:
     """Layers and dilations of a larger canvas, from its height and width over a native image's."""
     scale = max(vertical, horizontal)
     deep = dict.fromkeys(DEEP, scale)
@@ -199,7 +189,7 @@ def strong(vertical: float, horizontal: float, whose: Family = "sdxl") -> dict[s
     return {**_down(2, scale), "down_blocks.2.resnets": 0.75 * scale, **_down(3, scale), **deep, **outer}
 
 
-def weak(vertical: float, horizontal: float, whose: Family = "sdxl") -> dict[str, float]:
+def weak(vertical: float, horizontal: float, whose: Layers = "sdxl") -> dict[str, float]:
     """Layers and dilations of the network that the unconditional prediction comes from."""
     scale = max(vertical, horizontal)
     if whose == "sdxl":
@@ -209,7 +199,7 @@ def weak(vertical: float, horizontal: float, whose: Family = "sdxl") -> dict[str
     return {name: factor for name, factor in strong(vertical, horizontal, whose).items() if "up_blocks.3" not in name}
 
 
-def durations(scale: float, whose: Family) -> tuple[float, float]:
+def durations(scale: float, whose: Layers) -> tuple[float, float]:
     """Fractions of the steps with dilation and with noise-damped guidance."""
     if scale >= 3:
         return (0.74, 0.74) if whose == "sd2" else (0.7, 0.7)
@@ -237,7 +227,7 @@ class Plan:
         return float(max(ceil(factor * (self.until - index) / self.until), 2)) if self.progressive else factor
 
 
-def make_plan(vertical: float, horizontal: float, steps: int, settings: ScaleCrafter, whose: Family = "sdxl") -> Plan:
+def make_plan(vertical: float, horizontal: float, steps: int, settings: ScaleCrafter, whose: Layers = "sdxl") -> Plan:
     """The plan of a canvas `vertical` times as high and `horizontal` times as wide as a native image."""
     scale = max(vertical, horizontal)
     large = scale >= 3

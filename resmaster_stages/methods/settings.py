@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from resmaster_stages.diffusion.guidance import ClassifierFree
     from resmaster_stages.diffusion.loop import Composition, Progress, X0Hook
     from resmaster_stages.diffusion.loop import Views as CutViews
-    from resmaster_stages.diffusion.schedule import Step
     from resmaster_stages.methods.request import Reference, Request
+    from resmaster_stages.models.schedule import Step
 
 NEGATIVE_PROMPT = "blurry, ugly, duplicate, poorly drawn, deformed, mosaic"
 """The negative prompt that the papers of this family share (methods: DemoFusion, FreeScale)."""

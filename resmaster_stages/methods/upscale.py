@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from resmaster_stages.config.method import Method
-from resmaster_stages.diffusion.views import view_grid
+from resmaster_stages.diffusion.views import target_size, view_grid
 from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.keys import digest
 from resmaster_stages.methods.resmaster import ResMaster
@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     import torch
 
     from resmaster_stages.models.parts import Models
-
-
-def target_size(height: int, width: int, scale: float) -> tuple[int, int]:
-    """(height, width) in px of the high-res picture of a low-res one."""
-    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 Caption = Callable[[Image.Image, int, int], Sequence[str]]
@@ -46,9 +41,9 @@ def upscale_image(
 ) -> Image.Image:
     """`image` (any size) re-imagined at `config.scale` times its size; the result is RGB of exactly that size.
 
-    models: from `models.loading.load_models`, or `Models.from_pipeline` for a pipeline of your own. negative_prompt:
+    models: from `models.load.load_models`, or `Models.from_pipeline` for a pipeline of your own. negative_prompt:
     None for the configuration's. captions: one per view, row-major, as `views.view_grid` counts them; None gives every
-    view `prompt`, an empty one its view. caption: writes those of later passes (`config.via`); None gives every view
+    view `prompt`. caption: writes those of later passes (`config.via`); None gives every view
     `prompt`. detail: for methods that read one (freescale), a mask of any size: where it is white, more detail is drawn
     anew. progress: hears (steps done, steps in all), of each pass.
 
@@ -93,12 +88,12 @@ def _one_pass(
     from resmaster_stages.methods.render import render
     from resmaster_stages.methods.request import Reference, Request
 
-    grid = view_grid(height, width, models.native_px, config.view_stride, models.latent_factor)
+    grid = view_grid(models.geometry, height, width, config.view_stride)
     if captions is not None and len(captions) != len(grid):
         raise ConfigError(
             f"captions: {len(captions)} given for {len(grid)} views ({grid.name}); give one per view, or none"
         )
-    pixels = pad_to_multiple(upsample(image, height, width), models.latent_factor)
+    pixels = pad_to_multiple(upsample(image, height, width), models.geometry.latent_factor)
     request = Request(
         models=models,
         config=config,
@@ -106,7 +101,7 @@ def _one_pass(
         width=width,
         prompts=(prompt,),
         negative_prompts=(negative_prompt,),
-        captions=None if captions is None else (tuple(text or prompt for text in captions),),
+        captions=(tuple(captions),) if captions is not None and config.uses("captions") else None,
         reference=Reference(models, pixels, config.scale, to_tensor(image)),
         detail=None if detail is None else to_mask(detail),
     )

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from resmaster_stages.errors import ConfigError
+from resmaster_stages.errors import ConfigError, first_line
 from resmaster_stages.metrics.metric import Column, Metric, Pair
 from resmaster_stages.metrics.resize import resize
-from resmaster_stages.models.geometry import model_location
 from resmaster_stages.models.identity import PICTUREBOOK
+from resmaster_stages.models.places import location, resolve_device
 
 
 class ClipScorer:
@@ -101,21 +101,18 @@ def load_clip(identifier: str, revision: str | None = None, device: str = "auto"
     import torch
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    location = model_location(identifier, "clip")
+    resolved, place = resolve_device(device, "quality.device"), location(identifier, "clip")
     options: dict[str, Any] = {"local_files_only": identifier == PICTUREBOOK}
     if revision:
         options["revision"] = revision
     try:
-        model = CLIPModel.from_pretrained(location, use_safetensors=True, dtype=torch.float32, **options)
-        tokenizer = CLIPTokenizer.from_pretrained(location, **options)
-        processor = CLIPImageProcessorPil.from_pretrained(location, **options)
-        model.to(device).eval()
+        model = CLIPModel.from_pretrained(place, use_safetensors=True, dtype=torch.float32, **options)
+        tokenizer = CLIPTokenizer.from_pretrained(place, **options)
+        processor = CLIPImageProcessorPil.from_pretrained(place, **options)
+        model.to(resolved).eval()
     except Exception as error:  # loaders raise whatever their parts raise; the user's remedy is the same
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
-            f"CLIP model {identifier!r} cannot be loaded ({lines[0][:160]}); give quality.clip, or captions.check.clip if that "
+            f"CLIP model {identifier!r} cannot be loaded ({first_line(error)}); give quality.clip, or captions.check.clip if that "
             "names it, `picturebook`, a folder or hub id of a CLIP model with safetensors weights, or null"
         ) from None
     return ClipScorer(model, tokenizer, processor.image_mean, processor.image_std)

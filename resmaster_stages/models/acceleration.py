@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from resmaster_stages.errors import ConfigError
+from resmaster_stages.errors import ConfigError, first_line
 from resmaster_stages.progress import Note, emit
 
 _GRAPHS = 64
@@ -44,18 +44,24 @@ def can_compile(device: torch.device) -> bool:
     try:
         return bool((probe(torch.ones(8, device=device)) == 3).all())
     except Exception as error:  # whatever a compiler, a linker or a driver says
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         emit(
             Note(
-                f"model.compile: nothing can be compiled for {device} here ({reason[:200]}); the model runs uncompiled, more slowly. "
+                f"model.compile: nothing can be compiled for {device} here ({first_line(error)}); the model runs uncompiled, more slowly. "
                 "Install a C compiler (and on CUDA Triton), or set model.compile: off"
             )
         )
         return False
 
 
+def has_blocks(denoiser: Any) -> bool:
+    """Whether `denoiser` can be compiled block by block: diffusers' models can."""
+    return hasattr(denoiser, "compile_repeated_blocks")
+
+
 def compile_blocks(unet: Any) -> None:
-    """Compiles the repeated blocks of `unet` (a diffusers model) for good, each static shape at its first use."""
+    """Compiles the repeated blocks of `unet` for good, each static shape at its first use. Raises ConfigError if it has none."""
+    if not has_blocks(unet):
+        raise ConfigError(f"model.compile: blocks: a {type(unet).__name__} has none; set model.compile: off")
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, _GRAPHS)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * _GRAPHS)

@@ -32,15 +32,14 @@ from PIL import Image
 
 from resmaster_stages.config.dataset import CaptionsConfig
 from resmaster_stages.config.model import ModelConfig
-from resmaster_stages.errors import ConfigError, SampleError, UserError
-from resmaster_stages.models.geometry import model_location
+from resmaster_stages.errors import ConfigError, SampleError, UserError, first_line
+from resmaster_stages.models.bases import family_of
+from resmaster_stages.models.bases.base import TokenCounter
 from resmaster_stages.models.identity import PICTUREBOOK, model_identity
+from resmaster_stages.models.places import location, resolve_device
 
 MAX_TOKENS = 75
 """Content tokens that CLIP's text encoders take: 77 less the begin and end marks."""
-
-TokenCounter = Callable[[str], int]
-"""Number of content tokens of a text."""
 
 
 class Captioner(Protocol):
@@ -124,23 +123,8 @@ def _longest(prefix: Callable[[int], str], size: int, count: TokenCounter, limit
 
 @lru_cache(maxsize=4)
 def token_counter(model: ModelConfig) -> TokenCounter:
-    """Counts content tokens with the base model's first tokenizer (its files only; no weights are loaded)."""
-    from transformers import CLIPTokenizer
-
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(
-            model_location(model.id), subfolder="tokenizer", revision=model.revision or "main"
-        )
-    except Exception as error:
-        raise ConfigError(
-            f"model {model.id!r}: its tokenizer cannot be loaded ({_first_line(error)}); give a folder in diffusers format "
-            "or a hub id that is in the local cache"
-        ) from None
-
-    def count(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
-
-    return count
+    """Counts content tokens as the base model does (by its tokenizer's files; no weights are loaded). Raises ConfigError."""
+    return family_of(model).token_counter(model)
 
 
 # ---------------------------------------------------------------------------------------------------- captioners
@@ -259,9 +243,9 @@ class ServerCaptioner:
                     reason = f"HTTP {error.code}"
                     wait = max(wait, _retry_after(error, self.longest_wait_seconds))
             except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-                reason = _first_line(getattr(error, "reason", None) or error)
+                reason = first_line(getattr(error, "reason", None) or error)
             except ValueError as error:
-                reason = f"malformed answer: {_first_line(error)}"
+                reason = f"malformed answer: {first_line(error)}"
         if reason.startswith(("HTTP 5", "malformed")):
             raise SampleError(f"caption server {self.url}: {reason}, {self.attempts} times for one image")
         hint = "lower captions.batch_size or raise its rate limit" if reason == "HTTP 429" else "is it running?"
@@ -335,11 +319,6 @@ def _retry_after(error: urllib.error.HTTPError, longest: float) -> float:
         return 0.0
 
 
-def _first_line(error: object) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
-
-
 # ------------------------------------------------------------------------------------------------------- loading
 
 
@@ -366,26 +345,25 @@ def _load_local(config: CaptionsConfig, device: str) -> LocalCaptioner:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    resolved = resolve_device(device)
     embedded = config.model == PICTUREBOOK
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": embedded}
     if config.revision:
         options["revision"] = config.revision
-    location = model_location(config.model, "captioner")
+    place = location(config.model, "captioner")
     try:
-        processor = AutoProcessor.from_pretrained(location, **options)
+        processor = AutoProcessor.from_pretrained(place, **options)
         model = AutoModelForImageTextToText.from_pretrained(
-            location,
+            place,
             use_safetensors=True,
             # the checkpoint's own precision on a GPU; CPUs are slow or wrong in half precision
-            dtype=torch.float32 if device == "cpu" else "auto",
+            dtype=torch.float32 if resolved.type == "cpu" else "auto",
             **options,
         )
-        model.to(device).eval()
+        model.to(resolved).eval()
     except Exception as error:  # loaders raise whatever their parts raise; the user's remedy is the same
         raise ConfigError(
-            f"captions.model {config.model!r} cannot be loaded ({_first_line(error)}); give `picturebook`, a folder or hub id "
+            f"captions.model {config.model!r} cannot be loaded ({first_line(error)}); give `picturebook`, a folder or hub id "
             "of a Transformers image-text-to-text model with safetensors weights, or captions.source: server or prompt"
         ) from None
     revision = config.revision or getattr(model.config, "_commit_hash", None) or ""

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from resmaster_stages.errors import ConfigError
+from resmaster_stages.errors import ConfigError, first_line
 from resmaster_stages.models.identity import NetworkFile, network_file
 from resmaster_stages.models.rrdbnet import network_of, official_state
 
@@ -75,9 +75,8 @@ def _by_spandrel(state: dict[str, Tensor], path: Path, device: torch.device, dty
             f"{path}: not an RRDBNet's weights; for other architectures: pip install 'resmaster-pipeline[spandrel]'"
         ) from None
     except RuntimeError as error:  # a torchvision of another build than torch's
-        reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"spandrel cannot be imported ({reason}); install the torchvision that belongs to your torch"
+            f"spandrel cannot be imported ({first_line(error)}); install the torchvision that belongs to your torch"
         ) from None
     try:
         model = spandrel.ModelLoader(device="cpu").load_from_state_dict(state)
@@ -106,7 +105,6 @@ def load_enlarger(config: NetworkFile, device: torch.device, dtype: torch.dtype)
     try:
         network = network_of(official)
     except (KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:160]
-        raise ConfigError(f"{path}: not a whole RRDBNet ({reason}); download it again") from None
+        raise ConfigError(f"{path}: not a whole RRDBNet ({first_line(error)}); download it again") from None
     network.to(device, dtype)
     return Enlarger(network, network.scale, device, dtype, network.shape.unshuffle)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.model import ModelConfig
-from resmaster_stages.errors import ConfigError
+from resmaster_stages.errors import ConfigError, first_line
 
 PICTUREBOOK = "picturebook"
 """The id of the embedded model pack."""
@@ -133,9 +133,8 @@ def network_file(config: NetworkFile) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(config.model, config.weight_name, revision=config.revision))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"upscale.model: cannot get {config.weight_name} of {config.model} ({reason}); "
+            f"upscale.model: cannot get {config.weight_name} of {config.model} ({first_line(error)}); "
             "check the name, or give a file"
         ) from None
 

@@ -131,9 +131,9 @@ def _base_size(config: DatasetConfig) -> tuple[int, int]:
     """(height, width) in px of the low-res images; the model's native size where the configuration gives none."""
     height, width = config.low_res.height, config.low_res.width
     if height is None or width is None:
-        from resmaster_stages.models.geometry import native_px
+        from resmaster_stages.models.geometry import geometry_of
 
-        native = native_px(config.model)
+        native = geometry_of(config.model).native_px
         height, width = height or native, width or native
     return height, width
 

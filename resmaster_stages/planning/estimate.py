@@ -16,9 +16,9 @@ from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.diffusion.cost import UnetWork
-from resmaster_stages.diffusion.views import patch_grid
+from resmaster_stages.diffusion.views import patch_grid, target_size
 from resmaster_stages.errors import UserError
-from resmaster_stages.models.geometry import latent_factor, native_px
+from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.identity import PICTUREBOOK
 from resmaster_stages.planning.preview import Preview, StagePreview
 from resmaster_stages.planning.workload import stage_work
@@ -203,7 +203,7 @@ def _device(receipt: Receipt) -> str:
 def _rates(config: DatasetConfig) -> Rates | None:
     if config.model.id == PICTUREBOOK:
         return PICTUREBOOK_RATES
-    return SDXL_RATES if native_px(config.model) == SDXL_NATIVE_PX else None
+    return SDXL_RATES if geometry_of(config.model).native_px == SDXL_NATIVE_PX else None
 
 
 def _from_table(look: Preview, stage: str) -> tuple[float | None, str]:
@@ -215,8 +215,7 @@ def _from_table(look: Preview, stage: str) -> tuple[float | None, str]:
         return None, nothing
     source = f"{rates.source}; on {rates.device}"
     measured = f"{PICTUREBOOK_RATES.source}; on {PICTUREBOOK_RATES.device}"
-    native, factor = native_px(config.model), latent_factor(config.model)
-    work = stage_work(config, height, width, native, factor)
+    work = stage_work(config, geometry_of(config.model), height, width)
     if work.get(stage):
         return rates.unet(work[stage]), source
     if stage == "low_res":
@@ -237,10 +236,8 @@ def _from_table(look: Preview, stage: str) -> tuple[float | None, str]:
 
 
 def _patches(config: DatasetConfig, height: int, width: int) -> int:
-    scale, native = config.upscale.way()[0].scale, native_px(config.model)
-    target = round(height * scale), round(width * scale)
-    factor, stride = latent_factor(config.model), config.upscale.view_stride
-    return len(patch_grid(config.captions, *target, native_px=native, stride=stride, factor=factor))
+    target = target_size(height, width, config.upscale.way()[0].scale)
+    return len(patch_grid(config, geometry_of(config.model), *target))
 
 
 def _megapixels(look: Preview) -> float:

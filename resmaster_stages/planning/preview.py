@@ -14,8 +14,9 @@ from pathlib import Path
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.dataset import Dataset, find_dataset
 from resmaster_stages.dataset.plan import Plan, find_plan
+from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.errors import ConfigError, UserError
-from resmaster_stages.models.geometry import latent_factor, native_px
+from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.planning.drafts import DraftReader
 from resmaster_stages.storage.digests import DigestSet
 from resmaster_stages.storage.filesystem import Folder, open_root
@@ -73,7 +74,8 @@ class Preview:
 
 def check_sizes(config: DatasetConfig) -> tuple[int, int]:
     """Low-res (height, width) in px of generated images. Raises ConfigError if a size does not fit the latent grid."""
-    factor, native = latent_factor(config.model), native_px(config.model)
+    geometry = geometry_of(config.model)
+    factor, native = geometry.latent_factor, geometry.native_px
     sizes = {"height": config.low_res.height or native, "width": config.low_res.width or native}
     for name, size in sizes.items():
         if size % factor:
@@ -105,12 +107,12 @@ def preview(config: DatasetConfig) -> Preview:
     root = open_root(config.root)
     check_root(root)
     if config.images:
-        latent_factor(config.model)
+        geometry_of(config.model)
         size = f"your images x {config.upscale.scale:g}"
     else:
         height, width = check_sizes(config)
-        scale = config.upscale.scale
-        size = f"{width} x {height} px to {round(width * scale)} x {round(height * scale)} px"
+        tall, wide = target_size(height, width, config.upscale.scale)
+        size = f"{width} x {height} px to {wide} x {tall} px"
     if config.quality.features == "inception":
         from resmaster_stages.metrics.features import inception_weights
 

@@ -9,32 +9,30 @@ from __future__ import annotations
 from resmaster_stages.config.dataset import DatasetConfig, LowResConfig
 from resmaster_stages.config.method import Method
 from resmaster_stages.diffusion.cost import UnetWork
-from resmaster_stages.diffusion.views import view_grid
+from resmaster_stages.diffusion.views import target_size, view_grid
 from resmaster_stages.methods.settings import Diffusion
+from resmaster_stages.models.bases.base import Geometry
 
 
-def low_res_work(config: LowResConfig, height: int, width: int, native_px: int) -> tuple[UnetWork, ...]:
+def low_res_work(config: LowResConfig, geometry: Geometry, height: int, width: int) -> tuple[UnetWork, ...]:
     """What a generated low-res image of `height` x `width` px takes."""
     branches = 2 if config.guidance_scale > 1 else 1
-    return (UnetWork(config.steps * branches, height * width / native_px**2),)
+    return (UnetWork(config.steps * branches, height * width / geometry.native_px**2),)
 
 
-def high_res_work(config: Method, height: int, width: int, native_px: int, latent_factor: int) -> tuple[UnetWork, ...]:
+def high_res_work(config: Method, geometry: Geometry, height: int, width: int) -> tuple[UnetWork, ...]:
     """What the upscaling of a low-res image of `height` x `width` px takes; nothing where a method has no UNet."""
     work: list[UnetWork] = []
     if isinstance(config, Diffusion):
         for scale, own in zip((*config.via, config.scale), config.way()):
-            target = round(height * scale), round(width * scale)
-            work += own.work(view_grid(*target, native_px, own.view_stride, latent_factor))
+            work += own.work(view_grid(geometry, *target_size(height, width, scale), own.view_stride))
     return tuple(work)
 
 
-def stage_work(
-    config: DatasetConfig, height: int, width: int, native_px: int, latent_factor: int
-) -> dict[str, tuple[UnetWork, ...]]:
+def stage_work(config: DatasetConfig, geometry: Geometry, height: int, width: int) -> dict[str, tuple[UnetWork, ...]]:
     """Stage -> what a sample with a low-res image of `height` x `width` px takes; stages without a UNet are left
     out."""
-    work = {"high_res": high_res_work(config.upscale, height, width, native_px, latent_factor)}
+    work = {"high_res": high_res_work(config.upscale, geometry, height, width)}
     if not config.images:
-        work["low_res"] = low_res_work(config.low_res, height, width, native_px)
+        work["low_res"] = low_res_work(config.low_res, geometry, height, width)
     return work

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from resmaster_stages.errors import ShardError
+from resmaster_stages.errors import ShardError, first_line
 from resmaster_stages.storage.tables import ROW_GROUP_ROWS
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -69,5 +69,4 @@ def decode_arrays(source: bytes | Path, name: str) -> tuple[list[str], dict[str,
                 arrays[field.name] = flat.reshape(len(table), *shape)
         return table["key"].to_pylist(), arrays
     except (pa.ArrowException, OSError, KeyError, ValueError, AttributeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ShardError(f"{name}: not a readable file of arrays ({first})") from error
+        raise ShardError(f"{name}: not a readable file of arrays ({first_line(error)})") from error

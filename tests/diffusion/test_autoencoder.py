@@ -1,4 +1,3 @@
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +6,7 @@ import torch.nn.functional as F
 
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.models.parts import Models
-from tests.tiny_models import make_pipeline, tiny
+from tests.tiny_models import make_pipeline, tiny, with_base
 
 
 class BlockVae:
@@ -42,7 +41,7 @@ def test_one_tile_is_what_diffusers_computes():
 @pytest.mark.parametrize("size", [(160, 160), (64, 200), (72, 100)])
 def test_tiles_are_blended_without_a_trace_where_the_tiles_agree(size):
     vae = BlockVae()
-    ours = replace(Models.from_pipeline(tiny()), vae=vae)
+    ours = with_base(Models.from_pipeline(tiny()), vae=vae)
     pixels = torch.rand(2, 3, *size)
     latents = autoencoder.encode(ours, pixels)
     torch.testing.assert_close(latents, F.avg_pool2d(pixels, 4) * 0.5, atol=1e-6, rtol=1e-5)
@@ -86,7 +85,7 @@ def test_half_precision_vae_is_upcast_and_put_back_after_exceptions():
 def test_a_row_of_tiles_goes_through_the_vae_in_even_calls_and_comes_out_the_same(monkeypatch, at_once, calls):
     vae = BlockVae()
     latents = torch.randn(2, 3, 16, 40)  # one row of 3 tiles per sample
-    ours = replace(Models.from_pipeline(tiny()), vae=vae)
+    ours = with_base(Models.from_pipeline(tiny()), vae=vae)
     expected = autoencoder.decode(ours, latents)
     vae.shapes.clear()
     monkeypatch.setattr(autoencoder, "px_at_once", lambda device: at_once * 64 * 64)
@@ -105,7 +104,7 @@ def test_a_large_gpu_takes_several_native_tiles_per_call(monkeypatch, gib, tiles
 def test_configured_latent_statistics_are_undone():
     vae = BlockVae()
     vae.config.latents_mean, vae.config.latents_std = [1.0, 2.0, 3.0], [2.0, 4.0, 8.0]
-    ours = replace(Models.from_pipeline(tiny()), vae=vae)
+    ours = with_base(Models.from_pipeline(tiny()), vae=vae)
     pixels = torch.rand(1, 3, 32, 32)
     latents = autoencoder.encode(ours, pixels)
     means = F.avg_pool2d(pixels, 4)

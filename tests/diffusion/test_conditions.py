@@ -6,14 +6,17 @@ from transformers import CLIPImageProcessorPil
 
 from resmaster_stages.diffusion.conditions import make_conditions, size_and_crop
 from resmaster_stages.diffusion.guidance import ClassifierFree, Moment
-from resmaster_stages.diffusion.image_prompts import adapter_scale, embed_crops, preprocess, require_adapter
+from resmaster_stages.diffusion.image_prompts import embed_crops, required_adapter
 from resmaster_stages.diffusion.loop import predict, static_batches
 from resmaster_stages.diffusion.reference import pad_to_multiple, to_image, to_tensor, upsample
-from resmaster_stages.diffusion.schedule import make_schedule
-from resmaster_stages.diffusion.text import count_tokens, encode_prompts, truncated
+from resmaster_stages.diffusion.text import encode_prompts, truncated
 from resmaster_stages.diffusion.views import Grid, view_grid
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.parts import CLIP_MEAN, CLIP_STD, Models
+from resmaster_stages.models.bases.base import Geometry
+from resmaster_stages.models.bases.unet import CLIP_MEAN, CLIP_STD
+from resmaster_stages.models.ip_adapter import adapter_scale, preprocess
+from resmaster_stages.models.parts import Models
+from resmaster_stages.models.schedule import make_schedule
 from tests.tiny_models import make_adapted_pipeline, tiny, tiny_adapted
 
 WHOLE = [(0, 0, 64, 64)]
@@ -53,12 +56,12 @@ def test_an_empty_prompt_is_only_zero_where_the_model_was_trained_so():
 
 
 def test_long_prompts_are_known_to_be_truncated():
-    assert count_tokens(models(), ["a cat", "a"]) == [6, 3]
+    assert models().base.count(["a cat", "a"]) == [6, 3]
     assert truncated(models(), ["ab" * 37, "ab" * 37 + "abc"]) == [False, True]
 
 
 def test_size_and_crop_of_canvas_and_native():
-    grid = view_grid(100, 160, 64, 0.5, 4)
+    grid = view_grid(Geometry(64, 4), 100, 160, 0.5)
     assert size_and_crop(grid, "canvas")[-1] == (100, 160, 36, 96, 100, 160)
     assert set(size_and_crop(grid, "native")) == {(64, 64, 0, 0, 64, 64)}
 
@@ -106,12 +109,12 @@ def test_adapters_of_unknown_kind_are_refused():
     pipe = make_adapted_pipeline()
     pipe.unet.encoder_hid_proj = MultiIPAdapterImageProjection([torch.nn.Identity()])
     with pytest.raises(ConfigError, match="unsupported kind"):
-        require_adapter(Models.from_pipeline(pipe))
+        required_adapter(Models.from_pipeline(pipe))
 
 
 def test_image_prompts_without_an_adapter_are_refused_with_a_way_out():
     with pytest.raises(ConfigError, match=r"image_prompt\.enabled: false"):
-        require_adapter(Models.from_pipeline(tiny()))
+        required_adapter(Models.from_pipeline(tiny()))
 
 
 def test_adapter_scale_is_restored_after_exceptions():
@@ -140,11 +143,11 @@ def predictions(ours, views, scale, order=None, batch=4, guidance=3.0, image=Tru
         guided=guidance != 1,
         image=embed_crops(ours, crops(len(views))[order], WHOLE) if image else None,
     )
-    with torch.inference_mode(), adapter_scale(ours.unet, scale):
+    with torch.inference_mode(), ours.base.image_scale(scale):
         rule, step = ClassifierFree(guidance), make_schedule({"beta_start": 1e-4}, 2)[0]
         batches = static_batches(len(views), batch)
         outputs = predict(
-            ours.unet, views[order], torch.tensor(500), conditions, Moment(step, rule.branches(step)), batches
+            ours.base, views[order], torch.tensor(500), conditions, Moment(step, rule.branches(step)), batches
         )
         return rule.combine(outputs, step)
 

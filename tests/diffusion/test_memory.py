@@ -1,7 +1,6 @@
 """What a UNet call needs of memory, against what it allocates step by step; and what is said and done about it."""
 
 import weakref
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,14 +12,16 @@ from torch.utils._pytree import tree_leaves
 
 from resmaster_stages.diffusion import memory
 from resmaster_stages.diffusion.loop import batch_size
-from resmaster_stages.diffusion.memory import CPU_VIEWS, Need, preflight, row_bytes, view_limit
+from resmaster_stages.diffusion.memory import CPU_VIEWS, Need, preflight, view_limit
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import OutOfMemory
 from resmaster_stages.methods.upscale import upscale_image
+from resmaster_stages.models.bases.base import Geometry
+from resmaster_stages.models.bases.unet import Unet, row_bytes
 from resmaster_stages.models.faults import device_faults
 from resmaster_stages.progress import Note, listening
 from tests.methods.common import adapted, picture, plain, request, settings
-from tests.tiny_models import counted
+from tests.tiny_models import counted, with_base
 
 SDXL = {
     "sample_size": 128,
@@ -109,7 +110,7 @@ def test_the_views_of_a_call_follow_from_the_size_of_the_device(monkeypatch):
     assert memory.need_of(models, (16, 16), 2) is None
     monkeypatch.setattr(memory, "device_bytes", lambda device: 10**9)
     need = memory.need_of(models, (16, 16), 2)
-    assert need.view == 2 * row_bytes(models.unet, 16, 16)
+    assert need.view == 2 * row_bytes(models.base.denoiser, 16, 16)
     for views in (1, 7, 49):
         monkeypatch.setattr(
             memory, "device_bytes", lambda device, views=views: int(need.bytes(views) / memory.USABLE) + 1
@@ -118,9 +119,10 @@ def test_the_views_of_a_call_follow_from_the_size_of_the_device(monkeypatch):
         assert view_limit(models, None, (16, 16), 1) >= 2 * views
     monkeypatch.setattr(memory, "device_bytes", lambda device: 1)
     assert view_limit(models, None, (16, 16), 2) == 1  # it is tried
-    other = replace(models, unet=SimpleNamespace(config=SimpleNamespace(sample_size=16, in_channels=4)))
+    monkeypatch.setattr(Unet, "row_bytes", lambda self, height, width: None)
+    other = models
     assert view_limit(other, None, (16, 16), 2) == CPU_VIEWS  # a denoiser of which nothing is known
-    assert preflight(other, None, view_grid(128, 128, 64, 0.5, 4), 2) == []
+    assert preflight(other, None, view_grid(Geometry(64, 4), 128, 128, 0.5), 2) == []
 
 
 def test_sdxl_on_two_cards():
@@ -169,9 +171,9 @@ def test_a_vae_that_overflows_in_float16_is_named(monkeypatch):
     monkeypatch.setattr(memory, "device_bytes", lambda device: 1_000_000_000)
     models = plain()
     vae = SimpleNamespace(
-        dtype=torch.float16, config=SimpleNamespace(force_upcast=True), parameters=models.vae.parameters
+        dtype=torch.float16, config=SimpleNamespace(force_upcast=True), parameters=models.base.vae.parameters
     )
-    lines = preflight(replace(models, vae=vae), None, view_grid(128, 128, 64, 0.5, 4), 2)
+    lines = preflight(with_base(models, vae=vae), None, view_grid(Geometry(64, 4), 128, 128, 0.5), 2)
     assert "set model.vae to one that is safe, such as madebyollin/sdxl-vae-fp16-fix" in lines[1]
 
 
@@ -182,8 +184,8 @@ def test_memory_that_runs_out_names_the_batch_that_it_ran_out_for(monkeypatch, v
     def full(*args, **kwargs):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    with counted(models.unet), monkeypatch.context() as patched:
-        patched.setattr(models.unet, "forward", full)
+    with counted(models.base.denoiser), monkeypatch.context() as patched:
+        patched.setattr(models.base.denoiser, "forward", full)
         with pytest.raises(OutOfMemory) as caught:
             upscale_image(models, picture(), "a cat", config=settings("multidiffusion", view_batch=limit))
     assert caught.value.batch == batch

@@ -15,6 +15,7 @@ from resmaster_stages.diffusion.views import Grid, view_grid
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.methods.upscale import upscale_image
+from resmaster_stages.models.bases.base import Geometry
 from tests.methods.common import adapted, picture, schedule
 from tests.methods.common import settings as method
 
@@ -47,7 +48,7 @@ def test_shifts_visit_the_whole_stride_evenly():
 
 
 def test_moved_views_are_fused_back_and_take_the_nearest_views_conditions():
-    models, grid = adapted(), view_grid(128, 192, 64, 0.5, 8)
+    models, grid = adapted(), view_grid(Geometry(64, 8), 128, 192, 0.5)
     texts = [f"{number}" for number in range(2 * len(grid))]  # two samples
     conditions = make_conditions(models, grid, texts, [""] * len(texts), guided=True)
     at = ResMaster(preset="exact", shift="every_step").placed(grid, conditions, models.device)
@@ -96,7 +97,7 @@ def test_methods_without_a_moving_grid_refuse_it():
 
 
 def test_moving_views_may_lie_further_apart_and_stand_still_at_the_end():
-    models, grid = adapted(), view_grid(128, 192, 64, 0.5, 8)
+    models, grid = adapted(), view_grid(Geometry(64, 8), 128, 192, 0.5)
     texts = [f"{number}" for number in range(len(grid))]
     conditions = make_conditions(models, grid, texts, [""] * len(texts), guided=True)
     config = ResMaster(shift="every_step", shift_stride=1.0, shift_stop=0.6, steps=10)

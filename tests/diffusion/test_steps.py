@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resmaster_stages.diffusion.fusing import Fuser
-from resmaster_stages.diffusion.schedule import Step, make_schedule
 from resmaster_stages.diffusion.steppers import (
     STEPPERS,
     ddim_ancestral,
@@ -19,6 +18,7 @@ from resmaster_stages.diffusion.steppers import (
 )
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.errors import ConfigError
+from resmaster_stages.models.schedule import Step, make_schedule
 from tests.tiny_models import SCHEDULER
 
 

@@ -35,7 +35,7 @@ def projected(method, **values):
 
         return forward
 
-    for name, module in adapted().unet.named_modules():
+    for name, module in adapted().base.denoiser.named_modules():
         if name.endswith((".attn2.to_k", ".attn2.to_v")):
             hooks.append(module)
             module.forward = count(name, module.forward)
@@ -52,7 +52,7 @@ def test_every_distinct_prompt_is_projected_once_per_picture_and_layer(values):
     calls, prompts = projected("resmaster", **values)
     assert set(calls.values()) == {2}  # the captions, and the negative prompt; not 5 steps x 3 calls
     assert set(prompts.values()) == {4}  # "a cat", "b", "c" and the negative prompt; not 18 rows a step
-    assert forwards(adapted().unet) == {}
+    assert forwards(adapted().base.denoiser) == {}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -70,7 +70,7 @@ def test_prompts_of_one_picture_do_not_reach_the_next():
 
 
 def test_whatever_is_not_the_batchs_text_is_projected_as_ever():
-    unet, moment = adapted().unet, Moment()
+    unet, moment = adapted().base.denoiser, Moment()
     (layer, *_) = [module for name, module in unet.named_modules() if name.endswith(".attn2.to_k")]
     prompts = torch.randn(3, 77, layer.in_features)
     index = torch.tensor([2, 0, 2])

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from resmaster_stages.diffusion.fusing import Fuser, window_weights
 from resmaster_stages.diffusion.views import Grid, view_grid, whole_canvas
+from resmaster_stages.models.bases.base import Geometry
 
 
 @pytest.mark.parametrize(
@@ -14,11 +15,11 @@ from resmaster_stages.diffusion.views import Grid, view_grid, whole_canvas
     [(1024, 1024, 1), (2048, 2048, 9), (3072, 3072, 25), (2048, 4096, 21), (4096, 4096, 49), (8192, 8192, 225)],
 )
 def test_view_counts_of_sdxl_are_those_of_the_papers(height, width, views):
-    assert len(view_grid(height, width, 1024, 0.5, 8)) == views
+    assert len(view_grid(Geometry(1024, 8), height, width, 0.5)) == views
 
 
 def test_last_window_is_pulled_back_to_the_border():
-    grid = view_grid(1152, 2368, 1024, 0.5, 8)
+    grid = view_grid(Geometry(1024, 8), 1152, 2368, 0.5)
     assert grid.rows == (0, 16)
     assert grid.cols == (0, 64, 128, 168)
     assert grid.boxes[-1] == (16, 168, 144, 296)
@@ -45,7 +46,7 @@ def test_stride_beyond_the_window_is_refused():
 
 
 def test_pixel_boxes_are_clipped_where_the_canvas_was_padded():
-    grid = view_grid(101, 67, 64, 0.5, 4)
+    grid = view_grid(Geometry(64, 4), 101, 67, 0.5)
     assert (grid.height, grid.width) == (26, 17)
     assert grid.pixel_boxes[0] == (0, 0, 64, 64)
     assert grid.pixel_boxes[-1] == (40, 4, 101, 67)

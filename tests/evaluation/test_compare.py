@@ -35,6 +35,7 @@ from resmaster_stages.evaluation.variants import at_scale, low_res_size, variant
 from resmaster_stages.inspection.status import pending
 from resmaster_stages.metrics.agreement import agreement
 from resmaster_stages.metrics.features import picture_features
+from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.picturebook.truth import true_picture
 from resmaster_stages.planning.preview import Preview, check_sizes, preview
@@ -48,7 +49,7 @@ from tests.checkout import ROOT
 from tests.evaluation.test_set_metrics import Means
 from tests.fake_stages import FAKES, planned, png
 
-GEOMETRY = {"native_px": 16, "latent_factor": 8}
+GEOMETRY = Geometry(native_px=16, latent_factor=8)
 
 
 @pytest.fixture
@@ -56,8 +57,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model: fixed weights and sizes, means as features."""
     monkeypatch.setattr("resmaster_stages.models.identity.weights_of", lambda config: Weights(config.model.id))
     for module in ("evaluation.variants", "evaluation.reference", "planning.preview"):
-        for name, value in GEOMETRY.items():
-            monkeypatch.setattr(f"resmaster_stages.{module}.{name}", lambda model, value=value: value, raising=False)
+        monkeypatch.setattr(f"resmaster_stages.{module}.geometry_of", lambda model: GEOMETRY)
     monkeypatch.setattr("resmaster_stages.metrics.features.load_extractor", lambda config: Means())
 
 
@@ -195,11 +195,11 @@ def test_the_cost_is_what_a_real_unet_counts(method: str) -> None:
     values = {"steps": 2, "scale": 2, "view_batch": 4, "micro_conditioning": "native"}
     config = Method.model_validate(with_method(values, method))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 80, 3)).astype(np.uint8))
-    with counted(models.unet) as shapes, counting() as cost:
+    with counted(models.base.denoiser) as shapes, counting() as cost:
         upscale_image(models, image, "a boat", config=config)
     assert bool(shapes) == config.base_model
     assert (cost.calls, cost.rows) == (len(shapes), sum(shape[0] for shape in shapes))
-    native = (models.native_px // models.latent_factor) ** 2
+    native = models.geometry.native**2
     assert cost.native_rows == pytest.approx(sum(n * h * w for n, _, h, w in shapes) / native)
 
 

@@ -7,11 +7,11 @@ from PIL import Image
 
 from resmaster_stages.config.method import Method, methods, with_method
 from resmaster_stages.diffusion.reference import pad_to_multiple, to_tensor, upsample
-from resmaster_stages.diffusion.schedule import Step, make_schedule
+from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.methods.lanczos import Lanczos
 from resmaster_stages.methods.request import Reference, Request
-from resmaster_stages.methods.upscale import target_size
 from resmaster_stages.models.parts import Models
+from resmaster_stages.models.schedule import Step, make_schedule
 from tests.tiny_models import SCHEDULER, tiny, tiny_adapted
 
 
@@ -45,7 +45,7 @@ def request(models, config, low_res=None, prompt="a cat") -> Request:
     """What `upscale_image` asks a method for."""
     image = low_res or picture()
     height, width = target_size(image.height, image.width, config.scale)
-    pixels = pad_to_multiple(upsample(image, height, width), models.latent_factor)
+    pixels = pad_to_multiple(upsample(image, height, width), models.geometry.latent_factor)
     reference = Reference(models, pixels, config.scale, to_tensor(image))
     return Request(models, config, height, width, (prompt,), (config.negative_prompt,), reference=reference)
 

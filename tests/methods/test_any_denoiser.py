@@ -1,7 +1,6 @@
 """Methods of views run on anything that predicts noise: no layer of a UNet is looked at."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +9,9 @@ import torch
 from resmaster_stages.diffusion.loop import CanvasNoise, denoise
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.upscale import upscale_image
+from resmaster_stages.models.bases.unet import SDXL
 from tests.methods.common import picture, plain, request, schedule, settings
+from tests.tiny_models import with_base
 
 MEAN, DEVIATION = 0.3, 0.5
 
@@ -19,7 +20,6 @@ class Gaussian:
     """The ideal denoiser of latents whose every element is drawn from N(MEAN, DEVIATION^2): it needs no neighbours."""
 
     dtype = torch.float32
-    config = SimpleNamespace(sample_size=16, in_channels=4, addition_embed_type=None)
 
     def __init__(self, steps):
         self.steps = {step.t: step for step in steps}
@@ -34,16 +34,21 @@ class Gaussian:
         return (step.sigma / spread * (sample - step.alpha * MEAN),)
 
 
+def drawn_by(denoiser):
+    """A model of a family without any abilities."""
+    return with_base(plain(), family=replace(SDXL, name="ideal", abilities=frozenset()), denoiser=denoiser)
+
+
 def drawn(method, steps=20, **values):
     """The canvas of a method, and the one view of the whole canvas that the denoiser saw least once, in shapes."""
-    models = replace(plain(), unet=Gaussian(schedule(steps)))
+    models = drawn_by(Gaussian(schedule(steps)))
     asked = request(models, settings(method, steps=steps, **values))
     z, noise = None, CanvasNoise([3], 4, *asked.canvas_size, models.device)
     for stage in asked.config.passes(asked):
         path, draw = schedule(steps)[stage.first :], noise.resized(stage.height, stage.width)
         z, composition = stage.begin(z, draw, path[0])
         z = stage.finish(denoise(models, composition, path, z, draw, view_batch=16))
-    return z, set(models.unet.shapes)
+    return z, set(models.base.denoiser.shapes)
 
 
 @pytest.mark.parametrize("method", ["multidiffusion", "resmaster"])
@@ -71,9 +76,14 @@ def test_demofusion_runs_on_it_too():
 
 
 def test_pictures_come_out_of_it():
-    models = replace(plain(), unet=Gaussian(schedule(3)))
+    models = drawn_by(Gaussian(schedule(3)))
     result = upscale_image(models, picture(40, 56), "a cat", config=settings("multidiffusion", steps=3))
     assert result.size == (80, 112)
     assert len(np.unique(np.asarray(result))) > 10
-    with pytest.raises((ConfigError, AttributeError)):
-        upscale_image(models, picture(), "a cat", config=settings("freescale"))
+    for method in ("scalecrafter", "fouriscale", "freescale", "c_upscale"):
+        with pytest.raises(
+            ConfigError, match=r"(convolutions|attention), which model pipeline \(ideal\) has not.*SDXL"
+        ):
+            upscale_image(models, picture(), "a cat", config=settings(method))
+    with pytest.raises(ConfigError, match=r"image_prompt.enabled: needs image prompts"):
+        upscale_image(models, picture(), "a cat", config=settings("resmaster"))

@@ -138,10 +138,10 @@ def test_capturing_and_patches_end_with_exceptions():
 )
 def test_unet_calls(values, shapes):
     ours = plain()
-    with counted(ours.unet) as calls:
+    with counted(ours.base.denoiser) as calls:
         upscale_image(ours, picture(), "a cat", config=settings("c_upscale", **values))
     assert calls == shapes
-    assert forwards(ours.unet) == {}
+    assert forwards(ours.base.denoiser) == {}
 
 
 @pytest.mark.parametrize("preset", ["default", "faithful"])

@@ -130,7 +130,7 @@ def test_phases(scale, phases, refine, expected):
 )
 def test_unet_calls(values, expected):
     ours, heard = adapted(), []
-    with counted(ours.unet) as shapes:
+    with counted(ours.base.denoiser) as shapes:
         upscale_image(
             ours, picture(), "a", config=settings("demofusion", **values), progress=lambda *each: heard.append(each)
         )

@@ -64,13 +64,13 @@ def test_dispersed_kernels_are_solved_once_and_spread_once_per_picture(monkeypat
 
 
 def test_the_weakly_dilated_network_computes_the_unconditional_half_alone():
-    with counted(plain().unet) as shapes:
+    with counted(plain().base.denoiser) as shapes:
         make("scalecrafter", scale=3, steps=4)
     assert [shape[0] for shape in shapes] == [3, 3, 3, 2]  # not 4: negative, text, weak negative
 
 
 def test_fouriscale_s_third_branch_ends_with_its_schedule():
-    with counted(plain().unet) as shapes:
+    with counted(plain().base.denoiser) as shapes:
         make("fouriscale", steps=10)
     assert [shape[0] for shape in shapes] == [3] * 7 + [2] * 3
 
@@ -81,7 +81,7 @@ def test_freescale_projects_once_on_the_canvas_and_runs_its_windows_as_one_batch
         module.register_forward_hook(
             lambda module, inputs, output, name=name: projected.update({(name, tuple(inputs[0].shape[:2])): 1})
         )
-        for name, module in ours.unet.named_modules()
+        for name, module in ours.base.denoiser.named_modules()
         if name.endswith((".attn1.to_q", ".attn1.to_k", ".attn1.to_v"))
     ]
     attend = scale_fusion.attend
@@ -94,7 +94,7 @@ def test_freescale_projects_once_on_the_canvas_and_runs_its_windows_as_one_batch
         for hook in hooks:
             hook.remove()
     calls = 2
-    layers = sum(name.endswith(".attn1") for name, _ in ours.unet.named_modules())
+    layers = sum(name.endswith(".attn1") for name, _ in ours.base.denoiser.named_modules())
     assert projected
     assert {rows_and_tokens for _, rows_and_tokens in projected} == {(2, 16 * 16)}  # the canvas of 32 x 32, halved once
     assert set(projected.values()) == {calls}  # not once for the canvas and once per window
@@ -106,7 +106,7 @@ def test_image_prompts_and_captions_are_encoded_once():
     models = adapted()
     hooks = [
         module.register_forward_hook(lambda module, inputs, output, name=name: encoded.update([name]))
-        for name, module in (("image", models.image_encoder), ("text", models.text_encoders[0]))
+        for name, module in (("image", models.base.image_encoder), ("text", models.base.text_encoders[0]))
     ]
     try:
         upscale_image(

@@ -175,10 +175,10 @@ def test_guidance_goes_to_the_detail_branch_and_may_be_amplified():
 )
 def test_unet_calls(values, shapes):
     ours = plain()
-    with counted(ours.unet) as calls:
+    with counted(ours.base.denoiser) as calls:
         upscale_image(ours, picture(), "a cat", config=settings("fouriscale", **values))
     assert calls == shapes
-    assert forwards(ours.unet) == {}
+    assert forwards(ours.base.denoiser) == {}
 
 
 def make(**values):

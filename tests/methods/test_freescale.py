@@ -145,10 +145,10 @@ def test_fusion_is_undone_after_exceptions():
 )
 def test_unet_calls(values, shapes):
     ours = plain()
-    with counted(ours.unet) as calls:
+    with counted(ours.base.denoiser) as calls:
         upscale_image(ours, picture(), "a cat", config=settings("freescale", **values))
     assert calls == shapes
-    assert forwards(ours.unet) == {}
+    assert forwards(ours.base.denoiser) == {}
 
 
 def make(image=None, seed=0, **values):

@@ -14,7 +14,6 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from resmaster_stages.diffusion.loop import CanvasNoise, denoise
 from resmaster_stages.diffusion.reference import to_image
-from resmaster_stages.diffusion.schedule import make_schedule
 from resmaster_stages.methods.passes import first_step
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.identity import pack_folder
@@ -68,8 +67,8 @@ def theirs(pipe, pixels, seen=None, **more):
 def ours(models, asked, seen):
     """The engine's latents after every step, by the method that is asked for."""
     config = asked.config
-    path = make_schedule(models.scheduler_config, config.steps)
-    noise = CanvasNoise([SEED], models.latent_channels, *asked.canvas_size, models.device)
+    path = models.base.path(config.steps)
+    noise = CanvasNoise([SEED], models.base.latent_channels, *asked.canvas_size, models.device)
     (stage,) = config.passes(asked)
     z, composition = stage.begin(None, noise, path[stage.first])
     for step in path[stage.first :]:

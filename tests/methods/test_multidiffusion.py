@@ -5,7 +5,6 @@ import torch
 from diffusers import StableDiffusionPanoramaPipeline
 
 from resmaster_stages.diffusion.loop import CanvasNoise, denoise
-from resmaster_stages.diffusion.schedule import make_schedule
 from resmaster_stages.models.parts import Models
 from tests.methods.common import picture, request, settings
 from tests.tiny_models import counted, make_stable_diffusion
@@ -50,17 +49,17 @@ def test_the_canvas_is_that_of_diffusers_with_fewer_calls(prediction):
     noise = CanvasNoise([3], 4, 28, 28, models.device)
     start = noise()
     boxes = asked.views().boxes
-    with counted(models.unet) as calls:
+    with counted(models.base.denoiser) as calls:
         ours = denoise(
             models,
             asked.config.compose(asked),
-            make_schedule(models.scheduler_config, 5),
+            models.base.path(5),
             start.clone(),
             noise,
             view_batch=16,
         )
     assert len(calls) == 5, "all views of a step in one call"
-    with counted(models.unet) as calls:
+    with counted(models.base.denoiser) as calls:
         theirs = panorama(pipe, boxes)(
             "a cat",
             height=picture().height * 7 // 4,

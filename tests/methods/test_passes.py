@@ -20,6 +20,7 @@ from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models import captioner, geometry, load
+from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.storage.images import encode_picture
 from tests.methods.common import DIFFUSION_METHODS, adapted, difference, picture, request, settings
@@ -83,8 +84,7 @@ def test_a_dataset_captions_every_pass_anew(monkeypatch):
         monkeypatch.setattr(module, "load_captioner", lambda config, device: Names())
         monkeypatch.setattr(module, "token_counter", lambda model: lambda text: len(text.split()))
     for module in (captions_stage, geometry):
-        monkeypatch.setattr(module, "native_px", lambda model: 64)
-        monkeypatch.setattr(module, "latent_factor", lambda model: 4)
+        monkeypatch.setattr(module, "geometry_of", lambda model: Geometry(64, 4))
     values = {"method": "resmaster", "steps": 1, "scale": 4, "via": [2], "image_prompt": {"enabled": False}}
     config = parse_config({"name": "d", "upscale": values, "image_format": "png"})
     low_res = Picture(encode_picture(picture(), "png"), "png", {})
@@ -126,7 +126,7 @@ def test_a_later_start_leaves_out_steps_and_keeps_closer_to_the_picture(method):
     held = to_image(autoencoder.decode(models, asked.required_reference().latents)[0])  # what the VAE makes of it
 
     def make(start):
-        with counted(models.unet) as shapes:
+        with counted(models.base.denoiser) as shapes:
             config = settings(method, steps=10, guidance_scale=1, init="noised_lr", start=start)
             result = upscale_image(models, image, "a cat", config=config)
         return np.abs(np.asarray(result, dtype=float) - np.asarray(held)).mean(), len(shapes)

@@ -12,8 +12,9 @@ from resmaster_stages.diffusion.freeu import backbone_channels, freeu, modulated
 from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, Moment
 from resmaster_stages.diffusion.patches import chosen_layers
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.methods.scalecrafter import WEAK, NoiseDamped, family, layer_rules, make_plan, moderate, strong
+from resmaster_stages.methods.scalecrafter import WEAK, NoiseDamped, layer_rules, make_plan, moderate, strong
 from resmaster_stages.methods.upscale import upscale_image
+from resmaster_stages.models.parts import Models
 from tests.methods.common import (
     adapted,
     difference,
@@ -99,10 +100,11 @@ SD2_2048 = {
     ],
 )
 def test_on_stable_diffusion_the_layers_are_the_published_ones(whose, px, until, damped, progressive, expected, weak):
-    unet = make_stable_diffusion("v_prediction" if whose == "sd2" else "epsilon").unet
+    pipe = make_stable_diffusion("v_prediction" if whose == "sd2" else "epsilon")
+    unet = pipe.unet
     unet.register_to_config(cross_attention_dim={"sd1": 768, "sd2": 1024}[whose])
-    assert family(unet) == whose
-    plan = make_plan(px / 512, px / 512, 50, settings("scalecrafter", preset="faithful"), family(unet))
+    assert Models.from_pipeline(pipe).base.layers == whose
+    plan = make_plan(px / 512, px / 512, 50, settings("scalecrafter", preset="faithful"), whose)
     assert (plan.until, plan.damped_until, plan.progressive) == (until, damped, progressive)
     for found, wanted in ((plan.strong, expected), (plan.weak, weak)):
         if wanted is not None:
@@ -278,10 +280,10 @@ def test_freeu_differs_from_diffusers_in_the_two_layers_of_the_channel_rule():
 )
 def test_unet_calls(values, shapes):
     ours = plain()
-    with counted(ours.unet) as calls:
+    with counted(ours.base.denoiser) as calls:
         upscale_image(ours, picture(), "a cat", config=settings("scalecrafter", **values))
     assert calls == shapes
-    assert forwards(ours.unet) == {}
+    assert forwards(ours.base.denoiser) == {}
 
 
 def make(**values):

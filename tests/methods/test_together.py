@@ -29,7 +29,7 @@ def test_methods_do_not_depend_on_what_ran_before():
     first = {case: make(*case).tobytes() for case in CASES}
     again = {case: make(*case).tobytes() for case in reversed(CASES)}
     assert first == again
-    assert forwards(adapted().unet) == {}
+    assert forwards(adapted().base.denoiser) == {}
     assert len(set(first.values())) >= len(CASES) - 1  # the two presets of c_upscale are one
 
 
@@ -63,7 +63,7 @@ def test_a_failure_in_the_middle_leaves_the_model_as_it_was(method):
 
     with pytest.raises(KeyboardInterrupt):
         upscale_image(adapted(), picture(), "a", config=settings(method), progress=interrupt)
-    assert forwards(adapted().unet) == {}
+    assert forwards(adapted().base.denoiser) == {}
 
 
 @pytest.mark.parametrize(("method", "preset"), CASES)

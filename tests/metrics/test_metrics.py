@@ -19,6 +19,7 @@ from resmaster_stages.metrics.luminance import luminance, rgb
 from resmaster_stages.metrics.phash import distance, phash
 from resmaster_stages.metrics.resize import resize
 from resmaster_stages.metrics.seam import seam_ratio
+from resmaster_stages.models.bases.base import Geometry
 
 rng = np.random.default_rng(7)
 
@@ -151,7 +152,7 @@ def test_detail_of_one_colour_is_zero() -> None:
 
 # ------------------------------------------------------------------------------------------------------------ seam
 
-BOXES = view_grid(128, 128, 32, 1.0, 8).pixel_boxes
+BOXES = view_grid(Geometry(32, 8), 128, 128, 1.0).pixel_boxes
 
 
 def test_seams_are_found_and_smooth_pictures_have_none() -> None:
@@ -174,7 +175,7 @@ def test_a_contour_on_a_border_is_no_seam_unless_it_runs_all_along() -> None:
 
 
 def test_seam_without_inner_borders_is_one() -> None:
-    assert seam_ratio(noise(32, 32), view_grid(32, 32, 32, 0.5, 8).pixel_boxes) == 1.0
+    assert seam_ratio(noise(32, 32), view_grid(Geometry(32, 8), 32, 32, 0.5).pixel_boxes) == 1.0
 
 
 # ------------------------------------------------------------------------------------------------- hash, exposure

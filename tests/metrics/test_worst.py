@@ -12,6 +12,7 @@ from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.metrics.oklab import oklab
 from resmaster_stages.metrics.seam import seam_worst
 from resmaster_stages.metrics.worst import Worst, worst_places
+from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.picturebook.render import render
 from resmaster_stages.picturebook.scenes import HEIGHT, Scene
 from resmaster_stages.picturebook.truth import true_scene
@@ -21,7 +22,7 @@ PROMPTS = (
     "a red house and a yellow tree on a sandy beach on a cloudy day",
     "an orange boat on the water on a sunny day",
 )
-VIEWS = view_grid(512, 512, 128, 0.5, 8).pixel_boxes
+VIEWS = view_grid(Geometry(128, 8), 512, 512, 0.5).pixel_boxes
 NO_FAULT = 0.5
 """Of `lost` and `added`: a third of the threshold of their flags."""
 
@@ -151,9 +152,9 @@ def test_a_step_beside_the_borders_in_the_low_res_image_or_on_a_small_part_is_no
 
 def test_images_without_inner_borders_and_odd_sizes() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (132, 77, 3)).astype(np.float32)
-    assert seam_worst(noise, noise[::4, ::4], view_grid(132, 77, 160, 0.5, 8).pixel_boxes) == 0
-    assert seam_worst(noise, noise[:1, :1], view_grid(132, 77, 32, 0.5, 8).pixel_boxes) < 60
-    assert np.isfinite(seam_worst(noise[:9, :9], noise[:20, :20], view_grid(9, 9, 8, 0.5, 1).pixel_boxes))
+    assert seam_worst(noise, noise[::4, ::4], view_grid(Geometry(160, 8), 132, 77, 0.5).pixel_boxes) == 0
+    assert seam_worst(noise, noise[:1, :1], view_grid(Geometry(32, 8), 132, 77, 0.5).pixel_boxes) < 60
+    assert np.isfinite(seam_worst(noise[:9, :9], noise[:20, :20], view_grid(Geometry(8, 1), 9, 9, 0.5).pixel_boxes))
 
 
 def test_a_foreign_view_in_a_drawing_and_a_wall_on_a_border(scene: Scene) -> None:

@@ -67,8 +67,8 @@ def draw(models, method, **values):
 @pytest.mark.parametrize("method", ["resmaster", "multidiffusion", "scalecrafter", "demofusion"])
 def test_compiled_blocks_draw_the_same_picture_and_are_traced_once_per_shape(models, graphs, method):
     plain = draw(models, method)
-    compile_blocks(models.unet)
-    assert compiled_blocks(models.unet)
+    compile_blocks(models.base.denoiser)
+    assert compiled_blocks(models.base.denoiser)
     assert difference(draw(models, method), plain) <= 1
     seen = len(graphs)
     assert seen > 0
@@ -79,28 +79,28 @@ def test_compiled_blocks_draw_the_same_picture_and_are_traced_once_per_shape(mod
 @pytest.mark.parametrize("method", ["c_upscale", "freescale"])
 def test_blocks_whose_layers_a_method_changes_run_as_they_are_and_one_line_says_so(models, graphs, method):
     plain, notes = draw(models, method), Notes()
-    compile_blocks(models.unet)
-    compiled = [block._compiled_call_impl for block in compiled_blocks(models.unet)]
+    compile_blocks(models.base.denoiser)
+    compiled = [block._compiled_call_impl for block in compiled_blocks(models.base.denoiser)]
     with listening(notes.hear):
         assert difference(draw(models, method), plain) <= 1
     assert graphs == []
     assert set(notes.lines) == {
         f"{len(compiled)} of the UNet's blocks run uncompiled: the method changes layers of theirs"
     }
-    assert [block._compiled_call_impl for block in compiled_blocks(models.unet)] == compiled
+    assert [block._compiled_call_impl for block in compiled_blocks(models.base.denoiser)] == compiled
     draw(models, "multidiffusion")
     assert graphs
 
 
 def test_what_was_uncompiled_is_put_back_after_an_exception(models, graphs):
-    compile_blocks(models.unet)
-    block = compiled_blocks(models.unet)[0]
+    compile_blocks(models.base.denoiser)
+    block = compiled_blocks(models.base.denoiser)[0]
     block.attn1.forward = block.attn1.forward
-    with pytest.raises(RuntimeError, match="boom"), changed_blocks_uncompiled(models.unet):  # noqa: PT012
+    with pytest.raises(RuntimeError, match="boom"), changed_blocks_uncompiled(models.base.denoiser):  # noqa: PT012
         assert block._compiled_call_impl is None
-        assert block not in compiled_blocks(models.unet)
+        assert block not in compiled_blocks(models.base.denoiser)
         raise RuntimeError("boom")
-    assert block in compiled_blocks(models.unet)
+    assert block in compiled_blocks(models.base.denoiser)
 
 
 def test_a_machine_that_cannot_compile_says_so_and_goes_on(monkeypatch, models):
@@ -113,8 +113,8 @@ def test_a_machine_that_cannot_compile_says_so_and_goes_on(monkeypatch, models):
     monkeypatch.setattr(torch, "compile", broken)
     notes = Notes()
     with listening(notes.hear):
-        load._accelerate(models.unet, ModelConfig(compile="blocks"), CPU)
-    assert compiled_blocks(models.unet) == []
+        load._accelerate(models.base.denoiser, ModelConfig(compile="blocks"), CPU)
+    assert compiled_blocks(models.base.denoiser) == []
     (line,) = notes.lines
     assert "no C compiler found" in line
     assert "set model.compile: off" in line
@@ -123,13 +123,13 @@ def test_a_machine_that_cannot_compile_says_so_and_goes_on(monkeypatch, models):
 
 def test_cpus_compile_nothing_unless_asked(monkeypatch, models):
     monkeypatch.setattr(load, "can_compile", lambda device: True)
-    load._accelerate(models.unet, ModelConfig(), CPU)
-    assert compiled_blocks(models.unet) == []
-    load._accelerate(models.unet, ModelConfig(compile="off"), torch.device("cuda"))
-    assert compiled_blocks(models.unet) == []
-    load._accelerate(models.unet, ModelConfig(), torch.device("cuda"))
-    assert len(compiled_blocks(models.unet)) == sum(
-        type(module).__name__ == "BasicTransformerBlock" for module in models.unet.modules()
+    load._accelerate(models.base.denoiser, ModelConfig(), CPU)
+    assert compiled_blocks(models.base.denoiser) == []
+    load._accelerate(models.base.denoiser, ModelConfig(compile="off"), torch.device("cuda"))
+    assert compiled_blocks(models.base.denoiser) == []
+    load._accelerate(models.base.denoiser, ModelConfig(), torch.device("cuda"))
+    assert len(compiled_blocks(models.base.denoiser)) == sum(
+        type(module).__name__ == "BasicTransformerBlock" for module in models.base.denoiser.modules()
     )
 
 

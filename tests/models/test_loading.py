@@ -8,7 +8,7 @@ import torch
 
 from resmaster_stages.config.model import IpAdapterConfig, ModelConfig
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models import identity, load
+from resmaster_stages.models import identity, places
 from resmaster_stages.models.identity import model_identity
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
@@ -39,10 +39,10 @@ def adapter(folder) -> IpAdapterConfig:
 
 def test_a_folder_loads_with_its_sizes_and_without_an_adapter(saved):
     models = load_models(ModelConfig(id=str(saved), device="cpu"))
-    assert (models.native_px, models.latent_factor, models.latent_channels) == (64, 4, 4)
+    assert (models.geometry.native_px, models.geometry.latent_factor, models.base.latent_channels) == (64, 4, 4)
     assert models.dtype == torch.float32
-    assert not models.has_ip_adapter
-    assert models.scheduler_config["_class_name"] == "EulerDiscreteScheduler"
+    assert models.base.image_adapter() is None
+    assert models.base.scheduler_config["_class_name"] == "EulerDiscreteScheduler"
     assert models.identity == model_identity(ModelConfig(id=str(saved)))
     assert load_models(ModelConfig(id=str(saved), device="cpu")) is models
 
@@ -57,11 +57,13 @@ def test_adapter_other_vae_and_precision(saved):
         offload="model",
     )
     models = load_models(config)
-    assert models.has_ip_adapter
-    assert {models.unet.dtype, models.image_encoder.dtype, *(each.dtype for each in models.text_encoders)} == {
-        torch.bfloat16
-    }
-    assert models.vae.dtype == torch.float32
+    assert models.base.image_adapter() is not None
+    assert {
+        models.base.denoiser.dtype,
+        models.base.image_encoder.dtype,
+        *(each.dtype for each in models.base.text_encoders),
+    } == {torch.bfloat16}
+    assert models.base.vae.dtype == torch.float32
     assert "vae=vae@" in models.identity
     assert "ip_adapter=tiny@" in models.identity
 
@@ -71,14 +73,16 @@ def test_an_adapter_brings_its_own_image_encoder(copy, saved):
     index["image_encoder"] = [None, None]
     (copy / "model_index.json").write_text(json.dumps(index))
     shutil.rmtree(copy / "image_encoder")
-    assert load_models(ModelConfig(id=str(copy), ip_adapter=adapter(saved), device="cpu")).has_ip_adapter
+    assert (
+        load_models(ModelConfig(id=str(copy), ip_adapter=adapter(saved), device="cpu")).base.image_adapter() is not None
+    )
 
 
 def test_picturebook_is_the_pack_with_its_adapter(saved, monkeypatch):
-    for module in (identity, load):
+    for module in (identity, places):
         monkeypatch.setattr(module, "pack_folder", lambda: saved)
     models = load_models(ModelConfig(device="cpu"))
-    assert models.has_ip_adapter
+    assert models.base.image_adapter() is not None
     assert models.identity.startswith("picturebook@")
     assert len(models.identity) == len("picturebook@") + 16
 
@@ -101,9 +105,10 @@ def test_what_cannot_be_loaded_is_named_in_one_line(copy, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "model_index.json").write_text("{")
-    assert "cannot be read" in refused(ModelConfig(id=str(broken)))
+    assert "cannot read model_index.json" in refused(ModelConfig(id=str(broken)))
     (broken / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    assert "FluxPipeline, not SDXL" in refused(ModelConfig(id=str(broken)))
+    for name in ("FluxPipeline", "SDXL", "Stable Diffusion 1.x and 2.x"):
+        assert name in refused(ModelConfig(id=str(broken)))
     assert "no device" in refused(ModelConfig(id=str(copy), device="tpu9"))
     assert "cuda:99" in refused(ModelConfig(id=str(copy), device="cuda:99"))
     assert "the VAE" in refused(ModelConfig(id=str(copy), vae="owner/none"))
@@ -128,7 +133,9 @@ def test_pipelines_that_are_not_sdxl_base_are_refused():
     pipe.text_encoder = None
     with pytest.raises(ConfigError, match="refiner"):
         Models.from_pipeline(pipe)
-    with pytest.raises(ConfigError, match="neither SDXL"):
+    with pytest.raises(
+        ConfigError, match="is a object, and the known families of base models are SDXL, Stable Diffusion"
+    ):
         Models.from_pipeline(object())
 
 

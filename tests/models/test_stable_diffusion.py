@@ -7,13 +7,14 @@ from diffusers import PNDMScheduler
 
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.diffusion.loop import CanvasNoise, denoise
-from resmaster_stages.diffusion.schedule import make_schedule
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.upscale import upscale_image
-from resmaster_stages.models import geometry
+from resmaster_stages.models.bases.base import Geometry
+from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
+from resmaster_stages.models.schedule import make_schedule
 from tests.methods.common import DIFFUSION_METHODS, difference, forwards, picture, request, settings
 from tests.tiny_models import SCHEDULER, counted, make_pipeline, make_stable_diffusion
 
@@ -45,10 +46,10 @@ def test_one_view_is_what_the_pipeline_draws(pipe, negative, guidance):
 
 def test_its_sizes_and_parts(pipe):
     models = Models.from_pipeline(pipe)
-    assert (models.native_px, models.latent_factor, len(models.text_encoders)) == (64, 4, 1)
-    assert not models.told_sizes
-    assert not models.has_ip_adapter
-    assert Models.from_pipeline(make_pipeline()).told_sizes
+    assert (models.geometry.native_px, models.geometry.latent_factor, len(models.base.text_encoders)) == (64, 4, 1)
+    assert not models.base.told_sizes
+    assert models.base.image_adapter() is None
+    assert Models.from_pipeline(make_pipeline()).base.told_sizes
 
 
 def test_latents_are_scaled_as_the_vae_says(pipe):
@@ -63,11 +64,11 @@ def test_latents_are_scaled_as_the_vae_says(pipe):
 def test_every_method_runs_and_leaves_the_model_as_it_was(pipe, method):
     models = Models.from_pipeline(pipe)
     values = {"image_prompt": {"enabled": False}} if method == "resmaster" else {}
-    with counted(models.unet) as shapes:
+    with counted(models.base.denoiser) as shapes:
         result = upscale_image(models, picture(60, 72), "a cat", config=settings(method, scale=2.2, **values))
     assert result.size == (132, 158)
     assert shapes
-    assert forwards(models.unet) == {}
+    assert forwards(models.base.denoiser) == {}
     assert len(np.unique(np.asarray(result))) > 10
 
 
@@ -75,7 +76,7 @@ def test_v_and_epsilon_of_one_network_lead_to_the_same_canvas():
     """A network whose v is computed from another's epsilon draws the other's canvas, through views and every stepper."""
     teller = Models.from_pipeline(make_stable_diffusion())
     path = {kind: make_schedule({**SCHEDULER, "prediction_type": kind}, 5) for kind in KINDS}
-    plain = teller.unet.forward
+    plain = teller.base.denoiser.forward
 
     def as_v(sample, timestep, *args, **kwargs):
         step = next(step for step in path["epsilon"] if step.t == int(timestep))
@@ -87,11 +88,11 @@ def test_v_and_epsilon_of_one_network_lead_to_the_same_canvas():
         asked = request(teller, settings("multidiffusion", stepper=stepper))
         results = []
         for kind in KINDS:
-            teller.unet.forward = plain if kind == "epsilon" else as_v
+            teller.base.denoiser.forward = plain if kind == "epsilon" else as_v
             noise = CanvasNoise([3], 4, 32, 32, teller.device)
             composition = asked.config.compose(asked)
             results.append(denoise(teller, composition, path[kind], noise(), noise, view_batch=16))
-        del teller.unet.forward
+        del teller.base.denoiser.forward
         torch.testing.assert_close(*results, atol=2e-3, rtol=1e-3)
 
 
@@ -108,11 +109,7 @@ def test_a_folder_of_it_loads(tmp_path, monkeypatch):
     config = ModelConfig(id=str(tmp_path / "sd"), device="cpu")
     models = load_models(config)
     load_models.cache_clear()
-    assert (
-        (geometry.native_px(config), geometry.latent_factor(config))
-        == (64, 4)
-        == (models.native_px, models.latent_factor)
-    )
-    last = make_schedule(models.scheduler_config, 20)[-1]
+    assert geometry_of(config) == Geometry(64, 4) == models.geometry
+    last = models.base.path(20)[-1]
     assert last.prediction_type == "v_prediction"
     assert last.alpha_next == pytest.approx(float(pipe.scheduler.final_alpha_cumprod) ** 0.5)

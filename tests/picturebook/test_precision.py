@@ -6,7 +6,6 @@ The model is the pack's own: random weights show none of this.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -24,6 +23,7 @@ from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.metrics.agreement import psnr
 from resmaster_stages.models.load import load_pipeline
 from resmaster_stages.models.parts import Models
+from tests.tiny_models import with_base
 
 PROMPT = "a yellow flower on the sand under a blue sky"
 
@@ -42,10 +42,10 @@ def forget() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def rounded() -> Models:
     """The pack in bfloat16, its VAE too."""
-    whole = pack("bfloat16").vae
+    whole = pack("bfloat16").base.vae
     vae = AutoencoderKL.from_config(whole.config)
     vae.load_state_dict(whole.state_dict())
-    return replace(pack("bfloat16"), vae=vae.to(torch.bfloat16).eval())
+    return with_base(pack("bfloat16"), vae=vae.to(torch.bfloat16).eval())
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +58,13 @@ def low() -> Image.Image:
 def test_the_reference_has_the_same_latents_whatever_the_unets_precision(low, rounded):
     pixels = upsample(low, 256, 256)
     exact = autoencoder.encode(pack("float32"), pixels)
-    assert pack("bfloat16").unet.dtype == torch.bfloat16
+    assert pack("bfloat16").base.denoiser.dtype == torch.bfloat16
     assert torch.equal(autoencoder.encode(pack("bfloat16"), pixels), exact)
     shift = (autoencoder.encode(rounded, pixels) - exact).mean(dim=(0, 2, 3)) / exact.std()
     assert shift.abs().max() > 0.006  # 0.0097: what the exception is for
-    rounded.vae.to(torch.float32)
+    rounded.base.vae.to(torch.float32)
     again = (autoencoder.encode(rounded, pixels) - exact).mean(dim=(0, 2, 3)) / exact.std()
-    rounded.vae.to(torch.bfloat16)
+    rounded.base.vae.to(torch.bfloat16)
     assert again.abs().max() > 0.006  # the weights are what was rounded: to compute in float32 is too late
 
 

@@ -31,9 +31,9 @@ def stage_of(found: Estimate, name: str) -> StageEstimate:
 
 
 def sdxl(tmp_path: Path, **values: object) -> DatasetConfig:
-    """A configuration with a model of SDXL's sizes: the two files that tell them, and no weights."""
+    """A configuration with a model of SDXL's sizes: the files that tell them, and no weights."""
     for name, content in (
-        ("model_index.json", {}),
+        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}),
         ("unet/config.json", {"sample_size": 128}),
         ("vae/config.json", {"block_out_channels": [128, 256, 512, 512]}),
     ):
@@ -79,11 +79,11 @@ def test_without_commits_the_table_speaks_and_says_what_it_does_not_know(tmp_pat
 def test_a_model_of_another_size_has_no_table(tmp_path: Path) -> None:
     config = sdxl(tmp_path)
     (tmp_path / "model" / "unet" / "config.json").write_text('{"sample_size": 96}')
-    from resmaster_stages.models import geometry
+    from resmaster_stages.models import places
 
-    geometry._read_json.cache_clear()
+    places._read_json.cache_clear()
     assert set(estimate(preview(config)).unknown) == {"low_res", "captions", "high_res", "quality"}
-    geometry._read_json.cache_clear()
+    places._read_json.cache_clear()
 
 
 def test_commits_of_the_same_stage_count_more_than_any_table(tmp_path: Path) -> None:

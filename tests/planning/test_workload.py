@@ -8,6 +8,7 @@ from resmaster_stages.diffusion.cost import UnetWork, counting
 from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.methods.upscale import upscale_image
+from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.planning.workload import high_res_work, low_res_work
 from tests.methods.common import DIFFUSION_METHODS, adapted, picture, settings
 
@@ -23,7 +24,7 @@ def test_every_method_does_the_work_that_is_estimated(method: str, preset: str, 
     models = adapted()
     with counting() as counted:
         upscale_image(models, picture(48, 32), "a cat", config=config)
-    work = high_res_work(config, 32, 48, models.native_px, models.latent_factor)
+    work = high_res_work(config, models.geometry, 32, 48)
     assert sum(each.rows for each in work) == counted.rows
     assert sum(each.native_rows for each in work) == pytest.approx(counted.native_rows)
 
@@ -34,7 +35,7 @@ def test_pictures_that_are_finished_on_the_way(method: str) -> None:
     models = adapted()
     with counting() as counted:
         upscale_image(models, picture(48, 32), "a cat", config=config)
-    work = high_res_work(config, 32, 48, models.native_px, models.latent_factor)
+    work = high_res_work(config, models.geometry, 32, 48)
     assert sum(each.rows for each in work) == counted.rows
     assert sum(each.native_rows for each in work) == pytest.approx(counted.native_rows)
 
@@ -46,7 +47,7 @@ def test_paths_that_begin_later(method: str, start: float) -> None:
     models = adapted()
     with counting() as counted:
         upscale_image(models, picture(32, 32), "a cat", config=config)
-    work = high_res_work(config, 32, 32, models.native_px, models.latent_factor)
+    work = high_res_work(config, models.geometry, 32, 32)
     assert sum(each.rows for each in work) == counted.rows
 
 
@@ -55,7 +56,7 @@ def test_moving_windows() -> None:
     models = adapted()
     with counting() as counted:
         upscale_image(models, picture(64, 32), "a cat", config=config)
-    work = high_res_work(config, 32, 64, models.native_px, models.latent_factor)
+    work = high_res_work(config, models.geometry, 32, 64)
     assert sum(each.rows for each in work) == counted.rows
 
 
@@ -63,13 +64,13 @@ def test_low_res_pictures() -> None:
     models = adapted()
     with counting() as counted:
         list(generate(models, ["a cat"], [""], [0], 32, 64, 3, 5.0, 1))
-    work = low_res_work(LowResConfig(steps=3, guidance_scale=5.0), 32, 64, models.native_px)
+    work = low_res_work(LowResConfig(steps=3, guidance_scale=5.0), models.geometry, 32, 64)
     assert sum(each.native_rows for each in work) == pytest.approx(counted.native_rows)
 
 
 def test_the_papers_numbers() -> None:
     """4096 px from 1024 px: 49 views a step, and DemoFusion's 112 over its three phases (less the steps before its start)."""
-    sizes = (1024, 1024, 1024, 8)
+    sizes = (Geometry(1024, 8), 1024, 1024)
     assert high_res_work(settings("resmaster", preset="exact", scale=4, steps=50), *sizes) == (
         UnetWork(50 * 2 * 49, 1.0),
     )
@@ -78,7 +79,7 @@ def test_the_papers_numbers() -> None:
 
 
 def test_resmasters_default_takes_a_sixth_of_the_rows() -> None:
-    sizes = (1024, 1024, 1024, 8)
+    sizes = (Geometry(1024, 8), 1024, 1024)
     rows = {
         preset: sum(each.rows for each in high_res_work(ResMaster(preset=preset), *sizes))
         for preset in ("exact", "default")
@@ -99,7 +100,7 @@ def test_automatic_batches_repeat_no_view(method: str, values: dict, width: int,
         models = adapted()
         with counting() as counted:
             upscale_image(models, picture(width, height), "a cat", config=config)
-        work = high_res_work(config, height, width, models.native_px, models.latent_factor)
+        work = high_res_work(config, models.geometry, height, width)
         assert counted.rows == sum(each.rows for each in work)
 
 
@@ -109,9 +110,8 @@ def test_guidance_that_ends_earlier(method: str) -> None:
     models = adapted()
     with counting() as counted:
         upscale_image(models, picture(32, 32), "a cat", config=config)
-    work = high_res_work(config, 32, 32, models.native_px, models.latent_factor)
+    work = high_res_work(config, models.geometry, 32, 32)
     assert sum(each.rows for each in work) == counted.rows
     assert counted.rows < sum(
-        each.rows
-        for each in high_res_work(settings(method, scale=2, steps=10), 32, 32, models.native_px, models.latent_factor)
+        each.rows for each in high_res_work(settings(method, scale=2, steps=10), models.geometry, 32, 32)
     )

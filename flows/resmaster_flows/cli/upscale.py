@@ -112,10 +112,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
     image = open_input(source)
     detail = open_input(Path(args.detail_mask)) if args.detail_mask else None
 
+    from resmaster_stages.diffusion.views import target_size
     from resmaster_stages.high_res import caption_views
     from resmaster_stages.methods.settings import Enlargement
-    from resmaster_stages.methods.upscale import enlarge_image, target_size, upscale_image
-    from resmaster_stages.models.load import load_models, resolve_device, resolve_dtype
+    from resmaster_stages.methods.upscale import enlarge_image, upscale_image
+    from resmaster_stages.models.load import load_models
+    from resmaster_stages.models.places import resolve_device, resolve_dtype
 
     upscale = config.upscale
     bars = Progress(console=console, transient=True, disable=not console.is_terminal)

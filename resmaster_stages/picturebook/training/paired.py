@@ -21,14 +21,15 @@ from resmaster_stages.config.method import Method
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.reference import to_image, to_tensor
+from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.high_res import caption_views
-from resmaster_stages.methods.upscale import target_size, upscale_image
+from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.metrics.agreement import agreement, psnr
 from resmaster_stages.metrics.crops import crops, tile_boxes
 from resmaster_stages.metrics.features import ClassifierFeatures
 from resmaster_stages.metrics.fid import FeatureStatistics, frechet_distance
 from resmaster_stages.metrics.perceptual import perceptual_distance
-from resmaster_stages.models.load import PACK_ADAPTER
+from resmaster_stages.models.bases.unet import PACK_ADAPTER
 from resmaster_stages.models.parts import Models
 from resmaster_stages.picturebook import captions, scenes
 from resmaster_stages.picturebook.training.data import NATIVE_PX

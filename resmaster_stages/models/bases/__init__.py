@@ -1,0 +1,46 @@
+"""Families of base models: one file per family, and here a line for each. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+
+from resmaster_stages.config.model import ModelConfig
+from resmaster_stages.errors import ConfigError
+from resmaster_stages.models.bases import unet
+from resmaster_stages.models.bases.base import Ability, Family
+from resmaster_stages.models.places import ModelFiles
+
+FAMILIES: tuple[Family, ...] = (
+    unet.SDXL,
+    unet.STABLE_DIFFUSION,
+)
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family of the model that `config` names, by its `model_index.json`. Raises ConfigError."""
+    name = ModelFiles(config.id, config.revision).json("model_index.json").get("_class_name")
+    if not isinstance(name, str):
+        raise ConfigError(f"model {config.id!r}: model_index.json names no pipeline class; download the model again")
+    return _family((name,), config.id)
+
+
+def family_of_pipeline(pipe: object, model: str) -> Family:
+    """The family of a loaded pipeline, by its class or a class that it is derived from. Raises ConfigError."""
+    return _family(tuple(kind.__name__ for kind in type(pipe).__mro__), model)
+
+
+def families_with(ability: Ability) -> str:
+    """The names of the families that have `ability`."""
+    return ", ".join(family.name for family in FAMILIES if ability in family.abilities)
+
+
+def _family(classes: tuple[str, ...], model: str) -> Family:
+    """The family of the first of the names `classes` that one knows."""
+    for name in classes:
+        for family in FAMILIES:
+            if re.fullmatch(family.pipelines, name):
+                return family
+    known = ", ".join(family.name for family in FAMILIES)
+    raise ConfigError(
+        f"model {model}: is a {classes[0]}, and the known families of base models are {known}; give a base model of one of them"
+    )

@@ -1,0 +1,324 @@
+"""SDXL, and Stable Diffusion 1.x and 2.x: diffusers' UNet2DConditionModel with CLIP text encoders and a KL autoencoder.
+
+SDXL has two text encoders, pooled text and numbers of size and crop; Stable Diffusion has one encoder and neither.
+Both follow a variance-preserving path (`models.schedule`) and take IP-Adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from resmaster_stages.config.model import IpAdapterConfig, ModelConfig
+from resmaster_stages.errors import ConfigError
+from resmaster_stages.models.bases.base import Family, Geometry, Layers, Rows, TokenCounter
+from resmaster_stages.models.identity import PICTUREBOOK
+from resmaster_stages.models.places import ModelFiles, loading, location, vae_dtype
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from resmaster_stages.models.ip_adapter import IpAdapter
+    from resmaster_stages.models.schedule import Step
+
+PACK_ADAPTER = IpAdapterConfig(
+    id=PICTUREBOOK, subfolder="ip_adapter", weight_name="ip-adapter.safetensors", image_encoder_folder="image_encoder"
+)
+"""Where the embedded pack keeps its IP-Adapter."""
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""Mean of RGB in [0, 1] that CLIP image encoders subtract where nothing else is configured."""
+
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Standard deviation that goes with it."""
+
+_FEED_FORWARD = 21
+"""Live values per value of the feed-forward's input: both halves of its gate (8), the gate (4), their product (4), the layers
+around."""
+
+
+# ------------------------------------------------------------------------------------------- before it is loaded
+
+
+def geometry(files: ModelFiles) -> Geometry:
+    """`sample_size` of the UNet in latents, and a factor of 2 for each down-sampling of the VAE. Raises ConfigError."""
+    size = files.json("unet/config.json").get("sample_size")
+    channels = files.json("vae/config.json").get("block_out_channels")
+    if not isinstance(size, int):
+        raise ConfigError(f"model {files.id!r}: unet/config.json has no whole number `sample_size`; use another model")
+    if not isinstance(channels, list) or not channels:
+        raise ConfigError(f"model {files.id!r}: vae/config.json has no list `block_out_channels`; use another model")
+    return _geometry(size, channels)
+
+
+def _geometry(sample_size: int, vae_channels: Sequence[int]) -> Geometry:
+    factor = 2 ** (len(vae_channels) - 1)
+    return Geometry(sample_size * factor, factor)
+
+
+def token_counter(config: ModelConfig) -> TokenCounter:
+    """Counts with the first tokenizer."""
+    from transformers import CLIPTokenizer
+
+    with loading(config.id, "its tokenizer"):
+        tokenizer = CLIPTokenizer.from_pretrained(
+            location(config.id), subfolder="tokenizer", revision=config.revision or "main"
+        )
+    return lambda text: len(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+
+
+# ----------------------------------------------------------------------------------------------------- loading
+
+
+def load(pipeline: str, more: Mapping[str, Any], config: ModelConfig, dtype: torch.dtype) -> Any:
+    """diffusers' `pipeline`, whose loader is told `more`. Raises ConfigError."""
+    import diffusers
+
+    kinds: dict[str, Any] = {"default": dtype, "vae": vae_dtype(dtype)}
+    extra = dict(more)
+    if config.vae:
+        with loading(config.vae, "the VAE"):
+            extra["vae"] = diffusers.AutoencoderKL.from_pretrained(
+                location(config.vae), dtype=kinds["vae"], use_safetensors=True
+            )
+    with loading(config.id, "it"):
+        pipe = getattr(diffusers, pipeline).from_pretrained(
+            location(config.id),
+            revision=config.revision,
+            variant=config.variant,
+            dtype=kinds,
+            use_safetensors=True,
+            **extra,
+        )
+    adapter = config.ip_adapter or (PACK_ADAPTER if config.id == PICTUREBOOK else None)
+    if adapter is not None:
+        _load_adapter(pipe, adapter, dtype)
+    return pipe
+
+
+def _load_adapter(pipe: Any, adapter: IpAdapterConfig, dtype: torch.dtype) -> None:
+    """Image encoder and IP-Adapter weights into `pipe`."""
+    from transformers import CLIPVisionModelWithProjection
+
+    if not adapter.weight_name.endswith(".safetensors"):
+        raise ConfigError(
+            f"model.ip_adapter.weight_name: {adapter.weight_name} is not a .safetensors file; choose one that is"
+        )
+    place = location(adapter.id)
+    if pipe.image_encoder is None:
+        with loading(adapter.id, "the image encoder of the IP-Adapter"):
+            pipe.register_modules(
+                image_encoder=CLIPVisionModelWithProjection.from_pretrained(
+                    place,
+                    subfolder=adapter.image_encoder_folder,
+                    revision=adapter.revision,
+                    dtype=dtype,
+                    use_safetensors=True,
+                )
+            )
+    with loading(adapter.id, "the IP-Adapter"):
+        pipe.load_ip_adapter(
+            place,
+            subfolder=adapter.subfolder,
+            weight_name=adapter.weight_name,
+            image_encoder_folder=None,
+            revision=adapter.revision,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ loaded
+
+
+@dataclass(frozen=True, eq=False)
+class Unet:
+    """A loaded model of either family."""
+
+    family: Family
+    denoiser: Any
+    geometry: Geometry
+    latent_channels: int
+    vae: Any
+    text_encoders: tuple[Any, ...]
+    tokenizers: tuple[Any, ...]
+    image_encoder: Any | None
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    scheduler_config: Mapping[str, Any]
+    told_sizes: bool
+    """Whether the UNet reads pooled text, and numbers of size and crop (SDXL)."""
+    zeros_for_empty_prompt: bool
+    """Whether the empty negative prompt is all zeros, as the model was trained (`force_zeros_for_empty_prompt`)."""
+
+    @property
+    def layers(self) -> Layers:
+        """Whose places its layers have, by its depth and the width of its text. What is neither counts as SDXL's."""
+        config = self.denoiser.config
+        if len(config.block_out_channels) != 4:
+            return "sdxl"
+        return "sd2" if config.cross_attention_dim == 1024 else "sd1"
+
+    @property
+    def tokens(self) -> int:
+        """Of the shorter text encoder."""
+        return min(tokenizer.model_max_length for tokenizer in self.tokenizers)
+
+    def path(self, steps: int) -> tuple[Step, ...]:
+        """As the scheduler's configuration says."""
+        from resmaster_stages.models.schedule import make_schedule
+
+        return make_schedule(self.scheduler_config, steps)
+
+    def count(self, prompts: Sequence[str]) -> list[int]:
+        """The greatest count of all tokenizers."""
+        counts = [[len(ids) for ids in tokenizer(list(prompts)).input_ids] for tokenizer in self.tokenizers]
+        return [max(each) for each in zip(*counts)]
+
+    def encode(self, prompts: list[str], negative: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+        """As the `encode_prompt` of diffusers' pipelines does it.
+
+        SDXL: penultimate states of both encoders side by side, and the pooled output of the second. Stable Diffusion: the
+        last states of the only encoder.
+        """
+        states, pooled = self._encode(prompts, device)
+        if negative and self.zeros_for_empty_prompt:
+            for place in (number for number, prompt in enumerate(prompts) if not prompt):
+                states[place] = 0
+                pooled[place] = 0
+        return states, pooled
+
+    def _encode(self, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        import torch
+
+        states = []
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders):
+            tokens = tokenizer(
+                prompts,
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            output = encoder(tokens.input_ids.to(device), output_hidden_states=True)
+            if not self.told_sizes:
+                return output.last_hidden_state, output.last_hidden_state.new_zeros(len(prompts), 0)
+            states.append(output.hidden_states[-2])
+        return torch.cat(states, dim=-1), output[0]
+
+    def arguments(self, rows: Rows) -> dict[str, Any]:
+        """Text, image prompts and, of SDXL, pooled text and numbers of size and crop."""
+        added: dict[str, Any] = {"image_embeds": [] if rows.image is None else [rows.image]}
+        if self.told_sizes:
+            added |= {"text_embeds": rows.pooled, "time_ids": rows.sizes}
+        return {"encoder_hidden_states": rows.states, "added_cond_kwargs": added}
+
+    def to_canvas(self, latents: Tensor) -> Tensor:
+        """Scaled, or scaled and shifted per channel where the VAE's configuration has a mean and a spread."""
+        scale, shift = self._affine(latents)
+        return (latents - shift) * scale
+
+    def from_canvas(self, latents: Tensor) -> Tensor:
+        """`to_canvas` undone."""
+        scale, shift = self._affine(latents)
+        return latents / scale + shift
+
+    def _affine(self, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """(scale, shift) with denoiser's latents = scale * (VAE's latents - shift)."""
+        config = self.vae.config
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is None or std is None:
+            return config.scaling_factor, 0.0
+        shift, spread = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+        return config.scaling_factor / spread, shift
+
+    def image_adapter(self) -> IpAdapter | None:
+        """The IP-Adapter, if one is loaded with its image encoder. Raises ConfigError for one of another kind."""
+        from resmaster_stages.models.ip_adapter import adapter_of
+
+        if self.image_encoder is None:
+            return None
+        return adapter_of(self.denoiser, self.image_encoder, self.image_mean, self.image_std)
+
+    def image_scale(self, scale: float) -> AbstractContextManager[None]:
+        """Of the UNet's IP-Adapters, if there are any."""
+        from resmaster_stages.models.ip_adapter import adapter_scale
+
+        return adapter_scale(self.denoiser, scale)
+
+    def row_bytes(self, height: int, width: int) -> int | None:
+        """By `row_bytes`."""
+        return row_bytes(self.denoiser, height, width)
+
+
+def row_bytes(unet: Any, height: int, width: int) -> int:
+    """Greatest memory in bytes that one row of `height` x `width` latents holds while `unet` computes it.
+
+    While the UNet's last feed-forward of its finest attention is at work, a row holds the feature maps that the up blocks
+    are still waiting for, and about 21 times that level's tokens. A test holds the estimate to within 10 % of what is
+    allocated step by step, for the shapes of SDXL, Stable Diffusion 1.5 and picturebook.
+    """
+    config = unet.config
+    channels, per_block = config.block_out_channels, config.layers_per_block
+    waiting = channels[0] * height * width  # of conv_in
+    finest = 0
+    for level, kind in enumerate(config.down_block_types):
+        area = -(-height // 2**level) * -(-width // 2**level)
+        layers = per_block if isinstance(per_block, int) else per_block[level]
+        waiting += layers * channels[level] * area
+        if level + 1 < len(channels):
+            waiting += channels[level] * -(-height // 2 ** (level + 1)) * -(-width // 2 ** (level + 1))
+        if "CrossAttn" in kind:
+            finest = max(finest, channels[level] * area)
+    return int((waiting + _FEED_FORWARD * finest) * unet.dtype.itemsize)
+
+
+def base(told_sizes: bool, pipe: Any) -> Unet:
+    """The parts of a StableDiffusionXLPipeline (`told_sizes`) or StableDiffusionPipeline: its own checkpoint, LoRA, scheduler
+    and IP-Adapter, as they are. Raises ConfigError for variants of theirs that this engine cannot use."""
+    unet, encoder, second = pipe.unet, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)
+    if told_sizes and (encoder is None or second is None):
+        raise ConfigError("it looks like an SDXL refiner (one text encoder); give an SDXL base model")
+    if unet.config.addition_embed_type != ("text_time" if told_sizes else None):
+        raise ConfigError(f"its UNet reads {unet.config.addition_embed_type}; give a plain base model")
+    if unet.config.in_channels != pipe.vae.config.latent_channels or unet.config.time_cond_proj_dim is not None:
+        raise ConfigError("it is an inpainting, editing or LCM variant; give a plain base model")
+    processor = getattr(pipe, "feature_extractor", None)
+    return Unet(
+        family=SDXL if told_sizes else STABLE_DIFFUSION,
+        denoiser=unet,
+        geometry=_geometry(unet.config.sample_size, pipe.vae.config.block_out_channels),
+        latent_channels=unet.config.in_channels,
+        vae=pipe.vae,
+        text_encoders=(encoder, second) if told_sizes else (encoder,),
+        tokenizers=(pipe.tokenizer, pipe.tokenizer_2) if told_sizes else (pipe.tokenizer,),
+        image_encoder=getattr(pipe, "image_encoder", None),
+        image_mean=tuple(getattr(processor, "image_mean", None) or CLIP_MEAN),
+        image_std=tuple(getattr(processor, "image_std", None) or CLIP_STD),
+        scheduler_config={"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config},
+        told_sizes=told_sizes,
+        zeros_for_empty_prompt=bool(getattr(pipe.config, "force_zeros_for_empty_prompt", False)),
+    )
+
+
+SDXL = Family(
+    name="SDXL",
+    pipelines="StableDiffusionXL.*",
+    abilities=frozenset({"convolutions", "attention", "image_prompts"}),
+    geometry=geometry,
+    token_counter=token_counter,
+    load=partial(load, "StableDiffusionXLPipeline", {"add_watermarker": False}),
+    base=partial(base, True),
+)
+
+STABLE_DIFFUSION = Family(
+    name="Stable Diffusion 1.x and 2.x",
+    pipelines="StableDiffusion(ControlNet|PAG|Img2Img|Inpaint)*Pipeline",
+    abilities=SDXL.abilities,
+    geometry=geometry,
+    token_counter=token_counter,
+    load=partial(load, "StableDiffusionPipeline", {"safety_checker": None, "requires_safety_checker": False}),
+    base=partial(base, False),
+)

@@ -1,0 +1,114 @@
+"""Where a model's files are, on which device its parts go, and in which number format. Imports torch only when asked for these."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resmaster_stages.errors import ConfigError, first_line
+from resmaster_stages.models.identity import PICTUREBOOK, as_folder, pack_folder
+
+if TYPE_CHECKING:
+    import torch
+
+
+def location(identifier: str, subfolder: str = "") -> str:
+    """What `from_pretrained` takes for `identifier`: a folder (of the pack: its `subfolder`), or the hub id as it is.
+
+    Raises ConfigError for a path that is no folder, and where the pack is not installed.
+    """
+    if identifier == PICTUREBOOK:
+        return str(pack_folder() / subfolder)
+    return str(as_folder(identifier) or identifier)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The JSON files of the pack, a folder or a hub id (from the local cache if they are there)."""
+
+    id: str
+    revision: str | None = None
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The object in file `name`, e.g. `vae/config.json`. Raises ConfigError."""
+        return _read_json(self.id, self.revision, name)
+
+
+@lru_cache(maxsize=64)
+def _read_json(identifier: str, revision: str | None, name: str) -> dict[str, Any]:
+    place = location(identifier)
+    try:
+        if place != identifier or Path(place).is_dir():
+            path = Path(place) / name
+        else:
+            import huggingface_hub
+
+            path = Path(huggingface_hub.hf_hub_download(identifier, name, revision=revision))
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        # OSError: no such file, no network, not in the cache. ValueError: not JSON, or not a valid hub id.
+        raise ConfigError(
+            f"model {identifier!r}: cannot read {name} ({first_line(error)}); give the top folder of a model in diffusers format, "
+            "a hub id that is in the local cache (HF_HOME), or `picturebook`"
+        ) from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"model {identifier!r}: {name} is not a JSON object; download the model again")
+    return values
+
+
+@contextmanager
+def loading(model_id: str, what: str) -> Iterator[None]:
+    """Turns what loading can raise into one line that names the model. Raises ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ConfigError(
+            f"model {model_id}: cannot load {what} ({first_line(error).rstrip('.')}); check the name, give a folder with "
+            "safetensors, or set HF_HOME to a cache that has it"
+        ) from error
+
+
+def resolve_device(name: str, setting: str = "model.device") -> torch.device:
+    """The device that a configuration's `setting` names; `auto` is CUDA if there is one, else the CPU. Raises ConfigError."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"{setting}: {name!r} is no device; use auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"{setting}: {name} is not there ({torch.cuda.device_count()} CUDA devices); use auto or cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"{setting}: mps is not there; use auto or cpu")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number format that a configuration names; `auto` is float16 on CUDA and float32 elsewhere."""
+    import torch
+
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def vae_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The number format of the VAE beside a denoiser in `dtype`: float32 beside bfloat16, else the same.
+
+    An encoder's last layers subtract large numbers from each other, and 8 bits of a weight are too few for that:
+    rounding picturebook's `quant_conv` alone shifts the first channel of the reference's latents by 3 % of their
+    spread, and the low-frequency swap draws the shift into the image. The weights must be loaded in float32: a VAE that
+    was rounded stays so when it is upcast. The VAE is a few percent of an image's time (docs/speed.md).
+    """
+    import torch
+
+    return torch.float32 if dtype == torch.bfloat16 else dtype
