@@ -22,7 +22,6 @@ from resmaster_stages.diffusion.views import Grid, view_grid
 from resmaster_stages.errors import SampleError
 from resmaster_stages.keys import canonical_json, sample_seed
 from resmaster_stages.methods.settings import Diffusion, Enlargement
-from resmaster_stages.methods.upscale import enlarge_image, target_size, upscale_image
 from resmaster_stages.progress import reporter
 from resmaster_stages.storage.images import encode_picture
 
@@ -70,6 +69,7 @@ def _diffused(
 ) -> tuple[Image.Image, dict[str, Any]]:
     """The high-res picture by the base model, and the facts of how it was made."""
     from resmaster_stages.diffusion.text import truncated
+    from resmaster_stages.methods.upscale import target_size, upscale_image
     from resmaster_stages.models.load import load_models
 
     models = load_models(config.model)
@@ -102,6 +102,7 @@ def _diffused(
 
 def _enlarged(config: DatasetConfig, upscale: Enlargement, image: Image.Image) -> tuple[Image.Image, dict[str, Any]]:
     """The high-res picture without the base model, and the facts of how it was made."""
+    from resmaster_stages.methods.upscale import enlarge_image
     from resmaster_stages.models.load import resolve_device, resolve_dtype
 
     device = resolve_device(config.model.device)

@@ -18,7 +18,7 @@ from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import ConfigError, GpuLost, OutOfMemory, SampleError
 from resmaster_stages.high_res import captions_for_views
 from resmaster_stages.keys import image_key
-from resmaster_stages.low_res import generate
+from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.settings import NEGATIVE_PROMPT
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models import load

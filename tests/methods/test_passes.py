@@ -16,6 +16,7 @@ from resmaster_stages.dataset.sample import Picture, Sample
 from resmaster_stages.dataset.stages import stage_hash
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.reference import to_image
+from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models import captioner, geometry, load
@@ -50,7 +51,7 @@ def test_each_finished_picture_is_the_next_one_s_low_res_picture():
     assert result.size == (120, 80)
     assert seen == []  # this method reads no captions
     again = settings("resmaster", scale=5, via=[2.0], image_prompt={"enabled": False})
-    with pytest.raises(high_res.ConfigError, match="99 given"):
+    with pytest.raises(ConfigError, match="99 given"):
         upscale_image(adapted(), picture(24, 16), "a cat", config=again, caption=caption)
     plain = settings("resmaster", scale=2, image_prompt={"enabled": False})
     expected = upscale_image(adapted(), picture(24, 16), "a cat", config=plain)

@@ -9,7 +9,7 @@ from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.diffusion.loop import CanvasNoise, denoise
 from resmaster_stages.diffusion.schedule import make_schedule
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.low_res import generate
+from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models import geometry
 from resmaster_stages.models.load import load_models

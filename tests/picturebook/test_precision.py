@@ -18,7 +18,7 @@ from PIL import Image
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.reference import upsample
-from resmaster_stages.low_res import generate
+from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.metrics.agreement import psnr

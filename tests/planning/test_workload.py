@@ -5,7 +5,7 @@ import pytest
 from resmaster_stages.config.dataset import LowResConfig
 from resmaster_stages.config.method import Method, methods, with_method
 from resmaster_stages.diffusion.cost import UnetWork, counting
-from resmaster_stages.low_res import generate
+from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.planning.workload import high_res_work, low_res_work

@@ -158,7 +158,7 @@ def test_an_error_that_nobody_foresaw_costs_the_one_sample_that_raises_it(datase
     assert (receipt.samples_ok, receipt.samples_failed) == (6, 1)
     (row,) = ledger_rows(dataset.folder, "low_res")
     assert row["error_class"] == "ZeroDivisionError"
-    assert row["message"].startswith("tokens / 0 (test_computing.py:")
+    assert row["message"].startswith("tokens / 0 (test_compute.py:")
     key = read_plan(dataset.folder).read(0)[3].key
     assert row["key"] == key
     assert receipt.failed_keys == (key,)

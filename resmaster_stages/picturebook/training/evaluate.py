@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import GitForCausalLM, ResNetForImageClassification
 
-from resmaster_stages.low_res import generate
+from resmaster_stages.methods.generate import generate
 from resmaster_stages.metrics.features import load_classifier
 from resmaster_stages.metrics.fid import FeatureStatistics, frechet_distance
 from resmaster_stages.metrics.repeats import Counts, mentions, repeated_objects

@@ -1,0 +1,66 @@
+"""Images from prompts at the base resolution, as the low_res stage and the training's evaluation make them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from PIL import Image
+
+from resmaster_stages.errors import ConfigError, SampleError
+from resmaster_stages.methods.direct import Direct
+from resmaster_stages.methods.render import render
+from resmaster_stages.methods.request import Request
+from resmaster_stages.models.parts import Models
+
+
+def check_size(height: int, width: int, latent_factor: int) -> None:
+    """Raises ConfigError, naming the nearest good values, unless both are multiples of the latent factor."""
+    for name, value in (("height", height), ("width", width)):
+        if value % latent_factor or value < latent_factor:
+            below = max(latent_factor, value // latent_factor * latent_factor)
+            raise ConfigError(
+                f"low_res.{name}: {value} is no multiple of {latent_factor}; use {below} or {below + latent_factor}"
+            )
+
+
+def _is_text(prompt: str) -> bool:
+    """Whether a prompt can be tokenised: lone surrogates cannot."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def generate(
+    models: Models,
+    prompts: Sequence[str],
+    negative_prompts: Sequence[str],
+    seeds: Sequence[int],
+    height: int,
+    width: int,
+    steps: int,
+    guidance_scale: float,
+    batch_size: int,
+) -> Iterator[Image.Image | SampleError]:
+    """A picture of `height` x `width` px for each prompt, in order, or what is wrong with it.
+
+    At the native size this is what diffusers' StableDiffusionXLPipeline draws for the same seed (one CPU generator per
+    picture) with DDIM, eta = 0, or Euler. Raises ConfigError for a size that is no multiple of the latent factor.
+    """
+
+    check_size(height, width, models.latent_factor)
+    config = Direct(steps=steps, guidance_scale=guidance_scale, stepper="ddim_keep", view_batch=batch_size)
+    for start in range(0, len(prompts), batch_size):
+        slot = slice(start, start + batch_size)
+        good = [_is_text(p) and _is_text(n) for p, n in zip(prompts[slot], negative_prompts[slot])]
+        request = Request(
+            models=models,
+            config=config,
+            height=height,
+            width=width,
+            prompts=tuple(text if ok else "" for text, ok in zip(prompts[slot], good)),
+            negative_prompts=tuple(text if ok else "" for text, ok in zip(negative_prompts[slot], good)),
+        )
+        for result, ok in zip(render(request, seeds[slot]), good):
+            yield result if ok else SampleError("the prompt is not valid Unicode text; remove the lone surrogates")
