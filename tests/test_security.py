@@ -44,7 +44,8 @@ import os, sys
 from resmaster_flows.cli.main import main
 from resmaster_stages.errors import SampleError, ShardError
 from resmaster_stages.dataset.sample import Output
-from resmaster_tasks.stages import STAGE_TASKS
+from resmaster_stages.dataset.stages import STAGES
+from resmaster_tasks.stages import stage_task
 from tests import fake_stages
 from tests.standin_cli import install
 
@@ -61,7 +62,7 @@ def leaky(config, samples):
         yield Output(output.key, error=SampleError(f"refused: {SECRET}")) if output.error else output
 
 
-for task in STAGE_TASKS.values():
+for task in map(stage_task, STAGES):
     task.retries = 0
 install({**fake_stages.FAKES, "low_res": leaky})
 sys.exit(main())

@@ -23,7 +23,7 @@ from resmaster_stages.dataset.retry import Retries, number_of
 from resmaster_stages.errors import ConfigError, GpuLost, ShardError
 from resmaster_stages.progress import ShardFailed, emit
 from resmaster_stages.redaction import one_line
-from resmaster_tasks.stages import STAGE_TASKS
+from resmaster_tasks.stages import stage_task
 
 NAME_CHARACTERS = 60
 """So long may the list of shards in a run's name be."""
@@ -67,7 +67,7 @@ def process_shards(
             for stage in chosen:
                 try:
                     number = number_of(retries, stage, shard)
-                    state: Any = STAGE_TASKS[stage](dataset, shard, known, number, return_state=True)
+                    state: Any = stage_task(stage)(dataset, shard, known, number, return_state=True)
                     known[stage] = state.result()
                 except (GpuLost, ConfigError):
                     raise  # the next shard would end the same way

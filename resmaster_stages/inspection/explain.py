@@ -334,5 +334,5 @@ def _row_line(stage: str, row: dict[str, Any]) -> str:
         for name, value in row.items()
         if name not in ("key", "flags") and value is not None
     ]
-    flags = ", ".join(row["flags"]) or "none"
-    return _line("quality", ", ".join(measures) + f"; flags: {flags}", 2)
+    flags = f"; flags: {', '.join(row['flags']) or 'none'}" if "flags" in row else ""
+    return _line(stage, ", ".join(measures) + flags, 2)

@@ -17,6 +17,7 @@ Invariants:
 from __future__ import annotations
 
 import traceback
+from collections import ChainMap
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -100,7 +101,8 @@ def compute(
             ready[key] = Output(key, error=error)
     try:
         with Reading(samples) as reading, Finishing(partial(_finished, stage, spill)) as finishing:
-            work = _Work(process, config, stage, samples, _Either(ready, earlier), breadcrumbs, reading, finishing)
+            either = ChainMap(ready, earlier)  # type: ignore[arg-type]  # nobody writes to it
+            work = _Work(process, config, stage, samples, either, breadcrumbs, reading, finishing)
             yield from _computed(work)
     except GpuLost:
         breadcrumbs.blame()
@@ -109,33 +111,14 @@ def compute(
         breadcrumbs.leave()
 
 
-class _Either(Mapping[str, Output]):
-    """What either of two mappings has, the first one's first. Looks values up one by one: they may be large."""
-
-    def __init__(self, first: Mapping[str, Output], second: Mapping[str, Output]) -> None:
-        self._first, self._second = first, second
-
-    def __getitem__(self, key: str) -> Output:
-        return self._first[key] if key in self._first else self._second[key]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._first or key in self._second
-
-    def __iter__(self) -> Iterator[str]:
-        return iter({*self._first, *self._second})
-
-    def __len__(self) -> int:
-        return len({*self._first, *self._second})
-
-
 def _computed(work: _Work) -> Iterator[Output]:
     """The Outputs of all samples, in order."""
     keys, finishing, size = work.samples.keys(), work.finishing, work.stage.slot(work.config)
     slots = [range(start, min(start + size, len(keys))) for start in range(0, len(keys), size)]
     due = [slot for slot in slots if any(keys[place] not in work.ready for place in slot)]
-    after = dict(pairwise(due))
+    after, unfinished = dict(pairwise(due)), set(due)
     for slot in slots:
-        if slot not in due:
+        if slot not in unfinished:
             yield from finishing.take(leave=0)
             yield from (work.ready[keys[place]] for place in slot)
             continue

@@ -7,6 +7,7 @@ A stage that had nothing to do shows as Cached, in any run, on any machine, with
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from prefect import task
@@ -18,7 +19,6 @@ from prefect.tasks import Task
 
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import Dataset
-from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.redaction import no_secrets_in_errors
 from resmaster_stages.runner.run import ensure_stage
 from resmaster_tasks.policy import RETRIES, RETRY_DELAYS_SECONDS, RETRY_JITTER, worth_retrying
@@ -29,8 +29,12 @@ def run_facts() -> dict[str, Any]:
     return {"flow_run": flow_run.id, "flow_run_name": flow_run.name, "task_run": task_run.id}
 
 
+@cache
 def stage_task(stage: str) -> Task[..., Receipt | State[Receipt]]:
-    """The task of a stage, with parameters (dataset, shard, known, number) as `ensure_stage` takes them."""
+    """The task of a stage, with parameters (dataset, shard, known, number) as `ensure_stage` takes them.
+
+    The result of its last state is the receipt that counts: ask for the state, which may be one that the task made.
+    """
 
     @task(
         name=stage,
@@ -49,7 +53,3 @@ def stage_task(stage: str) -> Task[..., Receipt | State[Receipt]]:
         return receipt if worked else Completed(name="Cached", data=receipt)
 
     return run
-
-
-STAGE_TASKS: dict[str, Task[..., Receipt | State[Receipt]]] = {stage: stage_task(stage) for stage in STAGES}
-"""Stage -> its task. The result of its last state is the receipt that counts; ask for the state, which may be one that the task made."""

@@ -10,7 +10,7 @@ from resmaster_flows.cli.main import main
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.config.method import Method, register, unregister
-from resmaster_stages.dataset.stages import stage_hash
+from resmaster_stages.dataset.stages import hashes_of, stages_of
 from resmaster_stages.diffusion.cost import UnetWork, counting
 from resmaster_stages.diffusion.loop import Composition
 from resmaster_stages.diffusion.views import Grid
@@ -103,11 +103,11 @@ def test_it_draws_and_its_work_is_foreseen() -> None:
 
 def test_its_fields_are_its_identity_and_what_it_reads_decides_the_stages() -> None:
     def hashed(**values: object) -> str:
-        return stage_hash(config(**values), "high_res", Weights("m"))
+        return hashes_of(config(**values), Weights("m"))["high_res"]
 
     assert hashed() != hashed(tint=0.1)
     assert hashed(view_batch=3) == hashed()
-    assert config().stages() == ("low_res", "high_res", "quality")
+    assert stages_of(config()) == ("low_res", "high_res", "quality")
     assert not config().upscale.uses("reference")
     assert config(init="noised_lr").upscale.uses("reference")
     with pytest.raises(ConfigError, match="only method freescale reads"):

@@ -34,7 +34,7 @@ from resmaster_stages.progress import Event, ShardDone, listening
 from resmaster_stages.publish import report
 from resmaster_stages.runner import run
 from resmaster_tasks.policy import worth_retrying
-from resmaster_tasks.stages import STAGE_TASKS
+from resmaster_tasks.stages import stage_task
 from tests.fake_stages import FAKES, config_at
 from tests.s3_server import S3Server
 
@@ -65,7 +65,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
         monkeypatch.setitem(STAGES, name, replace(stage, process=fakes.process(name)))
     monkeypatch.setattr(run, "own_provenance", dict)
     monkeypatch.setattr("resmaster_stages.models.identity.weights_of", lambda config: Weights(config.model.id))
-    for task in STAGE_TASKS.values():
+    for task in map(stage_task, STAGES):
         monkeypatch.setattr(task, "retry_delay_seconds", 0)
     return fakes
 
@@ -164,8 +164,7 @@ def test_repair_of_one_stage(stages: Stages, tmp_path: Path) -> None:
 
 
 def test_every_stage_task_uses_the_retry_policy() -> None:
-    assert set(STAGE_TASKS) == set(FAKES)
-    for task in STAGE_TASKS.values():
+    for task in map(stage_task, STAGES):
         assert task.retry_condition_fn is worth_retrying
         assert task.retries == 3
         assert task.retry_jitter_factor == 0.5
@@ -288,8 +287,8 @@ def test_verify_and_repair_put_the_same_bytes_back(
 def states(url: str, shard: int, retry: bool = False) -> dict[str, str]:
     dataset, known, names = open_dataset(url), dict[str, Receipt](), dict[str, str]()
     retries = retries_of(dataset)[0] if retry else None
-    for name, task in STAGE_TASKS.items():
-        state = task(dataset, shard, known, number_of(retries, name, shard), return_state=True)
+    for name in STAGES:
+        state = stage_task(name)(dataset, shard, known, number_of(retries, name, shard), return_state=True)
         known[name], names[name] = state.result(), state.name
     return names
 
@@ -299,7 +298,7 @@ def test_what_is_committed_shows_as_cached_and_nothing_else_does(stages: Stages,
     stages.calls.clear()
     assert states(url, 0) == dict.fromkeys(FAKES, "Cached")
     dataset = open_dataset(url)
-    receipt = STAGE_TASKS["high_res"](dataset, 0, {}, 1, return_state=True).result()
+    receipt = stage_task("high_res")(dataset, 0, {}, 1, return_state=True).result()
     assert receipt == dataset.commits("high_res").read(0)
     (record,) = (Path(url) / "commits").glob("high_res-*/000000.json")
     record.unlink()

@@ -12,9 +12,8 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.states import AwaitingRetry, Cancelling
 
 from resmaster_flows.outcome import INCOMPLETE
-from resmaster_stages.dataset.commit import list_commits
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
-from resmaster_stages.dataset.stages import STAGES, stage_hashes
+from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.inspection.status import pending
 from resmaster_stages.runner.run import run_stage
 from tests.fake_stages import planned
@@ -48,8 +47,8 @@ def contents(dataset: Dataset) -> dict[tuple[str, int], str]:
     """(stage, shard) -> sha256 of what lies there."""
     return {
         (stage, shard): hashlib.sha256(dataset.folder.read(receipt.objects[0].name)).hexdigest()
-        for stage, own_hash in stage_hashes(dataset.config).items()
-        for shard, receipt in list_commits(dataset.folder, stage, own_hash).items()
+        for stage in dataset.hashes
+        for shard, receipt in dataset.commits(stage).read_all().items()
     }
 
 

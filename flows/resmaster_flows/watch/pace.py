@@ -4,13 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-VERBS: dict[str, str] = {
-    "low_res": "drawing low-res images",
-    "captions": "captioning patches",
-    "high_res": "upscaling",
-    "quality": "measuring quality",
-}
-
 
 class TimeLeft:
     """Estimates the seconds left from the measured seconds per sample of each stage.

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from resmaster_flows.watch.pace import VERBS, spell_seconds
+from resmaster_flows.watch.pace import spell_seconds
 from resmaster_flows.watch.progress import Progress, Run, Shard
+from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.progress import Event, Listener, ShardDone, ShardFailed
 
 ROWS = 200
@@ -44,7 +45,7 @@ def _now(progress: Progress) -> str:
     if progress.now is None:
         return "starting"
     step = f", step {progress.step.done} of {progress.step.total}" if progress.step else ""
-    return f"shard {progress.now.shard:06d}: {VERBS.get(progress.now.stage, progress.now.stage)}{step}"
+    return f"shard {progress.now.shard:06d}: {STAGES[progress.now.stage].doing}{step}"
 
 
 def table(progress: Progress, link: Callable[[str], str] = lambda run: run) -> list[dict[str, Any]]:

@@ -15,8 +15,9 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from resmaster_flows.watch.events import Dispatched
-from resmaster_flows.watch.pace import VERBS, spell_seconds
+from resmaster_flows.watch.pace import spell_seconds
 from resmaster_flows.watch.progress import Progress, notes
+from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.progress import Event, Listener, ShardDone, listening
 
 
@@ -74,7 +75,7 @@ def _now(progress: Progress) -> str:
         return "starting"
     place = f"{progress.shards[progress.now.shard].place}/{len(progress.shards)}"
     step = f"  step {progress.step.done}/{progress.step.total}" if progress.step else ""
-    return f"shard {place}  {VERBS.get(progress.now.stage, progress.now.stage)}{step}"
+    return f"shard {place}  {STAGES[progress.now.stage].doing}{step}"
 
 
 def _spell(dispatched: Dispatched) -> str:
