@@ -7,10 +7,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 
 from resmaster_flows.cli.main import parser
@@ -21,6 +23,7 @@ from tests.checkout import PYTHONPATH, ROOT
 from tests.test_infra import ELSEWHERE
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+NEIGHBOURS = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 
 NOT_RUN = {
@@ -139,11 +142,22 @@ def commands(page: Path) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + NEIGHBOURS, ids=lambda page: page.name)
 def test_pictures_and_links_exist(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
-        if "://" not in target:
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for name, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
+        if "://" in name:
+            continue
+        target = page.parent / name if name else page
+        assert target.exists(), f"{page.name}: {name}"
+        headings = re.findall(r"^#+ (.*)", target.read_text(), flags=re.MULTILINE) if anchor else []
+        anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in anchors, f"{page.name}: {name}#{anchor}"
+
+
+def test_the_index_names_every_page() -> None:
+    index = (ROOT / "docs" / "index.md").read_text()
+    for page in PAGES:
+        assert f"]({page.name})" in index or page.name == "index.md", page.name
 
 
 def test_what_is_not_run_is_still_there_and_parses() -> None:
@@ -230,7 +244,9 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
         done = subprocess.run(
             ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, check=False
         )
-        expected = {0, status} if command.startswith("timeout ") else {status}  # stand-ins may be faster than the killer
+        expected = (
+            {0, status} if command.startswith("timeout ") else {status}
+        )  # stand-ins may be faster than the killer
         assert done.returncode in expected, f"{command}\n{done.stdout}\n{done.stderr}"
         said.append(done.stdout + done.stderr)
     assert sum("000001" in each and "gone" in each for each in said) == 1, "the first verify, not the second"
@@ -255,6 +271,27 @@ def test_the_library_runs(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "photo-4x.png").size == (256, 192)
 
 
+def test_the_commands_of_contributing_name_what_is_there() -> None:
+    """They install, lint, or run these tests."""
+    makefile = (ROOT / "Makefile").read_text()
+    for command in commands(ROOT / "CONTRIBUTING.md"):
+        program, *words = shlex.split(command)
+        if program == "make":
+            assert f"\n{words[0]}: " in makefile, command
+        else:
+            assert words[:2] == ["-m", "pytest"], command
+            assert all((ROOT / word).exists() for word in words if word.startswith("tests/")), command
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert citation["version"] == project["version"]
+    assert citation["license"] == project["license"]
+    assert [author["name"] for author in citation["authors"]] == [author["name"] for author in project["authors"]]
+    assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
 EXTENDED = """
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.dataset.schemas import quality_schema
@@ -266,7 +303,9 @@ assert "redness" in quality_schema().names
 
 def test_the_method_and_the_metric_of_extending_are_found() -> None:
     """In a process of their own, which ends with what they registered."""
-    examples = [block for block in blocks(ROOT / "docs" / "extending.md", "python") if "METRIC" in block or "tint:" in block]
+    examples = [
+        block for block in blocks(ROOT / "docs" / "extending.md", "python") if "METRIC" in block or "tint:" in block
+    ]
     assert len(examples) == 2
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     subprocess.run([sys.executable, "-c", "\n".join([*examples, EXTENDED])], env=environment, check=True)
