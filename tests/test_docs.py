@@ -86,6 +86,10 @@ NOT_RUN = {
         )
     },
     "deploying.md": ELSEWHERE,
+    "tutorial.md": {
+        'export PATH="$PWD/.venv/bin:$PATH"': "the test has a path of its own",
+        "mkdir -p out/first && cd out/first": "the test begins in an empty folder",
+    },
     "methods.md": {
         "resmaster compare deployments/datasets/picturebook.yaml --n 1 --root out/strip --scales 4x4 --methods direct,"
         "multidiffusion,resmaster,demofusion,scalecrafter,fouriscale,freescale,c_upscale,super_resolution,lanczos": "takes "
@@ -224,7 +228,7 @@ def statements(block: str) -> list[tuple[str, int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_the_tutorial_runs(tmp_path: Path) -> None:
     """Every block in order, in an empty folder, by a shell; `resmaster` has stand-in stages."""
     stand_in = tmp_path / "bin" / "resmaster"
@@ -241,8 +245,15 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
     }
     said = []
     for command, status in (each for block in blocks(TUTORIAL, "bash") for each in statements(block)):
+        if command in NOT_RUN[TUTORIAL.name]:
+            continue
         done = subprocess.run(
-            ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, check=False
+            ["bash", "-c", f"{command}\nexit $?"],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         expected = (
             {0, status} if command.startswith("timeout ") else {status}
