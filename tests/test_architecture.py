@@ -123,11 +123,12 @@ def test_the_root_holds_the_stages_and_the_ground() -> None:
     assert len(at_root) == 9
 
 
-def test_the_readme_maps_every_room() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
+def test_the_file_map_has_every_room(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
     folders = {path.parent for _, path in modules()} - {PACKAGES["resmaster_stages"]}
     for folder in folders:
-        assert f"{folder.name.removeprefix('resmaster_')}/" in text, f"the file map lacks {folder.relative_to(ROOT)}"
+        assert f"{folder.name.removeprefix('resmaster_')}/" in text, f"{page} lacks {folder.relative_to(ROOT)}"
 
 
 def test_stages_import_no_prefect() -> None:
