@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from argparse import ArgumentParser
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -15,7 +17,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from resmaster_flows.cli.main import parser
+from resmaster_flows.cli import arguments
+from resmaster_flows.cli.main import VERBS, parser
 from resmaster_stages.config.dataset import QualityConfig
 from resmaster_stages.config.load import load_config
 from resmaster_stages.planning.workload import high_res_work
@@ -280,6 +283,24 @@ def test_the_library_runs(tmp_path: Path) -> None:
     code = snippet.replace("steps=20", "steps=2")
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     assert Image.open(tmp_path / "photo-4x.png").size == (256, 192)
+
+
+def test_every_verb_has_a_section_with_its_options() -> None:
+    """Those that verbs share with `run` are in the section of `run`."""
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, flags=re.DOTALL | re.MULTILINE))
+    shared = options(arguments.add_source)
+    for verb in VERBS:
+        name = verb.__name__.rpartition(".")[2]
+        for option in options(verb.add_arguments) - (set() if name == "run" else shared):
+            assert f"`{option}" in sections[name], f"{name} {option}"
+
+
+def options(add: Callable[[ArgumentParser], None]) -> set[str]:
+    """The long options that `add` gives to a verb."""
+    verb = ArgumentParser(add_help=False)
+    add(verb)
+    return {option for action in verb._actions for option in action.option_strings if option.startswith("--")}
 
 
 def test_the_commands_of_contributing_name_what_is_there() -> None:
