@@ -38,17 +38,16 @@ NOT_RUN = {
         "resmaster run deployments/datasets/sdxl-4k.yaml --prompts my-prompts.txt --root s3://bucket/datasets": "needs a GPU, "
         "SDXL and a bucket",
     },
-    "evaluation.md": {
-        f"resmaster compare deployments/datasets/{config}.yaml {options} --methods {methods}": "takes minutes to hours; "
+    "evaluation-protocol.md": {
+        "resmaster compare deployments/datasets/picturebook.yaml --scales 2x2,2x4,4x4 --n 64 "
+        "--methods direct,multidiffusion,resmaster+sg,resmaster+sg+tip,resmaster": "takes minutes to hours; "
         "tests/evaluation/test_compare.py runs the same on less"
-        for config, options, methods in (
+    },
+    "evaluation-results.md": {
+        f"resmaster compare deployments/datasets/picturebook-evaluation.yaml {options} --methods {methods}": "takes "
+        "minutes to hours; tests/evaluation/test_compare.py runs the same on less"
+        for options, methods in (
             (
-                "picturebook",
-                "--scales 2x2,2x4,4x4 --n 64",
-                "direct,multidiffusion,resmaster+sg,resmaster+sg+tip,resmaster",
-            ),
-            (
-                "picturebook-evaluation",
                 "--n 64 --reference picturebook --scales 4x4",
                 "lanczos,super_resolution,direct,multidiffusion,resmaster:steps=25,resmaster:steps=14:shift_stop=0.7,"
                 "multidiffusion:init=noised_lr:start=0.65:stride=0.75:fuse=linear,"
@@ -56,17 +55,14 @@ NOT_RUN = {
                 "c_upscale,demofusion,freescale,scalecrafter,fouriscale",
             ),
             (
-                "picturebook-evaluation",
                 "--n 32 --reference picturebook --scales 2x2,2x4",
                 "direct,super_resolution,multidiffusion,resmaster:steps=25,c_upscale,demofusion,freescale,scalecrafter,fouriscale",
             ),
             (
-                "picturebook-evaluation",
                 "--n 64 --reference picturebook --scales 4x4",
                 "multidiffusion,resmaster-sg-tip-etp:steps=25,resmaster+sg:steps=25,resmaster+sg+tip:steps=25,resmaster:steps=25",
             ),
             (
-                "picturebook-evaluation",
                 "--n 64 --reference picturebook --low-res drawn --scales 4x4",
                 "lanczos,super_resolution,direct:init=noised_lr:start=0.65,direct:init=noised_lr:start=0.5,"
                 "multidiffusion:init=noised_lr:start=0.65:stride=0.75:fuse=linear,"
@@ -151,14 +147,19 @@ def commands(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES + NEIGHBOURS, ids=lambda page: page.name)
 def test_pictures_and_links_exist(page: Path) -> None:
-    for name, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
-        if "://" in name:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if "://" in target:
             continue
-        target = page.parent / name if name else page
-        assert target.exists(), f"{page.name}: {name}"
-        headings = re.findall(r"^#+ (.*)", target.read_text(), flags=re.MULTILINE) if anchor else []
-        anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-        assert not anchor or anchor in anchors, f"{page.name}: {name}#{anchor}"
+        name, _, anchor = target.partition("#")
+        other = page.parent / name if name else page
+        assert other.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(other), f"{page.name}: {target}"
+
+
+def anchors(page: Path) -> list[str]:
+    """The names by which links reach a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 def test_the_index_names_every_page() -> None:
@@ -350,7 +351,7 @@ def test_python_compiles(page: Path) -> None:
 
 
 def test_the_thresholds_of_the_flags_are_those_of_the_settings() -> None:
-    page = (ROOT / "docs" / "evaluation.md").read_text()
+    page = (ROOT / "docs" / "evaluation-protocol.md").read_text()
     shown = dict(re.findall(r"(?:above|below) `((?:min|max)_\w+)` \| ([\d.]+)", page))
     fields = {name: field.default for name, field in QualityConfig.model_fields.items() if name[:4] in ("min_", "max_")}
     assert shown.keys() == fields.keys()
