@@ -50,7 +50,7 @@ PROMPTS = "a\nbad low_res\nb\n"
 
 
 def build(root: str, prompts: str) -> None:
-    """Plan, every stage over every shard, manifest; two samples per shard, `bad STAGE` prompts fail there at first."""
+    """Plan, every stage over every shard, manifest; two samples per shard, `bad STAGE` prompts fail there."""
     # without the probe of the store: its racing writers would make the order of steps a matter of luck
     config = config_at(root, prompts=prompts, allow_overwriting_store=True)
     dataset = create_or_open(config)
@@ -111,7 +111,9 @@ def everything(root: str) -> dict[object, object]:
     index = json.loads(dataset.folder.read("index.json"))["shardlist"]
     found["index"] = [(shard["nsamples"], shard["filesize"]) for shard in index]
     visible = {shard["url"] for shard in index}.union(*(manifest[name].to_pylist() for name in objects))
-    assert visible <= named, "readers are led to an object that no commit names, or that a later attempt took the place of"
+    assert visible <= named, (
+        "readers are led to an object that no commit names, or that a later attempt took the place of"
+    )
     return found
 
 

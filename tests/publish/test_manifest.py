@@ -222,7 +222,11 @@ def test_a_later_attempt_is_all_that_readers_see_of_its_shard(tmp_path: Path) ->
     (row,) = (row for row in rows if row["shard"] == 1)
     assert not superseded & {row[name] for name in ("low_res_object", "captions_object", "high_res_object")}
     index = json.loads(dataset.folder.read("index.json"))["shardlist"]
-    assert [shard["url"] for shard in index] == [rows[0]["high_res_object"], row["high_res_object"], rows[3]["high_res_object"]]
+    assert [shard["url"] for shard in index] == [
+        rows[0]["high_res_object"],
+        row["high_res_object"],
+        rows[3]["high_res_object"],
+    ]
 
 
 @pytest.mark.parametrize(
