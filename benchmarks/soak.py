@@ -1,12 +1,14 @@
-"""Builds that are killed, stopped and failed at random, many times; every time the result must be what it is undisturbed.
+"""Builds that are killed, stopped and failed at random, many times; every time the result must be what it is
+undisturbed.
 
     python -m benchmarks.soak [--minutes 10 | --rounds N] [--on folder,s3] [--processes 3] [--seed N]
 
-In a round, several processes build one dataset with stand-in stages (no model; everything else is real): they race to plan
-it, take shards in random order, and write beside each other. Meanwhile they are sent SIGKILL and SIGTERM at random moments
-and replaced, and any call to the store may fail before or after it took effect. A last process, left in peace, finishes and
-publishes. Then all that a reader can see must be equal, to the byte, to an undisturbed build's; no sample may be there twice
-or be missing, and no file that a commit does not name may be visible. The first difference ends the soak with exit status 1.
+In a round, several processes build one dataset with stand-in stages (no model; everything else is real): they race to
+plan it, take shards in random order, and write beside each other. Meanwhile they are sent SIGKILL and SIGTERM at random
+moments and replaced, and any call to the store may fail before or after it took effect. A last process, left in peace,
+finishes and publishes. Then all that a reader can see must be equal, to the byte, to an undisturbed build's; no sample
+may be there twice or be missing, and no file that a commit does not name may be visible. The first difference ends the
+soak with exit status 1.
 
 SIGKILL comes at most twice in a round: after the third death at a sample the pipeline leaves it out, as it should.
 """
@@ -73,7 +75,8 @@ def config_of(root: str) -> DatasetConfig:
 
 
 def build(root: str, seed: int, tally: Any) -> None:
-    """One worker: plans, then does what is pending in random order until nothing is. `tally` counts its faults; None: in peace."""
+    """One worker: plans, then does what is pending in random order until nothing is. `tally` counts its faults; None:
+    in peace."""
     chance = random.Random(seed)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if tally is not None:

@@ -1,4 +1,5 @@
-"""Every command of docs/ runs, with stand-in stages, or is listed with the reason why it does not; pictures and links exist."""
+"""Every command of docs/ runs, with stand-in stages, or is listed with the reason why it does not; pictures and links
+exist."""
 
 import json
 import os
@@ -165,7 +166,8 @@ for words in json.load(sys.stdin):
     ids=lambda page: page.name,
 )
 def test_the_commands_run(page: Path, tmp_path: Path) -> None:
-    """In order, in one folder, as a reader would, on two shards; in one process, which spares every command the start."""
+    """In order, in one folder, as a reader would, on two shards; in one process, which spares every command the
+    start."""
     shutil.copytree(ROOT / "deployments", tmp_path / "deployments")
     demo = tmp_path / "deployments" / "datasets" / "picturebook.yaml"
     demo.write_text(demo.read_text() + "\nlimit: 8\n")

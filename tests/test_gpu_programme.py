@@ -1,4 +1,5 @@
-"""The GPU programme runs without a GPU, on a bare machine and in time; its numbers reach the page; what travels is small."""
+"""The GPU programme runs without a GPU, on a bare machine and in time; its numbers reach the page; what travels is
+small."""
 
 import json
 import os

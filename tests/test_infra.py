@@ -1,4 +1,5 @@
-"""`deployments/` and `infra/`, checked without containers or a cluster: schemas, linters, and that the parts fit together.
+"""`deployments/` and `infra/`, checked without containers or a cluster: schemas, linters, and that the parts fit
+together.
 
 No image was ever built from the Dockerfile in these tests, no stack started and no cluster asked.
 """

@@ -53,8 +53,8 @@ def process_shards(
         shards: shard numbers, as in the plan.
         stages: only these stages, in pipeline order; default: all that the dataset needs.
 
-    Returns the first error of each failed shard by its number; with any, the run ends as `Incomplete`. Raises GpuLost and
-    ConfigError at once.
+    Returns the first error of each failed shard by its number; with any, the run ends as `Incomplete`. Raises GpuLost
+    and ConfigError at once.
     """
     dataset = open_dataset(dataset_url)
     needed = dataset.config.stages()

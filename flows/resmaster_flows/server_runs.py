@@ -48,8 +48,8 @@ def on_workers(config: DispatchConfig) -> bool:
 def start_temporary_server() -> None:
     """Start the server that Prefect would start by itself at the first flow run, with more patience.
 
-    Prefect (3.8) gives up if the first answer takes 5 s, as on a busy machine. The next server finds a database that is made
-    already. Raises ConnectionError, and UserError where Prefect's settings allow no temporary server.
+    Prefect (3.8) gives up if the first answer takes 5 s, as on a busy machine. The next server finds a database that is
+    made already. Raises ConnectionError, and UserError where Prefect's settings allow no temporary server.
     """
     if not get_current_settings().server.ephemeral.enabled:
         raise UserError(
@@ -117,7 +117,8 @@ class ServerRuns:
         self._build_count: int = own_run.run_count
 
     def submit(self, shards: Shards, attempt: int) -> tuple[UUID, str]:
-        """As of `Runs`. The key makes a request that is sent twice find the same run; a retried build starts new ones."""
+        """As of `Runs`. The key makes a request that is sent twice find the same run; a retried build starts new
+        ones."""
         batch = digest({"stages": self._stages, "shards": shards})
         run = run_deployment(
             self.deployment,
@@ -175,7 +176,8 @@ def _read(client: SyncPrefectClient, ids: Sequence[UUID]) -> list[FlowRun]:
 
 
 def _cancel(client: SyncPrefectClient, runs: Iterable[FlowRun]) -> None:
-    """Runs at work are cancelled by the worker that hears of it, those that wait at once. In bulk: Ctrl-C leaves seconds."""
+    """Runs at work are cancelled by the worker that hears of it, those that wait at once. In bulk: Ctrl-C leaves
+    seconds."""
     begun: list[FlowRun] = []
     waiting: list[FlowRun] = []
     for run in runs:

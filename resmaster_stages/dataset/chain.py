@@ -1,12 +1,13 @@
 """Second chances for failed samples of committed shards: supplements, which add to a shard and rewrite nothing.
 
-A request (`000123.r01.json` beside the commit record) asks for another attempt at a stage's failed samples of one shard. It is
-answered by a supplement (`000123.s01.json`): a commit of its own, with objects of its own, of the samples that became good, and
-of those that failed again. What becomes good in a stage is due in the stages after it: they get supplements without a request.
+A request (`000123.r01.json` beside the commit record) asks for another attempt at a stage's failed samples of one
+shard. It is answered by a supplement (`000123.s01.json`): a commit of its own, with objects of its own, of the samples
+that became good, and of those that failed again. What becomes good in a stage is due in the stages after it: they get
+supplements without a request.
 
 Invariants:
-- A sample is held by at most one commit of a stage: a supplement takes only what no earlier one holds, and its number is
-  created by exactly one writer.
+- A sample is held by at most one commit of a stage: a supplement takes only what no earlier one holds, and its number
+  is created by exactly one writer.
 - Requests and supplements belong to a stage's hash: another configuration starts afresh.
 """
 
@@ -85,8 +86,8 @@ class Chain:
         return list(self.links)[: list(self.links).index(stage)]
 
     def due(self, stage: Stage) -> frozenset[str]:
-        """The samples for the next supplement of a committed stage: those that upstream got since, and, if they are asked for,
-        those that failed."""
+        """The samples for the next supplement of a committed stage: those that upstream got since, and, if they are
+        asked for, those that failed."""
         link = self.links[stage]
         return frozenset(
             key
@@ -169,13 +170,15 @@ def list_records(folder: Folder, stage: Stage, stage_hash: str) -> Listing:
 
 
 def list_links(folder: Folder, stage: Stage, stage_hash: str) -> dict[int, Link]:
-    """Shard -> what is committed of the stage, for all shards that are committed. Raises ShardError if a record is damaged."""
+    """Shard -> what is committed of the stage, for all shards that are committed. Raises ShardError if a record is
+    damaged."""
     listing = list_records(folder, stage, stage_hash)
     return listing.read(folder, sorted(listing.committed))
 
 
 def read_chains(folder: Folder, hashes: Mapping[Stage, str], shards: int) -> Iterator[tuple[int, Chain]]:
-    """(shard, chain) of shards 0, 1, ... in order. Records are read `CHUNK_SHARDS` at a time: memory does not grow with them."""
+    """(shard, chain) of shards 0, 1, ... in order. Records are read `CHUNK_SHARDS` at a time: memory does not grow with
+    them."""
     listings = {stage: list_records(folder, stage, own_hash) for stage, own_hash in hashes.items()}
     for chunk in chunks(range(shards)):
         links = {stage: listing.read(folder, chunk) for stage, listing in listings.items()}

@@ -115,8 +115,8 @@ class Receipt:
     request: int = 0
     """Supplements: the last request that it answers."""
     images: tuple[str, ...] = ()
-    """Tars: where each sample's image lies (`shards.spell_image`), in order, so that nobody needs to walk the tar to find one.
-    Empty in records of earlier versions."""
+    """Tars: where each sample's image lies (`shards.spell_image`), in order, so that nobody needs to walk the tar to
+    find one. Empty in records of earlier versions."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -187,7 +187,8 @@ def committed_shards(folder: Folder, stage: Stage, stage_hash: str) -> list[int]
 
 
 def all_commits(folder: Folder) -> Iterator[tuple[str, Receipt | None]]:
-    """Every commit record there is, supplements too, of whichever configuration, by name; None for one that cannot be read."""
+    """Every commit record there is, supplements too, of whichever configuration, by name; None for one that cannot be
+    read."""
     for group in folder.names(layout.COMMITS):
         names = [name for name in folder.names(group) if layout.is_commit(name)]
         for start in range(0, len(names), 1000):

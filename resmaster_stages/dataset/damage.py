@@ -1,7 +1,8 @@
-"""Marks of damage: which objects of which committed shards are known to be gone or changed. Knows nothing about how to mend them.
+"""Marks of damage: which objects of which committed shards are known to be gone or changed. Knows nothing about how to
+mend them.
 
-A commit record is the truth and never changes, so damage to what it names is noted beside it, in `damaged/`. A marked shard
-counts as pending: it is made again, and what comes out with the recorded sha256 is put back under its old name.
+A commit record is the truth and never changes, so damage to what it names is noted beside it, in `damaged/`. A marked
+shard counts as pending: it is made again, and what comes out with the recorded sha256 is put back under its old name.
 
 Invariant: a mark is taken away only by whoever found every object as recorded.
 """
@@ -47,7 +48,8 @@ def marked_shards(folder: Folder, stage: Stage, stage_hash: str) -> list[int]:
 
 
 def drop_unreadable_records(dataset: Dataset) -> None:
-    """Delete the commit records of marked shards that cannot be read, and what was made from them: they name nothing any more.
+    """Delete the commit records of marked shards that cannot be read, and what was made from them: they name nothing
+    any more.
 
     Later stages go too, because another attempt may lose other samples.
     """
@@ -66,7 +68,8 @@ def drop_unreadable_records(dataset: Dataset) -> None:
 
 
 def give_up_damaged(dataset: Dataset, shards: Sequence[int] | None = None) -> None:
-    """Delete the commit records of damaged shards, from the damaged stage on: they will be made anew, with new bytes."""
+    """Delete the commit records of damaged shards, from the damaged stage on: they will be made anew, with new
+    bytes."""
     for stage, own_hash in stage_hashes(dataset.config).items():
         marked = marked_shards(dataset.folder, stage, own_hash)
         _drop_commits(dataset, stage, {shard for shard in marked if shards is None or shard in shards})

@@ -171,7 +171,8 @@ def number_of(name: str) -> int | None:
 
 
 def is_attempt(name: str) -> bool:
-    """Whether it is the name of an object or plan file of one attempt: those that only a record makes part of the dataset."""
+    """Whether it is the name of an object or plan file of one attempt: those that only a record makes part of the
+    dataset."""
     return bool(_ATTEMPT.fullmatch(name))
 
 

@@ -112,7 +112,8 @@ def shard_samples(
     stages: Sequence[Stage],
     hashes: dict[Stage, str] | None = None,
 ) -> Iterator[ShardSamples]:
-    """The samples of a shard that `stages` and all before them made, supplements included, verified; usable within the block.
+    """The samples of a shard that `stages` and all before them made, supplements included, verified; usable within the
+    block.
 
     Raises PlanError if one of the stages is not committed, ShardError if an object is gone or damaged.
     """

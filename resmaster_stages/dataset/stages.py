@@ -1,4 +1,5 @@
-"""Which stages a stage depends on, and what identifies its result. Touches no storage; reads the names of weights only."""
+"""Which stages a stage depends on, and what identifies its result. Touches no storage; reads the names of weights
+only."""
 
 from __future__ import annotations
 

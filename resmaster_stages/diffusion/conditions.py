@@ -92,8 +92,8 @@ def make_conditions(
 ) -> Conditions:
     """Conditions of all items of a batch: `prompts`, `negative_prompts` and `image` embeddings have one entry per item.
 
-    Without guidance (`guided` false) negative prompts are not encoded. `sizes`: SDXL's six numbers per item, for methods
-    that do not follow `micro_conditioning`.
+    Without guidance (`guided` false) negative prompts are not encoded. `sizes`: SDXL's six numbers per item, for
+    methods that do not follow `micro_conditioning`.
     """
     sizes = sizes or size_and_crop(grid, micro_conditioning) * (len(prompts) // len(grid))
     return Conditions(

@@ -89,8 +89,8 @@ def require_adapter(models: Models) -> None:
 def embed_crops(models: Models, pixels: Tensor, boxes: Sequence[Box]) -> tuple[Tensor, Tensor]:
     """(image, unconditional) embeddings of the crops `boxes` (px, of one size) of `pixels` [B, 3, H, W] in [-1, 1].
 
-    One entry per crop, sample by sample. Plain adapter: [N, 1, D] and zeros. Plus: [N, 1, tokens, D] and the features of
-    an all-zero input. Raises ConfigError.
+    One entry per crop, sample by sample. Plain adapter: [N, 1, D] and zeros. Plus: [N, 1, tokens, D] and the features
+    of an all-zero input. Raises ConfigError.
     """
     require_adapter(models)
     encoder = models.image_encoder

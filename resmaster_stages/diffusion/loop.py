@@ -52,8 +52,8 @@ Progress = Callable[[int, int], None]
 class Denoiser(Protocol):
     """What predicts: a diffusers UNet, or anything else that is called like one.
 
-    Methods that change layers (scalecrafter, fouriscale, freescale, c_upscale's composer, image prompts) need the UNet that
-    they name; the others need this and nothing more.
+    Methods that change layers (scalecrafter, fouriscale, freescale, c_upscale's composer, image prompts) need the UNet
+    that they name; the others need this and nothing more.
     """
 
     dtype: torch.dtype
@@ -66,7 +66,8 @@ class Denoiser(Protocol):
 
 
 class Views(Protocol):
-    """A way of cutting canvases [B, C, H, W] into views [B * views, C, h, w], sample by sample, and of fusing them back."""
+    """A way of cutting canvases [B, C, H, W] into views [B * views, C, h, w], sample by sample, and of fusing them
+    back."""
 
     def cut(self, canvas: Tensor) -> Tensor: ...
 
@@ -105,8 +106,8 @@ class Composition:
 
 
 def batch_size(items: int, largest: int) -> int:
-    """Items per UNet call: of the sizes from above a quarter of `largest` up to it, the one that computes the fewest items
-    twice; the greatest of equals. 49 views in calls of at most 16 are 7 calls of 7."""
+    """Items per UNet call: of the sizes from above a quarter of `largest` up to it, the one that computes the fewest
+    items twice; the greatest of equals. 49 views in calls of at most 16 are 7 calls of 7."""
     if items <= largest:
         return items
     return min(range(largest, largest // 4, -1), key=lambda size: -items % size)
@@ -143,7 +144,8 @@ def predict(
     moment: Moment,
     batches: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Every view's prediction by every branch of `moment`: [N, C, h, w], float32, per branch. One UNet call per batch."""
+    """Every view's prediction by every branch of `moment`: [N, C, h, w], float32, per branch. One UNet call per
+    batch."""
     outputs, branches = [], moment.branches
     for items in batches:
         rows = _rows(views, items, len(branches), denoiser.dtype)

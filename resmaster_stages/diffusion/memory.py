@@ -1,11 +1,12 @@
 """What a UNet call needs of a device's memory, and so how many views go into one.
 
-A row is one view by one guidance branch. While the UNet's last feed-forward of its finest attention is at work, a row holds the
-feature maps that the up blocks are still waiting for, and about 21 times that level's tokens. A test holds the estimate to
-within 10 % of what is allocated step by step, for the shapes of SDXL, Stable Diffusion 1.5 and picturebook.
+A row is one view by one guidance branch. While the UNet's last feed-forward of its finest attention is at work, a row
+holds the feature maps that the up blocks are still waiting for, and about 21 times that level's tokens. A test holds
+the estimate to within 10 % of what is allocated step by step, for the shapes of SDXL, Stable Diffusion 1.5 and
+picturebook.
 
-Invariant: the choice follows from the device's size and the model, not from what happens to be free: a re-run on the same kind
-of device has the same batches, hence the same bytes.
+Invariant: the choice follows from the device's size and the model, not from what happens to be free: a re-run on the
+same kind of device has the same batches, hence the same bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ USABLE = 0.85
 """Share of a device's memory that is planned with; the rest is for libraries, fragments and the pictures themselves."""
 
 _FEED_FORWARD = 21
-"""Live values per value of the feed-forward's input: both halves of its gate (8), the gate (4), their product (4), the layers around."""
+"""Live values per value of the feed-forward's input: both halves of its gate (8), the gate (4), their product (4), the
+layers around."""
 
 
 def row_bytes(unet: Any, height: int, width: int) -> int:
@@ -89,8 +91,8 @@ class Need:
 
 
 def need_of(models: Models, window: tuple[int, int], branches: int) -> Need | None:
-    """For views of `window` (height, width) latents by `branches` guidance branches; None where the device has no memory of its own,
-    or the denoiser is no UNet of diffusers."""
+    """For views of `window` (height, width) latents by `branches` guidance branches; None where the device has no
+    memory of its own, or the denoiser is no UNet of diffusers."""
     total = device_bytes(models.device)
     if total is None or not hasattr(models.unet.config, "block_out_channels"):
         return None
@@ -98,7 +100,8 @@ def need_of(models: Models, window: tuple[int, int], branches: int) -> Need | No
 
 
 def view_limit(models: Models, limit: int | None, window: tuple[int, int], branches: int) -> int:
-    """Views per UNet call at most: `limit` (`Diffusion.view_batch`), or where it is None what the device's memory allows."""
+    """Views per UNet call at most: `limit` (`Diffusion.view_batch`), or where it is None what the device's memory
+    allows."""
     if limit is not None:
         return limit
     need = need_of(models, window, branches)
@@ -106,7 +109,8 @@ def view_limit(models: Models, limit: int | None, window: tuple[int, int], branc
 
 
 def preflight(models: Models, limit: int | None, grid: Grid, branches: int) -> list[str]:
-    """What a picture of `grid`'s views will need of the device, and what slows it down without need: a line each, if `need_of` knows."""
+    """What a picture of `grid`'s views will need of the device, and what slows it down without need: a line each, if
+    `need_of` knows."""
     need = need_of(models, grid.window_size, branches)
     if need is None:
         return []

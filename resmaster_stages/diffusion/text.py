@@ -1,7 +1,7 @@
 """Prompts to text embeddings, as the `encode_prompt` of diffusers' pipelines makes them; every distinct prompt once.
 
-SDXL: penultimate states of both encoders side by side, and the pooled output of the second. Stable Diffusion 1.x and 2.x:
-the last states of the only encoder.
+SDXL: penultimate states of both encoders side by side, and the pooled output of the second. Stable Diffusion 1.x and
+2.x: the last states of the only encoder.
 
 Knows nothing about views. Prompts beyond the encoders' 77 tokens lose their tail; `truncated` tells which.
 """

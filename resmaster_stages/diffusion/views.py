@@ -148,7 +148,7 @@ def whole_canvas(target_height_px: int, target_width_px: int, latent_factor: int
 def patch_grid(config: CaptionsConfig, height: int, width: int, *, native_px: int, stride: float, factor: int) -> Grid:
     """The patches of a target of `height` x `width` px.
 
-    `views`: the upscaler's own views, `stride` (a fraction of the window) apart. `tiles`: the same windows side by side, of
-    which the last row and column are pulled back to end at the border.
+    `views`: the upscaler's own views, `stride` (a fraction of the window) apart. `tiles`: the same windows side by
+    side, of which the last row and column are pulled back to end at the border.
     """
     return view_grid(height, width, native_px, stride if config.grid == "views" else 1.0, factor)

@@ -1,10 +1,12 @@
 """What no reader will ever need: objects that no commit names, probes, temporary files, caches of finished shards.
 
 Invariants:
-- Only names that this project gives to attempts, probes, caches and temporary files are looked at; all others are never touched.
-- Never removed: what any commit or plan record names, of whichever configuration; records, configurations, ledgers; the cache of
-  a shard that is not committed yet.
-- The listing is made before the records are read, so what is committed meanwhile is named; what is still being uploaded is young.
+- Only names that this project gives to attempts, probes, caches and temporary files are looked at; all others are never
+  touched.
+- Never removed: what any commit or plan record names, of whichever configuration; records, configurations, ledgers; the
+  cache of a shard that is not committed yet.
+- The listing is made before the records are read, so what is committed meanwhile is named; what is still being uploaded
+  is young.
 - Of what is no leftover, 12 bytes a file are remembered, not names.
 """
 
@@ -42,8 +44,8 @@ def find_leftovers(
 ) -> list[Leftover]:
     """The leftovers of the dataset in `folder` that are older than `older_than`, by the store's clock.
 
-    `hashes` are those of the current configuration. Raises UserError if a commit record cannot be read: what it names would
-    look like a leftover.
+    `hashes` are those of the current configuration. Raises UserError if a commit record cannot be read: what it names
+    would look like a leftover.
     """
     limit = (now or datetime.now(UTC)) - older_than
     attempts, others = DigestSet(), list[Listed]()

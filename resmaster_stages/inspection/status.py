@@ -1,4 +1,5 @@
-"""What is done in a dataset, and what is still to do: from commit records and the ledger. Computes and changes nothing."""
+"""What is done in a dataset, and what is still to do: from commit records and the ledger. Computes and changes
+nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class StageStatus:
     failed_shards: tuple[int, ...]
     samples_ok: int
     samples_failed: int
-    """Samples that failed in committed shards and were not mended, and those whose failure keeps a shard from being committed."""
+    """Samples that failed in committed shards and were not mended, and those whose failure keeps a shard from being
+    committed."""
     seconds: float
     """Compute time of all commits."""
     supplements: int = 0
@@ -88,7 +90,8 @@ def status(dataset: Dataset, config: DatasetConfig | None = None) -> Status:
 def stage_status(
     stage: Stage, links: Iterable[Link], missing: Collection[int], ledger: Sequence[Mapping[str, Any]]
 ) -> StageStatus:
-    """How far a stage is, from what is committed of each shard, the shards that have no commit, and their rows of the ledger."""
+    """How far a stage is, from what is committed of each shard, the shards that have no commit, and their rows of the
+    ledger."""
     failures = {(row["shard"], row["key"]) for row in ledger if row["shard"] in missing}
     failed_shards = tuple(sorted({shard for shard, _ in failures}))
     committed = supplements = ok = lost = 0
@@ -119,7 +122,8 @@ def pending(
     shards: Sequence[int] | None = None,
     stages: Sequence[Stage] | None = None,
 ) -> dict[Stage, list[int]]:
-    """Stage -> shards that are not committed, lack a supplement or are known to be damaged, of `shards` and `stages` (default: all).
+    """Stage -> shards that are not committed, lack a supplement or are known to be damaged, of `shards` and `stages`
+    (default: all).
 
     Lists names, and reads records only of shards that have requests or supplements. Raises PlanError if not planned.
     """

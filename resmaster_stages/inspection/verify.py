@@ -92,7 +92,8 @@ def verify(dataset: Dataset) -> Verification:
 
 
 def note(dataset: Dataset, found: Verification) -> None:
-    """Mark the damaged shards of the current configuration, for a repair to follow, and clear the marks of all others."""
+    """Mark the damaged shards of the current configuration, for a repair to follow, and clear the marks of all
+    others."""
     for stage, own_hash in stage_hashes(dataset.config).items():
         damaged: dict[int, list[str]] = {}
         for damage in found.damage:

@@ -1,7 +1,7 @@
 """Sizes of a base model, read from its JSON files: no weights are loaded and torch is not imported.
 
-Knows nothing about what the sizes are used for. The picturebook pack, a folder and a hub id are read alike; a hub id needs
-only two small files, from the local cache if they are there.
+Knows nothing about what the sizes are used for. The picturebook pack, a folder and a hub id are read alike; a hub id
+needs only two small files, from the local cache if they are there.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""From a model's name to its parts on a device: SDXL or Stable Diffusion 1.x and 2.x by hub id or folder, the embedded pack,
-or a user's own pipeline.
+"""From a model's name to its parts on a device: SDXL or Stable Diffusion 1.x and 2.x by hub id or folder, the embedded
+pack, or a user's own pipeline.
 
 Knows nothing about methods. Only safetensors are read and no remote code runs; `HF_HUB_OFFLINE=1` is respected.
 
@@ -65,8 +65,8 @@ def vae_dtype(dtype: torch.dtype) -> torch.dtype:
 
     An encoder's last layers subtract large numbers from each other, and 8 bits of a weight are too few for that:
     rounding picturebook's `quant_conv` alone shifts the first channel of the reference's latents by 3 % of their
-    spread, and the low-frequency swap draws the shift into the picture. The weights must be loaded in float32: a VAE that was rounded
-    stays so when it is upcast. The VAE is a few percent of a picture's time (docs/speed.md).
+    spread, and the low-frequency swap draws the shift into the picture. The weights must be loaded in float32: a VAE
+    that was rounded stays so when it is upcast. The VAE is a few percent of a picture's time (docs/speed.md).
     """
     return torch.float32 if dtype == torch.bfloat16 else dtype
 
@@ -105,7 +105,8 @@ def _check_folder(model_id: str, folder: Path) -> None:
 
 
 def _kind(model_id: str, name: str) -> tuple[Any, dict[str, Any]]:
-    """The pipeline class for what a model's index calls itself, and what else its loader is told. Raises ConfigError."""
+    """The pipeline class for what a model's index calls itself, and what else its loader is told. Raises
+    ConfigError."""
     if name.startswith("StableDiffusionXL"):
         return StableDiffusionXLPipeline, {"add_watermarker": False}
     if name == "StableDiffusionPipeline":

@@ -24,7 +24,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class Models:
     """The parts of a latent diffusion model with a UNet, as the engine uses them.
 
-    SDXL has two text encoders, pooled text and size conditions; Stable Diffusion 1.x and 2.x have one encoder and neither.
+    SDXL has two text encoders, pooled text and size conditions; Stable Diffusion 1.x and 2.x have one encoder and
+    neither.
     """
 
     unet: Any
@@ -41,7 +42,8 @@ class Models:
     offload: bool = False
     identity: str = "pipeline"
     same_bytes: bool = True
-    """Whether convolutions are chosen by rule, so that a re-run gives the same bytes; else by a race, which is faster."""
+    """Whether convolutions are chosen by rule, so that a re-run gives the same bytes; else by a race, which is
+    faster."""
 
     @property
     def latent_factor(self) -> int:

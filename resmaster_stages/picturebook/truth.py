@@ -1,7 +1,8 @@
 """Ground truth for prompts in the picturebook's language: a scene that shows what the prompt says, drawn at any size.
 
-Vectors have detail at every resolution, so these pictures are what a perfect upscaler's results are drawn from. The layout
-is the seed's choice, not that of any generated picture: compare sets, not single pictures. Knows no models and no storage.
+Vectors have detail at every resolution, so these pictures are what a perfect upscaler's results are drawn from. The
+layout is the seed's choice, not that of any generated picture: compare sets, not single pictures. Knows no models and
+no storage.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What a run would take: hours, money, bytes and requests. From measured commits where there are any, else from a table.
+"""What a run would take: hours, money, bytes and requests. From measured commits where there are any, else from a
+table.
 
 Knows nothing about Prefect. Every number says where it comes from; where nothing is known it is None, never a guess.
 
@@ -95,8 +96,8 @@ class StageEstimate:
     bytes: float
     bytes_source: str
     requests: int
-    """Writes to the store, at most: objects (in parts, if they are large), commit records, and the passing files by which a
-    killed run goes on where it was."""
+    """Writes to the store, at most: objects (in parts, if they are large), commit records, and the passing files by
+    which a killed run goes on where it was."""
 
 
 @dataclass(frozen=True)
@@ -269,8 +270,8 @@ def _size_from_table(look: Preview, stage: Stage) -> float:
 def _requests(config: DatasetConfig, todo: StagePreview, total: float, seconds: float | None) -> int:
     """Writes of `total` bytes, at most. `seconds`: of a sample; unknown counts as slow.
 
-    Per shard an object (in parts, if it is large), its features if there are any, a commit record and two breadcrumbs; per
-    sample a breadcrumb where samples are slow, and a spilled copy where a shard takes long.
+    Per shard an object (in parts, if it is large), its features if there are any, a commit record and two breadcrumbs;
+    per sample a breadcrumb where samples are slow, and a spilled copy where a shard takes long.
     """
     if not todo.shards_pending:
         return 0

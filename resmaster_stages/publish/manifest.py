@@ -2,10 +2,11 @@
 
 Invariants:
 - Every key occurs at most once.
-- Only shards committed in every stage and not known to be damaged are published; the card says how many are still missing.
+- Only shards committed in every stage and not known to be damaged are published; the card says how many are still
+  missing.
 - Equal commits give equal files: no time or host is in them.
-- Rows, records and the index go to disk as they come. What grows is 8 bytes per sample, and per shard the names that listings
-  give (docs/scale.md has numbers).
+- Rows, records and the index go to disk as they come. What grows is 8 bytes per sample, and per shard the names that
+  listings give (docs/scale.md has numbers).
 
 Computes nothing about images: qualities come from the quality stage's tables.
 """
@@ -88,7 +89,8 @@ def write_manifest(dataset: Dataset, config: DatasetConfig | None = None) -> Pub
 def _complete_chains(
     dataset: Dataset, hashes: dict[Stage, str], shards: int
 ) -> Iterator[tuple[int, Chain, dict[str, bytes]]]:
-    """(shard, its commits, its quality tables) of shards committed in every stage and not known to be damaged, in order.
+    """(shard, its commits, its quality tables) of shards committed in every stage and not known to be damaged, in
+    order.
 
     The tables, name -> content, are fetched for many shards together; what is gone is absent.
     """

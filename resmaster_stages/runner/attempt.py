@@ -78,7 +78,8 @@ class Computed:
     busy: BusyTime
 
     def device(self) -> dict[str, float]:
-        """How long the device was at work, and the share of the stage's time in which it was not, for commit records."""
+        """How long the device was at work, and the share of the stage's time in which it was not, for commit
+        records."""
         share = self.busy.seconds / self.seconds if self.seconds else 0.0
         return {"busy_seconds": round(self.busy.seconds, 3), "idle_share": round(max(0.0, 1 - share), 4)}
 
@@ -127,8 +128,8 @@ def _write(
 ) -> tuple[list[str], list[tuple[str, Exception]], tuple[str, ...]]:
     """Write the outputs to the local file `target`, validated, and `features` if the stage gave arrays.
 
-    The good keys and the failures, in order, and the places of a tar's images. More errors that nobody foresaw than are `tolerated` end it: the rest would fail
-    alike, and nothing will be committed.
+    The good keys and the failures, in order, and the places of a tar's images. More errors that nobody foresaw than are
+    `tolerated` end it: the rest would fail alike, and nothing will be committed.
     """
     good: list[str] = []
     images: tuple[str, ...] = ()

@@ -4,14 +4,16 @@ Knows nothing about where outputs end up, nor what is in them.
 
 Invariants:
 - Exactly one Output per sample, in the plan's order.
-- What is at fault is found out: out of memory halves the batch, down to 1; any other error in a batch runs its samples one by
-  one; in the end it costs the one sample, as its Output's error. A lost device, the user's mistakes and a store or network that
-  fails are nobody's fault here: they pass.
-- While a sample (or slot) is computed, the one before it is finished and spilled, and the next one is read (`overlap`). An error in
-  finishing is its own sample's, whatever happens to the next one; memory that ran out there is asked for once more, alone.
-- In a shard in which a process died before, each sample is finished before the next one begins, so the next death has one suspect.
-- Samples are computed in the slots of an uninterrupted run wherever that is possible, so a resumed shard has the same bytes.
-  Halved batches and suspects that run alone give the same pictures up to rounding.
+- What is at fault is found out: out of memory halves the batch, down to 1; any other error in a batch runs its samples
+  one by one; in the end it costs the one sample, as its Output's error. A lost device, the user's mistakes and a store
+  or network that fails are nobody's fault here: they pass.
+- While a sample (or slot) is computed, the one before it is finished and spilled, and the next one is read (`overlap`).
+  An error in finishing is its own sample's, whatever happens to the next one; memory that ran out there is asked for
+  once more, alone.
+- In a shard in which a process died before, each sample is finished before the next one begins, so the next death has
+  one suspect.
+- Samples are computed in the slots of an uninterrupted run wherever that is possible, so a resumed shard has the same
+  bytes. Halved batches and suspects that run alone give the same pictures up to rounding.
 """
 
 from __future__ import annotations
@@ -68,12 +70,14 @@ def with_batch(config: DatasetConfig, stage: Stage, size: int) -> DatasetConfig:
 
 
 def slot_of(config: DatasetConfig, stage: Stage) -> int:
-    """How many samples are computed together, counted from the shard's first: the unit that is lost, resumed and suspected."""
+    """How many samples are computed together, counted from the shard's first: the unit that is lost, resumed and
+    suspected."""
     return config.low_res.batch_size if stage == "low_res" and not config.images else 1
 
 
 class Watched(Sequence[Sample]):
-    """Some samples of a shard, read when asked for; `at` hears their keys before that. `ahead`: the next one is read meanwhile."""
+    """Some samples of a shard, read when asked for; `at` hears their keys before that. `ahead`: the next one is read
+    meanwhile."""
 
     def __init__(
         self,
@@ -150,7 +154,8 @@ def compute(
     spill: Spill,
     breadcrumbs: Breadcrumbs,
 ) -> Generator[Output, None, None]:
-    """One Output per sample, in order. Raises ShardError if `process` breaks its contract, and what is nobody's fault."""
+    """One Output per sample, in order. Raises ShardError if `process` breaks its contract, and what is nobody's
+    fault."""
     keys = samples.keys()
     ready: dict[str, Output] = dict(spill.read(keys)) if keys else {}
     for key, strikes in breadcrumbs.strikes.items():
@@ -253,7 +258,8 @@ def _next(outputs: Iterator[Output], stage: Stage, key: str | None) -> Output | 
 
 
 def _finished(stage: Stage, spill: Spill, output: Output, last: bool, alone: bool) -> Output:
-    """`output` with its files made, or its error, and spilled if it is the `last` of its slot. Raises what is nobody's fault.
+    """`output` with its files made, or its error, and spilled if it is the `last` of its slot. Raises what is nobody's
+    fault.
 
     `output` itself if it was not `alone` and memory ran out.
     """

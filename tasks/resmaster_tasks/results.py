@@ -1,7 +1,7 @@
 """Prefect's result storage for the stage tasks: the commit records themselves.
 
-A stage of a shard that is committed shows as Cached, in any run, on any machine, with any Prefect database: what is asked is the
-dataset. Nothing is stored beside it, so nothing can be stale: a record that is gone is no result.
+A stage of a shard that is committed shows as Cached, in any run, on any machine, with any Prefect database: what is
+asked is the dataset. Nothing is stored beside it, so nothing can be stale: a record that is gone is no result.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class CommitRecords(WritableFileSystem):
 
 
 def cache_key(stage: Stage, dataset_url: str, shard: int) -> str:
-    """Stage hash (which covers the stages before), shard, and the attempt that is committed, if the stage has nothing to do."""
+    """Stage hash (which covers the stages before), shard, and the attempt that is committed, if the stage has nothing
+    to do."""
     dataset = open_dataset(dataset_url)
     hashes = stage_hashes(dataset.config)
     key = f"{dataset.config.name}/{stage}-{hashes.get(stage, '')}/{shard:06d}"

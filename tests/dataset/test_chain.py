@@ -203,7 +203,8 @@ def test_racing_workers_make_one_supplement(dataset: Dataset) -> None:
 
 
 def test_a_build_that_comes_late_takes_what_was_mended_upstream_meanwhile(dataset: Dataset) -> None:
-    """low_res is mended under a configuration whose later stages are not committed yet: commit and supplement, one after the other."""
+    """low_res is mended under a configuration whose later stages are not committed yet: commit and supplement, one
+    after the other."""
     request_retries(dataset, stages=["low_res"])
     run_stage(
         dataset,

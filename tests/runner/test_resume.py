@@ -1,4 +1,5 @@
-"""Runs that are killed in the middle of a shard: what is kept, who is blamed, what is left behind. Real kills, stand-in stages."""
+"""Runs that are killed in the middle of a shard: what is kept, who is blamed, what is left behind. Real kills, stand-in
+stages."""
 
 import json
 import os
@@ -42,7 +43,8 @@ def dataset(tmp_path: Path) -> Dataset:
 
 
 def killed_at(prompt: str, stage: Stage, log: Path) -> Process:
-    """`stage` in slots, as low_res computes them, or sample by sample; each is logged when done; `prompt` kills the process.
+    """`stage` in slots, as low_res computes them, or sample by sample; each is logged when done; `prompt` kills the
+    process.
 
     The kill waits until what was done before is kept: what happens else is for `test_overlap` to say.
     """

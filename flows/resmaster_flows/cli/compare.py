@@ -79,7 +79,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def print_tables(found: Compared) -> None:
-    """The tables on standard output, one per scale: a line per metric, a column per method, so that terminals hold them."""
+    """The tables on standard output, one per scale: a line per metric, a column per method, so that terminals hold
+    them."""
     from resmaster_stages.evaluation.page import cell, shown
 
     out = Console()

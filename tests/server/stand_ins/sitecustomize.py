@@ -1,5 +1,6 @@
-"""Loaded by every Python process of the server tests (it is on their PYTHONPATH): the driver gets stand-ins for the stages,
-which would load models. So the real deployments, with their real entrypoints, run in real worker processes, but cheaply.
+"""Loaded by every Python process of the server tests (it is on their PYTHONPATH): the driver gets stand-ins for the
+stages, which would load models. So the real deployments, with their real entrypoints, run in real worker processes, but
+cheaply.
 """
 
 import sys
