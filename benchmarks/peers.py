@@ -1,8 +1,7 @@
-"""This engine beside another implementation of the same method: MultiDiffusion as diffusers ships it. One run, one
-model.
+"""This engine beside another implementation of the same method, MultiDiffusion as diffusers ships it, in one run.
 
-    python -m benchmarks.peers                                # Stable Diffusion's shape, channels divided by 4, on the CPU
-    python -m benchmarks.peers --shrink 1 --device cuda       # its full size
+    python -m benchmarks.peers                             # Stable Diffusion's shape, channels divided by 4, on a CPU
+    python -m benchmarks.peers --shrink 1 --device cuda    # its full size
 
 Random weights: seconds are real, pictures are noise. Both get the same views, first latents, steps, guidance, scheduler
 and decoder, so they draw the same picture, and the greatest difference of a pixel says so. They take turns; each one's

@@ -1,5 +1,4 @@
-"""Builds that are killed, stopped and failed at random, many times; every time the result must be what it is
-undisturbed.
+"""Builds that are killed, stopped and failed at random, many times; the result must be that of an undisturbed build.
 
     python -m benchmarks.soak [--minutes 10 | --rounds N] [--on folder,s3] [--processes 3] [--seed N]
 

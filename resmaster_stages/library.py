@@ -64,7 +64,8 @@ def upscale(
     captioner = captions if isinstance(captions, str) else "prompt"
     if models and name != PICTUREBOOK and captioner not in ("auto", "prompt"):
         raise ConfigError(
-            f"captions: the captioner {captioner!r} needs a model that is given by name; give one caption per view instead"
+            f"captions: the captioner {captioner!r} needs a model that is given by name; give one caption per view "
+            "instead"
         )
     base = single(name, captioner, adapter=models is not None and models.has_ip_adapter)
     known = settings.get("method", DEFAULT)

@@ -97,8 +97,8 @@ def _from_image(config: DatasetConfig, sample: Sample) -> Output:
                 if not isinstance(error.__cause__, (FileNotFoundError, KeyError)):
                     raise
                 raise SampleError(
-                    f"{sample.source}: changed since it was planned, or its detail mask is gone; run the same command again "
-                    "to plan it anew"
+                    f"{sample.source}: changed since it was planned, or its detail mask is gone; run the same command "
+                    "again to plan it anew"
                 ) from error
             _check_unchanged(sample, key, mask)
         picture = decode_image(data, sample.source)

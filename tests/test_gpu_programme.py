@@ -34,8 +34,9 @@ DRAWING = """
 import importlib
 for name in (
     "resmaster_stages.runner.compute", "resmaster_stages.methods.render", "resmaster_stages.picturebook.training.train",
-    "resmaster_stages.picturebook.training.evaluate", "benchmarks.gpu.__main__", "benchmarks.gpu.ceilings", "benchmarks.gpu.rows",
-    "benchmarks.gpu.picture", "benchmarks.gpu.truth", "benchmarks.gpu.training", "tests.conftest", "tests.test_gpu",
+    "resmaster_stages.picturebook.training.evaluate", "benchmarks.gpu.__main__", "benchmarks.gpu.ceilings",
+    "benchmarks.gpu.rows", "benchmarks.gpu.picture", "benchmarks.gpu.truth", "benchmarks.gpu.training",
+    "tests.conftest", "tests.test_gpu",
 ):
     importlib.import_module(name)
 from PIL import Image

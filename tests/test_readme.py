@@ -22,7 +22,8 @@ NOT_RUN = {
     "make demo": "downloads packages; its recipe is the `resmaster run` command below",
     "make test": "is what runs this test",
     "python3 -m venv .venv": "needs the package registry; the Makefile does the same before any test",
-    ".venv/bin/pip install -c constraints.txt -e '.[dev]'": "needs the package registry; the Makefile does the same before any test",
+    ".venv/bin/pip install -c constraints.txt -e '.[dev]'": "needs the package registry; the Makefile does the same "
+    "before any test",
     ".venv/bin/python -m pytest": "is what runs this test",
     "resmaster run deployments/datasets/sdxl-4k.yaml --prompts my-prompts.txt --root s3://bucket/datasets": "needs "
     "a GPU, SDXL and a bucket; the command line and the configuration are checked",

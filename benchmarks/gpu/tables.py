@@ -207,7 +207,8 @@ def markdown(content: dict[str, Any]) -> str:
     """All tables of one report, headed by what was measured on what, when and how."""
     about = content["about"]
     lines = [
-        f"{about.get('device', 'No device')}, torch {about.get('torch')}, {about.get('date')}: `{about.get('command')}`",
+        f"{about.get('device', 'No device')}, torch {about.get('torch')}, {about.get('date')}: "
+        f"`{about.get('command')}`",
         "",
     ]
     if about.get("rehearsal"):

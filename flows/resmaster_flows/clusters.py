@@ -41,7 +41,8 @@ def check(executor: Executor) -> str:
     """The cluster's address. Raises UserError if the extra, the address or the Prefect server is missing."""
     if importlib.util.find_spec(f"prefect_{executor}") is None:
         raise UserError(
-            f"executor {executor} needs prefect-{executor}; install it with: pip install 'resmaster-pipeline[{executor}]'"
+            f"executor {executor} needs prefect-{executor}; install it with: pip install "
+            f"'resmaster-pipeline[{executor}]'"
         )
     address = os.environ.get(ADDRESSES[executor], "").strip()
     if not address:

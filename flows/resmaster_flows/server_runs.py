@@ -53,8 +53,8 @@ def start_temporary_server() -> None:
     """
     if not get_current_settings().server.ephemeral.enabled:
         raise UserError(
-            "no Prefect server is configured, and Prefect's settings allow no temporary one: set PREFECT_API_URL (make up "
-            "starts a server), or PREFECT_SERVER_ALLOW_EPHEMERAL_MODE=true"
+            "no Prefect server is configured, and Prefect's settings allow no temporary one: set PREFECT_API_URL "
+            "(make up starts a server), or PREFECT_SERVER_ALLOW_EPHEMERAL_MODE=true"
         )
     for _ in range(TEMPORARY_SERVER_STARTS):
         server = SubprocessASGIServer()
@@ -65,8 +65,8 @@ def start_temporary_server() -> None:
         else:
             return
     raise ConnectionError(
-        f"a temporary Prefect server did not answer, {TEMPORARY_SERVER_STARTS} times; try again when this machine is less "
-        "busy, or start one that stays: make up"
+        f"a temporary Prefect server did not answer, {TEMPORARY_SERVER_STARTS} times; try again when this machine is "
+        "less busy, or start one that stays: make up"
     )
 
 
@@ -107,8 +107,8 @@ class ServerRuns:
                 client.read_deployment_by_name(self.deployment)
             except ObjectNotFound:
                 raise UserError(
-                    f"{api}: has no deployment {self.deployment}; make it with: make deploy (or unset PREFECT_API_URL to "
-                    "do the work in this process)"
+                    f"{api}: has no deployment {self.deployment}; make it with: make deploy (or unset PREFECT_API_URL "
+                    "to do the work in this process)"
                 ) from None
         self._dataset_url = dataset_url
         self._stages = stages

@@ -119,7 +119,7 @@ def preflight(models: Models, limit: int | None, grid: Grid, branches: int) -> l
     lines = [f"{grid.height_px} x {grid.width_px} px in {len(grid)} views: {need.sentence(views, name, limit is None)}"]
     if models.vae.dtype == torch.float16 and models.vae.config.force_upcast:
         lines.append(
-            "the VAE overflows in float16 and computes in float32, several times slower; set model.vae to one that is safe, such as "
-            "madebyollin/sdxl-vae-fp16-fix for SDXL"
+            "the VAE overflows in float16 and computes in float32, several times slower; set model.vae to one that is "
+            "safe, such as madebyollin/sdxl-vae-fp16-fix for SDXL"
         )
     return lines

@@ -83,7 +83,8 @@ def make_schedule(scheduler_config: Mapping[str, Any], count: int) -> tuple[Step
     prediction_type = str(config.get("prediction_type", "epsilon"))
     if "beta_start" not in config and config.get("trained_betas") is None:
         raise ConfigError(
-            f"{name}: not a variance-preserving scheduler (no betas); use an SDXL or Stable Diffusion model with a DDIM or Euler one"
+            f"{name}: not a variance-preserving scheduler (no betas); use an SDXL or Stable Diffusion model with a "
+            "DDIM or Euler one"
         )
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ConfigError(f"{name}: prediction_type {prediction_type!r} is not supported; use epsilon or v_prediction")

@@ -49,8 +49,8 @@ def can_compile(device: torch.device) -> bool:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         emit(
             Note(
-                f"model.compile: nothing can be compiled for {device} here ({reason[:200]}); the model runs uncompiled, more slowly. "
-                "Install a C compiler (and on CUDA Triton), or set model.compile: off"
+                f"model.compile: nothing can be compiled for {device} here ({reason[:200]}); the model runs "
+                "uncompiled, more slowly. Install a C compiler (and on CUDA Triton), or set model.compile: off"
             )
         )
         return False
@@ -102,12 +102,13 @@ def require_fp8(device: torch.device, compiled: bool) -> None:
     """Raises ConfigError unless 8-bit linear layers can run on `device`, and faster than without."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError(
-            f"model.quantise: fp8 needs a CUDA device of compute capability 8.9 (Ada, Hopper) or later, and {device} is none; "
-            "set model.quantise: none"
+            f"model.quantise: fp8 needs a CUDA device of compute capability 8.9 (Ada, Hopper) or later, and {device} "
+            "is none; set model.quantise: none"
         )
     if not compiled:
         raise ConfigError(
-            "model.quantise: fp8 is slower than float16 unless it is compiled; set model.compile: blocks, or model.quantise: none"
+            "model.quantise: fp8 is slower than float16 unless it is compiled; set model.compile: blocks, or "
+            "model.quantise: none"
         )
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError(

@@ -60,7 +60,8 @@ _THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL | re.IGNORECASE)
 _LEAD = re.compile(
     r"""^(?:
         (?:sure|certainly|of\ course|okay|here\ is|here's|caption|description|answer)\b[^:.!]{0,60}[:!]\s*
-      | (?:in\ )?(?:this|the|an?)\ (?:image\ patch|image|picture|photo|photograph|patch|crop|scene|close-up\ image)\s*,?\s*
+      | (?:in\ )?(?:this|the|an?)
+        \ (?:image\ patch|image|picture|photo|photograph|patch|crop|scene|close-up\ image)\s*,?\s*
         (?:(?:that|which)\ )?
         (?:(?:clearly|mainly|mostly|prominently)\ )?
         (?:shows?|depicts?|displays?|features?|portrays?|presents?|captures?|contains?|showcases?|consists?\ of
@@ -136,8 +137,8 @@ def token_counter(model: ModelConfig) -> TokenCounter:
         )
     except Exception as error:
         raise ConfigError(
-            f"model {model.id!r}: its tokenizer cannot be loaded ({_first_line(error)}); give a folder in diffusers format "
-            "or a hub id that is in the local cache"
+            f"model {model.id!r}: its tokenizer cannot be loaded ({_first_line(error)}); give a folder in diffusers "
+            "format or a hub id that is in the local cache"
         ) from None
 
     def count(text: str) -> int:
@@ -389,8 +390,9 @@ def _load_local(config: CaptionsConfig, device: str) -> LocalCaptioner:
         model.to(device).eval()
     except Exception as error:  # loaders raise whatever their parts raise; the user's remedy is the same
         raise ConfigError(
-            f"captions.model {config.model!r} cannot be loaded ({_first_line(error)}); give `picturebook`, a folder or hub id "
-            "of a Transformers image-text-to-text model with safetensors weights, or captions.source: server or prompt"
+            f"captions.model {config.model!r} cannot be loaded ({_first_line(error)}); give `picturebook`, a folder "
+            "or hub id of a Transformers image-text-to-text model with safetensors weights, or captions.source: "
+            "server or prompt"
         ) from None
     revision = config.revision or getattr(model.config, "_commit_hash", None) or ""
     if embedded:

@@ -32,7 +32,8 @@ def native_px(model: ModelConfig) -> int:
     size = unet.get("sample_size")
     if not isinstance(size, int):
         raise ConfigError(
-            f"model {model.id!r}: unet/config.json has no whole number `sample_size`; use an SDXL or Stable Diffusion model"
+            f"model {model.id!r}: unet/config.json has no whole number `sample_size`; use an SDXL or Stable Diffusion "
+            "model"
         )
     return size * latent_factor(model)
 
@@ -43,7 +44,8 @@ def latent_factor(model: ModelConfig) -> int:
     channels = vae.get("block_out_channels")
     if not isinstance(channels, list) or not channels:
         raise ConfigError(
-            f"model {model.id!r}: vae/config.json has no list `block_out_channels`; use an SDXL or Stable Diffusion model"
+            f"model {model.id!r}: vae/config.json has no list `block_out_channels`; use an SDXL or Stable Diffusion "
+            "model"
         )
     return 2 ** (len(channels) - 1)
 

@@ -128,7 +128,8 @@ def network_file(config: NetworkFile) -> Path:
         return path.resolve()
     if config.weight_name is None:
         raise ConfigError(
-            f"upscale.model: {config.model} is no file; give picturebook, a file of weights, or a hub id and weight_name"
+            f"upscale.model: {config.model} is no file; give picturebook, a file of weights, or a hub id and "
+            "weight_name"
         )
     import huggingface_hub
 

@@ -81,8 +81,8 @@ def _explained(model_id: str, what: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(
-            f"model {model_id}: cannot load {what} ({reason[:200].rstrip('.')}); check the name, give a folder with safetensors, "
-            "or set HF_HOME to a cache that has it"
+            f"model {model_id}: cannot load {what} ({reason[:200].rstrip('.')}); check the name, give a folder with "
+            "safetensors, or set HF_HOME to a cache that has it"
         ) from error
 
 

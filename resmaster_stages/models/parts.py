@@ -95,7 +95,8 @@ class Models:
         second = getattr(pipe, "text_encoder_2", None)
         if unet is None or unet.config.addition_embed_type != ("text_time" if second else None):
             raise ConfigError(
-                f"model {identity}: {type(pipe).__name__} is neither SDXL nor Stable Diffusion; give a base model of theirs"
+                f"model {identity}: {type(pipe).__name__} is neither SDXL nor Stable Diffusion; give a base model of "
+                "theirs"
             )
         if encoder is None:
             raise ConfigError(

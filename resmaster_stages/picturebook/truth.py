@@ -34,7 +34,8 @@ def true_scene(prompt: str, width: float, replica: int = 0) -> scenes.Scene:
         )
     if len(wanted) > MOST_OBJECTS:
         raise ConfigError(
-            f"picturebook's drawings: the prompt {prompt[:60]!r} names {len(wanted)} objects; its scenes hold {MOST_OBJECTS}"
+            f"picturebook's drawings: the prompt {prompt[:60]!r} names {len(wanted)} objects; its scenes hold "
+            f"{MOST_OBJECTS}"
         )
     seed = int(digest([prompt, replica])[:12], 16)
     return scenes.scene_of(seed, width, ground, sky, wanted)

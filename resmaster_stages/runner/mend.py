@@ -30,8 +30,8 @@ def mend(work: Work, chain: Chain, receipt: Receipt) -> None:
     with computed(work, chain, keys, receipt.supplement, receipt.attempt) as made:
         if {key for key, _ in made.failures} != keys & failed:
             raise ShardError(
-                f"{stage} of shard {shard:06d}: other samples fail now than when it was committed; nothing was put back\n"
-                f"{first_errors(made.failures)}"
+                f"{stage} of shard {shard:06d}: other samples fail now than when it was committed; nothing was put "
+                f"back\n{first_errors(made.failures)}"
             )
         files = dict(made.files)
         for stored in receipt.objects:
@@ -51,7 +51,7 @@ def _differs(dataset: Dataset, receipt: Receipt, stored: StoredObject) -> str:
     where = facts.get("gpu") or facts.get("host") or "another machine"
     torch = facts.get("versions", {}).get("torch", "of an unknown version")
     return (
-        f"{stored.name} came out with other bytes than its commit recorded ({where}, torch {torch}); nothing was put back. "
-        f"Repair it on such a machine, or accept new bytes for these shards and all that was made from them with: "
-        f"resmaster repair {dataset.url} --replace"
+        f"{stored.name} came out with other bytes than its commit recorded ({where}, torch {torch}); nothing was put "
+        f"back. Repair it on such a machine, or accept new bytes for these shards and all that was made from them "
+        f"with: resmaster repair {dataset.url} --replace"
     )

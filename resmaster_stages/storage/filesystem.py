@@ -78,8 +78,10 @@ def explained(place: str) -> Iterator[None]:
         raise
     except Exception as error:
         if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
-            message = f"no usable credentials ({one_line(error)}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile"
-            raise UserError(f"{without_credentials(place)}: {message}") from error
+            raise UserError(
+                f"{without_credentials(place)}: no usable credentials ({one_line(error)}); set AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY or a profile"
+            ) from error
         if type(error).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp"):
             message = f"cannot be reached ({one_line(error)}); check the network and AWS_ENDPOINT_URL"
             raise ConnectionError(f"{without_credentials(place)}: {message}") from error

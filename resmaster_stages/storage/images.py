@@ -96,7 +96,8 @@ def _undecodable(name: str, error: Exception) -> SampleError:
     """Decoders raise whatever their parts raise (struct.error, KeyError, ...); for the sample it is all the same."""
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return SampleError(
-            f"{name}: the image has too many pixels (more than {Image.MAX_IMAGE_PIXELS:,}); scale it down, or leave it out"
+            f"{name}: the image has too many pixels (more than {Image.MAX_IMAGE_PIXELS:,}); scale it down, or leave "
+            "it out"
         )
     return SampleError(f"{name}: not a readable PNG, JPEG or WebP image ({error})")
 

@@ -16,8 +16,8 @@ from resmaster_stages.config.dataset import STAGES
 
 HELP = "do only what is missing, failed or damaged"
 DESCRIPTION = (
-    "Re-run what is not committed: failed, interrupted or deleted shards; and put back what `verify` found damaged, with "
-    "the same bytes. Committed shards that are whole are left alone."
+    "Re-run what is not committed: failed, interrupted or deleted shards; and put back what `verify` found damaged, "
+    "with the same bytes. Committed shards that are whole are left alone."
 )
 
 
@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--retry-errors",
         action="store_true",
-        help="give the failed samples of committed shards another attempt; what becomes good is added in shards of its own",
+        help="give the failed samples of committed shards another attempt; what becomes good is added in shards of "
+        "its own",
     )
     parser.add_argument(
         "--replace",

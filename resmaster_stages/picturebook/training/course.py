@@ -95,8 +95,9 @@ class Course:
         missing = [name for name in (*needed, "step", "elapsed", "stopping_since") if name not in state]
         if missing:
             raise SystemExit(
-                f"{self.checkpoint} cannot be trained further: it has no {' and no '.join(missing)} (an earlier version wrote "
-                "it, or it came finished from a pack). Move it away to train this stage anew, or leave this stage out."
+                f"{self.checkpoint} cannot be trained further: it has no {' and no '.join(missing)} (an earlier "
+                "version wrote it, or it came finished from a pack). Move it away to train this stage anew, or leave "
+                "this stage out."
             )
         self.step, self.elapsed, self.stopping_since = state["step"], state["elapsed"], state["stopping_since"]
         return state
