@@ -3,14 +3,14 @@
     python benchmarks/methods.py                                      # picturebook on the CPU, 2x and 4x
     python benchmarks/methods.py --model sdxl --device cuda --flops   # an SDXL with random weights, 2048 and 4096 px
 
-`sdxl` needs no download: the UNet and the VAE are SDXL's in shape, with random weights, so seconds and memory are real and
-pictures are noise; its text encoders are one layer each. `--shrink` divides its channels.
+`sdxl` needs no download: the UNet and the VAE are SDXL's in shape, with random weights, so seconds and memory are real
+and pictures are noise; its text encoders are one layer each. `--shrink` divides its channels.
 
-Columns: seconds of one picture (of a warm process, decoding included); on CPUs, seconds of processor time too, which other
-programs on the machine disturb less; the UNet's share of them; UNet calls; rows through the UNet in native views; peak
-memory (CUDA: allocated; Linux: resident, of the whole process with its models). With `--flops` every picture is made once
-more to count its operations, and the rate stands beside that of a plain matrix product on the same device. With `--parts` a
-second table says where the rest goes: VAE, text and image encoders, and what is none of these.
+Columns: seconds of one picture (of a warm process, decoding included); on CPUs, seconds of processor time too, which
+other programs on the machine disturb less; the UNet's share of them; UNet calls; rows through the UNet in native views;
+peak memory (CUDA: allocated; Linux: resident, of the whole process with its models). With `--flops` every picture is
+made once more to count its operations, and the rate stands beside that of a plain matrix product on the same device.
+With `--parts` a second table says where the rest goes: VAE, text and image encoders, and what is none of these.
 
 A method may be written with a preset, as `resmaster:exact`.
 """

@@ -2,8 +2,8 @@
 
     python benchmarks/overhead.py deployments/datasets/picturebook.yaml [--limit N]
 
-Builds the dataset in a temporary folder, in this process, and prints where the wall time went. "Model compute" is the time
-inside the stages' `process` generators (models, image codecs, metrics); the rest is what the pipeline adds.
+Builds the dataset in a temporary folder, in this process, and prints where the wall time went. "Model compute" is the
+time inside the stages' `process` generators (models, image codecs, metrics); the rest is what the pipeline adds.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""This engine beside another implementation of the same method: MultiDiffusion as diffusers ships it. One run, one model.
+"""This engine beside another implementation of the same method, MultiDiffusion as diffusers ships it, in one run.
 
-    python -m benchmarks.peers                                # Stable Diffusion's shape, channels divided by 4, on the CPU
-    python -m benchmarks.peers --shrink 1 --device cuda       # its full size
+    python -m benchmarks.peers                             # Stable Diffusion's shape, channels divided by 4, on a CPU
+    python -m benchmarks.peers --shrink 1 --device cuda    # its full size
 
-Random weights: seconds are real, pictures are noise. Both get the same views, first latents, steps, guidance, scheduler and decoder,
-so they draw the same picture, and the greatest difference of a pixel says so. They take turns; each one's fastest of `--rounds` counts.
+Random weights: seconds are real, pictures are noise. Both get the same views, first latents, steps, guidance, scheduler
+and decoder, so they draw the same picture, and the greatest difference of a pixel says so. They take turns; each one's
+fastest of `--rounds` counts.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ class Contender:
 
 
 def contenders(pipe: StableDiffusionPipeline, scale: float, steps: int, view_batch: int) -> list[Contender]:
-    """Both implementations, set to draw the same picture; theirs also with all views of a step in as few calls as ours."""
+    """Both implementations, set to draw the same picture; theirs also with all views of a step in as few calls as
+    ours."""
     models = Models.from_pipeline(pipe)
     native = models.geometry.native_px
     config = MultiDiffusion(

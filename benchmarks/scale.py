@@ -2,10 +2,10 @@
 
     python -m benchmarks.scale [--shards 100,1000,10000] [--samples 100] [--s3] [--steps plan,commit,...] [--json FILE]
 
-Builds datasets of null outputs (tiny objects, no model) of growing numbers of shards, in a temporary folder or on a local S3
-server (--s3), with the pipeline's own functions. Each step runs in a process of its own, so that its peak memory is its own.
-Requests are S3 calls; in a folder, what is opened, listed, linked, renamed or removed. Last come the ratios between the
-largest size and the smallest: 1.0 times the ratio of shards is linear.
+Builds datasets of null outputs (tiny objects, no model) of growing numbers of shards, in a temporary folder or on a
+local S3 server (--s3), with the pipeline's own functions. Each step runs in a process of its own, so that its peak
+memory is its own. Requests are S3 calls; in a folder, what is opened, listed, linked, renamed or removed. Last come the
+ratios between the largest size and the smallest: 1.0 times the ratio of shards is linear.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def commit(folder: Path, root: str, samples: int) -> None:
 
 
 def fill(folder: Path, root: str, samples: int) -> None:
-    """All commits at once, with objects of a few bytes and true records: what readers of a large dataset need, in minutes."""
+    """All commits at once, with objects of a few bytes and true records: what readers of a large dataset need, in
+    minutes."""
     from resmaster_stages.dataset import layout
     from resmaster_stages.dataset.commit import new_attempt
     from resmaster_stages.dataset.schemas import quality_schema
@@ -222,7 +223,8 @@ STEPS: dict[str, Callable[[Path, str, int], None]] = {
     "gc": gc,
     "report": report,
 }
-"""What is measured, in order. Either `commit` (by default) or `fill` makes what the others read; `report` needs real tars."""
+"""What is measured, in order. Either `commit` (by default) or `fill` makes what the others read; `report` needs real
+tars."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Builds that are killed, stopped and failed at random, many times; every time the result must be what it is undisturbed.
+"""Builds that are killed, stopped and failed at random, many times; the result must be that of an undisturbed build.
 
     python -m benchmarks.soak [--minutes 10 | --rounds N] [--on folder,s3] [--processes 3] [--seed N]
 
@@ -79,7 +79,8 @@ def config_of(root: str) -> DatasetConfig:
 
 
 def build(root: str, seed: int, tally: Any) -> None:
-    """One worker: plans, then does what is pending in random order until nothing is. `tally` counts its faults; None: in peace."""
+    """One worker: plans, then does what is pending in random order until nothing is. `tally` counts its faults; None:
+    in peace."""
     chance = random.Random(seed)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if tally is not None:

@@ -1,18 +1,20 @@
-"""Which part of a method falls short: scenes whose true enlargement is known, enlarged with parts exchanged for the truth.
+"""Which part of a method falls short: scenes whose true enlargement is known, enlarged with parts exchanged for the
+truth.
 
     python benchmarks/true_scenes.py                       # 24 scenes, 128 to 512 px, the default rows
     python benchmarks/true_scenes.py --n 8 --methods lanczos,resmaster,resmaster@true,resmaster-tip
 
-A scene of the picturebook's world is drawn at 128 px, enlarged, and held against the same scene drawn at 512 px. Methods are
-written as for `resmaster compare`; `@true` behind one gives every view a true sentence of what it shows, in place of the captioner's.
-The low-res images are true, so the low-res model plays no part; true captions take the captioner away; the row of the VAE takes all
-but the VAE away. What is left is the UNet's and the method's share. *Details redrawn* is the same scene with other leaves, stones and
-bricks: what a picture gets whose detail is right in kind and wrong in place. *Seam* looks at the borders of the row's own views. Finished
-images are kept under --out: the same command goes on where it was stopped; other weights have a folder of their own. Needs `resvg_py`
-(the extra `train`).
+A scene of the picturebook's world is drawn at 128 px, enlarged, and held against the same scene drawn at 512 px.
+Methods are written as for `resmaster compare`; `@true` behind one gives every view a true sentence of what it shows, in
+place of the captioner's. The low-res images are true, so the low-res model plays no part; true captions take the
+captioner away; the row of the VAE takes all but the VAE away. What is left is the UNet's and the method's share.
+*Details redrawn* is the same scene with other leaves, stones and bricks: what a picture gets whose detail is right in
+kind and wrong in place. *Seam* looks at the borders of the row's own views. Finished images are kept under --out: the
+same command goes on where it was stopped; other weights have a folder of their own. Needs `resvg_py` (the extra
+`train`).
 
-Cells: means over the scenes, `±` one standard error; *against the first*: the difference of distances, scene by scene; *FID
-against the first*: the difference, its standard error by leaving out one scene at a time.
+Cells: means over the scenes, `±` one standard error; *against the first*: the difference of distances, scene by scene;
+*FID against the first*: the difference, its standard error by leaving out one scene at a time.
 """
 
 from __future__ import annotations

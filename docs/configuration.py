@@ -54,8 +54,8 @@ HEAD = f"""\
 # Configuration
 
 A dataset is described by one YAML file. Only `name` and one of `prompts` and `images` are needed. The last two can
-also be given to the command (`resmaster run CONFIG --prompts FILE`). Every other key has a default. An unknown key is an
-error that lists the known ones.
+also be given to the command (`resmaster run CONFIG --prompts FILE`). Every other key has a default. An unknown key is
+an error that lists the known ones.
 
 ```yaml
 {EXAMPLE}```

@@ -1,6 +1,7 @@
 """The work itself: prompts -> low-resolution images -> patch captions -> high-resolution images -> quality.
 
-This package knows nothing about Prefect: every stage is a plain function over one shard and can be called from a script.
+This package knows nothing about Prefect: every stage is a plain function over one shard and can be called from a
+script.
 
 The functions below are for scripts and notebooks (docs/library.md). They are imported when they are used, so that the
 import of the package stays light.

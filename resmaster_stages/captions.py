@@ -1,14 +1,17 @@
 """Stage 3: low-res image -> one row per patch of the target canvas, with a caption (ResMaster's enhanced text prompts).
 
 A patch is a crop of the reference B^L, the low-res image up-scaled bicubically to the target size, so a captioner sees
-exactly the part of the picture that the upscaler will redraw. Knows nothing about storage or about how captions are used.
+exactly the part of the picture that the upscaler will redraw. Knows nothing about storage or about how captions are
+used.
 
 Invariants:
 - Boxes are half-open, in target px, in the order y0, x0, y1, x1; rows come in row-major order of the grid.
 - A row depends on its own sample only: batches never mix samples, so a neighbour that fails changes nothing.
-- Where nothing can be said (a patch without detail, an empty answer) the row holds the global prompt, and `status` says so.
-- Where there is a CLIP model every caption is checked: one that fits clearly worse than a neighbour's gives way to it, with
-  status `replaced`. The global prompt never takes its place: it names what other patches show, which would be drawn again.
+- Where nothing can be said (a patch without detail, an empty answer) the row holds the global prompt, and `status` says
+  so.
+- Where there is a CLIP model every caption is checked: one that fits clearly worse than a neighbour's gives way to it,
+  with status `replaced`. The global prompt never takes its place: it names what other patches show, which would be
+  drawn again.
 - A caption has at most 75 tokens; `truncated` says if it had more.
 """
 
@@ -47,7 +50,8 @@ MAX_STYLE_TOKENS = 40
 def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
     """One Output per sample, in order; its rows are the captions table without the key.
 
-    Raises ConfigError if the captioner, the tokenizer or the CLIP model cannot be loaded; a sample's own trouble is its Output's error.
+    Raises ConfigError if the captioner, the tokenizer or the CLIP model cannot be loaded; a sample's own trouble is its
+    Output's error.
     """
     writer = load_writer(config)
     geometry, scale = geometry_of(config.model), config.upscale.way()[0].scale
@@ -91,7 +95,8 @@ def load_writer(config: DatasetConfig) -> Writer:
 
 
 def style_suffix(style: str, count: TokenCounter) -> str:
-    """`style` as it follows a caption: ", oil painting", or "". Raises ConfigError if it leaves no room for the caption."""
+    """`style` as it follows a caption: ", oil painting", or "". Raises ConfigError if it leaves no room for the
+    caption."""
     words = " ".join(style.split()).strip(" ,")
     if not words:
         return ""
@@ -146,7 +151,8 @@ def caption_rows(image: Image.Image, prompt: str, grid: Grid, writer: Writer) ->
 
 
 def _answers(crops: Sequence[Image.Image], captioner: Captioner, config: CaptionsConfig) -> dict[int, str]:
-    """What the captioner says, as it came, by number of the crop; crops with less than `min_detail` are not shown to it."""
+    """What the captioner says, as it came, by number of the crop; crops with less than `min_detail` are not shown to
+    it."""
     asked = [
         number
         for number, crop in enumerate(crops)

@@ -49,14 +49,14 @@ def upscale(
     """`image`, a file or a PIL image of any size, re-imagined at `scale` (4) times its size, in RGB.
 
     model: `picturebook` (the embedded model, for its own small world), a hub id such as
-    `stabilityai/stable-diffusion-xl-base-1.0`, a folder, a diffusers pipeline that you have loaded, or what `load_models`
-    gave. captions: one per view, row-major; or, for a model that is given by name, a captioner that writes them
-    (`picturebook`, a hub id, a folder); `prompt`: all views have the prompt; `auto`: picturebook has its own captioner,
-    other models have the prompt. settings: keys of the part `upscale` of a configuration (docs/configuration.md), such as
-    scale, method, preset, steps.
+    `stabilityai/stable-diffusion-xl-base-1.0`, a folder, a diffusers pipeline that you have loaded, or what
+    `load_models` gave. captions: one per view, row-major; or, for a model that is given by name, a captioner that
+    writes them (`picturebook`, a hub id, a folder); `prompt`: all views have the prompt; `auto`: picturebook has its
+    own captioner, other models have the prompt. settings: keys of the part `upscale` of a configuration
+    (docs/configuration.md), such as scale, method, preset, steps.
 
-    Raises UserError, in one line that says what to do (no such image, an unknown setting, a model that cannot be loaded),
-    and SampleError if the model produced nothing that can be seen.
+    Raises UserError, in one line that says what to do (no such image, an unknown setting, a model that cannot be
+    loaded), and SampleError if the model produced nothing that can be seen.
     """
     picture = open_image(image)
     models = None if isinstance(model, str | Path) else as_models(model)
@@ -64,7 +64,8 @@ def upscale(
     captioner = captions if isinstance(captions, str) else "prompt"
     if models and name != PICTUREBOOK and captioner not in ("auto", "prompt"):
         raise ConfigError(
-            f"captions: the captioner {captioner!r} needs a model that is given by name; give one caption per view instead"
+            f"captions: the captioner {captioner!r} needs a model that is given by name; give one caption per view "
+            "instead"
         )
     base = single(name, captioner, adapter=models is not None and models.base.image_adapter is not None)
     known = settings.get("method", DEFAULT)
@@ -83,8 +84,8 @@ def generate(
 ) -> list[Image.Image]:
     """An image of the model's native size for each prompt; the seeds are `seed`, `seed` + 1 and so on.
 
-    model: as of `upscale`. settings: keys of the part `low_res` of a configuration, such as steps, guidance_scale, height.
-    Raises UserError for bad input, and SampleError for a prompt from which no image can be made.
+    model: as of `upscale`. settings: keys of the part `low_res` of a configuration, such as steps, guidance_scale,
+    height. Raises UserError for bad input, and SampleError for a prompt from which no image can be made.
     """
     from resmaster_stages.methods.generate import generate as images_of
 
@@ -115,9 +116,9 @@ def measure(
 ) -> dict[str, Any]:
     """The metrics of an image and its enlargement, by name, with the flags that the default thresholds raise.
 
-    model: hub id or folder of the model that enlarged; its native size says where view borders are looked at. clip: a CLIP
-    model for the CLIP score of `prompt`; None leaves the score out (docs/evaluation-protocol.md says what they mean).
-    Raises UserError.
+    model: hub id or folder of the model that enlarged; its native size says where view borders are looked at. clip: a
+    CLIP model for the CLIP score of `prompt`; None leaves the score out (docs/evaluation-protocol.md says what they
+    mean). Raises UserError.
     """
     from resmaster_stages.diffusion.views import view_grid
     from resmaster_stages.metrics.flags import flags
@@ -140,9 +141,9 @@ def measure(
 def read_samples(dataset: Dataset) -> Iterator[tuple[Sample, dict[str, Any]]]:
     """The finished samples of a dataset, in the plan's order, each with its row of the quality table.
 
-    `sample.low_res.open()` and `sample.high_res.open()` are PIL images; `sample.captions` are rows of the captions table.
-    Every object is checked against its commit record. Raises PlanError if there is no plan yet, ShardError if an object is
-    gone or damaged.
+    `sample.low_res.open()` and `sample.high_res.open()` are PIL images; `sample.captions` are rows of the captions
+    table. Every object is checked against its commit record. Raises PlanError if there is no plan yet, ShardError if an
+    object is gone or damaged.
     """
     from resmaster_stages.dataset.reading import shard_samples
 
@@ -164,8 +165,8 @@ def upscale_as_configured(
 ) -> Image.Image:
     """`image` enlarged by `config.upscale`, with the captions that the configuration's captioner writes.
 
-    models: None loads those of `config.model`. captions: one per view; None asks the captioner. detail: a mask of where more
-    detail is drawn. Raises UserError and SampleError.
+    models: None loads those of `config.model`. captions: one per view; None asks the captioner. detail: a mask of where
+    more detail is drawn. Raises UserError and SampleError.
     """
     from resmaster_stages.diffusion.views import target_size
     from resmaster_stages.high_res import caption_views

@@ -4,7 +4,8 @@ Knows nothing about storage beyond reading one image by its source. Torch is imp
 
 Invariants:
 - Exactly one Output per sample, in order; what goes wrong with one sample is its Output's error.
-- Pictures are generated in fixed slots of `batch_size`: a failing sample keeps its place, so its neighbours' bytes stay.
+- Pictures are generated in fixed slots of `batch_size`: a failing sample keeps its place, so its neighbours' bytes
+  stay.
 - Low-res pictures are stored without loss, and beside them the sample's detail mask if it has one.
 - A prompt's picture does not depend on its mask: it is what the mask is drawn for.
 """
@@ -96,8 +97,8 @@ def _from_image(config: DatasetConfig, sample: Sample) -> Output:
                 if not isinstance(error.__cause__, (FileNotFoundError, KeyError)):
                     raise
                 raise SampleError(
-                    f"{sample.source}: changed since it was planned, or its detail mask is gone; run the same command again "
-                    "to plan it anew"
+                    f"{sample.source}: changed since it was planned, or its detail mask is gone; run the same command "
+                    "again to plan it anew"
                 ) from error
             _check_unchanged(sample, key, mask)
         picture = decode_image(data, sample.source)

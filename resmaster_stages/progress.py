@@ -1,4 +1,5 @@
-"""Where a stage says how far it is: in events. Knows nothing about terminals or servers: listeners are plugged in from above.
+"""Where a stage says how far it is: in events. Knows nothing about terminals or servers: listeners are plugged in from
+above.
 
 The listeners are a context variable, so that neither stages nor tasks carry them through their arguments.
 """
@@ -67,7 +68,8 @@ class Note(Event):
 
 
 Listener = Callable[[Event], None]
-"""Hears what happens. Called often (per sample, per denoising step): it must be cheap, and ignore events that it does not know."""
+"""Hears what happens. Called often (per sample, per denoising step): it must be cheap, and ignore events that it does
+not know."""
 
 _listeners: ContextVar[tuple[Listener, ...]] = ContextVar("listeners", default=())
 

@@ -1,11 +1,12 @@
 """Stage 1: prompts, or the user's own images, become an immutable plan of samples.
 
-Reads .txt (one prompt per line), .csv, .jsonl and .parquet (column `prompt`, optional `negative_prompt` and `detail_mask`), and
-images with what lies beside them.
+Reads .txt (one prompt per line), .csv, .jsonl and .parquet (column `prompt`, optional `negative_prompt` and
+`detail_mask`), and images with what lies beside them.
 Knows nothing about what is made of them.
 
 Invariants:
-- A file that cannot be read at all is a UserError that names file and line; a single bad prompt is rejected with a reason.
+- A file that cannot be read at all is a UserError that names file and line; a single bad prompt is rejected with a
+  reason.
 - The same prompts give the same keys in the same order, whatever was planned before; what is planned stays planned.
 """
 

@@ -1,7 +1,7 @@
 """What may be shown, logged or stored of a text that came from elsewhere: no credential, no control character.
 
-Knows nothing about who asks. The last line of defence: credentials belong in the environment, and a configuration that holds
-one is refused (`holds_credentials`) before any of this is needed.
+Knows nothing about who asks. The last line of defence: credentials belong in the environment, and a configuration that
+holds one is refused (`holds_credentials`) before any of this is needed.
 
 Invariant: cutting is idempotent, and a text without credentials and control characters stays what it is.
 """
@@ -68,7 +68,8 @@ def one_line(error: object) -> str:
 
 @contextmanager
 def no_secrets_in_errors() -> Iterator[None]:
-    """An error whose message holds a credential leaves the block without it: of its class if it is ours, else RuntimeError."""
+    """An error whose message holds a credential leaves the block without it: of its class if it is ours, else
+    RuntimeError."""
     try:
         yield
     except Exception as error:

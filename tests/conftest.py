@@ -21,7 +21,8 @@ import hypothesis
 from resmaster_stages.storage.filesystem import Folder, open_root
 from tests.s3_server import S3Server, serving, weed
 
-# The result is the code's alone: not of the machine's speed, nor of chance. `--hypothesis-profile default` looks elsewhere.
+# The result is the code's alone: not of the machine's speed, nor of chance. `--hypothesis-profile default` looks
+# elsewhere.
 hypothesis.settings.register_profile(
     "same everywhere", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -30,7 +31,8 @@ hypothesis.settings.load_profile("same everywhere")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several test processes (`--dist loadfile`), the tests of the one Prefect server stay together like those of a file."""
+    """With several test processes (`--dist loadfile`), the tests of the one Prefect server stay together like those of
+    a file."""
     if config.getvalue("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
@@ -43,7 +45,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_unconfigure() -> None:
-    """The list of failed tests is the last thing printed: Prefect logs to the end of the process, into closed streams."""
+    """The list of failed tests is the last thing printed: Prefect logs to the end of the process, into closed
+    streams."""
     logging.disable()
 
 

@@ -17,8 +17,8 @@ SLOW_DOWN = (
     b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 )
 FAULTS = ("slow down", "reset", "time-out", "torn", "lost answer")
-"""503 SlowDown; a connection reset before the request is passed on; no answer at all; half the answer's body; a connection reset
-after the store has done what was asked."""
+"""503 SlowDown; a connection reset before the request is passed on; no answer at all; half the answer's body; a
+connection reset after the store has done what was asked."""
 
 Choose = Callable[[str, str, int], str | None]
 """(method, path, how often this request was made before) -> the fault, or None for none."""

@@ -1,6 +1,7 @@
 """A real S3 server for tests (SeaweedFS through infra/seaweedfs.sh): on free ports, in a folder of its own.
 
-The fixtures `s3_server` (one for the whole session) and `s3_root` (a fresh prefix, with the environment set) are in conftest.py.
+The fixtures `s3_server` (one for the whole session) and `s3_root` (a fresh prefix, with the environment set) are in
+conftest.py.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ def serving(folder: Path) -> Iterator[S3Server]:
 
 
 def _make_bucket(server: S3Server, process: subprocess.Popen[bytes]) -> bool:
-    """Wait until the server answers, and make the bucket, if the folder does not have it from an earlier server. False if it ended."""
+    """Wait until the server answers, and make the bucket, if the folder does not have it from an earlier server. False
+    if it ended."""
     deadline = time.monotonic() + 60
     while process.poll() is None:
         try:

@@ -149,7 +149,8 @@ def test_status_and_plan_start_without_torch_or_prefect() -> None:
         "resmaster_stages.runner.run, resmaster_stages.inspection.status, resmaster_stages.planning.preview;"
         "resmaster_flows.cli.main.parser();"
         "from resmaster_stages.config.load import parse_config; parse_config({'name': 'demo'}).model_json_schema();"
-        "heavy = {'torch', 'diffusers', 'transformers', 'scipy', 'prefect'} & set(sys.modules); sys.exit(repr(heavy) if heavy else 0)"
+        "heavy = {'torch', 'diffusers', 'transformers', 'scipy', 'prefect'} & set(sys.modules); sys.exit(repr(heavy) "
+        "if heavy else 0)"
     )
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

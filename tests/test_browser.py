@@ -1,4 +1,5 @@
-"""The report's page in a real browser: all pictures are there, its script works, and nothing is asked of the network."""
+"""The report's page in a real browser: all pictures are there, its script works, and nothing is asked of the
+network."""
 
 from collections.abc import Iterator
 from pathlib import Path

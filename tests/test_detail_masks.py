@@ -1,4 +1,5 @@
-"""Detail masks in datasets: from a column of the prompts, or beside the user's images, to the engine, sample by sample."""
+"""Detail masks in datasets: from a column of the prompts, or beside the user's images, to the engine, sample by
+sample."""
 
 import io
 import json

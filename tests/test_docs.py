@@ -1,4 +1,5 @@
-"""Every command of docs/ runs, with stand-in stages, or is listed with the reason why it does not; pictures and links exist."""
+"""Every command of docs/ runs, with stand-in stages, or is listed with the reason why it does not; pictures and links
+exist."""
 
 import json
 import os
@@ -79,8 +80,8 @@ NOT_RUN = {
             " --methods resmaster:steps=14:shift_stop=0.7,resmaster:steps=14:shift_stop=0.7:structure.preset=paper,"
             "resmaster:steps=14:shift_stop=0.7:structure.preset=paper_decay,"
             "resmaster:steps=14:shift_stop=0.7:structure.preset=lr_nyquist",
-            " --n 16 --methods resmaster:preset=exact:steps=50,resmaster:steps=25,resmaster:steps=50:stepper=ddim_implied,"
-            "resmaster:steps=25:start=0,resmaster:steps=25:shift=none,resmaster:steps=25:shift=none:stride=0.75,"
+            " --n 16 --methods resmaster:preset=exact:steps=50,resmaster:steps=25,"
+            "resmaster:steps=50:stepper=ddim_implied,resmaster:steps=25:start=0,resmaster:steps=25:shift=none,resmaster:steps=25:shift=none:stride=0.75,"
             "resmaster:steps=25:guidance_stop=1,resmaster:steps=25:start=0.5,resmaster:steps=14:shift_stop=0.7",
         )
     },
@@ -91,8 +92,8 @@ NOT_RUN = {
     },
     "methods.md": {
         "resmaster compare deployments/datasets/picturebook.yaml --n 1 --root out/strip --scales 4x4 --methods direct,"
-        "multidiffusion,resmaster,demofusion,scalecrafter,fouriscale,freescale,c_upscale,super_resolution,lanczos": "takes "
-        "minutes",
+        "multidiffusion,resmaster,demofusion,scalecrafter,fouriscale,freescale,c_upscale,super_resolution,"
+        "lanczos": "takes minutes",
     },
     "speed.md": {
         "python benchmarks/methods.py": "takes minutes",
@@ -100,17 +101,19 @@ NOT_RUN = {
         "python benchmarks/methods.py --model sdxl --device cuda --flops": "needs a GPU",
     },
     "gpu.md": {
-        "python -m benchmarks.gpu --seconds 520 --out out/gpu": "needs a GPU; tests/test_gpu_programme.py rehearses it on a CPU",
+        "python -m benchmarks.gpu --seconds 520 --out out/gpu": "needs a GPU; "
+        "tests/test_gpu_programme.py rehearses it on a CPU",
         "python -m benchmarks.gpu.tables docs/speed.md out/gpu/gpu.json": "needs a GPU's report; "
         "tests/test_gpu_programme.py runs it on a rehearsal's",
         "benchmarks/gpu_wheels.sh": "needs the package registry",
     },
     "scale.md": {
         "python -m benchmarks.scale --shards 100,1000": "takes minutes; tests/durability/test_scale.py runs it on less",
-        'python -m benchmarks.scale --shards 100,1000,10000 --steps "plan,fill,look,status,manifest,verify,gc"': "takes "
-        "minutes; tests/durability/test_scale.py runs it on less",
-        'python -m benchmarks.scale --s3 --shards 1000,10000 --samples 10 --steps "plan,fill" --keep out/scale': "takes "
-        "minutes, and a server",
+        "python -m benchmarks.scale --shards 100,1000,10000 "
+        '--steps "plan,fill,look,status,manifest,verify,gc"': "takes minutes; "
+        "tests/durability/test_scale.py runs it on less",
+        "python -m benchmarks.scale --s3 --shards 1000,10000 --samples 10 "
+        '--steps "plan,fill" --keep out/scale': "takes minutes, and a server",
         "python -m benchmarks.scale --s3 --shards 1000,10000 --samples 10 --steps "
         '"look,status,gc,manifest,verify" --keep out/scale': "takes minutes, and what the one before it built",
         "make soak MINUTES=10": "tests/durability/test_soak.py runs it for seconds",
@@ -198,7 +201,8 @@ for words in json.load(sys.stdin):
     ids=lambda page: page.name,
 )
 def test_the_commands_run(page: Path, tmp_path: Path) -> None:
-    """In order, in one folder, as a reader would, on two shards; in one process, which spares every command the start."""
+    """In order, in one folder, as a reader would, on two shards; in one process, which spares every command the
+    start."""
     shutil.copytree(ROOT / "deployments", tmp_path / "deployments")
     demo = tmp_path / "deployments" / "datasets" / "picturebook.yaml"
     demo.write_text(demo.read_text() + "\nlimit: 8\n")

@@ -1,4 +1,5 @@
-"""What only a CUDA device can show: its pictures are the CPU's, its compiled and 8-bit layers compute what the plain ones do."""
+"""What only a CUDA device can show: its pictures are the CPU's, its compiled and 8-bit layers compute what the plain
+ones do."""
 
 import copy
 from pathlib import Path

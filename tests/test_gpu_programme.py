@@ -1,4 +1,5 @@
-"""The GPU programme runs without a GPU, on a bare machine and in time; its numbers reach the page; what travels is small."""
+"""The GPU programme runs without a GPU, on a bare machine and in time; its numbers reach the page; what travels is
+small."""
 
 import json
 import os
@@ -33,8 +34,9 @@ DRAWING = """
 import importlib
 for name in (
     "resmaster_stages.runner.compute", "resmaster_stages.methods.render", "resmaster_stages.picturebook.training.train",
-    "resmaster_stages.picturebook.training.evaluate", "benchmarks.gpu.__main__", "benchmarks.gpu.ceilings", "benchmarks.gpu.rows",
-    "benchmarks.gpu.picture", "benchmarks.gpu.truth", "benchmarks.gpu.training", "tests.conftest", "tests.test_gpu",
+    "resmaster_stages.picturebook.training.evaluate", "benchmarks.gpu.__main__", "benchmarks.gpu.ceilings",
+    "benchmarks.gpu.rows", "benchmarks.gpu.picture", "benchmarks.gpu.truth", "benchmarks.gpu.training",
+    "tests.conftest", "tests.test_gpu",
 ):
     importlib.import_module(name)
 from PIL import Image

@@ -1,4 +1,5 @@
-"""`deployments/` and `infra/`, checked without containers or a cluster: schemas, linters, and that the parts fit together.
+"""`deployments/` and `infra/`, checked without containers or a cluster: schemas, linters, and that the parts fit
+together.
 
 No image was ever built from the Dockerfile in these tests, no stack started and no cluster asked.
 """
@@ -198,7 +199,8 @@ ELSEWHERE = {
     "infra/workers.sh builds": "tests/server/test_stack.py, by make up",
     "infra/workers.sh shards": "needs GPUs to be more than the next one",
     "infra/workers.sh shards 2": "tests/server/test_stack.py runs one worker so",
-    "export PREFECT_SERVER_DATABASE_CONNECTION_URL=postgresql+asyncpg://prefect:SECRET@HOST/prefect": "needs PostgreSQL",
+    "export PREFECT_SERVER_DATABASE_CONNECTION_URL=postgresql+asyncpg://prefect:SECRET@HOST/prefect": "needs "
+    "PostgreSQL",
     "prefect server start --host 0.0.0.0": "Prefect's own; tests/server starts it on the loopback",
 }
 """Commands of docs/deploying.md, which all need a server or more, and where they are run instead."""

@@ -45,7 +45,8 @@ def test_the_import_is_light() -> None:
     code = (
         "import sys, resmaster_stages as rm; light = {'pydantic', 'PIL', 'numpy', 'yaml'} & set(sys.modules);"
         "rm.load_config, rm.open_dataset, rm.status, rm.preview, rm.explain, rm.read_samples, rm.upscale;"
-        "heavy = {'torch', 'diffusers', 'transformers', 'scipy'} & set(sys.modules); sys.exit(repr(light | heavy) if light | heavy else 0)"
+        "heavy = {'torch', 'diffusers', 'transformers', 'scipy'} & set(sys.modules); sys.exit(repr(light | heavy) if "
+        "light | heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": PYTHONPATH})
     assert done.returncode == 0, done.stderr

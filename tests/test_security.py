@@ -1,4 +1,5 @@
-"""Whole builds with a canary in every place a secret may come from, and pages that show hostile text in a browser's eyes.
+"""Whole builds with a canary in every place a secret may come from, and pages that show hostile text in a browser's
+eyes.
 
 What files from outside may do is in tests/storage/test_untrusted.py, models in tests/models/test_untrusted_weights.py.
 """

@@ -1,6 +1,7 @@
 """Measures a GPU: `python -m benchmarks.gpu --seconds 520 --out out/gpu`. docs/gpu.md says what, and how.
 
-Every step is a process of its own: one that crashes, hangs or poisons its device costs the others nothing. Imports no torch.
+Every step is a process of its own: one that crashes, hangs or poisons its device costs the others nothing. Imports no
+torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What this very card can do at best, in this run: matrix products, convolutions, attention, copies. Random data throughout."""
+"""What this very card can do at best, in this run: matrix products, convolutions, attention, copies. Random data
+throughout."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def product(device: torch.device, dtype: torch.dtype, side: int) -> dict[str, An
 
 
 def product_fp8(device: torch.device, side: int, per_row: bool) -> dict[str, Any]:
-    """A square product of 8-bit floats with bfloat16 results; `per_row`: a scale per row and column, else one per matrix."""
+    """A square product of 8-bit floats with bfloat16 results; `per_row`: a scale per row and column, else one per
+    matrix."""
     a = torch.randn(side, side, device=device).to(FP8)
     b = torch.randn(side, side, device=device).to(FP8).t()  # the kernel wants columns
     shapes = ((side, 1), (1, side)) if per_row else ((), ())

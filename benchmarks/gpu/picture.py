@@ -1,7 +1,7 @@
 """Whole pictures by the engine, on an SDXL of full size with random weights: seconds of each part, memory, rows.
 
-Seconds and memory are real; the picture is noise. What was measured over few steps says so (`steps_measured`), and what is
-reckoned from it stands apart from what was measured.
+Seconds and memory are real; the picture is noise. What was measured over few steps says so (`steps_measured`), and what
+is reckoned from it stands apart from what was measured.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class Canvas:
         return self.models.device
 
     def draw(self, config: Diffusion) -> dict[str, Any]:
-        """One picture: seconds of each part, peak memory, rows. The picture may be no picture, for weights are random."""
+        """One picture: seconds of each part, peak memory, rows. The picture may be no picture, for weights are
+        random."""
         fault = None
         with counting() as cost, peak_memory(self.device) as peak, timed_parts(self.device) as parts:
             start = time.perf_counter()
@@ -114,7 +115,8 @@ def estimated_bytes(canvas: Canvas, config: Diffusion) -> int:
 
 
 def saving(side: int) -> dict[str, Any]:
-    """Seconds of encoding files of a picture of `side` px, on one core: soft shapes under a little noise, as photographs are."""
+    """Seconds of encoding files of a picture of `side` px, on one core: soft shapes under a little noise, as
+    photographs are."""
     soft = Image.effect_noise((64, 64), 80).resize((side, side), Image.Resampling.BICUBIC)
     picture = Image.blend(soft, Image.effect_noise((side, side), 16), 0.3).convert("RGB")
     found: dict[str, Any] = {"pixels": side}

@@ -1,4 +1,5 @@
-"""Milliseconds per row of SDXL's UNet, the unit that all methods cost: eager and compiled, by number format and by batch.
+"""Milliseconds per row of SDXL's UNet, the unit that all methods cost: eager and compiled, by number format and by
+batch.
 
 A row is one native view of one guidance branch. What is most worth knowing is measured first; what the step's time
 does not allow is listed as skipped.
@@ -33,7 +34,8 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("matrix product", r"gemm|nvjet|cublas|cutlass|scaled_mm|matmul|aten::(addmm|mm|bmm|linear)|splitk"),
     ("norms and elementwise", r"norm|elementwise|vectorized|reduce|softmax|silu|gelu|triton|fused|upsample|aten::"),
 )
-"""Kind of operation and the names of its kernels (CUDA) or operators (CPU); the first that matches counts, others are `other`."""
+"""Kind of operation and the names of its kernels (CUDA) or operators (CPU); the first that matches counts, others are
+`other`."""
 
 MARKS = ("##", "Torch-Compiled Region", "ProfilerStep")
 """How names of a profile begin that are no kernels."""

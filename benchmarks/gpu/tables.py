@@ -1,4 +1,5 @@
-"""The JSON of `python -m benchmarks.gpu` as tables of docs/speed.md: `python -m benchmarks.gpu.tables docs/speed.md REPORT...`
+"""The JSON of `python -m benchmarks.gpu` as tables of docs/speed.md: `python -m benchmarks.gpu.tables docs/speed.md
+REPORT...`
 
 Knows nothing about how anything was measured. Invariant: what failed or was skipped is named below its table.
 """
@@ -171,7 +172,8 @@ def _name(entry: Entry) -> str:
 
 
 def _reason(error: str) -> str:
-    """The line of a traceback that names the error: the last one that is not indented and begins with a class's name."""
+    """The line of a traceback that names the error: the last one that is not indented and begins with a class's
+    name."""
     lines = error.strip().splitlines() or [""]
     named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit|NotFound\w*)\b", line)]
     return (named or lines)[-1][:200]
@@ -205,7 +207,8 @@ def markdown(content: dict[str, Any]) -> str:
     """All tables of one report, headed by what was measured on what, when and how."""
     about = content["about"]
     lines = [
-        f"{about.get('device', 'No device')}, torch {about.get('torch')}, {about.get('date')}: `{about.get('command')}`",
+        f"{about.get('device', 'No device')}, torch {about.get('torch')}, {about.get('date')}: "
+        f"`{about.get('command')}`",
         "",
     ]
     if about.get("rehearsal"):
@@ -220,7 +223,8 @@ def markdown(content: dict[str, Any]) -> str:
 
 
 def put(page: str, reports: Sequence[dict[str, Any]]) -> str:
-    """`page` with the tables of `reports` between its two marks. Raises SystemExit where they are missing or a rehearsal's."""
+    """`page` with the tables of `reports` between its two marks. Raises SystemExit where they are missing or a
+    rehearsal's."""
     if page.count(BEGIN) != 1 or page.count(END) != 1:
         raise SystemExit(f"the page must hold {BEGIN} and {END}, once each")
     if any(report["about"].get("rehearsal") for report in reports):

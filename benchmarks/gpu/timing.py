@@ -63,7 +63,8 @@ def first_seconds(call: Callable[[], Any], device: torch.device) -> float:
 def timed(
     call: Callable[[], Any], device: torch.device, seconds: float = 1.0, least: int = 2, most: int = 50
 ) -> Timing:
-    """A warmed-up call's time: as many calls as fit in about `seconds`, from `least` to `most`; on a CPU, a rehearsal, `least`."""
+    """A warmed-up call's time: as many calls as fit in about `seconds`, from `least` to `most`; on a CPU, a rehearsal,
+    `least`."""
     one = first_seconds(call, device)
     count = min(most, max(least, int(seconds / max(one, 1e-9)))) if device.type == "cuda" else least
     found = _each(call, device, count)

@@ -1,4 +1,5 @@
-"""Trains what the picturebook still lacks: its VAE, the UNet on the VAE's new latents, then a pack with measures of its own.
+"""Trains what the picturebook still lacks: its VAE, the UNet on the VAE's new latents, then a pack with measures of its
+own.
 
 Everything else is kept from the shipped pack. The pack comes back as parts of one tar:
 `cat pack.tar.* | tar -x` makes the folder `pack`.

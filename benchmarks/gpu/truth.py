@@ -1,7 +1,7 @@
 """Whether the device draws what the CPU draws: the picturebook, whose weights are trained, 128 px to 512 px.
 
-PSNR of final pictures by number format against the CPU's in float32, equal bytes, other batches, memory that runs out, and the
-tests marked `gpu`.
+PSNR of final pictures by number format against the CPU's in float32, equal bytes, other batches, memory that runs out,
+and the tests marked `gpu`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class Subject:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Within the block, convolutions and products in float32 are computed as such, not in the matrix units' short format."""
+    """Within the block, convolutions and products in float32 are computed as such, not in the matrix units' short
+    format."""
     places = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [place.allow_tf32 for place in places]
     try:
@@ -106,7 +107,8 @@ def formats(run: Run, subject: Subject) -> Image.Image:
 
 
 def eight_bits(run: Run, subject: Subject) -> dict[str, Any]:
-    """Pictures with 8-bit linear layers against those without, both in bfloat16 and compiled; where they cannot run, why.
+    """Pictures with 8-bit linear layers against those without, both in bfloat16 and compiled; where they cannot run,
+    why.
 
     The picturebook's layers are narrower than those that are worth it on SDXL: here all from 64 wide are taken.
     """

@@ -1,5 +1,6 @@
-"""Flows `build-dataset`, `repair` and `publish`: plan -> shards -> report. Idempotent: run again, they do only what is not
-committed. What is done is read from the store at the start and while waiting; what runs were started is not looked up.
+"""Flows `build-dataset`, `repair` and `publish`: plan -> shards -> report. Idempotent: run again, they do only what is
+not committed. What is done is read from the store at the start and while waiting; what runs were started is not looked
+up.
 """
 
 from __future__ import annotations

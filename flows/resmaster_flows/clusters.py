@@ -1,8 +1,8 @@
 """The shards of a build on a Dask or Ray cluster that is there already: `--executor dask` or `ray`.
 
-Workers are the rule (`resmaster_flows.dispatch`); this is for teams that have such a cluster. A cluster is found by its own variable:
-DASK_SCHEDULER_ADDRESS or RAY_ADDRESS. Its processes need this project installed, reach the store and the Prefect server, and
-keep their models from shard to shard.
+Workers are the rule (`resmaster_flows.dispatch`); this is for teams that have such a cluster. A cluster is found by its
+own variable: DASK_SCHEDULER_ADDRESS or RAY_ADDRESS. Its processes need this project installed, reach the store and the
+Prefect server, and keep their models from shard to shard.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def check(executor: Executor) -> str:
     """The cluster's address. Raises UserError if the extra, the address or the Prefect server is missing."""
     if importlib.util.find_spec(f"prefect_{executor}") is None:
         raise UserError(
-            f"executor {executor} needs prefect-{executor}; install it with: pip install 'resmaster-pipeline[{executor}]'"
+            f"executor {executor} needs prefect-{executor}; install it with: pip install "
+            f"'resmaster-pipeline[{executor}]'"
         )
     address = os.environ.get(ADDRESSES[executor], "").strip()
     if not address:

@@ -106,7 +106,8 @@ async def schedules_of(client: PrefectClient, kind: str) -> dict[tuple[UUID, str
 async def keep_switched(
     client: PrefectClient, kind: str, before: Mapping[tuple[UUID, str | None], DeploymentSchedule]
 ) -> None:
-    """Resume or pause again the schedules that somebody had resumed or paused: a deploy sets them as the file ships them."""
+    """Resume or pause again the schedules that somebody had resumed or paused: a deploy sets them as the file ships
+    them."""
     for place, schedule in (await schedules_of(client, kind)).items():
         if place in before and schedule.active != before[place].active:
             await client.update_deployment_schedule(place[0], schedule.id, active=before[place].active)
@@ -134,7 +135,8 @@ async def resolve(client: PrefectClient, action: Mapping[str, Any], kind: str) -
 
 
 async def make_automations(client: PrefectClient, kind: str) -> list[str]:
-    """Make or update the automations; those whose block is missing are left out. Returns the names of those left out."""
+    """Make or update the automations; those whose block is missing are left out. Returns the names of those left
+    out."""
     left_out = []
     for entry in read_yaml("automations.yaml"):
         try:

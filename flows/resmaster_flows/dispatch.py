@@ -1,10 +1,11 @@
 """Shares the shards of a dataset among runs, and waits until they are committed.
 
-Knows nothing about stages, stores or servers: `resmaster_flows.server_runs` brings the runs, the caller the look into the store.
+Knows nothing about stages, stores or servers: `resmaster_flows.server_runs` brings the runs, the caller the look into
+the store.
 
 Invariants:
-- A shard is finished when its commits are there, whoever made them, and missing when they are not, whatever a run's state
-  says: a run that reads Running for ever costs `stall_seconds`, not the build.
+- A shard is finished when its commits are there, whoever made them, and missing when they are not, whatever a run's
+  state says: a run that reads Running for ever costs `stall_seconds`, not the build.
 - A shard at which `attempts` runs broke off is given up, and so is one that a run tried and could not finish: the same
   would happen again.
 - At most `window` runs wait at a time: a worker asks for 200, and what lies behind them would starve.

@@ -1,7 +1,8 @@
-"""What a flow run ended with when some shards were not finished: a failed state of its own name, with the result inside.
+"""What a flow run ended with when some shards were not finished: a failed state of its own name, with the result
+inside.
 
-The name tells a run that tried all its shards and could not finish some (the same would happen again) from one that broke
-off, in Prefect's UI as to the dispatcher.
+The name tells a run that tried all its shards and could not finish some (the same would happen again) from one that
+broke off, in Prefect's UI as to the dispatcher.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ def process_shards(
         stages: only these stages, in pipeline order; default: all that the dataset needs.
         retries: stage -> shard -> number of the attempt that its failed samples are to get.
 
-    Returns the first error of each failed shard by its number; with any, the run ends as `Incomplete`. Raises GpuLost and
-    ConfigError at once.
+    Returns the first error of each failed shard by its number; with any, the run ends as `Incomplete`. Raises GpuLost
+    and ConfigError at once.
     """
     dataset = open_dataset(dataset_url)
     chosen = [stage for stage in dataset.hashes if stages is None or stage in stages]

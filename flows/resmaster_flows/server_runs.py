@@ -49,13 +49,13 @@ def on_workers(config: DispatchConfig) -> bool:
 def start_temporary_server() -> None:
     """Start the server that Prefect would start by itself at the first flow run, with more patience.
 
-    Prefect (3.8) gives up if the first answer takes 5 s, as on a busy machine. The next server finds a database that is made
-    already. Raises ConnectionError, and UserError where Prefect's settings allow no temporary server.
+    Prefect (3.8) gives up if the first answer takes 5 s, as on a busy machine. The next server finds a database that is
+    made already. Raises ConnectionError, and UserError where Prefect's settings allow no temporary server.
     """
     if not get_current_settings().server.ephemeral.enabled:
         raise UserError(
-            "no Prefect server is configured, and Prefect's settings allow no temporary one: set PREFECT_API_URL (make up "
-            "starts a server), or PREFECT_SERVER_ALLOW_EPHEMERAL_MODE=true"
+            "no Prefect server is configured, and Prefect's settings allow no temporary one: set PREFECT_API_URL "
+            "(make up starts a server), or PREFECT_SERVER_ALLOW_EPHEMERAL_MODE=true"
         )
     for _ in range(TEMPORARY_SERVER_STARTS):
         server = SubprocessASGIServer()
@@ -66,8 +66,8 @@ def start_temporary_server() -> None:
         else:
             return
     raise ConnectionError(
-        f"a temporary Prefect server did not answer, {TEMPORARY_SERVER_STARTS} times; try again when this machine is less "
-        "busy, or start one that stays: make up"
+        f"a temporary Prefect server did not answer, {TEMPORARY_SERVER_STARTS} times; try again when this machine is "
+        "less busy, or start one that stays: make up"
     )
 
 
@@ -113,8 +113,8 @@ class ServerRuns:
                 client.read_deployment_by_name(self.deployment)
             except ObjectNotFound:
                 raise UserError(
-                    f"{api}: has no deployment {self.deployment}; make it with: make deploy (or unset PREFECT_API_URL to "
-                    "do the work in this process)"
+                    f"{api}: has no deployment {self.deployment}; make it with: make deploy (or unset PREFECT_API_URL "
+                    "to do the work in this process)"
                 ) from None
         self._dataset_url = dataset_url
         self._stages = stages
@@ -188,7 +188,8 @@ def _read(client: SyncPrefectClient, ids: Sequence[UUID]) -> list[FlowRun]:
 
 
 def _cancel(client: SyncPrefectClient, runs: Iterable[FlowRun]) -> None:
-    """Runs at work are cancelled by the worker that hears of it, those that wait at once. In bulk: Ctrl-C leaves seconds."""
+    """Runs at work are cancelled by the worker that hears of it, those that wait at once. In bulk: Ctrl-C leaves
+    seconds."""
     begun: list[FlowRun] = []
     waiting: list[FlowRun] = []
     for run in runs:

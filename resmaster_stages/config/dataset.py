@@ -1,4 +1,5 @@
-"""What a user writes: frozen pydantic models, one docstring per field. The hash of a stage's part is the stage's identity.
+"""What a user writes: frozen pydantic models, one docstring per field. The hash of a stage's part is the stage's
+identity.
 
 This module loads no model and touches no storage.
 
@@ -49,8 +50,8 @@ class CaptionCheckConfig(Part):
     enabled: bool = True
     """Off: captions are used as they were written. Without a CLIP model there is no check either."""
     clip: str | None = None
-    """CLIP model that judges: `picturebook`, a hub id or folder. null: that of `quality.clip`; name one here to change the metric
-    without making captions anew."""
+    """CLIP model that judges: `picturebook`, a hub id or folder. null: that of `quality.clip`; name one here to change
+    the metric without making captions anew."""
     clip_revision: str | None = None
     """Commit or tag at the hub, of the model in `clip`."""
     margin: float = Field(default=3.0, ge=0, le=100)
@@ -69,13 +70,16 @@ class CaptionsConfig(Part):
     """Stage 3: one caption per patch (ResMaster's enhanced text prompts)."""
 
     source: Literal["model", "server", "prompt"] = "model"
-    """`model`: a local captioner; `server`: an OpenAI-compatible server; `prompt`: no captioner, the global prompt everywhere."""
+    """`model`: a local captioner; `server`: an OpenAI-compatible server; `prompt`: no captioner, the global prompt
+    everywhere."""
     model: str = "picturebook"
-    """Captioner: `picturebook`, a hub id or folder of a Transformers image-text-to-text model, or the server's model name."""
+    """Captioner: `picturebook`, a hub id or folder of a Transformers image-text-to-text model, or the server's model
+    name."""
     revision: str | None = None
     """Commit or tag at the hub."""
     grid: Literal["views", "tiles"] = "views"
-    """`views`: a caption for every view (the paper); `tiles`: for non-overlapping tiles, each view takes its nearest (cheaper)."""
+    """`views`: a caption for every view (the paper); `tiles`: for non-overlapping tiles, each view takes its nearest
+    (cheaper)."""
     instruction: str = (
         "Describe this image patch in detail in one sentence of at most 60 words, most salient first. "
         "Name only what is visible."
@@ -95,7 +99,8 @@ class CaptionsConfig(Part):
     """Patches per captioner call."""
 
     def identity(self) -> dict[str, Any]:
-        """As of every part, without the check: whether there is one is the dataset's to say (`DatasetConfig.caption_clip`)."""
+        """As of every part, without the check: whether there is one is the dataset's to say
+        (`DatasetConfig.caption_clip`)."""
         values = super().identity()
         del values["check"]
         return values
@@ -123,8 +128,9 @@ class QualityConfig(Part):
     max_clipped: float = 0.25
     """Above this share of pure black or white pixels, a sample is flagged `clipped`."""
     features: Literal["none", "clip", "inception", "picturebook"] = "none"
-    """Keep feature vectors of every image and of 10 crops, for FID and KID of any subset: of the CLIP model above, of the
-    Inception network of 2015 (needs the extra `inception`), or of the embedded pack's classifier (for its own world)."""
+    """Keep feature vectors of every image and of 10 crops, for FID and KID of any subset: of the CLIP model above, of
+    the Inception network of 2015 (needs the extra `inception`), or of the embedded pack's classifier (for its own
+    world)."""
     device: str = Operational("auto")
     """Where the metrics are computed, and the check of captions."""
 
@@ -147,12 +153,13 @@ class DispatchConfig(Part):
 
     where: Literal["auto", "here", "workers", "dask", "ray"] = Operational("auto")
     """`workers`: runs of the deployment `process-shards`, on any number of machines; `here`: one after the other in the
-    build's own process; `auto`: workers if a Prefect server is configured (PREFECT_API_URL); `dask` or `ray`: on a cluster
-    that is there already (DASK_SCHEDULER_ADDRESS, RAY_ADDRESS; needs the extra of that name)."""
+    build's own process; `auto`: workers if a Prefect server is configured (PREFECT_API_URL); `dask` or `ray`: on a
+    cluster that is there already (DASK_SCHEDULER_ADDRESS, RAY_ADDRESS; needs the extra of that name)."""
     deployment: str | None = Operational(None)
     """Name of the deployment of `process-shards`; default: that of the build's own deployment, else `process`."""
     shards_per_run: int = Operational(8, ge=1, le=1000)
-    """Shards per run. Starting a run and loading its models takes about half a minute: aim at runs of an hour or more."""
+    """Shards per run. Starting a run and loading its models takes about half a minute: aim at runs of an hour or
+    more."""
     window: int = Operational(100, ge=1, le=199)
     """Runs that may wait for a worker at a time; a worker asks for 200 at most."""
     attempts: int = Operational(3, ge=1, le=20)
@@ -160,8 +167,8 @@ class DispatchConfig(Part):
     poll_seconds: float = Operational(15.0, gt=0)
     """Time between looks at commits and runs: one listing per stage and one request."""
     stall_seconds: float = Operational(7200.0, gt=0)
-    """A run that commits nothing for so long is given up, and its shards are dispatched anew: more than a shard's slowest
-    stage takes."""
+    """A run that commits nothing for so long is given up, and its shards are dispatched anew: more than a shard's
+    slowest stage takes."""
 
 
 class DatasetConfig(Part):
@@ -172,14 +179,16 @@ class DatasetConfig(Part):
     root: str = Operational("out")
     """A folder or an fsspec URL such as `s3://bucket/prefix`."""
     prompts: str | None = Operational(None)
-    """File of prompts: .txt (one per line), .csv, .jsonl or .parquet; relative to the configuration file. Columns: `prompt`, and if
-    you like `negative_prompt` and `detail_mask` (an image file in the same folder; see `alpha_elsewhere` of method freescale)."""
+    """File of prompts: .txt (one per line), .csv, .jsonl or .parquet; relative to the configuration file. Columns:
+    `prompt`, and if you like `negative_prompt` and `detail_mask` (an image file in the same folder; see
+    `alpha_elsewhere` of method freescale)."""
     images: str | None = Operational(None)
     """Your own low-res images instead of generated ones: a folder, or WebDataset shards (.tar, or a folder of them)."""
     limit: int | None = Operational(None, ge=1)
     """Take only the first N prompts or images."""
     allow_overwriting_store: bool = Operational(False)
-    """Build on a store that lets two writers both win (`resmaster doctor` finds out). Run one process at a time then."""
+    """Build on a store that lets two writers both win (`resmaster doctor` finds out). Run one process at a time
+    then."""
     seed: int = Field(default=0, ge=0)
     """Base seed; every sample's seeds derive from it and the sample's key."""
     replicas: int = Field(default=1, ge=1)
@@ -193,8 +202,9 @@ class DatasetConfig(Part):
     max_failure_ratio: float = Field(default=0.02, ge=0, le=1)
     """A shard with a greater share of failed samples is not committed. One failure is always tolerated."""
     spill_seconds: float | None = Operational(5.0, ge=0)
-    """A killed run loses at most this much work, and the two samples (or batches) that are just computed and encoded: finished samples
-    of a shard that is not committed yet are kept in `cache/` whenever they took that long. null: none are kept."""
+    """A killed run loses at most this much work, and the two samples (or batches) that are just computed and encoded:
+    finished samples of a shard that is not committed yet are kept in `cache/` whenever they took that long. null: none
+    are kept."""
     model: ModelConfig = ModelConfig()
     """The base diffusion model."""
     low_res: LowResConfig = LowResConfig()

@@ -61,7 +61,8 @@ def parse_config(values: Any, source: str = "configuration") -> DatasetConfig:
 def load_config(path: str | Path, **overrides: Any) -> DatasetConfig:
     """Read a YAML (or JSON) configuration file. Relative `prompts` and `images` paths in it are relative to the file.
 
-    Overrides that are None are ignored; they replace top-level keys, and their paths are relative to the current folder.
+    Overrides that are None are ignored; they replace top-level keys, and their paths are relative to the current
+    folder.
     """
     path = Path(path)
     try:

@@ -54,14 +54,14 @@ class ModelConfig(Part):
     offload: Literal["none", "model"] = Operational("none")
     """`model`: keep only the part at work on the GPU; slower, needs less memory."""
     compile: Literal["auto", "blocks", "off"] = Operational("auto")
-    """`blocks`: the UNet's transformer blocks are compiled at first use (about a minute), each shape once; where a method changes
-    them, they run as they are. `auto`: on CUDA."""
+    """`blocks`: the UNet's transformer blocks are compiled at first use (about a minute), each shape once; where a
+    method changes them, they run as they are. `auto`: on CUDA."""
     exactness: Literal["bytes", "fast"] = Operational("bytes")
-    """`bytes`: a re-run on the same kind of machine gives the same bytes. `fast`: cuDNN chooses convolutions by a race, so bytes
-    may differ by rounding. Commit records say which."""
+    """`bytes`: a re-run on the same kind of machine gives the same bytes. `fast`: cuDNN chooses convolutions by a race,
+    so bytes may differ by rounding. Commit records say which."""
     quantise: Literal["none", "fp8"] = "none"
-    """`fp8`: the UNet's large linear layers compute in 8 bits, on CUDA from compute capability 8.9 on, compiled. Needs the extra
-    `fp8`."""
+    """`fp8`: the UNet's large linear layers compute in 8 bits, on CUDA from compute capability 8.9 on, compiled. Needs
+    the extra `fp8`."""
 
     def identity(self) -> dict[str, Any]:
         """As of every part; without quantising it is what it was before there was any."""

@@ -54,8 +54,8 @@ class Part(BaseModel):
     def _no_credentials(cls, value: Any) -> Any:
         if isinstance(value, str) and holds_credentials(value):
             raise ValueError(
-                "holds a user, password, signature or token, which would be kept with the dataset; leave it out and set the "
-                "environment instead (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, OPENAI_API_KEY, HF_TOKEN)"
+                "holds a user, password, signature or token, which would be kept with the dataset; leave it out and "
+                "set the environment instead (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, OPENAI_API_KEY, HF_TOKEN)"
             )
         return value
 

@@ -192,7 +192,8 @@ def read_plan(folder: Folder) -> Plan:
 
 
 class GenerationWriter:
-    """Appends a generation to a plan, from samples that come one by one and whose keys must be new; holds those of one file.
+    """Appends a generation to a plan, from samples that come one by one and whose keys must be new; holds those of one
+    file.
 
     Use as a context manager: if the generation is not committed in it, its files are removed.
     """
@@ -234,7 +235,8 @@ class GenerationWriter:
         return StoredObject(name, hashlib.sha256(data).hexdigest(), len(data))
 
     def commit(self, rejected: Sequence[Rejected], duplicates: int) -> bool:
-        """Make the samples, at least one, part of the plan. False if another planner was faster: read the plan again."""
+        """Make the samples, at least one, part of the plan. False if another planner was faster: read the plan
+        again."""
         folder = self._plan.folder
         if self._rows:
             self._flush()

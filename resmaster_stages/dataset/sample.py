@@ -74,10 +74,12 @@ class Output:
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Stages that write tables: rows without their key."""
     arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict, compare=False)
-    """Feature vectors, kept in an object of their own; every good sample of a shard has the same ones, or none has any."""
+    """Feature vectors, kept in an object of their own; every good sample of a shard has the same ones, or none has
+    any."""
     error: Exception | None = None
     finish: Callable[[], dict[str, bytes]] | None = field(default=None, compare=False)
-    """Makes `files` where that takes time and no device (encoding, hashing), in another thread while the next sample is computed."""
+    """Makes `files` where that takes time and no device (encoding, hashing), in another thread while the next sample is
+    computed."""
 
     def finished(self) -> Output:
         """The output with its files made. A SampleError on the way becomes its error; any other error is raised."""

@@ -38,8 +38,9 @@ CAPTIONS_SCHEMA = table_schema(
         ("fit", pa.float64(), True),
     ],
 )
-"""One row per patch. `grid` is "HxW/window/stride" in px. `status` is ok, replaced (a neighbour's caption, which fits better),
-fallback or empty (the global prompt). `fit` is how well the caption suits the patch, null where that was not checked."""
+"""One row per patch. `grid` is "HxW/window/stride" in px. `status` is ok, replaced (a neighbour's caption, which fits
+better), fallback or empty (the global prompt). `fit` is how well the caption suits the patch, null where that was not
+checked."""
 
 
 DESCRIBED = ("ok", "replaced")
@@ -103,8 +104,8 @@ LEDGER_SCHEMA = table_schema(
 def manifest_schema() -> pa.Schema:
     """One row per finished sample.
 
-    Objects are relative to the dataset; offset and bytes are those of the image file in the tar, so that one range request
-    fetches it. `height` and `width` are those of the high-res image.
+    Objects are relative to the dataset; offset and bytes are those of the image file in the tar, so that one range
+    request fetches it. `height` and `width` are those of the high-res image.
     """
     return table_schema(
         "manifest",

@@ -43,7 +43,8 @@ def px_at_once(device: torch.device) -> int:
 
 
 def tile_grid(height: int, width: int, native: int) -> Grid:
-    """Tiles of a canvas of `height` x `width` latents: the whole canvas, or `native`-size tiles with a quarter overlap."""
+    """Tiles of a canvas of `height` x `width` latents: the whole canvas, or `native`-size tiles with a quarter
+    overlap."""
     if height * width <= native**2:
         size = max(height, width)
         return Grid(height, width, size, size)

@@ -1,7 +1,7 @@
 """A cross-attention composer: what each view may take from the global prompt is read off the whole picture's attention.
 
-At every step the small picture, as noisy as the canvas, is predicted once with the global prompt (`capturing`), and every
-cross-attention's map, averaged over heads, is kept. A view's layer then gives
+At every step the small picture, as noisy as the canvas, is predicted once with the global prompt (`capturing`), and
+every cross-attention's map, averaged over heads, is kept. A view's layer then gives
 
     (1 - share) * attention to the view's own text + share * (map of the view's part of the picture) @ global values
 
@@ -35,7 +35,8 @@ def attention_map(query: Tensor, key: Tensor, heads: int) -> Tensor:
 
 
 def sampled(maps: Tensor, places: Tensor) -> Tensor:
-    """`maps` [N, S, h, w] at `places` [N, T, 2] (x, y from -1 to 1, bicubic), every place's words summing to 1: [N, T, S]."""
+    """`maps` [N, S, h, w] at `places` [N, T, 2] (x, y from -1 to 1, bicubic), every place's words summing to 1: [N, T,
+    S]."""
     words = F.grid_sample(
         maps, places[:, None].to(maps.dtype), mode="bicubic", padding_mode="border", align_corners=False
     )  # [N, S, 1, T]
@@ -64,7 +65,8 @@ class Composer:
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        """Within the block the UNet sees the small pictures with their global prompts, one row each; their maps are kept."""
+        """Within the block the UNet sees the small pictures with their global prompts, one row each; their maps are
+        kept."""
         self.maps, self.values, self._capturing = {}, {}, True
         try:
             yield

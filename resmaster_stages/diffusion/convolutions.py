@@ -1,7 +1,7 @@
 """Convolutions with a wider field of view: the trained 3 x 3 weights, their taps further apart (re-dilation).
 
-A model that was trained on small canvases sees too small a part of a large one; spreading the taps of its deep layers by
-the canvas's scale lets it see objects whole again (ScaleCrafter, FouriScale, FreeScale).
+A model that was trained on small canvases sees too small a part of a large one; spreading the taps of its deep layers
+by the canvas's scale lets it see objects whole again (ScaleCrafter, FouriScale, FreeScale).
 
 Knows nothing about any method. Invariants:
 - Size and count of the features stay as the plain layer leaves them.
@@ -27,7 +27,8 @@ from resmaster_stages.diffusion.patches import Layer, bare, replaced_forward
 
 @dataclass(frozen=True)
 class Dilated:
-    """Taps `factor` cells apart. Between whole factors the features are enlarged to the next one, and made small again."""
+    """Taps `factor` cells apart. Between whole factors the features are enlarged to the next one, and made small
+    again."""
 
     factor: float
 
@@ -43,7 +44,8 @@ class Dilated:
 
 @dataclass(frozen=True)
 class Dispersed:
-    """Taps `factor` cells apart, reached by a kernel of 5 x 5 (`dispersion`) at half that distance: as far, but denser."""
+    """Taps `factor` cells apart, reached by a kernel of 5 x 5 (`dispersion`) at half that distance: as far, but
+    denser."""
 
     factor: float
     weight: Tensor = field(compare=False)  # [C', C, 5, 5]
@@ -93,7 +95,8 @@ def _by_branch(
 
 @contextmanager
 def changed_layers(unet: Any, rules: Mapping[str, LayerRule], moment: Moment) -> Iterator[None]:
-    """Within the block the convolutions named by `rules` are computed as the rules say at each step, branch by branch."""
+    """Within the block the convolutions named by `rules` are computed as the rules say at each step, branch by
+    branch."""
     with ExitStack() as stack:
         for name, rule in rules.items():
             conv = bare(unet).get_submodule(name)

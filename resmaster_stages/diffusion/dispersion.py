@@ -1,12 +1,13 @@
 """Dispersed convolution (ScaleCrafter): 3 x 3 kernels spread to 5 x 5, which see as far as a dilation by two, densely.
 
-The 5 x 5 kernel is `R` times the 3 x 3 one, R [25, 9] being the least-squares solution of two sets of equations over all
-3 x 3 inputs x (zeros beyond the border):
-- structure: conv(enlarged(x), k5) = enlarged(conv(x, k3)), where `enlarged` is bilinear from 3 x 3 to 5 x 5, corners aligned;
+The 5 x 5 kernel is `R` times the 3 x 3 one, R [25, 9] being the least-squares solution of two sets of equations over
+all 3 x 3 inputs x (zeros beyond the border):
+- structure: conv(enlarged(x), k5) = enlarged(conv(x, k3)), where `enlarged` is bilinear from 3 x 3 to 5 x 5, corners
+  aligned;
 - pixel, weighted: conv(x, k5) = conv(x, k3).
 
-Equations are linear in the kernels and in x, so one per output cell and input cell is enough. Authors' word: all of this,
-with the weight 0.05 and supports of 3 x 3; their programs ship the resulting matrix.
+Equations are linear in the kernels and in x, so one per output cell and input cell is enough. Authors' word: all of
+this, with the weight 0.05 and supports of 3 x 3; their programs ship the resulting matrix.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """FreeU (Si et al. 2024) by the channel rule of ScaleCrafter, FouriScale and FreeScale.
 
 In the decoder, half of the backbone's channels are amplified and the skip connection's lowest frequencies damped: by
-(b1, s1) where the backbone has the UNet's greatest number of channels, by (b2, s2) where it has the next smaller. On SDXL
-that differs from diffusers' `enable_freeu`, which counts blocks, in two layers: the first of `up_blocks.1` and of
+(b1, s1) where the backbone has the UNet's greatest number of channels, by (b2, s2) where it has the next smaller. On
+SDXL that differs from diffusers' `enable_freeu`, which counts blocks, in two layers: the first of `up_blocks.1` and of
 `up_blocks.2`.
 """
 
@@ -31,7 +31,8 @@ def backbone_channels(unet: Any) -> dict[str, int]:
 
 
 def modulated(plain: Callable[..., Tensor], channels: int, amplify: float, damp: float) -> Callable[..., Tensor]:
-    """`plain` (a decoder layer) with FreeU on its input: the backbone's `channels` first, then the skip connection's."""
+    """`plain` (a decoder layer) with FreeU on its input: the backbone's `channels` first, then the skip
+    connection's."""
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         backbone, skip = x[:, :channels], x[:, channels:]  # [N, C, h, w] each

@@ -1,9 +1,9 @@
 """Structural guidance (ResMaster eq. 5 and 6): the low frequencies of x0 come from the reference.
 
-The filter is the Gaussian of FreeInit, G(f) = exp(-|f|^2 / (2 sigma_f^2)), frequencies in units of the Nyquist frequency.
-Since G is separable and the swap is linear, IFFT(G FFT(ref) + (1 - G) FFT(x0)) = x0 + G * (ref - x0): one blur, done
-here by two one-dimensional convolutions with reflect padding (no wrap-around at the borders). The FFT form is kept as
-the yardstick of the tests.
+The filter is the Gaussian of FreeInit, G(f) = exp(-|f|^2 / (2 sigma_f^2)), frequencies in units of the Nyquist
+frequency. Since G is separable and the swap is linear, IFFT(G FFT(ref) + (1 - G) FFT(x0)) = x0 + G * (ref - x0): one
+blur, done here by two one-dimensional convolutions with reflect padding (no wrap-around at the borders). The FFT form
+is kept as the yardstick of the tests.
 
 Knows nothing about models or steps beyond their count.
 """
@@ -59,7 +59,8 @@ def _blur_axis(x: Tensor, sigma_f: float, dim: int) -> Tensor:
 
 
 def low_pass(x: Tensor, sigma_f: float) -> Tensor:
-    """`x` [B, C, H, W] through the Gaussian filter of standard deviation `sigma_f` (Nyquist = 1), reflected at borders."""
+    """`x` [B, C, H, W] through the Gaussian filter of standard deviation `sigma_f` (Nyquist = 1), reflected at
+    borders."""
     return _blur_axis(_blur_axis(x, sigma_f, 2), sigma_f, 3)
 
 

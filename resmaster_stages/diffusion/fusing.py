@@ -42,7 +42,8 @@ def _shares(origins: tuple[int, ...], window: Tensor, length: int) -> Tensor:
 
 
 class Fuser:
-    """Cuts and fuses canvases of one grid. `scale` (cells per unit of the grid) lets one grid serve latents and pixels."""
+    """Cuts and fuses canvases of one grid. `scale` (cells per unit of the grid) lets one grid serve latents and
+    pixels."""
 
     def __init__(self, grid: Grid, kind: str, device: torch.device | str = "cpu", scale: int = 1) -> None:
         self.grid = grid

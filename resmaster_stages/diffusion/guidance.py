@@ -3,7 +3,8 @@
 A branch is one row of the UNet's batch per view: with the negative prompt or with the view's own. Rules that need the
 same text twice (a weaker or a stronger variant of the network) name the branches apart; patches go by the names.
 
-Knows nothing about the network, and imports no torch. Invariant: without guidance (scale 1, no negative conditions) there is one branch.
+Knows nothing about the network, and imports no torch. Invariant: without guidance (scale 1, no negative conditions)
+there is one branch.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class ClassifierFree:
 
     scale: float
     stop: float = 1.0
-    """Fraction of the steps after which guidance ends (Kynkäänniemi et al. 2024: late guidance changes little). Steps are
-    fixed beforehand: a rule that looked at the predictions would wait for the device."""
+    """Fraction of the steps after which guidance ends (Kynkäänniemi et al. 2024: late guidance changes little). Steps
+    are fixed beforehand: a rule that looked at the predictions would wait for the device."""
 
     def branches(self, step: Step) -> Branches:
         return (NEGATIVE, TEXT) if self.scale != 1 and step.done < self.stop else (TEXT,)
@@ -73,7 +74,8 @@ class Moment:
     states: Tensor | None = None
     """What the batch's rows hear: [rows, 77, D]."""
     texts: Sequence[tuple[Any, Tensor]] = ()
-    """Per branch, the `TextEmbeddings` of distinct prompts and which of them each view uses [n]: `states` is made of these."""
+    """Per branch, the `TextEmbeddings` of distinct prompts and which of them each view uses [n]: `states` is made of
+    these."""
 
     @property
     def index(self) -> int:

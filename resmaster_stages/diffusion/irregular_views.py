@@ -59,7 +59,8 @@ def clamped(grid: Grid, origins: Origins) -> Origins:
 
 @lru_cache(maxsize=64)
 def _window(kind: str, height: int, width: int, overlap: int, device: torch.device) -> Tensor:
-    """Weight of each cell of a window [height, width], made once: uploading it at every step would make the device wait."""
+    """Weight of each cell of a window [height, width], made once: uploading it at every step would make the device
+    wait."""
     rows, cols = (window_weights(kind, side, overlap) for side in (height, width))
     return (rows[:, None] * cols).float().to(device)
 

@@ -51,7 +51,8 @@ Progress = Callable[[int, int], None]
 
 
 class Views(Protocol):
-    """A way of cutting canvases [B, C, H, W] into views [B * views, C, h, w], sample by sample, and of fusing them back."""
+    """A way of cutting canvases [B, C, H, W] into views [B * views, C, h, w], sample by sample, and of fusing them
+    back."""
 
     def cut(self, canvas: Tensor) -> Tensor: ...
 

@@ -2,8 +2,8 @@
 
 A row is one view by one guidance branch. What it takes is the base model's knowledge (`Base.row_bytes`).
 
-Invariant: the choice follows from the device's size and the model, not from what happens to be free: a re-run on the same kind
-of device has the same batches, hence the same bytes.
+Invariant: the choice follows from the device's size and the model, not from what happens to be free: a re-run on the
+same kind of device has the same batches, hence the same bytes.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def view_limit(models: Models, limit: int | None, window: tuple[int, int], branc
 
 
 def preflight(models: Models, limit: int | None, grid: Grid, branches: int) -> list[str]:
-    """What a picture of `grid`'s views will need of the device, and what slows it down without need: a line each, if `need_of` knows."""
+    """What a picture of `grid`'s views will need of the device, and what slows it down without need: a line each, if
+    `need_of` knows."""
     need = need_of(models, grid.window_size, branches)
     if need is None:
         return []
@@ -92,7 +93,7 @@ def preflight(models: Models, limit: int | None, grid: Grid, branches: int) -> l
     lines = [f"{grid.height_px} x {grid.width_px} px in {len(grid)} views: {need.sentence(views, name, limit is None)}"]
     if models.base.vae.dtype == torch.float16 and models.base.vae.config.force_upcast:
         lines.append(
-            "the VAE overflows in float16 and computes in float32, several times slower; set model.vae to one that is safe, such as "
-            "madebyollin/sdxl-vae-fp16-fix for SDXL"
+            "the VAE overflows in float16 and computes in float32, several times slower; set model.vae to one that is "
+            "safe, such as madebyollin/sdxl-vae-fp16-fix for SDXL"
         )
     return lines

@@ -54,7 +54,8 @@ def chosen_layers(unet: Any, patterns: Mapping[str, float], method: str) -> dict
         chosen |= {name: value for name in names if re.fullmatch(rf"{re.escape(place)}\.{part}", name)}
     if patterns and not chosen:
         raise ConfigError(
-            f"method {method}: the model's UNet has none of its layers ({', '.join(patterns)}); use an SDXL or Stable Diffusion model"
+            f"method {method}: the model's UNet has none of its layers ({', '.join(patterns)}); use an SDXL or Stable "
+            "Diffusion model"
         )
     return chosen
 

@@ -27,7 +27,8 @@ def skip_residual(x0: Tensor, noise: Tensor, exponent: float | Tensor) -> Latent
 
 
 def match_moments(z: Tensor, like: Tensor) -> Tensor:
-    """`z` [B, C, H, W] with the mean and standard deviation of `like` [B, C, h, w], over all elements of each sample."""
+    """`z` [B, C, H, W] with the mean and standard deviation of `like` [B, C, h, w], over all elements of each
+    sample."""
     dims = (1, 2, 3)
     mean, std = z.mean(dims, keepdim=True), z.std(dims, keepdim=True)
     return (z - mean) / std * like.std(dims, keepdim=True) + like.mean(dims, keepdim=True)

@@ -86,7 +86,8 @@ def windowed(query: Tensor, key: Tensor, value: Tensor, heads: int, views: Scatt
 
 
 def blur_features(tokens: Tensor, radius: int) -> Tensor:
-    """[N, T, C] blurred along C, std 1: what the authors' three-dimensional kernel does besides the canvas's two axes."""
+    """[N, T, C] blurred along C, std 1: what the authors' three-dimensional kernel does besides the canvas's two
+    axes."""
     return gaussian_blur(tokens[:, None], radius, 1.0, axes=(3,))[:, 0]
 
 
@@ -111,7 +112,8 @@ def _fused(
 
 @contextmanager
 def scale_fusion(unet: Any, windows: Windows, radius: int, features: bool = False) -> Iterator[None]:
-    """Within the block every self-attention of the UNet is fused. radius: of the blur, in tokens; 0 leaves the windows."""
+    """Within the block every self-attention of the UNet is fused. radius: of the blur, in tokens; 0 leaves the
+    windows."""
     with ExitStack() as stack:
         for name, module in bare(unet).named_modules():
             if name.endswith(".attn1"):

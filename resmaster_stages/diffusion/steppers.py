@@ -7,12 +7,13 @@ With a, b = alpha, sigma of the step and a', b' those of the next:
     posterior       z' ~ N(a' beta / b^2 x0 + sqrt(alpha) b'^2 / b^2 z,    q(z' | z, x0): ResMaster eq. 7, strided,
                            beta b'^2 / b^2)                                alpha = a^2 / a'^2, beta = 1 - alpha
     ddim_ancestral  z' = a' x0 + sqrt(b'^2 - s^2) eps + s noise            DDIM, eta = 1: s^2 the variance above
-    dpmpp_2m        z' = b' / b z - a' (e^-h - 1) D                        DPM-Solver++(2M), Lu et al. 2022, Algorithm 2:
+    dpmpp_2m        z' = b' / b z - a' (e^-h - 1) D                        DPM-Solver++(2M), Lu et al. 2022, Algorithm
+    2:
                            D = x0 + (x0 - x0 before) h / (2 h before)      h = log(a' / b') - log(a / b)
 
-`posterior` and `ddim_ancestral` are the same where x0 was not edited; the latter is how ScaleCrafter and FouriScale sample.
-The first two differ only where x0 was edited. Both are Euler's method for the probability-flow ODE in units of z / a.
-`dpmpp_2m` is of second order: half the steps for about the same path. With D = x0 it is `ddim_implied`.
+`posterior` and `ddim_ancestral` are the same where x0 was not edited; the latter is how ScaleCrafter and FouriScale
+sample. The first two differ only where x0 was edited. Both are Euler's method for the probability-flow ODE in units of
+z / a. `dpmpp_2m` is of second order: half the steps for about the same path. With D = x0 it is `ddim_implied`.
 
 Invariants:
 - Every rule acts on the whole canvas, and noise is drawn once on it: noise per view would average away where views

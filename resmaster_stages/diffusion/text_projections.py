@@ -1,8 +1,8 @@
 """Keys and values of the text, computed once per picture instead of at every step.
 
-What cross-attention makes of a prompt does not depend on the step, so every distinct prompt is projected once per layer,
-and a batch gathers its rows. On a CPU with a small UNet that is an eighth of all work; on SDXL it is under one percent and
-would cost a gigabyte, so the loop does it on CPUs only.
+What cross-attention makes of a prompt does not depend on the step, so every distinct prompt is projected once per
+layer, and a batch gathers its rows. On a CPU with a small UNet that is an eighth of all work; on SDXL it is under one
+percent and would cost a gigabyte, so the loop does it on CPUs only.
 
 Knows nothing about any method. Invariants:
 - Whatever is not the text of the batch at hand is projected as ever: other patches of the same layers stay right.

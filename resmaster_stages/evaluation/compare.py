@@ -1,7 +1,8 @@
-"""Comparing methods at several sizes: one dataset per method and scale, with the same prompts, seeds and low-res images.
+"""Comparing methods at several sizes: one dataset per method and scale, with the same prompts, seeds and low-res
+images.
 
-Each variant is a dataset of its own, `{name}-{method}-{scale}`, so a comparison stops and resumes like any other, and every
-variant has its report. Knows nothing about Prefect: who builds the datasets is the caller's business.
+Each variant is a dataset of its own, `{name}-{method}-{scale}`, so a comparison stops and resumes like any other, and
+every variant has its report. Knows nothing about Prefect: who builds the datasets is the caller's business.
 
 Invariants:
 - Variants of one low-res size have the same keys, seeds and low-res bytes: the first one's are copied into the others.
@@ -84,9 +85,9 @@ def compare(
 ) -> Comparison:
     """Build what is missing, measure, and write the folder `{name}-compare` under the root.
 
-    `methods` and `scales` are comma-separated, as `variants` reads them. `reference` names real images for FID and KID: a
-    folder, shards or `picturebook`; None means each scale's own low-res images. `low_res` is `drawn` where picturebook's
-    prompts are drawn by vectors at the low-res size, so that their true enlargements are known.
+    `methods` and `scales` are comma-separated, as `variants` reads them. `reference` names real images for FID and KID:
+    a folder, shards or `picturebook`; None means each scale's own low-res images. `low_res` is `drawn` where
+    picturebook's prompts are drawn by vectors at the low-res size, so that their true enlargements are known.
     Raises ConfigError or UserError for what is wrong with any of the datasets, before the first one is built.
     """
     drawn = low_res == DRAWN
@@ -135,7 +136,8 @@ def _built(wanted: Sequence[Variant], build: Build) -> tuple[list[tuple[Variant,
 def share_low_res(source: Dataset, target: Dataset) -> int:
     """Commit `source`'s low-res shards in `target`, where both would compute the same. Returns how many were copied.
 
-    Nothing is copied where the configurations, weights or samples differ, or samples failed: the target then does its own.
+    Nothing is copied where the configurations, weights or samples differ, or samples failed: the target then does its
+    own.
     """
     if _low_res_identity(source) != _low_res_identity(target):
         return 0
@@ -172,8 +174,8 @@ def _low_res_identity(dataset: Dataset) -> str:
 
 
 Reference = Callable[[Dataset, int, int], tuple[Features, Features | None]]
-"""For a scale's dataset and its images' height and width in px: the features to compare with, and perhaps those of other real
-images, which get a row of their own."""
+"""For a scale's dataset and its images' height and width in px: the features to compare with, and perhaps those of
+other real images, which get a row of their own."""
 
 
 def _reference(url: str | None, folder: Folder) -> Reference | None:
@@ -218,8 +220,8 @@ def compare_datasets(
     """Measure every variant over the samples that all methods of its scale have.
 
     `reference` None means each scale's own low-res images.
-    `truth` gives, for a prompt and a height and width in px, the one true enlargement of its low-res image, where there is one.
-    Raises PlanError if a scale has no sample in common.
+    `truth` gives, for a prompt and a height and width in px, the one true enlargement of its low-res image, where there
+    is one. Raises PlanError if a scale has no sample in common.
     """
     from resmaster_stages.picturebook.counting import LEAST
 
@@ -314,7 +316,8 @@ def _repeats(dataset: Dataset, keys: Sequence[str]) -> dict[str, float | None]:
 def _distance(
     dataset: Dataset, keys: Sequence[str], truth: Callable[[str, int, int], Image.Image] | None
 ) -> float | None:
-    """Mean perceptual distance of a dataset's pictures from the true ones, by the embedded pack's classifier; None without."""
+    """Mean perceptual distance of a dataset's pictures from the true ones, by the embedded pack's classifier; None
+    without."""
     if truth is None:
         return None
     from resmaster_stages.metrics.features import load_classifier

@@ -1,7 +1,9 @@
-"""Low-res images that are drawn instead of generated: each prompt's scene at the low-res size, whose true enlargement is known.
+"""Low-res images that are drawn instead of generated: each prompt's scene at the low-res size, whose true enlargement
+is known.
 
-For `resmaster compare --low-res drawn`. The drawings are own images with their prompts, in one tar beside the comparison, and
-their datasets are built as any dataset of own images is. The truth of one of them is the same scene, drawn at the target size.
+For `resmaster compare --low-res drawn`. The drawings are own images with their prompts, in one tar beside the
+comparison, and their datasets are built as any dataset of own images is. The truth of one of them is the same scene,
+drawn at the target size.
 
 Invariants:
 - The scenes are other ones than those of `--reference picturebook`.
@@ -32,7 +34,8 @@ REPLICA = -1
 
 
 def renamed(config: DatasetConfig) -> DatasetConfig:
-    """A comparison's configuration under a name of its own, for its datasets share no sample with those of generated images.
+    """A comparison's configuration under a name of its own, for its datasets share no sample with those of generated
+    images.
 
     Raises ConfigError for what cannot be drawn.
     """

@@ -113,8 +113,8 @@ def true_features(config: DatasetConfig, height: int, width: int, cache: Folder)
 
 
 def object_counter(config: DatasetConfig) -> Callable[[Image.Image], Mapping[str, int]] | None:
-    """Counts objects as picturebook's captioner sees them, tile by tile; None for other models, whose objects it does not
-    know."""
+    """Counts objects as picturebook's captioner sees them, tile by tile; None for other models, whose objects it does
+    not know."""
     if config.model.id != PICTUREBOOK:
         return None
     from resmaster_stages.models.captioner import load_captioner

@@ -1,6 +1,7 @@
 """Metrics of a set of samples against a reference set, from the feature vectors that the quality stage kept.
 
-Reads commits only: no image is opened and no model is loaded. What the views r, c and u are: `metrics.features.picture_features`.
+Reads commits only: no image is opened and no model is loaded. What the views r, c and u are:
+`metrics.features.picture_features`.
 
 Invariants:
 - A set is given by keys, in any order; the numbers do not depend on the order, except the Inception score's splits.
@@ -81,7 +82,8 @@ def stacked(features: Mapping[str, Arrays], keys: Iterable[str] | None = None) -
 def compare_sets(
     found: Mapping[str, NDArray[Any]], reference: Mapping[str, NDArray[Any]], views: Sequence[str] = VIEWS
 ) -> dict[str, float | None]:
-    """`fid_V`, `kid_V` with `kid_V_low`, `kid_V_high`, and `is_V` for every view V; None where there are too few samples.
+    """`fid_V`, `kid_V` with `kid_V_low`, `kid_V_high`, and `is_V` for every view V; None where there are too few
+    samples.
 
     FID takes every crop as a sample. KID's interval is of 95 %, by images.
     """

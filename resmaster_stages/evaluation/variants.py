@@ -57,8 +57,8 @@ def _listed(text: str, option: str) -> list[str]:
 def at_scale(config: DatasetConfig, scale: str) -> DatasetConfig:
     """`config` for a target of `HxW` native sizes, e.g. `2x4` (twice as high, four times as wide).
 
-    The low-res image has the target's shape, the native area as nearly as the latent grid allows, and one factor enlarges
-    both sides. The user's own images keep their size, so both numbers must be equal: it is their factor.
+    The low-res image has the target's shape, the native area as nearly as the latent grid allows, and one factor
+    enlarges both sides. The user's own images keep their size, so both numbers must be equal: it is their factor.
     """
     parts = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", scale)
     if not parts:
@@ -76,7 +76,8 @@ def at_scale(config: DatasetConfig, scale: str) -> DatasetConfig:
 
 
 def low_res_size(rows: int, cols: int, native: int, factor: int) -> tuple[int, int]:
-    """(height, width) in px in the ratio `rows`:`cols`, multiples of `factor`, whose area is nearest to `native` squared."""
+    """(height, width) in px in the ratio `rows`:`cols`, multiples of `factor`, whose area is nearest to `native`
+    squared."""
     common = gcd(rows, cols)
     tall, wide = rows // common * factor, cols // common * factor
     nearest = max(1, round(native / (tall * wide) ** 0.5))
@@ -85,7 +86,8 @@ def low_res_size(rows: int, cols: int, native: int, factor: int) -> tuple[int, i
 
 
 def _with_method(config: DatasetConfig, text: str, scale: str) -> DatasetConfig:
-    """`config` with a method such as `multidiffusion`, `resmaster+sg+tip`, `resmaster-etp` or `resmaster:stride=0.75`."""
+    """`config` with a method such as `multidiffusion`, `resmaster+sg+tip`, `resmaster-etp` or
+    `resmaster:stride=0.75`."""
     head, *settings = text.split(":")
     parts = re.fullmatch(r"([a-z_]+)((?:\+[a-z]+)*|(?:-[a-z]+)*)", head)
     if not parts:

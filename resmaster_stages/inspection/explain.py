@@ -110,7 +110,8 @@ def find_sample(dataset: Dataset, prefix: str) -> PlannedSample:
     text = prefix.strip().lower()
     if not re.fullmatch(rf"[0-9a-f]{{1,{KEY_CHARACTERS}}}", text):
         raise UserError(
-            f"{prefix!r} is no key: give up to {KEY_CHARACTERS} hex digits, as the report and manifest.parquet show them"
+            f"{prefix!r} is no key: give up to {KEY_CHARACTERS} hex digits, as the report and manifest.parquet show "
+            "them"
         )
     found = dataset.plan.find(text)
     if not found:
@@ -234,7 +235,8 @@ def fetch_command(folder: Folder, name: str, member: Member) -> str:
                 member.name,
             ]
         )
-    code = f"import fsspec; file = fsspec.open({url!r}).open(); file.seek({first}); open({member.name!r}, 'wb').write(file.read({member.size}))"
+    read = f"import fsspec; file = fsspec.open({url!r}).open(); file.seek({first})"
+    code = f"{read}; open({member.name!r}, 'wb').write(file.read({member.size}))"
     return shlex.join(["python", "-c", code])
 
 

@@ -1,7 +1,7 @@
 """A dataset's numbers as OpenMetrics text, for Prometheus and its kin. Reads the store alone: no Prefect, no models.
 
-Counters count what commit records and the ledger hold, so they survive every server and process; they fall only where commit
-records were deleted or the configuration changed, which readers of counters take for a restart.
+Counters count what commit records and the ledger hold, so they survive every server and process; they fall only where
+commit records were deleted or the configuration changed, which readers of counters take for a restart.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from resmaster_stages.inspection.status import stage_status
 
 
 def openmetrics(dataset: Dataset) -> str:
-    """The text of one scrape. Raises PlanError if the dataset has no plan yet, ShardError for a damaged commit record."""
+    """The text of one scrape. Raises PlanError if the dataset has no plan yet, ShardError for a damaged commit
+    record."""
     families = _Families()
     plan = dataset.plan
     name = dataset.config.name

@@ -1,4 +1,5 @@
-"""What is done in a dataset, and what is still to do: from commit records and the ledger. Computes and changes nothing."""
+"""What is done in a dataset, and what is still to do: from commit records and the ledger. Computes and changes
+nothing."""
 
 from __future__ import annotations
 

@@ -68,8 +68,8 @@ class SuperResolution(Enlargement):
         name = self.weight_name or self.model
         if not name.endswith(".safetensors") and not self.allow_pickle:
             raise ValueError(
-                f"{name} is not a .safetensors file; choose one that is, or set allow_pickle: true for a .pth file that you "
-                "trust (its tensors alone are read)"
+                f"{name} is not a .safetensors file; choose one that is, or set allow_pickle: true for a .pth file "
+                "that you trust (its tensors alone are read)"
             )
         return self
 

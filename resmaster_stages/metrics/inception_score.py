@@ -1,8 +1,8 @@
 """Inception score (Salimans et al. 2016): are pictures sharp for a classifier, and different from each other?
 
-exp of the mean Kullback-Leibler divergence of each picture's class probabilities from their marginal. From 1 (all pictures
-alike, or no picture certain) to the number of classes. Knows nothing about who classified, and a score means nothing
-without saying so.
+exp of the mean Kullback-Leibler divergence of each picture's class probabilities from their marginal. From 1 (all
+pictures alike, or no picture certain) to the number of classes. Knows nothing about who classified, and a score means
+nothing without saying so.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Kernel distance of two sets of feature vectors (KID: Bińkowski et al. 2018): polynomial MMD^2, unbiased at any count.
 
-Crops of one image are not independent, so they come as [images, crops, D]: pairs within an image are left out, and subsets
-and the confidence interval draw whole images. For [N, D] every row is an image of its own.
+Crops of one image are not independent, so they come as [images, crops, D]: pairs within an image are left out, and
+subsets and the confidence interval draw whole images. For [N, D] every row is an image of its own.
 
 Invariants:
 - Float64; the same seed gives the same estimates.
@@ -31,7 +31,8 @@ class KidEstimate:
     value: float
     """Estimate over all samples."""
     mean: float | None
-    """Mean of the estimates over random subsets: the number that papers print. None for fewer than 3 images on a side."""
+    """Mean of the estimates over random subsets: the number that papers print. None for fewer than 3 images on a
+    side."""
     std: float | None
     """Standard deviation of the estimates over subsets."""
     low: float | None
@@ -49,8 +50,8 @@ def kid(
     """KID between features `x` and `y`, each [N, D] or [images, crops, D].
 
     `subset_size` images per subset; default: half of the smaller side, at most 1000. The interval is `value` -/+ 1.96
-    standard errors by the delete-d jackknife (Shao, Wu 1989): with subsets of m out of n images the variance of `value` is
-    m / (n - m) times that of the subset estimates; n is the smaller side, which makes the interval rather too wide.
+    standard errors by the delete-d jackknife (Shao, Wu 1989): with subsets of m out of n images the variance of `value`
+    is m / (n - m) times that of the subset estimates; n is the smaller side, which makes the interval rather too wide.
     Raises ValueError for fewer than 2 images on a side, or a subset size that does not fit.
     """
     a, b = _by_image(x), _by_image(y)

@@ -1,13 +1,13 @@
 """Perceptual distance of two pictures of the same thing: what differs to the eye of a network, place by place.
 
-The construction of LPIPS (Zhang, Isola, Efros, Shechtman, Wang, CVPR 2018) without its learnt weights, on the feature maps of
-whatever extractor is passed in. Both pictures are cut into squares of the network's input size, side by side and not resized: 16
-of a picture of four times that size. Then, square by square and layer by layer,
+The construction of LPIPS (Zhang, Isola, Efros, Shechtman, Wang, CVPR 2018) without its learnt weights, on the feature
+maps of whatever extractor is passed in. Both pictures are cut into squares of the network's input size, side by side
+and not resized: 16 of a picture of four times that size. Then, square by square and layer by layer,
 
     d = sum over layers l of  mean over positions (y, x) of  | f_l(a)[:, y, x] - f_l(b)[:, y, x] |^2
 
-where f_l(.)[:, y, x], the channels at one position, is scaled to length 1. The picture's distance is the mean over its squares.
-Activations behind a ReLU are not negative, so a layer adds from 0 to 2.
+where f_l(.)[:, y, x], the channels at one position, is scaled to length 1. The picture's distance is the mean over its
+squares. Activations behind a ReLU are not negative, so a layer adds from 0 to 2.
 
 Invariants:
 - Equal pictures have distance 0, and the distance is symmetric.

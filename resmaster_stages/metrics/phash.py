@@ -12,7 +12,8 @@ from resmaster_stages.metrics.resize import resize
 
 
 def phash(image: Image.Image | Array) -> str:
-    """64-bit DCT hash as 16 hex digits, the lowest frequency in the highest bit (Zauner 2010, as in the library imagehash).
+    """64-bit DCT hash as 16 hex digits, the lowest frequency in the highest bit (Zauner 2010, as in the library
+    imagehash).
 
     The luma at 32 x 32 px, its 2-D DCT-II, the 8 x 8 lowest frequencies, each compared with their median.
     """

@@ -58,7 +58,8 @@ def surplus(found: Counts, wanted: Counts) -> int:
 def repeated_objects(
     pictures: Iterable[tuple[Any, Counts]], count_objects: Callable[[Any], Counts], least: int = 1
 ) -> Repeats:
-    """Repeats over (picture, what its prompt asks for), taken one by one; `count_objects` counts what a picture shows."""
+    """Repeats over (picture, what its prompt asks for), taken one by one; `count_objects` counts what a picture
+    shows."""
     return repeats_of(
         [surplus(count_objects(picture), wanted) for picture, wanted in pictures if any(wanted.values())], least
     )

@@ -15,7 +15,8 @@ FILTERS = {"bicubic": Image.Resampling.BICUBIC, "box": Image.Resampling.BOX, "la
 
 
 def resize(image: Image.Image | Array, height: int, width: int, filter: str = "bicubic") -> Array:
-    """`image` at `height` x `width` px: float32 [height, width, 3]; bicubic may leave 0 to 255 a little. Box averages areas."""
+    """`image` at `height` x `width` px: float32 [height, width, 3]; bicubic may leave 0 to 255 a little. Box averages
+    areas."""
     values = rgb(image)
     channels = [
         np.asarray(Image.fromarray(np.ascontiguousarray(values[:, :, c])).resize((width, height), FILTERS[filter]))

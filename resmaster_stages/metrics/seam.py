@@ -1,8 +1,8 @@
 """Seams: are there steps in the picture just where views or tiles end?
 
-A view's border lies between two pixel rows or columns. The step across each border line is compared with the steps across the
-lines next to it, line by line, so that a horizon or a wall on the line's way counts for both and cancels out. Knows nothing
-about latents, though borders lie on the latent grid.
+A view's border lies between two pixel rows or columns. The step across each border line is compared with the steps
+across the lines next to it, line by line, so that a horizon or a wall on the line's way counts for both and cancels
+out. Knows nothing about latents, though borders lie on the latent grid.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from resmaster_stages.metrics.metric import Column, Flag, Metric
 REACH_PX = 6
 """Lines on each side of a border that it is compared with."""
 LATENT_PX = 8
-"""Decoders leave a faint grid of this pitch, on which all view borders lie: lines 1 and 2 cells away are compared too."""
+"""Decoders leave a faint grid of this pitch, on which all view borders lie: lines 1 and 2 cells away are compared
+too."""
 FLOOR = 0.5
 """Grey levels added to both sides of the ratio: steps below the rounding of 8 bits are no seams."""
 SEGMENTS = 8
@@ -29,11 +30,11 @@ SEGMENTS = 8
 def seam_ratio(image: Image.Image | Array, boxes: Sequence[tuple[int, int, int, int]]) -> float:
     """Steps on view borders over steps beside them; about 0.7 to 1.1 without seams, 1 where there is no inner border.
 
-    `boxes` are the views' (y0, x0, y1, x1), half-open, in px of `image`. Per border line the luma's absolute differences
-    across it, averaged along each of 8 segments, are divided by the median of the same at distances 1 to 6 px, or at 8 and
-    16 px where that is greater. The median over a line's segments is its ratio, because a seam runs all along while a contour crosses or touches in places. The mean over
-    all lines counts, because seams recur; of three lines or more along an axis the greatest is left out, because a horizon
-    may happen to lie on it.
+    `boxes` are the views' (y0, x0, y1, x1), half-open, in px of `image`. Per border line the luma's absolute
+    differences across it, averaged along each of 8 segments, are divided by the median of the same at distances 1 to 6
+    px, or at 8 and 16 px where that is greater. The median over a line's segments is its ratio, because a seam runs all
+    along while a contour crosses or touches in places. The mean over all lines counts, because seams recur; of three
+    lines or more along an axis the greatest is left out, because a horizon may happen to lie on it.
     """
     y = luminance(image)
     ratios: list[float] = []

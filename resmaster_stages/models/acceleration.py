@@ -1,8 +1,8 @@
 """The UNet made faster as a whole: transformer blocks compiled, large linear layers in 8 bits.
 
 Knows nothing about methods. Invariants:
-- Compiled blocks compute what they computed, up to rounding; a machine that cannot compile runs them as they are, and says so
-  in one line.
+- Compiled blocks compute what they computed, up to rounding; a machine that cannot compile runs them as they are, and
+  says so in one line.
 - A block of which a method changed a layer runs as it is for that while: the change would break its graph.
 - `quantise_fp8` changes results, so it is asked for by name and never falls back.
 """
@@ -21,7 +21,8 @@ from resmaster_stages.errors import ConfigError, first_line
 from resmaster_stages.progress import Note, emit
 
 _GRAPHS = 64
-"""Graphs that one block's code may have: levels of the UNet times shapes of batches (guided or not, moved views or not)."""
+"""Graphs that one block's code may have: levels of the UNet times shapes of batches (guided or not, moved views or
+not)."""
 
 FP8_LEAST_WIDTH = 640
 """Narrower layers are bound by memory, not by arithmetic."""
@@ -35,7 +36,8 @@ _NOT_IN_FP8 = (
     "encoder_hid_proj",
     "_ip.",
 )
-"""Parts of names of layers that cost nothing and whose errors reach every pixel: embeddings, text and image projections."""
+"""Parts of names of layers that cost nothing and whose errors reach every pixel: embeddings, text and image
+projections."""
 
 
 def can_compile(device: torch.device) -> bool:
@@ -94,7 +96,8 @@ def changed_blocks_uncompiled(unet: Any) -> Iterator[None]:
 
 
 def takes_fp8(module: nn.Module, name: str, least_width: int = FP8_LEAST_WIDTH) -> bool:
-    """Whether a layer of a UNet is to compute in 8 bits: wide linear layers of its blocks, of widths that 16 divides."""
+    """Whether a layer of a UNet is to compute in 8 bits: wide linear layers of its blocks, of widths that 16
+    divides."""
     if not isinstance(module, nn.Linear) or any(part in name for part in _NOT_IN_FP8):
         return False
     widths = (module.in_features, module.out_features)
@@ -105,12 +108,13 @@ def require_fp8(device: torch.device, compiled: bool) -> None:
     """Raises ConfigError unless 8-bit linear layers can run on `device`, and faster than without."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError(
-            f"model.quantise: fp8 needs a CUDA device of compute capability 8.9 (Ada, Hopper) or later, and {device} is none; "
-            "set model.quantise: none"
+            f"model.quantise: fp8 needs a CUDA device of compute capability 8.9 (Ada, Hopper) or later, and {device} "
+            "is none; set model.quantise: none"
         )
     if not compiled:
         raise ConfigError(
-            "model.quantise: fp8 is slower than float16 unless it is compiled; set model.compile: blocks, or model.quantise: none"
+            "model.quantise: fp8 is slower than float16 unless it is compiled; set model.compile: blocks, or "
+            "model.quantise: none"
         )
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError(

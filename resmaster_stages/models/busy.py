@@ -1,4 +1,5 @@
-"""How long the device is at work, by the host's clock: counted where the host hands work over and awaits its result. Needs no torch.
+"""How long the device is at work, by the host's clock: counted where the host hands work over and awaits its result.
+Needs no torch.
 
 Waits of the device within such a block count as work, so the idle share of a stage is a lower bound.
 """

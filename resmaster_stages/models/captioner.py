@@ -1,4 +1,5 @@
-"""Captioners: images -> one sentence each. A local Transformers model, an OpenAI-compatible server, or the prompt itself.
+"""Captioners: images -> one sentence each. A local Transformers model, an OpenAI-compatible server, or the prompt
+itself.
 
 Knows nothing about patches, prompts or tables: cleaning and shortening of what comes back are pure functions beside the
 captioners, and the stage decides what an empty answer means.
@@ -58,7 +59,8 @@ _THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL | re.IGNORECASE)
 _LEAD = re.compile(
     r"""^(?:
         (?:sure|certainly|of\ course|okay|here\ is|here's|caption|description|answer)\b[^:.!]{0,60}[:!]\s*
-      | (?:in\ )?(?:this|the|an?)\ (?:image\ patch|image|picture|photo|photograph|patch|crop|scene|close-up\ image)\s*,?\s*
+      | (?:in\ )?(?:this|the|an?)
+        \ (?:image\ patch|image|picture|photo|photograph|patch|crop|scene|close-up\ image)\s*,?\s*
         (?:(?:that|which)\ )?
         (?:(?:clearly|mainly|mostly|prominently)\ )?
         (?:shows?|depicts?|displays?|features?|portrays?|presents?|captures?|contains?|showcases?|consists?\ of
@@ -73,7 +75,8 @@ _QUOTES = "\"'`“”‘’«»*"
 
 
 def clean_caption(text: str) -> str:
-    """A captioner's answer as a bare sentence: no control characters, line breaks, quotes around it, or "The image shows".
+    """A captioner's answer as a bare sentence: no control characters, line breaks, quotes around it, or "The image
+    shows".
 
     Idempotent: cleaning a clean caption changes nothing.
     """
@@ -108,7 +111,8 @@ def shorten(text: str, count: TokenCounter, limit: int = MAX_TOKENS, suffix: str
 
 
 def _longest(prefix: Callable[[int], str], size: int, count: TokenCounter, limit: int, suffix: str) -> tuple[str, int]:
-    """The longest `prefix(n)`, n < size, that fits with the suffix, and the tokens of both; ("", tokens) if none does."""
+    """The longest `prefix(n)`, n < size, that fits with the suffix, and the tokens of both; ("", tokens) if none
+    does."""
     low, high = 0, size
     while low < high:  # bisection gets near; counts of prefixes need not be monotonic, so the end is checked one by one
         middle = (low + high + 1) // 2
@@ -131,7 +135,8 @@ def token_counter(model: ModelConfig) -> TokenCounter:
 
 
 class LocalCaptioner:
-    """A Transformers image-text-to-text model: plain captioners (BLIP, GIT) and chat models (Qwen-VL, LLaVA, SmolVLM)."""
+    """A Transformers image-text-to-text model: plain captioners (BLIP, GIT) and chat models (Qwen-VL, LLaVA,
+    SmolVLM)."""
 
     def __init__(self, model: Any, processor: Any, *, name: str, revision: str, instruction: str, max_new_tokens: int):
         self.model, self.processor = model, processor

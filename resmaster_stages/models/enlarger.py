@@ -48,7 +48,8 @@ class Enlarger:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file: safetensors, or the tensors of a pickle. Raises ConfigError for what is no state dict."""
+    """The state dict in a file: safetensors, or the tensors of a pickle. Raises ConfigError for what is no state
+    dict."""
     if path.suffix == ".safetensors":
         try:
             return load_file(path)

@@ -1,6 +1,7 @@
 """The name of a base model's exact weights, without loading them: part of every stage's identity. Imports no torch.
 
-What it cannot see: a branch of a hub moving under an unnamed revision. Name a commit as the revision where that matters.
+What it cannot see: a branch of a hub moving under an unnamed revision. Name a commit as the revision where that
+matters.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ PICTUREBOOK = "picturebook"
 """The id of the embedded model pack."""
 
 PACK_NETWORKS = ("captioner", "classifier", "clip", "super_resolution")
-"""Folders of the pack that are no part of its diffusion pipeline: each is a model of its own, with an identity of its own."""
+"""Folders of the pack that are no part of its diffusion pipeline: each is a model of its own, with an identity of its
+own."""
 
 
 def pack_folder() -> Path:
@@ -91,8 +93,8 @@ def _source_identity(source: str, revision: str | None, network: str | None = No
 def model_identity(config: ModelConfig) -> str:
     """Name of the weights that `config` loads, e.g. `picturebook@0123456789abcdef` or `owner/name@revision`.
 
-    The embedded pack is named by its content, a folder by its JSON files and file sizes, a hub id by its revision. Another
-    VAE and an IP-Adapter are appended. Raises ConfigError for a folder that does not exist.
+    The embedded pack is named by its content, a folder by its JSON files and file sizes, a hub id by its revision.
+    Another VAE and an IP-Adapter are appended. Raises ConfigError for a folder that does not exist.
     """
     parts = [_source_identity(config.id, config.revision)]
     if config.vae:
@@ -126,7 +128,8 @@ def network_file(config: NetworkFile) -> Path:
         return path.resolve()
     if config.weight_name is None:
         raise ConfigError(
-            f"upscale.model: {config.model} is no file; give picturebook, a file of weights, or a hub id and weight_name"
+            f"upscale.model: {config.model} is no file; give picturebook, a file of weights, or a hub id and "
+            "weight_name"
         )
     import huggingface_hub
 

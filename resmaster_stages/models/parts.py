@@ -24,7 +24,8 @@ class Models:
     offload: bool = False
     identity: str = "pipeline"
     same_bytes: bool = True
-    """Whether convolutions are chosen by rule, so that a re-run gives the same bytes; else by a race, which is faster."""
+    """Whether convolutions are chosen by rule, so that a re-run gives the same bytes; else by a race, which is
+    faster."""
 
     @property
     def geometry(self) -> Geometry:

@@ -1,10 +1,12 @@
-"""RRDBNet, the network of ESRGAN, BSRGAN and Real-ESRGAN (Wang et al. 2018; Zhang et al. 2021): pictures, `scale` times larger.
+"""RRDBNet, the network of ESRGAN, BSRGAN and Real-ESRGAN (Wang et al. 2018; Zhang et al. 2021): pictures, `scale` times
+larger.
 
-A trunk of residual-in-residual dense blocks at the small size, then nearest enlargements by two with a convolution each.
-Purely convolutional. Modules carry the names of BSRGAN's published weights; `official_state` renames Real-ESRGAN's, and
-`shape_of` reads all sizes off the weights, so a file needs no configuration beside it.
+A trunk of residual-in-residual dense blocks at the small size, then nearest enlargements by two with a convolution
+each. Purely convolutional. Modules carry the names of BSRGAN's published weights; `official_state` renames
+Real-ESRGAN's, and `shape_of` reads all sizes off the weights, so a file needs no configuration beside it.
 
-Knows nothing about files, tiles or image formats. Invariant: [N, 3, h, w] in [0, 1] -> [N, 3, scale h, scale w], not clamped.
+Knows nothing about files, tiles or image formats. Invariant: [N, 3, h, w] in [0, 1] -> [N, 3, scale h, scale w], not
+clamped.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class RRDBShape:
     growth: int = 32
     enlargements: int = 2
     unshuffle: int = 1
-    """Pixels per side that are folded into channels first: 2 for Real-ESRGAN's x2 weights, which enlarge twice all the same."""
+    """Pixels per side that are folded into channels first: 2 for Real-ESRGAN's x2 weights, which enlarge twice all the
+    same."""
 
     @property
     def scale(self) -> int:

@@ -3,7 +3,8 @@
 Variance preserving throughout: z = alpha * x0 + sigma * eps with alpha^2 + sigma^2 = 1, alpha^2 = cumulative product of
 (1 - beta). An Euler scheduler describes the same path in other units (z / alpha), so its configuration serves as well.
 Honoured of a diffusers scheduler configuration: betas, zero-SNR rescaling, prediction type, timestep spacing, steps
-offset, and the `set_alpha_to_one` of DDIM and PNDM. Not honoured: Karras, exponential or beta sigmas, thresholding, higher orders.
+offset, and the `set_alpha_to_one` of DDIM and PNDM. Not honoured: Karras, exponential or beta sigmas, thresholding,
+higher orders.
 
 Invariants:
 - Timesteps fall; the last step ends at alpha = 1, or at the first training timestep where a DDIM configuration says so.
@@ -39,7 +40,8 @@ class Step:
 
     @property
     def done(self) -> float:
-        """The fraction of the path's steps that lie before this one: what `start` and `stop` settings are compared with."""
+        """The fraction of the path's steps that lie before this one: what `start` and `stop` settings are compared
+        with."""
         return self.index / self.count
 
     @property
@@ -81,7 +83,8 @@ def make_schedule(scheduler_config: Mapping[str, Any], count: int) -> tuple[Step
     prediction_type = str(config.get("prediction_type", "epsilon"))
     if "beta_start" not in config and config.get("trained_betas") is None:
         raise ConfigError(
-            f"{name}: not a variance-preserving scheduler (no betas); use an SDXL or Stable Diffusion model with a DDIM or Euler one"
+            f"{name}: not a variance-preserving scheduler (no betas); use an SDXL or Stable Diffusion model with a "
+            "DDIM or Euler one"
         )
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ConfigError(f"{name}: prediction_type {prediction_type!r} is not supported; use epsilon or v_prediction")

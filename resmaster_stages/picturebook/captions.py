@@ -179,8 +179,8 @@ SUBJECTS = (*KINDS, *GROUNDS, *SKIES)
 
 
 def subject(scene: Scene, box: Box | None = None) -> str:
-    """What a view (default: the whole scene) is mainly of, one of `SUBJECTS`: the kind of the object that covers most of
-    it; without objects the ground or the sky, whichever covers more."""
+    """What a view (default: the whole scene) is mainly of, one of `SUBJECTS`: the kind of the object that covers most
+    of it; without objects the ground or the sky, whichever covers more."""
     box = box or scene.box
     seen = visible(scene, box)
     if seen:

@@ -35,8 +35,8 @@ def whole_objects(sentence: str) -> Counter[str]:
 
 
 def tiles(image: Image.Image, native_px: int) -> list[list[Image.Image]]:
-    """Disjoint tiles, about square, that cover a picture, level by level: of its shorter side, of half of it, ... down to
-    the native size. Each is shrunk to about the native size by averaging.
+    """Disjoint tiles, about square, that cover a picture, level by level: of its shorter side, of half of it, ... down
+    to the native size. Each is shrunk to about the native size by averaging.
     """
     levels = []
     divisions = 1

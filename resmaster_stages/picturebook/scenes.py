@@ -92,7 +92,8 @@ def make_scene(seed: int, kinds: tuple[str, ...] | None = None) -> Scene:
 
 
 def scene_of(seed: int, width: float, ground: str | None, sky: str | None, wanted: Sequence[tuple[str, str]]) -> Scene:
-    """A scene that shows the (kind, colour) pairs `wanted`, at most 3, laid out by `seed`; None is the seed's choice."""
+    """A scene that shows the (kind, colour) pairs `wanted`, at most 3, laid out by `seed`; None is the seed's
+    choice."""
     rng = Random(seed * 2654435761 + 54321)
     horizon = rng.uniform(0.52, 0.68) * HEIGHT
     fitting = [g for g in GROUNDS if all(g in KINDS[name].grounds for name, _ in wanted)] or list(GROUNDS)

@@ -1,7 +1,8 @@
 """Ground truth for prompts in the picturebook's language: a scene that shows what the prompt says, drawn at any size.
 
-Vectors have detail at every resolution, so these pictures are what a perfect upscaler's results are drawn from. The layout
-is the seed's choice, not that of any generated picture: compare sets, not single pictures. Knows no models and no storage.
+Vectors have detail at every resolution, so these pictures are what a perfect upscaler's results are drawn from. The
+layout is the seed's choice, not that of any generated picture: compare sets, not single pictures. Knows no models and
+no storage.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def true_scene(prompt: str, width: float, replica: int = 0) -> scenes.Scene:
         )
     if len(wanted) > MOST_OBJECTS:
         raise ConfigError(
-            f"picturebook's drawings: the prompt {prompt[:60]!r} names {len(wanted)} objects; its scenes hold {MOST_OBJECTS}"
+            f"picturebook's drawings: the prompt {prompt[:60]!r} names {len(wanted)} objects; its scenes hold "
+            f"{MOST_OBJECTS}"
         )
     seed = int(digest([prompt, replica])[:12], 16)
     return scenes.scene_of(seed, width, ground, sky, wanted)

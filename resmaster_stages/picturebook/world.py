@@ -1,7 +1,8 @@
 """What the picturebook's world is made of: colours, places, objects, and the registry of kinds.
 
 To add a kind of object, write one function that returns a `Drawing`, decorate it with `@kind` and import its module in
-`scenes.py`. Scene units: every scene is 512 units high and 512 to 1024 wide; y points down. Knows nothing about drawing.
+`scenes.py`. Scene units: every scene is 512 units high and 512 to 1024 wide; y points down. Knows nothing about
+drawing.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ class Scene:
 
 @dataclass(frozen=True)
 class Kind:
-    """A registered kind: allowed colours, (least, greatest) size, width / height, how to draw it, whether it floats in the
-    air, and the grounds it may be seen on."""
+    """A registered kind: allowed colours, (least, greatest) size, width / height, how to draw it, whether it floats in
+    the air, and the grounds it may be seen on."""
 
     name: str
     colours: tuple[str, ...]

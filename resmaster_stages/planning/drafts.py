@@ -26,8 +26,9 @@ SHOWN_CHARACTERS = 80
 class DraftReader:
     """The samples that a configuration asks for, each once and in order, as they are read. To be iterated once.
 
-    Of what was read, 12 bytes a sample are held. Raises UserError for a source that cannot be read, at latest where it cannot;
-    ConfigError if it gives detail masks that the configuration does not read; PlanError at the end if it gave no usable sample.
+    Of what was read, 12 bytes a sample are held. Raises UserError for a source that cannot be read, at latest where it
+    cannot; ConfigError if it gives detail masks that the configuration does not read; PlanError at the end if it gave
+    no usable sample.
     """
 
     def __init__(self, config: DatasetConfig) -> None:

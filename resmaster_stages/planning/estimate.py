@@ -1,4 +1,5 @@
-"""What a run would take: hours, money, bytes and requests. From measured commits where there are any, else from a table.
+"""What a run would take: hours, money, bytes and requests. From measured commits where there are any, else from a
+table.
 
 Knows nothing about Prefect. Every number says where it comes from; where nothing is known it is None, never a guess.
 
@@ -52,7 +53,8 @@ class Rates:
 
 PICTUREBOOK_RATES = Rates(
     device="two shared CPU cores",
-    source="measured by this project: one run of deployments/datasets/picturebook.yaml, 16 samples, canvases taken as linear",
+    source="measured by this project: one run of deployments/datasets/picturebook.yaml, 16 samples, canvases taken as "
+    "linear",
     row=((1.0, 0.011), (16.0, 16 * 0.011)),
 )
 CAPTION_SECONDS = 0.008
@@ -63,16 +65,17 @@ QUALITY_SECONDS = 0.75
 """Per megapixel, with picturebook's CLIP; same run."""
 SDXL_RATES = Rates(
     device="one A100 or A800",
-    source="estimate: 0.122 s per guided native view, 0.78 s per guided canvas of 2048 px and 6.55 s of 4096 px, calibrated on the "
-    "times that the FreeScale paper reports on an A800 (DemoFusion 86.5 s and 683 s, direct 5.46 min); UNet only",
+    source="estimate: 0.122 s per guided native view, 0.78 s per guided canvas of 2048 px and 6.55 s of 4096 px, "
+    "calibrated on the times that the FreeScale paper reports on an A800 (DemoFusion 86.5 s and 683 s, direct 5.46 "
+    "min); UNet only",
     row=((1.0, 0.061), (4.0, 0.39), (16.0, 3.275)),
 )
 SDXL_NATIVE_PX = 1024
 
 BYTES_PER_PIXEL = {"webp": 0.15, "png": 0.85, "lossless webp": 1.0}
 BYTES_SOURCE = (
-    "measured on 13 photographs (Debian's lomiri-wallpapers-16.04, 2048 px, WebP of quality 95; low-res 512 px without loss); "
-    "busy pictures take several times as much"
+    "measured on 13 photographs (Debian's lomiri-wallpapers-16.04, 2048 px, WebP of quality 95; low-res 512 px "
+    "without loss); busy pictures take several times as much"
 )
 ROW_BYTES = {"captions": 48, "quality": 1200}
 """Parquet bytes per patch and per sample, measured on picturebook in shards of four."""
@@ -94,8 +97,8 @@ class StageEstimate:
     bytes: float
     bytes_source: str
     requests: int
-    """Writes to the store, at most: objects (in parts, if they are large), commit records, and the passing files by which a
-    killed run goes on where it was."""
+    """Writes to the store, at most: objects (in parts, if they are large), commit records, and the passing files by
+    which a killed run goes on where it was."""
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,8 @@ def _opened(path: str) -> Iterator[io.BufferedReader]:
 
 
 def _lines(path: str) -> Iterator[str]:
-    """The lines of a text file with their ends, as they are read. Raises UserError naming the first line that is not text."""
+    """The lines of a text file with their ends, as they are read. Raises UserError naming the first line that is not
+    text."""
     place = without_credentials(path)
     with _opened(path) as file:
         for number, data in enumerate(file, start=1):

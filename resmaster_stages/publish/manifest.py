@@ -5,7 +5,8 @@ needs the whole dataset.
 
 Invariants:
 - Every key occurs at most once.
-- Only shards committed in every stage and not known to be damaged are published; the card says how many are still missing.
+- Only shards committed in every stage and not known to be damaged are published; the card says how many are still
+  missing.
 - Equal commits give equal files: no time or host is in them.
 - Rows, records and the index go to disk as they come. What grows is 26 to 35 bytes per sample, and per shard the names that
   listings give (docs/scale.md has numbers).

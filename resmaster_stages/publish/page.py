@@ -106,7 +106,8 @@ def render_report(
     """The page, with the worst samples first.
 
     title: the dataset's name. facts: label -> value, shown in the header. failures: rows of the ledger (key, stage,
-    error_class, message), each with `command` as in ReportSample. total: samples in the dataset, if only some are shown.
+    error_class, message), each with `command` as in ReportSample. total: samples in the dataset, if only some are
+    shown.
     """
     cards = [_card(sample, index, budget_bytes / len(samples)) for index, sample in enumerate(samples)]
     cards.sort(key=lambda card: math.inf if card["bad"] is None else -card["bad"])

@@ -1,7 +1,7 @@
 """Fills in the files of `templates/`.
 
-Invariants: values are escaped in HTML (Markdown has no such thing); control characters and lone surrogates in values become
-blanks; a name that a template reads and nobody gave is an error.
+Invariants: values are escaped in HTML (Markdown has no such thing); control characters and lone surrogates in values
+become blanks; a name that a template reads and nobody gave is an error.
 """
 
 from __future__ import annotations

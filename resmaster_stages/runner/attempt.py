@@ -72,7 +72,8 @@ class Made:
     busy: BusyTime = field(default_factory=BusyTime)
 
     def device(self) -> dict[str, float]:
-        """How long the device was at work, and the share of the stage's time in which it was not, for commit records."""
+        """How long the device was at work, and the share of the stage's time in which it was not, for commit
+        records."""
         share = self.busy.seconds / self.seconds if self.seconds else 0.0
         return {"busy_seconds": round(self.busy.seconds, 3), "idle_share": round(max(0.0, 1 - share), 4)}
 

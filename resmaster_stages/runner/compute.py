@@ -200,7 +200,8 @@ def _keys(work: _Work, slot: range) -> list[str]:
 
 
 def _finished(stage: Stage, spill: Spill, output: Output, last: bool, alone: bool) -> Output:
-    """`output` with its files made, or its error, and spilled if it is the `last` of its slot. Raises what is nobody's fault.
+    """`output` with its files made, or its error, and spilled if it is the `last` of its slot. Raises what is nobody's
+    fault.
 
     `output` itself if it was not `alone` and memory ran out.
     """

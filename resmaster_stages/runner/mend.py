@@ -44,7 +44,7 @@ def _differs(dataset: Dataset, receipt: Receipt, stored: StoredObject) -> str:
     where = facts.get("gpu") or facts.get("host") or "another machine"
     torch = facts.get("versions", {}).get("torch", "of an unknown version")
     return (
-        f"{stored.name} came out with other bytes than its commit recorded ({where}, torch {torch}); nothing was put back. "
-        f"Repair it on such a machine, or accept new bytes for these shards and all that was made from them with: "
-        f"resmaster repair {dataset.url} --replace"
+        f"{stored.name} came out with other bytes than its commit recorded ({where}, torch {torch}); nothing was put "
+        f"back. Repair it on such a machine, or accept new bytes for these shards and all that was made from them "
+        f"with: resmaster repair {dataset.url} --replace"
     )

@@ -5,7 +5,8 @@ Knows nothing about stages, nor about what goes wrong in them.
 Invariants:
 - One slot at most is read ahead, and no more outputs wait to be finished than the caller leaves there, and one.
 - Outputs are finished, and handed on, in the order in which they came.
-- An error is raised where its sample is asked for. At the end of the block what waits is finished, then the threads end.
+- An error is raised where its sample is asked for. At the end of the block what waits is finished, then the threads
+  end.
 - Both threads work in the context of their caller: who counts and who hears of progress is the same there.
 """
 
@@ -73,8 +74,8 @@ class Reading(_Beside):
 class Finishing(_Beside):
     """Outputs on their way from a stage to its shard, each of which passes through `finish` in the thread.
 
-    finish: an output, and whether it is the last one of its slot -> the output finished, or as it came if there is not the memory
-    for it beside the computing; then it is asked once more, with True, when nothing is computed.
+    finish: an output, and whether it is the last one of its slot -> the output finished, or as it came if there is not
+    the memory for it beside the computing; then it is asked once more, with True, when nothing is computed.
     """
 
     def __init__(self, finish: Callable[[Output, bool, bool], Output]) -> None:

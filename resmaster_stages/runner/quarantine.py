@@ -1,11 +1,12 @@
 """Finds the sample that takes the whole process with it (a crash in native code, the out-of-memory killer).
 
 While samples are at work, a small file in the dataset's `cache/` names them. A run that finds such a file knows that an
-earlier one was killed there, and gives each of its samples a strike: the driver runs suspects one by one, and leaves them
-out after three strikes.
+earlier one was killed there, and gives each of its samples a strike: the driver runs suspects one by one, and leaves
+them out after three strikes.
 
 Invariants:
-- Whoever ends in an orderly way (done, failed, stopped) takes its file away and blames nobody; a lost GPU is no such way.
+- Whoever ends in an orderly way (done, failed, stopped) takes its file away and blames nobody; a lost GPU is no such
+  way.
 - A file whose process still lives on this host blames nobody.
 - While one sample is computed, those before it may still be finished: the file names both, for either may be what kills.
 - After a first strike nothing overlaps (`compute`), so an innocent neighbour gets one strike at most, and no second one.

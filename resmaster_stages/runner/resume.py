@@ -1,7 +1,7 @@
 """Keeps finished samples of a shard that is not committed yet, so that a killed run goes on where it was.
 
-A spilled sample is one file in the dataset's `cache/`: sha256 of the rest, a line of JSON, the sample's files one after the
-other. It is read back as the very Output that the stage gave, so the shard's bytes are the same.
+A spilled sample is one file in the dataset's `cache/`: sha256 of the rest, a line of JSON, the sample's files one after
+the other. It is read back as the very Output that the stage gave, so the shard's bytes are the same.
 
 Invariants:
 - A spill that is torn, damaged or of another configuration does not exist: the sample is computed again.

@@ -3,8 +3,8 @@
 Knows nothing about Prefect, and of each stage only its row in the table of stages.
 
 Invariants:
-- A shard that is committed is never computed again, unless it is marked as damaged: then it is made again, and put back only
-  if every byte is as recorded.
+- A shard that is committed is never computed again, unless it is marked as damaged: then it is made again, and put back
+  only if every byte is as recorded.
 - A failed sample costs a ledger row; too many in a shard cost the commit, and the ledger rows stay.
 - A later attempt computes only what the earlier one did not make; the rest is copied byte for byte. What is committed stays.
 - Upstream objects are read by their commit record and checked against its sha256.

@@ -1,4 +1,5 @@
-"""Arrays per sample (feature vectors) as a Parquet file: one row per key, one column per array. Knows nothing about their meaning.
+"""Arrays per sample (feature vectors) as a Parquet file: one row per key, one column per array. Knows nothing about
+their meaning.
 
 Invariants:
 - Equal arrays give equal bytes (with the same pyarrow): no time, host or random name is in a file.
@@ -58,7 +59,8 @@ def encode_arrays(keys: Sequence[str], samples: Sequence[Arrays], metadata: Mapp
 
 
 def decode_arrays(source: bytes | Path, name: str) -> tuple[list[str], dict[str, NDArray[Any]]]:
-    """(keys, array name -> [N, *shape]) of a file of `encode_arrays`. Raises ShardError, naming `name`, if it is none."""
+    """(keys, array name -> [N, *shape]) of a file of `encode_arrays`. Raises ShardError, naming `name`, if it is
+    none."""
     try:
         table = pq.read_table(BytesIO(source) if isinstance(source, bytes) else source)
         arrays: dict[str, NDArray[Any]] = {}

@@ -78,8 +78,10 @@ def explained(place: str) -> Iterator[None]:
         raise
     except Exception as error:
         if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
-            message = f"no usable credentials ({one_line(error)}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile"
-            raise UserError(f"{without_credentials(place)}: {message}") from error
+            raise UserError(
+                f"{without_credentials(place)}: no usable credentials ({one_line(error)}); set AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY or a profile"
+            ) from error
         if type(error).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp"):
             message = f"cannot be reached ({one_line(error)}); check the network and AWS_ENDPOINT_URL"
             raise ConnectionError(f"{without_credentials(place)}: {message}") from error
@@ -118,7 +120,8 @@ class Folder:
 
     @property
     def _in_memory(self) -> bool:
-        """Whether fsspec's memory store holds it: all who open a file there share one read position, so it is read whole instead."""
+        """Whether fsspec's memory store holds it: all who open a file there share one read position, so it is read
+        whole instead."""
         return isinstance(self.fs, MemoryFileSystem)
 
     @property
@@ -128,7 +131,8 @@ class Folder:
 
     @property
     def _whole(self) -> dict[str, Any]:
-        """Options by which a file is read in one request. s3fs would ask for its size first, and list if there is none."""
+        """Options by which a file is read in one request. s3fs would ask for its size first, and list if there is
+        none."""
         return {"max_concurrency": 1} if self._on_s3 else {}
 
     @property
@@ -185,7 +189,8 @@ class Folder:
             return handle
 
     def chunks(self, name: str, size: int) -> Iterator[bytes]:
-        """A file from its beginning, in pieces of `size` bytes (the last one may be shorter); few are held at a time."""
+        """A file from its beginning, in pieces of `size` bytes (the last one may be shorter); few are held at a
+        time."""
         with explained(self.url_of(name)):
             if self._in_memory:
                 opened: IO[bytes] = io.BytesIO(self.read(name))
@@ -218,7 +223,8 @@ class Folder:
         return sorted(prefix + path.rsplit("/", 1)[-1] for path in paths)
 
     def files(self, folder: str = "") -> Iterator[Listed]:
-        """Every file below a sub-folder ("": this one), however deep; hidden ones too. On a disk and on S3 few are held at a time."""
+        """Every file below a sub-folder ("": this one), however deep; hidden ones too. On a disk and on S3 few are held
+        at a time."""
         start = self.full(folder)
         with explained(self.url_of(folder)):
             if self._on_s3:
@@ -237,7 +243,8 @@ class Folder:
                     yield Listed(path[len(self.path) + 1 :], int(facts["size"]), moment.astimezone(UTC))
 
     def _listed(self, folder: str, delimiter: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-        """(path, facts) of all below `folder` on S3, or with the delimiter "/" of what lies directly in it: a page at a time.
+        """(path, facts) of all below `folder` on S3, or with the delimiter "/" of what lies directly in it: a page at a
+        time.
 
         s3fs would hold a kilobyte for each, and list the folder around it too if there is none.
         """
@@ -254,7 +261,8 @@ class Folder:
             asked["ContinuationToken"] = page["NextContinuationToken"]
 
     def unfinished_uploads(self) -> list[tuple[Listed, str]]:
-        """(what it would have become, upload id) of uploads in parts below this folder that nobody has ended; S3 only."""
+        """(what it would have become, upload id) of uploads in parts below this folder that nobody has ended; S3
+        only."""
         if not self._on_s3:
             return []
         bucket, _, prefix = self.path.partition("/")
@@ -393,7 +401,8 @@ def open_root(url: str) -> Folder:
 
 
 def _s3_options() -> dict[str, Any]:
-    """Listings are never cached, and a throttling store is asked again for about a minute, with jitter, before a task fails.
+    """Listings are never cached, and a throttling store is asked again for about a minute, with jitter, before a task
+    fails.
 
     The user's settings win: `AWS_RETRY_MODE` and `AWS_MAX_ATTEMPTS`, or fsspec's configuration of `s3`.
     """

@@ -3,7 +3,8 @@
 Knows nothing about plans. All content is untrusted:
 - Nothing is extracted to disk; names are only names. Links, devices and sparse members of tars are turned down.
 - Only the decoders of PNG, JPEG and WebP are ever called, whatever a file is called, on at most `MAX_FILE_BYTES`.
-- Text beside an image is not read through a link that leads out of the folder: it would publish what the link points at.
+- Text beside an image is not read through a link that leads out of the folder: it would publish what the link points
+  at.
 
 A source is a path or URL of an image file, or `{tar}#{member}` for one inside a WebDataset tar.
 """
@@ -41,7 +42,8 @@ _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap the sides
 
 @dataclass(frozen=True)
 class FoundImage:
-    """An image of the user's: where it is, its file content, and prompt and detail mask beside it ("" and None if there are none).
+    """An image of the user's: where it is, its file content, and prompt and detail mask beside it ("" and None if there
+    are none).
 
     Where `problem` says why it cannot be used, the rest is empty.
     """
@@ -81,7 +83,8 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
 def _opened(data: bytes) -> Image.Image:
     """An image file whose header is read.
 
-    Pillow only warns of somewhat too many pixels. Turning the warning into an error would change filters that threads share.
+    Pillow only warns of somewhat too many pixels. Turning the warning into an error would change filters that threads
+    share.
     """
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
@@ -93,7 +96,8 @@ def _undecodable(name: str, error: Exception) -> SampleError:
     """Decoders raise whatever their parts raise (struct.error, KeyError, ...); for the sample it is all the same."""
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return SampleError(
-            f"{name}: the image has too many pixels (more than {Image.MAX_IMAGE_PIXELS:,}); scale it down, or leave it out"
+            f"{name}: the image has too many pixels (more than {Image.MAX_IMAGE_PIXELS:,}); scale it down, or leave "
+            "it out"
         )
     return SampleError(f"{name}: not a readable PNG, JPEG or WebP image ({error})")
 
@@ -284,7 +288,8 @@ def _prompt_of_json(data: bytes) -> Any:
 
 
 def encode_picture(image: Image.Image, image_format: Literal["webp", "png"], quality: int = 100) -> bytes:
-    """`image` as a file's bytes. PNG and WebP of quality 100 are lossless. Raises SampleError where the format cannot."""
+    """`image` as a file's bytes. PNG and WebP of quality 100 are lossless. Raises SampleError where the format
+    cannot."""
     buffer = io.BytesIO()
     if image_format == "png":
         image.save(buffer, "PNG", compress_level=6)

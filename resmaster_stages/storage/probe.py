@@ -53,8 +53,8 @@ def require_one_winner(folder: Folder) -> None:
         winners = probe.race(START_WRITERS)
     if winners > 1:
         raise UserError(
-            f"{folder.url}: this store lets two writers both win (it ignores If-None-Match), so two processes could commit "
-            f"the same shard; choose another store, or run one process at a time with {OVERRIDE}"
+            f"{folder.url}: this store lets two writers both win (it ignores If-None-Match), so two processes could "
+            f"commit the same shard; choose another store, or run one process at a time with {OVERRIDE}"
         )
 
 

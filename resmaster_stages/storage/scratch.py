@@ -1,7 +1,8 @@
-"""Scratch folders on this machine's disk: gone after the block, and reclaimed later if the process was killed within it.
+"""Scratch folders on this machine's disk: gone after the block, and reclaimed later if the process was killed within
+it.
 
-Invariant: a folder whose process lives is never touched. Its lock file is locked for as long as the process lives, whoever
-looks, from whichever container.
+Invariant: a folder whose process lives is never touched. Its lock file is locked for as long as the process lives,
+whoever looks, from whichever container.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def reclaim_once(parent: str) -> None:
 
 
 def reclaim(parent: str) -> int:
-    """Delete the scratch folders of dead processes below `parent`; returns their number. What cannot be deleted stays."""
+    """Delete the scratch folders of dead processes below `parent`; returns their number. What cannot be deleted
+    stays."""
     count = 0
     for folder in Path(parent).glob(f"{PREFIX}*"):
         with suppress(OSError):

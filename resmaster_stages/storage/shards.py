@@ -101,9 +101,11 @@ class ShardWriter:
 
 
 def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar that may come from anywhere, in order. Raises tarfile.ReadError for headers that make no sense.
+    """The members of a tar that may come from anywhere, in order. Raises tarfile.ReadError for headers that make no
+    sense.
 
-    A negative size would lead tarfile back to an earlier header, for ever; a sparse member's size is not what lies there.
+    A negative size would lead tarfile back to an earlier header, for ever; a sparse member's size is not what lies
+    there.
     """
     end = -1
     for info in tar:
@@ -147,7 +149,8 @@ def _ends_with_zeros(file: IO[bytes]) -> bool:
 
 
 def read_member(file: IO[bytes], member: Member) -> bytes:
-    """The content of a member of a local tar. The file's position is neither used nor moved: threads may share the file."""
+    """The content of a member of a local tar. The file's position is neither used nor moved: threads may share the
+    file."""
     data = bytearray()
     while len(data) < member.size:  # one call reads 2 GiB at most
         piece = os.pread(file.fileno(), member.size - len(data), member.offset + len(data))

@@ -38,7 +38,8 @@ def encode_table(rows: Sequence[dict[str, Any]], schema: pa.Schema, metadata: di
 
 
 class TableWriter:
-    """Writes one Parquet file from rows that come in pieces; holds one row group at a time. Use as a context manager."""
+    """Writes one Parquet file from rows that come in pieces; holds one row group at a time. Use as a context
+    manager."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._schema = schema

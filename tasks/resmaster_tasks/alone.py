@@ -1,4 +1,5 @@
-"""One shard at a time in a process. Its own module, because tasks are pickled by value: a lock beside one would be a copy."""
+"""One shard at a time in a process. Its own module, because tasks are pickled by value: a lock beside one would be a
+copy."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One task for all stages of one shard: the unit of work on somebody else's cluster, where tasks have no order.
 
-Invariant: a process does one shard at a time, whatever number of threads the cluster gives it: models are not thread-safe, and
-one process holds one device.
+Invariant: a process does one shard at a time, whatever number of threads the cluster gives it: models are not
+thread-safe, and one process holds one device.
 """
 
 from __future__ import annotations

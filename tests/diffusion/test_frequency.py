@@ -72,7 +72,8 @@ def test_swap_weights_follow_their_window():
 @pytest.mark.parametrize("sigma_f", [0.2, 0.4, 0.8])
 @pytest.mark.parametrize("weight", [1.0, 0.3])
 def test_the_swap_is_the_papers_formula_in_the_fourier_domain(sigma_f: float, weight: float) -> None:
-    """Eq. 6 with a weight: IFFT(w G FFT(ref) + (1 - w G) FFT(x0)), away from the borders, where the FFT wraps around."""
+    """Eq. 6 with a weight: IFFT(w G FFT(ref) + (1 - w G) FFT(x0)), away from the borders, where the FFT wraps
+    around."""
     generator = torch.Generator().manual_seed(0)
     x0, reference = (torch.randn(1, 4, 64, 64, generator=generator) for _ in range(2))
     mask = weight * fft_mask(64, 64, sigma_f)

@@ -139,7 +139,8 @@ def test_an_exception_at_any_step(place: Place, work: Work) -> None:
             except (OSError, UserError, KeyboardInterrupt):
                 struck += 1
             else:
-                # What may fail unseen: the answer of a create that is found to have succeeded, and what is done for later runs.
+                # What may fail unseen: the answer of a create that is found to have succeeded, and what is done for
+                # later runs.
                 assert strike is fail, steps.seen[at]
                 assert any(part in steps.seen[at] for part in ("/commits/", "/cache/", "unlink")), steps.seen[at]
             work(root, place.prompts)

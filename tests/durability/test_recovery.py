@@ -1,4 +1,5 @@
-"""A build that is killed at any moment and run again ends as if nothing had happened. Real CLI, real model, real kills."""
+"""A build that is killed at any moment and run again ends as if nothing had happened. Real CLI, real model, real
+kills."""
 
 import hashlib
 import json

@@ -72,7 +72,8 @@ def test_a_build_through_a_store_that_fails_has_the_same_bytes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every request of the build fails twice, each time in another way; or every 17th gets no answer (that takes a second)."""
+    """Every request of the build fails twice, each time in another way; or every 17th gets no answer (that takes a
+    second)."""
     reference = contents(build(f"{s3_root}/reference", tmp_path / "reference"))
     number = itertools.count()
 

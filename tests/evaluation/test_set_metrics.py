@@ -1,4 +1,5 @@
-"""Features kept by the quality stage: committed beside the table, reproducible, and enough for FID and KID of any subset."""
+"""Features kept by the quality stage: committed beside the table, reproducible, and enough for FID and KID of any
+subset."""
 
 from __future__ import annotations
 

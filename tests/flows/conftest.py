@@ -17,7 +17,8 @@ DRAIN_SECONDS = 10
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """An empty server. Prefect's own harness gives up on one that answers slowly at first, and may wait for ever at its end."""
+    """An empty server. Prefect's own harness gives up on one that answers slowly at first, and may wait for ever at its
+    end."""
     stack = Stack(tmp_path_factory.mktemp("prefect"))
     stack.start("server", "server", "start", "--host", "127.0.0.1", "--port", str(stack.port), "--no-ui")
     try:

@@ -1,4 +1,5 @@
-"""What the command line says when the server, or what should be on it, is not there. Settings only: no server is started."""
+"""What the command line says when the server, or what should be on it, is not there. Settings only: no server is
+started."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""docs/methods.md and docs/speed.md: a section per method, a word on every knob, commands and settings that are understood."""
+"""docs/methods.md and docs/speed.md: a section per method, a word on every knob, commands and settings that are
+understood."""
 
 import inspect
 import re

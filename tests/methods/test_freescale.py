@@ -81,7 +81,8 @@ def test_one_window_without_jitter_is_plain_attention():
 
 
 def test_the_fused_layer_is_the_plain_one_where_local_and_global_agree():
-    """With equal keys everywhere attention is the mean of values; of constant values, the same in and out of windows."""
+    """With equal keys everywhere attention is the mean of values; of constant values, the same in and out of
+    windows."""
     unet = sdxl_shaped()
     layer = unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1
     x = torch.ones(2, 16 * 16, 16)

@@ -1,7 +1,7 @@
 """img2img, whole and tiled: `direct` and `multidiffusion` with `init: noised_lr` against diffusers' own pipeline.
 
-The embedded pack in float32. One thing is made equal: diffusers draws the latents from the VAE's distribution, the engine
-takes its mode, so here `sample` is `mode`. Nothing assumes a number of latent channels.
+The embedded pack in float32. One thing is made equal: diffusers draws the latents from the VAE's distribution, the
+engine takes its mode, so here `sample` is `mode`. Nothing assumes a number of latent channels.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ def test_the_start_is_what_diffusers_calls_one_less_the_strength(pipe):
 
 
 def test_tiles_hear_the_whole_prompt_and_are_feathered_over_a_quarter(pipe):
-    """The tiled form at 2x: tiles of the native size, three quarters of a tile apart, and a picture that follows the image
-    the more closely the later it starts."""
+    """The tiled form at 2x: tiles of the native size, three quarters of a tile apart, and a picture that follows the
+    image the more closely the later it starts."""
     models, image = Models.from_pipeline(pipe), picture(128, 128)
     distances = []
     for start in (0.9, 0.4):

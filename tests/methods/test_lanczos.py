@@ -32,7 +32,8 @@ def test_the_same_size_and_plain_colour_are_kept():
 
 
 def test_a_single_pixel_becomes_the_windowed_sinc():
-    """Across the middle of a pixel at an odd factor: sinc(x) sinc(x / 3), x the distance in pixels of the small picture."""
+    """Across the middle of a pixel at an odd factor: sinc(x) sinc(x / 3), x the distance in pixels of the small
+    picture."""
     small = np.zeros((13, 13, 3), np.uint8)
     small[:, 6] = 200
     row = np.asarray(enlarge(Image.fromarray(small), 13 * 5, 13 * 5))[32, :, 0]

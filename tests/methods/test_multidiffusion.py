@@ -21,7 +21,8 @@ PLAIN = {
 
 
 def panorama(pipe, boxes):
-    """diffusers' pipeline with our views instead of its own, which take the VAE to be 8 times smaller than the picture."""
+    """diffusers' pipeline with our views instead of its own, which take the VAE to be 8 times smaller than the
+    picture."""
 
     class Panorama(StableDiffusionPanoramaPipeline):
         def get_views(self, *args, **kwargs):

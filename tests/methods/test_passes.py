@@ -61,7 +61,8 @@ def test_each_finished_picture_is_the_next_one_s_low_res_picture():
 
 
 def test_the_structure_of_a_later_pass_comes_from_the_picture_before():
-    """With a cutoff far beyond Nyquist all of x0 is the reference: the second pass returns the enlarged first picture."""
+    """With a cutoff far beyond Nyquist all of x0 is the reference: the second pass returns the enlarged first
+    picture."""
     all_of_it = {"structure": {"cutoff": 1000.0}, "image_prompt": {"enabled": False}}
     first = upscale_image(adapted(), picture(), "a", config=settings("resmaster", scale=2, **all_of_it))
     second = upscale_image(adapted(), first, "a", config=settings("resmaster", scale=1.5, **all_of_it))

@@ -61,7 +61,8 @@ def test_on_sdxl_the_layers_are_the_published_ones(height, width, until, damped,
 
 
 def places(*names: str) -> set[str]:
-    """Names of all convolutions of blocks, e.g. `down 2`, or of their resnets or samplers alone, e.g. `up 1 resnets`."""
+    """Names of all convolutions of blocks, e.g. `down 2`, or of their resnets or samplers alone, e.g. `up 1
+    resnets`."""
     found = set()
     for name in names:
         kind, number, *part = name.split()

@@ -70,7 +70,8 @@ def test_what_only_one_view_shows_keeps_its_caption() -> None:
 
 
 def test_the_views_around_decide_where_the_own_crop_does_not() -> None:
-    """Half leaves, half water: alone, either caption suits the view; between two views of water, water suits it better."""
+    """Half leaves, half water: alone, either caption suits the view; between two views of water, water suits it
+    better."""
     crops, captions = [WATER, crop(100, 100, 0), WATER], {0: "water", 1: "leaves", 2: "water"}
     assert choices(crops, captions, cols=3)[1] == (0, pytest.approx((70.711 + 100) / 2, abs=1e-3))
     assert choices([crops[1]], {0: "leaves"}, cols=1) == {0: (0, 70.711)}

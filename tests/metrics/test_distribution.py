@@ -124,8 +124,8 @@ def test_pairs_within_an_image_are_left_out() -> None:
 
 
 def test_kid_is_unbiased_and_its_interval_covers() -> None:
-    """Sets of one distribution: the mean over repetitions is 0 within 4 standard errors. Of two with different means, the
-    interval holds the true value about 95 times of 100."""
+    """Sets of one distribution: the mean over repetitions is 0 within 4 standard errors. Of two with different means,
+    the interval holds the true value about 95 times of 100."""
     rng = np.random.default_rng(3)
     alike = [mmd2(rng.standard_normal((8, 3)), rng.standard_normal((12, 3))) for _ in range(400)]
     assert abs(np.mean(alike)) < 4 * np.std(alike) / 20

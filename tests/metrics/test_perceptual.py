@@ -1,4 +1,5 @@
-"""Perceptual distance: closed forms on extractors that show pixels, and the pack's classifier on pictures that it knows."""
+"""Perceptual distance: closed forms on extractors that show pixels, and the pack's classifier on pictures that it
+knows."""
 
 from __future__ import annotations
 

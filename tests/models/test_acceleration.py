@@ -41,7 +41,8 @@ class Notes:
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Blocks are compiled by a backend that runs the traced graph as it is: what is tested is what is traced, and when."""
+    """Blocks are compiled by a backend that runs the traced graph as it is: what is tested is what is traced, and
+    when."""
     traced = []
 
     def backend(graph, inputs):

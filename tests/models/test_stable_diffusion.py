@@ -73,7 +73,8 @@ def test_every_method_runs_and_leaves_the_model_as_it_was(pipe, method):
 
 
 def test_v_and_epsilon_of_one_network_lead_to_the_same_canvas():
-    """A network whose v is computed from another's epsilon draws the other's canvas, through views and every stepper."""
+    """A network whose v is computed from another's epsilon draws the other's canvas, through views and every
+    stepper."""
     teller = Models.from_pipeline(make_stable_diffusion())
     path = {kind: make_schedule({**SCHEDULER, "prediction_type": kind}, 5) for kind in KINDS}
     plain = teller.base.denoiser.forward

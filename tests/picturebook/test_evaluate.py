@@ -1,4 +1,5 @@
-"""The pack's measures: aims from below and from above, the paired measure on pictures whose answer is known, the card."""
+"""The pack's measures: aims from below and from above, the paired measure on pictures whose answer is known, the
+card."""
 
 from __future__ import annotations
 

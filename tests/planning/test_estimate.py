@@ -1,4 +1,5 @@
-"""`resmaster plan --estimate`: from commits where there are any, else from the table; never a number without a source."""
+"""`resmaster plan --estimate`: from commits where there are any, else from the table; never a number without a
+source."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""The report page and the contact sheets: complete, safe, deterministic, of bounded size, and of use without its script."""
+"""The report page and the contact sheets: complete, safe, deterministic, of bounded size, and of use without its
+script."""
 
 from __future__ import annotations
 

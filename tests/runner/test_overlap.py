@@ -1,6 +1,7 @@
 """What goes on beside the computing of a sample: the next one is read, the ones before are finished and spilled.
 
-Events show the order; no test depends on how long anything takes. Where nothing overlapped, a wait would run out and fail its sample.
+Events show the order; no test depends on how long anything takes. Where nothing overlapped, a wait would run out and
+fail its sample.
 """
 
 import errno
@@ -80,7 +81,8 @@ class Events(dict[str, threading.Event]):
 
 
 class Stage:
-    """A high_res stage that notes what begins and what is finished; `computing` and `finishing` hear of each sample there.
+    """A high_res stage that notes what begins and what is finished; `computing` and `finishing` hear of each sample
+    there.
 
     The finishing of those samples that are in `waits` waits until the next one is computed.
     """
@@ -119,7 +121,8 @@ class Stage:
 def test_a_sample_is_read_and_another_one_finished_while_one_is_computed(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Read b, compute a; then finish a, compute b, read c. Each waits for the other: it takes three threads to get through."""
+    """Read b, compute a; then finish a, compute b, read c. Each waits for the other: it takes three threads to get
+    through."""
     read = Events()
     decode = Picture.decode_ahead
 

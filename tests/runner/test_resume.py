@@ -1,4 +1,5 @@
-"""Runs that are killed in the middle of a shard: what is kept, who is blamed, what is left behind. Real kills, stand-in stages."""
+"""Runs that are killed in the middle of a shard: what is kept, who is blamed, what is left behind. Real kills, stand-in
+stages."""
 
 import json
 import os
@@ -302,7 +303,10 @@ def test_scratch_of_dead_processes_is_reclaimed_and_that_of_living_ones_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    code = "import os, sys\nfrom resmaster_stages.storage.scratch import scratch_folder\nwith scratch_folder() as f:\n    (f / 'x').write_text('x'); print(f, flush=True); input()"
+    code = (
+        "from resmaster_stages.storage.scratch import scratch_folder\n"
+        "with scratch_folder() as f:\n    (f / 'x').write_text('x'); print(f, flush=True); input()"
+    )
     children = [
         subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for _ in range(2)

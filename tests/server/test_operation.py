@@ -1,4 +1,5 @@
-"""What operators do, on a real server with real worker processes: schedules, retries, kills, cancelling, the repair form."""
+"""What operators do, on a real server with real worker processes: schedules, retries, kills, cancelling, the repair
+form."""
 
 from __future__ import annotations
 
@@ -94,7 +95,8 @@ def test_a_failed_run_is_retried_as_the_button_does_it(workers: Stack, tmp_path:
     assert {shard for _, shard in before} == {0, 1}
 
     mended.touch()
-    # A worker (of Prefect 3.8) that is offered a run whose process it has not seen off yet breaks down: docs/deploying.md
+    # A worker (of Prefect 3.8) that is offered a run whose process it has not seen off yet breaks down:
+    # docs/deploying.md
     wait(lambda: not any(descendants(workers.processes[name].pid) for name in ("gpu-a", "gpu-b")))
     with workers.client() as client:
         client.set_flow_run_state(run, AwaitingRetry(), force=True)

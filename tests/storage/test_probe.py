@@ -29,7 +29,8 @@ class Overwriting(MemoryFileSystem):
 
 
 class Hasty:
-    """Looks, then writes: one writer after the other is served well, racing ones are not. All else is a real store's."""
+    """Looks, then writes: one writer after the other is served well, racing ones are not. All else is a real
+    store's."""
 
     def __init__(self, fs: Any) -> None:
         self.fs = fs

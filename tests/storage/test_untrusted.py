@@ -1,4 +1,5 @@
-"""Files from outside, made to harm: each is turned down with a reason, and nothing is read, run or written that should not be."""
+"""Files from outside, made to harm: each is turned down with a reason, and nothing is read, run or written that should
+not be."""
 
 import gzip
 import io

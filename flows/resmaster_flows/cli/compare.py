@@ -33,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         required=True,
         metavar="LIST",
-        help=f"comma-separated, of: {', '.join(methods())}; with a method's parts and settings: resmaster+sg+tip (these parts "
-        "only), resmaster-etp (without it), resmaster:stride=0.75:structure.preset=paper, demofusion:cosine_scale_1=3",
+        help=f"comma-separated, of: {', '.join(methods())}; with a method's parts and settings: resmaster+sg+tip "
+        "(these parts only), resmaster-etp (without it), resmaster:stride=0.75:structure.preset=paper, "
+        "demofusion:cosine_scale_1=3",
     )
     parser.add_argument(
         "--scales",
@@ -45,15 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference",
         metavar="PATH",
-        help="real images for FID and KID: a folder, WebDataset .tar shards, or picturebook: its prompts drawn by vectors "
-        "at the target size (default: the low-res images)",
+        help="real images for FID and KID: a folder, WebDataset .tar shards, or picturebook: its prompts drawn by "
+        "vectors at the target size (default: the low-res images)",
     )
     parser.add_argument(
         "--low-res",
         choices=("generated", "drawn"),
         default="generated",
-        help="drawn: picturebook's prompts drawn by vectors at the low-res size, so the true enlargement is known and the "
-        "distance from it is measured (default: generated)",
+        help="drawn: picturebook's prompts drawn by vectors at the low-res size, so the true enlargement is known and "
+        "the distance from it is measured (default: generated)",
     )
 
 
@@ -79,7 +80,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def print_tables(found: Compared) -> None:
-    """The tables on standard output, one per scale: a line per metric, a column per method, so that terminals hold them."""
+    """The tables on standard output, one per scale: a line per metric, a column per method, so that terminals hold
+    them."""
     from resmaster_stages.evaluation.page import cell, shown
 
     out = Console()

@@ -16,8 +16,9 @@ from resmaster_stages.storage.probe import examine
 
 HELP = "say whether a store is fit for builds"
 DESCRIPTION = (
-    "Try at ROOT what builds need of a store: create a name once, also when writers race, list, read and delete at once, "
-    "large objects; and look at the clock and the free disk. Leaves nothing behind. Exit status 1 if something failed."
+    "Try at ROOT what builds need of a store: create a name once, also when writers race, list, read and delete at "
+    "once, large objects; and look at the clock and the free disk. Leaves nothing behind. Exit status 1 if something "
+    "failed."
 )
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "red", "untested": "dim"}
 

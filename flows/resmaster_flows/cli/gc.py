@@ -17,8 +17,8 @@ from resmaster_stages.inspection.leftovers import find_leftovers, remove_leftove
 
 HELP = "remove what no commit names"
 DESCRIPTION = (
-    "Remove leftovers of interrupted and losing attempts, probes, temporary files and caches of finished shards, if they are "
-    "older than a grace period. Nothing that a commit or the plan names is touched, no record, no ledger."
+    "Remove leftovers of interrupted and losing attempts, probes, temporary files and caches of finished shards, if "
+    "they are older than a grace period. Nothing that a commit or the plan names is touched, no record, no ledger."
 )
 GRACE_HOURS = 24.0
 
@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOURS",
         type=float,
         default=GRACE_HOURS,
-        help=f"leave younger files alone (default: {GRACE_HOURS:g}); a build that runs may need what is younger than its longest "
-        "upload",
+        help=f"leave younger files alone (default: {GRACE_HOURS:g}); a build that runs may need what is younger than "
+        "its longest upload",
     )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
 

@@ -16,8 +16,8 @@ from resmaster_stages.dataset.stages import STAGES
 
 HELP = "do only what is missing, failed or damaged"
 DESCRIPTION = (
-    "Re-run what is not committed: failed, interrupted or deleted shards; and put back what `verify` found damaged, with "
-    "the same bytes. Committed shards that are whole are left alone."
+    "Re-run what is not committed: failed, interrupted or deleted shards; and put back what `verify` found damaged, "
+    "with the same bytes. Committed shards that are whole are left alone."
 )
 
 

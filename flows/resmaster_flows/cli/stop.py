@@ -1,8 +1,9 @@
-"""Stops the command line within seconds. Ctrl-C and SIGTERM unwind the work, which keeps what is done and tidies up after itself;
-a second one, or a few seconds of something that does not unwind (a server that no longer answers), ends the process at once.
+"""Stops the command line within seconds. Ctrl-C and SIGTERM unwind the work, which keeps what is done and tidies up
+after itself; a second one, or a few seconds of something that does not unwind (a server that no longer answers), ends
+the process at once.
 
-Signals are watched by a thread through the wake-up descriptor: whatever handler a library puts in their place, and even while
-the main thread is inside native code, they are seen here.
+Signals are watched by a thread through the wake-up descriptor: whatever handler a library puts in their place, and even
+while the main thread is inside native code, they are seen here.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _watch(reader: socket.socket) -> None:
-    """Ends the process at the second signal, or `GRACE_SECONDS` after the first. Returns when the other end is closed."""
+    """Ends the process at the second signal, or `GRACE_SECONDS` after the first. Returns when the other end is
+    closed."""
     first, deadline = 0, 0.0
     while True:
         try:

@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="resmaster", help=f"one of: {', '.join(methods())} (default: resmaster)")
     parser.add_argument(
         "--preset",
-        help="settings of the method: default, faithful (what its authors published), or exact (resmaster: what its default leaves out)",
+        help="settings of the method: default, faithful (what its authors published), or exact (resmaster: what its "
+        "default leaves out)",
     )
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what the image shows")
     parser.add_argument(

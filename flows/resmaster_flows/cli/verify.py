@@ -17,8 +17,8 @@ from resmaster_stages.inspection.verify import note, verify
 
 HELP = "read everything back, and say what is damaged"
 DESCRIPTION = (
-    "Hash every object that the commits and the plan name, and list what is gone, cut off or changed: by shard, stage and, in "
-    "tars, sample. Marks damaged shards for `repair`. Exit status 1 if something is damaged."
+    "Hash every object that the commits and the plan name, and list what is gone, cut off or changed: by shard, stage "
+    "and, in tars, sample. Marks damaged shards for `repair`. Exit status 1 if something is damaged."
 )
 SHOWN_SAMPLES = 3
 

@@ -1,7 +1,8 @@
 """What every training stage shares: a budget in seconds or steps, a warm-up / constant / decay schedule, checkpoints.
 
-`fit` is the whole loop, for stages that train one model by one optimiser in one process. The budget counts training time over all runs, so an interrupted stage resumes where its last checkpoint was. A stop
-file starts the final decay early. Knows nothing about models.
+`fit` is the whole loop, for stages that train one model by one optimiser in one process. The budget counts training
+time over all runs, so an interrupted stage resumes where its last checkpoint was. A stop file starts the final decay
+early. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a stage trains: `seconds` of wall-clock, or `steps` when given. The last `decay` share anneals to zero."""
+    """How long a stage trains: `seconds` of wall-clock, or `steps` when given. The last `decay` share anneals to
+    zero."""
 
     seconds: float = 600.0
     steps: int | None = None
@@ -84,7 +86,8 @@ class Course:
     def resume(self, *needed: str) -> dict[str, Any] | None:
         """The last checkpoint, if any; sets step and elapsed.
 
-        Raises SystemExit if it lacks what this stage goes on from: another version wrote it, or it came finished from a pack.
+        Raises SystemExit if it lacks what this stage goes on from: another version wrote it, or it came finished from a
+        pack.
         """
         if not self.checkpoint.exists():
             return None
@@ -92,8 +95,9 @@ class Course:
         missing = [name for name in (*needed, "step", "elapsed", "stopping_since") if name not in state]
         if missing:
             raise SystemExit(
-                f"{self.checkpoint} cannot be trained further: it has no {' and no '.join(missing)} (an earlier version wrote "
-                "it, or it came finished from a pack). Move it away to train this stage anew, or leave this stage out."
+                f"{self.checkpoint} cannot be trained further: it has no {' and no '.join(missing)} (an earlier "
+                "version wrote it, or it came finished from a pack). Move it away to train this stage anew, or leave "
+                "this stage out."
             )
         self.step, self.elapsed, self.stopping_since = state["step"], state["elapsed"], state["stopping_since"]
         return state
@@ -195,7 +199,8 @@ def fit(
     """Train until the budget is spent, from the last checkpoint on. Yields the step after each checkpoint.
 
     losses: draws a batch by the generator that it is given and returns scalars by name; their sum is descended.
-    course: its checkpoints hold `model`, `ema` (averaged weights) and `optim`. seed: of that generator, with the first step.
+    course: its checkpoints hold `model`, `ema` (averaged weights) and `optim`. seed: of that generator, with the first
+    step.
     """
     name, rate, device = course.checkpoint.stem, optim.param_groups[0]["lr"], next(model.parameters()).device
     if state := course.resume("model", "ema", "optim"):

@@ -170,7 +170,8 @@ def to_float(pixels: Tensor) -> Tensor:
 
 
 def degrade(images: Tensor, rng: Random, share: float = 0.6, factors: Sequence[float] = (1.0, 4.0)) -> Tensor:
-    """Blur a share of a float batch [B, 3, h, w] as an enlarged crop is blurry: down by f in `factors`, bicubic back up."""
+    """Blur a share of a float batch [B, 3, h, w] as an enlarged crop is blurry: down by f in `factors`, bicubic back
+    up."""
     out = images.clone()
     h = images.shape[-1]
     for i in range(len(images)):

@@ -1,13 +1,14 @@
-"""Measure the pack, each number beside its aim, and write them to the pack's card: `python -m resmaster_stages.picturebook.training.evaluate`.
+"""Measure the pack, each number beside its aim, and write them to the pack's card: `python -m
+resmaster_stages.picturebook.training.evaluate`.
 
 Held-out photos come from seeds that training never saw, so they are drawn here. Measures:
 VAE round trip (PSNR, dB); CLIP retrieval (share of photos whose own caption ranks first of 64); captioner (micro F1 of
 (kind, colour) pairs, and of texture words on close-ups, on sharp and on degraded photos); classifier (main subject, and
 whether it reads the VAE's round trips as sharp); text to image (share of prompted pairs that the captioner finds in
-generated scenes, divided by the same share in real drawings of the prompts); image prompt (the same with the text dropped
-and a real drawing as image prompt); FID of generated scenes against real ones, over that of other real ones; repeated
-objects at 4x, which direct inference and MultiDiffusion must show; and scenes enlarged 4x against the same scenes drawn
-large (`paired`).
+generated scenes, divided by the same share in real drawings of the prompts); image prompt (the same with the text
+dropped and a real drawing as image prompt); FID of generated scenes against real ones, over that of other real ones;
+repeated objects at 4x, which direct inference and MultiDiffusion must show; and scenes enlarged 4x against the same
+scenes drawn large (`paired`).
 """
 
 from __future__ import annotations
@@ -179,8 +180,8 @@ def paint(
     image_prompts: list[Image.Image] | None = None,
 ) -> list[Image.Image]:
     """Native-size images of prompts; the seed of an image depends on its place in the list only. Image prompts, one per
-    prompt, need a loaded IP-Adapter; then pictures are painted one by one, for the pipeline gives every picture of a batch
-    all image prompts."""
+    prompt, need a loaded IP-Adapter; then pictures are painted one by one, for the pipeline gives every picture of a
+    batch all image prompts."""
     images: list[Image.Image] = []
     batch = 1 if image_prompts else batch
     for start in range(0, len(prompts), batch):
@@ -233,7 +234,8 @@ def pair_score(
 def scene_measures(
     pack: Path, pipe: StableDiffusionXLPipeline, captioner: GitForCausalLM, count: int, guidance: float
 ) -> list[Measure]:
-    """Generated scenes against real drawings of the same scenes: pairs found by the captioner, and FID. `pipe` is `pack`'s."""
+    """Generated scenes against real drawings of the same scenes: pairs found by the captioner, and FID. `pipe` is
+    `pack`'s."""
     shown = square_scenes(count, SCENE_SEED)
     prompts = [captions.caption(scene) for scene in shown]
     wanted = [captions.pairs_in(scene) for scene in shown]
@@ -273,8 +275,8 @@ def _over(value: float, other: float) -> float:
 
 
 def repeat_measures(pack: Path, captioner: GitForCausalLM, count: int) -> list[Measure]:
-    """The share of 4x pictures in which the captioner counts more objects of a kind than the prompt names. ResMaster has a
-    caption for every view, as in a dataset."""
+    """The share of 4x pictures in which the captioner counts more objects of a kind than the prompt names. ResMaster
+    has a caption for every view, as in a dataset."""
     from resmaster_stages.picturebook.render import render
 
     device = str(captioner.device)
@@ -306,8 +308,8 @@ def repeat_measures(pack: Path, captioner: GitForCausalLM, count: int) -> list[M
 
 
 def paired_measures(pack: Path, captioner: GitForCausalLM, count: int) -> list[Measure]:
-    """Scenes drawn at 128 px and enlarged 4x by every method of `paired.METHODS`, against the same scenes drawn at 512 px; and
-    these drawings through the VAE and back, which a latent method can hardly beat."""
+    """Scenes drawn at 128 px and enlarged 4x by every method of `paired.METHODS`, against the same scenes drawn at 512
+    px; and these drawings through the VAE and back, which a latent method can hardly beat."""
     device = str(captioner.device)
     shown = paired.draw(square_scenes(count, SCENE_SEED + 3_000_000))
     models = load_models(paired.config_of(pack, device))
@@ -328,8 +330,8 @@ def paired_measures(pack: Path, captioner: GitForCausalLM, count: int) -> list[M
 
 
 def paired_aims(found: Mapping[str, paired.Judged], pairs_in_drawings: float) -> list[Measure]:
-    """What every method reached, and ResMaster's aims: at most half of plain enlargement's distance and 1.5 times that of
-    super-resolution, 97 % of the pairs that are read in the drawings, 28 dB of agreement."""
+    """What every method reached, and ResMaster's aims: at most half of plain enlargement's distance and 1.5 times that
+    of super-resolution, 97 % of the pairs that are read in the drawings, 28 dB of agreement."""
     out = [Measure("paired: pairs found in the true drawings", pairs_in_drawings)]
     for name, each in found.items():
         ours = name == "resmaster"
@@ -384,12 +386,12 @@ def _with_constant(classifier: ResNetForImageClassification, pixels: Tensor) -> 
 
 @torch.no_grad()
 def sharpness_measures(vae: AutoencoderKL, classifier: ResNetForImageClassification, pixels: Tensor) -> list[Measure]:
-    """Shares of sharp photos (uint8 [N, 3, h, w]) that the classifier reads as sharp: as they are, blurred 2x, and through the
-    VAE and back.
+    """Shares of sharp photos (uint8 [N, 3, h, w]) that the classifier reads as sharp: as they are, blurred 2x, and
+    through the VAE and back.
 
-    The head that read blur left with the training, and features of the pooled layer are linear in what it read: here it is
-    fitted anew by least squares, from the first half of the photos, each as it is and blurred by 1x to 4x. The second half is
-    judged. Sharp is a reading below `SHARP`.
+    The head that read blur left with the training, and features of the pooled layer are linear in what it read: here it
+    is fitted anew by least squares, from the first half of the photos, each as it is and blurred by 1x to 4x. The
+    second half is judged. Sharp is a reading below `SHARP`.
     """
     device = next(vae.parameters()).device
     half, rng = len(pixels) // 2, Random(6)

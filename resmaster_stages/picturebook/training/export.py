@@ -90,8 +90,8 @@ def assemble(work: Path, averaged: bool = True) -> tuple[StableDiffusionXLPipeli
 
 
 def card_of(work: Path) -> dict[str, Any]:
-    """How the checkpoints in `work` came about: data, seeds, steps and training seconds per stage, hardware, and the stages of
-    the pack that they started from."""
+    """How the checkpoints in `work` came about: data, seeds, steps and training seconds per stage, hardware, and the
+    stages of the pack that they started from."""
     stages = {}
     for stage in ("vae", "decoder", "clip", "captioner", "classifier", "super_resolution", "unet"):
         path = work / f"{stage}.pt"

@@ -1,8 +1,8 @@
 """Scenes that have one true answer: drawn small, enlarged by a method, and held against the same scene drawn large.
 
-Vectors have detail at every resolution, so the drawing at 512 px is what a perfect method would make of the drawing at 128 px:
-its detail is known pixel by pixel, and no set, layout or judge's taste stands between. Methods run with the settings of
-docs/evaluation-protocol.md. Knows no captioner of its own for judging: who reads the pairs is passed in.
+Vectors have detail at every resolution, so the drawing at 512 px is what a perfect method would make of the drawing at
+128 px: its detail is known pixel by pixel, and no set, layout or judge's taste stands between. Methods run with the
+settings of docs/evaluation-protocol.md. Knows no captioner of its own for judging: who reads the pairs is passed in.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def dataset_of(pack: Path, device: str, upscale: dict[str, Any]) -> DatasetConfi
 
 
 def enlarged(models: Models, config: DatasetConfig, image: Image.Image, prompt: str, seed: int) -> Image.Image:
-    """`image` by the method of `config`; where it reads captions, they are written as the captions stage writes them."""
+    """`image` by the method of `config`; where it reads captions, they are written as the captions stage writes
+    them."""
     caption = partial(caption_views, config, prompt)
     size = target_size(image.height, image.width, config.upscale.way()[0].scale)
     texts = caption(image, *size) if config.upscale.uses("captions") else None
@@ -144,7 +145,8 @@ def enlarged(models: Models, config: DatasetConfig, image: Image.Image, prompt: 
 
 
 def round_trip(models: Models, image: Image.Image) -> Image.Image:
-    """A drawing through the VAE and back: what a latent method can hardly beat. Sides are multiples of the latent factor."""
+    """A drawing through the VAE and back: what a latent method can hardly beat. Sides are multiples of the latent
+    factor."""
     return to_image(autoencoder.decode(models, autoencoder.encode(models, to_tensor(image)))[0])
 
 

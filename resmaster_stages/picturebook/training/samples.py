@@ -1,6 +1,7 @@
 """The picture in the documentation: what the pack paints for the demo prompts, and one real scene at 128 and 512 px.
 
-`python -m resmaster_stages.picturebook.training.samples out.png [--work train]` (with --work: the checkpoints instead of the pack).
+`python -m resmaster_stages.picturebook.training.samples out.png [--work train]` (with --work: the checkpoints instead
+of the pack).
 """
 
 from __future__ import annotations

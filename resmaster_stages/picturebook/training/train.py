@@ -1,10 +1,11 @@
 """One command trains the whole picturebook: `python -m resmaster_stages.picturebook.training.train`.
 
-Stages, in order: render, vae, decoder, clip, captioner, classifier, super_resolution, unet, export. Each resumes from its last checkpoint in the work folder.
-The defaults are the recipe of the shipped pack; budgets are wall-clock seconds on 2 CPU cores (or steps, if given).
-Where CPU cores are shared, VAE and UNet train faster as one-thread processes:
+Stages, in order: render, vae, decoder, clip, captioner, classifier, super_resolution, unet, export. Each resumes from
+its last checkpoint in the work folder. The defaults are the recipe of the shipped pack; budgets are wall-clock seconds
+on 2 CPU cores (or steps, if given). Where CPU cores are shared, VAE and UNet train faster as one-thread processes:
 `torchrun --nproc_per_node 2 -m resmaster_stages.picturebook.training.train --stages vae,decoder,unet --threads 1`.
-`touch WORK/STOP-UNET` (or STOP-VAE, STOP-DECODER, STOP-CLIP, STOP-CAPTIONER, STOP-CLASSIFIER, STOP-SUPER-RESOLUTION) starts that stage's final decay early.
+`touch WORK/STOP-UNET` (or STOP-VAE, STOP-DECODER, STOP-CLIP, STOP-CAPTIONER, STOP-CLASSIFIER, STOP-SUPER-RESOLUTION)
+starts that stage's final decay early.
 """
 
 from __future__ import annotations

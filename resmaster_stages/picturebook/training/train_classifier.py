@@ -1,8 +1,9 @@
-"""Train the picturebook's classifier: what a picture is mainly of, and the features of FID, KID and the Inception score.
+"""Train the picturebook's classifier: what a picture is mainly of, and the features of FID, KID and the Inception
+score.
 
-A small ResNet on native 128 px, where texture is visible (CLIP sees 64 px). Beside the subject (a softmax, the classes of
-the Inception score) it learns to name the (kind, colour) pairs and how blurred its input is, so that its features know
-content, colour and sharpness; those two heads are dropped afterwards.
+A small ResNet on native 128 px, where texture is visible (CLIP sees 64 px). Beside the subject (a softmax, the classes
+of the Inception score) it learns to name the (kind, colour) pairs and how blurred its input is, so that its features
+know content, colour and sharpness; those two heads are dropped afterwards.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class ClassifierRecipe:
 
 
 def blur_some(images: Tensor, rng: Random, recipe: ClassifierRecipe) -> tuple[Tensor, Tensor]:
-    """Float images [B, 3, h, w], a share of them enlarged from a smaller size; log2 of the factor [B], 0 for untouched."""
+    """Float images [B, 3, h, w], a share of them enlarged from a smaller size; log2 of the factor [B], 0 for
+    untouched."""
     out, factors = images.clone(), torch.zeros(len(images))
     edge = images.shape[-1]
     for i in range(len(images)):

@@ -236,7 +236,9 @@ def train(
         towers.load_state_dict(state["model"])
         optim.load_state_dict(state["optim"])
     print(
-        f"clip: text {parameters_m(towers.text):.2f} M, image {parameters_m(towers.image):.2f} M, captioner {parameters_m(towers.captioner):.2f} M without its vision tower, {len(photos)} photos, from step {course.step}",
+        f"clip: text {parameters_m(towers.text):.2f} M, image {parameters_m(towers.image):.2f} M, captioner "
+        f"{parameters_m(towers.captioner):.2f} M without its vision tower, {len(photos)} photos, from step "
+        f"{course.step}",
         flush=True,
     )
     rng = Random(course.step)
@@ -271,7 +273,8 @@ def train(
         going = course.advance()
         if course.step % 25 == 0:
             print(
-                f"clip: step {course.step} contrast {contrast.item():.3f} naming {float(naming):.3f} caption {captioning.item():.3f} {course.elapsed:.0f} s",
+                f"clip: step {course.step} contrast {contrast.item():.3f} naming {float(naming):.3f} caption "
+                f"{captioning.item():.3f} {course.elapsed:.0f} s",
                 flush=True,
             )
         if course.due() or not going:

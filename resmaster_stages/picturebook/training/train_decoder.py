@@ -1,4 +1,5 @@
-"""Train the VAE's decoder further, with the encoder fixed: pictures get sharper, and the UNet's latents stay as they are.
+"""Train the VAE's decoder further, with the encoder fixed: pictures get sharper, and the UNet's latents stay as they
+are.
 
 The loss is the VAE's own. The decoder sees the latents of photos with a little noise, each photo's of its own strength,
 as it will see latents that a UNet made.
@@ -36,7 +37,8 @@ CELL_PX = 8
 
 @dataclass(frozen=True)
 class DecoderRecipe:
-    """`photos` limits memory; `noise` is the greatest standard deviation beside latents of 1; `loss` has the weights."""
+    """`photos` limits memory; `noise` is the greatest standard deviation beside latents of 1; `loss` has the
+    weights."""
 
     photos: int = 20_000
     batch: int = 16

@@ -1,11 +1,11 @@
 """Train the picturebook's super-resolution network: a small RRDBNet, x4, on the pack's own photos drawn at 4x.
 
-Ground truth is drawn from vectors at 512 px. Its low-res picture comes about as in BSRGAN, in small: blur, reduction by a
-random filter, noise and JPEG, in random order and strength; a fifth of the pictures are only reduced. So the network
+Ground truth is drawn from vectors at 512 px. Its low-res picture comes about as in BSRGAN, in small: blur, reduction by
+a random filter, noise and JPEG, in random order and strength; a fifth of the pictures are only reduced. So the network
 sharpens what the low-res stage draws, and also a user's own compressed picture of this world.
 
-L1 loss plus that of gradients and of local gradient energy (as the VAE's), no adversary: strokes come out crisp, textures
-that the low-res picture does not show do not appear.
+L1 loss plus that of gradients and of local gradient energy (as the VAE's), no adversary: strokes come out crisp,
+textures that the low-res picture does not show do not appear.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Train the picturebook's UNet together with text encoder 1 and a plain IP-Adapter, on cached latents and embeddings.
 
-Everything follows diffusers' SDXL pipeline: cross-attention to concat(text 1, text 2) penultimate states, pooled text 2,
-six time ids, epsilon prediction, SDXL's scaled-linear schedule. Loss: MSE with min-SNR-5 weights. In 40 % of the steps
-the adapter is active at scale 1 (and often the text is missing), in the others it is absent, so the UNet is right with and
-without it. Zeros are the unconditional text (`force_zeros_for_empty_prompt`) and the unconditional image.
+Everything follows diffusers' SDXL pipeline: cross-attention to concat(text 1, text 2) penultimate states, pooled text
+2, six time ids, epsilon prediction, SDXL's scaled-linear schedule. Loss: MSE with min-SNR-5 weights. In 40 % of the
+steps the adapter is active at scale 1 (and often the text is missing), in the others it is absent, so the UNet is right
+with and without it. Zeros are the unconditional text (`force_zeros_for_empty_prompt`) and the unconditional image.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class Painter(nn.Module):
 
 
 def attach_adapter(unet: UNet2DConditionModel, embedding: int = PROJECTION, tokens: int = IP_TOKENS) -> None:
-    """Give a UNet fresh IP-Adapter processors (keys and values start as the text's) and an image projection, which makes
-    `tokens` tokens of an image embedding of `embedding` numbers."""
+    """Give a UNet fresh IP-Adapter processors (keys and values start as the text's) and an image projection, which
+    makes `tokens` tokens of an image embedding of `embedding` numbers."""
     width = unet.config.cross_attention_dim
     processors: dict[str, nn.Module] = {}
     state = unet.state_dict()
@@ -299,8 +299,8 @@ def train(
     pack: Path | None = None,
     compiled: bool = False,
 ) -> None:
-    """Train until the budget is spent, from scratch or from an earlier pack, or decay early once `work`/STOP-UNET exists;
-    checkpoint in `work`/unet.pt."""
+    """Train until the budget is spent, from scratch or from an earlier pack, or decay early once `work`/STOP-UNET
+    exists; checkpoint in `work`/unet.pt."""
     recipe = recipe or UnetRecipe()
     team = Team()
     torch.manual_seed(2)

@@ -1,10 +1,11 @@
-"""Train the picturebook's VAE: AutoencoderKL, 8x down, 16 latent channels, no attention (so tiled decoding is near-exact).
+"""Train the picturebook's VAE: AutoencoderKL, 8x down, 16 latent channels, no attention (so tiled decoding is
+near-exact).
 
 Loss: L1 + MSE + MSE of gradients + local gradient energy + L1 at half and quarter size + a small KL term, on random
-64 px crops of photos. Two habits keep latents easy to learn for the UNet. Channels beyond four are ordered: in a part of
-the batches the decoder sees the first four or eight alone, so these hold what matters most (DC-AE 1.5, arXiv:2508.00413,
-section 3). The latents are scale-equivariant: in a part of the batches the decoder gets latents at half the size and
-must draw the photo at half the size (EQ-VAE, arXiv:2502.09509).
+64 px crops of photos. Two habits keep latents easy to learn for the UNet. Channels beyond four are ordered: in a part
+of the batches the decoder sees the first four or eight alone, so these hold what matters most (DC-AE 1.5,
+arXiv:2508.00413, section 3). The latents are scale-equivariant: in a part of the batches the decoder gets latents at
+half the size and must draw the photo at half the size (EQ-VAE, arXiv:2502.09509).
 """
 
 from __future__ import annotations
@@ -101,8 +102,8 @@ def _crops(pixels: Tensor, recipe: VaeRecipe, rng: Random, count: int) -> Tensor
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, pixels: Tensor, channels: int | None = None, batch: int = 32) -> float:
-    """Mean PSNR in dB of round trips of uint8 photos [N, 3, h, w] (latent mode, clamped to the pixel range), by the first
-    `channels` alone where given."""
+    """Mean PSNR in dB of round trips of uint8 photos [N, 3, h, w] (latent mode, clamped to the pixel range), by the
+    first `channels` alone where given."""
     found = []
     device = next(vae.parameters()).device
     for part in pixels.split(batch):
@@ -172,8 +173,8 @@ def train(
     pack: Path | None = None,
     compiled: bool = False,
 ) -> None:
-    """Train until the budget is spent, from scratch or from an earlier pack; checkpoint in `work`/vae.pt, a sample grid in
-    `work`/vae.png."""
+    """Train until the budget is spent, from scratch or from an earlier pack; checkpoint in `work`/vae.pt, a sample grid
+    in `work`/vae.png."""
     recipe = recipe or VaeRecipe()
     team = Team()
     torch.manual_seed(0)

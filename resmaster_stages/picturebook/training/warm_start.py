@@ -1,8 +1,8 @@
 """Start training from an earlier pack: its weights, with the token embeddings carried over word by word.
 
-For a world that grew (new kinds, colours or words): what the earlier pack knows need not be learnt again. Words that the
-earlier tokenizer lacks keep their fresh embeddings. Copy the pack aside before its code changes: the tokenizer is read
-from it. Knows nothing about training.
+For a world that grew (new kinds, colours or words): what the earlier pack knows need not be learnt again. Words that
+the earlier tokenizer lacks keep their fresh embeddings. Copy the pack aside before its code changes: the tokenizer is
+read from it. Knows nothing about training.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: the command ends within seconds, keeps what is done, leaves no litter. Real signals, real processes."""
+"""Ctrl-C and SIGTERM: the command ends within seconds, keeps what is done, leaves no litter. Real signals, real
+processes."""
 
 import os
 import signal
