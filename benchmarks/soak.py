@@ -2,12 +2,12 @@
 
     python -m benchmarks.soak [--minutes 10 | --rounds N] [--on folder,s3] [--processes 3] [--seed N]
 
-In a round, several processes build one dataset with stand-in stages (no model; everything else is real): they race to plan
-it, take shards in random order, give a failed sample another attempt, and write beside each other. Meanwhile they are sent
-SIGKILL and SIGTERM at random moments and replaced, and any call to the store may fail before or after it took effect. A last
-process, left in peace, finishes and publishes. Then all that a reader can see must be equal, to the byte, to an undisturbed
-build's; no sample may be there twice or be missing, and no file that a commit does not name may be visible. The first
-difference ends the soak with exit status 1.
+In a round, several processes build one dataset with stand-in stages (no model; everything else is real): they race to
+plan it, take shards in random order, give a failed sample another attempt, and write beside each other. Meanwhile they
+are sent SIGKILL and SIGTERM at random moments and replaced, and any call to the store may fail before or after it took
+effect. A last process, left in peace, finishes and publishes. Then all that a reader can see must be equal, to the
+byte, to an undisturbed build's; no sample may be there twice or be missing, and no file that a commit does not name may
+be visible. The first difference ends the soak with exit status 1.
 
 SIGKILL comes at most twice in a round: after the third death at a sample the pipeline leaves it out, as it should.
 """

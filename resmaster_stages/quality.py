@@ -3,7 +3,8 @@
 Flags never delete: what to do with a flagged sample is decided by whoever reads the table. Knows nothing about storage.
 
 Invariants:
-- Every metric and flag is computed from the sample alone. (`near_duplicate` needs all samples: `publish.manifest` adds it.)
+- Every metric and flag is computed from the sample alone. (`near_duplicate` needs all samples: `publish.manifest` adds
+  it.)
 - Numbers are finite, or None where a metric has nothing to measure.
 """
 

@@ -32,12 +32,14 @@ TUTORIAL = ROOT / "docs" / "tutorial.md"
 
 NOT_RUN = {
     "command-line.md": {
-        'resmaster upscale photo.png photo-4x.png --scale 4 --prompt "a red house" --model picturebook': "tests/test_readme.py "
-        "runs it",
+        'resmaster upscale photo.png photo-4x.png --scale 4 --prompt "a red house" --model picturebook': (
+            "tests/test_readme.py runs it"
+        ),
         "resmaster compare deployments/datasets/picturebook.yaml --methods multidiffusion,resmaster+sg,resmaster "
         "--scales 2x2,4x4 --n 4": "takes minutes; tests/evaluation/test_compare.py runs the same on less",
-        "resmaster run deployments/datasets/sdxl-4k.yaml --prompts my-prompts.txt --root s3://bucket/datasets": "needs a GPU, "
-        "SDXL and a bucket",
+        "resmaster run deployments/datasets/sdxl-4k.yaml --prompts my-prompts.txt --root s3://bucket/datasets": (
+            "needs a GPU, SDXL and a bucket"
+        ),
     },
     "evaluation-protocol.md": {
         "resmaster compare deployments/datasets/picturebook.yaml --scales 2x2,2x4,4x4 --n 64 "
@@ -121,7 +123,8 @@ NOT_RUN = {
     "storage.md": dict.fromkeys(
         (
             "infra/seaweedfs.sh start",
-            "export AWS_ENDPOINT_URL=http://127.0.0.1:8333 AWS_ACCESS_KEY_ID=resmaster AWS_SECRET_ACCESS_KEY=resmaster-secret",
+            "export AWS_ENDPOINT_URL=http://127.0.0.1:8333 AWS_ACCESS_KEY_ID=resmaster "
+            "AWS_SECRET_ACCESS_KEY=resmaster-secret",
             "resmaster run deployments/datasets/picturebook.yaml --root s3://datasets",
             "resmaster doctor s3://bucket/prefix",
             "resmaster verify out/picturebook",
@@ -230,7 +233,10 @@ def test_the_commands_run(page: Path, tmp_path: Path) -> None:
 
 
 def statements(block: str) -> list[tuple[str, int]]:
-    """The commands of a script, files that are written in place included, and the exit status that a comment beside each names."""
+    """The commands of a script, and the exit status that a comment beside each names.
+
+    Files that are written in place are included.
+    """
     found = re.findall(r"^(?:cat > \S+ <<'END'\n(?s:.*?)^END$|.+$)", block, flags=re.MULTILINE)
     return [(each, int(status[1]) if (status := re.search(r"# exit status (\d+)", each)) else 0) for each in found]
 

@@ -20,7 +20,9 @@ NOT_RUN = {
     "make demo": "downloads packages; its recipe is the `resmaster run` command below",
     "make test": "is what runs this test",
     "python3 -m venv .venv": "needs the package registry; the Makefile does the same before any test",
-    ".venv/bin/pip install -c constraints.txt -e '.[dev]'": "needs the package registry; the Makefile does the same before any test",
+    ".venv/bin/pip install -c constraints.txt -e '.[dev]'": (
+        "needs the package registry; the Makefile does the same before any test"
+    ),
 }
 
 

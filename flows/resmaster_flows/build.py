@@ -76,9 +76,9 @@ def publish_dataset(dataset: Dataset) -> str:
 def work(
     dataset: Dataset, todo: Todo, look: Callable[[], Todo], retries: Retries | None = None, queue: str | None = None
 ) -> dict[str, str]:
-    """Have `todo` (stage -> shards) done, on workers or here. Returns the error of each shard that is missing, by its number.
+    """Have `todo` (stage -> shards) done, on workers or here.
 
-    `look` asks the dataset again what is to do.
+    Returns the error of each shard that is missing, by its number. `look` asks the dataset again what is to do.
     """
     config = dataset.config.dispatch
     shards, stages = list(_lacking(todo)), list(todo)

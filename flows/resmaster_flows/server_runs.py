@@ -124,7 +124,10 @@ class ServerRuns:
         self._build_count: int = own_run.run_count
 
     def submit(self, shards: Shards, attempt: int) -> tuple[UUID, str]:
-        """As of `Runs`. The key makes a request that is sent twice find the same run; a retried build starts new ones."""
+        """As of `Runs`.
+
+        The key makes a request that is sent twice find the same run; a retried build starts new ones.
+        """
         retries = part_of(self._retries, shards)
         batch = digest({"stages": self._stages, "shards": shards, "retries": retries})
         run = run_deployment(

@@ -1,7 +1,7 @@
 """What is committed of a shard, stage by stage, and so what is still to do in it.
 
-A sample that failed in a stage is lost to the stages after it. Where it becomes good in a later attempt, these stages are due
-again: each goes on from its own earlier attempt with the samples that it did not get then.
+A sample that failed in a stage is lost to the stages after it. Where it becomes good in a later attempt, these stages
+are due again: each goes on from its own earlier attempt with the samples that it did not get then.
 """
 
 from __future__ import annotations
@@ -34,14 +34,20 @@ class Chain:
         return {stage: receipt for stage, receipt in self.receipts.items() if receipt}
 
     def lost(self, stage: str | None = None) -> frozenset[str]:
-        """The samples that some stage before `stage` does not hold (default: some stage at all), as it or one before it lost them."""
+        """The samples that some stage before `stage` does not hold, as it or one before it lost them.
+
+        Without `stage`: those that some stage at all does not hold.
+        """
         names = list(self.receipts)
         before = names[: names.index(stage)] if stage else names
         found = [receipt for name in before if (receipt := self.receipts[name])]
         return frozenset(key for receipt in found for key in (*receipt.failed_keys, *receipt.lost_keys))
 
     def due(self, stage: str, number: int = 1) -> bool:
-        """Whether `stage` has something to do: a first attempt, one up to `number`, or samples that it did not get before."""
+        """Whether `stage` has something to do.
+
+        That is a first attempt, one up to `number`, or samples that it did not get before.
+        """
         receipt = self.receipts[stage]
         return receipt is None or receipt.number < number or frozenset(receipt.lost_keys) != self.lost(stage)
 
@@ -49,7 +55,10 @@ class Chain:
 def read_chain(
     dataset: Dataset, shard: int, last: str | None = None, known: Mapping[str, Receipt] | None = None
 ) -> Chain:
-    """One shard's records up to the stage `last`; those that are `known` are not read. Raises ShardError if one is damaged."""
+    """One shard's records up to the stage `last`; those that are `known` are not read.
+
+    Raises ShardError if one is damaged.
+    """
     receipts: dict[str, Receipt | None] = {}
     for stage in dataset.hashes:
         receipts[stage] = (known or {}).get(stage) or dataset.commits(stage).read(shard)

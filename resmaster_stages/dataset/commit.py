@@ -110,7 +110,10 @@ class Receipt:
     lost_keys: tuple[str, ...] = ()
     """Planned samples that it did not get, because a stage before had lost them."""
     images: tuple[str, ...] = ()
-    """Tars: where each sample's image lies (`shards.spell_image`), in order, so that nobody needs to walk the tar to find one."""
+    """Tars: where each sample's image lies (`shards.spell_image`), in order.
+
+    So nobody needs to walk the tar to find one.
+    """
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -1,7 +1,7 @@
 """The commit records of one stage under one configuration, and the marks of damage beside them.
 
-A record `000123.json` makes a shard's first attempt visible. An attempt at the samples that failed in it starts from what it made
-and becomes visible by a record of its own, `000123.2.json`; the highest number counts.
+A record `000123.json` makes a shard's first attempt visible. An attempt at the samples that failed in it starts from
+what it made and becomes visible by a record of its own, `000123.2.json`; the highest number counts.
 
 Invariants:
 - A record is created by exactly one writer and never changed; it names all its objects with sha256 and size.
@@ -144,7 +144,8 @@ class Commits:
             receipt = Receipt.from_json(json.loads(data))
         except (ValueError, KeyError, TypeError) as error:
             raise ShardError(
-                f"{place}: damaged commit record ({error}); run: resmaster verify {self.folder.url}, then: resmaster repair"
+                f"{place}: damaged commit record ({error}); run: resmaster verify {self.folder.url}, "
+                "then: resmaster repair"
             ) from error
         if receipt.stage_hash != self.stage_hash or name != self._name(receipt.shard, receipt.number):
             raise ShardError(

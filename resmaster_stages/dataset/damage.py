@@ -1,7 +1,8 @@
 """Gives up what cannot be mended: deletes commit records, so that their shards are made anew.
 
-A commit record never changes, so damage to what it names is noted beside it (`Commits.mark`). A marked shard counts as pending: it
-is made again, and what comes out with the recorded sha256 is put back under its old name. These are the other two ways out.
+A commit record never changes, so damage to what it names is noted beside it (`Commits.mark`). A marked shard counts as
+pending: it is made again, and what comes out with the recorded sha256 is put back under its old name. These are the
+other two ways out.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from resmaster_stages.errors import ShardError
 
 
 def drop_unreadable_records(dataset: Dataset) -> None:
-    """Delete the records of marked shards where one cannot be read, and what was made from them: they name nothing any more.
+    """Delete the records of marked shards where one cannot be read, and what was made from them.
 
-    Later stages go too, because another attempt may lose other samples.
+    They name nothing any more. Later stages go too, because another attempt may lose other samples.
     """
     for stage in dataset.hashes:
         commits = dataset.commits(stage)

@@ -49,7 +49,10 @@ class Dataset:
 
     @cached_property
     def plan(self) -> Plan:
-        """Its samples, as planned when it is first asked for: generations never change. Raises PlanError if there is no plan."""
+        """Its samples, as planned when it is first asked for: generations never change.
+
+        Raises PlanError if there is no plan.
+        """
         return read_plan(self.folder)
 
     def commits(self, stage: str) -> Commits:

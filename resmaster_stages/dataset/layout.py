@@ -151,7 +151,10 @@ def number_of(name: str) -> int | None:
 
 
 def is_attempt(name: str) -> bool:
-    """Whether it is the name of an object or plan file of one attempt: those that only a record makes part of the dataset."""
+    """Whether it is the name of an object or plan file of one attempt.
+
+    Only a record makes those part of the dataset.
+    """
     found = _OBJECT.fullmatch(name)
     return (found is not None and found[1] in STAGES) or bool(_PLAN_FILE.fullmatch(name))
 

@@ -145,7 +145,10 @@ def shard_samples(dataset: Dataset, shard: int, stages: Sequence[str]) -> Iterat
 def chosen_samples(
     dataset: Dataset, shard: int, chain: Chain, stages: Sequence[str], without: Collection[str]
 ) -> Iterator[ShardSamples]:
-    """A shard's planned samples but those `without`, with what `stages` made of them, verified. Raises as `shard_samples`."""
+    """A shard's planned samples but those `without`, with what `stages` made of them, verified.
+
+    Raises as `shard_samples`.
+    """
     planned = [sample for sample in dataset.plan.read(shard) if sample.key not in without]
     outputs: dict[str, Outputs] = {}
     with ExitStack() as files:

@@ -8,15 +8,19 @@ from resmaster_stages.dataset.chain import read_chains
 from resmaster_stages.dataset.dataset import Dataset
 
 Retries = dict[str, dict[str, int]]
-"""Stage -> shard (its number as text, as JSON wants it) -> number of the attempt that is asked for. Once a shard has an attempt
-of that number, the wish is fulfilled, whoever did it."""
+"""Stage -> shard (its number as text, as JSON wants it) -> number of the attempt that is asked for.
+
+Once a shard has an attempt of that number, the wish is fulfilled, whoever did it.
+"""
 
 
 def retries_of(
     dataset: Dataset, shards: Collection[int] | None = None, stages: Collection[str] | None = None
 ) -> tuple[Retries, int]:
-    """The next attempt at every failed sample of committed shards, of `shards` and `stages` (default: all), and how many
-    samples that are."""
+    """The next attempt at every failed sample of committed shards, and how many samples that are.
+
+    Of `shards` and `stages` (default: all).
+    """
     retries: Retries = {}
     samples = 0
     for shard, chain in read_chains(dataset, range(dataset.plan.shards)):

@@ -1,7 +1,7 @@
 """The stages that work on shards, one row each: what a stage is, what it depends on, what identifies its result.
 
-(Stage 1, prompt ingestion, makes the plan that they follow.) Everything else that is known of a stage by its name follows from
-its row: paths, tables, hashes, order, help texts. Loads no model; reads the names of weights only.
+(Stage 1, prompt ingestion, makes the plan that they follow.) Everything else that is known of a stage by its name
+follows from its row: paths, tables, hashes, order, help texts. Loads no model; reads the names of weights only.
 
 Invariant: a hash covers what changes a result, the stage's version, and the hashes of the stages that it reads.
 """
@@ -57,7 +57,10 @@ class Stage:
     batch: tuple[str, str] | None = None
     """Part and field of the configuration that say how much goes to the device at once; None: one image at a time."""
     slot: Callable[[DatasetConfig], int] = _one
-    """How many samples are computed together, counted from the shard's first: the unit that is lost, resumed and suspected."""
+    """How many samples are computed together, counted from the shard's first.
+
+    It is the unit that is lost, resumed and suspected.
+    """
 
     @property
     def extension(self) -> Literal["tar", "parquet"]:

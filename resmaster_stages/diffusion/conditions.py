@@ -1,4 +1,6 @@
-"""What the denoiser is told about each view: text, size and crop, image prompt, each with its unconditional counterpart.
+"""What the denoiser is told about each view.
+
+Text, size and crop, image prompt, each with its unconditional counterpart.
 
 Items are the views of all samples, sample by sample: item = sample * views + view.
 
@@ -66,7 +68,10 @@ class Conditions:
 
 
 def size_and_crop(grid: Grid, micro_conditioning: str) -> list[tuple[int, ...]]:
-    """Six numbers per view (`Conditions.sizes`), as SDXL reads them: of the canvas and the view's place in it, or those of a native-size image."""
+    """Six numbers per view (`Conditions.sizes`), as SDXL reads them.
+
+    They are of the canvas and the view's place in it, or those of a native-size image.
+    """
     factor = grid.unit_px
     canvas = (grid.height * factor, grid.width * factor)
     window = (grid.window_height * factor, grid.window_width * factor)

@@ -1,4 +1,7 @@
-"""Tailored image prompts (ResMaster eq. 8): each view's crop of the reference through the base model's image adapter."""
+"""Tailored image prompts (ResMaster eq. 8).
+
+Each view's crop of the reference goes through the base model's image adapter.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ _BATCH = 16
 
 
 def required_adapter(models: Models) -> ImageAdapter:
-    """The image adapter. Raises ConfigError where image prompts are wanted and the model has none that can serve them."""
+    """The image adapter.
+
+    Raises ConfigError where image prompts are wanted and the model has none that can serve them.
+    """
     models.require("upscale.image_prompt.enabled", "image_prompts")
     adapter = models.base.image_adapter()
     if adapter is None:
@@ -28,9 +34,9 @@ def required_adapter(models: Models) -> ImageAdapter:
 
 
 def embed_crops(models: Models, pixels: Tensor, boxes: Sequence[Box]) -> tuple[Tensor, Tensor]:
-    """(image, unconditional) embeddings [N, 1, ...] of the crops `boxes` (px, of one size) of `pixels` [B, 3, H, W] in [-1, 1].
+    """(image, unconditional) embeddings [N, 1, ...] of the crops `boxes` of `pixels` [B, 3, H, W] in [-1, 1].
 
-    One entry per crop, sample by sample. Raises ConfigError.
+    `boxes` are in px, of one size. One entry per crop, sample by sample. Raises ConfigError.
     """
     adapter = required_adapter(models)
     with torch.inference_mode(), models.using(adapter.encoder):

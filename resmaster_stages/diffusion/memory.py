@@ -67,15 +67,20 @@ class Need:
 
 
 def need_of(models: Models, window: tuple[int, int], branches: int) -> Need | None:
-    """For views of `window` (height, width) latents by `branches` guidance branches; None where the device has no memory of
-    its own, or the base model does not know what a row takes."""
+    """For views of `window` (height, width) latents by `branches` guidance branches.
+
+    None where the device has no memory of its own, or the base model does not know what a row takes.
+    """
     total = device_bytes(models.device)
     row = None if total is None else models.base.row_bytes(*window)
     return None if total is None or row is None else Need(weights_bytes(models), branches * row, total)
 
 
 def view_limit(models: Models, limit: int | None, window: tuple[int, int], branches: int) -> int:
-    """Views per call of the denoiser at most: `limit` (`Diffusion.view_batch`), or where it is None what the device's memory allows."""
+    """Views per call of the denoiser at most.
+
+    `limit` (`Diffusion.view_batch`), or where it is None what the device's memory allows.
+    """
     if limit is not None:
         return limit
     need = need_of(models, window, branches)

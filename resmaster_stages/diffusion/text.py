@@ -31,7 +31,10 @@ def truncated(models: Models, prompts: Sequence[str]) -> list[bool]:
 
 
 def encode_prompts(models: Models, prompts: Sequence[str], *, negative: bool = False) -> TextEmbeddings:
-    """Embeddings of `prompts`, one item each; of a `negative` prompt they may be others than of the same text as a prompt."""
+    """Embeddings of `prompts`, one item each.
+
+    Of a `negative` prompt they may be others than of the same text as a prompt.
+    """
     base, distinct = models.base, list(dict.fromkeys(prompts))
     batches = [distinct[i : i + _BATCH] for i in range(0, len(distinct), _BATCH)]
     with torch.inference_mode(), models.using(*base.text_encoders):

@@ -152,8 +152,8 @@ def whole_canvas(height: int, width: int, latent_factor: int) -> Grid:
 def patch_grid(config: DatasetConfig, geometry: Geometry, height: int, width: int) -> Grid:
     """The patches that are captioned of a target of `height` x `width` px.
 
-    `views`: the upscaler's own views. `tiles`: the same windows side by side, of which the last row and column are pulled
-    back to end at the border.
+    `views`: the upscaler's own views. `tiles`: the same windows side by side, of which the last row and column are
+    pulled back to end at the border.
     """
     stride = config.upscale.view_stride if config.captions.grid == "views" else 1.0
     return view_grid(geometry, height, width, stride)

@@ -1,13 +1,17 @@
-"""Finds files that may be deleted: objects that no commit names or that a later attempt took the place of, probes, temporary files,
-caches of finished shards.
+"""Finds files that may be deleted.
+
+These are objects that no commit names or that a later attempt took the place of, probes, temporary files, caches of
+finished shards.
 
 Invariants:
-- Only names that this project gives to attempts, probes, caches and temporary files are looked at; all others are never touched.
-- Never removed: what a commit that counts or a plan record names, of whichever configuration; records, configurations, ledgers;
-  the cache of a shard that is not committed yet.
-- Objects of an attempt that has a successor go once the manifest was written after the successor, and is older than the limit
-  itself: readers who began with an older manifest had as long to finish.
-- The listing is made before the records are read, so what is committed meanwhile is named; what is still being uploaded is young.
+- Only names that this project gives to attempts, probes, caches and temporary files are looked at; all others are never
+  touched.
+- Never removed: what a commit that counts or a plan record names, of whichever configuration; records, configurations,
+  ledgers; the cache of a shard that is not committed yet.
+- Objects of an attempt that has a successor go once the manifest was written after the successor, and is older than the
+  limit itself: readers who began with an older manifest had as long to finish.
+- The listing is made before the records are read, so what is committed meanwhile is named; what is still being uploaded
+  is young.
 - Of what is no leftover, 12 bytes a file are remembered, not names.
 """
 

@@ -83,7 +83,10 @@ def _add_stage(
     rows: list[dict[str, Any]],
     megapixels: float,
 ) -> None:
-    """One stage's numbers. `labels`: dataset and stage; `rows`: its ledger; `megapixels`: of a mean high-res picture."""
+    """One stage's numbers.
+
+    `labels`: dataset and stage; `rows`: its ledger; `megapixels`: of a mean high-res picture.
+    """
     found = stage_status(stage, receipts.values(), set(range(plan.shards)) - receipts.keys(), rows)
     for state in ("committed", "pending", "failed"):
         families.shards.add_metric([*labels, state], getattr(found, state))

@@ -120,8 +120,9 @@ def pending(
     stages: Sequence[str] | None = None,
     retries: Retries | None = None,
 ) -> dict[str, list[int]]:
-    """Stage -> shards that have something to do, of `shards` and `stages` (default: all): no commit, damage, samples that became
-    good upstream, or an attempt of `retries` that is not there yet.
+    """Stage -> shards that have something to do, of `shards` and `stages` (default: all).
+
+    That is: no commit, damage, samples that became good upstream, or an attempt of `retries` that is not there yet.
 
     Lists names, and reads records only of shards that have several attempts. Raises PlanError if not planned.
     """

@@ -1,4 +1,6 @@
-"""Reads back everything that the commits that count and the plan name, and says what is not as recorded. Computes no image.
+"""Reads back everything that the commits that count and the plan name, and says what is not as recorded.
+
+Computes no image.
 
 Invariants:
 - Every object is hashed whole, in blocks, several at a time; never more than a few blocks of each are in memory.
@@ -68,7 +70,10 @@ class _Named:
 
 
 def verify(dataset: Dataset) -> Verification:
-    """Hash all that the plan and every commit that counts name. Raises only what keeps the store from being read at all."""
+    """Hash all that the plan and every commit that counts name.
+
+    Raises only what keeps the store from being read at all.
+    """
     damage: list[Damage] = []
     places = _SamplePlaces(dataset.folder)
     count = size = 0
@@ -89,7 +94,7 @@ def verify(dataset: Dataset) -> Verification:
 
 
 def note(dataset: Dataset, found: Verification) -> None:
-    """Mark the damaged shards of the current configuration, for a repair to follow, and clear the marks of all others."""
+    """Mark the damaged shards of the current configuration, for a repair to follow; clear the marks of all others."""
     for stage in dataset.hashes:
         commits = dataset.commits(stage)
         damaged: dict[int, list[str]] = {}

@@ -112,8 +112,9 @@ def load_clip(identifier: str, revision: str | None = None, device: str = "auto"
         model.to(resolved).eval()
     except Exception as error:  # loaders raise whatever their parts raise; the user's remedy is the same
         raise ConfigError(
-            f"CLIP model {identifier!r} cannot be loaded ({first_line(error)}); give quality.clip, or captions.check.clip if that "
-            "names it, `picturebook`, a folder or hub id of a CLIP model with safetensors weights, or null"
+            f"CLIP model {identifier!r} cannot be loaded ({first_line(error)}); give quality.clip, or "
+            "captions.check.clip if that names it, `picturebook`, a folder or hub id of a CLIP model with "
+            "safetensors weights, or null"
         ) from None
     return ClipScorer(model, tokenizer, processor.image_mean, processor.image_std)
 

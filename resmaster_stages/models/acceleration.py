@@ -48,7 +48,8 @@ def can_compile(device: torch.device) -> bool:
     except Exception as error:  # whatever a compiler, a linker or a driver says
         emit(
             Note(
-                f"model.compile: nothing can be compiled for {device} here ({first_line(error)}); the model runs uncompiled, more slowly. "
+                f"model.compile: nothing can be compiled for {device} here ({first_line(error)}); "
+                "the model runs uncompiled, more slowly. "
                 "Install a C compiler (and on CUDA Triton), or set model.compile: off"
             )
         )
@@ -61,7 +62,10 @@ def has_blocks(denoiser: Any) -> bool:
 
 
 def compile_blocks(unet: Any) -> None:
-    """Compiles the repeated blocks of `unet` for good, each static shape at its first use. Raises ConfigError if it has none."""
+    """Compiles the repeated blocks of `unet` for good, each static shape at its first use.
+
+    Raises ConfigError if it has none.
+    """
     if not has_blocks(unet):
         raise ConfigError(f"model.compile: blocks: a {type(unet).__name__} has none; set model.compile: off")
     limits = torch._dynamo.config

@@ -127,7 +127,10 @@ def _longest(prefix: Callable[[int], str], size: int, count: TokenCounter, limit
 
 @lru_cache(maxsize=4)
 def token_counter(model: ModelConfig) -> TokenCounter:
-    """Counts content tokens as the base model does (by its tokenizer's files; no weights are loaded). Raises ConfigError."""
+    """Counts content tokens as the base model does (by its tokenizer's files; no weights are loaded).
+
+    Raises ConfigError.
+    """
     return family_of(model).token_counter(model)
 
 
@@ -368,8 +371,9 @@ def _load_local(config: CaptionsConfig, device: str) -> LocalCaptioner:
         model.to(resolved).eval()
     except Exception as error:  # loaders raise whatever their parts raise; the user's remedy is the same
         raise ConfigError(
-            f"captions.model {config.model!r} cannot be loaded ({first_line(error)}); give `picturebook`, a folder or hub id "
-            "of a Transformers image-text-to-text model with safetensors weights, or captions.source: server or prompt"
+            f"captions.model {config.model!r} cannot be loaded ({first_line(error)}); give `picturebook`, a folder or "
+            "hub id of a Transformers image-text-to-text model with safetensors weights, or "
+            "captions.source: server or prompt"
         ) from None
     revision = config.revision or getattr(model.config, "_commit_hash", None) or ""
     if embedded:

@@ -89,7 +89,10 @@ class IpAdapter:
         return self._encode(preprocess(crops, self.encoder.config.image_size, self.mean, self.std))
 
     def nothing(self, image: Tensor) -> Tensor:
-        """The unconditional counterpart of embeddings [N, 1, ...]: plain zeros, Plus the features of an all-zero input."""
+        """The unconditional counterpart of embeddings [N, 1, ...].
+
+        Plain: zeros; Plus: the features of an all-zero input.
+        """
         if not self.plus:
             return torch.zeros_like(image)
         size = self.encoder.config.image_size
@@ -98,7 +101,10 @@ class IpAdapter:
 
 
 def adapter_of(unet: Any, encoder: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> IpAdapter | None:
-    """The IP-Adapter that is loaded into `unet`; None if there is none. Raises ConfigError for one of an unsupported kind."""
+    """The IP-Adapter that is loaded into `unet`; None if there is none.
+
+    Raises ConfigError for one of an unsupported kind.
+    """
     projection = getattr(unet, "encoder_hid_proj", None)
     if not isinstance(projection, MultiIPAdapterImageProjection):
         return None

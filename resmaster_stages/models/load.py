@@ -1,6 +1,9 @@
-"""From a model's name to its parts on a device: a hub id or folder of a known family of base models, or the embedded pack.
+"""From a model's name to its parts on a device.
 
-Knows nothing about methods or families. Only safetensors are read and no remote code runs; `HF_HUB_OFFLINE=1` is respected.
+The name is a hub id or folder of a known family of base models, or the embedded pack.
+
+Knows nothing about methods or families. Only safetensors are read and no remote code runs; `HF_HUB_OFFLINE=1` is
+respected.
 
 Invariants:
 - A user's own pipeline is never changed for good: what the engine must alter, it restores.

@@ -58,8 +58,9 @@ class Models:
 
     @classmethod
     def from_pipeline(cls, pipe: Any, *, identity: str = "pipeline", offload: bool = False) -> Models:
-        """The parts of a pipeline of a known family, e.g. a StableDiffusionXLPipeline: its own checkpoint, LoRA, scheduler and
-        IP-Adapter, as they are.
+        """The parts of a pipeline of a known family, e.g. a StableDiffusionXLPipeline.
+
+        Its own checkpoint, LoRA, scheduler and IP-Adapter, as they are.
 
         The pipeline must be on the device that it shall run on. Raises ConfigError for a pipeline of no known family.
         """

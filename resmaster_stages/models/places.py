@@ -1,4 +1,7 @@
-"""Where a model's files are, on which device its parts go, and in which number format. Imports torch only when asked for these."""
+"""Where a model's files are, on which device its parts go, and in which number format.
+
+Imports torch only when asked for these.
+"""
 
 from __future__ import annotations
 
@@ -53,8 +56,8 @@ def _read_json(identifier: str, revision: str | None, name: str) -> dict[str, An
     except (OSError, ValueError) as error:
         # OSError: no such file, no network, not in the cache. ValueError: not JSON, or not a valid hub id.
         raise ConfigError(
-            f"model {identifier!r}: cannot read {name} ({first_line(error)}); give the top folder of a model in diffusers format, "
-            "a hub id that is in the local cache (HF_HOME), or `picturebook`"
+            f"model {identifier!r}: cannot read {name} ({first_line(error)}); give the top folder of a model in "
+            "diffusers format, a hub id that is in the local cache (HF_HOME), or `picturebook`"
         ) from None
     if not isinstance(values, dict):
         raise ConfigError(f"model {identifier!r}: {name} is not a JSON object; download the model again")
@@ -70,13 +73,16 @@ def loading(model_id: str, what: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ConfigError(
-            f"model {model_id}: cannot load {what} ({first_line(error).rstrip('.')}); check the name, give a folder with "
-            "safetensors, or set HF_HOME to a cache that has it"
+            f"model {model_id}: cannot load {what} ({first_line(error).rstrip('.')}); check the name, give a folder "
+            "with safetensors, or set HF_HOME to a cache that has it"
         ) from error
 
 
 def resolve_device(name: str, setting: str = "model.device") -> torch.device:
-    """The device that a configuration's `setting` names; `auto` is CUDA if there is one, else the CPU. Raises ConfigError."""
+    """The device that a configuration's `setting` names; `auto` is CUDA if there is one, else the CPU.
+
+    Raises ConfigError.
+    """
     import torch
 
     if name == "auto":

@@ -1,15 +1,15 @@
 """What readers use: the manifest, the index of shards and the dataset card, from commit records only.
 
-Knows nothing about models. Qualities come from the quality stage's tables; only the flag `near_duplicate` is added here, for it
-needs the whole dataset.
+Knows nothing about models. Qualities come from the quality stage's tables; only the flag `near_duplicate` is added
+here, for it needs the whole dataset.
 
 Invariants:
 - Every key occurs at most once.
 - Only shards committed in every stage and not known to be damaged are published; the card says how many are still
   missing.
 - Equal commits give equal files: no time or host is in them.
-- Rows, records and the index go to disk as they come. What grows is 26 to 35 bytes per sample, and per shard the names that
-  listings give (docs/scale.md has numbers).
+- Rows, records and the index go to disk as they come. What grows is 26 to 35 bytes per sample, and per shard the names
+  that listings give (docs/scale.md has numbers).
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def write_manifest(dataset: Dataset) -> Publication:
 
 
 def _complete_chains(dataset: Dataset) -> Iterator[tuple[int, Chain, dict[str, bytes]]]:
-    """(shard, its commits, its quality tables) of shards committed in every stage and not known to be damaged, in order.
+    """(shard, its commits, its quality tables) of shards committed in every stage and not known to be damaged.
 
-    The tables, name -> content, are fetched for many shards together; what is gone is absent.
+    They come in order. The tables, name -> content, are fetched for many shards together; what is gone is absent.
     """
     damaged = {shard for stage in dataset.hashes for shard in dataset.commits(stage).marked()}
     chains = (
@@ -191,7 +191,10 @@ def _gone(dataset: Dataset, receipt: Receipt) -> str:
 
 
 def _repeated(manifest: Path, prints: array[int]) -> str | None:
-    """A key that occurs twice in a manifest. `prints`: the first 64 bits of its keys, all that is held of them; sorted in place."""
+    """A key that occurs twice in a manifest.
+
+    `prints`: the first 64 bits of its keys, all that is held of them; sorted in place.
+    """
     values = np.asarray(prints)
     values.sort()
     suspects = set(values[1:][values[1:] == values[:-1]].tolist())

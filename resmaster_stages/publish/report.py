@@ -93,8 +93,10 @@ def facts(config: DatasetConfig, manifest: pa.Table) -> dict[str, Any]:
 
 
 def failures(dataset: Dataset) -> list[dict[str, Any]]:
-    """The ledger's rows of what is still missing under the current configuration: the last attempt of each sample, with a
-    command that tells more."""
+    """The ledger's rows of what is still missing under the current configuration.
+
+    The last attempt of each sample, with a command that tells more.
+    """
     last: dict[tuple[str, str], dict[str, Any]] = {}
     for stage, own_hash in dataset.hashes.items():
         rows = [row for row in ledger_rows(dataset.folder, stage) if row["stage_hash"] == own_hash]

@@ -88,8 +88,9 @@ class Made:
 def computed(
     work: Work, without: frozenset[str], earlier: Mapping[str, Output], tolerant: bool = False
 ) -> Iterator[Made]:
-    """Compute the shard's samples but those `without`; the files are there within the block. If that ends well, the shard's
-    cache is dropped.
+    """Compute the shard's samples but those `without`; the files are there within the block.
+
+    If that ends well, the shard's cache is dropped.
 
     earlier: outputs that are handed on as they are. tolerant: any number of samples may fail.
     """

@@ -1,17 +1,22 @@
-"""Runs a stage's `process` over the samples of a shard, slot by slot: one Output per sample, whatever goes wrong with some of them.
+"""Runs a stage's `process` over the samples of a shard, slot by slot.
+
+One Output per sample, whatever goes wrong with some of them.
 
 Knows nothing about where outputs end up, nor what is in them.
 
 Invariants:
 - Exactly one Output per sample, in the plan's order.
-- What is at fault is found out: out of memory halves the batch, down to 1; any other error in a slot runs its samples one by
-  one; in the end it costs the one sample, as its Output's error. A lost device, the user's mistakes and a store or network that
-  fails are nobody's fault here: they pass.
+- What is at fault is found out: out of memory halves the batch, down to 1; any other error in a slot runs its samples
+  one by one; in the end it costs the one sample, as its Output's error. A lost device, the user's mistakes and a store
+  or network that fails are nobody's fault here: they pass.
 - While a slot is computed, the one before it is finished and spilled, and the next one is read (`overlap`). An error in
-  finishing is its own sample's, whatever happens to the next one; memory that ran out there is asked for once more, alone.
-- In a shard in which a process died before, each sample is finished before the next one begins, so the next death has one suspect.
-- Slots are those of an uninterrupted run, whole, so a resumed shard has the same bytes. What is ready is never computed for
-  its own sake, and is handed on as it is. Halved batches and suspects that run alone give the same images up to rounding.
+  finishing is its own sample's, whatever happens to the next one; memory that ran out there is asked for once more,
+  alone.
+- In a shard in which a process died before, each sample is finished before the next one begins, so the next death has
+  one suspect.
+- Slots are those of an uninterrupted run, whole, so a resumed shard has the same bytes. What is ready is never computed
+  for its own sake, and is handed on as it is. Halved batches and suspects that run alone give the same images up to
+  rounding.
 """
 
 from __future__ import annotations

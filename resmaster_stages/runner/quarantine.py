@@ -8,11 +8,13 @@ Invariants:
 - Whoever ends in an orderly way (done, failed, stopped) takes its file away and blames nobody; a lost GPU is no such
   way.
 - A file whose process still lives on this host blames nobody.
-- While one sample is computed, those before it may still be finished: the file names both, for either may be what kills.
-- After a first strike nothing overlaps (`compute`), so an innocent neighbour gets one strike at most, and no second one.
+- While one sample is computed, those before it may still be finished: the file names both, for either may be what
+  kills.
+- After a first strike nothing overlaps (`compute`), so an innocent neighbour gets one strike at most, and no second
+  one.
 - A sample that is read ahead is not at work yet.
-- Until a sample turns out to be slow, one file names all of the shard, so that a breadcrumb never costs more than its sample;
-  after a first strike every batch has its own.
+- Until a sample turns out to be slow, one file names all of the shard, so that a breadcrumb never costs more than its
+  sample; after a first strike every batch has its own.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ Invariants:
 - A shard that is committed is never computed again, unless it is marked as damaged: then it is made again, and put back
   only if every byte is as recorded.
 - A failed sample costs a ledger row; too many in a shard cost the commit, and the ledger rows stay.
-- A later attempt computes only what the earlier one did not make; the rest is copied byte for byte. What is committed stays.
+- A later attempt computes only what the earlier one did not make; the rest is copied byte for byte. What is committed
+  stays.
 - Upstream objects are read by their commit record and checked against its sha256.
 """
 
@@ -49,12 +50,15 @@ def ensure_stage(
     process: Process | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> tuple[Receipt, bool]:
-    """Compute and commit what is due in one stage of one shard. Returns the record that counts, and whether there was work.
+    """Compute and commit what is due in one stage of one shard.
+
+    Returns the record that counts, and whether there was work.
 
     What is marked as damaged is made again and put back. Samples that failed get another attempt if fewer than `number`
     attempts are committed, and always where samples became good upstream.
 
-    known: records of earlier stages of the shard, which are not read again. process: instead of the stage's own function.
+    known: records of earlier stages of the shard, which are not read again. process: instead of the stage's own
+    function.
     provenance: more volatile facts for the commit record.
     Raises PlanError if the shard is not planned or an upstream stage is not committed, ShardError if too many samples
     failed, an upstream object is damaged, or a damaged object cannot be made again as it was.

@@ -1,7 +1,8 @@
 """The stage tasks. One task run is one stage over one shard, never one image: a task run costs about 11 ms.
 
-Tasks carry no tags: for every tag Prefect asks its server for a concurrency slot, which took a second per task run.
-A stage that had nothing to do shows as Cached, in any run, on any machine, with any Prefect database: what is asked is the dataset.
+Tasks carry no tags: for every tag Prefect asks its server for a concurrency slot, which took a second per task run. A
+stage that had nothing to do shows as Cached, in any run, on any machine, with any Prefect database: what is asked is
+the dataset.
 """
 
 from __future__ import annotations

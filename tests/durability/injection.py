@@ -1,4 +1,6 @@
-"""A whole build of stand-in stages, another attempt at what failed in it, and faults at each of their steps that change the store.
+"""A whole build of stand-in stages, another attempt at what failed in it, and faults at their steps.
+
+The steps are all those that change the store.
 
 A step is a moment just before or just after a call that writes, syncs, renames, links, makes a folder or deletes (on a
 disk), or that sends or deletes an object or a part of one (S3), and the moment at which half of a file is written. Only

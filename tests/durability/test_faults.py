@@ -1,4 +1,6 @@
-"""A fault at any step of a build or of another attempt, by exception or by kill -9, on a folder and on S3: run again, and nothing shows.
+"""A fault at any step of a build or of another attempt: run again, and nothing shows.
+
+By exception or by kill -9, on a folder and on S3.
 
 RESMASTER_SOAK=1 strikes at every step in every way; without it the steps are thinned out.
 """

@@ -1,4 +1,7 @@
-"""Twelve processes, one shard, and each attempt at it: one of them wins, all return its receipt, and the others' objects are gone."""
+"""Twelve processes, one shard, and each attempt at it.
+
+One of them wins, all return its receipt, and the others' objects are gone.
+"""
 
 import json
 import multiprocessing

@@ -1,4 +1,7 @@
-"""A family of base models from outside: a plain torch module on a flow-matching path, taken from a folder to an image."""
+"""A family of base models from outside.
+
+A plain torch module on a flow-matching path, taken from a folder to an image.
+"""
 
 import json
 from dataclasses import dataclass

@@ -69,7 +69,10 @@ def test_low_res_pictures() -> None:
 
 
 def test_the_papers_numbers() -> None:
-    """4096 px from 1024 px: 49 views a step, and DemoFusion's 112 over its three phases (less the steps before its start)."""
+    """4096 px from 1024 px: 49 views a step, and DemoFusion's 112 over its three phases.
+
+    (Less the steps before its start.)
+    """
     sizes = (Geometry(1024, 8), 1024, 1024)
     assert high_res_work(settings("resmaster", preset="exact", scale=4, steps=50), *sizes) == (
         UnetWork(50 * 2 * 49, 1.0),

@@ -168,7 +168,10 @@ def test_tars_are_not_opened_for_records_tell_the_places(tmp_path: Path, monkeyp
 
 
 def test_near_duplicates_are_flagged_over_the_whole_dataset(tmp_path: Path) -> None:
-    """In the manifest alone, which knows all of it: the quality tables stay as they are. Blank images are no duplicates."""
+    """In the manifest alone, which knows all of it: the quality tables stay as they are.
+
+    Blank images are no duplicates.
+    """
     looks = {"a": ("0" * 16, []), "b": ("1" * 16, []), "c": ("0" * 16, ["seam"]), "d": ("2" * 16, ["blank"])}
 
     def quality(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:

@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--retry-errors",
         action="store_true",
-        help="give the failed samples of committed shards another attempt; the shard is then replaced by a new one, in which the others are the same to the byte",
+        help="give the failed samples of committed shards another attempt; the shard is then replaced by a new one, "
+        "in which the others are the same to the byte",
     )
     parser.add_argument(
         "--replace",

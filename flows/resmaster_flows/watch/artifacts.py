@@ -148,8 +148,8 @@ def tags_of(config: DatasetConfig) -> list[str]:
 def run_page(dataset: Dataset, todo: Mapping[str, Sequence[int]], *, part: bool = False) -> Iterator[None]:
     """Within the block, the current flow run's page shows how its work goes. `todo`: stage -> shards.
 
-    `part`: the run is one of many of a build, some of its `todo` may be done already; it logs what happens, and its artifacts
-    have keys of their own.
+    `part`: the run is one of many of a build, some of its `todo` may be done already; it logs what happens, and its
+    artifacts have keys of their own.
     """
     logger = get_run_logger()
     shards = sorted({shard for missing in todo.values() for shard in missing})

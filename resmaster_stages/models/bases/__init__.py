@@ -42,5 +42,6 @@ def _family(classes: tuple[str, ...], model: str) -> Family:
                 return family
     known = ", ".join(family.name for family in FAMILIES)
     raise ConfigError(
-        f"model {model}: is a {classes[0]}, and the known families of base models are {known}; give a base model of one of them"
+        f"model {model}: is a {classes[0]}, and the known families of base models are {known}; "
+        "give a base model of one of them"
     )

@@ -1,7 +1,7 @@
 """What the engine asks of a base model: the contract that a file of this folder fulfils for its family.
 
-A `Family` answers before any weights are loaded, so it is a table of functions that import torch only when they are called.
-A `Base` is a loaded model of a family. Knows nothing about methods, views or any particular model.
+A `Family` answers before any weights are loaded, so it is a table of functions that import torch only when they are
+called. A `Base` is a loaded model of a family. Knows nothing about methods, views or any particular model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from resmaster_stages.models.schedule import Step
 
 Ability = Literal["convolutions", "attention", "image_prompts"]
-"""What a method may need of a family: convolutions and attentions under the names of diffusers' UNets, an IP-Adapter."""
+"""What a method may need of a family.
+
+Convolutions and attentions under the names of diffusers' UNets, an IP-Adapter.
+"""
 
 Layers = Literal["sdxl", "sd1", "sd2"]
 """UNets whose layers some papers give settings for."""

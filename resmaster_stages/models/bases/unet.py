@@ -37,8 +37,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Standard deviation that goes with it."""
 
 _FEED_FORWARD = 21
-"""Live values per value of the feed-forward's input: both halves of its gate (8), the gate (4), their product (4), the layers
-around."""
+"""Live values per value of the feed-forward's input.
+
+Both halves of its gate (8), the gate (4), their product (4), the layers around.
+"""
 
 
 # ------------------------------------------------------------------------------------------- before it is loaded
@@ -180,8 +182,8 @@ class Unet:
     def encode(self, prompts: list[str], negative: bool, device: torch.device) -> tuple[Tensor, Tensor]:
         """As the `encode_prompt` of diffusers' pipelines does it.
 
-        SDXL: penultimate states of both encoders side by side, and the pooled output of the second. Stable Diffusion: the
-        last states of the only encoder.
+        SDXL: penultimate states of both encoders side by side, and the pooled output of the second. Stable Diffusion:
+        the last states of the only encoder.
         """
         states, pooled = self._encode(prompts, device)
         if negative and self.zeros_for_empty_prompt:
@@ -256,9 +258,9 @@ class Unet:
 def row_bytes(unet: Any, height: int, width: int) -> int:
     """Greatest memory in bytes that one row of `height` x `width` latents holds while `unet` computes it.
 
-    While the UNet's last feed-forward of its finest attention is at work, a row holds the feature maps that the up blocks
-    are still waiting for, and about 21 times that level's tokens. A test holds the estimate to within 10 % of what is
-    allocated step by step, for the shapes of SDXL, Stable Diffusion 1.5 and picturebook.
+    While the UNet's last feed-forward of its finest attention is at work, a row holds the feature maps that the up
+    blocks are still waiting for, and about 21 times that level's tokens. A test holds the estimate to within 10 % of
+    what is allocated step by step, for the shapes of SDXL, Stable Diffusion 1.5 and picturebook.
     """
     config = unet.config
     channels, per_block = config.block_out_channels, config.layers_per_block
@@ -276,8 +278,11 @@ def row_bytes(unet: Any, height: int, width: int) -> int:
 
 
 def base(told_sizes: bool, pipe: Any) -> Unet:
-    """The parts of a StableDiffusionXLPipeline (`told_sizes`) or StableDiffusionPipeline: its own checkpoint, LoRA, scheduler
-    and IP-Adapter, as they are. Raises ConfigError for variants of theirs that this engine cannot use."""
+    """The parts of a StableDiffusionXLPipeline (`told_sizes`) or StableDiffusionPipeline.
+
+    Its own checkpoint, LoRA, scheduler and IP-Adapter, as they are. Raises ConfigError for variants of theirs that this
+    engine cannot use.
+    """
     unet, encoder, second = pipe.unet, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)
     if told_sizes and (encoder is None or second is None):
         raise ConfigError("it looks like an SDXL refiner (one text encoder); give an SDXL base model")

@@ -1,5 +1,7 @@
-"""Loaded by every Python process of the server tests (it is on their PYTHONPATH): the table of stages gets stand-ins, for the stages
-would load models. So the real deployments, with their real entrypoints, run in real worker processes, but cheaply.
+"""Loaded by every Python process of the server tests (it is on their PYTHONPATH).
+
+The table of stages gets stand-ins, for the stages would load models. So the real deployments, with their real
+entrypoints, run in real worker processes, but cheaply.
 """
 
 import sys
