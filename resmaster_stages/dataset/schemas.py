@@ -55,7 +55,7 @@ def quality_schema() -> pa.Schema:
             ("key", pa.string(), False),
             ("width", pa.int32(), False),
             ("height", pa.int32(), False),
-            *[(column.name, column.kind, True) for column in metric_columns()],
+            *[(column.name, pa.type_for_alias(column.kind), True) for column in metric_columns()],
             ("flags", pa.list_(pa.string()), False),
         ],
     )

@@ -104,4 +104,6 @@ def measures() -> list[Column]:
 def compare_schema() -> pa.Schema:
     """One row per method and scale, and one of drawn images where there is ground truth: that row has no costs."""
     facts = [(name, kind, False) for name, kind in FACTS.items()]
-    return table_schema("compare", [*facts, *((column.name, column.kind, True) for column in measures())])
+    return table_schema(
+        "compare", [*facts, *((column.name, pa.type_for_alias(column.kind), True) for column in measures())]
+    )
