@@ -4,7 +4,7 @@ The file of a metric ends in its `Metric`, and `resmaster_stages.metrics.METRICS
 badness, report, summary, dataset card and comparison derive from that list.
 
 Invariant: whoever needs the list gets it at once, `resmaster status` too. A metric's file imports what loads slowly
-(torch, transformers, scipy) in the functions that use it.
+(torch, transformers, scipy) in the functions that use it, and nobody needs pyarrow for it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-import pyarrow as pa
 from PIL import Image
 
 from resmaster_stages.config.dataset import QualityConfig
@@ -23,8 +22,6 @@ from resmaster_stages.metrics.luminance import Array, rgb
 
 if TYPE_CHECKING:
     from resmaster_stages.metrics.clip_score import ClipScorer
-
-NUMBER = pa.float64()
 
 Value = float | str | None
 """What a cell of the quality table holds. None: the sample cannot be measured by this metric."""
@@ -90,8 +87,8 @@ class Column:
     """How pages write a value, as for `str.format`."""
     better: Literal["↑", "↓", ""] = ""
     """The direction of better values. Without one, low values are those to look at."""
-    kind: pa.DataType = NUMBER
-    """Its type in Parquet."""
+    kind: str = "float64"
+    """Its type in Parquet, by pyarrow's name for it."""
     compared: bool = False
     """Whether a comparison of methods shows its mean."""
     flag: Flag | None = None

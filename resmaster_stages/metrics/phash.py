@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 
 from resmaster_stages.metrics.luminance import WEIGHTS, Array
@@ -37,7 +36,7 @@ METRIC = Metric(
         Column(
             "phash",
             "perceptual hash, 16 hex digits",
-            kind=pa.string(),
+            kind="string",
             # added when publishing, which sees all samples
             flag=Flag("near_duplicate", "looks the same as an earlier sample of the dataset"),
         ),
