@@ -6,12 +6,14 @@ metric that is listed when they are called.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pyarrow as pa
 
 from resmaster_stages.metrics import metric_columns
 
 
-def table_schema(table: str, fields: list[tuple[str, pa.DataType, bool]]) -> pa.Schema:
+def table_schema(table: str, fields: Sequence[tuple[str, pa.DataType | str, bool]]) -> pa.Schema:
     """A schema from (name, type, nullable), with its name and version as metadata."""
     columns = [pa.field(name, kind, nullable=nullable) for name, kind, nullable in fields]
     return pa.schema(columns, metadata={"table": table, "schema_version": "1"})

@@ -4,7 +4,7 @@ The file of a metric ends in its `Metric`, and `resmaster_stages.metrics.METRICS
 badness, report, summary, dataset card and comparison derive from that list.
 
 Invariant: whoever needs the list gets it at once, `resmaster status` too. A metric's file imports what loads slowly
-(torch, transformers, scipy) in the functions that use it.
+(torch, transformers, scipy) in the functions that use it, and nobody needs pyarrow for it.
 """
 
 from __future__ import annotations

@@ -202,7 +202,7 @@ def test_what_it_cannot_do_is_refused_before_anything_is_drawn(config):
     for method in ("scalecrafter", "fouriscale", "freescale"):
         with pytest.raises(ConfigError, match=rf"method {method}: needs convolutions.*\(tiny flow\).*of: SDXL, Stable"):
             upscale_image(models, picture(), "a cat", config=settings(method))
-    with pytest.raises(ConfigError, match=r"c_upscale.share: needs attention"):
+    with pytest.raises(ConfigError, match=r"upscale.share: needs attention"):
         upscale_image(models, picture(), "a cat", config=settings("c_upscale"))
     with pytest.raises(ConfigError, match=r"image_prompt.enabled: needs image prompts"):
         upscale_image(models, picture(), "a cat", config=settings("resmaster"))

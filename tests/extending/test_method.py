@@ -20,6 +20,7 @@ from resmaster_stages.methods.direct import whole_canvas_composition
 from resmaster_stages.methods.request import Request
 from resmaster_stages.methods.settings import FromNoise, LateGuidance, area
 from resmaster_stages.methods.upscale import upscale_image
+from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.planning.workload import stage_work
 from tests.methods.common import adapted, picture
@@ -93,7 +94,7 @@ def test_it_draws_and_its_work_is_foreseen() -> None:
     upscale = config(steps=2, scale=2, tint=0.0, view_batch=1).upscale
     with counting() as cost:
         plain = upscale_image(adapted(), picture(), "a cat", config=upscale)
-    work = stage_work(config(steps=2, scale=2), 64, 64, 64, 4)["high_res"]
+    work = stage_work(config(steps=2, scale=2), Geometry(64, 4), 64, 64)["high_res"]
     assert sum(each.rows for each in work) == cost.rows == 4
     direct = Method.model_validate({"method": "direct", "steps": 2, "scale": 2})
     assert plain.tobytes() == upscale_image(adapted(), picture(), "a cat", config=direct).tobytes()

@@ -22,6 +22,7 @@ from resmaster_stages.inspection.explain import explain, spelled
 from resmaster_stages.metrics import METRICS, metric_columns
 from resmaster_stages.metrics.flags import badness, known_flags
 from resmaster_stages.metrics.metric import Column, Flag, Metric
+from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.publish.report import write_report
@@ -63,8 +64,7 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dataset
     """Fake images, measured by the stage itself; published."""
     monkeypatch.setattr("resmaster_stages.models.identity.weights_of", lambda config: Weights(config.model.id))
     monkeypatch.setattr("resmaster_stages.metrics.features.load_extractor", lambda config: Means())
-    monkeypatch.setattr(quality, "native_px", lambda model: 16)
-    monkeypatch.setattr(quality, "latent_factor", lambda model: 8)
+    monkeypatch.setattr(quality, "geometry_of", lambda model: Geometry(16, 8))
     settings = {"quality": {"clip": None, "features": "inception"}, "model": {"id": "tiny"}}
     dataset = planned(tmp_path / "out", ["a", "b"], tmp_path, **settings)
     with redness_listed():
