@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import os
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from resmaster_flows.cli.main import ENVIRONMENT
 from resmaster_stages.config.load import load_config
-from resmaster_stages.dataset.stages import STAGES
-from resmaster_stages.runner.attempt import MODULES
+from resmaster_stages.dataset.stages import STAGES, Process
 
 
-def timed(process: Any, spent: dict[str, float], stage: str) -> Any:
+def timed(process: Process, spent: dict[str, float], stage: str) -> Process:
     """`process` with the time inside its generator added to `spent[stage]`."""
 
     def wrapper(config: Any, samples: Any) -> Iterator[Any]:
@@ -54,9 +53,8 @@ def main() -> None:
     from resmaster_flows.build import build_dataset
 
     spent = dict.fromkeys(STAGES, 0.0)
-    for stage, name in MODULES.items():
-        module = importlib.import_module(name)
-        module.process = timed(module.process, spent, stage)  # type: ignore[attr-defined]
+    for name, stage in list(STAGES.items()):
+        STAGES[name] = replace(stage, process=timed(stage.function(), spent, name))
 
     @flow(name="start-up")
     def nothing() -> None: ...
@@ -69,8 +67,8 @@ def main() -> None:
         finished = time.perf_counter()
     compute, wall = sum(spent.values()), finished - started
     print(f"start-up (imports, Prefect)      {started - start:8.1f} s")
-    for stage, seconds in spent.items():
-        print(f"model compute, {stage:<9}         {seconds:8.1f} s")
+    for name, seconds in spent.items():
+        print(f"model compute, {name:<9}         {seconds:8.1f} s")
     print(f"orchestration, storage, report   {wall - compute:8.1f} s")
     print(f"wall time after start-up         {wall:8.1f} s for {result.samples} samples")
     print(f"overhead                         {100 * (wall - compute) / wall:8.1f} % of it")

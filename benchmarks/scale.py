@@ -24,16 +24,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
+from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import create_or_open, open_dataset
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.inspection.status import pending, status
 from resmaster_stages.models import identity
-from resmaster_stages.runner.run import run_stage
+from resmaster_stages.runner.run import ensure_stage
 
 COMMIT_THREADS = 8
 """Shards under way at a time: what the store can do is measured, not the wait for one answer."""
@@ -41,12 +43,16 @@ COMMIT_THREADS = 8
 
 def null(config: DatasetConfig, samples: Sequence[Sample], stage: str) -> Iterator[Output]:
     """The smallest output that a stage can have."""
-    row = ROWS.get(stage)
     for sample in samples:
-        if row is None:
-            yield Output(sample.key, files={"png": b"0", "json": b"{}", "txt": sample.prompt.encode()})
+        if stage in ROWS:
+            yield Output(sample.key, rows=[row_of(stage, sample.key)])
         else:
-            yield Output(sample.key, rows=[row])
+            yield Output(sample.key, files={"png": b"0", "json": b"{}", "txt": sample.prompt.encode()})
+
+
+def row_of(stage: str, key: str) -> dict[str, Any]:
+    """A sample's row of a table. No two samples look the same."""
+    return {**ROWS[stage], "phash": key[:16]} if stage == "quality" else ROWS[stage]
 
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -110,8 +116,10 @@ def commit(folder: Path, root: str, samples: int) -> None:
     dataset = open_dataset(root)
 
     def build(shard: int) -> None:
+        known: dict[str, Receipt] = {}
         for stage in dataset.hashes:
-            run_stage(dataset, stage, shard, process=lambda config, own, stage=stage: null(config, own, stage))
+            process = partial(null, stage=stage)
+            known[stage], _ = ensure_stage(dataset, stage, shard, known=known, process=process)
 
     with ThreadPoolExecutor(COMMIT_THREADS) as pool:
         for _ in pool.map(build, sorted({shard for todo in pending(dataset).values() for shard in todo})):
@@ -121,25 +129,21 @@ def commit(folder: Path, root: str, samples: int) -> None:
 def fill(folder: Path, root: str, samples: int) -> None:
     """All commits at once, with objects of a few bytes and true records: what readers of a large dataset need, in minutes."""
     from resmaster_stages.dataset import layout
-    from resmaster_stages.dataset.commit import Receipt, commit, new_attempt
-    from resmaster_stages.dataset.plan import read_plan
+    from resmaster_stages.dataset.commit import new_attempt
     from resmaster_stages.dataset.schemas import quality_schema
-    from resmaster_stages.dataset.stages import stage_hashes
     from resmaster_stages.keys import digest_of_keys
     from resmaster_stages.storage.tables import encode_table
 
     dataset = open_dataset(root)
-    plan = read_plan(dataset.folder)
-    hashes = stage_hashes(dataset.config)
     tiny = folder / "tiny"
     tiny.write_bytes(b"0")
     images = tuple(f"{512 * (1 + 6 * number)}+1.png" for number in range(samples))
 
     def add(shard: int) -> None:
-        keys = [sample.key for sample in plan.read(shard)]
+        keys = [sample.key for sample in dataset.plan.read(shard)]
         quality = folder / f"quality-{shard}"
-        quality.write_bytes(encode_table([{"key": key, **ROWS["quality"]} for key in keys], quality_schema()))
-        for stage, own_hash in hashes.items():
+        quality.write_bytes(encode_table([{"key": key, **row_of("quality", key)} for key in keys], quality_schema()))
+        for stage, own_hash in dataset.hashes.items():
             attempt = new_attempt()
             receipt = Receipt(
                 stage=stage,
@@ -152,14 +156,14 @@ def fill(folder: Path, root: str, samples: int) -> None:
                 failed_keys=(),
                 keys_digest=digest_of_keys(keys),
                 upstream={},
-                images=images[: len(keys)] if layout.EXTENSIONS[stage] == "tar" else (),
+                images=() if stage in ROWS else images[: len(keys)],
             )
             source = quality if stage == "quality" else tiny
-            commit(dataset.folder, receipt, [(layout.shard_object(stage, shard, attempt), source)], None)
+            dataset.commits(stage).create(receipt, [(layout.shard_object(stage, shard, attempt), source)])
         quality.unlink()
 
     with ThreadPoolExecutor(4 * COMMIT_THREADS) as pool:
-        for _ in pool.map(add, range(plan.shards)):
+        for _ in pool.map(add, range(dataset.plan.shards)):
             pass
 
 

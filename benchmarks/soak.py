@@ -3,10 +3,11 @@
     python -m benchmarks.soak [--minutes 10 | --rounds N] [--on folder,s3] [--processes 3] [--seed N]
 
 In a round, several processes build one dataset with stand-in stages (no model; everything else is real): they race to plan
-it, take shards in random order, and write beside each other. Meanwhile they are sent SIGKILL and SIGTERM at random moments
-and replaced, and any call to the store may fail before or after it took effect. A last process, left in peace, finishes and
-publishes. Then all that a reader can see must be equal, to the byte, to an undisturbed build's; no sample may be there twice
-or be missing, and no file that a commit does not name may be visible. The first difference ends the soak with exit status 1.
+it, take shards in random order, give a failed sample another attempt, and write beside each other. Meanwhile they are sent
+SIGKILL and SIGTERM at random moments and replaced, and any call to the store may fail before or after it took effect. A last
+process, left in peace, finishes and publishes. Then all that a reader can see must be equal, to the byte, to an undisturbed
+build's; no sample may be there twice or be missing, and no file that a commit does not name may be visible. The first
+difference ends the soak with exit status 1.
 
 SIGKILL comes at most twice in a round: after the third death at a sample the pipeline leaves it out, as it should.
 """
@@ -33,7 +34,9 @@ from typing import Any
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.dataset import create_or_open
+from resmaster_stages.dataset.retry import number_of
 from resmaster_stages.dataset.sample import Output, Sample
+from resmaster_stages.dataset.stages import Process
 from resmaster_stages.errors import ResMasterError
 from resmaster_stages.inspection.status import pending
 from resmaster_stages.models import identity
@@ -41,11 +44,14 @@ from resmaster_stages.prompts import ingest
 from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import Folder
-from tests.durability.injection import everything
+from tests.durability.injection import everything, good_later
 from tests.fake_stages import FAKES, config_at
 
 PROMPTS = "\n".join(f"bad high_res {n}" if n == 4 else f"prompt {n}" for n in range(12)) + "\n"
 """Six shards of two samples; one sample fails, so that ledgers are written too."""
+
+RETRIES = {"high_res": {"2": 2}}
+"""Another attempt at the sample that failed, in which it is good. The stage after it follows."""
 
 PROMPTS_FILE = "SOAK_PROMPTS"
 """Environment variable with the path of the file that holds them."""
@@ -83,21 +89,22 @@ def build(root: str, seed: int, tally: Any) -> None:
             config = config_of(root)
             dataset = create_or_open(config)
             ingest(dataset, config)
-            shards = sorted({shard for todo in pending(dataset).values() for shard in todo})
+            shards = sorted({shard for todo in pending(dataset, retries=RETRIES).values() for shard in todo})
             if not shards:
                 if tally is None:
                     write_manifest(dataset)
                 return
             shard = chance.choice(shards)
-            for stage, process in FAKES.items():
-                run_stage(dataset, stage, shard, process=slowed(process, chance))
+            for stage in FAKES:
+                process = slowed(good_later(dataset, stage, shard), chance)
+                run_stage(dataset, stage, shard, number=number_of(RETRIES, stage, shard), process=process)
         except (OSError, ResMasterError):
             if tally is None:
                 raise
     raise SystemExit("a worker is stuck")
 
 
-def slowed(process: Callable[..., Iterator[Output]], chance: random.Random) -> Callable[..., Iterator[Output]]:
+def slowed(process: Process, chance: random.Random) -> Process:
     def slow(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
         for output in process(config, samples):
             time.sleep(chance.uniform(0, PAUSE_SECONDS))

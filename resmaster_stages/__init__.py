@@ -1,4 +1,61 @@
 """The work itself: prompts -> low-resolution images -> patch captions -> high-resolution images -> quality.
 
 This package knows nothing about Prefect: every stage is a plain function over one shard and can be called from a script.
+
+The functions below are for scripts and notebooks (docs/library.md). They are imported when they are used, so that the
+import of the package stays light.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from resmaster_stages.config.load import load_config
+    from resmaster_stages.dataset.dataset import open_dataset
+    from resmaster_stages.errors import ResMasterError
+    from resmaster_stages.inspection.explain import explain
+    from resmaster_stages.inspection.status import status
+    from resmaster_stages.library import generate, measure, read_samples, upscale
+    from resmaster_stages.models.load import load_models
+    from resmaster_stages.planning.preview import preview
+
+__all__ = [
+    "ResMasterError",
+    "explain",
+    "generate",
+    "load_config",
+    "load_models",
+    "measure",
+    "open_dataset",
+    "preview",
+    "read_samples",
+    "status",
+    "upscale",
+]
+
+_HOMES = {
+    "ResMasterError": "errors",
+    "explain": "inspection.explain",
+    "generate": "library",
+    "load_config": "config.load",
+    "load_models": "models.load",
+    "measure": "library",
+    "open_dataset": "dataset.dataset",
+    "preview": "planning.preview",
+    "read_samples": "library",
+    "status": "inspection.status",
+    "upscale": "library",
+}
+"""Name -> the module that has it."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has: {', '.join(__all__)}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -54,8 +54,8 @@ FLOORS = (
 )
 """From the top down. A module belongs to the longest name that is its own or a folder above it."""
 
-FACES = {"resmaster_stages"}
-"""Modules without a floor: a package's face may name anything below it."""
+FACES = {"resmaster_stages", "resmaster_stages.library"}
+"""Modules without a floor: a package's face may name anything below it, and no room of the package names the face."""
 
 
 def module_name(path: Path, top: str) -> str:
@@ -116,18 +116,24 @@ def test_an_upward_import_is_found(tmp_path: Path) -> None:
     ]
 
 
+def test_no_room_of_the_stages_imports_their_face() -> None:
+    rooms = {module: path for module, path in KNOWN.items() if module.startswith("resmaster_stages.")}
+    assert not [module for module, path in rooms.items() if FACES & set(imported(path))]
+
+
 def test_the_root_holds_the_stages_and_the_ground() -> None:
-    at_root = {path.stem for path in PACKAGES["resmaster_stages"].glob("*.py")} - {"__init__"}
+    at_root = {path.stem for path in PACKAGES["resmaster_stages"].glob("*.py")} - {"__init__", "library"}
     named = {room.removeprefix("resmaster_stages.") for floor in FLOORS for room in floor if room.count(".") == 1}
     assert at_root == {name for name in named if (PACKAGES["resmaster_stages"] / f"{name}.py").is_file()}
     assert len(at_root) == 9
 
 
-def test_the_readme_maps_every_room() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
+def test_the_file_map_has_every_room(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
     folders = {path.parent for _, path in modules()} - {PACKAGES["resmaster_stages"]}
     for folder in folders:
-        assert f"{folder.name.removeprefix('resmaster_')}/" in text, f"the file map lacks {folder.relative_to(ROOT)}"
+        assert f"{folder.name.removeprefix('resmaster_')}/" in text, f"{page} lacks {folder.relative_to(ROOT)}"
 
 
 def test_stages_import_no_prefect() -> None:

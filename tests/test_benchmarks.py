@@ -144,7 +144,7 @@ def test_parts_of_a_method_are_exchanged_for_the_truth_and_finished_images_are_k
 
 
 def test_the_methods_of_the_tables_are_understood() -> None:
-    page = (ROOT / "docs" / "evaluation.md").read_text()
+    page = (ROOT / "docs" / "evaluation-results.md").read_text()
     named = re.findall(r"^python benchmarks/true_scenes.py .*--methods \\\n(\S+)$", page, re.MULTILINE)
     assert len(named) == 2
     for text in ",".join([true_scenes.METHODS, *named]).split(","):

@@ -7,11 +7,18 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
+from argparse import ArgumentParser
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+import yaml
+from PIL import Image
 
-from resmaster_flows.cli.main import parser
+from resmaster_flows.cli import arguments
+from resmaster_flows.cli.main import VERBS, parser
 from resmaster_stages.config.dataset import QualityConfig
 from resmaster_stages.config.load import load_config
 from resmaster_stages.planning.workload import high_res_work
@@ -19,19 +26,28 @@ from tests.checkout import PYTHONPATH, ROOT
 from tests.test_infra import ELSEWHERE
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+NEIGHBOURS = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+TUTORIAL = ROOT / "docs" / "tutorial.md"
 
 NOT_RUN = {
-    "evaluation.md": {
-        f"resmaster compare deployments/datasets/{config}.yaml {options} --methods {methods}": "takes minutes to hours; "
+    "command-line.md": {
+        'resmaster upscale photo.png photo-4x.png --scale 4 --prompt "a red house" --model picturebook': "tests/test_readme.py "
+        "runs it",
+        "resmaster compare deployments/datasets/picturebook.yaml --methods multidiffusion,resmaster+sg,resmaster "
+        "--scales 2x2,4x4 --n 4": "takes minutes; tests/evaluation/test_compare.py runs the same on less",
+        "resmaster run deployments/datasets/sdxl-4k.yaml --prompts my-prompts.txt --root s3://bucket/datasets": "needs a GPU, "
+        "SDXL and a bucket",
+    },
+    "evaluation-protocol.md": {
+        "resmaster compare deployments/datasets/picturebook.yaml --scales 2x2,2x4,4x4 --n 64 "
+        "--methods direct,multidiffusion,resmaster+sg,resmaster+sg+tip,resmaster": "takes minutes to hours; "
         "tests/evaluation/test_compare.py runs the same on less"
-        for config, options, methods in (
+    },
+    "evaluation-results.md": {
+        f"resmaster compare deployments/datasets/picturebook-evaluation.yaml {options} --methods {methods}": "takes "
+        "minutes to hours; tests/evaluation/test_compare.py runs the same on less"
+        for options, methods in (
             (
-                "picturebook",
-                "--scales 2x2,2x4,4x4 --n 64",
-                "direct,multidiffusion,resmaster+sg,resmaster+sg+tip,resmaster",
-            ),
-            (
-                "picturebook-evaluation",
                 "--n 64 --reference picturebook --scales 4x4",
                 "lanczos,super_resolution,direct,multidiffusion,resmaster:steps=25,resmaster:steps=14:shift_stop=0.7,"
                 "multidiffusion:init=noised_lr:start=0.65:stride=0.75:fuse=linear,"
@@ -39,17 +55,14 @@ NOT_RUN = {
                 "c_upscale,demofusion,freescale,scalecrafter,fouriscale",
             ),
             (
-                "picturebook-evaluation",
                 "--n 32 --reference picturebook --scales 2x2,2x4",
                 "direct,super_resolution,multidiffusion,resmaster:steps=25,c_upscale,demofusion,freescale,scalecrafter,fouriscale",
             ),
             (
-                "picturebook-evaluation",
                 "--n 64 --reference picturebook --scales 4x4",
                 "multidiffusion,resmaster-sg-tip-etp:steps=25,resmaster+sg:steps=25,resmaster+sg+tip:steps=25,resmaster:steps=25",
             ),
             (
-                "picturebook-evaluation",
                 "--n 64 --reference picturebook --low-res drawn --scales 4x4",
                 "lanczos,super_resolution,direct:init=noised_lr:start=0.65,direct:init=noised_lr:start=0.5,"
                 "multidiffusion:init=noised_lr:start=0.65:stride=0.75:fuse=linear,"
@@ -72,6 +85,10 @@ NOT_RUN = {
         )
     },
     "deploying.md": ELSEWHERE,
+    "tutorial.md": {
+        'export PATH="$PWD/.venv/bin:$PATH"': "the test has a path of its own",
+        "mkdir -p out/first && cd out/first": "the test begins in an empty folder",
+    },
     "methods.md": {
         "resmaster compare deployments/datasets/picturebook.yaml --n 1 --root out/strip --scales 4x4 --methods direct,"
         "multidiffusion,resmaster,demofusion,scalecrafter,fouriscale,freescale,c_upscale,super_resolution,lanczos": "takes "
@@ -100,12 +117,15 @@ NOT_RUN = {
     },
     "storage.md": dict.fromkeys(
         (
+            "infra/seaweedfs.sh start",
+            "export AWS_ENDPOINT_URL=http://127.0.0.1:8333 AWS_ACCESS_KEY_ID=resmaster AWS_SECRET_ACCESS_KEY=resmaster-secret",
+            "resmaster run deployments/datasets/picturebook.yaml --root s3://datasets",
             "resmaster doctor s3://bucket/prefix",
             "resmaster verify out/picturebook",
             "resmaster repair out/picturebook",
             "resmaster gc out/picturebook --dry-run",
         ),
-        "tests/durability/test_page.py runs it on a small dataset",
+        "tests/durability/test_page.py runs it",
     ),
     "operating.md": {
         "python docs/screenshots.py --url http://127.0.0.1:4200 docs/images": "needs a server with a real build on it; "
@@ -115,18 +135,37 @@ NOT_RUN = {
 """Page -> command -> reason. The words after `resmaster` are checked all the same."""
 
 
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
 def commands(page: Path) -> list[str]:
     """The commands of a page, one a line; lines that end with a backslash are joined with the next."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()]
+    lines = [line for block in blocks(page, "bash") for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + NEIGHBOURS, ids=lambda page: page.name)
 def test_pictures_and_links_exist(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
-        if "://" not in target:
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        other = page.parent / name if name else page
+        assert other.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(other), f"{page.name}: {target}"
+
+
+def anchors(page: Path) -> list[str]:
+    """The names by which links reach a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def test_the_index_names_every_page() -> None:
+    index = (ROOT / "docs" / "index.md").read_text()
+    for page in PAGES:
+        assert f"]({page.name})" in index or page.name == "index.md", page.name
 
 
 def test_what_is_not_run_is_still_there_and_parses() -> None:
@@ -155,7 +194,7 @@ for words in json.load(sys.stdin):
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if set(commands(page)) - NOT_RUN.get(page.name, {}).keys()],
+    [page for page in PAGES if page != TUTORIAL and set(commands(page)) - NOT_RUN.get(page.name, {}).keys()],
     ids=lambda page: page.name,
 )
 def test_the_commands_run(page: Path, tmp_path: Path) -> None:
@@ -186,8 +225,133 @@ def test_the_commands_run(page: Path, tmp_path: Path) -> None:
     assert done.stdout.count("==== resmaster") == len(due)
 
 
+def statements(block: str) -> list[tuple[str, int]]:
+    """The commands of a script, files that are written in place included, and the exit status that a comment beside each names."""
+    found = re.findall(r"^(?:cat > \S+ <<'END'\n(?s:.*?)^END$|.+$)", block, flags=re.MULTILINE)
+    return [(each, int(status[1]) if (status := re.search(r"# exit status (\d+)", each)) else 0) for each in found]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_tutorial_runs(tmp_path: Path) -> None:
+    """Every block in order, in an empty folder, by a shell; `resmaster` has stand-in stages."""
+    stand_in = tmp_path / "bin" / "resmaster"
+    stand_in.parent.mkdir()
+    stand_in.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.standin_cli "$@"\n')
+    stand_in.chmod(0o755)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"},
+        "PATH": f"{stand_in.parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": PYTHONPATH,
+        "OMP_NUM_THREADS": "1",
+    }
+    said = []
+    for command, status in (each for block in blocks(TUTORIAL, "bash") for each in statements(block)):
+        if command in NOT_RUN[TUTORIAL.name]:
+            continue
+        done = subprocess.run(
+            ["bash", "-c", f"{command}\nexit $?"],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        expected = (
+            {0, status} if command.startswith("timeout ") else {status}
+        )  # stand-ins may be faster than the killer
+        assert done.returncode in expected, f"{command}\n{done.stdout}\n{done.stderr}"
+        said.append(done.stdout + done.stderr)
+    assert sum("000001" in each and "gone" in each for each in said) == 1, "the first verify, not the second"
+    assert any("more-prompts.jsonl:3: empty" in each and "1 duplicates left out; 2 rejected" in each for each in said)
+    (snippet,) = blocks(TUTORIAL, "python")
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "agreement_psnr" in done.stdout
+    assert len(pq.read_table(folder / "out" / "tutorial" / "manifest.parquet")) == 7
+
+
+@pytest.mark.slow
+def test_the_library_runs(tmp_path: Path) -> None:
+    (tmp_path / "resmaster_stages").symlink_to(ROOT / "resmaster_stages")
+    Image.effect_noise((64, 48), 60).convert("RGB").save(tmp_path / "photo.png")
+    (snippet,) = blocks(ROOT / "docs" / "library.md", "python")
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
+    code = snippet.replace("steps=20", "steps=2")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    assert Image.open(tmp_path / "photo-4x.png").size == (256, 192)
+
+
+def test_every_verb_has_a_section_with_its_options() -> None:
+    """Those that verbs share with `run` are in the section of `run`."""
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, flags=re.DOTALL | re.MULTILINE))
+    shared = options(arguments.add_source)
+    for verb in VERBS:
+        name = verb.__name__.rpartition(".")[2]
+        for option in options(verb.add_arguments) - (set() if name == "run" else shared):
+            assert f"`{option}" in sections[name], f"{name} {option}"
+
+
+def options(add: Callable[[ArgumentParser], None]) -> set[str]:
+    """The long options that `add` gives to a verb."""
+    verb = ArgumentParser(add_help=False)
+    add(verb)
+    return {option for action in verb._actions for option in action.option_strings if option.startswith("--")}
+
+
+def test_the_commands_of_contributing_name_what_is_there() -> None:
+    """They install, lint, or run these tests."""
+    makefile = (ROOT / "Makefile").read_text()
+    for command in commands(ROOT / "CONTRIBUTING.md"):
+        program, *words = shlex.split(command)
+        if program == "make":
+            assert f"\n{words[0]}: " in makefile, command
+        else:
+            assert words[:2] == ["-m", "pytest"], command
+            assert all((ROOT / word).exists() for word in words if word.startswith("tests/")), command
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert citation["version"] == project["version"]
+    assert citation["license"] == project["license"]
+    assert [author["name"] for author in citation["authors"]] == [author["name"] for author in project["authors"]]
+    assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+EXTENDED = """
+from resmaster_stages.config.load import parse_config
+from resmaster_stages.dataset.schemas import quality_schema
+
+assert parse_config({"name": "d", "upscale": {"method": "tinted", "tint": 0.2}}).upscale.tint == 0.2
+assert "redness" in quality_schema().names
+"""
+
+
+def test_the_method_and_the_metric_of_extending_are_found() -> None:
+    """In a process of their own, which ends with what they registered."""
+    examples = [
+        block for block in blocks(ROOT / "docs" / "extending.md", "python") if "METRIC" in block or "tint:" in block
+    ]
+    assert len(examples) == 2
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    subprocess.run([sys.executable, "-c", "\n".join([*examples, EXTENDED])], env=environment, check=True)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_python_compiles(page: Path) -> None:
+    for block in blocks(page, "python"):
+        compile(block, page.name, "exec")
+
+
 def test_the_thresholds_of_the_flags_are_those_of_the_settings() -> None:
-    page = (ROOT / "docs" / "evaluation.md").read_text()
+    page = (ROOT / "docs" / "evaluation-protocol.md").read_text()
     shown = dict(re.findall(r"(?:above|below) `((?:min|max)_\w+)` \| ([\d.]+)", page))
     fields = {name: field.default for name, field in QualityConfig.model_fields.items() if name[:4] in ("min_", "max_")}
     assert shown.keys() == fields.keys()

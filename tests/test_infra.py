@@ -190,8 +190,8 @@ def test_the_scripts_are_scripts() -> None:
 ELSEWHERE = {
     "make up": "tests/server/test_stack.py runs its recipe",
     "source out/stack/env": "written by make up; its names are checked below",
-    ".venv/bin/resmaster run deployments/datasets/picturebook.yaml --root s3://datasets": "tests/test_readme.py builds "
-    "it on S3, tests/server/test_operation.py with workers",
+    ".venv/bin/resmaster run deployments/datasets/picturebook.yaml --root s3://datasets": "tests/durability/test_page.py "
+    "builds it on S3, tests/server/test_operation.py with workers",
     "make down": "tests/server/test_stack.py runs its recipe",
     "make deploy": "tests/server/test_deploy.py runs its recipe",
     "make deploy POOL=kubernetes GPUS=8": "as above; the options are checked below",

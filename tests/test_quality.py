@@ -134,7 +134,7 @@ def test_a_broken_picture_costs_its_own_row(config: Any) -> None:
 
 
 def test_the_page_on_evaluation_names_every_flag_with_its_threshold() -> None:
-    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "evaluation-protocol.md").read_text(encoding="utf-8")
     rows = re.findall(
         r"^\| (\w+) \| .*?(?:`((?:min|max)_\w+)` \| ([\d.]+).*)?\|$", page.split("### Flags")[1], re.MULTILINE
     )

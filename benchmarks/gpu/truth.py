@@ -158,7 +158,7 @@ class OneSample(Sequence[Sample]):
         low_res.save(buffer, "PNG")
         picture = Picture(buffer.getvalue(), "png", {"key": "0"})
         self.sample = Sample("0", 0, PROMPT, "", low_res.height, low_res.width, 0, low_res=picture)
-        self.planned = (self.sample,)
+        self.planned = [self.sample]
 
     def __len__(self) -> int:
         return 1

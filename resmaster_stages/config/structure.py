@@ -16,7 +16,7 @@ STRUCTURE_PRESETS: dict[str, dict[str, Any]] = {
     "lr_nyquist": {"cutoff": 0.8, "cutoff_units": "lr_nyquist", "stop": 1.0},
 }
 """Readings of the paper's cutoff (`structure: {preset: paper}`); explicit fields beside a preset win. The default is
-`paper_early`, by measurement (docs/evaluation.md)."""
+`paper_early`, by measurement (docs/evaluation-results.md)."""
 
 
 class StructureConfig(Part):

@@ -262,12 +262,12 @@ def _size_from_table(look: Preview, stage: str) -> float:
 def _requests(config: DatasetConfig, todo: StagePreview, total: float, seconds: float | None) -> int:
     """Writes of `total` bytes, at most. `seconds`: of a sample; unknown counts as slow.
 
-    Per shard an object (in parts, if it is large), its features if there are any, a commit record and two breadcrumbs; per
+    Per shard an object (in parts, if it is large), its features if there are any, a commit record and a breadcrumb; per
     sample a breadcrumb where samples are slow, and a spilled copy where a shard takes long.
     """
     if not todo.shards_pending:
         return 0
-    per_shard = _uploads(total / todo.shards_pending) + 1 + 2
+    per_shard = _uploads(total / todo.shards_pending) + 1 + 1
     per_shard += todo.stage == "quality" and config.quality.features != "none"
     slow = math.inf if seconds is None else seconds
     long = config.spill_seconds is not None and slow * config.samples_per_shard >= config.spill_seconds

@@ -50,7 +50,7 @@ PROMPTS = "a\nbad low_res\nb\n"
 
 
 def build(root: str, prompts: str) -> None:
-    """Plan, every stage over every shard, manifest; two samples per shard, `bad STAGE` prompts fail there at first."""
+    """Plan, every stage over every shard, manifest; two samples per shard, `bad STAGE` prompts fail there."""
     # without the probe of the store: its racing writers would make the order of steps a matter of luck
     config = config_at(root, prompts=prompts, allow_overwriting_store=True)
     dataset = create_or_open(config)

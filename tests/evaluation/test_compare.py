@@ -599,7 +599,8 @@ def test_reading_features_of_a_finished_variant(tmp_path: Path, fakes: None) -> 
 
 def test_the_commands_in_the_documentation_are_understood() -> None:
     root = ROOT
-    text = re.sub(r"\s*\\\n\s*", " ", (root / "docs" / "evaluation.md").read_text())
+    pages = [(root / "docs" / f"evaluation-{page}.md").read_text() for page in ("protocol", "results")]
+    text = re.sub(r"\s*\\\n\s*", " ", "".join(pages))
     counts = []
     for command in [line for line in text.splitlines() if line.startswith("resmaster compare ")]:
         args = parser().parse_args(shlex.split(command)[1:])

@@ -22,7 +22,7 @@ from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import open_root
 from resmaster_stages.storage.probe import probe_name
-from tests.durability.injection import PROMPTS, build, everything, killed_build
+from tests.durability.injection import PROMPTS, build, everything, killed
 from tests.fake_stages import FAKES, config_at, files_of, planned
 
 HOUR = timedelta(hours=1)
@@ -179,7 +179,7 @@ def test_what_a_killed_build_leaves_goes_and_the_build_ends_as_if_undisturbed(tm
     context.set_forkserver_preload(["tests.durability.injection", "s3fs"])
     root, swept = str(tmp_path / "out"), 0
     for at in (45, 90, 100, 110):
-        child = context.Process(target=killed_build, args=(root, prompts, {}, at))
+        child = context.Process(target=killed, args=(build, root, prompts, {}, at))
         child.start()
         child.join(120)
         assert child.exitcode == -9

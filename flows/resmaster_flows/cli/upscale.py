@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
@@ -19,15 +18,13 @@ from resmaster_stages.config.load import load_config, parse_config
 from resmaster_stages.config.method import methods, with_method
 from resmaster_stages.config.model import SDXL
 from resmaster_stages.errors import UserError
+from resmaster_stages.library import open_image, single, upscale_as_configured
 from resmaster_stages.progress import listening
 
 HELP = "upscale one image of your own"
 DESCRIPTION = "Upscale one image. With ResMaster it keeps the image's structure and regenerates its detail."
 
 FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
-
-PICTUREBOOK_UPSCALE = {"steps": 20, "guidance_scale": 4.0, "negative_prompt": "", "micro_conditioning": "native"}
-"""What suits the embedded pack, as in deployments/datasets/picturebook.yaml."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,36 +57,13 @@ def settings(args: argparse.Namespace) -> DatasetConfig:
     if args.config:
         base = load_config(args.config).model_dump(mode="json", exclude_unset=True)
     else:
-        picturebook = args.model == "picturebook"
-        captioner = args.captioner or ("picturebook" if picturebook else None)
-        base = {
-            "name": "single",
-            "model": SDXL if args.model == SDXL["id"] else {"id": args.model},
-            "captions": {"source": "model", "model": captioner} if captioner else {"source": "prompt"},
-            "upscale": dict(PICTUREBOOK_UPSCALE) if picturebook else {},
-        }
-        if not picturebook and args.model != SDXL["id"]:
-            base["upscale"]["image_prompt"] = {"enabled": False}  # a bare checkpoint brings no adapter; use --config
+        base = single(args.model, args.captioner or "auto")
     upscale: dict[str, Any] = {**with_method(base.get("upscale", {}), args.method), "scale": args.scale}
     if args.preset is not None:
         upscale["preset"] = args.preset
     if args.steps is not None:
         upscale["steps"] = args.steps
     return parse_config({**base, "seed": args.seed, "upscale": upscale}, f"--scale {args.scale} --method {args.method}")
-
-
-def open_input(path: Path) -> Image.Image:
-    """The image to upscale, upright and in RGB. Raises UserError."""
-    from PIL import ImageOps
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such image file") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not an image that can be read ({error}); convert it to PNG or JPEG first") from None
 
 
 def check_output(path: Path) -> None:
@@ -109,46 +83,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
     config = settings(args)
     if args.detail_mask:
         config.upscale.require_detail_mask("--detail-mask gives")
-    image = open_input(source)
-    detail = open_input(Path(args.detail_mask)) if args.detail_mask else None
-
-    from resmaster_stages.diffusion.views import target_size
-    from resmaster_stages.high_res import caption_views
-    from resmaster_stages.methods.settings import Enlargement
-    from resmaster_stages.methods.upscale import enlarge_image, upscale_image
-    from resmaster_stages.models.load import load_models
-    from resmaster_stages.models.places import resolve_device, resolve_dtype
-
-    upscale = config.upscale
+    image = open_image(source)
+    detail = open_image(args.detail_mask) if args.detail_mask else None
     bars = Progress(console=console, transient=True, disable=not console.is_terminal)
     with bars as progress, listening(notes(lambda line: say(console, f"  {line}"))):
-        bar = progress.add_task("loading models", total=None)
+        bar = progress.add_task("loading models, captioning patches", total=None)
 
         def step(done: int, total: int) -> None:
             progress.update(bar, description="upscaling", completed=done, total=total)
 
-        if isinstance(upscale, Enlargement):
-            device = resolve_device(config.model.device)
-            result = enlarge_image(image, upscale, device, resolve_dtype(config.model.dtype, device), step)
-        else:
-            models = load_models(config.model)
-            caption = partial(caption_views, config, args.prompt) if config.captions.source != "prompt" else None
-            captions = None
-            if upscale.uses("captions") and caption:
-                progress.update(bar, description="captioning patches")
-                size = target_size(image.height, image.width, upscale.way()[0].scale)
-                captions = caption(image, *size)
-            result = upscale_image(
-                models,
-                image,
-                args.prompt,
-                config=upscale,
-                captions=captions,
-                caption=caption,
-                detail=detail,
-                seed=config.seed,
-                progress=step,
-            )
+        result = upscale_as_configured(config, image, args.prompt, detail=detail, progress=step)
     save(result, target)
     say(console, f"{source} ({image.width} x {image.height} px) -> {target} ({result.width} x {result.height} px)")
     return 0

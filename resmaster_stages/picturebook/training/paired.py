@@ -2,7 +2,7 @@
 
 Vectors have detail at every resolution, so the drawing at 512 px is what a perfect method would make of the drawing at 128 px:
 its detail is known pixel by pixel, and no set, layout or judge's taste stands between. Methods run with the settings of
-docs/evaluation.md. Knows no captioner of its own for judging: who reads the pairs is passed in.
+docs/evaluation-protocol.md. Knows no captioner of its own for judging: who reads the pairs is passed in.
 """
 
 from __future__ import annotations

@@ -1,0 +1,141 @@
+"""`import resmaster_stages as rm`: the public functions, their page, and what they say of mistakes."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import resmaster_stages as rm
+from resmaster_stages.errors import ConfigError, UserError
+from tests.checkout import PYTHONPATH, ROOT
+from tests.durability.injection import PROMPTS, build
+
+PAGE = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+FUNCTIONS = [name for name in rm.__all__ if name != "ResMasterError"]
+
+
+def photo(size: tuple[int, int] = (32, 24)) -> Image.Image:
+    return Image.effect_noise(size, 60).convert("RGB")
+
+
+def test_there_are_ten_documented_functions_with_an_example_each() -> None:
+    assert len(FUNCTIONS) == 10
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", PAGE, flags=re.DOTALL | re.MULTILINE))
+    assert set(sections) == set(FUNCTIONS)
+    for name in FUNCTIONS:
+        assert getattr(rm, name).__doc__, name
+        assert f"rm.{name}(" in sections[name], name
+    assert set(rm.__all__) <= set(dir(rm))
+    with pytest.raises(AttributeError, match=r"it has: .*upscale"):
+        _ = rm.upscal
+
+
+def test_the_names_that_type_checkers_see_are_those_that_are_there() -> None:
+    text = Path(rm.__file__).read_text(encoding="utf-8")
+    imported = re.findall(r"^    from resmaster_stages\.(\S+) import (.+)$", text, flags=re.MULTILINE)
+    assert {name: home for home, names in imported for name in names.split(", ")} == rm._HOMES
+
+
+def test_the_import_is_light() -> None:
+    code = (
+        "import sys, resmaster_stages as rm; light = {'pydantic', 'PIL', 'numpy', 'yaml'} & set(sys.modules);"
+        "rm.load_config, rm.open_dataset, rm.status, rm.preview, rm.explain, rm.read_samples, rm.upscale;"
+        "heavy = {'torch', 'diffusers', 'transformers', 'scipy'} & set(sys.modules); sys.exit(repr(light | heavy) if light | heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": PYTHONPATH})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, in one namespace, with few steps and small images; the dataset is one of stand-in stages."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("deployments", "resmaster_stages"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+    build(str(tmp_path / "out"), str(tmp_path / "prompts.txt"))
+    photo((48, 32)).save("photo.png")
+    text = PAGE.replace("out/picturebook", "out/demo").replace("scale=4,", "scale=4, steps=2,")
+    space: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+        exec(re.sub(r"steps=\d+", "steps=2", block), space)
+    assert Image.open("photo-4x.png").size == (192, 128)
+    assert space["sample"].prompt == "b"
+    assert space["explanation"].sample.key == space["sample"].key
+
+
+def test_read_samples_gives_the_good_samples_with_images_and_rows(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+    build(str(tmp_path / "out"), str(tmp_path / "prompts.txt"))
+    found = list(rm.read_samples(rm.open_dataset(str(tmp_path / "out"))))
+    assert [sample.prompt for sample, _ in found] == ["a", "b"]
+    for sample, row in found:
+        assert sample.low_res
+        assert sample.high_res
+        assert sample.low_res.open().size < sample.high_res.open().size
+        assert row["key"] == sample.key
+        assert sample.captions
+
+
+def test_upscale_takes_files_images_and_any_method(tmp_path: Path) -> None:
+    photo().save(tmp_path / "photo.png")
+    heard: list[tuple[int, int]] = []
+    made = rm.upscale(tmp_path / "photo.png", method="super_resolution", progress=lambda *seen: heard.append(seen))
+    assert made.size == (128, 96)
+    assert heard[-1][0] == heard[-1][1]
+    assert rm.upscale(photo().convert("L"), method="lanczos", scale=2).mode == "RGB"
+
+
+def test_captions_are_taken_and_seeds_count() -> None:
+    settings: dict[str, Any] = {"method": "c_upscale", "scale": 2, "steps": 4}
+    image = photo((64, 64))
+    plain = rm.upscale(image, "a red house", captions="prompt", **settings)
+    assert rm.upscale(image, "a red house", captions=["a red house"], **settings).tobytes() == plain.tobytes()
+    assert rm.upscale(image, "a red house", captions=["a cat"], **settings).tobytes() != plain.tobytes()
+    assert rm.upscale(image, "a red house", captions="prompt", seed=1, **settings).tobytes() != plain.tobytes()
+
+
+MISTAKES: list[tuple[Callable[[], object], type[UserError], str]] = [
+    (lambda: rm.upscale("nope.png"), UserError, "nope.png: no such image file"),
+    (lambda: rm.upscale(__file__), UserError, "convert it to PNG or JPEG"),
+    (lambda: rm.upscale(3), UserError, "a path or a PIL image, not int"),  # type: ignore[arg-type]
+    (lambda: rm.upscale(photo(), stepz=3), ConfigError, "unknown key 'upscale.stepz'; method resmaster knows: method"),
+    (lambda: rm.upscale(photo(), method="magic"), ConfigError, "unknown method 'magic'; known: direct"),
+    (lambda: rm.upscale(photo(), method=["direct"]), ConfigError, "unknown method"),
+    (lambda: rm.upscale(photo(), scale=0.5), ConfigError, "upscale.scale: "),
+    (lambda: rm.upscale(photo(), model="./nowhere"), ConfigError, "./nowhere: no such folder; check the path"),
+    (lambda: rm.upscale(photo(), model=3), ConfigError, "int is neither SDXL nor Stable Diffusion"),
+    (lambda: rm.upscale(photo((64, 64)), captions=["a"]), ConfigError, "give one per view, or none"),
+    (lambda: rm.upscale(photo(), method="direct", captions=["a"]), ConfigError, "method direct reads none"),
+    (lambda: rm.generate("a house", height=33), ConfigError, "33 is no multiple of 8; use 32 or 40"),
+    (lambda: rm.generate("a house", stepz=3), ConfigError, "unknown key 'low_res.stepz'; known here: height"),
+    (lambda: rm.measure("nope.png", photo()), UserError, "nope.png: no such image file"),
+    (lambda: rm.open_dataset("nowhere"), ConfigError, "no dataset here"),
+    (lambda: rm.load_config("nowhere.yaml"), ConfigError, "no such configuration file"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), MISTAKES)
+def test_a_mistake_is_one_line_that_says_what_to_do(
+    call: Callable[[], object], error: type[UserError], message: str
+) -> None:
+    with pytest.raises(error) as raised:
+        call()
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_captioner_by_name_needs_a_model_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tokens are counted by the model's tokenizer, which is looked up by name."""
+    from dataclasses import replace
+
+    models = replace(
+        rm.load_models(rm.load_config(ROOT / "deployments/datasets/picturebook.yaml").model), identity="mine"
+    )
+    with pytest.raises(ConfigError, match="needs a model that is given by name"):
+        rm.upscale(photo(), model=models, captions="picturebook")
