@@ -18,7 +18,7 @@ from PIL import Image
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.stages import STAGES
-from resmaster_stages.diffusion.views import Grid, patch_grid, view_grid
+from resmaster_stages.diffusion.views import Grid, patch_grid, target_size, view_grid
 from resmaster_stages.errors import SampleError
 from resmaster_stages.keys import canonical_json, sample_seed
 from resmaster_stages.methods.settings import Diffusion, Enlargement
@@ -67,7 +67,7 @@ def _diffused(
 ) -> tuple[Image.Image, dict[str, Any]]:
     """The high-res picture by the base model, and the facts of how it was made."""
     from resmaster_stages.diffusion.text import truncated
-    from resmaster_stages.methods.upscale import target_size, upscale_image
+    from resmaster_stages.methods.upscale import upscale_image
     from resmaster_stages.models.load import load_models
 
     models = load_models(config.model)

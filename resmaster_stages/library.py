@@ -67,7 +67,7 @@ def upscale(
             f"captions: the captioner {captioner!r} needs a model that is given by name; give one caption per view "
             "instead"
         )
-    base = single(name, captioner, adapter=models is not None and models.base.image_adapter is not None)
+    base = single(name, captioner, adapter=models is not None and models.base.image_adapter() is not None)
     known = settings.get("method", DEFAULT)
     values = {**with_method(base["upscale"], known if isinstance(known, str) else DEFAULT), **settings}
     config = parse_config({**base, "seed": seed, "upscale": values}, "upscale()")

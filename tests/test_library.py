@@ -110,7 +110,7 @@ MISTAKES: list[tuple[Callable[[], object], type[UserError], str]] = [
     (lambda: rm.upscale(photo(), method=["direct"]), ConfigError, "unknown method"),
     (lambda: rm.upscale(photo(), scale=0.5), ConfigError, "upscale.scale: "),
     (lambda: rm.upscale(photo(), model="./nowhere"), ConfigError, "./nowhere: no such folder; check the path"),
-    (lambda: rm.upscale(photo(), model=3), ConfigError, "int is neither SDXL nor Stable Diffusion"),
+    (lambda: rm.upscale(photo(), model=3), ConfigError, "is a int, and the known families of base models are SDXL"),
     (lambda: rm.upscale(photo((64, 64)), captions=["a"]), ConfigError, "give one per view, or none"),
     (lambda: rm.upscale(photo(), method="direct", captions=["a"]), ConfigError, "method direct reads none"),
     (lambda: rm.generate("a house", height=33), ConfigError, "33 is no multiple of 8; use 32 or 40"),
