@@ -150,7 +150,7 @@ def read_samples(dataset: Dataset) -> Iterator[tuple[Sample, dict[str, Any]]]:
     for shard in sorted(dataset.commits("quality").numbers()):
         with shard_samples(dataset, shard, tuple(dataset.hashes)) as samples:
             for sample in samples:
-                yield sample, samples.rows("quality", sample.key)[0]
+                yield sample, {"key": sample.key, **samples.rows("quality", sample.key)[0]}
 
 
 def upscale_as_configured(
