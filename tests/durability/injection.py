@@ -22,6 +22,8 @@ from typing import Any
 from unittest import mock
 
 from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.dataset.commit import Receipt
+from resmaster_stages.dataset.commits import all_records
 from resmaster_stages.dataset.dataset import Dataset, create_or_open, open_dataset
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.schemas import manifest_schema
@@ -84,26 +86,20 @@ def good_later(dataset: Dataset, stage: str, shard: int) -> Process:
 
 
 def everything(root: str) -> dict[object, object]:
-    """All that a reader of the dataset can see, and all earlier attempts, without the random names of attempts."""
+    """All that a reader of the dataset can see, without the random names and the numbers of attempts."""
     dataset = open_dataset(root)
     found: dict[object, object] = {}
     named = set()
     for stage in dataset.hashes:
         for shard, receipt in dataset.commits(stage).read_all().items():
-            named.update(stored.name for stored in receipt.objects)
-            for number in range(1, receipt.number + 1):
-                attempt = dataset.commits(stage).attempt(shard, number)
-                assert attempt is not None
-                found[stage, shard, number] = (
-                    *(attempt.samples_ok, attempt.failed_keys, attempt.lost_keys, attempt.keys_digest),
-                    bool(attempt.ledger),
-                )
-                for place, stored in enumerate(attempt.objects):
-                    data = dataset.folder.read(stored.name)
-                    assert hashlib.sha256(data).hexdigest() == stored.sha256, stored.name
-                    found[stage, shard, number, place] = stored.sha256
-                if attempt.ledger:
-                    assert dataset.folder.exists(attempt.ledger)
+            found[stage, shard] = facts(receipt)
+            for number, stored in enumerate(receipt.objects):
+                data = dataset.folder.read(stored.name)
+                assert hashlib.sha256(data).hexdigest() == stored.sha256, stored.name
+                found[stage, shard, number] = stored.sha256
+                named.add(stored.name)
+            if receipt.ledger:
+                assert dataset.folder.exists(receipt.ledger)
     manifest = decode_table(dataset.folder.read("manifest.parquet"), manifest_schema(), "manifest")
     objects = ("high_res_object", "low_res_object", "captions_object")
     found["manifest"] = manifest.drop(objects).to_pylist()
@@ -116,6 +112,29 @@ def everything(root: str) -> dict[object, object]:
     assert visible <= named, (
         "readers are led to an object that no commit names, or that a later attempt took the place of"
     )
+    return found
+
+
+def facts(receipt: Receipt) -> tuple[object, ...]:
+    """What a record says of samples."""
+    lost = (receipt.failed_keys, receipt.lost_keys)
+    return (receipt.samples_ok, *lost, receipt.keys_digest, bool(receipt.ledger))
+
+
+def attempts(root: str) -> dict[object, object]:
+    """Stage, shard and number of every attempt that is committed, the superseded ones too -> what it is, to the byte."""
+    dataset = open_dataset(root)
+    found: dict[object, object] = {}
+    for record in all_records(dataset.folder):
+        receipt = record.receipt
+        assert receipt is not None, record.name
+        for stored in receipt.objects:
+            assert hashlib.sha256(dataset.folder.read(stored.name)).hexdigest() == stored.sha256, stored.name
+        assert receipt.ledger is None or dataset.folder.exists(receipt.ledger)
+        found[receipt.stage, receipt.shard, f"attempt {receipt.number}"] = (
+            *facts(receipt),
+            *(stored.sha256 for stored in receipt.objects),
+        )
     return found
 
 
