@@ -122,7 +122,7 @@ def facts(receipt: Receipt) -> tuple[object, ...]:
 
 
 def attempts(root: str) -> dict[object, object]:
-    """Stage, shard and number of every attempt that is committed, the superseded ones too -> what it is, to the byte."""
+    """Stage, shard and number of every attempt that is committed -> what it is, to the byte."""
     dataset = open_dataset(root)
     found: dict[object, object] = {}
     for record in all_records(dataset.folder):
