@@ -221,5 +221,5 @@ def test_the_real_model_is_stopped_in_the_middle_of_a_picture(tmp_path: Path) ->
     _, error = process.communicate(timeout=60)
     assert process.returncode == 143, error
     assert list(root.glob("tiny/cache/high_res-*/*.sample"))
-    assert list(root.glob("tiny/cache/*.json")) == []
+    assert list(root.glob("tiny/cache/*/at.json")) == []
     assert list(scratch.glob(f"{PREFIX}*")) == []
