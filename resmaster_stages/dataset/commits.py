@@ -128,7 +128,13 @@ class Commits:
 
     def is_marked(self, shard: int) -> bool:
         """Whether damage of the shard is known."""
-        return self.folder.exists(layout.damage(self.stage, self.stage_hash, shard))
+        try:
+            self.folder.read(
+                layout.damage(self.stage, self.stage_hash, shard)
+            )  # one request; S3 takes two for `exists`
+        except FileNotFoundError:
+            return False
+        return True
 
     def marked(self) -> list[int]:
         """The shards of which damage is known, from one listing."""

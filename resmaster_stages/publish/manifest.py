@@ -157,7 +157,7 @@ def _flag_duplicates(rows: Sequence[dict[str, Any]], looks: DigestSet) -> None:
     """Flag `near_duplicate` what looks the same as an earlier sample of the dataset; `looks` are the pHashes so far."""
     for row in rows:
         flags = list(row["flags"])
-        if "blank" not in flags and not looks.add(digest_of(row["phash"])):
+        if row["phash"] and "blank" not in flags and not looks.add(digest_of(row["phash"])):
             row["flags"] = [*flags, "near_duplicate"]
 
 
