@@ -16,7 +16,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from PIL import Image
 
 from resmaster_flows.cli import arguments
 from resmaster_flows.cli.main import VERBS, parser
@@ -284,17 +283,6 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "agreement_psnr" in done.stdout
     assert len(pq.read_table(folder / "out" / "tutorial" / "manifest.parquet")) == 7
-
-
-@pytest.mark.slow
-def test_the_library_runs(tmp_path: Path) -> None:
-    (tmp_path / "resmaster_stages").symlink_to(ROOT / "resmaster_stages")
-    Image.effect_noise((64, 48), 60).convert("RGB").save(tmp_path / "photo.png")
-    (snippet,) = blocks(ROOT / "docs" / "library.md", "python")
-    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
-    code = snippet.replace("steps=20", "steps=2")
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
-    assert Image.open(tmp_path / "photo-4x.png").size == (256, 192)
 
 
 def test_every_verb_has_a_section_with_its_options() -> None:

@@ -129,9 +129,8 @@ class Commits:
     def is_marked(self, shard: int) -> bool:
         """Whether damage of the shard is known."""
         try:
-            self.folder.read(
-                layout.damage(self.stage, self.stage_hash, shard)
-            )  # one request; S3 takes two for `exists`
+            # One request; S3 takes two for `exists`.
+            self.folder.read(layout.damage(self.stage, self.stage_hash, shard))
         except FileNotFoundError:
             return False
         return True

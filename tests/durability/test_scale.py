@@ -115,12 +115,16 @@ def test_a_stage_reads_nothing_twice_and_one_record_where_nothing_was_lost(
     assert first.pop("low_res")[1:] == [layout.plan_record(0), layout.plan_record(1), find_part(dataset)], "once"
     assert first == {stage: own for stage, own in records(0, 1).items() if stage != "low_res"}
     assert reads(1) == records(1, 1), "its own: those before it are known, and there is no breadcrumb"
-    assert reads(1) == records(1, 1)
+    marks = {stage: [layout.damage(stage, own, 1)] for stage, own in dataset.hashes.items()}
+    assert reads(1) == {stage: own + marks[stage] for stage, own in records(1, 1).items()}, "where it is committed"
     for number, stage in enumerate(dataset.hashes, start=1):
         asked.clear()
         run_stage(dataset, stage, 1, process=FAKES[stage])
-        assert asked == [own for before in records(1, 1).values() for own in before][:number], "where none is known"
-    assert reads(0) == records(0, 1, 2), "only where a sample was lost there may be another attempt"
+        earlier = [own for before in records(1, 1).values() for own in before][:number]
+        assert asked == earlier + marks[stage], "where none is known"
+    marks = {stage: [layout.damage(stage, own, 0)] for stage, own in dataset.hashes.items()}
+    asked_again = {stage: own + marks[stage] for stage, own in records(0, 1, 2).items()}
+    assert reads(0) == asked_again, "only where a sample was lost there may be another attempt"
 
 
 def find_part(dataset: Dataset) -> str:
