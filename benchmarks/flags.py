@@ -82,7 +82,7 @@ class Truth:
         return self.drawn(*(t for t in self.scene.things if t is not thing))
 
     def one(self) -> Thing:
-        """An object that can be seen: without it, the picture is another."""
+        """An object that can be seen: without it, the image is another."""
         found = [thing for thing in self.scene.things if self.changed_by(self.without(thing))]
         if not found:
             raise LookupError("no object can be seen")
@@ -308,13 +308,13 @@ def of_dataset(folder: Path, native_px: int = LOW_PX) -> list[dict[str, Any]]:
     """The quality rows of a dataset's own images, measured anew."""
     rows = []
     for sample in pq.read_table(folder / "manifest.parquet").to_pylist():
-        low, high = (picture(folder, sample, name) for name in ("low_res", "high_res"))
+        low, high = (image(folder, sample, name) for name in ("low_res", "high_res"))
         boxes = view_grid(Geometry(native_px, 8), high.height, high.width, STRIDE).pixel_boxes
         rows.append({"key": sample["key"], **measure(Pair(low, high, boxes))})
     return rows
 
 
-def picture(folder: Path, sample: dict[str, Any], name: str) -> Image.Image:
+def image(folder: Path, sample: dict[str, Any], name: str) -> Image.Image:
     with (folder / sample[f"{name}_object"]).open("rb") as file:
         file.seek(sample[f"{name}_offset"])
         return Image.open(io.BytesIO(file.read(sample[f"{name}_bytes"]))).convert("RGB")

@@ -4,11 +4,11 @@
     python benchmarks/methods.py --model sdxl --device cuda --flops   # an SDXL with random weights, 2048 and 4096 px
 
 `sdxl` needs no download: the UNet and the VAE are SDXL's in shape, with random weights, so seconds and memory are real
-and pictures are noise; its text encoders are one layer each. `--shrink` divides its channels.
+and images are noise; its text encoders are one layer each. `--shrink` divides its channels.
 
-Columns: seconds of one picture (of a warm process, decoding included); on CPUs, seconds of processor time too, which
+Columns: seconds of one image (of a warm process, decoding included); on CPUs, seconds of processor time too, which
 other programs on the machine disturb less; the UNet's share of them; UNet calls; rows through the UNet in native views;
-peak memory (CUDA: allocated; Linux: resident, of the whole process with its models). With `--flops` every picture is
+peak memory (CUDA: allocated; Linux: resident, of the whole process with its models). With `--flops` every image is
 made once more to count its operations, and the rate stands beside that of a plain matrix product on the same device.
 With `--parts` a second table says where the rest goes: VAE, text and image encoders, and what is none of these.
 
@@ -224,7 +224,7 @@ def parts_of(models: Models) -> dict[str, list[Any]]:
 
 @dataclass
 class Row:
-    """What one picture of one method took."""
+    """What one image of one method took."""
 
     method: str
     scale: float
@@ -242,14 +242,14 @@ class Row:
         return self.seconds if self.processor_seconds is None else self.processor_seconds
 
     def share(self, part: str) -> float:
-        """Of the whole picture."""
+        """Of the whole image."""
         return self.parts.get(part, 0.0) / self.whole
 
 
 def measure(
     models: Models, image: Image.Image, method: str, scale: float, steps: int | None, count_operations: bool
 ) -> Row:
-    """One picture, timed; and once more, counted, if wanted. Without `steps` it takes its preset's, or 20."""
+    """One image, timed; and once more, counted, if wanted. Without `steps` it takes its preset's, or 20."""
     name, _, preset = method.partition(":")
     preset = preset or "default"
     values: dict[str, Any] = {"scale": scale, "micro_conditioning": "native"}
@@ -305,7 +305,7 @@ def table(rows: list[Row]) -> str:
 
 
 def parts_table(rows: list[Row]) -> str:
-    """Markdown: a line per method and scale, each part's share of the picture."""
+    """Markdown: a line per method and scale, each part's share of the image."""
     names = list(dict.fromkeys(name for row in rows for name in row.parts))
     lines = ["| method | scale | " + " | ".join([*names, "rest"]) + " |", "| --- |" + " ---: |" * (len(names) + 2)]
     for row in rows:

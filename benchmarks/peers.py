@@ -3,8 +3,8 @@
     python -m benchmarks.peers                             # Stable Diffusion's shape, channels divided by 4, on a CPU
     python -m benchmarks.peers --shrink 1 --device cuda    # its full size
 
-Random weights: seconds are real, pictures are noise. Both get the same views, first latents, steps, guidance, scheduler
-and decoder, so they draw the same picture, and the greatest difference of a pixel says so. They take turns; each one's
+Random weights: seconds are real, images are noise. Both get the same views, first latents, steps, guidance, scheduler
+and decoder, so they draw the same image, and the greatest difference of a pixel says so. They take turns; each one's
 fastest of `--rounds` counts.
 """
 
@@ -86,14 +86,14 @@ def panorama(pipe: StableDiffusionPipeline, boxes: Sequence[Box]) -> StableDiffu
 
 @dataclass
 class Contender:
-    """One implementation: draws the picture, and what that took at best."""
+    """One implementation: draws the image, and what that took at best."""
 
     name: str
     draw: Callable[[], Image.Image]
     seconds: float = float("inf")
     peak: Peak | None = None
     calls: int = 0
-    picture: Image.Image | None = None
+    image: Image.Image | None = None
 
     def take_turn(self, unet: torch.nn.Module, device: torch.device) -> None:
         self.calls = 0
@@ -105,7 +105,7 @@ class Contender:
         try:
             with peak_memory(device) as self.peak:
                 start = time.perf_counter()
-                self.picture = self.draw()
+                self.image = self.draw()
                 settle(device)
                 self.seconds = min(self.seconds, time.perf_counter() - start)
         finally:
@@ -113,7 +113,7 @@ class Contender:
 
 
 def contenders(pipe: StableDiffusionPipeline, scale: float, steps: int, view_batch: int) -> list[Contender]:
-    """Both implementations, set to draw the same picture; theirs also with all views of a step in as few calls as
+    """Both implementations, set to draw the same image; theirs also with all views of a step in as few calls as
     ours."""
     models = Models.from_pipeline(pipe)
     native = models.geometry.native_px
@@ -179,7 +179,7 @@ def main(words: list[str] | None = None) -> None:
     print("| implementation | seconds | ratio | UNet calls | peak GB | greatest difference of a pixel |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for each in field:
-        far = int(np.abs(np.asarray(each.picture, np.int16) - np.asarray(ours.picture, np.int16)).max())
+        far = int(np.abs(np.asarray(each.image, np.int16) - np.asarray(ours.image, np.int16)).max())
         peak = "" if each.peak is None or each.peak.found is None else f"{each.peak.found / 1e9:.2f}"
         ratio = each.seconds / ours.seconds
         print(f"| {each.name} | {each.seconds:.2f} | {ratio:.2f} | {each.calls} | {peak} | {far} |")

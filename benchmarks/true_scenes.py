@@ -8,7 +8,7 @@ A scene of the picturebook's world is drawn at 128 px, enlarged, and held agains
 Methods are written as for `resmaster compare`; `@true` behind one gives every view a true sentence of what it shows, in
 place of the captioner's. The low-res images are true, so the low-res model plays no part; true captions take the
 captioner away; the row of the VAE takes all but the VAE away. What is left is the UNet's and the method's share.
-*Details redrawn* is the same scene with other leaves, stones and bricks: what a picture gets whose detail is right in
+*Details redrawn* is the same scene with other leaves, stones and bricks: what an image gets whose detail is right in
 kind and wrong in place. *Seam* looks at the borders of the row's own views. Finished images are kept under --out: the
 same command goes on where it was stopped; other weights have a folder of their own. Needs `resvg_py` (the extra
 `train`).
@@ -75,18 +75,18 @@ REDRAWN = "drawings, details redrawn"
 
 @dataclass(frozen=True)
 class Row:
-    """A method with the pictures that it made."""
+    """A method with the images that it made."""
 
     name: str
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     rows: float | None
-    """UNet rows per picture."""
+    """UNet rows per image."""
     views: Grid
     """Whose borders are looked at for seams."""
 
 
 def views_of(models: Models, config: DatasetConfig, height: int, width: int) -> Grid:
-    """The views that a picture of `height` x `width` px is made from."""
+    """The views that an image of `height` x `width` px is made from."""
     return view_grid(models.geometry, height, width, config.upscale.view_stride)
 
 
@@ -117,7 +117,7 @@ def enlarge(
     return made, cost.rows
 
 
-def pictures_of(text: str, shown: paired.TrueScenes, found: Sequence[Scene], models: Models, out: Path) -> Row:
+def images_of(text: str, shown: paired.TrueScenes, found: Sequence[Scene], models: Models, out: Path) -> Row:
     """All scenes by one method; what lies in `out` already is read."""
     method, at, source = text.partition("@")
     if at and source != "true":
@@ -131,8 +131,8 @@ def pictures_of(text: str, shown: paired.TrueScenes, found: Sequence[Scene], mod
     for n, (scene, image, prompt) in enumerate(zip(found, shown.low_res, shown.prompts)):
         path, counted = folder / f"{n:03d}.png", folder / f"{n:03d}.json"
         if not counted.exists():
-            picture, cost = enlarge(models, variant.config, scene, image, prompt, n, bool(at))
-            picture.save(path)
+            large, cost = enlarge(models, variant.config, scene, image, prompt, n, bool(at))
+            large.save(path)
             counted.write_text(json.dumps({"rows": cost}))
             print(f"{text}: {n + 1} of {len(found)}", flush=True)
         made.append(Image.open(path).convert("RGB"))
@@ -181,14 +181,14 @@ def table(rows: Sequence[Row], shown: paired.TrueScenes, by: paired.Judge) -> li
     first: np.ndarray | None = None
     first_squares = np.empty(0)
     for row in rows:
-        judged = paired.judge(row.pictures, shown, by)
-        distances = np.array(paired.distances(row.pictures, shown, by))
-        squares = fids(paired.square_features(row.pictures, by.extractor), drawn)
+        judged = paired.judge(row.images, shown, by)
+        distances = np.array(paired.distances(row.images, shown, by))
+        squares = fids(paired.square_features(row.images, by.extractor), drawn)
         if first is None:
             first, first_squares = distances, squares
         apart = squares - first_squares
-        seam = np.mean([seam_ratio(large, row.views.pixel_boxes) for large in row.pictures])
-        detail = np.mean([detail_energy(large, *low.size) for large, low in zip(row.pictures, shown.low_res)])
+        seam = np.mean([seam_ratio(large, row.views.pixel_boxes) for large in row.images])
+        detail = np.mean([detail_energy(large, *low.size) for large, low in zip(row.images, shown.low_res)])
         cells = [
             f"`{row.name}`" if row.rows is not None else row.name,
             _spread(distances).lstrip("+"),
@@ -225,7 +225,7 @@ def main(words: list[str] | None = None) -> None:
     )
     weights = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(PACK.rglob("*.safetensors")))).hexdigest()
     out = options.out / weights[:12]
-    rows = [pictures_of(text.strip(), shown, found, models, out) for text in options.methods.split(",")]
+    rows = [images_of(text.strip(), shown, found, models, out) for text in options.methods.split(",")]
     views = views_of(models, load_config(CONFIG), shown.drawings[0].height, shown.drawings[0].width)
     rows.append(Row(VAE, [paired.round_trip(models, drawing) for drawing in shown.drawings], None, views))
     rows.append(Row(REDRAWN, paired.draw([redrawn(scene) for scene in found]).drawings, None, views))

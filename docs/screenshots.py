@@ -1,8 +1,8 @@
-"""Takes the pictures of docs/operating.md from the last build on a Prefect server.
+"""Takes the images of docs/operating.md from the last build on a Prefect server.
 
     python docs/screenshots.py --url http://127.0.0.1:4200 docs/images
 
-Needs Chromium, and PREFECT_API_URL of the same server. The pictures: the build's page, and its contact sheet.
+Needs Chromium, and PREFECT_API_URL of the same server. The images: the build's page, and its contact sheet.
 """
 
 from __future__ import annotations

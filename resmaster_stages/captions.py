@@ -1,7 +1,7 @@
 """Stage 3: low-res image -> one row per patch of the target canvas, with a caption (ResMaster's enhanced text prompts).
 
 A patch is a crop of the reference B^L, the low-res image up-scaled bicubically to the target size, so a captioner sees
-exactly the part of the picture that the upscaler will redraw. Knows nothing about storage or about how captions are
+exactly the part of the image that the upscaler will redraw. Knows nothing about storage or about how captions are
 used.
 
 Invariants:

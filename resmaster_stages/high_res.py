@@ -1,10 +1,10 @@
-"""Stage 4: low-res picture and captions -> high-res picture, by the method that the configuration names.
+"""Stage 4: low-res image and captions -> high-res image, by the method that the configuration names.
 
-Knows nothing about storage, shards or Prefect. Torch is imported when a picture is made, not before.
+Knows nothing about storage, shards or Prefect. Torch is imported when an image is made, not before.
 
 Invariants:
 - Exactly one Output per sample, in order; what goes wrong with one sample is its Output's error.
-- A picture depends on the sample, the configuration and the weights; not on the batch, the worker or the order.
+- An image depends on the sample, the configuration and the weights; not on the batch, the worker or the order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from resmaster_stages.errors import SampleError
 from resmaster_stages.keys import canonical_json, sample_seed
 from resmaster_stages.methods.settings import Diffusion, Enlargement
 from resmaster_stages.progress import Step, emit
-from resmaster_stages.storage.images import encode_picture
+from resmaster_stages.storage.images import encode_image
 
 if TYPE_CHECKING:
     from resmaster_stages.dataset.sample import Output, Sample
@@ -65,7 +65,7 @@ def caption_views(config: DatasetConfig, prompt: str, image: Image.Image, height
 def _diffused(
     config: DatasetConfig, upscale: Diffusion, sample: Sample, image: Image.Image
 ) -> tuple[Image.Image, dict[str, Any]]:
-    """The high-res picture by the base model, and the facts of how it was made."""
+    """The high-res image by the base model, and the facts of how it was made."""
     from resmaster_stages.diffusion.text import truncated
     from resmaster_stages.methods.upscale import upscale_image
     from resmaster_stages.models.load import load_models
@@ -78,7 +78,7 @@ def _diffused(
         captions = captions_for_views(grid, sample.captions, sample.prompt)
     seed = sample_seed(sample.key, config.seed, "high_res")
     negative_prompt = sample.negative_prompt or upscale.negative_prompt
-    picture = upscale_image(
+    made = upscale_image(
         models,
         image,
         sample.prompt,
@@ -90,7 +90,7 @@ def _diffused(
         seed=seed,
         progress=lambda done, total: emit(Step(done, total)),
     )
-    return picture, {
+    return made, {
         "prompt_truncated": truncated(models, [sample.prompt])[0],
         "negative_prompt": negative_prompt,
         "seed": seed,
@@ -99,25 +99,25 @@ def _diffused(
 
 
 def _enlarged(config: DatasetConfig, upscale: Enlargement, image: Image.Image) -> tuple[Image.Image, dict[str, Any]]:
-    """The high-res picture without the base model, and the facts of how it was made."""
+    """The high-res image without the base model, and the facts of how it was made."""
     from resmaster_stages.methods.upscale import enlarge_image
     from resmaster_stages.models.places import resolve_device, resolve_dtype
 
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device)
-    picture, weights = (
+    made, weights = (
         enlarge_image(image, upscale, device, dtype, lambda done, total: emit(Step(done, total))),
         upscale.weights(),
     )
-    return picture, {"model": weights} if weights else {}
+    return made, {"model": weights} if weights else {}
 
 
 def _make(config: DatasetConfig, sample: Sample) -> Output:
-    """The sample's picture, to be finished."""
+    """The sample's image, to be finished."""
     from resmaster_stages.dataset.sample import Output
 
     if sample.low_res is None:
-        raise SampleError("there is no low-res picture of this sample; run the low_res stage again (resmaster repair)")
+        raise SampleError("there is no low-res image of this sample; run the low_res stage again (resmaster repair)")
     image, upscale = sample.low_res.open(), config.upscale
     if sample.detail_mask:
         upscale.require_detail_mask(f"sample {sample.key} has")
@@ -130,7 +130,7 @@ def _make(config: DatasetConfig, sample: Sample) -> Output:
 
 
 def _files(
-    config: DatasetConfig, sample: Sample, low_res: tuple[int, int], picture: Image.Image, facts: dict[str, Any]
+    config: DatasetConfig, sample: Sample, low_res: tuple[int, int], image: Image.Image, facts: dict[str, Any]
 ) -> dict[str, bytes]:
     """The sample's files by extension, in the order of the tar's members. low_res: (width, height) in px."""
     assert sample.low_res is not None
@@ -138,8 +138,8 @@ def _files(
     facts = {
         "key": sample.key,
         "prompt": sample.prompt,
-        "width": picture.width,
-        "height": picture.height,
+        "width": image.width,
+        "height": image.height,
         "low_res": {
             "width": low_res[0],
             "height": low_res[1],
@@ -153,7 +153,7 @@ def _files(
     if sample.detail_mask:
         facts["detail_mask"] = {"sha256": hashlib.sha256(sample.detail_mask.data).hexdigest()}
     return {
-        config.image_format: encode_picture(picture, config.image_format, config.webp_quality),
+        config.image_format: encode_image(image, config.image_format, config.webp_quality),
         "json": canonical_json(facts).encode(),
         "txt": sample.prompt.encode(),
     }

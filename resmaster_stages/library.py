@@ -58,7 +58,7 @@ def upscale(
     Raises UserError, in one line that says what to do (no such image, an unknown setting, a model that cannot be
     loaded), and SampleError if the model produced nothing that can be seen.
     """
-    picture = open_image(image)
+    low_res = open_image(image)
     models = None if isinstance(model, str | Path) else as_models(model)
     name = models.identity.partition("@")[0] if models else str(model)
     captioner = captions if isinstance(captions, str) else "prompt"
@@ -72,7 +72,7 @@ def upscale(
     values = {**with_method(base["upscale"], known if isinstance(known, str) else DEFAULT), **settings}
     config = parse_config({**base, "seed": seed, "upscale": values}, "upscale()")
     texts = None if isinstance(captions, str) else captions
-    return upscale_as_configured(config, picture, prompt, models=models, captions=texts, progress=progress)
+    return upscale_as_configured(config, low_res, prompt, models=models, captions=texts, progress=progress)
 
 
 def generate(

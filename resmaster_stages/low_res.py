@@ -1,13 +1,13 @@
-"""Stage 2: the base-resolution picture of each sample, generated from its prompt or taken from the user's own image.
+"""Stage 2: the base-resolution image of each sample, generated from its prompt or taken from the user's own image.
 
-Knows nothing about storage beyond reading one image by its source. Torch is imported when a picture is generated.
+Knows nothing about storage beyond reading one image by its source. Torch is imported when an image is generated.
 
 Invariants:
 - Exactly one Output per sample, in order; what goes wrong with one sample is its Output's error.
-- Pictures are generated in fixed slots of `batch_size`: a failing sample keeps its place, so its neighbours' bytes
+- Images are generated in fixed slots of `batch_size`: a failing sample keeps its place, so its neighbours' bytes
   stay.
-- Low-res pictures are stored without loss, and beside them the sample's detail mask if it has one.
-- A prompt's picture does not depend on its mask: it is what the mask is drawn for.
+- Low-res images are stored without loss, and beside them the sample's detail mask if it has one.
+- A prompt's image does not depend on its mask: it is what the mask is drawn for.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from resmaster_stages.config.dataset import DatasetConfig
-from resmaster_stages.dataset.plan import picture_key
+from resmaster_stages.dataset.plan import unmasked_key
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import SampleError
 from resmaster_stages.keys import canonical_json, image_key, masked_key, sample_seed
-from resmaster_stages.storage.images import encode_picture
+from resmaster_stages.storage.images import encode_image
 
 if TYPE_CHECKING:
     from resmaster_stages.dataset.sample import Output, Sample
@@ -42,12 +42,12 @@ def _mask_of_prompt(sample: Sample) -> bytes | None:
     if sample.source is None:
         return None
     mask = read_mask(sample.source)
-    _check_unchanged(sample, picture_key(sample), mask)
+    _check_unchanged(sample, unmasked_key(sample), mask)
     return mask
 
 
 def _files(
-    config: DatasetConfig, sample: Sample, picture: Image.Image, facts: dict[str, Any], mask: bytes | None
+    config: DatasetConfig, sample: Sample, image: Image.Image, facts: dict[str, Any], mask: bytes | None
 ) -> dict[str, bytes]:
     """The sample's files by extension, in the order of the tar's members. mask: the user's image file."""
     from resmaster_stages.storage.images import MASK_EXTENSION, decode_image
@@ -55,19 +55,19 @@ def _files(
     beside = {}
     if mask is not None:
         grey = decode_image(mask, f"the detail mask of {sample.source}").convert("L")
-        beside = {MASK_EXTENSION: encode_picture(grey, "png")}
+        beside = {MASK_EXTENSION: encode_image(grey, "png")}
         source = {"source_sha256": hashlib.sha256(mask).hexdigest()}
         facts = {**facts, "detail_mask": {"width": grey.width, "height": grey.height, **source}}
     facts = {
         "key": sample.key,
         "prompt": sample.prompt,
-        "width": picture.width,
-        "height": picture.height,
+        "width": image.width,
+        "height": image.height,
         "stage_version": STAGES["low_res"].version,
         **facts,
     }
     return {
-        config.image_format: encode_picture(picture, config.image_format),
+        config.image_format: encode_image(image, config.image_format),
         "json": canonical_json(facts).encode(),
         "txt": sample.prompt.encode(),
         **beside,
@@ -75,9 +75,9 @@ def _files(
 
 
 def _files_of_prompt(
-    config: DatasetConfig, sample: Sample, picture: Image.Image, facts: dict[str, Any]
+    config: DatasetConfig, sample: Sample, image: Image.Image, facts: dict[str, Any]
 ) -> dict[str, bytes]:
-    return _files(config, sample, picture, facts, _mask_of_prompt(sample))
+    return _files(config, sample, image, facts, _mask_of_prompt(sample))
 
 
 def _from_image(config: DatasetConfig, sample: Sample) -> Output:
@@ -101,9 +101,9 @@ def _from_image(config: DatasetConfig, sample: Sample) -> Output:
                     "again to plan it anew"
                 ) from error
             _check_unchanged(sample, key, mask)
-        picture = decode_image(data, sample.source)
+        image = decode_image(data, sample.source)
         facts = {"negative_prompt": sample.negative_prompt, "source_sha256": hashlib.sha256(data).hexdigest()}
-        return Output(key=sample.key, finish=partial(_files, config, sample, picture, facts, mask))
+        return Output(key=sample.key, finish=partial(_files, config, sample, image, facts, mask))
     except SampleError as error:
         return Output(key=sample.key, error=error)
 
@@ -118,11 +118,11 @@ def _from_prompts(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[
     models = load_models(config.model)
     low_res = config.low_res
     negative_prompts = [sample.negative_prompt or low_res.negative_prompt for sample in samples]
-    seeds = [sample_seed(picture_key(sample), config.seed, "low_res") for sample in samples]
+    seeds = [sample_seed(unmasked_key(sample), config.seed, "low_res") for sample in samples]
     results: dict[int, Image.Image | SampleError] = {}
     for size in dict.fromkeys((sample.height, sample.width) for sample in samples):
         places = [i for i, sample in enumerate(samples) if (sample.height, sample.width) == size]
-        pictures = generate(
+        images = generate(
             models,
             [samples[i].prompt for i in places],
             [negative_prompts[i] for i in places],
@@ -132,7 +132,7 @@ def _from_prompts(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[
             low_res.guidance_scale,
             low_res.batch_size,
         )
-        results |= dict(zip(places, pictures))
+        results |= dict(zip(places, images))
     for i, sample in enumerate(samples):
         result = results[i]
         if isinstance(result, SampleError):

@@ -20,7 +20,7 @@ from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import SampleError
 from resmaster_stages.metrics import METRICS
-from resmaster_stages.metrics.features import picture_features
+from resmaster_stages.metrics.features import image_features
 from resmaster_stages.metrics.flags import flags
 from resmaster_stages.metrics.metric import Pair
 from resmaster_stages.models.geometry import geometry_of
@@ -56,8 +56,8 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
             row["flags"] = flags(row, quality)
             arrays: dict[str, NDArray[Any]] = {}
             if extractor is not None:
-                for name, picture in (("high_res", high), ("low_res", low)):
-                    found = picture_features(extractor, picture, sample.key, geometry.native_px)
+                for name, image in (("high_res", high), ("low_res", low)):
+                    found = image_features(extractor, image, sample.key, geometry.native_px)
                     arrays |= {f"{name}.{view}": values for view, values in found.items()}
             yield Output(key=sample.key, rows=[row], arrays=arrays)
         except SampleError as error:

@@ -1,4 +1,4 @@
-"""A headless Chromium over its DevTools protocol: opens a page, waits for words on it, takes its picture.
+"""A headless Chromium over its DevTools protocol: opens a page, waits for words on it, takes its image.
 
 Nothing but loopback is spoken to: the browser's own services are switched off, and its profile is new and thrown away.
 """
@@ -114,7 +114,7 @@ class Browser:
         return answer["result"].get("value")
 
     def text(self) -> str:
-        """What a reader of the page sees, without its pictures."""
+        """What a reader of the page sees, without its images."""
         return str(self.evaluate("document.body ? document.body.innerText : ''"))
 
     def click(self, words: str) -> None:
@@ -139,7 +139,7 @@ class Browser:
             time.sleep(0.2)
 
     def settle(self, seconds: float = 3) -> None:
-        """Let transitions and pictures come to rest: the page's text stays the same for `seconds`."""
+        """Let transitions and images come to rest: the page's text stays the same for `seconds`."""
         text, since = self.text(), time.monotonic()
         while time.monotonic() - since < seconds:
             time.sleep(0.2)

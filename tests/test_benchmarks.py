@@ -84,7 +84,7 @@ def test_an_sdxl_of_random_weights_and_counted_operations(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_the_peer_draws_the_same_picture_with_more_calls(run: Run) -> None:
+def test_the_peer_draws_the_same_image_with_more_calls(run: Run) -> None:
     rows = run("--shrink", "16", "--scale", "2", "--steps", "2", "--rounds", "1", main=peers.main)
     assert [row["UNet calls"] for row in rows] == ["2", "18", "2"]
     assert all(int(row["greatest difference of a pixel"]) <= 1 for row in rows)

@@ -1,4 +1,4 @@
-"""The report's page in a real browser: all pictures are there, its script works, and nothing is asked of the
+"""The report's page in a real browser: all images are there, its script works, and nothing is asked of the
 network."""
 
 from collections.abc import Iterator
@@ -29,9 +29,9 @@ def test_the_report(browser: Browser, tmp_path: Path) -> None:
     key = key_of(dataset, 0)
     text = browser.wait_for("2 samples", "a house", "a <b>tree</b>", "1 failed sample", "told to fail")
     assert f"resmaster explain {dataset.url} {key}" in text
-    pictures = "[...document.querySelectorAll('article img')]"
-    assert browser.evaluate(f"{pictures}.length") == 8, "low-res, high-res and both zoomed, of two samples"
-    assert browser.evaluate(f"{pictures}.every(image => image.complete && image.naturalWidth > 0)")
+    images = "[...document.querySelectorAll('article img')]"
+    assert browser.evaluate(f"{images}.length") == 8, "low-res, high-res and both zoomed, of two samples"
+    assert browser.evaluate(f"{images}.every(image => image.complete && image.naturalWidth > 0)")
     asked = browser.evaluate("performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length")
     assert asked == 0
 

@@ -225,11 +225,11 @@ def test_masks_that_nothing_reads_are_one_error_before_anything_is_written(tmp_p
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_masks_beside_your_images(tmp_path: Path, packed: bool, loaded: Models) -> None:
-    """In a folder and in a tar: a's mask, b's none, and one that belongs to no picture."""
+    """In a folder and in a tar: a's mask, b's none, and one that belongs to no image."""
     folder = tmp_path / "images"
     folder.mkdir()
-    picture, mask = png(Image.new("RGB", SIZE, "red")), png(LEFT)
-    files = {"a.png": picture, "a.txt": b"a cat", "a.detail_mask.png": mask, "b.png": picture, "b.txt": b"a cat"}
+    image, mask = png(Image.new("RGB", SIZE, "red")), png(LEFT)
+    files = {"a.png": image, "a.txt": b"a cat", "a.detail_mask.png": mask, "b.png": image, "b.txt": b"a cat"}
     if packed:
         tar_of(folder / "all.tar", files)
     else:
@@ -238,7 +238,7 @@ def test_masks_beside_your_images(tmp_path: Path, packed: bool, loaded: Models) 
     config = config_of(tmp_path, images=str(folder))
     draft = draft_samples(config)
     assert [str(rejected.reason) for rejected in draft.rejected] == (
-        [] if packed else ["a detail mask without its picture"]
+        [] if packed else ["a detail mask without its image"]
     )
     a, b = draft.samples
     assert a.key == masked_key(b.key, mask)
@@ -316,14 +316,14 @@ def test_each_sample_gets_what_upscale_image_makes_with_its_mask(tmp_path: Path,
 
 
 def test_the_mask_itself_makes_the_difference(tmp_path: Path, loaded: Models) -> None:
-    """The same sample, seed and all, with the other mask: another picture."""
+    """The same sample, seed and all, with the other mask: another image."""
     dataset, _ = built(config_of(tmp_path, prompts=str(masked_prompts(tmp_path))), "low_res", "high_res")
     left, none, right = samples_of(dataset)
-    pictures = {
+    images = {
         next(high_res.process(dataset.config, [replace(left, detail_mask=mask)])).finished().files["png"]
         for mask in (left.detail_mask, right.detail_mask, none.detail_mask)
     }
-    assert len(pictures) == 3
+    assert len(images) == 3
     other = dataset.config.model_copy(update={"upscale": Direct()})
     with pytest.raises(ConfigError, match=f"sample {left.key} has a detail mask"):
         next(high_res.process(other, [left]))

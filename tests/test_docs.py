@@ -1,4 +1,4 @@
-"""Every command of docs/ runs, with stand-in stages, or is listed with the reason why it does not; pictures and links
+"""Every command of docs/ runs, with stand-in stages, or is listed with the reason why it does not; images and links
 exist."""
 
 import json
@@ -152,7 +152,7 @@ def commands(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES + NEIGHBOURS, ids=lambda page: page.name)
-def test_pictures_and_links_exist(page: Path) -> None:
+def test_images_and_links_exist(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if "://" in target:
             continue

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: its pictures are the CPU's, its compiled and 8-bit layers compute what the plain
+"""What only a CUDA device can show: its images are the CPU's, its compiled and 8-bit layers compute what the plain
 ones do."""
 
 import copy
@@ -35,7 +35,7 @@ def drawn(low_res: Image.Image, **model: Any) -> Image.Image:
 
 
 @pytest.mark.parametrize(("dtype", "least"), [("float32", 40), ("float16", 30), ("bfloat16", 24)])
-def test_the_picture_is_the_cpus(low_res: Image.Image, dtype: str, least: float) -> None:
+def test_the_image_is_the_cpus(low_res: Image.Image, dtype: str, least: float) -> None:
     assert psnr(drawn(low_res, dtype=dtype), drawn(low_res, device="cpu", dtype="float32")) > least
 
 

@@ -35,7 +35,7 @@ import importlib
 for name in (
     "resmaster_stages.runner.compute", "resmaster_stages.methods.render", "resmaster_stages.picturebook.training.train",
     "resmaster_stages.picturebook.training.evaluate", "benchmarks.gpu.__main__", "benchmarks.gpu.ceilings",
-    "benchmarks.gpu.rows", "benchmarks.gpu.picture", "benchmarks.gpu.truth", "benchmarks.gpu.training",
+    "benchmarks.gpu.rows", "benchmarks.gpu.image", "benchmarks.gpu.truth", "benchmarks.gpu.training",
     "tests.conftest", "tests.test_gpu",
 ):
     importlib.import_module(name)
@@ -46,8 +46,8 @@ from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.methods.upscale import upscale_image
 image = Image.effect_noise((128, 128), 60).convert("RGB")
 config = ResMaster(scale=1.25, steps=2, view_batch=4)
-picture = upscale_image(load_models(ModelConfig(device="cpu")), image, "a red house", config=config)
-assert picture.size == (160, 160)
+image = upscale_image(load_models(ModelConfig(device="cpu")), image, "a red house", config=config)
+assert image.size == (160, 160)
 """
 
 
@@ -97,7 +97,7 @@ def test_the_rehearsal_does_every_step(rehearsal: Path) -> None:
     assert not [each for each in failed if "float8" not in each["dtype"]], "only some releases of torch have it on CPUs"
     left_out = [each for each in entries(report) if {"left_out", "skipped"} & set(each)]
     assert all("fp8" in each.get("variant", each.get("what", "")) for each in left_out)
-    rows, methods = report["steps"]["rows"]["found"]["rows"], report["steps"]["picture"]["found"]["methods"]
+    rows, methods = report["steps"]["rows"]["found"]["rows"], report["steps"]["image"]["found"]["methods"]
     assert {each["variant"] for each in rows} >= {"eager", "compiled blocks", "compiled whole, max-autotune"}
     assert all(each["ms_per_row"] > 0 for each in rows if "left_out" not in each)
     assert {each["what"] for each in methods} == set(programme_methods())

@@ -13,7 +13,7 @@ from PIL import Image
 from resmaster_stages import high_res, low_res
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.config.method import Method, methods, with_method
-from resmaster_stages.dataset.sample import Output, Picture, Sample
+from resmaster_stages.dataset.sample import EncodedImage, Output, Sample
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import ConfigError, GpuLost, OutOfMemory, SampleError
 from resmaster_stages.high_res import captions_for_views
@@ -32,7 +32,7 @@ def adapted() -> Models:
     return Models.from_pipeline(tiny_adapted())
 
 
-def picture(width=64, height=64, seed=0) -> Image.Image:
+def some_image(width=64, height=64, seed=0) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -112,7 +112,7 @@ def test_unet_calls_are_few_predictable_and_of_one_shape(method, width, height, 
     ours = adapted()
     with counted(ours.base.denoiser) as shapes, timing() as device:
         result = upscale_image(
-            ours, picture(width, height), "a cat", config=settings(method=method, view_batch=view_batch)
+            ours, some_image(width, height), "a cat", config=settings(method=method, view_batch=view_batch)
         )
     assert device.seconds > 0
     assert result.size == (2 * width, 2 * height)
@@ -122,7 +122,7 @@ def test_unet_calls_are_few_predictable_and_of_one_shape(method, width, height, 
 def test_guidance_scale_one_has_no_unconditional_branch():
     ours = adapted()
     with counted(ours.base.denoiser) as shapes:
-        upscale_image(ours, picture(), "a cat", config=settings(guidance_scale=1))
+        upscale_image(ours, some_image(), "a cat", config=settings(guidance_scale=1))
     assert shapes == [(9, 4, 16, 16)] * 2
 
 
@@ -130,45 +130,45 @@ def test_guidance_scale_one_has_no_unconditional_branch():
 @pytest.mark.parametrize("method", methods())
 def test_any_size_is_served_exactly(width, height, scale, method):
     config = Method.model_validate(with_method({"scale": scale, "steps": 1}, method))
-    result = upscale_image(adapted(), picture(width, height), "a cat", config=config)
+    result = upscale_image(adapted(), some_image(width, height), "a cat", config=config)
     assert result.size == (round(width * scale), round(height * scale))
     assert result.mode == "RGB"
 
 
 def test_one_view_makes_multidiffusion_direct():
     results = [
-        upscale_image(adapted(), picture(), "a cat", config=settings(scale=1, steps=3, method=method), seed=4)
+        upscale_image(adapted(), some_image(), "a cat", config=settings(scale=1, steps=3, method=method), seed=4)
         for method in ("direct", "multidiffusion")
     ]
     assert results[0].tobytes() == results[1].tobytes()
 
 
 def test_resmaster_without_its_three_parts_is_multidiffusion():
-    base = upscale_image(adapted(), picture(), "a cat", config=settings(method="multidiffusion"), seed=1)
-    bare = upscale_image(adapted(), picture(), "a cat", config=settings(**OFF), captions=["a dog"] * 9, seed=1)
+    base = upscale_image(adapted(), some_image(), "a cat", config=settings(method="multidiffusion"), seed=1)
+    bare = upscale_image(adapted(), some_image(), "a cat", config=settings(**OFF), captions=["a dog"] * 9, seed=1)
     assert bare.tobytes() == base.tobytes()
-    plain = upscale_image(Models.from_pipeline(tiny()), picture(), "a cat", config=settings(**OFF), seed=1)
+    plain = upscale_image(Models.from_pipeline(tiny()), some_image(), "a cat", config=settings(**OFF), seed=1)
     assert difference(plain, base) <= 1
 
 
 @pytest.mark.parametrize("part", sorted(OFF.keys() - {"preset"}))
-def test_each_part_of_resmaster_changes_the_picture(part):
+def test_each_part_of_resmaster_changes_the_image(part):
     rest = {name: value for name, value in OFF.items() if name != part}
     captions = ["a dog", "tree", "sky"] * 3
-    bare = upscale_image(adapted(), picture(), "a cat", config=settings(**OFF), captions=captions)
-    with_part = upscale_image(adapted(), picture(), "a cat", config=settings(**rest), captions=captions)
+    bare = upscale_image(adapted(), some_image(), "a cat", config=settings(**OFF), captions=captions)
+    with_part = upscale_image(adapted(), some_image(), "a cat", config=settings(**rest), captions=captions)
     assert difference(bare, with_part) > 0
 
 
 def test_structural_guidance_keeps_the_reference_s_low_frequencies():
-    """With G = 1 at every step, the result is the autoencoder's picture of the enlarged reference."""
+    """With G = 1 at every step, the result is the autoencoder's image of the enlarged reference."""
     from resmaster_stages.diffusion import autoencoder
     from resmaster_stages.diffusion.reference import to_image, upsample
 
     ours = adapted()
     structure = {"cutoff": 1e4, "cutoff_units": "hr_nyquist", "stop": 1.0}
-    result = upscale_image(ours, picture(), "a cat", config=settings(**{**OFF, "structure": structure}, steps=4))
-    expected = to_image(autoencoder.decode(ours, autoencoder.encode(ours, upsample(picture(), 128, 128)))[0])
+    result = upscale_image(ours, some_image(), "a cat", config=settings(**{**OFF, "structure": structure}, steps=4))
+    expected = to_image(autoencoder.decode(ours, autoencoder.encode(ours, upsample(some_image(), 128, 128)))[0])
     assert difference(result, expected) <= 2
 
 
@@ -176,9 +176,9 @@ def test_a_caption_reaches_its_view_and_no_other():
     ours = adapted()
     config = settings(**{**OFF, "text_prompt": {"enabled": True}}, steps=1, stride=1.0)  # 2 x 2 views, no overlap
     captions = ["a cat"] * 4
-    base = np.asarray(upscale_image(ours, picture(), "a cat", config=config)).astype(int)
+    base = np.asarray(upscale_image(ours, some_image(), "a cat", config=config)).astype(int)
     captions[3] = "mountains"
-    changed = np.asarray(upscale_image(ours, picture(), "a cat", config=config, captions=captions)).astype(int)
+    changed = np.asarray(upscale_image(ours, some_image(), "a cat", config=config, captions=captions)).astype(int)
     delta = np.abs(changed - base).sum(axis=2)
     assert delta[64:, 64:].max() > 0
     # Elsewhere only the VAE's tiles, which overlap the view, can carry anything over.
@@ -187,15 +187,15 @@ def test_a_caption_reaches_its_view_and_no_other():
 
 def test_a_wrong_number_of_captions_is_refused():
     with pytest.raises(ConfigError, match="3 given for 9 views"):
-        upscale_image(adapted(), picture(), "a cat", config=settings(steps=1), captions=["a"] * 3)
+        upscale_image(adapted(), some_image(), "a cat", config=settings(steps=1), captions=["a"] * 3)
 
 
 @pytest.mark.parametrize("stepper", ["ddim_implied", "ddim_keep", "posterior"])
 @pytest.mark.parametrize("init", ["noise", "noised_lr"])
-def test_a_seed_decides_the_picture_whatever_the_batch(stepper, init):
+def test_a_seed_decides_the_image_whatever_the_batch(stepper, init):
     def make(seed, view_batch):
         config = settings(stepper=stepper, init=init, view_batch=view_batch)
-        return upscale_image(adapted(), picture(), "a cat", config=config, seed=seed)
+        return upscale_image(adapted(), some_image(), "a cat", config=config, seed=seed)
 
     assert make(1, 4).tobytes() == make(1, 4).tobytes()
     assert difference(make(1, 4), make(1, 1)) <= 1
@@ -204,11 +204,11 @@ def test_a_seed_decides_the_picture_whatever_the_batch(stepper, init):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_draws_nearly_the_same_picture(dtype):
+def test_half_precision_draws_nearly_the_same_image(dtype):
     pipe = make_adapted_pipeline()
-    whole = upscale_image(Models.from_pipeline(pipe), picture(), "a cat", config=settings(steps=4))
+    whole = upscale_image(Models.from_pipeline(pipe), some_image(), "a cat", config=settings(steps=4))
     pipe.to(dtype)
-    half = upscale_image(Models.from_pipeline(pipe), picture(), "a cat", config=settings(steps=4))
+    half = upscale_image(Models.from_pipeline(pipe), some_image(), "a cat", config=settings(steps=4))
     assert 0 < np.abs(np.asarray(half).astype(int) - np.asarray(whole).astype(int)).mean() < 4
 
 
@@ -229,7 +229,7 @@ def test_offloaded_parts_are_on_the_device_only_while_they_work():
 
     for name in ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder"):
         watch(name, getattr(pipe, name))
-    upscale_image(ours, picture(), "a cat", config=settings(steps=1))
+    upscale_image(ours, some_image(), "a cat", config=settings(steps=1))
     assert set(places) == {"unet", "vae", "text_encoder", "text_encoder_2", "image_encoder"}
     for moves in places.values():
         assert moves[::2] == [ours.device] * (len(moves) // 2)
@@ -238,8 +238,8 @@ def test_offloaded_parts_are_on_the_device_only_while_they_work():
 
 @pytest.mark.parametrize("change", [{"fuse": "gaussian"}, {"micro_conditioning": "native"}, {"init": "noised_lr"}])
 def test_options_have_an_effect(change):
-    base = upscale_image(adapted(), picture(), "a cat", config=settings(**OFF))
-    assert difference(base, upscale_image(adapted(), picture(), "a cat", config=settings(**OFF, **change))) > 0
+    base = upscale_image(adapted(), some_image(), "a cat", config=settings(**OFF))
+    assert difference(base, upscale_image(adapted(), some_image(), "a cat", config=settings(**OFF, **change))) > 0
 
 
 def test_a_users_pipeline_is_left_as_it_was_even_by_failures():
@@ -253,8 +253,8 @@ def test_a_users_pipeline_is_left_as_it_was_even_by_failures():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        upscale_image(ours, picture(), "a cat", config=settings(), progress=interrupt)
-    upscale_image(ours, picture(), "a cat", config=settings(method="direct"))
+        upscale_image(ours, some_image(), "a cat", config=settings(), progress=interrupt)
+    upscale_image(ours, some_image(), "a cat", config=settings(method="direct"))
     assert pipe.unet.encoder_hid_proj is projection
     assert all(p.scale == [0.4] for p in pipe.unet.attn_processors.values() if hasattr(p, "to_k_ip"))
     assert dict(pipe.scheduler.config) == scheduler
@@ -263,13 +263,13 @@ def test_a_users_pipeline_is_left_as_it_was_even_by_failures():
 
 def test_progress_counts_the_steps():
     heard = []
-    upscale_image(adapted(), picture(), "a", config=settings(steps=3), progress=lambda *each: heard.append(each))
+    upscale_image(adapted(), some_image(), "a", config=settings(steps=3), progress=lambda *each: heard.append(each))
     assert heard == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_image_prompts_need_an_adapter():
     with pytest.raises(ConfigError, match=r"set model\.ip_adapter"):
-        upscale_image(Models.from_pipeline(tiny()), picture(), "a cat", config=settings())
+        upscale_image(Models.from_pipeline(tiny()), some_image(), "a cat", config=settings())
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_a_lost_device_is_told_from_a_plain_error(message, kind):
 
     ours.base.denoiser.forward = fail
     with pytest.raises(kind):
-        upscale_image(ours, picture(), "a cat", config=settings())
+        upscale_image(ours, some_image(), "a cat", config=settings())
 
 
 def test_too_little_memory_names_what_to_lower():
@@ -294,7 +294,7 @@ def test_too_little_memory_names_what_to_lower():
 
     ours.base.denoiser.forward = fail
     with pytest.raises(OutOfMemory, match="view_batch"):
-        upscale_image(ours, picture(), "a cat", config=settings())
+        upscale_image(ours, some_image(), "a cat", config=settings())
 
 
 # The stages
@@ -327,10 +327,10 @@ def sample(number, **values) -> Sample:
     )
 
 
-def encoded(image, extension="webp", **meta) -> Picture:
+def encoded(image, extension="webp", **meta) -> EncodedImage:
     buffer = io.BytesIO()
     image.save(buffer, extension, lossless=True)
-    return Picture(buffer.getvalue(), extension, meta)
+    return EncodedImage(buffer.getvalue(), extension, meta)
 
 
 @pytest.fixture
@@ -371,10 +371,10 @@ def test_captions_go_to_their_views_or_to_the_nearest():
 
 def test_high_res_stage_makes_one_output_per_sample_and_a_failure_costs_one(loaded):
     grid = view_grid(Geometry(64, 4), 128, 128, 0.5)
-    good = {"low_res": encoded(picture()), "captions": rows(grid)}
+    good = {"low_res": encoded(some_image()), "captions": rows(grid)}
     samples = [
         sample(0, **good),
-        sample(1, captions=rows(grid), low_res=Picture(b"no image", "webp", {})),
+        sample(1, captions=rows(grid), low_res=EncodedImage(b"no image", "webp", {})),
         sample(2),
         sample(3, low_res=good["low_res"]),
         sample(4, **good, negative_prompt="ugly"),
@@ -405,10 +405,10 @@ def test_high_res_stage_makes_one_output_per_sample_and_a_failure_costs_one(load
 def test_images_are_encoded_when_the_driver_asks_for_it(stage, loaded, monkeypatch):
     """Which it does in another thread: the stage goes on to the next sample without."""
     encoded_already = []
-    real = stage.encode_picture
-    monkeypatch.setattr(stage, "encode_picture", lambda *a: encoded_already.append(1) or real(*a))
+    real = stage.encode_image
+    monkeypatch.setattr(stage, "encode_image", lambda *a: encoded_already.append(1) or real(*a))
     config = dataset(upscale={"steps": 1, "scale": 2, "method": "multidiffusion"})
-    outputs = list(stage.process(config, [sample(i, low_res=encoded(picture())) for i in range(2)]))
+    outputs = list(stage.process(config, [sample(i, low_res=encoded(some_image())) for i in range(2)]))
     assert encoded_already == []
     assert [output.files for output in outputs] == [{}, {}]
     assert all("webp" in output.files for output in made(outputs))
@@ -417,7 +417,7 @@ def test_images_are_encoded_when_the_driver_asks_for_it(stage, loaded, monkeypat
 
 def test_high_res_as_png_without_captions(loaded):
     config = dataset(image_format="png", upscale={"steps": 1, "scale": 2, "method": "multidiffusion"})
-    (output,) = made(high_res.process(config, [sample(0, low_res=encoded(picture()))]))
+    (output,) = made(high_res.process(config, [sample(0, low_res=encoded(some_image()))]))
     assert output.files["png"].startswith(b"\x89PNG")
 
 
@@ -457,7 +457,7 @@ def test_low_res_sizes_and_bad_prompts(loaded):
 
 
 def test_low_res_takes_a_users_images_upright_and_survives_corrupt_ones(tmp_path, loaded):
-    noisy = picture(70, 50)
+    noisy = some_image(70, 50)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     noisy.save(tmp_path / "turned.png", exif=exif)

@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 
 from resmaster_stages.config.dataset import QualityConfig
 from resmaster_stages.config.load import parse_config
-from resmaster_stages.dataset.sample import Output, Picture, Sample
+from resmaster_stages.dataset.sample import EncodedImage, Output, Sample
 from resmaster_stages.dataset.schemas import quality_schema
 from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.metrics.clip_score import ClipScorer, load_clip
@@ -24,10 +24,10 @@ from resmaster_stages.quality import process
 from tests.checkout import ROOT
 
 
-def encode(image: Image.Image) -> Picture:
+def encode(image: Image.Image) -> EncodedImage:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    return Picture(data=buffer.getvalue(), extension="png", meta={})
+    return EncodedImage(data=buffer.getvalue(), extension="png", meta={})
 
 
 def scene(size: int = 32, seed: int = 0) -> Image.Image:
@@ -124,9 +124,9 @@ def test_each_flag_is_raised_by_its_defect(config: Any) -> None:
     assert outputs[4].rows[0]["phash"] == outputs[5].rows[0]["phash"], "by which it does"
 
 
-def test_a_broken_picture_costs_its_own_row(config: Any) -> None:
+def test_a_broken_image_costs_its_own_row(config: Any) -> None:
     good, bad, lost = pair("aa", scene()), pair("bb", scene()), pair("cc", scene())
-    object.__setattr__(bad, "high_res", Picture(data=b"", extension="png", meta={}))
+    object.__setattr__(bad, "high_res", EncodedImage(data=b"", extension="png", meta={}))
     object.__setattr__(lost, "low_res", None)
     outputs = list(process(config, [bad, good, lost]))
     assert [type(output.error) for output in outputs] == [SampleError, type(None), SampleError]
@@ -175,7 +175,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_scores_do_not_depend_on_the_batch_and_see_the_whole_picture(clip_folder: Path) -> None:
+def test_scores_do_not_depend_on_the_batch_and_see_the_whole_image(clip_folder: Path) -> None:
     scorer = load_clip(str(clip_folder), device="cpu")
     assert scorer._mean.tolist() == [0.1, 0.2, 0.3]
     wide = Image.new("RGB", (64, 16), "grey")
@@ -227,15 +227,15 @@ def test_the_stage_scores_prompts_and_leaves_none_without_one(config: Any, clip_
     assert outputs[1].rows[0]["clip_score"] is None
 
 
-def test_the_stage_keeps_features_of_both_pictures_if_asked(config: Any, clip_folder: Path) -> None:
+def test_the_stage_keeps_features_of_both_images_if_asked(config: Any, clip_folder: Path) -> None:
     assert next(process(config, [pair("aa", scene())])).arrays == {}
     asked = QualityConfig(clip=str(clip_folder), features="clip", device="cpu")
     with timing() as device:
         (output,) = process(config.model_copy(update={"quality": asked}), [pair("aa", scene())])
     assert device.seconds > 0
     assert {name: values.shape for name, values in output.arrays.items()} == {
-        f"{picture}.{view}": shape
-        for picture in ("high_res", "low_res")
+        f"{image}.{view}": shape
+        for image in ("high_res", "low_res")
         for view, shape in (("r", (8,)), ("c", (10, 8)), ("u", (10, 8)))
     }
     expected = load_clip(str(clip_folder), device="cpu").image_embeddings([scene()])[0]

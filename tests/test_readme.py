@@ -34,14 +34,14 @@ def commands() -> list[str]:
     return [line for block in blocks("bash") for line in block.splitlines() if line]
 
 
-def test_the_readme_starts_with_what_it_is_a_picture_and_two_commands() -> None:
+def test_the_readme_starts_with_what_it_is_a_image_and_two_commands() -> None:
     lines = README.splitlines()
     assert lines[0].startswith("# ")
-    picture = next(i for i, line in enumerate(lines) if line.startswith("!["))
+    image = next(i for i, line in enumerate(lines) if line.startswith("!["))
     first_command = next(i for i, line in enumerate(lines) if line == "```bash")
-    assert picture < first_command
+    assert image < first_command
     assert blocks("bash")[0].split("\n")[:2] == ["make demo", "make test"]
-    assert "](" not in "".join(lines[1:picture]), "no link before the reader knows what this is"
+    assert "](" not in "".join(lines[1:image]), "no link before the reader knows what this is"
 
 
 def test_the_readme_takes_one_screen() -> None:
@@ -52,7 +52,7 @@ def test_the_readme_takes_one_screen() -> None:
         assert stage in drawn[drawn.index("## How it works") :]
 
 
-def test_pictures_and_links_exist() -> None:
+def test_images_and_links_exist() -> None:
     for target in re.findall(r"\]\(([^)]+)\)", README):
         if "://" not in target:
             assert (ROOT / target).exists(), target

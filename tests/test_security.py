@@ -170,8 +170,8 @@ ATTACKS = (
 def sample(text: str) -> ReportSample:
     row = {"row": text, "col": text, "y0": 0, "x0": 0, "y1": 64, "x1": 64, "caption": text, "status": text}
     quality = {"agreement_psnr": 30.0, "seam": 1.0, "clipped": 0.0, "flags": [text]}
-    picture = png((1, 2, 3), (64, 64))
-    return ReportSample(text, text, picture, picture, [row], quality, {text: text}, text)
+    image = png((1, 2, 3), (64, 64))
+    return ReportSample(text, text, image, image, [row], quality, {text: text}, text)
 
 
 def elements(html: str) -> list[tuple[str, dict[str, str]]]:
@@ -202,7 +202,7 @@ def test_hostile_text_adds_no_element_and_no_attribute_to_the_report(attack: str
                 assert "evil" not in value
 
 
-def test_pictures_with_scripts_in_them_are_not_embedded() -> None:
+def test_images_with_scripts_in_them_are_not_embedded() -> None:
     svg = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
     html = render_report("t", {}, [ReportSample("k", "p", svg, svg)])
     assert "not a readable PNG, JPEG or WebP image" in html

@@ -42,7 +42,7 @@ def _reckoned(entry: Entry) -> str:
     return f"{found['seconds']:.1f} for {found['steps']}" if found else ""
 
 
-PICTURE: tuple[Column, ...] = (
+IMAGE: tuple[Column, ...] = (
     ("px", _text("pixels")),
     ("steps measured", _text("steps_measured")),
     ("seconds", _number("seconds")),
@@ -55,7 +55,7 @@ PICTURE: tuple[Column, ...] = (
     ("native rows", _number("native_rows", "{:.0f}")),
     ("peak GB", _number("peak_bytes", "{:.1f}", 1e-9)),
     ("expected GB", _number("estimated_bytes", "{:.1f}", 1e-9)),
-    ("first picture, s", _number("warm_up_seconds")),
+    ("first image, s", _number("warm_up_seconds")),
 )
 TABLES: dict[str, dict[str, tuple[str, tuple[Column, ...]]]] = {
     "ceilings": {
@@ -91,11 +91,11 @@ TABLES: dict[str, dict[str, tuple[str, tuple[Column, ...]]]] = {
             ),
         ),
     },
-    "picture": {
-        "pictures": ("ResMaster, the largest picture", (("what", _text("what")), *PICTURE)),
-        "methods": ("Every method, eager", (("method", _text("what")), *PICTURE)),
+    "image": {
+        "images": ("ResMaster, the largest image", (("what", _text("what")), *IMAGE)),
+        "methods": ("Every method, eager", (("method", _text("what")), *IMAGE)),
         "saving": (
-            "Files of such a picture, lossless, on one core",
+            "Files of such an image, lossless, on one core",
             (
                 ("px", _text("pixels")),
                 ("WebP, s", _number("webp_seconds")),
@@ -107,7 +107,7 @@ TABLES: dict[str, dict[str, tuple[str, tuple[Column, ...]]]] = {
     },
     "truth": {
         "formats": (
-            "Picturebook's picture against the CPU's in float32",
+            "Picturebook's image against the CPU's in float32",
             (
                 ("numbers", _text("dtype")),
                 ("PSNR in dB", _number("psnr_db")),
@@ -132,7 +132,7 @@ TABLES: dict[str, dict[str, tuple[str, tuple[Column, ...]]]] = {
             ),
         ),
         "eight_bits": (
-            "Pictures with 8-bit linear layers against those without",
+            "Images with 8-bit linear layers against those without",
             (
                 ("layers", _text("layers")),
                 ("least PSNR in dB", _number("least_db")),
@@ -180,12 +180,12 @@ def _reason(error: str) -> str:
 
 
 def _gaps(entries: Iterable[Entry]) -> list[str]:
-    """A line for each entry that holds no number, or a picture that is none."""
+    """A line for each entry that holds no number, or an image that is none."""
     lines = []
     for entry in entries:
         if "error" in entry:
             lines.append(f"- {_name(entry)}: FAILED: {_reason(entry['error'])}")
-        for key, word in (("skipped", "not measured"), ("left_out", "left out"), ("no_picture", "no picture came out")):
+        for key, word in (("skipped", "not measured"), ("left_out", "left out"), ("no_image", "no image came out")):
             if entry.get(key):
                 lines.append(f"- {_name(entry)}: {word}: {entry[key]}")
     return lines

@@ -157,7 +157,7 @@ def _compared(run: Run, plan: Plan, pack: Path) -> None:
 
 
 def _samples(run: Run, pack: Path) -> dict[str, Any]:
-    """A sheet of pictures by the new pack, to look at."""
+    """A sheet of images by the new pack, to look at."""
     pipe = StableDiffusionXLPipeline.from_pretrained(pack, local_files_only=True).to(run.device, torch.float32)
     pipe.set_progress_bar_config(disable=True)
     sheet(pipe).save(run.out / "samples.png")

@@ -1,6 +1,6 @@
 """Whether the device draws what the CPU draws: the picturebook, whose weights are trained, 128 px to 512 px.
 
-PSNR of final pictures by number format against the CPU's in float32, equal bytes, other batches, memory that runs out,
+PSNR of final images by number format against the CPU's in float32, equal bytes, other batches, memory that runs out,
 and the tests marked `gpu`.
 """
 
@@ -27,7 +27,7 @@ from resmaster_stages import high_res
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.dataset.commits import Commits
-from resmaster_stages.dataset.sample import Output, Picture, Sample
+from resmaster_stages.dataset.sample import EncodedImage, Output, Sample
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.generate import generate
@@ -47,12 +47,12 @@ PROMPT = "a red house and a green tree on a green meadow on a sunny day"
 FORMATS = ("float32", "bfloat16", "float16")
 PROMPTS = ROOT / "resmaster_stages" / "picturebook" / "evaluation-prompts.txt"
 FP8_GATE_DB = 35.0
-"""PSNR that pictures with 8-bit layers must reach, against those without."""
+"""PSNR that images with 8-bit layers must reach, against those without."""
 OUTCOMES = {"passed": "passed", "failed": "failed", "error": "errors", "errors": "errors", "skipped": "left out"}
 
 
 def difference(a: Image.Image, b: Image.Image) -> dict[str, Any]:
-    """How far apart two pictures are, in levels of 255 and in dB (at most 100)."""
+    """How far apart two images are, in levels of 255 and in dB (at most 100)."""
     x, y = (np.asarray(each, np.int16) for each in (a, b))
     return {"greatest_levels": int(np.abs(x - y).max()), "psnr_db": psnr(a, b)}
 
@@ -70,7 +70,7 @@ class Subject:
     config: ResMaster
 
     def drawn(self, config: ModelConfig, **values: Any) -> Image.Image:
-        """The picture by the models of `config`."""
+        """The image by the models of `config`."""
         own = self.config.model_copy(update=values)
         return upscale_image(load_models(config), self.low_res, PROMPT, config=own)
 
@@ -107,7 +107,7 @@ def formats(run: Run, subject: Subject) -> Image.Image:
 
 
 def eight_bits(run: Run, subject: Subject) -> dict[str, Any]:
-    """Pictures with 8-bit linear layers against those without, both in bfloat16 and compiled; where they cannot run,
+    """Images with 8-bit linear layers against those without, both in bfloat16 and compiled; where they cannot run,
     why.
 
     The picturebook's layers are narrower than those that are worth it on SDXL: here all from 64 wide are taken.
@@ -118,14 +118,14 @@ def eight_bits(run: Run, subject: Subject) -> dict[str, Any]:
     except ConfigError as error:
         return {"left_out": str(error)}
     prompts = PROMPTS.read_text(encoding="utf-8").splitlines()[:8]
-    pictures = []
+    images = []
     for layers in (0, 64):
         unet = copy.deepcopy(models.base.denoiser)
         count = quantise_fp8(unet, layers) if layers else 0
         compile_blocks(unet)
         own = replace(models, base=replace(models.base, denoiser=unet))
-        pictures.append([upscale_image(own, subject.low_res, text, config=subject.config) for text in prompts])
-    found = [psnr(*pair) for pair in zip(*pictures)]
+        images.append([upscale_image(own, subject.low_res, text, config=subject.config) for text in prompts])
+    found = [psnr(*pair) for pair in zip(*images)]
     return {
         "layers": count,
         "psnr_db": found,
@@ -158,8 +158,8 @@ class OneSample(Sequence[Sample]):
     def __init__(self, low_res: Image.Image) -> None:
         buffer = io.BytesIO()
         low_res.save(buffer, "PNG")
-        picture = Picture(buffer.getvalue(), "png", {"key": "0"})
-        self.sample = Sample("0", 0, PROMPT, "", low_res.height, low_res.width, 0, low_res=picture)
+        image = EncodedImage(buffer.getvalue(), "png", {"key": "0"})
+        self.sample = Sample("0", 0, PROMPT, "", low_res.height, low_res.width, 0, low_res=image)
         self.planned = [self.sample]
 
     def __len__(self) -> int:
@@ -174,7 +174,7 @@ class OneSample(Sequence[Sample]):
 
 @dataclass
 class Stage:
-    """The stage of high-res pictures, as a worker runs it on one sample; it notes the batches that it tried."""
+    """The stage of high-res images, as a worker runs it on one sample; it notes the batches that it tried."""
 
     config: DatasetConfig
     samples: OneSample
@@ -191,8 +191,8 @@ class Stage:
             raise torch.OutOfMemoryError("CUDA out of memory. (rehearsed)")
         yield from high_res.process(config, samples)
 
-    def picture(self) -> Image.Image:
-        """The sample's picture. Raises its error."""
+    def image(self) -> Image.Image:
+        """The sample's image. Raises its error."""
         with tempfile.TemporaryDirectory() as folder:
             commits, stage, keys = Commits(open_root(folder), "high_res", "0"), STAGES["high_res"], self.samples.keys()
             spill, breadcrumbs = Spill(commits, 0, None, ()), Breadcrumbs(commits, 0, keys, ())
@@ -203,7 +203,7 @@ class Stage:
 
 
 def dataset(run: Run, batch: int) -> DatasetConfig:
-    """A picture large enough that the UNet's batch decides how much memory is needed."""
+    """An image large enough that the UNet's batch decides how much memory is needed."""
     scale, dtype = (2.0, "float32") if run.rehearse else (12.0, "float16")
     upscaling = {"scale": scale, "steps": 2, "view_batch": batch, "text_prompt": {"enabled": False}}
     return DatasetConfig.model_validate(
@@ -219,8 +219,8 @@ def dataset(run: Run, batch: int) -> DatasetConfig:
 def _peak(config: DatasetConfig, samples: OneSample) -> tuple[Image.Image, int]:
     release_memory()
     torch.cuda.reset_peak_memory_stats()
-    picture = Stage(config, samples).picture()
-    return picture, torch.cuda.max_memory_allocated()
+    image = Stage(config, samples).image()
+    return image, torch.cuda.max_memory_allocated()
 
 
 @contextmanager
@@ -235,20 +235,20 @@ def memory_limit(size: int) -> Iterator[None]:
 
 
 def out_of_memory(run: Run, low_res: Image.Image) -> dict[str, Any]:
-    """A batch that does not fit is halved, and the picture is that of the smaller batch."""
+    """A batch that does not fit is halved, and the image is that of the smaller batch."""
     samples, views = OneSample(low_res), 9 if run.rehearse else 529
     half = views // 2
     if run.device != "cuda":
-        smaller = Stage(dataset(run, half), samples).picture()
+        smaller = Stage(dataset(run, half), samples).image()
         stage = Stage(dataset(run, views), samples, limit=half)
-        found = stage.picture()
+        found = stage.image()
         return {"provoked_by": "a raised error", "tried": stage.tried, **difference(found, smaller)}
     _, needed = _peak(dataset(run, views), samples)
     smaller, enough = _peak(dataset(run, half), samples)
     limit = (needed + enough) // 2
     stage = Stage(dataset(run, views), samples)
     with memory_limit(limit):
-        found = stage.picture()
+        found = stage.image()
     return {
         "provoked_by": "a limit of the process's device memory",
         "peak_bytes": {str(views): needed, str(half): enough},

@@ -152,7 +152,7 @@ class Plan:
         raise PlanError(f"{self.folder.url}: shard {shard} is missing in the plan's files; restore the folder plan/")
 
     def pixels(self) -> int:
-        """Pixels of all low-res pictures."""
+        """Pixels of all low-res images."""
         tables = [_read_part(self.folder, part.stored) for generation in self.generations for part in generation.parts]
         sizes = (pc.multiply(table["height"].cast("int64"), table["width"].cast("int64")) for table in tables)
         return sum(int(pc.sum(size).as_py()) for size in sizes)
@@ -279,8 +279,8 @@ def _read_part(folder: Folder, stored: StoredObject) -> pa.Table:
     return decode_table(data, PLAN_SCHEMA, stored.name)
 
 
-def picture_key(sample: Sample | PlannedSample) -> str:
-    """The key that decides a prompt's picture: the sample's own as it would be without a detail mask."""
+def unmasked_key(sample: Sample | PlannedSample) -> str:
+    """The key that decides a prompt's image: the sample's own as it would be without a detail mask."""
     if sample.source is None:
         return sample.key
     return prompt_key(sample.prompt, sample.negative_prompt, sample.height, sample.width, sample.replica)

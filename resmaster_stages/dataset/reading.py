@@ -21,7 +21,7 @@ from resmaster_stages.dataset.chain import Chain, read_chain
 from resmaster_stages.dataset.commit import Receipt, StoredObject
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.plan import PlannedSample
-from resmaster_stages.dataset.sample import Output, Picture, Sample
+from resmaster_stages.dataset.sample import EncodedImage, Output, Sample
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import PlanError, ShardError
 from resmaster_stages.storage.arrays import decode_arrays
@@ -73,15 +73,15 @@ class Outputs(Mapping[str, Output]):
         assert self._tar is not None
         return read_member(self._tar, self._entries[key].members[extension])
 
-    def picture(self, key: str) -> Picture:
+    def image(self, key: str) -> EncodedImage:
         """A sample's image in a tar."""
         extension, _ = self._entries[key].image
-        return Picture(self.file(key, extension), extension, json.loads(self.file(key, "json")))
+        return EncodedImage(self.file(key, extension), extension, json.loads(self.file(key, "json")))
 
-    def mask(self, key: str) -> Picture | None:
+    def mask(self, key: str) -> EncodedImage | None:
         """A sample's detail mask in a tar, if there is one beside its image."""
         member = self._entries[key].members.get(MASK_EXTENSION)
-        return Picture(self.file(key, MASK_EXTENSION), "png", {"key": member.name}) if member else None
+        return EncodedImage(self.file(key, MASK_EXTENSION), "png", {"key": member.name}) if member else None
 
 
 class ShardSamples(Sequence[Sample]):
@@ -114,10 +114,10 @@ class ShardSamples(Sequence[Sample]):
             width=planned.width,
             replica=planned.replica,
             source=planned.source,
-            low_res=low_res.picture(planned.key) if low_res else None,
+            low_res=low_res.image(planned.key) if low_res else None,
             detail_mask=low_res.mask(planned.key) if low_res else None,
             captions=tuple(sorted(self.rows("captions", planned.key), key=lambda row: (row["row"], row["col"]))),
-            high_res=high_res.picture(planned.key) if high_res else None,
+            high_res=high_res.image(planned.key) if high_res else None,
         )
 
     def keys(self) -> list[str]:

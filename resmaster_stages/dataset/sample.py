@@ -15,7 +15,7 @@ from resmaster_stages.storage.images import decode_image
 
 
 @dataclass(frozen=True)
-class Picture:
+class EncodedImage:
     """An encoded image as it lies in a shard."""
 
     data: bytes
@@ -56,12 +56,12 @@ class Sample:
     source: str | None = None
     """Where a user's image came from (`storage.images.read_image` reads it); of a prompt, its detail mask
     (`storage.masks.read_mask`), None where it has none."""
-    low_res: Picture | None = None
-    detail_mask: Picture | None = None
-    """Kept with the low-res picture; None where there is none."""
+    low_res: EncodedImage | None = None
+    detail_mask: EncodedImage | None = None
+    """Kept with the low-res image; None where there is none."""
     captions: tuple[dict[str, Any], ...] = ()
     """Rows of the captions table, by (row, col)."""
-    high_res: Picture | None = None
+    high_res: EncodedImage | None = None
 
 
 @dataclass(frozen=True)

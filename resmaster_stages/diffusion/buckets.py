@@ -29,7 +29,7 @@ _AT_1024 = (
 
 
 def buckets(native_px: int) -> tuple[tuple[int, int], ...]:
-    """The sizes for a model whose square pictures have an edge of `native_px`."""
+    """The sizes for a model whose square images have an edge of `native_px`."""
     return tuple((round(h * native_px / 1024), round(w * native_px / 1024)) for h, w in sorted(_AT_1024))
 
 
@@ -37,7 +37,7 @@ def base_size(height: int, width: int, native_px: int) -> tuple[tuple[int, int],
     """The bucket of which whole multiples cover `height` x `width` px best, and the multiple (FouriScale's rule).
 
     Of the buckets that fit both sides as often, the one with the least area to spare; where there is none, the one that
-    covers the picture with the least, by its longer multiple.
+    covers the image with the least, by its longer multiple.
     """
 
     def spare(size: tuple[int, int]) -> tuple[bool, int]:

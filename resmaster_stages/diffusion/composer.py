@@ -1,15 +1,15 @@
-"""A cross-attention composer: what each view may take from the global prompt is read off the whole picture's attention.
+"""A cross-attention composer: what each view may take from the global prompt is read off the whole image's attention.
 
-At every step the small picture, as noisy as the canvas, is predicted once with the global prompt (`capturing`), and
+At every step the small image, as noisy as the canvas, is predicted once with the global prompt (`capturing`), and
 every cross-attention's map, averaged over heads, is kept. A view's layer then gives
 
-    (1 - share) * attention to the view's own text + share * (map of the view's part of the picture) @ global values
+    (1 - share) * attention to the view's own text + share * (map of the view's part of the image) @ global values
 
-so a view hears of the global prompt's words as far as the whole picture has them there, and no further.
+so a view hears of the global prompt's words as far as the whole image has them there, and no further.
 
 Knows nothing about any method. Invariants:
 - Branches other than the text's are the plain ones; with `share` 0 all are. Everything is put back at the end.
-- Rows of a map sum to one, and a view whose box is the picture gets the picture's own map.
+- Rows of a map sum to one, and a view whose box is the image gets the image's own map.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def _text(states: Any) -> Tensor:
 
 
 class Composer:
-    """The maps of one picture size and the views that read them.
+    """The maps of one image size and the views that read them.
 
-    grid: of the views, in latents. small: (height, width) of the small picture, in latents.
+    grid: of the views, in latents. small: (height, width) of the small image, in latents.
     """
 
     def __init__(self, grid: Grid, small: Sequence[int], share: float, moment: Moment, device: torch.device) -> None:
@@ -65,7 +65,7 @@ class Composer:
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        """Within the block the UNet sees the small pictures with their global prompts, one row each; their maps are
+        """Within the block the UNet sees the small images with their global prompts, one row each; their maps are
         kept."""
         self.maps, self.values, self._capturing = {}, {}, True
         try:
@@ -74,7 +74,7 @@ class Composer:
             self._capturing = False
 
     def places(self, tokens: int) -> Tensor:
-        """Centres of each view's tokens on the picture: [views, tokens, 2], (x, y) from -1 to 1."""
+        """Centres of each view's tokens on the image: [views, tokens, 2], (x, y) from -1 to 1."""
         if tokens not in self._places:
             grid = self.grid
             rows, cols = level_size(grid.window_height, grid.window_width, tokens)

@@ -1,4 +1,4 @@
-"""What pictures cost in UNet evaluations: counted where the UNet is called, for every method alike. Needs no torch.
+"""What images cost in UNet evaluations: counted where the UNet is called, for every method alike. Needs no torch.
 
 The counts depend on `view_batch` (a short batch repeats a view), so they belong to commit records, not to samples.
 """

@@ -105,7 +105,7 @@ class ScatteredViews:
 
 
 class InterleavedViews:
-    """`factor` x `factor` views, each of every `factor`-th cell: the whole picture at native size (dilated sampling).
+    """`factor` x `factor` views, each of every `factor`-th cell: the whole image at native size (dilated sampling).
 
     A canvas that is no multiple of the factor is padded with zeros at the top and left.
     """

@@ -12,7 +12,7 @@ both are the same, and stochastic steps then draw their noise once, on the canva
 is a Composition of the parts; it may add hooks, groups and patches, but not change the loop.
 
 Determinism: all noise comes from one CPU generator per sample, so it depends on the sample's seed alone. The batch of
-views decides only which kernels the device picks: another `view_batch` gives the same picture up to rounding, the same
+views decides only which kernels the device picks: another `view_batch` gives the same image up to rounding, the same
 `view_batch` on the same device the same bytes.
 
 Invariants:
@@ -153,7 +153,7 @@ class CanvasNoise:
         self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
     def resized(self, height: int, width: int) -> CanvasNoise:
-        """Noise for canvases of another size, from the same generators: stages of one picture never share a draw."""
+        """Noise for canvases of another size, from the same generators: stages of one image never share a draw."""
         other = CanvasNoise((), self.shape[1], height, width, self.device)
         other.generators = self.generators
         return other

@@ -19,7 +19,7 @@ CPU_VIEWS = 16
 """Views per call where the device has no memory of its own. On CPUs greater batches are not faster."""
 
 USABLE = 0.85
-"""Share of a device's memory that is planned with; the rest is for libraries, fragments and the pictures themselves."""
+"""Share of a device's memory that is planned with; the rest is for libraries, fragments and the images themselves."""
 
 
 def weights_bytes(models: Models) -> int:
@@ -88,7 +88,7 @@ def view_limit(models: Models, limit: int | None, window: tuple[int, int], branc
 
 
 def preflight(models: Models, limit: int | None, grid: Grid, branches: int) -> list[str]:
-    """What a picture of `grid`'s views will need of the device, and what slows it down without need: a line each, if
+    """What an image of `grid`'s views will need of the device, and what slows it down without need: a line each, if
     `need_of` knows."""
     need = need_of(models, grid.window_size, branches)
     if need is None:

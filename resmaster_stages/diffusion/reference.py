@@ -1,4 +1,4 @@
-"""The reference B^L: the low-res picture, bicubically enlarged to the target size. One function, used by all.
+"""The reference B^L: the low-res image, bicubically enlarged to the target size. One function, used by all.
 
 Captions describe its crops, image prompts embed them, structural guidance encodes it.
 

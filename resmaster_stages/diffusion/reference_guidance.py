@@ -1,4 +1,4 @@
-"""Holding a canvas that is being denoised to a picture that it shall resemble: pure functions of latents.
+"""Holding a canvas that is being denoised to an image that it shall resemble: pure functions of latents.
 
 Knows nothing about models or methods. All tensors are [B, C, H, W], float32; samples do not touch one another.
 """

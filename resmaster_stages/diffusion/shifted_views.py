@@ -1,6 +1,6 @@
 """Grids that move: at every step all windows are shifted together, so view borders never lie twice at the same place.
 
-Fewer views are needed for a seamless picture, since every border is averaged away by the steps that have none there.
+Fewer views are needed for a seamless image, since every border is averaged away by the steps that have none there.
 The shifts are a low-discrepancy sequence (Roberts' R2) of the step's number alone: the same for all samples, without a
 draw. Moving views may lie further apart than those that stand still, and stand still in the last steps, where borders
 would show. Knows nothing about models. Invariant: the size of the views is the same at every step, their number at all

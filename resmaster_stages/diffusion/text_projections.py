@@ -1,4 +1,4 @@
-"""Keys and values of the text, computed once per picture instead of at every step.
+"""Keys and values of the text, computed once per image instead of at every step.
 
 What cross-attention makes of a prompt does not depend on the step, so every distinct prompt is projected once per
 layer, and a batch gathers its rows. On a CPU with a small UNet that is an eighth of all work; on SDXL it is under one

@@ -40,7 +40,7 @@ class Grid:
     """Windows of `window` x `window` units, every `stride` units, on a canvas of `height` x `width` units.
 
     An axis shorter than the window has one window of the axis's length. `unit_px` is the size of a unit in pixels
-    (1, or the latent factor); `height_px` and `width_px` are the picture's size where the canvas was padded beyond it.
+    (1, or the latent factor); `height_px` and `width_px` are the image's size where the canvas was padded beyond it.
     `shift` moves all windows up and left by less than a stride, inside the canvas.
     """
 
@@ -100,7 +100,7 @@ class Grid:
 
     @cached_property
     def pixel_boxes(self) -> tuple[Box, ...]:
-        """`boxes` in pixels, clipped to the picture."""
+        """`boxes` in pixels, clipped to the image."""
         bottom = self.height_px or self.height * self.unit_px
         right = self.width_px or self.width * self.unit_px
         return tuple((y0, x0, min(y1, bottom), min(x1, right)) for y0, x0, y1, x1 in self.canvas_boxes)

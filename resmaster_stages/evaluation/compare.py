@@ -55,8 +55,8 @@ LOW_RES_VIEWS = ("r", "u")
 """What the low-res images can be compared by: a native-size crop of one is the whole image."""
 
 
-REAL = "(real pictures)"
-"""What the row of drawn pictures is called: no method, but what a perfect one would score."""
+REAL = "(real images)"
+"""What the row of drawn images is called: no method, but what a perfect one would score."""
 
 
 Build = Callable[[Preview], bool]
@@ -193,7 +193,7 @@ def _reference(url: str | None, folder: Folder) -> Reference | None:
 
 @dataclass(frozen=True)
 class FinishedSample:
-    """A sample's prompt and pictures."""
+    """A sample's prompt and images."""
 
     key: str
     prompt: str
@@ -271,7 +271,7 @@ def _manifest(dataset: Dataset) -> dict[str, dict[str, Any]]:
 
 
 def _facts(variant: Variant, dataset: Dataset, manifest: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Sizes, means of the quality table, UNet cost and seconds per picture."""
+    """Sizes, means of the quality table, UNet cost and seconds per image."""
     config = dataset.config
     means: dict[str, Any] = {}
     for column in compared_metrics():
@@ -302,7 +302,7 @@ def _facts(variant: Variant, dataset: Dataset, manifest: Sequence[Mapping[str, A
 
 
 def _repeats(dataset: Dataset, keys: Sequence[str]) -> dict[str, float | None]:
-    """Repeated objects of a dataset's pictures; None where nothing counts them or no prompt names any."""
+    """Repeated objects of a dataset's images; None where nothing counts them or no prompt names any."""
     counter = object_counter(dataset.config)
     if counter is None:
         return {"repeat_rate": None, "repeat_surplus": None}
@@ -316,7 +316,7 @@ def _repeats(dataset: Dataset, keys: Sequence[str]) -> dict[str, float | None]:
 def _distance(
     dataset: Dataset, keys: Sequence[str], truth: Callable[[str, int, int], Image.Image] | None
 ) -> float | None:
-    """Mean perceptual distance of a dataset's pictures from the true ones, by the embedded pack's classifier; None
+    """Mean perceptual distance of a dataset's images from the true ones, by the embedded pack's classifier; None
     without."""
     if truth is None:
         return None
@@ -342,7 +342,7 @@ def _as_columns(found: Repeats) -> dict[str, float | None]:
 
 
 def finished_samples(dataset: Dataset, keys: Collection[str]) -> Iterator[FinishedSample]:
-    """The samples `keys` of a dataset with both pictures, in the plan's order; one shard is open at a time."""
+    """The samples `keys` of a dataset with both images, in the plan's order; one shard is open at a time."""
     left = set(keys)
     for shard in range(dataset.plan.shards):
         if left.isdisjoint(sample.key for sample in dataset.plan.read(shard)):
@@ -387,7 +387,7 @@ def write_comparison(folder: Folder, name: str, built: list[tuple[Variant, Datas
                 for sample in finished_samples(dataset, chosen):
                     row = rows.setdefault(sample.key, SheetRow(sample.prompt, sample.low_res, {}))
                     rows[sample.key] = SheetRow(
-                        row.prompt, row.low_res, {**row.pictures, variant.method: sample.high_res}
+                        row.prompt, row.low_res, {**row.images, variant.method: sample.high_res}
                     )
         buffer = io.BytesIO()
         sheet([rows[key] for key in chosen], methods).save(buffer, "PNG", optimize=True)

@@ -20,17 +20,17 @@ from PIL import Image
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.keys import digest
-from resmaster_stages.picturebook.truth import true_picture
+from resmaster_stages.picturebook.truth import true_image
 from resmaster_stages.planning.drafts import draft_samples
 from resmaster_stages.planning.preview import check_sizes
 from resmaster_stages.storage.filesystem import Folder
-from resmaster_stages.storage.images import encode_picture
+from resmaster_stages.storage.images import encode_image
 
 DRAWN = "drawn"
 """As `--low-res` names it."""
 
 REPLICA = -1
-"""Of `truth.true_picture`: reference drawings count from 0."""
+"""Of `truth.true_image`: reference drawings count from 0."""
 
 
 def renamed(config: DatasetConfig) -> DatasetConfig:
@@ -64,7 +64,7 @@ def with_drawings(config: DatasetConfig, folder: Folder) -> DatasetConfig:
 
 def true_enlargement(prompt: str, height_px: int, width_px: int) -> Image.Image:
     """The scene of a drawn low-res image, at the target size."""
-    return true_picture(prompt, height_px, width_px, REPLICA)
+    return true_image(prompt, height_px, width_px, REPLICA)
 
 
 def _tar(prompts: list[str], height: int, width: int) -> bytes:
@@ -72,7 +72,7 @@ def _tar(prompts: list[str], height: int, width: int) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for number, prompt in enumerate(prompts):
-            drawing = encode_picture(true_picture(prompt, height, width, REPLICA), "png")
+            drawing = encode_image(true_image(prompt, height, width, REPLICA), "png")
             for extension, data in (("png", drawing), ("txt", prompt.encode())):
                 member = tarfile.TarInfo(f"{number:06d}.{extension}")
                 member.size = len(data)

@@ -1,6 +1,6 @@
-"""What a comparison looks like: Markdown, and sheets of pictures side by side with zoomed crops.
+"""What a comparison looks like: Markdown, and sheets of images side by side with zoomed crops.
 
-Knows nothing about datasets: it is given rows and pictures.
+Knows nothing about datasets: it is given rows and images.
 """
 
 from __future__ import annotations
@@ -65,17 +65,17 @@ def markdown(title: str, rows: Sequence[Mapping[str, Any]], sheets: Mapping[str,
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One sample: what it shows, its low-res picture, and each method's picture."""
+    """One sample: what it shows, its low-res image, and each method's image."""
 
     prompt: str
     low_res: Image.Image
-    pictures: Mapping[str, Image.Image]
+    images: Mapping[str, Image.Image]
 
 
 def sheet(rows: Sequence[SheetRow], methods: Sequence[str]) -> Image.Image:
-    """Low-res and all methods side by side, a row of whole pictures and a row of the same crop of each, per sample.
+    """Low-res and all methods side by side, a row of whole images and a row of the same crop of each, per sample.
 
-    The crop is where the last method's picture has most detail.
+    The crop is where the last method's image has most detail.
     """
     columns = ["low-res", *methods]
     font = ImageFont.load_default(size=14)
@@ -90,18 +90,18 @@ def sheet(rows: Sequence[SheetRow], methods: Sequence[str]) -> Image.Image:
     for number, row in enumerate(rows):
         top = head + number * per_sample
         pen.text((GAP_PX, top), row.prompt[: page.width // 8], fill="#666666", font=font)
-        box = _zoomed(row.pictures[methods[-1]])
-        for place, picture in enumerate([row.low_res, *(row.pictures[name] for name in methods)]):
+        box = _zoomed(row.images[methods[-1]])
+        for place, image in enumerate([row.low_res, *(row.images[name] for name in methods)]):
             left = GAP_PX + place * (width + GAP_PX)
-            page.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (left, top + TEXT_PX))
+            page.paste(image.resize((width, height), Image.Resampling.LANCZOS), (left, top + TEXT_PX))
             y0, x0, y1, x1 = box
-            crop = (x0 * picture.width, y0 * picture.height, x1 * picture.width, y1 * picture.height)
-            zoomed = picture.resize((width, width), Image.Resampling.BICUBIC, box=crop)
+            crop = (x0 * image.width, y0 * image.height, x1 * image.width, y1 * image.height)
+            zoomed = image.resize((width, width), Image.Resampling.BICUBIC, box=crop)
             page.paste(zoomed, (left, top + TEXT_PX + height + GAP_PX))
     return page
 
 
-def _zoomed(picture: Image.Image) -> tuple[float, float, float, float]:
-    """The most detailed square of a quarter of the shorter side, as fractions (y0, x0, y1, x1) of the picture."""
-    y0, x0, y1, x1 = most_detailed(picture)
-    return y0 / picture.height, x0 / picture.width, y1 / picture.height, x1 / picture.width
+def _zoomed(image: Image.Image) -> tuple[float, float, float, float]:
+    """The most detailed square of a quarter of the shorter side, as fractions (y0, x0, y1, x1) of the image."""
+    y0, x0, y1, x1 = most_detailed(image)
+    return y0 / image.height, x0 / image.width, y1 / image.height, x1 / image.width

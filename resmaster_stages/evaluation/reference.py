@@ -12,7 +12,7 @@ from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.errors import ConfigError, SampleError, UserError
 from resmaster_stages.keys import digest, image_key
-from resmaster_stages.metrics.features import picture_features
+from resmaster_stages.metrics.features import image_features
 from resmaster_stages.metrics.repeats import mentions, surplus
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.identity import PICTUREBOOK
@@ -22,12 +22,12 @@ from resmaster_stages.storage.arrays import Arrays, decode_arrays, encode_arrays
 from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.images import decode_image, find_images
 
-TRUE_PICTURES = 256
-"""Pictures drawn as ground truth, at least; every prompt equally often."""
+TRUE_IMAGES = 256
+"""Images drawn as ground truth, at least; every prompt equally often."""
 
 
 SURPLUS = "surplus"
-"""Beside the features of a drawn picture: how many objects too many are counted in it."""
+"""Beside the features of a drawn image: how many objects too many are counted in it."""
 
 
 Features = dict[str, Arrays]
@@ -53,7 +53,7 @@ def reference_features(config: DatasetConfig, url: str, cache: Folder) -> dict[s
         key = image_key(image.data, "")
         if key not in found:
             try:
-                found[key] = picture_features(extractor, decode_image(image.data, image.source), key, native)
+                found[key] = image_features(extractor, decode_image(image.data, image.source), key, native)
             except SampleError as error:
                 raise UserError(f"--reference {url}: {error}; remove or mend it") from None
     cache.write(name, encode_arrays(list(found), list(found.values())))
@@ -79,7 +79,7 @@ def true_features(config: DatasetConfig, height: int, width: int, cache: Folder)
     """
     from resmaster_stages.metrics.features import load_extractor
     from resmaster_stages.picturebook.scenes import KINDS
-    from resmaster_stages.picturebook.truth import true_picture
+    from resmaster_stages.picturebook.truth import true_image
 
     samples = draft_samples(config).samples
     extractor, native, counter = (
@@ -87,7 +87,7 @@ def true_features(config: DatasetConfig, height: int, width: int, cache: Folder)
         geometry_of(config.model).native_px,
         object_counter(config),
     )
-    layouts = -(-TRUE_PICTURES // len(samples))
+    layouts = -(-TRUE_IMAGES // len(samples))
     weights = stage_hashes(config.model_copy(update={"name": "any"}))["quality"]
     prompts = {sample.key: sample.prompt for sample in samples}
     found: list[Features] = []
@@ -101,11 +101,11 @@ def true_features(config: DatasetConfig, height: int, width: int, cache: Folder)
         features: Features = {}
         for replica in replicas:
             for key, prompt in prompts.items():
-                picture = true_picture(prompt, height, width, replica)
+                image = true_image(prompt, height, width, replica)
                 own = f"{key}-{replica}"
-                features[own] = picture_features(extractor, picture, own, native)
+                features[own] = image_features(extractor, image, own, native)
                 if part == "real" and counter is not None:
-                    extra = surplus(counter(picture), mentions(prompt, KINDS))
+                    extra = surplus(counter(image), mentions(prompt, KINDS))
                     features[own] = {**features[own], SURPLUS: np.array([extra], np.float16)}
         cache.write(name, encode_arrays(list(features), list(features.values())))
         found.append(features)

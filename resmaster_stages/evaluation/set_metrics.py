@@ -1,7 +1,7 @@
 """Metrics of a set of samples against a reference set, from the feature vectors that the quality stage kept.
 
 Reads commits only: no image is opened and no model is loaded. What the views r, c and u are:
-`metrics.features.picture_features`.
+`metrics.features.image_features`.
 
 Invariants:
 - A set is given by keys, in any order; the numbers do not depend on the order, except the Inception score's splits.
@@ -30,8 +30,8 @@ ROWS_PER_SPLIT = 100
 """The Inception score uses up to 10 splits of at least so many rows each."""
 
 
-def iter_features(dataset: Dataset, picture: str = "high_res") -> Iterator[dict[str, Arrays]]:
-    """Shard by shard, in order: key -> view -> features of a dataset's high_res or low_res pictures that are committed.
+def iter_features(dataset: Dataset, image: str = "high_res") -> Iterator[dict[str, Arrays]]:
+    """Shard by shard, in order: key -> view -> features of a dataset's high_res or low_res images that are committed.
 
     Raises PlanError if its configuration keeps no features, ShardError if an object is gone or damaged.
     """
@@ -40,7 +40,7 @@ def iter_features(dataset: Dataset, picture: str = "high_res") -> Iterator[dict[
             f"{dataset.url}: keeps no features; set quality.features: clip (or inception) and run it again: "
             "only the quality stage is redone"
         )
-    prefix = f"{picture}."
+    prefix = f"{image}."
     for _, receipt in sorted(dataset.commits("quality").read_all().items()):
         yield {
             key: {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
@@ -48,20 +48,20 @@ def iter_features(dataset: Dataset, picture: str = "high_res") -> Iterator[dict[
         }
 
 
-def read_features(dataset: Dataset, picture: str = "high_res") -> dict[str, Arrays]:
+def read_features(dataset: Dataset, image: str = "high_res") -> dict[str, Arrays]:
     """All shards of `iter_features` together, in the plan's order."""
-    return {key: arrays for shard in iter_features(dataset, picture) for key, arrays in shard.items()}
+    return {key: arrays for shard in iter_features(dataset, image) for key, arrays in shard.items()}
 
 
 def feature_statistics(
-    dataset: Dataset, view: str, picture: str = "high_res", keys: Collection[str] | None = None
+    dataset: Dataset, view: str, image: str = "high_res", keys: Collection[str] | None = None
 ) -> FeatureStatistics:
     """What FID needs of one view of all samples, or of `keys`: shard by shard, for datasets of any size.
 
     Raises PlanError as `iter_features`, and where there is no sample.
     """
     parts = []
-    for shard in iter_features(dataset, picture):
+    for shard in iter_features(dataset, image):
         if chosen := [key for key in shard if keys is None or key in keys]:
             values = stacked(shard, chosen)[view]
             parts.append(FeatureStatistics.of(values))

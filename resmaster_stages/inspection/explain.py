@@ -19,7 +19,7 @@ from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import Dataset, current_config
 from resmaster_stages.dataset.ledger import ledger_rows
-from resmaster_stages.dataset.plan import PlannedSample, picture_key
+from resmaster_stages.dataset.plan import PlannedSample, unmasked_key
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import ShardError, UserError
 from resmaster_stages.keys import sample_seed
@@ -140,7 +140,7 @@ def explain(dataset: Dataset, prefix: str) -> Explanation:
         config=dataset.folder.url_of(current_config(dataset.folder)),
         base_seed=config.seed,
         seeds={
-            stage: sample_seed(picture_key(sample) if stage == "low_res" else sample.key, config.seed, stage)
+            stage: sample_seed(unmasked_key(sample) if stage == "low_res" else sample.key, config.seed, stage)
             for stage in ("low_res", "high_res")
             if stage == "high_res" or not config.images
         },

@@ -61,7 +61,7 @@ class _Families:
         self.seconds = counter("compute_seconds", "Compute time of commits.", "stage", unit="seconds")
         self.gpu_seconds = counter("gpu_seconds", "Compute time of commits on a GPU.", "stage", "gpu", unit="seconds")
         self.pace = gauge(
-            "seconds_per_megapixel", "Compute time of commits over the megapixels of their high-res pictures.", "stage"
+            "seconds_per_megapixel", "Compute time of commits over the megapixels of their high-res images.", "stage"
         )
         self.unet_views = counter("unet_views", "UNet evaluations of commits, in native views.", "stage")
         self.bytes = gauge("stored_bytes", "Size of the objects that commits name.", "stage", unit="bytes")
@@ -85,7 +85,7 @@ def _add_stage(
 ) -> None:
     """One stage's numbers.
 
-    `labels`: dataset and stage; `rows`: its ledger; `megapixels`: of a mean high-res picture.
+    `labels`: dataset and stage; `rows`: its ledger; `megapixels`: of a mean high-res image.
     """
     found = stage_status(stage, receipts.values(), set(range(plan.shards)) - receipts.keys(), rows)
     for state in ("committed", "pending", "failed"):

@@ -43,10 +43,10 @@ def generate(
     guidance_scale: float,
     batch_size: int,
 ) -> Iterator[Image.Image | SampleError]:
-    """A picture of `height` x `width` px for each prompt, in order, or what is wrong with it.
+    """An image of `height` x `width` px for each prompt, in order, or what is wrong with it.
 
     At the native size this is what diffusers' StableDiffusionXLPipeline draws for the same seed (one CPU generator per
-    picture) with DDIM, eta = 0, or Euler. Raises ConfigError for a size that is no multiple of the latent factor.
+    image) with DDIM, eta = 0, or Euler. Raises ConfigError for a size that is no multiple of the latent factor.
     """
 
     check_size(height, width, models.geometry.latent_factor)

@@ -61,5 +61,5 @@ def _not_finite(steps: int) -> SampleError:
 def _checked(pixels: torch.Tensor) -> Image.Image | SampleError:
     image = to_image(pixels)
     if image.getextrema() == ((0, 0), (0, 0), (0, 0)):
-        return SampleError("the picture is all black; try another prompt, or model.dtype: float32")
+        return SampleError("the image is all black; try another prompt, or model.dtype: float32")
     return image

@@ -22,13 +22,13 @@ from resmaster_stages.models.parts import Models
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """The enlarged low-res pictures B^L, and what is derived from them once."""
+    """The enlarged low-res images B^L, and what is derived from them once."""
 
     models: Models
     pixels: Tensor  # [B, 3, H, W] in [-1, 1], sides padded to multiples of the latent factor
     scale: float
     low_res: Tensor
-    """The low-res pictures themselves: [B, 3, h, w] in [-1, 1], of any size."""
+    """The low-res images themselves: [B, 3, h, w] in [-1, 1], of any size."""
 
     @cached_property
     def latents(self) -> Tensor:
@@ -37,9 +37,9 @@ class Reference:
 
     @cached_property
     def small(self) -> Tensor:
-        """The low-res pictures as a canvas whose enlargement is that of `pixels`: [B, 3, ~h, ~w], multiples of f.
+        """The low-res images as a canvas whose enlargement is that of `pixels`: [B, 3, ~h, ~w], multiples of f.
 
-        The pictures as given where sizes fit; else `pixels`, which are padded at the target's size, made small again.
+        The images as given where sizes fit; else `pixels`, which are padded at the target's size, made small again.
         """
         factor = self.models.geometry.latent_factor
         height, width = (max(1, round(side / factor / self.scale)) * factor for side in self.pixels.shape[-2:])
@@ -62,14 +62,14 @@ class Request:
     models: Models
     config: Diffusion
     height: int
-    """Of the pictures, in px."""
+    """Of the images, in px."""
     width: int
     prompts: tuple[str, ...]
     negative_prompts: tuple[str, ...]
     captions: tuple[tuple[str, ...], ...] | None = None
     """Per sample and view, row-major; None: the sample's prompt for every view."""
     reference: Reference | None = None
-    """None where there is nothing to follow: generation of the low-res pictures themselves."""
+    """None where there is nothing to follow: generation of the low-res images themselves."""
     detail: Tensor | None = None
     """Mask of where more detail is drawn anew: [B or 1, 1, h, w] from 0 to 1, of any size."""
 

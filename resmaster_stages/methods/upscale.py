@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 Caption = Callable[[Image.Image, int, int], Sequence[str]]
-"""A picture and the (height, width) in px that it is to be enlarged to -> a caption per view, as `upscale_image` takes
+"""An image and the (height, width) in px that it is to be enlarged to -> a caption per view, as `upscale_image` takes
 them."""
 
 
@@ -57,16 +57,16 @@ def upscale_image(
         return enlarge_image(image, config, models.device, models.dtype, progress)
     assert isinstance(config, Diffusion)
     negative_prompt = config.negative_prompt if negative_prompt is None else negative_prompt
-    picture = image
+    latest = image
     for number, (scale, own) in enumerate(zip((*config.via, config.scale), config.way())):
         height, width = target_size(image.height, image.width, scale)
         if number:
-            captions = caption(picture, height, width) if caption and own.uses("captions") else None
+            captions = caption(latest, height, width) if caption and own.uses("captions") else None
         draw = seed if number == 0 else int(digest([seed, number])[:15], 16)
-        picture = _one_pass(
-            models, picture, height, width, prompt, negative_prompt, captions, detail, own, draw, progress
+        latest = _one_pass(
+            models, latest, height, width, prompt, negative_prompt, captions, detail, own, draw, progress
         )
-    return picture
+    return latest
 
 
 def _one_pass(

@@ -1,8 +1,8 @@
-"""Agreement of a high-res picture with its low-res origin: PSNR and SSIM of the down-scaled result. Did structure
+"""Agreement of a high-res image with its low-res origin: PSNR and SSIM of the down-scaled result. Did structure
 survive?
 
 The result is averaged over areas (box filter) to the low-res size: for whole factors that is exactly the mean of each
-block of pixels. Knows nothing about detail above the low-res picture's resolution, which is free to differ.
+block of pixels. Knows nothing about detail above the low-res image's resolution, which is free to differ.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from resmaster_stages.metrics.metric import Column, Flag, Metric
 from resmaster_stages.metrics.resize import resize
 
 MAX_PSNR = 100.0
-"""dB reported for pictures that are equal, whose PSNR is infinite (tables hold finite numbers)."""
+"""dB reported for images that are equal, whose PSNR is infinite (tables hold finite numbers)."""
 
 
 def agreement(high_res: Image.Image | Array, low_res: Image.Image | Array) -> tuple[float, float]:
@@ -29,7 +29,7 @@ def psnr(a: Image.Image | Array, b: Image.Image | Array) -> float:
     """Peak signal-to-noise ratio in dB: 10 log10(255^2 / mean((a - b)^2)) over all RGB values; at most 100."""
     x, y = rgb(a).astype(np.float64), rgb(b).astype(np.float64)
     if x.shape != y.shape:
-        raise ValueError(f"pictures of one size expected, got {x.shape} and {y.shape}")
+        raise ValueError(f"images of one size expected, got {x.shape} and {y.shape}")
     error = float(np.mean((x - y) ** 2))
     return MAX_PSNR if error == 0 else min(MAX_PSNR, 10 * float(np.log10(255.0**2 / error)))
 
@@ -38,14 +38,14 @@ def ssim(a: Image.Image | Array, b: Image.Image | Array) -> float:
     """Mean structural similarity of the luma (Wang, Bovik, Sheikh, Simoncelli 2004).
 
     Gaussian window of sigma 1.5 cut off at 11 x 11 px, K1 = 0.01, K2 = 0.03, L = 255, population covariances. The 5 px
-    next to the border, whose windows are incomplete, are left out where the picture has more than 10 px along both
+    next to the border, whose windows are incomplete, are left out where the image has more than 10 px along both
     axes.
     """
     from scipy.ndimage import gaussian_filter
 
     x, y = luminance(a).astype(np.float64), luminance(b).astype(np.float64)
     if x.shape != y.shape:
-        raise ValueError(f"pictures of one size expected, got {x.shape} and {y.shape}")
+        raise ValueError(f"images of one size expected, got {x.shape} and {y.shape}")
 
     def blur(values: Array) -> Array:
         return gaussian_filter(values, 1.5, mode="reflect", radius=5)

@@ -1,6 +1,6 @@
-"""CLIP score: does the picture show what the prompt says? (Hessel et al. 2021, scaled by 100 as torchmetrics does.)
+"""CLIP score: does the image show what the prompt says? (Hessel et al. 2021, scaled by 100 as torchmetrics does.)
 
-The whole picture is resized to CLIP's input without cropping, so that nothing at its borders is overlooked. Knows
+The whole image is resized to CLIP's input without cropping, so that nothing at its borders is overlooked. Knows
 nothing about details: 224 px cannot show them.
 """
 

@@ -1,6 +1,6 @@
-"""Crops by which detail is judged: the same places of a sample's picture for every method and at every size.
+"""Crops by which detail is judged: the same places of a sample's image for every method and at every size.
 
-FID_c of the papers looks at 10 random crops per picture, cut at the model's native size and then resized, or cut at the
+FID_c of the papers looks at 10 random crops per image, cut at the model's native size and then resized, or cut at the
 feature network's own input size and not resized at all. Boxes are half-open (y0, x0, y1, x1), in px.
 
 Invariant: where a crop lies depends on the sample's key alone, as a fraction of the room that there is for it.
@@ -22,9 +22,9 @@ Box = tuple[int, int, int, int]
 
 
 def crop_boxes(key: str, height: int, width: int, size: int, count: int = CROPS_PER_IMAGE) -> list[Box]:
-    """`count` squares of `size` px, uniform over a picture of `height` x `width` px.
+    """`count` squares of `size` px, uniform over an image of `height` x `width` px.
 
-    A picture that is smaller than `size` gives squares of its shorter side.
+    An image that is smaller than `size` gives squares of its shorter side.
     """
     if min(height, width, size, count) < 1:
         raise ValueError(f"positive sizes expected, got {height} x {width} px, crops of {size} px, count {count}")
@@ -40,8 +40,8 @@ def crop_boxes(key: str, height: int, width: int, size: int, count: int = CROPS_
 
 
 def tile_boxes(height: int, width: int, size: int) -> list[Box]:
-    """Squares of `size` px side by side, row by row, over a picture of `height` x `width` px: all of it where its sides
-    are multiples of `size`, else up to the last whole square. A picture smaller than a square gives squares of its
+    """Squares of `size` px side by side, row by row, over an image of `height` x `width` px: all of it where its sides
+    are multiples of `size`, else up to the last whole square. An image smaller than a square gives squares of its
     shorter side.
     """
     if min(height, width, size) < 1:

@@ -1,7 +1,7 @@
-"""Detail energy: how much of a high-res picture is finer than its low-res origin could hold.
+"""Detail energy: how much of a high-res image is finer than its low-res origin could hold.
 
 A bicubic up-scaling has almost none; a good upscaler has some; noise has most. It tells "blurred but faithful"
-(agreement is perfect, detail is nil) from a regenerated picture, which agreement alone cannot. Knows nothing about
+(agreement is perfect, detail is nil) from a regenerated image, which agreement alone cannot. Knows nothing about
 whether detail is right.
 """
 
@@ -16,11 +16,11 @@ from resmaster_stages.metrics.metric import Column, Metric
 
 def detail_energy(high_res: Image.Image | Array, low_height: int, low_width: int) -> float:
     """Share (0 to 1) of the luma's AC energy at frequencies above the Nyquist frequency of a `low_height` x `low_width`
-    picture.
+    image.
 
-    With Y the 2-D DFT of the luma after a separable Hann window (which keeps the picture's borders from ringing), f_y
-    and f_x in cycles per px of the high-res picture: sum |Y|^2 where |f_y| > h/(2H) or |f_x| > w/(2W), over sum |Y|^2
-    without the mean. 0 for a picture without any variation, and where the picture is not larger than its origin.
+    With Y the 2-D DFT of the luma after a separable Hann window (which keeps the image's borders from ringing), f_y
+    and f_x in cycles per px of the high-res image: sum |Y|^2 where |f_y| > h/(2H) or |f_x| > w/(2W), over sum |Y|^2
+    without the mean. 0 for an image without any variation, and where the image is not larger than its origin.
     """
     from scipy.fft import rfft2
 
@@ -51,7 +51,7 @@ def _hann(size: int) -> Array:
 
 
 ZOOM_SHARE = 0.25
-"""Side of the zoomed part over the picture's shorter side."""
+"""Side of the zoomed part over the image's shorter side."""
 
 
 Box = tuple[int, int, int, int]

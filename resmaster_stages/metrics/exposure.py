@@ -1,4 +1,4 @@
-"""Exposure: how bright a picture is, how much that varies, and how much of it is lost in black or white."""
+"""Exposure: how bright an image is, how much that varies, and how much of it is lost in black or white."""
 
 from __future__ import annotations
 

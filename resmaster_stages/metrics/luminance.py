@@ -1,6 +1,6 @@
-"""Luma of an RGB picture, the one channel that most metrics look at. Knows nothing about the metrics.
+"""Luma of an RGB image, the one channel that most metrics look at. Knows nothing about the metrics.
 
-Invariant: float32 (pictures are large), range 0 to 255, the same height and width as the picture.
+Invariant: float32 (images are large), range 0 to 255, the same height and width as the image.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Array = NDArray[np.floating]
 
 
 def rgb(image: Image.Image | Array) -> Array:
-    """A picture as float32 [H, W, 3], range 0 to 255. Arrays pass through; grey and alpha pictures are converted."""
+    """An image as float32 [H, W, 3], range 0 to 255. Arrays pass through; grey and alpha images are converted."""
     if isinstance(image, Image.Image):
         return np.asarray(image.convert("RGB"), dtype=np.float32)
     values = np.asarray(image, dtype=np.float32)

@@ -1,6 +1,6 @@
 """Oklab, a space of colours in which distances are about as great as they look (Björn Ottosson, 2020).
 
-Source: https://bottosson.github.io/posts/oklab/ (matrices of 2021-01-25). Knows nothing about pictures.
+Source: https://bottosson.github.io/posts/oklab/ (matrices of 2021-01-25). Knows nothing about images.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Perceptual distance of two pictures of the same thing: what differs to the eye of a network, place by place.
+"""Perceptual distance of two images of the same thing: what differs to the eye of a network, place by place.
 
 The construction of LPIPS (Zhang, Isola, Efros, Shechtman, Wang, CVPR 2018) without its learnt weights, on the feature
-maps of whatever extractor is passed in. Both pictures are cut into squares of the network's input size, side by side
-and not resized: 16 of a picture of four times that size. Then, square by square and layer by layer,
+maps of whatever extractor is passed in. Both images are cut into squares of the network's input size, side by side
+and not resized: 16 of an image of four times that size. Then, square by square and layer by layer,
 
     d = sum over layers l of  mean over positions (y, x) of  | f_l(a)[:, y, x] - f_l(b)[:, y, x] |^2
 
-where f_l(.)[:, y, x], the channels at one position, is scaled to length 1. The picture's distance is the mean over its
+where f_l(.)[:, y, x], the channels at one position, is scaled to length 1. The image's distance is the mean over its
 squares. Activations behind a ReLU are not negative, so a layer adds from 0 to 2.
 
 Invariants:
-- Equal pictures have distance 0, and the distance is symmetric.
-- It depends on the two pictures alone: not on others in a batch.
+- Equal images have distance 0, and the distance is symmetric.
+- It depends on the two images alone: not on others in a batch.
 - Distances by different networks must never be compared.
 
 What it cannot forgive: detail that is right in kind and wrong in place. It is for pairs with one truth, not for sets.
@@ -46,9 +46,9 @@ class LayerExtractor(Protocol):
 
 
 def perceptual_distance(a: Image.Image, b: Image.Image, extractor: LayerExtractor) -> float:
-    """Distance of two pictures of one size, at least 0; 0 for equal ones. Raises ValueError if the sizes differ."""
+    """Distance of two images of one size, at least 0; 0 for equal ones. Raises ValueError if the sizes differ."""
     if a.size != b.size:
-        raise ValueError(f"pictures of one size expected, got {a.size} and {b.size} (width, height)")
+        raise ValueError(f"images of one size expected, got {a.size} and {b.size} (width, height)")
     boxes = tile_boxes(a.height, a.width, extractor.input_px)
     layers = zip(extractor.layers(crops(a, boxes)), extractor.layers(crops(b, boxes)))
     return float(np.sum([layer_distances(x, y).mean() for x, y in layers]))

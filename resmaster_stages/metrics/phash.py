@@ -1,4 +1,4 @@
-"""Perceptual hash: 64 bits that stay nearly the same when a picture is resized, recompressed or slightly changed."""
+"""Perceptual hash: 64 bits that stay nearly the same when an image is resized, recompressed or slightly changed."""
 
 from __future__ import annotations
 

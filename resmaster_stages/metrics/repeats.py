@@ -21,14 +21,14 @@ REACH_WORDS = 3
 
 @dataclass(frozen=True)
 class Repeats:
-    """Over a set of pictures."""
+    """Over a set of images."""
 
     rate: float
-    """Share (0 to 1) of pictures that show `least` objects or more beyond what their prompt asks for."""
+    """Share (0 to 1) of images that show `least` objects or more beyond what their prompt asks for."""
     surplus: float
-    """Objects too many, per picture."""
+    """Objects too many, per image."""
     images: int
-    """Pictures whose prompt names something that can be counted; others are left out."""
+    """Images whose prompt names something that can be counted; others are left out."""
 
 
 def mentions(text: str, nouns: Iterable[str]) -> Counter[str]:
@@ -56,17 +56,17 @@ def surplus(found: Counts, wanted: Counts) -> int:
 
 
 def repeated_objects(
-    pictures: Iterable[tuple[Any, Counts]], count_objects: Callable[[Any], Counts], least: int = 1
+    images: Iterable[tuple[Any, Counts]], count_objects: Callable[[Any], Counts], least: int = 1
 ) -> Repeats:
-    """Repeats over (picture, what its prompt asks for), taken one by one; `count_objects` counts what a picture
+    """Repeats over (image, what its prompt asks for), taken one by one; `count_objects` counts what an image
     shows."""
     return repeats_of(
-        [surplus(count_objects(picture), wanted) for picture, wanted in pictures if any(wanted.values())], least
+        [surplus(count_objects(image), wanted) for image, wanted in images if any(wanted.values())], least
     )
 
 
 def repeats_of(extra: Sequence[int], least: int = 1) -> Repeats:
-    """Repeats, from how many objects are too many in each picture."""
+    """Repeats, from how many objects are too many in each image."""
     if not extra:
         return Repeats(0.0, 0.0, 0)
     return Repeats(sum(e >= least for e in extra) / len(extra), sum(extra) / len(extra), len(extra))

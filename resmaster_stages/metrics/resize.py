@@ -1,4 +1,4 @@
-"""The one way in which metrics change a picture's size: clean-fid's rule (Parmar, Zhang, Zhu, CVPR 2022).
+"""The one way in which metrics change an image's size: clean-fid's rule (Parmar, Zhang, Zhu, CVPR 2022).
 
 PIL's antialiased resampling, on each channel in float32, without rounding to bytes in between. Other libraries' default
 resizing aliases or rounds, and metrics then differ by more than the methods that they compare.

@@ -1,4 +1,4 @@
-"""Seams: are there steps in the picture just where views or tiles end?
+"""Seams: are there steps in the image just where views or tiles end?
 
 A view's border lies between two pixel rows or columns. The step across each border line is compared with the steps
 across the lines next to it, line by line, so that a horizon or a wall on the line's way counts for both and cancels
@@ -70,7 +70,7 @@ def seam_worst(
     A stretch is a border line between two border lines across it, so that a view that does not belong has four or more.
     It is cut into pieces as long as a low-res px. A piece's step is the greatest of the channels' mean differences
     across the line, less the greatest such step at the lines 2 to 16 px beside it (texture, grain, a decoder's grid),
-    less the range of the low-res picture's four px around it: a contour of both pictures is no seam. The median of the
+    less the range of the low-res image's four px around it: a contour of both images is no seam. The median of the
     pieces counts, since a seam runs along the whole stretch and a contour crosses it or bends away.
     """
     values, origin = rgb(high_res), rgb(low_res)

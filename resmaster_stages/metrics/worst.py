@@ -1,8 +1,8 @@
-"""The worst place of a high-res picture beside its low-res origin: structure lost, structure added, colour shifted.
+"""The worst place of a high-res image beside its low-res origin: structure lost, structure added, colour shifted.
 
-`agreement` averages over the picture, so that one object out of many can vanish unseen. These numbers are of the window
-where the two pictures differ most. Both are averaged over areas (box filter) to one small size first, so that detail
-finer than the low-res picture is free to differ, and a picture of 4096 px is judged by the same numbers as one of 512.
+`agreement` averages over the image, so that one object out of many can vanish unseen. These numbers are of the window
+where the two images differ most. Both are averaged over areas (box filter) to one small size first, so that detail
+finer than the low-res image is free to differ, and an image of 4096 px is judged by the same numbers as one of 512.
 Knows no models: an object is what has contours.
 """
 
@@ -19,18 +19,18 @@ from resmaster_stages.metrics.oklab import oklab
 from resmaster_stages.metrics.resize import resize
 
 COMPARED_PX = 128
-"""Shorter side at which the pictures are compared, at most. The least thing that is seen has 3 to 12 of
+"""Shorter side at which the images are compared, at most. The least thing that is seen has 3 to 12 of
 these px, by its contrast."""
 SOFT_PX = 1.0
-"""Sigma of the blur (Gaussian) of both pictures before their contours are compared: rounding and grain are none."""
+"""Sigma of the blur (Gaussian) of both images before their contours are compared: rounding and grain are none."""
 SLACK_PX = 2
-"""A contour of one picture may lie so far from the other's."""
+"""A contour of one image may lie so far from the other's."""
 WINDOW = 1 / 8
-"""Side of the window whose mean counts, over the picture's shorter side."""
+"""Side of the window whose mean counts, over the image's shorter side."""
 
 
 class Worst(NamedTuple):
-    """`lost` and `added`: Oklab times 100 per px; `colour`: Oklab times 100. 0 for equal pictures."""
+    """`lost` and `added`: Oklab times 100 per px; `colour`: Oklab times 100. 0 for equal images."""
 
     lost: float
     added: float
@@ -54,7 +54,7 @@ def worst_places(high_res: Image.Image | Array, low_res: Image.Image | Array) ->
 
 
 def contours(lab: Array) -> Array:
-    """Length of the gradient of a softened picture [H, W, 3] over its three channels: [H, W], per px."""
+    """Length of the gradient of a softened image [H, W, 3] over its three channels: [H, W], per px."""
     soft = _soft(lab, SOFT_PX)
     steps = [np.gradient(soft, axis=axis) if soft.shape[axis] > 1 else np.zeros_like(soft) for axis in (0, 1)]
     return np.sqrt(sum((step**2).sum(axis=2) for step in steps))

@@ -3,7 +3,7 @@
 RRDBNets (BSRGAN, Real-ESRGAN, the embedded pack's) are read here; weights of every other architecture go through
 spandrel, which is not installed by default (it brings torchvision).
 
-Knows nothing about tiles or pictures. Invariants:
+Knows nothing about tiles or images. Invariants:
 - Of pickled files, which the configuration must allow, tensors alone are read: no code runs.
 - An RRDBNet's weights load strictly.
 """
@@ -32,7 +32,7 @@ _WRAPPERS = ("params_ema", "params", "state_dict")
 
 @dataclass(frozen=True, eq=False)
 class Enlarger:
-    """A network that makes pictures `scale` times larger."""
+    """A network that makes images `scale` times larger."""
 
     network: Callable[[Tensor], Tensor]
     scale: int

@@ -1,4 +1,4 @@
-"""RRDBNet, the network of ESRGAN, BSRGAN and Real-ESRGAN (Wang et al. 2018; Zhang et al. 2021): pictures, `scale` times
+"""RRDBNet, the network of ESRGAN, BSRGAN and Real-ESRGAN (Wang et al. 2018; Zhang et al. 2021): images, `scale` times
 larger.
 
 A trunk of residual-in-residual dense blocks at the small size, then nearest enlargements by two with a convolution

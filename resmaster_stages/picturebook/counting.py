@@ -1,9 +1,9 @@
-"""Counting objects in large pictures with the picturebook's captioner.
+"""Counting objects in large images with the picturebook's captioner.
 
-The captioner sees 64 px, so a picture full of small objects is described tile by tile, at several sizes of tile. Only
+The captioner sees 64 px, so an image full of small objects is described tile by tile, at several sizes of tile. Only
 objects that a tile shows whole count: of a partly seen one the captioner says `part of a red house` or `roof tiles of a
 red house`. A kind's count is the greatest of all tile sizes, since one and the same object is whole at several of them.
-Objects across tile borders are missed, and a large part of one is sometimes taken for a whole: a picture counts as
+Objects across tile borders are missed, and a large part of one is sometimes taken for a whole: an image counts as
 repeating from `LEAST` objects too many. Knows no models: the captioner is passed in.
 """
 
@@ -35,7 +35,7 @@ def whole_objects(sentence: str) -> Counter[str]:
 
 
 def tiles(image: Image.Image, native_px: int) -> list[list[Image.Image]]:
-    """Disjoint tiles, about square, that cover a picture, level by level: of its shorter side, of half of it, ... down
+    """Disjoint tiles, about square, that cover an image, level by level: of its shorter side, of half of it, ... down
     to the native size. Each is shrunk to about the native size by averaging.
     """
     levels = []
@@ -57,7 +57,7 @@ def tiles(image: Image.Image, native_px: int) -> list[list[Image.Image]]:
 def count_objects(
     image: Image.Image, describe: Callable[[Sequence[Image.Image]], Sequence[str]], native_px: int
 ) -> Counter[str]:
-    """Kind -> how many objects a picture shows, at least."""
+    """Kind -> how many objects an image shows, at least."""
     found: Counter[str] = Counter()
     for level in tiles(image, native_px):
         counts: Counter[str] = Counter()

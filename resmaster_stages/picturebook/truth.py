@@ -1,7 +1,7 @@
 """Ground truth for prompts in the picturebook's language: a scene that shows what the prompt says, drawn at any size.
 
-Vectors have detail at every resolution, so these pictures are what a perfect upscaler's results are drawn from. The
-layout is the seed's choice, not that of any generated picture: compare sets, not single pictures. Knows no models and
+Vectors have detail at every resolution, so these images are what a perfect upscaler's results are drawn from. The
+layout is the seed's choice, not that of any generated image: compare sets, not single images. Knows no models and
 no storage.
 """
 
@@ -42,7 +42,7 @@ def true_scene(prompt: str, width: float, replica: int = 0) -> scenes.Scene:
 
 
 def check(prompts: Iterable[str], height_px: int, width_px: int) -> None:
-    """Raise ConfigError, before anything is drawn, for what `true_picture` could not draw."""
+    """Raise ConfigError, before anything is drawn, for what `true_image` could not draw."""
     if importlib.util.find_spec("resvg_py") is None:
         raise ConfigError("picturebook's drawings: needs resvg_py; install it: pip install 'resmaster-pipeline[train]'")
     if not height_px <= width_px <= 2 * height_px:
@@ -54,7 +54,7 @@ def check(prompts: Iterable[str], height_px: int, width_px: int) -> None:
         true_scene(prompt, scenes.HEIGHT)
 
 
-def true_picture(prompt: str, height_px: int, width_px: int, replica: int = 0) -> Image.Image:
+def true_image(prompt: str, height_px: int, width_px: int, replica: int = 0) -> Image.Image:
     """The scene of a prompt, RGB, drawn at a size at least as wide as high and at most twice as wide.
 
     Raises ConfigError as `check`.

@@ -75,7 +75,7 @@ SDXL_NATIVE_PX = 1024
 BYTES_PER_PIXEL = {"webp": 0.15, "png": 0.85, "lossless webp": 1.0}
 BYTES_SOURCE = (
     "measured on 13 photographs (Debian's lomiri-wallpapers-16.04, 2048 px, WebP of quality 95; low-res 512 px "
-    "without loss); busy pictures take several times as much"
+    "without loss); busy images take several times as much"
 )
 ROW_BYTES = {"captions": 48, "quality": 1200}
 """Parquet bytes per patch and per sample, measured on picturebook in shards of four."""
@@ -244,7 +244,7 @@ def _patches(config: DatasetConfig, height: int, width: int) -> int:
 
 
 def _megapixels(look: Preview) -> float:
-    """Of the high-res picture."""
+    """Of the high-res image."""
     height, width = look.typical_px
     return height * width * look.config.upscale.scale**2 / 1e6
 

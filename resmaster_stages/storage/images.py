@@ -129,7 +129,7 @@ def find_images(url: str) -> Iterator[FoundImage]:
         if lower.endswith(SUFFIXES):
             found = True
             if lower.endswith(f".{MASK_EXTENSION}"):
-                yield FoundImage(place.url_of(name), problem="a detail mask without its picture")
+                yield FoundImage(place.url_of(name), problem="a detail mask without its image")
                 continue
             source, sidecar, mask = place.url_of(name), name.rsplit(".", 1)[0] + ".txt", mask_beside(name)
             problem = unfit(name, sizes[name], MAX_FILE_BYTES)
@@ -287,7 +287,7 @@ def _prompt_of_json(data: bytes) -> Any:
     return next((values[name] for name in ("prompt", "caption", "text") if name in values), "")
 
 
-def encode_picture(image: Image.Image, image_format: Literal["webp", "png"], quality: int = 100) -> bytes:
+def encode_image(image: Image.Image, image_format: Literal["webp", "png"], quality: int = 100) -> bytes:
     """`image` as a file's bytes. PNG and WebP of quality 100 are lossless. Raises SampleError where the format
     cannot."""
     buffer = io.BytesIO()

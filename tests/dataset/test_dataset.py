@@ -7,7 +7,7 @@ import pytest
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.dataset import dataset as dataset_module
 from resmaster_stages.dataset.dataset import create_or_open, find_dataset, open_dataset
-from resmaster_stages.dataset.sample import Picture
+from resmaster_stages.dataset.sample import EncodedImage
 from resmaster_stages.errors import ConfigError, SampleError, UserError
 from tests.fake_stages import config_at, png
 
@@ -140,7 +140,7 @@ def test_roots_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             create_or_open(config_at(tmp_path))
 
 
-def test_picture_opens_or_fails_as_a_sample() -> None:
-    assert Picture(png((1, 2, 3)), "png", {"key": "k"}).open().getpixel((0, 0)) == (1, 2, 3)
+def test_image_opens_or_fails_as_a_sample() -> None:
+    assert EncodedImage(png((1, 2, 3)), "png", {"key": "k"}).open().getpixel((0, 0)) == (1, 2, 3)
     with pytest.raises(SampleError, match=r"^k: "):
-        Picture(b"x", "png", {"key": "k"}).open()
+        EncodedImage(b"x", "png", {"key": "k"}).open()

@@ -86,10 +86,10 @@ def test_crop_embeddings_belong_to_their_crops_whatever_the_batch():
 
 
 def test_crops_are_taken_sample_by_sample():
-    pictures = crops(2, 96)
+    images = crops(2, 96)
     boxes = [(0, 0, 64, 64), (32, 8, 96, 72)]
-    cut = torch.stack([p[:, y0:y1, x0:x1] for p in pictures for y0, x0, y1, x1 in boxes])
-    torch.testing.assert_close(embed_crops(models(), pictures, boxes), embed_crops(models(), cut, WHOLE))
+    cut = torch.stack([p[:, y0:y1, x0:x1] for p in images for y0, x0, y1, x1 in boxes])
+    torch.testing.assert_close(embed_crops(models(), images, boxes), embed_crops(models(), cut, WHOLE))
 
 
 def test_plus_adapters_read_patch_features():

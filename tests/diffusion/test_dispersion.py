@@ -40,7 +40,7 @@ def test_it_is_as_symmetric_as_the_kernel():
     assert np.allclose(matrix, matrix.transpose(1, 0, 3, 2))
 
 
-def test_a_dispersed_kernel_sees_an_enlarged_picture_as_the_small_kernel_sees_the_picture():
+def test_a_dispersed_kernel_sees_an_enlarged_image_as_the_small_kernel_sees_the_image():
     torch.manual_seed(0)
     kernel, x = torch.randn(1, 1, 3, 3, dtype=torch.float64), torch.zeros(1, 1, 9, 9, dtype=torch.float64)
     x[..., 3:6, 3:6] = torch.randn(3, 3)

@@ -20,7 +20,7 @@ from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.models.bases.unet import Unet, row_bytes
 from resmaster_stages.models.faults import device_faults
 from resmaster_stages.progress import Note, listening
-from tests.methods.common import adapted, picture, plain, request, settings
+from tests.methods.common import adapted, plain, request, settings, some_image
 from tests.tiny_models import counted, with_base
 
 SDXL = {
@@ -149,7 +149,7 @@ def test_what_is_needed_is_said_before_the_first_step_and_nothing_on_a_cpu(monke
         steps = []
         upscale_image(
             plain(),
-            picture(),
+            some_image(),
             "a cat",
             config=settings("multidiffusion"),
             progress=lambda *at: steps.append(len(heard)),
@@ -187,7 +187,7 @@ def test_memory_that_runs_out_names_the_batch_that_it_ran_out_for(monkeypatch, v
     with counted(models.base.denoiser), monkeypatch.context() as patched:
         patched.setattr(models.base.denoiser, "forward", full)
         with pytest.raises(OutOfMemory) as caught:
-            upscale_image(models, picture(), "a cat", config=settings("multidiffusion", view_batch=limit))
+            upscale_image(models, some_image(), "a cat", config=settings("multidiffusion", view_batch=limit))
     assert caught.value.batch == batch
     assert len(request(models, settings("multidiffusion")).views()) == views
     with pytest.raises(OutOfMemory) as caught, device_faults("advice"):

@@ -16,7 +16,7 @@ from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.bases.base import Geometry
-from tests.methods.common import adapted, picture, schedule
+from tests.methods.common import adapted, schedule, some_image
 from tests.methods.common import settings as method
 
 
@@ -72,21 +72,21 @@ def test_moved_views_are_fused_back_and_take_the_nearest_views_conditions():
 
 
 @pytest.mark.parametrize("name", ["resmaster", "multidiffusion"])
-def test_moving_grids_change_the_picture_but_not_where_one_view_is_all(name):
+def test_moving_grids_change_the_image_but_not_where_one_view_is_all(name):
     exact = {"preset": "exact"} if name == "resmaster" else {}
 
     def draw(image, **values):
         return upscale_image(adapted(), image, "a cat", config=method(name, **exact, **values), seed=3).tobytes()
 
-    assert draw(picture(), steps=3, shift="every_step") != draw(picture(), steps=3)
-    small = picture(32, 32)  # twice 32 px is the tiny model's native size
+    assert draw(some_image(), steps=3, shift="every_step") != draw(some_image(), steps=3)
+    small = some_image(32, 32)  # twice 32 px is the tiny model's native size
     assert draw(small, shift="every_step") == draw(small)
 
 
 def test_every_step_costs_the_same():
     config = method("multidiffusion", steps=3, shift="every_step", view_batch=1, stride=1.0)
     with counting() as cost:
-        upscale_image(adapted(), picture(), "a cat", config=config)
+        upscale_image(adapted(), some_image(), "a cat", config=config)
     assert cost.calls == 3 * 9  # 2 x 2 windows stand still, 3 x 3 move
 
 

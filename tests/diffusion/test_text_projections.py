@@ -1,4 +1,4 @@
-"""Keys and values of the text, once per picture."""
+"""Keys and values of the text, once per image."""
 
 from collections import Counter
 
@@ -10,7 +10,7 @@ from resmaster_stages.diffusion.guidance import Moment
 from resmaster_stages.diffusion.text import TextEmbeddings
 from resmaster_stages.diffusion.text_projections import text_projected_once
 from resmaster_stages.methods.upscale import upscale_image
-from tests.methods.common import adapted, difference, forwards, picture, settings
+from tests.methods.common import adapted, difference, forwards, settings, some_image
 
 METHODS = ["resmaster", "multidiffusion", "c_upscale", "demofusion", "direct"]
 CAPTIONS = ["a cat", "b"] + ["c"] * 7
@@ -19,7 +19,7 @@ CAPTIONS = ["a cat", "b"] + ["c"] * 7
 def draw(method, **values):
     captions = CAPTIONS if method in ("resmaster", "c_upscale") else None
     config = settings(method, **{"steps": 5, "view_batch": 4, **values})
-    return upscale_image(adapted(), picture(), "a cat", config=config, captions=captions, seed=4)
+    return upscale_image(adapted(), some_image(), "a cat", config=config, captions=captions, seed=4)
 
 
 def projected(method, **values):
@@ -48,7 +48,7 @@ def projected(method, **values):
 
 
 @pytest.mark.parametrize("values", [{}, {"shift": "every_step"}, {"guidance_stop": 0.5}], ids=str)
-def test_every_distinct_prompt_is_projected_once_per_picture_and_layer(values):
+def test_every_distinct_prompt_is_projected_once_per_image_and_layer(values):
     calls, prompts = projected("resmaster", **values)
     assert set(calls.values()) == {2}  # the captions, and the negative prompt; not 5 steps x 3 calls
     assert set(prompts.values()) == {4}  # "a cat", "b", "c" and the negative prompt; not 18 rows a step
@@ -56,16 +56,16 @@ def test_every_distinct_prompt_is_projected_once_per_picture_and_layer(values):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_picture_is_the_same_up_to_rounding(method, monkeypatch):
+def test_the_image_is_the_same_up_to_rounding(method, monkeypatch):
     once = draw(method)
     monkeypatch.setattr(loop, "text_projected_once", lambda unet, moment: loop.ExitStack())
     plain = draw(method)
     assert difference(once, plain) <= 1
 
 
-def test_prompts_of_one_picture_do_not_reach_the_next():
+def test_prompts_of_one_image_do_not_reach_the_next():
     first = draw("resmaster").tobytes()
-    upscale_image(adapted(), picture(seed=1), "a dog", config=settings("resmaster"), captions=["x"] * 9)
+    upscale_image(adapted(), some_image(seed=1), "a dog", config=settings("resmaster"), captions=["x"] * 9)
     assert draw("resmaster").tobytes() == first
 
 

@@ -120,7 +120,7 @@ def test_a_poison_sample_costs_one_ledger_row(tmp_path: Path) -> None:
     noise = Image.effect_noise((96, 96), 80).convert("RGB")
     noise.save(images / "poison.jpg", quality=95)
     data = (images / "poison.jpg").read_bytes()
-    (images / "poison.jpg").write_bytes(data[: len(data) // 2])  # a good header, half a picture
+    (images / "poison.jpg").write_bytes(data[: len(data) // 2])  # a good header, half an image
 
     config = write_config(tmp_path, prompts=None, images=str(images), samples_per_shard=3)
     root = tmp_path / "out"

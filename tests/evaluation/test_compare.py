@@ -34,16 +34,16 @@ from resmaster_stages.evaluation.set_metrics import read_features, stacked
 from resmaster_stages.evaluation.variants import at_scale, low_res_size, variants
 from resmaster_stages.inspection.status import pending
 from resmaster_stages.metrics.agreement import agreement
-from resmaster_stages.metrics.features import picture_features
+from resmaster_stages.metrics.features import image_features
 from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.models.identity import Weights
-from resmaster_stages.picturebook.truth import true_picture
+from resmaster_stages.picturebook.truth import true_image
 from resmaster_stages.planning.preview import Preview, check_sizes, preview
 from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.publish.report import write_report
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import open_root
-from resmaster_stages.storage.images import encode_picture
+from resmaster_stages.storage.images import encode_image
 from tests import fake_stages
 from tests.checkout import ROOT
 from tests.evaluation.test_set_metrics import Means
@@ -222,8 +222,8 @@ def quality(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
             continue
         arrays = {
             f"{name}.{view}": values
-            for name, picture in (("high_res", sample.high_res), ("low_res", sample.low_res))
-            for view, values in picture_features(Means(), picture.open(), sample.key, 16).items()
+            for name, image in (("high_res", sample.high_res), ("low_res", sample.low_res))
+            for view, values in image_features(Means(), image.open(), sample.key, 16).items()
         }
         yield Output(sample.key, rows=output.rows, arrays=arrays)
 
@@ -398,12 +398,12 @@ def test_a_reference_of_the_users_own_images(tmp_path: Path, fakes: None, monkey
     found = reference_features(config, str(tmp_path / "real"), cache)
     assert stacked(found)["c"].shape == (3, 10, 6)
     monkeypatch.setattr(
-        "resmaster_stages.evaluation.reference.picture_features", lambda *args: pytest.fail("computed again")
+        "resmaster_stages.evaluation.reference.image_features", lambda *args: pytest.fail("computed again")
     )
     again = stacked(reference_features(config, str(tmp_path / "real"), cache))
     assert all(np.array_equal(again[view], values) for view, values in stacked(found).items())
-    (tmp_path / "real" / "0.png").write_bytes(b"no picture")
-    monkeypatch.setattr("resmaster_stages.evaluation.reference.picture_features", picture_features)
+    (tmp_path / "real" / "0.png").write_bytes(b"no image")
+    monkeypatch.setattr("resmaster_stages.evaluation.reference.image_features", image_features)
     with pytest.raises(UserError, match=r"--reference .*0\.png"):
         reference_features(config, str(tmp_path / "real"), cache)
 
@@ -429,26 +429,26 @@ def test_ground_truth_is_every_prompt_drawn_at_the_target_size(
     assert compare(config, build, scales="2x2", reference="picturebook").finished
     folder = tmp_path / "out" / "d-compare"
     rows = pq.read_table(folder / "compare.parquet").to_pylist()
-    assert [row["method"] for row in rows] == ["direct", "resmaster", "(real pictures)"]
+    assert [row["method"] for row in rows] == ["direct", "resmaster", "(real images)"]
     assert {(row["height"], row["width"], row["reference_samples"]) for row in rows} == {(64, 64, 4)}
     assert rows[2]["fid_c"] is not None
     assert rows[2]["unet_calls"] is None
     assert [(row["repeat_rate"], row["repeat_surplus"]) for row in rows] == [(0.5, 1.0)] * 3
-    assert "(real pictures)" in capsys.readouterr().out
+    assert "(real images)" in capsys.readouterr().out
     cache = open_root(str(tmp_path / "cache"))
     (variant,) = variants(config, "direct", "2x2")
     reference, real = true_features(variant.config, 32, 32, cache)
     assert (len(reference), len(real)) == (4, 2)
     assert not set(reference) & set(real)
     monkeypatch.setattr(
-        "resmaster_stages.evaluation.reference.picture_features", lambda *args: pytest.fail("computed again")
+        "resmaster_stages.evaluation.reference.image_features", lambda *args: pytest.fail("computed again")
     )
     again, _ = true_features(variant.config, 32, 32, cache)
     assert all(np.array_equal(again[key]["r"], values["r"]) for key, values in reference.items())
 
 
 class Pixels:
-    """An extractor whose one layer is the picture."""
+    """An extractor whose one layer is the image."""
 
     input_px = 4
 
@@ -502,7 +502,7 @@ def test_drawn_low_res_images_have_a_true_enlargement_and_the_distance_from_it_i
     assert "distance ↓" in capsys.readouterr().out
     assert "| distance ↓ |" in (folder / "compare.md").read_text()
     for sample in finished_samples(open_dataset(str(tmp_path / "out" / looks[1])), [direct_key(tmp_path, 0)]):
-        assert sample.low_res.tobytes() == true_picture(sample.prompt, 16, 16, REPLICA).tobytes()
+        assert sample.low_res.tobytes() == true_image(sample.prompt, 16, 16, REPLICA).tobytes()
     (tar,) = folder.glob("drawn-16x16-*.tar")
     written = tar.stat().st_mtime_ns
     looks.clear()
@@ -516,16 +516,16 @@ def direct_key(tmp_path: Path, place: int) -> str:
 
 
 def encoded(image: Image.Image) -> bytes:
-    return encode_picture(image, "png")
+    return encode_image(image, "png")
 
 
 def test_a_drawing_and_its_true_enlargement_are_one_scene_and_none_of_the_reference() -> None:
     pytest.importorskip("resvg_py")
     prompt = "a red house and a yellow cat on the sand at night"
-    small = true_picture(prompt, 88, 176, REPLICA)
+    small = true_image(prompt, 88, 176, REPLICA)
     assert agreement(true_enlargement(prompt, 256, 512), small)[0] > 28
     for replica in range(3):
-        assert agreement(true_picture(prompt, 256, 512, replica), small)[0] < 22
+        assert agreement(true_image(prompt, 256, 512, replica), small)[0] < 22
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from resmaster_stages.errors import PlanError, SampleError, ShardError
 from resmaster_stages.evaluation import set_metrics
 from resmaster_stages.evaluation.set_metrics import compare_sets, feature_statistics, read_features, stacked
 from resmaster_stages.metrics.crops import crop_boxes, crops
-from resmaster_stages.metrics.features import Features, picture_features
+from resmaster_stages.metrics.features import Features, image_features
 from resmaster_stages.metrics.fid import FeatureStatistics, frechet_distance
 from resmaster_stages.metrics.kid import kid
 from resmaster_stages.metrics.resize import resize
@@ -59,7 +59,7 @@ def with_features(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[
             yield Output(sample.key, error=SampleError("told to fail"))
             continue
         assert sample.high_res
-        found = picture_features(Means(), sample.high_res.open(), sample.key, 16)
+        found = image_features(Means(), sample.high_res.open(), sample.key, 16)
         yield Output(sample.key, rows=output.rows, arrays={f"high_res.{view}": a for view, a in found.items()})
 
 
@@ -72,14 +72,14 @@ def build(root: Path, folder: Path, prompts: list[str]) -> tuple[Dataset, list[R
     return dataset, receipts
 
 
-def picture(seed: int, size: int = 48) -> Image.Image:
+def some_image(seed: int, size: int = 48) -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 256, (size, size, 3))
     return Image.fromarray(values.astype(np.uint8))
 
 
-def test_a_pictures_features_are_those_of_its_crops() -> None:
-    extractor, image, key = Means(), picture(1), "0f" * 12
-    found = picture_features(extractor, image, key, 16)
+def test_a_images_features_are_those_of_its_crops() -> None:
+    extractor, image, key = Means(), some_image(1), "0f" * 12
+    found = image_features(extractor, image, key, 16)
     assert {name: values.shape for name, values in found.items()} == {
         "r": (6,),
         "c": (10, 6),
@@ -97,8 +97,8 @@ def test_a_pictures_features_are_those_of_its_crops() -> None:
 
 def test_equal_crops_are_looked_at_once_and_large_features_are_an_error() -> None:
     extractor = Means()
-    small = picture_features(extractor, picture(1, size=8), "aa", 16)
-    assert extractor.seen == 2, "the picture, and the one crop that it has room for"
+    small = image_features(extractor, some_image(1, size=8), "aa", 16)
+    assert extractor.seen == 2, "the image, and the one crop that it has room for"
     assert (small["c"] == small["c"][0]).all()
 
     class Huge(Means):
@@ -106,7 +106,7 @@ def test_equal_crops_are_looked_at_once_and_large_features_are_an_error() -> Non
             return Features(np.full((len(images), 6), 1e6, np.float32))
 
     with pytest.raises(SampleError, match="half precision"):
-        picture_features(Huge(), picture(1), "aa", 16)
+        image_features(Huge(), some_image(1), "aa", 16)
 
 
 def test_features_are_a_second_object_of_the_commit_with_equal_bytes(tmp_path: Path) -> None:

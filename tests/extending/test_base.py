@@ -27,7 +27,7 @@ from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
 from resmaster_stages.models.places import location
 from resmaster_stages.models.schedule import Step
-from tests.methods.common import difference, picture, settings
+from tests.methods.common import difference, settings, some_image
 
 TOKENS = 6
 
@@ -179,7 +179,7 @@ def test_a_folder_is_measured_and_loaded(config):
 
 @pytest.mark.usefixtures("registered")
 def test_images_come_out_of_it_and_follow_the_prompt(config):
-    models, image = load_models(config), picture(20, 12)
+    models, image = load_models(config), some_image(20, 12)
 
     def draw(method, prompt, **values):
         return upscale_image(models, image, prompt, config=settings(method, steps=8, scale=3, **values), seed=4)
@@ -201,11 +201,11 @@ def test_what_it_cannot_do_is_refused_before_anything_is_drawn(config):
     models = load_models(config)
     for method in ("scalecrafter", "fouriscale", "freescale"):
         with pytest.raises(ConfigError, match=rf"method {method}: needs convolutions.*\(tiny flow\).*of: SDXL, Stable"):
-            upscale_image(models, picture(), "a cat", config=settings(method))
+            upscale_image(models, some_image(), "a cat", config=settings(method))
     with pytest.raises(ConfigError, match=r"upscale.share: needs attention"):
-        upscale_image(models, picture(), "a cat", config=settings("c_upscale"))
+        upscale_image(models, some_image(), "a cat", config=settings("c_upscale"))
     with pytest.raises(ConfigError, match=r"image_prompt.enabled: needs image prompts"):
-        upscale_image(models, picture(), "a cat", config=settings("resmaster"))
+        upscale_image(models, some_image(), "a cat", config=settings("resmaster"))
     adapter = IpAdapterConfig(id=config.id, weight_name="x.safetensors")
     with pytest.raises(ConfigError, match=r"model.ip_adapter.*tiny flow.*null"):
         load_models(config.model_copy(update={"ip_adapter": adapter}))

@@ -23,7 +23,7 @@ from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.planning.workload import stage_work
-from tests.methods.common import adapted, picture
+from tests.methods.common import adapted, some_image
 
 
 class Tinted(FromNoise, LateGuidance):
@@ -93,12 +93,12 @@ def test_it_is_compared_with_others() -> None:
 def test_it_draws_and_its_work_is_foreseen() -> None:
     upscale = config(steps=2, scale=2, tint=0.0, view_batch=1).upscale
     with counting() as cost:
-        plain = upscale_image(adapted(), picture(), "a cat", config=upscale)
+        plain = upscale_image(adapted(), some_image(), "a cat", config=upscale)
     work = stage_work(config(steps=2, scale=2), Geometry(64, 4), 64, 64)["high_res"]
     assert sum(each.rows for each in work) == cost.rows == 4
     direct = Method.model_validate({"method": "direct", "steps": 2, "scale": 2})
-    assert plain.tobytes() == upscale_image(adapted(), picture(), "a cat", config=direct).tobytes()
-    tinted = upscale_image(adapted(), picture(), "a cat", config=config(steps=2, scale=2).upscale)
+    assert plain.tobytes() == upscale_image(adapted(), some_image(), "a cat", config=direct).tobytes()
+    tinted = upscale_image(adapted(), some_image(), "a cat", config=config(steps=2, scale=2).upscale)
     assert tinted.tobytes() != plain.tobytes()
 
 

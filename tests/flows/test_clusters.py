@@ -21,7 +21,7 @@ from tests.checkout import PYTHONPATH
 
 
 def planned(tmp_path: Path, executor: str, prompts: list[str]) -> Dataset:
-    """Picturebook, a step per picture, a picture per shard."""
+    """Picturebook, a step per image, an image per shard."""
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     config: DatasetConfig = parse_config(
         {

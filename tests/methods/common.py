@@ -23,7 +23,7 @@ def plain() -> Models:
     return Models.from_pipeline(tiny())
 
 
-def picture(width=64, height=64, seed=0) -> Image.Image:
+def some_image(width=64, height=64, seed=0) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -43,7 +43,7 @@ def lanczos(image, height, width) -> Image.Image:
 
 def request(models, config, low_res=None, prompt="a cat") -> Request:
     """What `upscale_image` asks a method for."""
-    image = low_res or picture()
+    image = low_res or some_image()
     height, width = target_size(image.height, image.width, config.scale)
     pixels = pad_to_multiple(upsample(image, height, width), models.geometry.latent_factor)
     reference = Reference(models, pixels, config.scale, to_tensor(image))

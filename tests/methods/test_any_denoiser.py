@@ -10,7 +10,7 @@ from resmaster_stages.diffusion.loop import CanvasNoise, denoise
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.bases.unet import SDXL
-from tests.methods.common import picture, plain, request, schedule, settings
+from tests.methods.common import plain, request, schedule, settings, some_image
 from tests.tiny_models import with_base
 
 MEAN, DEVIATION = 0.3, 0.5
@@ -75,15 +75,15 @@ def test_demofusion_runs_on_it_too():
     assert torch.isfinite(canvas).all()
 
 
-def test_pictures_come_out_of_it():
+def test_images_come_out_of_it():
     models = drawn_by(Gaussian(schedule(3)))
-    result = upscale_image(models, picture(40, 56), "a cat", config=settings("multidiffusion", steps=3))
+    result = upscale_image(models, some_image(40, 56), "a cat", config=settings("multidiffusion", steps=3))
     assert result.size == (80, 112)
     assert len(np.unique(np.asarray(result))) > 10
     for method in ("scalecrafter", "fouriscale", "freescale", "c_upscale"):
         with pytest.raises(
             ConfigError, match=r"(convolutions|attention), which model pipeline \(ideal\) has not.*SDXL"
         ):
-            upscale_image(models, picture(), "a cat", config=settings(method))
+            upscale_image(models, some_image(), "a cat", config=settings(method))
     with pytest.raises(ConfigError, match=r"image_prompt.enabled: needs image prompts"):
-        upscale_image(models, picture(), "a cat", config=settings("resmaster"))
+        upscale_image(models, some_image(), "a cat", config=settings("resmaster"))

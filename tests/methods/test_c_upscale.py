@@ -12,11 +12,11 @@ from tests.methods.common import (
     adapted,
     difference,
     forwards,
-    picture,
     plain,
     schedule,
     sdxl_shaped,
     settings,
+    some_image,
 )
 from tests.tiny_models import counted
 
@@ -36,7 +36,7 @@ def test_the_map_of_one_head_gives_the_attention():
     torch.testing.assert_close(attention_map(query, key, 4).sum(-1), torch.ones(2, 6))
 
 
-def test_a_view_of_the_whole_picture_reads_the_picture_s_own_map():
+def test_a_view_of_the_whole_image_reads_the_image_s_own_map():
     maps = torch.rand(1, 7, 8, 8).softmax(dim=1)
     one = Composer(Grid(16, 16, 16, 16), (16, 16), 0.5, Moment(), torch.device("cpu"))
     words = sampled(maps, one.places(64))
@@ -44,7 +44,7 @@ def test_a_view_of_the_whole_picture_reads_the_picture_s_own_map():
 
 
 def test_views_read_their_own_part_of_the_map_enlarged_by_the_scale():
-    """The first word is at the left of the picture, the second at the right."""
+    """The first word is at the left of the image, the second at the right."""
     ramp = ((torch.arange(16) + 0.5) / 16).expand(16, 16)
     maps = torch.stack([1 - ramp, ramp])[None]  # [1, 2, 16, 16]
     views = composer()
@@ -139,7 +139,7 @@ def test_capturing_and_patches_end_with_exceptions():
 def test_unet_calls(values, shapes):
     ours = plain()
     with counted(ours.base.denoiser) as calls:
-        upscale_image(ours, picture(), "a cat", config=settings("c_upscale", **values))
+        upscale_image(ours, some_image(), "a cat", config=settings("c_upscale", **values))
     assert calls == shapes
     assert forwards(ours.base.denoiser) == {}
 
@@ -154,7 +154,7 @@ def test_the_structure_is_held_at_every_step_of_its_own_path(preset):
 
 def make(captions=None, **values):
     config = settings(**{"method": "c_upscale", "steps": 4, **values})
-    return upscale_image(adapted(), picture(), "a cat", config=config, captions=captions)
+    return upscale_image(adapted(), some_image(), "a cat", config=config, captions=captions)
 
 
 def test_without_its_priors_it_is_multidiffusion_from_the_noised_reference():

@@ -14,14 +14,14 @@ from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.methods.demofusion import dilated_input
 from resmaster_stages.methods.passes import phase_scales
 from resmaster_stages.methods.upscale import upscale_image
-from tests.methods.common import adapted, difference, picture, request, schedule, settings
+from tests.methods.common import adapted, difference, request, schedule, settings, some_image
 from tests.tiny_models import counted
 
 STILL = {"jitter": "off", "start": 0.0}
 
 
 def make(method="demofusion", seed=3, image=None, **values):
-    return upscale_image(adapted(), image or picture(), "a cat", config=settings(method, **values), seed=seed)
+    return upscale_image(adapted(), image or some_image(), "a cat", config=settings(method, **values), seed=seed)
 
 
 @given(st.integers(3, 40), st.integers(3, 40), st.integers(1, 5))
@@ -132,7 +132,7 @@ def test_unet_calls(values, expected):
     ours, heard = adapted(), []
     with counted(ours.base.denoiser) as shapes:
         upscale_image(
-            ours, picture(), "a", config=settings("demofusion", **values), progress=lambda *each: heard.append(each)
+            ours, some_image(), "a", config=settings("demofusion", **values), progress=lambda *each: heard.append(each)
         )
     assert shapes == expected
     assert heard[-1] == (len(heard), len(heard))
@@ -167,11 +167,11 @@ def test_every_knob_has_an_effect(change):
     )
 
 
-def test_a_seed_decides_the_picture_whatever_the_batch_and_the_reference_is_followed():
+def test_a_seed_decides_the_image_whatever_the_batch_and_the_reference_is_followed():
     one = make(seed=1, view_batch=4)
     assert one.tobytes() == make(seed=1, view_batch=4).tobytes()
     assert difference(one, make(seed=1, view_batch=16)) <= 1
     assert difference(one, make(seed=2, view_batch=4)) > 0
     held = {"cosine_scale_1": 0.0, "start": 0.0}  # every latent is the noised reference: the last step starts from it
-    a, b = (make(**held, image=picture(seed=s)) for s in (1, 2))
+    a, b = (make(**held, image=some_image(seed=s)) for s in (1, 2))
     assert difference(a, b) > 10

@@ -65,13 +65,13 @@ def test_settings_and_commands_are_understood() -> None:
     assert len(lines(SPEED, "python benchmarks/methods.py")) == 2
 
 
-def test_links_and_pictures_are_there() -> None:
+def test_links_and_images_are_there() -> None:
     for page in (PAGE, SPEED):
         for target in re.findall(r"\]\(([^)#]+)\)", page):
             if "://" not in target:
                 assert (ROOT / "docs" / target).is_file(), target
-    with Image.open(ROOT / "docs" / "images" / "methods.jpg") as picture:
-        assert picture.width > 1000
+    with Image.open(ROOT / "docs" / "images" / "methods.jpg") as image:
+        assert image.width > 1000
 
 
 def test_the_speed_table_has_every_method() -> None:

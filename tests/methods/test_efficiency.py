@@ -9,12 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from resmaster_stages.diffusion import dispersion, frequency, low_pass, scale_fusion
 from resmaster_stages.diffusion.loop import CanvasNoise, denoise
 from resmaster_stages.methods.upscale import upscale_image
-from tests.methods.common import adapted, picture, plain, request, schedule, settings
+from tests.methods.common import adapted, plain, request, schedule, settings, some_image
 from tests.tiny_models import counted
 
 
 def make(method, **values):
-    return upscale_image(plain(), picture(), "a cat", config=settings(method, **values))
+    return upscale_image(plain(), some_image(), "a cat", config=settings(method, **values))
 
 
 def test_fouriscale_builds_each_filter_once(monkeypatch):
@@ -49,7 +49,7 @@ def test_blur_kernels_are_made_once(method, scale, most):
     assert kernel.cache_info().hits > 0
 
 
-def test_dispersed_kernels_are_solved_once_and_spread_once_per_picture(monkeypatch):
+def test_dispersed_kernels_are_solved_once_and_spread_once_per_image(monkeypatch):
     dispersion.dispersion_matrix.cache_clear()
     spread = []
     original = dispersion.dispersed_weight
@@ -110,7 +110,7 @@ def test_image_prompts_and_captions_are_encoded_once():
     ]
     try:
         upscale_image(
-            models, picture(), "a cat", config=settings("resmaster", steps=4), captions=["a cat", "b"] + ["c"] * 7
+            models, some_image(), "a cat", config=settings("resmaster", steps=4), captions=["a cat", "b"] + ["c"] * 7
         )
     finally:
         for hook in hooks:

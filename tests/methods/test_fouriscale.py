@@ -14,11 +14,11 @@ from tests.methods.common import (
     adapted,
     difference,
     forwards,
-    picture,
     plain,
     schedule,
     sdxl_shaped,
     settings,
+    some_image,
 )
 from tests.tiny_models import counted
 
@@ -176,13 +176,13 @@ def test_guidance_goes_to_the_detail_branch_and_may_be_amplified():
 def test_unet_calls(values, shapes):
     ours = plain()
     with counted(ours.base.denoiser) as calls:
-        upscale_image(ours, picture(), "a cat", config=settings("fouriscale", **values))
+        upscale_image(ours, some_image(), "a cat", config=settings("fouriscale", **values))
     assert calls == shapes
     assert forwards(ours.base.denoiser) == {}
 
 
 def make(**values):
-    return upscale_image(adapted(), picture(), "a cat", config=settings(**{"method": "fouriscale", **values}))
+    return upscale_image(adapted(), some_image(), "a cat", config=settings(**{"method": "fouriscale", **values}))
 
 
 @pytest.mark.parametrize(

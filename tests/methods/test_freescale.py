@@ -16,12 +16,12 @@ from tests.methods.common import (
     adapted,
     difference,
     forwards,
-    picture,
     plain,
     request,
     schedule,
     sdxl_shaped,
     settings,
+    some_image,
 )
 from tests.tiny_models import counted
 
@@ -147,14 +147,14 @@ def test_fusion_is_undone_after_exceptions():
 def test_unet_calls(values, shapes):
     ours = plain()
     with counted(ours.base.denoiser) as calls:
-        upscale_image(ours, picture(), "a cat", config=settings("freescale", **values))
+        upscale_image(ours, some_image(), "a cat", config=settings("freescale", **values))
     assert calls == shapes
     assert forwards(ours.base.denoiser) == {}
 
 
 def make(image=None, seed=0, **values):
     return upscale_image(
-        adapted(), image or picture(), "a cat", config=settings(**{"method": "freescale", **values}), seed=seed
+        adapted(), image or some_image(), "a cat", config=settings(**{"method": "freescale", **values}), seed=seed
     )
 
 
@@ -173,11 +173,11 @@ def test_every_knob_has_an_effect(change):
     assert np.abs(np.asarray(make(steps=3)).astype(int) - np.asarray(make(steps=3, **change))).sum() > 0
 
 
-def test_a_seed_decides_the_picture_and_the_reference_is_followed():
+def test_a_seed_decides_the_image_and_the_reference_is_followed():
     assert make(seed=1).tobytes() == make(seed=1).tobytes()
     assert difference(make(seed=1), make(seed=2)) > 0
     held = {"alpha": 0.0}  # every latent is the noised reference
-    assert difference(make(picture(seed=1), **held), make(picture(seed=2), **held)) > 10
+    assert difference(make(some_image(seed=1), **held), make(some_image(seed=2), **held)) > 10
 
 
 def test_without_its_parts_it_is_direct_inference_from_the_noised_reference():
@@ -206,7 +206,7 @@ def test_detail_control_by_region_mixes_two_exponents():
 def test_a_white_mask_is_no_mask_and_a_black_one_is_the_other_exponent():
     def make(detail=None, **values):
         config = settings("freescale", steps=3, scale=2.5, start=0.0, **values)
-        return upscale_image(plain(), picture(40, 24), "a cat", config=config, detail=detail)
+        return upscale_image(plain(), some_image(40, 24), "a cat", config=config, detail=detail)
 
     both = {"alpha": 3.0, "alpha_elsewhere": 0.5}
     assert difference(make(Image.new("L", (3, 3), "white"), **both), make(alpha=3.0)) <= 1

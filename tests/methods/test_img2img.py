@@ -18,7 +18,7 @@ from resmaster_stages.methods.passes import first_step
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.identity import pack_folder
 from resmaster_stages.models.parts import Models
-from tests.methods.common import difference, picture, request, settings
+from tests.methods.common import difference, request, settings, some_image
 
 PROMPT, SEED, STEPS, GUIDANCE = "a red house on a green meadow under a blue sky", 7, 10, 4.0
 STRENGTH = 0.4
@@ -83,7 +83,7 @@ def test_every_step_of_direct_is_that_of_the_pipeline(pipe, scheduler, more):
     kept, pipe.scheduler = pipe.scheduler, scheduler.from_config(pipe.scheduler.config, **more)
     try:
         models = Models.from_pipeline(pipe)
-        asked = request(models, settings("direct", **PLAIN), picture(128, 128), PROMPT)
+        asked = request(models, settings("direct", **PLAIN), some_image(128, 128), PROMPT)
         reference = asked.required_reference()
         with torch.inference_mode():  # as diffusers encodes it: whole, where the engine takes native tiles
             whole = pipe.vae.encode(reference.pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
@@ -105,9 +105,9 @@ def test_every_step_of_direct_is_that_of_the_pipeline(pipe, scheduler, more):
 
 
 @pytest.mark.parametrize("method", ["direct", "multidiffusion"])
-def test_one_native_tile_is_the_pipeline_s_picture(pipe, method):
+def test_one_native_tile_is_the_pipeline_s_image(pipe, method):
     """128 px: one view, one tile of the VAE, so whole canvas and tiles are one, and nothing else is made equal."""
-    image = picture(128, 128)
+    image = some_image(128, 128)
     views = {"stride": 0.75, "fuse": "linear"} if method == "multidiffusion" else {}
     config = settings(method, **{**PLAIN, "scale": 1, **views})
     models = Models.from_pipeline(pipe)
@@ -131,9 +131,9 @@ def test_the_start_is_what_diffusers_calls_one_less_the_strength(pipe):
 
 
 def test_tiles_hear_the_whole_prompt_and_are_feathered_over_a_quarter(pipe):
-    """The tiled form at 2x: tiles of the native size, three quarters of a tile apart, and a picture that follows the
+    """The tiled form at 2x: tiles of the native size, three quarters of a tile apart, and an image that follows the
     image the more closely the later it starts."""
-    models, image = Models.from_pipeline(pipe), picture(128, 128)
+    models, image = Models.from_pipeline(pipe), some_image(128, 128)
     distances = []
     for start in (0.9, 0.4):
         config = settings("multidiffusion", **{**PLAIN, "start": start, "stride": 0.75, "fuse": "linear"})

@@ -6,7 +6,7 @@ from diffusers import StableDiffusionPanoramaPipeline
 
 from resmaster_stages.diffusion.loop import CanvasNoise, denoise
 from resmaster_stages.models.parts import Models
-from tests.methods.common import picture, request, settings
+from tests.methods.common import request, settings, some_image
 from tests.tiny_models import counted, make_stable_diffusion
 
 GUIDANCE = 7.5
@@ -22,7 +22,7 @@ PLAIN = {
 
 def panorama(pipe, boxes):
     """diffusers' pipeline with our views instead of its own, which take the VAE to be 8 times smaller than the
-    picture."""
+    image."""
 
     class Panorama(StableDiffusionPanoramaPipeline):
         def get_views(self, *args, **kwargs):
@@ -63,8 +63,8 @@ def test_the_canvas_is_that_of_diffusers_with_fewer_calls(prediction):
     with counted(models.base.denoiser) as calls:
         theirs = panorama(pipe, boxes)(
             "a cat",
-            height=picture().height * 7 // 4,
-            width=picture().width * 7 // 4,
+            height=some_image().height * 7 // 4,
+            width=some_image().width * 7 // 4,
             num_inference_steps=5,
             guidance_scale=GUIDANCE,
             latents=start.clone(),

@@ -1,4 +1,4 @@
-"""What all methods share beyond one pass: pictures finished on the way, later starts, any size."""
+"""What all methods share beyond one pass: images finished on the way, later starts, any size."""
 
 import json
 
@@ -12,7 +12,7 @@ from resmaster_stages import captions as captions_stage
 from resmaster_stages import high_res
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.config.method import Method
-from resmaster_stages.dataset.sample import Picture, Sample
+from resmaster_stages.dataset.sample import EncodedImage, Sample
 from resmaster_stages.dataset.stages import hashes_of
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.reference import to_image
@@ -22,8 +22,8 @@ from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models import captioner, geometry, load
 from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.models.identity import Weights
-from resmaster_stages.storage.images import encode_picture
-from tests.methods.common import DIFFUSION_METHODS, adapted, difference, picture, request, settings
+from resmaster_stages.storage.images import encode_image
+from tests.methods.common import DIFFUSION_METHODS, adapted, difference, request, settings, some_image
 from tests.tiny_models import counted
 
 SINGLE = ("direct", "multidiffusion", "resmaster", "scalecrafter", "fouriscale")
@@ -34,39 +34,39 @@ SINGLE = ("direct", "multidiffusion", "resmaster", "scalecrafter", "fouriscale")
 @examples(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_size_and_shape_is_served(method, width, height, scale):
     """Multiples of the latent factor (4) as the low-res stage makes them, from 1:30 to 30:1."""
-    image = picture(4 * width, 4 * height)
+    image = some_image(4 * width, 4 * height)
     result = upscale_image(adapted(), image, "a cat", config=settings(method, steps=1, scale=scale))
     assert result.size == (round(4 * width * scale), round(4 * height * scale))
 
 
-def test_each_finished_picture_is_the_next_one_s_low_res_picture():
+def test_each_finished_image_is_the_next_one_s_low_res_image():
     config = settings("multidiffusion", scale=5, via=[2.0])
-    first = upscale_image(adapted(), picture(24, 16), "a cat", config=settings("multidiffusion", scale=2))
+    first = upscale_image(adapted(), some_image(24, 16), "a cat", config=settings("multidiffusion", scale=2))
     seen = []
 
     def caption(image, height, width):
         seen.append((image.tobytes(), height, width))
         return ["a dog"] * 99
 
-    result = upscale_image(adapted(), picture(24, 16), "a cat", config=config, caption=caption)
+    result = upscale_image(adapted(), some_image(24, 16), "a cat", config=config, caption=caption)
     assert result.size == (120, 80)
     assert seen == []  # this method reads no captions
     again = settings("resmaster", scale=5, via=[2.0], image_prompt={"enabled": False})
     with pytest.raises(ConfigError, match="99 given"):
-        upscale_image(adapted(), picture(24, 16), "a cat", config=again, caption=caption)
+        upscale_image(adapted(), some_image(24, 16), "a cat", config=again, caption=caption)
     plain = settings("resmaster", scale=2, image_prompt={"enabled": False})
-    expected = upscale_image(adapted(), picture(24, 16), "a cat", config=plain)
+    expected = upscale_image(adapted(), some_image(24, 16), "a cat", config=plain)
     assert seen == [(expected.tobytes(), 80, 120)]
     assert first.size == (48, 32)
 
 
-def test_the_structure_of_a_later_pass_comes_from_the_picture_before():
+def test_the_structure_of_a_later_pass_comes_from_the_image_before():
     """With a cutoff far beyond Nyquist all of x0 is the reference: the second pass returns the enlarged first
-    picture."""
+    image."""
     all_of_it = {"structure": {"cutoff": 1000.0}, "image_prompt": {"enabled": False}}
-    first = upscale_image(adapted(), picture(), "a", config=settings("resmaster", scale=2, **all_of_it))
+    first = upscale_image(adapted(), some_image(), "a", config=settings("resmaster", scale=2, **all_of_it))
     second = upscale_image(adapted(), first, "a", config=settings("resmaster", scale=1.5, **all_of_it))
-    both = upscale_image(adapted(), picture(), "a", config=settings("resmaster", scale=3, via=[2], **all_of_it))
+    both = upscale_image(adapted(), some_image(), "a", config=settings("resmaster", scale=3, via=[2], **all_of_it))
     assert difference(both, second) <= 1
 
 
@@ -88,7 +88,7 @@ def test_a_dataset_captions_every_pass_anew(monkeypatch):
         monkeypatch.setattr(module, "geometry_of", lambda model: Geometry(64, 4))
     values = {"method": "resmaster", "steps": 1, "scale": 4, "via": [2], "image_prompt": {"enabled": False}}
     config = parse_config({"name": "d", "upscale": values, "image_format": "png"})
-    low_res = Picture(encode_picture(picture(), "png"), "png", {})
+    low_res = EncodedImage(encode_image(some_image(), "png"), "png", {})
     sample = Sample("k", 0, "a cat", "", 64, 64, 0, low_res=low_res)
     (rows,) = captions_stage.process(config, [sample])
     assert len(rows.rows) == 9  # the views of the first pass
@@ -121,8 +121,8 @@ def test_ways_that_do_not_rise_are_refused(values):
 
 
 @pytest.mark.parametrize("method", SINGLE)
-def test_a_later_start_leaves_out_steps_and_keeps_closer_to_the_picture(method):
-    models, image = adapted(), picture()
+def test_a_later_start_leaves_out_steps_and_keeps_closer_to_the_image(method):
+    models, image = adapted(), some_image()
     asked = request(models, settings(method), image)
     held = to_image(autoencoder.decode(models, asked.required_reference().latents)[0])  # what the VAE makes of it
 

@@ -19,11 +19,11 @@ from tests.methods.common import (
     adapted,
     difference,
     forwards,
-    picture,
     plain,
     schedule,
     sdxl_shaped,
     settings,
+    some_image,
 )
 from tests.tiny_models import counted, make_stable_diffusion
 
@@ -282,13 +282,13 @@ def test_freeu_differs_from_diffusers_in_the_two_layers_of_the_channel_rule():
 def test_unet_calls(values, shapes):
     ours = plain()
     with counted(ours.base.denoiser) as calls:
-        upscale_image(ours, picture(), "a cat", config=settings("scalecrafter", **values))
+        upscale_image(ours, some_image(), "a cat", config=settings("scalecrafter", **values))
     assert calls == shapes
     assert forwards(ours.base.denoiser) == {}
 
 
 def make(**values):
-    return upscale_image(adapted(), picture(), "a cat", config=settings(**{"method": "scalecrafter", **values}))
+    return upscale_image(adapted(), some_image(), "a cat", config=settings(**{"method": "scalecrafter", **values}))
 
 
 def test_without_dilation_it_is_direct_inference():

@@ -19,7 +19,7 @@ from resmaster_flows.cli.main import parser
 from resmaster_flows.cli.upscale import run as upscale
 from resmaster_stages import high_res
 from resmaster_stages.config.load import parse_config
-from resmaster_stages.dataset.sample import Picture, Sample
+from resmaster_stages.dataset.sample import EncodedImage, Sample
 from resmaster_stages.dataset.stages import hashes_of
 from resmaster_stages.diffusion.cost import counting
 from resmaster_stages.errors import ConfigError, SampleError
@@ -29,8 +29,8 @@ from resmaster_stages.models.busy import timing
 from resmaster_stages.models.enlarger import Enlarger, load_enlarger
 from resmaster_stages.models.identity import NetworkFile, network_file, network_identity, weights_of
 from resmaster_stages.models.rrdbnet import RRDBNet, RRDBShape, network_of, official_state, shape_of
-from resmaster_stages.storage.images import encode_picture
-from tests.methods.common import difference, picture
+from resmaster_stages.storage.images import encode_image
+from tests.methods.common import difference, some_image
 
 CPU = torch.device("cpu")
 SMALL = RRDBShape(features=8, blocks=2, growth=4)
@@ -147,7 +147,7 @@ def test_tiled_is_untiled_with_a_halo_as_wide_as_the_network_sees():
 
 
 def test_the_pack_s_network_in_tiles_differs_by_a_level_at_most():
-    image = picture(96, 80)
+    image = some_image(96, 80)
     whole = super_resolve(image, 320, 384, SuperResolution(tile=128))
     assert difference(whole, super_resolve(image, 320, 384, SuperResolution(tile=64, halo=16))) <= 1
     assert whole.size == (384, 320)
@@ -170,13 +170,13 @@ def test_any_size_is_served_exactly(width, height, scale, unshuffle):
     enlarger = Enlarger(network(shape), shape.scale, CPU, torch.float32, unshuffle)
     wanted, heard = (round(height * scale), round(width * scale)), []
     config = SuperResolution(scale=scale, tile=16, halo=3)
-    result = enlarged(enlarger, picture(width, height), *wanted, config, lambda *each: heard.append(each))
+    result = enlarged(enlarger, some_image(width, height), *wanted, config, lambda *each: heard.append(each))
     assert result.shape == (3, *wanted)
     assert heard[-1] == (len(heard), len(heard))
 
 
-def test_the_picture_is_kept_and_half_precision_draws_nearly_the_same():
-    image = picture(48, 48)
+def test_the_image_is_kept_and_half_precision_draws_nearly_the_same():
+    image = some_image(48, 48)
     whole = super_resolve(image, 192, 192, SuperResolution())
     assert difference(whole, super_resolve(image, 192, 192, SuperResolution(), torch.float16)) <= 4
     small = np.asarray(whole.resize((48, 48), Image.Resampling.BOX), dtype=float)
@@ -187,7 +187,7 @@ def test_a_network_that_produces_nan_costs_the_sample(monkeypatch):
     broken = Enlarger(lambda x: torch.full((1, 3, 64, 64), float("nan")), 4, CPU, torch.float32)
     monkeypatch.setattr("resmaster_stages.models.enlarger.load_enlarger", lambda *each: broken)
     with pytest.raises(SampleError, match="NaN"):
-        super_resolve(picture(16, 16), 64, 64, SuperResolution())
+        super_resolve(some_image(16, 16), 64, 64, SuperResolution())
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -253,7 +253,7 @@ def test_identity_is_the_file_s_content_and_nothing_that_the_method_does_not_rea
         config = parse_config(
             {
                 "name": "d",
-                "images": "pictures",
+                "images": "images",
                 "model": base or {},
                 "upscale": {"method": "super_resolution", **values},
             }
@@ -284,7 +284,7 @@ def test_the_stage_loads_no_base_model_and_calls_no_unet(monkeypatch):
             "image_format": "png",
         }
     )
-    low_res = Picture(encode_picture(picture(40, 24), "png"), "png", {})
+    low_res = EncodedImage(encode_image(some_image(40, 24), "png"), "png", {})
     sample = Sample("k", 0, "a cat", "", 24, 40, 0, low_res=low_res)
     with counting() as cost, timing() as device:
         (output,) = high_res.process(config, [sample])
@@ -298,7 +298,7 @@ def test_the_stage_loads_no_base_model_and_calls_no_unet(monkeypatch):
 
 def test_the_command_line_takes_it(tmp_path, monkeypatch):
     monkeypatch.setattr(load, "load_pipeline", lambda config: pytest.fail("the base model was loaded"))
-    picture(30, 20).save(tmp_path / "in.png")
+    some_image(30, 20).save(tmp_path / "in.png")
     words = [
         "upscale",
         str(tmp_path / "in.png"),

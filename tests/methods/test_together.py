@@ -15,14 +15,16 @@ from resmaster_stages.methods.render import render
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.parts import Models
 from tests.checkout import ROOT
-from tests.methods.common import DIFFUSION_METHODS, adapted, difference, forwards, picture, request, settings
+from tests.methods.common import DIFFUSION_METHODS, adapted, difference, forwards, request, settings, some_image
 from tests.tiny_models import make_adapted_pipeline
 
 CASES = [(method, preset) for method in DIFFUSION_METHODS for preset in methods()[method].presets]
 
 
 def make(method, preset, **values):
-    return upscale_image(adapted(), picture(40, 56), "a cat", config=settings(method, preset=preset, **values), seed=2)
+    return upscale_image(
+        adapted(), some_image(40, 56), "a cat", config=settings(method, preset=preset, **values), seed=2
+    )
 
 
 def test_methods_do_not_depend_on_what_ran_before():
@@ -46,7 +48,7 @@ def test_a_method_draws_the_same_bytes_after_others_and_in_a_process_of_its_own(
 
 
 @pytest.mark.parametrize("method", DIFFUSION_METHODS)
-def test_methods_that_follow_a_picture_say_so_where_there_is_none(method):
+def test_methods_that_follow_a_image_say_so_where_there_is_none(method):
     asked = request(adapted(), settings(method))
     object.__setattr__(asked, "reference", None)
     if not asked.config.uses("reference"):
@@ -62,14 +64,16 @@ def test_a_failure_in_the_middle_leaves_the_model_as_it_was(method):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        upscale_image(adapted(), picture(), "a", config=settings(method), progress=interrupt)
+        upscale_image(adapted(), some_image(), "a", config=settings(method), progress=interrupt)
     assert forwards(adapted().base.denoiser) == {}
 
 
 @pytest.mark.parametrize(("method", "preset"), CASES)
-def test_a_picture_does_not_depend_on_its_neighbours_in_the_batch(method, preset):
+def test_a_image_does_not_depend_on_its_neighbours_in_the_batch(method, preset):
     config = settings(method, preset=preset, view_batch=7)
-    alone = [request(adapted(), config, picture(seed=seed), prompt) for seed, prompt in ((1, "a cat"), (2, "the sky"))]
+    alone = [
+        request(adapted(), config, some_image(seed=seed), prompt) for seed, prompt in ((1, "a cat"), (2, "the sky"))
+    ]
     first, second = (each.reference for each in alone)
     both = replace(
         alone[0],
@@ -82,16 +86,18 @@ def test_a_picture_does_not_depend_on_its_neighbours_in_the_batch(method, preset
         ),
     )
     together = render(both, [5, 6])
-    for picture_together, asked, seed in zip(together, alone, (5, 6)):
+    for image_together, asked, seed in zip(together, alone, (5, 6)):
         (expected,) = render(asked, [seed])
-        assert difference(picture_together, expected) <= 1
+        assert difference(image_together, expected) <= 1
     assert difference(*together) > 0
 
 
 @pytest.mark.parametrize(("method", "preset"), CASES)
-def test_pictures_are_seen_to_differ_with_the_seed(method, preset):
+def test_images_are_seen_to_differ_with_the_seed(method, preset):
     a, b = (
-        np.asarray(upscale_image(adapted(), picture(), "a", config=settings(method, preset=preset), seed=s)).astype(int)
+        np.asarray(upscale_image(adapted(), some_image(), "a", config=settings(method, preset=preset), seed=s)).astype(
+            int
+        )
         for s in (0, 1)
     )
     assert np.abs(a - b).sum() > 0
@@ -106,8 +112,10 @@ def half(request):
 
 
 @pytest.mark.parametrize(("method", "preset"), CASES)
-def test_half_precision_draws_nearly_the_same_picture(half, method, preset):
+def test_half_precision_draws_nearly_the_same_image(half, method, preset):
     config = settings(method, preset=preset, steps=3)
-    whole = upscale_image(adapted(), picture(), "a cat", config=config)
-    mean = np.abs(np.asarray(upscale_image(half, picture(), "a cat", config=config)) - np.asarray(whole, dtype=float))
+    whole = upscale_image(adapted(), some_image(), "a cat", config=config)
+    mean = np.abs(
+        np.asarray(upscale_image(half, some_image(), "a cat", config=config)) - np.asarray(whole, dtype=float)
+    )
     assert 0 < mean.mean() < 5

@@ -1,4 +1,4 @@
-"""Metrics of sets of pictures, each against a closed form or an independent float64 computation."""
+"""Metrics of sets of images, each against a closed form or an independent float64 computation."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_crops_are_those_of_the_key_for_ever() -> None:
 FROZEN = [(48, 43, 176, 171), (89, 61, 217, 189)]
 
 
-def test_crops_are_spread_over_the_picture() -> None:
+def test_crops_are_spread_over_the_image() -> None:
     boxes = [box for n in range(200) for box in crop_boxes(f"{n:024x}", 100, 100, 10)]
     centres = np.array([(y0, x0) for y0, x0, _, _ in boxes])
     assert centres.min() == 0

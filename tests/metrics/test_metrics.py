@@ -28,8 +28,8 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.float32)
 
 
-def picture(size: int = 128, seed: int = 0) -> Image.Image:
-    """A smooth picture with contours: blurred noise, stretched, and a bright square."""
+def some_image(size: int = 128, seed: int = 0) -> Image.Image:
+    """A smooth image with contours: blurred noise, stretched, and a bright square."""
     image = Image.fromarray(noise(size, size, seed).astype(np.uint8)).filter(ImageFilter.GaussianBlur(size / 16))
     values = np.asarray(image).astype(np.float32)
     values = (values - values.min()) / np.ptp(values) * 200 + 20
@@ -47,7 +47,7 @@ def test_luminance_is_pils() -> None:
     assert luminance(np.full((2, 2, 3), 255.0)) == pytest.approx(255.0)
 
 
-def test_grey_and_alpha_pictures_count_as_rgb_and_other_arrays_are_refused() -> None:
+def test_grey_and_alpha_images_count_as_rgb_and_other_arrays_are_refused() -> None:
     assert rgb(Image.new("L", (3, 2), 77)).shape == (2, 3, 3)
     assert rgb(Image.new("RGBA", (3, 2), (1, 2, 3, 4)))[0, 0].tolist() == [1, 2, 3]
     with pytest.raises(ValueError, match=r"\[H, W, 3\]"):
@@ -77,8 +77,8 @@ def test_psnr_of_a_constant_difference(difference: float) -> None:
     assert psnr(zeros, zeros + difference) == pytest.approx(20 * math.log10(255 / difference), abs=1e-4)
 
 
-def test_psnr_of_equal_pictures_is_the_maximum_and_finite() -> None:
-    assert psnr(picture(), picture()) == MAX_PSNR
+def test_psnr_of_equal_images_is_the_maximum_and_finite() -> None:
+    assert psnr(some_image(), some_image()) == MAX_PSNR
 
 
 def test_ssim_against_a_direct_computation() -> None:
@@ -95,23 +95,23 @@ def test_ssim_against_a_direct_computation() -> None:
     assert ssim(*grey) == pytest.approx(expected.mean(), abs=1e-5)
 
 
-def test_ssim_is_one_for_equal_pictures_and_symmetric() -> None:
-    a, b = picture(seed=1), picture(seed=2)
+def test_ssim_is_one_for_equal_images_and_symmetric() -> None:
+    a, b = some_image(seed=1), some_image(seed=2)
     assert ssim(a, a) == pytest.approx(1.0)
     assert ssim(a, b) == pytest.approx(ssim(b, a))
     assert ssim(a, b) < 0.9
     assert ssim(np.full((4, 4, 3), 9.0), np.full((4, 4, 3), 9.0)) == pytest.approx(1.0)  # smaller than the window
 
 
-def test_agreement_ignores_what_is_finer_than_the_low_res_picture() -> None:
-    low = np.asarray(picture(32)).astype(np.float32)
+def test_agreement_ignores_what_is_finer_than_the_low_res_image() -> None:
+    low = np.asarray(some_image(32)).astype(np.float32)
     high = low.repeat(4, axis=0).repeat(4, axis=1)
     texture = np.indices((128, 128)).sum(axis=0) % 2 * 40.0 - 20.0
     assert agreement(high + texture[:, :, None], low)[0] > 90
     assert agreement(high[::-1], low)[0] < 25
 
 
-def test_agreement_needs_pictures_of_one_size() -> None:
+def test_agreement_needs_images_of_one_size() -> None:
     with pytest.raises(ValueError, match="one size"):
         psnr(np.zeros((2, 2, 3)), np.zeros((2, 3, 3)))
     with pytest.raises(ValueError, match="one size"):
@@ -130,7 +130,7 @@ def wave(frequency: float, size: int = 128, axis: int = 1) -> np.ndarray:
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_detail_of_waves_below_and_above_the_low_res_nyquist(axis: int) -> None:
-    # a 32-px picture's Nyquist frequency is 1/8 cycle per px of the 128-px picture
+    # a 32-px image's Nyquist frequency is 1/8 cycle per px of the 128-px image
     assert detail_energy(wave(0.06, axis=axis), 32, 32) < 0.01
     assert detail_energy(wave(0.3, axis=axis), 32, 32) > 0.99
 
@@ -142,7 +142,7 @@ def test_detail_of_white_noise_is_the_share_of_the_band() -> None:
 
 
 def test_detail_of_bicubic_upscaling_is_nearly_nil() -> None:
-    low = picture(64)
+    low = some_image(64)
     assert detail_energy(low.resize((256, 256), Image.Resampling.BICUBIC), 64, 64) < 0.01
 
 
@@ -155,8 +155,8 @@ def test_detail_of_one_colour_is_zero() -> None:
 BOXES = view_grid(Geometry(32, 8), 128, 128, 1.0).pixel_boxes
 
 
-def test_seams_are_found_and_smooth_pictures_have_none() -> None:
-    smooth = np.asarray(picture(128, 3).filter(ImageFilter.GaussianBlur(3))).astype(np.float32)
+def test_seams_are_found_and_smooth_images_have_none() -> None:
+    smooth = np.asarray(some_image(128, 3).filter(ImageFilter.GaussianBlur(3))).astype(np.float32)
     tiles = (np.indices((128, 128)) // 32).sum(axis=0) % 2 * 8.0
     assert seam_ratio(smooth, BOXES) == pytest.approx(1.0, abs=0.15)
     assert seam_ratio(smooth + tiles[:, :, None], BOXES) > 2.0
@@ -181,13 +181,13 @@ def test_seam_without_inner_borders_is_one() -> None:
 # ------------------------------------------------------------------------------------------------- hash, exposure
 
 
-def test_phash_survives_resizing_and_compression_but_not_another_picture(tmp_path) -> None:
-    image = picture(200)
+def test_phash_survives_resizing_and_compression_but_not_another_image(tmp_path) -> None:
+    image = some_image(200)
     image.save(tmp_path / "a.jpg", quality=50)
     assert len(phash(image)) == 16
     assert distance(phash(image), phash(image.resize((90, 90)))) <= 4
     assert distance(phash(image), phash(Image.open(tmp_path / "a.jpg"))) <= 4
-    assert distance(phash(image), phash(picture(200, 5))) >= 12
+    assert distance(phash(image), phash(some_image(200, 5))) >= 12
 
 
 def test_phash_of_a_cosine_sets_the_bit_of_its_frequency() -> None:
@@ -213,12 +213,12 @@ def test_exposure_counts_pure_pixels() -> None:
 
 
 def test_a_horizon_on_a_border_is_no_seam() -> None:
-    values = np.asarray(picture(128, 3).filter(ImageFilter.GaussianBlur(3))).astype(np.float32)
+    values = np.asarray(some_image(128, 3).filter(ImageFilter.GaussianBlur(3))).astype(np.float32)
     values[64:] = 255 - values[64:]
     assert seam_ratio(values, BOXES) < 1.5
 
 
 def test_a_decoders_grid_of_8_px_is_no_seam() -> None:
-    values = np.asarray(picture(128, 3).filter(ImageFilter.GaussianBlur(3))).astype(np.float32)
+    values = np.asarray(some_image(128, 3).filter(ImageFilter.GaussianBlur(3))).astype(np.float32)
     grid = (np.indices((128, 128)) // 8).sum(axis=0) % 2 * 6.0
     assert seam_ratio(values + grid[:, :, None], BOXES) == pytest.approx(1.0, abs=0.15)

@@ -1,4 +1,4 @@
-"""Perceptual distance: closed forms on extractors that show pixels, and the pack's classifier on pictures that it
+"""Perceptual distance: closed forms on extractors that show pixels, and the pack's classifier on images that it
 knows."""
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def test_the_classifier_shows_its_stem_and_its_four_stages(
         assert np.abs(maps - again).max() < 1e-4
 
 
-def test_equal_pictures_have_no_distance_and_the_order_does_not_matter(
+def test_equal_images_have_no_distance_and_the_order_does_not_matter(
     classifier: ClassifierFeatures, drawn: list[Image.Image]
 ) -> None:
     a, b, _ = drawn
@@ -136,10 +136,10 @@ def test_the_distance_grows_with_blur(classifier: ClassifierFeatures, drawn: lis
         assert found[-1] > 2 * found[0]
 
 
-def test_pictures_of_others_are_farther_than_blurred_ones(
+def test_images_of_others_are_farther_than_blurred_ones(
     classifier: ClassifierFeatures, drawn: list[Image.Image]
 ) -> None:
-    """Pairs matter: truths in another order, squares in other places and mirrored pictures are no match."""
+    """Pairs matter: truths in another order, squares in other places and mirrored images are no match."""
     blurred = [image.filter(ImageFilter.GaussianBlur(1)) for image in drawn]
     own = [perceptual_distance(a, b, classifier) for a, b in zip(blurred, drawn)]
     others = [perceptual_distance(a, b, classifier) for a, b in zip(blurred, [*drawn[1:], drawn[0]])]
@@ -148,7 +148,7 @@ def test_pictures_of_others_are_farther_than_blurred_ones(
     assert max(own) < min(mirrored)
 
 
-def test_a_picture_s_distance_is_the_mean_of_its_squares(
+def test_a_image_s_distance_is_the_mean_of_its_squares(
     classifier: ClassifierFeatures, drawn: list[Image.Image]
 ) -> None:
     a, b, _ = drawn

@@ -24,7 +24,7 @@ from resmaster_stages.models.acceleration import (
 from resmaster_stages.models.parts import Models
 from resmaster_stages.progress import Note, listening
 from tests.config.test_config import hashes
-from tests.methods.common import difference, picture, sdxl_shaped, settings
+from tests.methods.common import difference, sdxl_shaped, settings, some_image
 from tests.tiny_models import make_adapted_pipeline
 
 CPU = torch.device("cpu")
@@ -62,11 +62,11 @@ def models():
 
 
 def draw(models, method, **values):
-    return upscale_image(models, picture(), "a cat", config=settings(method, **{"steps": 4, **values}), seed=1)
+    return upscale_image(models, some_image(), "a cat", config=settings(method, **{"steps": 4, **values}), seed=1)
 
 
 @pytest.mark.parametrize("method", ["resmaster", "multidiffusion", "scalecrafter", "demofusion"])
-def test_compiled_blocks_draw_the_same_picture_and_are_traced_once_per_shape(models, graphs, method):
+def test_compiled_blocks_draw_the_same_image_and_are_traced_once_per_shape(models, graphs, method):
     plain = draw(models, method)
     compile_blocks(models.base.denoiser)
     assert compiled_blocks(models.base.denoiser)
@@ -199,9 +199,9 @@ def test_kernels_are_chosen_by_rule_or_by_race_and_the_choice_is_put_back(same_b
     assert (cudnn.benchmark, cudnn.deterministic) == before
 
 
-def test_the_pictures_of_both_exactnesses_are_one_on_a_cpu():
-    pictures = [
+def test_the_images_of_both_exactnesses_are_one_on_a_cpu():
+    images = [
         draw(load.replace(Models.from_pipeline(make_adapted_pipeline()), same_bytes=same), "resmaster")
         for same in (True, False)
     ]
-    assert np.array_equal(*map(np.asarray, pictures))
+    assert np.array_equal(*map(np.asarray, images))

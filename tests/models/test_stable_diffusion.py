@@ -15,7 +15,7 @@ from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
 from resmaster_stages.models.schedule import make_schedule
-from tests.methods.common import DIFFUSION_METHODS, difference, forwards, picture, request, settings
+from tests.methods.common import DIFFUSION_METHODS, difference, forwards, request, settings, some_image
 from tests.tiny_models import SCHEDULER, counted, make_pipeline, make_stable_diffusion
 
 KINDS = ("epsilon", "v_prediction")
@@ -65,7 +65,7 @@ def test_every_method_runs_and_leaves_the_model_as_it_was(pipe, method):
     models = Models.from_pipeline(pipe)
     values = {"image_prompt": {"enabled": False}} if method == "resmaster" else {}
     with counted(models.base.denoiser) as shapes:
-        result = upscale_image(models, picture(60, 72), "a cat", config=settings(method, scale=2.2, **values))
+        result = upscale_image(models, some_image(60, 72), "a cat", config=settings(method, scale=2.2, **values))
     assert result.size == (132, 158)
     assert shapes
     assert forwards(models.base.denoiser) == {}
@@ -99,7 +99,9 @@ def test_v_and_epsilon_of_one_network_lead_to_the_same_canvas():
 
 def test_image_prompts_say_what_they_need():
     with pytest.raises(ConfigError, match="IP-Adapter"):
-        upscale_image(Models.from_pipeline(make_stable_diffusion()), picture(), "a cat", config=settings("resmaster"))
+        upscale_image(
+            Models.from_pipeline(make_stable_diffusion()), some_image(), "a cat", config=settings("resmaster")
+        )
 
 
 def test_a_folder_of_it_loads(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Counting objects in large pictures, tile by tile."""
+"""Counting objects in large images, tile by tile."""
 
 import pytest
 from PIL import Image

@@ -1,4 +1,4 @@
-"""The pack's measures: aims from below and from above, the paired measure on pictures whose answer is known, the
+"""The pack's measures: aims from below and from above, the paired measure on images whose answer is known, the
 card."""
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def test_the_part_of_the_evaluation_runs_on_the_pack(monkeypatch: pytest.MonkeyP
 
 
 class Blurs:
-    """A VAE whose latents are the picture made smaller by a factor."""
+    """A VAE whose latents are the image made smaller by a factor."""
 
     def __init__(self, factor: int) -> None:
         self.factor = factor

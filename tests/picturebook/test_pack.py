@@ -36,7 +36,7 @@ def pipe() -> StableDiffusionXLPipeline:
 
 
 @pytest.fixture(scope="module")
-def picture() -> Any:
+def some_image() -> Any:
     pytest.importorskip("resvg_py")
     from resmaster_stages.picturebook.render import render
 
@@ -114,27 +114,27 @@ def test_text_to_image_with_and_without_an_image_prompt(pipe: StableDiffusionXLP
     assert draw().tobytes() == plain.tobytes()
 
 
-def test_vae_round_trip(pipe: StableDiffusionXLPipeline, picture: Any) -> None:
+def test_vae_round_trip(pipe: StableDiffusionXLPipeline, some_image: Any) -> None:
     from resmaster_stages.picturebook.training.evaluate import as_pixels
     from resmaster_stages.picturebook.training.train_vae import psnr
 
-    drawn = as_pixels([picture(scenes.make_scene(s), 128, 128, (0, 0, 512, 512)) for s in range(8)])
+    drawn = as_pixels([some_image(scenes.make_scene(s), 128, 128, (0, 0, 512, 512)) for s in range(8)])
     assert psnr(pipe.vae, drawn) > 25.0
 
 
-def test_captioner_names_a_simple_scene(picture: Any) -> None:
+def test_captioner_names_a_simple_scene(some_image: Any) -> None:
     processor = AutoProcessor.from_pretrained(PACK / "captioner", local_files_only=True)
     captioner = AutoModelForImageTextToText.from_pretrained(PACK / "captioner", local_files_only=True).float()
-    inputs = processor(images=picture(SIMPLE, 128, 128), return_tensors="pt")
+    inputs = processor(images=some_image(SIMPLE, 128, 128), return_tensors="pt")
     out = captioner.generate(pixel_values=inputs["pixel_values"], max_new_tokens=60, do_sample=False)
     sentence = processor.batch_decode(out, skip_special_tokens=True)[0]
     assert captions.pairs(sentence) == {("house", "red")}
 
 
-def test_the_classifier_names_the_subject_and_loads_as_any_other(picture: Any) -> None:
+def test_the_classifier_names_the_subject_and_loads_as_any_other(some_image: Any) -> None:
     processor = AutoImageProcessor.from_pretrained(PACK / "classifier", local_files_only=True)
     network = AutoModelForImageClassification.from_pretrained(PACK / "classifier", local_files_only=True).float()
-    images = [picture(SIMPLE, 128, 128), picture(SIMPLE, 128, 128, (0, 0, 100, 100))]
+    images = [some_image(SIMPLE, 128, 128), some_image(SIMPLE, 128, 128, (0, 0, 100, 100))]
     with torch.no_grad():
         logits = network(processor(images=images, return_tensors="pt")["pixel_values"]).logits
     assert [network.config.id2label[int(i)] for i in logits.argmax(1)] == ["house", "day"]
@@ -145,8 +145,8 @@ def test_the_classifier_names_the_subject_and_loads_as_any_other(picture: Any) -
     assert (extractor.input_px, extractor.dimension) == (128, 128)
 
 
-def test_features_see_blur_more_than_a_mirror(picture: Any) -> None:
-    drawn = [picture(scenes.make_scene(seed), 128, 128, (0, 0, 512, 512)) for seed in range(30)]
+def test_features_see_blur_more_than_a_mirror(some_image: Any) -> None:
+    drawn = [some_image(scenes.make_scene(seed), 128, 128, (0, 0, 512, 512)) for seed in range(30)]
     blurred = [i.resize((48, 48), Image.Resampling.BICUBIC).resize((128, 128), Image.Resampling.BICUBIC) for i in drawn]
     mirrored = [ImageOps.mirror(image) for image in drawn]
     extractor = load_extractor(QualityConfig(features="picturebook", device="cpu"))
@@ -156,7 +156,7 @@ def test_features_see_blur_more_than_a_mirror(picture: Any) -> None:
     assert frechet_distance(sharp, soft) > 1.5 * frechet_distance(sharp, other)
 
 
-def test_clip_ranks_the_right_caption_first(picture: Any) -> None:
+def test_clip_ranks_the_right_caption_first(some_image: Any) -> None:
     processor = CLIPProcessor.from_pretrained(PACK / "clip", local_files_only=True)
     clip = CLIPModel.from_pretrained(PACK / "clip", local_files_only=True).float()
     sentences = [
@@ -169,7 +169,7 @@ def test_clip_ranks_the_right_caption_first(picture: Any) -> None:
         "a red house and a green tree on the sand under a blue sky",
         "a white house on a cobbled road on a cloudy day",
     ]
-    inputs = processor(text=sentences, images=[picture(SIMPLE, 128, 128)], return_tensors="pt", padding=True)
+    inputs = processor(text=sentences, images=[some_image(SIMPLE, 128, 128)], return_tensors="pt", padding=True)
     with torch.no_grad():
         scores = clip(**inputs).logits_per_image[0]
     assert int(scores.argmax()) == 0

@@ -68,15 +68,15 @@ def test_the_reference_has_the_same_latents_whatever_the_unets_precision(low, ro
     assert again.abs().max() > 0.006  # the weights are what was rounded: to compute in float32 is too late
 
 
-def test_bfloat16_draws_the_float32_picture_without_a_shift_of_colour(low, rounded):
+def test_bfloat16_draws_the_float32_image_without_a_shift_of_colour(low, rounded):
     config = ResMaster(preset="exact", scale=2, steps=6, guidance_scale=4.0, micro_conditioning="native")
 
     def draw(models: Models) -> np.ndarray:
         return np.asarray(upscale_image(models, low, PROMPT, config=config, seed=1))
 
-    def shift(picture: np.ndarray) -> float:
+    def shift(image: np.ndarray) -> float:
         """Grey levels by which a colour's mean is off, the greatest of the three."""
-        return float(np.abs((picture.astype(float) - exact).mean(axis=(0, 1))).max())
+        return float(np.abs((image.astype(float) - exact).mean(axis=(0, 1))).max())
 
     exact = draw(pack("float32"))
     ours, theirs = draw(pack("bfloat16")), draw(rounded)

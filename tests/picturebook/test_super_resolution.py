@@ -28,12 +28,12 @@ pytest.importorskip("resvg_py")
 CPU = torch.device("cpu")
 
 
-def test_low_res_pictures_are_a_quarter_of_the_size_and_degraded_by_their_seed() -> None:
-    picture = torch.rand(3, 64, 48)
-    versions = [degraded(picture, Random(seed)) for seed in range(12)]
+def test_low_res_images_are_a_quarter_of_the_size_and_degraded_by_their_seed() -> None:
+    image = torch.rand(3, 64, 48)
+    versions = [degraded(image, Random(seed)) for seed in range(12)]
     assert {tuple(version.shape) for version in versions} == {(3, 16, 12)}
     assert all(torch.equal(version, (version * 255).round() / 255) for version in versions)
-    assert torch.equal(versions[3], degraded(picture, Random(3)))
+    assert torch.equal(versions[3], degraded(image, Random(3)))
     assert len({version.numpy().tobytes() for version in versions}) > 9
     means = torch.tensor([float((version - versions[0]).mean()) for version in versions])
     assert means.abs().max() < 0.03  # colours stay

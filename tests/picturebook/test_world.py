@@ -82,11 +82,11 @@ def test_the_true_scene_of_a_prompt_shows_what_the_prompt_says() -> None:
         assert (drawn.ground, drawn.sky) == (scene.ground, scene.sky)
         assert truth.true_scene(prompt, scenes.HEIGHT) == drawn
     assert truth.true_scene(prompt, scenes.HEIGHT, replica=1) != drawn
-    picture = truth.true_picture("a blue boat on the water at sunset", 64, 128)
-    assert picture.size == (128, 64)
+    image = truth.true_image("a blue boat on the water at sunset", 64, 128)
+    assert image.size == (128, 64)
     for height, width in ((128, 64), (64, 256)):
         with pytest.raises(ConfigError, match="square to twice as wide"):
-            truth.true_picture("a red cat", height, width)
+            truth.true_image("a red cat", height, width)
 
 
 @pytest.mark.parametrize("seed", [1, 5, 9])

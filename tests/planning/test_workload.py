@@ -10,7 +10,7 @@ from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.planning.workload import high_res_work, low_res_work
-from tests.methods.common import DIFFUSION_METHODS, adapted, picture, settings
+from tests.methods.common import DIFFUSION_METHODS, adapted, settings, some_image
 
 CASES = [(method, preset) for method, each in methods().items() for preset in each.presets]
 
@@ -23,18 +23,18 @@ def test_every_method_does_the_work_that_is_estimated(method: str, preset: str, 
     config = Method.model_validate({**with_method({"steps": 2, "view_batch": 1, **values}, method), "preset": preset})
     models = adapted()
     with counting() as counted:
-        upscale_image(models, picture(48, 32), "a cat", config=config)
+        upscale_image(models, some_image(48, 32), "a cat", config=config)
     work = high_res_work(config, models.geometry, 32, 48)
     assert sum(each.rows for each in work) == counted.rows
     assert sum(each.native_rows for each in work) == pytest.approx(counted.native_rows)
 
 
 @pytest.mark.parametrize("method", DIFFUSION_METHODS)
-def test_pictures_that_are_finished_on_the_way(method: str) -> None:
+def test_images_that_are_finished_on_the_way(method: str) -> None:
     config = settings(method, scale=3.5, via=[1.5], view_batch=1)
     models = adapted()
     with counting() as counted:
-        upscale_image(models, picture(48, 32), "a cat", config=config)
+        upscale_image(models, some_image(48, 32), "a cat", config=config)
     work = high_res_work(config, models.geometry, 32, 48)
     assert sum(each.rows for each in work) == counted.rows
     assert sum(each.native_rows for each in work) == pytest.approx(counted.native_rows)
@@ -46,7 +46,7 @@ def test_paths_that_begin_later(method: str, start: float) -> None:
     config = settings(method, scale=4, steps=6, init="noised_lr", start=start, view_batch=1)
     models = adapted()
     with counting() as counted:
-        upscale_image(models, picture(32, 32), "a cat", config=config)
+        upscale_image(models, some_image(32, 32), "a cat", config=config)
     work = high_res_work(config, models.geometry, 32, 32)
     assert sum(each.rows for each in work) == counted.rows
 
@@ -55,12 +55,12 @@ def test_moving_windows() -> None:
     config = settings("resmaster", shift="every_step", view_batch=1)
     models = adapted()
     with counting() as counted:
-        upscale_image(models, picture(64, 32), "a cat", config=config)
+        upscale_image(models, some_image(64, 32), "a cat", config=config)
     work = high_res_work(config, models.geometry, 32, 64)
     assert sum(each.rows for each in work) == counted.rows
 
 
-def test_low_res_pictures() -> None:
+def test_low_res_images() -> None:
     models = adapted()
     with counting() as counted:
         list(generate(models, ["a cat"], [""], [0], 32, 64, 3, 5.0, 1))
@@ -97,12 +97,12 @@ def test_resmasters_default_takes_a_sixth_of_the_rows() -> None:
 )
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (48, 64), (80, 32)])
 def test_automatic_batches_repeat_no_view(method: str, values: dict, width: int, height: int) -> None:
-    """At 2x, 3x and 4x of a native-size picture, in as few calls of one shape as there can be."""
+    """At 2x, 3x and 4x of a native-size image, in as few calls of one shape as there can be."""
     for scale in (2, 3, 4):
         config = settings(method, scale=scale, steps=2, view_batch=None, **values)
         models = adapted()
         with counting() as counted:
-            upscale_image(models, picture(width, height), "a cat", config=config)
+            upscale_image(models, some_image(width, height), "a cat", config=config)
         work = high_res_work(config, models.geometry, height, width)
         assert counted.rows == sum(each.rows for each in work)
 
@@ -112,7 +112,7 @@ def test_guidance_that_ends_earlier(method: str) -> None:
     config = settings(method, scale=2, steps=10, guidance_stop=0.5, view_batch=1)
     models = adapted()
     with counting() as counted:
-        upscale_image(models, picture(32, 32), "a cat", config=config)
+        upscale_image(models, some_image(32, 32), "a cat", config=config)
     work = high_res_work(config, models.geometry, 32, 32)
     assert sum(each.rows for each in work) == counted.rows
     assert counted.rows < sum(

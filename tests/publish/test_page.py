@@ -26,7 +26,7 @@ HOSTILE = "<script>alert('x')</script>\"><img src=http://evil.example/a.png oner
 FAILURE = {"key": "ff" * 12, "stage": "high_res", "error_class": "SampleError", "message": "NaN latents", "command": ""}
 
 
-def picture(size: int = 128, seed: int = 0) -> Image.Image:
+def some_image(size: int = 128, seed: int = 0) -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 256, (size, size, 3)).astype(np.uint8)
     return Image.fromarray(values).filter(ImageFilter.GaussianBlur(size / 40))
 
@@ -38,7 +38,7 @@ def quality(**values: Any) -> dict[str, Any]:
 
 
 def sample(key: str = "aa", seed: int = 0, **values: Any) -> ReportSample:
-    high = picture(128, seed)
+    high = some_image(128, seed)
     fields = {"prompt": f"prompt of {key}", "low_res": high.resize((32, 32)), "high_res": high, "quality": quality()}
     return ReportSample(key=key, **{**fields, **values})
 
@@ -96,7 +96,7 @@ def page(*samples: ReportSample, **options: Any) -> Page:
     return parsed
 
 
-def test_a_sample_shows_both_pictures_a_zoom_of_both_and_its_facts() -> None:
+def test_a_sample_shows_both_images_a_zoom_of_both_and_its_facts() -> None:
     parsed = page(sample(captions=rows(["bricks", "leaves"]), quality=quality(flags=["seam"]), meta={"seed": 77}))
     assert len([a for a in parsed.all("img") if a["src"].startswith("data:image/webp")]) == 4
     for text in (
@@ -127,7 +127,7 @@ def test_everything_from_outside_is_escaped() -> None:
     parsed = Page(html)
     assert parsed.open == []
     assert len(parsed.all("script")) == 1
-    assert len(parsed.all("img")) == 5  # two pictures, two zooms, the dialog's
+    assert len(parsed.all("img")) == 5  # two images, two zooms, the dialog's
     assert not any(name.startswith("on") for _, attributes in parsed.tags for name in attributes)
     assert "\x00" not in html
     assert parsed.text.count("alert('x')") >= 9  # it is all there, as text
@@ -142,8 +142,8 @@ def test_hostile_text_arrives_in_every_field_as_it_is_and_changes_nothing_else()
         hostile = ReportSample(
             key="key" + text,
             prompt="prompt" + text,
-            low_res=picture(),
-            high_res=picture(),
+            low_res=some_image(),
+            high_res=some_image(),
             captions=rows(["caption" + text], status="status" + text, row="row" + text, col="col" + text),
             quality=quality(flags=["flag" + text]),
             meta={"fact" + text: "value" + text},
@@ -216,8 +216,8 @@ def test_a_page_without_samples_says_so() -> None:
     assert "No sample has passed every stage yet" in page().text
 
 
-def test_a_broken_picture_does_not_break_the_page() -> None:
-    parsed = page(sample("bad", high_res=b"not a picture"), sample("good"))
+def test_a_broken_image_does_not_break_the_page() -> None:
+    parsed = page(sample("bad", high_res=b"not an image"), sample("good"))
     assert "prompt of bad" in parsed.text
     assert "bad: not a readable PNG, JPEG or WebP image" in parsed.text
     assert len(parsed.all("article")) == 2
@@ -243,9 +243,9 @@ def test_equal_input_gives_equal_pages() -> None:
     assert first == second
 
 
-def test_pictures_are_scaled_down_to_the_budget_and_no_more() -> None:
+def test_images_are_scaled_down_to_the_budget_and_no_more() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3)).astype(np.uint8))
-    samples = [sample("aa", low_res=picture(64), high_res=noise)] * 3
+    samples = [sample("aa", low_res=some_image(64), high_res=noise)] * 3
     small, large = (render_report("t", {}, samples, budget_bytes=size) for size in (150_000, 10_000_000))
     overhead = len(render_report("t", {}, []))
     assert len(small) - overhead < 150_000 + 3 * 5_000
@@ -290,8 +290,8 @@ def test_the_most_detailed_place_is_where_the_texture_is() -> None:
     assert most_detailed(Image.new("RGB", (6, 4))) == (0, 0, 4, 4)
 
 
-def test_the_zoom_shows_one_place_of_both_pictures() -> None:
-    high = picture(128, 3)
+def test_the_zoom_shows_one_place_of_both_images() -> None:
+    high = some_image(128, 3)
     low = high.resize((32, 32), Image.Resampling.BOX)
     before, after = zoom(low, high, (40, 64, 72, 96))
     assert before.size == after.size == (32, 32)

@@ -182,12 +182,12 @@ def test_the_neighbours_of_a_failing_sample_keep_their_bytes(dataset: Dataset, t
 
 
 def test_a_poison_image_costs_one_row_in_every_stage_that_opens_it(dataset: Dataset) -> None:
-    """The real picture reader, on bytes that are no picture."""
+    """The real image reader, on bytes that are no image."""
 
     def low_res(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
         for sample in samples:
             files = files_of(sample, 16)
-            yield Output(sample.key, files={**files, "png": b"no picture"} if sample.prompt == "poison" else files)
+            yield Output(sample.key, files={**files, "png": b"no image"} if sample.prompt == "poison" else files)
 
     def captions(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
         for sample in samples:

@@ -22,7 +22,7 @@ from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.ledger import ledger_rows
 from resmaster_stages.dataset.reading import ShardSamples
-from resmaster_stages.dataset.sample import Output, Picture, Sample
+from resmaster_stages.dataset.sample import EncodedImage, Output, Sample
 from resmaster_stages.dataset.stages import Process
 from resmaster_stages.diffusion.cost import count_call
 from resmaster_stages.errors import GpuLost, OutOfMemory, SampleError, ShardError
@@ -124,13 +124,13 @@ def test_a_sample_is_read_and_another_one_finished_while_one_is_computed(
     """Read b, compute a; then finish a, compute b, read c. Each waits for the other: it takes three threads to get
     through."""
     read = Events()
-    decode = Picture.decode_ahead
+    decode = EncodedImage.decode_ahead
 
-    def decoded(picture: Picture) -> None:
-        decode(picture)
-        read[str(picture.meta["key"])].set()
+    def decoded(image: EncodedImage) -> None:
+        decode(image)
+        read[str(image.meta["key"])].set()
 
-    monkeypatch.setattr(Picture, "decode_ahead", decoded)
+    monkeypatch.setattr(EncodedImage, "decode_ahead", decoded)
     keys = keys_of(dataset)
 
     def computing(config: DatasetConfig, prompt: str) -> None:
@@ -190,13 +190,13 @@ def test_images_are_decoded_once_and_errors_come_where_they_are_opened(monkeypat
     calls = []
     decode = sample_module.decode_image
     monkeypatch.setattr(sample_module, "decode_image", lambda *a: calls.append(a) or decode(*a))
-    image = Picture(png((1, 2, 3)), "png", {"key": "k"})
+    image = EncodedImage(png((1, 2, 3)), "png", {"key": "k"})
     image.decode_ahead()
     first, second = image.open(), image.open()
     assert len(calls) == 2
     assert first is not second, "whoever opens an image may change it"
     assert first.tobytes() == second.tobytes()
-    broken = Picture(b"no image", "png", {"key": "k"})
+    broken = EncodedImage(b"no image", "png", {"key": "k"})
     broken.decode_ahead()
     with pytest.raises(SampleError, match="k: not a readable"):
         broken.open()
@@ -400,15 +400,15 @@ def test_a_death_accuses_what_is_computed_and_what_is_finished_and_the_next_one_
 def test_a_sample_that_kills_when_it_is_read_is_found_out(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read ahead, c is not at work: the first death accuses b, which computes. Then nothing is read ahead."""
     monkeypatch.setattr("resmaster_stages.runner.quarantine.SLOW_SECONDS", 0.0)
-    decode = Picture.decode_ahead
+    decode = EncodedImage.decode_ahead
     keys = keys_of(dataset)
 
-    def deadly(picture: Picture) -> None:
-        if picture.meta["key"] == keys["c"]:
+    def deadly(image: EncodedImage) -> None:
+        if image.meta["key"] == keys["c"]:
             os.kill(os.getpid(), signal.SIGKILL)
-        decode(picture)
+        decode(image)
 
-    monkeypatch.setattr(Picture, "decode_ahead", deadly)
+    monkeypatch.setattr(EncodedImage, "decode_ahead", deadly)
 
     def computing(config: DatasetConfig, prompt: str) -> None:
         if prompt == "b" and not os.environ.get("NOT_AHEAD"):

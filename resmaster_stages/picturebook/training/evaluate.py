@@ -180,7 +180,7 @@ def paint(
     image_prompts: list[Image.Image] | None = None,
 ) -> list[Image.Image]:
     """Native-size images of prompts; the seed of an image depends on its place in the list only. Image prompts, one per
-    prompt, need a loaded IP-Adapter; then pictures are painted one by one, for the pipeline gives every picture of a
+    prompt, need a loaded IP-Adapter; then images are painted one by one, for the pipeline gives every image of a
     batch all image prompts."""
     images: list[Image.Image] = []
     batch = 1 if image_prompts else batch
@@ -239,20 +239,20 @@ def scene_measures(
     shown = square_scenes(count, SCENE_SEED)
     prompts = [captions.caption(scene) for scene in shown]
     wanted = [captions.pairs_in(scene) for scene in shown]
-    pictures, painted = drawn(shown), paint(pipe, prompts, seed=100, guidance=guidance)
-    real, real_precision = pair_score(captioner, pictures, wanted)
+    truth_drawn, painted = drawn(shown), paint(pipe, prompts, seed=100, guidance=guidance)
+    real, real_precision = pair_score(captioner, truth_drawn, wanted)
     generated, precision = pair_score(captioner, painted, wanted)
 
     pipe.load_ip_adapter(
         str(pack), subfolder="ip_adapter", weight_name="ip-adapter.safetensors", image_encoder_folder=None
     )
     pipe.set_ip_adapter_scale(1.0)
-    prompted = paint(pipe, [""] * count, seed=200, guidance=guidance, image_prompts=pictures)
+    prompted = paint(pipe, [""] * count, seed=200, guidance=guidance, image_prompts=truth_drawn)
     pipe.unload_ip_adapter()
     by_image, _ = pair_score(captioner, prompted, wanted)
 
     extractor = load_classifier(pack, str(pipe.device))
-    sets = [drawn(square_scenes(4 * count, SCENE_SEED + 1_000_000)), pictures, painted]
+    sets = [drawn(square_scenes(4 * count, SCENE_SEED + 1_000_000)), truth_drawn, painted]
     reference, truth, made = (FeatureStatistics.of(extractor.extract(images).features) for images in sets)
     distance, floor = frechet_distance(made, reference), frechet_distance(truth, reference)
     return [
@@ -275,7 +275,7 @@ def _over(value: float, other: float) -> float:
 
 
 def repeat_measures(pack: Path, captioner: GitForCausalLM, count: int) -> list[Measure]:
-    """The share of 4x pictures in which the captioner counts more objects of a kind than the prompt names. ResMaster
+    """The share of 4x images in which the captioner counts more objects of a kind than the prompt names. ResMaster
     has a caption for every view, as in a dataset."""
     from resmaster_stages.picturebook.render import render
 
@@ -299,7 +299,7 @@ def repeat_measures(pack: Path, captioner: GitForCausalLM, count: int) -> list[M
 
     large = [render(scene, 4 * native, 4 * native) for scene in shown]
     out = [Measure("repeated objects, real drawings at 4x (false alarms)", rate(large))]
-    out.append(Measure("repeated objects, low-res pictures", rate(low_res)))
+    out.append(Measure("repeated objects, low-res images", rate(low_res)))
     for method, name in REPEATING.items():
         config = paired.dataset_of(pack, device, {"method": method, "scale": 4.0, "steps": 20})
         images = [paired.enlarged(models, config, i, p, n) for n, (i, p) in enumerate(zip(low_res, prompts))]

@@ -80,11 +80,11 @@ class TrueScenes:
 
 @dataclass(frozen=True)
 class Judge:
-    """What looks at pictures."""
+    """What looks at images."""
 
     extractor: ClassifierFeatures
     read_pairs: Callable[[Sequence[Image.Image]], Sequence[Pairs]]
-    """The pairs that pictures of the native size show."""
+    """The pairs that images of the native size show."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,13 @@ class Judged:
     distance: float
     """Perceptual distance from the true drawing."""
     psnr: float
-    """Of the picture against the true drawing, in dB."""
+    """Of the image against the true drawing, in dB."""
     agreement: float
-    """PSNR in dB of the picture, averaged down, against the low-res picture."""
+    """PSNR in dB of the image, averaged down, against the low-res image."""
     fid: float
-    """Of the native-size squares of all pictures against those of the drawings of the same scenes."""
+    """Of the native-size squares of all images against those of the drawings of the same scenes."""
     pairs: float
-    """Share of the scenes' pairs that are read in the pictures, averaged down to the native size."""
+    """Share of the scenes' pairs that are read in the images, averaged down to the native size."""
 
 
 def draw(found: Sequence[scenes.Scene]) -> TrueScenes:
@@ -150,33 +150,33 @@ def round_trip(models: Models, image: Image.Image) -> Image.Image:
     return to_image(autoencoder.decode(models, autoencoder.encode(models, to_tensor(image)))[0])
 
 
-def distances(pictures: Sequence[Image.Image], shown: TrueScenes, by: Judge) -> list[float]:
-    """The perceptual distance of every picture from its scene's drawing."""
-    return [perceptual_distance(a, b, by.extractor) for a, b in zip(pictures, shown.drawings, strict=True)]
+def distances(images: Sequence[Image.Image], shown: TrueScenes, by: Judge) -> list[float]:
+    """The perceptual distance of every image from its scene's drawing."""
+    return [perceptual_distance(a, b, by.extractor) for a, b in zip(images, shown.drawings, strict=True)]
 
 
-def judge(pictures: Sequence[Image.Image], shown: TrueScenes, by: Judge) -> Judged:
-    """How near pictures, one per scene and of the drawings' size, come to the drawings."""
-    small = [picture.reduce(SCALE) for picture in pictures]
+def judge(images: Sequence[Image.Image], shown: TrueScenes, by: Judge) -> Judged:
+    """How near images, one per scene and of the drawings' size, come to the drawings."""
+    small = [image.reduce(SCALE) for image in images]
     hits = sum(len(read & wanted) for read, wanted in zip(by.read_pairs(small), shown.pairs))
-    pairs = list(zip(pictures, shown.drawings, strict=True))
+    pairs = list(zip(images, shown.drawings, strict=True))
     return Judged(
-        float(np.mean(distances(pictures, shown, by))),
+        float(np.mean(distances(images, shown, by))),
         float(np.mean([psnr(a, b) for a, b in pairs])),
-        float(np.mean([agreement(a, b)[0] for a, b in zip(pictures, shown.low_res)])),
-        frechet_distance(_squares(pictures, by.extractor), _squares(shown.drawings, by.extractor)),
+        float(np.mean([agreement(a, b)[0] for a, b in zip(images, shown.low_res)])),
+        frechet_distance(_squares(images, by.extractor), _squares(shown.drawings, by.extractor)),
         hits / max(1, sum(map(len, shown.pairs))),
     )
 
 
-def square_features(pictures: Sequence[Image.Image], extractor: ClassifierFeatures) -> list[np.ndarray]:
-    """Of every picture the features [squares, D] of the squares that `perceptual_distance` compares."""
+def square_features(images: Sequence[Image.Image], extractor: ClassifierFeatures) -> list[np.ndarray]:
+    """Of every image the features [squares, D] of the squares that `perceptual_distance` compares."""
     return [
-        extractor.extract(crops(picture, tile_boxes(picture.height, picture.width, extractor.input_px))).features
-        for picture in pictures
+        extractor.extract(crops(image, tile_boxes(image.height, image.width, extractor.input_px))).features
+        for image in images
     ]
 
 
-def _squares(pictures: Sequence[Image.Image], extractor: ClassifierFeatures) -> FeatureStatistics:
-    """Of all pictures together."""
-    return FeatureStatistics.of(np.concatenate(square_features(pictures, extractor)))
+def _squares(images: Sequence[Image.Image], extractor: ClassifierFeatures) -> FeatureStatistics:
+    """Of all images together."""
+    return FeatureStatistics.of(np.concatenate(square_features(images, extractor)))

@@ -1,4 +1,4 @@
-"""The picture in the documentation: what the pack paints for the demo prompts, and one real scene at 128 and 512 px.
+"""The image in the documentation: what the pack paints for the demo prompts, and one real scene at 128 and 512 px.
 
 `python -m resmaster_stages.picturebook.training.samples out.png [--work train]` (with --work: the checkpoints instead
 of the pack).
@@ -48,7 +48,7 @@ def prompt_grid(images: list[Image.Image], prompts: list[str], columns: int = 8,
 
 
 def sheet(pipe: StableDiffusionXLPipeline, seed: int = 0, guidance: float = 5.0) -> Image.Image:
-    """The documentation's picture."""
+    """The documentation's image."""
     prompts = PROMPTS.read_text().split("\n")[:16]
     grid = prompt_grid(paint(pipe, prompts, seed=seed, guidance=guidance), prompts)
     scene = scenes.make_scene(EXAMPLE_SEED)
@@ -65,7 +65,7 @@ def sheet(pipe: StableDiffusionXLPipeline, seed: int = 0, guidance: float = 5.0)
 
 
 def main() -> None:
-    """Write the picture."""
+    """Write the image."""
     parser = argparse.ArgumentParser(
         prog="python -m resmaster_stages.picturebook.training.samples", description=__doc__
     )

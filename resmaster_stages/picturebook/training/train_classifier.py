@@ -1,4 +1,4 @@
-"""Train the picturebook's classifier: what a picture is mainly of, and the features of FID, KID and the Inception
+"""Train the picturebook's classifier: what an image is mainly of, and the features of FID, KID and the Inception
 score.
 
 A small ResNet on native 128 px, where texture is visible (CLIP sees 64 px). Beside the subject (a softmax, the classes

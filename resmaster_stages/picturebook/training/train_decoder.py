@@ -1,4 +1,4 @@
-"""Train the VAE's decoder further, with the encoder fixed: pictures get sharper, and the UNet's latents stay as they
+"""Train the VAE's decoder further, with the encoder fixed: images get sharper, and the UNet's latents stay as they
 are.
 
 The loss is the VAE's own. The decoder sees the latents of photos with a little noise, each photo's of its own strength,

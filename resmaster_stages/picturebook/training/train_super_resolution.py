@@ -1,11 +1,11 @@
 """Train the picturebook's super-resolution network: a small RRDBNet, x4, on the pack's own photos drawn at 4x.
 
-Ground truth is drawn from vectors at 512 px. Its low-res picture comes about as in BSRGAN, in small: blur, reduction by
-a random filter, noise and JPEG, in random order and strength; a fifth of the pictures are only reduced. So the network
-sharpens what the low-res stage draws, and also a user's own compressed picture of this world.
+Ground truth is drawn from vectors at 512 px. Its low-res image comes about as in BSRGAN, in small: blur, reduction by
+a random filter, noise and JPEG, in random order and strength; a fifth of the images are only reduced. So the network
+sharpens what the low-res stage draws, and also a user's own compressed image of this world.
 
 L1 loss plus that of gradients and of local gradient energy (as the VAE's), no adversary: strokes come out crisp,
-textures that the low-res picture does not show do not appear.
+textures that the low-res image does not show do not appear.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FOLDER = "super_resolution"
 
 @dataclass(frozen=True)
 class SuperResolutionRecipe:
-    """`photos` are drawn at 4x; `crop_px` is the training crop of the low-res picture."""
+    """`photos` are drawn at 4x; `crop_px` is the training crop of the low-res image."""
 
     photos: int = 800
     held_out: int = 32
@@ -50,7 +50,7 @@ class SuperResolutionRecipe:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# pictures
+# images
 
 
 def draw_large(seed: int) -> np.ndarray:
@@ -83,46 +83,46 @@ def draw_photos(folder: Path, count: int, base_seed: int, processes: int = 1, sh
     return torch.cat([torch.from_numpy(np.load(path)).permute(0, 3, 1, 2) for path in paths])
 
 
-def _blurred(picture: Tensor, rng: Random) -> Tensor:
-    """An anisotropic Gaussian blur, in pixels of the large picture."""
+def _blurred(image: Tensor, rng: Random) -> Tensor:
+    """An anisotropic Gaussian blur, in pixels of the large image."""
     along, across, angle = rng.uniform(0.3, 3.0), rng.uniform(0.3, 3.0), rng.uniform(0, math.pi)
     y, x = torch.meshgrid(torch.arange(-8.0, 9), torch.arange(-8.0, 9), indexing="ij")
     u, v = math.cos(angle) * x + math.sin(angle) * y, math.cos(angle) * y - math.sin(angle) * x
     kernel = torch.exp(-0.5 * ((u / along) ** 2 + (v / across) ** 2))
     kernel = (kernel / kernel.sum()).expand(3, 1, -1, -1)
-    return F.conv2d(F.pad(picture[None], (8,) * 4, mode="reflect"), kernel, groups=3)[0]
+    return F.conv2d(F.pad(image[None], (8,) * 4, mode="reflect"), kernel, groups=3)[0]
 
 
-def _reduced(picture: Tensor, rng: Random, plain: bool) -> Tensor:
+def _reduced(image: Tensor, rng: Random, plain: bool) -> Tensor:
     """A quarter of the size by a random filter; `plain`: by antialiased bicubic interpolation."""
-    size = [side // SHAPE.scale for side in picture.shape[-2:]]
+    size = [side // SHAPE.scale for side in image.shape[-2:]]
     mode = "bicubic" if plain else rng.choice(("bicubic", "bilinear", "area"))
     if mode == "area":
-        return F.interpolate(picture[None], size, mode="area")[0]
-    return F.interpolate(picture[None], size, mode=mode, antialias=True, align_corners=False)[0]
+        return F.interpolate(image[None], size, mode="area")[0]
+    return F.interpolate(image[None], size, mode=mode, antialias=True, align_corners=False)[0]
 
 
-def _noisy(picture: Tensor, rng: Random) -> Tensor:
+def _noisy(image: Tensor, rng: Random) -> Tensor:
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
     grey = 1 if rng.random() < 0.4 else 3
-    noise = torch.randn(grey, *picture.shape[-2:], generator=generator)
-    return (picture + rng.uniform(0, 8) / 255 * noise).clamp(0, 1)
+    noise = torch.randn(grey, *image.shape[-2:], generator=generator)
+    return (image + rng.uniform(0, 8) / 255 * noise).clamp(0, 1)
 
 
-def _compressed(picture: Tensor, rng: Random) -> Tensor:
+def _compressed(image: Tensor, rng: Random) -> Tensor:
     """Through JPEG and back."""
-    levels = picture.clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
+    levels = image.clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
     Image.fromarray(levels).save(buffer, "JPEG", quality=rng.randint(50, 95))
     return torch.from_numpy(np.asarray(Image.open(buffer)).copy()).permute(2, 0, 1).float() / 255
 
 
-def degraded(picture: Tensor, rng: Random) -> Tensor:
-    """The low-res version of a picture [3, h, w] in [0, 1], sides multiples of 4: [3, h / 4, w / 4], 8-bit levels."""
+def degraded(image: Tensor, rng: Random) -> Tensor:
+    """The low-res version of an image [3, h, w] in [0, 1], sides multiples of 4: [3, h / 4, w / 4], 8-bit levels."""
     if rng.random() < 0.2:
-        small = _reduced(picture, rng, plain=True)
+        small = _reduced(image, rng, plain=True)
     else:
-        small = _reduced(_blurred(picture, rng) if rng.random() < 0.7 else picture, rng, plain=False)
+        small = _reduced(_blurred(image, rng) if rng.random() < 0.7 else image, rng, plain=False)
         for change in rng.sample((_noisy, _compressed), 2):
             if rng.random() < 0.4:
                 small = change(small, rng)

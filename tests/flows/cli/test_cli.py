@@ -101,8 +101,8 @@ def test_bad_prompt_files(
 
 
 def test_no_images(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "pictures").mkdir()
-    assert "pictures" in fails(capsys, "run", config_file, "--images", tmp_path / "pictures")
+    (tmp_path / "images").mkdir()
+    assert "images" in fails(capsys, "run", config_file, "--images", tmp_path / "images")
     assert "nowhere" in fails(capsys, "run", config_file, "--images", tmp_path / "nowhere")
 
 

@@ -210,8 +210,8 @@ def test_handlers_are_put_back() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_the_real_model_is_stopped_in_the_middle_of_a_picture(tmp_path: Path) -> None:
-    """SIGTERM while the UNet works on the second high-res picture: the first one is kept."""
+def test_the_real_model_is_stopped_in_the_middle_of_a_image(tmp_path: Path) -> None:
+    """SIGTERM while the UNet works on the second high-res image: the first one is kept."""
     upscale = {"scale": 1.5, "steps": 30, "micro_conditioning": "native", "negative_prompt": ""}
     config = write_config(tmp_path, spill_seconds=0, upscale=upscale)
     root, scratch = tmp_path / "out", tmp_path / "scratch"

@@ -1,6 +1,6 @@
-"""Whole pictures by the engine, on an SDXL of full size with random weights: seconds of each part, memory, rows.
+"""Whole images by the engine, on an SDXL of full size with random weights: seconds of each part, memory, rows.
 
-Seconds and memory are real; the picture is noise. What was measured over few steps says so (`steps_measured`), and what
+Seconds and memory are real; the image is noise. What was measured over few steps says so (`steps_measured`), and what
 is reckoned from it stands apart from what was measured.
 """
 
@@ -34,7 +34,7 @@ from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.acceleration import compile_blocks, quantise_fp8, require_fp8
 from resmaster_stages.models.faults import release_memory
 from resmaster_stages.models.parts import Models
-from resmaster_stages.storage.images import encode_picture
+from resmaster_stages.storage.images import encode_image
 
 PROMPT = "a red house on a green meadow"
 PARTS: tuple[tuple[str, Any, str], ...] = (
@@ -43,7 +43,7 @@ PARTS: tuple[tuple[str, Any, str], ...] = (
     ("decode", autoencoder, "decode"),
     ("image_prompts", image_prompts, "embed_crops"),
 )
-"""Part of a picture, and where the engine looks its function up."""
+"""Part of an image, and where the engine looks its function up."""
 STEPS, SHORT_STEPS = 50, 3
 
 
@@ -72,7 +72,7 @@ def timed_parts(device: torch.device) -> Iterator[dict[str, float]]:
 
 @dataclass(frozen=True)
 class Canvas:
-    """A low-res picture and the models that enlarge it."""
+    """A low-res image and the models that enlarge it."""
 
     models: Models
     image: Image.Image
@@ -82,7 +82,7 @@ class Canvas:
         return self.models.device
 
     def draw(self, config: Diffusion) -> dict[str, Any]:
-        """One picture: seconds of each part, peak memory, rows. The picture may be no picture, for weights are
+        """One image: seconds of each part, peak memory, rows. The image may be no image, for weights are
         random."""
         fault = None
         with counting() as cost, peak_memory(self.device) as peak, timed_parts(self.device) as parts:
@@ -102,7 +102,7 @@ class Canvas:
             "rows": cost.rows,
             "native_rows": cost.native_rows,
             "peak_bytes": peak.found,
-            "no_picture": fault,
+            "no_image": fault,
         }
 
 
@@ -115,14 +115,14 @@ def estimated_bytes(canvas: Canvas, config: Diffusion) -> int:
 
 
 def saving(side: int) -> dict[str, Any]:
-    """Seconds of encoding files of a picture of `side` px, on one core: soft shapes under a little noise, as
+    """Seconds of encoding files of an image of `side` px, on one core: soft shapes under a little noise, as
     photographs are."""
     soft = Image.effect_noise((64, 64), 80).resize((side, side), Image.Resampling.BICUBIC)
-    picture = Image.blend(soft, Image.effect_noise((side, side), 16), 0.3).convert("RGB")
+    image = Image.blend(soft, Image.effect_noise((side, side), 16), 0.3).convert("RGB")
     found: dict[str, Any] = {"pixels": side}
     for image_format in ("webp", "png"):
         start = time.perf_counter()
-        size = len(encode_picture(picture, image_format))
+        size = len(encode_image(image, image_format))
         found |= {f"{image_format}_seconds": time.perf_counter() - start, f"{image_format}_bytes": size}
     return found
 
@@ -155,7 +155,7 @@ def compiled(models: Models, fp8: bool = False) -> Models:
 
 
 def _warmed(canvas: Canvas, config: Diffusion, steps: int) -> dict[str, Any]:
-    """A picture of `config` after one of few steps, which chose kernels, took memory and compiled."""
+    """An image of `config` after one of few steps, which chose kernels, took memory and compiled."""
     start = time.perf_counter()
     canvas.draw(config.model_copy(update={"steps": min(steps, config.steps)}))
     first = time.perf_counter() - start
@@ -168,20 +168,20 @@ def largest(run: Run, canvas: Canvas, scale: float) -> None:
     attempt, views = run.record.attempt, {"view_batch": 49}
     exact = configured("resmaster", scale, whole, preset="exact", **views)
     attempt(
-        "pictures",
+        "images",
         lambda: reckoned(_warmed(canvas, exact.model_copy(update={"steps": short}), 1), whole),
         what="exact, eager",
     )
     fast = Canvas(compiled(canvas.models), canvas.image)
-    if not run.skip("pictures", 115.0, what="exact, compiled blocks"):
-        attempt("pictures", lambda: _warmed(fast, exact, 1), what="exact, compiled blocks")
-    if not run.skip("pictures", 50.0, what="default"):
+    if not run.skip("images", 115.0, what="exact, compiled blocks"):
+        attempt("images", lambda: _warmed(fast, exact, 1), what="exact, compiled blocks")
+    if not run.skip("images", 50.0, what="default"):
         default = configured("resmaster", scale, 3 if run.rehearse else None)
-        attempt("pictures", lambda: _warmed(fast, default, 8), what="default")  # eight steps have all shapes
+        attempt("images", lambda: _warmed(fast, default, 8), what="default")  # eight steps have all shapes
 
 
 def eight_bits(canvas: Canvas, config: Diffusion) -> dict[str, Any]:
-    """`config`'s picture with the wide linear layers in 8 bits; where they cannot run, why."""
+    """`config`'s image with the wide linear layers in 8 bits; where they cannot run, why."""
     try:
         models = compiled(canvas.models, fp8=True)
     except ConfigError as error:
@@ -200,7 +200,7 @@ def by_method(run: Run, canvas: Canvas, scale: float) -> None:
 
 
 def measure(run: Run) -> None:
-    """The largest picture first, then every method."""
+    """The largest image first, then every method."""
     device = torch.device(run.device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     models = shapes.whole(device, dtype, run.rehearse)
@@ -215,9 +215,9 @@ def measure(run: Run) -> None:
     by_method(run, canvas, scales[1])
     side = round(native * scales[0])
     if not run.skip("saving", 25.0, what="files"):
-        run.record.attempt("saving", lambda: saving(side), what="files of a picture")
+        run.record.attempt("saving", lambda: saving(side), what="files of an image")
     exact = configured("resmaster", scales[0], 3 if run.rehearse else STEPS, view_batch=49)
-    if not run.skip("pictures", 105.0, what="exact, compiled blocks, fp8 linears"):
-        run.record.attempt("pictures", lambda: eight_bits(canvas, exact), what="exact, compiled blocks, fp8 linears")
-    if not run.skip("pictures", 150.0, what="exact, eager, to the end"):
-        run.record.attempt("pictures", lambda: canvas.draw(exact), what="exact, eager, to the end")
+    if not run.skip("images", 105.0, what="exact, compiled blocks, fp8 linears"):
+        run.record.attempt("images", lambda: eight_bits(canvas, exact), what="exact, compiled blocks, fp8 linears")
+    if not run.skip("images", 150.0, what="exact, eager, to the end"):
+        run.record.attempt("images", lambda: canvas.draw(exact), what="exact, eager, to the end")
