@@ -13,51 +13,17 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from resmaster_stages.storage.filesystem import Folder
-
-BLOCKS = 256
-"""At most so many blocks of an object have a checksum of their own: 2 KiB in its record."""
-SMALLEST_BLOCK_BYTES = 512
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What is known of a content without keeping it."""
-
-    sha256: str
-    bytes: int
-    crc32: tuple[str, ...]
-    """Of each block."""
-
-
-def block_bytes_of(size: int) -> int:
-    """The block size of an object of `size` bytes: a power of two."""
-    return max(SMALLEST_BLOCK_BYTES, 1 << max(0, -(-size // BLOCKS) - 1).bit_length())
-
-
-def fingerprint(blocks: Iterable[bytes]) -> Fingerprint:
-    """sha256 of a content and CRC-32 of each of its blocks, in one pass."""
-    whole, checks, size = hashlib.sha256(), [], 0
-    for block in blocks:
-        whole.update(block)
-        checks.append(f"{zlib.crc32(block):08x}")
-        size += len(block)
-    return Fingerprint(whole.hexdigest(), size, tuple(checks))
+from resmaster_stages.storage.filesystem import Folder, sha256_of
 
 
 def describe(name: str, path: Path) -> StoredObject:
     """A local file as the object `name`."""
-    size = path.stat().st_size
-    block_bytes = block_bytes_of(size)
-    with path.open("rb") as file:
-        found = fingerprint(iter(lambda: file.read(block_bytes), b""))
-    return StoredObject(name, found.sha256, found.bytes, block_bytes, "".join(found.crc32))
+    return StoredObject(name, sha256_of(path), path.stat().st_size)
 
 
 def new_attempt() -> str:
@@ -72,10 +38,6 @@ class StoredObject:
     name: str
     sha256: str
     bytes: int
-    block_bytes: int = 0
-    """Size of the blocks that have checksums of their own, so that damage can be located; 0: there are none."""
-    crc32: str = ""
-    """CRC-32 of each block, 8 hex digits each."""
 
 
 @dataclass(frozen=True)
@@ -137,31 +99,18 @@ def discard(folder: Folder, names: Sequence[str]) -> None:
 
 
 PIECE_BYTES = 1 << 20
-"""How much is read at a time of objects that were recorded without blocks."""
+"""How much of an object is read at a time."""
 
 
-What = Literal["gone", "cut off", "changed", "unreadable"]
-
-
-@dataclass(frozen=True)
-class Difference:
-    what: What
-    blocks: tuple[int, ...] = field(default=())
-    """Numbers of the blocks that differ; empty where the record has none."""
-
-
-def is_whole(folder: Folder, stored: StoredObject) -> bool:
-    """Whether an object is as recorded."""
-    return difference(folder, stored) is None
-
-
-def difference(folder: Folder, stored: StoredObject) -> Difference | None:
+def difference(folder: Folder, stored: StoredObject) -> Literal["gone", "cut off", "changed"] | None:
+    """What is wrong with an object; None if it is as recorded."""
+    whole, size = hashlib.sha256(), 0
     try:
-        found = fingerprint(folder.chunks(stored.name, stored.block_bytes or PIECE_BYTES))
+        for piece in folder.chunks(stored.name, PIECE_BYTES):
+            whole.update(piece)
+            size += len(piece)
     except FileNotFoundError:
-        return Difference("gone")
-    if found.sha256 == stored.sha256:
+        return "gone"
+    if whole.hexdigest() == stored.sha256:
         return None
-    recorded = [stored.crc32[start : start + 8] for start in range(0, len(stored.crc32), 8)]
-    differ = tuple(number for number, crc in enumerate(recorded) if found.crc32[number : number + 1] != (crc,))
-    return Difference("cut off" if found.bytes < stored.bytes else "changed", differ)
+    return "cut off" if size < stored.bytes else "changed"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from resmaster_stages.dataset.commit import Receipt, StoredObject, is_whole
+from resmaster_stages.dataset.commit import Receipt, StoredObject, difference
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.ledger import encode_failures, first_errors, ledger_is_whole
 from resmaster_stages.errors import ShardError
@@ -16,7 +16,7 @@ def mend(work: Work, receipt: Receipt) -> None:
     Raises ShardError, and puts nothing back, if what comes out differs from the record.
     """
     folder = work.dataset.folder
-    broken = {stored.name for stored in receipt.objects if not is_whole(folder, stored)}
+    broken = {stored.name for stored in receipt.objects if difference(folder, stored)}
     ledger_lost = receipt.ledger is not None and not ledger_is_whole(folder, receipt.ledger)
     if not broken and not ledger_lost:
         return

@@ -17,16 +17,15 @@ from resmaster_stages.inspection.verify import note, verify
 
 HELP = "read everything back, and say what is damaged"
 DESCRIPTION = (
-    "Hash every object that the commits and the plan name, and list what is gone, cut off or changed: by shard, stage "
-    "and, in tars, sample. Marks damaged shards for `repair`. Exit status 1 if something is damaged."
+    "Hash every object that the commits and the plan name, and list what is gone, cut off or changed, by stage and "
+    "shard. Marks damaged shards for `repair`. Exit status 1 if something is damaged."
 )
-SHOWN_SAMPLES = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     add_root(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON, with all samples")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -38,16 +37,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
     else:
         out = Console()
         if found.damage:
-            table = Table("stage", "shard", "object", "what", "samples", box=None, pad_edge=False)
+            table = Table("stage", "shard", "object", "what", box=None, pad_edge=False)
             for damage in found.damage:
-                shown = ", ".join(damage.samples[:SHOWN_SAMPLES])
-                more = len(damage.samples) - SHOWN_SAMPLES
                 table.add_row(
                     damage.stage,
                     "" if damage.shard is None else f"{damage.shard:06d}",
                     escape(damage.name),
                     damage.what + ("" if damage.current else " (an older configuration's)"),
-                    shown + (f" and {more} more" if more > 0 else ""),
                 )
             out.print(table)
         size = f"{found.objects:,} objects, {found.bytes / 1e9:,.3f} GB"
