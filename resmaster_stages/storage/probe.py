@@ -7,33 +7,26 @@ Invariants:
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from resmaster_stages.errors import ResMasterError, UserError
-from resmaster_stages.storage.filesystem import PART_BYTES, Folder
+from resmaster_stages.storage.filesystem import Folder
 
-State = Literal["ok", "warning", "failed", "untested"]
+State = Literal["ok", "failed", "untested"]
 
 START_WRITERS = 4
 """Racing writers in the probe at the start of a build: 6 requests in all."""
 WRITERS, ROUNDS = 8, 3
 """Racing writers and how often they race in a full examination."""
-SKEW_WARNING_SECONDS, SKEW_FAILED_SECONDS = 60, 15 * 60
-"""S3 refuses requests that are 15 minutes off."""
-FREE_WARNING_BYTES, FREE_FAILED_BYTES = 5_000_000_000, 100_000_000
 
 OVERRIDE = "--allow-overwriting-store (allow_overwriting_store: true)"
 
@@ -59,18 +52,14 @@ def require_one_winner(folder: Folder) -> None:
 
 
 def examine(folder: Folder) -> list[Finding]:
-    """Try everything that a build needs of the store at `folder`, and the disks of this machine."""
+    """Try everything that a build needs of the store at `folder`."""
     findings: list[Finding] = []
     with _Probe.at(folder, keep_folders=False) as probe:
-        for name, check in _STORE_CHECKS:
+        for name, check in _CHECKS:
             if findings and findings[0].state == "failed":
-                findings.append(Finding(name, "untested", f"needs: {_STORE_CHECKS[0][0]}"))
+                findings.append(Finding(name, "untested", f"needs: {_CHECKS[0][0]}"))
             else:
                 findings.append(_finding(name, partial(check, probe)))
-    places = [("scratch disk (TMPDIR)", Path(tempfile.gettempdir()))]
-    if folder.local:
-        places.insert(0, ("disk of the root", _existing(Path(folder.path))))
-    findings += [_finding(name, partial(_free, path)) for name, path in places]
     return findings
 
 
@@ -176,22 +165,6 @@ def _create_racing(probe: _Probe) -> tuple[State, str]:
     return "ok", f"{WRITERS} racing writers, {ROUNDS} rounds: never two winners"
 
 
-def _large(probe: _Probe) -> tuple[State, str]:
-    name, data = probe.name(), os.urandom(2 * PART_BYTES + 1)
-    with tempfile.TemporaryDirectory(prefix="resmaster-probe-") as scratch:
-        source = Path(scratch) / "large"
-        source.write_bytes(data)
-        probe.folder.upload(name, source)
-    if probe.folder.read(name) != data:
-        return "failed", f"an object of {len(data):,} bytes came back changed"
-    with probe.folder.open(name) as file:
-        file.seek(PART_BYTES - 8)
-        if file.read(16) != data[PART_BYTES - 8 : PART_BYTES + 8]:
-            return "failed", "a range of a large object came back changed"
-    how = "written" if probe.folder.local else "uploaded in parts"
-    return "ok", f"{len(data):,} bytes {how}, read back whole and as a range"
-
-
 def _delete(probe: _Probe) -> tuple[State, str]:
     name = probe.name()
     probe.folder.write(name, b"deleted")
@@ -205,45 +178,13 @@ def _delete(probe: _Probe) -> tuple[State, str]:
     return "failed", "a deleted object can still be read"
 
 
-def _clock(probe: _Probe) -> tuple[State, str]:
-    name, before = probe.name(), datetime.now(UTC)
-    probe.folder.write(name, b"clock")
-    there, after = probe.folder.modified(name), datetime.now(UTC)
-    # Stores round to a second, so that less than one is no difference.
-    ahead, behind = (there - after).total_seconds(), (before - there).total_seconds()
-    seconds = max(ahead, behind)
-    if seconds <= 1:
-        return "ok", "the same as here, to a second"
-    detail = (
-        f"the store's clock is {seconds:.0f} s {'ahead' if ahead > behind else 'behind'}; set this machine's by NTP"
-    )
-    state: State = "ok"
-    if seconds > SKEW_WARNING_SECONDS:
-        state = "failed" if seconds > SKEW_FAILED_SECONDS else "warning"
-    return state, detail
-
-
-_STORE_CHECKS: list[tuple[str, Callable[[_Probe], tuple[State, str]]]] = [
+_CHECKS: list[tuple[str, Callable[[_Probe], tuple[State, str]]]] = [
     ("write, read back", _write_and_read),
     ("list", _list),
     ("create once", _create_once),
     ("create once, racing", _create_racing),
-    ("large objects", _large),
     ("delete", _delete),
-    ("clock", _clock),
 ]
-
-
-def _free(path: Path) -> tuple[State, str]:
-    with tempfile.TemporaryFile(dir=path):  # is it writable at all?
-        pass
-    free = shutil.disk_usage(path).free
-    detail = f"{free / 1e9:,.1f} GB free at {path}"
-    if free < FREE_FAILED_BYTES:
-        return "failed", f"{detail}; free some space"
-    if free < FREE_WARNING_BYTES:
-        return "warning", f"{detail}; a shard of large images may not fit"
-    return "ok", detail
 
 
 def _existing(path: Path) -> Path:
@@ -263,15 +204,12 @@ def _remove_empty(path: Path, known: Path) -> None:
         path = path.parent
 
 
-PROBE = ".probe-"
-
-
 _PROBE = re.compile(r"\.probe-[0-9a-f]{8}")
 
 
 def probe_name(token: str) -> str:
     """A file that tries what the store honours."""
-    return f"{PROBE}{token}"
+    return f".probe-{token}"
 
 
 def is_probe(name: str) -> bool:

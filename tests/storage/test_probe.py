@@ -86,9 +86,7 @@ def everything(folder: Folder) -> list[str]:
 def test_a_fit_store_passes_and_keeps_nothing(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "ROUNDS", 1)  # SeaweedFS lets losers wait for seconds
     found = states(folder)
-    assert set(list(found.values())[:7]) == {"ok"}, found
-    assert list(found)[:4] == ["write, read back", "list", "create once", "create once, racing"]
-    assert len(found) == (9 if folder.local else 8)
+    assert found == dict.fromkeys(["write, read back", "list", "create once", "create once, racing", "delete"], "ok")
     assert everything(folder) == []
     assert not (tmp_path / "root").exists(), "nor a folder that it made"
     probe.require_one_winner(folder)
@@ -160,7 +158,7 @@ def test_a_store_out_of_reach_fails_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     found = states(Folder(open_root(str(tmp_path)).fs, str(tmp_path / "file" / "below")))
     assert found["write, read back"] == "failed"
-    assert [found[check] for check in ("list", "create once", "large objects", "delete", "clock")] == ["untested"] * 5
+    assert [found[check] for check in ("list", "create once", "delete")] == ["untested"] * 3
 
 
 @pytest.mark.s3
@@ -171,32 +169,8 @@ def test_without_permission(s3_root: str, s3_server: S3Server, monkeypatch: pyte
     assert "permission denied" in findings[0].detail
 
 
-@pytest.mark.parametrize(
-    ("seconds", "state"), [(0.5, "ok"), (-0.5, "ok"), (30, "ok"), (-120, "warning"), (120, "warning"), (1000, "failed")]
-)
-def test_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, state: str) -> None:
-    from datetime import timedelta
-
-    real = Folder.modified
-    monkeypatch.setattr(Folder, "modified", lambda self, name: real(self, name) + timedelta(seconds=seconds))
-    finding = next(finding for finding in probe.examine(open_root(str(tmp_path))) if finding.check == "clock")
-    assert finding.state == state
-    assert ("behind" in finding.detail) == (seconds < -1)
-
-
-@pytest.mark.parametrize(("free", "state"), [(10**7, "failed"), (10**9, "warning"), (10**12, "ok")])
-def test_free_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, state: str) -> None:
-    class Usage:
-        def __init__(self, path: Path) -> None:
-            self.free = free
-
-    monkeypatch.setattr(probe.shutil, "disk_usage", Usage)
-    found = states(open_root(str(tmp_path)))
-    assert (found["disk of the root"], found["scratch disk (TMPDIR)"]) == (state, state)
-
-
 def test_doctor_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", str(tmp_path / "new" / "root")]) in (0, 1)
+    assert main(["doctor", str(tmp_path / "new" / "root")]) == 0
     out = capsys.readouterr().out
     assert "create once, racing" in out
     assert list(tmp_path.iterdir()) == []
