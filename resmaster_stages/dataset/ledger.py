@@ -20,20 +20,24 @@ from resmaster_stages.storage.tables import decode_table, encode_table
 MESSAGE_CHARACTERS = 1000
 
 
-def ledger_rows(folder: Folder, stage: str, shards: set[int] | None = None) -> list[dict[str, Any]]:
-    """All rows of a stage, or of some of its shards, as dictionaries in the form of LEDGER_SCHEMA."""
-    found = folder.names(layout.ledger_folder(stage))
+def ledger_rows(commits: Commits, shards: set[int] | None = None) -> list[dict[str, Any]]:
+    """A stage's rows under its configuration, of all shards or of some, in the form of LEDGER_SCHEMA."""
+    found = commits.folder.names(layout.ledger_folder(commits.stage))
     by_name = {name: layout.ledger_shard(name) for name in found}
     names = [name for name, shard in by_name.items() if shard is not None and (shards is None or shard in shards)]
-    files = folder.read_many(names)
+    files = commits.folder.read_many(names)
     return [
-        row for name in names if name in files for row in decode_table(files[name], LEDGER_SCHEMA, name).to_pylist()
+        row
+        for name in names
+        if name in files
+        for row in decode_table(files[name], LEDGER_SCHEMA, name).to_pylist()
+        if row["stage_hash"] == commits.stage_hash
     ]
 
 
 def encode_failures(commits: Commits, shard: int, attempt: str, failures: Sequence[tuple[str, Exception]]) -> bytes:
     """The ledger file of an attempt: one row per (key, error), numbered after the failures that are there already."""
-    earlier = Counter(row["key"] for row in ledger_rows(commits.folder, commits.stage, {shard}))
+    earlier = Counter(row["key"] for row in ledger_rows(commits, {shard}))
     rows = [
         {
             "key": key,

@@ -14,8 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any, overload
 
-from numpy.typing import NDArray
-
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.chain import Chain, read_chain
 from resmaster_stages.dataset.commit import Receipt, StoredObject
@@ -24,7 +22,7 @@ from resmaster_stages.dataset.plan import PlannedSample
 from resmaster_stages.dataset.sample import EncodedImage, Output, Sample
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import PlanError, ShardError
-from resmaster_stages.storage.arrays import decode_arrays
+from resmaster_stages.storage.arrays import Arrays, decode_arrays
 from resmaster_stages.storage.images import MASK_EXTENSION
 from resmaster_stages.storage.scratch import scratch_folder
 from resmaster_stages.storage.shards import Entry, read_index, read_member
@@ -41,7 +39,7 @@ class Outputs(Mapping[str, Output]):
         tar: IO[bytes] | None,
         entries: Mapping[str, Entry],
         rows: Mapping[str, Rows],
-        arrays: Callable[[], Mapping[str, Mapping[str, NDArray[Any]]]] = dict,
+        arrays: Callable[[], Mapping[str, Arrays]] = dict,
     ) -> None:
         self._tar, self._entries, self._rows, self._arrays = tar, entries, rows, cache(arrays)
 
@@ -181,7 +179,7 @@ def committed_outputs(dataset: Dataset, receipt: Receipt) -> Iterator[Outputs]:
         yield Outputs(None, {}, rows, lambda: committed_arrays(dataset, receipt))
 
 
-def committed_arrays(dataset: Dataset, receipt: Receipt) -> dict[str, dict[str, NDArray[Any]]]:
+def committed_arrays(dataset: Dataset, receipt: Receipt) -> dict[str, Arrays]:
     """Key -> arrays (by name) that a commit holds besides its main object; empty if it has none.
 
     Raises ShardError if they are gone or damaged.
@@ -190,8 +188,7 @@ def committed_arrays(dataset: Dataset, receipt: Receipt) -> dict[str, dict[str, 
     for stored in receipt.objects[1:]:
         if stored.name == name:
             with scratch_folder() as scratch:
-                keys, arrays = decode_arrays(fetch(dataset, receipt, stored, scratch), name)
-            return {key: {each: values[row] for each, values in arrays.items()} for row, key in enumerate(keys)}
+                return decode_arrays(fetch(dataset, receipt, stored, scratch), name)
     return {}
 
 

@@ -100,7 +100,8 @@ LEDGER_SCHEMA = table_schema(
         ("attempt_number", pa.int32(), False),
     ],
 )
-"""One row per failed sample and attempt; `attempt_number` counts the sample's failures in this stage from 1."""
+"""One row per failed sample and attempt; `attempt_number` counts the sample's failures in this stage from 1
+under one configuration."""
 
 
 def manifest_schema() -> pa.Schema:

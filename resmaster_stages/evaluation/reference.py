@@ -46,8 +46,7 @@ def reference_features(config: DatasetConfig, url: str, cache: Folder) -> dict[s
     weights = stage_hashes(config.model_copy(update={"name": "any"}))["quality"]
     name = f"reference-{digest([keys, extractor.name, native, weights])[:16]}.features.parquet"
     if cache.exists(name):
-        known, arrays = decode_arrays(cache.read(name), cache.url_of(name))
-        return {key: {view: values[row] for view, values in arrays.items()} for row, key in enumerate(known)}
+        return decode_arrays(cache.read(name), cache.url_of(name))
     found: dict[str, Arrays] = {}
     for image in find_images(url):
         key = image_key(image.data, "")
@@ -95,8 +94,7 @@ def true_features(config: DatasetConfig, height: int, width: int, cache: Folder)
         named = digest([prompts, height, width, layouts, extractor.name, native, weights])[:16]
         name = f"{part}-{named}.features.parquet"
         if cache.exists(name):
-            known, arrays = decode_arrays(cache.read(name), cache.url_of(name))
-            found.append({key: {v: values[row] for v, values in arrays.items()} for row, key in enumerate(known)})
+            found.append(decode_arrays(cache.read(name), cache.url_of(name)))
             continue
         features: Features = {}
         for replica in replicas:

@@ -151,8 +151,7 @@ def explain(dataset: Dataset, prefix: str) -> Explanation:
 
 def _trace(dataset: Dataset, stage: str, sample: PlannedSample, lost: bool) -> StageTrace:
     own_hash = dataset.hashes[stage]
-    rows = ledger_rows(dataset.folder, stage, {sample.shard})
-    failures = [row for row in rows if row["key"] == sample.key and row["stage_hash"] == own_hash]
+    failures = [row for row in ledger_rows(dataset.commits(stage), {sample.shard}) if row["key"] == sample.key]
     trace = StageTrace(
         stage=stage,
         stage_hash=own_hash,

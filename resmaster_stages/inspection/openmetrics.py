@@ -30,10 +30,9 @@ def openmetrics(dataset: Dataset) -> str:
     families.shards_planned.add_metric([name], plan.shards)
     families.samples_planned.add_metric([name], plan.samples)
     pixels = plan.pixels() * dataset.config.upscale.scale**2 / max(1, plan.samples)
-    for stage, own_hash in dataset.hashes.items():
+    for stage in dataset.hashes:
         commits = dataset.commits(stage)
-        rows = [row for row in ledger_rows(dataset.folder, stage) if row["stage_hash"] == own_hash]
-        _add_stage(families, [name, stage], plan, stage, commits.read_all(), rows, pixels / 1e6)
+        _add_stage(families, [name, stage], plan, stage, commits.read_all(), ledger_rows(commits), pixels / 1e6)
         families.damaged.add_metric([name, stage], len(commits.marked()))
     registry = CollectorRegistry()
     registry.register(families)

@@ -69,13 +69,13 @@ def status(dataset: Dataset) -> Status:
         commits = dataset.commits(stage)
         numbers = commits.numbers()
         missing = set(range(plan.shards)) - numbers.keys()
-        rows = ledger_rows(dataset.folder, stage, missing) if missing else []
+        rows = ledger_rows(commits, missing) if missing else []
         receipts = (
             receipt
             for chunk in chunks(sorted(numbers))
             for receipt in commits.read_many({shard: numbers[shard] for shard in chunk}).values()
         )
-        found = stage_status(stage, receipts, missing, [row for row in rows if row["stage_hash"] == own_hash])
+        found = stage_status(stage, receipts, missing, rows)
         others = {
             other: len(Commits(dataset.folder, stage, other).numbers())
             for name, other in namespaces

@@ -98,11 +98,12 @@ def failures(dataset: Dataset) -> list[dict[str, Any]]:
     The last attempt of each sample, with a command that tells more.
     """
     last: dict[tuple[str, str], dict[str, Any]] = {}
-    for stage, own_hash in dataset.hashes.items():
-        rows = [row for row in ledger_rows(dataset.folder, stage) if row["stage_hash"] == own_hash]
-        shards = {row["shard"] for row in rows}
-        numbers = dataset.commits(stage).numbers() if rows else {}
-        committed = dataset.commits(stage).read_many({shard: numbers[shard] for shard in shards & numbers.keys()})
+    for stage in dataset.hashes:
+        commits = dataset.commits(stage)
+        rows = ledger_rows(commits)
+        numbers = commits.numbers() if rows else {}
+        shards = numbers.keys() & {row["shard"] for row in rows}
+        committed = commits.read_many({shard: numbers[shard] for shard in shards})
         for row in rows:
             if row["shard"] in committed and row["key"] not in committed[row["shard"]].failed_keys:
                 continue

@@ -58,9 +58,8 @@ def encode_arrays(keys: Sequence[str], samples: Sequence[Arrays], metadata: Mapp
     return sink.getvalue()
 
 
-def decode_arrays(source: bytes | Path, name: str) -> tuple[list[str], dict[str, NDArray[Any]]]:
-    """(keys, array name -> [N, *shape]) of a file of `encode_arrays`. Raises ShardError, naming `name`, if it is
-    none."""
+def decode_arrays(source: bytes | Path, name: str) -> dict[str, Arrays]:
+    """Key -> arrays of a file of `encode_arrays`, in its order. Raises ShardError, naming `name`, if it is none."""
     try:
         table = pq.read_table(BytesIO(source) if isinstance(source, bytes) else source)
         arrays: dict[str, NDArray[Any]] = {}
@@ -69,6 +68,7 @@ def decode_arrays(source: bytes | Path, name: str) -> tuple[list[str], dict[str,
                 shape = json.loads((field.metadata or {})[b"shape"])
                 flat = table[field.name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
                 arrays[field.name] = flat.reshape(len(table), *shape)
-        return table["key"].to_pylist(), arrays
+        keys = table["key"].to_pylist()
+        return {key: {each: values[row] for each, values in arrays.items()} for row, key in enumerate(keys)}
     except (pa.ArrowException, OSError, KeyError, ValueError, AttributeError) as error:
         raise ShardError(f"{name}: not a readable file of arrays ({first_line(error)})") from error

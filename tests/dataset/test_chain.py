@@ -167,7 +167,7 @@ def test_what_fails_again_stays_in_the_ledger_and_can_be_asked_for_again(dataset
     retries, _ = retries_of(dataset)
     work(dataset, Mended(still_bad=["bad high_res"]), retries)
     assert not any(pending(dataset, retries=retries).values()), "the wish is fulfilled"
-    rows = ledger_rows(dataset.folder, "high_res")
+    rows = ledger_rows(dataset.commits("high_res"))
     assert [
         (row["key"], row["attempt_number"]) for row in sorted(rows, key=lambda row: int(row["attempt_number"]))
     ] == [

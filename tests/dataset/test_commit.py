@@ -66,7 +66,7 @@ def test_racing_attempts_have_one_winner_and_leave_nothing(folder: Folder, sourc
     winner = receipts[0]
     assert folder.names("low_res") == [winner.objects[0].name]
     assert folder.names("errors/low_res") == [winner.ledger]
-    assert [row["attempt"] for row in ledger_rows(folder, "low_res")] == [winner.attempt]
+    assert [row["attempt"] for row in ledger_rows(commits(folder))] == [winner.attempt]
 
 
 @pytest.mark.parametrize("error", [FileExistsError("the store's own retry"), ConnectionError("answer lost")])
@@ -129,13 +129,11 @@ def test_ledger_numbers_the_attempts(folder: Folder) -> None:
     for number, attempt in enumerate(("0" * 8, "1" * 8), start=1):
         data = encode_failures(commits(folder), 3, attempt, [("k", ValueError("a\n\n b \ud800")), ("l", OSError())])
         folder.write(layout.ledger("low_res", 3, attempt), data)
-        assert {row["attempt_number"] for row in ledger_rows(folder, "low_res") if row["attempt"] == attempt} == {
-            number
-        }
-    row = ledger_rows(folder, "low_res", {3})[0]
+        assert {row["attempt_number"] for row in ledger_rows(commits(folder)) if row["attempt"] == attempt} == {number}
+    row = ledger_rows(commits(folder), {3})[0]
     assert (row["key"], row["error_class"], row["message"]) == ("k", "ValueError", "a b \\ud800")
-    assert ledger_rows(folder, "low_res", {4}) == []
-    assert ledger_rows(folder, "low_res", set()) == []
+    assert ledger_rows(commits(folder), {4}) == []
+    assert ledger_rows(commits(folder), set()) == []
 
 
 def test_the_highest_number_counts_and_of_two_that_go_on_from_one_attempt_one_wins(

@@ -76,4 +76,4 @@ def test_twelve_processes_race_for_a_shard(
     kept = dataset.commits("low_res").attempt(0, 1)
     assert kept is not None
     assert first in (None, kept), "what was committed stays as it was"
-    assert [row["attempt"] for row in ledger_rows(dataset.folder, "low_res")] == [kept.attempt]
+    assert [row["attempt"] for row in ledger_rows(dataset.commits("low_res"))] == [kept.attempt]

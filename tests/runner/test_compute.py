@@ -96,7 +96,7 @@ def test_out_of_memory_with_a_batch_of_one_costs_the_sample(dataset: Dataset) ->
         ["f"],
     ]
     assert (receipt.samples_ok, receipt.samples_failed) == (6, 1)
-    (row,) = ledger_rows(dataset.folder, "low_res")
+    (row,) = ledger_rows(dataset.commits("low_res"))
     assert (row["error_class"], row["message"]) == ("OutOfMemory", "out of memory; lower low_res.batch_size")
 
 
@@ -156,7 +156,7 @@ def test_an_error_that_nobody_foresaw_costs_the_one_sample_that_raises_it(datase
     receipt = run(dataset, "low_res", stage)
     assert stage.tried == [["a", "b", "c", "poison"], ["a"], ["b"], ["c"], ["poison"], ["d", "e", "f"]]
     assert (receipt.samples_ok, receipt.samples_failed) == (6, 1)
-    (row,) = ledger_rows(dataset.folder, "low_res")
+    (row,) = ledger_rows(dataset.commits("low_res"))
     assert row["error_class"] == "ZeroDivisionError"
     assert row["message"].startswith("tokens / 0 (test_compute.py:")
     key = read_plan(dataset.folder).read(0)[3].key
@@ -197,7 +197,7 @@ def test_a_poison_image_costs_one_row_in_every_stage_that_opens_it(dataset: Data
 
     assert run(dataset, "low_res", low_res).samples_ok == 7
     assert run(dataset, "captions", captions).samples_failed == 1
-    (row,) = ledger_rows(dataset.folder, "captions")
+    (row,) = ledger_rows(dataset.commits("captions"))
     assert row["error_class"] == "SampleError"
     assert run(dataset, "high_res").samples_ok == 6, "what failed does not come back"
 
@@ -220,7 +220,7 @@ def test_what_is_nobodys_fault_passes(dataset: Dataset, error: Exception, kind: 
         run(dataset, "low_res", stage)
     assert stage.tried == [["a", "b", "c", "poison"]], "it is not tried again here"
     assert status(dataset).stages[0].committed == 0
-    assert ledger_rows(dataset.folder, "low_res") == []
+    assert ledger_rows(dataset.commits("low_res")) == []
 
 
 def test_a_lost_device_accuses_the_samples_at_work(dataset: Dataset) -> None:
@@ -241,7 +241,7 @@ def test_a_lost_device_accuses_the_samples_at_work(dataset: Dataset) -> None:
     tried.clear()
     assert run(dataset, "high_res", high_res).samples_failed == 1
     assert tried == ["a", "b", "c", "d", "e", "f"]
-    (row,) = ledger_rows(dataset.folder, "high_res")
+    (row,) = ledger_rows(dataset.commits("high_res"))
     assert row["error_class"] == "Quarantined"
 
 
@@ -390,4 +390,4 @@ def test_pillow_running_out_of_memory_is_no_poison(dataset: Dataset) -> None:
             yield from FAKES["captions"](config, [sample])
 
     assert run(dataset, "captions", quality).samples_failed == 1
-    assert ledger_rows(dataset.folder, "captions")[0]["error_class"] == "OutOfMemory"
+    assert ledger_rows(dataset.commits("captions"))[0]["error_class"] == "OutOfMemory"

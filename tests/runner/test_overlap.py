@@ -138,7 +138,7 @@ def test_a_sample_is_read_and_another_one_finished_while_one_is_computed(
             read.wait(keys[chr(ord(prompt) + 1)])
 
     receipt = high_res(dataset, Stage(computing))
-    assert (receipt.samples_ok, receipt.samples_failed) == (6, 0), ledger_rows(dataset.folder, "high_res")
+    assert (receipt.samples_ok, receipt.samples_failed) == (6, 0), ledger_rows(dataset.commits("high_res"))
     plain = planned(tmp_path / "plain", PROMPTS, tmp_path, samples_per_shard=10)
     for name in ("low_res", "captions"):
         run_stage(plain, name, 0, process=FAKES[name])
@@ -163,7 +163,7 @@ def test_a_slot_is_finished_while_the_next_one_is_computed(tmp_path: Path) -> No
         return files_of(sample, 16)
 
     receipt = run_stage(dataset, "low_res", 0, process=process)
-    assert (receipt.samples_ok, receipt.samples_failed) == (6, 0), ledger_rows(dataset.folder, "low_res")
+    assert (receipt.samples_ok, receipt.samples_failed) == (6, 0), ledger_rows(dataset.commits("low_res"))
 
 
 def test_no_more_than_two_images_wait_to_be_encoded(dataset: Dataset) -> None:
@@ -231,7 +231,7 @@ def test_an_error_in_finishing_is_its_own_samples(dataset: Dataset, error: Excep
     stage = Stage(finishing=finishing)
     receipt = high_res(dataset, stage)
     assert (receipt.samples_ok, receipt.samples_failed) == (5, 1)
-    (row,) = ledger_rows(dataset.folder, "high_res")
+    (row,) = ledger_rows(dataset.commits("high_res"))
     assert row["error_class"] == type(error).__name__
     assert row["key"] == receipt.failed_keys[0]
     assert [each for each in stage.log if len(each) == 1] == PROMPTS, "nothing is computed twice"
@@ -288,7 +288,7 @@ def test_memory_that_runs_out_in_finishing_is_asked_for_once_more_when_nothing_i
     assert len(tries) == 2
     assert stage.log.count("b") == 1
     assert receipt.failed_keys == ((keys_of(dataset)["b"],) if times == 2 else ())
-    assert [row["error_class"] for row in ledger_rows(dataset.folder, "high_res")] == ["OutOfMemory"] * (times - 1)
+    assert [row["error_class"] for row in ledger_rows(dataset.commits("high_res"))] == ["OutOfMemory"] * (times - 1)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "503"), GpuLost("gone")], ids=["store", "gpu"])
@@ -299,7 +299,7 @@ def test_what_is_nobodys_fault_passes_through_finishing(dataset: Dataset, error:
 
     with pytest.raises(type(error)):
         high_res(dataset, Stage(finishing=finishing, waits="ab"))
-    assert ledger_rows(dataset.folder, "high_res") == []
+    assert ledger_rows(dataset.commits("high_res")) == []
     assert spilled(dataset.config) >= 1
 
 
@@ -393,7 +393,7 @@ def test_a_death_accuses_what_is_computed_and_what_is_finished_and_the_next_one_
         assert at_work(dataset) == [keys["c"]], strikes
     receipt = high_res(dataset, again := Stage(finishing=finishing, waits=""))
     assert receipt.failed_keys == (keys["c"],)
-    assert [row["error_class"] for row in ledger_rows(dataset.folder, "high_res")] == ["Quarantined"]
+    assert [row["error_class"] for row in ledger_rows(dataset.commits("high_res"))] == ["Quarantined"]
     assert again.log == ["d", "d finishes", "e", "e finishes", "f", "f finishes"]
 
 
@@ -420,7 +420,7 @@ def test_a_sample_that_kills_when_it_is_read_is_found_out(dataset: Dataset, monk
     assert keys["b"] in at_work(dataset)
     monkeypatch.setenv("NOT_AHEAD", "1")
     assert in_child(dataset, "high_res", stage) == 0
-    assert ledger_rows(dataset.folder, "high_res") == []
+    assert ledger_rows(dataset.commits("high_res")) == []
 
 
 def test_nothing_is_read_before_somebody_can_be_accused_of_it(

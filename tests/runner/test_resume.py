@@ -194,7 +194,7 @@ def test_a_sample_that_kills_the_process_is_left_out_after_three_attempts(
     log = tmp_path / "log"
     deadly = killed_at("f", stage, log)
     assert [in_child(dataset, stage, deadly) for _ in range(4)] == [-9, -9, -9, 0]
-    (row,) = ledger_rows(dataset.folder, stage)
+    (row,) = ledger_rows(dataset.commits(stage))
     assert row["key"] == dataset.plan.read(0)[5].key
     assert row["error_class"] == "Quarantined"
     assert "died 3 times" in row["message"]
@@ -210,7 +210,7 @@ def test_one_kill_leaves_nobody_out_and_batches_whole(dataset: Dataset, tmp_path
     assert in_child(dataset, "low_res", killed_at("f", "low_res", log)) == -9
     assert in_child(dataset, "low_res", killed_at("", "low_res", log)) == 0
     assert log.read_text().split() == ["abcd", "efgh", "ij"]
-    assert ledger_rows(dataset.folder, "low_res") == []
+    assert ledger_rows(dataset.commits("low_res")) == []
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), OSError("503"), GeneratorExit()])

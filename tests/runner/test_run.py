@@ -67,7 +67,7 @@ def test_all_stages(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.Monkey
         "low_res": receipts["low_res", 1].attempt,
         "captions": receipts["captions", 1].attempt,
     }
-    (row,) = ledger_rows(dataset.folder, "high_res")
+    (row,) = ledger_rows(dataset.commits("high_res"))
     planned_key = read_plan(dataset.folder).read(1)[1].key
     assert (row["key"], row["error_class"], row["message"]) == (planned_key, "SampleError", "told to fail")
     found = status(dataset)
@@ -166,7 +166,7 @@ def test_too_many_failures_commit_nothing_but_are_written_down(dataset: Dataset)
             ShardError, match=r"(?s)2 of 2 samples failed .tolerated: 1.*SampleError +2 +[0-9a-f]+ +told to fail"
         ):
             run(dataset, "low_res", shard)
-        rows = ledger_rows(dataset.folder, "low_res")
+        rows = ledger_rows(dataset.commits("low_res"))
         assert sorted(row["attempt_number"] for row in rows) == sorted([*range(1, attempt + 1)] * 2)
     found = status(dataset).stages[0]
     assert (found.committed, found.pending, found.failed, found.failed_shards) == (0, shard, 1, (shard,))
