@@ -13,9 +13,8 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -65,21 +64,16 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 def _watch(reader: socket.socket) -> None:
     """Ends the process at the second signal, or `GRACE_SECONDS` after the first. Returns when the other end is
     closed."""
-    first, deadline = 0, 0.0
-    while True:
-        try:
-            reader.settimeout(max(0.001, deadline - time.monotonic()) if first else None)
-            numbers = reader.recv(16)
-        except TimeoutError:
-            _leave(first)
-        if not numbers:
-            return
-        for number in numbers:
-            if number not in STOPS:
-                continue
-            if first:
-                _leave(first)
-            first, deadline = number, time.monotonic() + GRACE_SECONDS
+    stops: list[int] = []
+    with suppress(TimeoutError):
+        while len(stops) < 2:
+            number = reader.recv(1)
+            if not number:
+                return
+            if number[0] in STOPS:
+                stops.append(number[0])
+                reader.settimeout(GRACE_SECONDS)
+    _leave(stops[0])
 
 
 def _leave(number: int) -> NoReturn:
