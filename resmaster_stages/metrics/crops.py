@@ -21,19 +21,19 @@ CROPS_PER_IMAGE = 10
 Box = tuple[int, int, int, int]
 
 
-def crop_boxes(key: str, height: int, width: int, size: int, count: int = CROPS_PER_IMAGE) -> list[Box]:
-    """`count` squares of `size` px, uniform over an image of `height` x `width` px.
+def crop_boxes(key: str, height: int, width: int, size: int) -> list[Box]:
+    """`CROPS_PER_IMAGE` squares of `size` px, uniform over an image of `height` x `width` px.
 
     An image that is smaller than `size` gives squares of its shorter side.
     """
-    if min(height, width, size, count) < 1:
-        raise ValueError(f"positive sizes expected, got {height} x {width} px, crops of {size} px, count {count}")
+    if min(height, width, size) < 1:
+        raise ValueError(f"positive sizes expected, got {height} x {width} px, crops of {size} px")
     edge = min(size, height, width)
     # raw 64-bit words: numpy guarantees the stream of a bit generator, not that of its distributions
-    words = np.random.PCG64(sample_seed(key, 0, "crops")).random_raw(2 * count)
+    words = np.random.PCG64(sample_seed(key, 0, "crops")).random_raw(2 * CROPS_PER_IMAGE)
     fractions = (words >> np.uint64(11)).astype(np.float64) / 2.0**53  # in [0, 1)
     boxes = []
-    for down, right in fractions.reshape(count, 2):
+    for down, right in fractions.reshape(-1, 2):
         y0, x0 = int(down * (height - edge + 1)), int(right * (width - edge + 1))
         boxes.append((y0, x0, y0 + edge, x0 + edge))
     return boxes

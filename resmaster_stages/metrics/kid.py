@@ -4,7 +4,7 @@ Crops of one image are not independent, so they come as [images, crops, D]: pair
 subsets and the confidence interval draw whole images. For [N, D] every row is an image of its own.
 
 Invariants:
-- Float64; the same seed gives the same estimates.
+- Float64; the same features give the same estimates.
 - The estimate is unbiased, so it may be slightly negative where the sets are alike.
 """
 
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 
 from resmaster_stages.metrics.fid import Floats
 
+SUBSETS = 100
+SUBSET_IMAGES = 1000
+"""Images drawn from each side, without replacement, per subset; fewer where a side has not twice as many."""
 BLOCK = 2048
 """Rows of a kernel matrix that are held at a time."""
 Z95 = 1.959963984540054
@@ -30,29 +33,18 @@ class KidEstimate:
 
     value: float
     """Estimate over all samples."""
-    mean: float | None
-    """Mean of the estimates over random subsets: the number that papers print. None for fewer than 3 images on a
-    side."""
-    std: float | None
-    """Standard deviation of the estimates over subsets."""
     low: float | None
-    """Lower end of the 95 % confidence interval of `value`."""
+    """Lower end of the 95 % confidence interval of `value`; None for fewer than 3 images on a side."""
     high: float | None
     """Upper end."""
-    subsets: int
-    subset_size: int
-    """Images drawn from each side, without replacement, per subset."""
 
 
-def kid(
-    x: NDArray[Any], y: NDArray[Any], *, subsets: int = 100, subset_size: int | None = None, seed: int = 0
-) -> KidEstimate:
+def kid(x: NDArray[Any], y: NDArray[Any]) -> KidEstimate:
     """KID between features `x` and `y`, each [N, D] or [images, crops, D].
 
-    `subset_size` images per subset; default: half of the smaller side, at most 1000. The interval is `value` -/+ 1.96
-    standard errors by the delete-d jackknife (Shao, Wu 1989): with subsets of m out of n images the variance of `value`
-    is m / (n - m) times that of the subset estimates; n is the smaller side, which makes the interval rather too wide.
-    Raises ValueError for fewer than 2 images on a side, or a subset size that does not fit.
+    The interval is `value` -/+ 1.96 standard errors by the delete-d jackknife (Shao, Wu 1989): with subsets of m out of
+    n images the variance of `value` is m / (n - m) times that of the subset estimates; n is the smaller side, which
+    makes the interval rather too wide. Raises ValueError for fewer than 2 images on a side.
     """
     a, b = _by_image(x), _by_image(y)
     if a.shape[2] != b.shape[2]:
@@ -62,22 +54,15 @@ def kid(
         raise ValueError(f"KID needs at least 2 images on each side, got {len(a)} and {len(b)}")
     value = mmd2(a, b)
     if n < 3:
-        return KidEstimate(value, None, None, None, None, 0, 0)
-    size = subset_size if subset_size is not None else min(1000, max(2, n // 2))
-    if not 2 <= size < n:
-        raise ValueError(f"subset_size {size}: give a number from 2 to {n - 1}")
-    if subsets < 2:
-        raise ValueError(f"subsets {subsets}: give a number of at least 2")
-    rng = np.random.default_rng(seed)
-    estimates = np.array(
-        [
-            mmd2(a[rng.choice(len(a), size, replace=False)], b[rng.choice(len(b), size, replace=False)])
-            for _ in range(subsets)
-        ]
-    )
-    std = float(estimates.std(ddof=1))
-    half = Z95 * std * (size / (n - size)) ** 0.5
-    return KidEstimate(value, float(estimates.mean()), std, value - half, value + half, subsets, size)
+        return KidEstimate(value, None, None)
+    size = min(SUBSET_IMAGES, max(2, n // 2))
+    rng = np.random.default_rng(0)
+    estimates = [
+        mmd2(a[rng.choice(len(a), size, replace=False)], b[rng.choice(len(b), size, replace=False)])
+        for _ in range(SUBSETS)
+    ]
+    half = Z95 * float(np.std(estimates, ddof=1)) * (size / (n - size)) ** 0.5
+    return KidEstimate(value, value - half, value + half)
 
 
 def mmd2(x: NDArray[Any], y: NDArray[Any]) -> float:
