@@ -53,9 +53,9 @@ def masked_key(key: str, mask: bytes) -> str:
     return _key("detail_mask", key, mask)
 
 
-def sample_seed(key: str, base_seed: int, stage: str, row: int = -1, col: int = -1) -> int:
-    """Seed (63 bits) of one random draw: the sample, the dataset's base seed, the stage, and the patch (or -1, -1)."""
-    data = hashlib.blake2b(f"{key}/{base_seed}/{stage}/{row}/{col}".encode(), digest_size=8).digest()
+def sample_seed(key: str, base_seed: int, stage: str) -> int:
+    """Seed (63 bits) of one random draw: of the sample, the dataset's base seed and the stage."""
+    data = hashlib.blake2b(f"{key}/{base_seed}/{stage}/-1/-1".encode(), digest_size=8).digest()
     return int.from_bytes(data, "big") & (2**63 - 1)
 
 

@@ -9,7 +9,7 @@ from resmaster_stages.keys import canonical_json, image_key, normalise_prompt, p
 def test_golden_values() -> None:
     """These values name samples in datasets that exist: a change here orphans them."""
     assert prompt_key("a red house", "", 128, 128) == "3b471f65dc80c900240818da"
-    assert sample_seed("00ff", 0, "high_res", 1, 2) == 5176014142443033594
+    assert sample_seed("00ff", 0, "high_res") == 6709681378926772088
 
 
 @given(st.text(max_size=80))
@@ -33,12 +33,12 @@ def test_every_part_of_a_key_counts() -> None:
     assert len(set(keys)) == len(keys)
 
 
-@given(st.integers(0, 2**31), st.integers(-1, 99), st.integers(-1, 99))
-def test_seeds_fit_a_generator_and_differ_by_place(base: int, row: int, col: int) -> None:
-    seed = sample_seed("ab", base, "low_res", row, col)
+@given(st.integers(0, 2**31))
+def test_seeds_fit_a_generator_and_differ_by_stage(base: int) -> None:
+    seed = sample_seed("ab", base, "low_res")
     assert 0 <= seed < 2**63
-    assert seed != sample_seed("ab", base, "high_res", row, col)
-    assert seed != sample_seed("ab", base, "low_res", row + 1, col)
+    assert seed != sample_seed("ab", base, "high_res")
+    assert seed != sample_seed("ab", base + 1, "low_res")
 
 
 def test_canonical_json_ignores_order() -> None:
