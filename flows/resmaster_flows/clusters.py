@@ -30,7 +30,6 @@ from resmaster_stages.progress import ShardFailed, emit
 from resmaster_tasks.shards import process_shard
 
 Executor = Literal["dask", "ray"]
-EXECUTORS: tuple[Executor, ...] = ("dask", "ray")
 ADDRESSES: dict[Executor, str] = {"dask": "DASK_SCHEDULER_ADDRESS", "ray": "RAY_ADDRESS"}
 """Executor -> environment variable of its cluster's address."""
 CONNECT_SECONDS = 10

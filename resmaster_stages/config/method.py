@@ -177,11 +177,6 @@ def register(method: type[M]) -> type[M]:
     return method
 
 
-def unregister(name: str) -> None:
-    """Forget a method."""
-    del _METHODS[name]
-
-
 def methods() -> Mapping[str, type[Method]]:
     """All methods by name: those of `resmaster_stages.methods`, then those that were registered from outside."""
     import_module("resmaster_stages.methods")  # by name: that room stands above this one

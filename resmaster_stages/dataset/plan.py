@@ -84,7 +84,6 @@ class Generation:
 
     number: int
     first_shard: int
-    first_index: int
     samples: int
     samples_per_shard: int
     parts: tuple[Part, ...]
@@ -247,7 +246,6 @@ class GenerationWriter:
         generation = Generation(
             number=self._number,
             first_shard=self._plan.shards,
-            first_index=self._plan.samples,
             samples=self.samples,
             samples_per_shard=self._samples_per_shard,
             parts=tuple(self._parts),

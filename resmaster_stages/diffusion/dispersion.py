@@ -44,12 +44,12 @@ def _enlarging(side: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=4)
-def dispersion_matrix(pixel_weight: float = 0.05, side: int = 3) -> np.ndarray:
-    """R [25, 9], float64, row-major taps: 5 x 5 kernel = R @ 3 x 3 kernel. side: of the inputs x of the equations."""
-    up, small = _enlarging(side), _shifts(side, SMALL)
+def dispersion_matrix(pixel_weight: float = 0.05) -> np.ndarray:
+    """R [25, 9], float64, row-major taps: 5 x 5 kernel = R @ 3 x 3 kernel."""
+    up, small = _enlarging(SMALL), _shifts(SMALL, SMALL)
     # [outputs, taps, inputs] of both sides of either set; one equation per (output, input)
-    structure = np.einsum("oti,ij->otj", _shifts(2 * side - 1, LARGE), up), np.einsum("po,oti->pti", up, small)
-    pixel = _shifts(side, LARGE), small
+    structure = np.einsum("oti,ij->otj", _shifts(LARGE, LARGE), up), np.einsum("po,oti->pti", up, small)
+    pixel = _shifts(SMALL, LARGE), small
     left, right = (
         np.concatenate([each.transpose(0, 2, 1).reshape(-1, each.shape[1]) * weight for each, weight in both])
         for both in zip(

@@ -64,19 +64,6 @@ def low_pass(x: Tensor, sigma_f: float) -> Tensor:
     return _blur_axis(_blur_axis(x, sigma_f, 2), sigma_f, 3)
 
 
-def fft_mask(height: int, width: int, sigma_f: float) -> Tensor:
-    """G over the unshifted spectrum, [height, width]: FreeInit's Gaussian low-pass."""
-    fy = torch.fft.fftfreq(height, dtype=torch.float64) * 2
-    fx = torch.fft.fftfreq(width, dtype=torch.float64) * 2
-    return torch.exp(-(fy[:, None] ** 2 + fx[None, :] ** 2) / (2 * sigma_f**2))
-
-
-def low_pass_fft(x: Tensor, sigma_f: float) -> Tensor:
-    """`low_pass` in the Fourier domain: periodic instead of reflected at the borders."""
-    mask = fft_mask(x.shape[-2], x.shape[-1], sigma_f).to(x.device)
-    return torch.fft.ifft2(torch.fft.fft2(x.double()) * mask).real.to(x.dtype)
-
-
 def swap_low_frequencies(x0: Tensor, reference: Tensor, sigma_f: float, weight: float = 1.0) -> Tensor:
     """x0 with its low frequencies (times `weight`) replaced by those of `reference`; all [B, C, H, W]."""
     return x0 + weight * low_pass(reference - x0, sigma_f)

@@ -9,7 +9,7 @@ from pydantic import Field
 from resmaster_flows.cli.main import main
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
-from resmaster_stages.config.method import Method, register, unregister
+from resmaster_stages.config.method import Method, methods, register
 from resmaster_stages.dataset.stages import hashes_of, stages_of
 from resmaster_stages.diffusion.cost import UnetWork, counting
 from resmaster_stages.diffusion.loop import Composition
@@ -45,10 +45,9 @@ class Tinted(FromNoise, LateGuidance):
 
 
 @pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resmaster_stages.config.method._METHODS", dict(methods()))
     register(Tinted)
-    yield
-    unregister("tinted")
 
 
 def config(**values: object) -> DatasetConfig:

@@ -10,7 +10,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from resmaster_flows.build import repair
 from resmaster_flows.cli.main import main
-from resmaster_flows.clusters import EXECUTORS, check, runner
+from resmaster_flows.clusters import ADDRESSES, check, runner
 from resmaster_flows.outcome import outcome
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
@@ -105,7 +105,7 @@ def test_a_build_on_ray_loads_models_once_per_process(
     assert sum(counted.values()) >= 1
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("executor", list(ADDRESSES))
 def test_what_is_missing_is_said_in_one_line(executor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"pip install 'resmaster-pipeline\[{executor}\]'"):
