@@ -179,27 +179,21 @@ class Folder:
             result[name] = value
         return result
 
-    def open(self, name: str) -> IO[bytes]:
-        """A file, opened for random reads; small reads fetch small ranges."""
+    def open(self, name: str, ahead_bytes: int = 64 * 1024) -> IO[bytes]:
+        """A file, opened for random reads; from elsewhere, at least `ahead_bytes` come at a time."""
         with explained(self.url_of(name)):
             if self._in_memory:
                 return io.BytesIO(self.read(name))
-            options = {} if self.local else {"block_size": 64 * 1024, "cache_type": "readahead"}
+            options = {} if self.local else {"block_size": ahead_bytes, "cache_type": "readahead"}
             handle: IO[bytes] = self.fs.open(self.full(name), "rb", **options)
             return handle
 
     def chunks(self, name: str, size: int) -> Iterator[bytes]:
         """A file from its beginning, in pieces of `size` bytes (the last one may be shorter); few are held at a
         time."""
-        with explained(self.url_of(name)):
-            if self._in_memory:
-                opened: IO[bytes] = io.BytesIO(self.read(name))
-            else:
-                options = {} if self.local else {"block_size": max(size, PART_BYTES), "cache_type": "readahead"}
-                opened = self.fs.open(self.full(name), "rb", **options)
-            with opened as file:
-                while piece := file.read(size):
-                    yield piece
+        with explained(self.url_of(name)), self.open(name, max(size, PART_BYTES)) as file:
+            while piece := file.read(size):
+                yield piece
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file or folder now."""
@@ -303,9 +297,7 @@ class Folder:
         path = self.full(name)
         with explained(self.url_of(name)):
             if self.local:
-                with _temporary(path, data) as temporary:
-                    os.replace(temporary, path)
-                _sync_folder(path)
+                _replace(path, data)
             else:
                 self.fs.pipe_file(path, data)
 
@@ -323,9 +315,7 @@ class Folder:
         path = self.full(name)
         with explained(self.url_of(name)):
             if self.local:
-                with _temporary(path, source) as temporary:
-                    os.replace(temporary, path)
-                _sync_folder(path)
+                _replace(path, source)
             elif self._on_s3:
                 size = max(PART_BYTES, -(-source.stat().st_size // PARTS))
                 self.fs.put_file(str(source), path, chunksize=size)
@@ -485,6 +475,13 @@ def _temporary(path: str, content: bytes | Path) -> Iterator[str]:
     finally:
         if os.path.lexists(temporary):
             os.unlink(temporary)
+
+
+def _replace(path: str, content: bytes | Path) -> None:
+    """Write or replace a local file, durably."""
+    with _temporary(path, content) as temporary:
+        os.replace(temporary, path)
+    _sync_folder(path)
 
 
 def _make_folder(folder: str) -> None:
