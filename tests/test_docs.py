@@ -360,6 +360,6 @@ def test_the_thresholds_of_the_flags_are_those_of_the_settings() -> None:
 
 def test_the_demo_takes_the_rows_that_its_pages_name() -> None:
     demo = ROOT / "deployments" / "datasets" / "picturebook.yaml"
-    rows = sum(part.native_rows for part in high_res_work(load_config(demo).upscale, Geometry(128, 8), 128, 128))
+    rows = sum(part.rows * part.area for part in high_res_work(load_config(demo).upscale, Geometry(128, 8), 128, 128))
     assert f"{rows:.0f} rows an image" in demo.read_text()
     assert f"{rows:.0f} rows an image" in (ROOT / "docs" / "speed.md").read_text()

@@ -32,11 +32,6 @@ class UnetWork:
     area: float
     """Of each view, in units of the native area."""
 
-    @property
-    def native_rows(self) -> float:
-        """`rows` in units of a native view."""
-        return self.rows * self.area
-
 
 _counter: ContextVar[UnetCost | None] = ContextVar("unet_cost", default=None)
 

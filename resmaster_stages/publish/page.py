@@ -101,7 +101,6 @@ def render_report(
     failures: Sequence[Mapping[str, Any]] = (),
     *,
     total: int | None = None,
-    budget_bytes: int = BUDGET_BYTES,
 ) -> str:
     """The page, with the worst samples first.
 
@@ -109,7 +108,7 @@ def render_report(
     error_class, message), each with `command` as in ReportSample. total: samples in the dataset, if only some are
     shown.
     """
-    cards = [_card(sample, index, budget_bytes / len(samples)) for index, sample in enumerate(samples)]
+    cards = [_card(sample, index, BUDGET_BYTES / len(samples)) for index, sample in enumerate(samples)]
     cards.sort(key=lambda card: math.inf if card["bad"] is None else -card["bad"])
     script = verbatim("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

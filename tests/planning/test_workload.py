@@ -26,7 +26,7 @@ def test_every_method_does_the_work_that_is_estimated(method: str, preset: str, 
         upscale_image(models, some_image(48, 32), "a cat", config=config)
     work = high_res_work(config, models.geometry, 32, 48)
     assert sum(each.rows for each in work) == counted.rows
-    assert sum(each.native_rows for each in work) == pytest.approx(counted.native_rows)
+    assert sum(each.rows * each.area for each in work) == pytest.approx(counted.native_rows)
 
 
 @pytest.mark.parametrize("method", DIFFUSION_METHODS)
@@ -37,7 +37,7 @@ def test_images_that_are_finished_on_the_way(method: str) -> None:
         upscale_image(models, some_image(48, 32), "a cat", config=config)
     work = high_res_work(config, models.geometry, 32, 48)
     assert sum(each.rows for each in work) == counted.rows
-    assert sum(each.native_rows for each in work) == pytest.approx(counted.native_rows)
+    assert sum(each.rows * each.area for each in work) == pytest.approx(counted.native_rows)
 
 
 @pytest.mark.parametrize("method", ["direct", "multidiffusion", "resmaster", "scalecrafter", "fouriscale"])
@@ -65,7 +65,7 @@ def test_low_res_images() -> None:
     with counting() as counted:
         list(generate(models, ["a cat"], [""], [0], 32, 64, 3, 5.0, 1))
     work = low_res_work(LowResConfig(steps=3, guidance_scale=5.0), models.geometry, 32, 64)
-    assert sum(each.native_rows for each in work) == pytest.approx(counted.native_rows)
+    assert sum(each.rows * each.area for each in work) == pytest.approx(counted.native_rows)
 
 
 def test_the_papers_numbers() -> None:

@@ -243,10 +243,14 @@ def test_equal_input_gives_equal_pages() -> None:
     assert first == second
 
 
-def test_images_are_scaled_down_to_the_budget_and_no_more() -> None:
+def test_images_are_scaled_down_to_the_budget_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    def page(budget_bytes: int) -> str:
+        monkeypatch.setattr("resmaster_stages.publish.page.BUDGET_BYTES", budget_bytes)
+        return render_report("t", {}, samples)
+
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3)).astype(np.uint8))
     samples = [sample("aa", low_res=some_image(64), high_res=noise)] * 3
-    small, large = (render_report("t", {}, samples, budget_bytes=size) for size in (150_000, 10_000_000))
+    small, large = page(150_000), page(10_000_000)
     overhead = len(render_report("t", {}, []))
     assert len(small) - overhead < 150_000 + 3 * 5_000
     assert len(large) > 2 * len(small)
@@ -300,16 +304,20 @@ def test_the_zoom_shows_one_place_of_both_images() -> None:
     assert difference < elsewhere / 2
 
 
-def test_contact_sheets_hold_every_pair_in_order() -> None:
+def test_contact_sheets_hold_every_pair_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resmaster_stages.publish.sheets.COLUMNS", 2)
+    monkeypatch.setattr("resmaster_stages.publish.sheets.CELL_PX", 40)
     colours = ["red", "green", "blue"]
     samples = [sample(c, low_res=Image.new("RGB", (8, 8), c), high_res=Image.new("RGB", (64, 32), c)) for c in colours]
-    sheet = contact_sheet(samples, columns=2, cell_px=40, title="demo")
+    sheet = contact_sheet(samples, "demo")
     found = [sheet.getpixel((12 + 20 + n % 2 * 96, 44 + 20 + n // 2 * 92)) for n in range(3)]
     assert found == [Image.new("RGB", (1, 1), c).getpixel((0, 0)) for c in colours]
-    assert contact_sheet([sample(high_res=b"broken", prompt=HOSTILE * 5)]).size[0] > 400
+    assert contact_sheet([sample(high_res=b"broken", prompt=HOSTILE * 5)], "demo").size[0] == sheet.size[0]
 
 
-def test_contact_sheets_read_samples_as_they_are_needed() -> None:
+def test_contact_sheets_read_samples_as_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resmaster_stages.publish.sheets.COLUMNS", 2)
+    monkeypatch.setattr("resmaster_stages.publish.sheets.ROWS", 1)
     taken: list[int] = []
 
     def stream() -> Iterator[ReportSample]:
@@ -317,8 +325,8 @@ def test_contact_sheets_read_samples_as_they_are_needed() -> None:
             taken.append(i)
             yield sample(str(i))
 
-    sheets = contact_sheets(stream(), per_sheet=2)
+    sheets = contact_sheets(stream(), "demo")
     next(sheets)
     assert taken == [0, 1]
     assert len(list(sheets)) == 2
-    assert list(contact_sheets([])) == []
+    assert list(contact_sheets([], "demo")) == []
