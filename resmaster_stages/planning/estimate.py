@@ -1,4 +1,4 @@
-"""What a run would take: hours, money, bytes and requests. From measured commits where there are any, else from a
+"""What a run would take: hours, money and bytes. From measured commits where there are any, else from a
 table.
 
 Knows nothing about Prefect. Every number says where it comes from; where nothing is known it is None, never a guess.
@@ -23,7 +23,6 @@ from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.identity import PICTUREBOOK
 from resmaster_stages.planning.preview import Preview, StagePreview
 from resmaster_stages.planning.workload import stage_work
-from resmaster_stages.runner.quarantine import SLOW_SECONDS
 from resmaster_stages.storage.filesystem import open_root
 
 MEASURED_COMMITS = 100
@@ -80,9 +79,6 @@ BYTES_SOURCE = (
 ROW_BYTES = {"captions": 48, "quality": 1200}
 """Parquet bytes per patch and per sample, measured on picturebook in shards of four."""
 
-PART_BYTES = 50 * 2**20
-"""Objects of twice this size or more go up in parts of this size (s3fs)."""
-
 
 @dataclass(frozen=True)
 class StageEstimate:
@@ -96,9 +92,6 @@ class StageEstimate:
     seconds_source: str
     bytes: float
     bytes_source: str
-    requests: int
-    """Writes to the store, at most: objects (in parts, if they are large), commit records, and the passing files by
-    which a killed run goes on where it was."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +126,6 @@ class Estimate:
         return sum(stage.bytes for stage in self.stages)
 
     @property
-    def requests(self) -> int:
-        """Writes to the store."""
-        return sum(stage.requests for stage in self.stages)
-
-    @property
     def wall_seconds(self) -> float:
         """Seconds until all workers are done: a shard is never split, so the last round may be ragged."""
         if not self.shards:
@@ -169,7 +157,6 @@ def _stage(look: Preview, todo: StagePreview) -> StageEstimate:
     else:
         seconds, source = _from_table(look, todo.stage)
         size, size_source = _size_from_table(look, todo.stage), BYTES_SOURCE
-    total = todo.samples_pending * size
     return StageEstimate(
         stage=todo.stage,
         shards=todo.shards_pending,
@@ -177,9 +164,8 @@ def _stage(look: Preview, todo: StagePreview) -> StageEstimate:
         seconds_per_sample=seconds,
         seconds=0.0 if not todo.samples_pending else None if seconds is None else seconds * todo.samples_pending,
         seconds_source=source,
-        bytes=total,
+        bytes=todo.samples_pending * size,
         bytes_source=size_source,
-        requests=_requests(look.config, todo, total, seconds),
     )
 
 
@@ -260,24 +246,3 @@ def _size_from_table(look: Preview, stage: str) -> float:
         return height * width * BYTES_PER_PIXEL["png" if config.image_format == "png" else "lossless webp"]
     lossless = config.image_format == "webp" and config.webp_quality == 100
     return _megapixels(look) * 1e6 * BYTES_PER_PIXEL["lossless webp" if lossless else config.image_format]
-
-
-def _requests(config: DatasetConfig, todo: StagePreview, total: float, seconds: float | None) -> int:
-    """Writes of `total` bytes, at most. `seconds`: of a sample; unknown counts as slow.
-
-    Per shard an object (in parts, if it is large), its features if there are any, a commit record and a breadcrumb; per
-    sample a breadcrumb where samples are slow, and a spilled copy where a shard takes long.
-    """
-    if not todo.shards_pending:
-        return 0
-    per_shard = _uploads(total / todo.shards_pending) + 1 + 1
-    per_shard += todo.stage == "quality" and config.quality.features != "none"
-    slow = math.inf if seconds is None else seconds
-    long = config.spill_seconds is not None and slow * config.samples_per_shard >= config.spill_seconds
-    per_sample = (slow >= SLOW_SECONDS) + long
-    return todo.shards_pending * per_shard + todo.samples_pending * per_sample
-
-
-def _uploads(size: float) -> int:
-    """Requests that upload one object: one, or beginning, parts and end."""
-    return 1 if size < 2 * PART_BYTES else 2 + math.ceil(size / PART_BYTES)

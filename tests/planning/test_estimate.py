@@ -12,18 +12,14 @@ from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import load_config
 from resmaster_stages.errors import UserError
 from resmaster_stages.planning.estimate import (
-    PART_BYTES,
     PICTUREBOOK_RATES,
     SDXL_RATES,
     Estimate,
     StageEstimate,
-    _requests,
-    _uploads,
     estimate,
 )
 from resmaster_stages.planning.preview import preview
 from resmaster_stages.runner.run import run_stage
-from resmaster_stages.storage.filesystem import Folder
 from tests.fake_stages import FAKES, config_at, planned
 
 
@@ -117,39 +113,8 @@ def test_nothing_left_takes_nothing(tmp_path: Path) -> None:
         for shard in (0, 1):
             run_stage(dataset, stage, shard, process=process)
     found = estimate(preview(dataset.config), workers=3, price=1)
-    assert (found.device_hours, found.cost, found.bytes, found.requests, found.wall_seconds) == (0, 0, 0, 0, 0)
+    assert (found.device_hours, found.cost, found.bytes, found.wall_seconds) == (0, 0, 0, 0)
     assert found.unknown == ()
-
-
-def test_the_writes_are_those_that_a_build_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = planned(tmp_path / "out", ["a", "b", "c"], tmp_path)
-    for stage in dataset.hashes:
-        look = preview(dataset.config)
-        todo = next(each for each in look.stages if each.stage == stage)
-        assert _requests(dataset.config, todo, 0, 0.0) == 2 * (1 + 1 + 1), "an object, a record, a breadcrumb a shard"
-        assert _requests(dataset.config, todo, 0, 1.0) == 6 + 3, "and one a sample, where samples are slow"
-        assert _requests(dataset.config, todo, 0, 60.0) == 6 + 3 + 3, "and a copy, where a shard takes long"
-    writes: list[str] = []
-    for name in ("create", "write", "upload"):
-        original = getattr(Folder, name)
-
-        def counted(self: Folder, target: str, *rest: object, _original=original) -> None:
-            writes.append(target)
-            _original(self, target, *rest)
-
-        monkeypatch.setattr(Folder, name, counted)
-    for stage, process in FAKES.items():
-        for shard in (0, 1):
-            run_stage(dataset, stage, shard, process=process)
-    lasting = [name for name in writes if not name.startswith("cache/")]
-    assert len(lasting) == 4 * 2 * (1 + 1)
-    assert len(writes) - len(lasting) == 4 * 2 * 1
-
-
-def test_large_objects_go_up_in_parts() -> None:
-    assert _uploads(2 * PART_BYTES - 1) == 1
-    assert _uploads(2 * PART_BYTES) == 4
-    assert _uploads(350 * 10**6) == 9
 
 
 def test_rates_follow_their_points_and_power_laws_between() -> None:

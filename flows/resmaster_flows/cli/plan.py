@@ -60,9 +60,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def _print_estimate(found: Estimate, out: Console) -> None:
     """A table by stage, the totals, and where each number comes from."""
-    table = Table(
-        "stage", "shards", "samples", "per sample", "device time", "written", "writes", box=None, pad_edge=False
-    )
+    table = Table("stage", "shards", "samples", "per sample", "device time", "written", box=None, pad_edge=False)
     for stage in found.stages:
         table.add_row(
             stage.stage,
@@ -71,7 +69,6 @@ def _print_estimate(found: Estimate, out: Console) -> None:
             "?" if stage.seconds_per_sample is None else f"{stage.seconds_per_sample:.3g} s",
             "?" if stage.seconds is None else spell_seconds(stage.seconds),
             spell_bytes(stage.bytes),
-            str(stage.requests),
         )
     out.print(table)
     without = f", without {', '.join(found.unknown)}" if found.unknown else ""
@@ -79,7 +76,7 @@ def _print_estimate(found: Estimate, out: Console) -> None:
     say(out, f"device time: {found.device_hours:.2f} h{money}{without}")
     workers = f"{found.workers} worker{'s' if found.workers > 1 else ''}"
     say(out, f"wall time: {spell_seconds(found.wall_seconds)} on {workers}{without}")
-    say(out, f"written: {spell_bytes(found.bytes)} in {found.requests:,} writes")
+    say(out, f"written: {spell_bytes(found.bytes)}")
     say(out, "Not counted: loading of models, start of workers, retries, reads.")
     sources: dict[str, list[str]] = {}
     for stage in found.stages:
