@@ -12,11 +12,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
 from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.diffusion.views import Grid, patch_grid, target_size, view_grid
 from resmaster_stages.errors import SampleError
@@ -24,9 +25,6 @@ from resmaster_stages.keys import canonical_json, sample_seed
 from resmaster_stages.methods.settings import Diffusion, Enlargement
 from resmaster_stages.progress import Step, emit
 from resmaster_stages.storage.images import encode_image
-
-if TYPE_CHECKING:
-    from resmaster_stages.dataset.sample import Output, Sample
 
 
 def captions_for_views(grid: Grid, rows: Sequence[dict[str, Any]], prompt: str) -> list[str]:
@@ -114,8 +112,6 @@ def _enlarged(config: DatasetConfig, upscale: Enlargement, image: Image.Image) -
 
 def _make(config: DatasetConfig, sample: Sample) -> Output:
     """The sample's image, to be finished."""
-    from resmaster_stages.dataset.sample import Output
-
     if sample.low_res is None:
         raise SampleError("there is no low-res image of this sample; run the low_res stage again (resmaster repair)")
     image, upscale = sample.low_res.open(), config.upscale
@@ -161,8 +157,6 @@ def _files(
 
 def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
     """The stage over some samples. Models are loaded at the first sample that needs them."""
-    from resmaster_stages.dataset.sample import Output
-
     for sample in samples:
         try:
             yield _make(config, sample)

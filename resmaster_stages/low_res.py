@@ -15,19 +15,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.plan import unmasked_key
+from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import SampleError
 from resmaster_stages.keys import canonical_json, image_key, masked_key, sample_seed
-from resmaster_stages.storage.images import encode_image
-
-if TYPE_CHECKING:
-    from resmaster_stages.dataset.sample import Output, Sample
+from resmaster_stages.storage.images import MASK_EXTENSION, decode_image, encode_image, read_image
+from resmaster_stages.storage.masks import read_mask, read_mask_beside
 
 
 def _check_unchanged(sample: Sample, key: str, mask: bytes) -> None:
@@ -37,8 +36,6 @@ def _check_unchanged(sample: Sample, key: str, mask: bytes) -> None:
 
 
 def _mask_of_prompt(sample: Sample) -> bytes | None:
-    from resmaster_stages.storage.masks import read_mask
-
     if sample.source is None:
         return None
     mask = read_mask(sample.source)
@@ -50,8 +47,6 @@ def _files(
     config: DatasetConfig, sample: Sample, image: Image.Image, facts: dict[str, Any], mask: bytes | None
 ) -> dict[str, bytes]:
     """The sample's files by extension, in the order of the tar's members. mask: the user's image file."""
-    from resmaster_stages.storage.images import MASK_EXTENSION, decode_image
-
     beside = {}
     if mask is not None:
         grey = decode_image(mask, f"the detail mask of {sample.source}").convert("L")
@@ -81,10 +76,6 @@ def _files_of_prompt(
 
 
 def _from_image(config: DatasetConfig, sample: Sample) -> Output:
-    from resmaster_stages.dataset.sample import Output
-    from resmaster_stages.storage.images import decode_image, read_image
-    from resmaster_stages.storage.masks import read_mask_beside
-
     assert sample.source is not None
     try:
         data = read_image(sample.source)
@@ -110,7 +101,6 @@ def _from_image(config: DatasetConfig, sample: Sample) -> Output:
 
 def _from_prompts(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
     """One slot; `batch_size` of it at a time go through the model."""
-    from resmaster_stages.dataset.sample import Output
     from resmaster_stages.diffusion.text import truncated
     from resmaster_stages.methods.generate import generate
     from resmaster_stages.models.load import load_models
