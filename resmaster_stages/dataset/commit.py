@@ -1,11 +1,6 @@
-"""The commit protocol: produce locally, validate, upload under attempt-unique names, then ONE conditional create.
+"""What a commit record says, and whether the objects that it names are as it says. `commits` has the protocol.
 
 Knows nothing about what is inside the objects.
-
-Invariants:
-- A commit record is written by exactly one attempt and never changed; it names all its objects with sha256 and size.
-- Readers follow commit records; what no record names does not exist for them.
-- A loser deletes its own objects only, which no record names; while it is unknown who won, nothing is deleted.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
 """The commit records of one stage under one configuration, and the marks of damage beside them.
 
+The protocol: produce locally, validate, upload under attempt-unique names, then ONE conditional create of the record.
+Readers follow records; what no record names does not exist for them.
+
 A record `000123.json` makes a shard's first attempt visible. An attempt at the samples that failed in it starts from
 what it made and becomes visible by a record of its own, `000123.2.json`; the highest number counts.
 

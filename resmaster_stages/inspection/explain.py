@@ -220,20 +220,8 @@ def fetch_command(folder: Folder, name: str, member: Member) -> str:
     scheme, _, path = url.partition("://")
     if scheme in ("s3", "s3a"):
         bucket, _, key = path.partition("/")
-        return shlex.join(
-            [
-                "aws",
-                "s3api",
-                "get-object",
-                "--bucket",
-                bucket,
-                "--key",
-                key,
-                "--range",
-                f"bytes={first}-{last}",
-                member.name,
-            ]
-        )
+        place = f"--bucket {shlex.quote(bucket)} --key {shlex.quote(key)} --range bytes={first}-{last}"
+        return f"aws s3api get-object {place} {shlex.quote(member.name)}"
     read = f"import fsspec; file = fsspec.open({url!r}).open(); file.seek({first})"
     code = f"{read}; open({member.name!r}, 'wb').write(file.read({member.size}))"
     return shlex.join(["python", "-c", code])
