@@ -159,8 +159,7 @@ class Folder:
     def read(self, name: str) -> bytes:
         """A file's content."""
         with explained(self.url_of(name)):
-            data: bytes = self.fs.cat_file(self.full(name), **self._whole)
-            return data
+            return self.fs.cat_file(self.full(name), **self._whole)
 
     def read_many(self, names: list[str]) -> dict[str, bytes]:
         """The content of several files, fetched in parallel where the store can. Missing ones are left out."""
@@ -185,8 +184,7 @@ class Folder:
             if self._in_memory:
                 return io.BytesIO(self.read(name))
             options = {} if self.local else {"block_size": ahead_bytes, "cache_type": "readahead"}
-            handle: IO[bytes] = self.fs.open(self.full(name), "rb", **options)
-            return handle
+            return self.fs.open(self.full(name), "rb", **options)
 
     def chunks(self, name: str, size: int) -> Iterator[bytes]:
         """A file from its beginning, in pieces of `size` bytes (the last one may be shorter); few are held at a

@@ -159,23 +159,16 @@ def read_image(source: str) -> bytes:
     tar, marker, member = source.partition(".tar#")
     try:
         if not marker:
-            data: bytes = _read(source)
-            return data
+            with fsspec.open(source, "rb") as file:
+                return file.read()
         place = _tar_index(f"{tar}.tar")[member]
         if place.problem:
             raise SampleError(f"{source}: {place.problem}")
         with fsspec.open(f"{tar}.tar", "rb") as file:
             file.seek(place.offset)
-            data = file.read(place.size)
-            return data
+            return file.read(place.size)
     except (OSError, KeyError, PlanError) as error:
         raise SampleError(f"{source}: the image is gone or cannot be read ({error})") from error
-
-
-def _read(url: str) -> bytes:
-    with fsspec.open(url, "rb") as file:
-        data: bytes = file.read()
-        return data
 
 
 def unfit(name: str, size: int, limit: int) -> str:
@@ -245,8 +238,7 @@ def _images_in_tar(url: str) -> Iterator[FoundImage]:
 
         def content(name: str) -> bytes:
             file.seek(index[name].offset)
-            data: bytes = file.read(index[name].size)
-            return data
+            return file.read(index[name].size)
 
         for files in samples.values():
             for name in (name for extension, name in files.items() if f".{extension}" in SUFFIXES):
