@@ -412,7 +412,7 @@ def test_ground_truth_is_every_prompt_drawn_at_the_target_size(
     tmp_path: Path, fakes: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a red house on the sand at night\ntwo cats: a blue cat and a pink cat\n")
-    monkeypatch.setattr("resmaster_stages.evaluation.reference.TRUE_PICTURES", 3)
+    monkeypatch.setattr("resmaster_stages.evaluation.reference.TRUE_IMAGES", 3)
     for module in ("reference", "compare"):
         name = f"resmaster_stages.evaluation.{module}.object_counter"
         monkeypatch.setattr(name, lambda config: lambda image: {"house": 3})

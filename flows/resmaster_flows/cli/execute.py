@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from resmaster_flows.build import BuildResult
 
 
-def execute(console: Console, config: DatasetConfig, progress: Progress, build: Callable[[], State[Any]]) -> int:
+def execute(console: Console, config: DatasetConfig, build: Callable[[], State[Any]]) -> int:
     """Run a flow that builds a dataset, and sum up. Returns the exit status.
 
     `build` calls the flow and returns its last state; it imports the flow too, for Prefect takes seconds to import.
@@ -30,7 +30,7 @@ def execute(console: Console, config: DatasetConfig, progress: Progress, build: 
         from resmaster_flows.clusters import check
 
         check(config.dispatch.where)
-    with terminal(progress, console):
+    with terminal(Progress(), console):
         from resmaster_flows.outcome import outcome
         from resmaster_flows.server_runs import server_within_reach
 
