@@ -30,6 +30,7 @@ from resmaster_stages.keys import masked_key, prompt_key, sample_seed
 from resmaster_stages.methods.direct import Direct
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models import load
+from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.models.parts import Models
 from resmaster_stages.planning.drafts import draft_samples
@@ -90,6 +91,12 @@ def masked_prompts(folder: Path, suffix: str = ".jsonl") -> Path:
             rows = [{**row, "detail_mask": name and (folder / name).read_bytes()} for row, name in zip(rows, names)]
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
     return path
+
+
+@pytest.fixture(autouse=True)
+def geometry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the tiny model, which has no files to read it from."""
+    monkeypatch.setattr("resmaster_stages.planning.preview.geometry_of", lambda model: Geometry(64, 4))
 
 
 @pytest.fixture
