@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from resmaster_flows.cli.arguments import add_root
-from resmaster_flows.cli.execute import execute
+from resmaster_flows.cli.execute import execute, require_surroundings
 from resmaster_flows.selection import parse_numbers, parse_stages
 from resmaster_flows.watch.terminal import say
 from resmaster_stages.dataset.stages import STAGES
@@ -60,4 +60,5 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
         return repair(dataset.url, args.shards, stages, args.retry_errors, args.replace, return_state=True)
 
+    require_surroundings(dataset.config)
     return execute(console, dataset.config, build)

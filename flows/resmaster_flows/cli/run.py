@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from resmaster_flows.cli.arguments import add_source, config_of
-from resmaster_flows.cli.execute import execute
+from resmaster_flows.cli.execute import execute, require_surroundings
 from resmaster_flows.watch.progress import plans
 from resmaster_flows.watch.terminal import say
 from resmaster_stages.progress import listening
@@ -39,8 +39,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.executor:
         dispatch = config.dispatch.model_copy(update={"where": args.executor})
         config = config.model_copy(update={"dispatch": dispatch})
+    require_surroundings(config)
     with listening(plans(partial(say, console))):
-        ingest(config)  # all that can be wrong with the input is found here, before anything starts
+        ingest(config)
 
     def build() -> Any:
         from resmaster_flows.build import build_dataset
