@@ -22,7 +22,7 @@ from resmaster_stages.captions import Writer, caption_rows, even_batches, load_w
 from resmaster_stages.config.dataset import CaptionsConfig
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.config.model import ModelConfig
-from resmaster_stages.dataset.sample import Picture, Sample
+from resmaster_stages.dataset.sample import EncodedImage, Sample
 from resmaster_stages.dataset.schemas import CAPTIONS_SCHEMA
 from resmaster_stages.diffusion.views import patch_grid, view_grid
 from resmaster_stages.errors import ConfigError, SampleError, UserError
@@ -57,8 +57,8 @@ def gradient(height: int = 32, width: int = 32) -> Image.Image:
 
 
 def sample(key: str, image: bytes | None, prompt: str = "a red house") -> Sample:
-    picture = None if image is None else Picture(data=image, extension="png", meta={})
-    return Sample(key=key, index=0, prompt=prompt, negative_prompt="", height=32, width=32, replica=0, low_res=picture)
+    low_res = None if image is None else EncodedImage(data=image, extension="png", meta={})
+    return Sample(key=key, index=0, prompt=prompt, negative_prompt="", height=32, width=32, replica=0, low_res=low_res)
 
 
 class Echo:
@@ -350,7 +350,7 @@ def test_a_clip_model_that_is_not_there_is_one_line(model_folder: Path, monkeypa
 def test_picturebooks_clip_finds_a_planted_caption_and_leaves_true_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("resvg_py")
     from resmaster_stages.picturebook import captions as sentences
-    from resmaster_stages.picturebook.truth import true_picture, true_scene
+    from resmaster_stages.picturebook.truth import true_image, true_scene
 
     prompt = "a red tree and a white boat on the water on a sunny day"
     config = parse_config({"name": "t", "captions": {"batch_size": 49}})
@@ -358,7 +358,7 @@ def test_picturebooks_clip_finds_a_planted_caption_and_leaves_true_ones(monkeypa
     scene = true_scene(prompt, 512)
     answers = [sentences.caption(scene, (x0, y0, x1, y1)) for y0, x0, y1, x1 in grid.pixel_boxes]
     monkeypatch.setattr(captions, "load_captioner", lambda *_: Echo(in_turn(list(answers))))
-    image = true_picture(prompt, 128, 128)
+    image = true_image(prompt, 128, 128)
     true = caption_rows(image, prompt, grid, load_writer(config))
     assert sum(row["status"] == "ok" for row in true) >= 40, "most of what is true stays"
     foreign = "close-up of leaves with veins of a purple tree and bricks of a green house"
