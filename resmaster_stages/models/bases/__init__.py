@@ -10,10 +10,10 @@ from resmaster_stages.models.bases import unet
 from resmaster_stages.models.bases.base import Ability, Family
 from resmaster_stages.models.places import ModelFiles
 
-FAMILIES: tuple[Family, ...] = (
+FAMILIES: list[Family] = [
     unet.SDXL,
     unet.STABLE_DIFFUSION,
-)
+]
 
 
 def family_of(config: ModelConfig) -> Family:
