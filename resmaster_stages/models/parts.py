@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.bases import families_with, family_of_pipeline
-from resmaster_stages.models.bases.base import Ability, Base, Geometry
+from resmaster_stages.models.bases import family_of_pipeline
+from resmaster_stages.models.bases.base import Base, Geometry
 from resmaster_stages.models.occupancy import occupy
 
 
@@ -42,16 +42,6 @@ class Models:
         return tuple(
             part for part in (base.denoiser, base.vae, *base.text_encoders, base.image_encoder) if part is not None
         )
-
-    def require(self, whose: str, *needed: Ability) -> None:
-        """Raises ConfigError unless the base model has what `whose` (a method or a setting) needs."""
-        own = self.base.family
-        for ability in needed:
-            if ability not in own.abilities:
-                raise ConfigError(
-                    f"{whose}: needs {ability.replace('_', ' ')}, which model {self.identity} ({own.name}) has not; "
-                    f"choose another setting, or a base model of: {families_with(ability)}"
-                )
 
     def come(self) -> None:
         """Sends the captioner off the device, and brings what is to stay there. Raises what moving raises."""

@@ -16,6 +16,8 @@ from resmaster_stages.dataset.dataset import Dataset, find_dataset
 from resmaster_stages.dataset.plan import Plan, find_plan
 from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.errors import ConfigError, UserError
+from resmaster_stages.methods.settings import Diffusion
+from resmaster_stages.models.bases import family_of, require
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.planning.drafts import DraftReader
 from resmaster_stages.storage.digests import DigestSet
@@ -113,6 +115,8 @@ def preview(config: DatasetConfig) -> Preview:
         height, width = check_sizes(config)
         tall, wide = target_size(height, width, config.upscale.scale)
         size = f"{width} x {height} px to {wide} x {tall} px"
+    if isinstance(config.upscale, Diffusion):
+        require(family_of(config.model), config.model.id, config.upscale.needs())
     if config.quality.features == "inception":
         from resmaster_stages.metrics.features import inception_weights
 
