@@ -115,8 +115,8 @@ def preview(config: DatasetConfig) -> Preview:
         height, width = check_sizes(config)
         tall, wide = target_size(height, width, config.upscale.scale)
         size = f"{width} x {height} px to {wide} x {tall} px"
-    if isinstance(config.upscale, Diffusion):
-        require(family_of(config.model), config.model.id, config.upscale.needs())
+    if isinstance(config.upscale, Diffusion) and (needs := config.upscale.needs()):
+        require(family_of(config.model), config.model.id, needs)
     if config.quality.features == "inception":
         from resmaster_stages.metrics.features import inception_weights
 
