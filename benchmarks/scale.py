@@ -31,7 +31,7 @@ from typing import Any
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.dataset.commit import Receipt
-from resmaster_stages.dataset.dataset import create_or_open, open_dataset
+from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.inspection.status import pending, status
 from resmaster_stages.models import identity
@@ -109,7 +109,7 @@ def plan(folder: Path, root: str, samples: int) -> None:
     from resmaster_stages.prompts import ingest
 
     config = config_of(folder, root, samples)
-    ingest(create_or_open(config), config)
+    ingest(config)
 
 
 def commit(folder: Path, root: str, samples: int) -> None:

@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 from resmaster_stages.config.dataset import DatasetConfig
-from resmaster_stages.dataset.dataset import create_or_open
 from resmaster_stages.dataset.retry import number_of
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import Process
@@ -88,8 +87,7 @@ def build(root: str, seed: int, tally: Any) -> None:
     for _ in range(SHARD_TRIES):
         try:
             config = config_of(root)
-            dataset = create_or_open(config)
-            ingest(dataset, config)
+            dataset = ingest(config)
             shards = sorted({shard for todo in pending(dataset, retries=RETRIES).values() for shard in todo})
             if not shards:
                 if tally is None:

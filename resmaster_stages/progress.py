@@ -61,6 +61,13 @@ class Step(Event):
 
 
 @dataclass(frozen=True)
+class Planned(Event):
+    """The input was read and planned, with what came out in a line."""
+
+    line: str
+
+
+@dataclass(frozen=True)
 class Note(Event):
     """A fact that the user should know, in a line; it may be told for every sample, and is shown once."""
 

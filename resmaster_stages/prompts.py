@@ -15,24 +15,31 @@ from __future__ import annotations
 import logging
 
 from resmaster_stages.config.dataset import DatasetConfig
-from resmaster_stages.dataset.dataset import RACES, Dataset
+from resmaster_stages.dataset.dataset import RACES, Dataset, create_or_open
 from resmaster_stages.dataset.plan import GenerationWriter, Plan, find_plan
 from resmaster_stages.errors import PlanError
 from resmaster_stages.planning.drafts import DraftReader
+from resmaster_stages.planning.preview import Intake, check
+from resmaster_stages.progress import Planned, emit
 from resmaster_stages.storage.digests import DigestSet
+from resmaster_stages.storage.filesystem import open_root
 
 log = logging.getLogger(__name__)
 
 
-def ingest(dataset: Dataset, config: DatasetConfig) -> Plan:
-    """Plan all samples that `config` asks for and the dataset does not have yet; a second call changes nothing.
+def ingest(config: DatasetConfig) -> Dataset:
+    """The dataset of `config`, made if it is not there yet, with all samples planned that `config` asks for.
 
-    Samples that the source no longer gives stay planned. Raises UserError for a source that cannot be read.
+    Tells in one line (`progress.Planned`) what was planned. A second call changes nothing. Samples that the source no
+    longer gives stay planned.
+    Raises UserError for a configuration or a source that is wrong; then nothing has been written.
     """
-    plan = find_plan(dataset.folder)
-    if plan.generations and not config.prompts and not config.images:
-        return plan
+    existing = check(config)
+    folder = existing.folder if existing else open_root(config.root).sub(config.name)
     for _ in range(RACES):
+        plan = find_plan(folder) if existing else Plan(folder, ())
+        if plan.generations and not config.prompts and not config.images:
+            return create_or_open(config)
         draft, known, kept = DraftReader(config), DigestSet(map(bytes.fromhex, plan.keys())), 0
         with GenerationWriter(plan, config.samples_per_shard) as writer:
             for sample in draft:
@@ -41,16 +48,20 @@ def ingest(dataset: Dataset, config: DatasetConfig) -> Plan:
                 else:
                     writer.add(sample)
             if gone := len(known) - kept:
-                log.warning("%s: %d planned samples are no longer asked for; the plan keeps them", dataset.url, gone)
-            if not writer.samples:
-                return plan
-            won = writer.commit(draft.rejected, draft.duplicates)
-        plan = find_plan(dataset.folder)
-        if won:
-            log.info("%s: planned %d new samples, %d rejected", dataset.url, writer.samples, len(draft.rejected))
-            return plan
-    raise PlanError(f"{dataset.url}: other processes keep planning the same dataset; run one at a time")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# files
+                log.warning("%s: %d planned samples are no longer asked for; the plan keeps them", folder.url, gone)
+            dataset = create_or_open(config)  # only now: all that was read is good
+            if not writer.samples or writer.commit(draft.rejected, draft.duplicates):
+                intake = Intake(
+                    config=config,
+                    url=folder.url,
+                    exists=existing is not None,
+                    samples=plan.samples + writer.samples,
+                    new_samples=writer.samples,
+                    shards=plan.shards + -(-writer.samples // config.samples_per_shard),
+                    duplicates=draft.duplicates,
+                    rejected=tuple(map(str, draft.rejected)),
+                )
+                emit(Planned(intake.headline()))
+                return dataset
+        existing = dataset
+    raise PlanError(f"{folder.url}: other processes keep planning the same dataset; run one at a time")

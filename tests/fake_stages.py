@@ -11,7 +11,7 @@ from PIL import Image
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
-from resmaster_stages.dataset.dataset import Dataset, create_or_open
+from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import Process
 from resmaster_stages.diffusion.cost import count_call
@@ -33,8 +33,7 @@ def planned(root: str | Path, prompts: list[str], folder: Path, **values: Any) -
     path = folder / "prompts.txt"
     path.write_text("\n".join(prompts) + "\n")
     config = config_at(root, prompts=str(path), **values)
-    dataset = create_or_open(config)
-    ingest(dataset, config)
+    dataset = ingest(config)
     return dataset
 
 

@@ -57,8 +57,8 @@ def gradient(height: int = 32, width: int = 32) -> Image.Image:
 
 
 def sample(key: str, image: bytes | None, prompt: str = "a red house") -> Sample:
-    low_res = None if image is None else EncodedImage(data=image, extension="png", meta={})
-    return Sample(key=key, index=0, prompt=prompt, negative_prompt="", height=32, width=32, replica=0, low_res=low_res)
+    picture = None if image is None else EncodedImage(data=image, extension="png", meta={})
+    return Sample(key=key, index=0, prompt=prompt, negative_prompt="", height=32, width=32, replica=0, low_res=picture)
 
 
 class Echo:

@@ -54,7 +54,7 @@ def test_settings_change_prompts_are_added_and_everything_is_found_again(
     ]
 
     (tmp_path / "prompts.txt").write_text("a\nb\nc\nd\n")
-    ingest(second, second.config)
+    ingest(second.config)
     second = open_dataset(second.url)
     assert work(second) == {stage: [2] for stage in STAGES}, "only what is new"
     assert status(second).generations == 2

@@ -19,8 +19,8 @@ from resmaster_stages import high_res, low_res
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.dataset.commit import Receipt
-from resmaster_stages.dataset.dataset import Dataset, create_or_open, open_dataset
-from resmaster_stages.dataset.plan import find_plan, read_plan
+from resmaster_stages.dataset.dataset import Dataset, find_dataset, open_dataset
+from resmaster_stages.dataset.plan import read_plan
 from resmaster_stages.dataset.reading import shard_samples
 from resmaster_stages.dataset.sample import Sample
 from resmaster_stages.diffusion.cost import UnetCost
@@ -30,6 +30,7 @@ from resmaster_stages.keys import masked_key, prompt_key, sample_seed
 from resmaster_stages.methods.direct import Direct
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models import load
+from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.models.parts import Models
 from resmaster_stages.planning.drafts import draft_samples
@@ -92,6 +93,12 @@ def masked_prompts(folder: Path, suffix: str = ".jsonl") -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def geometry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the tiny model, which has no files to read it from."""
+    monkeypatch.setattr("resmaster_stages.planning.preview.geometry_of", lambda model: Geometry(64, 4))
+
+
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> Models:
     """A tiny model, which the stages load whatever the configuration says."""
@@ -103,8 +110,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> Models:
 
 def built(config: DatasetConfig, *stages: str) -> tuple[Dataset, Receipt]:
     """The dataset with its one shard committed, and the last receipt."""
-    dataset = create_or_open(config)
-    ingest(dataset, config)
+    dataset = ingest(config)
     return dataset, [run_stage(dataset, stage, 0) for stage in stages][-1]
 
 
@@ -154,8 +160,8 @@ def test_a_column_without_masks_changes_no_byte_of_the_plan(tmp_path: Path) -> N
     stored = []
     for name in ("a", "b"):
         config = config_of(tmp_path / name, prompts=str(tmp_path / f"{name}.csv"), upscale={"method": "resmaster"})
-        dataset = create_or_open(config)
-        (part,) = ingest(dataset, config).generations[0].parts
+        dataset = ingest(config)
+        (part,) = dataset.plan.generations[0].parts
         stored.append((part.stored.sha256, part.stored.bytes))
         assert [sample.source for sample in read_plan(dataset.folder).read(0)] == [None, None]
     assert stored[0] == stored[1]
@@ -217,10 +223,9 @@ def test_masks_that_nothing_reads_are_one_error_before_anything_is_written(tmp_p
     for number, source in enumerate(sources):
         for part in ({"method": "resmaster"}, {"method": "super_resolution"}, {"method": "freescale"}):
             config = config_of(tmp_path / f"{number}-{part['method']}", **source, upscale=part)
-            dataset = create_or_open(config)
             with pytest.raises(ConfigError, match=r"detail mask, which only method freescale .* leave the mask out"):
-                ingest(dataset, config)
-            assert not find_plan(dataset.folder).generations
+                ingest(config)
+            assert find_dataset(config) is None
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -258,7 +263,7 @@ def test_a_mask_that_changes_or_goes_costs_its_sample_and_a_new_plan_takes_the_n
     tmp_path: Path, loaded: Models
 ) -> None:
     config = config_of(tmp_path, prompts=str(masked_prompts(tmp_path)))
-    ingest(create_or_open(config), config)
+    ingest(config)
     planned = read_plan(open_dataset(config.root).folder).read(0)
     asked = [
         Sample(s.key, s.index, s.prompt, s.negative_prompt, s.height, s.width, s.replica, s.source) for s in planned
@@ -336,8 +341,7 @@ def test_a_resumed_shard_has_the_bytes_of_an_uninterrupted_one(tmp_path: Path, s
         config_of(tmp_path / "whole", prompts=prompts), *(["low_res", "high_res"][: 1 + (stage == "high_res")])
     )  # type: ignore[arg-type]
     config = config_of(tmp_path / "broken", prompts=prompts, low_res={"height": 64, "width": 64, "steps": 2})
-    dataset = create_or_open(config)
-    ingest(dataset, config)
+    dataset = ingest(config)
     if stage == "high_res":
         run_stage(dataset, "low_res", 0)
     process: Callable[..., Any] = {"low_res": low_res, "high_res": high_res}[stage].process

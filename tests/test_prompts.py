@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resmaster_stages.dataset.dataset import create_or_open
+from resmaster_stages.dataset.dataset import find_dataset
 from resmaster_stages.dataset.plan import read_plan
 from resmaster_stages.dataset.schemas import REJECTED_SCHEMA
 from resmaster_stages.errors import PlanError, UserError
@@ -82,10 +82,10 @@ def test_an_error_late_in_the_file_leaves_no_plan(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("resmaster_stages.dataset.plan.PART_ROWS", 2)
     (tmp_path / "p.txt").write_bytes(b"a\nb\nc\nd\n\xff\n")
     config = config_at(tmp_path, prompts=str(tmp_path / "p.txt"))
-    dataset = create_or_open(config)
     with pytest.raises(UserError, match="line 5: not UTF-8"):
-        ingest(dataset, config)
-    assert dataset.folder.names("plan/gen-0000") == []
+        ingest(config)
+    assert find_dataset(config) is None
+    assert not [path for path in (tmp_path / "demo").rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("store", ["memory", pytest.param("s3", marks=pytest.mark.s3)])
@@ -137,8 +137,8 @@ def test_bad_prompts_are_rejected_with_reasons(tmp_path: Path) -> None:
         ("8", "not text"),
         ("9", "negative prompt: not text"),
     ]
-    dataset = create_or_open(config)
-    generation = ingest(dataset, config).generations[0]
+    dataset = ingest(config)
+    generation = dataset.plan.generations[0]
     assert (generation.rejected_count, generation.duplicates) == (8, 1)
     assert generation.rejected
     table = decode_table(dataset.folder.read(generation.rejected.name), REJECTED_SCHEMA, "rejected")
@@ -149,7 +149,7 @@ def test_nothing_usable_or_nothing_given(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": ""}')
     config = config_at(tmp_path, prompts=str(tmp_path / "p.jsonl"))
     with pytest.raises(PlanError, match=r"nothing usable in it; first: .*p\.jsonl:1: empty"):
-        ingest(create_or_open(config), config)
+        ingest(config)
     with pytest.raises(PlanError, match="give prompts or images"):
         draft_samples(config_at(tmp_path))
 
@@ -177,7 +177,7 @@ def test_planning_twice_changes_nothing(tmp_path: Path) -> None:
         ("b", 0),
         ("b", 1),
     ]
-    assert ingest(dataset, dataset.config) == plan
+    assert ingest(dataset.config).plan == plan
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
@@ -202,7 +202,7 @@ def test_limit_takes_the_first_and_the_rest_can_follow(tmp_path: Path) -> None:
     plan = read_plan(planned(tmp_path, prompts, tmp_path).folder)
     assert [[s.prompt for s in plan.read(shard)] for shard in range(plan.shards)] == [["a", "b"], ["c"]]
     without_source = config_at(tmp_path)
-    assert ingest(create_or_open(without_source), without_source) == plan
+    assert ingest(without_source).plan == plan
 
 
 def test_keys_do_not_depend_on_order_or_company(tmp_path: Path) -> None:
@@ -230,12 +230,12 @@ def test_racing_planners_of_different_prompts_lose_nothing(tmp_path: Path) -> No
         config_at(tmp_path, prompts=str(_write(tmp_path / f"{number}.txt", f"shared\nown {number}\n")))
         for number in range(4)
     ]
-    dataset, barrier, errors = create_or_open(configs[0]), threading.Barrier(4), []
+    barrier, errors = threading.Barrier(4), []
 
     def run(number: int) -> None:
         barrier.wait()
         try:
-            ingest(dataset, configs[number])
+            ingest(configs[number])
         except Exception as error:
             errors.append(error)
 
@@ -245,7 +245,7 @@ def test_racing_planners_of_different_prompts_lose_nothing(tmp_path: Path) -> No
     for thread in threads:
         thread.join()
     assert errors == []
-    plan = read_plan(dataset.folder)
+    plan = ingest(configs[0]).plan
     prompts = [s.prompt for shard in range(plan.shards) for s in plan.read(shard)]
     assert sorted(prompts) == ["own 0", "own 1", "own 2", "own 3", "shared"]
 
@@ -271,5 +271,5 @@ def test_images_become_samples_of_their_own_size(tmp_path: Path) -> None:
         ("c.png", "not a readable PNG, JPEG or WebP image"),
         ("d.png", "its prompt: not text"),
     ]
-    plan = ingest(create_or_open(config), config)
+    plan = ingest(config).plan
     assert plan.read(0)[0].source == str(folder / "a.png")

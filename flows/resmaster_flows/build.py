@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.logging import get_run_logger
 from prefect.states import Cancelled
 
 from resmaster_flows.clusters import process_on_cluster
@@ -22,12 +23,15 @@ from resmaster_flows.process import failures, process_shards
 from resmaster_flows.selection import parse_numbers
 from resmaster_flows.server_runs import REPAIR_QUEUE, ServerRuns, cancel_children, on_workers
 from resmaster_flows.watch.artifacts import run_page, show_dataset
+from resmaster_flows.watch.events import WorkFound
+from resmaster_flows.watch.progress import plans
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.damage import drop_unreadable_records, give_up_damaged
-from resmaster_stages.dataset.dataset import Dataset, create_or_open, open_dataset
+from resmaster_stages.dataset.dataset import Dataset, open_dataset, planned_dataset
 from resmaster_stages.dataset.retry import Retries, retries_of
 from resmaster_stages.dataset.stages import STAGES
-from resmaster_stages.inspection.status import pending, status
+from resmaster_stages.inspection.status import pending, pending_samples, status
+from resmaster_stages.progress import emit, listening
 from resmaster_stages.prompts import ingest
 from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.publish.report import write_report
@@ -59,11 +63,10 @@ class BuildResult:
 
 
 @task(name="plan", cache_policy=NO_CACHE, persist_result=False)
-def plan_dataset(config: DatasetConfig) -> Dataset:
-    """Write the configuration and the plan, or find them."""
-    dataset = create_or_open(config)
-    ingest(dataset, config)
-    return dataset
+def plan_dataset(config: DatasetConfig, read_input: bool) -> Dataset:
+    """The dataset, made and planned if it is not there yet; without `read_input` as it was planned before."""
+    with listening(plans(get_run_logger().info)):
+        return ingest(config) if read_input else planned_dataset(config)
 
 
 @task(name="publish", cache_policy=NO_CACHE, persist_result=False)
@@ -81,17 +84,16 @@ def work(
     Returns the error of each shard that is missing, by its number. `look` asks the dataset again what is to do.
     """
     config = dataset.config.dispatch
-    shards = list(_lacking(todo))
+    shards = sorted(_lacking(todo))
+    emit(WorkFound(pending_samples(dataset, todo), shards))
     stages = None if todo.keys() == dataset.hashes.keys() else list(todo)  # all: runs need not name them
     if not shards:
         return {}
     with run_page(dataset, todo):
         if config.where == "dask" or config.where == "ray":
-            return process_on_cluster(dataset, sorted(shards), stages, retries, config.where)
+            return process_on_cluster(dataset, shards, stages, retries, config.where)
         if not on_workers(config):
-            errors: dict[str, str] = outcome(
-                process_shards(dataset.url, sorted(shards), stages, retries, return_state=True)
-            )
+            errors: dict[str, str] = outcome(process_shards(dataset.url, shards, stages, retries, return_state=True))
             return errors
         runs = ServerRuns(config, dataset.url, stages, retries, queue)
         missing = dispatch(runs, lambda: _lacking(look()), config, _lacking(todo))
@@ -106,8 +108,9 @@ def _lacking(todo: Todo) -> Counter[int]:
 def finish(dataset: Dataset, errors: dict[str, str]) -> BuildResult | State[BuildResult]:
     """Publish what is committed and sum up; the run fails if shards are missing."""
     report_url = publish_dataset(dataset)
-    show_dataset(dataset)
-    stages = status(dataset).stages
+    found = status(dataset)
+    show_dataset(dataset, found)
+    stages = found.stages
     result = BuildResult(
         dataset_url=dataset.url,
         report_url=report_url,
@@ -123,13 +126,14 @@ def finish(dataset: Dataset, errors: dict[str, str]) -> BuildResult | State[Buil
     flow_run_name="build {config.name}",
     on_cancellation=[cancel_children],
 )
-def build_dataset(config: DatasetConfig) -> BuildResult | State[BuildResult]:
+def build_dataset(config: DatasetConfig, read_input: bool = True) -> BuildResult | State[BuildResult]:
     """Build a dataset, or go on with it: plan, every stage over every shard that is not committed, report.
 
     Args:
         config: what to build and where; see the fields' descriptions.
+        read_input: look for new prompts or images; without, what is planned already is built.
     """
-    dataset = plan_dataset(config)
+    dataset = plan_dataset(config, read_input)
     try:
         errors = work(dataset, pending(dataset), lambda: pending(dataset))
     except Stopped:

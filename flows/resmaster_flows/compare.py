@@ -11,9 +11,10 @@ from prefect.logging import get_run_logger
 from resmaster_flows.build import build_dataset
 from resmaster_flows.outcome import incomplete, outcome
 from resmaster_flows.server_runs import cancel_children
+from resmaster_flows.watch.progress import plans
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.evaluation.compare import compare
-from resmaster_stages.planning.preview import Preview
+from resmaster_stages.progress import listening
 
 
 @flow(name="compare", flow_run_name="compare {config.name}: {methods}", on_cancellation=[cancel_children])
@@ -36,11 +37,11 @@ def compare_methods(
     Returns the URL of the page with the tables.
     """
 
-    def build(look: Preview) -> bool:
-        get_run_logger().info(look.headline())
-        return not outcome(build_dataset(look.config, return_state=True)).errors
+    def build(config: DatasetConfig) -> bool:
+        return not outcome(build_dataset(config, read_input=False, return_state=True)).errors
 
-    found = compare(config, methods, scales, build, reference=reference, low_res=low_res)
+    with listening(plans(get_run_logger().info)):
+        found = compare(config, methods, scales, build, reference=reference, low_res=low_res)
     if found.finished:
         return found.page
     return incomplete(f"some shards are missing; the others are compared in {found.page}", found.page)

@@ -71,19 +71,24 @@ def start_temporary_server() -> None:
     )
 
 
+def require_answer() -> None:
+    """Raises UserError if a server is configured that does not answer."""
+    api = get_current_settings().api.url
+    if api is not None and (error := get_client(sync_client=True).api_healthcheck()) is not None:
+        raise UserError(f"{api}: no answer ({error}); start the server, or unset PREFECT_API_URL to do without one")
+
+
 @contextmanager
 def server_within_reach() -> Iterator[None]:
     """Within the block there is a server: a temporary one, or the configured one.
 
-    One that is configured but does not answer is a UserError, or later a ConnectionError.
+    One that is lost is a ConnectionError.
     """
     api = get_current_settings().api.url
     if api is None:
         start_temporary_server()
         yield
         return
-    if (error := get_client(sync_client=True).api_healthcheck()) is not None:
-        raise UserError(f"{api}: no answer ({error}); start the server, or unset PREFECT_API_URL to do without one")
     try:
         yield
     except httpx.HTTPError as error:

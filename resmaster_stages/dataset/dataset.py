@@ -96,6 +96,18 @@ def find_dataset(config: DatasetConfig) -> Dataset | None:
     return Dataset(folder, config)
 
 
+def planned_dataset(config: DatasetConfig) -> Dataset:
+    """The dataset that `config` names, whose plan must be there; its input is not read.
+
+    Raises ConfigError if `config` contradicts what is there, PlanError if nothing is planned.
+    """
+    folder = open_root(config.root).sub(config.name)
+    with _usable(config.root):
+        if not _has_config(folder):
+            raise PlanError(f"{folder.url}: has no plan yet; start with: resmaster run CONFIG")
+        return _adopt(folder, config.model_copy(update={"root": open_root(config.root).url}))
+
+
 def open_dataset(url: str) -> Dataset:
     """The dataset at `url`, which is its folder or a root that holds just one. Its configuration is the last one given.
 

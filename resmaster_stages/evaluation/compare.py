@@ -21,7 +21,7 @@ from PIL import Image
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import new_attempt
-from resmaster_stages.dataset.dataset import Dataset, create_or_open
+from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.reading import fetch, shard_samples
 from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.dataset.stages import stage_hashes
@@ -44,7 +44,7 @@ from resmaster_stages.keys import digest_of_keys
 from resmaster_stages.metrics.repeats import Repeats, mentions, repeated_objects, repeats_of
 from resmaster_stages.models.identity import PICTUREBOOK
 from resmaster_stages.planning.drafts import draft_samples
-from resmaster_stages.planning.preview import Preview, preview
+from resmaster_stages.planning.preview import check
 from resmaster_stages.prompts import ingest
 from resmaster_stages.redaction import without_credentials
 from resmaster_stages.storage.filesystem import Folder, open_root
@@ -59,8 +59,8 @@ REAL = "(real images)"
 """What the row of drawn images is called: no method, but what a perfect one would score."""
 
 
-Build = Callable[[Preview], bool]
-"""Builds and publishes the dataset that a preview describes. Returns whether every shard is finished."""
+Build = Callable[[DatasetConfig], bool]
+"""Builds and publishes the dataset of a configuration, which is planned. Returns whether every shard is finished."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def compare(
     if drawn:
         wanted = [replace(variant, config=with_drawings(variant.config, folder)) for variant in wanted]
     for variant in wanted:
-        preview(variant.config)  # what is wrong with any of them is found before the first one starts
+        check(variant.config)  # what is wrong with any of them is found before the first one starts
     built, finished = _built(wanted, build)
     measured = compare_datasets(
         built,
@@ -116,15 +116,13 @@ def _built(wanted: Sequence[Variant], build: Build) -> tuple[list[tuple[Variant,
     built: list[tuple[Variant, Dataset]] = []
     finished = True
     for variant in wanted:
-        dataset = create_or_open(variant.config)
-        ingest(dataset, variant.config)
+        dataset = ingest(variant.config)
         for earlier, other in built:
             if earlier.config.low_res == variant.config.low_res:
                 share_low_res(other, dataset)
                 break
-        look = preview(variant.config)
-        if any(look.pending_samples().values()) or not published(dataset):
-            finished &= build(look)
+        if any(pending(dataset).values()) or not published(dataset):
+            finished &= build(variant.config)
         built.append((variant, dataset))
     return built, finished
 

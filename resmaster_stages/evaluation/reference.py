@@ -73,7 +73,7 @@ def check_truth(config: DatasetConfig) -> None:
 def true_features(config: DatasetConfig, height: int, width: int, cache: Folder) -> tuple[Features, Features]:
     """Features of picturebook's ground truth for a dataset's prompts at a size in px: (the reference, other drawings).
 
-    The reference has every prompt drawn in as many layouts as make `TRUE_PICTURES`; the other drawings, one per prompt,
+    The reference has every prompt drawn in as many layouts as make `TRUE_IMAGES`; the other drawings, one per prompt,
     are what a perfect method would score against it. Both are kept in the folder `cache`.
     Raises ConfigError as `check_truth`.
     """

@@ -1,6 +1,6 @@
 """What a run would do, found out without writing anything. Loads no model, only its JSON files.
 
-Everything that can be wrong with the input is found here: `plan` prints the answer, `run` asks before it starts.
+What can be wrong with a configuration is found by `check`, what can be wrong with the input where it is read.
 """
 
 from __future__ import annotations
@@ -35,32 +35,27 @@ class StagePreview:
 
 
 @dataclass(frozen=True)
-class Preview:
-    """What a run would do."""
+class Intake:
+    """What the input of a configuration gives, beside what was planned before."""
 
     config: DatasetConfig
     url: str
     """Where the dataset is or will be."""
     exists: bool
-    """Whether there is a dataset already."""
+    """Whether there was a dataset already."""
     samples: int
     """Samples planned after the run."""
     new_samples: int
-    """Of these, samples that are not in the plan yet."""
+    """Of these, samples that were not in the plan yet."""
     shards: int
     duplicates: int
     """Inputs that are equal to an earlier one."""
     rejected: tuple[str, ...]
     """Inputs that cannot be used: place, reason, text."""
-    size: str
-    """Low-res and high-res size."""
-    typical_px: tuple[int, int]
-    """Low-res (height, width) of the sample in the middle, by area."""
-    stages: tuple[StagePreview, ...]
 
     def headline(self) -> str:
-        """The preview in one line."""
-        notes = [f"{self.config.upscale.method}, {self.size}"]
+        """All of it in one line."""
+        notes = [f"{self.config.upscale.method}, {_spell_size(self.config)}"]
         if self.exists:
             notes.append(f"continues, {self.new_samples} new" if self.new_samples else "continues")
         if self.duplicates:
@@ -68,6 +63,15 @@ class Preview:
         if self.rejected:
             notes.append(f"{len(self.rejected)} rejected")
         return f"{self.config.name}: {self.samples} samples in {self.shards} shards ({'; '.join(notes)}) at {self.url}"
+
+
+@dataclass(frozen=True)
+class Preview(Intake):
+    """What a run would do."""
+
+    typical_px: tuple[int, int]
+    """Low-res (height, width) of the sample in the middle, by area."""
+    stages: tuple[StagePreview, ...]
 
     def pending_samples(self) -> dict[str, int]:
         """Stage -> samples still to do."""
@@ -104,26 +108,27 @@ def check_root(root: Folder) -> None:
         raise UserError(f"{root.path}: cannot be written ({parent} does not allow it); choose another root")
 
 
-def preview(config: DatasetConfig) -> Preview:
-    """What a run of `config` would do. Raises UserError for everything that is wrong with the input."""
-    root = open_root(config.root)
-    check_root(root)
+def check(config: DatasetConfig) -> Dataset | None:
+    """The dataset of `config`, if there is one. Raises UserError for all that is wrong with a configuration itself."""
+    check_root(open_root(config.root))
     if config.images:
         geometry_of(config.model)
-        size = f"your images x {config.upscale.scale:g}"
     else:
-        height, width = check_sizes(config)
-        tall, wide = target_size(height, width, config.upscale.scale)
-        size = f"{width} x {height} px to {wide} x {tall} px"
+        check_sizes(config)
     if isinstance(config.upscale, Diffusion) and (needs := config.upscale.needs()):
         require(family_of(config.model), config.model.id, needs)
     if config.quality.features == "inception":
         from resmaster_stages.metrics.features import inception_weights
 
         inception_weights()
-    dataset = find_dataset(config)
-    folder = root.sub(config.name)
-    plan = find_plan(folder) if dataset else Plan(folder, ())
+    return find_dataset(config)
+
+
+def preview(config: DatasetConfig) -> Preview:
+    """What a run of `config` would do. Raises UserError for everything that is wrong with it or with its input."""
+    dataset = check(config)
+    planned = dataset or Dataset(open_root(config.root).sub(config.name), config)
+    plan = find_plan(planned.folder) if dataset else Plan(planned.folder, ())
     draft, known = DraftReader(config), DigestSet(map(bytes.fromhex, plan.keys()))
     sizes, new = Counter[tuple[int, int]](), 0
     for sample in draft:
@@ -132,24 +137,31 @@ def preview(config: DatasetConfig) -> Preview:
     shards = plan.shards + -(-new // config.samples_per_shard)
 
     stages = []
-    planned = Dataset(folder, config)
     for stage in planned.hashes:
         committed = planned.commits(stage).numbers() if dataset else {}
         done = sum(plan.size(shard) for shard in committed)
         stages.append(StagePreview(stage, shards - len(committed), len(committed), plan.samples + new - done))
     return Preview(
         config=config,
-        url=folder.url,
+        url=planned.url,
         exists=dataset is not None,
         samples=plan.samples + new,
         new_samples=new,
         shards=shards,
         duplicates=draft.duplicates,
         rejected=tuple(str(item) for item in draft.rejected),
-        size=size,
         typical_px=_middle(sizes),
         stages=tuple(stages),
     )
+
+
+def _spell_size(config: DatasetConfig) -> str:
+    """Low-res and high-res size."""
+    if config.images:
+        return f"your images x {config.upscale.scale:g}"
+    height, width = check_sizes(config)
+    tall, wide = target_size(height, width, config.upscale.scale)
+    return f"{width} x {height} px to {wide} x {tall} px"
 
 
 def _middle(sizes: Counter[tuple[int, int]]) -> tuple[int, int]:

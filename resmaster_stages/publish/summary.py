@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.schemas import manifest_schema
-from resmaster_stages.inspection.status import Status, status
+from resmaster_stages.inspection.status import Status
 from resmaster_stages.metrics import shown_columns
 from resmaster_stages.metrics.flags import known_flags
 from resmaster_stages.publish.report import SIZE_COLUMNS, facts, failures
@@ -26,8 +26,8 @@ SHOWN_FAILURES = 20
 """Failures that the page lists; it only counts further ones."""
 
 
-def summary(dataset: Dataset) -> str:
-    """The page of a dataset whose manifest is written."""
+def summary(dataset: Dataset, found: Status) -> str:
+    """The page of a dataset whose manifest is written. found: how far it is."""
     columns = [*(column.name for column in shown_columns()), "flags", *SIZE_COLUMNS]
     table = decode_table(dataset.folder.read(layout.MANIFEST), manifest_schema(), layout.MANIFEST, columns)
     url = without_credentials(dataset.url)
@@ -35,7 +35,7 @@ def summary(dataset: Dataset) -> str:
         f"# {_cell(dataset.config.name)}",
         _table(("", ""), list(facts(dataset.config, table).items())),
         "## Stages",
-        _stages(status(dataset)),
+        _stages(found),
         "## Quality",
         _quality(table),
         f"Flagged: {_flags(table)}. Flags point at samples to look at; nothing is deleted.",

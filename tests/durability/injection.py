@@ -24,7 +24,7 @@ from unittest import mock
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.commits import all_records
-from resmaster_stages.dataset.dataset import Dataset, create_or_open, open_dataset
+from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.dataset.stages import Process
@@ -57,8 +57,8 @@ def build(root: str, prompts: str) -> None:
     """Plan, every stage over every shard, manifest; two samples per shard, `bad STAGE` prompts fail there."""
     # without the probe of the store: its racing writers would make the order of steps a matter of luck
     config = config_at(root, prompts=prompts, allow_overwriting_store=True)
-    dataset = create_or_open(config)
-    plan = ingest(dataset, config)
+    dataset = ingest(config)
+    plan = dataset.plan
     for shard in range(plan.shards):
         for stage, process in FAKES.items():
             run_stage(dataset, stage, shard, process=process)

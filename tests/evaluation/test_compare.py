@@ -20,7 +20,7 @@ from resmaster_flows.cli.main import main, parser
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import load_config, parse_config
 from resmaster_stages.config.method import Method, methods, with_method
-from resmaster_stages.dataset.dataset import Dataset, create_or_open, open_dataset
+from resmaster_stages.dataset.dataset import Dataset, create_or_open, open_dataset, planned_dataset
 from resmaster_stages.dataset.plan import read_plan
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.diffusion.cost import count_call, counting
@@ -38,7 +38,7 @@ from resmaster_stages.metrics.features import image_features
 from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.picturebook.truth import true_image
-from resmaster_stages.planning.preview import Preview, check_sizes, preview
+from resmaster_stages.planning.preview import check_sizes
 from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.publish.report import write_report
 from resmaster_stages.runner.run import run_stage
@@ -268,8 +268,8 @@ def compare(config: DatasetConfig, build: Build, **asked: Any) -> Comparison:
     return found
 
 
-def build(look: Preview) -> bool:
-    dataset = open_dataset(look.url)
+def build(config: DatasetConfig) -> bool:
+    dataset = planned_dataset(config)
     for stage, shards in pending(dataset).items():
         for shard in shards:
             uses = dataset.config.upscale.uses("captions")
@@ -305,9 +305,9 @@ def test_a_comparison_is_datasets_a_table_a_page_and_sheets(
     monkeypatch.setattr(comparing, "_manifest", with_one_flagged)
     looks: list[str] = []
 
-    def counting(look: Preview) -> bool:
-        looks.append(look.config.name)
-        return build(look)
+    def counting(config: DatasetConfig) -> bool:
+        looks.append(config.name)
+        return build(config)
 
     found = compare(config, counting)
     assert (found.finished, found.page) == (True, f"{tmp_path}/out/d-compare/compare.md")
@@ -375,7 +375,7 @@ def test_the_verb_prints_tables_and_where_the_page_is(
     """The exit status of a build that lacks shards is the comparison's; what is there is compared."""
 
     def execute(console: Console, config: DatasetConfig, *rest: object) -> int:
-        build(preview(config))
+        build(config)
         return status
 
     monkeypatch.setattr("resmaster_flows.cli.compare.execute", execute)
@@ -412,7 +412,7 @@ def test_ground_truth_is_every_prompt_drawn_at_the_target_size(
     tmp_path: Path, fakes: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a red house on the sand at night\ntwo cats: a blue cat and a pink cat\n")
-    monkeypatch.setattr("resmaster_stages.evaluation.reference.TRUE_PICTURES", 3)
+    monkeypatch.setattr("resmaster_stages.evaluation.reference.TRUE_IMAGES", 3)
     for module in ("reference", "compare"):
         name = f"resmaster_stages.evaluation.{module}.object_counter"
         monkeypatch.setattr(name, lambda config: lambda image: {"house": 3})
@@ -478,12 +478,12 @@ def test_drawn_low_res_images_have_a_true_enlargement_and_the_distance_from_it_i
         for sample in samples:
             yield Output(sample.key, files={"png": encoded(true_enlargement(sample.prompt, 64, 64)), "json": b"{}"})
 
-    def build(look: Preview) -> bool:
-        looks.append(look.config.name)
-        dataset = open_dataset(look.url)
+    def build(config: DatasetConfig) -> bool:
+        looks.append(config.name)
+        dataset = planned_dataset(config)
         for stage, shards in pending(dataset).items():
             for shard in shards:
-                high_res = upscale.process if look.config.upscale.method == "lanczos" else the_truth
+                high_res = upscale.process if config.upscale.method == "lanczos" else the_truth
                 process = {"low_res": low_res.process, "high_res": high_res, "quality": quality}[stage]
                 with counting():
                     run_stage(dataset, stage, shard, process=process)

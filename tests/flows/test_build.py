@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 import yaml
+from aiobotocore.client import AioBaseClient
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.settings import get_current_settings
@@ -23,19 +25,21 @@ from resmaster_flows.cli.main import main
 from resmaster_flows.outcome import INCOMPLETE, outcome
 from resmaster_flows.process import process_shards
 from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.load import load_config
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.dataset.retry import number_of, retries_of
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import STAGES, Process
-from resmaster_stages.errors import ConfigError, GpuLost
+from resmaster_stages.errors import ConfigError, GpuLost, PlanError
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.progress import Event, ShardDone, listening
+from resmaster_stages.prompts import ingest
 from resmaster_stages.publish import report
 from resmaster_stages.runner import run
 from resmaster_tasks.policy import worth_retrying
 from resmaster_tasks.stages import stage_task
-from tests.fake_stages import FAKES, config_at
+from tests.fake_stages import FAKES, config_at, png
 from tests.s3_server import S3Server
 
 pytestmark = pytest.mark.usefixtures("server")
@@ -239,6 +243,80 @@ def test_a_build_on_s3_is_the_same_as_on_a_folder_and_plain_libraries_read_it(
     assert main(["run", str(tmp_path / "demo.yaml"), "--root", s3_root]) == 0
     assert main(["status", s3_root]) == 0
     assert stages.calls == {}
+
+
+@pytest.mark.s3
+def test_a_shard_costs_29_requests_through_its_tasks(
+    stages: Stages, tmp_path: Path, s3_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/scale.md says, of four stages. What a run asks once does not grow with its shards."""
+    (tmp_path / "prompts.txt").write_text("\n".join("abcdefgh"))
+    dataset = ingest(config_at(s3_root, prompts=str(tmp_path / "prompts.txt")))
+    dataset.plan.read(0)  # a file of the plan is held once it is read
+    asked: Counter[str] = Counter()
+    call = AioBaseClient._make_api_call
+
+    async def counted(client: AioBaseClient, operation: str, parameters: object) -> object:
+        asked[operation] += 1
+        return await call(client, operation, parameters)
+
+    monkeypatch.setattr(AioBaseClient, "_make_api_call", counted)
+
+    def requests(*shards: int) -> Counter[str]:
+        asked.clear()
+        assert outcome(process_shards(dataset.url, list(shards), return_state=True)) == {}
+        return Counter(asked)
+
+    one, three = requests(0), requests(1, 2, 3)
+    more = three - one
+    assert more.total() == 2 * 29, more
+    assert more == {"GetObject": 2 * 9, "ListObjectsV2": 2 * 4, "PutObject": 2 * 12, "DeleteObject": 2 * 4}
+    assert (one - more).total() < 15, "to open the dataset"
+
+
+def test_a_run_reads_its_input_and_asks_what_is_pending_once(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(3):
+        (images / f"{number}.png").write_bytes(png((number, 0, 0)))
+    config = {"name": "demo", "root": str(tmp_path / "out"), "images": "images", "dispatch": {"where": "here"}}
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump(config))
+    calls: Counter[str] = Counter()
+
+    def count(place: str) -> None:
+        module, name = place.rsplit(".", 1)
+        call = getattr(sys.modules[module], name)
+
+        def counted(*arguments: object, **named: object) -> object:
+            calls[name] += 1
+            return call(*arguments, **named)
+
+        monkeypatch.setattr(place, counted)
+
+    for place in (
+        "resmaster_stages.prompts.DraftReader",
+        "resmaster_flows.build.pending",
+        "resmaster_flows.build.status",
+        "resmaster_stages.planning.drafts.image_size",
+    ):
+        count(place)
+    assert main(["run", str(tmp_path / "demo.yaml")]) == 0
+    assert calls == {"DraftReader": 1, "image_size": 3, "pending": 1, "status": 1}
+    for _ in range(2):
+        build.build_dataset(load_config(tmp_path / "demo.yaml"))  # as a deployment starts it
+    assert calls == {"DraftReader": 3, "image_size": 9, "pending": 3, "status": 3}
+    (images / "3.png").write_bytes(png((3, 0, 0)))
+    build.build_dataset(load_config(tmp_path / "demo.yaml"), read_input=False)
+    assert calls == {"DraftReader": 3, "image_size": 9, "pending": 4, "status": 4}
+    assert open_dataset(str(tmp_path / "out")).plan.samples == 3, "what is planned is built, and no more"
+
+
+def test_without_its_input_only_what_is_planned_is_built(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="has no plan yet; start with"):
+        build.build_dataset(config_for(tmp_path, ["a"]), read_input=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_repair_gives_failed_samples_another_attempt_if_asked(stages: Stages, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from resmaster_flows.clusters import EXECUTORS, check, runner
 from resmaster_flows.outcome import outcome
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
-from resmaster_stages.dataset.dataset import Dataset, create_or_open
+from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.errors import UserError
 from resmaster_stages.prompts import ingest
 from tests.checkout import PYTHONPATH
@@ -33,8 +33,7 @@ def planned(tmp_path: Path, executor: str, prompts: list[str]) -> Dataset:
             "dispatch": {"where": executor, "window": 3},
         }
     )
-    dataset = create_or_open(config)
-    ingest(dataset, config)
+    dataset = ingest(config)
     return dataset
 
 

@@ -251,7 +251,7 @@ def test_ledgers_of_failed_attempts_stay(tmp_path: Path) -> None:
     from resmaster_stages.errors import ShardError
     from resmaster_stages.prompts import ingest
 
-    ingest(dataset, dataset.config)
+    ingest(dataset.config)
     with pytest.raises(ShardError):
         run_stage(dataset, "low_res", 0, process=FAKES["low_res"])
     later = datetime.now(UTC) + 2 * HOUR

@@ -313,8 +313,7 @@ def test_images_of_the_user_reach_the_stage_by_their_source(tmp_path: Path) -> N
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(png((1, 2, 3)))
     config = config_at(tmp_path, images=str(tmp_path / "in"))
-    dataset = create_or_open(config)
-    ingest(dataset, config)
+    dataset = ingest(config)
 
     def copy(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
         for sample in samples:

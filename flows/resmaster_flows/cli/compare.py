@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from resmaster_flows.cli.arguments import add_source, config_of
-from resmaster_flows.cli.execute import execute, no_bars
-from resmaster_flows.watch.progress import Progress
+from resmaster_flows.cli.execute import execute, require_surroundings
+from resmaster_flows.watch.progress import plans
 from resmaster_flows.watch.terminal import say
+from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.method import methods
+from resmaster_stages.progress import listening
 
 if TYPE_CHECKING:
     from resmaster_stages.evaluation.compare import Compared
-    from resmaster_stages.planning.preview import Preview
 
 HELP = "build the same samples by several methods, and measure them"
 DESCRIPTION = (
@@ -62,18 +64,18 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Build and measure, each dataset under the live display; 0 if every shard is finished, else 1."""
     from resmaster_stages.evaluation.compare import compare
 
-    def build(look: Preview) -> bool:
+    def build(config: DatasetConfig) -> bool:
         def flow() -> Any:
             from resmaster_flows.build import build_dataset
 
-            return build_dataset(look.config, return_state=True)
+            return build_dataset(config, read_input=False, return_state=True)
 
-        say(console, look.headline())
-        return execute(console, look.config, Progress(look.pending_samples(), range(look.shards)), flow) == 0
+        return execute(console, config, flow) == 0
 
     config = config_of(args)
-    no_bars(config)
-    found = compare(config, args.methods, args.scales, build, reference=args.reference, low_res=args.low_res)
+    require_surroundings(config)
+    with listening(plans(partial(say, console))):
+        found = compare(config, args.methods, args.scales, build, reference=args.reference, low_res=args.low_res)
     print_tables(found.measured)
     print(f"comparison: {found.page}")
     return 0 if found.finished else 1

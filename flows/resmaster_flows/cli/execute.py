@@ -20,17 +20,12 @@ if TYPE_CHECKING:
     from resmaster_flows.build import BuildResult
 
 
-def execute(console: Console, config: DatasetConfig, progress: Progress, build: Callable[[], State[Any]]) -> int:
+def execute(console: Console, config: DatasetConfig, build: Callable[[], State[Any]]) -> int:
     """Run a flow that builds a dataset, and sum up. Returns the exit status.
 
     `build` calls the flow and returns its last state; it imports the flow too, for Prefect takes seconds to import.
     """
-    no_bars(config)
-    if config.dispatch.where == "dask" or config.dispatch.where == "ray":
-        from resmaster_flows.clusters import check
-
-        check(config.dispatch.where)
-    with terminal(progress, console):
+    with terminal(Progress(), console):
         from resmaster_flows.outcome import outcome
         from resmaster_flows.server_runs import server_within_reach
 
@@ -39,8 +34,16 @@ def execute(console: Console, config: DatasetConfig, progress: Progress, build: 
     return _finished(console, result)
 
 
-def no_bars(config: DatasetConfig) -> None:
-    """No download bars where there is nothing to download: loading takes a second."""
+def require_surroundings(config: DatasetConfig) -> None:
+    """Before anything is begun: what a build needs beside its input. Raises UserError if it is not there."""
+    from resmaster_flows.server_runs import require_answer
+
+    if config.dispatch.where == "dask" or config.dispatch.where == "ray":
+        from resmaster_flows.clusters import check
+
+        check(config.dispatch.where)
+    require_answer()
+    # No download bars where there is nothing to download: loading takes a second.
     if config.model.id == "picturebook" or Path(config.model.id).is_dir():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

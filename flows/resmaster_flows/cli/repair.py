@@ -8,9 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from resmaster_flows.cli.arguments import add_root
-from resmaster_flows.cli.execute import execute
+from resmaster_flows.cli.execute import execute, require_surroundings
 from resmaster_flows.selection import parse_numbers, parse_stages
-from resmaster_flows.watch.progress import Progress
 from resmaster_flows.watch.terminal import say
 from resmaster_stages.dataset.stages import STAGES
 
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Look what is to be done, and do it; 0 if every shard is finished, else 1."""
     from resmaster_stages.dataset.dataset import open_dataset
     from resmaster_stages.dataset.retry import retries_of
-    from resmaster_stages.inspection.status import pending, pending_samples
+    from resmaster_stages.inspection.status import pending
 
     shards, stages = parse_numbers(args.shards), parse_stages(args.stages)
     dataset = open_dataset(args.root)
@@ -52,8 +51,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         retries, samples = retries_of(dataset, shards, stages)
         say(console, f"{dataset.url}: {samples} failed samples to try again")
     todo = pending(dataset, shards=shards, stages=stages, retries=retries)
-    due = sorted({shard for missing in todo.values() for shard in missing})
-    if not due:
+    if not any(todo.values()):
         say(console, f"{dataset.url}: nothing to repair")
         return 0
 
@@ -62,4 +60,5 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
         return repair(dataset.url, args.shards, stages, args.retry_errors, args.replace, return_state=True)
 
-    return execute(console, dataset.config, Progress(pending_samples(dataset, todo), due), build)
+    require_surroundings(dataset.config)
+    return execute(console, dataset.config, build)

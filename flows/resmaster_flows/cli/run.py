@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 
 from resmaster_flows.cli.arguments import add_source, config_of
-from resmaster_flows.cli.execute import execute
-from resmaster_flows.watch.progress import Progress
+from resmaster_flows.cli.execute import execute, require_surroundings
+from resmaster_flows.watch.progress import plans
 from resmaster_flows.watch.terminal import say
+from resmaster_stages.progress import listening
 
 HELP = "build a dataset, or go on with it"
 DESCRIPTION = (
@@ -30,19 +32,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Preview, then build; 0 if every shard is finished, else 1."""
-    from resmaster_stages.planning.preview import preview
+    """Plan, then build; 0 if every shard is finished, else 1."""
+    from resmaster_stages.prompts import ingest
 
     config = config_of(args)
     if args.executor:
         dispatch = config.dispatch.model_copy(update={"where": args.executor})
         config = config.model_copy(update={"dispatch": dispatch})
-    look = preview(config)  # all that can be wrong with the input is found here, before anything starts
-    say(console, look.headline())
+    require_surroundings(config)
+    with listening(plans(partial(say, console))):
+        ingest(config)
 
     def build() -> Any:
         from resmaster_flows.build import build_dataset
 
-        return build_dataset(config, return_state=True)
+        return build_dataset(config, read_input=False, return_state=True)
 
-    return execute(console, config, Progress(look.pending_samples(), range(look.shards)), build)
+    return execute(console, config, build)

@@ -32,7 +32,7 @@ from resmaster_flows.watch.progress import Progress, notes
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset
-from resmaster_stages.inspection.status import pending_samples
+from resmaster_stages.inspection.status import Status, pending_samples
 from resmaster_stages.progress import listening
 from resmaster_stages.publish.page import SIDES_PX, data_url
 from resmaster_stages.publish.summary import summary
@@ -175,12 +175,12 @@ def _address(run: str) -> str:
     return url_for("flow-run", obj_id=run) or run
 
 
-def show_dataset(dataset: Dataset) -> None:
+def show_dataset(dataset: Dataset, found: Status) -> None:
     """Show the published dataset's summary and contact sheet on the current flow run's page."""
 
     def render() -> Iterator[Shown]:
         name = dataset.config.name
-        yield Shown(key_of(name, "summary"), "markdown", summary(dataset), "what the build came to")
+        yield Shown(key_of(name, "summary"), "markdown", summary(dataset, found), "what the build came to")
         sheet = layout.contact_sheet(0)
         if dataset.folder.exists(sheet):
             with Image.open(io.BytesIO(dataset.folder.read(sheet))) as image:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from resmaster_stages.progress import Event
+
+
+@dataclass(frozen=True)
+class WorkFound(Event):
+    """There is this much to do: stage -> samples, in the pipeline's order, and the shards that they are in."""
+
+    pending: Mapping[str, int]
+    shards: Sequence[int]
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from resmaster_flows.watch.events import Dispatched, RunEnded, RunSubmitted
+from resmaster_flows.watch.events import Dispatched, RunEnded, RunSubmitted, WorkFound
 from resmaster_flows.watch.pace import TimeLeft
-from resmaster_stages.progress import Event, Listener, Note, SampleDone, ShardDone, ShardFailed, ShardStarted, Step
+from resmaster_stages.progress import (
+    Event,
+    Listener,
+    Note,
+    Planned,
+    SampleDone,
+    ShardDone,
+    ShardFailed,
+    ShardStarted,
+    Step,
+)
 
 FAILED, AT_WORK, FINISHED, WAITING = range(4)
 """Ranks, in the order in which people want to see them."""
@@ -46,13 +57,15 @@ class Run:
 class Progress:
     """What is known of a build of `shards`; `pending` is stage -> samples to do. `hear` is its listener.
 
+    Both may be told later, by `WorkFound`.
+
     `reckoned`: `pending` counts all samples, also those of shards that may be committed already.
     """
 
     def __init__(
         self,
-        pending: Mapping[str, int],
-        shards: Sequence[int],
+        pending: Mapping[str, int] = MappingProxyType({}),
+        shards: Sequence[int] = (),
         clock: Callable[[], float] = time.monotonic,
         *,
         reckoned: bool = False,
@@ -60,11 +73,8 @@ class Progress:
         self.reckoned = reckoned
         self._clock = clock
         self._begin = self._sample_began = clock()
-        self._left = TimeLeft(dict(pending))
-        self._last_stage, self.images_total = list(pending.items())[-1] if pending else ("quality", 0)
-        self.samples_total = sum(pending.values())
         self.samples_done = self.images = self.samples_failed = 0
-        self.shards = {shard: Shard(place) for place, shard in enumerate(shards, start=1)}
+        self._work_found(WorkFound(pending, shards))
         self.runs: dict[str, Run] = {}
         self.now: ShardStarted | None = None
         self.step: Step | None = None
@@ -75,6 +85,8 @@ class Progress:
     def hear(self, event: Event) -> None:
         """Take note of what happened."""
         match event:
+            case WorkFound():
+                self._work_found(event)
             case ShardStarted():
                 self._shard_started(event)
             case SampleDone():
@@ -93,6 +105,12 @@ class Progress:
                 run.state, run.rank = event.state, FINISHED if event.finished else FAILED
             case Dispatched():
                 self.dispatched = event
+
+    def _work_found(self, event: WorkFound) -> None:
+        self._left = TimeLeft(dict(event.pending))
+        self._last_stage, self.images_total = list(event.pending.items())[-1] if event.pending else ("quality", 0)
+        self.samples_total = sum(event.pending.values())
+        self.shards = {shard: Shard(place) for place, shard in enumerate(event.shards, start=1)}
 
     def _shard_started(self, event: ShardStarted) -> None:
         shard = self._shard(event.shard)
@@ -147,6 +165,16 @@ class Progress:
             return self._left.seconds()
         done, total = self.dispatched.done, self.dispatched.total
         return self.seconds * (total - done) / done if done else None
+
+
+def plans(say: Callable[[str], None]) -> Listener:
+    """A listener that says what was planned."""
+
+    def hear(event: Event) -> None:
+        if isinstance(event, Planned):
+            say(event.line)
+
+    return hear
 
 
 def notes(say: Callable[[str], None]) -> Listener:

@@ -259,7 +259,7 @@ def test_a_missing_extra_is_found_before_anything_starts(
 def test_a_reader_who_stops_reading_ends_it_quietly(config_file: Path, command: str) -> None:
     """Tables are Rich's to print, `--json` is ours."""
     config = load_config(config_file)
-    ingest(create_or_open(config), config)
+    ingest(config)
     words = ["plan", str(config_file)] if command == "plan" else ["status", str(config_file.parent / "out"), "--json"]
     script = (
         "import os, sys\n"
