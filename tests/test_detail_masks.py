@@ -31,6 +31,7 @@ from resmaster_stages.methods.direct import Direct
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models import load
 from resmaster_stages.models.bases.base import Geometry
+from resmaster_stages.models.bases.unet import SDXL
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.models.parts import Models
 from resmaster_stages.planning.drafts import draft_samples
@@ -97,6 +98,7 @@ def masked_prompts(folder: Path, suffix: str = ".jsonl") -> Path:
 def geometry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the tiny model, which has no files to read it from."""
     monkeypatch.setattr("resmaster_stages.planning.preview.geometry_of", lambda model: Geometry(64, 4))
+    monkeypatch.setattr("resmaster_stages.planning.preview.family_of", lambda model: SDXL)
 
 
 @pytest.fixture

@@ -324,23 +324,70 @@ def test_the_citation_is_of_this_version() -> None:
     assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-EXTENDED = """
-from resmaster_stages.config.load import parse_config
-from resmaster_stages.dataset.schemas import quality_schema
+EXTENSIONS = ("tinted", "tiny_flow", "redness", "sharpen")
+"""The modules of the reader of extending.md, in the order of the page."""
 
-assert parse_config({"name": "d", "upscale": {"method": "tinted", "tint": 0.2}}).upscale.tint == 0.2
-assert "redness" in quality_schema().names
+BUILT_WITH_EXTENSIONS = """
+import io
+import tarfile
+
+import my_package.tinted, my_package.tiny_flow, my_package.redness, my_package.sharpen
+from PIL import Image
+from resmaster_stages.config.load import load_config
+from resmaster_stages.dataset.dataset import create_or_open
+from resmaster_stages.library import read_samples
+from resmaster_stages.prompts import ingest
+from resmaster_stages.runner.run import run_stage
+
+config = load_config("config.yaml")
+dataset = create_or_open(config)
+ingest(dataset, config)
+assert list(dataset.hashes) == ["low_res", "high_res", "quality", "sharpen"]
+receipts = [run_stage(dataset, stage, 0) for stage in dataset.hashes]
+assert {receipt.samples_ok for receipt in receipts} == {2}
+first, second = (row["redness"] for _, row in read_samples(dataset))
+assert 0.5 < first < second < 1, "the level, moved by letters"
+with tarfile.open(fileobj=io.BytesIO(dataset.folder.read(receipts[-1].objects[0].name))) as tar:
+    sizes = [Image.open(tar.extractfile(member)).size for member in tar if member.name.endswith(".png")]
+assert sizes == [(32, 32)] * 2
 """
 
 
-def test_the_method_and_the_metric_of_extending_are_found() -> None:
-    """In a process of their own, which ends with what they registered."""
-    examples = [
-        block for block in blocks(ROOT / "docs" / "extending.md", "python") if "METRIC" in block or "tint:" in block
-    ]
-    assert len(examples) == 2
-    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
-    subprocess.run([sys.executable, "-c", "\n".join([*examples, EXTENDED])], env=environment, check=True)
+def test_a_dataset_is_made_with_the_four_examples_of_extending(tmp_path: Path) -> None:
+    """Each in a module of the reader's own, planned by the program of the page and then built."""
+    import torch
+    from safetensors.torch import save_file
+
+    program, *examples = blocks(ROOT / "docs" / "extending.md", "python")
+    package = tmp_path / "my_package"
+    package.mkdir()
+    for name, example in zip(EXTENSIONS, examples, strict=True):
+        (package / f"{name}.py").write_text(example)
+    imports = "\n".join(f"import my_package.{name}" for name in EXTENSIONS)
+    assert "# import my_package.tinted" in program
+    (tmp_path / "program.py").write_text(program.replace("# import my_package.tinted", imports + "\n#"))
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model_index.json").write_text('{"_class_name": "TinyFlowPipeline"}')
+    (model / "flow.json").write_text('{"native": 16}')
+    save_file({"level": torch.tensor(0.5)}, model / "weights.safetensors")
+    (tmp_path / "prompts.txt").write_text("a cat\nzzzzzz\n")
+    upscale = {"method": "tinted", "tint": 0.2, "scale": 2, "steps": 4}
+    config = {"name": "d", "prompts": "prompts.txt", "model": {"id": str(model)}, "upscale": upscale}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PYTHONPATH}"}
+
+    def python(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    said = python("program.py", "plan", "config.yaml")
+    assert "tinted, 16 x 16 px to 32 x 32 px" in said
+    assert "sharpen" in said
+    python("-c", BUILT_WITH_EXTENSIONS)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)

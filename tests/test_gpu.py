@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torch._dynamo.utils import counters as dynamo_counters
 
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.methods.resmaster import ResMaster
@@ -15,6 +17,7 @@ from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.metrics.agreement import psnr
 from resmaster_stages.models.acceleration import compile_blocks, quantise_fp8
 from resmaster_stages.models.load import load_models
+from resmaster_stages.models.occupancy import occupy
 from resmaster_stages.picturebook.training import train_vae
 from resmaster_stages.picturebook.training.course import Budget
 from resmaster_stages.picturebook.training.data import draw_photos
@@ -46,6 +49,18 @@ def test_the_same_bytes_twice(low_res: Image.Image, compiled: str) -> None:
 
 def test_offloading_changes_no_byte(low_res: Image.Image) -> None:
     assert drawn(low_res, offload="model").tobytes() == drawn(low_res).tobytes()
+
+
+@pytest.mark.parametrize("compiled", ["off", "blocks"])
+def test_a_turn_of_another_model_changes_no_byte_and_compiles_nothing_anew(low_res: Image.Image, compiled: str) -> None:
+    before, device = drawn(low_res, compile=compiled), torch.device("cuda")
+    graphs = dynamo_counters["stats"]["unique_graphs"]
+    occupy(device, other := nn.Linear(8, 8))
+    denoiser = load_models(ModelConfig.model_validate({"compile": compiled, "device": "cuda"})).base.denoiser
+    assert (denoiser.device.type, other.weight.device.type) == ("cpu", "cuda")
+    assert drawn(low_res, compile=compiled).tobytes() == before.tobytes()
+    assert (denoiser.device.type, other.weight.device.type) == ("cuda", "cpu")
+    assert dynamo_counters["stats"]["unique_graphs"] == graphs
 
 
 def test_compiled_blocks_compute_the_same() -> None:

@@ -33,6 +33,7 @@ from resmaster_stages.methods.settings import Diffusion
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.acceleration import compile_blocks, quantise_fp8, require_fp8
 from resmaster_stages.models.faults import release_memory
+from resmaster_stages.models.occupancy import occupy
 from resmaster_stages.models.parts import Models
 from resmaster_stages.storage.images import encode_image
 
@@ -45,6 +46,8 @@ PARTS: tuple[tuple[str, Any, str], ...] = (
 )
 """Part of an image, and where the engine looks its function up."""
 STEPS, SHORT_STEPS = 50, 3
+CAPTIONER_BYTES = 8 * 2**30
+"""Weights of a captioner of four billion parameters in 16 bits."""
 
 
 @contextmanager
@@ -199,8 +202,25 @@ def by_method(run: Run, canvas: Canvas, scale: float) -> None:
             release_memory()
 
 
+def turns(models: Models, captioner_bytes: int) -> dict[str, Any]:
+    """Seconds of the captioner's turn between two passes, which computes nothing here, and the peak over it."""
+    device, captioner = models.device, torch.nn.Module()
+    captioner.register_buffer("weights", torch.empty(captioner_bytes, dtype=torch.uint8))
+    occupy(device, *models.parts)
+    seconds = {}
+    with peak_memory(device) as peak:
+        for name, modules in (("captioner_comes", (captioner,)), ("base_model_comes", models.parts)):
+            settle(device)
+            start = time.perf_counter()
+            occupy(device, *modules)
+            settle(device)
+            seconds[f"{name}_seconds"] = time.perf_counter() - start
+    sizes = {"base_model_bytes": weights_bytes(models), "captioner_bytes": captioner_bytes}
+    return {**seconds, **sizes, "peak_bytes": peak.found}
+
+
 def measure(run: Run) -> None:
-    """The largest image first, then every method."""
+    """The largest image first, then every method, then what stands beside them."""
     device = torch.device(run.device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     models = shapes.whole(device, dtype, run.rehearse)
@@ -216,6 +236,9 @@ def measure(run: Run) -> None:
     side = round(native * scales[0])
     if not run.skip("saving", 25.0, what="files"):
         run.record.attempt("saving", lambda: saving(side), what="files of an image")
+    if not run.skip("turns", 30.0, what="captioner, then base model"):
+        size = 2**20 if run.rehearse else CAPTIONER_BYTES
+        run.record.attempt("turns", lambda: turns(models, size), what="captioner, then base model")
     exact = configured("resmaster", scales[0], 3 if run.rehearse else STEPS, view_batch=49)
     if not run.skip("images", 105.0, what="exact, compiled blocks, fp8 linears"):
         run.record.attempt("images", lambda: eight_bits(canvas, exact), what="exact, compiled blocks, fp8 linears")

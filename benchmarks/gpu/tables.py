@@ -94,6 +94,16 @@ TABLES: dict[str, dict[str, tuple[str, tuple[Column, ...]]]] = {
     "image": {
         "images": ("ResMaster, the largest image", (("what", _text("what")), *IMAGE)),
         "methods": ("Every method, eager", (("method", _text("what")), *IMAGE)),
+        "turns": (
+            "Base model and captioner take turns on the device, as between two passes (`via`)",
+            (
+                ("base model, GB", _number("base_model_bytes", "{:.1f}", 1e-9)),
+                ("captioner, GB", _number("captioner_bytes", "{:.1f}", 1e-9)),
+                ("captioner comes, s", _number("captioner_comes_seconds")),
+                ("base model comes, s", _number("base_model_comes_seconds")),
+                ("peak GB", _number("peak_bytes", "{:.1f}", 1e-9)),
+            ),
+        ),
         "saving": (
             "Files of such an image, lossless, on one core",
             (

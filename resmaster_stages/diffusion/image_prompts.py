@@ -19,11 +19,7 @@ _BATCH = 16
 
 
 def required_adapter(models: Models) -> ImageAdapter:
-    """The image adapter.
-
-    Raises ConfigError where image prompts are wanted and the model has none that can serve them.
-    """
-    models.require("upscale.image_prompt.enabled", "image_prompts")
+    """The image adapter. Raises ConfigError where the model has none, or one that cannot be used."""
     adapter = models.base.image_adapter()
     if adapter is None:
         raise ConfigError(

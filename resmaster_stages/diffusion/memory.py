@@ -24,9 +24,8 @@ USABLE = 0.85
 
 def weights_bytes(models: Models) -> int:
     """Memory in bytes of the parts that are on the device while the denoiser computes."""
-    base = models.base
-    parts = (base.denoiser,) if models.offload else (base.denoiser, base.vae, *base.text_encoders, base.image_encoder)
-    return sum(p.numel() * p.element_size() for part in parts if part is not None for p in part.parameters())
+    parts = (models.base.denoiser,) if models.offload else models.parts
+    return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
 
 
 def device_bytes(device: torch.device) -> int | None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from resmaster_stages.diffusion.composer import Composer
     from resmaster_stages.diffusion.loop import CanvasNoise, Composition, LatentHook, Patch
     from resmaster_stages.methods.request import Request
+    from resmaster_stages.models.bases.base import Ability
     from resmaster_stages.models.schedule import Step
 
 
@@ -47,6 +48,10 @@ class CUpscale(Steered):
     """Fraction of the steps that is left out at the noisy end: the higher, the closer to the low-res image."""
     share: float = Field(default=0.5, ge=0, le=1)
     """Share of the global prompt, as the whole image attends to it, beside each view's caption; 0: no composer."""
+
+    def needs(self) -> Mapping[Ability, str]:
+        """Attentions that the composer changes."""
+        return {"attention": "upscale.share"} if self.share else {}
 
     def work(self, grid: Grid) -> Iterator[UnetWork]:
         """The views, and the low-res image by one branch where there is a composer."""
@@ -78,7 +83,6 @@ class CUpscale(Steered):
         look: tuple[LatentHook, ...] = ()
         patches: tuple[Patch, ...] = ()
         if self.share:
-            models.require("upscale.share", "attention")
             small = reference.small_latents.shape[-2:]
             composer = Composer(grid, small, self.share, moment, models.device)
             look = (whole_image(request, composer, noise.resized(*small)()),)

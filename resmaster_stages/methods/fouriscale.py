@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from resmaster_stages.diffusion.loop import Composition, Patch
     from resmaster_stages.diffusion.patches import Layer
     from resmaster_stages.methods.request import Request
+    from resmaster_stages.models.bases.base import Ability
     from resmaster_stages.models.schedule import Step
 
 SAMPLING: dict[str, Any] = {"stepper": "ddim_ancestral", "guidance_scale": 5.0}
@@ -69,6 +70,10 @@ class FouriScale(FromNoise):
             raise ValueError(f"until ({self.until}) must not be less than full_until ({self.full_until})")
         return self
 
+    def needs(self) -> Mapping[Ability, str]:
+        """Layers that are filtered, attentions that are shared."""
+        return {"convolutions": "method fouriscale", "attention": "method fouriscale"}
+
     def work(self, grid: Grid) -> Iterator[UnetWork]:
         """The canvas at every step, by a third branch while layers are filtered."""
         left = self.left(self.start)
@@ -84,7 +89,6 @@ class FouriScale(FromNoise):
         from resmaster_stages.diffusion.low_pass import shared_attention
 
         models, moment = request.models, Moment()
-        models.require("method fouriscale", "convolutions", "attention")
         plan = make_plan(request.height, request.width, models.geometry.native_px, self.steps, self)
         canvas = [side * models.geometry.latent_factor for side in request.canvas_size]
         covered = (plan.factor * plan.base[0] / canvas[0], plan.factor * plan.base[1] / canvas[1])

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from resmaster_stages.diffusion.loop import CanvasNoise, Composition, Patch
     from resmaster_stages.methods.passes import Begin
     from resmaster_stages.methods.request import Request
+    from resmaster_stages.models.bases.base import Ability
     from resmaster_stages.models.schedule import Step
 
 
@@ -80,6 +81,10 @@ class FreeScale(LateGuidance):
         """Whether the result depends on `what`."""
         return super().uses(what) and (what != "detail_mask" or self.alpha_elsewhere is not None)
 
+    def needs(self) -> Mapping[Ability, str]:
+        """Layers that are dilated, attentions whose scales are fused."""
+        return {"convolutions": "method freescale", "attention": "method freescale"}
+
     def canvases(self, height: int, width: int) -> tuple[tuple[float, int, int], ...]:
         """(scale, rows, columns) of each pass on the way to `height` x `width` latents."""
         return phase_sizes(height, width, phase_scales(self.scale, self.phases, refine=False))
@@ -92,7 +97,6 @@ class FreeScale(LateGuidance):
     def passes(self, request: Request) -> tuple[Pass, ...]:
         """One pass per size, each restarted in the middle of the path."""
         request.required_reference()
-        request.models.require("method freescale", "convolutions", "attention")
         first = first_step(self.start, self.steps)
         return tuple(
             Pass(rows, cols, self.beginning(request, scale, rows, cols), first)

@@ -18,6 +18,7 @@ from resmaster_stages.diffusion.loop import CanvasNoise, Progress, batch_size, d
 from resmaster_stages.diffusion.reference import to_image
 from resmaster_stages.errors import SampleError
 from resmaster_stages.methods.request import Request
+from resmaster_stages.models.bases import require
 from resmaster_stages.models.busy import busy
 from resmaster_stages.models.faults import device_faults
 
@@ -28,6 +29,7 @@ def render(request: Request, seeds: Sequence[int], progress: Progress | None = N
     Raises ConfigError (a setting that the model cannot serve, or too little memory) and GpuLost.
     """
     models, config = request.models, request.config
+    require(models.base.family, models.identity, config.needs())
     advice = "lower upscale.view_batch or low_res.batch_size, or set model.offload: model"
     with busy(), device_faults(advice, batch_size(len(request.prompts) * len(request.views()), request.view_limit)):
         schedule = models.base.path(config.steps)

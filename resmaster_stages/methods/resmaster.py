@@ -25,6 +25,7 @@ from resmaster_stages.methods.settings import MovingViews, Steered
 if TYPE_CHECKING:
     from resmaster_stages.diffusion.loop import Composition
     from resmaster_stages.methods.request import Request
+    from resmaster_stages.models.bases.base import Ability
 
 
 class ImagePromptConfig(Part):
@@ -75,6 +76,15 @@ class ResMaster(MovingViews, Steered):
         """Whether the result depends on `what`."""
         return super().uses(what) and (what != "image_prompt" or self.image_prompt.enabled)
 
+    @property
+    def image_scale(self) -> float:
+        """Weight of image prompts; 0 where there are none."""
+        return self.image_prompt.scale if self.image_prompt.enabled else 0.0
+
+    def needs(self) -> Mapping[Ability, str]:
+        """Image prompts."""
+        return {"image_prompts": "upscale.image_prompt.enabled"} if self.image_scale else {}
+
     def label(self) -> str:
         """The method and those of its parts that are on."""
         parts = {
@@ -92,8 +102,7 @@ class ResMaster(MovingViews, Steered):
         from resmaster_stages.diffusion.steppers import make_stepper
 
         models, grid, reference = request.models, request.views(), request.required_reference()
-        image_scale = self.image_prompt.scale if self.image_prompt.enabled else 0.0
-        image = embed_crops(models, reference.pixels, grid.canvas_boxes) if image_scale else None
+        image = embed_crops(models, reference.pixels, grid.canvas_boxes) if self.image_scale else None
         hooks = self.structural_guidance(reference)
         conditions = make_conditions(
             models,
@@ -108,5 +117,5 @@ class ResMaster(MovingViews, Steered):
             groups=(ViewGroup(self.placed(grid, conditions, models.device), self.guidance()),),
             stepper=make_stepper(self.stepper),
             x0_hooks=hooks,
-            image_scale=image_scale,
+            image_scale=self.image_scale,
         )

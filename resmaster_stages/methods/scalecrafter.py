@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from resmaster_stages.diffusion.loop import Composition, Patch
     from resmaster_stages.diffusion.patches import Layer
     from resmaster_stages.methods.request import Request
+    from resmaster_stages.models.bases.base import Ability
     from resmaster_stages.models.schedule import Step
 
 SAMPLING: dict[str, Any] = {"stepper": "ddim_ancestral", "guidance_scale": 5.0}
@@ -71,6 +72,10 @@ class ScaleCrafter(FromNoise, MicroConditioned):
     freeu: bool = False
     """FreeU, which the authors' programs switch on."""
 
+    def needs(self) -> Mapping[Ability, str]:
+        """Layers that are dilated."""
+        return {"convolutions": "method scalecrafter"}
+
     def work(self, grid: Grid) -> Iterator[UnetWork]:
         """The canvas at every step, by a third branch while guidance is damped. Counted as on SDXL, whatever the
         model."""
@@ -86,7 +91,6 @@ class ScaleCrafter(FromNoise, MicroConditioned):
         from resmaster_stages.diffusion.freeu import freeu
 
         models, native, moment = request.models, request.models.geometry.native_px, Moment()
-        models.require("method scalecrafter", "convolutions")
         whose = models.base.layers or "sdxl"
         plan = make_plan(request.height / native, request.width / native, self.steps, self, whose)
         rules = layer_rules(models.base.denoiser, plan)

@@ -7,7 +7,7 @@ torch before an image is made, so that reading a configuration stays quick.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from resmaster_stages.diffusion.loop import Composition, Progress, X0Hook
     from resmaster_stages.diffusion.loop import Views as CutViews
     from resmaster_stages.methods.request import Reference, Request
+    from resmaster_stages.models.bases.base import Ability
     from resmaster_stages.models.schedule import Step
 
 NEGATIVE_PROMPT = "blurry, ugly, duplicate, poorly drawn, deformed, mosaic"
@@ -95,6 +96,10 @@ class Diffusion(Method):
     def facts(self) -> dict[str, Any]:
         """What reports say of the settings."""
         return {"steps": self.steps, "guidance scale": self.guidance_scale}
+
+    def needs(self) -> Mapping[Ability, str]:
+        """What the base model's family must be able to do, and the method or setting that needs it, for messages."""
+        return {}
 
     def branches(self, index: int) -> int:
         """Guidance branches of step `index` of the path."""

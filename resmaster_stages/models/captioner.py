@@ -143,6 +143,7 @@ class LocalCaptioner:
 
     def __init__(self, model: Any, processor: Any, *, name: str, revision: str, instruction: str, max_new_tokens: int):
         self.model, self.processor = model, processor
+        self.device = model.device  # where it works: it is not there while the base model is
         self.name, self.revision = name, revision
         self.instruction, self.max_new_tokens = instruction, max_new_tokens
         tokenizer = getattr(processor, "tokenizer", None)
@@ -159,20 +160,22 @@ class LocalCaptioner:
 
         from resmaster_stages.models.busy import busy
         from resmaster_stages.models.faults import device_faults
+        from resmaster_stages.models.occupancy import occupy
 
         if not images:
             return []
         inputs = self._chat_inputs(images) if self._chat else self.processor(images=list(images), return_tensors="pt")
-        inputs = {
-            key: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
-            for key, value in inputs.items()
-            if isinstance(value, torch.Tensor)
-        }
-        if getattr(self.model.config, "model_type", "") == "git":
-            # GIT starts from its begin mark alone; given with its mask, since padding and end may be one token
-            start = torch.full((len(images), 1), self.model.generation_config.bos_token_id, device=self.model.device)
-            inputs |= {"input_ids": start, "attention_mask": torch.ones_like(start)}
         with busy(), torch.inference_mode(), device_faults("lower captions.batch_size"):
+            occupy(self.device, self.model)
+            inputs = {
+                key: value.to(self.device, self.model.dtype if value.is_floating_point() else None)
+                for key, value in inputs.items()
+                if isinstance(value, torch.Tensor)
+            }
+            if getattr(self.model.config, "model_type", "") == "git":
+                # GIT starts from its begin mark alone; given with its mask, since padding and end may be one token
+                start = torch.full((len(images), 1), self.model.generation_config.bos_token_id, device=self.device)
+                inputs |= {"input_ids": start, "attention_mask": torch.ones_like(start)}
             # [B, L] tokens; decoders repeat the prompt, encoder-decoders do not
             tokens = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=self.max_new_tokens)
         if self._chat and not getattr(self.model.config, "is_encoder_decoder", False):
@@ -353,6 +356,8 @@ def _load_local(config: CaptionsConfig, device: str) -> LocalCaptioner:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    from resmaster_stages.models.occupancy import occupy
+
     resolved = resolve_device(device)
     embedded = config.model == PICTUREBOOK
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": embedded}
@@ -368,7 +373,7 @@ def _load_local(config: CaptionsConfig, device: str) -> LocalCaptioner:
             dtype=torch.float32 if resolved.type == "cpu" else "auto",
             **options,
         )
-        model.to(resolved).eval()
+        occupy(resolved, model.eval())
     except Exception as error:  # loaders raise whatever their parts raise; the user's remedy is the same
         raise ConfigError(
             f"captions.model {config.model!r} cannot be loaded ({first_line(error)}); give `picturebook`, a folder or "

@@ -57,20 +57,24 @@ def load_models(config: ModelConfig) -> Models:
     """The model that `config` names, ready to use. The last one stays loaded. Raises ConfigError, one line."""
     device = resolve_device(config.device)
     pipe = load_pipeline(config)
-    offload = config.offload == "model" and device.type != "cpu"
-    if not offload:
-        try:
-            with device_faults(f"model {config.id} does not fit; set model.offload: model, or model.dtype: float16"):
-                pipe.to(device)
-        except OutOfMemory as error:  # no smaller batch helps
-            raise ConfigError(str(error)) from error
-    models = Models.from_pipeline(pipe, identity=model_identity(config), offload=offload)
+    models = replace(
+        Models.from_pipeline(pipe, identity=model_identity(config)),
+        device=device,
+        offload=config.offload == "model" and device.type != "cpu",
+        gives_way=True,
+        same_bytes=config.exactness == "bytes",
+    )
+    try:
+        with device_faults(f"model {config.id} does not fit; set model.offload: model, or model.dtype: float16"):
+            models.come()
+    except OutOfMemory as error:  # no smaller batch helps
+        raise ConfigError(str(error)) from error
     unet: Any = models.base.denoiser
     if device.type == "cuda":  # convolutions in half precision want it there; on CPUs it made no measurable difference
         unet.to(memory_format=torch.channels_last)
         models.base.vae.to(memory_format=torch.channels_last)
     _accelerate(unet, config, device)
-    return replace(models, device=device, same_bytes=config.exactness == "bytes")
+    return models
 
 
 def _accelerate(unet: Any, config: ModelConfig, device: torch.device) -> None:

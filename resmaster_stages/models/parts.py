@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.bases import families_with, family_of_pipeline
-from resmaster_stages.models.bases.base import Ability, Base, Geometry
+from resmaster_stages.models.bases import family_of_pipeline
+from resmaster_stages.models.bases.base import Base, Geometry
+from resmaster_stages.models.occupancy import occupy
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +23,8 @@ class Models:
     device: torch.device
     dtype: torch.dtype
     offload: bool = False
+    gives_way: bool = False
+    """Whether the captioner and these parts take turns on the device. A user's own pipeline stays where it is."""
     identity: str = "pipeline"
     same_bytes: bool = True
     """Whether convolutions are chosen by rule, so that a re-run gives the same bytes; else by a race, which is
@@ -32,19 +35,23 @@ class Models:
         """The base model's sizes."""
         return self.base.geometry
 
-    def require(self, whose: str, *needed: Ability) -> None:
-        """Raises ConfigError unless the base model has what `whose` (a method or a setting) needs."""
-        own = self.base.family
-        for ability in needed:
-            if ability not in own.abilities:
-                raise ConfigError(
-                    f"{whose}: needs {ability.replace('_', ' ')}, which model {self.identity} ({own.name}) has not; "
-                    f"choose another setting, or a base model of: {families_with(ability)}"
-                )
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """All modules."""
+        base = self.base
+        return tuple(
+            part for part in (base.denoiser, base.vae, *base.text_encoders, base.image_encoder) if part is not None
+        )
+
+    def come(self) -> None:
+        """Sends the captioner off the device, and brings what is to stay there. Raises what moving raises."""
+        if self.gives_way:
+            occupy(self.device, *(() if self.offload else self.parts))
 
     @contextmanager
     def using(self, *modules: Any) -> Iterator[None]:
         """Within the block `modules` are on the device. With offloading they go back to the CPU afterwards."""
+        self.come()
         if not self.offload:
             yield
             return

@@ -16,6 +16,8 @@ from resmaster_stages.dataset.dataset import Dataset, find_dataset
 from resmaster_stages.dataset.plan import Plan, find_plan
 from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.errors import ConfigError, UserError
+from resmaster_stages.methods.settings import Diffusion
+from resmaster_stages.models.bases import family_of, require
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.planning.drafts import DraftReader
 from resmaster_stages.storage.digests import DigestSet
@@ -113,6 +115,8 @@ def check(config: DatasetConfig) -> Dataset | None:
         geometry_of(config.model)
     else:
         check_sizes(config)
+    if isinstance(config.upscale, Diffusion) and (needs := config.upscale.needs()):
+        require(family_of(config.model), config.model.id, needs)
     if config.quality.features == "inception":
         from resmaster_stages.metrics.features import inception_weights
 

@@ -36,6 +36,7 @@ from resmaster_stages.inspection.status import pending
 from resmaster_stages.metrics.agreement import agreement
 from resmaster_stages.metrics.features import image_features
 from resmaster_stages.models.bases.base import Geometry
+from resmaster_stages.models.bases.unet import SDXL
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.picturebook.truth import true_image
 from resmaster_stages.planning.preview import check_sizes
@@ -58,6 +59,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resmaster_stages.models.identity.weights_of", lambda config: Weights(config.model.id))
     for module in ("evaluation.variants", "evaluation.reference", "planning.preview"):
         monkeypatch.setattr(f"resmaster_stages.{module}.geometry_of", lambda model: GEOMETRY)
+    monkeypatch.setattr("resmaster_stages.planning.preview.family_of", lambda model: SDXL)
     monkeypatch.setattr("resmaster_stages.metrics.features.load_extractor", lambda config: Means())
 
 

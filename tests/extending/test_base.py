@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from resmaster_stages.config.load import parse_config
 from resmaster_stages.config.model import IpAdapterConfig, ModelConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.upscale import upscale_image
-from resmaster_stages.models import bases
+from resmaster_stages.models import bases, load
 from resmaster_stages.models.bases.base import Family, Geometry
 from resmaster_stages.models.captioner import token_counter
 from resmaster_stages.models.geometry import geometry_of
@@ -27,6 +28,7 @@ from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
 from resmaster_stages.models.places import location
 from resmaster_stages.models.schedule import Step
+from resmaster_stages.planning.preview import preview
 from tests.methods.common import difference, settings, some_image
 
 TOKENS = 6
@@ -209,3 +211,28 @@ def test_what_it_cannot_do_is_refused_before_anything_is_drawn(config):
     adapter = IpAdapterConfig(id=config.id, weight_name="x.safetensors")
     with pytest.raises(ConfigError, match=r"model.ip_adapter.*tiny flow.*null"):
         load_models(config.model_copy(update={"ip_adapter": adapter}))
+
+
+@pytest.mark.usefixtures("registered")
+def test_what_it_cannot_do_is_refused_at_plan_in_the_same_words(config, tmp_path, monkeypatch):
+    def plan(**upscale):
+        values = {"name": "d", "root": str(tmp_path / "root"), "prompts": str(tmp_path / "prompts.txt")}
+        return preview(parse_config({**values, "model": {"id": config.id}, "upscale": upscale}))
+
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    monkeypatch.setattr(load, "load_pipeline", lambda config: pytest.fail("weights were loaded"))
+    for method in ("scalecrafter", "fouriscale", "freescale"):
+        with pytest.raises(ConfigError, match=rf"method {method}: needs convolutions.*\(tiny flow\).*of: SDXL, Stable"):
+            plan(method=method)
+    with pytest.raises(ConfigError, match=r"upscale.share: needs attention"):
+        plan(method="c_upscale")
+    with pytest.raises(ConfigError, match=r"image_prompt.enabled: needs image prompts"):
+        plan(method="resmaster")
+    for upscale in (
+        {"method": "c_upscale", "share": 0},
+        {"method": "resmaster", "image_prompt": {"enabled": False}},
+        {"method": "resmaster", "image_prompt": {"scale": 0}},
+        {"method": "direct"},
+        {"method": "lanczos"},
+    ):
+        assert plan(**upscale).samples == 1

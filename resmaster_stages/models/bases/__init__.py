@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError
@@ -10,10 +11,10 @@ from resmaster_stages.models.bases import unet
 from resmaster_stages.models.bases.base import Ability, Family
 from resmaster_stages.models.places import ModelFiles
 
-FAMILIES: tuple[Family, ...] = (
+FAMILIES: list[Family] = [
     unet.SDXL,
     unet.STABLE_DIFFUSION,
-)
+]
 
 
 def family_of(config: ModelConfig) -> Family:
@@ -29,9 +30,18 @@ def family_of_pipeline(pipe: object, model: str) -> Family:
     return _family(tuple(kind.__name__ for kind in type(pipe).__mro__), model)
 
 
-def families_with(ability: Ability) -> str:
-    """The names of the families that have `ability`."""
-    return ", ".join(family.name for family in FAMILIES if ability in family.abilities)
+def require(family: Family, model: str, needs: Mapping[Ability, str]) -> None:
+    """Raises ConfigError unless `family`, the one of `model`, has all abilities.
+
+    needs: ability -> the method or setting that needs it.
+    """
+    for ability, whose in needs.items():
+        if ability not in family.abilities:
+            known = ", ".join(each.name for each in FAMILIES if ability in each.abilities)
+            raise ConfigError(
+                f"{whose}: needs {ability.replace('_', ' ')}, which model {model} ({family.name}) has not; "
+                f"choose another setting, or a base model of: {known}"
+            )
 
 
 def _family(classes: tuple[str, ...], model: str) -> Family:

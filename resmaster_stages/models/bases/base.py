@@ -63,8 +63,8 @@ class Family:
     token_counter: Callable[[ModelConfig], TokenCounter]
     """Counts tokens with a model's tokenizer alone. Raises ConfigError."""
     load: Callable[[ModelConfig, torch.dtype], Any]
-    """A pipeline on the CPU, with the configuration's VAE and IP-Adapter: an object with `device` and `to(device)`.
-    Raises ConfigError."""
+    """A pipeline on the CPU, with the configuration's VAE and IP-Adapter: an object with `device`. Raises
+    ConfigError."""
     base: Callable[[Any], Base]
     """The parts of a loaded pipeline, which may be a user's own. Raises ConfigError for one that cannot be used."""
 
