@@ -334,14 +334,11 @@ import tarfile
 import my_package.tinted, my_package.tiny_flow, my_package.redness, my_package.sharpen
 from PIL import Image
 from resmaster_stages.config.load import load_config
-from resmaster_stages.dataset.dataset import create_or_open
 from resmaster_stages.library import read_samples
 from resmaster_stages.prompts import ingest
 from resmaster_stages.runner.run import run_stage
 
-config = load_config("config.yaml")
-dataset = create_or_open(config)
-ingest(dataset, config)
+dataset = ingest(load_config("config.yaml"))
 assert list(dataset.hashes) == ["low_res", "high_res", "quality", "sharpen"]
 receipts = [run_stage(dataset, stage, 0) for stage in dataset.hashes]
 assert {receipt.samples_ok for receipt in receipts} == {2}

@@ -19,10 +19,12 @@ from resmaster_stages.evaluation.columns import compare_schema
 from resmaster_stages.evaluation.compare import compare_datasets, write_comparison
 from resmaster_stages.evaluation.variants import Variant
 from resmaster_stages.inspection.explain import explain, spelled
+from resmaster_stages.inspection.status import status
 from resmaster_stages.metrics import METRICS, metric_columns
 from resmaster_stages.metrics.flags import badness, known_flags
 from resmaster_stages.metrics.metric import Column, Flag, Metric
 from resmaster_stages.models.bases.base import Geometry
+from resmaster_stages.models.bases.unet import SDXL
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.publish.report import write_report
@@ -64,7 +66,10 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dataset
     """Fake images, measured by the stage itself; published."""
     monkeypatch.setattr("resmaster_stages.models.identity.weights_of", lambda config: Weights(config.model.id))
     monkeypatch.setattr("resmaster_stages.metrics.features.load_extractor", lambda config: Means())
-    monkeypatch.setattr(quality, "geometry_of", lambda model: Geometry(16, 8))
+    monkeypatch.setattr("resmaster_stages.metrics.features.inception_weights", lambda: None)
+    for module in ("quality", "planning.preview"):
+        monkeypatch.setattr(f"resmaster_stages.{module}.geometry_of", lambda model: Geometry(16, 8))
+    monkeypatch.setattr("resmaster_stages.planning.preview.family_of", lambda model: SDXL)
     settings = {"quality": {"clip": None, "features": "inception"}, "model": {"id": "tiny"}}
     dataset = planned(tmp_path / "out", ["a", "b"], tmp_path, **settings)
     with redness_listed():
@@ -90,8 +95,8 @@ def test_a_build_measures_it_and_tells_of_it(dataset: Dataset) -> None:
     assert "| `redness` | mean of the red channel, from 0 to 1 |" in card
     assert "| `redness_of_nothing` | always empty |" in card
     assert "| `red` | any red at all |" in card
-    assert "| red ↓ | 0." in summary(dataset)
-    assert "red 2)" in summary(dataset)
+    assert "| red ↓ | 0." in summary(dataset, status(dataset))
+    assert "red 2)" in summary(dataset, status(dataset))
     assert f"redness {rows[0]['redness']:.4g}" in spelled(explain(dataset, rows[0]["key"]))
 
 

@@ -101,7 +101,7 @@ def test_every_room_shows_it(dataset: Dataset, capsys: pytest.CaptureFixture[str
     assert "colours" in spelled(explain(dataset, key))
     assert write_manifest(dataset).failures["colours"] == 0
     write_report(dataset)
-    assert "| colours | 2 |" in summary(dataset)
+    assert "| colours | 2 |" in summary(dataset, status(dataset))
     assert "colours: 0" in dataset.folder.read(layout.CARD).decode()
     progress = Progress({"colours": 3}, [0, 1])
     progress.hear(ShardStarted("colours", 0, 2))
