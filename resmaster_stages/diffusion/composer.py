@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resmaster_stages.diffusion.guidance import TEXT, Moment
+from resmaster_stages.diffusion.guidance import TEXT, DenoiserCall
 from resmaster_stages.diffusion.patches import bare, level_size, replaced_forward
 from resmaster_stages.diffusion.views import Grid
 
@@ -55,9 +55,10 @@ class Composer:
     grid: of the views, in latents. small: (height, width) of the small image, in latents.
     """
 
-    def __init__(self, grid: Grid, small: Sequence[int], share: float, moment: Moment, device: torch.device) -> None:
+    def __init__(self, grid: Grid, small: Sequence[int], share: float, device: torch.device) -> None:
         self.grid, self.small = grid, (small[0], small[1])
-        self.share, self.moment, self.device = share, moment, device
+        self.share, self.device = share, device
+        self.call = DenoiserCall()  # the loop's, within `patch`
         self.maps: dict[str, list[Tensor]] = {}  # layer -> batches of [n, S, h, w]
         self.values: dict[str, list[Tensor]] = {}  # layer -> batches of [n, S, C]
         self._capturing = False
@@ -95,13 +96,13 @@ class Composer:
 
     def _compose(self, name: str, attention: Any, y: Tensor) -> Tensor:
         """The layer's plain output `y`, its text rows composed."""
-        items = self.moment.items
+        items = self.call.items
         assert items is not None, "views are predicted within the denoising loop"
         sample, view = items // len(self.grid), items % len(self.grid)
         words = sampled(torch.cat(self.maps[name])[sample], self.places(y.shape[1])[view])  # [n, T, S]
         heard = attention.to_out[0](words.to(y.dtype) @ torch.cat(self.values[name])[sample])  # [n, T, C]
-        rows = list(y.chunk(len(self.moment.branches)))
-        place = self.moment.branches.index(TEXT)
+        rows = list(y.chunk(len(self.call.branches)))
+        place = self.call.branches.index(TEXT)
         rows[place] = (1 - self.share) * rows[place] + self.share * heard
         return torch.cat(rows)
 
@@ -116,8 +117,9 @@ class Composer:
         return forward
 
     @contextmanager
-    def patch(self, unet: Any) -> Iterator[None]:
+    def patch(self, unet: Any, call: DenoiserCall) -> Iterator[None]:
         """Within the block every cross-attention of `unet` is composed, or captured."""
+        self.call = call
         with ExitStack() as stack:
             for name, module in bare(unet).named_modules():
                 if name.endswith(".attn2"):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resmaster_stages.diffusion.guidance import Branch, Moment
+from resmaster_stages.diffusion.guidance import Branch, DenoiserCall
 from resmaster_stages.diffusion.patches import Layer, bare, replaced_forward
 
 
@@ -77,10 +77,10 @@ LayerRule = Callable[[int, Branch], Layer]
 
 
 def _by_branch(
-    conv: nn.Conv2d, plain: Callable[[Tensor], Tensor], rule: LayerRule, moment: Moment
+    conv: nn.Conv2d, plain: Callable[[Tensor], Tensor], rule: LayerRule, call: DenoiserCall
 ) -> Callable[..., Tensor]:
     def forward(x: Tensor) -> Tensor:
-        layers = [rule(moment.index, branch) for branch in moment.branches]
+        layers = [rule(call.index, branch) for branch in call.branches]
         if all(layer == PLAIN for layer in layers):
             return plain(x)
         groups = [(layer, len(list(equal))) for layer, equal in groupby(layers)]
@@ -94,11 +94,11 @@ def _by_branch(
 
 
 @contextmanager
-def changed_layers(unet: Any, rules: Mapping[str, LayerRule], moment: Moment) -> Iterator[None]:
+def changed_layers(unet: Any, call: DenoiserCall, rules: Mapping[str, LayerRule]) -> Iterator[None]:
     """Within the block the convolutions named by `rules` are computed as the rules say at each step, branch by
     branch."""
     with ExitStack() as stack:
         for name, rule in rules.items():
             conv = bare(unet).get_submodule(name)
-            stack.enter_context(replaced_forward(conv, _by_branch(conv, conv.forward, rule, moment)))
+            stack.enter_context(replaced_forward(conv, _by_branch(conv, conv.forward, rule, call)))
         yield

@@ -64,7 +64,7 @@ class ClassifierFree:
 
 
 @dataclass
-class Moment:
+class DenoiserCall:
     """What the UNet is computing: written by the loop before each call, read by the patches of one composition."""
 
     step: Step | None = None

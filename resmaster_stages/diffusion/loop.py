@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from resmaster_stages.diffusion.conditions import Conditions
 from resmaster_stages.diffusion.cost import count_call
-from resmaster_stages.diffusion.guidance import Guidance, Moment
+from resmaster_stages.diffusion.guidance import DenoiserCall, Guidance
 from resmaster_stages.diffusion.steppers import Stepper
 from resmaster_stages.diffusion.text_projections import text_projected_once
 from resmaster_stages.models.acceleration import changed_blocks_uncompiled, compiled_blocks
@@ -44,7 +44,7 @@ LatentHook = Callable[[Tensor, Step], Tensor]
 """Edits the noisy latents [B, C, H, W] before a step's prediction."""
 X0Hook = Callable[[Tensor, Step], Tensor]
 """Edits the predicted clean latents [B, C, H, W] of a step."""
-Patch = Callable[[Any], AbstractContextManager[None]]
+Patch = Callable[[Any, DenoiserCall], AbstractContextManager[None]]
 """Changes the denoiser within a block."""
 Progress = Callable[[int, int], None]
 """Hears (steps done, steps in all)."""
@@ -88,8 +88,6 @@ class Composition:
     patches: tuple[Patch, ...] = ()
     image_scale: float = 0.0
     """Weight of image prompts; 0 where there are none."""
-    moment: Moment = field(default_factory=Moment)
-    """Shared with the patches that change from step to step or from branch to branch."""
 
 
 def batch_size(items: int, largest: int) -> int:
@@ -128,16 +126,16 @@ def predict(
     views: Tensor,
     timestep: Tensor,
     conditions: Conditions,
-    moment: Moment,
+    call: DenoiserCall,
     batches: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Every view's prediction by every branch of `moment`: [N, C, h, w], float32, per branch. One call per batch."""
-    outputs, branches, denoiser = [], moment.branches, base.denoiser
+    """Every view's prediction by every branch of `call`: [N, C, h, w], float32, per branch. One call per batch."""
+    outputs, branches, denoiser = [], call.branches, base.denoiser
     for items in batches:
         sample = _rows(views, items, len(branches), denoiser.dtype)
         rows = conditions.rows(items, branches)
-        moment.items, moment.states = items, rows.states
-        moment.texts = conditions.texts(items, branches)
+        call.items, call.states = items, rows.states
+        call.texts = conditions.texts(items, branches)
         count_call(len(sample), sample[0, 0].numel() / base.geometry.native**2)
         output = denoiser(sample, timestep, return_dict=False, **base.arguments(rows))[0]
         outputs.append(output.float().chunk(len(branches)))
@@ -185,7 +183,7 @@ def denoise(
     progress: Callable[[], None] | None = None,
 ) -> Tensor:
     """Latents [B, C, H, W] at the first step's noise level -> clean latents, float32. `progress` is called per step."""
-    c, denoiser = composition, models.base.denoiser
+    c, denoiser, call = composition, models.base.denoiser, DenoiserCall()
     timesteps = torch.tensor([step.t for step in schedule], device=models.device)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
@@ -193,9 +191,9 @@ def denoise(
         stack.enter_context(models.using(denoiser))
         stack.enter_context(models.base.image_scale(c.image_scale))
         for patch in c.patches:
-            stack.enter_context(patch(denoiser))
+            stack.enter_context(patch(denoiser, call))
         if models.device.type == "cpu" and not compiled_blocks(denoiser):
-            stack.enter_context(text_projected_once(denoiser, c.moment))
+            stack.enter_context(text_projected_once(denoiser, call))
         stack.enter_context(changed_blocks_uncompiled(denoiser))
         for step, t in zip(schedule, timesteps):
             for hook in c.latent_hooks:
@@ -204,9 +202,9 @@ def denoise(
             for group in (each for each in c.groups if each.weight(step)):
                 views, conditions = group.at(step)
                 batches = static_batches(len(conditions), view_batch, models.device)
-                c.moment.step, c.moment.branches = step, group.guidance.branches(step)
+                call.step, call.branches = step, group.guidance.branches(step)
                 cut = views.cut(group.prepare(z, step))  # [B * views, C, h, w]
-                predictions = predict(models.base, cut, t, conditions, c.moment, batches)
+                predictions = predict(models.base, cut, t, conditions, call, batches)
                 output += group.weight(step) * views.fuse(group.guidance.combine(predictions, step))  # [B, C, H, W]
             x0, eps = step.split(z, output)
             for hook in c.x0_hooks:

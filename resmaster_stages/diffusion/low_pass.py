@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resmaster_stages.diffusion.convolutions import dilated
-from resmaster_stages.diffusion.guidance import TEXT, Branch, Moment
+from resmaster_stages.diffusion.guidance import TEXT, Branch, DenoiserCall
 from resmaster_stages.diffusion.patches import bare, replaced_forward
 
 
@@ -70,16 +70,16 @@ class Filtered:
 
 
 @contextmanager
-def shared_attention(unet: Any, moment: Moment, branch: Branch) -> Iterator[None]:
+def shared_attention(unet: Any, call: DenoiserCall, branch: Branch) -> Iterator[None]:
     """Within the block `branch` attends within the canvas as the text branch does: it has its own values only."""
 
     def like_text(plain: Any) -> Any:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             y = plain(x, *args, **kwargs)
-            if branch not in moment.branches:
+            if branch not in call.branches:
                 return y
-            rows = list(y.chunk(len(moment.branches)))
-            rows[moment.branches.index(branch)] = rows[moment.branches.index(TEXT)]
+            rows = list(y.chunk(len(call.branches)))
+            rows[call.branches.index(branch)] = rows[call.branches.index(TEXT)]
             return torch.cat(rows)
 
         return forward

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resmaster_stages.diffusion.frequency import gaussian_blur
-from resmaster_stages.diffusion.guidance import Moment
+from resmaster_stages.diffusion.guidance import DenoiserCall
 from resmaster_stages.diffusion.irregular_views import Origins, ScatteredViews, clamped, jittered
 from resmaster_stages.diffusion.patches import bare, level_size, replaced_forward
 from resmaster_stages.diffusion.views import Grid
@@ -35,10 +35,10 @@ class Windows:
     """
 
     def __init__(
-        self, height: int, width: int, window: int, jitter: str, generators: Sequence[torch.Generator], moment: Moment
+        self, height: int, width: int, window: int, jitter: str, generators: Sequence[torch.Generator]
     ) -> None:
         self.height, self.width, self.window = height, width, window
-        self.jitter, self.generators, self.moment = jitter, generators, moment
+        self.jitter, self.generators = jitter, generators
         self._places = cache(self._draw)
 
     def grid(self, tokens: int) -> Grid:
@@ -55,13 +55,13 @@ class Windows:
         origins = [jittered(grid, generator) for generator in self.generators]
         return origins if self.jitter == "zeros" else [clamped(grid, each) for each in origins]
 
-    def views(self, tokens: int, rows: int, device: torch.device) -> ScatteredViews:
-        """Windows of the present step for `rows` canvases of `tokens` tokens each, branch by branch."""
-        origins = self._places(tokens, self.moment.index)
+    def views(self, tokens: int, rows: int, call: DenoiserCall, device: torch.device) -> ScatteredViews:
+        """Windows of a call's step for its `rows` canvases of `tokens` tokens each, branch by branch."""
+        origins = self._places(tokens, call.index)
         samples = [0]
         if len(origins) > 1:
-            assert self.moment.items is not None, "canvases are predicted within the denoising loop"
-            samples = self.moment.items.tolist()  # of the batch; with one sample the device is not asked
+            assert call.items is not None, "canvases are predicted within the denoising loop"
+            samples = call.items.tolist()  # of the batch; with one sample the device is not asked
         return ScatteredViews(
             self.grid(tokens), [origins[sample] for sample in samples] * (rows // len(samples)), "uniform", device
         )
@@ -92,7 +92,7 @@ def blur_features(tokens: Tensor, radius: int) -> Tensor:
 
 
 def _fused(
-    attention: Any, plain: Callable[..., Tensor], windows: Windows, radius: int, features: bool
+    attention: Any, plain: Callable[..., Tensor], call: DenoiserCall, windows: Windows, radius: int, features: bool
 ) -> Callable[..., Tensor]:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rows, tokens, _ = x.shape
@@ -101,7 +101,7 @@ def _fused(
             return plain(x, *args, **kwargs)
         query, key, value = attention.to_q(x), attention.to_k(x), attention.to_v(x)
         whole = attention.to_out[0](attend(query, key, value, attention.heads))
-        local = windowed(query, key, value, attention.heads, windows.views(tokens, rows, x.device))
+        local = windowed(query, key, value, attention.heads, windows.views(tokens, rows, call, x.device))
         difference = attention.to_out[0](local) - whole  # [N, T, C]
         canvas = difference.transpose(1, 2).unflatten(2, (grid.height, grid.width))
         coarse = gaussian_blur(canvas, radius, 1.0).flatten(2).transpose(1, 2)
@@ -111,12 +111,14 @@ def _fused(
 
 
 @contextmanager
-def scale_fusion(unet: Any, windows: Windows, radius: int, features: bool = False) -> Iterator[None]:
+def scale_fusion(
+    unet: Any, call: DenoiserCall, windows: Windows, radius: int, features: bool = False
+) -> Iterator[None]:
     """Within the block every self-attention of the UNet is fused. radius: of the blur, in tokens; 0 leaves the
     windows."""
     with ExitStack() as stack:
         for name, module in bare(unet).named_modules():
             if name.endswith(".attn1"):
-                forward = _fused(module, module.forward, windows, radius, features)
+                forward = _fused(module, module.forward, call, windows, radius, features)
                 stack.enter_context(replaced_forward(module, forward))
         yield

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resmaster_stages.diffusion.guidance import Moment
+from resmaster_stages.diffusion.guidance import DenoiserCall
 from resmaster_stages.diffusion.patches import bare, replaced_forward
 
 
-def _once(plain: Callable[[Tensor], Tensor], moment: Moment) -> Callable[[Tensor], Tensor]:
+def _once(plain: Callable[[Tensor], Tensor], call: DenoiserCall) -> Callable[[Tensor], Tensor]:
     """`plain`, a projection of text states [rows, 77, D], computed once for every distinct prompt."""
     kept: dict[int, tuple[Tensor, Tensor]] = {}  # by the states' identity; the states are kept, so that it stays theirs
 
@@ -32,18 +32,18 @@ def _once(plain: Callable[[Tensor], Tensor], moment: Moment) -> Callable[[Tensor
         return kept[id(states)][1]
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if x is not moment.states:
+        if x is not call.states:
             return plain(x, *args, **kwargs)
-        return torch.cat([projected(text.states)[index] for text, index in moment.texts])
+        return torch.cat([projected(text.states)[index] for text, index in call.texts])
 
     return forward
 
 
 @contextmanager
-def text_projected_once(unet: Any, moment: Moment) -> Iterator[None]:
-    """Within the block the cross-attentions of `unet` project every text of `moment` once."""
+def text_projected_once(unet: Any, call: DenoiserCall) -> Iterator[None]:
+    """Within the block the cross-attentions of `unet` project every text of `call` once."""
     with ExitStack() as stack:
         for name, module in bare(unet).named_modules() if isinstance(bare(unet), nn.Module) else ():
             if name.endswith((".attn2.to_k", ".attn2.to_v")):
-                stack.enter_context(replaced_forward(module, _once(module.forward, moment)))
+                stack.enter_context(replaced_forward(module, _once(module.forward, call)))
         yield

@@ -75,16 +75,15 @@ class CUpscale(Steered):
         from resmaster_stages.diffusion.composer import Composer
         from resmaster_stages.diffusion.conditions import make_conditions
         from resmaster_stages.diffusion.fusing import Fuser
-        from resmaster_stages.diffusion.guidance import Moment
         from resmaster_stages.diffusion.loop import Composition, ViewGroup, always
         from resmaster_stages.diffusion.steppers import make_stepper
 
-        models, grid, reference, moment = request.models, request.views(), request.required_reference(), Moment()
+        models, grid, reference = request.models, request.views(), request.required_reference()
         look: tuple[LatentHook, ...] = ()
         patches: tuple[Patch, ...] = ()
         if self.share:
             small = reference.small_latents.shape[-2:]
-            composer = Composer(grid, small, self.share, moment, models.device)
+            composer = Composer(grid, small, self.share, models.device)
             look = (whole_image(request, composer, noise.resized(*small)()),)
             patches = (composer.patch,)
         conditions = make_conditions(
@@ -102,7 +101,6 @@ class CUpscale(Steered):
             latent_hooks=look,
             x0_hooks=self.structural_guidance(reference),
             patches=patches,
-            moment=moment,
         )
 
 
@@ -128,10 +126,10 @@ def whole_image(request: Request, composer: Composer, draw: Tensor) -> LatentHoo
 
     def look(z: Tensor, step: Step) -> Tensor:
         small = step.noised(reference.small_latents, draw)
-        moment = composer.moment
-        moment.step, moment.branches = step, (TEXT,)
+        call = composer.call
+        call.step, call.branches = step, (TEXT,)
         with composer.capturing():
-            predict(models.base, small, torch.full((), step.t, device=models.device), conditions, moment, batches)
+            predict(models.base, small, torch.full((), step.t, device=models.device), conditions, call, batches)
         return z
 
     return look

@@ -15,7 +15,7 @@ from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.methods.settings import FromNoise, LateGuidance, MicroConditioned, area
 
 if TYPE_CHECKING:
-    from resmaster_stages.diffusion.guidance import Guidance, Moment
+    from resmaster_stages.diffusion.guidance import Guidance
     from resmaster_stages.diffusion.loop import Composition, LatentHook, Patch
     from resmaster_stages.methods.request import Request
 
@@ -41,7 +41,7 @@ def whole_canvas_composition(
     *,
     latent_hooks: tuple[LatentHook, ...] = (),
     patches: tuple[Patch, ...] = (),
-    moment: Moment | None = None,
+    freeu: bool = False,
     micro_conditioning: str = "canvas",
     size: Sequence[int] | None = None,
 ) -> Composition:
@@ -50,8 +50,8 @@ def whole_canvas_composition(
     size: (height, width) in px that the UNet is told, in place of what `micro_conditioning` says.
     """
     from resmaster_stages.diffusion.conditions import make_conditions
+    from resmaster_stages.diffusion.freeu import freeu as freeu_on
     from resmaster_stages.diffusion.fusing import Fuser
-    from resmaster_stages.diffusion.guidance import Moment
     from resmaster_stages.diffusion.loop import Composition, ViewGroup, always
     from resmaster_stages.diffusion.steppers import make_stepper
 
@@ -69,6 +69,5 @@ def whole_canvas_composition(
         groups=(ViewGroup(always(Fuser(grid, "uniform", request.models.device), conditions), guidance),),
         stepper=make_stepper(request.config.stepper),
         latent_hooks=latent_hooks,
-        patches=patches,
-        moment=moment or Moment(),
+        patches=(*patches, lambda denoiser, call: freeu_on(denoiser)) if freeu else patches,
     )

@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 from resmaster_stages.config.method import register
 from resmaster_stages.diffusion.buckets import base_size
 from resmaster_stages.diffusion.cost import UnetWork
-from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, Branch, Branches, Moment, guide
+from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, Branch, Branches, guide
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.methods.direct import whole_canvas_composition
 from resmaster_stages.methods.settings import FromNoise, area
@@ -85,24 +85,21 @@ class FouriScale(FromNoise):
     def compose(self, request: Request) -> Composition:
         """Direct inference, its guidance rule, convolutions and self-attention replaced; told the size of the base."""
         from resmaster_stages.diffusion.convolutions import changed_layers
-        from resmaster_stages.diffusion.freeu import freeu
         from resmaster_stages.diffusion.low_pass import shared_attention
 
-        models, moment = request.models, Moment()
+        models = request.models
         plan = make_plan(request.height, request.width, models.geometry.native_px, self.steps, self)
         canvas = [side * models.geometry.latent_factor for side in request.canvas_size]
         covered = (plan.factor * plan.base[0] / canvas[0], plan.factor * plan.base[1] / canvas[1])
         floor = self.floor if self.floor is not None else 0.6 if models.base.layers == "sdxl" else 0.0
         rules = layer_rules(models.base.denoiser, plan, covered, floor)
         patches: tuple[Patch, ...] = (
-            partial(changed_layers, rules=rules, moment=moment),
-            partial(shared_attention, moment=moment, branch=DETAIL),
+            partial(changed_layers, rules=rules),
+            partial(shared_attention, branch=DETAIL),
         )
-        if self.freeu:
-            patches = (*patches, freeu)
         until, full_until = (plan.until, plan.full_until) if rules else (0, 0)
         guidance = DetailGuidance(self.guidance_scale, until, self.amplification, full_until)
-        return whole_canvas_composition(request, guidance, patches=patches, moment=moment, size=plan.base)
+        return whole_canvas_composition(request, guidance, patches=patches, freeu=self.freeu, size=plan.base)
 
 
 DETAIL = Branch("detail", True)

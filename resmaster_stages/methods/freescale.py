@@ -124,28 +124,24 @@ class FreeScale(LateGuidance):
     def compose(self, request: Request, scale: float, x0: Tensor, noise: CanvasNoise, draw: Tensor) -> Composition:
         """One pass, `scale` times the low-res image, that follows `x0` [B, C, h, w] noised by `draw`."""
         from resmaster_stages.diffusion.convolutions import changed_layers
-        from resmaster_stages.diffusion.freeu import freeu
-        from resmaster_stages.diffusion.guidance import Moment
         from resmaster_stages.diffusion.reference_guidance import skip_residual
         from resmaster_stages.diffusion.scale_fusion import Windows, scale_fusion
 
-        models, reference, moment = request.models, request.required_reference(), Moment()
+        models, reference = request.models, request.required_reference()
         factor = max(1, max(request.height, request.width) // models.geometry.native_px)
         rules = layer_rules(models.base.denoiser, factor, round(self.dilate_until * self.steps))
-        patches: tuple[Patch, ...] = (partial(changed_layers, rules=rules, moment=moment),)
+        patches: tuple[Patch, ...] = (partial(changed_layers, rules=rules),)
         if self.fusion:
-            windows = Windows(*request.canvas_size, models.geometry.native, self.jitter, noise.generators, moment)
+            windows = Windows(*request.canvas_size, models.geometry.native, self.jitter, noise.generators)
             radius = max(1, round(scale)) - 1
             fusion = partial(scale_fusion, windows=windows, radius=radius, features=self.blur == "features")
             patches = (*patches, fusion)
-        if self.freeu:
-            patches = (*patches, freeu)
         return whole_canvas_composition(
             request,
             self.guidance(),
             latent_hooks=(skip_residual(x0, draw, detail_control(request, self, *request.canvas_size)),),
             patches=patches,
-            moment=moment,
+            freeu=self.freeu,
             size=reference.small.shape[-2:],
         )
 

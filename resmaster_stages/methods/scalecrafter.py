@@ -26,7 +26,7 @@ from pydantic import Field
 
 from resmaster_stages.config.method import register
 from resmaster_stages.diffusion.cost import UnetWork
-from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, Branch, Branches, Moment, guide
+from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, Branch, Branches, guide
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.methods.direct import whole_canvas_composition
 from resmaster_stages.methods.settings import FromNoise, MicroConditioned, area
@@ -88,20 +88,17 @@ class ScaleCrafter(FromNoise, MicroConditioned):
     def compose(self, request: Request) -> Composition:
         """Direct inference, its guidance rule and convolutions replaced."""
         from resmaster_stages.diffusion.convolutions import changed_layers
-        from resmaster_stages.diffusion.freeu import freeu
 
-        models, native, moment = request.models, request.models.geometry.native_px, Moment()
+        models, native = request.models, request.models.geometry.native_px
         whose = models.base.layers or "sdxl"
         plan = make_plan(request.height / native, request.width / native, self.steps, self, whose)
         rules = layer_rules(models.base.denoiser, plan)
-        patches: tuple[Patch, ...] = (partial(changed_layers, rules=rules, moment=moment),)
-        if self.freeu:
-            patches = (*patches, freeu)
+        patches: tuple[Patch, ...] = (partial(changed_layers, rules=rules),)
         return whole_canvas_composition(
             request,
             NoiseDamped(self.guidance_scale, plan.damped_until),
             patches=patches,
-            moment=moment,
+            freeu=self.freeu,
             micro_conditioning=self.micro_conditioning,
         )
 

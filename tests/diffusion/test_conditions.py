@@ -5,7 +5,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from resmaster_stages.diffusion.conditions import make_conditions, size_and_crop
-from resmaster_stages.diffusion.guidance import ClassifierFree, Moment
+from resmaster_stages.diffusion.guidance import ClassifierFree, DenoiserCall
 from resmaster_stages.diffusion.image_prompts import embed_crops, required_adapter
 from resmaster_stages.diffusion.loop import predict, static_batches
 from resmaster_stages.diffusion.reference import pad_to_multiple, to_image, to_tensor, upsample
@@ -147,7 +147,7 @@ def predictions(ours, views, scale, order=None, batch=4, guidance=3.0, image=Tru
         rule, step = ClassifierFree(guidance), make_schedule({"beta_start": 1e-4}, 2)[0]
         batches = static_batches(len(views), batch)
         outputs = predict(
-            ours.base, views[order], torch.tensor(500), conditions, Moment(step, rule.branches(step)), batches
+            ours.base, views[order], torch.tensor(500), conditions, DenoiserCall(step, rule.branches(step)), batches
         )
         return rule.combine(outputs, step)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from resmaster_stages.diffusion import loop
-from resmaster_stages.diffusion.guidance import Moment
+from resmaster_stages.diffusion.guidance import DenoiserCall
 from resmaster_stages.diffusion.text import TextEmbeddings
 from resmaster_stages.diffusion.text_projections import text_projected_once
 from resmaster_stages.methods.upscale import upscale_image
@@ -58,7 +58,7 @@ def test_every_distinct_prompt_is_projected_once_per_image_and_layer(values):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_image_is_the_same_up_to_rounding(method, monkeypatch):
     once = draw(method)
-    monkeypatch.setattr(loop, "text_projected_once", lambda unet, moment: loop.ExitStack())
+    monkeypatch.setattr(loop, "text_projected_once", lambda unet, call: loop.ExitStack())
     plain = draw(method)
     assert difference(once, plain) <= 1
 
@@ -70,15 +70,15 @@ def test_prompts_of_one_image_do_not_reach_the_next():
 
 
 def test_whatever_is_not_the_batchs_text_is_projected_as_ever():
-    unet, moment = adapted().base.denoiser, Moment()
+    unet, call = adapted().base.denoiser, DenoiserCall()
     (layer, *_) = [module for name, module in unet.named_modules() if name.endswith(".attn2.to_k")]
     prompts = torch.randn(3, 77, layer.in_features)
     index = torch.tensor([2, 0, 2])
     other = torch.randn(3, 77, layer.in_features)
     with torch.inference_mode():
         plain = layer(other), layer(prompts)
-        with text_projected_once(unet, moment):
-            moment.texts = [(TextEmbeddings(prompts, prompts[:, 0], index), index)]
-            moment.states = prompts[index]
-            torch.testing.assert_close(layer(moment.states), plain[1][index])
+        with text_projected_once(unet, call):
+            call.texts = [(TextEmbeddings(prompts, prompts[:, 0], index), index)]
+            call.states = prompts[index]
+            torch.testing.assert_close(layer(call.states), plain[1][index])
             torch.testing.assert_close(layer(other), plain[0])

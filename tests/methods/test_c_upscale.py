@@ -3,7 +3,7 @@ import torch
 
 from resmaster_stages.diffusion.composer import Composer, attention_map, sampled
 from resmaster_stages.diffusion.frequency import swap_weights
-from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, Moment
+from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, DenoiserCall
 from resmaster_stages.diffusion.scale_fusion import attend
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.methods.passes import first_step
@@ -23,9 +23,13 @@ from tests.tiny_models import counted
 OFF = {"structure": {"enabled": False}, "text_prompt": {"enabled": False}}
 
 
+def a_call():
+    return DenoiserCall(schedule()[0], (NEGATIVE, TEXT))
+
+
 def composer(share=0.5, height=32, width=32, small=(16, 16)):
     grid = Grid(height, width, 16, 8)
-    return Composer(grid, small, share, Moment(schedule()[0], (NEGATIVE, TEXT)), torch.device("cpu"))
+    return Composer(grid, small, share, torch.device("cpu"))
 
 
 def test_the_map_of_one_head_gives_the_attention():
@@ -38,7 +42,7 @@ def test_the_map_of_one_head_gives_the_attention():
 
 def test_a_view_of_the_whole_image_reads_the_image_s_own_map():
     maps = torch.rand(1, 7, 8, 8).softmax(dim=1)
-    one = Composer(Grid(16, 16, 16, 16), (16, 16), 0.5, Moment(), torch.device("cpu"))
+    one = Composer(Grid(16, 16, 16, 16), (16, 16), 0.5, torch.device("cpu"))
     words = sampled(maps, one.places(64))
     torch.testing.assert_close(words, maps.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-4)
 
@@ -66,10 +70,10 @@ def run(unet, x, states):
 
 
 def captured(unet, views, states):
-    views.moment.branches = (TEXT,)
+    views.call.branches = (TEXT,)
     with views.capturing():
         run(unet, torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(2)), states)
-    views.moment.branches = (NEGATIVE, TEXT)
+    views.call.branches = (NEGATIVE, TEXT)
 
 
 def test_only_text_rows_are_composed_and_by_their_share():
@@ -78,11 +82,11 @@ def test_only_text_rows_are_composed_and_by_their_share():
     base = run(unet, x, states)
     for share, changed in ((0.0, False), (0.5, True), (1.0, True)):
         views = composer(share)
-        with views.patch(unet):
+        with views.patch(unet, a_call()):
             captured(unet, views, text(4))
-            views.moment.items = torch.tensor([4])
+            views.call.items = torch.tensor([4])
             out = run(unet, x, states)
-            views.moment.items = torch.tensor([0])
+            views.call.items = torch.tensor([0])
             corner = run(unet, x, states)
         torch.testing.assert_close(out[0], base[0])
         assert bool((out[1] - base[1]).abs().max() > 1e-4) == changed
@@ -93,9 +97,9 @@ def test_only_text_rows_are_composed_and_by_their_share():
 def test_with_share_one_a_view_no_longer_hears_its_own_text():
     unet, x = sdxl_shaped(), torch.randn(2, 4, 16, 16)
     views = composer(1.0)
-    with views.patch(unet):
+    with views.patch(unet, a_call()):
         captured(unet, views, text(4))
-        views.moment.items = torch.tensor([4])
+        views.call.items = torch.tensor([4])
         outs = [run(unet, x, torch.cat([text(1), text(seed)])) for seed in (2, 3)]
     torch.testing.assert_close(outs[0], outs[1])
 
@@ -107,11 +111,11 @@ def test_a_layer_composes_as_written():
     own, whole = torch.randn(2, 3, 8), torch.randn(1, 3, 8)
     views = composer(0.25)
     plain_output = layer(x, own)
-    with views.patch(unet):
-        views.moment.branches = (TEXT,)
+    with views.patch(unet, a_call()):
+        views.call.branches = (TEXT,)
         with views.capturing():
             assert torch.equal(layer(small, whole), type(layer).forward(layer, small, whole))
-        views.moment.branches, views.moment.items = (NEGATIVE, TEXT), torch.tensor([8])
+        views.call.branches, views.call.items = (NEGATIVE, TEXT), torch.tensor([8])
         out = layer(x, own)
     words = attention_map(layer.to_q(small), layer.to_k(whole), layer.heads)  # [1, 64, 3]
     part = sampled(words.transpose(1, 2).unflatten(2, (8, 8)), views.places(64)[8:])
@@ -122,7 +126,7 @@ def test_a_layer_composes_as_written():
 
 def test_capturing_and_patches_end_with_exceptions():
     unet, views = sdxl_shaped(), composer()
-    with pytest.raises(RuntimeError, match="boom"), views.patch(unet), views.capturing():
+    with pytest.raises(RuntimeError, match="boom"), views.patch(unet, a_call()), views.capturing():
         raise RuntimeError("boom")
     assert not views._capturing
     assert forwards(unet) == {}

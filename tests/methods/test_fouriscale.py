@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from resmaster_stages.diffusion.buckets import base_size, buckets
 from resmaster_stages.diffusion.convolutions import changed_layers, dilated
-from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, Moment
+from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, DenoiserCall
 from resmaster_stages.diffusion.low_pass import Filtered, filter_matrix, mask, shared_attention
 from resmaster_stages.methods.fouriscale import DETAIL, DetailGuidance, layer_rules, make_plan
 from resmaster_stages.methods.upscale import upscale_image
@@ -131,26 +131,26 @@ def run_unet(unet, rows):
 
 
 def test_shared_attention_touches_the_detail_branch_alone():
-    unet, moment = sdxl_shaped(), Moment(schedule()[0], (NEGATIVE, TEXT, DETAIL))
+    unet, call = sdxl_shaped(), DenoiserCall(schedule()[0], (NEGATIVE, TEXT, DETAIL))
     base = run_unet(unet, 3)
-    with shared_attention(unet, moment, DETAIL):
+    with shared_attention(unet, call, DETAIL):
         shared = run_unet(unet, 3)
-        moment.branches = (NEGATIVE, TEXT)
+        call.branches = (NEGATIVE, TEXT)
         torch.testing.assert_close(run_unet(unet, 2), run_unet(sdxl_shaped(), 2))
     torch.testing.assert_close(shared[:2], base[:2])
     assert (shared[2] - base[2]).abs().max() > 1e-4
-    with pytest.raises(RuntimeError, match="boom"), shared_attention(unet, moment, DETAIL):
+    with pytest.raises(RuntimeError, match="boom"), shared_attention(unet, call, DETAIL):
         raise RuntimeError("boom")
     assert forwards(unet) == {}
 
 
 def test_after_the_schedule_the_network_is_the_plain_one():
-    unet, moment = sdxl_shaped(), Moment(schedule()[35], (NEGATIVE, TEXT))
+    unet, call = sdxl_shaped(), DenoiserCall(schedule()[35], (NEGATIVE, TEXT))
     base = run_unet(unet, 2)
     rules = layer_rules(unet, make_plan(2048, 2048, 1024, 50, OWN), (1.0, 1.0), 0.6)
-    with changed_layers(unet, rules, moment), shared_attention(unet, moment, DETAIL):
+    with changed_layers(unet, call, rules), shared_attention(unet, call, DETAIL):
         assert torch.equal(run_unet(unet, 2), base)
-        moment.step = schedule()[34]
+        call.step = schedule()[34]
         assert (run_unet(unet, 2) - base).abs().max() > 1e-4
 
 

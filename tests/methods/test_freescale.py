@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from resmaster_stages.diffusion.guidance import TEXT, Moment
+from resmaster_stages.diffusion.guidance import TEXT, DenoiserCall
 from resmaster_stages.diffusion.reference import to_mask
 from resmaster_stages.diffusion.reference_guidance import skip_residual
 from resmaster_stages.diffusion.scale_fusion import Windows, attend, blur_features, scale_fusion, windowed
@@ -26,9 +26,12 @@ from tests.methods.common import (
 from tests.tiny_models import counted
 
 
-def windows(height=32, width=32, window=16, jitter="off", seed=0, index=0):
-    moment = Moment(schedule()[index], (TEXT,))
-    return Windows(height, width, window, jitter, [torch.Generator().manual_seed(seed)], moment)
+def windows(height=32, width=32, window=16, jitter="off", seed=0):
+    return Windows(height, width, window, jitter, [torch.Generator().manual_seed(seed)])
+
+
+def a_call(index=0):
+    return DenoiserCall(schedule()[index], (TEXT,))
 
 
 def run_unet(unet, size=32):
@@ -60,7 +63,7 @@ def test_levels_are_told_by_their_tokens():
 @pytest.mark.parametrize("jitter", ["off", "clamped"])
 def test_batched_windows_equal_a_loop_over_them(jitter):
     query, key, value = torch.randn(3, 2, 16 * 24, 8)
-    views = windows(16, 24, 8, jitter).views(16 * 24, 2, query.device)
+    views = windows(16, 24, 8, jitter).views(16 * 24, 2, a_call(), query.device)
     total, count = torch.zeros(2, 16, 24, 8), torch.zeros(16, 24, 1)
     grids = [each.unflatten(1, (16, 24)) for each in (query, key, value)]
     for y, x in views.origins[0]:
@@ -73,10 +76,10 @@ def test_batched_windows_equal_a_loop_over_them(jitter):
 def test_one_window_without_jitter_is_plain_attention():
     unet = sdxl_shaped()
     base = run_unet(unet)
-    with scale_fusion(unet, windows(window=32), radius=1):
+    with scale_fusion(unet, a_call(), windows(window=32), radius=1):
         assert torch.equal(run_unet(unet), base)
     query, key, value = torch.randn(3, 2, 16 * 16, 8)
-    views = windows(16, 16, 16).views(256, 2, query.device)
+    views = windows(16, 16, 16).views(256, 2, a_call(), query.device)
     torch.testing.assert_close(windowed(query, key, value, 2, views), attend(query, key, value, 2))
 
 
@@ -87,14 +90,14 @@ def test_the_fused_layer_is_the_plain_one_where_local_and_global_agree():
     layer = unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1
     x = torch.ones(2, 16 * 16, 16)
     expected = layer(x)
-    with scale_fusion(unet, windows(), radius=1):
+    with scale_fusion(unet, a_call(), windows(), radius=1):
         torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-4)
         noisy = torch.randn(2, 16 * 16, 16)
         fused = layer(noisy)
     whole = layer(noisy)
     assert (fused - whole).abs().max() > 1e-4
     # blur(global) + detail(global) = global: the fused layer's own detail is the global one's.
-    with scale_fusion(unet, windows(), radius=0):
+    with scale_fusion(unet, a_call(), windows(), radius=0):
         local = layer(noisy)
     blurred = torch.nn.functional.conv2d(
         (local - whole).transpose(1, 2).unflatten(2, (16, 16)),
@@ -118,16 +121,15 @@ def test_the_authors_kernel_blurs_features_too():
 
 def test_places_are_new_at_every_step_and_the_same_for_all_layers_of_a_level():
     moving = windows(jitter="zeros")
-    first = moving.views(32 * 32, 1, torch.device("cpu")).origins[0]
-    assert moving.views(32 * 32, 3, torch.device("cpu")).origins == [first] * 3
-    moving.moment.step = schedule()[1]
-    assert moving.views(32 * 32, 1, torch.device("cpu")).origins[0] != first
+    first = moving.views(32 * 32, 1, a_call(), torch.device("cpu")).origins[0]
+    assert moving.views(32 * 32, 3, a_call(), torch.device("cpu")).origins == [first] * 3
+    assert moving.views(32 * 32, 1, a_call(1), torch.device("cpu")).origins[0] != first
 
 
 def test_fusion_is_undone_after_exceptions():
     unet = sdxl_shaped()
     base = run_unet(unet)
-    with pytest.raises(RuntimeError, match="boom"), scale_fusion(unet, windows(jitter="zeros"), 1):  # noqa: PT012
+    with pytest.raises(RuntimeError, match="boom"), scale_fusion(unet, a_call(), windows(jitter="zeros"), 1):  # noqa: PT012
         assert (run_unet(unet) - base).abs().max() > 1e-5
         raise RuntimeError("boom")
     assert torch.equal(run_unet(unet), base)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from resmaster_stages.diffusion.convolutions import PLAIN, Dilated, Dispersed, changed_layers, dilated
 from resmaster_stages.diffusion.freeu import backbone_channels, freeu, modulated
-from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, Moment
+from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, DenoiserCall
 from resmaster_stages.diffusion.patches import chosen_layers
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.scalecrafter import WEAK, NoiseDamped, layer_rules, make_plan, moderate, strong
@@ -124,12 +124,12 @@ def test_dispersed_layers_are_the_published_ones_and_their_kernels_are_made_once
         later, off = (rules[name](index, TEXT) for index in (20, 35))
         assert later.weight is first[name].weight
         assert (first[name].factor, later.factor, off) == (4, 2, PLAIN)
-    moment = Moment(schedule()[0], (TEXT,))
+    call = DenoiserCall(schedule()[0], (TEXT,))
     base = run_unet(unet, 1)
-    with changed_layers(unet, rules, moment):
+    with changed_layers(unet, call, rules):
         dispersed_output = run_unet(unet, 1)
     plain_rules = layer_rules(unet, make_plan(4, 4, 50, settings("scalecrafter")))
-    with changed_layers(unet, plain_rules, moment):
+    with changed_layers(unet, call, plain_rules):
         assert (run_unet(unet, 1) - dispersed_output).abs().max() > 1e-4
     assert torch.equal(run_unet(unet, 1), base)
 
@@ -202,10 +202,10 @@ def run_unet(unet, rows=2):
 
 
 def test_patches_are_undone_after_exceptions_and_nest():
-    unet, moment = sdxl_shaped(), Moment(schedule()[0], (TEXT,))
+    unet, call = sdxl_shaped(), DenoiserCall(schedule()[0], (TEXT,))
     base = run_unet(unet, 1)
     rules = {name: lambda index, branch: Dilated(2.0) for name in chosen_layers(unet, moderate(2, True), "x")}
-    patch = partial(changed_layers, unet, rules, moment)
+    patch = partial(changed_layers, unet, call, rules)
     with patch():
         once = run_unet(unet, 1)
         with pytest.raises(KeyboardInterrupt), freeu(unet), patch():  # noqa: PT012
@@ -219,21 +219,21 @@ def test_patches_are_undone_after_exceptions_and_nest():
 
 def test_branches_are_computed_as_their_rules_say():
     """Strong, strong and weak rows of one call are what three calls with one rule each give; step 35 is plain again."""
-    unet, moment = sdxl_shaped(), Moment(schedule()[0], (NEGATIVE, TEXT, WEAK))
+    unet, call = sdxl_shaped(), DenoiserCall(schedule()[0], (NEGATIVE, TEXT, WEAK))
     rules = layer_rules(unet, make_plan(4, 4, 50, settings("scalecrafter")))
     base = run_unet(unet, 2)
-    with changed_layers(unet, rules, moment):
+    with changed_layers(unet, call, rules):
         together = run_unet(unet, 3)
-        moment.branches = (TEXT,)
+        call.branches = (TEXT,)
         text = run_unet(unet, 1)
-        moment.branches = (WEAK,)
+        call.branches = (WEAK,)
         weak = run_unet(unet, 1)
-        moment.step, moment.branches = schedule()[35], (NEGATIVE, TEXT)
+        call.step, call.branches = schedule()[35], (NEGATIVE, TEXT)
         assert torch.equal(run_unet(unet, 2), base)
     torch.testing.assert_close(together, torch.cat([text, text, weak]), atol=1e-5, rtol=1e-4)
     assert (text - weak).abs().max() > 1e-4
     weak_only = {name: lambda index, branch: Dilated(2.0) for name in chosen_layers(unet, moderate(2, False), "x")}
-    with changed_layers(unet, weak_only, moment):
+    with changed_layers(unet, call, weak_only):
         torch.testing.assert_close(run_unet(unet, 1), weak, atol=1e-5, rtol=1e-4)
 
 
