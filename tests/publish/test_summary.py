@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from resmaster_stages.inspection.status import status
 from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.publish.summary import _cell, summary
 from tests.fake_stages import planned
@@ -11,7 +12,7 @@ from tests.inspection.test_explain import built
 def test_the_summary_of_a_build(tmp_path: Path) -> None:
     dataset = built(tmp_path / "out", ["a", "bad high_res", "c"], tmp_path)
     write_manifest(dataset)
-    page = summary(dataset)
+    page = summary(dataset, status(dataset))
     for line in (
         "| high\\_res | 2 | 0 | 0 | 2 | 1 | 0 s |",
         "| PSNR ↑ | 30.0 dB | 30.0 dB | 30.0 dB |",
@@ -27,7 +28,7 @@ def test_the_summary_of_a_build(tmp_path: Path) -> None:
 def test_a_dataset_without_a_finished_sample(tmp_path: Path) -> None:
     dataset = planned(tmp_path / "out", ["a"], tmp_path)
     write_manifest(dataset)
-    assert "No sample yet." in summary(dataset)
+    assert "No sample yet." in summary(dataset, status(dataset))
 
 
 def test_text_from_outside_stays_text() -> None:
