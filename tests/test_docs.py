@@ -41,6 +41,11 @@ NOT_RUN = {
             "needs a GPU, SDXL and a bucket"
         ),
     },
+    "extending.md": {
+        "RESMASTER_PLUGINS=my_package.tinted,my_package.redness resmaster plan my-dataset.yaml": (
+            "test_a_dataset_is_made_with_the_four_examples_of_extending runs it with the page's modules"
+        ),
+    },
     "evaluation-protocol.md": {
         "resmaster compare deployments/datasets/picturebook.yaml --scales 2x2,2x4,4x4 --n 64 "
         "--methods direct,multidiffusion,resmaster+sg,resmaster+sg+tip,resmaster": "takes minutes to hours; "
@@ -327,6 +332,15 @@ def test_the_citation_is_of_this_version() -> None:
 EXTENSIONS = ("tinted", "tiny_flow", "redness", "sharpen")
 """The modules of the reader of extending.md, in the order of the page."""
 
+KNOWN_TO_A_WORKER = """
+from resmaster_flows.process import process_shards
+from resmaster_stages.config.load import load_config
+from resmaster_stages.dataset.stages import STAGES
+
+assert load_config("config.yaml").upscale.tint == 0.2
+assert list(STAGES)[-1] == "sharpen"
+"""
+
 BUILT_WITH_EXTENSIONS = """
 import io
 import tarfile
@@ -351,18 +365,19 @@ assert sizes == [(32, 32)] * 2
 
 
 def test_a_dataset_is_made_with_the_four_examples_of_extending(tmp_path: Path) -> None:
-    """Each in a module of the reader's own, planned by the program of the page and then built."""
+    """Each in a module of the reader's own, planned by the command of the page, known to a worker, and then built."""
     import torch
     from safetensors.torch import save_file
 
-    program, *examples = blocks(ROOT / "docs" / "extending.md", "python")
+    examples = blocks(ROOT / "docs" / "extending.md", "python")
+    (command,) = blocks(ROOT / "docs" / "extending.md", "bash")
+    command = command.strip().replace("my-dataset.yaml", "config.yaml")
     package = tmp_path / "my_package"
     package.mkdir()
     for name, example in zip(EXTENSIONS, examples, strict=True):
         (package / f"{name}.py").write_text(example)
-    imports = "\n".join(f"import my_package.{name}" for name in EXTENSIONS)
-    assert "# import my_package.tinted" in program
-    (tmp_path / "program.py").write_text(program.replace("# import my_package.tinted", imports + "\n#"))
+    assert command.startswith("RESMASTER_PLUGINS=my_package.tinted,my_package.redness resmaster ")
+    modules = ",".join(f"my_package.{name}" for name in EXTENSIONS)
     model = tmp_path / "model"
     model.mkdir()
     (model / "model_index.json").write_text('{"_class_name": "TinyFlowPipeline"}')
@@ -374,17 +389,26 @@ def test_a_dataset_is_made_with_the_four_examples_of_extending(tmp_path: Path) -
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PYTHONPATH}"}
 
-    def python(*words: str) -> str:
+    def python(*words: str, plugins: str = modules, status: int = 0) -> str:
         done = subprocess.run(
-            [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+            [sys.executable, *words],
+            cwd=tmp_path,
+            env={**environment, "RESMASTER_PLUGINS": plugins},
+            capture_output=True,
+            text=True,
+            check=False,
         )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        assert done.returncode == status, done.stderr
+        return done.stdout or done.stderr
 
-    said = python("program.py", "plan", "config.yaml")
+    verb = ("-m", "resmaster_flows.cli.main", *shlex.split(command)[2:])
+    said = python(*verb)
     assert "tinted, 16 x 16 px to 32 x 32 px" in said
     assert "sharpen" in said
+    python("-c", KNOWN_TO_A_WORKER)
     python("-c", BUILT_WITH_EXTENSIONS)
+    error = python(*verb, plugins="my_package.tinted, my_package.gone", status=2)
+    assert re.fullmatch(r"resmaster: RESMASTER_PLUGINS: cannot import my_package.gone \(ModuleNotFound.*\n", error)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)

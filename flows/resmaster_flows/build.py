@@ -19,6 +19,7 @@ from prefect.states import Cancelled
 from resmaster_flows.clusters import process_on_cluster
 from resmaster_flows.dispatch import Stopped, dispatch
 from resmaster_flows.outcome import incomplete, outcome
+from resmaster_flows.plugins import load_plugins
 from resmaster_flows.process import failures, process_shards
 from resmaster_flows.selection import parse_numbers
 from resmaster_flows.server_runs import REPAIR_QUEUE, ServerRuns, cancel_children, on_workers
@@ -36,6 +37,8 @@ from resmaster_stages.prompts import ingest
 from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.publish.report import write_report
 from resmaster_stages.storage.probe import require_one_winner
+
+load_plugins()
 
 if TYPE_CHECKING:
     StageName = str

@@ -15,6 +15,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 
 from resmaster_flows.outcome import incomplete
+from resmaster_flows.plugins import load_plugins
 from resmaster_flows.selection import spell_shards
 from resmaster_flows.watch.artifacts import run_page
 from resmaster_stages.dataset.commit import Receipt
@@ -24,6 +25,8 @@ from resmaster_stages.errors import ConfigError, GpuLost, ShardError
 from resmaster_stages.progress import ShardFailed, emit
 from resmaster_stages.redaction import one_line
 from resmaster_tasks.stages import stage_task
+
+load_plugins()
 
 NAME_CHARACTERS = 60
 """So long may the list of shards in a run's name be."""

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from resmaster_flows.cli import compare, doctor, explain, gc, plan, repair, run, status, upscale, verify
 from resmaster_flows.cli.stop import MESSAGE, Terminated, exit_status, stoppable
+from resmaster_flows.plugins import load_plugins
 from resmaster_flows.watch.terminal import say
 from resmaster_stages.errors import ResMasterError, UserError
 from resmaster_stages.redaction import one_line
@@ -75,12 +76,17 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `resmaster` command. Returns the exit status."""
+    console = Console(stderr=True)
+    try:
+        load_plugins()  # before the parser, whose help names what they bring
+    except UserError as error:
+        say(console, f"resmaster: {one_line(error)}")
+        return 2
     args = parser().parse_args(argv)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # such an image is an error of its own, in one line
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")
-    console = Console(stderr=True)
     try:
         with stoppable():
             done: int = args.verb.run(args, console)
