@@ -39,7 +39,7 @@ def ingest(config: DatasetConfig) -> Dataset:
     for _ in range(RACES):
         plan = find_plan(folder) if existing else Plan(folder, ())
         if plan.generations and not config.prompts and not config.images:
-            return create_or_open(config)
+            return create_or_open(config, existing)
         draft, known, kept = DraftReader(config), DigestSet(map(bytes.fromhex, plan.keys())), 0
         with GenerationWriter(plan, config.samples_per_shard) as writer:
             for sample in draft:
@@ -49,7 +49,7 @@ def ingest(config: DatasetConfig) -> Dataset:
                     writer.add(sample)
             if gone := len(known) - kept:
                 log.warning("%s: %d planned samples are no longer asked for; the plan keeps them", folder.url, gone)
-            dataset = create_or_open(config)  # only now: all that was read is good
+            dataset = create_or_open(config, existing)  # only now: all that was read is good
             if not writer.samples or writer.commit(draft.rejected, draft.duplicates):
                 intake = Intake(
                     config=config,

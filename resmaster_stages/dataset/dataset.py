@@ -64,8 +64,10 @@ class Dataset:
         return Commits(self.folder, stage, self.hashes[stage])
 
 
-def create_or_open(config: DatasetConfig) -> Dataset:
+def create_or_open(config: DatasetConfig, found: Dataset | None = None) -> Dataset:
     """The dataset that `config` names, made if it is not there yet.
+
+    found: what `find_dataset` gave; where `config` changes nothing in it, nothing is read again.
 
     Raises ConfigError if it contradicts what is there, UserError if the root cannot be used, or if its store lets two
     writers both win and the configuration does not allow that.
@@ -76,6 +78,8 @@ def create_or_open(config: DatasetConfig) -> Dataset:
     with _usable(config.root):
         if not config.allow_overwriting_store:
             require_one_winner(folder)
+        if found and _dump(found.config) == _dump(config):
+            return found
         try:
             folder.create(layout.CONFIG, _dump(config))
         except FileExistsError:
@@ -84,7 +88,7 @@ def create_or_open(config: DatasetConfig) -> Dataset:
 
 
 def find_dataset(config: DatasetConfig) -> Dataset | None:
-    """The dataset that `config` names if it exists; writes nothing.
+    """The dataset that `config` names, with the last configuration given to it, if it exists; writes nothing.
 
     Raises ConfigError if `config` contradicts what is there, UserError if the root cannot be used.
     """
@@ -92,8 +96,9 @@ def find_dataset(config: DatasetConfig) -> Dataset | None:
     with _usable(config.root):
         if not _has_config(folder):
             return None
-        _check_plan_identity(folder, _current(folder)[1], config)
-    return Dataset(folder, config)
+        stored = _current(folder)[1]
+        _check_plan_identity(folder, stored, config)
+    return Dataset(folder, stored)
 
 
 def planned_dataset(config: DatasetConfig) -> Dataset:

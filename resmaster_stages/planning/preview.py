@@ -127,7 +127,7 @@ def check(config: DatasetConfig) -> Dataset | None:
 def preview(config: DatasetConfig) -> Preview:
     """What a run of `config` would do. Raises UserError for everything that is wrong with it or with its input."""
     dataset = check(config)
-    planned = dataset or Dataset(open_root(config.root).sub(config.name), config)
+    planned = Dataset(open_root(config.root).sub(config.name), config)
     plan = find_plan(planned.folder) if dataset else Plan(planned.folder, ())
     draft, known = DraftReader(config), DigestSet(map(bytes.fromhex, plan.keys()))
     sizes, new = Counter[tuple[int, int]](), 0
