@@ -280,7 +280,7 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
         assert done.returncode in expected, f"{command}\n{done.stdout}\n{done.stderr}"
         said.append(done.stdout + done.stderr)
     assert sum("000001" in each and "gone" in each for each in said) == 1, "the first verify, not the second"
-    assert any("more-prompts.jsonl:3: empty" in each and "1 duplicates left out; 2 rejected" in each for each in said)
+    assert any("more-prompts.jsonl:3: empty" in each and "1 duplicate left out; 2 rejected" in each for each in said)
     (snippet,) = blocks(TUTORIAL, "python")
     done = subprocess.run(
         [sys.executable, "-c", snippet], cwd=folder, env=environment, capture_output=True, text=True, check=False

@@ -59,7 +59,7 @@ class Intake:
         if self.exists:
             notes.append(f"continues, {self.new_samples} new" if self.new_samples else "continues")
         if self.duplicates:
-            notes.append(f"{self.duplicates} duplicates left out")
+            notes.append(f"{self.duplicates} duplicate{'s' if self.duplicates > 1 else ''} left out")
         if self.rejected:
             notes.append(f"{len(self.rejected)} rejected")
         return f"{self.config.name}: {self.samples} samples in {self.shards} shards ({'; '.join(notes)}) at {self.url}"
