@@ -57,7 +57,7 @@ class ModelConfig(Part):
     """`blocks`: the UNet's transformer blocks are compiled at first use, once for each shape (about a minute). Blocks
     that a method changes run uncompiled. `auto`: `blocks` on CUDA, `off` elsewhere."""
     exactness: Literal["bytes", "fast"] = Operational("bytes")
-    """`bytes`: a re-run on the same kind of machine gives the same bytes. `fast`: cuDNN chooses convolutions by measuring
+    """`bytes`: a re-run on the same kind of machine gives the same bytes. `fast`: cuDNN chooses convolutions by timing
     them, so bytes may differ by rounding. Commit records hold this value."""
     quantise: Literal["none", "fp8"] = "none"
     """`fp8`: the UNet's large linear layers compute in 8 bits and are compiled. Needs CUDA with compute capability 8.9
