@@ -10,7 +10,7 @@ Invariants:
 - A record is created by exactly one writer and never changed. It names all its objects with sha256 and size.
 - Numbers have no gaps, so of two writers that continue the same attempt, one wins.
 - A loser deletes only its own objects, which no record names. While the winner is unknown, nothing is deleted.
-- A damage mark is removed only after every object was found as recorded, or together with the shard's records.
+- A damage mark is removed only when every object is as recorded again, or together with the shard's records.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Commits:
         return numbers
 
     def read_many(self, numbers: Mapping[int, int]) -> dict[int, Receipt]:
-        """Shard -> record of the attempt in `numbers`; missing ones are absent. Raises ShardError if one is damaged."""
+        """Shard -> record of its attempt in `numbers`. Missing records are absent. Raises ShardError for damage."""
         names = [self._name(shard, number) for shard, number in numbers.items()]
         found = (self._parsed(name, data) for name, data in self.folder.read_many(names).items())
         return {receipt.shard: receipt for receipt in found}
@@ -170,7 +170,7 @@ class Record:
     receipt: Receipt | None
     """The record's content; None if it cannot be read."""
     successor: str | None
-    """Name of the record of the next attempt, or None. With a successor, this record's objects are not read any more."""
+    """Name of the record of the next attempt, or None. If there is one, readers do not use this record's objects."""
 
 
 def all_records(folder: Folder) -> Iterator[Record]:

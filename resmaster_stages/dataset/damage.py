@@ -32,7 +32,7 @@ def drop_unreadable_records(dataset: Dataset) -> None:
 
 
 def give_up_damaged(dataset: Dataset, shards: Collection[int] | None = None) -> None:
-    """Delete the records of damaged shards, from the damaged stage on. The shards are then made anew, with new bytes."""
+    """Delete the records of damaged shards, from the damaged stage on, so that they are made anew with new bytes."""
     for stage in dataset.hashes:
         marked = dataset.commits(stage).marked()
         _drop_from(dataset, stage, {shard for shard in marked if shards is None or shard in shards})
