@@ -21,19 +21,15 @@ def Operational(default: Any, **kwargs: Any) -> Any:
 
 
 def drop_defaults(properties: dict[str, Any], presets: Iterable[Mapping[str, Any]]) -> None:
-    """Remove from a JSON schema the defaults of fields that some preset sets.
-
-    Forms send defaults along as values, and such a value would override the preset.
-    """
+    """Remove from a JSON schema the defaults of fields that some preset sets. Forms send defaults along as values, and
+    such a value would override the preset."""
     for name in {name for preset in presets for name in preset}:
         properties[name].pop("default", None)
 
 
 def offer_preset(presets: Mapping[str, Mapping[str, Any]], text: str) -> Callable[[dict[str, Any]], None]:
-    """Returns a function that adds the key `preset` to a part's JSON schema, from which forms are made.
-
-    The key is expanded before validation, so it is not a field of the part.
-    """
+    """Return a function that adds the key `preset` to a part's JSON schema, for forms. The key is no field of the part,
+    because it is expanded before validation."""
 
     def add(schema: dict[str, Any]) -> None:
         drop_defaults(schema["properties"], presets.values())

@@ -8,8 +8,8 @@ Invariants:
   the samples of the slot run one by one. The error of a single sample becomes its Output's error. A lost device, the
   user's mistakes and a failing store or network are not the fault of a sample: such errors are raised.
 - While a slot is computed, the slot before it is finished and spilled, and the next slot is read (`overlap`). An error
-  in finishing belongs to its own sample. If memory runs out in finishing, the sample is finished once more while nothing
-  is computed.
+  in finishing belongs to its own sample. If memory runs out in finishing, the sample is finished once more, while
+  nothing is computed.
 - In a shard in which a process died before, each sample is finished before the next one begins, so that there is one
   suspect if the process dies again.
 - Slots are always those of an uninterrupted run, so a resumed shard has the same bytes. A slot is computed only if one

@@ -12,8 +12,8 @@ Invariants:
   the one that kills.
 - After a first strike nothing overlaps (`compute`), so an innocent neighbour gets at most one strike.
 - Samples that are read ahead do not count as at work.
-- Until a batch has taken `SLOW_SECONDS`, one breadcrumb names the whole shard, so that writing breadcrumbs never takes
-  longer than computing. After a slow batch, or a first strike in the shard, every batch gets its own breadcrumb.
+- A batch gets a breadcrumb of its own if the batch before took `SLOW_SECONDS`, or after a first strike in the shard.
+  Otherwise one breadcrumb names the whole shard, so that writing breadcrumbs does not take longer than computing.
 """
 
 from __future__ import annotations
