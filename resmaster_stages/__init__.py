@@ -1,10 +1,9 @@
-"""The work itself: prompts -> low-resolution images -> patch captions -> high-resolution images -> quality.
+"""The pipeline's stages: prompts -> low-resolution images -> patch captions -> high-resolution images -> quality.
 
-This package knows nothing about Prefect: every stage is a plain function over one shard and can be called from a
-script.
+This package does not use Prefect: every stage is a plain function over samples and can be called from a script.
 
-The functions below are for scripts and notebooks (docs/library.md). They are imported when they are used, so that the
-import of the package stays light.
+The functions in `__all__` are for scripts and notebooks (docs/library.md). Each is imported at its first use, so that
+importing the package stays fast.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ _HOMES = {
     "status": "inspection.status",
     "upscale": "library",
 }
-"""Name -> the module that has it."""
+"""Public name -> the module that defines it."""
 
 
 def __getattr__(name: str) -> Any:

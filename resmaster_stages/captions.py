@@ -1,18 +1,17 @@
-"""Stage 3: low-res image -> one row per patch of the target canvas, with a caption (ResMaster's enhanced text prompts).
+"""Stage 3: writes a caption for each patch of the target canvas (ResMaster's enhanced text prompts), one row per patch.
 
-A patch is a crop of the reference B^L, the low-res image up-scaled bicubically to the target size, so a captioner sees
-exactly the part of the image that the upscaler will redraw. Knows nothing about storage or about how captions are
-used.
+A patch is a crop of the reference B^L, which is the low-res image enlarged bicubically to the target size. So the
+captioner sees exactly the part of the image that the upscaler will redraw. This module does not access storage.
 
 Invariants:
-- Boxes are half-open, in target px, in the order y0, x0, y1, x1; rows come in row-major order of the grid.
-- A row depends on its own sample only: batches never mix samples, so a neighbour that fails changes nothing.
-- Where nothing can be said (a patch without detail, an empty answer) the row holds the global prompt, and `status` says
+- Boxes are half-open, in target px, in the order y0, x0, y1, x1. Rows are in row-major order of the grid.
+- A row depends only on its own sample: batches never mix samples, so a sample that fails does not change others.
+- If a patch has no caption (too little detail, or an empty answer), its row holds the global prompt, and `status` says
   so.
-- Where there is a CLIP model every caption is checked: one that fits clearly worse than a neighbour's gives way to it,
-  with status `replaced`. The global prompt never takes its place: it names what other patches show, which would be
-  drawn again.
-- A caption has at most 75 tokens; `truncated` says if it had more.
+- If there is a CLIP model, every caption is checked. A caption that fits its patch clearly worse than a neighbour's
+  caption does is replaced by that one, with status `replaced`. The global prompt never replaces a caption: it names
+  objects of other patches, which would then be drawn again.
+- A caption has at most 75 tokens. `truncated` says whether it was cut.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ from resmaster_stages.models.captioner import (
 from resmaster_stages.models.geometry import geometry_of
 
 MAX_STYLE_TOKENS = 40
-"""A style that takes more leaves no room for the caption."""
+"""A longer style would leave no room for the caption."""
 
 
 def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
-    """One Output per sample, in order; its rows are the captions table without the key.
+    """Yield one Output per sample, in order. Its rows are rows of the captions table, without the key.
 
-    Raises ConfigError if the captioner, the tokenizer or the CLIP model cannot be loaded; a sample's own trouble is its
-    Output's error.
+    Raises ConfigError if the captioner, the tokenizer or the CLIP model cannot be loaded. An error of one sample
+    becomes its Output's error.
     """
     writer = load_writer(config)
     geometry, scale = geometry_of(config.model), config.upscale.way()[0].scale
@@ -68,16 +67,16 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
 
 @dataclass(frozen=True)
 class Writer:
-    """What captions are written with; the same for all samples of a dataset."""
+    """The models and settings that write captions; the same for all samples of a dataset."""
 
     config: CaptionsConfig
     captioner: Captioner | None
-    """None: the global prompt everywhere (status `fallback`)."""
+    """None: every row holds the global prompt (status `fallback`)."""
     count: TokenCounter
     suffix: str = ""
-    """Follows every caption: the style, as `style_suffix` gives it."""
+    """The style, appended to every caption; made by `style_suffix`."""
     clip: Embedder | None = None
-    """Judges captions; None: they are used as they were written."""
+    """The model that checks captions. None: captions are not checked."""
 
 
 def load_writer(config: DatasetConfig) -> Writer:
@@ -95,8 +94,7 @@ def load_writer(config: DatasetConfig) -> Writer:
 
 
 def style_suffix(style: str, count: TokenCounter) -> str:
-    """`style` as it follows a caption: ", oil painting", or "". Raises ConfigError if it leaves no room for the
-    caption."""
+    """`style` as a suffix of captions, such as ", oil painting", or "". Raises ConfigError if it is too long."""
     words = " ".join(style.split()).strip(" ,")
     if not words:
         return ""
@@ -107,7 +105,7 @@ def style_suffix(style: str, count: TokenCounter) -> str:
 
 
 def caption_rows(image: Image.Image, prompt: str, grid: Grid, writer: Writer) -> list[dict[str, Any]]:
-    """The rows of one image."""
+    """The rows of the captions table for one image, without the key."""
     captioner = writer.captioner
     crops = patches(image, grid) if captioner else []
     answers = _answers(crops, captioner, writer.config) if captioner else {}
@@ -151,8 +149,7 @@ def caption_rows(image: Image.Image, prompt: str, grid: Grid, writer: Writer) ->
 
 
 def _answers(crops: Sequence[Image.Image], captioner: Captioner, config: CaptionsConfig) -> dict[int, str]:
-    """What the captioner says, as it came, by number of the crop; crops with less than `min_detail` are not shown to
-    it."""
+    """Number of the crop -> the captioner's raw answer. Crops with less than `min_detail` are not captioned."""
     asked = [
         number
         for number, crop in enumerate(crops)
@@ -168,7 +165,7 @@ def _answers(crops: Sequence[Image.Image], captioner: Captioner, config: Caption
 
 
 def patches(image: Image.Image, grid: Grid) -> list[Image.Image]:
-    """The crops of the reference B^L that the boxes of `grid` cut out, row-major."""
+    """The crops of the reference B^L at the boxes of `grid`, row-major."""
     from resmaster_stages.diffusion.reference import to_image, upsample
 
     bottom = max(y1 for _, _, y1, _ in grid.pixel_boxes)
@@ -178,7 +175,7 @@ def patches(image: Image.Image, grid: Grid) -> list[Image.Image]:
 
 
 def even_batches(items: Sequence[int], size: int) -> list[list[int]]:
-    """`items` in the fewest batches of at most `size`, of lengths that differ by at most one."""
+    """Split `items` into the fewest batches of at most `size`. The lengths differ by at most one."""
     if not items:
         return []
     return [part.tolist() for part in np.array_split(np.asarray(items), -(-len(items) // size))]

@@ -1,4 +1,4 @@
-"""The error classes, and how other errors are quoted. A message names the culprit and says what to do next.
+"""The project's error classes. A message names the cause and says what to do next.
 
 | Error | What happens |
 |---|---|
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 
 class ResMasterError(Exception):
-    """Base of every error that this project raises on purpose."""
+    """Base of all errors that this project raises on purpose."""
 
 
 class UserError(ResMasterError):
@@ -22,7 +22,7 @@ class UserError(ResMasterError):
 
 
 class ConfigError(UserError):
-    """The configuration is wrong, or contradicts the dataset that is already at the root."""
+    """The configuration is wrong, or contradicts the existing dataset at the root."""
 
 
 class PlanError(UserError):
@@ -35,7 +35,7 @@ class OutOfMemory(UserError):
     def __init__(self, message: str, batch: int | None = None) -> None:
         super().__init__(message)
         self.batch = batch
-        """How much was in the batch; None where that is not known."""
+        """Size of the batch; None if unknown."""
 
 
 class SampleError(ResMasterError):
@@ -43,7 +43,7 @@ class SampleError(ResMasterError):
 
 
 class Quarantined(SampleError):
-    """One sample took the whole process with it, time and again: it is left out."""
+    """One sample killed the whole process several times, and is left out."""
 
 
 class ShardError(ResMasterError):
@@ -55,6 +55,6 @@ class GpuLost(ResMasterError):
 
 
 def first_line(error: object) -> str:
-    """The first line of what `error` says, at most 160 characters; the name of its type where it says nothing."""
+    """The first line of an error's message, at most 160 characters; the name of its class if there is no message."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)[:160]

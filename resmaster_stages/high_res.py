@@ -1,10 +1,10 @@
-"""Stage 4: low-res image and captions -> high-res image, by the method that the configuration names.
+"""Stage 4: makes the high-res image from the low-res image and captions, by the method that the configuration names.
 
-Knows nothing about storage, shards or Prefect. Torch is imported when an image is made, not before.
+This module does not access storage. Torch is imported when the first image is made.
 
 Invariants:
-- Exactly one Output per sample, in order; what goes wrong with one sample is its Output's error.
-- An image depends on the sample, the configuration and the weights; not on the batch, the worker or the order.
+- There is exactly one Output per sample, in order. An error of one sample becomes its Output's error.
+- An image depends on the sample, the configuration and the weights, and not on the batch, the worker or the order.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from resmaster_stages.storage.images import encode_image
 
 
 def captions_for_views(grid: Grid, rows: Sequence[dict[str, Any]], prompt: str) -> list[str]:
-    """One caption per view: that of the captions table's nearest box (by centres; the view's own box if it is there).
+    """One caption per view: the caption of the nearest box in the captions table, by distance of centres.
 
-    Rows hold half-open boxes y0, x0, y1, x1 in target px; rows without a caption of their own give `prompt`.
+    Rows hold half-open boxes y0, x0, y1, x1 in target px. A row without a caption of its own gives `prompt`.
     """
     from resmaster_stages.dataset.schemas import DESCRIBED
 
@@ -51,7 +51,7 @@ def captions_for_views(grid: Grid, rows: Sequence[dict[str, Any]], prompt: str) 
 
 
 def caption_views(config: DatasetConfig, prompt: str, image: Image.Image, height: int, width: int) -> list[str]:
-    """A caption per view of a target of `height` x `width` px, by the configuration's captioner looking at `image`."""
+    """One caption per view of a target of `height` x `width` px, written from `image` by the configured captioner."""
     from resmaster_stages.captions import caption_rows, load_writer
     from resmaster_stages.models.geometry import geometry_of
 
@@ -63,7 +63,7 @@ def caption_views(config: DatasetConfig, prompt: str, image: Image.Image, height
 def _diffused(
     config: DatasetConfig, upscale: Diffusion, sample: Sample, image: Image.Image
 ) -> tuple[Image.Image, dict[str, Any]]:
-    """The high-res image by the base model, and the facts of how it was made."""
+    """Make the high-res image with the base model. Returns the image and facts for the sample's JSON."""
     from resmaster_stages.diffusion.text import truncated
     from resmaster_stages.methods.upscale import upscale_image
     from resmaster_stages.models.load import load_models
@@ -97,7 +97,7 @@ def _diffused(
 
 
 def _enlarged(config: DatasetConfig, upscale: Enlargement, image: Image.Image) -> tuple[Image.Image, dict[str, Any]]:
-    """The high-res image without the base model, and the facts of how it was made."""
+    """Make the high-res image without the base model. Returns the image and facts for the sample's JSON."""
     from resmaster_stages.methods.upscale import enlarge_image
     from resmaster_stages.models.places import resolve_device, resolve_dtype
 
@@ -111,7 +111,7 @@ def _enlarged(config: DatasetConfig, upscale: Enlargement, image: Image.Image) -
 
 
 def _make(config: DatasetConfig, sample: Sample) -> Output:
-    """The sample's image, to be finished."""
+    """The Output of a sample, whose files are still to be encoded (`Output.finish`)."""
     if sample.low_res is None:
         raise SampleError("there is no low-res image of this sample; run the low_res stage again (resmaster repair)")
     image, upscale = sample.low_res.open(), config.upscale
@@ -156,7 +156,7 @@ def _files(
 
 
 def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
-    """The stage over some samples. Models are loaded at the first sample that needs them."""
+    """Run the stage over some samples. Models are loaded at the first sample that needs them."""
     for sample in samples:
         try:
             yield _make(config, sample)

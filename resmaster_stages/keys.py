@@ -1,8 +1,8 @@
-"""Names and numbers that decide *what* is computed: sample keys, seeds, digests. Pure functions of their arguments.
+"""Sample keys, seeds and digests, as pure functions of their arguments. They decide what is computed.
 
 Invariants:
-- A key is lower-case hex without dots: WebDataset splits a member's name at its first dot.
-- Neither key nor seed depends on batch, worker, order or retry, so a re-run gives the same bytes.
+- A key is lower-case hex without dots, because WebDataset splits a member's name at its first dot.
+- Keys and seeds do not depend on batch, worker, order or retry, so a re-run gives the same bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def canonical_json(value: Any) -> str:
-    """`value` as JSON with sorted keys and no spare blanks: equal values give equal text."""
+    """`value` as JSON with sorted keys and no white space, so that equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
@@ -25,7 +25,7 @@ def digest(value: Any) -> str:
 
 
 def normalise_prompt(text: str) -> str:
-    """NFC, every run of white space one blank, trimmed. Case is kept: text encoders lower it themselves."""
+    """Apply NFC, turn every run of white space into one blank, and trim. Case stays: text encoders lower it."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
@@ -44,21 +44,21 @@ def prompt_key(prompt: str, negative_prompt: str, height: int, width: int, repli
 
 
 def image_key(data: bytes, prompt: str, replica: int = 0) -> str:
-    """Sample key (24 hex digits) of a user's own image file and the prompt that goes with it."""
+    """Sample key (24 hex digits) of a user's own image file with its prompt."""
     return _key("image", data, normalise_prompt(prompt), replica)
 
 
 def masked_key(key: str, mask: bytes) -> str:
-    """Sample key (24 hex digits) of a sample that would have `key` without the detail mask in the image file `mask`."""
+    """Sample key (24 hex digits) of a sample with a detail mask. key: its key without mask. mask: the mask file."""
     return _key("detail_mask", key, mask)
 
 
 def sample_seed(key: str, base_seed: int, stage: str) -> int:
-    """Seed (63 bits) of one random draw: of the sample, the dataset's base seed and the stage."""
+    """Seed (63 bits) of a sample in a stage, from the sample's key, the dataset's base seed and the stage."""
     data = hashlib.blake2b(f"{key}/{base_seed}/{stage}/-1/-1".encode(), digest_size=8).digest()
     return int.from_bytes(data, "big") & (2**63 - 1)
 
 
 def digest_of_keys(keys: Sequence[str]) -> str:
-    """sha256 (64 hex digits) of keys in order."""
+    """sha256 (64 hex digits) of several keys, in order."""
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()

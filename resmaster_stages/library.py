@@ -1,6 +1,6 @@
-"""The public functions for scripts and notebooks that no room has in this form: `import resmaster_stages as rm`.
+"""Public functions for scripts and notebooks: `import resmaster_stages as rm`.
 
-A public face: it may use every room below the flows, and no room uses it.
+This module may import every package of `resmaster_stages`. No other module but the command line imports it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from resmaster_stages.models.parts import Models
 
 Progress = Callable[[int, int], None]
-"""Hears (steps done, steps in all), of each pass."""
+"""Called with (steps done, steps in total) of each pass."""
 
 PICTUREBOOK_UPSCALE: Mapping[str, Any] = {
     "steps": 20,
@@ -33,7 +33,7 @@ PICTUREBOOK_UPSCALE: Mapping[str, Any] = {
     "negative_prompt": "",
     "micro_conditioning": "native",
 }
-"""What suits the embedded pack, as in deployments/datasets/picturebook.yaml."""
+"""Settings for the embedded model, as in deployments/datasets/picturebook.yaml."""
 
 
 def upscale(
@@ -46,17 +46,17 @@ def upscale(
     progress: Progress | None = None,
     **settings: Any,
 ) -> Image.Image:
-    """`image`, a file or a PIL image of any size, re-imagined at `scale` (4) times its size, in RGB.
+    """Upscale `image`, a file or a PIL image of any size, by the setting `scale` (default 4). Returns an RGB image.
 
     model: `picturebook` (the embedded model, for its own small world), a hub id such as
-    `stabilityai/stable-diffusion-xl-base-1.0`, a folder, a diffusers pipeline that you have loaded, or what
-    `load_models` gave. captions: one per view, row-major; or, for a model that is given by name, a captioner that
-    writes them (`picturebook`, a hub id, a folder); `prompt`: all views have the prompt; `auto`: picturebook has its
-    own captioner, other models have the prompt. settings: keys of the part `upscale` of a configuration
-    (docs/configuration.md), such as scale, method, preset, steps.
+    `stabilityai/stable-diffusion-xl-base-1.0`, a folder, a diffusers pipeline that you have loaded, or the result of
+    `load_models`. captions: one text per view, row-major; or a captioner (`picturebook`, a hub id, a folder), if the
+    model is given by name; or `prompt`: every view gets the prompt; or `auto`: picturebook uses its own captioner, and
+    other models use the prompt. settings: keys of the part `upscale` of a configuration (docs/configuration.md), such
+    as scale, method, preset, steps.
 
-    Raises UserError, in one line that says what to do (no such image, an unknown setting, a model that cannot be
-    loaded), and SampleError if the model produced nothing that can be seen.
+    Raises UserError with one line that says what to do (no such image, an unknown setting, a model that cannot be
+    loaded), and SampleError if the model produced no visible image.
     """
     low_res = open_image(image)
     models = None if isinstance(model, str | Path) else as_models(model)
@@ -82,9 +82,9 @@ def generate(
     seed: int = 0,
     **settings: Any,
 ) -> list[Image.Image]:
-    """An image of the model's native size for each prompt; the seeds are `seed`, `seed` + 1 and so on.
+    """Generate one image per prompt, by default of the model's native size, with the seeds `seed`, `seed` + 1, ...
 
-    model: as of `upscale`. settings: keys of the part `low_res` of a configuration, such as steps, guidance_scale,
+    model: as in `upscale`. settings: keys of the part `low_res` of a configuration, such as steps, guidance_scale,
     height. Raises UserError for bad input, and SampleError for a prompt from which no image can be made.
     """
     from resmaster_stages.methods.generate import generate as images_of
@@ -114,11 +114,11 @@ def measure(
     model: str = PICTUREBOOK,
     clip: str | None = None,
 ) -> dict[str, Any]:
-    """The metrics of an image and its enlargement, by name, with the flags that the default thresholds raise.
+    """Measure an image and its enlargement. Returns the metrics by name, and the flags at the default thresholds.
 
-    model: hub id or folder of the model that enlarged; its native size says where view borders are looked at. clip: a
-    CLIP model for the CLIP score of `prompt`; None leaves the score out (docs/evaluation-protocol.md says what they
-    mean). Raises UserError.
+    model: hub id or folder of the model that enlarged; its native size says where view borders are measured. clip: a
+    CLIP model for the CLIP score of `prompt`; None leaves the score out. docs/evaluation-protocol.md explains the
+    metrics. Raises UserError.
     """
     from resmaster_stages.diffusion.views import view_grid
     from resmaster_stages.metrics.flags import flags
@@ -139,11 +139,11 @@ def measure(
 
 
 def read_samples(dataset: Dataset) -> Iterator[tuple[Sample, dict[str, Any]]]:
-    """The finished samples of a dataset, in the plan's order, each with its row of the quality table.
+    """Iterate over the finished samples of a dataset, in the plan's order, each with its row of the quality table.
 
-    `sample.low_res.open()` and `sample.high_res.open()` are PIL images; `sample.captions` are rows of the captions
-    table. Every object is checked against its commit record. Raises PlanError if there is no plan yet, ShardError if an
-    object is gone or damaged.
+    `sample.low_res.open()` and `sample.high_res.open()` are PIL images. `sample.captions` are rows of the captions
+    table. Every object is checked against its commit record. Raises PlanError if there is no plan yet, and ShardError
+    if an object is gone or damaged.
     """
     from resmaster_stages.dataset.reading import shard_samples
 
@@ -163,10 +163,10 @@ def upscale_as_configured(
     detail: Image.Image | None = None,
     progress: Progress | None = None,
 ) -> Image.Image:
-    """`image` enlarged by `config.upscale`, with the captions that the configuration's captioner writes.
+    """Upscale `image` by `config.upscale`.
 
-    models: None loads those of `config.model`. captions: one per view; None asks the captioner. detail: a mask of where
-    more detail is drawn. Raises UserError and SampleError.
+    models: None loads the models of `config.model`. captions: one per view; None: the configured captioner writes
+    them. detail: a mask of where more detail is drawn. Raises UserError and SampleError.
     """
     from resmaster_stages.diffusion.views import target_size
     from resmaster_stages.high_res import caption_views
@@ -202,16 +202,16 @@ def upscale_as_configured(
 
 
 def single(model: str, captioner: str = "auto", adapter: bool = False) -> dict[str, Any]:
-    """The configuration of one image by `model`, as a user would write it: what suits the model, and the captioner.
+    """The configuration to upscale one image with `model`, as a user would write it: settings for model and captioner.
 
-    captioner: as `captions` of `upscale`. adapter: whether a model that is loaded already brings an IP-Adapter.
+    captioner: as `captions` in `upscale`. adapter: whether a model that is already loaded has an IP-Adapter.
     """
     picturebook, sdxl = model == PICTUREBOOK, model == SDXL["id"]
     if captioner == "auto":
         captioner = PICTUREBOOK if picturebook else "prompt"
     upscale = dict(PICTUREBOOK_UPSCALE) if picturebook else {}
     if not (picturebook or sdxl or adapter):
-        upscale["image_prompt"] = {"enabled": False}  # a bare checkpoint brings no adapter
+        upscale["image_prompt"] = {"enabled": False}  # a bare checkpoint has no adapter
     return {
         "name": "single",
         "model": SDXL if sdxl else {"id": model},
@@ -221,7 +221,7 @@ def single(model: str, captioner: str = "auto", adapter: bool = False) -> dict[s
 
 
 def as_models(model: Any) -> Models:
-    """The loaded parts of a model that is given by name, as a pipeline, or loaded already. Raises ConfigError."""
+    """The loaded models for a name, a diffusers pipeline, or models that are already loaded. Raises ConfigError."""
     from resmaster_stages.models.load import load_models
     from resmaster_stages.models.parts import Models
 
@@ -231,7 +231,7 @@ def as_models(model: Any) -> Models:
 
 
 def open_image(image: str | Path | Image.Image) -> Image.Image:
-    """An image, upright and in RGB, from a file or as PIL has it. Raises UserError."""
+    """An image, upright and in RGB, from a file or a PIL image. Raises UserError."""
     if not isinstance(image, str | Path | Image.Image):
         raise UserError(f"an image is a path or a PIL image, not {type(image).__name__}; give one of these")
     try:

@@ -1,13 +1,14 @@
-"""Stage 2: the base-resolution image of each sample, generated from its prompt or taken from the user's own image.
+"""Stage 2: makes the low-res image of each sample, from its prompt or from the user's own image.
 
-Knows nothing about storage beyond reading one image by its source. Torch is imported when an image is generated.
+This module reads single images by their source, and does no other storage access. Torch is imported when an image is
+generated.
 
 Invariants:
-- Exactly one Output per sample, in order; what goes wrong with one sample is its Output's error.
-- Images are generated in fixed slots of `batch_size`: a failing sample keeps its place, so its neighbours' bytes
-  stay.
-- Low-res images are stored without loss, and beside them the sample's detail mask if it has one.
-- A prompt's image does not depend on its mask: it is what the mask is drawn for.
+- There is exactly one Output per sample, in order. An error of one sample becomes its Output's error.
+- Images are generated in fixed slots of `batch_size` samples. A failing sample keeps its place in the slot, so the
+  bytes of its neighbours do not change.
+- Low-res images are stored without loss. The sample's detail mask, if any, is stored beside the image.
+- The image of a prompt does not depend on its detail mask, because users draw the mask for an existing image.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from resmaster_stages.storage.masks import read_mask, read_mask_beside
 
 
 def _check_unchanged(sample: Sample, key: str, mask: bytes) -> None:
-    """Raises SampleError unless a sample of `key` has, with its `mask`, the key that it was planned with."""
+    """Raise SampleError unless the base `key` together with `mask` gives the key that the sample was planned with."""
     if masked_key(key, mask) != sample.key:
         raise SampleError(f"{sample.source}: changed since it was planned; run the same command again to plan it anew")
 
@@ -46,7 +47,7 @@ def _mask_of_prompt(sample: Sample) -> bytes | None:
 def _files(
     config: DatasetConfig, sample: Sample, image: Image.Image, facts: dict[str, Any], mask: bytes | None
 ) -> dict[str, bytes]:
-    """The sample's files by extension, in the order of the tar's members. mask: the user's image file."""
+    """The sample's files by extension, in the order of the tar's members. mask: content of the user's mask file."""
     beside = {}
     if mask is not None:
         grey = decode_image(mask, f"the detail mask of {sample.source}").convert("L")
@@ -100,7 +101,7 @@ def _from_image(config: DatasetConfig, sample: Sample) -> Output:
 
 
 def _from_prompts(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
-    """One slot; `batch_size` of it at a time go through the model."""
+    """The Outputs of one slot. The samples go through the model `batch_size` at a time."""
     from resmaster_stages.diffusion.text import truncated
     from resmaster_stages.methods.generate import generate
     from resmaster_stages.models.load import load_models
@@ -139,7 +140,7 @@ def _from_prompts(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[
 
 
 def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
-    """The stage over a slot of samples: all of them from prompts, or all of them from a user's images."""
+    """Run the stage over a slot of samples, all from prompts or all from the user's own images."""
     if config.images:
         return (_from_image(config, sample) for sample in samples)
     return _from_prompts(config, samples)

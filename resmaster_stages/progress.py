@@ -1,7 +1,6 @@
-"""Where a stage says how far it is: in events. Knows nothing about terminals or servers: listeners are plugged in from
-above.
+"""Progress events: stages emit events, and listeners receive them. The listeners are in `resmaster_flows.watch`.
 
-The listeners are a context variable, so that neither stages nor tasks carry them through their arguments.
+The listeners are in a context variable, so that stages and tasks need not pass them as arguments.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from dataclasses import dataclass
 
 
 class Event:
-    """Something that happened. Rooms above define more events."""
+    """Base of all events. Packages above this one define more events."""
 
 
 @dataclass(frozen=True)
 class ShardStarted(Event):
-    """A stage begins to compute a shard of `samples` samples."""
+    """A stage begins to compute a shard with `samples` samples."""
 
     stage: str
     shard: int
@@ -36,7 +35,7 @@ class SampleDone(Event):
 
 @dataclass(frozen=True)
 class ShardDone(Event):
-    """The shard of `samples` samples is committed; `cached` if it was so before this run."""
+    """The shard with `samples` samples is committed. `cached`: it was already committed before this run."""
 
     stage: str
     shard: int
@@ -46,7 +45,7 @@ class ShardDone(Event):
 
 @dataclass(frozen=True)
 class ShardFailed(Event):
-    """The shard could not be finished, for a reason that is told in one line."""
+    """The shard could not be finished. `error` is the reason in one line."""
 
     shard: int
     error: str
@@ -54,7 +53,7 @@ class ShardFailed(Event):
 
 @dataclass(frozen=True)
 class Step(Event):
-    """Denoising step `done` of `total` of the sample at hand."""
+    """Denoising step `done` of `total` of the current sample is finished."""
 
     done: int
     total: int
@@ -62,34 +61,34 @@ class Step(Event):
 
 @dataclass(frozen=True)
 class Planned(Event):
-    """The input was read and planned, with what came out in a line."""
+    """The input was read and planned. `line` is the result in one line."""
 
     line: str
 
 
 @dataclass(frozen=True)
 class Note(Event):
-    """A fact that the user should know, in a line; it may be told for every sample, and is shown once."""
+    """A fact that the user should know, in one line. It may be emitted for every sample, and is shown once."""
 
     line: str
 
 
 Listener = Callable[[Event], None]
-"""Hears what happens. Called often (per sample, per denoising step): it must be cheap, and ignore events that it does
-not know."""
+"""Receives events. It is called often (per sample and denoising step), so it must be cheap. It must ignore events that
+it does not know."""
 
 _listeners: ContextVar[tuple[Listener, ...]] = ContextVar("listeners", default=())
 
 
 def emit(event: Event) -> None:
-    """Tell the listeners of the current context, in the order in which they began to listen."""
+    """Send an event to the listeners of the current context, in the order in which they began to listen."""
     for listener in _listeners.get():
         listener(event)
 
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Within the block `listener` hears every event, beside those that listen already."""
+    """Within the block, `listener` receives every event, in addition to the listeners already there."""
     token = _listeners.set((*_listeners.get(), listener))
     try:
         yield

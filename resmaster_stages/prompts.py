@@ -1,13 +1,11 @@
-"""Stage 1: prompts, or the user's own images, become an immutable plan of samples.
+"""Stage 1: turns prompts, or the user's own images, into an immutable plan of samples.
 
-Reads .txt (one prompt per line), .csv, .jsonl and .parquet (column `prompt`, optional `negative_prompt` and
-`detail_mask`), and images with what lies beside them.
-Knows nothing about what is made of them.
+The input is a .txt file (one prompt per line), a .csv, .jsonl or .parquet file (column `prompt`, optional
+`negative_prompt` and `detail_mask`), or images with prompts and detail masks beside them.
 
 Invariants:
-- A file that cannot be read at all is a UserError that names file and line; a single bad prompt is rejected with a
-  reason.
-- The same prompts give the same keys in the same order, whatever was planned before; what is planned stays planned.
+- A file that cannot be read raises a UserError that names file and line. A single bad prompt is rejected with a reason.
+- The same prompts give the same keys in the same order, whatever was planned before. Planned samples stay planned.
 """
 
 from __future__ import annotations
@@ -28,11 +26,11 @@ log = logging.getLogger(__name__)
 
 
 def ingest(config: DatasetConfig) -> Dataset:
-    """The dataset of `config`, made if it is not there yet, with all samples planned that `config` asks for.
+    """Create or open the dataset of `config`, and plan all samples that `config` asks for.
 
-    Tells in one line (`progress.Planned`) what was planned. A second call changes nothing. Samples that the source no
-    longer gives stay planned.
-    Raises UserError for a configuration or a source that is wrong; then nothing has been written.
+    Emits one line (`progress.Planned`) about what was planned. A second call changes nothing. Samples that the source
+    no longer gives stay planned.
+    Raises UserError for a wrong configuration or source; then nothing has been written.
     """
     existing = check(config)
     folder = existing.folder if existing else open_root(config.root).sub(config.name)
@@ -49,7 +47,7 @@ def ingest(config: DatasetConfig) -> Dataset:
                     writer.add(sample)
             if gone := len(known) - kept:
                 log.warning("%s: %d planned samples are no longer asked for; the plan keeps them", folder.url, gone)
-            dataset = create_or_open(config, existing)  # only now: all that was read is good
+            dataset = create_or_open(config, existing)  # after the whole source was read without an error
             if not writer.samples or writer.commit(draft.rejected, draft.duplicates):
                 intake = Intake(
                     config=config,

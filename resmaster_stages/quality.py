@@ -1,11 +1,12 @@
 """Stage 5: low-res + high-res image -> one row of metrics and flags per sample, and feature vectors if asked for.
 
-Flags never delete: what to do with a flagged sample is decided by whoever reads the table. Knows nothing about storage.
+Flags never delete a sample: the readers of the table decide what to do with flagged samples. This module does not
+access storage.
 
 Invariants:
-- Every metric and flag is computed from the sample alone. (`near_duplicate` needs all samples: `publish.manifest` adds
-  it.)
-- Numbers are finite, or None where a metric has nothing to measure.
+- Every metric and flag is computed from the sample alone. (`near_duplicate` needs all samples, so `publish.manifest`
+  adds it.)
+- Numbers are finite, or None if a metric has nothing to measure.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
 
 
 def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
-    """One Output per sample, in order, with one row each: the quality table without the key.
+    """Yield one Output per sample, in order, with one row of the quality table, without the key.
 
-    Raises ConfigError if the CLIP model cannot be loaded; a sample's own trouble is its Output's error.
+    Raises ConfigError if the CLIP model cannot be loaded. An error of one sample becomes its Output's error.
     """
     quality = config.quality
     scorer = None
@@ -65,7 +66,7 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
 
 
 def measure(pair: Pair) -> dict[str, Any]:
-    """The quality table's row of one sample, without key and flags."""
+    """The row of the quality table for one sample, without key and flags."""
     row: dict[str, Any] = {"width": pair.high.width, "height": pair.high.height}
     for metric in METRICS:
         row |= metric.measure(pair)

@@ -1,9 +1,9 @@
-"""What may be shown, logged or stored of a text that came from elsewhere: no credential, no control character.
+"""Removes credentials and control characters from foreign text before it is shown, logged or stored.
 
-Knows nothing about who asks. The last line of defence: credentials belong in the environment, and a configuration that
-holds one is refused (`holds_credentials`) before any of this is needed.
+This is the last line of defence: credentials belong in the environment, and a configuration that holds a credential is
+refused earlier (`holds_credentials`).
 
-Invariant: cutting is idempotent, and a text without credentials and control characters stays what it is.
+Invariant: removing is idempotent, and a text without credentials and control characters does not change.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from resmaster_stages.errors import ResMasterError
 
 HIDDEN = "[hidden]"
 MIN_SECRET_CHARACTERS = 8
-"""Shorter values of secret variables (`test`, `1`) are ordinary words too."""
+"""Shorter values of secret variables (`test`, `1`) are not hidden, because they are also ordinary words."""
 
 _USER = re.compile(
     r"(?<=://)[^/\s]*@"  # user:password@host
     r"|(?<=s3://)[^/\s]+:\S*@"  # a secret key may hold slashes, and a bucket has no port
-    r"|(?<=://)[^/\s:]+:(?!\d+(?:/|\s|$))\S*@"  # so may a password; host:8000/a@b is none
+    r"|(?<=://)[^/\s:]+:(?!\d+(?:/|\s|$))\S*@"  # a password may hold slashes too; host:8000/a@b is no password
 )
 _SIGNATURE = re.compile(
     r"([?&](?:X-(?:Amz|Goog|Oss)-[\w-]+|AWSAccessKeyId|Signature|sig|se|sp|token|access_token|api[_-]?key|key|password|secret)"
@@ -44,7 +44,7 @@ def holds_credentials(url: str) -> bool:
 
 
 def redacted(text: str) -> str:
-    """`text` without credentials in URLs, and without the values of environment variables whose name says secret."""
+    """`text` without credentials in URLs, and without the values of environment variables with a secret's name."""
     secrets = {value for name, value in os.environ.items() if _SECRET_NAME.search(name.upper())}
     for secret in sorted(secrets, key=len, reverse=True):
         if len(secret) >= MIN_SECRET_CHARACTERS:
@@ -53,7 +53,7 @@ def redacted(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters (a terminal's commands too) and lone surrogates made visible as escapes."""
+    """`text` with control characters (which include terminal commands) and lone surrogates as visible escapes."""
     return "".join(
         character.encode("unicode_escape").decode() if unicodedata.category(character) in ("Cc", "Cs") else character
         for character in text
@@ -61,15 +61,15 @@ def printable(text: str) -> str:
 
 
 def one_line(error: object) -> str:
-    """An error's (or any) message, with its notes, as one line that may be shown and stored."""
+    """The message of an error (or any object) with its notes, as one line that may be shown and stored."""
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     return printable(" ".join(redacted(f"{error}{notes}").split()))
 
 
 @contextmanager
 def no_secrets_in_errors() -> Iterator[None]:
-    """An error whose message holds a credential leaves the block without it: of its class if it is ours, else
-    RuntimeError."""
+    """Replace an error whose message holds a credential by one without it: of the same class if it is a
+    ResMasterError, else a RuntimeError."""
     try:
         yield
     except Exception as error:

@@ -1,1 +1,1 @@
-"""What runs, in which order. Reads like the README's list of stages. Also the command line."""
+"""The Prefect flows: what runs, in which order, on which workers. `cli/` holds the command line."""

@@ -1,6 +1,8 @@
-"""Flows `build-dataset`, `repair` and `publish`: plan -> shards -> report. Idempotent: run again, they do only what is
-not committed. What is done is read from the store at the start and while waiting; what runs were started is not looked
-up.
+"""Flows `build-dataset`, `repair` and `publish`: plan -> shards -> report.
+
+Invariants:
+- The flows are idempotent: a second run does only what is not committed.
+- The flows read from the store what is done, at the start and while they wait. They do not look up earlier flow runs.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ load_plugins()
 if TYPE_CHECKING:
     StageName = str
 else:
-    StageName = Literal[tuple(STAGES)]  # a choice in the form that is made of the flow's parameters
+    StageName = Literal[tuple(STAGES)]  # Prefect's form for the flow's parameters then offers a choice
 
 Todo = dict[str, list[int]]
 """Stage -> shards that have something to do."""
@@ -51,30 +53,30 @@ Todo = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a build ended with."""
+    """The result of a build."""
 
     dataset_url: str
     """Folder or URL of the dataset."""
     report_url: str
-    """The report to open."""
+    """Path or URL of the report."""
     samples: int
     """Samples that survived every stage."""
     samples_failed: int
-    """Samples that failed in some stage; the ledger says why."""
+    """Samples that failed in some stage. The ledger says why."""
     errors: dict[str, str]
-    """Shards that could not be finished, with the first error of each."""
+    """Number of each shard that could not be finished -> its first error."""
 
 
 @task(name="plan", cache_policy=NO_CACHE, persist_result=False)
 def plan_dataset(config: DatasetConfig, read_input: bool) -> Dataset:
-    """The dataset, made and planned if it is not there yet; without `read_input` as it was planned before."""
+    """Return the dataset. With `read_input`, make the dataset and plan new input; otherwise use the existing plan."""
     with listening(plans(get_run_logger().info)):
         return ingest(config) if read_input else planned_dataset(config)
 
 
 @task(name="publish", cache_policy=NO_CACHE, persist_result=False)
 def publish_dataset(dataset: Dataset) -> str:
-    """Manifest, index, dataset card, report and contact sheets from what is committed. Returns the report's URL."""
+    """Write manifest, index, dataset card, report and contact sheets from the commits. Returns the report's URL."""
     write_manifest(dataset)
     return write_report(dataset)
 
@@ -82,14 +84,14 @@ def publish_dataset(dataset: Dataset) -> str:
 def work(
     dataset: Dataset, todo: Todo, look: Callable[[], Todo], retries: Retries | None = None, queue: str | None = None
 ) -> dict[str, str]:
-    """Have `todo` (stage -> shards) done, on workers or here.
+    """Process the shards in `todo` (stage -> shards), on workers, on a cluster or in this process.
 
-    Returns the error of each shard that is missing, by its number. `look` asks the dataset again what is to do.
+    look: reads from the dataset again what is to do. Returns shard number -> error, for each shard that is missing.
     """
     config = dataset.config.dispatch
     shards = sorted(_lacking(todo))
     emit(WorkFound(pending_samples(dataset, todo), shards))
-    stages = None if todo.keys() == dataset.hashes.keys() else list(todo)  # all: runs need not name them
+    stages = None if todo.keys() == dataset.hashes.keys() else list(todo)  # None: all stages
     if not shards:
         return {}
     with run_page(dataset, todo):
@@ -104,12 +106,12 @@ def work(
 
 
 def _lacking(todo: Todo) -> Counter[int]:
-    """Shard -> number of commits that it lacks; finished shards are absent."""
+    """Shard -> number of commits that the shard lacks. Finished shards are absent."""
     return Counter(shard for missing in todo.values() for shard in missing)
 
 
 def finish(dataset: Dataset, errors: dict[str, str]) -> BuildResult | State[BuildResult]:
-    """Publish what is committed and sum up; the run fails if shards are missing."""
+    """Publish what is committed and return the result. If shards are missing, the flow run ends as `Incomplete`."""
     report_url = publish_dataset(dataset)
     found = status(dataset)
     show_dataset(dataset, found)
@@ -130,11 +132,11 @@ def finish(dataset: Dataset, errors: dict[str, str]) -> BuildResult | State[Buil
     on_cancellation=[cancel_children],
 )
 def build_dataset(config: DatasetConfig, read_input: bool = True) -> BuildResult | State[BuildResult]:
-    """Build a dataset, or go on with it: plan, every stage over every shard that is not committed, report.
+    """Build a dataset, or continue it: plan, run every stage over every shard that is not committed, publish.
 
     Args:
-        config: what to build and where; see the fields' descriptions.
-        read_input: look for new prompts or images; without, what is planned already is built.
+        config: what to build and where; see the descriptions of the fields.
+        read_input: read the prompts or images again and plan new ones; if off, only what is already planned is built.
     """
     dataset = plan_dataset(config, read_input)
     try:
@@ -152,14 +154,15 @@ def repair(
     retry_errors: bool = False,
     replace: bool = False,
 ) -> BuildResult | State[BuildResult]:
-    """Do what is missing, failed or marked as damaged in a dataset, and nothing else; then publish anew.
+    """Process only what is missing, failed or marked as damaged in a dataset, then publish it again.
 
     Args:
         dataset_url: folder or URL of the dataset.
         shards: only these shards, e.g. `1,4-7`; default: all.
         stages: only these stages; default: all.
-        retry_errors: give the failed samples of committed shards another attempt too.
-        replace: make damaged shards anew, and all that was made from them, instead of putting back the same bytes.
+        retry_errors: also give the failed samples of committed shards another attempt.
+        replace: compute damaged shards, and everything made from them, anew with new bytes. If off, a damaged object
+            is restored only if it can be made again with the recorded bytes.
     """
     dataset, numbers = open_dataset(dataset_url), parse_numbers(shards)
     retries = retries_of(dataset, numbers, stages)[0] if retry_errors else None
@@ -181,7 +184,7 @@ def repair(
 
 @flow(name="publish", flow_run_name="publish {dataset_url}")
 def publish(dataset_url: str) -> str:
-    """Write manifest, index, dataset card, report and contact sheets anew from what is committed.
+    """Write manifest, index, dataset card, report and contact sheets again from what is committed.
 
     Args:
         dataset_url: folder or URL of the dataset.

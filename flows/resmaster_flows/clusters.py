@@ -1,8 +1,9 @@
-"""The shards of a build on a Dask or Ray cluster that is there already: `--executor dask` or `ray`.
+"""Processes the shards of a build on an existing Dask or Ray cluster: `--executor dask` or `ray`.
 
-Workers are the rule (`resmaster_flows.dispatch`); this is for teams that have such a cluster. A cluster is found by its
-own variable: DASK_SCHEDULER_ADDRESS or RAY_ADDRESS. Its processes need this project installed, reach the store and the
-Prefect server, and keep their models from shard to shard.
+Prefect workers are the usual way (`resmaster_flows.dispatch`); this module is for teams that already have such a
+cluster. The environment variable DASK_SCHEDULER_ADDRESS or RAY_ADDRESS gives the cluster's address. The cluster's
+processes must have this project installed and must reach the store and the Prefect server. They keep their models from
+shard to shard.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from resmaster_tasks.shards import process_shard
 
 Executor = Literal["dask", "ray"]
 ADDRESSES: dict[Executor, str] = {"dask": "DASK_SCHEDULER_ADDRESS", "ray": "RAY_ADDRESS"}
-"""Executor -> environment variable of its cluster's address."""
+"""Executor -> environment variable that holds the cluster's address."""
 CONNECT_SECONDS = 10
-"""So long a scheduler may take to answer."""
+"""Timeout of the first connection to a Dask scheduler."""
 
 
 def check(executor: Executor) -> str:
@@ -52,7 +53,7 @@ def check(executor: Executor) -> str:
 
 
 def runner(executor: Executor) -> TaskRunner[Any]:
-    """Prefect's task runner on the cluster. Raises UserError as of `check`, and if the cluster does not answer."""
+    """Prefect's task runner on the cluster. Raises UserError as `check` does, and if the cluster does not answer."""
     address = check(executor)
     if executor == "dask":
         import distributed
@@ -75,7 +76,7 @@ def runner(executor: Executor) -> TaskRunner[Any]:
 
 
 def resources(executor: Executor) -> AbstractContextManager[Any]:
-    """What a shard asks of the cluster: on Ray a GPU if there are any, and a process that is kept afterwards."""
+    """The resources of one task: on Ray one GPU if the cluster has any, and a process that is kept afterwards."""
     if executor == "dask":
         return nullcontext()
     import ray
@@ -84,7 +85,7 @@ def resources(executor: Executor) -> AbstractContextManager[Any]:
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
     return remote_options(
         num_gpus=gpus, max_calls=0
-    )  # by default Ray ends a process after one GPU task, models and all
+    )  # 0: by default Ray ends a process, with its models, after one GPU task
 
 
 def process_on_cluster(
@@ -94,7 +95,7 @@ def process_on_cluster(
     retries: Retries | None,
     executor: Executor,
 ) -> dict[str, str]:
-    """Have the shards done on the cluster. Returns the error of each that could not be finished, by its number."""
+    """Process the shards on the cluster. Returns shard number -> error, for each shard that could not be finished."""
     run = _process.with_options(task_runner=runner(executor))
     errors: dict[str, str] = outcome(
         run(dataset.url, list(shards), list(stages) if stages else None, retries, executor, return_state=True)
@@ -106,7 +107,7 @@ def process_on_cluster(
 def _process(
     dataset_url: str, shards: list[int], stages: list[str] | None, retries: Retries | None, executor: Executor
 ) -> dict[str, str] | State[dict[str, str]]:
-    """Every stage over the shards, a task per shard, so many at a time as the configuration's window."""
+    """Run every stage over the shards, with one task per shard and at most `dispatch.window` tasks at a time."""
     dataset = open_dataset(dataset_url)
     chosen = [stage for stage in dataset.hashes if stages is None or stage in stages]
     errors: dict[str, str] = {}

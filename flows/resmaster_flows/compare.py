@@ -1,4 +1,4 @@
-"""Flow `compare`: what `resmaster compare` does, started from a server; its datasets are built like any other."""
+"""Flow `compare`: does what `resmaster compare` does, started from a server. Builds its datasets like any other."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ def compare_methods(
     """Build the same samples by several methods, and measure them together.
 
     Args:
-        config: what to build and where; see the fields' descriptions.
+        config: what to build and where; see the descriptions of the fields.
         methods: comma-separated, e.g. `multidiffusion,resmaster+sg,resmaster`.
         scales: height x width in native sizes, comma-separated, e.g. `2x2,4x4`.
         reference: real images for FID and KID: a folder, shards, or `picturebook`; default: the low-res images.
-        low_res: `drawn`: picturebook's prompts are drawn at the low-res size, and their true enlargements are known.
+        low_res: `drawn`: picturebook's prompts are drawn by vectors at the low-res size, so that the true enlargement
+            of each image is known.
 
     Returns the URL of the page with the tables.
     """

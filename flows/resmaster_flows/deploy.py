@@ -2,7 +2,8 @@
 
     python -m resmaster_flows.deploy [--pool process|docker|kubernetes] [--gpus N]
 
-Idempotent: what is there is updated in place, under the same ids. What the files do not name is left alone.
+Deploying is idempotent: existing objects are updated in place and keep their ids. Objects that the files do not name
+are left alone.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import resmaster_stages
 from resmaster_stages.errors import ResMasterError, UserError
 
 HOME = Path(os.environ.get("RESMASTER_HOME") or Path(__file__).resolve().parents[2])
-"""Where `deployments` and `infra` are: the checkout, or what the container image names."""
+"""The folder that holds `deployments` and `infra`: the checkout, or RESMASTER_HOME, as in the container image."""
 DEPLOYMENTS = HOME / "deployments"
 POOLS = ("process", "docker", "kubernetes")
 
@@ -44,11 +45,11 @@ DEFAULTS = {
     "RESMASTER_PROMPTS": str(Path(resmaster_stages.__file__).resolve().parent / "picturebook" / "prompts.txt"),
     "RESMASTER_IMAGE": "resmaster-pipeline:cuda",
 }
-"""What `prefect.yaml` reads from the environment, where the environment says nothing."""
+"""Values of the variables in `prefect.yaml` that are not set in the environment."""
 
 
 def read_yaml(name: str) -> Any:
-    """A file of `deployments/`. Raises UserError where this installation has none."""
+    """The content of a file in `deployments/`. Raises UserError if this installation does not have the file."""
     path = DEPLOYMENTS / name
     if not path.is_file():
         raise UserError(f"{path}: not there; deploy from a checkout of the project")
@@ -56,7 +57,7 @@ def read_yaml(name: str) -> Any:
 
 
 async def make_pool(client: PrefectClient, kind: str, gpus: int | None) -> str:
-    """Make or update the work pool of a kind and its queues. Returns its name."""
+    """Create or update the work pool of a kind, with its queues. Returns the name of the pool."""
     pools = read_yaml("pools.yaml")
     pool = pools["pools"][kind]
     name = pool["name"]
@@ -81,7 +82,7 @@ async def make_pool(client: PrefectClient, kind: str, gpus: int | None) -> str:
 
 
 def deploy_flows(kind: str) -> list[str]:
-    """Deploy the entries of `prefect.yaml` for a kind of pool, by Prefect's own command. Returns their names."""
+    """Deploy the entries of `prefect.yaml` for a kind of pool with Prefect's command. Returns their entrypoints."""
     wanted = [entry for entry in read_yaml("prefect.yaml")["deployments"] if entry["name"] == kind]
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--name", kind]
     done = subprocess.run(
@@ -106,15 +107,14 @@ async def schedules_of(client: PrefectClient, kind: str) -> dict[tuple[UUID, str
 async def keep_switched(
     client: PrefectClient, kind: str, before: Mapping[tuple[UUID, str | None], DeploymentSchedule]
 ) -> None:
-    """Resume or pause again the schedules that somebody had resumed or paused: a deploy sets them as the file ships
-    them."""
+    """Restore which schedules are active: a deploy resets them to the files, but users may have changed them."""
     for place, schedule in (await schedules_of(client, kind)).items():
         if place in before and schedule.active != before[place].active:
             await client.update_deployment_schedule(place[0], schedule.id, active=before[place].active)
 
 
 async def notification_block(client: PrefectClient) -> None:
-    """Make or update the block that notifications go through, if the environment names where to."""
+    """Create or update the block that sends notifications, if the environment gives their URL."""
     url = os.environ.get(NOTIFY_URL)
     if url:
         block = CustomWebhookNotificationBlock(
@@ -124,7 +124,7 @@ async def notification_block(client: PrefectClient) -> None:
 
 
 async def resolve(client: PrefectClient, action: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """An action with the ids of what it names. Raises ObjectNotFound."""
+    """An action with the ids of the deployment and block that it names. Raises ObjectNotFound."""
     values = dict(action)
     if flow := values.pop("deployment", None):
         values["deployment_id"] = (await client.read_deployment_by_name(f"{flow}/{kind}")).id
@@ -135,8 +135,7 @@ async def resolve(client: PrefectClient, action: Mapping[str, Any], kind: str) -
 
 
 async def make_automations(client: PrefectClient, kind: str) -> list[str]:
-    """Make or update the automations; those whose block is missing are left out. Returns the names of those left
-    out."""
+    """Create or update the automations. Returns the names of those left out because their block is missing."""
     left_out = []
     for entry in read_yaml("automations.yaml"):
         try:
@@ -148,20 +147,20 @@ async def make_automations(client: PrefectClient, kind: str) -> list[str]:
         found = await client.read_automations_by_name(entry["name"])
         if not found:
             await client.create_automation(wanted)
-        elif described(found[0]) != described(wanted):  # an update forgets what the automation was waiting for
+        elif described(found[0]) != described(wanted):  # an update resets what the automation waits for
             await client.update_automation(found[0].id, wanted.model_copy(update={"enabled": found[0].enabled}))
     return left_out
 
 
 def described(automation: AutomationCore) -> dict[str, Any]:
-    """What an automation is to do, without ids and without whether somebody switched it off."""
+    """What an automation does, without ids and without whether it is enabled."""
     return automation.model_dump(
         mode="json", include={"name", "description", "trigger", "actions"}, exclude={"trigger": {"id"}}
     )
 
 
 async def deploy(kind: str, gpus: int | None) -> None:
-    """Do all of it, and say what was done."""
+    """Create or update the pool, deployments and automations, and print what was done."""
     api = get_current_settings().api.url
     if api is None:
         raise UserError("no server to deploy to: set PREFECT_API_URL, or start one with: make up")

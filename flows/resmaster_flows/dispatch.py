@@ -1,14 +1,14 @@
-"""Shares the shards of a dataset among runs, and waits until they are committed.
+"""Distributes the shards of a dataset over flow runs, and waits until the shards are committed.
 
-Knows nothing about stages, stores or servers: `resmaster_flows.server_runs` brings the runs, the caller the look into
-the store.
+A run here is a flow run of `process-shards` over some shards. This module does not talk to a server or a store:
+`resmaster_flows.server_runs` starts the runs, and the caller passes a function that reads the store.
 
 Invariants:
-- A shard is finished when its commits are there, whoever made them, and missing when they are not, whatever a run's
-  state says: a run that reads Running for ever costs `stall_seconds`, not the build.
-- A shard at which `attempts` runs broke off is given up, and so is one that a run tried and could not finish: the same
-  would happen again.
-- At most `window` runs wait at a time: a worker asks for 200, and what lies behind them would starve.
+- A shard is finished when its commits exist, whichever run made them, and missing when they do not. The state of a run
+  does not matter: a run that stays Running for ever delays the build by `stall_seconds`, but does not block it.
+- A shard is given up after `attempts` runs have broken off at it. A shard that a run tried and could not finish is
+  given up at once, because the next run would fail the same way.
+- At most `window` runs wait at a time. A worker fetches at most 200 waiting runs, so runs behind those would starve.
 """
 
 from __future__ import annotations
@@ -30,32 +30,33 @@ from resmaster_stages.config.dataset import DispatchConfig
 from resmaster_stages.progress import emit
 
 FRUITLESS_RUNS = 10
-"""So many runs in a row that ended without a commit end the dispatch: something is wrong with all of them."""
+"""The dispatch ends after this many runs in a row without a commit, because all runs seem to have the same fault."""
 
 OUTAGE_LOOKS = 40
-"""So many looks in a row may find server or store out of reach (ten minutes at the default `poll_seconds`)."""
+"""The dispatch ends after this many failed looks at server or store in a row: after 10 to 20 minutes at the default
+`poll_seconds`, because a failed look waits once or twice."""
 
 Shards = tuple[int, ...]
 
 
 class Stopped(Exception):
-    """The build was cancelled while it waited."""
+    """Raised when the build is cancelled while it waits."""
 
 
 class Runs(Protocol):
-    """What the dispatch asks of a server."""
+    """What the dispatch needs from a server."""
 
     def submit(self, shards: Shards, attempt: int) -> tuple[UUID, str]:
-        """Start a run over the shards, or find the one that was started so. Its id and name."""
+        """Start a run over the shards, or find the run that was already started for this attempt. Returns id, name."""
 
     def states(self, runs: Collection[UUID]) -> Mapping[UUID, State]:
-        """The states of runs; deleted ones are absent. Raises Stopped if the build itself was cancelled."""
+        """Run -> state. Deleted runs are absent. Raises Stopped if the build itself was cancelled."""
 
     def cancel(self, runs: Collection[UUID]) -> None:
         """Cancel those of the runs that have not ended."""
 
     def give_up(self, run: UUID, reason: str) -> None:
-        """Mark a run of which nobody hears any more as crashed."""
+        """Mark a run that no longer makes progress as crashed."""
 
 
 @dataclass
@@ -65,16 +66,16 @@ class Child:
     name: str
     shards: Shards
     lacking: int
-    """Commits that its shards lacked when it was submitted."""
+    """Commits that its shards lacked when the run was submitted."""
     left: int
-    """Commits that they lacked at the last look."""
+    """Commits that its shards lacked at the last look."""
     heard: float
-    """When it last committed something, or was still waiting: seconds of a monotonic clock."""
+    """When the run last committed something or was still waiting, in seconds of a monotonic clock."""
     waiting: bool = True
 
 
 class Dispatch:
-    """The state of one dispatch: batches of shards that are due, runs under way, and why shards were not finished."""
+    """The state of one dispatch: batches of shards to submit, active runs, and the error of each unfinished shard."""
 
     def __init__(
         self, runs: Runs, config: DispatchConfig, shards: Iterable[int], clock: Callable[[], float] = time.monotonic
@@ -91,11 +92,14 @@ class Dispatch:
 
     @property
     def waiting(self) -> list[UUID]:
-        """The runs that no worker has begun."""
+        """The runs that no worker has started."""
         return [run for run, child in self.active.items() if child.waiting]
 
     def settle(self, states: Mapping[UUID, State], todo: Mapping[int, int]) -> None:
-        """Take note of `states` and of `todo` (shard -> commits that it lacks), which must be the later look."""
+        """Update the dispatch from the runs' `states` and from `todo` (shard -> commits that the shard lacks).
+
+        `todo` must have been read after `states`.
+        """
         for run, child in list(self.active.items()):
             state = states.get(run)
             unfinished = [shard for shard in child.shards if shard in todo]
@@ -116,9 +120,10 @@ class Dispatch:
                 self._again(unfinished)
 
     def _again(self, unfinished: list[int]) -> None:
-        """Runs go through their shards in order: the first one left is where it broke off, and may be the reason.
+        """Schedule the unfinished shards of a run that broke off.
 
-        So that one gets a run of its own, if any, and the others do not share its fate.
+        A run goes through its shards in order, so it broke off at the first unfinished shard, which may be the cause.
+        That shard gets a run of its own, so that the other shards do not fail with it.
         """
         suspect, others = unfinished[:1], unfinished[1:]
         if others:
@@ -129,7 +134,7 @@ class Dispatch:
                 self.due.append((shard,))
 
     def top_up(self, todo: Mapping[int, int]) -> None:
-        """Submit what is due, as far as the window allows."""
+        """Submit due batches, as far as the window allows."""
         if self._fruitless >= FRUITLESS_RUNS:
             reason = f"not tried: the last {self._fruitless} runs ended without a commit"
             self.errors = {**{shard: reason for batch in self.due for shard in batch}, **self.errors}
@@ -143,7 +148,7 @@ class Dispatch:
                 self.active[run] = Child(name, shards, lacking, lacking, self._clock())
                 emit(RunSubmitted(str(run), name))
                 room -= 1
-            self.due.popleft()  # only now: a server out of reach is asked again at the next look
+            self.due.popleft()  # last: if `submit` raised, the batch stays due
 
 
 def dispatch(
@@ -155,10 +160,10 @@ def dispatch(
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[int, str]:
-    """Have every shard of `todo` done by runs. Returns the shards that are missing in the end, and why.
+    """Have runs process every shard of `todo`. Returns shard -> reason, for the shards that are missing at the end.
 
-    todo: shard -> commits that it lacks. `look` asks the store for the same again; finished shards are absent.
-    Raises Stopped if the build was cancelled, the server's or the store's own error if they stay out of reach.
+    todo: shard -> commits that the shard lacks. look: reads the same from the store again; finished shards are absent.
+    Raises Stopped if the build was cancelled, and the server's or store's own error if it stays out of reach.
     """
     total, out_of_reach = len(todo), 0
     state = Dispatch(runs, config, todo, clock)
@@ -169,7 +174,7 @@ def dispatch(
                 running = len(state.active) - len(state.waiting)
                 emit(Dispatched(total - len(todo), total, running, len(state.waiting)))
                 sleep(config.poll_seconds)
-                states = runs.states(state.active.keys())  # before the commits: those of an ended run must be seen
+                states = runs.states(state.active.keys())  # before `look`: it must see the commits of an ended run
                 todo = look()
                 state.settle(states, todo)
                 out_of_reach = 0
@@ -187,7 +192,7 @@ def dispatch(
 
 
 def spell_state(state: State | None) -> str:
-    """A run's last state in one line."""
+    """The last state of a run in one line."""
     if state is None:
         return "deleted"
     message = " ".join((state.message or "").split())

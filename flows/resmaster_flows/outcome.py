@@ -1,8 +1,7 @@
-"""What a flow run ended with when some shards were not finished: a failed state of its own name, with the result
-inside.
+"""The final state of a flow run that could not finish some shards: a failed state named `Incomplete` with the result.
 
-The name tells a run that tried all its shards and could not finish some (the same would happen again) from one that
-broke off, in Prefect's UI as to the dispatcher.
+The name lets Prefect's UI and the dispatcher distinguish a run that tried all its shards and could not finish some (it
+would fail the same way again) from a run that broke off.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ from prefect.client.schemas.objects import State
 from prefect.states import Failed
 
 INCOMPLETE = "Incomplete"
-"""Name of the state."""
+"""The name of the state."""
 
 
 def incomplete(message: str, result: Any) -> State[Any]:
-    """The state that a flow returns in place of `result` when shards are left over."""
+    """The state that a flow returns instead of `result` when some shards are unfinished."""
     return Failed(name=INCOMPLETE, message=message, data=result)
 
 
 def outcome(state: State[Any]) -> Any:
-    """The result of a flow that was called with `return_state=True`, complete or not. What it raised is raised."""
+    """The result of a flow that was called with `return_state=True`, complete or not. Re-raises the flow's error."""
     return state.result(raise_on_failure=state.name != INCOMPLETE)

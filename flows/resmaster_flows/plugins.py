@@ -1,4 +1,4 @@
-"""Modules of a user's own that register methods, base models, metrics or stages (docs/extending.md)."""
+"""Imports a user's own modules, which register methods, base models, metrics or stages (docs/extending.md)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ VARIABLE = "RESMASTER_PLUGINS"
 
 
 def load_plugins() -> None:
-    """Import the modules that the environment names, separated by commas. Every process that runs flows does so.
+    """Import the modules named in the environment variable `VARIABLE`, separated by commas.
 
-    Raises UserError for a module that cannot be imported.
+    Every process that runs flows calls this function. Raises UserError for a module that cannot be imported.
     """
     for name in filter(None, map(str.strip, os.environ.get(VARIABLE, "").split(","))):
         try:

@@ -1,8 +1,8 @@
-"""Flow `process-shards`: one process, one device; for each shard, for each stage, one task.
+"""Flow `process-shards`: in one process on one device, one task run per shard and stage.
 
 Invariants:
-- A shard that fails does not stop the others; the flow fails at the end and says which.
-- A lost GPU or a wrong configuration ends the flow at once: every other shard would end the same way.
+- A shard that fails does not stop the other shards. At the end the flow run fails and lists the failed shards.
+- A lost GPU or a wrong configuration ends the flow run at once, because every other shard would fail the same way.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from resmaster_tasks.stages import stage_task
 load_plugins()
 
 NAME_CHARACTERS = 60
-"""So long may the list of shards in a run's name be."""
+"""Maximum length of the list of shards in a run's name."""
 
 
 def run_name(dataset_url: str, shards: Sequence[int], stages: Sequence[str] | None = None) -> str:
-    """`demo: shards 0-7`, or `demo: captions,quality of shards 0-7`: dataset, stages and shards of a run."""
+    """The name of a run: `demo: shards 0-7`, or `demo: captions,quality of shards 0-7` if stages are chosen."""
     chosen = f"{','.join(stages)} of " if stages is not None else ""
     spelled = spell_shards(shards)
     if len(spelled) > NAME_CHARACTERS:
@@ -50,16 +50,16 @@ def _own_run_name() -> str:
 def process_shards(
     dataset_url: str, shards: list[int], stages: list[str] | None = None, retries: Retries | None = None
 ) -> dict[str, str] | State[dict[str, str]]:
-    """Run every stage over the shards; committed ones return at once.
+    """Run every stage over the shards. A stage that is already committed returns at once.
 
     Args:
-        dataset_url: folder or URL of the dataset (the one that holds config.json).
+        dataset_url: folder or URL of the dataset (the folder that holds config.json).
         shards: shard numbers, as in the plan.
         stages: only these stages, in pipeline order; default: all that the dataset needs.
-        retries: stage -> shard -> number of the attempt that its failed samples are to get.
+        retries: stage -> shard -> number of the attempt that the shard's failed samples are to get.
 
-    Returns the first error of each failed shard by its number; with any, the run ends as `Incomplete`. Raises GpuLost
-    and ConfigError at once.
+    Returns shard number -> first error, for each failed shard. If there are failed shards, the flow run ends as
+    `Incomplete`. Raises GpuLost and ConfigError at once.
     """
     dataset = open_dataset(dataset_url)
     chosen = [stage for stage in dataset.hashes if stages is None or stage in stages]
@@ -84,12 +84,12 @@ def process_shards(
 
 
 def failures(errors: dict[str, Any]) -> str:
-    """The message of a run that could not finish some shards."""
+    """The message of a flow run that could not finish some shards."""
     first = next(iter(errors.values()))
     return f"shards {spell_shards(int(shard) for shard in errors)} not finished; first: {first}"
 
 
 def describe(error: Exception) -> str:
-    """An error in one line, with its class: what a table of failures can hold."""
+    """An error with its class, in one line."""
     text = one_line(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

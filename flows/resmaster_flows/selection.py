@@ -1,4 +1,4 @@
-"""How people write down shards and stages: `1,4-7` and `captions,quality`. Knows nothing about datasets."""
+"""Parses and spells lists of shards and stages as users write them: `1,4-7` and `captions,quality`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Runs of the deployment `process-shards` on a Prefect server: submitted, watched and cancelled in bulk.
+"""Submits, watches and cancels flow runs of the deployment `process-shards` on a Prefect server.
 
-Knows nothing about shards' states: that is `resmaster_flows.dispatch`'s.
+This module does not track which shards are finished: `resmaster_flows.dispatch` does.
 """
 
 from __future__ import annotations
@@ -31,26 +31,27 @@ from resmaster_stages.keys import digest
 
 FLOW = "process-shards"
 REPAIR_QUEUE = "gpu-repair"
-"""Work queue of repairs: workers empty it before that of builds."""
+"""Work queue of repairs. Workers take runs from this queue before runs from the queue of builds."""
 
 TEMPORARY_SERVER_STARTS = 3
 
 PAGE = 200
-"""Runs per answer of the server."""
+"""Runs per request to the server."""
 BULK = 50
-"""Runs whose state one request may set."""
+"""Runs whose state one request sets at most."""
 
 
 def on_workers(config: DispatchConfig) -> bool:
-    """Whether the work goes to workers: by the configuration, else if a server is configured."""
+    """Whether workers do the work: if the configuration says so, or with `auto` if a server is configured."""
     return config.where == "workers" or (config.where == "auto" and get_current_settings().api.url is not None)
 
 
 def start_temporary_server() -> None:
-    """Start the server that Prefect would start by itself at the first flow run, with more patience.
+    """Start the temporary server that Prefect would start at the first flow run, but try several times.
 
-    Prefect (3.8) gives up if the first answer takes 5 s, as on a busy machine. The next server finds a database that is
-    made already. Raises ConnectionError, and UserError where Prefect's settings allow no temporary server.
+    Prefect (3.8) gives up if the first answer takes 5 s, which happens on a busy machine. The second server starts
+    faster, because the first has created the database. Raises ConnectionError if no server answers, and UserError if
+    Prefect's settings allow no temporary server.
     """
     if not get_current_settings().server.ephemeral.enabled:
         raise UserError(
@@ -72,7 +73,7 @@ def start_temporary_server() -> None:
 
 
 def require_answer() -> None:
-    """Raises UserError if a server is configured that does not answer."""
+    """Raise UserError if a server is configured but does not answer."""
     api = get_current_settings().api.url
     if api is not None and (error := get_client(sync_client=True).api_healthcheck()) is not None:
         raise UserError(f"{api}: no answer ({error}); start the server, or unset PREFECT_API_URL to do without one")
@@ -80,9 +81,9 @@ def require_answer() -> None:
 
 @contextmanager
 def server_within_reach() -> Iterator[None]:
-    """Within the block there is a server: a temporary one, or the configured one.
+    """Provide a server within the block: the configured server, or else a temporary one.
 
-    One that is lost is a ConnectionError.
+    Raises ConnectionError if the configured server is lost within the block.
     """
     api = get_current_settings().api.url
     if api is None:
@@ -98,7 +99,7 @@ def server_within_reach() -> Iterator[None]:
 
 
 class ServerRuns:
-    """The runs of one build, within its flow run."""
+    """The runs of one build. Implements `dispatch.Runs`; must be created inside the build's flow run."""
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class ServerRuns:
         retries: Retries | None = None,
         queue: str | None = None,
     ) -> None:
-        """`queue`: work queue, default: the deployment's. Raises UserError if there is no server or no deployment."""
+        """queue: work queue; default: the deployment's. Raises UserError if server or deployment does not exist."""
         api = get_current_settings().api.url
         if api is None:
             raise UserError("dispatch.where is workers, but no server is configured: set PREFECT_API_URL (make up)")
@@ -129,9 +130,9 @@ class ServerRuns:
         self._build_count: int = own_run.run_count
 
     def submit(self, shards: Shards, attempt: int) -> tuple[UUID, str]:
-        """As of `Runs`.
+        """Start a run, as `Runs.submit` describes.
 
-        The key makes a request that is sent twice find the same run; a retried build starts new ones.
+        The idempotency key makes a request that is sent twice return the same run. A retried build starts new runs.
         """
         retries = part_of(self._retries, shards)
         batch = digest({"stages": self._stages, "shards": shards, "retries": retries})
@@ -153,7 +154,7 @@ class ServerRuns:
         return run.id, run.name
 
     def states(self, runs: Collection[UUID]) -> Mapping[UUID, State]:
-        """As of `Runs`: one request per 200 runs, the build itself among them."""
+        """The states of runs, as `Runs.states` describes. Takes one request per 200 runs, with the build's own run."""
         with get_client(sync_client=True) as client:
             found = {run.id: run.state for run in _read(client, [self._build, *runs]) if run.state is not None}
         own = found.pop(self._build, None)
@@ -162,18 +163,18 @@ class ServerRuns:
         return found
 
     def cancel(self, runs: Collection[UUID]) -> None:
-        """As of `Runs`."""
+        """Cancel those of the runs that have not ended."""
         with get_client(sync_client=True) as client:
             _cancel(client, _read(client, list(runs)))
 
     def give_up(self, run: UUID, reason: str) -> None:
-        """As of `Runs`."""
+        """Mark a run that no longer makes progress as crashed."""
         with get_client(sync_client=True) as client:
             client.set_flow_run_state(run, Crashed(message=reason), force=True)
 
 
 def cancel_children(flow: object, flow_run: FlowRun, state: State) -> None:
-    """Hook of a build: cancelling it cancels what it started, and what that started."""
+    """Prefect's cancellation hook of a build: cancels the runs that the build started, and their children."""
     with get_client(sync_client=True) as client:
         parents = [flow_run.id]
         while parents:
@@ -196,8 +197,10 @@ def _read(client: SyncPrefectClient, ids: Sequence[UUID]) -> list[FlowRun]:
 
 
 def _cancel(client: SyncPrefectClient, runs: Iterable[FlowRun]) -> None:
-    """Runs at work are cancelled by the worker that hears of it, those that wait at once. In bulk: Ctrl-C leaves
-    seconds."""
+    """Cancel runs in bulk, because Ctrl-C leaves only seconds.
+
+    Waiting runs become Cancelled at once. Runs at work become Cancelling, and their worker ends them.
+    """
     begun: list[FlowRun] = []
     waiting: list[FlowRun] = []
     for run in runs:

@@ -1,1 +1,1 @@
-"""What a user writes."""
+"""The configuration of a dataset, as a user writes it."""

@@ -1,11 +1,10 @@
-"""What a user writes: frozen pydantic models, one docstring per field. The hash of a stage's part is the stage's
-identity.
+"""The configuration of a dataset and its parts, as frozen pydantic models with one docstring per field.
 
-This module loads no model and touches no storage.
+This module loads no model and does not access storage.
 
 Invariants:
-- `identity()` of a part is what changes a result; the hash of a stage (`dataset.stages`) is made of it.
-- Operational fields (batch size, device, offload, concurrency) are marked as such and are not in it.
+- `identity()` of a part holds the fields that change a result. The hash of a stage (`dataset.stages`) is made from it.
+- Operational fields (batch size, device, offload, concurrency) are marked as such and are not in `identity()`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.config.part import Operational, Part
 
 LONGEST_NAME = 100
-"""Characters of a dataset's name at most."""
+"""Maximum length of a dataset's name, in characters."""
 
 
 class LowResConfig(Part):
@@ -39,23 +38,24 @@ class LowResConfig(Part):
     guidance_scale: float = Field(default=5.0, ge=1)
     """Classifier-free guidance scale."""
     negative_prompt: str = ""
-    """Used for prompts that bring none of their own."""
+    """Used for prompts that have no negative prompt of their own."""
     batch_size: int = Operational(8, ge=1)
     """Prompts per UNet call."""
 
 
 class CaptionCheckConfig(Part):
-    """The check of captions: one that CLIP finds wrong for its patch gives way to that of a neighbouring patch."""
+    """The check of captions: a caption that does not fit its patch, by CLIP, is replaced by a neighbour's caption."""
 
     enabled: bool = True
-    """Off: captions are used as they were written. Without a CLIP model there is no check either."""
+    """Off: captions are used as they were written. Without a CLIP model there is no check either way."""
     clip: str | None = None
-    """CLIP model that judges: `picturebook`, a hub id or folder. null: that of `quality.clip`; name one here to change
-    the metric without making captions anew."""
+    """CLIP model that checks captions: `picturebook`, a hub id or folder. null: the model in `quality.clip`. With a
+    model here, `quality.clip` can change without making captions anew."""
     clip_revision: str | None = None
-    """Commit or tag at the hub, of the model in `clip`."""
+    """Commit or tag, at the hub, of the model in `clip`."""
     margin: float = Field(default=3.0, ge=0, le=100)
-    """A neighbour's caption takes over if it fits by more than this, in points of the CLIP score (0 to 100)."""
+    """A neighbour's caption replaces the patch's own if it fits better by more than this, in points of the CLIP score
+    (0 to 100)."""
 
     @model_validator(mode="after")
     def _revision_of_something(self) -> CaptionCheckConfig:
@@ -70,69 +70,71 @@ class CaptionsConfig(Part):
     """Stage 3: one caption per patch (ResMaster's enhanced text prompts)."""
 
     source: Literal["model", "server", "prompt"] = "model"
-    """`model`: a local captioner; `server`: an OpenAI-compatible server; `prompt`: no captioner, the global prompt
-    everywhere."""
+    """`model`: a local captioner; `server`: an OpenAI-compatible server; `prompt`: no captioner, every view gets the
+    global prompt."""
     model: str = "picturebook"
     """Captioner: `picturebook`, a hub id or folder of a Transformers image-text-to-text model, or the server's model
     name."""
     revision: str | None = None
     """Commit or tag at the hub."""
     grid: Literal["views", "tiles"] = "views"
-    """`views`: a caption for every view (the paper); `tiles`: for non-overlapping tiles, each view takes its nearest
-    (cheaper)."""
+    """`views`: a caption for every view (the paper); `tiles`: a caption for every non-overlapping tile, and each view
+    takes the caption of the nearest tile (cheaper)."""
     instruction: str = (
         "Describe this image patch in detail in one sentence of at most 60 words, most salient first. "
         "Name only what is visible."
     )
-    """What the captioner is asked; models that take no instruction ignore it."""
+    """The instruction to the captioner. Models that take no instruction ignore it."""
     max_new_tokens: int = Field(default=75, ge=4, le=512)
-    """Length limit of a caption."""
+    """Maximum length of a caption, in the captioner's tokens."""
     style: str = ""
-    """Appended to each caption, e.g. `oil painting`: patch captions otherwise lose the global style."""
+    """Text appended to each caption, e.g. `oil painting`, because patch captions otherwise lose the global style."""
     min_detail: float = Field(default=0.0, ge=0)
-    """Patches whose luminance varies less than this (standard deviation, 0 to 255) fall back to the global prompt."""
+    """Patches whose luminance varies less than this (standard deviation, 0 to 255) get the global prompt."""
     check: CaptionCheckConfig = CaptionCheckConfig()
-    """Captions are checked before they are used."""
+    """The check of captions before they are used."""
     base_url: str | None = Operational(None)
     """Address of the OpenAI-compatible server, e.g. `http://127.0.0.1:8000/v1`; its key comes from OPENAI_API_KEY."""
     batch_size: int = Operational(16, ge=1)
     """Patches per captioner call."""
 
     def identity(self) -> dict[str, Any]:
-        """As of every part, without the check: whether there is one is the dataset's to say
-        (`DatasetConfig.caption_clip`)."""
+        """The fields that change the result, without `check`: the CLIP model that checks may be that of the part
+        `quality`, so `DatasetConfig.caption_clip` decides about the check."""
         values = super().identity()
         del values["check"]
         return values
 
 
 class QualityConfig(Part):
-    """Stage 5: metrics per image. Flags never delete."""
+    """Stage 5: metrics and flags per image. Flags never delete an image."""
 
     clip: str | None = "picturebook"
-    """CLIP model for the CLIP score and the check of captions: `picturebook`, a hub id or folder, or null for none."""
+    """CLIP model for the CLIP score and the check of captions: `picturebook`, a hub id or folder; null: no model."""
     clip_revision: str | None = None
     """Commit or tag at the hub."""
     min_agreement_psnr: float = 18.0
-    """Below this PSNR (dB) of the down-scaled result against the low-res image, a sample is flagged `structure`."""
+    """Least PSNR (dB) of the down-scaled result against the low-res image. A sample below it is flagged `structure`."""
     max_seam: float = 1.5
-    """Above this ratio of gradients on view borders to gradients elsewhere, a sample is flagged `seam`."""
+    """Largest ratio of gradients on view borders to gradients elsewhere. A sample above it is flagged `seam`."""
     max_seam_worst: float = 6.0
-    """Above this step (grey levels) along the worst stretch of a view border, a sample is flagged `border`."""
+    """Largest step (grey levels) along the worst stretch of a view border. A sample above it is flagged `border`."""
     max_lost_worst: float = 1.2
-    """Above this mean loss of contours (Oklab times 100 per px) in the worst window, a sample is flagged `lost`."""
+    """Largest mean loss of contours (Oklab times 100 per px) in the worst window. A sample above it is flagged
+    `lost`."""
     max_added_worst: float = 1.5
-    """Above this mean gain of contours (Oklab times 100 per px) in the worst window, a sample is flagged `added`."""
+    """Largest mean gain of contours (Oklab times 100 per px) in the worst window. A sample above it is flagged
+    `added`."""
     max_colour_worst: float = 7.0
-    """Above this difference of colour (Oklab times 100) in the worst place, a sample is flagged `colour`."""
+    """Largest difference of colour (Oklab times 100) in the worst place. A sample above it is flagged `colour`."""
     max_clipped: float = 0.25
-    """Above this share of pure black or white pixels, a sample is flagged `clipped`."""
+    """Largest share of pure black or white pixels. A sample above it is flagged `clipped`."""
     features: Literal["none", "clip", "inception", "picturebook"] = "none"
-    """Keep feature vectors of every image and of 10 crops, for FID and KID of any subset: of the CLIP model above, of
-    the Inception network of 2015 (needs the extra `inception`), or of the embedded pack's classifier (for its own
-    world)."""
+    """Stores feature vectors of every image and of 10 crops, for FID and KID of any subset. `clip`: of the model in
+    `clip`; `inception`: of the Inception network of 2015 (needs the extra `inception`); `picturebook`: of the embedded
+    pack's classifier (only for its own world)."""
     device: str = Operational("auto")
-    """Where the metrics are computed, and the check of captions."""
+    """Device on which metrics are computed and captions are checked."""
 
     @model_validator(mode="after")
     def _features_have_a_model(self) -> QualityConfig:
@@ -141,7 +143,7 @@ class QualityConfig(Part):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """The fields that change the result. Without features it is what it was before there were any."""
+        """The fields that change the result. `features: none` is left out, so older datasets keep their identity."""
         values = super().identity()
         if self.features == "none":
             del values["features"]
@@ -149,62 +151,62 @@ class QualityConfig(Part):
 
 
 class DispatchConfig(Part):
-    """How a build shares its shards among workers. Changes no result."""
+    """How a build distributes its shards over workers. These keys change no result."""
 
     where: Literal["auto", "here", "workers", "dask", "ray"] = Operational("auto")
-    """`workers`: runs of the deployment `process-shards`, on any number of machines; `here`: one after the other in the
-    build's own process; `auto`: workers if a Prefect server is configured (PREFECT_API_URL); `dask` or `ray`: on a
-    cluster that is there already (DASK_SCHEDULER_ADDRESS, RAY_ADDRESS; needs the extra of that name)."""
+    """`workers`: runs of the deployment `process-shards`, on any number of machines; `here`: shards one after the other
+    in the build's own process; `auto`: `workers` if a Prefect server is configured (PREFECT_API_URL), else `here`;
+    `dask` or `ray`: on an existing cluster (DASK_SCHEDULER_ADDRESS, RAY_ADDRESS; needs the extra of that name)."""
     deployment: str | None = Operational(None)
-    """Name of the deployment of `process-shards`; default: that of the build's own deployment, else `process`."""
+    """Name of the deployment of `process-shards`; default: the name of the build's own deployment, else `process`."""
     shards_per_run: int = Operational(8, ge=1, le=1000)
-    """Shards per run. Starting a run and loading its models takes about half a minute: aim at runs of an hour or
+    """Shards per run. Starting a run and loading its models takes about half a minute, so a run should take an hour or
     more."""
     window: int = Operational(100, ge=1, le=199)
-    """Runs that may wait for a worker at a time; a worker asks for 200 at most."""
+    """Maximum number of runs that wait for a worker. A worker fetches at most 200 waiting runs."""
     attempts: int = Operational(3, ge=1, le=20)
-    """How many runs may break off at a shard before it is given up."""
+    """A shard is given up after this many runs have broken off at it."""
     poll_seconds: float = Operational(15.0, gt=0)
-    """Time between looks at commits and runs: one listing per stage and one request."""
+    """Time between two looks at commits and runs. A look takes one listing per stage and one request."""
     stall_seconds: float = Operational(7200.0, gt=0)
-    """A run that commits nothing for so long is given up, and its shards are dispatched anew: more than a shard's
-    slowest stage takes."""
+    """A run that commits nothing for this time is given up, and its shards are dispatched again. Must be longer than
+    the slowest stage of a shard takes."""
 
 
 class DatasetConfig(Part):
-    """A dataset: where it lives, what goes in, and what each stage does."""
+    """A dataset: its place, its input, and the settings of each stage."""
 
     name: str
-    """The dataset's folder under the root: letters, digits, dash, underscore."""
+    """Name of the dataset's folder under the root: letters, digits, dash, underscore."""
     root: str = Operational("out")
-    """A folder or an fsspec URL such as `s3://bucket/prefix`."""
+    """A folder, or an fsspec URL such as `s3://bucket/prefix`."""
     prompts: str | None = Operational(None)
-    """File of prompts: .txt (one per line), .csv, .jsonl or .parquet; relative to the configuration file. Columns:
-    `prompt`, and if you like `negative_prompt` and `detail_mask` (an image file in the same folder; see
+    """File of prompts: .txt (one per line), .csv, .jsonl or .parquet. The path is relative to the configuration file.
+    Columns: `prompt`, and optionally `negative_prompt` and `detail_mask` (an image file in the same folder; see
     `alpha_elsewhere` of method freescale)."""
     images: str | None = Operational(None)
     """Your own low-res images instead of generated ones: a folder, or WebDataset shards (.tar, or a folder of them)."""
     limit: int | None = Operational(None, ge=1)
-    """Take only the first N prompts or images."""
+    """Use only the first N prompts or images."""
     allow_overwriting_store: bool = Operational(False)
-    """Build on a store that lets two writers both win (`resmaster doctor` finds out). Run one process at a time
-    then."""
+    """Allow a build on a store that lets two writers create the same name (`resmaster doctor` tests this). On such a
+    store, run only one process at a time."""
     seed: int = Field(default=0, ge=0)
-    """Base seed; every sample's seeds derive from it and the sample's key."""
+    """Base seed. The seeds of a sample are derived from the base seed and the sample's key."""
     replicas: int = Field(default=1, ge=1)
     """Images per prompt."""
     samples_per_shard: int = Field(default=64, ge=1, le=100_000)
     """Samples per WebDataset shard."""
     image_format: Literal["webp", "png"] = "webp"
-    """File format in the tars. Low-res images are always lossless."""
+    """File format of images in the tars. Low-res images are always lossless."""
     webp_quality: int = Field(default=95, ge=1, le=100)
-    """Quality of high-res WebP; 100 is lossless."""
+    """WebP quality of high-res images; 100 is lossless."""
     max_failure_ratio: float = Field(default=0.02, ge=0, le=1)
-    """A shard with a greater share of failed samples is not committed. One failure is always tolerated."""
+    """A shard with a greater share of failed samples is not committed. One failed sample is always tolerated."""
     spill_seconds: float | None = Operational(5.0, ge=0)
-    """A killed run loses at most this much work, and the two samples (or batches) that are just computed and encoded:
-    finished samples of a shard that is not committed yet are kept in `cache/` whenever they took that long. null: none
-    are kept."""
+    """Finished samples of an uncommitted shard are saved in `cache/` whenever they took at least this long. So a killed
+    run loses at most this much work, and the two samples (or batches) that are being computed and encoded. null: no
+    samples are saved."""
     model: ModelConfig = ModelConfig()
     """The base diffusion model."""
     low_res: LowResConfig = LowResConfig()
@@ -216,7 +218,7 @@ class DatasetConfig(Part):
     quality: QualityConfig = QualityConfig()
     """Stage 5."""
     dispatch: DispatchConfig = DispatchConfig()
-    """How the work is shared among workers."""
+    """How the work is distributed over workers."""
 
     @field_validator("name")
     @classmethod
@@ -234,7 +236,7 @@ class DatasetConfig(Part):
         return self
 
     def caption_clip(self) -> tuple[str, str | None] | None:
-        """The CLIP model that checks captions and its revision; None where captions are not checked."""
+        """The CLIP model that checks captions, and its revision. None if captions are not checked."""
         check = self.captions.check
         if self.captions.source == "prompt" or not check.enabled:
             return None
@@ -243,7 +245,7 @@ class DatasetConfig(Part):
         return None if self.quality.clip is None else (self.quality.clip, self.quality.clip_revision)
 
     def plan_identity(self) -> dict[str, Any]:
-        """What fixes keys and their order in shards; may not change under a dataset that exists."""
+        """The fields that fix the keys and their order in shards. They may not change in an existing dataset."""
         return {
             "name": self.name,
             "seed": self.seed,

@@ -1,4 +1,4 @@
-"""Reads a configuration from a file or a mapping; a mistake is one line that names the key at fault."""
+"""Reads a configuration from a file or a mapping. A mistake is a ConfigError: one line that names the key at fault."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from resmaster_stages.errors import ConfigError
 
 
 def _explain(error: ValidationError, values: dict[str, Any], source: str) -> str:
-    """The first mistake of a configuration, in one line."""
+    """The first mistake in a configuration, as one line."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"]) or "the file"
     if first["type"] == "extra_forbidden":
@@ -33,7 +33,7 @@ def _explain(error: ValidationError, values: dict[str, Any], source: str) -> str
 
 
 def type_at(location: tuple[Any, ...], values: Any) -> type[Part] | None:
-    """The part of the configuration `values` at a path such as ("upscale", "structure"), or None."""
+    """The class of the part of configuration `values` at a path such as ("upscale", "structure"), or None."""
     part: type[Part] = DatasetConfig
     for name in location:
         field = part.model_fields.get(str(name))
@@ -49,7 +49,7 @@ def type_at(location: tuple[Any, ...], values: Any) -> type[Part] | None:
 
 
 def parse_config(values: Any, source: str = "configuration") -> DatasetConfig:
-    """`values` (a mapping) as a configuration. Raises ConfigError with one line that names the key at fault."""
+    """Convert `values` (a mapping) to a configuration. Raises ConfigError with one line that names the key at fault."""
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: expected a mapping of keys to values, found {type(values).__name__}")
     try:
@@ -59,9 +59,9 @@ def parse_config(values: Any, source: str = "configuration") -> DatasetConfig:
 
 
 def load_config(path: str | Path, **overrides: Any) -> DatasetConfig:
-    """Read a YAML (or JSON) configuration file. Relative `prompts` and `images` paths in it are relative to the file.
+    """Read a YAML (or JSON) configuration file. Relative paths in its `prompts` and `images` are relative to the file.
 
-    Overrides that are None are ignored; they replace top-level keys, and their paths are relative to the current
+    Overrides replace top-level keys. Overrides that are None are ignored. Their paths are relative to the current
     folder.
     """
     path = Path(path)

@@ -1,10 +1,10 @@
-"""The base of all upscaling methods as a user writes them, and the table of methods by name.
+"""The base class of all upscaling methods' settings, and the table of methods by name.
 
-A method is one file in `resmaster_stages/methods`: a class with the method's settings as fields, which are all the keys
-that a configuration may give for it. `upscale: {method: demofusion, cosine_scale_1: 3}` is read as the class of that
-name.
+A method is one file in `resmaster_stages/methods`: a class whose fields are the method's settings. These are all keys
+that a configuration may give for the method. `upscale: {method: demofusion, cosine_scale_1: 3}` becomes an instance of
+the class registered as `demofusion`.
 
-Knows no method by name but the default one: the table is filled by `register`, which anybody may call.
+This module names only the default method. The other methods call `register`, and modules from outside may too.
 """
 
 from __future__ import annotations
@@ -21,50 +21,53 @@ from resmaster_stages.config.part import Part, drop_defaults
 from resmaster_stages.errors import ConfigError
 
 DEFAULT = "resmaster"
-"""The method of a configuration that names none."""
+"""The method of a configuration without the key `method`."""
 
 Source = Literal["reference", "captions", "image_prompt", "detail_mask"]
-"""What a method may read beside the prompt: the low-res image, a caption per view, an image prompt per view (which
-needs an IP-Adapter), and a mask of where more detail is drawn."""
+"""What a method may read besides the prompt: the low-res image, a caption per view, an image prompt per view (which
+needs an IP-Adapter), or a mask of where more detail is drawn."""
 
 
 def OnlyWith(other: str, value: str, default: Any, **kwargs: Any) -> Any:
-    """A field that is read only where the field `other` has `value`. It may not be set elsewhere, and a preset's value
-    of it goes where the user gave `other` another value."""
+    """A field that is read only if the field `other` has `value`.
+
+    With another value of `other`, the field may not be set, and a preset's value for the field is dropped.
+    """
     return Field(default=default, json_schema_extra={"only_with": [other, value]}, **kwargs)
 
 
 class Method(Part):
     """Stage 4: low-res image + captions -> high-res image.
 
-    Validates to the class of the method that the values name. A concrete method narrows `method` to a Literal and is
-    given to `register`.
+    Validation returns an instance of the class of the method that the values name. A concrete method narrows `method`
+    to a Literal and is passed to `register`.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
-    """Name -> fields. `default`: what we recommend, and what an absent preset means. `faithful`: the authors' published
-    settings. `exact`: every row is computed that `default` leaves out (docs/speed.md)."""
+    """Name -> fields. `default`: recommended settings, used if no preset is given. `faithful`: the settings that the
+    authors published. `exact`: also computes the rows that `default` leaves out (docs/speed.md)."""
     base_model: ClassVar[bool] = False
     """Whether the result depends on the base model."""
     reads: ClassVar[tuple[Source, ...]] = ()
-    """What the result may depend on; `uses` says whether it does as the fields are set."""
+    """What the result may depend on. `uses` says whether it does with the current fields."""
     switches: ClassVar[Mapping[str, str]] = {}
-    """Short name -> a field whose `enabled` it switches, for `resmaster compare` (`resmaster+sg`, `resmaster-etp`)."""
+    """Short name -> field whose `enabled` it switches, for `resmaster compare` (`resmaster+sg`, `resmaster-etp`)."""
     with_detail_mask: ClassVar[Mapping[str, Any]] = {}
-    """Of methods that read a detail mask: an example of fields with which they do."""
+    """For methods that read a detail mask: an example of fields with which the mask is read."""
 
     method: str
     """Name of the method."""
     preset: str = Field(default="default", json_schema_extra={"operational": True})
-    """Where fields that are not given come from: default, faithful (what the method's authors published) or exact (the
-    work that the default leaves out is done)."""
+    """Values of the fields that are not given: `default`, `faithful` (the settings that the method's authors published)
+    or `exact` (computes also what `default` leaves out)."""
     scale: float = Field(default=4.0, ge=1, le=64)
-    """Target size over low-res size. Generated images must come out at a multiple of the latent factor (8)."""
+    """Target size divided by low-res size. The target size of generated images must be a multiple of the latent factor
+    (8)."""
 
     @model_validator(mode="wrap")
     @classmethod
     def _expand_preset(cls, values: Any, make: ModelWrapValidatorHandler[Self]) -> Any:
-        """The preset's fields count as not set, so that they go where the method or the preset changes."""
+        """Fill in the preset's fields. They count as not set, so they do not stay if method or preset changes."""
         if not isinstance(values, dict):
             return make(values)
         if not cls._concrete():
@@ -97,7 +100,7 @@ class Method(Part):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """With the method's name as title, for forms, and the names of its presets."""
+        """The JSON schema, with the method's name as title and the names of its presets, as forms need them."""
         made = handler(schema)
         inner = handler.resolve_ref_schema(made)
         if cls._concrete():
@@ -113,7 +116,7 @@ class Method(Part):
 
     @classmethod
     def _ties(cls) -> dict[str, tuple[str, str]]:
-        """Field -> the field and its value beside which alone the first is read."""
+        """Field made by `OnlyWith` -> (other field, value that the other field must have)."""
         extras: dict[str, Any] = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
         return {
             name: extra["only_with"]
@@ -126,7 +129,8 @@ class Method(Part):
         return what in self.reads
 
     def require_detail_mask(self, what: str) -> None:
-        """Raises ConfigError, saying `what` brings a detail mask, unless the result depends on it."""
+        """Raise ConfigError unless the result depends on a detail mask. `what`: beginning of the message, such as
+        "sample x has"."""
         if self.uses("detail_mask"):
             return
         readers = {name: each.with_detail_mask for name, each in methods().items() if "detail_mask" in each.reads}
@@ -140,25 +144,28 @@ class Method(Part):
         )
 
     def way(self) -> tuple[Self, ...]:
-        """The finished images on the way, the last one included: each one's scale is that over the one before."""
+        """The settings of each enlargement on the way to the target, the last included.
+
+        The scale of each is relative to the image before.
+        """
         return (self,)
 
     @property
     def view_stride(self) -> float:
-        """Distance of neighbouring views, as a fraction of the window. Methods without views are looked at as if they
-        had some: seams are measured at the same places for all."""
+        """Distance of neighbouring views, as a fraction of the window. Methods without views have a value too, so that
+        seams are measured at the same places for all methods."""
         return 0.5
 
     def weights(self) -> str | None:
-        """Name of the exact weights of the method's own network; None where it has none. Raises ConfigError."""
+        """Name of the exact weights of the method's own network; None if it has no network. Raises ConfigError."""
         return None
 
     def label(self) -> str:
-        """The method as reports name it."""
+        """The name of the method in reports."""
         return self.method
 
     def facts(self) -> dict[str, Any]:
-        """What reports say of the settings."""
+        """Label -> value: the settings as reports show them."""
         return {}
 
 
@@ -167,7 +174,7 @@ _METHODS: dict[str, type[Method]] = {}
 
 
 def register(method: type[M]) -> type[M]:
-    """Make `method` known under the name that is the default of its field `method`. Raises ValueError."""
+    """Register `method` under the default of its field `method`. Raises ValueError."""
     name = method.model_fields["method"].default
     if not isinstance(name, str):
         raise ValueError(f'{method.__name__}: has no name; write method: Literal["my_method"] = "my_method"')
@@ -178,14 +185,13 @@ def register(method: type[M]) -> type[M]:
 
 
 def methods() -> Mapping[str, type[Method]]:
-    """All methods by name: those of `resmaster_stages.methods`, then those that were registered from outside."""
-    import_module("resmaster_stages.methods")  # by name: that room stands above this one
+    """All methods by name: those of `resmaster_stages.methods`, then those registered from outside."""
+    import_module("resmaster_stages.methods")  # by name, because that package may not be imported from here
     return _METHODS
 
 
 class _Alternatives:
-    """Writes the methods that there are, when it is asked, into a JSON schema; in place, where forms look for
-    alternatives."""
+    """Writes the methods that are registered at the time of the call into a JSON schema, as `anyOf` for forms."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         default_first = sorted(methods().values(), key=lambda method: method is not methods()[DEFAULT])
@@ -209,8 +215,11 @@ def method_class(name: Any) -> type[Method]:
 
 
 def with_method(values: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """What was set for one method, for another one: what both read in common (fields of a base class of both), without
-    a preset that the other has not, and without what is read only beside a value that a preset gave."""
+    """Convert `values`, which were set for one method, to values for `method`.
+
+    Kept are fields that both methods have from a common base class. Dropped are a preset that `method` does not have,
+    and `OnlyWith` fields whose other field is not set explicitly.
+    """
     before = values.get("method", DEFAULT)
     known = methods()
     if method == before:
@@ -232,5 +241,5 @@ def with_method(values: Mapping[str, Any], method: str) -> dict[str, Any]:
 
 
 def _defined_in(method: type[Method], name: str) -> type | None:
-    """The lowest class that has the field."""
+    """The most basic class that defines the field."""
     return next((base for base in reversed(method.__mro__) if name in get_annotations(base)), None)

@@ -1,4 +1,4 @@
-"""The base model of a dataset: which weights, from where, onto which device."""
+"""The part `model` of a configuration: the base model's weights, their source, and the device."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ SDXL: dict[str, Any] = {
 
 
 class IpAdapterConfig(Part):
-    """Where the IP-Adapter and its image encoder come from."""
+    """The source of the IP-Adapter and its image encoder."""
 
     id: str
     """Hub id or folder, e.g. `h94/IP-Adapter`."""
     subfolder: str = ""
-    """Folder of the adapter's weights inside it, e.g. `sdxl_models`."""
+    """Folder of the adapter's weights inside the repository or folder `id`, e.g. `sdxl_models`."""
     weight_name: str
     """File of the adapter's weights, e.g. `ip-adapter_sdxl_vit-h.safetensors`."""
     image_encoder_folder: str = "image_encoder"
-    """Folder of the CLIP image encoder inside it, e.g. `models/image_encoder`."""
+    """Folder of the CLIP image encoder inside the repository or folder `id`, e.g. `models/image_encoder`."""
     revision: str | None = None
     """Commit or tag at the hub."""
 
@@ -40,31 +40,31 @@ class ModelConfig(Part):
     id: str = "picturebook"
     """`picturebook` (the embedded pack), a hub id such as `stabilityai/stable-diffusion-xl-base-1.0`, or a folder."""
     revision: str | None = None
-    """Commit or tag at the hub. Name one: it is part of the dataset's identity."""
+    """Commit or tag at the hub. It should be given, because it is part of the dataset's identity."""
     variant: str | None = None
     """Weight variant, e.g. `fp16`."""
     vae: str | None = None
-    """Another VAE by hub id or folder, e.g. `madebyollin/sdxl-vae-fp16-fix`."""
+    """Hub id or folder of another VAE, e.g. `madebyollin/sdxl-vae-fp16-fix`."""
     ip_adapter: IpAdapterConfig | None = None
-    """Image prompts. The picturebook pack brings its own adapter and needs nothing here."""
+    """The adapter for image prompts. The picturebook pack has its own adapter and needs no entry here."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`auto`: float16 on CUDA, float32 elsewhere. Beside `bfloat16` the VAE stays in float32."""
+    """`auto`: float16 on CUDA, float32 elsewhere. With `bfloat16` the VAE stays in float32."""
     device: str = Operational("auto")
     """`auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`, `mps`."""
     offload: Literal["none", "model"] = Operational("none")
-    """`model`: keep only the part at work on the GPU; slower, needs less memory."""
+    """`model`: only the model part at work is on the GPU. This is slower and needs less GPU memory."""
     compile: Literal["auto", "blocks", "off"] = Operational("auto")
-    """`blocks`: the UNet's transformer blocks are compiled at first use (about a minute), each shape once; where a
-    method changes them, they run as they are. `auto`: on CUDA."""
+    """`blocks`: the UNet's transformer blocks are compiled at first use, once for each shape (about a minute). Blocks
+    that a method changes run uncompiled. `auto`: `blocks` on CUDA, `off` elsewhere."""
     exactness: Literal["bytes", "fast"] = Operational("bytes")
-    """`bytes`: a re-run on the same kind of machine gives the same bytes. `fast`: cuDNN chooses convolutions by a race,
-    so bytes may differ by rounding. Commit records say which."""
+    """`bytes`: a re-run on the same kind of machine gives the same bytes. `fast`: cuDNN chooses convolutions by timing
+    them, so bytes may differ by rounding. Commit records hold this value."""
     quantise: Literal["none", "fp8"] = "none"
-    """`fp8`: the UNet's large linear layers compute in 8 bits, on CUDA from compute capability 8.9 on, compiled. Needs
-    the extra `fp8`."""
+    """`fp8`: the UNet's large linear layers compute in 8 bits and are compiled. Needs CUDA with compute capability 8.9
+    or higher, and the extra `fp8`."""
 
     def identity(self) -> dict[str, Any]:
-        """As of every part; without quantising it is what it was before there was any."""
+        """The fields that change the result. `quantise: none` is left out, so older datasets keep their identity."""
         values = super().identity()
         if self.quantise == "none":
             del values["quantise"]

@@ -1,4 +1,4 @@
-"""The base of all parts of a configuration: frozen, strict, and able to say which of its fields change a result."""
+"""The base class of all parts of a configuration: frozen, strict, and aware of which fields change a result."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from resmaster_stages.redaction import holds_credentials
 
 
 def Operational(default: Any, **kwargs: Any) -> Any:
-    """A field that changes how fast or where a result is computed, but not the result: left out of `identity()`."""
+    """A field that changes how fast or where a result is computed, but not the result. `identity()` leaves it out."""
     return Field(default=default, json_schema_extra={"operational": True}, **kwargs)
 
 
 def drop_defaults(properties: dict[str, Any], presets: Iterable[Mapping[str, Any]]) -> None:
-    """Takes the defaults of fields that a preset sets out of a JSON schema: forms send defaults along, and those would
-    win."""
+    """Remove from a JSON schema the defaults of fields that some preset sets. Forms send defaults along as values, and
+    such a value would override the preset."""
     for name in {name for preset in presets for name in preset}:
         properties[name].pop("default", None)
 
 
 def offer_preset(presets: Mapping[str, Mapping[str, Any]], text: str) -> Callable[[dict[str, Any]], None]:
-    """Adds the key `preset`, which is expanded before validation, to a part's JSON schema: forms are made from it."""
+    """Return a function that adds the key `preset` to a part's JSON schema, for forms. The key is no field of the part,
+    because it is expanded before validation."""
 
     def add(schema: dict[str, Any]) -> None:
         drop_defaults(schema["properties"], presets.values())
@@ -43,7 +44,7 @@ def offer_preset(presets: Mapping[str, Mapping[str, Any]], text: str) -> Callabl
 
 
 class Part(BaseModel):
-    """Base of all parts: frozen, no unknown keys, field docstrings become descriptions."""
+    """Base of all parts: frozen, without unknown keys. The docstrings of fields become their descriptions."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), hide_input_in_errors=True

@@ -1,4 +1,4 @@
-"""Structural guidance as a user writes it: settings that several methods have, and that the canvas engine reads."""
+"""The part `structure` of a configuration: structural guidance. Several methods have it; the canvas engine reads it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ STRUCTURE_PRESETS: dict[str, dict[str, Any]] = {
     "paper_early": {"cutoff": 0.8, "cutoff_units": "hr_nyquist", "stop": 0.6},
     "lr_nyquist": {"cutoff": 0.8, "cutoff_units": "lr_nyquist", "stop": 1.0},
 }
-"""Readings of the paper's cutoff (`structure: {preset: paper}`); explicit fields beside a preset win. The default is
-`paper_early`, by measurement (docs/evaluation-results.md)."""
+"""Readings of the paper's cutoff (`structure: {preset: paper}`). Explicit fields beside a preset win. The default is
+`paper_early`, chosen by measurement (docs/evaluation-results.md)."""
 
 
 class StructureConfig(Part):
-    """Structural guidance (ResMaster eq. 5 to 7): low frequencies of each predicted x0 come from the reference."""
+    """Structural guidance (ResMaster eq. 5 to 7): swaps the low frequencies of each predicted x0 for those of the
+    reference."""
 
     model_config = ConfigDict(
         json_schema_extra=offer_preset(STRUCTURE_PRESETS, "A reading of the paper's cutoff; other fields win.")
@@ -31,14 +32,14 @@ class StructureConfig(Part):
     cutoff: float = Field(default=0.8, gt=0)
     """Standard deviation of the Gaussian low-pass filter, in `cutoff_units`. The paper says 0.8."""
     cutoff_units: Literal["lr_nyquist", "hr_nyquist"] = "hr_nyquist"
-    """Nyquist frequency of the low-res reference (the same image at any scale) or of the canvas (the paper's literal
-    wording)."""
+    """The unit of `cutoff`: the Nyquist frequency of the low-res reference (the filter then passes the same image
+    content at any scale) or of the canvas (the paper's literal wording)."""
     start: float = Field(default=0.0, ge=0, le=1)
     """Fraction of the steps after which the swap begins."""
     stop: float = Field(default=0.6, ge=0, le=1)
-    """Fraction of the steps after which the swap ends: the last ones, left free, draw the detail."""
+    """Fraction of the steps after which the swap ends. The steps after it are free to draw detail."""
     weight: Literal["constant", "linear_decay"] = "constant"
-    """`linear_decay`: the swap fades from 1 to 0 over its steps."""
+    """`linear_decay`: the weight of the swap falls from 1 to 0 over its steps."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,1 +1,1 @@
-"""The contract of a dataset: layout, stages, schemas, plan, commits, reading, samples."""
+"""The data contract: layout of a dataset, table of stages, schemas, plan, commits, reading, samples."""

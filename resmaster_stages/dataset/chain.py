@@ -1,7 +1,7 @@
-"""What is committed of a shard, stage by stage, and so what is still to do in it.
+"""Reads the commits of a shard, stage by stage, and tells which stages are still due.
 
-A sample that failed in a stage is lost to the stages after it. Where it becomes good in a later attempt, these stages
-are due again: each goes on from its own earlier attempt with the samples that it did not get then.
+A sample that failed in a stage is lost to the stages after it. If the sample becomes good in a later attempt, those
+stages are due again: each continues from its own earlier attempt, with the samples that it did not get then.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import Dataset
 
 CHUNK_SHARDS = 500
-"""Shards whose records are read, in parallel where the store can, and held at a time."""
+"""Number of shards whose records are read and held at a time. Records are read in parallel if the store allows it."""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The records of one shard that count."""
+    """The valid commit records of one shard, one per stage."""
 
     receipts: Mapping[str, Receipt | None]
-    """Stage -> its record, None where there is none; in pipeline order."""
+    """Stage -> its record, or None; in pipeline order."""
 
     @property
     def complete(self) -> bool:
@@ -30,13 +30,13 @@ class Chain:
 
     @property
     def committed(self) -> dict[str, Receipt]:
-        """Stage -> its record, of the stages that have one."""
+        """Stage -> its record, for the stages that have one."""
         return {stage: receipt for stage, receipt in self.receipts.items() if receipt}
 
     def lost(self, stage: str | None = None) -> frozenset[str]:
-        """The samples that some stage before `stage` does not hold, as it or one before it lost them.
+        """The samples that failed in a stage before `stage`, or that such a stage did not get.
 
-        Without `stage`: those that some stage at all does not hold.
+        Without `stage`: the same for all stages.
         """
         names = list(self.receipts)
         before = names[: names.index(stage)] if stage else names
@@ -44,9 +44,8 @@ class Chain:
         return frozenset(key for receipt in found for key in (*receipt.failed_keys, *receipt.lost_keys))
 
     def due(self, stage: str, number: int = 1) -> bool:
-        """Whether `stage` has something to do.
-
-        That is a first attempt, one up to `number`, or samples that it did not get before.
+        """Whether `stage` has something to do: it has no commit, its last attempt is below `number`, or other samples
+        are lost upstream than at its last attempt.
         """
         receipt = self.receipts[stage]
         return receipt is None or receipt.number < number or frozenset(receipt.lost_keys) != self.lost(stage)
@@ -55,9 +54,9 @@ class Chain:
 def read_chain(
     dataset: Dataset, shard: int, last: str | None = None, known: Mapping[str, Receipt] | None = None
 ) -> Chain:
-    """One shard's records up to the stage `last`; those that are `known` are not read.
+    """The records of one shard up to the stage `last`. Records in `known` are not read again.
 
-    Raises ShardError if one is damaged.
+    Raises ShardError if a record is damaged.
     """
     receipts: dict[str, Receipt | None] = {}
     for stage in dataset.hashes:
@@ -68,9 +67,9 @@ def read_chain(
 
 
 def read_chains(dataset: Dataset, shards: Sequence[int]) -> Iterator[tuple[int, Chain]]:
-    """(shard, its records) of `shards`, in order. Raises ShardError if a record is damaged.
+    """Yield (shard, its records) for `shards`, in order. Raises ShardError if a record is damaged.
 
-    Records are read `CHUNK_SHARDS` at a time: memory does not grow with them.
+    Records are read for `CHUNK_SHARDS` shards at a time, so memory does not grow with their number.
     """
     numbers = {stage: dataset.commits(stage).numbers() for stage in dataset.hashes}
     for chunk in chunks(shards):
@@ -83,5 +82,5 @@ def read_chains(dataset: Dataset, shards: Sequence[int]) -> Iterator[tuple[int, 
 
 
 def chunks(shards: Sequence[int]) -> Iterator[Sequence[int]]:
-    """`shards` in pieces whose records are read at once."""
+    """`shards` in pieces of `CHUNK_SHARDS`."""
     return (shards[start : start + CHUNK_SHARDS] for start in range(0, len(shards), CHUNK_SHARDS))

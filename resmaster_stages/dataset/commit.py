@@ -1,6 +1,6 @@
-"""What a commit record says, and whether the objects that it names are as it says. `commits` has the protocol.
+"""The content of a commit record (`Receipt`), and the check of stored objects against it.
 
-Knows nothing about what is inside the objects.
+The protocol of commits is in `commits`. This module does not look inside the objects.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from resmaster_stages.storage.filesystem import Folder, sha256_of
 
 
 def describe(name: str, path: Path) -> StoredObject:
-    """A local file as the object `name`."""
+    """The record of a local file that is to become the object `name`."""
     return StoredObject(name, sha256_of(path), path.stat().st_size)
 
 
 def new_attempt() -> str:
-    """A fresh attempt id: 8 hex digits, random."""
+    """A new random attempt id (8 hex digits)."""
     return uuid.uuid4().hex[:8]
 
 
 @dataclass(frozen=True)
 class StoredObject:
-    """A file in the dataset's folder that never changes."""
+    """An immutable file in the dataset's folder."""
 
     name: str
     sha256: str
@@ -37,7 +37,7 @@ class StoredObject:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a commit record says."""
+    """The content of a commit record."""
 
     stage: str
     stage_hash: str
@@ -48,29 +48,27 @@ class Receipt:
     samples_ok: int
     samples_failed: int
     failed_keys: tuple[str, ...]
-    """Samples that failed in this stage; the ledger says why."""
+    """Samples that failed in this stage. The ledger says why."""
     keys_digest: str
     """sha256 of the keys that succeeded, in order."""
     upstream: dict[str, str]
-    """Upstream stage -> its attempt."""
+    """Upstream stage -> attempt that was read."""
     objects: tuple[StoredObject, ...] = ()
     ledger: str | None = None
     """Name of the error ledger of this attempt."""
     seconds: float = 0.0
-    """Time to compute, of all attempts together."""
+    """Compute time of all attempts together."""
     finished_at: str = ""
     """UTC, ISO 8601."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Volatile facts: versions, host, device."""
     number: int = 1
-    """Which attempt at the shard it is: 1, 2, ...; the highest counts."""
+    """Number of the attempt at the shard: 1, 2, ...; the highest counts."""
     lost_keys: tuple[str, ...] = ()
-    """Planned samples that it did not get, because a stage before had lost them."""
+    """Planned samples that this attempt did not get, because an earlier stage does not hold them."""
     images: tuple[str, ...] = ()
-    """Tars: where each sample's image lies (`shards.spell_image`), in order.
-
-    So nobody needs to walk the tar to find one.
-    """
+    """For tars: the place of each sample's image (`shards.spell_image`), in order, so that readers need not walk the
+    tar."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -85,7 +83,7 @@ class Receipt:
 
 
 def discard(folder: Folder, names: Sequence[str]) -> None:
-    """Delete files of an attempt that lost. What cannot be deleted stays behind unseen."""
+    """Delete the files of an attempt that lost. Files that cannot be deleted stay; no record names them."""
     for name in names:
         try:
             folder.remove(name)
@@ -94,11 +92,11 @@ def discard(folder: Folder, names: Sequence[str]) -> None:
 
 
 PIECE_BYTES = 1 << 20
-"""How much of an object is read at a time."""
+"""Size of the pieces in which an object is read."""
 
 
 def difference(folder: Folder, stored: StoredObject) -> Literal["gone", "cut off", "changed"] | None:
-    """What is wrong with an object; None if it is as recorded."""
+    """How an object differs from its record; None if it is as recorded."""
     whole, size = hashlib.sha256(), 0
     try:
         for piece in folder.chunks(stored.name, PIECE_BYTES):

@@ -1,16 +1,16 @@
-"""The commit records of one stage under one configuration, and the marks of damage beside them.
+"""The commit records of one stage under one configuration, and the damage marks beside them.
 
 The protocol: produce locally, validate, upload under attempt-unique names, then ONE conditional create of the record.
-Readers follow records; what no record names does not exist for them.
+Readers follow records and ignore every object that no record names.
 
-A record `000123.json` makes a shard's first attempt visible. An attempt at the samples that failed in it starts from
-what it made and becomes visible by a record of its own, `000123.2.json`; the highest number counts.
+A record `000123.json` makes a shard's first attempt visible. A later attempt at its failed samples starts from the
+outputs of the first one, and becomes visible by a record of its own, `000123.2.json`. The highest number counts.
 
 Invariants:
-- A record is created by exactly one writer and never changed; it names all its objects with sha256 and size.
-- Numbers have no gaps, so of two writers that go on from the same attempt one wins.
-- A loser deletes its own objects only, which no record names; while it is unknown who won, nothing is deleted.
-- A mark of damage is taken away only by whoever found every object as recorded.
+- A record is created by exactly one writer and never changed. It names all its objects with sha256 and size.
+- Numbers have no gaps, so of two writers that continue the same attempt, one wins.
+- A loser deletes only its own objects, which no record names. While the winner is unknown, nothing is deleted.
+- A damage mark is removed only when every object is as recorded again, or together with the shard's records.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from resmaster_stages.storage.filesystem import Folder
 
 @dataclass(frozen=True)
 class Commits:
-    """What is committed of one stage."""
+    """The commits of one stage under one configuration."""
 
     folder: Folder
     stage: str
     stage_hash: str
 
     def read(self, shard: int) -> Receipt | None:
-        """The record that counts, or None. Raises ShardError if it is damaged."""
+        """The record of the last attempt, which counts, or None. Raises ShardError if it is damaged."""
         receipt = self.attempt(shard, 1)
-        # There is another attempt only where something was lost: mostly one read is enough.
+        # There is a later attempt only if samples failed or were lost, so that one read is mostly enough.
         while receipt and (receipt.failed_keys or receipt.lost_keys):
             later = self.attempt(shard, receipt.number + 1)
             if later is None:
@@ -54,7 +54,7 @@ class Commits:
             return None
 
     def numbers(self) -> dict[int, int]:
-        """Shard -> number of the attempt that counts, for all that are committed, from one listing."""
+        """Shard -> number of the attempt that counts, for all committed shards, from one listing."""
         numbers: dict[int, int] = {}
         for name in self.folder.names(layout.commit_folder(self.stage, self.stage_hash)):
             if place := layout.attempt_of(name):
@@ -63,20 +63,20 @@ class Commits:
         return numbers
 
     def read_many(self, numbers: Mapping[int, int]) -> dict[int, Receipt]:
-        """Shard -> record of that attempt, for those that are there. Raises ShardError if one is damaged."""
+        """Shard -> record of its attempt in `numbers`. Missing records are absent. Raises ShardError for damage."""
         names = [self._name(shard, number) for shard, number in numbers.items()]
         found = (self._parsed(name, data) for name, data in self.folder.read_many(names).items())
         return {receipt.shard: receipt for receipt in found}
 
     def read_all(self) -> dict[int, Receipt]:
-        """Shard -> the record that counts, for all that are committed. Raises ShardError if one is damaged."""
+        """Shard -> the record that counts, for all committed shards. Raises ShardError if one is damaged."""
         return self.read_many(self.numbers())
 
     def create(self, receipt: Receipt, files: Sequence[tuple[str, Path]], ledger: bytes | None = None) -> Receipt:
         """Upload `files` (name in the dataset, validated local file) and make them visible by `receipt`.
 
-        `ledger` is the content of this attempt's error ledger, if samples failed.
-        Returns the receipt that counts: this one, or that of the writer who was faster.
+        ledger: content of this attempt's error ledger, if samples failed.
+        Returns the receipt that counts: this one, or that of a faster writer.
         """
         stored = tuple(describe(name, path) for name, path in files)
         ledger_name = layout.ledger(self.stage, receipt.shard, receipt.attempt) if ledger is not None else None
@@ -104,7 +104,7 @@ class Commits:
                 discard(self.folder, own)
             return winner
         except Exception:
-            # The store may have kept the record although its answer got lost.
+            # The store may have stored the record although its answer was lost.
             winner = self.attempt(receipt.shard, receipt.number)
             if winner is None or winner.attempt != receipt.attempt:
                 raise
@@ -112,34 +112,34 @@ class Commits:
         return receipt
 
     def drop(self, shards: Collection[int]) -> None:
-        """Delete the records and marks of these shards: they will be made anew."""
+        """Delete the records and damage marks of these shards, so that they are made anew."""
         names = self.folder.names(layout.commit_folder(self.stage, self.stage_hash)) if shards else []
         places = [(place, name) for name in names if (place := layout.attempt_of(name)) and place[0] in shards]
-        for _, name in sorted(places, reverse=True):  # a later attempt goes before the one that it started from
+        for _, name in sorted(places, reverse=True):  # later attempts first
             self.folder.remove(name)
         for shard in shards:
             self.unmark(shard)
 
     def mark(self, shard: int, objects: Iterable[str]) -> None:
-        """Note that these objects of a committed shard are damaged; replaces an earlier note."""
+        """Mark these objects of a committed shard as damaged. Replaces an earlier mark."""
         text = json.dumps({"objects": sorted(objects)}, indent=1) + "\n"
         self.folder.write(layout.damage(self.stage, self.stage_hash, shard), text.encode())
 
     def unmark(self, shard: int) -> None:
-        """The shard is whole again."""
+        """Remove the damage mark of a shard."""
         self.folder.remove(layout.damage(self.stage, self.stage_hash, shard))
 
     def is_marked(self, shard: int) -> bool:
-        """Whether damage of the shard is known."""
+        """Whether the shard is marked as damaged."""
         try:
-            # One request; S3 takes two for `exists`.
+            # Reading takes one request; `exists` takes two on S3.
             self.folder.read(layout.damage(self.stage, self.stage_hash, shard))
         except FileNotFoundError:
             return False
         return True
 
     def marked(self) -> list[int]:
-        """The shards of which damage is known, from one listing."""
+        """The shards that are marked as damaged, from one listing."""
         names = self.folder.names(layout.damage_folder(self.stage, self.stage_hash))
         return sorted(shard for name in names if (shard := layout.number_of(name)) is not None)
 
@@ -164,17 +164,17 @@ class Commits:
 
 @dataclass(frozen=True)
 class Record:
-    """A commit record as it lies in a dataset."""
+    """A commit record as it is stored in a dataset."""
 
     name: str
     receipt: Receipt | None
-    """None if it cannot be read."""
+    """The record's content; None if it cannot be read."""
     successor: str | None
-    """Name of the record of the next attempt, if there is one: then nobody reads this one's objects any more."""
+    """Name of the record of the next attempt, or None. If there is one, readers do not use this record's objects."""
 
 
 def all_records(folder: Folder) -> Iterator[Record]:
-    """Every commit record there is, of every attempt and configuration."""
+    """Every commit record in a dataset, of every attempt and configuration."""
     for group in folder.names(layout.COMMITS):
         places = {place: name for name in folder.names(group) if (place := layout.attempt_of(name))}
         later = {name: places.get((shard, number + 1)) for (shard, number), name in places.items()}

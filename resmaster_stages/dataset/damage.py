@@ -1,8 +1,8 @@
-"""Gives up what cannot be mended: deletes commit records, so that their shards are made anew.
+"""Deletes the commit records of damaged shards that cannot be mended, so that the shards are made anew.
 
-A commit record never changes, so damage to what it names is noted beside it (`Commits.mark`). A marked shard counts as
-pending: it is made again, and what comes out with the recorded sha256 is put back under its old name. These are the
-other two ways out.
+A commit record never changes, so damage to its objects is noted beside it (`Commits.mark`). A marked shard counts as
+pending. Usually it is mended: it is computed again, and objects with the recorded sha256 are put back under their old
+names (`runner.mend`). This module has the two other ways.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from resmaster_stages.errors import ShardError
 
 
 def drop_unreadable_records(dataset: Dataset) -> None:
-    """Delete the records of marked shards where one cannot be read, and what was made from them.
+    """Delete the records of each marked shard that has an unreadable record, in that stage and all later stages.
 
-    They name nothing any more. Later stages go too, because another attempt may lose other samples.
+    Unreadable records name no objects. Later stages are deleted too, because a new attempt may lose other samples.
     """
     for stage in dataset.hashes:
         commits = dataset.commits(stage)
@@ -32,7 +32,7 @@ def drop_unreadable_records(dataset: Dataset) -> None:
 
 
 def give_up_damaged(dataset: Dataset, shards: Collection[int] | None = None) -> None:
-    """Delete the records of damaged shards, from the damaged stage on: they will be made anew, with new bytes."""
+    """Delete the records of damaged shards, from the damaged stage on, so that they are made anew with new bytes."""
     for stage in dataset.hashes:
         marked = dataset.commits(stage).marked()
         _drop_from(dataset, stage, {shard for shard in marked if shards is None or shard in shards})
@@ -40,5 +40,5 @@ def give_up_damaged(dataset: Dataset, shards: Collection[int] | None = None) -> 
 
 def _drop_from(dataset: Dataset, first: str, shards: set[int]) -> None:
     stages = list(dataset.hashes)
-    for stage in reversed(stages[stages.index(first) :] if shards else []):  # what was made from it goes first
+    for stage in reversed(stages[stages.index(first) :] if shards else []):  # later stages first
         dataset.commits(stage).drop(shards)

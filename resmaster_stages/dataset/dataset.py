@@ -1,9 +1,11 @@
-"""A dataset's folder and configuration, and what stages see of its samples. Loads no model, knows no file of a stage.
+"""Creates, finds and opens datasets: a dataset is a folder with a configuration, a plan and commits.
+
+This module loads no model and reads no objects of stages.
 
 Invariants:
-- `config.json` is written once. What fixes keys and their order may never change; the configuration of stages may, and
-  each change is appended as `configs/0001.json`, `configs/0002.json`, ...; the last one counts.
-- No credential is ever written: configurations that hold one are refused, and what slips through is cut out of URLs.
+- `config.json` is written once. The fields that fix keys and their order never change. The configuration of stages may
+  change: each change is appended as `configs/0001.json`, `configs/0002.json`, ..., and the last one counts.
+- No credential is ever written. A configuration that holds one is refused, and any that remain are cut out of URLs.
 """
 
 from __future__ import annotations
@@ -27,36 +29,36 @@ from resmaster_stages.storage.filesystem import Folder, open_root
 from resmaster_stages.storage.probe import require_one_winner
 
 RACES = 20
-"""How often an append that another process won is tried again with the next number."""
+"""How often an append is tried again with the next number after another process has won."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset that exists: where it is, and its current configuration."""
+    """An existing dataset: its folder and its current configuration."""
 
     folder: Folder
     config: DatasetConfig
 
     @property
     def url(self) -> str:
-        """Folder or URL; `open_dataset` takes it."""
+        """The dataset's folder or URL, as `open_dataset` takes it."""
         return self.folder.url
 
     @cached_property
     def hashes(self) -> dict[str, str]:
-        """The stages that it needs, in pipeline order -> the identity of their results."""
+        """Stage -> identity of its result, for the stages that the dataset needs, in pipeline order."""
         return stage_hashes(self.config)
 
     @cached_property
     def plan(self) -> Plan:
-        """Its samples, as planned when it is first asked for: generations never change.
+        """The plan of the samples, read at the first use and then kept.
 
         Raises PlanError if there is no plan.
         """
         return read_plan(self.folder)
 
     def commits(self, stage: str) -> Commits:
-        """What is committed of a stage. Raises PlanError for a stage that it does not need."""
+        """The commits of a stage. Raises PlanError for a stage that the dataset does not need."""
         if stage not in self.hashes:
             raise PlanError(
                 f"{self.url}: this configuration needs no stage {stage!r}; it needs {', '.join(self.hashes)}"
@@ -65,12 +67,12 @@ class Dataset:
 
 
 def create_or_open(config: DatasetConfig, found: Dataset | None = None) -> Dataset:
-    """The dataset that `config` names, made if it is not there yet.
+    """The dataset that `config` names. It is created if it does not exist.
 
-    found: what `find_dataset` gave; where `config` changes nothing in it, nothing is read again.
+    found: the result of `find_dataset`, if known. If `config` changes nothing in it, it is returned without reading.
 
-    Raises ConfigError if it contradicts what is there, UserError if the root cannot be used, or if its store lets two
-    writers both win and the configuration does not allow that.
+    Raises ConfigError if `config` contradicts the existing dataset. Raises UserError if the root cannot be used, or if
+    its store lets two writers create the same name and the configuration does not allow that.
     """
     root = open_root(config.root)
     folder = root.sub(config.name)
@@ -88,9 +90,9 @@ def create_or_open(config: DatasetConfig, found: Dataset | None = None) -> Datas
 
 
 def find_dataset(config: DatasetConfig) -> Dataset | None:
-    """The dataset that `config` names, with the last configuration given to it, if it exists; writes nothing.
+    """The dataset that `config` names, with its current (last) configuration, or None. Writes nothing.
 
-    Raises ConfigError if `config` contradicts what is there, UserError if the root cannot be used.
+    Raises ConfigError if `config` contradicts the existing dataset, and UserError if the root cannot be used.
     """
     folder = open_root(config.root).sub(config.name)
     with _usable(config.root):
@@ -102,9 +104,9 @@ def find_dataset(config: DatasetConfig) -> Dataset | None:
 
 
 def planned_dataset(config: DatasetConfig) -> Dataset:
-    """The dataset that `config` names, whose plan must be there; its input is not read.
+    """The dataset that `config` names, which must exist. `config` becomes its configuration; its input is not read.
 
-    Raises ConfigError if `config` contradicts what is there, PlanError if nothing is planned.
+    Raises ConfigError if `config` contradicts the existing dataset, and PlanError if the dataset does not exist.
     """
     folder = open_root(config.root).sub(config.name)
     with _usable(config.root):
@@ -114,9 +116,9 @@ def planned_dataset(config: DatasetConfig) -> Dataset:
 
 
 def open_dataset(url: str) -> Dataset:
-    """The dataset at `url`, which is its folder or a root that holds just one. Its configuration is the last one given.
+    """The dataset at `url`, with its current (last) configuration. `url`: its folder, or a root with just one dataset.
 
-    Raises ConfigError if there is none, if there are several, or if its configuration is damaged.
+    Raises ConfigError if there is no dataset, if there are several, or if its configuration is damaged.
     """
     folder = open_root(url)
     if not _has_config(folder):
@@ -134,7 +136,7 @@ def _has_config(folder: Folder) -> bool:
 
 
 def _adopt(folder: Folder, config: DatasetConfig) -> Dataset:
-    """Open what is there, recording `config` as the current configuration if it differs."""
+    """Open the existing dataset, and append `config` as its current configuration if it differs."""
     for _ in range(RACES):
         number, stored = _current(folder)
         _check_plan_identity(folder, stored, config)
@@ -161,7 +163,7 @@ def _check_plan_identity(folder: Folder, stored: DatasetConfig, config: DatasetC
 
 
 def current_config(folder: Folder) -> str:
-    """Name of the file that holds the last configuration given."""
+    """Name of the file that holds the current (last) configuration."""
     number = _current_number(folder)
     return layout.changed_config(number) if number else layout.CONFIG
 
@@ -172,7 +174,10 @@ def _current_number(folder: Folder) -> int:
 
 
 def _current(folder: Folder) -> tuple[int, DatasetConfig]:
-    """Number and content of the last configuration given. Raises ConfigError if damaged or under another name."""
+    """Number and content of the current (last) configuration.
+
+    Raises ConfigError if it is damaged, or if it names another dataset than the folder.
+    """
     number = _current_number(folder)
     name = layout.changed_config(number) if number else layout.CONFIG
     place = without_credentials(folder.url_of(name))
@@ -190,7 +195,7 @@ def _current(folder: Folder) -> tuple[int, DatasetConfig]:
 
 
 def _dump(config: DatasetConfig) -> bytes:
-    """A configuration as canonical, readable JSON without credentials."""
+    """A configuration as canonical, indented JSON without credentials."""
     values = _clean(config.model_dump(mode="json"))
     return (json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
@@ -203,7 +208,7 @@ def _clean(value: Any) -> Any:
 
 @contextmanager
 def _usable(root: str) -> Iterator[None]:
-    """At the start of a run, a root that is missing or out of reach is the user's to mend."""
+    """Turn errors about a missing or unreachable root into UserError, at the start of a run."""
     try:
         yield
     except UserError:

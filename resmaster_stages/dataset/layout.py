@@ -1,4 +1,4 @@
-"""Every path of a dataset, in this one module. Pure functions; touches no storage.
+"""Defines every path of a dataset, by pure functions. Does not access storage.
 
 Names are relative to the dataset's folder, with forward slashes:
 
@@ -16,7 +16,7 @@ Names are relative to the dataset's folder, with forward slashes:
     damaged/{stage}-{hash8}/000123.json        objects of a committed shard that are known to be gone or changed
     report/  manifest.parquet  index.json  README.md
 
-Invariant: names that different attempts may write concurrently hold the attempt, except the one that commits them.
+Invariant: names that attempts may write concurrently contain the attempt id. Only the name of a record does not.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ _LEDGER = re.compile(r"errors/[a-z_]+/(\d{6})-[0-9a-f]{8}\.parquet")
 
 
 def contact_sheet(number: int) -> str:
-    """A page of thumbnails in the report."""
+    """A contact sheet of the report."""
     return f"{REPORT}/contact-{number:03d}.png"
 
 
 def changed_config(number: int) -> str:
-    """The `number`th configuration (1, 2, ...); number 0 is `config.json`."""
+    """The `number`th changed configuration (1, 2, ...). The first configuration is `config.json`."""
     return f"{CONFIGS}/{number:04d}.json"
 
 
@@ -72,17 +72,17 @@ def plan_part(number: int, part: int, attempt: str) -> str:
 
 
 def plan_rejected(number: int, attempt: str) -> str:
-    """What the planner of a generation turned down, and why."""
+    """The inputs that the planner of a generation rejected, and why."""
     return f"{generation(number)}/rejected-{attempt}.parquet"
 
 
 def shard_object(stage: str, shard: int, attempt: str) -> str:
-    """What one attempt at a shard produced."""
+    """The main object of one attempt at a shard: a tar or a table."""
     return f"{stage}/{shard:06d}-{attempt}.{STAGES[stage].extension}"
 
 
 def features_object(stage: str, shard: int, attempt: str) -> str:
-    """The arrays that one attempt at a shard produced besides: the second object of its commit."""
+    """The feature vectors of one attempt at a shard: the second object of its commit."""
     return f"{stage}/{shard:06d}-{attempt}.features.parquet"
 
 
@@ -92,7 +92,7 @@ def ledger_folder(stage: str) -> str:
 
 
 def ledger(stage: str, shard: int, attempt: str) -> str:
-    """The samples that failed in one attempt at a shard."""
+    """The error ledger of one attempt at a shard."""
     return f"{ledger_folder(stage)}/{shard:06d}-{attempt}.parquet"
 
 
@@ -102,25 +102,25 @@ def commit_folder(stage: str, stage_hash: str) -> str:
 
 
 def namespace_of(name: str) -> tuple[str, str] | None:
-    """(stage, first 8 digits of its hash) of a folder of commit records; None for any other name."""
+    """(stage, first 8 digits of its hash) from the name of a folder of commit records; None for any other name."""
     found = _NAMESPACE.fullmatch(name)
     return (found[1], found[2]) if found else None
 
 
 def commit(stage: str, stage_hash: str, shard: int, number: int = 1) -> str:
-    """The commit record of the `number`th (1, 2, ...) attempt at a shard that was committed."""
+    """The commit record of the `number`th committed attempt (1, 2, ...) at a shard."""
     later = f".{number}" if number > 1 else ""
     return f"{commit_folder(stage, stage_hash)}/{shard:06d}{later}.json"
 
 
 def attempt_of(name: str) -> tuple[int, int] | None:
-    """(shard, number of the attempt) of a commit record's name; None for any other file."""
+    """(shard, number of the attempt) from the name of a commit record; None for any other name."""
     found = _RECORD.fullmatch(name)
     return (int(found[1]), int(found[2] or 1)) if found else None
 
 
 def damage_folder(stage: str, stage_hash: str) -> str:
-    """Folder of the marks of damage of a stage under one configuration."""
+    """Folder of the damage marks of a stage under one configuration."""
     return f"{DAMAGED}/{stage}-{stage_hash[:8]}"
 
 
@@ -130,41 +130,41 @@ def damage(stage: str, stage_hash: str, shard: int) -> str:
 
 
 def spill_folder(stage: str, stage_hash: str, shard: int) -> str:
-    """Folder of the finished samples of a shard that is not committed yet."""
+    """Folder of the spilled samples (finished samples) of a shard that is not committed yet."""
     return f"{CACHE}/{stage}-{stage_hash[:8]}-{shard:06d}"
 
 
 def spill(folder: str, key: str) -> str:
-    """A finished sample in that folder."""
+    """A spilled sample in a spill folder."""
     return f"{folder}/{key}.sample"
 
 
 def breadcrumb(stage: str, stage_hash: str, shard: int) -> str:
-    """Names the samples at work."""
+    """The breadcrumb of a shard, which names the samples at work."""
     return f"{spill_folder(stage, stage_hash, shard)}/at.json"
 
 
 def number_of(name: str) -> int | None:
-    """The number in a commit record's or changed configuration's name; None for any other file."""
+    """The number in the name of a damage mark or changed configuration; None for any other name."""
     found = _NUMBERED.fullmatch(name)
     return int(found[1]) if found else None
 
 
 def is_attempt(name: str) -> bool:
-    """Whether it is the name of an object or plan file of one attempt.
+    """Whether `name` is that of an object or plan file of one attempt.
 
-    Only a record makes those part of the dataset.
+    Only a record makes such a file part of the dataset.
     """
     found = _OBJECT.fullmatch(name)
     return (found is not None and found[1] in STAGES) or bool(_PLAN_FILE.fullmatch(name))
 
 
 def is_temporary(name: str) -> bool:
-    """Whether it is the temporary name of a file that is being written on a disk."""
+    """Whether `name` is the temporary name of a local file that is being written."""
     return bool(_TEMPORARY.fullmatch(name))
 
 
 def ledger_shard(name: str) -> int | None:
-    """The shard of a ledger file's name; None for any other file."""
+    """The shard from the name of a ledger file; None for any other name."""
     found = _LEDGER.fullmatch(name)
     return int(found[1]) if found else None

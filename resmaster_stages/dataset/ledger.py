@@ -1,6 +1,7 @@
-"""The error ledger: which sample failed in which attempt, and why. Append-only; knows nothing about retries.
+"""The error ledger: which sample failed in which attempt, and why.
 
-Invariant: a row is never changed or removed, except that an attempt that lost its commit takes its own file away.
+Invariant: the ledger is append-only. A row is never changed or removed, except that an attempt that lost its commit
+removes its own file.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ MESSAGE_CHARACTERS = 1000
 
 
 def ledger_rows(commits: Commits, shards: set[int] | None = None) -> list[dict[str, Any]]:
-    """A stage's rows under its configuration, of all shards or of some, in the form of LEDGER_SCHEMA."""
+    """The ledger rows of a stage under its configuration, of all shards or of `shards`, as in LEDGER_SCHEMA."""
     found = commits.folder.names(layout.ledger_folder(commits.stage))
     by_name = {name: layout.ledger_shard(name) for name in found}
     names = [name for name, shard in by_name.items() if shard is not None and (shards is None or shard in shards)]
@@ -36,7 +37,7 @@ def ledger_rows(commits: Commits, shards: set[int] | None = None) -> list[dict[s
 
 
 def encode_failures(commits: Commits, shard: int, attempt: str, failures: Sequence[tuple[str, Exception]]) -> bytes:
-    """The ledger file of an attempt: one row per (key, error), numbered after the failures that are there already."""
+    """The ledger file of an attempt: one row per (key, error). `attempt_number` continues the earlier failures."""
     earlier = Counter(row["key"] for row in ledger_rows(commits, {shard}))
     rows = [
         {
@@ -55,12 +56,12 @@ def encode_failures(commits: Commits, shard: int, attempt: str, failures: Sequen
 
 
 def one_line(error: Exception) -> str:
-    """An error's message on one line that may be stored, cut to a sensible length."""
+    """An error's message as one line without credentials, at most `MESSAGE_CHARACTERS` long."""
     return redaction.one_line(error)[:MESSAGE_CHARACTERS]
 
 
 def first_errors(failures: Sequence[tuple[str, Exception]]) -> str:
-    """A table of failures by class, the most frequent first: how many, the first one's key and message."""
+    """A text table of failures by class, the most frequent first: count, first key and first message."""
     counts = Counter(type(error).__name__ for _, error in failures)
     lines = [("error", "samples", "first key", "first message")]
     for name, count in counts.most_common():
@@ -71,7 +72,7 @@ def first_errors(failures: Sequence[tuple[str, Exception]]) -> str:
 
 
 def ledger_is_whole(folder: Folder, name: str) -> bool:
-    """Whether an error ledger can be read. Its record knows its name only."""
+    """Whether an error ledger can be read. Commit records hold only its name, so there is no digest to check."""
     try:
         decode_table(folder.read(name), LEDGER_SCHEMA, name)
     except (FileNotFoundError, ShardError):

@@ -1,9 +1,11 @@
-"""The plan: which samples there are, in which shard, in which order. Knows nothing about where prompts come from.
+"""The plan of a dataset: its samples, their shards and their order. Reads and appends generations of the plan.
+
+This module does not read prompts or images.
 
 Invariants:
-- A generation of the plan is immutable once its `_PLAN.json` exists; of racing planners exactly one writes it.
-- New samples append a generation with new shards. Nothing is ever moved: the last shard of a generation stays partial.
-- Shard numbers are dense from 0, indices too; a key occurs once.
+- A generation is immutable once its `_PLAN.json` exists. Of racing planners, exactly one writes that file.
+- New samples append a generation with new shards. Samples never move: the last shard of a generation may stay partial.
+- Shard numbers and indices are dense from 0. A key occurs once.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ PART_ROWS = 50_000
 
 @dataclass(frozen=True, slots=True)
 class SampleSpec:
-    """A sample that is to be made: its key and what it is made from. `height` and `width` are low-res px."""
+    """A sample to be made: its key and its inputs. `height` and `width` are in low-res px."""
 
     key: str
     prompt: str
@@ -48,7 +50,7 @@ class SampleSpec:
 
 @dataclass(frozen=True, slots=True)
 class PlannedSample(SampleSpec):
-    """A sample with its place: shard, and index through the whole dataset."""
+    """A sample with its shard and its index in the whole dataset."""
 
     shard: int = 0
     index: int = 0
@@ -61,7 +63,7 @@ class Rejected:
     source: str
     """File and line, or image."""
     text: str
-    """Its beginning."""
+    """The beginning of its text."""
     reason: str
 
     def __str__(self) -> str:
@@ -71,7 +73,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Part:
-    """One file of a generation: whole shards from `first_shard` on."""
+    """One file of a generation. It holds whole shards, from `first_shard` on."""
 
     stored: StoredObject
     first_shard: int
@@ -170,7 +172,7 @@ class Plan:
 
 
 def find_plan(folder: Folder) -> Plan:
-    """The plan of a dataset; without generations if there is none yet. Raises PlanError if damaged."""
+    """The plan of a dataset. Without a plan, the result has no generations. Raises PlanError if it is damaged."""
     generations: list[Generation] = []
     while True:
         name = layout.plan_record(len(generations))
@@ -191,10 +193,10 @@ def read_plan(folder: Folder) -> Plan:
 
 
 class GenerationWriter:
-    """Appends a generation to a plan, from samples that come one by one and whose keys must be new; holds those of one
-    file.
+    """Appends a generation to a plan, from samples that are added one by one. Their keys must be new.
 
-    Use as a context manager: if the generation is not committed in it, its files are removed.
+    Memory holds the samples of one file. Use as a context manager: if the generation is not committed within the block,
+    its files are removed.
     """
 
     def __init__(self, plan: Plan, samples_per_shard: int) -> None:
@@ -214,7 +216,7 @@ class GenerationWriter:
         discard(self._plan.folder, self._unnamed)
 
     def add(self, sample: SampleSpec) -> None:
-        """One sample more."""
+        """Add one sample."""
         shard = self._plan.shards + self.samples // self._samples_per_shard
         self._rows.append({**asdict(sample), "shard": shard, "index": self._plan.samples + self.samples})
         self.samples += 1
@@ -234,8 +236,8 @@ class GenerationWriter:
         return StoredObject(name, hashlib.sha256(data).hexdigest(), len(data))
 
     def commit(self, rejected: Sequence[Rejected], duplicates: int) -> bool:
-        """Make the samples, at least one, part of the plan. False if another planner was faster: read the plan
-        again."""
+        """Make the added samples (at least one) part of the plan. False if another planner was faster; then the plan
+        must be read again."""
         folder = self._plan.folder
         if self._rows:
             self._flush()
@@ -259,7 +261,7 @@ class GenerationWriter:
         except FileExistsError:
             winner = find_plan(folder).generations[self._number]
             if winner.parts and winner.parts[0].stored == self._parts[0].stored:
-                return True  # ours: the store answered "exists" to its own retry
+                return True  # this writer's own: the store answered "exists" to a retried request
             self._unnamed = files
             return False
         return True
@@ -267,7 +269,7 @@ class GenerationWriter:
 
 @functools.lru_cache(maxsize=2)
 def _read_part(folder: Folder, stored: StoredObject) -> pa.Table:
-    """A plan file, checked against its record."""
+    """The table in a plan file, checked against its record."""
     try:
         data = folder.read(stored.name)
     except FileNotFoundError:
@@ -278,7 +280,7 @@ def _read_part(folder: Folder, stored: StoredObject) -> pa.Table:
 
 
 def unmasked_key(sample: Sample | PlannedSample) -> str:
-    """The key that decides a prompt's image: the sample's own as it would be without a detail mask."""
+    """The key of a prompt's sample without its detail mask. The low-res image depends on this key only."""
     if sample.source is None:
         return sample.key
     return prompt_key(sample.prompt, sample.negative_prompt, sample.height, sample.width, sample.replica)

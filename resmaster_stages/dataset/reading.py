@@ -1,8 +1,6 @@
-"""Reads what is committed: a shard's samples with what the stages made of them, checked against the commit records.
+"""Reads the samples of a shard with the committed outputs of the stages.
 
-Knows nothing about how a stage computes or commits.
-
-Invariant: every object is read by its commit record and checked against its sha256.
+Invariant: objects are found by their commit record, and each is checked against the sha256 in the record.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ Rows = list[dict[str, Any]]
 
 
 class Outputs(Mapping[str, Output]):
-    """Key -> what a commit holds of a sample, byte for byte. Files are read when asked for, from a local copy."""
+    """Key -> the committed output of a sample, byte for byte. Files are read from a local copy when they are used."""
 
     def __init__(
         self,
@@ -63,27 +61,27 @@ class Outputs(Mapping[str, Output]):
         return len(self._held)
 
     def rows(self, key: str) -> Rows:
-        """A sample's rows without their key; none in a tar."""
+        """The rows of a sample without the key; empty for a tar."""
         return self._rows.get(key, [])
 
     def file(self, key: str, extension: str) -> bytes:
-        """One file of a sample in a tar."""
+        """The content of one file of a sample in a tar."""
         assert self._tar is not None
         return read_member(self._tar, self._entries[key].members[extension])
 
     def image(self, key: str) -> EncodedImage:
-        """A sample's image in a tar."""
+        """The image of a sample in a tar."""
         extension, _ = self._entries[key].image
         return EncodedImage(self.file(key, extension), extension, json.loads(self.file(key, "json")))
 
     def mask(self, key: str) -> EncodedImage | None:
-        """A sample's detail mask in a tar, if there is one beside its image."""
+        """The detail mask of a sample in a tar, or None."""
         member = self._entries[key].members.get(MASK_EXTENSION)
         return EncodedImage(self.file(key, MASK_EXTENSION), "png", {"key": member.name}) if member else None
 
 
 class ShardSamples(Sequence[Sample]):
-    """Samples of a shard in the plan's order, with what stages made of them. Images are read when asked for."""
+    """Samples of a shard in the plan's order, with the outputs of stages. Images are read when they are used."""
 
     def __init__(self, planned: Sequence[PlannedSample], outputs: Mapping[str, Outputs]) -> None:
         self.planned = planned
@@ -123,15 +121,16 @@ class ShardSamples(Sequence[Sample]):
         return [planned.key for planned in self.planned]
 
     def rows(self, stage: str, key: str) -> Rows:
-        """A sample's rows in a stage's table; none where the stage was not loaded."""
+        """The rows of a sample in a stage's table; empty if the stage was not loaded."""
         return self._outputs[stage].rows(key) if stage in self._outputs else []
 
 
 @contextmanager
 def shard_samples(dataset: Dataset, shard: int, stages: Sequence[str]) -> Iterator[ShardSamples]:
-    """The samples of a shard that `stages` and all before them made, verified; usable within the block.
+    """The samples of a shard with the verified outputs of `stages`, usable within the block.
 
-    Raises PlanError if one of the stages is not committed, ShardError if an object is gone or damaged.
+    Samples that one of the stages, or a stage before them, has lost are left out. Raises PlanError if one of the stages
+    is not committed, and ShardError if an object is gone or damaged.
     """
     last = max(stages, key=list(dataset.hashes).index, default=None)
     chain = read_chain(dataset, shard, last) if last else Chain({})
@@ -143,9 +142,9 @@ def shard_samples(dataset: Dataset, shard: int, stages: Sequence[str]) -> Iterat
 def chosen_samples(
     dataset: Dataset, shard: int, chain: Chain, stages: Sequence[str], without: Collection[str]
 ) -> Iterator[ShardSamples]:
-    """A shard's planned samples but those `without`, with what `stages` made of them, verified.
+    """The planned samples of a shard, except the keys in `without`, with the verified outputs of `stages`.
 
-    Raises as `shard_samples`.
+    Raises the same errors as `shard_samples`.
     """
     planned = [sample for sample in dataset.plan.read(shard) if sample.key not in without]
     outputs: dict[str, Outputs] = {}
@@ -165,7 +164,7 @@ def chosen_samples(
 
 @contextmanager
 def committed_outputs(dataset: Dataset, receipt: Receipt) -> Iterator[Outputs]:
-    """What a commit holds, verified; usable within the block. Raises ShardError if an object is gone or damaged."""
+    """The verified outputs in a commit, usable within the block. Raises ShardError if an object is gone or damaged."""
     with scratch_folder() as scratch, ExitStack() as files:
         name, schema = receipt.objects[0].name, STAGES[receipt.stage].schema
         path = fetch(dataset, receipt, receipt.objects[0], scratch)
@@ -180,9 +179,9 @@ def committed_outputs(dataset: Dataset, receipt: Receipt) -> Iterator[Outputs]:
 
 
 def committed_arrays(dataset: Dataset, receipt: Receipt) -> dict[str, Arrays]:
-    """Key -> arrays (by name) that a commit holds besides its main object; empty if it has none.
+    """Key -> arrays by name, from the second object of a commit; empty if the commit has no arrays.
 
-    Raises ShardError if they are gone or damaged.
+    Raises ShardError if the object is gone or damaged.
     """
     name = layout.features_object(receipt.stage, receipt.shard, receipt.attempt)
     for stored in receipt.objects[1:]:
@@ -193,7 +192,7 @@ def committed_arrays(dataset: Dataset, receipt: Receipt) -> dict[str, Arrays]:
 
 
 def fetch(dataset: Dataset, receipt: Receipt, stored: StoredObject, scratch: Path) -> Path:
-    """One object of a commit as a local file, checked against its record. Raises ShardError."""
+    """Fetch one object of a commit as a local file, and check it against its record. Raises ShardError."""
     try:
         path, sha256 = dataset.folder.download(stored.name, scratch)
     except FileNotFoundError as error:

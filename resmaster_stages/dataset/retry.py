@@ -1,4 +1,4 @@
-"""Another attempt at the failed samples of committed shards: which shards of which stages, and up to which number."""
+"""Further attempts at failed samples of committed shards: the stages, shards and attempt numbers that are asked for."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from resmaster_stages.dataset.chain import read_chains
 from resmaster_stages.dataset.dataset import Dataset
 
 Retries = dict[str, dict[str, int]]
-"""Stage -> shard (its number as text, as JSON wants it) -> number of the attempt that is asked for.
+"""Stage -> shard (its number as text, for JSON) -> number of the attempt that is asked for.
 
-Once a shard has an attempt of that number, the wish is fulfilled, whoever did it.
+A request is fulfilled once the shard has an attempt of that number, whichever run made it.
 """
 
 
 def retries_of(
     dataset: Dataset, shards: Collection[int] | None = None, stages: Collection[str] | None = None
 ) -> tuple[Retries, int]:
-    """The next attempt at every failed sample of committed shards, and how many samples that are.
+    """The next attempt for every committed shard with failed samples, and the number of those samples.
 
-    Of `shards` and `stages` (default: all).
+    Only for `shards` and `stages` (default: all).
     """
     retries: Retries = {}
     samples = 0
@@ -34,7 +34,7 @@ def retries_of(
 
 
 def part_of(retries: Retries | None, shards: Collection[int]) -> Retries | None:
-    """What is asked for of some shards."""
+    """The part of `retries` for some shards."""
     if retries is None:
         return None
     return {
@@ -44,5 +44,5 @@ def part_of(retries: Retries | None, shards: Collection[int]) -> Retries | None:
 
 
 def number_of(retries: Retries | None, stage: str, shard: int) -> int:
-    """The number up to which a stage of a shard is to be attempted; 1 where nothing is asked for."""
+    """The number up to which a stage of a shard is to be attempted; 1 if nothing is asked for."""
     return (retries or {}).get(stage, {}).get(str(shard), 1)

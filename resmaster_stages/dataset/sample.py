@@ -1,4 +1,4 @@
-"""What stages see of a sample, and what they give back for it."""
+"""The input (`Sample`) and the output (`Output`) of a stage for one sample."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from resmaster_stages.storage.images import decode_image
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An encoded image as it lies in a shard."""
+    """An encoded image as it is stored in a shard."""
 
     data: bytes
     extension: str
     """webp, png or jpg."""
     meta: dict[str, Any]
-    """The sample's JSON."""
+    """The content of the sample's JSON file."""
     _decoded: list[Image.Image] = field(default_factory=list, compare=False, repr=False)
 
     def open(self) -> Image.Image:
-        """The image as RGB, fully decoded. Raises SampleError if it cannot be decoded or is far too large."""
+        """The image as RGB, fully decoded. Raises SampleError if it cannot be decoded or has too many pixels."""
         return self._decoded.pop() if self._decoded else self._decode()
 
     def decode_ahead(self) -> None:
-        """Decode the image for the next `open`, which is where errors are raised."""
+        """Decode the image now, for the next `open`. An error is raised by that `open`, not here."""
         with suppress(Exception):
             self._decoded.append(self._decode())
 
@@ -40,25 +40,25 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a stage sees of one sample. Upstream parts are None or () where the stage does not depend on them."""
+    """The input of a stage for one sample. Upstream parts are None or () if the stage does not read them."""
 
     key: str
     index: int
     """Position in the whole dataset."""
     prompt: str
     negative_prompt: str
-    """The prompt's own; "" if it brought none."""
+    """The prompt's own negative prompt; "" if it has none."""
     height: int
     """Low-res height in px."""
     width: int
     """Low-res width in px."""
     replica: int
     source: str | None = None
-    """Where a user's image came from (`storage.images.read_image` reads it); of a prompt, its detail mask
-    (`storage.masks.read_mask`), None where it has none."""
+    """For a user's image: where it is (`storage.images.read_image` reads it). For a prompt: where its detail mask is
+    (`storage.masks.read_mask`), or None."""
     low_res: EncodedImage | None = None
     detail_mask: EncodedImage | None = None
-    """Kept with the low-res image; None where there is none."""
+    """The detail mask, stored with the low-res image; None if there is none."""
     captions: tuple[dict[str, Any], ...] = ()
     """Rows of the captions table, by (row, col)."""
     high_res: EncodedImage | None = None
@@ -66,23 +66,23 @@ class Sample:
 
 @dataclass(frozen=True)
 class Output:
-    """What a stage yields for one sample: files (or how to make them), rows, or the error that it failed with."""
+    """The output of a stage for one sample: files (or a function that makes them), rows, or the sample's error."""
 
     key: str
     files: dict[str, bytes] = field(default_factory=dict)
-    """Stages that write tars: extension -> content."""
+    """For stages that write tars: extension -> content."""
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """Stages that write tables: rows without their key."""
+    """For stages that write tables: rows without the key."""
     arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict, compare=False)
-    """Feature vectors, kept in an object of their own; every good sample of a shard has the same ones, or none has
-    any."""
+    """Feature vectors, stored in an object of their own. All good samples of a shard have arrays of the same names, or
+    none has any."""
     error: Exception | None = None
     finish: Callable[[], dict[str, bytes]] | None = field(default=None, compare=False)
-    """Makes `files` where that takes time and no device (encoding, hashing), in another thread while the next sample is
-    computed."""
+    """Makes `files`, if that takes time but no device (encoding, hashing). It runs in another thread while the next
+    sample is computed."""
 
     def finished(self) -> Output:
-        """The output with its files made. A SampleError on the way becomes its error; any other error is raised."""
+        """The output with its files made. A SampleError becomes the output's error; any other error is raised."""
         if self.finish is None:
             return self
         try:

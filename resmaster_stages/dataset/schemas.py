@@ -1,7 +1,7 @@
 """The columns of every table of a dataset.
 
-Those of the quality table are the metrics' own. Its schema and the manifest's are functions, so that they hold every
-metric that is listed when they are called.
+The metrics define most columns of the quality table. Its schema and the manifest's schema are functions, so that they
+hold every metric that is registered when they are called.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from resmaster_stages.metrics import metric_columns
 
 
 def table_schema(table: str, fields: Sequence[tuple[str, pa.DataType | str, bool]]) -> pa.Schema:
-    """A schema from (name, type, nullable), with its name and version as metadata."""
+    """A schema from (name, type, nullable) triples, with the table's name and version as metadata."""
     columns = [pa.field(name, kind, nullable=nullable) for name, kind, nullable in fields]
     return pa.schema(columns, metadata={"table": table, "schema_version": "1"})
 
@@ -41,12 +41,12 @@ CAPTIONS_SCHEMA = table_schema(
     ],
 )
 """One row per patch. `grid` is "HxW/window/stride" in px. `status` is ok, replaced (a neighbour's caption, which fits
-better), fallback or empty (the global prompt). `fit` is how well the caption suits the patch, null where that was not
-checked."""
+better), fallback or empty (the global prompt). `fit` says how well the caption fits the patch, and is null if that was
+not checked."""
 
 
 DESCRIBED = ("ok", "replaced")
-"""Statuses of captions that tell of a patch; with any other the row holds the global prompt."""
+"""Statuses of captions that describe a patch. With any other status the row holds the global prompt."""
 
 
 def quality_schema() -> pa.Schema:
@@ -77,14 +77,14 @@ PLAN_SCHEMA = table_schema(
         ("source", pa.string(), True),
     ],
 )
-"""One row per planned sample; `index` counts through the whole dataset, `height` and `width` are low-res px."""
+"""One row per planned sample. `index` counts through the whole dataset; `height` and `width` are in low-res px."""
 
 
 REJECTED_SCHEMA = table_schema(
     "rejected",
     [("source", pa.string(), False), ("text", pa.string(), False), ("reason", pa.string(), False)],
 )
-"""What the plan turned down: where it came from, its beginning, and why."""
+"""One row per rejected input: its source, the beginning of its text, and the reason."""
 
 
 LEDGER_SCHEMA = table_schema(
@@ -107,8 +107,8 @@ under one configuration."""
 def manifest_schema() -> pa.Schema:
     """One row per finished sample.
 
-    Objects are relative to the dataset; offset and bytes are those of the image file in the tar, so that one range
-    request fetches it. `height` and `width` are those of the high-res image.
+    Objects are relative to the dataset. Offset and bytes are those of the image file in the tar, so that one range
+    request fetches the file. `height` and `width` are those of the high-res image.
     """
     return table_schema(
         "manifest",

@@ -1,9 +1,10 @@
-"""The stages that work on shards, one row each: what a stage is, what it depends on, what identifies its result.
+"""The table of stages that work on shards: one row per stage, with its function, its inputs and its identity.
 
-(Stage 1, prompt ingestion, makes the plan that they follow.) Everything else that is known of a stage by its name
-follows from its row: paths, tables, hashes, order, help texts. Loads no model; reads the names of weights only.
+Stage 1, prompt ingestion, is not in the table, because it makes the plan that the other stages follow. Paths, tables,
+hashes, order and help texts all derive from a stage's row. This module loads no model; it reads only the names of
+weights.
 
-Invariant: a hash covers what changes a result, the stage's version, and the hashes of the stages that it reads.
+Invariant: a stage's hash covers what changes its result, its version, and the hashes of the stages that it reads.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Process = Callable[[DatasetConfig, Sequence[Sample]], Iterable[Output]]
-"""What a stage does: a configuration and the samples of one slot -> one Output for each, in order."""
+"""The function of a stage: (configuration, samples of one slot) -> one Output per sample, in order."""
 
 
 def _always(config: DatasetConfig) -> bool:
@@ -39,36 +40,36 @@ class Stage:
     """One stage of the pipeline."""
 
     name: str
-    """Letters and underscores; the folder of its objects too."""
+    """Letters and underscores. Also the name of the folder of its objects."""
     process: str | Process
-    """`module:function`, imported at the first use (stages bring torch along), or the function itself."""
+    """The function itself, or `module:function`, which is imported at the first use because stages import torch."""
     identity: Callable[[DatasetConfig, Weights], dict[str, Any]]
-    """What of the configuration and the weights changes the result, as JSON-ready values."""
+    """Gives the values of configuration and weights that change the result, JSON-ready."""
     doing: str
-    """What people read while it works, e.g. `upscaling`."""
+    """Text that users read while the stage works, e.g. `upscaling`."""
     version: int = 1
-    """Raised by hand whenever the stage's code changes its result: old commits then no longer count as done."""
+    """Raised by hand whenever the stage's code changes its result. Commits of older versions then no longer count."""
     reads: tuple[str, ...] = ()
     """The stages whose outputs `process` sees."""
     schema: Callable[[], pa.Schema] | None = None
-    """Gives the columns of its table; None: the stage makes images, kept in a tar."""
+    """Gives the columns of the stage's table. None: the stage makes images, which are kept in a tar."""
     needed: Callable[[DatasetConfig], bool] = _always
-    """Whether a dataset needs it."""
+    """Whether a dataset needs the stage."""
     batch: tuple[str, str] | None = None
-    """Part and field of the configuration that say how much goes to the device at once; None: one image at a time."""
+    """Part and field of the configuration that hold the batch size on the device. None: one image at a time."""
     slot: Callable[[DatasetConfig], int] = _one
-    """How many samples are computed together, counted from the shard's first.
+    """How many samples are computed together. Slots are counted from the first sample of the shard.
 
-    It is the unit that is lost, resumed and suspected.
+    After a killed process, whole slots are recomputed and suspected.
     """
 
     @property
     def extension(self) -> Literal["tar", "parquet"]:
-        """What it writes: images as a WebDataset tar, rows as Parquet."""
+        """Extension of its objects: images are in a WebDataset tar, rows are in Parquet."""
         return "tar" if self.schema is None else "parquet"
 
     def function(self) -> Process:
-        """`process`, imported."""
+        """The function `process`, imported if need be."""
         if not isinstance(self.process, str):
             return self.process
         module, _, name = self.process.partition(":")
@@ -133,7 +134,7 @@ STAGES: dict[str, Stage] = {}
 
 
 def register(stage: Stage) -> None:
-    """Add a stage, after those that are there."""
+    """Add a stage at the end of the table."""
     STAGES[stage.name] = stage
 
 

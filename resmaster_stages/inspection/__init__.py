@@ -1,1 +1,1 @@
-"""Questions to a dataset that exists: status, explain, verify, leftovers."""
+"""Inspects an existing dataset: status, explain, verify, leftovers."""

@@ -1,9 +1,9 @@
-"""All that is known of one sample: what it was made from, by what, when, and where its bytes lie.
+"""Explains one sample: its inputs, how and when each stage made it, its failures, and the places of its files.
 
-Reads the plan, commit records, ledger and the headers of the sample's own shards; loads no model and writes nothing.
-What is gone or damaged is told in its place: an explanation is asked for when something is wrong.
+Reads the plan, commit records, ledger and the sample's own shards. Loads no model and writes nothing. Missing or
+damaged objects are reported in the explanation instead of raised, because users ask when something is wrong.
 
-Invariant: what is said of a stage comes from its commit record under the current configuration, never from a listing.
+Invariant: facts about a stage come from its commit record under the current configuration, never from a listing.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ SHOWN_MATCHES = 5
 
 @dataclass(frozen=True)
 class Bytes:
-    """Where a file of the sample lies: a part of an object, both in bytes."""
+    """The place of a file of the sample inside an object, in bytes."""
 
     url: str
-    """The object: a path, or a URL."""
+    """Path or URL of the object."""
     member: str
     """The file's name in the tar."""
     offset: int
     size: int
     fetch: str
-    """A shell command that writes the file, under its own name, to the current folder."""
+    """A shell command that writes the file to the current folder, under its own name."""
 
 
 @dataclass(frozen=True)
@@ -54,23 +54,23 @@ class StageTrace:
     stage: str
     stage_hash: str
     state: Literal["committed", "failed", "left out", "pending"]
-    """`failed`: in this stage; `left out`: failed in an earlier one; `pending`: the shard has no commit yet."""
+    """`failed`: in this stage; `left out`: failed in an earlier stage; `pending`: still to be done."""
     commit: str
-    """Path or URL of the shard's commit record, whether there is one or not."""
+    """Path or URL of the shard's commit record, which need not exist."""
     receipt: Receipt | None = None
     files: tuple[Bytes, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
-    """The sample's JSON in the tar: seed, model, method and settings, sizes, digests."""
+    """The content of the sample's JSON in the tar: seed, model, method and settings, sizes, digests."""
     rows: tuple[dict[str, Any], ...] = ()
     """The sample's rows of the stage's table: captions by patch, or quality."""
     failures: tuple[dict[str, Any], ...] = ()
     """The sample's rows in the stage's ledger under the current configuration, by attempt."""
     problem: str = ""
-    """Why what the commit record names cannot be read; empty if it can."""
+    """Why the commit record, or the object that it names, cannot be read; "" if both can."""
 
     @property
     def seconds_per_sample(self) -> float | None:
-        """The shard's compute time over its samples; None without a commit or samples."""
+        """The shard's compute time divided by its samples; None without a commit or samples."""
         if self.receipt is None or not (tried := self.receipt.samples_ok + self.receipt.samples_failed):
             return None
         return self.receipt.seconds / tried
@@ -84,7 +84,7 @@ class Explanation:
     sample: PlannedSample
     generation: int
     config: str
-    """Path or URL of the configuration that counts."""
+    """Path or URL of the current configuration."""
     base_seed: int
     seeds: dict[str, int]
     """Stage -> seed of the sample."""
@@ -101,7 +101,7 @@ class Explanation:
 
 
 def explain_command(dataset_url: str, key: str) -> str:
-    """The command that prints the explanation."""
+    """The shell command that prints the explanation of a sample."""
     return shlex.join(["resmaster", "explain", without_credentials(dataset_url), key])
 
 
@@ -191,7 +191,7 @@ def _trace(dataset: Dataset, stage: str, sample: PlannedSample, lost: bool) -> S
 
 
 def _in_tar(folder: Folder, name: str, key: str) -> tuple[tuple[Bytes, ...], dict[str, Any]]:
-    """The sample's files in a tar, and its JSON. Raises FileNotFoundError, and ShardError if it is damaged."""
+    """The sample's files in a tar, and its JSON. Raises FileNotFoundError, and ShardError if the tar is damaged."""
     with folder.open(name) as file:
         entry = next((entry for entry in read_index(file, name) if entry.key == key), None)
         if entry is None:
@@ -212,7 +212,8 @@ def _in_tar(folder: Folder, name: str, key: str) -> tuple[tuple[Bytes, ...], dic
 def fetch_command(folder: Folder, name: str, member: Member) -> str:
     """A shell command that writes `member` of the tar `name` to the current folder, by one range read.
 
-    Local: tail and head. S3: the AWS command line, which reads AWS_ENDPOINT_URL too. Elsewhere: Python and fsspec.
+    It uses tail and head for local files, the AWS command line (which also reads AWS_ENDPOINT_URL) for S3, and Python
+    with fsspec for other stores.
     """
     url, first, last = folder.url_of(name), member.offset, member.offset + member.size - 1
     if folder.local:

@@ -1,18 +1,18 @@
-"""Finds files that may be deleted.
+"""Finds and removes files that are not needed any more.
 
-These are objects that no commit names or that a later attempt took the place of, probes, temporary files, caches of
-finished shards.
+These are objects that no commit names, objects that a later attempt replaced, probes, temporary files, unfinished
+uploads and caches of finished shards.
 
 Invariants:
-- Only names that this project gives to attempts, probes, caches and temporary files are looked at; all others are never
-  touched.
-- Never removed: what a commit that counts or a plan record names, of whichever configuration; records, configurations,
-  ledgers; the cache of a shard that is not committed yet.
-- Objects of an attempt that has a successor go once the manifest was written after the successor, and is older than the
-  limit itself: readers who began with an older manifest had as long to finish.
-- The listing is made before the records are read, so what is committed meanwhile is named; what is still being uploaded
-  is young.
-- Of what is no leftover, 12 bytes a file are remembered, not names.
+- Only names that this project gives to attempts, probes, caches and temporary files are considered. Other files are
+  never touched.
+- Never removed are objects that a valid commit or a plan record names, of any configuration; records, configurations
+  and ledgers; and the cache of a shard that is not committed yet.
+- Objects of a replaced attempt are removed only if the manifest was written after the later attempt, and is itself
+  older than the limit. So readers of an older manifest had the grace period to finish.
+- Files are listed before the records are read, so records name all objects committed in between. Objects that are
+  still being uploaded are younger than the limit.
+- For objects of attempts, memory holds a 12-byte digest per file, and names only of leftovers.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ Kind = Literal["object", "plan file", "probe", "temporary file", "cache", "unfin
 
 @dataclass(frozen=True)
 class Leftover:
-    """One file that may go."""
+    """One file that may be deleted."""
 
     kind: Kind
     file: Listed
     upload: str = ""
-    """Unfinished uploads: their id."""
+    """Id of the upload, for unfinished uploads."""
 
 
 def find_leftovers(dataset: Dataset, older_than: timedelta, now: datetime | None = None) -> list[Leftover]:
     """The leftovers of a dataset that are older than `older_than`, by the store's clock.
 
-    Raises UserError if a commit record cannot be read: what it names would look like a leftover.
+    Raises UserError if a commit record cannot be read, because the objects that it names would look like leftovers.
     """
     folder = dataset.folder
     limit = (now or datetime.now(UTC)) - older_than
@@ -63,7 +63,7 @@ def find_leftovers(dataset: Dataset, older_than: timedelta, now: datetime | None
     for name in _named(folder, limit):
         if (digest := digest_of(name)) in attempts:
             named.add(digest)
-    if len(named) < len(attempts):  # only their digests are held: their names take another look
+    if len(named) < len(attempts):  # only digests are held, so the names are listed again
         others += [
             file
             for file in folder.files()
@@ -79,7 +79,7 @@ def find_leftovers(dataset: Dataset, older_than: timedelta, now: datetime | None
 
 
 def remove_leftovers(folder: Folder, leftovers: Collection[Leftover]) -> None:
-    """Delete them."""
+    """Delete leftovers."""
     for leftover in leftovers:
         if leftover.upload:
             folder.abort_upload(leftover.file.name, leftover.upload)
@@ -88,7 +88,7 @@ def remove_leftovers(folder: Folder, leftovers: Collection[Leftover]) -> None:
 
 
 def _kind(name: str, unfinished: Collection[str]) -> Kind | None:
-    """What sort of leftover a name may be; None for what is never touched."""
+    """The kind of leftover that a name may be; None for names that are never touched."""
     if layout.is_temporary(name):
         return "temporary file"
     if is_probe(name):
@@ -102,7 +102,7 @@ def _kind(name: str, unfinished: Collection[str]) -> Kind | None:
 
 
 def _named(folder: Folder, limit: datetime) -> Iterator[str]:
-    """What records name, without the objects of attempts of which no reader has heard since `limit`."""
+    """All objects that records name, except those of replaced attempts that no reader has needed since `limit`."""
     for generation in find_plan(folder).generations:
         yield from (part.stored.name for part in generation.parts)
         if generation.rejected:
@@ -120,7 +120,7 @@ def _named(folder: Folder, limit: datetime) -> Iterator[str]:
 
 
 def _unfinished_caches(dataset: Dataset) -> set[str]:
-    """The caches that a run may still need: those of the current configuration whose shards are not committed."""
+    """The caches that a run may still need: of the current configuration, for shards that are not committed."""
     names = {name.split("/")[1] for name in dataset.folder.names(layout.CACHE)}
     current = tuple(f"{stage}-{own_hash[:8]}-" for stage, own_hash in dataset.hashes.items())
     unfinished = {name for name in names if name.startswith(current)}

@@ -1,7 +1,7 @@
-"""A dataset's numbers as OpenMetrics text, for Prometheus and its kin. Reads the store alone: no Prefect, no models.
+"""Gives a dataset's numbers as OpenMetrics text, for Prometheus and similar tools. Reads only the store.
 
-Counters count what commit records and the ledger hold, so they survive every server and process; they fall only where
-commit records were deleted or the configuration changed, which readers of counters take for a restart.
+Counters are computed from commit records and the ledger, so they do not depend on any server or process. They fall
+only if commit records are deleted or the configuration changes, which readers of counters treat as a restart.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from resmaster_stages.inspection.status import stage_status
 
 
 def openmetrics(dataset: Dataset) -> str:
-    """The text of one scrape. Raises PlanError if the dataset has no plan yet, ShardError for a damaged commit
-    record."""
+    """The text of one scrape. Raises PlanError without a plan, and ShardError for a damaged commit record."""
     families = _Families()
     plan = dataset.plan
     name = dataset.config.name
@@ -69,7 +68,7 @@ class _Families:
         )
 
     def collect(self) -> list[Metric]:
-        """The metrics, as a registry asks for them."""
+        """The metrics; called by the registry."""
         return list(vars(self).values())
 
 
@@ -82,9 +81,9 @@ def _add_stage(
     rows: list[dict[str, Any]],
     megapixels: float,
 ) -> None:
-    """One stage's numbers.
+    """Add the numbers of one stage.
 
-    `labels`: dataset and stage; `rows`: its ledger; `megapixels`: of a mean high-res image.
+    labels: dataset and stage. rows: the stage's ledger. megapixels: of a mean high-res image.
     """
     found = stage_status(stage, receipts.values(), set(range(plan.shards)) - receipts.keys(), rows)
     for state in ("committed", "pending", "failed"):

@@ -1,5 +1,4 @@
-"""What is done in a dataset, and what is still to do: from commit records and the ledger. Computes and changes
-nothing."""
+"""Tells what is done in a dataset and what is still to do, from commit records and the ledger. Changes nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from resmaster_stages.dataset.retry import Retries, number_of
 
 @dataclass(frozen=True)
 class StageStatus:
-    """How far a stage is. Every shard is either committed, pending or failed."""
+    """The status of a stage. Every shard is either committed, pending or failed."""
 
     stage: str
     committed: int
@@ -29,30 +28,30 @@ class StageStatus:
     failed_shards: tuple[int, ...]
     samples_ok: int
     samples_failed: int
-    """Samples that failed in committed shards, and those whose failure keeps a shard from being committed."""
+    """Samples that failed, in committed shards and in failed shards."""
     seconds: float
     """Compute time of the commits that count."""
     retried: int = 0
     """Committed shards whose failed samples got another attempt."""
     namespace: str = ""
-    """First digits of the stage's hash: its commit records are in `commits/{stage}-{namespace}/`."""
+    """First digits of the stage's hash. The commit records are in `commits/{stage}-{namespace}/`."""
     damaged_shards: tuple[int, ...] = ()
-    """Committed shards that `verify` has found damaged; `repair` puts them back."""
+    """Committed shards that `verify` has found damaged. `repair` puts them back."""
     others: dict[str, int] = field(default_factory=dict)
-    """Namespaces of other configurations -> shards that are committed there."""
+    """Namespace of another configuration -> number of shards that are committed there."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """How far a dataset is."""
+    """The status of a dataset."""
 
     shards: int
     samples: int
     stages: tuple[StageStatus, ...]
     generations: int = 1
-    """Generations of the plan: one more each time that prompts were added."""
+    """Generations of the plan: one more each time that prompts or images were added."""
     config: str = layout.CONFIG
-    """The configuration that counts, as a file in the dataset."""
+    """Name of the file in the dataset that holds the current configuration."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -60,7 +59,7 @@ class Status:
 
 
 def status(dataset: Dataset) -> Status:
-    """How far each stage is, from commit records and, for what is not committed, the ledger."""
+    """The status of each stage, from commit records and, for shards without a commit, from the ledger."""
     plan = dataset.plan
     names = dataset.folder.names(layout.COMMITS)
     namespaces = [each for each in map(layout.namespace_of, names) if each is not None]
@@ -89,7 +88,7 @@ def status(dataset: Dataset) -> Status:
 def stage_status(
     stage: str, receipts: Iterable[Receipt], missing: Collection[int], ledger: Sequence[Mapping[str, Any]]
 ) -> StageStatus:
-    """How far a stage is, from the records that count, the shards that have none, and their rows of the ledger."""
+    """The status of a stage, from its valid records, the shards without a record, and the ledger rows of the latter."""
     failures = {(row["shard"], row["key"]) for row in ledger if row["shard"] in missing}
     failed_shards = tuple(sorted({shard for shard, _ in failures}))
     committed = retried = ok = lost = 0
@@ -120,11 +119,12 @@ def pending(
     stages: Sequence[str] | None = None,
     retries: Retries | None = None,
 ) -> dict[str, list[int]]:
-    """Stage -> shards that have something to do, of `shards` and `stages` (default: all).
+    """Stage -> shards with work left, among `shards` and `stages` (default: all).
 
-    That is: no commit, damage, samples that became good upstream, or an attempt of `retries` that is not there yet.
+    A shard has work left if it has no commit, is marked as damaged, has samples that became good upstream, or lacks an
+    attempt of `retries`.
 
-    Lists names, and reads records only of shards that have several attempts. Raises PlanError if not planned.
+    Lists names, and reads records only of shards with several attempts. Raises PlanError for unplanned shards.
     """
     wanted = list(range(dataset.plan.shards)) if shards is None else sorted(set(shards))
     for shard in wanted:

@@ -1,11 +1,9 @@
-"""Reads back everything that the commits that count and the plan name, and says what is not as recorded.
-
-Computes no image.
+"""Reads every object that the plan and the valid commits name, and reports objects that differ from their record.
 
 Invariants:
-- Every object is hashed whole, in pieces, several at a time; never more than a few pieces of each are in memory.
-- Reading finds damage; only `note` writes: marks of damage, which a repair follows, and which it takes away again.
-- Only what the current configuration's commits name can be mended; damage elsewhere is told all the same.
+- Every object is hashed completely, in pieces, several objects at a time. Only a few pieces of each are in memory.
+- `verify` writes nothing. Only `note` writes: damage marks, which a repair reads and removes.
+- Only objects of the current configuration's commits can be mended. Damage to other objects is reported too.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from resmaster_stages.storage.filesystem import Folder
 
 THREADS = 8
 WINDOW = 64 * THREADS
-"""Objects in hand at a time: the list of all of them is never kept."""
+"""Number of objects handled at a time, so that the list of all objects is never in memory."""
 What = Literal["gone", "cut off", "changed", "unreadable"]
 
 
@@ -45,7 +43,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was read, and what is wrong with it."""
+    """The number and size of the objects read, and the damage found."""
 
     objects: int
     bytes: int
@@ -64,9 +62,9 @@ class _Named:
 
 
 def verify(dataset: Dataset) -> Verification:
-    """Hash all that the plan and every commit that counts name.
+    """Hash every object that the plan and the valid commits name.
 
-    Raises only what keeps the store from being read at all.
+    Damaged objects are reported, not raised. Raises only errors that keep the store from being read.
     """
     damage: list[Damage] = []
     count = size = 0
@@ -84,7 +82,7 @@ def verify(dataset: Dataset) -> Verification:
 
 
 def note(dataset: Dataset, found: Verification) -> None:
-    """Mark the damaged shards of the current configuration, for a repair to follow; clear the marks of all others."""
+    """Mark the damaged shards of the current configuration for repair, and remove the marks of all other shards."""
     for stage in dataset.hashes:
         commits = dataset.commits(stage)
         damaged: dict[int, list[str]] = {}
@@ -103,7 +101,7 @@ def note(dataset: Dataset, found: Verification) -> None:
 
 
 def _named(dataset: Dataset, damage: list[Damage]) -> Iterator[_Named]:
-    """All objects that records name; records that cannot be read go to `damage`."""
+    """All objects that records name. Unreadable records are added to `damage`."""
     for generation in find_plan(dataset.folder).generations:
         for stored in [part.stored for part in generation.parts] + (
             [generation.rejected] if generation.rejected else []

@@ -1,1 +1,1 @@
-"""Before anything runs: what would be done, and what it would cost."""
+"""Before anything runs: reads the input, and tells what a run would do and cost."""

@@ -1,4 +1,4 @@
-"""The samples that a configuration asks for, from its prompts or images, without writing anything."""
+"""Reads the samples that a configuration asks for, from its prompts or images. Writes nothing."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ SHOWN_CHARACTERS = 80
 
 
 class DraftReader:
-    """The samples that a configuration asks for, each once and in order, as they are read. To be iterated once.
+    """Iterates once over the samples that a configuration asks for, each once and in order, as they are read.
 
-    Of what was read, 12 bytes a sample are held. Raises UserError for a source that cannot be read, at latest where it
-    cannot; ConfigError if it gives detail masks that the configuration does not read; PlanError at the end if it gave
-    no usable sample.
+    Memory holds a 12-byte digest per sample. Raises UserError for a source that cannot be read, at the latest at the
+    place that cannot be read; ConfigError if the source gives detail masks that the configuration does not read; and
+    PlanError at the end if the source gave no usable sample.
     """
 
     def __init__(self, config: DatasetConfig) -> None:
         self.rejected: list[Rejected] = []
-        """What was turned down so far."""
+        """Inputs rejected so far."""
         self.duplicates = 0
-        """Inputs so far that were equal to an earlier one."""
+        """Number of inputs so far that were equal to an earlier input."""
         self._config = config
         if config.images:
             self._specs = _specs_of_images(config, self.rejected)
@@ -61,7 +61,7 @@ class DraftReader:
 
 @dataclass(frozen=True)
 class Draft:
-    """What a configuration asks for: samples without duplicates, in order, and what was turned down."""
+    """The samples that a configuration asks for, in order and without duplicates, and the rejected inputs."""
 
     samples: tuple[SampleSpec, ...]
     rejected: tuple[Rejected, ...]
@@ -69,14 +69,14 @@ class Draft:
 
 
 def draft_samples(config: DatasetConfig) -> Draft:
-    """All samples that `config` asks for, from its prompts or images; writes nothing. Raises as `DraftReader`."""
+    """All samples that `config` asks for. Writes nothing. Raises the same errors as `DraftReader`."""
     reader = DraftReader(config)
     samples = tuple(reader)
     return Draft(samples, tuple(reader.rejected), reader.duplicates)
 
 
 def _specs_of_prompts(config: DatasetConfig, rejected: list[Rejected]) -> Iterator[list[SampleSpec]]:
-    """The replicas of each good prompt; bad ones go to `rejected`."""
+    """The replicas of each usable prompt. Unusable prompts are added to `rejected`."""
     height, width = _base_size(config)
     for raw in read_prompts(str(config.prompts)):
         negative = "" if raw.negative_prompt is None else raw.negative_prompt
@@ -101,7 +101,7 @@ def _specs_of_prompts(config: DatasetConfig, rejected: list[Rejected]) -> Iterat
 
 
 def _specs_of_images(config: DatasetConfig, rejected: list[Rejected]) -> Iterator[list[SampleSpec]]:
-    """The replicas of each readable image; bad ones go to `rejected`."""
+    """The replicas of each usable image. Unusable images are added to `rejected`."""
     for image in find_images(str(config.images)):
         if image.problem:
             rejected.append(_rejection(image.source, "", image.problem))
@@ -129,7 +129,7 @@ def _specs_of_images(config: DatasetConfig, rejected: list[Rejected]) -> Iterato
 
 
 def _base_size(config: DatasetConfig) -> tuple[int, int]:
-    """(height, width) in px of the low-res images; the model's native size where the configuration gives none."""
+    """(height, width) in px of the low-res images; the model's native size if the configuration gives none."""
     height, width = config.low_res.height, config.low_res.width
     if height is None or width is None:
         from resmaster_stages.models.geometry import geometry_of
@@ -140,7 +140,7 @@ def _base_size(config: DatasetConfig) -> tuple[int, int]:
 
 
 def why_unusable(text: Any, may_be_empty: bool = False) -> str | None:
-    """Why a value cannot be a prompt, in a few words; None if it can."""
+    """Why a value cannot be a prompt, in a few words; None if it is usable."""
     if not isinstance(text, str):
         return "not text"
     kinds = {unicodedata.category(character) for character in text if not character.isspace()}

@@ -1,9 +1,9 @@
-"""What a run would take: hours, money and bytes. From measured commits where there are any, else from a
-table.
+"""Estimates the hours, money and bytes of a run, from measured commits if there are any, else from a table.
 
-Knows nothing about Prefect. Every number says where it comes from; where nothing is known it is None, never a guess.
+Every number has a source. An unknown number is None, never a guess.
 
-What it leaves out: loading of models, start of workers, retries, and reads (a stage reads its upstream objects once).
+The estimate leaves out loading of models, start of workers, retries, and reads (a stage reads its upstream objects
+once).
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ from resmaster_stages.planning.workload import stage_work
 from resmaster_stages.storage.filesystem import open_root
 
 MEASURED_COMMITS = 100
-"""So many commits of a stage, the last by shard number, are read for its speed."""
+"""Number of commits of a stage (the last by shard number) from which its speed is measured."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What one device takes for the UNet of a model."""
+    """The UNet speed of a model on one device."""
 
     device: str
     source: str
-    """Where the numbers come from."""
+    """The source of the numbers."""
     row: tuple[tuple[float, float], ...]
-    """Two or more (area in native views, seconds of one row of that area), by area; between and beyond, power laws."""
+    """Two or more (area in native views, seconds of one row of that area), sorted by area. Between and beyond these
+    points, power laws are used."""
 
     def unet(self, work: Sequence[UnetWork]) -> float:
-        """Seconds of `work`."""
+        """Seconds that `work` takes."""
         return sum(each.rows * self.row_seconds(each.area) for each in work)
 
     def row_seconds(self, area: float) -> float:
-        """Seconds of one row of `area` native views."""
+        """Seconds of one row with an area of `area` native views."""
         pairs = list(zip(self.row, self.row[1:]))
         (x0, y0), (x1, y1) = next((pair for pair in pairs if area <= pair[1][0]), pairs[-1])
         return float(y0 * (area / x0) ** (math.log(y1 / y0) / math.log(x1 / x0)))
@@ -57,11 +58,11 @@ PICTUREBOOK_RATES = Rates(
     row=((1.0, 0.011), (16.0, 16 * 0.011)),
 )
 CAPTION_SECONDS = 0.008
-"""Of a patch, by picturebook's captioner; same run."""
+"""Time to caption one patch by picturebook's captioner, from the same run."""
 CHECK_SECONDS = 0.0027
-"""Of a patch's caption, by picturebook's CLIP: a third of what the caption takes, measured one after the other."""
+"""Time to check one caption by picturebook's CLIP: a third of the time of captioning, both measured in sequence."""
 QUALITY_SECONDS = 0.75
-"""Per megapixel, with picturebook's CLIP; same run."""
+"""Time of the quality stage per megapixel, with picturebook's CLIP, from the same run."""
 SDXL_RATES = Rates(
     device="one A100 or A800",
     source="estimate: 0.122 s per guided native view, 0.78 s per guided canvas of 2048 px and 6.55 s of 4096 px, "
@@ -82,7 +83,7 @@ ROW_BYTES = {"captions": 48, "quality": 1200}
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """What is left of one stage. `seconds` are those of one device; None where nothing is known."""
+    """The work that is left in one stage. `seconds` is for one device; None if unknown."""
 
     stage: str
     shards: int
@@ -96,12 +97,12 @@ class StageEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run would take."""
+    """The estimate of a run."""
 
     stages: tuple[StageEstimate, ...]
     workers: int
     price: float | None
-    """Of a worker's hour, in any currency."""
+    """Price of a worker's hour, in any currency."""
     shards: int
     """Shards with work left in some stage."""
 
@@ -117,7 +118,7 @@ class Estimate:
 
     @property
     def cost(self) -> float | None:
-        """Hours times price."""
+        """Device hours times price; None without a price."""
         return None if self.price is None else self.device_hours * self.price
 
     @property
@@ -127,7 +128,7 @@ class Estimate:
 
     @property
     def wall_seconds(self) -> float:
-        """Seconds until all workers are done: a shard is never split, so the last round may be ragged."""
+        """Seconds until all workers are done. A shard is never split, so some workers may idle in the last round."""
         if not self.shards:
             return 0.0
         rounds = math.ceil(self.shards / self.workers)
@@ -135,7 +136,7 @@ class Estimate:
 
 
 def estimate(look: Preview, *, workers: int = 1, price: float | None = None) -> Estimate:
-    """What is left to do of `look`, by one device per worker. Raises UserError for numbers that make no sense."""
+    """Estimate the work that is left in `look`, with one device per worker. Raises UserError for invalid numbers."""
     if workers < 1:
         raise UserError(f"--workers {workers}: give a number of at least 1")
     if price is not None and not (math.isfinite(price) and price >= 0):
@@ -170,7 +171,7 @@ def _stage(look: Preview, todo: StagePreview) -> StageEstimate:
 
 
 def _measured(look: Preview, stage: str) -> tuple[str, list[Receipt]] | None:
-    """The commonest device of the stage's last commits, and those of them that it made."""
+    """The most frequent device in the stage's last commits, and its commits. None without commits."""
     if not look.exists:
         return None
     folder = open_root(look.config.root).sub(look.config.name)
@@ -196,7 +197,7 @@ def _rates(config: DatasetConfig) -> Rates | None:
 
 
 def _from_table(look: Preview, stage: str) -> tuple[float | None, str]:
-    """Seconds per sample of a stage by the table, and where they come from."""
+    """Seconds per sample of a stage from the table (None if unknown), and their source."""
     config, (height, width) = look.config, look.typical_px
     rates = _rates(config)
     nothing = "not known; build a few shards first (--limit N), then estimate again"
@@ -230,13 +231,13 @@ def _patches(config: DatasetConfig, height: int, width: int) -> int:
 
 
 def _megapixels(look: Preview) -> float:
-    """Of the high-res image."""
+    """Megapixels of the typical high-res image."""
     height, width = look.typical_px
     return height * width * look.config.upscale.scale**2 / 1e6
 
 
 def _size_from_table(look: Preview, stage: str) -> float:
-    """Bytes per sample of a stage by the table."""
+    """Bytes per sample of a stage from the table."""
     config, (height, width) = look.config, look.typical_px
     if stage == "captions":
         return ROW_BYTES[stage] * _patches(config, height, width)

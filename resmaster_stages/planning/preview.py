@@ -1,6 +1,6 @@
-"""What a run would do, found out without writing anything. Loads no model, only its JSON files.
+"""Finds out what a run would do, without writing anything. Of a model, only JSON files are read.
 
-What can be wrong with a configuration is found by `check`, what can be wrong with the input where it is read.
+`check` finds mistakes in a configuration. Mistakes in the input are found when the input is read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from resmaster_stages.storage.filesystem import Folder, open_root
 
 @dataclass(frozen=True)
 class StagePreview:
-    """What one stage has to do."""
+    """The work of one stage."""
 
     stage: str
     shards_pending: int
@@ -36,25 +36,25 @@ class StagePreview:
 
 @dataclass(frozen=True)
 class Intake:
-    """What the input of a configuration gives, beside what was planned before."""
+    """The samples from the input of a configuration, together with the samples planned before."""
 
     config: DatasetConfig
     url: str
-    """Where the dataset is or will be."""
+    """Folder or URL of the dataset."""
     exists: bool
-    """Whether there was a dataset already."""
+    """Whether the dataset existed before."""
     samples: int
-    """Samples planned after the run."""
+    """Samples in the plan after the run."""
     new_samples: int
-    """Of these, samples that were not in the plan yet."""
+    """Samples of these that were not in the plan before."""
     shards: int
     duplicates: int
-    """Inputs that are equal to an earlier one."""
+    """Inputs that are equal to an earlier input."""
     rejected: tuple[str, ...]
     """Inputs that cannot be used: place, reason, text."""
 
     def headline(self) -> str:
-        """All of it in one line."""
+        """The intake in one line."""
         notes = [f"{self.config.upscale.method}, {_spell_size(self.config)}"]
         if self.exists:
             notes.append(f"continues, {self.new_samples} new" if self.new_samples else "continues")
@@ -70,11 +70,11 @@ class Preview(Intake):
     """What a run would do."""
 
     typical_px: tuple[int, int]
-    """Low-res (height, width) of the sample in the middle, by area."""
+    """Low-res (height, width) of the median sample by area."""
     stages: tuple[StagePreview, ...]
 
     def pending_samples(self) -> dict[str, int]:
-        """Stage -> samples still to do."""
+        """Stage -> samples that are still to do."""
         return {stage.stage: stage.samples_pending for stage in self.stages}
 
 
@@ -98,7 +98,7 @@ def check_sizes(config: DatasetConfig) -> tuple[int, int]:
 
 
 def check_root(root: Folder) -> None:
-    """Refuse a local root that cannot be written, without creating it. Raises UserError."""
+    """Raise UserError if a local root cannot be written. Does not create it."""
     if not root.local:
         return
     parent = Path(root.path)
@@ -109,7 +109,7 @@ def check_root(root: Folder) -> None:
 
 
 def check(config: DatasetConfig) -> Dataset | None:
-    """The dataset of `config`, if there is one. Raises UserError for all that is wrong with a configuration itself."""
+    """Check a configuration, without its input. Returns the existing dataset or None. Raises UserError."""
     check_root(open_root(config.root))
     if config.images:
         geometry_of(config.model)
@@ -125,7 +125,7 @@ def check(config: DatasetConfig) -> Dataset | None:
 
 
 def preview(config: DatasetConfig) -> Preview:
-    """What a run of `config` would do. Raises UserError for everything that is wrong with it or with its input."""
+    """What a run of `config` would do. Raises UserError for mistakes in the configuration or its input."""
     dataset = check(config)
     planned = Dataset(open_root(config.root).sub(config.name), config)
     plan = find_plan(planned.folder) if dataset else Plan(planned.folder, ())
@@ -156,7 +156,7 @@ def preview(config: DatasetConfig) -> Preview:
 
 
 def _spell_size(config: DatasetConfig) -> str:
-    """Low-res and high-res size."""
+    """The low-res and high-res sizes as text."""
     if config.images:
         return f"your images x {config.upscale.scale:g}"
     height, width = check_sizes(config)
@@ -165,7 +165,7 @@ def _spell_size(config: DatasetConfig) -> str:
 
 
 def _middle(sizes: Counter[tuple[int, int]]) -> tuple[int, int]:
-    """(height, width) of the sample in the middle, by area, of as many of each size."""
+    """(height, width) of the median sample by area. `sizes`: number of samples of each size."""
     ordered = sorted(sizes, key=lambda size: size[0] * size[1])
     ends = accumulate(sizes[size] for size in ordered)
     return next(size for size, end in zip(ordered, ends) if end > sizes.total() // 2)

@@ -1,6 +1,6 @@
-"""Reads prompts from files: .txt (one per line), .csv, .jsonl and .parquet.
+"""Reads prompts from files: .txt (one prompt per line), .csv, .jsonl and .parquet.
 
-A file that cannot be read is a UserError that names file and line."""
+A file that cannot be read raises a UserError that names file and line."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ SUFFIXES = (".txt", ".csv", ".jsonl", ".parquet")
 
 
 _LONE_RETURN = re.compile(r"(?<=\r)(?!\n|\Z)")
-"""Where a line of CSV ends too."""
+"""A position after a lone carriage return, where a line of CSV also ends."""
 
 
 @dataclass(frozen=True)
 class RawPrompt:
-    """A prompt as it stands in a file: where, and its values, which may be anything."""
+    """A prompt as read from a file: its place, and its values, which may have any type."""
 
     source: str
     prompt: Any
     negative_prompt: Any = None
     detail_mask: Any = None
     row: int = 0
-    """Line, or row of a table; from 1."""
+    """Line of the file, or row of the table, from 1."""
 
 
 def read_prompts(path: str) -> Iterator[RawPrompt]:
-    """The prompts of a file, as they stand there, with their line. `path` may be any fsspec URL.
+    """The raw prompts in a file, with their lines. `path` may be any fsspec URL.
 
     Raises UserError for a missing, empty, binary or malformed file, naming the line where there is one.
     """
@@ -72,7 +72,7 @@ def read_prompts(path: str) -> Iterator[RawPrompt]:
 
 @contextmanager
 def _opened(path: str) -> Iterator[io.BufferedReader]:
-    """A prompts file, opened. Raises UserError if there is none or its place cannot be understood."""
+    """Open a prompts file. Raises UserError if it does not exist or its path is invalid."""
     place = without_credentials(path)
     with explained(path), ExitStack() as stack:
         try:
@@ -85,8 +85,7 @@ def _opened(path: str) -> Iterator[io.BufferedReader]:
 
 
 def _lines(path: str) -> Iterator[str]:
-    """The lines of a text file with their ends, as they are read. Raises UserError naming the first line that is not
-    text."""
+    """Yield the lines of a text file with their line ends. Raises UserError naming the first line that is not text."""
     place = without_credentials(path)
     with _opened(path) as file:
         for number, data in enumerate(file, start=1):
@@ -149,7 +148,7 @@ def _from_parquet(data: bytes, place: str) -> Iterator[RawPrompt]:
         forget_tables()
         size = BATCH_ROWS if COLUMN in names else PARQUET_BATCH_ROWS
         number = 0
-        for batch in file.iter_batches(size, columns=columns):  # a few kilobytes may unfold to any size
+        for batch in file.iter_batches(size, columns=columns):  # a few kilobytes may decode to any size
             for row in batch.to_pylist():
                 number += 1
                 yield RawPrompt(

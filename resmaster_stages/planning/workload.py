@@ -1,7 +1,7 @@
-"""How much a UNet has to evaluate for one image, from the configuration alone: no model is loaded.
+"""Computes from the configuration alone how much a UNet has to evaluate for one image. Loads no model.
 
-The numbers are those that `diffusion.cost` counts when the image is made with `view_batch: 1` (greater batches may
-repeat a view to keep one shape); a test holds the two together for every method.
+The numbers equal those that `diffusion.cost` counts when the image is made with `view_batch: 1`. (Greater batches may
+repeat a view to keep one shape.) A test compares the two for every method.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from resmaster_stages.models.bases.base import Geometry
 
 
 def low_res_work(config: LowResConfig, geometry: Geometry, height: int, width: int) -> tuple[UnetWork, ...]:
-    """What a generated low-res image of `height` x `width` px takes."""
+    """The UNet work of a generated low-res image of `height` x `width` px."""
     branches = 2 if config.guidance_scale > 1 else 1
     return (UnetWork(config.steps * branches, height * width / geometry.native_px**2),)
 
 
 def high_res_work(config: Method, geometry: Geometry, height: int, width: int) -> tuple[UnetWork, ...]:
-    """What the upscaling of a low-res image of `height` x `width` px takes; nothing where a method has no UNet."""
+    """The UNet work to upscale a low-res image of `height` x `width` px. Empty for methods without a UNet."""
     work: list[UnetWork] = []
     if isinstance(config, Diffusion):
         for scale, own in zip((*config.via, config.scale), config.way()):
@@ -30,8 +30,8 @@ def high_res_work(config: Method, geometry: Geometry, height: int, width: int) -
 
 
 def stage_work(config: DatasetConfig, geometry: Geometry, height: int, width: int) -> dict[str, tuple[UnetWork, ...]]:
-    """Stage -> what a sample with a low-res image of `height` x `width` px takes; stages without a UNet are left
-    out."""
+    """Stage -> UNet work of a sample with a low-res image of `height` x `width` px. Stages without a UNet are absent,
+    or empty."""
     work = {"high_res": high_res_work(config.upscale, geometry, height, width)}
     if not config.images:
         work["low_res"] = low_res_work(config.low_res, geometry, height, width)

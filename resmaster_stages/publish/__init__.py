@@ -1,1 +1,1 @@
-"""What readers get: manifest, card, report, contact sheets."""
+"""Publishes a dataset for its readers: manifest, dataset card, report, contact sheets."""

@@ -1,4 +1,4 @@
-"""The dataset card: what a dataset holds, in words, for whoever finds its folder. Its text is `templates/card.md`."""
+"""Renders the dataset card, which describes a dataset to people who find its folder, from `templates/card.md`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from resmaster_stages.publish.template import fill
 
 @dataclass(frozen=True)
 class Publication:
-    """What was published."""
+    """The numbers of a published dataset."""
 
     samples: int
     """Samples that survived every stage."""
     shards: int
     """Shards committed in every stage."""
     shards_missing: int
-    """Planned shards that are not."""
+    """Planned shards that are not committed in every stage, or that are damaged."""
     failures: dict[str, int]
     """Stage -> samples that failed in it, in published shards."""
 
@@ -33,9 +33,9 @@ def dataset_card(
     flagged: int,
     total_bytes: int,
 ) -> str:
-    """The dataset's README.md: a YAML header as dataset hubs read it, facts, and code that reads the dataset.
+    """Render README.md: a YAML header for dataset hubs, facts, and code that reads the dataset.
 
-    `sizes`: the (height, width) that occur, in px, sorted. `flagged`: samples with a flag.
+    sizes: the (height, width) of the high-res images, in px, sorted. flagged: number of samples with a flag.
     """
     missing = f" ({published.shards_missing:,} still missing)" if published.shards_missing else ""
     rejected = sum(generation.rejected_count for generation in plan.generations)
@@ -64,7 +64,7 @@ def dataset_card(
 
 
 def _size_range(sizes: list[tuple[int, int]]) -> str:
-    """Sizes (height, width) as width x height, the smallest and the largest."""
+    """The smallest and the largest of sizes (height, width), as width x height."""
     shown = [f"{width}x{height}" for height, width in sizes]
     return "no" if not shown else shown[0] if len(shown) == 1 else f"{shown[0]} to {shown[-1]}"
 
@@ -80,12 +80,12 @@ def spell_bytes(count: float) -> str:
 
 
 def _model(config: DatasetConfig) -> str:
-    """The model with its revision, if one is set."""
+    """The model's id, with its revision if one is set."""
     revision = config.model.revision
     return f"{config.model.id}@{revision}" if revision else config.model.id
 
 
 def _size_category(samples: int) -> str:
-    """The size category that dataset hubs use."""
+    """The size category of dataset hubs for a number of samples."""
     limits = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
     return next((name for limit, name in limits if samples < limit), "n>1M")

@@ -1,15 +1,15 @@
-"""What readers use: the manifest, the index of shards and the dataset card, from commit records only.
+"""Writes the manifest, the index of shards and the dataset card, from the plan, commit records and quality tables.
 
-Knows nothing about models. Qualities come from the quality stage's tables; only the flag `near_duplicate` is added
-here, for it needs the whole dataset.
+Metrics and flags come from the tables of the quality stage. Only the flag `near_duplicate` is added here, because it
+needs the whole dataset.
 
 Invariants:
 - Every key occurs at most once.
-- Only shards committed in every stage and not known to be damaged are published; the card says how many are still
-  missing.
+- Only shards that are committed in every stage, and not marked as damaged, are published. The card says how many shards
+  are missing.
 - Equal commits give equal files: no time or host is in them.
-- Rows, records and the index go to disk as they come. What grows is 26 to 35 bytes per sample, and per shard the names
-  that listings give (docs/scale.md has numbers).
+- Rows, records and the index are written to disk as they come. Memory grows by 26 to 35 bytes per sample, and by the
+  names in listings per shard (docs/scale.md has numbers).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from resmaster_stages.storage.tables import TableWriter, decode_table
 
 
 def write_manifest(dataset: Dataset) -> Publication:
-    """Write manifest.parquet, index.json and README.md of what is committed, replacing older ones.
+    """Write manifest.parquet, index.json and README.md from what is committed. Replaces older files.
 
     Raises ShardError if an object is gone or damaged, or if a key occurs twice.
     """
@@ -67,7 +67,7 @@ def write_manifest(dataset: Dataset) -> Publication:
                 for stage, receipt in chain.committed.items():
                     failures[stage] += receipt.samples_failed
                 images = chain.committed["high_res"]
-                if images.samples_ok:  # an empty tar would only make readers stumble
+                if images.samples_ok:  # readers may fail at an empty tar
                     tar = images.objects[0]
                     item = {"url": tar.name, "nsamples": images.samples_ok, "filesize": tar.bytes}
                     index.write(",\n " * bool(listed) + json.dumps(item))
@@ -85,9 +85,9 @@ def write_manifest(dataset: Dataset) -> Publication:
 
 
 def _complete_chains(dataset: Dataset) -> Iterator[tuple[int, Chain, dict[str, bytes]]]:
-    """(shard, its commits, its quality tables) of shards committed in every stage and not known to be damaged.
+    """Yield (shard, its commits, quality tables) in order, for shards committed in every stage and not damaged.
 
-    They come in order. The tables, name -> content, are fetched for many shards together; what is gone is absent.
+    The tables (name -> content) are fetched for many shards together. Missing tables are absent.
     """
     damaged = {shard for stage in dataset.hashes for shard in dataset.commits(stage).marked()}
     chains = (
@@ -106,7 +106,7 @@ def _manifest_rows(
 ) -> Iterator[dict[str, Any]]:
     """The manifest's rows of one shard, in the plan's order.
 
-    `tables`: the content of its quality tables, by name. `tars`: names of the tars that are there.
+    tables: name -> content of quality tables. tars: names of the tars that exist.
     """
     receipts = chain.committed
     low_res, high_res, quality = (receipts[name] for name in ("low_res", "high_res", "quality"))
@@ -154,7 +154,7 @@ def _manifest_rows(
 
 
 def _flag_duplicates(rows: Sequence[dict[str, Any]], looks: DigestSet) -> None:
-    """Flag `near_duplicate` what looks the same as an earlier sample of the dataset; `looks` are the pHashes so far."""
+    """Flag rows with the pHash of an earlier sample as `near_duplicate`. looks: digests of the pHashes so far."""
     for row in rows:
         flags = list(row["flags"])
         if row["phash"] and "blank" not in flags and not looks.add(digest_of(row["phash"])):
@@ -162,7 +162,7 @@ def _flag_duplicates(rows: Sequence[dict[str, Any]], looks: DigestSet) -> None:
 
 
 def _image_places(dataset: Dataset, receipt: Receipt, keys: Sequence[str], tars: frozenset[str]) -> dict[str, Member]:
-    """Key -> place of its image in a committed tar that holds `keys`, by its commit record."""
+    """Key -> place of its image in a committed tar with the samples `keys`, from the commit record."""
     name = receipt.objects[0].name
     if name not in tars:
         raise ShardError(_gone(dataset, receipt))
@@ -191,9 +191,9 @@ def _gone(dataset: Dataset, receipt: Receipt) -> str:
 
 
 def _repeated(manifest: Path, prints: array[int]) -> str | None:
-    """A key that occurs twice in a manifest.
+    """A key that occurs twice in a manifest, or None.
 
-    `prints`: the first 64 bits of its keys, all that is held of them; sorted in place.
+    prints: the first 64 bits of each key. They are sorted in place.
     """
     values = np.asarray(prints)
     values.sort()

@@ -1,13 +1,12 @@
-"""The report: one HTML file that shows each sample before and after. Pure functions.
+"""Renders the report: one HTML file that shows each sample before and after. Pure functions.
 
-What the page looks like is said by `templates/page.html`, `page.css` and `page.js`. Here is what they are given.
+`templates/page.html`, `page.css` and `page.js` define the look of the page. This module gives them their values. It
+does not access storage: samples come as plain data, and the result is text.
 
 Invariants:
-- The page needs nothing from outside (a content security policy forbids it) and is readable without its script.
+- The page loads nothing from outside (a content security policy forbids it) and is readable without its script.
 - Everything that came from outside (prompts, captions, errors, names) is escaped.
-- Equal input gives equal output: no time, host or random name is in it.
-
-Knows nothing about storage: samples come as plain data, and text goes out.
+- Equal input gives equal output: no time, host or random name is in the page.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ from resmaster_stages.publish.template import fill, verbatim
 from resmaster_stages.storage.images import decode_image
 
 BUDGET_BYTES = 38_000_000
-"""Size of all images in a page: browsers open such a file from a disk at once, and mail programs still take it."""
+"""Maximum size of all images in a page. Browsers open a file of this size at once, and mail programs accept it."""
 SIDES_PX = (1024, 768, 512, 384, 256, 192, 128)
-"""Sizes (longer side) that an image may be scaled down to, to fit the budget."""
+"""Sizes (longer side) to which an image may be scaled down to fit the budget."""
 
 CAPTION_NOTES = {
     "replaced": "a neighbour's caption",
     "fallback": "global prompt",
     "empty": "no answer: global prompt",
 }
-"""What the page says of captions whose status is not ok."""
+"""Status of a caption -> note on the page; captions with status ok have no note."""
 
 
 @dataclass(frozen=True)
@@ -56,21 +55,21 @@ class ReportSample:
     high_res: bytes | Image.Image
     """The high-res image, as a file's content or decoded."""
     captions: Sequence[Mapping[str, Any]] = ()
-    """Rows of the captions table, in grid order; may be empty."""
+    """Rows of the captions table in grid order; may be empty."""
     quality: Mapping[str, Any] = field(default_factory=dict)
     """The row of the quality table; may be empty."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """Further facts to show, such as the seed."""
     command: str = ""
-    """A command that tells more of the sample; "" for none."""
+    """A command that explains the sample; "" for none."""
 
     @property
     def flags(self) -> list[str]:
-        """The names of its flags."""
+        """The names of the sample's flags."""
         return [str(flag) for flag in self.quality.get("flags") or ()]
 
     def decoded(self) -> tuple[Image.Image, Image.Image]:
-        """(low-res, high-res), RGB. Raises SampleError if one cannot be read."""
+        """(low-res, high-res) as RGB images. Raises SampleError if one cannot be decoded."""
         low, high = (
             each.convert("RGB") if isinstance(each, Image.Image) else decode_image(each, self.key)
             for each in (self.low_res, self.high_res)
@@ -79,9 +78,9 @@ class ReportSample:
 
 
 def choose(bad: Sequence[float] | NDArray[np.float64], limit: int = 200) -> list[int]:
-    """What to show of a dataset too large for one page: half the worst, half evenly from the rest; all if they fit.
+    """Choose at most `limit` samples to show: all if they fit, else half the worst and half spread over the rest.
 
-    `bad`: each sample's `badness`. Returns their positions, in ascending order.
+    bad: each sample's `badness`. Returns the positions of the chosen samples, in ascending order.
     """
     if limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
@@ -102,7 +101,7 @@ def render_report(
     *,
     total: int | None = None,
 ) -> str:
-    """The page, with the worst samples first.
+    """Render the page, with the worst samples first.
 
     title: the dataset's name. facts: label -> value, shown in the header. failures: rows of the ledger (key, stage,
     error_class, message), each with `command` as in ReportSample. total: samples in the dataset, if only some are
@@ -130,7 +129,7 @@ def render_report(
 
 
 def _card(sample: ReportSample, index: int, share_bytes: float) -> dict[str, Any]:
-    """What the page reads of one sample. `bad`: None if it was not measured. `reason`: why `images` are not there."""
+    """The values of one sample for the page. `bad`: None without metrics. `reason`: why there are no `images`."""
     measured = any(sample.quality.get(column.name) is not None for column in shown_columns())
     images, reason = None, ""
     try:
@@ -148,11 +147,11 @@ def _card(sample: ReportSample, index: int, share_bytes: float) -> dict[str, Any
 
 
 def _images(sample: ReportSample, share_bytes: float) -> dict[str, str]:
-    """A sample's images as data URLs of about `share_bytes` together, with their sizes and the place that is zoomed."""
+    """A sample's images as data URLs of about `share_bytes` in total, with their sizes and the zoomed box."""
     low, high = sample.decoded()
     box = most_detailed(high)
     before, after = zoom(low, high, box)
-    # of a sample's share: the zoomed parts are small and come first, the high-res image takes what is left
+    # the small images get fixed parts of the sample's share, and the high-res image gets the rest
     low_zoom = data_url(before, 0.1 * share_bytes, SIDES_PX[3:])
     high_zoom = data_url(after, 0.15 * share_bytes, SIDES_PX[3:])
     low_url = data_url(low, 0.15 * share_bytes, SIDES_PX[2:])
@@ -171,7 +170,7 @@ def _images(sample: ReportSample, share_bytes: float) -> dict[str, str]:
 
 
 def zoom(low: Image.Image, high: Image.Image, box: Box) -> tuple[Image.Image, Image.Image]:
-    """(low-res enlarged bicubically, high-res): what `box` (px of `high`) shows of each, at the size of the box."""
+    """The crops at `box` (in px of `high`) of (low-res enlarged bicubically, high-res), both at the box's size."""
     y0, x0, y1, x1 = box
     sy, sx = low.height / high.height, low.width / high.width
     before = low.resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC, box=(x0 * sx, y0 * sy, x1 * sx, y1 * sy))
@@ -179,12 +178,12 @@ def zoom(low: Image.Image, high: Image.Image, box: Box) -> tuple[Image.Image, Im
 
 
 def data_url(image: Image.Image, share_bytes: float, sides: Sequence[int]) -> str:
-    """`image` as a WebP data URL of at most `share_bytes` characters if any of `sides` allows it; else the smallest."""
+    """`image` as a WebP data URL of at most `share_bytes` characters, or the smallest URL if none of `sides` fits."""
     url = ""
     longer = max(image.size)
     for side in sides:
         if side >= longer and side != sides[-1] and any(longer <= other < side for other in sides):
-            continue  # a smaller step holds the whole image as well
+            continue  # a smaller side also leaves the image unscaled
         scale = min(1.0, side / longer)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         shown = image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
@@ -198,7 +197,7 @@ def data_url(image: Image.Image, share_bytes: float, sides: Sequence[int]) -> st
 
 
 def _captions(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The patch captions with their places, and how many of them are the global prompt or a neighbour's."""
+    """The patch captions with their places, and how many are the global prompt or a neighbour's caption."""
     height, width = max((int(row["y1"]) for row in rows), default=0), max((int(row["x1"]) for row in rows), default=0)
     statuses = [str(row.get("status", "ok")) for row in rows]
     patches = []
@@ -215,19 +214,19 @@ def _captions(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _place(box: Box, height: int, width: int) -> str:
-    """A box (y0, x0, y1, x1) in an image as CSS, in percent."""
+    """A box (y0, x0, y1, x1) in an image as CSS properties in percent."""
     y0, x0, y1, x1 = box
     parts = {"left": x0 / width, "top": y0 / height, "width": (x1 - x0) / width, "height": (y1 - y0) / height}
     return ";".join(f"{name}:{100 * value:.3f}%" for name, value in parts.items())
 
 
 def _spelled(value: Any, form: str) -> str:
-    """A measure for people; a dash where there is none."""
+    """A metric's value as text for readers; a dash if there is none."""
     return form.format(value) if _is_number(value) else "–"
 
 
 def _plain(value: Any) -> str:
-    """A measure for the script; nothing where there is none."""
+    """A metric's value as text for the script; "" if there is none."""
     return f"{value:.6g}" if _is_number(value) else ""
 
 

@@ -1,10 +1,10 @@
-"""Writes `report/` of a dataset: the page and the contact sheets, from what is committed.
+"""Writes the folder `report/` of a dataset, the page and the contact sheets, from committed samples.
 
 Invariants:
-- Only samples of the manifest are shown, so the report never shows what readers do not get.
+- Only samples of the manifest are shown, so the report never shows samples that readers do not get.
 - One shard is opened at a time, and only if it holds a sample that is shown.
 
-Knows storage, and not what the page looks like: see `page.py` and `sheets.py`.
+This module reads and writes the store. `page.py` and `sheets.py` make the page and the sheets.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from resmaster_stages.publish.sheets import contact_sheets
 from resmaster_stages.storage.tables import decode_table, rows_at
 
 SIZE_COLUMNS = ["low_res_width", "low_res_height", "width", "height"]
-"""What `facts` reads of the manifest."""
+"""Columns of the manifest that `facts` reads."""
 SHOWN_SAMPLES = 200
-"""A page with more samples than this is slow to open: half are the worst, half evenly from the rest."""
+"""Maximum samples on the page, because larger pages open slowly. Half are the worst, half are spread over the rest."""
 
 
 def write_report(dataset: Dataset) -> str:
-    """Write report/index.html and contact sheets of what the manifest holds. Returns the page's path or URL."""
+    """Write report/index.html and contact sheets from the manifest. Returns the path or URL of the page."""
     manifest = dataset.folder.read(layout.MANIFEST)
     table = decode_table(manifest, manifest_schema(), layout.MANIFEST, (*badness_columns(), *SIZE_COLUMNS))
     bad = [badness(row) for batch in table.to_batches(10_000) for row in batch.to_pylist()]
@@ -57,7 +57,7 @@ def write_report(dataset: Dataset) -> str:
 
 
 def _samples(dataset: Dataset, rows: dict[str, dict[str, Any]]) -> Iterator[ReportSample]:
-    """The samples whose rows of the manifest are given (key -> row), in the order of their shards."""
+    """The samples of some rows of the manifest (key -> row), in the order of their shards."""
     stages = [stage for stage in ("low_res", "captions", "high_res") if stage in dataset.hashes]
     for shard in sorted({row["shard"] for row in rows.values()}):
         with shard_samples(dataset, shard, stages) as samples:
@@ -77,7 +77,7 @@ def _samples(dataset: Dataset, rows: dict[str, dict[str, Any]]) -> Iterator[Repo
 
 
 def facts(config: DatasetConfig, manifest: pa.Table) -> dict[str, Any]:
-    """What the page's header says of the dataset. `manifest`: its `SIZE_COLUMNS` at least."""
+    """Label -> value, for the header of the page. `manifest`: must have the `SIZE_COLUMNS`."""
     upscale = config.upscale
     found = manifest.select(SIZE_COLUMNS).group_by(SIZE_COLUMNS).aggregate([])
     sizes = sorted(tuple(row[name] for name in SIZE_COLUMNS) for row in found.to_pylist())
@@ -93,9 +93,9 @@ def facts(config: DatasetConfig, manifest: pa.Table) -> dict[str, Any]:
 
 
 def failures(dataset: Dataset) -> list[dict[str, Any]]:
-    """The ledger's rows of what is still missing under the current configuration.
+    """The ledger rows of samples that are still missing under the current configuration.
 
-    The last attempt of each sample, with a command that tells more.
+    Only the last attempt of each sample and stage, with a command that explains the sample.
     """
     last: dict[tuple[str, str], dict[str, Any]] = {}
     for stage in dataset.hashes:

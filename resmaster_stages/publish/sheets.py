@@ -1,4 +1,4 @@
-"""Contact sheets: the report's samples as pairs of small images, many on one large image. Pure functions."""
+"""Draws contact sheets: large images with many of the report's samples as pairs of small images. Pure functions."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def contact_sheets(samples: Iterable[ReportSample], title: str) -> Iterator[Image.Image]:
-    """Contact sheets of the samples, in order; samples are taken as they are needed."""
+    """Yield contact sheets of the samples, in order. Samples are taken as they are needed."""
     rest = iter(samples)
     while batch := list(islice(rest, COLUMNS * ROWS)):
         yield contact_sheet(batch, title)
 
 
 def contact_sheet(samples: Sequence[ReportSample], title: str) -> Image.Image:
-    """Pairs (low-res, high-res) with their prompts, `COLUMNS` pairs per row, under the title."""
+    """One sheet: the title, and below it pairs (low-res, high-res) with their prompts, `COLUMNS` pairs per row."""
     rows = -(-len(samples) // COLUMNS)
     width = 2 * CELL_PX + PAIR_GAP_PX + GAP_PX
     height = CELL_PX + LABEL_PX + GAP_PX
@@ -69,7 +69,7 @@ def _draw_sample(sheet: Image.Image, corner: tuple[int, int], sample: ReportSamp
 
 
 def _fit(text: str, font: Font, width: int) -> str:
-    """The beginning of `text`, in one line, that is at most `width` px wide."""
+    """`text` in one line, cut to at most `width` px."""
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text

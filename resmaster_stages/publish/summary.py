@@ -1,6 +1,6 @@
-"""What a build came to, as a page of Markdown: samples, quality, flags, failures, and what to do next.
+"""Summarises a build as Markdown: samples, quality, flags, failures, and what to do next. Prefect shows the page.
 
-Reads what is published and the ledger; writes nothing. The page goes to Prefect, which shows Markdown.
+This module reads the manifest and the ledger, and writes nothing.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from resmaster_stages.redaction import without_credentials
 from resmaster_stages.storage.tables import decode_table
 
 SHOWN_FAILURES = 20
-"""Failures that the page lists; it only counts further ones."""
+"""Maximum number of failures that the page lists. Further failures are only counted."""
 
 
 def summary(dataset: Dataset, found: Status) -> str:
-    """The page of a dataset whose manifest is written. found: how far it is."""
+    """The page of a dataset whose manifest is written. found: its status."""
     columns = [*(column.name for column in shown_columns()), "flags", *SIZE_COLUMNS]
     table = decode_table(dataset.folder.read(layout.MANIFEST), manifest_schema(), layout.MANIFEST, columns)
     url = without_credentials(dataset.url)
@@ -48,7 +48,7 @@ def summary(dataset: Dataset, found: Status) -> str:
 
 
 def _stages(found: Status) -> str:
-    """What each stage has done and what it still has to do."""
+    """A table of the status of each stage."""
     head = ("stage", "shards committed", "pending", "failed", "samples ok", "samples failed", "compute")
     rows = [
         (s.stage, s.committed, s.pending, s.failed, s.samples_ok, s.samples_failed, f"{s.seconds:.0f} s")
@@ -58,7 +58,7 @@ def _stages(found: Status) -> str:
 
 
 def _quality(table: pa.Table) -> str:
-    """Mean, median and the worst twentieth of each measure."""
+    """A table with mean, median and worst twentieth of each metric."""
     rows = []
     for column in shown_columns():
         values = table[column.name].drop_null().to_numpy()
@@ -71,7 +71,7 @@ def _quality(table: pa.Table) -> str:
 
 
 def _flags(table: pa.Table) -> str:
-    """How many samples have a flag, and how many have each."""
+    """The number of samples with a flag, and the number with each flag."""
     found = pc.value_counts(pc.list_flatten(table["flags"])).to_pylist()
     counts = {each["values"]: each["counts"] for each in found}
     flagged = pc.sum(pc.greater(pc.list_value_length(table["flags"]), 0)).as_py() or 0
@@ -80,7 +80,7 @@ def _flags(table: pa.Table) -> str:
 
 
 def _failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The section of failures, as parts of the page; none if there are none."""
+    """The section of failures, as parts of the page; empty if there are no failures."""
     if not rows:
         return []
     shown = [(row["key"], row["stage"], row["error_class"], row["message"]) for row in rows[:SHOWN_FAILURES]]
@@ -95,6 +95,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def _cell(value: object) -> str:
-    """Text from outside as one cell: in one line, and nothing in it is Markdown or HTML."""
+    """A value as one table cell: in one line, with Markdown and HTML escaped."""
     text = " ".join(str(value).split())
     return "".join(f"\\{c}" if c in "\\`*_[]<>|#!~" else "&amp;" if c == "&" else c for c in text)

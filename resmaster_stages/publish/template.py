@@ -1,7 +1,9 @@
-"""Fills in the files of `templates/`.
+"""Renders the files of `templates/`.
 
-Invariants: values are escaped in HTML (Markdown has no such thing); control characters and lone surrogates in values
-become blanks; a name that a template reads and nobody gave is an error.
+Invariants:
+- Values are escaped in HTML, but not in Markdown.
+- Control characters and lone surrogates in values become blanks.
+- A name that a template reads and that is not given is an error.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def _printable(value: object) -> object:
-    """What is put in for `value`: its text without control characters; markup as it is."""
+    """The text of `value` without control characters. Markup stays unchanged."""
     return value if isinstance(value, Markup) else _CONTROL.sub(" ", str(value))
 
 
@@ -32,11 +34,11 @@ _TEMPLATES = Environment(
 
 
 def fill(template: str, /, **values: Any) -> str:
-    """The file `template` of `templates/`, with `values` put in by their names."""
+    """Render the file `template` of `templates/` with `values` by name."""
     return _TEMPLATES.get_template(template).render(values)
 
 
 def verbatim(name: str) -> Markup:
-    """The file `name` of `templates/` as a value that goes in unchanged."""
+    """The content of the file `name` of `templates/`, as a value that is inserted unchanged."""
     assert _TEMPLATES.loader is not None
     return Markup(_TEMPLATES.loader.get_source(_TEMPLATES, name)[0])

@@ -1,1 +1,1 @@
-"""One stage over one shard, from verified inputs to one commit. Knows stages by name only."""
+"""Runs one stage over one shard, from verified inputs to one commit. These modules do not import the stages."""

@@ -1,6 +1,6 @@
-"""One attempt at a shard: computed, written to local files and validated.
+"""Makes one attempt at a shard: computes its samples, writes them to local files and validates the files.
 
-Knows of each stage only its row in the table of stages.
+This module knows of each stage only the stage's row in the table of stages.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from resmaster_stages.storage.tables import decode_table, encode_table
 
 @dataclass(frozen=True)
 class Work:
-    """One stage of one shard, to be computed."""
+    """One stage of one shard that is to be computed."""
 
     dataset: Dataset
     stage: Stage
     shard: int
     chain: Chain
-    """What is committed of the shard, up to this stage."""
+    """The commits of the shard up to this stage."""
     process: Process
 
     @property
@@ -51,34 +51,33 @@ class Work:
 
     @property
     def place(self) -> str:
-        """For messages."""
+        """Stage and shard, for messages."""
         return f"{self.stage.name} of shard {self.shard:06d}"
 
 
 @dataclass
 class Made:
-    """What an attempt has made of the samples of a shard, in local files."""
+    """The result of an attempt, in local files."""
 
     target: Path
     """The tar or table."""
     features: Path
-    """The arrays that the stage gave besides, if any."""
+    """The file of arrays; it exists only if the stage gave arrays."""
     good: list[str] = field(default_factory=list)
     failures: list[tuple[str, Exception]] = field(default_factory=list)
     images: tuple[str, ...] = ()
-    """Places of a tar's images, as commit records tell them."""
+    """Places of the images in the tar, as commit records hold them."""
     seconds: float = 0.0
     unet: UnetCost = field(default_factory=UnetCost)
     busy: BusyTime = field(default_factory=BusyTime)
 
     def device(self) -> dict[str, float]:
-        """How long the device was at work, and the share of the stage's time in which it was not, for commit
-        records."""
+        """For commit records: seconds in which the device was busy, and the share of time in which it was idle."""
         share = self.busy.seconds / self.seconds if self.seconds else 0.0
         return {"busy_seconds": round(self.busy.seconds, 3), "idle_share": round(max(0.0, 1 - share), 4)}
 
     def objects(self, work: Work, attempt: str) -> list[tuple[str, Path]]:
-        """Name in the dataset, local file."""
+        """(name in the dataset, local file) of each object."""
         place = (work.stage.name, work.shard, attempt)
         features = [(layout.features_object(*place), self.features)] if self.features.exists() else []
         return [(layout.shard_object(*place), self.target), *features]
@@ -88,11 +87,11 @@ class Made:
 def computed(
     work: Work, without: frozenset[str], earlier: Mapping[str, Output], tolerant: bool = False
 ) -> Iterator[Made]:
-    """Compute the shard's samples but those `without`; the files are there within the block.
+    """Compute the samples of the shard, except the keys in `without`. The files exist within the block.
 
-    If that ends well, the shard's cache is dropped.
+    If the block ends without an error, the shard's cache is deleted.
 
-    earlier: outputs that are handed on as they are. tolerant: any number of samples may fail.
+    earlier: outputs that are passed on unchanged. tolerant: any number of samples may fail.
     """
     dataset, stage, shard, config = work.dataset, work.stage, work.shard, work.dataset.config
     with (
@@ -115,14 +114,15 @@ def computed(
 
 
 def tolerated(work: Work, samples: int) -> int:
-    """How many of so many samples may fail."""
+    """How many of `samples` samples may fail."""
     return max(1, int(work.dataset.config.max_failure_ratio * samples + 1e-9))  # 0.29 * 100 is 28.99...
 
 
 def _write(made: Made, outputs: Iterator[Output], work: Work, most: int, earlier: Mapping[str, Output]) -> None:
-    """Write the outputs to local files, validated.
+    """Write the outputs to local files, and validate the files.
 
-    More than `most` errors that nobody foresaw end it: the rest would fail alike, and nothing will be committed.
+    Stops after more than `most` unforeseen errors (others than SampleError), because the rest would fail the same way
+    and nothing will be committed.
     """
     arrays: list[Arrays] = []
     rows: list[dict[str, Any]] = []

@@ -1,22 +1,20 @@
-"""Runs a stage's `process` over the samples of a shard, slot by slot.
+"""Runs a stage's `process` over the samples of a shard, slot by slot, and finds the samples that cause errors.
 
-One Output per sample, whatever goes wrong with some of them.
-
-Knows nothing about where outputs end up, nor what is in them.
+This module does not write outputs and does not look inside them.
 
 Invariants:
-- Exactly one Output per sample, in the plan's order.
-- What is at fault is found out: out of memory halves the batch, down to 1; any other error in a slot runs its samples
-  one by one; in the end it costs the one sample, as its Output's error. A lost device, the user's mistakes and a store
-  or network that fails are nobody's fault here: they pass.
-- While a slot is computed, the one before it is finished and spilled, and the next one is read (`overlap`). An error in
-  finishing is its own sample's, whatever happens to the next one; memory that ran out there is asked for once more,
-  alone.
-- In a shard in which a process died before, each sample is finished before the next one begins, so the next death has
-  one suspect.
-- Slots are those of an uninterrupted run, whole, so a resumed shard has the same bytes. What is ready is never computed
-  for its own sake, and is handed on as it is. Halved batches and suspects that run alone give the same images up to
-  rounding.
+- There is exactly one Output per sample, in the plan's order, even if samples fail.
+- An error is traced to its sample. If memory runs out, the batch is halved, down to 1. After any other error in a slot,
+  the samples of the slot run one by one. The error of a single sample becomes its Output's error. A lost device, the
+  user's mistakes and a failing store or network are not the fault of a sample: such errors are raised.
+- While a slot is computed, the slot before it is finished and spilled, and the next slot is read (`overlap`). An error
+  in finishing belongs to its own sample. If memory runs out in finishing, the sample is finished once more, while
+  nothing is computed.
+- In a shard in which a process died before, each sample is finished before the next one begins, so that there is one
+  suspect if the process dies again.
+- Slots are always those of an uninterrupted run, so a resumed shard has the same bytes. A slot is computed only if one
+  of its samples is not ready; ready outputs are passed on unchanged. Halved batches, and samples that run alone, give
+  the same images up to rounding.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def batch_of(config: DatasetConfig, stage: Stage) -> int | None:
-    """How much of `stage` goes to the device at once; None where the device's memory decides."""
+    """The batch size of `stage` on the device; None if the device's memory decides."""
     if stage.batch is None:
         return 1
     part, field = stage.batch
@@ -52,13 +50,13 @@ def batch_of(config: DatasetConfig, stage: Stage) -> int | None:
 
 
 def half_batch(error: OutOfMemory, config: DatasetConfig, stage: Stage) -> int:
-    """Half of the batch for which memory ran out, 1 if nobody knows it; 0 where nothing smaller can be tried."""
+    """Half of the batch size for which memory ran out; 1 if that size is unknown, 0 if nothing smaller can be tried."""
     sizes = [size for size in (error.batch, batch_of(config, stage)) if size is not None]
     return min(sizes, default=2) // 2
 
 
 def with_batch(config: DatasetConfig, stage: Stage, size: int) -> DatasetConfig:
-    """`config` with another batch: operational, so of the same identity."""
+    """`config` with another batch size. Batch sizes are operational, so the identity stays the same."""
     if stage.batch is None:
         return config
     part, field = stage.batch
@@ -71,7 +69,7 @@ class _Work:
 
     process: Process
     config: DatasetConfig
-    """Its batch shrinks where memory runs out."""
+    """The batch size in it is halved when memory runs out."""
     stage: Stage
     samples: ShardSamples
     ready: Mapping[str, Output]
@@ -81,7 +79,7 @@ class _Work:
 
     @property
     def one_by_one(self) -> bool:
-        """Whether nothing may overlap: a process died here, and the next death has to have one suspect."""
+        """Whether nothing may overlap, because a process died in this shard and a further death needs one suspect."""
         return bool(self.breadcrumbs.strikes)
 
 
@@ -94,9 +92,10 @@ def compute(
     spill: Spill,
     breadcrumbs: Breadcrumbs,
 ) -> Generator[Output, None, None]:
-    """One Output per sample, in order. Raises ShardError if `process` breaks its contract, and what is nobody's fault.
+    """Yield one Output per sample, in order.
 
-    earlier: outputs of an earlier attempt, which are handed on as they are.
+    earlier: outputs of an earlier attempt, which are passed on unchanged. Raises ShardError if `process` does not give
+    one Output per sample in order, and errors that are not the fault of a sample.
     """
     keys = samples.keys()
     ready: dict[str, Output] = spill.read(keys) if keys else {}
@@ -106,7 +105,7 @@ def compute(
             ready[key] = Output(key, error=error)
     try:
         with Reading(samples) as reading, Finishing(partial(_finished, stage, spill)) as finishing:
-            either = ChainMap(ready, earlier)  # type: ignore[arg-type]  # nobody writes to it
+            either = ChainMap(ready, earlier)  # type: ignore[arg-type]  # it is only read
             work = _Work(process, config, stage, samples, either, breadcrumbs, reading, finishing)
             yield from _computed(work)
     except GpuLost:
@@ -137,13 +136,13 @@ def _computed(work: _Work) -> Iterator[Output]:
                 else:
                     yield from finishing.take(leave=0)
                     yield work.ready[output.key]
-            del outputs, output  # their images may go as soon as they are encoded
+            del outputs, output  # so that their images are freed as soon as they are encoded
             yield from finishing.take(leave=0 if alone else size)
     yield from finishing.take(leave=0)
 
 
 def _outputs_of(work: _Work, slot: range, following: range | None) -> Iterator[list[Output]]:
-    """The Outputs of one slot's samples, in order: all together, or one by one if something is wrong there."""
+    """The Outputs of one slot's samples, in order: computed together, or one by one after strikes or errors."""
     strikes = (work.breadcrumbs.strikes.get(key, 0) for key in _keys(work, slot))
     suspected = len(slot) > 1 and any(count >= ALONE_STRIKES for count in strikes)
     together = None if suspected else _together(work, slot, following)
@@ -154,7 +153,7 @@ def _outputs_of(work: _Work, slot: range, following: range | None) -> Iterator[l
 
 
 def _together(work: _Work, slot: range, following: range | None) -> list[Output] | None:
-    """The Outputs of one slot's samples, in order; None if one of several, who knows which, is at fault."""
+    """The Outputs of one slot's samples, in order; None if an unknown one of several samples is at fault."""
     while True:
         try:
             return _called(work, work.config, slot, following)
@@ -170,7 +169,7 @@ def _together(work: _Work, slot: range, following: range | None) -> list[Output]
 
 
 def _alone(work: _Work, place: int) -> Output:
-    """The Output of a sample of a slot in which something is wrong, by itself."""
+    """The Output of one sample, computed alone; used after strikes or errors in its slot."""
     slot = range(place, place + 1)
     (key,) = _keys(work, slot)
     if key in work.ready:
@@ -185,9 +184,9 @@ def _alone(work: _Work, place: int) -> Output:
 
 
 def _called(work: _Work, config: DatasetConfig, slot: range, following: range | None = None) -> list[Output]:
-    """What `process` makes of the samples of a slot, while those of the `following` one are read.
+    """Call `process` on the samples of a slot, while the samples of the slot `following` are read.
 
-    Raises ShardError unless that is one Output for each, in order.
+    Raises ShardError unless `process` gives one Output per sample, in order.
     """
     due = _keys(work, slot)
     work.breadcrumbs.at(due, work.finishing.keys())  # before anything of the samples is read
@@ -205,10 +204,10 @@ def _keys(work: _Work, slot: range) -> list[str]:
 
 
 def _finished(stage: Stage, spill: Spill, output: Output, last: bool, alone: bool) -> Output:
-    """`output` with its files made, or its error, and spilled if it is the `last` of its slot. Raises what is nobody's
-    fault.
+    """Finish `output`: make its files, and spill the waiting outputs if it is the `last` of its slot.
 
-    `output` itself if it was not `alone` and memory ran out.
+    Returns the finished output, or one with the sample's error. If memory ran out and nothing says that the output is
+    finished `alone`, returns `output` unchanged. Raises errors that are not the fault of the sample.
     """
     try:
         made = output.finished()
@@ -226,7 +225,7 @@ def _finished(stage: Stage, spill: Spill, output: Output, last: bool, alone: boo
 
 
 def _whose(error: Exception, stage: Stage) -> Exception:
-    """The error of the sample at hand. Raises it, or what it means, if it is not the sample's."""
+    """The error, if it is the fault of a sample. Otherwise raises it, or the error that it stands for."""
     if isinstance(error, (SampleError, OutOfMemory)):
         return error
     if isinstance(error, ResMasterError):
@@ -242,14 +241,14 @@ def _whose(error: Exception, stage: Stage) -> Exception:
 
 
 def _located(error: Exception) -> Exception:
-    """An error that nobody foresaw, with a note of the place where it arose."""
+    """An unforeseen error, with a note of the file and line where it arose."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     error.add_note(f"{frame.filename.rpartition('/')[2]}:{frame.lineno}")
     return error
 
 
 def _without_frames(error: Exception) -> Exception:
-    """`error` without its tracebacks, whose frames would keep tensors alive."""
+    """`error` without tracebacks, because their frames would keep tensors alive."""
     each: BaseException | None = error
     while each is not None:
         each.__traceback__ = None

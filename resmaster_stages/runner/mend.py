@@ -1,4 +1,4 @@
-"""Makes the objects of a commit again that are damaged, and puts them back if every byte is as recorded."""
+"""Computes damaged objects of a commit again, and puts them back if every byte is as recorded."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from resmaster_stages.storage.filesystem import sha256_of
 
 
 def mend(work: Work, receipt: Receipt) -> None:
-    """Compute a commit again and put back, under their old names, those of its objects that are not as recorded.
+    """Compute a commit again, and put back its damaged objects and its ledger under their old names.
 
-    Raises ShardError, and puts nothing back, if what comes out differs from the record.
+    Raises ShardError, and puts nothing back, if the result differs from the record.
     """
     folder = work.dataset.folder
     broken = {stored.name for stored in receipt.objects if difference(folder, stored)}
@@ -21,7 +21,7 @@ def mend(work: Work, receipt: Receipt) -> None:
     if not broken and not ledger_lost:
         return
     failed = frozenset(receipt.failed_keys)
-    # How the others failed matters only if the ledger is lost.
+    # Failed samples are computed again only if the ledger is lost, to get their errors.
     without = frozenset(receipt.lost_keys) if ledger_lost else failed.union(receipt.lost_keys)
     with computed(work, without, earlier={}, tolerant=True) as made:
         if {key for key, _ in made.failures} != failed - without:

@@ -1,13 +1,11 @@
-"""Two threads beside the one that computes: one reads the slot that comes next, one finishes the samples before.
-
-Knows nothing about stages, nor about what goes wrong in them.
+"""Two threads beside the computing thread: one reads the next slot, the other finishes the samples before.
 
 Invariants:
-- One slot at most is read ahead, and no more outputs wait to be finished than the caller leaves there, and one.
-- Outputs are finished, and handed on, in the order in which they came.
-- An error is raised where its sample is asked for. At the end of the block what waits is finished, then the threads
-  end.
-- Both threads work in the context of their caller: who counts and who hears of progress is the same there.
+- At most one slot is read ahead. `Finishing.take(leave)` limits the outputs that wait to be finished to `leave`.
+- Outputs are finished and passed on in the order in which they came.
+- An error is raised where its sample is taken. At the end of the block, waiting outputs are finished, and then the
+  threads end.
+- Both threads run in a copy of their caller's context, so counters and progress listeners are the same.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ T = TypeVar("T")
 
 
 class _Beside:
-    """A thread beside the caller's, from its first task to the end of the block."""
+    """A thread beside the caller's thread, from its first task to the end of the block."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, type(self).__name__)
@@ -44,7 +42,7 @@ class _Beside:
 
 
 class Reading(_Beside):
-    """The samples of a shard. The slot that is said to follow is read, and its images are decoded, in the thread."""
+    """Reads the samples of a shard. The thread reads the following slot and decodes its images."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         super().__init__()
@@ -52,7 +50,7 @@ class Reading(_Beside):
         self._ahead: tuple[range, Future[list[Sample]]] | None = None
 
     def read(self, slot: range, then: range | None = None) -> list[Sample]:
-        """The samples of `slot`, after which those of `then` will be asked for; again, if need be."""
+        """The samples of `slot`. The thread begins to read the slot `then`, which should be asked for next."""
         if self._ahead and self._ahead[0] == slot:
             (_, coming), self._ahead = self._ahead, None
             samples = coming.result()
@@ -72,10 +70,11 @@ class Reading(_Beside):
 
 
 class Finishing(_Beside):
-    """Outputs on their way from a stage to its shard, each of which passes through `finish` in the thread.
+    """Outputs on their way from a stage to its shard. The thread calls `finish` on each of them.
 
-    finish: an output, and whether it is the last one of its slot -> the output finished, or as it came if there is not
-    the memory for it beside the computing; then it is asked once more, with True, when nothing is computed.
+    finish: (output, whether it is the last of its slot, whether nothing is computed meanwhile) -> the finished output,
+    or the same output if memory ran out beside the computing. Such an output is finished once more, with (False, True),
+    while nothing is computed.
     """
 
     def __init__(self, finish: Callable[[Output, bool, bool], Output]) -> None:
@@ -84,15 +83,15 @@ class Finishing(_Beside):
         self._waiting: deque[tuple[str, Future[Output]]] = deque()
 
     def keys(self) -> list[str]:
-        """What is not finished yet."""
+        """The keys of outputs that are not finished yet."""
         return [key for key, future in self._waiting if not future.done()]
 
     def put(self, output: Output, last: bool) -> None:
-        """Take an output in."""
+        """Add an output to be finished."""
         self._waiting.append((output.key, self._start(lambda: self._finish(output, last, False))))
 
     def take(self, leave: int) -> Iterator[Output]:
-        """Hand on the first ones, finished, until `leave` are left. To be called while nothing is computed."""
+        """Yield finished outputs, in order, until `leave` are left. To be called while nothing is computed."""
         while len(self._waiting) > leave:
             output = self._waiting.popleft()[1].result()
             if output.finish is not None:

@@ -1,4 +1,4 @@
-"""Volatile facts of this process for commit records: versions, host, device. Loads nothing to find them out."""
+"""Volatile facts of this process for commit records: versions, host, device. Imports no library to find them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LIBRARIES = ("resmaster-pipeline", "torch", "diffusers", "transformers", "webdat
 
 @cache
 def _versions() -> dict[str, str]:
-    """Library -> version. Looked up once: it reads and parses a file per library."""
+    """Library -> version. Cached, because it reads and parses a file per library."""
     versions: dict[str, str] = {}
     for name in LIBRARIES:
         try:
@@ -25,7 +25,7 @@ def _versions() -> dict[str, str]:
 
 
 def own_provenance() -> dict[str, Any]:
-    """Volatile facts of this process: versions, host, device (without loading anything to find out)."""
+    """Volatile facts of this process: versions, host, and the GPU if torch already uses one."""
     facts: dict[str, Any] = {
         "host": socket.gethostname(),
         "python": platform.python_version(),

@@ -1,20 +1,19 @@
-"""Finds the sample that takes the whole process with it (a crash in native code, the out-of-memory killer).
+"""Finds a sample that kills the whole process (by a crash in native code, or by the out-of-memory killer).
 
-While samples are at work, a small file in the dataset's `cache/` names them. A run that finds such a file knows that an
-earlier one was killed there, and gives each of its samples a strike: the driver runs suspects one by one, and leaves
-them out after three strikes.
+While samples are at work, a small file in the dataset's `cache/`, the breadcrumb, names them. A run that finds a
+breadcrumb knows that an earlier run was killed there, and gives each named sample a strike. `compute` runs a slot with
+a sample of two strikes one sample at a time, and leaves a sample out after three strikes.
 
 Invariants:
-- Whoever ends in an orderly way (done, failed, stopped) takes its file away and blames nobody; a lost GPU is no such
-  way.
-- A file whose process still lives on this host blames nobody.
-- While one sample is computed, those before it may still be finished: the file names both, for either may be what
-  kills.
-- After a first strike nothing overlaps (`compute`), so an innocent neighbour gets one strike at most, and no second
-  one.
-- A sample that is read ahead is not at work yet.
-- Until a sample turns out to be slow, one file names all of the shard, so that a breadcrumb never costs more than its
-  sample; after a first strike every batch has its own.
+- A run that ends in an orderly way (done, failed, stopped) removes its breadcrumb and gives no strikes. A lost GPU does
+  not count as orderly: the samples that were computed get a strike.
+- A breadcrumb whose process still lives on this host gives no strikes.
+- While samples are computed, those before them may still be finished. The breadcrumb names both, because either may be
+  the one that kills.
+- After a first strike nothing overlaps (`compute`), so an innocent neighbour gets at most one strike.
+- Samples that are read ahead do not count as at work.
+- A batch gets a breadcrumb of its own if the batch before took `SLOW_SECONDS`, or after a first strike in the shard.
+  Otherwise one breadcrumb names the whole shard, so that writing breadcrumbs does not take longer than computing.
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commits import Commits
 
 SLOW_SECONDS = 1.0
-"""A batch that follows one this long gets a file of its own."""
+"""A batch gets a breadcrumb of its own if the batch before took at least this long."""
 
 ALONE_STRIKES = 2
-"""From here on a sample runs alone."""
+"""With this many strikes, a sample runs alone."""
 OUT_STRIKES = 3
-"""From here on it does not run any more."""
+"""With this many strikes, a sample is left out."""
 
 
 class Breadcrumbs:
-    """The breadcrumb of one stage of one shard, whose samples are `keys`."""
+    """The breadcrumb of one stage of one shard with the samples `keys`."""
 
     def __init__(self, commits: Commits, shard: int, keys: Sequence[str], cache: Collection[str]) -> None:
-        """cache: names of the files in the shard's cache."""
+        """cache: names of the files in the shard's cache folder."""
         self.folder, self.keys = commits.folder, list(keys)
         self._name = layout.breadcrumb(commits.stage, commits.stage_hash, shard)
         self._me = process_name()
@@ -51,7 +50,7 @@ class Breadcrumbs:
         self._since: float | None = None
         self._computed: list[str] = []
         self.strikes = self._read() if self._name in cache else {}
-        """Key -> how often a process died while it was at work."""
+        """Key -> how often a process died while the sample was at work."""
 
     def _read(self) -> dict[str, int]:
         try:
@@ -61,13 +60,13 @@ class Breadcrumbs:
         except FileNotFoundError:
             return {}
         except (ValueError, KeyError, TypeError, AttributeError):
-            return {}  # not one of ours: it can accuse nobody
+            return {}  # not a valid breadcrumb: it gives no strikes
         for key in blamed:
             strikes[key] = strikes.get(key, 0) + 1
         return {key: count for key, count in strikes.items() if key in set(self.keys)}
 
     def at(self, keys: Sequence[str], finishing: Sequence[str] = ()) -> None:
-        """A batch of these samples begins, while those before it are still `finishing`."""
+        """Note that a batch with the samples `keys` begins, while the samples `finishing` are still being finished."""
         now = time.monotonic()
         exact = bool(self.strikes) or (self._since is not None and now - self._since >= SLOW_SECONDS)
         self._since, self._computed = now, list(keys)
@@ -76,14 +75,14 @@ class Breadcrumbs:
             self._write(where)
 
     def blame(self) -> None:
-        """The batch that is computed broke the device: the same as if it had killed the process."""
+        """Give the samples of the current batch a strike, because the batch broke the device."""
         for key in self._computed:
             self.strikes[key] = self.strikes.get(key, 0) + 1
         with suppress(OSError):
             self._write([])
 
     def leave(self) -> None:
-        """Nothing is at work any more, in an orderly way. Strikes stay until the shard is committed."""
+        """Note an orderly end: nothing is at work any more. Strikes are kept until the shard is committed."""
         with suppress(OSError):
             if self.strikes:
                 self._write([])
@@ -91,7 +90,7 @@ class Breadcrumbs:
                 self.folder.remove(self._name)
 
     def forget(self) -> None:
-        """The shard is committed: strikes are history."""
+        """Remove the strikes, because the shard is committed."""
         if self.strikes:
             with suppress(OSError):
                 self.folder.remove(self._name)
@@ -104,13 +103,13 @@ class Breadcrumbs:
 
 
 def process_name(pid: int | None = None) -> str:
-    """Host, pid and start of a process (default: this one): no other one, before or after, has the same name."""
+    """Host, pid and start time of a process (default: this one). No other process, past or future, has this name."""
     pid = os.getpid() if pid is None else pid
     return f"{socket.gethostname()} {pid} {_start_of(pid)}"
 
 
 def lives(name: str) -> bool:
-    """Whether the process of that name runs on this very host. One on another host counts as dead: nobody can tell."""
+    """Whether the process with this name runs on this host. A process on another host counts as dead."""
     host, _, pid = name.rpartition(" ")[0].rpartition(" ")
     if host != socket.gethostname() or not pid.isdecimal():
         return False
@@ -119,12 +118,12 @@ def lives(name: str) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # there, but another user's
+        pass  # it exists and belongs to another user
     return process_name(int(pid)) == name
 
 
 def _start_of(pid: int) -> str:
-    """Clock ticks from boot to the start of a process; "-" if it has ended, or where there is no /proc."""
+    """Clock ticks from boot to the start of a process; "-" if it has ended, or if there is no /proc."""
     try:
         state, *facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

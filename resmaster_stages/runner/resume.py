@@ -1,12 +1,13 @@
-"""Keeps finished samples of a shard that is not committed yet, so that a killed run goes on where it was.
+"""Saves finished samples of an uncommitted shard (spills them), so that a killed run can be resumed.
 
-A spilled sample is one file in the dataset's `cache/`: sha256 of the rest, a line of JSON, the sample's files one after
-the other. It is read back as the very Output that the stage gave, so the shard's bytes are the same.
+A spilled sample is one file in the dataset's `cache/`: the sha256 of the rest, a line of JSON, and the sample's files
+one after the other. It is read back as exactly the Output that the stage gave, so the shard's bytes are the same.
 
 Invariants:
-- A spill that is torn, damaged or of another configuration does not exist: the sample is computed again.
-- Nothing reads spills but the driver, before it computes; they are gone when the shard is committed.
-- Finished samples wait until `seconds` of work are at stake, then go together: a shard of quick samples writes nothing.
+- A spilled sample that is torn, damaged or of another configuration is ignored, and the sample is computed again.
+- Only `compute` reads spilled samples, before it computes. They are deleted when the shard is committed.
+- Finished samples wait until they represent `seconds` of work, and are then written together. So a shard of quick
+  samples writes nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from resmaster_stages.keys import canonical_json
 
 
 def encode(output: Output, stage_hash: str) -> bytes:
-    """A good Output as a file. Its rows must be plain JSON values."""
+    """Encode an Output without error as a file. Its rows must be plain JSON values."""
     sizes = {extension: len(data) for extension, data in output.files.items()}
     head = {"key": output.key, "stage_hash": stage_hash, "files": list(sizes.items()), "rows": output.rows}
     body = b"\n".join([canonical_json(head).encode(), b"".join(output.files.values())])
@@ -32,7 +33,7 @@ def encode(output: Output, stage_hash: str) -> bytes:
 
 
 def decode(data: bytes, stage_hash: str) -> Output | None:
-    """The inverse of `encode`; None for anything else."""
+    """The inverse of `encode`. None if the file is damaged or of another stage hash."""
     checksum, body = data[:64], data[64:]
     if hashlib.sha256(body).hexdigest().encode() != checksum:
         return None
@@ -48,10 +49,10 @@ def decode(data: bytes, stage_hash: str) -> Output | None:
 
 
 class Spill:
-    """The spilled samples of one stage of one shard. `seconds` None: none are written, none are read."""
+    """The spilled samples of one stage of one shard. With `seconds` None, none are written or read."""
 
     def __init__(self, commits: Commits, shard: int, seconds: float | None, cache: Collection[str]) -> None:
-        """cache: names of the files in the shard's cache."""
+        """cache: names of the files in the shard's cache folder."""
         self.folder, self.stage_hash = commits.folder, commits.stage_hash
         self._place = layout.spill_folder(commits.stage, commits.stage_hash, shard)
         self._seconds = seconds
@@ -61,7 +62,7 @@ class Spill:
         self._used = False
 
     def read(self, keys: Sequence[str]) -> dict[str, Output]:
-        """Those of `keys` that were finished by an earlier run."""
+        """Key -> Output, for those of `keys` that an earlier run finished."""
         if self._seconds is None:
             return {}
         wanted = {layout.spill(self._place, key): key for key in keys}
@@ -72,12 +73,12 @@ class Spill:
         return {key: output for key, output in outputs.items() if output is not None and output.key == key}
 
     def keep(self, output: Output) -> None:
-        """Note a finished sample; `flush` writes it."""
+        """Hold a finished sample until `flush` writes it. Samples with errors or arrays are not spilled."""
         if self._seconds is not None and output.error is None and not output.arrays:
             self._waiting[layout.spill(self._place, output.key)] = encode(output, self.stage_hash)
 
     def flush(self) -> None:
-        """Write the samples that wait, if they took `seconds` or more."""
+        """Write the waiting samples if `seconds` have passed since the last write."""
         if self._waiting and self._seconds is not None and time.monotonic() - self._since >= self._seconds:
             self._used = True
             self.folder.write_many(self._waiting)
@@ -85,7 +86,7 @@ class Spill:
             self._since = time.monotonic()
 
     def drop(self) -> None:
-        """Delete all of them: the shard is committed. What cannot be deleted is never read again."""
+        """Delete all spilled samples, because the shard is committed. Files that cannot be deleted are never read."""
         if self._used:
             with suppress(OSError):
                 self.folder.remove_all(self._place)

@@ -1,14 +1,15 @@
-"""The driver: one stage over one shard, from verified upstream objects to one commit.
+"""The driver: runs one stage over one shard, from verified upstream objects to one commit.
 
-Knows nothing about Prefect, and of each stage only its row in the table of stages.
+This module does not use Prefect. It knows of each stage only the stage's row in the table of stages.
 
 Invariants:
-- A shard that is committed is never computed again, unless it is marked as damaged: then it is made again, and put back
-  only if every byte is as recorded.
-- A failed sample costs a ledger row; too many in a shard cost the commit, and the ledger rows stay.
-- A later attempt computes only what the earlier one did not make; the rest is copied byte for byte. What is committed
-  stays.
-- Upstream objects are read by their commit record and checked against its sha256.
+- A committed shard is never computed again, unless it is marked as damaged. Then it is computed again, and its objects
+  are put back only if every byte is as recorded.
+- A failed sample gets a row in the ledger. If too many samples of a shard fail, nothing is committed, but the ledger
+  rows stay.
+- A later attempt computes only the samples that the earlier attempt did not make, and copies the others byte for byte.
+  The earlier commit stays.
+- Upstream objects are found by their commit record, and each is checked against the sha256 in the record.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from resmaster_stages.runner.provenance import own_provenance
 
 
 def run_stage(dataset: Dataset, stage: str, shard: int, **options: Any) -> Receipt:
-    """The record that counts after `ensure_stage`, which takes the same `options`."""
+    """Like `ensure_stage`, with the same `options`, but returns only the record that counts."""
     return ensure_stage(dataset, stage, shard, **options)[0]
 
 
@@ -54,14 +55,13 @@ def ensure_stage(
 
     Returns the record that counts, and whether there was work.
 
-    What is marked as damaged is made again and put back. Samples that failed get another attempt if fewer than `number`
-    attempts are committed, and always where samples became good upstream.
+    A shard that is marked as damaged is mended. Samples that failed get another attempt if fewer than `number` attempts
+    are committed, and always if samples became good upstream.
 
-    known: records of earlier stages of the shard, which are not read again. process: instead of the stage's own
-    function.
-    provenance: more volatile facts for the commit record.
-    Raises PlanError if the shard is not planned or an upstream stage is not committed, ShardError if too many samples
-    failed, an upstream object is damaged, or a damaged object cannot be made again as it was.
+    known: records of earlier stages of the shard, which are not read again. process: replaces the stage's own function.
+    provenance: further volatile facts for the commit record.
+    Raises PlanError if the shard is not planned or an upstream stage is not committed. Raises ShardError if too many
+    samples failed, if an upstream object is damaged, or if a damaged object cannot be made again with the same bytes.
     """
     commits = dataset.commits(stage)
     chain = read_chain(dataset, shard, stage, known)
@@ -80,7 +80,7 @@ def ensure_stage(
 
 
 def _attempt(work: Work, before: Receipt | None, provenance: Mapping[str, Any]) -> Receipt:
-    """Compute what the attempt `before` has not made, and commit all of it."""
+    """Compute the samples that the attempt `before` has not made, and commit them together with its outputs."""
     lost = work.chain.lost(work.stage.name)
     with ExitStack() as within:
         earlier: Mapping[str, Output] = {}
@@ -98,7 +98,7 @@ def _attempt(work: Work, before: Receipt | None, provenance: Mapping[str, Any]) 
 
 
 def _check_failures(work: Work, made: Made, attempt: str, ledger: bytes) -> None:
-    """Raises ShardError if more samples failed than a first attempt may lose; the ledger stays."""
+    """Write the ledger and raise ShardError if more samples failed than a first attempt may lose."""
     samples = work.dataset.plan.size(work.shard) - len(work.chain.lost(work.stage.name))
     most = tolerated(work, samples)
     if len(made.failures) > most:
@@ -111,7 +111,7 @@ def _check_failures(work: Work, made: Made, attempt: str, ledger: bytes) -> None
 
 
 def _receipt(work: Work, made: Made, attempt: str, provenance: Mapping[str, Any], before: Receipt | None) -> Receipt:
-    """The record of an attempt. Seconds and UNet cost are those of all the attempts that its outputs come from."""
+    """The record of an attempt. Its seconds and UNet cost include those of the attempts before."""
     stage, upstream = work.stage, work.chain.committed
     unet = asdict(made.unet)
     if before is not None:

@@ -1,1 +1,1 @@
-"""Bytes and formats: folder, tar, Parquet, arrays, images. Knows no dataset."""
+"""Bytes and formats: folder, tar, Parquet, arrays, images. These modules do not know the layout of a dataset."""

@@ -1,9 +1,8 @@
-"""Arrays per sample (feature vectors) as a Parquet file: one row per key, one column per array. Knows nothing about
-their meaning.
+"""Reads and writes arrays per sample (feature vectors) as a Parquet file: one row per key, one column per array.
 
 Invariants:
 - Equal arrays give equal bytes (with the same pyarrow): no time, host or random name is in a file.
-- Within a file, an array has the same type and shape for every sample; both are in the column's metadata.
+- Within a file, an array has the same type and shape for every sample. The shape is in the column's metadata.
 - Only plain numbers are read back, never pickled objects.
 """
 
@@ -28,9 +27,9 @@ DTYPES = ("float16", "float32", "float64")
 
 
 def encode_arrays(keys: Sequence[str], samples: Sequence[Arrays], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The arrays of each key as a Parquet file (zstd); values row-major in one list per sample.
+    """Encode the arrays of each key as a Parquet file (zstd), with the values row-major in one list per sample.
 
-    Raises ValueError unless every sample has the same arrays, of one type and shape each, all finite.
+    Raises ValueError unless every sample has the same arrays, each of one type and shape, with finite values.
     """
     if not samples or len(keys) != len(samples):
         raise ValueError(f"arrays of at least one sample expected, one set per key; got {len(samples)} of {len(keys)}")
@@ -59,7 +58,7 @@ def encode_arrays(keys: Sequence[str], samples: Sequence[Arrays], metadata: Mapp
 
 
 def decode_arrays(source: bytes | Path, name: str) -> dict[str, Arrays]:
-    """Key -> arrays of a file of `encode_arrays`, in its order. Raises ShardError, naming `name`, if it is none."""
+    """The inverse of `encode_arrays`: key -> arrays, in order. Raises ShardError, naming `name`, for other files."""
     try:
         table = pq.read_table(BytesIO(source) if isinstance(source, bytes) else source)
         arrays: dict[str, NDArray[Any]] = {}

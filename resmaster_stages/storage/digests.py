@@ -1,6 +1,6 @@
-"""A set of digests that takes little memory: 18 to 27 bytes for each, where Python's own takes 100 and more.
+"""A set of digests that takes little memory: 18 to 27 bytes per digest, where Python's `set` takes 100 and more.
 
-Knows nothing about what the digests are of. They must be uniform, as those of cryptographic hashes are.
+The digests must be uniformly distributed, as those of cryptographic hashes are.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Iterable
 DIGEST_BYTES = 12
 TABLES = 256
 FIRST_SLOTS = 8
-_EMPTY = bytes(DIGEST_BYTES)  # no hash gives it in any dataset's lifetime
+_EMPTY = bytes(DIGEST_BYTES)  # practically no hash has this value
 
 
 def digest_of(name: str) -> bytes:
-    """blake2b of a name, as such a set takes it."""
+    """The blake2b digest of a name, for a `DigestSet`."""
     return hashlib.blake2b(name.encode(), digest_size=DIGEST_BYTES).digest()
 
 
 class DigestSet:
-    """Digests of 12 bytes in open hash tables, one for each first byte: they grow one at a time, by half."""
+    """A set of 12-byte digests in open hash tables, one table per first byte. Tables grow one at a time, by half."""
 
     def __init__(self, digests: Iterable[bytes] = ()) -> None:
         self._tables = [bytearray(DIGEST_BYTES * FIRST_SLOTS) for _ in range(TABLES)]
@@ -37,7 +37,7 @@ class DigestSet:
         return table[place : place + DIGEST_BYTES] == digest
 
     def add(self, digest: bytes) -> bool:
-        """Whether it was not there yet; now it is."""
+        """Add a digest. Returns whether it is new."""
         number = digest[0]
         table = self._tables[number]
         place = _place(table, digest)
@@ -51,7 +51,7 @@ class DigestSet:
 
 
 def _place(table: bytearray, digest: bytes) -> int:
-    """Where a digest is in a table, or would be."""
+    """The position of a digest in a table, or the free position where it belongs."""
     slots = len(table) // DIGEST_BYTES
     slot = int.from_bytes(digest[1:9]) % slots
     while table[(place := DIGEST_BYTES * slot) : place + DIGEST_BYTES] not in (digest, _EMPTY):

@@ -1,12 +1,11 @@
-"""One folder, local or remote, through fsspec: the only place where the two differ.
-
-Knows nothing about datasets, stages or what is inside the files.
+"""A folder on a local disk or in an object store, through fsspec. All differences between the two are in this module.
 
 Invariants:
-- No half-written file ever has a final name: local files are written under a temporary name, synced and renamed; object
-  stores make an object visible only when it is complete.
-- `create` succeeds for exactly one of any number of racing writers, whatever the store.
-- Listings are never cached: another worker's commit is seen at once.
+- A final name never holds a half-written file. Local files are written under a temporary name, synced and renamed;
+  object stores make an object visible only when it is complete.
+- `create` succeeds for exactly one of any number of racing writers, if the store honours conditional creates (`probe`
+  tests that).
+- Listings are never cached, so another worker's commit is seen at once.
 """
 
 from __future__ import annotations
@@ -34,17 +33,17 @@ from resmaster_stages.errors import UserError
 from resmaster_stages.redaction import holds_credentials, one_line, without_credentials
 
 CREATE_ATTEMPTS = 6
-"""How often a conditional create is sent again when the store answers that another one was under way."""
+"""How often a conditional create is sent while the store answers that another create of the name is under way."""
 
 S3_ATTEMPTS = 8
-"""How often botocore sends a request; s3fs beside it tries torn answers five times."""
+"""How often botocore sends a request. In addition, s3fs repeats interrupted answers up to five times."""
 
 PART_BYTES = 8 << 20
-"""S3 gets larger files in parts of this size, ten at a time: an upload holds some 80 MiB."""
+"""Larger files are uploaded to S3 in parts of this size, ten at a time, so an upload takes some 80 MiB of memory."""
 PARTS = 10_000
-"""As many parts as S3 takes; files beyond 80 GB are cut into larger ones."""
+"""Maximum number of parts on S3. Files beyond 80 GB are uploaded in larger parts."""
 
-_memory_lock = threading.Lock()  # fsspec's memory store checks, then writes
+_memory_lock = threading.Lock()  # fsspec's memory store checks and writes in two steps
 
 _PERMANENT = {
     errno.ENOSPC: "the disk is full; free some space, then run the same command again",
@@ -60,9 +59,9 @@ _PERMANENT = {
 
 @contextmanager
 def explained(place: str) -> Iterator[None]:
-    """Turn the errors of `place` that no retry can mend into a UserError of one line; let all others pass.
+    """Turn errors about `place` that no retry can mend into a one-line UserError. Other errors pass unchanged.
 
-    An object store's own errors that are no OSError (unreachable, timed out) become ConnectionError: worth a retry.
+    Errors of an object store that are no OSError (unreachable, timed out) become ConnectionError, which is retried.
     """
     try:
         yield
@@ -88,7 +87,7 @@ def explained(place: str) -> Iterator[None]:
         raise
 
 
-_MODIFIED = ("LastModified", "mtime", "created")  # as S3, local and in-memory listings call it
+_MODIFIED = ("LastModified", "mtime", "created")  # the names in S3, local and in-memory listings
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Listed:
     name: str
     bytes: int
     modified: datetime
-    """By the store's clock, UTC."""
+    """Time of the last write by the store's clock, in UTC."""
 
 
 @dataclass(frozen=True)
@@ -111,17 +110,17 @@ class Folder:
     fs: Any
     """The fsspec file system."""
     path: str
-    """Absolute path (or bucket and prefix) in the file system's own notation, without a slash at the end."""
+    """Absolute path (or bucket and prefix) in the file system's own notation, without a trailing slash."""
 
     @property
     def local(self) -> bool:
-        """Whether it is on this machine's disk."""
+        """Whether the folder is on this machine's disk."""
         return isinstance(self.fs, LocalFileSystem)
 
     @property
     def _in_memory(self) -> bool:
-        """Whether fsspec's memory store holds it: all who open a file there share one read position, so it is read
-        whole instead."""
+        """Whether the folder is in fsspec's memory store. There, all readers of a file share one read position, so
+        files are read whole."""
         return isinstance(self.fs, MemoryFileSystem)
 
     @property
@@ -131,18 +130,18 @@ class Folder:
 
     @property
     def _whole(self) -> dict[str, Any]:
-        """Options by which a file is read in one request. s3fs would ask for its size first, and list if there is
-        none."""
+        """Options that make a read take one request. By default s3fs first asks for the size, and lists the folder if
+        the file does not exist."""
         return {"max_concurrency": 1} if self._on_s3 else {}
 
     @property
     def url(self) -> str:
-        """What `open_root` takes to come back here: a plain path if local."""
+        """The URL of the folder, as `open_root` takes it; a plain path if local."""
         return self.path if self.local else str(self.fs.unstrip_protocol(self.path))
 
     def full(self, name: str) -> str:
-        """The full path of a file in the folder. Raises UserError for a name that leads out of it."""
-        if name.startswith("/") or ".." in name.split("/"):  # names come out of records, which may come from elsewhere
+        """The full path of a file in the folder. Raises UserError for a name that leads out of the folder."""
+        if name.startswith("/") or ".." in name.split("/"):  # names come from records, which may be foreign
             raise UserError(
                 f"{self.url}: the name {name!r} leads out of this folder; the record that holds it is not ours"
             )
@@ -157,12 +156,12 @@ class Folder:
         return f"{self.url}/{name}"
 
     def read(self, name: str) -> bytes:
-        """A file's content."""
+        """The content of a file."""
         with explained(self.url_of(name)):
             return self.fs.cat_file(self.full(name), **self._whole)
 
     def read_many(self, names: list[str]) -> dict[str, bytes]:
-        """The content of several files, fetched in parallel where the store can. Missing ones are left out."""
+        """Name -> content of several files, read in parallel if the store allows it. Missing files are left out."""
         if not names:
             return {}
         by_path = {self.full(name): name for name in names}
@@ -179,7 +178,7 @@ class Folder:
         return result
 
     def open(self, name: str, ahead_bytes: int = 64 * 1024) -> IO[bytes]:
-        """A file, opened for random reads; from elsewhere, at least `ahead_bytes` come at a time."""
+        """Open a file for random reads. From a remote store, at least `ahead_bytes` are fetched at a time."""
         with explained(self.url_of(name)):
             if self._in_memory:
                 return io.BytesIO(self.read(name))
@@ -187,19 +186,18 @@ class Folder:
             return self.fs.open(self.full(name), "rb", **options)
 
     def chunks(self, name: str, size: int) -> Iterator[bytes]:
-        """A file from its beginning, in pieces of `size` bytes (the last one may be shorter); few are held at a
-        time."""
+        """The content of a file in pieces of `size` bytes (the last may be shorter). Few pieces are held at a time."""
         with explained(self.url_of(name)), self.open(name, max(size, PART_BYTES)) as file:
             while piece := file.read(size):
                 yield piece
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file or folder now."""
+        """Whether the file or folder exists now."""
         with explained(self.url_of(name)):
             return bool(self.fs.exists(self.full(name)))
 
     def names(self, folder: str) -> list[str]:
-        """Sorted names (relative to this folder) of what lies directly in `folder`; empty if it does not exist."""
+        """Sorted names (relative to this folder) of files and folders directly in `folder`; empty if it is missing."""
         with explained(self.url_of(folder)):
             try:
                 if self._on_s3:
@@ -215,8 +213,8 @@ class Folder:
         return sorted(prefix + path.rsplit("/", 1)[-1] for path in paths)
 
     def files(self, folder: str = "") -> Iterator[Listed]:
-        """Every file below a sub-folder ("": this one), however deep; hidden ones too. On a disk and on S3 few are held
-        at a time."""
+        """Every file below a sub-folder ("": this folder) at any depth, hidden files too. On a disk and on S3, few
+        entries are held at a time."""
         start = self.full(folder)
         with explained(self.url_of(folder)):
             if self._on_s3:
@@ -235,10 +233,9 @@ class Folder:
                     yield Listed(path[len(self.path) + 1 :], int(facts["size"]), moment.astimezone(UTC))
 
     def _listed(self, folder: str, delimiter: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-        """(path, facts) of all below `folder` on S3, or with the delimiter "/" of what lies directly in it: a page at a
-        time.
+        """(path, facts) of everything below `folder` on S3, a page at a time. delimiter "/": only directly in `folder`.
 
-        s3fs would hold a kilobyte for each, and list the folder around it too if there is none.
+        s3fs itself would hold a kilobyte per entry, and would also list the parent of a missing folder.
         """
         bucket, _, prefix = self.full(folder).partition("/")
         asked = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "Delimiter": delimiter, **self.fs.req_kw}
@@ -253,8 +250,7 @@ class Folder:
             asked["ContinuationToken"] = page["NextContinuationToken"]
 
     def unfinished_uploads(self) -> list[tuple[Listed, str]]:
-        """(what it would have become, upload id) of uploads in parts below this folder that nobody has ended; S3
-        only."""
+        """(file that was to be written, upload id) of unfinished multi-part uploads below this folder. S3 only."""
         if not self._on_s3:
             return []
         bucket, _, prefix = self.path.partition("/")
@@ -271,7 +267,7 @@ class Folder:
                 more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
     def abort_upload(self, name: str, upload: str) -> None:
-        """End an unfinished upload; its parts go. One that is gone already is no error."""
+        """Abort an unfinished upload and delete its parts. An upload that is already gone is no error."""
         bucket, _, key = self.full(name).partition("/")
         with explained(self.url_of(name)):
             try:
@@ -286,12 +282,12 @@ class Folder:
         return moment.astimezone(UTC)
 
     def create(self, name: str, data: bytes) -> None:
-        """Write a file that must not exist yet. Raises FileExistsError to every racing writer but one."""
+        """Write a file that must not exist yet. Of racing writers, all but one get FileExistsError."""
         with explained(self.url_of(name)):
             put_if_absent(self.fs, self.full(name), data)
 
     def write(self, name: str, data: bytes) -> None:
-        """Write or replace a file; readers see the old content or the new one, never a part."""
+        """Write or replace a file. Readers see either the old or the new content, never a part."""
         path = self.full(name)
         with explained(self.url_of(name)):
             if self.local:
@@ -300,7 +296,7 @@ class Folder:
                 self.fs.pipe_file(path, data)
 
     def write_many(self, files: dict[str, bytes]) -> None:
-        """`write` each of these, in parallel where the store can."""
+        """Write or replace several files, in parallel if the store allows it."""
         if self.local:
             for name, data in files.items():
                 self.write(name, data)
@@ -309,7 +305,7 @@ class Folder:
                 self.fs.pipe({self.full(name): data for name, data in files.items()})
 
     def upload(self, name: str, source: Path) -> None:
-        """Copy a local file to a new name; it is visible only when complete."""
+        """Copy a local file to a new name. The new file is visible only when it is complete."""
         path = self.full(name)
         with explained(self.url_of(name)):
             if self.local:
@@ -321,7 +317,7 @@ class Folder:
                 self.fs.put_file(str(source), path)
 
     def download(self, name: str, scratch: Path) -> tuple[Path, str]:
-        """A file as (local path, sha256): the file itself if it is local, else a copy in the folder `scratch`."""
+        """(local path, sha256) of a file: the file itself if it is local, else a copy in the folder `scratch`."""
         with explained(self.url_of(name)):
             if self.local:
                 target = Path(self.full(name))
@@ -334,7 +330,7 @@ class Folder:
             return target, sha256_of(target)
 
     def remove(self, name: str) -> None:
-        """Delete a file; one that is already gone is no error."""
+        """Delete a file. A file that is already gone is no error."""
         with explained(self.url_of(name)):
             try:
                 self.fs.rm_file(self.full(name))
@@ -342,7 +338,7 @@ class Folder:
                 return
 
     def remove_all(self, folder: str) -> None:
-        """Delete a folder with all that is in it; one that is already gone is no error."""
+        """Delete a folder with its content. A folder that is already gone is no error."""
         with explained(self.url_of(folder)):
             try:
                 self.fs.rm(self.full(folder), recursive=True)
@@ -366,7 +362,7 @@ def _walk(start: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def open_root(url: str) -> Folder:
     """The folder at a path or fsspec URL (`s3://bucket/prefix`, `memory://x`). It need not exist yet.
 
-    Raises UserError for an unknown scheme, a missing driver, or a local path that is a file.
+    Raises UserError for an unknown scheme, a missing driver, credentials in the URL, or a local path that is a file.
     """
     if not url.strip():
         raise UserError("the root is empty; give a folder or a URL such as s3://bucket/prefix")
@@ -389,8 +385,8 @@ def open_root(url: str) -> Folder:
 
 
 def _s3_options() -> dict[str, Any]:
-    """Listings are never cached, and a throttling store is asked again for about a minute, with jitter, before a task
-    fails.
+    """Options of s3fs: no cache of listings, and requests to a throttling store are repeated, with jitter, for about a
+    minute before a task fails.
 
     The user's settings win: `AWS_RETRY_MODE` and `AWS_MAX_ATTEMPTS`, or fsspec's configuration of `s3`.
     """
@@ -401,13 +397,14 @@ def _s3_options() -> dict[str, Any]:
 
 
 def put_if_absent(fs: Any, path: str, data: bytes) -> None:
-    """Create `path` with `data` if there is nothing yet, atomically. Raises FileExistsError if there is.
+    """Create `path` with `data` atomically. Raises FileExistsError if it exists already.
 
-    Local: temporary file, fsync, `os.link` (which fails if the name is taken). Elsewhere: the store's own conditional
-    create (`If-None-Match: *` on S3); its answers "exists" and "precondition failed" both become FileExistsError.
+    On a local disk: temporary file, fsync, `os.link` (which fails if the name is taken). Elsewhere: the store's own
+    conditional create (`If-None-Match: *` on S3). Its answers "exists" and "precondition failed" both become
+    FileExistsError.
     """
     if isinstance(fs, LocalFileSystem):
-        if os.path.lexists(path):  # spares a losing writer the copy
+        if os.path.lexists(path):  # a losing writer need not write the temporary file
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
         with _temporary(path, data) as temporary:
             try:
@@ -431,7 +428,7 @@ def put_if_absent(fs: Any, path: str, data: bytes) -> None:
             code = _store_code(error)
             if isinstance(error, FileExistsError) or code in ("PreconditionFailed", "412"):
                 raise FileExistsError(errno.EEXIST, "exists already", path) from error
-            if code is None and error.errno == errno.EINVAL:  # s3fs, where the server does not name the condition
+            if code is None and error.errno == errno.EINVAL:  # s3fs, if the server does not name the condition
                 raise FileExistsError(errno.EEXIST, "exists already", path) from error
             if code == "NotImplemented":
                 message = "this store has no conditional create (If-None-Match), which commits need; choose another one"
@@ -448,14 +445,15 @@ def sha256_of(path: Path) -> str:
 
 
 def _store_code(error: OSError) -> str | None:
-    """The store's own error code behind a translated error, if it gave one."""
+    """The store's own error code behind an error of s3fs, or None."""
     response = getattr(error.__cause__, "response", None)
     return response.get("Error", {}).get("Code") if isinstance(response, dict) else None
 
 
 @contextmanager
 def _temporary(path: str, content: bytes | Path) -> Iterator[str]:
-    """A complete, synced hidden file beside `path` with `content` (bytes, or those of a file); gone after the block."""
+    """A complete, synced, hidden file beside `path` with `content` (bytes, or a file to copy). Removed after the
+    block."""
     folder, name = os.path.split(path)
     _make_folder(folder)
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -483,7 +481,7 @@ def _replace(path: str, content: bytes | Path) -> None:
 
 
 def _make_folder(folder: str) -> None:
-    """Make a folder with its parents, durably: a commit must not outlive the folder of its objects."""
+    """Make a folder with its parents, durably: after a crash, no commit may be there without its objects' folder."""
     missing = []
     while not os.path.exists(folder):
         missing.append(folder)
@@ -494,7 +492,7 @@ def _make_folder(folder: str) -> None:
 
 
 def _sync_folder(path: str) -> None:
-    """Make a new directory entry durable."""
+    """Make the directory entry of `path` durable."""
     descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
     try:
         os.fsync(descriptor)

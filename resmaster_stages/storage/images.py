@@ -1,12 +1,12 @@
-"""Images from outside: decoding them safely, and the user's own images in a folder or in WebDataset tars.
+"""Finds, reads, decodes and encodes images, among them the user's own images in a folder or in WebDataset tars.
 
-Knows nothing about plans. All content is untrusted:
-- Nothing is extracted to disk; names are only names. Links, devices and sparse members of tars are turned down.
-- Only the decoders of PNG, JPEG and WebP are ever called, whatever a file is called, on at most `MAX_FILE_BYTES`.
-- Text beside an image is not read through a link that leads out of the folder: it would publish what the link points
-  at.
+All content from outside is untrusted:
+- Nothing is extracted to disk, and names are never used as paths. Links, devices and sparse members of tars are
+  rejected.
+- Only the decoders of PNG, JPEG and WebP are called, whatever the name of a file, on at most `MAX_FILE_BYTES`.
+- Text beside an image is not read through a link that leads out of the folder, because its content would be published.
 
-A source is a path or URL of an image file, or `{tar}#{member}` for one inside a WebDataset tar.
+A source is a path or URL of an image file, or `{tar}#{member}` for an image inside a WebDataset tar.
 """
 
 from __future__ import annotations
@@ -30,22 +30,21 @@ from resmaster_stages.storage.shards import BAD_TAR, members
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
-"""What is decoded. Pillow knows dozens of formats more, one of which (EPS) starts another program."""
+"""Formats that are decoded. Pillow has dozens of other decoders; one of them (EPS) starts another program."""
 MASK_EXTENSION = "detail_mask.png"
-"""Of the detail mask beside an image, in a folder or a tar."""
+"""Extension of the detail mask beside an image, in a folder or a tar."""
 MAX_FILE_BYTES = 256 * 2**20
-"""Larger image files are turned down unread: at 3 bytes per pixel it is Pillow's limit of pixels, uncompressed."""
+"""Larger image files are rejected unread. At 3 bytes per pixel, this is Pillow's limit of pixels, uncompressed."""
 MAX_TEXT_BYTES = 2**20
-"""Larger texts beside images are turned down unread."""
+"""Larger texts beside images are rejected unread."""
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap the sides
 
 
 @dataclass(frozen=True)
 class FoundImage:
-    """An image of the user's: where it is, its file content, and prompt and detail mask beside it ("" and None if there
-    are none).
+    """An image of the user's: source, file content, and the prompt ("" if none) and detail mask (or None) beside it.
 
-    Where `problem` says why it cannot be used, the rest is empty.
+    If `problem` says why the image cannot be used, the other fields but `source` are empty.
     """
 
     source: str
@@ -56,7 +55,7 @@ class FoundImage:
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """An image file as RGB, upright (EXIF), fully decoded; transparency becomes white. Raises SampleError."""
+    """Decode an image file fully, as RGB and upright (EXIF). Transparency becomes white. Raises SampleError."""
     try:
         opened = _opened(data)
         opened.load()
@@ -71,7 +70,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:
-    """(height, width) in px of an image file as `decode_image` will give it, from its header. Raises SampleError."""
+    """(height, width) in px that `decode_image` would give, read from the file's header. Raises SampleError."""
     try:
         image = _opened(data)
         swapped = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
@@ -81,10 +80,10 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
 
 
 def _opened(data: bytes) -> Image.Image:
-    """An image file whose header is read.
+    """Open an image file and read its header. Raises DecompressionBombError for too many pixels.
 
-    Pillow only warns of somewhat too many pixels. Turning the warning into an error would change filters that threads
-    share.
+    Up to twice the limit, Pillow itself only warns. Turning its warning into an error would change warning filters,
+    which threads share.
     """
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
@@ -93,7 +92,7 @@ def _opened(data: bytes) -> Image.Image:
 
 
 def _undecodable(name: str, error: Exception) -> SampleError:
-    """Decoders raise whatever their parts raise (struct.error, KeyError, ...); for the sample it is all the same."""
+    """The SampleError for any error of a decoder. Decoders raise many classes (struct.error, KeyError, ...)."""
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return SampleError(
             f"{name}: the image has too many pixels (more than {Image.MAX_IMAGE_PIXELS:,}); scale it down, or leave "
@@ -103,10 +102,11 @@ def _undecodable(name: str, error: Exception) -> SampleError:
 
 
 def find_images(url: str) -> Iterator[FoundImage]:
-    """The images of a folder (with all its sub-folders), of the tars in it, or of one tar, sorted by name.
+    """The images of a folder (with all its sub-folders and the tars in them), or of one tar, sorted by name.
 
-    Prompts: beside `a.png` the text file `a.txt`; in a tar the members `.txt`, or `prompt`, `caption` or `text` of the
-    `.json`. Detail masks: `a.detail_mask.png`. Hidden files are left out. Raises PlanError if there is nothing.
+    The prompt of `a.png` is in the text file `a.txt`; in a tar, it is in the member `.txt`, or in `prompt`, `caption`
+    or `text` of the member `.json`. The detail mask is `a.detail_mask.png`. Hidden files are left out. Raises PlanError
+    if there are no images.
     """
     place = open_root(url) if not url.endswith(".tar") else None
     if place is None:
@@ -150,12 +150,12 @@ def find_images(url: str) -> Iterator[FoundImage]:
 
 
 def mask_beside(image: str) -> str:
-    """The name or source of an image's detail mask, from that of the image."""
+    """The name (or source) of the detail mask that belongs to an image's name (or source)."""
     return f"{image.rsplit('.', 1)[0]}.{MASK_EXTENSION}"
 
 
 def read_image(source: str) -> bytes:
-    """The image file that a plan's `source` names. Raises SampleError if it is gone or cannot be read."""
+    """The content of the image file at a plan's `source`. Raises SampleError if it is gone or cannot be read."""
     tar, marker, member = source.partition(".tar#")
     try:
         if not marker:
@@ -172,7 +172,7 @@ def read_image(source: str) -> bytes:
 
 
 def unfit(name: str, size: int, limit: int) -> str:
-    """Why a file cannot be used, from its name and size in bytes alone; "" if it can."""
+    """Why a file cannot be used, judged by its name and its size in bytes; "" if it can be used."""
     if printable(name) != name:
         return "its name holds control characters or is not UTF-8"
     if size > limit:
@@ -181,7 +181,7 @@ def unfit(name: str, size: int, limit: int) -> str:
 
 
 def leads_out(place: Folder, name: str) -> str:
-    """Why a local file cannot be read: it is a link to somewhere outside of the folder. "" if it is not."""
+    """Why a local file may not be read: it is a link that leads out of the folder. "" if it may be read."""
     if not place.local or Path(place.full(name)).resolve().is_relative_to(Path(place.path or "/").resolve()):
         return ""
     return f"{name.rsplit('/', 1)[-1]} is a link that leads out of the folder; put the file itself there"
@@ -189,7 +189,7 @@ def leads_out(place: Folder, name: str) -> str:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a member of a tar lies, in bytes, or why it cannot be used."""
+    """The place of a member of a tar, in bytes, or why the member cannot be used."""
 
     offset: int
     size: int
@@ -197,7 +197,7 @@ class _Place:
 
 
 def _place_of(info: tarfile.TarInfo) -> _Place | None:
-    """Where a member lies; None for what is no file and does not pretend to be an image."""
+    """The place of a member. None for a member that is neither a file nor named like an image."""
     lower = info.name.lower()
     problem = unfit(info.name, info.size, MAX_FILE_BYTES if lower.endswith(SUFFIXES) else MAX_TEXT_BYTES)
     if not info.isreg() or info.issparse():
@@ -209,7 +209,8 @@ def _place_of(info: tarfile.TarInfo) -> _Place | None:
 
 @functools.lru_cache(maxsize=4)
 def _tar_index(url: str) -> dict[str, _Place]:
-    """Member name -> place in a tar, reading only its headers; of equal names the first. Raises PlanError."""
+    """Member name -> place in a tar. Reads only headers. Of members with one name, the first counts. Raises
+    PlanError."""
     try:
         with explained(url), fsspec.open(url, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             found: dict[str, _Place] = {}
@@ -261,7 +262,7 @@ def _images_in_tar(url: str) -> Iterator[FoundImage]:
 
 
 def _text(data: bytes) -> str | None:
-    """Text of a sidecar; None if it is not text."""
+    """The text of a sidecar file; None if it is not UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -269,7 +270,7 @@ def _text(data: bytes) -> str | None:
 
 
 def _prompt_of_json(data: bytes) -> Any:
-    """The prompt in a sample's JSON: "" if it names none, None if it is not JSON."""
+    """The prompt in a sample's JSON; "" if there is no prompt, None if it is not a JSON object."""
     try:
         values = json.loads(data)
     except (ValueError, RecursionError):
@@ -280,8 +281,7 @@ def _prompt_of_json(data: bytes) -> Any:
 
 
 def encode_image(image: Image.Image, image_format: Literal["webp", "png"], quality: int = 100) -> bytes:
-    """`image` as a file's bytes. PNG and WebP of quality 100 are lossless. Raises SampleError where the format
-    cannot."""
+    """Encode `image`. PNG, and WebP of quality 100, are lossless. Raises SampleError if it is too large for WebP."""
     buffer = io.BytesIO()
     if image_format == "png":
         image.save(buffer, "PNG", compress_level=6)

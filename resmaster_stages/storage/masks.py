@@ -1,10 +1,10 @@
-"""Detail masks of the user's: image files in a column of a prompts file, or beside the user's own images.
+"""Reads the user's detail masks: image files named in a column of a prompts file, or beside the user's own images.
 
-Knows nothing about what a mask does. All content is untrusted, as that of images:
-- A name leads to files below the prompts file's own folder only: no other path, no URL, no link out of it.
-- A mask is decoded as images are, and never published as it came, but encoded anew.
+All content is untrusted, as that of images is:
+- A name may lead only to files below the prompts file's folder: no other path, no URL, no link that leads out.
+- A mask is decoded as images are. The published mask is encoded anew, never a copy of the user's file.
 
-A source is a path or URL of an image file, `{tar}#{member}`, or `{Parquet file}#{row}` (from 1) for one inside a table.
+A source is a path or URL of an image file, `{tar}#{member}`, or `{Parquet file}#{row}` (from 1) for a mask in a table.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from resmaster_stages.storage.images import (
 )
 
 COLUMN = "detail_mask"
-"""The column of a prompts file that names a mask, or (Parquet) holds its file."""
+"""The column of a prompts file that names a mask, or (in Parquet) holds the content of its file."""
 NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 BATCH_ROWS = 64
-"""Rows of a Parquet file that are unfolded at a time where it holds masks."""
+"""Rows that are decoded at a time from a Parquet file with masks."""
 
 
 def mask_of_row(prompts: str, value: Any, row: int) -> tuple[str, bytes]:
-    """(source, file content) of the mask that `value` gives in row `row` (from 1) of the prompts file `prompts`.
+    """(source, file content) of the mask given by `value` in row `row` (from 1) of the prompts file `prompts`.
 
-    Raises SampleError, in a few words, if there is no usable mask.
+    Raises SampleError with a short reason if there is no usable mask.
     """
     folder, slash, base = prompts.rpartition("/")
     place = open_root(folder + slash or ".")
@@ -81,16 +81,16 @@ def _named(place: Folder, name: Any) -> tuple[str, bytes]:
 
 
 def check_mask(data: bytes) -> None:
-    """Raises SampleError, from its header alone, unless an image file can be a mask."""
+    """Raise SampleError if an image file cannot be a mask. Reads only its header."""
     image_size(data, "the mask")
     if Image.open(io.BytesIO(data), formats=FORMATS).mode.startswith(
         "I"
-    ):  # Pillow would clip all but the darkest levels to white
+    ):  # Pillow would clip all but the darkest levels of 16 bits to white
         raise SampleError("has 16 bits per pixel; save it with 8")
 
 
 def read_mask(source: str) -> bytes:
-    """The image file that `mask_of_row` found at `source`. Raises SampleError if it is gone or cannot be read."""
+    """The content of the mask file that `mask_of_row` found at `source`. Raises SampleError if it cannot be read."""
     url, _, row = source.rpartition("#")
     if not row.isdecimal():
         return read_image(source)
@@ -101,7 +101,7 @@ def read_mask(source: str) -> bytes:
 
 
 def read_mask_beside(source: str) -> bytes:
-    """The mask beside the user's image at `source`. Raises SampleError if there is none that can be read."""
+    """The content of the mask file beside the user's image at `source`. Raises SampleError if it cannot be read."""
     return read_image(mask_beside(source))
 
 
@@ -120,11 +120,11 @@ def _in_table(url: str, row: int) -> bytes:
 
 @functools.lru_cache(maxsize=1)
 def _masks(url: str, group: int) -> pa.ChunkedArray:
-    """The masks of a row group, which stay packed: the same one many times is held once."""
+    """The masks of a row group, dictionary-encoded, so that equal masks are held once."""
     with fsspec.open(url, "rb") as file:
         return pq.ParquetFile(file, read_dictionary=[COLUMN]).read_row_group(group, columns=[COLUMN])[COLUMN]
 
 
 def forget_tables() -> None:
-    """Read tables anew: they may have changed since they were last planned."""
+    """Clear the cache of tables, because they may have changed since they were last planned."""
     _masks.cache_clear()

@@ -1,8 +1,9 @@
-"""What a store honours, found out by trying it. Knows nothing about datasets; works where there is none yet.
+"""Tests by small writes whether a store does what builds need. Works before a dataset exists.
 
 Invariants:
-- Every probe writes under a random hidden name and takes it away again, whatever happens; folders that it made too.
-- A check that cannot be made is said to be untested, never passed.
+- Every probe writes under random hidden names and removes them afterwards, with the folders that it made, even after an
+  error.
+- A check that cannot be made is reported as untested, never as passed.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from resmaster_stages.storage.filesystem import Folder
 State = Literal["ok", "failed", "untested"]
 
 START_WRITERS = 4
-"""Racing writers in the probe at the start of a build: 6 requests in all."""
+"""Number of racing writers in the probe at the start of a build, which takes 6 requests in total."""
 WRITERS, ROUNDS = 8, 3
-"""Racing writers and how often they race in a full examination."""
+"""Number of racing writers, and of races, in a full examination."""
 
 OVERRIDE = "--allow-overwriting-store (allow_overwriting_store: true)"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was tried."""
+    """The result of one check."""
 
     check: str
     state: State
@@ -52,7 +53,7 @@ def require_one_winner(folder: Folder) -> None:
 
 
 def examine(folder: Folder) -> list[Finding]:
-    """Try everything that a build needs of the store at `folder`."""
+    """Check everything that a build needs from the store at `folder`."""
     findings: list[Finding] = []
     with _Probe.at(folder, keep_folders=False) as probe:
         for name, check in _CHECKS:
@@ -73,7 +74,7 @@ def _finding(name: str, check: Callable[[], tuple[State, str]]) -> Finding:
 
 @dataclass
 class _Probe:
-    """Hidden names in a folder, all taken away in the end."""
+    """Hidden names in a folder, which are all removed at the end."""
 
     folder: Folder
     written: list[str] = field(default_factory=list)
@@ -81,7 +82,7 @@ class _Probe:
     @classmethod
     @contextmanager
     def at(cls, folder: Folder, keep_folders: bool) -> Iterator[_Probe]:
-        """A probe of `folder`; folders that it made stay only if nothing went wrong and `keep_folders` says so."""
+        """A probe of `folder`. Folders that it made stay only with `keep_folders`, and if no error was raised."""
         known = _existing(Path(folder.path)) if folder.local else None
         probe, good = cls(folder), False
         try:
@@ -91,20 +92,20 @@ class _Probe:
             for name in probe.written:
                 try:
                     folder.remove(name)
-                except (ResMasterError, OSError):  # what may not be deleted is told by the check of deleting
+                except (ResMasterError, OSError):  # the check "delete" reports it
                     continue
             if known is not None and not (good and keep_folders):
                 _remove_empty(Path(folder.path), known)
 
     def name(self) -> str:
-        """A new name, to be removed in the end."""
+        """A new name, which is removed at the end."""
         self.written.append(probe_name(uuid.uuid4().hex[:8]))
         return self.written[-1]
 
     def race(self, writers: int) -> int:
-        """How many of racing writers were told that they created the same name. None means that answers were lost.
+        """Let writers race for one name. Returns how many were told that they created it; 0 if answers were lost.
 
-        Raises OSError if the one winner's content is not what lies there.
+        Raises OSError if there is one winner and the stored content is not the winner's.
         """
         name, barrier = self.name(), threading.Barrier(writers)
 
@@ -195,7 +196,7 @@ def _existing(path: Path) -> Path:
 
 
 def _remove_empty(path: Path, known: Path) -> None:
-    """Remove a folder and its parents below `known`, as long as they are empty."""
+    """Remove a folder and its parents below `known`, if they are empty."""
     while path != known:
         try:
             path.rmdir()
@@ -208,10 +209,10 @@ _PROBE = re.compile(r"\.probe-[0-9a-f]{8}")
 
 
 def probe_name(token: str) -> str:
-    """A file that tries what the store honours."""
+    """The name of a probe's file."""
     return f".probe-{token}"
 
 
 def is_probe(name: str) -> bool:
-    """Whether it is the name of a probe."""
+    """Whether `name` is that of a probe's file."""
     return bool(_PROBE.fullmatch(name))

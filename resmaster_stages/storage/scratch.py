@@ -1,8 +1,7 @@
-"""Scratch folders on this machine's disk: gone after the block, and reclaimed later if the process was killed within
-it.
+"""Scratch folders on this machine's disk. They are deleted after their block, or later if the process was killed.
 
-Invariant: a folder whose process lives is never touched. Its lock file is locked for as long as the process lives,
-whoever looks, from whichever container.
+Invariant: the folder of a living process is never deleted. The process holds a lock on a file in the folder while it
+lives, and the lock is visible from other containers too.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from pathlib import Path
 PREFIX = "resmaster-scratch-"
 LOCK = ".lock"
 YOUNG_SECONDS = 60.0
-"""Younger folders are left alone: their process may not have come to lock them yet."""
+"""Younger folders are left alone, because their process may not have locked them yet."""
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A fresh folder below TMPDIR, deleted after the block."""
+    """A new folder below TMPDIR, deleted after the block."""
     reclaim_once(tempfile.gettempdir())
     with tempfile.TemporaryDirectory(prefix=PREFIX) as name, open(os.path.join(name, LOCK), "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -41,8 +40,7 @@ def reclaim_once(parent: str) -> None:
 
 
 def reclaim(parent: str) -> int:
-    """Delete the scratch folders of dead processes below `parent`; returns their number. What cannot be deleted
-    stays."""
+    """Delete the scratch folders of dead processes below `parent`. Returns their number. Ignores failed deletions."""
     count = 0
     for folder in Path(parent).glob(f"{PREFIX}*"):
         with suppress(OSError):

@@ -1,11 +1,11 @@
-"""WebDataset shards: plain tar files in which the members of one sample are neighbours, named `{key}.{extension}`.
+"""Reads and writes WebDataset shards: tar files in which the members of one sample, `{key}.{extension}`, are adjacent.
 
-Knows nothing about stages or where the files lie in the end.
+This module works on local files and does not upload them.
 
 Invariants:
 - Equal content gives equal bytes: no time, owner or host is in a tar.
-- Members of a sample come in one order: the image, json, txt, then others by name.
-- Nothing is ever extracted to disk; names in a tar are only names.
+- The members of a sample have a fixed order: the image, json, txt, then others by name.
+- Nothing is ever extracted to disk, so names in a tar are never used as paths.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from resmaster_stages.errors import ShardError
 from resmaster_stages.storage.filesystem import explained
 
 IMAGE_EXTENSIONS = ("webp", "png", "jpg")
-"""What a sample's image may be; exactly one of them is there."""
+"""Extensions that a sample's image may have. A sample has exactly one image."""
 
 BAD_TAR = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError)
-"""What tarfile raises for files that are no tar, are cut, or claim absurd sizes."""
+"""Errors that tarfile raises for files that are no tar, are cut off, or claim absurd sizes."""
 
 _ORDER = {**dict.fromkeys(IMAGE_EXTENSIONS, 0), "json": 1, "txt": 2}
 
 
 @dataclass(frozen=True)
 class Member:
-    """Where a file lies in the tar: its first byte and its length, both in bytes."""
+    """The place of a file in the tar: offset of its first byte, and its length in bytes."""
 
     name: str
     offset: int
@@ -49,7 +49,7 @@ class Entry:
 
     @property
     def image(self) -> tuple[str, Member]:
-        """The image's extension and place. Raises ShardError if there is none."""
+        """The extension and place of the image. Raises ShardError if there is none."""
         for extension in IMAGE_EXTENSIONS:
             if extension in self.members:
                 return extension, self.members[extension]
@@ -57,7 +57,7 @@ class Entry:
 
 
 def spell_image(entry: Entry) -> str:
-    """Where a sample's image lies in its tar, for commit records: `{offset}+{bytes}.{extension}`."""
+    """The place of a sample's image in its tar as commit records hold it: `{offset}+{bytes}.{extension}`."""
     extension, member = entry.image
     return f"{member.offset}+{member.size}.{extension}"
 
@@ -101,11 +101,10 @@ class ShardWriter:
 
 
 def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar that may come from anywhere, in order. Raises tarfile.ReadError for headers that make no
-    sense.
+    """The members of an untrusted tar, in order. Raises tarfile.ReadError for impossible headers.
 
-    A negative size would lead tarfile back to an earlier header, for ever; a sparse member's size is not what lies
-    there.
+    With a negative size, tarfile would go back to an earlier header and never end. The size of a sparse member is not
+    the number of bytes stored.
     """
     end = -1
     for info in tar:
@@ -116,7 +115,7 @@ def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def read_index(file: IO[bytes], name: str) -> list[Entry]:
-    """The samples of a tar in their order, reading only its headers. Raises ShardError, naming `name`, if damaged."""
+    """The samples of a tar in order. Reads only the headers. Raises ShardError, naming `name`, if it is damaged."""
     entries: list[Entry] = []
     seen: set[str] = set()
     try:
@@ -131,7 +130,7 @@ def read_index(file: IO[bytes], name: str) -> list[Entry]:
                     seen.add(key)
                     entries.append(Entry(key))
                 entries[-1].members[extension] = Member(info.name, info.offset_data, info.size)
-            # tarfile takes a missing end for the end: a cut tar must not pass for a short one
+            # tarfile accepts a tar without an end mark, but a tar that is cut off must not pass as a shorter one
             if not _ends_with_zeros(file):
                 raise ShardError(f"{name}: the tar is cut off")
     except BAD_TAR as error:
@@ -149,10 +148,9 @@ def _ends_with_zeros(file: IO[bytes]) -> bool:
 
 
 def read_member(file: IO[bytes], member: Member) -> bytes:
-    """The content of a member of a local tar. The file's position is neither used nor moved: threads may share the
-    file."""
+    """The content of a member of a local tar. Does not use or move the file's position, so threads may share it."""
     data = bytearray()
-    while len(data) < member.size:  # one call reads 2 GiB at most
+    while len(data) < member.size:  # one call reads at most 2 GiB
         piece = os.pread(file.fileno(), member.size - len(data), member.offset + len(data))
         if not piece:
             raise ShardError(f"{os.path.basename(file.name)}: cut off inside {member.name}")
@@ -161,9 +159,9 @@ def read_member(file: IO[bytes], member: Member) -> bytes:
 
 
 def validate(path: Path, keys: Iterable[str]) -> list[Entry]:
-    """Re-read a tar that was just written: these samples in this order, each with one image and JSON. Its index.
+    """Re-read a tar that was just written, and return its index.
 
-    Raises ShardError.
+    Raises ShardError unless it holds exactly `keys`, in this order, each with one image and valid JSON.
     """
     expected = list(keys)
     with path.open("rb") as file:

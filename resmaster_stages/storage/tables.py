@@ -1,8 +1,8 @@
-"""Parquet tables: their schemas, and reading and writing them. Knows nothing about who fills them.
+"""Reads and writes Parquet tables of a given schema. The schemas of a dataset are in `dataset.schemas`.
 
 Invariants:
 - Equal rows give equal bytes (with the same pyarrow): no time, host or random name is in a file.
-- Schemas only grow, by nullable columns: older files read as nulls there, newer files' extra columns are left out.
+- Schemas only grow, by nullable columns. Reading fills missing nullable columns with nulls and drops unknown columns.
 - Pixel boxes are (y0, x0, y1, x1) in target px, half-open.
 """
 
@@ -20,14 +20,14 @@ from resmaster_stages.errors import ShardError
 
 ROW_GROUP_ROWS = 65_536
 PACKED_ROWS = 2_048
-"""Rows that `TableWriter` holds as Python objects, some kilobytes each, before it packs them."""
+"""Rows that `TableWriter` holds as Python objects (some kilobytes each) before it converts them to Arrow."""
 
 
 def encode_table(rows: Sequence[dict[str, Any]], schema: pa.Schema, metadata: dict[str, str] | None = None) -> bytes:
-    """Rows as a Parquet file (zstd).
+    """Encode rows as a Parquet file (zstd).
 
-    Raises ValueError for a column that the schema does not have, a missing or null value where the schema wants one, or
-    a value of the wrong type.
+    Raises ValueError for an unknown column, for a missing or null value in a column that is not nullable, and for a
+    value of the wrong type.
     """
     table = table_of(rows, schema)
     if metadata:
@@ -38,8 +38,7 @@ def encode_table(rows: Sequence[dict[str, Any]], schema: pa.Schema, metadata: di
 
 
 class TableWriter:
-    """Writes one Parquet file from rows that come in pieces; holds one row group at a time. Use as a context
-    manager."""
+    """Writes one Parquet file from rows that come in pieces. Memory holds one row group. Use as a context manager."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._schema = schema
@@ -81,7 +80,7 @@ class TableWriter:
 
 
 def table_of(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Rows as a table in the form of `schema`. Raises ValueError as `encode_table` does."""
+    """Convert rows to a table of `schema`. Raises ValueError as `encode_table` does."""
     known = set(schema.names)
     for row in rows:
         if unknown := row.keys() - known:
@@ -97,9 +96,9 @@ def table_of(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Table:
 
 
 def decode_table(source: bytes | Path, schema: pa.Schema, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """A Parquet file in the form of `schema`: added columns are null where the file is older. `columns`: only these.
+    """Read a Parquet file as a table of `schema`. Nullable columns that the file lacks are null. `columns`: only these.
 
-    Raises ShardError, naming `name`, if it is no Parquet file or lacks a column that must be there.
+    Raises ShardError, naming `name`, if it is no Parquet file or lacks a column that is not nullable.
     """
     try:
         file = pq.ParquetFile(BytesIO(source) if isinstance(source, bytes) else source)
@@ -111,7 +110,7 @@ def decode_table(source: bytes | Path, schema: pa.Schema, name: str, columns: Se
 
 
 def rows_at(source: bytes | Path, schema: pa.Schema, name: str, positions: Sequence[int]) -> list[dict[str, Any]]:
-    """The rows of a Parquet file at `positions`, which must ascend; one row group is read at a time.
+    """The rows of a Parquet file at ascending `positions`. One row group is read at a time.
 
     Raises ShardError as `decode_table` does.
     """

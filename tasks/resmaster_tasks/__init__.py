@@ -1,1 +1,1 @@
-"""Prefect tasks: one stage over one shard. Policy only (retries, names); the work is in `resmaster_stages`."""
+"""Prefect tasks: one stage over one shard. Holds only policy (retries, names); `resmaster_stages` does the work."""

@@ -1,5 +1,7 @@
-"""One shard at a time in a process. Its own module, because tasks are pickled by value: a lock beside one would be a
-copy."""
+"""A lock that lets a process do one shard at a time.
+
+It has a module of its own because tasks are pickled by value: a lock in a task's module would be copied.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,6 @@ _device = threading.Lock()
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within the block no other thread of this process is in such a block."""
+    """Only one thread of this process can be inside such a block."""
     with _device:
         yield

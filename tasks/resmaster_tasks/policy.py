@@ -1,8 +1,8 @@
-"""Which failures are worth a second try. Knows nothing about stages.
+"""The retry policy of all tasks: which failures are tried again, how often and after which delays.
 
 Invariants:
-- The user's mistakes, too many failed samples and a lost GPU are never retried: the answer would be the same.
-- Everything else (object store hiccups, time-outs, full queues) is, with growing, jittered delays.
+- The user's mistakes, too many failed samples and a lost GPU are never retried, because the result would be the same.
+- All other failures (object store hiccups, time-outs, full queues) are retried, with growing, jittered delays.
 """
 
 from __future__ import annotations

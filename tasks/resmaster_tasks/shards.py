@@ -1,7 +1,7 @@
-"""One task for all stages of one shard: the unit of work on somebody else's cluster, where tasks have no order.
+"""One task for all stages of one shard: the unit of work on a Dask or Ray cluster, where tasks run in no fixed order.
 
-Invariant: a process does one shard at a time, whatever number of threads the cluster gives it: models are not
-thread-safe, and one process holds one device.
+Invariant: a process does one shard at a time, however many threads the cluster gives it, because models are not
+thread-safe and one process holds one device.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from resmaster_tasks.stages import run_facts
     cache_policy=NO_CACHE,  # the commit records are the cache
 )
 def process_shard(dataset_url: str, shard: int, stages: list[str], retries: Retries | None = None) -> int:
-    """Returns how many samples of the shard passed the last of `stages`."""
+    """Run `stages` over the shard. Returns the number of samples that passed the last of the stages."""
     with no_secrets_in_errors(), alone():
         dataset = open_dataset(dataset_url)
         known: dict[str, Receipt] = {}

@@ -1,8 +1,8 @@
-"""The stage tasks. One task run is one stage over one shard, never one image: a task run costs about 11 ms.
+"""The stage tasks: one task run is one stage over one shard. It is never one image, as a task run costs about 11 ms.
 
 Tasks carry no tags: for every tag Prefect asks its server for a concurrency slot, which took a second per task run. A
-stage that had nothing to do shows as Cached, in any run, on any machine, with any Prefect database: what is asked is
-the dataset.
+task run that had nothing to do ends in the state Cached. The dataset's commits decide that, not Prefect's database, so
+it holds in any flow run and on any machine.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from resmaster_tasks.policy import RETRIES, RETRY_DELAYS_SECONDS, RETRY_JITTER, 
 
 
 def run_facts() -> dict[str, Any]:
-    """The Prefect runs at work, for the commit record: it outlives them, and `resmaster explain` names them."""
+    """Ids and name of the current flow run and task run, for the commit record. `resmaster explain` shows them."""
     return {"flow_run": flow_run.id, "flow_run_name": flow_run.name, "task_run": task_run.id}
 
 
 @cache
 def stage_task(stage: str) -> Task[..., Receipt | State[Receipt]]:
-    """The task of a stage, with parameters (dataset, shard, known, number) as `ensure_stage` takes them.
+    """The task of a stage. Its parameters (dataset, shard, known, number) are those of `ensure_stage`.
 
-    The result of its last state is the receipt that counts: ask for the state, which may be one that the task made.
+    Call the task with `return_state=True`: the result of the state, which may be the state Cached, is the receipt.
     """
 
     @task(

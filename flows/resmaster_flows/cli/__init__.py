@@ -1,1 +1,1 @@
-"""The command line: one file per verb, with its arguments and what it does."""
+"""The command line: one file per verb, with the verb's arguments and what the verb does."""

@@ -1,4 +1,4 @@
-"""Arguments that verbs share: a source (CONFIG, and what overrides it) and the ROOT of a dataset."""
+"""Arguments that several verbs share: a source (CONFIG and its overrides) and the ROOT of a dataset."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from resmaster_stages.errors import UserError
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
-    """CONFIG and its overrides; `config_of` reads them."""
+    """Add CONFIG and its overrides, which `config_of` reads."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file; examples: deployments/datasets/")
     parser.add_argument(
         "--root", metavar="URL", help="folder or s3://bucket/prefix to build under, instead of CONFIG's"
@@ -27,7 +27,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def config_of(args: argparse.Namespace) -> DatasetConfig:
-    """CONFIG with the command line's overrides; relative paths given on the command line become absolute."""
+    """CONFIG with the command line's overrides. Relative paths in the overrides become absolute."""
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit}: give a number of at least 1")
     if args.prompts and args.images:
@@ -49,5 +49,5 @@ def config_of(args: argparse.Namespace) -> DatasetConfig:
 
 
 def add_root(parser: argparse.ArgumentParser) -> None:
-    """ROOT, of verbs that work on a dataset that exists."""
+    """Add ROOT, for verbs that work on an existing dataset."""
     parser.add_argument("root", metavar="ROOT", help="the dataset's folder or URL (or a root that holds just one)")

@@ -28,7 +28,7 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
+    """Add the verb's arguments."""
     add_source(parser)
     parser.add_argument("--n", dest="limit", metavar="N", type=int, help="the same as --limit")
     parser.add_argument(
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Build and measure, each dataset under the live display; 0 if every shard is finished, else 1."""
+    """Build each dataset under the live display, and measure. Returns 0 if every shard is finished, else 1."""
     from resmaster_stages.evaluation.compare import compare
 
     def build(config: DatasetConfig) -> bool:
@@ -82,8 +82,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def print_tables(found: Compared) -> None:
-    """The tables on standard output, one per scale: a line per metric, a column per method, so that terminals hold
-    them."""
+    """Print one table per scale on standard output: a line per metric and a column per method, to fit terminals."""
     from resmaster_stages.evaluation.page import cell, shown
 
     out = Console()

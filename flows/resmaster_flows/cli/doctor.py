@@ -1,4 +1,4 @@
-"""`resmaster doctor`: a table of what the store can do. Needs no dataset and no Prefect."""
+"""`resmaster doctor`: examines a store and prints what it can do. Needs no dataset and no Prefect."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ COLOURS = {"ok": "green", "failed": "red", "untested": "dim"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
+    """Add the verb's arguments."""
     parser.add_argument("root", metavar="ROOT", help="folder or s3://bucket/prefix; it need not exist yet")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Examine the store; 0 if nothing failed, else 1."""
+    """Examine the store. Returns 0 if every check passed, else 1."""
     folder = open_root(args.root)
     findings = examine(folder)
     good = all(finding.state == "ok" for finding in findings)

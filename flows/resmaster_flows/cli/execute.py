@@ -1,4 +1,4 @@
-"""Runs a flow from the command line: under the live display, with a Prefect server within reach."""
+"""Runs a flow from the command line, with the live display and a Prefect server."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 
 def execute(console: Console, config: DatasetConfig, build: Callable[[], State[Any]]) -> int:
-    """Run a flow that builds a dataset, and sum up. Returns the exit status.
+    """Run a flow that builds a dataset, and print its result. Returns the exit status.
 
-    `build` calls the flow and returns its last state; it imports the flow too, for Prefect takes seconds to import.
+    build: calls the flow and returns its final state. It also imports the flow, because importing Prefect takes
+    seconds.
     """
     with terminal(Progress(), console):
         from resmaster_flows.outcome import outcome
@@ -35,7 +36,7 @@ def execute(console: Console, config: DatasetConfig, build: Callable[[], State[A
 
 
 def require_surroundings(config: DatasetConfig) -> None:
-    """Before anything is begun: what a build needs beside its input. Raises UserError if it is not there."""
+    """Check what a build needs beside its input: the server, and the cluster if one is configured. Raises UserError."""
     from resmaster_flows.server_runs import require_answer
 
     if config.dispatch.where == "dask" or config.dispatch.where == "ray":
@@ -43,7 +44,7 @@ def require_surroundings(config: DatasetConfig) -> None:
 
         check(config.dispatch.where)
     require_answer()
-    # No download bars where there is nothing to download: loading takes a second.
+    # A local model downloads nothing and loads in a second, so its progress bars are switched off.
     if config.model.id == "picturebook" or Path(config.model.id).is_dir():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

@@ -1,4 +1,4 @@
-"""`resmaster explain`: all that is known of one sample."""
+"""`resmaster explain`: prints all that is known of one sample."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
+    """Add the verb's arguments."""
     add_root(parser)
     parser.add_argument("key", metavar="KEY", help="the sample's key, or the beginning of it; the report shows keys")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Print it, as text or JSON."""
+    """Print the explanation, as text or JSON."""
     from resmaster_stages.dataset.dataset import open_dataset
     from resmaster_stages.inspection.explain import explain, spelled
 

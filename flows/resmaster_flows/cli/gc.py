@@ -1,4 +1,4 @@
-"""`resmaster gc`: remove a dataset's leftovers, and say how much that was. Needs no Prefect and loads no model."""
+"""`resmaster gc`: removes a dataset's leftovers, and prints how much it removed. Needs no Prefect, loads no model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GRACE_HOURS = 24.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
+    """Add the verb's arguments."""
     add_root(parser)
     parser.add_argument(
         "--older-than",
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Find leftovers, remove them, print a table."""
+    """Find the leftovers, remove them unless `--dry-run` is given, and print a table."""
     if not (math.isfinite(args.older_than) and 0 <= args.older_than < 1e6):
         raise UserError(f"--older-than {args.older_than:g}: give a number of hours, 0 or more")
     dataset = open_dataset(args.root)

@@ -1,6 +1,7 @@
-"""The command line. Parses, calls, prints; a user's mistake is one line on stderr and exit status 2.
+"""The command `resmaster`: parses the arguments, calls the verb and reports errors.
 
-Exit status: 0 done, 1 some shards could not be finished, 2 bad input, 130 interrupted (143 by SIGTERM).
+A user's mistake is one line on stderr and exit status 2. Exit status: 0 done, 1 some shards could not be finished,
+2 bad input, 130 interrupted (143 by SIGTERM).
 Heavy imports (torch, Prefect) happen inside the commands that need them, so that `status` answers at once.
 """
 
@@ -25,23 +26,23 @@ from resmaster_stages.redaction import one_line
 
 
 class Verb(Protocol):
-    """What a module of this folder brings, if it is a verb; the verb's name is the module's."""
+    """The interface of a module of this folder that is a verb. The verb's name is the module's name."""
 
     __name__: str
     HELP: str
-    """A few words, for the list of verbs."""
+    """A few words for the list of verbs."""
     DESCRIPTION: str
-    """Some sentences, for the verb's own help."""
+    """Some sentences for the verb's own help."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add the verb's arguments."""
 
     def run(self, args: argparse.Namespace, console: Console) -> int:
-        """Do it, and return the exit status. `console` is standard error."""
+        """Do what the verb does, and return the exit status. `console` is standard error."""
 
 
 VERBS: tuple[Verb, ...] = (run, plan, status, explain, repair, verify, gc, doctor, compare, upscale)
-"""In the order of the help."""
+"""The verbs in the order of the help."""
 
 ENVIRONMENT = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -53,11 +54,11 @@ ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
 }
-"""Set where the user has not set them: quiet libraries, no analytics."""
+"""Environment variables that quieten libraries and switch off analytics. Values that the user has set stay."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's grammar."""
+    """The parser of the command line."""
     top = argparse.ArgumentParser(
         prog="resmaster",
         description="High-resolution image datasets from prompts or from your own images: ResMaster and its peers, "
@@ -78,14 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `resmaster` command. Returns the exit status."""
     console = Console(stderr=True)
     try:
-        load_plugins()  # before the parser, whose help names what they bring
+        load_plugins()  # before the parser is made, because its help lists what plugins register
     except UserError as error:
         say(console, f"resmaster: {one_line(error)}")
         return 2
     args = parser().parse_args(argv)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # such an image is an error of its own, in one line
+    # this project raises its own one-line error for such an image
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     try:
         with stoppable():
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, Terminated) as stop:
         say(console, MESSAGE)
         return exit_status(signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
-    except BrokenPipeError:  # the reader has seen enough (`| head`); what is still buffered must not raise at exit
+    except BrokenPipeError:  # the reader closed the pipe (`| head`); buffered output must not raise at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1  # as Rich does for tables
     except (ResMasterError, ConnectionError) as error:

@@ -1,4 +1,4 @@
-"""`resmaster plan`: say what `run` would do, and with `--estimate` what it would cost."""
+"""`resmaster plan`: prints what `run` would do, and with `--estimate` what it would cost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHOWN_REJECTED = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
+    """Add the verb's arguments."""
     add_source(parser)
     parser.add_argument(
         "--estimate",
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Print the table, and with `--estimate` what it would cost."""
+    """Print what each stage has to do, and with `--estimate` what that would cost."""
     from resmaster_stages.planning.preview import preview
 
     look = preview(config_of(args))
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _print_estimate(found: Estimate, out: Console) -> None:
-    """A table by stage, the totals, and where each number comes from."""
+    """Print a table by stage, the totals, and the source of each number."""
     table = Table("stage", "shards", "samples", "per sample", "device time", "written", box=None, pad_edge=False)
     for stage in found.stages:
         table.add_row(

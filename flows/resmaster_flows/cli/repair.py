@@ -1,4 +1,4 @@
-"""`resmaster repair`: do only what is missing, failed or damaged."""
+"""`resmaster repair`: processes only what is missing, failed or damaged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
+    """Add the verb's arguments."""
     add_root(parser)
     parser.add_argument("--shards", metavar="LIST", help="only these shards, e.g. 1,4-7")
     parser.add_argument("--stages", metavar="LIST", help=f"only these stages, of: {','.join(STAGES)}")
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Look what is to be done, and do it; 0 if every shard is finished, else 1."""
+    """Find out what is to be done, and do it. Returns 0 if every shard is finished, else 1."""
     from resmaster_stages.dataset.dataset import open_dataset
     from resmaster_stages.dataset.retry import retries_of
     from resmaster_stages.inspection.status import pending

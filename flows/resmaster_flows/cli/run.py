@@ -1,4 +1,4 @@
-"""`resmaster run`: build a dataset, or go on with it."""
+"""`resmaster run`: builds a dataset, or continues it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
+    """Add the verb's arguments."""
     add_source(parser)
     parser.add_argument(
         "--executor",
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Plan, then build; 0 if every shard is finished, else 1."""
+    """Plan, then build. Returns 0 if every shard is finished, else 1."""
     from resmaster_stages.prompts import ingest
 
     config = config_of(args)

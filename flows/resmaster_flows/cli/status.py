@@ -1,4 +1,4 @@
-"""`resmaster status`: what is committed, pending and failed."""
+"""`resmaster status`: prints what is committed, pending and failed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
+    """Add the verb's arguments."""
     add_root(parser)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Print the table, or it as JSON or OpenMetrics."""
+    """Print the status as a table, as JSON or as OpenMetrics."""
     from resmaster_stages.dataset.dataset import open_dataset
     from resmaster_stages.inspection.status import status
 

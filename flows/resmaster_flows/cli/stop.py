@@ -1,9 +1,10 @@
-"""Stops the command line within seconds. Ctrl-C and SIGTERM unwind the work, which keeps what is done and tidies up
-after itself; a second one, or a few seconds of something that does not unwind (a server that no longer answers), ends
-the process at once.
+"""Stops the command line within seconds after Ctrl-C or SIGTERM.
 
-Signals are watched by a thread through the wake-up descriptor: whatever handler a library puts in their place, and even
-while the main thread is inside native code, they are seen here.
+The first signal raises an exception, so that the work keeps what is done and tidies up. A second signal, or
+`GRACE_SECONDS` without an end (a server that no longer answers), ends the process at once.
+
+A thread watches signals through the wake-up descriptor. It sees them even if a library has replaced the handler, and
+even while the main thread is inside native code.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived. As KeyboardInterrupt, it is no error that anybody should handle."""
+    """SIGTERM arrived. It is no Exception, so that handlers of errors do not catch it (like KeyboardInterrupt)."""
 
 
 def exit_status(stop: int) -> int:
-    """Of a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
+    """The exit status of a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
     return 128 + stop
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Within the block SIGTERM raises Terminated, as Ctrl-C raises KeyboardInterrupt; who ignores them is ended.
+    """Within the block, SIGTERM raises Terminated, as Ctrl-C raises KeyboardInterrupt. If the block then does not end,
+    the process is ended.
 
-    Does nothing outside of the main thread, which is where signals arrive.
+    Does nothing outside of the main thread, because signals arrive in the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -62,8 +64,7 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _watch(reader: socket.socket) -> None:
-    """Ends the process at the second signal, or `GRACE_SECONDS` after the first. Returns when the other end is
-    closed."""
+    """End the process at the second signal, or `GRACE_SECONDS` after the first. Returns when `reader` is closed."""
     stops: list[int] = []
     with suppress(TimeoutError):
         while len(stops) < 2:
@@ -77,7 +78,7 @@ def _watch(reader: socket.socket) -> None:
 
 
 def _leave(number: int) -> NoReturn:
-    """End the process here and now, and the server that Prefect may have started for it."""
+    """End the process at once, and with it the server that Prefect may have started for it."""
     server = sys.modules.get("prefect.server.api.server")
     for instance in list(getattr(getattr(server, "SubprocessASGIServer", None), "_instances", {}).values()):
         process = getattr(instance, "server_process", None)

@@ -1,4 +1,4 @@
-"""`resmaster upscale`: one image of the user's own, through the same functions as the stages."""
+"""`resmaster upscale`: upscales one image of the user's own, by the same functions as the stages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
+    """Add the verb's arguments."""
     parser.add_argument("input", metavar="INPUT", help="image file")
     parser.add_argument("output", metavar="OUTPUT", help="image file to write (.png, .webp or .jpg)")
     parser.add_argument("--scale", type=float, default=4.0, help="target size over input size (default: 4)")
@@ -68,7 +68,7 @@ def settings(args: argparse.Namespace) -> DatasetConfig:
 
 
 def check_output(path: Path) -> None:
-    """Refuse what could not be written after minutes of work. Raises UserError."""
+    """Raise UserError for an output file that cannot be written, before minutes of work."""
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"{path}: unknown image format {path.suffix!r}; use one of {', '.join(FORMATS)}")
     if not path.parent.is_dir():
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """Write `image` under a temporary name first: no half-written file is left under the final one."""
+    """Write `image` under a temporary name and rename it, so that the final name never holds a half-written file."""
     part = path.with_name(path.name + ".part")
     try:
         image.save(part, format=FORMATS[path.suffix.lower()], quality=95)

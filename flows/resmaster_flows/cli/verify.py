@@ -1,4 +1,4 @@
-"""`resmaster verify`: a table of what is not as its commit recorded. Needs no Prefect and loads no model."""
+"""`resmaster verify`: prints what differs from its commit record. Needs no Prefect and loads no model."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's arguments."""
+    """Add the verb's arguments."""
     add_root(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Read all back; 0 if everything is as recorded, else 1."""
+    """Read every object and mark damaged shards. Returns 0 if everything is as recorded, else 1."""
     dataset = open_dataset(args.root)
     found = verify(dataset)
     if args.json:

@@ -1,9 +1,9 @@
-"""Brings what a run has to show to its page in the Prefect UI: progress, table, summary, contact sheet, tags.
+"""Sends artifacts to a flow run's page in the Prefect UI: progress, table, summary, contact sheet, tags.
 
 Invariants:
-- The build never waits for it: one thread of its own renders, compares and sends, at most every few seconds.
-- An artifact is created once and then changed in place; what has not changed is not sent.
-- Nothing that goes wrong here fails a build; it is logged, once per artifact.
+- The build does not wait for artifacts: a separate thread renders, compares and sends them, at most every few seconds.
+- An artifact is created once and then updated in place. An unchanged artifact is not sent again.
+- An error in this module never fails a build. The first error of each artifact is logged.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ from resmaster_stages.publish.page import SIDES_PX, data_url
 from resmaster_stages.publish.summary import summary
 
 INTERVAL_SECONDS = 5.0
-"""The least time between two looks at what there is to send."""
+"""Time between two updates."""
 CLOSE_SECONDS = 15.0
-"""So long a run waits at its end for the last state to be sent."""
+"""Time that a run waits at its end for the last update."""
 SHEET_BYTES = 180_000
-"""Of a contact sheet: it travels in the artifact itself, and so is seen without any file server."""
+"""Size limit of a contact sheet. The image is inside the artifact, so that no file server is needed."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One artifact's present state."""
+    """The current state of one artifact."""
 
     key: str
-    """Lower-case letters, digits, dashes; artifacts of one key are versions of each other."""
+    """Lower-case letters, digits and dashes. Artifacts with one key are versions of each other."""
     type: str
     data: Any
     description: str = ""
 
 
 class Publisher:
-    """Sends what `render` gives to the page of the current flow run, from a thread, until the block ends."""
+    """Sends the artifacts that `render` returns to the current flow run's page, in a thread, until the block ends."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Publisher:
         tags: Sequence[str] = (),
         interval: float = INTERVAL_SECONDS,
     ) -> None:
-        """Must be made within a flow run. `tags` are added to those of the run; its tasks get none."""
+        """Must be created inside a flow run. `tags` are added to the tags of the run, not to those of its tasks."""
         context = FlowRunContext.get()
         if context is None or context.flow_run is None:
             raise RuntimeError("artifacts belong to a flow run, and there is none")
@@ -77,7 +77,7 @@ class Publisher:
         self._warned: set[str] = set()
         self._log: logging.Logger | logging.LoggerAdapter[Any] = get_run_logger()
         self._closing = threading.Event()
-        settings = contextvars.copy_context()  # which server it is stands in the context
+        settings = contextvars.copy_context()  # the context says which server to use
         self._thread = threading.Thread(target=settings.run, args=(self._work,), name="artifacts", daemon=True)
 
     def __enter__(self) -> Publisher:
@@ -124,7 +124,7 @@ class Publisher:
 
     @contextmanager
     def _forgiving(self, what: str) -> Iterator[None]:
-        """Nobody's build fails because a page cannot be drawn; the first failure of each kind is logged."""
+        """Suppress errors within the block, and log the first error for each `what`."""
         try:
             yield
         except Exception as error:
@@ -140,15 +140,15 @@ def key_of(name: str, what: str) -> str:
 
 
 def tags_of(config: DatasetConfig) -> list[str]:
-    """What a run is found by in the UI."""
+    """The tags by which a run is found in the UI."""
     return [f"dataset:{config.name}", f"method:{config.upscale.method}", f"model:{config.model.id}"]
 
 
 @contextmanager
 def run_page(dataset: Dataset, todo: Mapping[str, Sequence[int]], *, part: bool = False) -> Iterator[None]:
-    """Within the block, the current flow run's page shows how its work goes. `todo`: stage -> shards.
+    """Within the block, show progress on the current flow run's page. `todo`: stage -> shards.
 
-    `part`: the run is one of many of a build, some of its `todo` may be done already; it logs what happens, and its
+    part: the run is one of many runs of a build. Some of its `todo` may already be done, its events are logged, and its
     artifacts have keys of their own.
     """
     logger = get_run_logger()

@@ -1,4 +1,4 @@
-"""What happens to work that other runs do: events beside those of `resmaster_stages.progress`."""
+"""Events about work in other flow runs, in addition to the events of `resmaster_stages.progress`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from resmaster_stages.progress import Event
 
 @dataclass(frozen=True)
 class WorkFound(Event):
-    """There is this much to do: stage -> samples, in the pipeline's order, and the shards that they are in."""
+    """The work to do is known: stage -> samples, in pipeline order, and the shards that hold the samples."""
 
     pending: Mapping[str, int]
     shards: Sequence[int]
@@ -18,7 +18,7 @@ class WorkFound(Event):
 
 @dataclass(frozen=True)
 class Dispatched(Event):
-    """`done` of `total` shards are finished; so many runs are at work or wait."""
+    """`done` of `total` shards are finished; `running` runs are at work and `waiting` runs wait for a worker."""
 
     done: int
     total: int
@@ -28,7 +28,7 @@ class Dispatched(Event):
 
 @dataclass(frozen=True)
 class RunSubmitted(Event):
-    """Others were asked to do a share of the work, in a run of this id and name."""
+    """A run with this id and name was submitted for a share of the work."""
 
     run: str
     name: str
@@ -36,7 +36,7 @@ class RunSubmitted(Event):
 
 @dataclass(frozen=True)
 class RunEnded(Event):
-    """That run ended, in a state that is told in words; `finished` if its share is done."""
+    """The run with id `run` ended. `state` is its state in words; `finished` says whether its share is done."""
 
     run: str
     state: str

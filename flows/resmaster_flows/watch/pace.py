@@ -1,4 +1,4 @@
-"""How fast a build is, and so how long it will still take."""
+"""Estimates how long a build will still take, from its measured speed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import defaultdict
 class TimeLeft:
     """Estimates the seconds left from the measured seconds per sample of each stage.
 
-    Unknown until every stage that has work left has finished a sample: a guess would be worse than none.
+    The estimate is unknown until every stage that has work left has finished a sample.
     """
 
     def __init__(self, pending: dict[str, int]) -> None:
@@ -17,13 +17,13 @@ class TimeLeft:
         self._samples: dict[str, int] = defaultdict(int)
 
     def sample_done(self, stage: str, seconds: float) -> None:
-        """One sample of `stage` took `seconds`."""
+        """Record that one sample of `stage` took `seconds`."""
         self._seconds[stage] += seconds
         self._samples[stage] += 1
         self.pending[stage] = max(0, self.pending.get(stage, 0) - 1)
 
     def drop(self, stage: str, samples: int) -> None:
-        """So many samples of `stage` turned out to be done already."""
+        """Record that this many samples of `stage` turned out to be done already."""
         self.pending[stage] = max(0, self.pending.get(stage, 0) - samples)
 
     def seconds(self) -> float | None:

@@ -1,6 +1,6 @@
-"""What the page of a run shows while it works: how far it is, how fast, what is left, and a row per shard or run.
+"""The content of a run's page: a headline with progress, speed and time left, and a table with a row per shard or run.
 
-Knows nothing about Prefect; `resmaster_flows.watch.artifacts` brings the page there.
+This module does not use Prefect; `resmaster_flows.watch.artifacts` sends the content.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.progress import Event, Listener, ShardDone, ShardFailed
 
 ROWS = 200
-"""A table shows so many rows at most: what failed, what is at work, what is finished, what waits."""
+"""Maximum rows of a table, in the order: failed, at work, finished, waiting."""
 
 Key = TypeVar("Key")
 Row = TypeVar("Row", Shard, Run)
 
 
 def headline(progress: Progress) -> str:
-    """How far the run is, in one line."""
+    """The progress of the run in one line."""
     spent = max(1e-9, progress.seconds)
     if progress.dispatched:
         done, total = progress.dispatched.done, progress.dispatched.total
@@ -39,7 +39,7 @@ def headline(progress: Progress) -> str:
 
 
 def _now(progress: Progress) -> str:
-    """What is being done."""
+    """What is being done now."""
     if progress.dispatched:
         return f"{progress.dispatched.running} runs at work, {progress.dispatched.waiting} waiting"
     if progress.now is None:
@@ -49,7 +49,7 @@ def _now(progress: Progress) -> str:
 
 
 def table(progress: Progress, link: Callable[[str], str] = lambda run: run) -> list[dict[str, Any]]:
-    """The table's rows; what needs attention comes first. `link` makes an address of a run's id."""
+    """The rows of the table; rows that need attention come first. `link`: id of a run -> address of its page."""
     rows: list[dict[str, Any]]
     if progress.runs:
         total = len(progress.runs)
@@ -71,11 +71,11 @@ def table(progress: Progress, link: Callable[[str], str] = lambda run: run) -> l
 
 
 def _first(rows: Mapping[Key, Row]) -> list[tuple[Key, Row]]:
-    return sorted(rows.items(), key=lambda row: row[1].rank)[:ROWS]  # stable: in the order of the shards
+    return sorted(rows.items(), key=lambda row: row[1].rank)[:ROWS]  # a stable sort keeps the order of the shards
 
 
 def lines(progress: Progress, log: Callable[[str], None]) -> Listener:
-    """A listener that logs a line per committed stage of a shard, and per shard that could not be finished."""
+    """A listener that logs a line for each committed stage of a shard, and for each shard that failed."""
 
     def hear(event: Event) -> None:
         if isinstance(event, ShardDone) and not event.cached:

@@ -1,6 +1,6 @@
-"""How far a build is: counters, the time left, and what became of every shard and run. Hears events and draws nothing.
+"""Tracks the progress of a build from events: counters, the time left, and the state of every shard and run.
 
-Knows nothing about Prefect. Others may read while it hears, from other threads too.
+This module draws nothing and does not use Prefect. Other threads may read a `Progress` while it receives events.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from resmaster_stages.progress import (
 )
 
 FAILED, AT_WORK, FINISHED, WAITING = range(4)
-"""Ranks, in the order in which people want to see them."""
+"""Ranks of rows: lower ranks are shown first."""
 
 
 @dataclass
 class Shard:
-    """A shard that is worked on here."""
+    """A shard that this process works on."""
 
     place: int
-    """Among the shards of the build, from 1."""
+    """Position among the shards of the build, from 1."""
     state: str = "waiting"
     rank: int = WAITING
     seconds: float = 0.0
-    """Of the stages that were committed here."""
+    """Time of all stages that this process committed."""
     last_seconds: float = 0.0
-    """Of the last of them."""
+    """Time of the last stage that this process committed."""
     samples_failed: int = 0
     began: float | None = None
-    """When the stage at work began, if one is: seconds of a monotonic clock."""
+    """When the current stage began, in seconds of a monotonic clock; None if no stage is at work."""
 
 
 @dataclass
 class Run:
-    """A run that works on shards elsewhere."""
+    """A flow run that works on shards elsewhere."""
 
     name: str
     state: str = "submitted"
@@ -55,11 +55,10 @@ class Run:
 
 
 class Progress:
-    """What is known of a build of `shards`; `pending` is stage -> samples to do. `hear` is its listener.
+    """The progress of a build of `shards`. `hear` is its listener.
 
-    Both may be told later, by `WorkFound`.
-
-    `reckoned`: `pending` counts all samples, also those of shards that may be committed already.
+    pending: stage -> samples to do. A `WorkFound` event may give `pending` and `shards` later.
+    reckoned: `pending` also counts the samples of shards that may already be committed.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class Progress:
     # ------------------------------------------------------------------------------------------------------- listening
 
     def hear(self, event: Event) -> None:
-        """Take note of what happened."""
+        """Update the progress from an event."""
         match event:
             case WorkFound():
                 self._work_found(event)
@@ -146,7 +145,7 @@ class Progress:
 
     @property
     def percent(self) -> float:
-        """Of the work that there was at the start."""
+        """How much of the work is done, in percent of the work at the start."""
         if self.dispatched:
             return 100.0 * self.dispatched.done / max(1, self.dispatched.total)
         if all(shard.rank == FINISHED for shard in list(self.shards.values())):
@@ -155,12 +154,12 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return self._clock() - self._begin
 
     @property
     def seconds_left(self) -> float | None:
-        """None while unknown."""
+        """Estimated seconds until the end; None while unknown."""
         if not self.dispatched:
             return self._left.seconds()
         done, total = self.dispatched.done, self.dispatched.total
@@ -168,7 +167,7 @@ class Progress:
 
 
 def plans(say: Callable[[str], None]) -> Listener:
-    """A listener that says what was planned."""
+    """A listener that passes the line of each `Planned` event to `say`."""
 
     def hear(event: Event) -> None:
         if isinstance(event, Planned):
@@ -178,7 +177,7 @@ def plans(say: Callable[[str], None]) -> Listener:
 
 
 def notes(say: Callable[[str], None]) -> Listener:
-    """A listener that says what is noted, each line once."""
+    """A listener that passes the line of each `Note` event to `say`, each line once."""
     said: set[str] = set()
 
     def hear(event: Event) -> None:

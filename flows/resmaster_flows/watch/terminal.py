@@ -1,6 +1,6 @@
-"""The terminal's view of a build: one bar with time left, what is being done now, and a line per finished shard.
+"""Shows a build in the terminal: one progress bar with the time left and the current work, and a line per commit.
 
-Knows nothing about Prefect. On anything but a terminal it prints plain lines and no bar.
+If the output is not a terminal, plain lines and no bar are printed. This module does not use Prefect.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from resmaster_stages.progress import Event, Listener, ShardDone, listening
 
 
 def say(console: Console, text: str | Text) -> None:
-    """Print `text` as it stands: names may hold brackets, and who copies a path wants it in one line."""
+    """Print `text` unchanged, without markup (names may hold brackets) and without line breaks in paths."""
     console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def terminal(progress: Progress, console: Console) -> Iterator[Bar]:
-    """Within the block `progress` hears what happens, and the terminal shows it."""
+    """Within the block, `progress` receives all events, and the terminal shows it."""
     bar = Bar(
         SpinnerColumn(),
         TextColumn("[bold]{task.description}"),
@@ -56,7 +56,7 @@ def terminal(progress: Progress, console: Console) -> Iterator[Bar]:
 
 
 def _shown(progress: Progress) -> dict[str, Any]:
-    """What the bar shows."""
+    """The fields of the bar."""
     failed = f"  [red]{progress.samples_failed} failed" if progress.samples_failed else ""
     return {
         "description": _now(progress),
@@ -68,7 +68,7 @@ def _shown(progress: Progress) -> dict[str, Any]:
 
 
 def _now(progress: Progress) -> str:
-    """What is being done."""
+    """What is being done now."""
     if progress.dispatched:
         return _spell(progress.dispatched)
     if progress.now is None:
@@ -84,7 +84,7 @@ def _spell(dispatched: Dispatched) -> str:
 
 
 def _lines(progress: Progress, console: Console) -> Listener:
-    """A listener that prints a line per committed stage of a shard, and one whenever other runs got further."""
+    """A listener that prints a line for each committed stage of a shard, and for each progress of other runs."""
     last: Dispatched | None = None
 
     def hear(event: Event) -> None:
