@@ -56,7 +56,7 @@ class Need:
         return max(1, int((USABLE * self.total - self.weights) // self.view))
 
     def sentence(self, views: int, device: str, automatic: bool) -> str:
-        """A line for the user: the memory that `views` views need on `device`, and the remedy where it is too little."""
+        """A line for the user: the memory that `views` views need on `device`, and the remedy if it is too little."""
         need = (
             f"{views} at a time need about {self.bytes(views) / 1e9:.0f} GB, and {device} has {self.total / 1e9:.0f} GB"
         )
