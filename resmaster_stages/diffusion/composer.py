@@ -5,7 +5,8 @@ The map of every cross-attention layer, averaged over heads, is kept. The same l
 
     (1 - share) * attention to the view's own text + share * (map of the view's part of the image) @ global values
 
-so a view attends to a word of the global prompt only as much as the whole image does at that place.
+so a view attends to a word of the global prompt only as much as the whole image does at that place. This module does
+not depend on a method.
 
 Invariants:
 - Only the text branch is changed. With `share` 0 no branch is changed. All layers are restored at the end.

@@ -1,7 +1,8 @@
 """Re-dilated convolutions: the trained 3 x 3 weights with their taps further apart, for a wider receptive field.
 
 On a large canvas, a model that was trained on small canvases sees too small a part of it. Spreading the taps of the
-deep layers by the canvas's scale lets the model see whole objects again (ScaleCrafter, FouriScale, FreeScale).
+deep layers by the canvas's scale lets the model see whole objects again (ScaleCrafter, FouriScale, FreeScale). The
+methods decide which layers are changed at which steps.
 
 Invariants:
 - The output has the size and the number of channels of the plain layer's output.

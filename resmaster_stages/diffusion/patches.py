@@ -1,7 +1,8 @@
 """Temporary changes of a UNet: chooses layers, replaces their computation and restores it.
 
 Invariants:
-- Every replacement is undone when its block is left, also after an exception. Blocks may be nested.
+- Every replacement is undone when its block is left, also after an exception. Blocks may be nested, and the
+  innermost replacement is active.
 - Layers are chosen by their place in the UNet, not by number: `down_blocks.-1` is the deepest block of a UNet of any
   depth.
 """

@@ -3,7 +3,8 @@
     out = global + blur(local - global)
 
 global: attention over the whole canvas. local: attention inside overlapping windows of the native size, averaged. Both
-use the same projections, which are computed once on the canvas. All windows run as one batch.
+use the same projections, which are computed once on the canvas. All windows run as one batch. This module does not
+depend on a method.
 
 Invariants:
 - A layer whose canvas fits into one window stays plain. All layers are restored at the end of the block.

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from resmaster_stages.models.schedule import Step
 
 NEGATIVE_PROMPT = "blurry, ugly, duplicate, poorly drawn, deformed, mosaic"
-"""The negative prompt that DemoFusion and FreeScale, and with them the papers of this family, share."""
+"""The negative prompt that the papers of this family share (among them DemoFusion and FreeScale)."""
 
 
 def area(height: int, width: int, grid: Grid) -> float:

@@ -1,4 +1,4 @@
-"""Flags that say what is wrong with an image by its metrics, and `badness`, one number to sort the worst images first."""
+"""Flags that say what is wrong with an image by its metrics, and one number that sorts the worst images first."""
 
 from __future__ import annotations
 

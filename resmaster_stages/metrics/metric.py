@@ -86,7 +86,7 @@ class Column:
     form: str = "{:.2f}"
     """Format of a value on pages, for `str.format`."""
     better: Literal["↑", "↓", ""] = ""
-    """The direction of better values. Without a direction, pages point to low values."""
+    """The direction of better values. Without a direction, low values count as the worst."""
     kind: str = "float64"
     """Type in Parquet, by Arrow's name: `float64` or `string`."""
     compared: bool = False

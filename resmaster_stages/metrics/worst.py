@@ -114,4 +114,4 @@ METRIC = Metric(
         ),
     ),
 )
-"""A worst place is as bad as can be from about three times the threshold of its flag."""
+"""A worst place has the full badness of 1 from about three times the threshold of its flag."""

@@ -1,4 +1,4 @@
-"""Houses and lighthouses."""
+"""Draws houses and lighthouses."""
 
 from __future__ import annotations
 

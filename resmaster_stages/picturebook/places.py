@@ -1,4 +1,4 @@
-"""Sky and ground of a scene. Detail is sized so that it blurs at 128 px and is crisp at 512 px."""
+"""Draws the sky and the ground of a scene. Detail is sized so that it blurs at 128 px and is crisp at 512 px."""
 
 from __future__ import annotations
 
