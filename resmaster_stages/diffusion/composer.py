@@ -61,7 +61,7 @@ class Composer:
     def __init__(self, grid: Grid, small: Sequence[int], share: float, device: torch.device) -> None:
         self.grid, self.small = grid, (small[0], small[1])
         self.share, self.device = share, device
-        self.call = DenoiserCall()  # the loop's, within `patch`
+        self.call = DenoiserCall()  # within `patch` it is the loop's call
         self.maps: dict[str, list[Tensor]] = {}  # layer -> batches of [n, S, h, w]
         self.values: dict[str, list[Tensor]] = {}  # layer -> batches of [n, S, C]
         self._capturing = False

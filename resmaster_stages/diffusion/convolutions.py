@@ -91,7 +91,7 @@ def _by_branch(
         groups = [(layer, len(list(equal))) for layer, equal in groupby(layers)]
         if len(groups) == 1:
             return groups[0][0](conv, x)
-        rows = len(x) // len(layers)  # of the batch, per branch
+        rows = len(x) // len(layers)  # rows of the batch per branch
         parts = x.split([rows * count for _, count in groups])
         return torch.cat([layer(conv, part) for (layer, _), part in zip(groups, parts)])
 

@@ -30,7 +30,7 @@ class UnetWork:
     """A method's forecast of its UNet evaluations of one size: what `UnetCost` counts with `view_batch: 1`."""
 
     rows: int
-    """Views through the UNet, guidance branches counted."""
+    """Views through the UNet, counted once per guidance branch."""
     area: float
     """Area of each view, in units of the native area."""
 

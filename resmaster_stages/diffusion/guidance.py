@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Branch:
-    """One row of the batch per view."""
+    """A guidance branch: one row of the batch per view."""
 
     name: str
     conditional: bool

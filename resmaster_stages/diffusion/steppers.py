@@ -63,7 +63,7 @@ def posterior(z: Tensor, x0: Tensor, eps: Tensor, step: Step, noise: Noise) -> T
 
 
 def ddim_ancestral(z: Tensor, x0: Tensor, eps: Tensor, step: Step, noise: Noise) -> Tensor:
-    """DDIM with eta = 1, keeping the noise that the model predicted beside fresh noise."""
+    """DDIM with eta = 1: a mixture of the noise that the model predicted and fresh noise."""
     if step.sigma_next == 0:
         return step.alpha_next * x0
     variance = (1 - step.alpha**2 / step.alpha_next**2) * step.sigma_next**2 / step.sigma**2

@@ -110,7 +110,7 @@ def load_clip(identifier: str, revision: str | None = None, device: str = "auto"
         tokenizer = CLIPTokenizer.from_pretrained(place, **options)
         processor = CLIPImageProcessorPil.from_pretrained(place, **options)
         model.to(resolved).eval()
-    except Exception as error:  # loaders raise whatever their parts raise; the user's remedy is the same
+    except Exception as error:  # loaders raise many kinds of errors; the user's remedy is the same
         raise ConfigError(
             f"CLIP model {identifier!r} cannot be loaded ({first_line(error)}); give quality.clip, or "
             "captions.check.clip if that names it, `picturebook`, a folder or hub id of a CLIP model with "

@@ -17,7 +17,7 @@ Counts = Mapping[str, int]
 """Kind of object -> number of objects."""
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 REACH_WORDS = 3
-"""A number counts the noun that follows within this many words: `two small red houses`."""
+"""A number belongs to a noun that follows within this many words: `two small red houses`."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def can_compile(device: torch.device) -> bool:
     probe = torch.compile(lambda x: (x * 2 + 1).relu(), dynamic=False)
     try:
         return bool((probe(torch.ones(8, device=device)) == 3).all())
-    except Exception as error:  # whatever a compiler, a linker or a driver says
+    except Exception as error:  # a compiler, a linker or a driver can raise anything
         emit(
             Note(
                 f"model.compile: nothing can be compiled for {device} here ({first_line(error)}); "

@@ -372,7 +372,7 @@ def _load_local(config: CaptionsConfig, device: str) -> LocalCaptioner:
             **options,
         )
         occupy(resolved, model.eval())
-    except Exception as error:  # loaders raise whatever their parts raise; the user's remedy is the same
+    except Exception as error:  # loaders raise many kinds of errors; the user's remedy is the same
         raise ConfigError(
             f"captions.model {config.model!r} cannot be loaded ({first_line(error)}); give `picturebook`, a folder or "
             "hub id of a Transformers image-text-to-text model with safetensors weights, or "
