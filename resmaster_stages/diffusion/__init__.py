@@ -1,1 +1,1 @@
-"""The canvas engine: loop, views, fusing, steppers, frequency, patches."""
+"""The canvas engine: denoising loop, views, fusing, steppers, frequency filters, patches of the UNet."""

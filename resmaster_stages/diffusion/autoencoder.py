@@ -1,11 +1,13 @@
-"""Pixels to latents and back on canvases of any size: native-size tiles, a quarter overlapping, linearly blended.
+"""Encodes pixels to latents and decodes latents to pixels, on canvases of any size.
 
-Knows nothing about prompts or steps.
+A canvas is cut into tiles of the native size. Neighbouring tiles overlap by a quarter and are blended linearly. This
+module does not deal with prompts or denoising steps.
 
 Invariants:
-- A canvas of no more area than a native image is one tile, computed as diffusers computes it.
-- A VAE in float16 that overflows there (`force_upcast`) works in float32 for the while, and is put back, exceptions
-  included. (A VAE beside a UNet in bfloat16 is loaded in float32: `models.places.vae_dtype`.)
+- A canvas whose area is at most that of a native image is one tile, and is computed as diffusers computes it.
+- A VAE in float16 that overflows there (`force_upcast`) is converted to float32 for the call and converted back
+  afterwards, also after an exception. (A VAE beside a UNet in bfloat16 is loaded in float32:
+  `models.places.vae_dtype`.)
 """
 
 from __future__ import annotations
@@ -22,19 +24,19 @@ from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.models.parts import Models
 
 _NATIVE_PX = 1024 * 1024
-"""Pixels of one native tile of SDXL, or of many tiles of a small model."""
+"""Pixels of one native tile of SDXL. For a small model these are many tiles."""
 _MOST_AT_ONCE = 4
-"""Native tiles of SDXL in one call at most."""
+"""The most native tiles of SDXL that one call of the VAE gets."""
 _BYTES_PER_NATIVE = 16 * 2**30
-"""Memory of a GPU per native tile in one call. SDXL's decoder holds up to four feature maps of 256 channels and a
-native tile's size, 1 GiB each in float32; cuDNN's workspace and the rest of the model are beside them."""
+"""GPU memory that one native tile in a call needs. SDXL's decoder holds up to four feature maps of 256 channels and a
+native tile's size, 1 GiB each in float32. cuDNN's workspace and the rest of the model need memory as well."""
 
 
 def px_at_once(device: torch.device) -> int:
-    """Pixels that go through the VAE in one call: `_NATIVE_PX`, on a GPU of much memory up to four times as many.
+    """Pixels that go through the VAE in one call: `_NATIVE_PX`, and up to four times as many on a GPU with much memory.
 
-    The device's whole memory decides, not what is free at the moment: the same device makes the same calls every time.
-    What several tiles per call gain has not been measured.
+    The number depends on the device's total memory, not on the free memory, so that the same device makes the same
+    calls every time. How much several tiles per call gain has not been measured.
     """
     if device.type != "cuda":
         return _NATIVE_PX
@@ -43,8 +45,8 @@ def px_at_once(device: torch.device) -> int:
 
 
 def tile_grid(height: int, width: int, native: int) -> Grid:
-    """Tiles of a canvas of `height` x `width` latents: the whole canvas, or `native`-size tiles with a quarter
-    overlap."""
+    """The tiles of a canvas of `height` x `width` latents: the whole canvas, or `native`-size tiles that overlap by a
+    quarter."""
     if height * width <= native**2:
         size = max(height, width)
         return Grid(height, width, size, size)
@@ -66,9 +68,10 @@ def _safe_precision(vae: Any) -> Iterator[None]:
 def _by_tiles(
     canvas: Tensor, cut: Fuser, blend: Fuser, compute: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> Tensor:
-    """Every tile of `canvas` [B, C, H, W] computed and blended, row by row: memory holds one row of tiles.
+    """Apply `compute` to every tile of `canvas` [B, C, H, W] and blend the results.
 
-    The calls of a row are as even as can be: 5 tiles, 4 at once, are 3 and 2.
+    Tiles are computed row by row, so that memory holds one row of tiles. The tiles of a row are spread evenly over its
+    calls: 5 tiles with at most 4 per call are calls of 3 and 2.
     """
     tile_px = max(cut.window_height * cut.window_width, blend.window_height * blend.window_width)
     at_once = max(1, px_at_once(canvas.device) // tile_px)
@@ -85,9 +88,10 @@ def _by_tiles(
 
 
 def encode(models: Models, pixels: Tensor) -> Tensor:
-    """`pixels` [B, 3, H, W] in [-1, 1], sides multiples of the latent factor, as latents [B, C, H/f, W/f] in float32.
+    """Encode `pixels` [B, 3, H, W] in [-1, 1] as latents [B, C, H/f, W/f] in float32. Sides are multiples of f.
 
-    The mode of the VAE's distribution, not a sample: noise in the reference would be swapped into every step.
+    The result is the mode of the VAE's distribution, not a sample: noise in a sampled reference would be swapped into
+    every step.
     """
     vae, factor = models.base.vae, models.geometry.latent_factor
     grid = tile_grid(pixels.shape[-2] // factor, pixels.shape[-1] // factor, models.geometry.native)
@@ -99,7 +103,7 @@ def encode(models: Models, pixels: Tensor) -> Tensor:
 
 
 def decode(models: Models, latents: Tensor) -> Tensor:
-    """`latents` [B, C, h, w] as pixels [B, 3, h*f, w*f] in about [-1, 1] (not clamped), float32."""
+    """Decode `latents` [B, C, h, w] to pixels [B, 3, h*f, w*f] in about [-1, 1] (not clamped), float32."""
     vae, factor = models.base.vae, models.geometry.latent_factor
     grid = tile_grid(latents.shape[-2], latents.shape[-1], models.geometry.native)
     cut = Fuser(grid, "linear", models.device)

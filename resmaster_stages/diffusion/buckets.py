@@ -1,6 +1,6 @@
-"""The 40 sizes that SDXL was trained on (Podell et al. 2023, appendix I): about native area, from 1:4 to 4:1.
+"""The 40 image sizes that SDXL was trained on (Podell et al. 2023, appendix I).
 
-Knows nothing about methods. Sizes are (height, width) in px.
+All have about the native area, with aspect ratios from 1:4 to 4:1. Sizes are (height, width) in px.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ _AT_1024 = (
 
 
 def buckets(native_px: int) -> tuple[tuple[int, int], ...]:
-    """The sizes for a model whose square images have an edge of `native_px`."""
+    """The 40 sizes, scaled to a model whose square training images have an edge of `native_px`."""
     return tuple((round(h * native_px / 1024), round(w * native_px / 1024)) for h, w in sorted(_AT_1024))
 
 
 def base_size(height: int, width: int, native_px: int) -> tuple[tuple[int, int], int]:
-    """The bucket of which whole multiples cover `height` x `width` px best, and the multiple (FouriScale's rule).
+    """The bucket whose whole multiple covers `height` x `width` px best, and that multiple (FouriScale's rule).
 
-    Of the buckets that fit both sides as often, the one with the least area to spare; where there is none, the one that
-    covers the image with the least, by its longer multiple.
+    Buckets that need the same multiple for both sides are preferred. Among those, the bucket with the least covered
+    area wins. If both sides never need the same multiple, the larger of the two multiples counts for both sides, and
+    again the least covered area wins.
     """
 
     def spare(size: tuple[int, int]) -> tuple[bool, int]:

@@ -1,15 +1,16 @@
-"""A cross-attention composer: what each view may take from the global prompt is read off the whole image's attention.
+"""A cross-attention composer: the whole image's attention decides what each view takes from the global prompt.
 
-At every step the small image, as noisy as the canvas, is predicted once with the global prompt (`capturing`), and
-every cross-attention's map, averaged over heads, is kept. A view's layer then gives
+At every step, the small image with the canvas's noise level is predicted once with the global prompt (`capturing`).
+The map of every cross-attention layer, averaged over heads, is kept. The same layer of a view then computes
 
     (1 - share) * attention to the view's own text + share * (map of the view's part of the image) @ global values
 
-so a view hears of the global prompt's words as far as the whole image has them there, and no further.
+so a view attends to a word of the global prompt only as much as the whole image does at that place. This module does
+not depend on a method.
 
-Knows nothing about any method. Invariants:
-- Branches other than the text's are the plain ones; with `share` 0 all are. Everything is put back at the end.
-- Rows of a map sum to one, and a view whose box is the image gets the image's own map.
+Invariants:
+- Only the text branch is changed. With `share` 0 no branch is changed. All layers are restored at the end.
+- Rows of a map sum to one. A view that covers the whole image gets the image's own map.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ def attention_map(query: Tensor, key: Tensor, heads: int) -> Tensor:
 
 
 def sampled(maps: Tensor, places: Tensor) -> Tensor:
-    """`maps` [N, S, h, w] at `places` [N, T, 2] (x, y from -1 to 1, bicubic), every place's words summing to 1: [N, T,
-    S]."""
+    """Sample `maps` [N, S, h, w] at `places` [N, T, 2] (x, y from -1 to 1), bicubic. The words of a place sum to 1.
+
+    Returns [N, T, S].
+    """
     words = F.grid_sample(
         maps, places[:, None].to(maps.dtype), mode="bicubic", padding_mode="border", align_corners=False
     )  # [N, S, 1, T]
@@ -45,20 +48,20 @@ def sampled(maps: Tensor, places: Tensor) -> Tensor:
 
 
 def _text(states: Any) -> Tensor:
-    """The text's part of what a cross-attention layer reads, with or without an IP-Adapter."""
+    """The text part of a cross-attention layer's input, with or without an IP-Adapter."""
     return states[0] if isinstance(states, tuple) else states
 
 
 class Composer:
-    """The maps of one image size and the views that read them.
+    """Keeps the attention maps of the small images, and composes the views' attention with them.
 
-    grid: of the views, in latents. small: (height, width) of the small image, in latents.
+    grid: the views, in latents. small: (height, width) of the small image, in latents.
     """
 
     def __init__(self, grid: Grid, small: Sequence[int], share: float, device: torch.device) -> None:
         self.grid, self.small = grid, (small[0], small[1])
         self.share, self.device = share, device
-        self.call = DenoiserCall()  # the loop's, within `patch`
+        self.call = DenoiserCall()  # within `patch` it is the loop's call
         self.maps: dict[str, list[Tensor]] = {}  # layer -> batches of [n, S, h, w]
         self.values: dict[str, list[Tensor]] = {}  # layer -> batches of [n, S, C]
         self._capturing = False
@@ -66,8 +69,8 @@ class Composer:
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        """Within the block the UNet sees the small images with their global prompts, one row each; their maps are
-        kept."""
+        """Within the block, the UNet predicts the small images with their global prompts, one row per image, and
+        their maps are kept."""
         self.maps, self.values, self._capturing = {}, {}, True
         try:
             yield
@@ -75,7 +78,7 @@ class Composer:
             self._capturing = False
 
     def places(self, tokens: int) -> Tensor:
-        """Centres of each view's tokens on the image: [views, tokens, 2], (x, y) from -1 to 1."""
+        """The centre of each token of each view, on the image: [views, tokens, 2], (x, y) from -1 to 1."""
         if tokens not in self._places:
             grid = self.grid
             rows, cols = level_size(grid.window_height, grid.window_width, tokens)
@@ -95,7 +98,7 @@ class Composer:
         self.values.setdefault(name, []).append(attention.to_v(text))
 
     def _compose(self, name: str, attention: Any, y: Tensor) -> Tensor:
-        """The layer's plain output `y`, its text rows composed."""
+        """The layer's plain output `y`, with its text rows composed."""
         items = self.call.items
         assert items is not None, "views are predicted within the denoising loop"
         sample, view = items // len(self.grid), items % len(self.grid)
@@ -118,7 +121,7 @@ class Composer:
 
     @contextmanager
     def patch(self, unet: Any, call: DenoiserCall) -> Iterator[None]:
-        """Within the block every cross-attention of `unet` is composed, or captured."""
+        """Within the block, every cross-attention of `unet` is composed, or captured inside `capturing`."""
         self.call = call
         with ExitStack() as stack:
             for name, module in bare(unet).named_modules():

@@ -1,11 +1,9 @@
-"""What the denoiser is told about each view.
-
-Text, size and crop, image prompt, each with its unconditional counterpart.
+"""The conditions of each view: text, size and crop, image prompt, each with its unconditional counterpart.
 
 Items are the views of all samples, sample by sample: item = sample * views + view.
 
 Invariants:
-- Row i of every batch belongs to item i alone: permuting the items permutes the predictions.
+- Row i of every batch depends on item i alone: permuting the items permutes the predictions.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from resmaster_stages.models.parts import Models
 
 @dataclass(frozen=True)
 class Conditions:
-    """Conditions of N items. `negative` is None where guidance is off: then there is no unconditional branch."""
+    """Conditions of N items. `negative` is None without guidance, because there is no unconditional branch then."""
 
     text: TextEmbeddings
     negative: TextEmbeddings | None
@@ -37,7 +35,7 @@ class Conditions:
         return len(self.sizes)
 
     def take(self, items: Tensor) -> Conditions:
-        """The conditions of `items` [M] (long), in their order."""
+        """The conditions of `items` [M] (long), in the order of `items`."""
         text, negative = self.text, self.negative
         return replace(
             self,
@@ -49,14 +47,14 @@ class Conditions:
         )
 
     def texts(self, items: Tensor, branches: Branches) -> list[tuple[TextEmbeddings, Tensor]]:
-        """Per branch, the distinct prompts and which of them each of `items` [n] (long) uses."""
+        """For each branch, the distinct prompts and the index of the prompt that each of `items` [n] (long) uses."""
         texts = [self.text if branch.conditional else self.negative for branch in branches]
         rows = [(text, text.index[items]) for text in texts if text is not None]
         assert len(rows) == len(branches), "an unconditional branch without negative conditions"
         return rows
 
     def rows(self, items: Tensor, branches: Branches = (NEGATIVE, TEXT)) -> Rows:
-        """Those of `items` [n] (long), branch by branch. Unconditional branches need negative conditions."""
+        """The denoiser's rows for `items` [n] (long), branch by branch. An unconditional branch needs `negative`."""
         images = [self.image if branch.conditional else self.negative_image for branch in branches]
         texts = self.texts(items, branches)
         return Rows(
@@ -68,9 +66,10 @@ class Conditions:
 
 
 def size_and_crop(grid: Grid, micro_conditioning: str) -> list[tuple[int, ...]]:
-    """Six numbers per view (`Conditions.sizes`), as SDXL reads them.
+    """SDXL's six size conditions for each view (`Conditions.sizes`).
 
-    They are of the canvas and the view's place in it, or those of a native-size image.
+    With `micro_conditioning` `canvas` they are the size of the canvas and the place of the view in it. With `native`
+    they are those of a native-size image.
     """
     factor = grid.unit_px
     canvas = (grid.height * factor, grid.width * factor)
@@ -93,8 +92,8 @@ def make_conditions(
 ) -> Conditions:
     """Conditions of all items of a batch: `prompts`, `negative_prompts` and `image` embeddings have one entry per item.
 
-    Without guidance (`guided` false) negative prompts are not encoded. `sizes`: six numbers per item, for methods
-    that do not follow `micro_conditioning`.
+    Without guidance (`guided` false), negative prompts are not encoded. `sizes` gives six numbers per item, for
+    methods that do not use `micro_conditioning`.
     """
     sizes = sizes or size_and_crop(grid, micro_conditioning) * (len(prompts) // len(grid))
     return Conditions(

@@ -1,10 +1,11 @@
-"""Convolutions with a wider field of view: the trained 3 x 3 weights, their taps further apart (re-dilation).
+"""Re-dilated convolutions: the trained 3 x 3 weights with their taps further apart, for a wider receptive field.
 
-A model that was trained on small canvases sees too small a part of a large one; spreading the taps of its deep layers
-by the canvas's scale lets it see objects whole again (ScaleCrafter, FouriScale, FreeScale).
+On a large canvas, a model that was trained on small canvases sees too small a part of it. Spreading the taps of the
+deep layers by the canvas's scale lets the model see whole objects again (ScaleCrafter, FouriScale, FreeScale). The
+methods decide which layers are changed at which steps.
 
-Knows nothing about any method. Invariants:
-- Size and count of the features stay as the plain layer leaves them.
+Invariants:
+- The output has the size and the number of channels of the plain layer's output.
 - `Dilated(1.0)` is the plain layer, bit for bit.
 """
 
@@ -27,8 +28,10 @@ from resmaster_stages.diffusion.patches import Layer, bare, replaced_forward
 
 @dataclass(frozen=True)
 class Dilated:
-    """Taps `factor` cells apart. Between whole factors the features are enlarged to the next one, and made small
-    again."""
+    """A convolution with taps `factor` cells apart.
+
+    For a fractional factor, the features are enlarged to fit the next whole factor, and the output is reduced again.
+    """
 
     factor: float
 
@@ -44,8 +47,10 @@ class Dilated:
 
 @dataclass(frozen=True)
 class Dispersed:
-    """Taps `factor` cells apart, reached by a kernel of 5 x 5 (`dispersion`) at half that distance: as far, but
-    denser."""
+    """A dispersed convolution: a 5 x 5 kernel (`dispersion`) with taps `factor` / 2 cells apart.
+
+    The kernel reaches as far as a 3 x 3 kernel with taps `factor` cells apart, but more densely.
+    """
 
     factor: float
     weight: Tensor = field(compare=False)  # [C', C, 5, 5]
@@ -65,15 +70,15 @@ PLAIN = Dilated(1.0)
 
 
 def dilated(conv: nn.Conv2d, x: Tensor, factor: int) -> Tensor:
-    """`conv` (3 x 3) of `x` [N, C, h, w] with its taps `factor` cells apart and as many zeros beyond the border.
+    """`conv` (3 x 3) of `x` [N, C, h, w] with taps `factor` cells apart and `factor` zeros beyond each border.
 
-    On a CPU this is faster (by 10 to 60 %) than the dense convolution of interleaved samples that gives the same.
+    On a CPU this is faster (by 10 to 60 %) than the equivalent dense convolution of interleaved samples.
     """
     return F.conv2d(x, conv.weight, conv.bias, conv.stride, factor, factor, conv.groups)
 
 
 LayerRule = Callable[[int, Branch], Layer]
-"""How a layer is computed at a step (its number) for a branch; equal answers are computed together."""
+"""(index of the step, branch) -> how the layer is computed. Branches with equal answers are computed together."""
 
 
 def _by_branch(
@@ -86,7 +91,7 @@ def _by_branch(
         groups = [(layer, len(list(equal))) for layer, equal in groupby(layers)]
         if len(groups) == 1:
             return groups[0][0](conv, x)
-        rows = len(x) // len(layers)  # of the batch, per branch
+        rows = len(x) // len(layers)  # rows of the batch per branch
         parts = x.split([rows * count for _, count in groups])
         return torch.cat([layer(conv, part) for (layer, _), part in zip(groups, parts)])
 
@@ -95,8 +100,7 @@ def _by_branch(
 
 @contextmanager
 def changed_layers(unet: Any, call: DenoiserCall, rules: Mapping[str, LayerRule]) -> Iterator[None]:
-    """Within the block the convolutions named by `rules` are computed as the rules say at each step, branch by
-    branch."""
+    """Within the block, each convolution that `rules` names is computed by its rule at each step, branch by branch."""
     with ExitStack() as stack:
         for name, rule in rules.items():
             conv = bare(unet).get_submodule(name)

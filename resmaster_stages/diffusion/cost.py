@@ -1,6 +1,7 @@
-"""What images cost in UNet evaluations: counted where the UNet is called, for every method alike. Needs no torch.
+"""Counts what images cost in UNet evaluations. The count happens where the UNet is called, so it covers every method.
 
 The counts depend on `view_batch` (a short batch repeats a view), so they belong to commit records, not to samples.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ class UnetCost:
     calls: int = 0
     """Forward passes."""
     rows: int = 0
-    """Views through the UNet in all passes; guidance branches and repeats of short batches count."""
+    """Views through the UNet in all forward passes, counted once per guidance branch; repeats of short batches
+    count."""
     native_rows: float = 0.0
-    """`rows` in units of a view of the native area: what to compare methods of different views by."""
+    """`rows` in units of a view of the native area. Compare methods with views of different sizes by this number."""
 
 
 @dataclass(frozen=True)
 class UnetWork:
-    """Evaluations of one size, as a method foresees them: what `UnetCost` counts with `view_batch: 1`."""
+    """A method's forecast of its UNet evaluations of one size: what `UnetCost` counts with `view_batch: 1`."""
 
     rows: int
-    """Views through the UNet, guidance branches counted."""
+    """Views through the UNet, counted once per guidance branch."""
     area: float
-    """Of each view, in units of the native area."""
+    """Area of each view, in units of the native area."""
 
 
 _counter: ContextVar[UnetCost | None] = ContextVar("unet_cost", default=None)
@@ -38,7 +40,7 @@ _counter: ContextVar[UnetCost | None] = ContextVar("unet_cost", default=None)
 
 @contextmanager
 def counting() -> Iterator[UnetCost]:
-    """The cost of all UNet calls within the block."""
+    """Yields a count of all UNet calls within the block."""
     cost = UnetCost()
     token = _counter.set(cost)
     try:
@@ -48,7 +50,7 @@ def counting() -> Iterator[UnetCost]:
 
 
 def count_call(rows: int, area: float) -> None:
-    """One UNet call of `rows` views, each `area` times the native area."""
+    """Adds one UNet call of `rows` views, each `area` times the native area, to the current count."""
     cost = _counter.get()
     if cost is not None:
         cost.calls += 1

@@ -1,13 +1,13 @@
-"""Dispersed convolution (ScaleCrafter): 3 x 3 kernels spread to 5 x 5, which see as far as a dilation by two, densely.
+"""Dispersed convolution (ScaleCrafter): 3 x 3 kernels are spread to dense 5 x 5 kernels.
 
-The 5 x 5 kernel is `R` times the 3 x 3 one, R [25, 9] being the least-squares solution of two sets of equations over
-all 3 x 3 inputs x (zeros beyond the border):
+A 5 x 5 kernel reaches as far as a 3 x 3 kernel dilated by two. It is `R` times the 3 x 3 kernel. R [25, 9] is the
+least-squares solution of two sets of equations over all 3 x 3 inputs x (zeros beyond the border):
 - structure: conv(enlarged(x), k5) = enlarged(conv(x, k3)), where `enlarged` is bilinear from 3 x 3 to 5 x 5, corners
   aligned;
 - pixel, weighted: conv(x, k5) = conv(x, k3).
 
-Equations are linear in the kernels and in x, so one per output cell and input cell is enough. Authors' word: all of
-this, with the weight 0.05 and supports of 3 x 3; their programs ship the resulting matrix.
+The equations are linear in the kernels and in x, so one equation per output cell and input cell is enough. All of this
+is the authors', with the weight 0.05 and supports of 3 x 3. Their programs ship the resulting matrix.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ SMALL, LARGE = 3, 5
 
 
 def _shifts(side: int, kernel: int) -> np.ndarray:
-    """M [side^2 outputs, kernel^2 taps, side^2 inputs] with conv(x, k) = (k @ M) @ x for x of `side` x `side` cells."""
+    """M [side^2 outputs, kernel^2 taps, side^2 inputs], so that conv(x, k) = (k @ M) @ x for `side` x `side` inputs
+    x."""
     reach = kernel // 2
     taps = np.zeros((side, side, kernel, kernel, side, side))
     for y in range(side):
@@ -35,7 +36,8 @@ def _shifts(side: int, kernel: int) -> np.ndarray:
 
 
 def _enlarging(side: int) -> np.ndarray:
-    """[(2 side - 1)^2, side^2]: bilinear enlargement with aligned corners, so every other cell is an input cell."""
+    """Matrix of bilinear enlargement, [(2 side - 1)^2, side^2]. Corners are aligned, so every other output cell is an
+    input cell."""
     line = np.zeros((2 * side - 1, side))
     for place in range(2 * side - 1):
         line[place, place // 2] += 0.5
@@ -60,6 +62,6 @@ def dispersion_matrix(pixel_weight: float = 0.05) -> np.ndarray:
 
 
 def dispersed_weight(weight: Tensor) -> Tensor:
-    """3 x 3 kernels [C', C, 3, 3] as 5 x 5 ones [C', C, 5, 5], computed in float64."""
+    """3 x 3 kernels [C', C, 3, 3] spread to 5 x 5 kernels [C', C, 5, 5], computed in float64."""
     matrix = torch.from_numpy(dispersion_matrix()).to(weight.device)
     return (weight.double().flatten(2) @ matrix.T).unflatten(2, (LARGE, LARGE)).to(weight.dtype)

@@ -1,9 +1,9 @@
 """FreeU (Si et al. 2024) by the channel rule of ScaleCrafter, FouriScale and FreeScale.
 
-In the decoder, half of the backbone's channels are amplified and the skip connection's lowest frequencies damped: by
-(b1, s1) where the backbone has the UNet's greatest number of channels, by (b2, s2) where it has the next smaller. On
-SDXL that differs from diffusers' `enable_freeu`, which counts blocks, in two layers: the first of `up_blocks.1` and of
-`up_blocks.2`.
+In the decoder, half of the backbone's channels are amplified and the lowest frequencies of the skip connection are
+damped. The strengths are (b1, s1) where the backbone has the UNet's greatest number of channels, and (b2, s2) where it
+has the next smaller number. diffusers' `enable_freeu` chooses layers by block instead. On SDXL the two rules differ in
+two layers: the first of `up_blocks.1` and the first of `up_blocks.2`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from resmaster_stages.diffusion.patches import bare, replaced_forward
 
 
 def backbone_channels(unet: Any) -> dict[str, int]:
-    """Channels of each decoder layer's input that come from below rather than over the skip connection, by name."""
+    """Layer name -> how many of a decoder layer's input channels come from the layer below (the others come over the
+    skip connection)."""
     unet = bare(unet)
     channels, below = {}, unet.mid_block.resnets[-1].out_channels
     for number, block in enumerate(unet.up_blocks):
@@ -31,8 +32,8 @@ def backbone_channels(unet: Any) -> dict[str, int]:
 
 
 def modulated(plain: Callable[..., Tensor], channels: int, amplify: float, damp: float) -> Callable[..., Tensor]:
-    """`plain` (a decoder layer) with FreeU on its input: the backbone's `channels` first, then the skip
-    connection's."""
+    """`plain` (a decoder layer) with FreeU on its input, whose first `channels` are the backbone's and the others the
+    skip connection's."""
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         backbone, skip = x[:, :channels], x[:, channels:]  # [N, C, h, w] each
@@ -45,7 +46,7 @@ def modulated(plain: Callable[..., Tensor], channels: int, amplify: float, damp:
 
 @contextmanager
 def freeu(unet: Any, b1: float = 1.1, b2: float = 1.2, s1: float = 0.6, s2: float = 0.4) -> Iterator[None]:
-    """Within the block FreeU is on. The defaults are those of the three methods."""
+    """Within the block, FreeU is on. The defaults are those of the three methods."""
     widths = sorted(set(bare(unet).config.block_out_channels), reverse=True)
     strengths = dict(zip(widths, [(b1, s1), (b2, s2)]))
     with ExitStack() as stack:

@@ -1,11 +1,11 @@
-"""Structural guidance (ResMaster eq. 5 and 6): the low frequencies of x0 come from the reference.
+"""Structural guidance (ResMaster eq. 5 and 6): the low frequencies of x0 are taken from the reference.
 
-The filter is the Gaussian of FreeInit, G(f) = exp(-|f|^2 / (2 sigma_f^2)), frequencies in units of the Nyquist
-frequency. Since G is separable and the swap is linear, IFFT(G FFT(ref) + (1 - G) FFT(x0)) = x0 + G * (ref - x0): one
-blur, done here by two one-dimensional convolutions with reflect padding (no wrap-around at the borders). The FFT form
-is kept as the yardstick of the tests.
+The filter is the Gaussian of FreeInit, G(f) = exp(-|f|^2 / (2 sigma_f^2)), with frequencies in units of the Nyquist
+frequency. The swap is linear, so IFFT(G FFT(ref) + (1 - G) FFT(x0)) = x0 + G * (ref - x0), which is one blur. G is
+separable, so the blur is two one-dimensional convolutions. They use reflect padding (no wrap-around at the borders).
+The tests compare the result with the FFT form.
 
-Knows nothing about models or steps beyond their count.
+This module does not deal with models. Of the steps it uses only their number.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor
 from resmaster_stages.config.structure import StructureConfig
 
 _RADIUS = 32
-"""Longest kernel radius in cells; kernels are cut where their values fall below a millionth of the peak."""
+"""Longest kernel radius in cells. Kernels are cut where their values fall below a millionth of the peak."""
 
 
 @lru_cache(maxsize=16)
 def low_pass_kernel(sigma_f: float) -> tuple[float, ...]:
     """Impulse response of the filter along one axis, odd length, sum 1.
 
-    h(n) = integral of exp(-f^2 / (2 sigma_f^2)) cos(pi f n) over 0 <= f <= 1: the sampled filter's exact response. Away
-    from large sigma_f it is a Gaussian of standard deviation 1 / (pi sigma_f) cells.
+    h(n) = integral of exp(-f^2 / (2 sigma_f^2)) cos(pi f n) over 0 <= f <= 1 is the sampled filter's exact response.
+    Unless sigma_f is large, it is a Gaussian of standard deviation 1 / (pi sigma_f) cells.
     """
     frequency = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
     response = torch.exp(-(frequency**2) / (2 * sigma_f**2))
@@ -40,7 +40,7 @@ def low_pass_kernel(sigma_f: float) -> tuple[float, ...]:
 
 @lru_cache(maxsize=16)
 def _kernel_on(device: torch.device, dtype: torch.dtype, sigma_f: float) -> Tensor:
-    """The kernel where it is needed: uploading it at every step would make the device wait."""
+    """The kernel on `device`, kept there because uploading it at every step would make the device wait."""
     return torch.tensor(low_pass_kernel(sigma_f), dtype=dtype, device=device)
 
 
@@ -59,8 +59,8 @@ def _blur_axis(x: Tensor, sigma_f: float, dim: int) -> Tensor:
 
 
 def low_pass(x: Tensor, sigma_f: float) -> Tensor:
-    """`x` [B, C, H, W] through the Gaussian filter of standard deviation `sigma_f` (Nyquist = 1), reflected at
-    borders."""
+    """`x` [B, C, H, W] through the Gaussian low-pass of standard deviation `sigma_f` (Nyquist = 1), with reflect
+    padding."""
     return _blur_axis(_blur_axis(x, sigma_f, 2), sigma_f, 3)
 
 
@@ -70,7 +70,7 @@ def swap_low_frequencies(x0: Tensor, reference: Tensor, sigma_f: float, weight: 
 
 
 def cutoff_sigma(config: StructureConfig, scale: float) -> float:
-    """sigma_f in units of the canvas's Nyquist frequency, for a reference that was enlarged `scale` times."""
+    """The cutoff as sigma_f, in units of the canvas's Nyquist frequency, for a reference enlarged `scale` times."""
     return config.cutoff / scale if config.cutoff_units == "lr_nyquist" else config.cutoff
 
 
@@ -90,14 +90,15 @@ def swap_weights(config: StructureConfig, steps: int) -> tuple[float, ...]:
 
 @lru_cache(maxsize=256)
 def _gaussian_kernel(radius: int, sigma: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[2 radius + 1], sum 1, made once: uploading it at every step would make the device wait."""
+    """Gaussian kernel [2 radius + 1], sum 1. It is kept because uploading it at every step would make the device
+    wait."""
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
     return (kernel / kernel.sum()).to(device=device, dtype=dtype)
 
 
 def gaussian_blur(x: Tensor, radius: int, sigma: float, axes: tuple[int, ...] = (2, 3)) -> Tensor:
-    """`x` [B, C, H, W] by a Gaussian of `sigma` cells, cut at `radius` cells, along `axes`; zeros beyond the border."""
+    """`x` [B, C, H, W] blurred along `axes` by a Gaussian of `sigma` cells, cut at `radius` cells, zero-padded."""
     kernel = _gaussian_kernel(radius, sigma, x.device, x.dtype).expand(x.shape[1], 1, -1)  # [C, 1, 2 r + 1]
     if 2 in axes:
         x = F.conv2d(x, kernel[..., None], padding=(radius, 0), groups=x.shape[1])

@@ -1,8 +1,8 @@
-"""Cutting a canvas into views and fusing views back into a canvas: a weighted average wherever views overlap.
+"""Cuts a canvas into views and fuses views back into a canvas, as a weighted average where views overlap.
 
-Knows nothing about models. The weights are products of one weight per axis, so cutting and fusing work along one axis
-after the other: rows + columns operations instead of rows x columns, and in a fixed order, hence deterministic on GPUs
-too (an index_add would not be).
+A weight is the product of one weight per axis, so cutting and fusing work along one axis after the other. That takes
+rows + columns operations instead of rows x columns. Their order is fixed, so fusing is deterministic on GPUs too (an
+index_add would not be).
 
 Invariants:
 - Weights are positive and sum to one at every cell of the canvas: `fuse(cut(canvas)) == canvas` up to rounding, and
@@ -20,7 +20,7 @@ from resmaster_stages.diffusion.views import Grid
 def window_weights(kind: str, length: int, overlap: int) -> Tensor:
     """Weight of each of `length` cells of a window along one axis: [length], float64, positive.
 
-    uniform: 1 (MultiDiffusion); linear: ramps of `overlap` cells at both ends; gaussian: std of length / 4.
+    uniform: 1 (MultiDiffusion). linear: ramps of `overlap` cells at both ends. gaussian: standard deviation length / 4.
     """
     position = torch.arange(length, dtype=torch.float64) + 0.5
     to_edge = torch.minimum(position, length - position)
@@ -42,8 +42,10 @@ def _shares(origins: tuple[int, ...], window: Tensor, length: int) -> Tensor:
 
 
 class Fuser:
-    """Cuts and fuses canvases of one grid. `scale` (cells per unit of the grid) lets one grid serve latents and
-    pixels."""
+    """Cuts and fuses canvases of one grid.
+
+    `scale` is the number of cells per unit of the grid, so that one grid can serve latents and pixels.
+    """
 
     def __init__(self, grid: Grid, kind: str, device: torch.device | str = "cpu", scale: int = 1) -> None:
         self.grid = grid
@@ -58,18 +60,18 @@ class Fuser:
         self._col_shares = _shares(self.cols, col_window, self.width).float().to(device)  # [K, ww]
 
     def cut(self, canvas: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B * views, C, wh, ww]: sample by sample, each in row-major order of its views."""
+        """[B, C, H, W] -> [B * views, C, wh, ww], sample by sample, the views of a sample in row-major order."""
         strips = torch.stack([canvas[:, :, y : y + self.window_height] for y in self.rows], dim=1)  # [B, R, C, wh, W]
         views = torch.stack([strips[..., x : x + self.window_width] for x in self.cols], dim=2)  # [B, R, K, C, wh, ww]
         return views.flatten(0, 2)
 
     def cut_row(self, canvas: Tensor, row: int) -> Tensor:
-        """One row of views, for canvases too large to be cut at once: [B, C, H, W] -> [B * columns, C, wh, ww]."""
+        """[B, C, H, W] -> [B * columns, C, wh, ww]: one row of views, for canvases too large to be cut at once."""
         strip = canvas[:, :, self.rows[row] : self.rows[row] + self.window_height]  # [B, C, wh, W]
         return torch.stack([strip[..., x : x + self.window_width] for x in self.cols], dim=1).flatten(0, 1)
 
     def add_row(self, canvas: Tensor, views: Tensor, row: int) -> None:
-        """Adds what `views` [B * columns, C, wh, ww] of one row contribute to `canvas` [B, C, H, W], in place."""
+        """Adds the weighted `views` [B * columns, C, wh, ww] of one row to `canvas` [B, C, H, W], in place."""
         grouped = views.to(canvas.dtype).unflatten(0, (-1, len(self.cols)))  # [B, K, C, wh, ww]
         target = canvas[:, :, self.rows[row] : self.rows[row] + self.window_height]
         row_share = self._row_shares[row][:, None]
@@ -77,7 +79,7 @@ class Fuser:
             target[..., x : x + self.window_width] += grouped[:, col] * (row_share * self._col_shares[col])
 
     def fuse(self, views: Tensor) -> Tensor:
-        """[B * views, C, wh, ww] -> [B, C, H, W], in float32: the weighted average of the views."""
+        """[B * views, C, wh, ww] -> [B, C, H, W], the weighted average of the views, in float32."""
         grouped = views.float().unflatten(0, (-1, len(self.rows), len(self.cols)))  # [B, R, K, C, wh, ww]
         batch, _, _, channels, window_height, window_width = grouped.shape
         strips = grouped.new_zeros(batch, len(self.rows), channels, window_height, self.width)  # [B, R, C, wh, W]

@@ -1,10 +1,10 @@
-"""Guidance rules: which branches the UNet computes for every view at a step, and how their predictions become one.
+"""Guidance rules: which branches the UNet computes for each view at a step, and how to combine their predictions.
 
-A branch is one row of the UNet's batch per view: with the negative prompt or with the view's own. Rules that need the
-same text twice (a weaker or a stronger variant of the network) name the branches apart; patches go by the names.
+A branch is one row of the UNet's batch per view. It has the negative prompt or the view's own prompt. Rules that need
+the same text twice (for a weaker or a stronger variant of the network) give the branches different names, and patches
+look at the names.
 
-Knows nothing about the network, and imports no torch. Invariant: without guidance (scale 1, no negative conditions)
-there is one branch.
+This module does not import torch. Invariant: without guidance (scale 1, no negative conditions) there is one branch.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Branch:
-    """One row of the batch per view."""
+    """A guidance branch: one row of the batch per view."""
 
     name: str
     conditional: bool
-    """Whether it reads the view's own conditions, or the negative ones."""
+    """True if the branch reads the view's own conditions, False if it reads the negative conditions."""
 
 
 NEGATIVE = Branch("negative", False)
@@ -35,7 +35,7 @@ Branches = tuple[Branch, ...]
 
 
 class Guidance(Protocol):
-    """A rule. `combine` gets one prediction [N, C, h, w] (float32) per branch, in the order of `branches`."""
+    """A guidance rule. `combine` gets one prediction [N, C, h, w] (float32) per branch, in the order of `branches`."""
 
     def branches(self, step: Step) -> Branches: ...
 
@@ -49,12 +49,12 @@ def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
 
 @dataclass(frozen=True)
 class ClassifierFree:
-    """negative + scale * (text - negative); the conditional branch alone where the scale is 1, and from `stop` on."""
+    """negative + scale * (text - negative). With scale 1, and from `stop` on, the conditional branch alone."""
 
     scale: float
     stop: float = 1.0
-    """Fraction of the steps after which guidance ends (Kynkäänniemi et al. 2024: late guidance changes little). Steps
-    are fixed beforehand: a rule that looked at the predictions would wait for the device."""
+    """Fraction of the steps after which guidance ends (Kynkäänniemi et al. 2024: late guidance changes little). The
+    steps are fixed beforehand, because a rule that looked at the predictions would wait for the device."""
 
     def branches(self, step: Step) -> Branches:
         return (NEGATIVE, TEXT) if self.scale != 1 and step.done < self.stop else (TEXT,)
@@ -65,17 +65,18 @@ class ClassifierFree:
 
 @dataclass
 class DenoiserCall:
-    """What the UNet is computing: written by the loop before each call, read by the patches of one composition."""
+    """The UNet call in progress. The loop writes it before each call, and the patches of the composition read it."""
 
     step: Step | None = None
     branches: Branches = ()
     items: Tensor | None = None
-    """Numbers [n] of the views in the batch, which has their rows branch by branch: item = sample * views + view."""
+    """Item numbers [n] of the views in the batch: item = sample * views + view. The batch has their rows branch by
+    branch."""
     states: Tensor | None = None
-    """What the batch's rows hear: [rows, 77, D]."""
+    """The text states of the batch's rows: [rows, 77, D]."""
     texts: Sequence[tuple[Any, Tensor]] = ()
-    """Per branch, the `TextEmbeddings` of distinct prompts and which of them each view uses [n]: `states` is made of
-    these."""
+    """For each branch, the `TextEmbeddings` of distinct prompts and the index of each view's prompt [n]. `states` is
+    gathered from these."""
 
     @property
     def index(self) -> int:

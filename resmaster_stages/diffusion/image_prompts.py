@@ -1,7 +1,4 @@
-"""Tailored image prompts (ResMaster eq. 8).
-
-Each view's crop of the reference goes through the base model's image adapter.
-"""
+"""Tailored image prompts (ResMaster eq. 8): the base model's image adapter embeds each view's crop of the reference."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ _BATCH = 16
 
 
 def required_adapter(models: Models) -> ImageAdapter:
-    """The image adapter. Raises ConfigError where the model has none, or one that cannot be used."""
+    """The image adapter. Raises ConfigError if the model has none, or one that cannot be used."""
     adapter = models.base.image_adapter()
     if adapter is None:
         raise ConfigError(
@@ -32,7 +29,7 @@ def required_adapter(models: Models) -> ImageAdapter:
 def embed_crops(models: Models, pixels: Tensor, boxes: Sequence[Box]) -> tuple[Tensor, Tensor]:
     """(image, unconditional) embeddings [N, 1, ...] of the crops `boxes` of `pixels` [B, 3, H, W] in [-1, 1].
 
-    `boxes` are in px, of one size. One entry per crop, sample by sample. Raises ConfigError.
+    `boxes` are in px and all of one size. There is one entry per crop, sample by sample. Raises ConfigError.
     """
     adapter = required_adapter(models)
     with torch.inference_mode(), models.using(adapter.encoder):

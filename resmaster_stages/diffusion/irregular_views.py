@@ -1,6 +1,6 @@
-"""Views beyond the regular grid: windows that are shifted at random at every step, and interleaved (dilated) samples.
+"""Views beyond the regular grid: windows that are shifted at random at every step, and interleaved (dilated) views.
 
-Knows nothing about models. Both are ways of cutting and fusing as the loop wants them: samples first, then views.
+Both implement the loop's `Views`: they cut and fuse canvases, sample by sample, then view by view.
 
 Invariants:
 - The number of views and their size never change, so the UNet sees one static shape.
@@ -28,9 +28,10 @@ def _shift(generator: torch.Generator, low: int, high: int) -> int:
 
 
 def jittered(grid: Grid, generator: torch.Generator) -> Origins:
-    """The grid's windows, each shifted by up to a quarter of what neighbours overlap: DemoFusion's random crops.
+    """The grid's windows, each shifted by up to a quarter of the neighbours' overlap: DemoFusion's random crops.
 
-    Inner windows go either way, border windows outwards only (beyond the canvas); an axis with one window stays.
+    Inner windows are shifted either way. Border windows are shifted outwards only (beyond the canvas). Along an axis
+    with a single window nothing is shifted.
     """
     reach = jitter_reach(grid)
 
@@ -47,28 +48,29 @@ def jittered(grid: Grid, generator: torch.Generator) -> Origins:
 
 
 def jitter_reach(grid: Grid) -> int:
-    """Longest shift of a window, in units of the grid."""
+    """The largest shift of a window, in units of the grid."""
     return (grid.window - grid.stride) // 4
 
 
 def clamped(grid: Grid, origins: Origins) -> Origins:
-    """`origins` kept inside the canvas."""
+    """`origins`, moved inside the canvas where they lie beyond it."""
     bottom, right = grid.height - grid.window_height, grid.width - grid.window_width
     return [(min(max(y, 0), bottom), min(max(x, 0), right)) for y, x in origins]
 
 
 @lru_cache(maxsize=64)
 def _window(kind: str, height: int, width: int, overlap: int, device: torch.device) -> Tensor:
-    """Weight of each cell of a window [height, width], made once: uploading it at every step would make the device
+    """Weight of each cell of a window [height, width], kept because uploading it at every step would make the device
     wait."""
     rows, cols = (window_weights(kind, side, overlap) for side in (height, width))
     return (rows[:, None] * cols).float().to(device)
 
 
 class ScatteredViews:
-    """Windows at any place, each sample's own; what a window sees beyond the canvas is zero.
+    """Windows at arbitrary places, different for each sample. Beyond the canvas, a window sees zeros.
 
-    origins: per sample, as many for each. kind: weight of a window's cells where windows overlap.
+    origins: the windows of each sample, the same number for all. kind: weights of a window's cells where windows
+    overlap, as `window_weights` names them.
     """
 
     def __init__(self, grid: Grid, origins: Sequence[Origins], kind: str, device: torch.device | str = "cpu") -> None:
@@ -88,7 +90,7 @@ class ScatteredViews:
         return torch.stack([padded[sample, :, rows, cols] for sample, rows, cols in boxes])
 
     def fuse(self, views: Tensor) -> Tensor:
-        """[B * views, C, wh, ww] -> [B, C, H, W], float32: the weighted average, added up in a fixed order."""
+        """[B * views, C, wh, ww] -> [B, C, H, W], the weighted average, float32, added up in a fixed order."""
         margin, (height, width) = self.margin, (self.grid.height, self.grid.width)
         total = views.new_zeros(
             len(self.origins), views.shape[1], height + 2 * margin, width + 2 * margin, dtype=torch.float32
@@ -105,9 +107,10 @@ class ScatteredViews:
 
 
 class InterleavedViews:
-    """`factor` x `factor` views, each of every `factor`-th cell: the whole image at native size (dilated sampling).
+    """`factor` x `factor` views, each of which takes every `factor`-th cell of the canvas (dilated sampling).
 
-    A canvas that is no multiple of the factor is padded with zeros at the top and left.
+    So each view shows the whole image at native size. A canvas whose sides are not multiples of the factor is padded
+    with zeros at the top and left.
     """
 
     def __init__(self, height: int, width: int, factor: int) -> None:
@@ -117,7 +120,7 @@ class InterleavedViews:
         return self.factor**2
 
     def cut(self, canvas: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B * k * k, C, H / k, W / k], rounded up."""
+        """[B, C, H, W] -> [B * k * k, C, H / k, W / k], sizes rounded up."""
         k = self.factor
         padded = F.pad(canvas, (-self.width % k, 0, -self.height % k, 0))
         cells = padded.unflatten(3, (-1, k)).unflatten(2, (-1, k))  # [B, C, h, k, w, k]

@@ -1,4 +1,4 @@
-"""The denoising loop: predict on views, fuse on the canvas, edit x0, step once.
+"""The denoising loop: it predicts on views, fuses the predictions on the canvas, edits x0 and steps once.
 
     for each step:   z      = hooks(z)                         e.g. DemoFusion's skip residual
                      for each group of views:
@@ -7,17 +7,18 @@
                      x0     = hooks(x0(z, mix of outputs))     e.g. the low-frequency swap
                      z      = stepper(z, x0, eps)              once, on the canvas
 
-Predictions are fused rather than stepped latents: every deterministic first-order step is affine in its prediction, so
-both are the same, and stochastic steps then draw their noise once, on the canvas. A method (`resmaster_stages.methods`)
-is a Composition of the parts; it may add hooks, groups and patches, but not change the loop.
+The loop fuses predictions, not stepped latents. For a deterministic first-order step both give the same result, because
+such a step is affine in its prediction. A stochastic step then draws its noise once, on the canvas. A method
+(`resmaster_stages.methods`) is a Composition of the parts: it may add hooks, groups and patches, but not change the
+loop.
 
-Determinism: all noise comes from one CPU generator per sample, so it depends on the sample's seed alone. The batch of
-views decides only which kernels the device picks: another `view_batch` gives the same image up to rounding, the same
-`view_batch` on the same device the same bytes.
+Determinism: all noise comes from one CPU generator per sample, so it depends on the sample's seed alone. The size of
+the batches decides only which kernels the device picks. Another `view_batch` gives the same image up to rounding. The
+same `view_batch` on the same device gives the same bytes.
 
 Invariants:
 - The canvas is float32 whatever the denoiser's precision. Nothing in the loop waits for the device.
-- Patches are undone when the loop ends, exceptions included.
+- Patches are undone when the loop ends, also after an exception.
 """
 
 from __future__ import annotations
@@ -41,18 +42,18 @@ from resmaster_stages.models.parts import Models
 from resmaster_stages.models.schedule import Step
 
 LatentHook = Callable[[Tensor, Step], Tensor]
-"""Edits the noisy latents [B, C, H, W] before a step's prediction."""
+"""Edits the noisy latents [B, C, H, W] before the prediction of a step."""
 X0Hook = Callable[[Tensor, Step], Tensor]
-"""Edits the predicted clean latents [B, C, H, W] of a step."""
+"""Edits the clean latents x0 [B, C, H, W] that a step predicts."""
 Patch = Callable[[Any, DenoiserCall], AbstractContextManager[None]]
-"""Changes the denoiser within a block."""
+"""A context manager that changes the denoiser within its block."""
 Progress = Callable[[int, int], None]
-"""Hears (steps done, steps in all)."""
+"""Called with (steps done, steps in all)."""
 
 
 class Views(Protocol):
-    """A way of cutting canvases [B, C, H, W] into views [B * views, C, h, w], sample by sample, and of fusing them
-    back."""
+    """Cuts canvases [B, C, H, W] into views [B * views, C, h, w], sample by sample, and fuses such views into
+    canvases."""
 
     def cut(self, canvas: Tensor) -> Tensor: ...
 
@@ -61,15 +62,16 @@ class Views(Protocol):
 
 @dataclass(frozen=True)
 class ViewGroup:
-    """Views of one shape that are predicted alike, and their part in a step's prediction."""
+    """Views of one shape that are predicted in the same way, and the weight of their prediction in a step."""
 
     at: Callable[[Step], tuple[Views, Conditions]]
-    """The step's views and their conditions: `always(views, conditions)` where they stay."""
+    """The views of a step and their conditions. `always(views, conditions)` gives the same ones at every step."""
     guidance: Guidance
     weight: Callable[[Step], float] = lambda step: 1.0
-    """Of this group's prediction. The weights of all groups sum to one at every step; 0 skips the group."""
+    """Weight of this group's prediction. The weights of all groups sum to one at every step. Weight 0 skips the
+    group."""
     prepare: LatentHook = lambda z, step: z
-    """What the group sees instead of z; the step is still taken from z."""
+    """Gives the latents that the group's views are cut from, instead of z. The step is still taken from z."""
 
 
 def always(views: Views, conditions: Conditions) -> Callable[[Step], tuple[Views, Conditions]]:
@@ -79,7 +81,7 @@ def always(views: Views, conditions: Conditions) -> Callable[[Step], tuple[Views
 
 @dataclass(frozen=True)
 class Composition:
-    """What a method is made of."""
+    """The parts of one pass of a method."""
 
     groups: tuple[ViewGroup, ...]
     stepper: Stepper
@@ -87,21 +89,24 @@ class Composition:
     x0_hooks: tuple[X0Hook, ...] = ()
     patches: tuple[Patch, ...] = ()
     image_scale: float = 0.0
-    """Weight of image prompts; 0 where there are none."""
+    """Weight of image prompts. 0: there are none."""
 
 
 def batch_size(items: int, largest: int) -> int:
-    """Items per call: of the sizes from above a quarter of `largest` up to it, the one that computes the fewest items
-    twice; the greatest of equals. 49 views in calls of at most 16 are 7 calls of 7."""
+    """Items per call: the size that computes the fewest items twice, and the greatest such size.
+
+    Sizes from above a quarter of `largest` up to `largest` are considered. 49 views in calls of at most 16 are 7 calls
+    of 7.
+    """
     if items <= largest:
         return items
     return min(range(largest, largest // 4, -1), key=lambda size: -items % size)
 
 
 def static_batches(items: int, largest: int, device: torch.device | str = "cpu") -> list[Tensor]:
-    """Item numbers [n] of each call, `batch_size` of them in all calls: one shape.
+    """Item numbers [n] of each call. All calls have `batch_size` items, so that they have one shape.
 
-    Where the last call is short, it repeats the last item; what comes out for the repeats is dropped.
+    A last call that would be shorter repeats the last item, and the results for the repeats are dropped.
     """
     size = batch_size(items, largest)
     return list(torch.arange(items + -items % size, device=device).clamp(max=items - 1).split(size))
@@ -110,7 +115,7 @@ def static_batches(items: int, largest: int, device: torch.device | str = "cpu")
 def _rows(views: Tensor, items: Tensor, branches: int, dtype: torch.dtype) -> Tensor:
     """The denoiser's input for `items` [n] of `views` [N, C, h, w], branch by branch: [branches * n, C, h, w].
 
-    Written once, in the layout that convolutions on GPUs want.
+    The rows are written once, on GPUs in the layout that convolutions prefer there.
     """
     layout = torch.channels_last if views.is_cuda else torch.contiguous_format
     shape = (branches * len(items), *views.shape[1:])
@@ -129,7 +134,7 @@ def predict(
     call: DenoiserCall,
     batches: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Every view's prediction by every branch of `call`: [N, C, h, w], float32, per branch. One call per batch."""
+    """Predict all views: one tensor [N, C, h, w] in float32 per branch of `call`. One denoiser call per batch."""
     outputs, branches, denoiser = [], call.branches, base.denoiser
     for items in batches:
         sample = _rows(views, items, len(branches), denoiser.dtype)
@@ -143,7 +148,10 @@ def predict(
 
 
 class CanvasNoise:
-    """Standard normal noise for canvases [B, C, H, W]: one CPU generator per sample, so batches do not matter."""
+    """Draws standard normal noise for canvases [B, C, H, W].
+
+    Each sample has a CPU generator of its own, so the noise does not depend on how samples are batched.
+    """
 
     def __init__(self, seeds: Sequence[int], channels: int, height: int, width: int, device: torch.device) -> None:
         self.shape = (1, channels, height, width)
@@ -151,7 +159,8 @@ class CanvasNoise:
         self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
     def resized(self, height: int, width: int) -> CanvasNoise:
-        """Noise for canvases of another size, from the same generators: stages of one image never share a draw."""
+        """Noise for canvases of another size, from the same generators, so that passes of one image never share a
+        draw."""
         other = CanvasNoise((), self.shape[1], height, width, self.device)
         other.generators = self.generators
         return other
@@ -162,7 +171,7 @@ class CanvasNoise:
 
 @contextmanager
 def _kernels(same_bytes: bool) -> Iterator[None]:
-    """Within the block cuDNN picks deterministic kernels by rule; or, without `same_bytes`, the fastest by a race."""
+    """Within the block, cuDNN picks deterministic kernels by rule; without `same_bytes`, the fastest by a benchmark."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
     try:
@@ -182,7 +191,10 @@ def denoise(
     view_batch: int,
     progress: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Latents [B, C, H, W] at the first step's noise level -> clean latents, float32. `progress` is called per step."""
+    """Denoise latents [B, C, H, W] from the first step's noise level to clean latents, float32.
+
+    `progress` is called after each step.
+    """
     c, denoiser, call = composition, models.base.denoiser, DenoiserCall()
     timesteps = torch.tensor([step.t for step in schedule], device=models.device)
     with ExitStack() as stack:

@@ -1,7 +1,7 @@
-"""Convolutions of features without their high frequencies, and attention maps that one branch takes from another
-(FouriScale).
+"""FouriScale's layers: convolutions of low-pass filtered features, and attention maps shared between branches.
 
-Dilation alone lets high frequencies alias into the wider taps. Knows nothing about plans and steps.
+Dilation alone lets high frequencies alias into the wider taps, so they are removed before the convolution. This module
+does not decide which layers are filtered at which steps.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from resmaster_stages.diffusion.patches import bare, replaced_forward
 def mask(length: int, factor: float, weak: bool, floor: float) -> Tensor:
     """Gain of each frequency index 0 ... length // 2 of an axis: [length // 2 + 1], float64.
 
-    1 up to the Nyquist frequency of the axis made `factor` times smaller (and one index more), then a line down to
-    `floor`: steep (an eighth of the axis) or, for the weak filter, just down to the end of the spectrum.
+    The gain is 1 up to the Nyquist frequency of an axis `factor` times shorter, and one index beyond. From there it
+    falls linearly to `floor`: within an eighth of the axis, or for the weak filter only at the end of the spectrum.
     """
     half = length // 2
     ramp = (factor - 1) * length // (2 * factor) if weak else max(length // 8, 1)
@@ -39,7 +39,7 @@ def mask(length: int, factor: float, weak: bool, floor: float) -> Tensor:
 def filter_matrix(
     length: int, factor: float, weak: bool, floor: float, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """The filter along an axis of `length` cells as a circulant matrix [length, length]: y = matrix @ x."""
+    """The filter along an axis of `length` cells as a circulant matrix [length, length], so that y = matrix @ x."""
     response = torch.fft.irfft(mask(length, factor, weak, floor).to(torch.complex128), n=length)
     index = torch.arange(length)
     return response[(index[:, None] - index) % length].to(device=device, dtype=dtype)
@@ -47,15 +47,15 @@ def filter_matrix(
 
 @dataclass(frozen=True)
 class Filtered:
-    """A convolution with taps `dilation` cells apart, of features without the frequencies above 1 / `factor`
-    Nyquist."""
+    """Low-pass filters the features above 1 / `factor` of the Nyquist frequency, then convolves them with taps
+    `dilation` cells apart."""
 
     factor: float
     dilation: int
     weak: bool
     floor: float
     covered: tuple[float, float]
-    """Height and width that the features are padded to with zeros before the filter, over their own."""
+    """Height and width after zero padding, before the filter, as multiples of the features' own height and width."""
 
     def __call__(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         """[N, C, h, w] -> [N, C', h / stride, w / stride], rounded up."""
@@ -71,7 +71,10 @@ class Filtered:
 
 @contextmanager
 def shared_attention(unet: Any, call: DenoiserCall, branch: Branch) -> Iterator[None]:
-    """Within the block `branch` attends within the canvas as the text branch does: it has its own values only."""
+    """Within the block, self-attention of `branch` uses the attention maps of the text branch.
+
+    Queries and keys are the text branch's. Only the values are the branch's own.
+    """
 
     def like_text(plain: Any) -> Any:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

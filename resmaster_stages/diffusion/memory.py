@@ -1,9 +1,9 @@
-"""What a call of the denoiser needs of a device's memory, and so how many views go into one.
+"""Estimates the device memory that a denoiser call needs, and from that the number of views per call.
 
-A row is one view by one guidance branch. What it takes is the base model's knowledge (`Base.row_bytes`).
+A row is one view by one guidance branch. The base model says how much memory a row takes (`Base.row_bytes`).
 
-Invariant: the choice follows from the device's size and the model, not from what happens to be free: a re-run on the
-same kind of device has the same batches, hence the same bytes.
+Invariant: the number of views depends on the device's total memory and the model, not on the memory that happens to be
+free. So a re-run on the same kind of device has the same batches, and hence the same bytes.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.models.parts import Models
 
 CPU_VIEWS = 16
-"""Views per call where the device has no memory of its own. On CPUs greater batches are not faster."""
+"""Views per call on a device without memory of its own. On CPUs larger batches are not faster."""
 
 USABLE = 0.85
-"""Share of a device's memory that is planned with; the rest is for libraries, fragments and the images themselves."""
+"""Share of a device's memory that is planned with. The rest is for libraries, fragmentation and the images."""
 
 
 def weights_bytes(models: Models) -> int:
-    """Memory in bytes of the parts that are on the device while the denoiser computes."""
+    """Memory in bytes of the weights that are on the device while the denoiser computes."""
     parts = (models.base.denoiser,) if models.offload else models.parts
     return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
 
 
 def device_bytes(device: torch.device) -> int | None:
-    """The size of the device's own memory; None where it has none, or does not say."""
+    """Total memory of the device in bytes. None if it has no memory of its own, or does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     if device.type == "mps":
@@ -39,24 +39,24 @@ def device_bytes(device: torch.device) -> int | None:
 
 @dataclass(frozen=True)
 class Need:
-    """What views of one size need on a device of `total` bytes."""
+    """The memory that views of one size need on a device with `total` bytes."""
 
     weights: int
     view: int
-    """Bytes per view: all of its rows."""
+    """Bytes per view, for all of its rows."""
     total: int
 
     def bytes(self, views: int) -> int:
-        """For `views` in one call."""
+        """Bytes that `views` views in one call need."""
         return self.weights + views * self.view
 
     @property
     def fitting(self) -> int:
-        """Views that go into one call, at least one."""
+        """The number of views that fit into one call, at least one."""
         return max(1, int((USABLE * self.total - self.weights) // self.view))
 
     def sentence(self, views: int, device: str, automatic: bool) -> str:
-        """What `views` views mean on `device`, and what is done about it, for the user."""
+        """A line for the user: the memory that `views` views need on `device`, and the remedy if it is too little."""
         need = (
             f"{views} at a time need about {self.bytes(views) / 1e9:.0f} GB, and {device} has {self.total / 1e9:.0f} GB"
         )
@@ -66,9 +66,9 @@ class Need:
 
 
 def need_of(models: Models, window: tuple[int, int], branches: int) -> Need | None:
-    """For views of `window` (height, width) latents by `branches` guidance branches.
+    """The memory need of views of `window` (height, width) latents with `branches` guidance branches.
 
-    None where the device has no memory of its own, or the base model does not know what a row takes.
+    None if the device has no memory of its own, or the base model does not know how much memory a row takes.
     """
     total = device_bytes(models.device)
     row = None if total is None else models.base.row_bytes(*window)
@@ -76,10 +76,8 @@ def need_of(models: Models, window: tuple[int, int], branches: int) -> Need | No
 
 
 def view_limit(models: Models, limit: int | None, window: tuple[int, int], branches: int) -> int:
-    """Views per call of the denoiser at most.
-
-    `limit` (`Diffusion.view_batch`), or where it is None what the device's memory allows.
-    """
+    """The most views per denoiser call: `limit` (`Diffusion.view_batch`), or if it is None, as many as fit into the
+    device's memory."""
     if limit is not None:
         return limit
     need = need_of(models, window, branches)
@@ -87,8 +85,8 @@ def view_limit(models: Models, limit: int | None, window: tuple[int, int], branc
 
 
 def preflight(models: Models, limit: int | None, grid: Grid, branches: int) -> list[str]:
-    """What an image of `grid`'s views will need of the device, and what slows it down without need: a line each, if
-    `need_of` knows."""
+    """Lines for the user about an image with the views of `grid`: the memory that it needs, and settings that slow it
+    down. Empty if `need_of` is None."""
     need = need_of(models, grid.window_size, branches)
     if need is None:
         return []

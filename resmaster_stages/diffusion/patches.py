@@ -1,10 +1,10 @@
-"""Changing a UNet for a while: which layers, and how their computation is replaced and put back.
-
-Knows nothing about any method.
+"""Temporary changes of a UNet: chooses layers, replaces their computation and restores it.
 
 Invariants:
-- What a block replaced is put back when it is left, exceptions included; blocks may be nested, inner ones last.
-- Layers are chosen by place, not by number: `down_blocks.-1` is the deepest block of a UNet of any depth.
+- Every replacement is undone when its block is left, also after an exception. Blocks may be nested, and the
+  innermost replacement is active.
+- Layers are chosen by their place in the UNet, not by number: `down_blocks.-1` is the deepest block of a UNet of any
+  depth.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from resmaster_stages.errors import ConfigError
 
 
 def bare(unet: Any) -> Any:
-    """The UNet itself where torch.compile wraps it."""
+    """The UNet itself, also if torch.compile wraps it."""
     return getattr(unet, "_orig_mod", unet)
 
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within the block `module` computes `forward`."""
+    """Within the block, `module` computes `forward` instead of its own forward."""
     before = module.__dict__.get("forward")
     object.__setattr__(module, "forward", forward)
     try:
@@ -42,8 +42,8 @@ def chosen_layers(unet: Any, patterns: Mapping[str, float], method: str) -> dict
     """The convolutions that `patterns` name, each with its pattern's value. Raises ConfigError if there are none.
 
     A pattern is a place in the UNet: `down_blocks.-1.resnets` (both 3 x 3 convolutions of every residual block there),
-    `mid_block.resnets`, `up_blocks.0.upsamplers`, `down_blocks.-2.downsamplers`. Down blocks count from the deepest
-    (-1), up blocks likewise (0): on SDXL these are `down_blocks.2`, `mid_block`, ... What a UNet lacks is left out.
+    `mid_block.resnets`, `up_blocks.0.upsamplers`, `down_blocks.-2.downsamplers`. -1 is the deepest down block (on SDXL
+    `down_blocks.2`) and 0 is the deepest up block. Places that the UNet does not have are left out.
     """
     names = [name for name, module in bare(unet).named_modules() if isinstance(module, nn.Conv2d)]
     depth = len(bare(unet).down_blocks)
@@ -61,7 +61,7 @@ def chosen_layers(unet: Any, patterns: Mapping[str, float], method: str) -> dict
 
 
 def level_size(height: int, width: int, tokens: int) -> tuple[int, int]:
-    """(height, width) of the UNet's level that has as many `tokens`, for an input of `height` x `width` latents."""
+    """(height, width) of the UNet's level with `tokens` tokens, for an input of `height` x `width` latents."""
     for level in range(8):
         rows, cols = -(-height // 2**level), -(-width // 2**level)
         if rows * cols == tokens:
@@ -70,4 +70,4 @@ def level_size(height: int, width: int, tokens: int) -> tuple[int, int]:
 
 
 Layer = Callable[[nn.Conv2d, Tensor], Tensor]
-"""A way to compute a convolution layer of features [N, C, h, w]."""
+"""Computes a convolution layer on features [N, C, h, w]."""

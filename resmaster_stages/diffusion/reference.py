@@ -1,9 +1,10 @@
-"""The reference B^L: the low-res image, bicubically enlarged to the target size. One function, used by all.
+"""The reference B^L: the low-res image, bicubically enlarged to the target size.
 
-Captions describe its crops, image prompts embed them, structural guidance encodes it.
+There is one function for it. Captions describe crops of the reference, image prompts embed the crops, and structural
+guidance encodes the reference.
 
 Invariants:
-- Tensors are [B, 3, H, W], float32, RGB in [-1, 1]; enlarging clamps, since bicubic interpolation overshoots.
+- Image tensors are [B, 3, H, W], float32, RGB in [-1, 1]. Enlarging clamps, because bicubic interpolation overshoots.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_mask(image: Image.Image) -> Tensor:
-    """The brightness of a PIL image as [1, 1, H, W], float32, from 0 (black) to 1."""
+    """The brightness of a PIL image as [1, 1, H, W], float32, from 0 (black) to 1 (white)."""
     return torch.from_numpy(np.asarray(image.convert("L"), dtype=np.float32).copy())[None, None] / 255
 
 
@@ -38,6 +39,6 @@ def upsample(image: Image.Image, height: int, width: int) -> Tensor:
 
 
 def pad_to_multiple(pixels: Tensor, multiple: int) -> Tensor:
-    """`pixels` [B, 3, H, W] extended at the bottom and right by its border pixels up to multiples of `multiple`."""
+    """`pixels` [B, 3, H, W] with border pixels repeated at the bottom and right, up to multiples of `multiple`."""
     height, width = pixels.shape[-2:]
     return F.pad(pixels, (0, -width % multiple, 0, -height % multiple), mode="replicate")

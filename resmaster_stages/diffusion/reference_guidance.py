@@ -1,6 +1,7 @@
-"""Holding a canvas that is being denoised to an image that it shall resemble: pure functions of latents.
+"""Hooks that keep a canvas close to a reference while it is denoised.
 
-Knows nothing about models or methods. All tensors are [B, C, H, W], float32; samples do not touch one another.
+They are pure functions of latents and do not use a model. All tensors are [B, C, H, W], float32. Samples do not
+influence one another.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from resmaster_stages.models.schedule import Step
 
 
 def skip_residual(x0: Tensor, noise: Tensor, exponent: float | Tensor) -> LatentHook:
-    """z <- (1 - c) z + c (x0 noised by `noise`), c = cosine ** exponent; all [B, C, H, W].
+    """The hook z <- (1 - c) z + c (x0 noised by `noise`) with c = cosine ** exponent; all [B, C, H, W].
 
-    exponent: for the whole canvas, or of each place [B or 1, 1, H, W].
+    exponent: one number for the whole canvas, or one per place [B or 1, 1, H, W].
     """
 
     def pull(z: Tensor, step: Step) -> Tensor:
@@ -27,7 +28,7 @@ def skip_residual(x0: Tensor, noise: Tensor, exponent: float | Tensor) -> Latent
 
 
 def match_moments(z: Tensor, like: Tensor) -> Tensor:
-    """`z` [B, C, H, W] with the mean and standard deviation of `like` [B, C, h, w], over all elements of each
+    """`z` [B, C, H, W] with the mean and standard deviation of `like` [B, C, h, w], taken over all elements of each
     sample."""
     dims = (1, 2, 3)
     mean, std = z.mean(dims, keepdim=True), z.std(dims, keepdim=True)
@@ -35,7 +36,10 @@ def match_moments(z: Tensor, like: Tensor) -> Tensor:
 
 
 def structural_guidance(reference: Tensor, config: StructureConfig, scale: float, steps: int) -> X0Hook:
-    """The hook that swaps low frequencies of x0 for those of `reference` [B, C, H, W], enlarged `scale` times."""
+    """The hook that replaces the low frequencies of x0 by those of `reference` [B, C, H, W].
+
+    scale: how many times the low-res image was enlarged to give the reference.
+    """
     sigma_f = cutoff_sigma(config, scale)
     weights = swap_weights(config, steps)
 

@@ -1,12 +1,13 @@
-"""Scale fusion (FreeScale): self-attention whose fine detail is the canvas's and whose coarse detail is the windows'.
+"""Scale fusion (FreeScale): self-attention takes fine detail from the whole canvas and coarse detail from windows.
 
     out = global + blur(local - global)
 
 global: attention over the whole canvas. local: attention inside overlapping windows of the native size, averaged. Both
-read the same projections, which are computed once on the canvas; windows run as one batch.
+use the same projections, which are computed once on the canvas. All windows run as one batch. This module does not
+depend on a method.
 
-Knows nothing about any method. Invariants:
-- Layers whose canvas is one window are the plain ones, and everything is put back at the end of the block.
+Invariants:
+- A layer whose canvas fits into one window stays plain. All layers are restored at the end of the block.
 - The places of the windows are drawn once per step and level, from each sample's own generator.
 """
 
@@ -31,7 +32,8 @@ from resmaster_stages.diffusion.views import Grid
 class Windows:
     """The windows of each level of a UNet: `window` x `window` latents on a canvas of `height` x `width` latents.
 
-    jitter: `clamped` (shifts inside the canvas), `zeros` (beyond it, where windows see zero tokens) or `off`.
+    jitter: `clamped` (windows are shifted inside the canvas), `zeros` (also beyond the canvas, where they see zero
+    tokens) or `off`.
     """
 
     def __init__(
@@ -42,13 +44,13 @@ class Windows:
         self._places = cache(self._draw)
 
     def grid(self, tokens: int) -> Grid:
-        """The grid of the level that has as many tokens."""
+        """The windows of the level that has `tokens` tokens."""
         rows, cols = level_size(self.height, self.width, tokens)
         window = max(1, round(self.window * rows / self.height))
         return Grid(rows, cols, window, max(1, window // 2))
 
     def _draw(self, tokens: int, index: int) -> list[Origins]:
-        """Per sample."""
+        """The origins of each sample's windows at step `index`."""
         grid = self.grid(tokens)
         if self.jitter == "off":
             return [[(y, x) for y in grid.rows for x in grid.cols]] * len(self.generators)
@@ -56,25 +58,25 @@ class Windows:
         return origins if self.jitter == "zeros" else [clamped(grid, each) for each in origins]
 
     def views(self, tokens: int, rows: int, call: DenoiserCall, device: torch.device) -> ScatteredViews:
-        """Windows of a call's step for its `rows` canvases of `tokens` tokens each, branch by branch."""
+        """The windows at the step of `call`, for its `rows` canvases of `tokens` tokens each, branch by branch."""
         origins = self._places(tokens, call.index)
         samples = [0]
         if len(origins) > 1:
             assert call.items is not None, "canvases are predicted within the denoising loop"
-            samples = call.items.tolist()  # of the batch; with one sample the device is not asked
+            samples = call.items.tolist()  # this waits for the device, so a single sample does without
         return ScatteredViews(
             self.grid(tokens), [origins[sample] for sample in samples] * (rows // len(samples)), "uniform", device
         )
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """Attention of [N, T, C] among themselves -> [N, T, C]."""
+    """Multi-head attention of [N, T, C] -> [N, T, C]."""
     split = [each.unflatten(2, (heads, -1)).transpose(1, 2) for each in (query, key, value)]  # [N, heads, T, C / heads]
     return F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
 
 
 def windowed(query: Tensor, key: Tensor, value: Tensor, heads: int, views: ScatteredViews) -> Tensor:
-    """Attention of [N, T, C] inside windows, averaged where they overlap -> [N, T, C]."""
+    """Multi-head attention of [N, T, C] inside windows, averaged where windows overlap -> [N, T, C]."""
     size = (views.grid.height, views.grid.width)
 
     def cut(tokens: Tensor) -> Tensor:
@@ -86,8 +88,10 @@ def windowed(query: Tensor, key: Tensor, value: Tensor, heads: int, views: Scatt
 
 
 def blur_features(tokens: Tensor, radius: int) -> Tensor:
-    """[N, T, C] blurred along C, std 1: what the authors' three-dimensional kernel does besides the canvas's two
-    axes."""
+    """[N, T, C] blurred along C with standard deviation 1.
+
+    The authors' kernel is three-dimensional: it blurs along C as well as along the canvas's two axes.
+    """
     return gaussian_blur(tokens[:, None], radius, 1.0, axes=(3,))[:, 0]
 
 
@@ -114,8 +118,11 @@ def _fused(
 def scale_fusion(
     unet: Any, call: DenoiserCall, windows: Windows, radius: int, features: bool = False
 ) -> Iterator[None]:
-    """Within the block every self-attention of the UNet is fused. radius: of the blur, in tokens; 0 leaves the
-    windows."""
+    """Within the block, every self-attention of the UNet is fused.
+
+    radius: of the blur, in tokens; with 0 the result is the windows' attention alone. features: blur along the feature
+    channels too.
+    """
     with ExitStack() as stack:
         for name, module in bare(unet).named_modules():
             if name.endswith(".attn1"):

@@ -1,10 +1,11 @@
-"""Grids that move: at every step all windows are shifted together, so view borders never lie twice at the same place.
+"""Moving grids: at every step all views are shifted together, so that view borders never lie twice at the same place.
 
-Fewer views are needed for a seamless image, since every border is averaged away by the steps that have none there.
-The shifts are a low-discrepancy sequence (Roberts' R2) of the step's number alone: the same for all samples, without a
-draw. Moving views may lie further apart than those that stand still, and stand still in the last steps, where borders
-would show. Knows nothing about models. Invariant: the size of the views is the same at every step, their number at all
-moving steps.
+A seamless image then needs fewer views, because other steps, without a border at that place, average the border away.
+The shifts are a low-discrepancy sequence (Roberts' R2) of the step's number alone. They are the same for all samples,
+and nothing is drawn at random. Moving views may lie further apart than views that stand still. In the last steps, where
+borders would show, the views can stand still.
+
+Invariant: the size of the views is the same at every step. Their number is the same at all steps in which they move.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.models.schedule import Step
 
 PLASTIC = 1.32471795724474602596
-"""The root of x^3 = x + 1: R2's steps are its inverse and the inverse's square."""
+"""The real root of x^3 = x + 1. The steps of R2 are its inverse and the square of its inverse."""
 
 
 def shift_at(number: int, stride: int) -> tuple[int, int]:
-    """How far the windows of a step are moved up and left, each from 0 to `stride` - 1."""
+    """How far the views of step `number` are moved up and left, each from 0 to `stride` - 1."""
     return int(number / PLASTIC % 1.0 * stride), int(number / PLASTIC**2 % 1.0 * stride)
 
 
 def nearest_views(moved: Grid, grid: Grid) -> list[int]:
-    """For each of `moved`'s views the number of `grid`'s view whose corner is nearest (the first of equals)."""
+    """For each view of `moved`, the number of the view of `grid` with the nearest corner (the first of equals)."""
 
     def nearest(place: int, origins: tuple[int, ...]) -> int:
         return min(range(len(origins)), key=lambda i: abs(origins[i] - place))
@@ -48,10 +49,11 @@ def placed(
     moving: Grid | None = None,
     stop: float = 1.0,
 ) -> Callable[[Step], tuple[Views, Conditions]]:
-    """A view group's views and conditions: those of `grid` at every step; or before the fraction `stop` of the steps
-    those of `moving` (which lies at shift 0), moved from step to step.
+    """A view group's views and conditions at each step (`ViewGroup.at`).
 
-    A moved view takes caption, image prompt and size conditions of the grid's nearest view. fuse: as `Fuser` takes it.
+    Without `moving` they are those of `grid` at every step. With `moving` (a grid at shift 0), they are those of the
+    moved grid before the fraction `stop` of the steps, and those of `grid` from there on. A moved view has the caption,
+    image prompt and size conditions of the nearest view of `grid`. fuse: as `Fuser` takes it.
     """
     still = Fuser(grid, fuse, device), conditions
     if moving is None:

@@ -1,6 +1,6 @@
-"""From z_t to z_{t-1} on the canvas: pure functions of the latent, the (possibly edited) x0 and the predicted noise.
+"""Steppers go from z_t to z_{t-1} on the canvas, given the latent, the (possibly edited) x0 and the predicted noise.
 
-With a, b = alpha, sigma of the step and a', b' those of the next:
+With a, b = alpha, sigma of the step and a', b' those of the next step:
 
     ddim_keep       z' = a' x0 + b' eps                                    DDIM, eta = 0
     ddim_implied    z' = a' x0 + b' (z - a x0) / b                         the noise that leads from the edited x0 to z
@@ -11,13 +11,14 @@ With a, b = alpha, sigma of the step and a', b' those of the next:
     2:
                            D = x0 + (x0 - x0 before) h / (2 h before)      h = log(a' / b') - log(a / b)
 
-`posterior` and `ddim_ancestral` are the same where x0 was not edited; the latter is how ScaleCrafter and FouriScale
-sample. The first two differ only where x0 was edited. Both are Euler's method for the probability-flow ODE in units of
-z / a. `dpmpp_2m` is of second order: half the steps for about the same path. With D = x0 it is `ddim_implied`.
+`ddim_keep` and `ddim_implied` differ only if x0 was edited. Both are Euler's method for the probability-flow ODE in
+units of z / a. `posterior` and `ddim_ancestral` are the same if x0 was not edited. ScaleCrafter and FouriScale sample
+with `ddim_ancestral`. `dpmpp_2m` is of second order: it needs half the steps for about the same path. With D = x0 it is
+`ddim_implied`.
 
 Invariants:
-- Every rule acts on the whole canvas, and noise is drawn once on it: noise per view would average away where views
-  overlap. Only `posterior` and `ddim_ancestral` call `noise`.
+- Every rule acts on the whole canvas. Noise is drawn once for the canvas, because noise per view would average away
+  where views overlap. Only `posterior` and `ddim_ancestral` call `noise`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Noise = Callable[[], Tensor]
 
 
 class Stepper(Protocol):
-    """All tensors [B, C, H, W], float32."""
+    """One step of the path. All tensors are [B, C, H, W], float32."""
 
     def __call__(self, z: Tensor, x0: Tensor, eps: Tensor, step: Step, noise: Noise) -> Tensor: ...
 
@@ -62,7 +63,7 @@ def posterior(z: Tensor, x0: Tensor, eps: Tensor, step: Step, noise: Noise) -> T
 
 
 def ddim_ancestral(z: Tensor, x0: Tensor, eps: Tensor, step: Step, noise: Noise) -> Tensor:
-    """DDIM with eta = 1, keeping the noise that the model predicted beside fresh noise."""
+    """DDIM with eta = 1: a mixture of the noise that the model predicted and fresh noise."""
     if step.sigma_next == 0:
         return step.alpha_next * x0
     variance = (1 - step.alpha**2 / step.alpha_next**2) * step.sigma_next**2 / step.sigma**2
@@ -70,10 +71,10 @@ def ddim_ancestral(z: Tensor, x0: Tensor, eps: Tensor, step: Step, noise: Noise)
 
 
 class Dpmpp2M:
-    """DPM-Solver++(2M) for x0: the straight line through the last two x0 instead of the last alone.
+    """DPM-Solver++(2M) for x0: it uses the straight line through the last two x0 instead of the last x0 alone.
 
-    Remembers the x0 of the step before, so every pass of the loop needs its own. The first step, and the one that ends
-    without noise (where h is infinite), are `ddim_implied`.
+    It remembers the x0 of the previous step, so every pass of the loop needs a stepper of its own. The first step, and
+    the step that ends without noise (where h is infinite), are `ddim_implied`.
     """
 
     def __init__(self) -> None:
@@ -95,9 +96,9 @@ STEPPERS: dict[str, Stepper] = {
     "posterior": posterior,
     "ddim_ancestral": ddim_ancestral,
 }
-"""Those that remember nothing, by the names that a method's `stepper` takes."""
+"""The steppers without memory, by the names that the setting `stepper` of a method takes."""
 
 
 def make_stepper(name: str) -> Stepper:
-    """The stepper of a name that a method's `stepper` takes, for one pass of the loop."""
+    """The stepper for one pass of the loop, by a name that the setting `stepper` of a method takes."""
     return Dpmpp2M() if name == "dpmpp_2m" else STEPPERS[name]

@@ -1,6 +1,6 @@
-"""Prompts to text embeddings: every distinct prompt once.
+"""Encodes prompts as text embeddings, every distinct prompt once.
 
-Knows nothing about views. Prompts beyond the text encoders' tokens lose their tail; `truncated` tells which.
+A prompt with more tokens than the text encoders take loses its end. `truncated` tells which prompts do.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class TextEmbeddings:
-    """Embeddings of distinct prompts, and which prompt each item uses."""
+    """Embeddings of distinct prompts, and the index of the prompt that each item uses."""
 
     states: Tensor  # [U, L, D]
     pooled: Tensor  # [U, P]; P = 0 where nothing pooled is read
@@ -26,14 +26,14 @@ class TextEmbeddings:
 
 
 def truncated(models: Models, prompts: Sequence[str]) -> list[bool]:
-    """Whether each prompt is longer than the text encoders take."""
+    """Whether each prompt has more tokens than the text encoders take."""
     return [count > models.base.tokens for count in models.base.count(prompts)]
 
 
 def encode_prompts(models: Models, prompts: Sequence[str], *, negative: bool = False) -> TextEmbeddings:
     """Embeddings of `prompts`, one item each.
 
-    Of a `negative` prompt they may be others than of the same text as a prompt.
+    A text may be embedded differently as a `negative` prompt than as a prompt.
     """
     base, distinct = models.base, list(dict.fromkeys(prompts))
     batches = [distinct[i : i + _BATCH] for i in range(0, len(distinct), _BATCH)]

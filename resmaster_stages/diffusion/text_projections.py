@@ -1,12 +1,13 @@
-"""Keys and values of the text, computed once per image instead of at every step.
+"""Computes cross-attention's keys and values of the text once per image instead of at every step.
 
-What cross-attention makes of a prompt does not depend on the step, so every distinct prompt is projected once per
-layer, and a batch gathers its rows. On a CPU with a small UNet that is an eighth of all work; on SDXL it is under one
-percent and would cost a gigabyte, so the loop does it on CPUs only.
+The projection of a prompt does not depend on the step. So every distinct prompt is projected once per layer, and a
+batch gathers its rows. On a CPU with a small UNet this saves an eighth of all work. On SDXL it would save less than one
+percent and cost a gigabyte, so the loop does it on CPUs only.
 
-Knows nothing about any method. Invariants:
-- Whatever is not the text of the batch at hand is projected as ever: other patches of the same layers stay right.
-- Layers are put back at the end of the block, exceptions included, and nothing is kept after it.
+Invariants:
+- Inputs other than the text of the current batch are projected as usual, so other patches of the same layers stay
+  correct.
+- Layers are restored at the end of the block, also after an exception, and nothing is kept after the block.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from resmaster_stages.diffusion.patches import bare, replaced_forward
 
 def _once(plain: Callable[[Tensor], Tensor], call: DenoiserCall) -> Callable[[Tensor], Tensor]:
     """`plain`, a projection of text states [rows, 77, D], computed once for every distinct prompt."""
-    kept: dict[int, tuple[Tensor, Tensor]] = {}  # by the states' identity; the states are kept, so that it stays theirs
+    kept: dict[int, tuple[Tensor, Tensor]] = {}  # by id of the states; they are kept so that their id is not reused
 
     def projected(states: Tensor) -> Tensor:
         if id(states) not in kept:
@@ -41,7 +42,7 @@ def _once(plain: Callable[[Tensor], Tensor], call: DenoiserCall) -> Callable[[Te
 
 @contextmanager
 def text_projected_once(unet: Any, call: DenoiserCall) -> Iterator[None]:
-    """Within the block the cross-attentions of `unet` project every text of `call` once."""
+    """Within the block, the cross-attentions of `unet` project every text of `call` once."""
     with ExitStack() as stack:
         for name, module in bare(unet).named_modules() if isinstance(bare(unet), nn.Module) else ():
             if name.endswith((".attn2.to_k", ".attn2.to_v")):

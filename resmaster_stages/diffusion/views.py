@@ -1,10 +1,11 @@
-"""Views: overlapping windows on a canvas, in row-major order, the last of each axis pulled back to end at the border.
+"""Views: overlapping windows on a canvas, in row-major order.
 
-Knows nothing about tensors or models (no torch), so the captions stage and the engine share one grid.
+The last window along each axis is pulled back so that it ends at the border. This module does not import torch, so that
+the captions stage and the engine can share one grid.
 
 Invariants:
 - Boxes are half-open `(y0, x0, y1, x1)`, all of one size, inside the canvas, and together they cover it.
-- The grid is the product of its rows and columns; view `i` is row `i // cols`, column `i % cols`.
+- The grid is the product of its rows and columns. View `i` is in row `i // cols` and column `i % cols`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Box = tuple[int, int, int, int]
 
 
 def axis_origins(length: int, window: int, stride: int) -> tuple[int, ...]:
-    """Start of each window along one axis. Windows step by `stride`; the last is pulled back to end at `length`."""
+    """Start of each window along one axis, every `stride` units. The last window is pulled back to end at `length`."""
     if length <= window:
         return (0,)
     origins = list(range(0, length - window, stride))
@@ -28,7 +29,10 @@ def axis_origins(length: int, window: int, stride: int) -> tuple[int, ...]:
 
 
 def shifted_origins(length: int, window: int, stride: int, shift: int) -> tuple[int, ...]:
-    """`axis_origins` moved back by `shift` (0 to stride - 1) and kept inside: as many windows for every shift."""
+    """`axis_origins` moved back by `shift` (0 to stride - 1) and kept inside the canvas.
+
+    The number of windows is the same for every shift.
+    """
     if length <= window:
         return (0,)
     count = 1 + -(-(length - window + stride - 1) // stride)
@@ -40,8 +44,8 @@ class Grid:
     """Windows of `window` x `window` units, every `stride` units, on a canvas of `height` x `width` units.
 
     An axis shorter than the window has one window of the axis's length. `unit_px` is the size of a unit in pixels
-    (1, or the latent factor); `height_px` and `width_px` are the image's size where the canvas was padded beyond it.
-    `shift` moves all windows up and left by less than a stride, inside the canvas.
+    (1, or the latent factor). `height_px` and `width_px` are the size of the image, which the canvas may exceed by
+    padding. `shift` moves all windows up and left by less than a stride, inside the canvas.
     """
 
     height: int
@@ -94,20 +98,20 @@ class Grid:
 
     @cached_property
     def canvas_boxes(self) -> tuple[Box, ...]:
-        """`boxes` in pixels of the canvas, padding included: all of one size."""
+        """`boxes` in pixels of the canvas, padding included, so all of one size."""
         unit = self.unit_px
         return tuple((y0 * unit, x0 * unit, y1 * unit, x1 * unit) for y0, x0, y1, x1 in self.boxes)
 
     @cached_property
     def pixel_boxes(self) -> tuple[Box, ...]:
-        """`boxes` in pixels, clipped to the image."""
+        """`boxes` in pixels, clipped to the image, so those at the border may be smaller."""
         bottom = self.height_px or self.height * self.unit_px
         right = self.width_px or self.width * self.unit_px
         return tuple((y0, x0, min(y1, bottom), min(x1, right)) for y0, x0, y1, x1 in self.canvas_boxes)
 
     @property
     def name(self) -> str:
-        """The grid in pixels as `HxW/window/stride`, the form that the captions table stores."""
+        """The grid in pixels as `HxW/window/stride`, which the captions table stores."""
         height = self.height_px or self.height * self.unit_px
         width = self.width_px or self.width * self.unit_px
         return f"{height}x{width}/{self.window * self.unit_px}/{self.stride * self.unit_px}"
@@ -117,19 +121,20 @@ class Grid:
 
 
 def stride_of(window: int, fraction: float) -> int:
-    """`fraction` of a window, in whole units: from 1 to the window."""
+    """`fraction` of a window in whole units, at least 1 and at most the window."""
     return min(window, max(1, round(window * fraction)))
 
 
 def target_size(height: int, width: int, scale: float) -> tuple[int, int]:
-    """(height, width) in px of the high-res image of a low-res one."""
+    """(height, width) in px of the high-res image for a low-res image of `height` x `width` px."""
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def view_grid(geometry: Geometry, height: int, width: int, stride: float) -> Grid:
-    """The views of a target of `height` x `width` px, in latents: windows of the native size, `stride` of it apart.
+    """The views of a target of `height` x `width` px, in latents: windows of the native size.
 
-    A target that is no multiple of the latent factor lives on a canvas that is padded up to one.
+    `stride` is the distance of neighbouring windows, as a fraction of the native size. If a side of the target is not a
+    multiple of the latent factor, the canvas is padded up to the next multiple.
     """
     window, factor = max(1, geometry.native), geometry.latent_factor
     return Grid(
@@ -144,16 +149,16 @@ def view_grid(geometry: Geometry, height: int, width: int, stride: float) -> Gri
 
 
 def whole_canvas(height: int, width: int, latent_factor: int) -> Grid:
-    """One view that is the whole canvas of a target of `height` x `width` px, in latents."""
+    """A grid whose only view is the whole canvas of a target of `height` x `width` px, in latents."""
     longer = -(-max(height, width) // latent_factor) * latent_factor
     return view_grid(Geometry(longer, latent_factor), height, width, 1.0)
 
 
 def patch_grid(config: DatasetConfig, geometry: Geometry, height: int, width: int) -> Grid:
-    """The patches that are captioned of a target of `height` x `width` px.
+    """The patches of a target of `height` x `width` px that are captioned.
 
-    `views`: the upscaler's own views. `tiles`: the same windows side by side, of which the last row and column are
-    pulled back to end at the border.
+    With `captions.grid` `views` they are the upscaler's own views. With `tiles` they are windows of the same size side
+    by side, where the last row and column are pulled back to end at the border.
     """
     stride = config.upscale.view_stride if config.captions.grid == "views" else 1.0
     return view_grid(geometry, height, width, stride)

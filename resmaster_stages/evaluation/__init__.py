@@ -1,1 +1,1 @@
-"""Builds the same samples by several methods and measures them together."""
+"""Comparisons: the same samples are built by several methods and measured together."""

@@ -1,6 +1,6 @@
-"""The columns of the comparison's table: what they hold, and how its page shows them.
+"""The columns of the comparison's table: their contents, and how the comparison's page shows them.
 
-The metrics' own come from `resmaster_stages.metrics`. Those of whole sets, pairs and costs are here.
+The columns of the metrics come from `resmaster_stages.metrics`. The columns of whole sets, pairs and costs are here.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ FACTS = {
     "height": pa.int32(),
     "width": pa.int32(),
 }
-"""What a row is about: column -> type."""
+"""Columns that say what a row is about -> type."""
 
 LOOKS = {"r": "whole image resized", "c": "10 native-size crops resized", "u": "10 crops not resized"}
-"""View -> what is looked at."""
+"""View -> the part of the image that is compared."""
 
 
 def _of_sets(view: str) -> list[Column]:
@@ -92,17 +92,18 @@ COSTS = [
 
 
 def compared_metrics() -> list[Column]:
-    """The columns of the quality table whose means are compared."""
+    """The columns of the quality table whose means a comparison shows."""
     return [column for column in metric_columns() if column.compared]
 
 
 def measures() -> list[Column]:
-    """Every column of the comparison's table but `FACTS`, in order."""
+    """All columns of the comparison's table except `FACTS`, in order."""
     return [*OF_SETS, *compared_metrics(), OF_TRUTH, *OF_SAMPLES, *COSTS]
 
 
 def compare_schema() -> pa.Schema:
-    """One row per method and scale, and one of drawn images where there is ground truth: that row has no costs."""
+    """The table's schema. It has one row per method and scale and, with ground truth, one of drawn images without
+    costs."""
     facts = [(name, kind, False) for name, kind in FACTS.items()]
     return table_schema(
         "compare", [*facts, *((column.name, pa.type_for_alias(column.kind), True) for column in measures())]

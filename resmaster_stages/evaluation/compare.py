@@ -1,12 +1,12 @@
-"""Comparing methods at several sizes: one dataset per method and scale, with the same prompts, seeds and low-res
-images.
+"""Compares methods at several sizes: one dataset per method and scale, with the same prompts, seeds and low-res images.
 
-Each variant is a dataset of its own, `{name}-{method}-{scale}`, so a comparison stops and resumes like any other, and
-every variant has its report. Knows nothing about Prefect: who builds the datasets is the caller's business.
+Each variant is a dataset of its own, `{name}-{method}-{scale}`. So a comparison stops and resumes like any build, and
+every variant has a report. The caller passes in the function that builds a dataset. This module does not use Prefect.
 
 Invariants:
-- Variants of one low-res size have the same keys, seeds and low-res bytes: the first one's are copied into the others.
-- All numbers of a scale are over the same samples: those that survived in every method.
+- Variants of one low-res size have the same keys, seeds and low-res bytes. The low-res shards of the first variant are
+  copied into the others.
+- All numbers of a scale are over the same samples: those that every method has finished.
 """
 
 from __future__ import annotations
@@ -52,26 +52,27 @@ from resmaster_stages.storage.scratch import scratch_folder
 from resmaster_stages.storage.tables import decode_table, encode_table
 
 LOW_RES_VIEWS = ("r", "u")
-"""What the low-res images can be compared by: a native-size crop of one is the whole image."""
+"""The views that can be compared with low-res images. View `c` cannot, because a native-size crop of a low-res image is
+the whole image."""
 
 
 REAL = "(real images)"
-"""What the row of drawn images is called: no method, but what a perfect one would score."""
+"""Name of the row of drawn images. It is not a method, but shows the score of a perfect one."""
 
 
 Build = Callable[[DatasetConfig], bool]
-"""Builds and publishes the dataset of a configuration, which is planned. Returns whether every shard is finished."""
+"""Builds and publishes the dataset of a configuration that is planned. Returns whether every shard is finished."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison came to."""
+    """The result of a comparison."""
 
     measured: Compared
     page: str
     """Path or URL of compare.md."""
     finished: bool
-    """Whether every shard of every dataset is there. What is not is left out of the tables."""
+    """Whether every shard of every dataset is finished. Samples of other shards are left out of the tables."""
 
 
 def compare(
@@ -85,10 +86,11 @@ def compare(
 ) -> Comparison:
     """Build what is missing, measure, and write the folder `{name}-compare` under the root.
 
-    `methods` and `scales` are comma-separated, as `variants` reads them. `reference` names real images for FID and KID:
-    a folder, shards or `picturebook`; None means each scale's own low-res images. `low_res` is `drawn` where
-    picturebook's prompts are drawn by vectors at the low-res size, so that their true enlargements are known.
-    Raises ConfigError or UserError for what is wrong with any of the datasets, before the first one is built.
+    methods, scales: comma-separated, as `variants` reads them.
+    reference: real images for FID and KID: a folder, shards or `picturebook`. None: each scale's own low-res images.
+    low_res: with `drawn`, picturebook's prompts are drawn by vectors at the low-res size, so that their true
+    enlargements are known.
+    Raises ConfigError or UserError for an error in any of the datasets, before the first one is built.
     """
     drawn = low_res == DRAWN
     config = renamed(config) if drawn else config
@@ -100,7 +102,7 @@ def compare(
     if drawn:
         wanted = [replace(variant, config=with_drawings(variant.config, folder)) for variant in wanted]
     for variant in wanted:
-        check(variant.config)  # what is wrong with any of them is found before the first one starts
+        check(variant.config)  # errors in any of them are found before the first one starts
     built, finished = _built(wanted, build)
     measured = compare_datasets(
         built,
@@ -112,7 +114,7 @@ def compare(
 
 
 def _built(wanted: Sequence[Variant], build: Build) -> tuple[list[tuple[Variant, Dataset]], bool]:
-    """The variants' datasets, planned and built where that was to be done, and whether every shard is finished."""
+    """Plans and builds the variants' datasets where needed. Returns them, and whether every shard is finished."""
     built: list[tuple[Variant, Dataset]] = []
     finished = True
     for variant in wanted:
@@ -132,10 +134,10 @@ def _built(wanted: Sequence[Variant], build: Build) -> tuple[list[tuple[Variant,
 
 
 def share_low_res(source: Dataset, target: Dataset) -> int:
-    """Commit `source`'s low-res shards in `target`, where both would compute the same. Returns how many were copied.
+    """Commit the low-res shards of `source` in `target` if both would compute the same. Returns how many were copied.
 
-    Nothing is copied where the configurations, weights or samples differ, or samples failed: the target then does its
-    own.
+    A shard is not copied if the configurations, weights or samples differ, or if samples failed. The target then
+    computes the shard itself.
     """
     if _low_res_identity(source) != _low_res_identity(target):
         return 0
@@ -163,7 +165,7 @@ def share_low_res(source: Dataset, target: Dataset) -> int:
 
 
 def _low_res_identity(dataset: Dataset) -> str:
-    """The low-res stage's identity but for the dataset's name."""
+    """The low-res stage's identity without the dataset's name."""
     return stage_hashes(dataset.config.model_copy(update={"name": "any"}))["low_res"]
 
 
@@ -172,12 +174,13 @@ def _low_res_identity(dataset: Dataset) -> str:
 
 
 Reference = Callable[[Dataset, int, int], tuple[Features, Features | None]]
-"""For a scale's dataset and its images' height and width in px: the features to compare with, and perhaps those of
-other real images, which get a row of their own."""
+"""(a dataset of a scale, height and width of its images in px) -> the features to compare with, and those of other real
+images, which get a row of their own, or None."""
 
 
 def _reference(url: str | None, folder: Folder) -> Reference | None:
-    """What `--reference` names: picturebook's ground truth at each scale's size, the user's images, or nothing."""
+    """The reference that `--reference` names: picturebook's ground truth at each scale's size, the user's images, or
+    None."""
     if url is None:
         return None
     if url == PICTUREBOOK:
@@ -191,7 +194,7 @@ def _reference(url: str | None, folder: Folder) -> Reference | None:
 
 @dataclass(frozen=True)
 class FinishedSample:
-    """A sample's prompt and images."""
+    """The prompt and images of a finished sample."""
 
     key: str
     prompt: str
@@ -201,12 +204,12 @@ class FinishedSample:
 
 @dataclass(frozen=True)
 class Compared:
-    """What a comparison found."""
+    """The numbers of a comparison."""
 
     rows: list[dict[str, Any]]
-    """One per variant, as `columns.compare_schema`."""
+    """The rows of the table, as in `columns.compare_schema`."""
     keys: dict[str, list[str]]
-    """Scale -> samples that all its methods have."""
+    """Scale -> keys of the samples that all methods of the scale have finished."""
 
 
 def compare_datasets(
@@ -215,11 +218,11 @@ def compare_datasets(
     reference_name: str = "",
     truth: Callable[[str, int, int], Image.Image] | None = None,
 ) -> Compared:
-    """Measure every variant over the samples that all methods of its scale have.
+    """Measure every variant over the samples that all methods of its scale have finished.
 
-    `reference` None means each scale's own low-res images.
-    `truth` gives, for a prompt and a height and width in px, the one true enlargement of its low-res image, where there
-    is one. Raises PlanError if a scale has no sample in common.
+    reference: None means each scale's own low-res images.
+    truth: gives the one true enlargement of a prompt's low-res image at a height and width in px, if there is one.
+    Raises PlanError if the methods of a scale have no sample in common.
     """
     from resmaster_stages.picturebook.counting import LEAST
 
@@ -269,7 +272,7 @@ def _manifest(dataset: Dataset) -> dict[str, dict[str, Any]]:
 
 
 def _facts(variant: Variant, dataset: Dataset, manifest: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Sizes, means of the quality table, UNet cost and seconds per image."""
+    """A row's sizes, means of the quality table, UNet cost and seconds per image."""
     config = dataset.config
     means: dict[str, Any] = {}
     for column in compared_metrics():
@@ -300,7 +303,7 @@ def _facts(variant: Variant, dataset: Dataset, manifest: Sequence[Mapping[str, A
 
 
 def _repeats(dataset: Dataset, keys: Sequence[str]) -> dict[str, float | None]:
-    """Repeated objects of a dataset's images; None where nothing counts them or no prompt names any."""
+    """Repeated objects in a dataset's images. None if there is no counter, or if no prompt names an object."""
     counter = object_counter(dataset.config)
     if counter is None:
         return {"repeat_rate": None, "repeat_surplus": None}
@@ -314,8 +317,8 @@ def _repeats(dataset: Dataset, keys: Sequence[str]) -> dict[str, float | None]:
 def _distance(
     dataset: Dataset, keys: Sequence[str], truth: Callable[[str, int, int], Image.Image] | None
 ) -> float | None:
-    """Mean perceptual distance of a dataset's images from the true ones, by the embedded pack's classifier; None
-    without."""
+    """Mean perceptual distance of a dataset's images from the true images, by the embedded pack's classifier. None
+    without `truth`."""
     if truth is None:
         return None
     from resmaster_stages.metrics.features import load_classifier
@@ -340,7 +343,7 @@ def _as_columns(found: Repeats) -> dict[str, float | None]:
 
 
 def finished_samples(dataset: Dataset, keys: Collection[str]) -> Iterator[FinishedSample]:
-    """The samples `keys` of a dataset with both images, in the plan's order; one shard is open at a time."""
+    """Yields the samples `keys` of a dataset with both images, in the plan's order. One shard is open at a time."""
     left = set(keys)
     for shard in range(dataset.plan.shards):
         if left.isdisjoint(sample.key for sample in dataset.plan.read(shard)):
@@ -355,7 +358,7 @@ def finished_samples(dataset: Dataset, keys: Collection[str]) -> Iterator[Finish
 
 
 def compare_folder(config: DatasetConfig) -> Folder:
-    """Where a comparison's table, page and sheets go: beside its datasets."""
+    """The folder of a comparison's table, page and sheets, beside its datasets."""
     return open_root(config.root).sub(f"{config.name}-compare")
 
 
@@ -364,7 +367,7 @@ SHEET_SAMPLES = 4
 
 
 def published(dataset: Dataset) -> bool:
-    """Whether the manifest and the report are those of what is committed under the current configuration."""
+    """Whether the manifest and the report exist and the manifest matches the commits of the current configuration."""
     if not dataset.folder.exists(layout.REPORT_PAGE) or not dataset.folder.exists(layout.MANIFEST):
         return False
     table = decode_table(dataset.folder.read(layout.MANIFEST), manifest_schema(), layout.MANIFEST)

@@ -1,13 +1,12 @@
-"""Low-res images that are drawn instead of generated: each prompt's scene at the low-res size, whose true enlargement
-is known.
+"""Draws low-res images instead of generating them, for `resmaster compare --low-res drawn`.
 
-For `resmaster compare --low-res drawn`. The drawings are own images with their prompts, in one tar beside the
-comparison, and their datasets are built as any dataset of own images is. The truth of one of them is the same scene,
-drawn at the target size.
+Each drawing is the scene of a prompt at the low-res size. Its true enlargement is known: the same scene, drawn at the
+target size. The drawings and their prompts are in one tar beside the comparison. Their datasets are built like any
+dataset of the user's own images.
 
 Invariants:
-- The scenes are other ones than those of `--reference picturebook`.
-- The same prompts and size are the same tar, drawn once.
+- The scenes differ from those of `--reference picturebook`.
+- The same prompts and size give the same tar, which is drawn once.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.images import encode_image
 
 DRAWN = "drawn"
-"""As `--low-res` names it."""
+"""The value of `--low-res`."""
 
 REPLICA = -1
-"""Of `truth.true_image`: reference drawings count from 0."""
+"""The `replica` of these drawings for `truth.true_image`. Those of reference drawings count from 0."""
 
 
 def renamed(config: DatasetConfig) -> DatasetConfig:
-    """A comparison's configuration under a name of its own, for its datasets share no sample with those of generated
+    """A comparison's configuration with another name, because its datasets share no sample with those of generated
     images.
 
-    Raises ConfigError for what cannot be drawn.
+    Raises ConfigError for a configuration whose images cannot be drawn.
     """
     if config.images:
         raise ConfigError("--low-res drawn: your own images are there already; leave one of the two out")
@@ -47,9 +46,10 @@ def renamed(config: DatasetConfig) -> DatasetConfig:
 
 
 def with_drawings(config: DatasetConfig, folder: Folder) -> DatasetConfig:
-    """A prompts dataset as one of own images: its prompts' scenes at its low-res size, which are drawn into `folder`.
+    """The configuration of a prompts dataset, changed to use drawings of its prompts at its low-res size as own images.
 
-    Raises ConfigError for prompts that are no picturebook's, or that bring detail masks.
+    The drawings are written to `folder`. Raises ConfigError for prompts that are not in picturebook's language, or that
+    have detail masks.
     """
     samples = draft_samples(config).samples
     if masked := [sample for sample in samples if sample.source is not None]:
@@ -68,7 +68,7 @@ def true_enlargement(prompt: str, height_px: int, width_px: int) -> Image.Image:
 
 
 def _tar(prompts: list[str], height: int, width: int) -> bytes:
-    """WebDataset: {number}.png and {number}.txt."""
+    """The drawings as a WebDataset tar of {number}.png and {number}.txt."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for number, prompt in enumerate(prompts):

@@ -1,6 +1,6 @@
-"""What a comparison looks like: Markdown, and sheets of images side by side with zoomed crops.
+"""Renders a comparison: a Markdown page, and sheets of images side by side with zoomed crops.
 
-Knows nothing about datasets: it is given rows and images.
+The input is rows and images. This module does not read datasets.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ HEAD_LINES = 2
 
 
 def shown(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
-    """The columns of measures that some row fills."""
+    """The columns with a label that at least one row fills."""
     return [column for column in measures() if column.label and any(row.get(column.name) is not None for row in rows)]
 
 
 def cell(row: Mapping[str, Any], column: Column) -> str:
-    """A value as text; KID with half the width of its 95 % interval; a dash where there is none."""
+    """A value as text, for KID with half the width of its 95 % interval. A dash if there is no value."""
     value = row.get(column.name)
     if value is None:
         return "–"
@@ -38,7 +38,7 @@ def cell(row: Mapping[str, Any], column: Column) -> str:
 
 
 def markdown(title: str, rows: Sequence[Mapping[str, Any]], sheets: Mapping[str, str]) -> str:
-    """The comparison as a page: one table per scale; `sheets`: scale -> file name of its sheet."""
+    """The comparison as a page with one table per scale. `sheets`: scale -> file name of its sheet."""
     lines = [f"# {title}", ""]
     for scale in dict.fromkeys(row["scale"] for row in rows):
         group = [row for row in rows if row["scale"] == scale]
@@ -65,7 +65,7 @@ def markdown(title: str, rows: Sequence[Mapping[str, Any]], sheets: Mapping[str,
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One sample: what it shows, its low-res image, and each method's image."""
+    """One sample on a sheet: its prompt, its low-res image and the image of each method."""
 
     prompt: str
     low_res: Image.Image
@@ -73,9 +73,10 @@ class SheetRow:
 
 
 def sheet(rows: Sequence[SheetRow], methods: Sequence[str]) -> Image.Image:
-    """Low-res and all methods side by side, a row of whole images and a row of the same crop of each, per sample.
+    """The sheet: for each sample, a row of whole images and a row of the same crop of each image.
 
-    The crop is where the last method's image has most detail.
+    The low-res image and the images of all methods are side by side. The crop is the place where the last method's
+    image has most detail.
     """
     columns = ["low-res", *methods]
     font = ImageFont.load_default(size=14)

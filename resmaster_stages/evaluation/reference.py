@@ -1,4 +1,4 @@
-"""What a comparison is measured against: the user's own images, or the true images of picturebook's prompts."""
+"""The reference of a comparison: features of the user's own images, or of true images of picturebook's prompts."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.images import decode_image, find_images
 
 TRUE_IMAGES = 256
-"""Images drawn as ground truth, at least; every prompt equally often."""
+"""The least number of images that are drawn as ground truth. Every prompt is drawn equally often."""
 
 
 SURPLUS = "surplus"
-"""Beside the features of a drawn image: how many objects too many are counted in it."""
+"""Name, beside the features of a drawn image, of its surplus of counted objects."""
 
 
 Features = dict[str, Arrays]
@@ -37,7 +37,8 @@ Features = dict[str, Arrays]
 def reference_features(config: DatasetConfig, url: str, cache: Folder) -> dict[str, Arrays]:
     """Key -> view -> features of the images at `url` (a folder or WebDataset tars), kept in the folder `cache`.
 
-    The cache is named by the images' content, the network and the native size. Raises UserError if there are no images.
+    The file in the cache is named by the images' content, the network and the native size. Raises UserError if there
+    are no images.
     """
     from resmaster_stages.metrics.features import load_extractor
 
@@ -60,7 +61,7 @@ def reference_features(config: DatasetConfig, url: str, cache: Folder) -> dict[s
 
 
 def check_truth(config: DatasetConfig) -> None:
-    """Raise ConfigError where picturebook's ground truth cannot be drawn for a dataset."""
+    """Raise ConfigError if picturebook's ground truth cannot be drawn for a dataset."""
     from resmaster_stages.picturebook.truth import check
 
     if config.images:
@@ -72,9 +73,9 @@ def check_truth(config: DatasetConfig) -> None:
 def true_features(config: DatasetConfig, height: int, width: int, cache: Folder) -> tuple[Features, Features]:
     """Features of picturebook's ground truth for a dataset's prompts at a size in px: (the reference, other drawings).
 
-    The reference has every prompt drawn in as many layouts as make `TRUE_IMAGES`; the other drawings, one per prompt,
-    are what a perfect method would score against it. Both are kept in the folder `cache`.
-    Raises ConfigError as `check_truth`.
+    The reference has every prompt drawn in enough layouts to give `TRUE_IMAGES` images. The other drawings, one per
+    prompt, show the score of a perfect method against the reference. Both are kept in the folder `cache`.
+    Raises ConfigError like `check_truth`.
     """
     from resmaster_stages.metrics.features import load_extractor
     from resmaster_stages.picturebook.scenes import KINDS
@@ -111,8 +112,8 @@ def true_features(config: DatasetConfig, height: int, width: int, cache: Folder)
 
 
 def object_counter(config: DatasetConfig) -> Callable[[Image.Image], Mapping[str, int]] | None:
-    """Counts objects as picturebook's captioner sees them, tile by tile; None for other models, whose objects it does
-    not know."""
+    """A function that counts objects with picturebook's captioner, tile by tile. None for other base models, whose
+    objects the captioner does not know."""
     if config.model.id != PICTUREBOOK:
         return None
     from resmaster_stages.models.captioner import load_captioner

@@ -1,10 +1,10 @@
 """Metrics of a set of samples against a reference set, from the feature vectors that the quality stage kept.
 
-Reads commits only: no image is opened and no model is loaded. What the views r, c and u are:
-`metrics.features.image_features`.
+This module reads commits only. It opens no image and loads no model. `metrics.features.image_features` defines the
+views r, c and u.
 
 Invariants:
-- A set is given by keys, in any order; the numbers do not depend on the order, except the Inception score's splits.
+- A set is given by keys, in any order. The numbers do not depend on the order, except the Inception score's splits.
 - Sets of different feature networks are never compared.
 """
 
@@ -25,15 +25,15 @@ from resmaster_stages.metrics.kid import kid
 from resmaster_stages.storage.arrays import Arrays
 
 VIEWS = ("r", "c", "u")
-"""Whole image resized; native-size crops resized; crops not resized."""
+"""Whole image resized, native-size crops resized, and crops not resized."""
 ROWS_PER_SPLIT = 100
-"""The Inception score uses up to 10 splits of at least so many rows each."""
+"""Least number of rows per split of the Inception score, which uses up to 10 splits."""
 
 
 def iter_features(dataset: Dataset, image: str = "high_res") -> Iterator[dict[str, Arrays]]:
-    """Shard by shard, in order: key -> view -> features of a dataset's high_res or low_res images that are committed.
+    """Yields, shard by shard in order, key -> view -> features of a dataset's committed high_res or low_res images.
 
-    Raises PlanError if its configuration keeps no features, ShardError if an object is gone or damaged.
+    Raises PlanError if the configuration keeps no features, and ShardError if an object is missing or damaged.
     """
     if dataset.config.quality.features == "none":
         raise PlanError(
@@ -49,16 +49,17 @@ def iter_features(dataset: Dataset, image: str = "high_res") -> Iterator[dict[st
 
 
 def read_features(dataset: Dataset, image: str = "high_res") -> dict[str, Arrays]:
-    """All shards of `iter_features` together, in the plan's order."""
+    """The features of all shards of `iter_features`, in the plan's order."""
     return {key: arrays for shard in iter_features(dataset, image) for key, arrays in shard.items()}
 
 
 def feature_statistics(
     dataset: Dataset, view: str, image: str = "high_res", keys: Collection[str] | None = None
 ) -> FeatureStatistics:
-    """What FID needs of one view of all samples, or of `keys`: shard by shard, for datasets of any size.
+    """The statistics for FID of one view, over all samples or over `keys`.
 
-    Raises PlanError as `iter_features`, and where there is no sample.
+    Shards are read one by one, so datasets can be of any size. Raises PlanError like `iter_features`, and if there is
+    no sample.
     """
     parts = []
     for shard in iter_features(dataset, image):
@@ -71,7 +72,8 @@ def feature_statistics(
 
 
 def stacked(features: Mapping[str, Arrays], keys: Iterable[str] | None = None) -> dict[str, NDArray[np.float32]]:
-    """View -> [N, D] or [N, crops, D] of `keys` (default: all). Raises PlanError for a key without features."""
+    """View -> features [N, D] or [N, crops, D] of `keys` (default: all). Raises PlanError for a key without
+    features."""
     chosen = list(features if keys is None else keys)
     if missing := [key for key in chosen if key not in features]:
         raise PlanError(f"{len(missing)} samples have no features, {missing[0]} first; run: resmaster repair")
@@ -82,10 +84,9 @@ def stacked(features: Mapping[str, Arrays], keys: Iterable[str] | None = None) -
 def compare_sets(
     found: Mapping[str, NDArray[Any]], reference: Mapping[str, NDArray[Any]], views: Sequence[str] = VIEWS
 ) -> dict[str, float | None]:
-    """`fid_V`, `kid_V` with `kid_V_low`, `kid_V_high`, and `is_V` for every view V; None where there are too few
-    samples.
+    """`fid_V`, `kid_V`, `kid_V_low`, `kid_V_high` and `is_V` for every view V. None if there are too few samples.
 
-    FID takes every crop as a sample. KID's interval is of 95 %, by images.
+    For FID every crop is a sample. KID's interval is the 95 % interval, by images.
     """
     row: dict[str, float | None] = {}
     for view in views:

@@ -1,4 +1,4 @@
-"""Which datasets a comparison consists of: one per method and scale."""
+"""The datasets of a comparison: one per method and scale."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Variant:
     """One method at one scale."""
 
     method: str
-    """As it was written, e.g. `resmaster+sg`."""
+    """The method as the user wrote it, e.g. `resmaster+sg`."""
     scale: str
-    """Height x width over the native size, e.g. `2x4`."""
+    """Height x width in native sizes, e.g. `2x4`."""
     config: DatasetConfig
-    """The dataset that it is."""
+    """The configuration of the variant's dataset."""
 
 
 def variants(config: DatasetConfig, methods: str, scales: str) -> list[Variant]:
-    """The datasets that `--methods` and `--scales` (comma-separated) ask for, by scale, then method.
+    """The variants that `--methods` and `--scales` (comma-separated) ask for, by scale, then method.
 
-    Raises ConfigError for unknown methods, switches, keys or scales, and for names that would be the same.
+    Raises ConfigError for unknown methods, switches, keys or scales, and if two datasets would have the same name.
     """
     found: list[Variant] = []
     for scale in _listed(scales, "--scales"):
@@ -57,8 +57,9 @@ def _listed(text: str, option: str) -> list[str]:
 def at_scale(config: DatasetConfig, scale: str) -> DatasetConfig:
     """`config` for a target of `HxW` native sizes, e.g. `2x4` (twice as high, four times as wide).
 
-    The low-res image has the target's shape, the native area as nearly as the latent grid allows, and one factor
-    enlarges both sides. The user's own images keep their size, so both numbers must be equal: it is their factor.
+    The low-res image has the target's aspect ratio and about the native area, as nearly as the latent grid allows. Both
+    sides are enlarged by the same factor. The user's own images keep their size, so both numbers of `scale` must be
+    equal there, and are the factor.
     """
     parts = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", scale)
     if not parts:
@@ -76,7 +77,7 @@ def at_scale(config: DatasetConfig, scale: str) -> DatasetConfig:
 
 
 def low_res_size(rows: int, cols: int, native: int, factor: int) -> tuple[int, int]:
-    """(height, width) in px in the ratio `rows`:`cols`, multiples of `factor`, whose area is nearest to `native`
+    """(height, width) in px in the ratio `rows`:`cols`, multiples of `factor`, with the area nearest to `native`
     squared."""
     common = gcd(rows, cols)
     tall, wide = rows // common * factor, cols // common * factor
@@ -86,7 +87,7 @@ def low_res_size(rows: int, cols: int, native: int, factor: int) -> tuple[int, i
 
 
 def _with_method(config: DatasetConfig, text: str, scale: str) -> DatasetConfig:
-    """`config` with a method such as `multidiffusion`, `resmaster+sg+tip`, `resmaster-etp` or
+    """`config` with a method written as `multidiffusion`, `resmaster+sg+tip`, `resmaster-etp` or
     `resmaster:stride=0.75`."""
     head, *settings = text.split(":")
     parts = re.fullmatch(r"([a-z_]+)((?:\+[a-z]+)*|(?:-[a-z]+)*)", head)
@@ -132,7 +133,7 @@ def _changed(
     low_res: Mapping[str, Any],
     quality: Mapping[str, Any] | None = None,
 ) -> DatasetConfig:
-    values = config.model_dump(mode="json", exclude_unset=True)  # what nobody set is for the method's preset to say
+    values = config.model_dump(mode="json", exclude_unset=True)  # the method's preset decides fields that are not set
     if "method" in upscale:
         values["upscale"] = with_method(values.get("upscale", {}), upscale["method"])
     for name, change in (("upscale", upscale), ("low_res", low_res), ("quality", quality or {})):

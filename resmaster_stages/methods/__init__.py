@@ -1,6 +1,6 @@
-"""Upscaling methods: one file per paper. Importing a file registers its method.
+"""Upscaling methods, one file per paper. Importing a file registers its method.
 
-The order here is that of help, forms and pages.
+Help, forms and pages list the methods in the order of the imports below.
 """
 
 # isort: off

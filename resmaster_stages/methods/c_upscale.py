@@ -1,14 +1,14 @@
-"""C-Upscale (IJCV 2025): views that are denoised from the noised reference, with three priors.
+"""C-Upscale (IJCV 2025): views are denoised from the noised reference, with three priors.
 
 - global structure: the low frequencies of every predicted x0 come from the reference (`structure`);
 - regional semantics: each view has its own caption;
-- regional attention: a view attends to the global prompt only as the whole image does in that place.
+- regional attention: a view attends to the global prompt only as much as the whole image does at that place.
 
-Authors' word, by the abstract and public notes: the three priors, the start from the noised reference, overlapping
-views. There is no public code, and the paper's tables and constants were not at hand. Our reconstruction: the composer
-of regional attention and captions (`diffusion.composer`) and its share of one half, the filter (ResMaster's, in Nyquist
-frequencies of the low-res image and at every step), and the start at 45 % of the noise, which third-party notes give.
-So preset `faithful` is the same as `default`: nothing better is known.
+From the authors' abstract and public notes: the three priors, the start from the noised reference, overlapping views.
+There is no public code, and the paper's tables and constants were not at hand. Our reconstruction: the composer of
+regional attention and captions (`diffusion.composer`) and its share of one half; the filter (ResMaster's, with the
+cutoff in Nyquist frequencies of the low-res image, at every step); the start at 45 % of the noise, which third-party
+notes give. Preset `faithful` is the same as `default`, because nothing more faithful is known.
 """
 
 from __future__ import annotations
@@ -38,23 +38,25 @@ if TYPE_CHECKING:
 class CUpscale(Steered):
     """Views denoised from the noised low-res image: less change than ResMaster at about the same cost."""
 
-    # The path begins where ResMaster's swap has nearly ended, so it swaps at every step, by the gentler reading.
+    # The path begins where ResMaster's swap has nearly ended, so the swap acts at every step, with the lower cutoff.
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         name: {"structure": {"preset": "lr_nyquist"}} for name in ("default", "faithful")
     }
 
     method: Literal["c_upscale"] = "c_upscale"
     start: float = Field(default=0.55, ge=0, lt=1)
-    """Fraction of the steps that is left out at the noisy end: the higher, the closer to the low-res image."""
+    """Fraction of the steps that is left out at the noisy end. A higher value keeps the result closer to the low-res
+    image."""
     share: float = Field(default=0.5, ge=0, le=1)
-    """Share of the global prompt, as the whole image attends to it, beside each view's caption; 0: no composer."""
+    """Share of the global prompt, as the whole image attends to it. The rest is each view's caption. 0: no
+    composer."""
 
     def needs(self) -> Mapping[Ability, str]:
-        """Attentions that the composer changes."""
+        """The composer changes cross-attention."""
         return {"attention": "upscale.share"} if self.share else {}
 
     def work(self, grid: Grid) -> Iterator[UnetWork]:
-        """The views, and the low-res image by one branch where there is a composer."""
+        """The views and, with a composer, the low-res image by one branch."""
         left = self.left(self.start)
         yield UnetWork(self.rows(left) * len(grid), area(*grid.window_size, grid))
         if self.share:
@@ -62,7 +64,7 @@ class CUpscale(Steered):
             yield UnetWork(len(left), area(height, width, grid))
 
     def passes(self, request: Request) -> tuple[Pass, ...]:
-        """One pass, from the noised reference."""
+        """One pass that starts from the noised reference."""
         reference = request.required_reference()
 
         def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
@@ -71,7 +73,7 @@ class CUpscale(Steered):
         return (Pass(*request.canvas_size, begin, first_step(self.start, self.steps)),)
 
     def compose(self, request: Request, noise: CanvasNoise) -> Composition:
-        """A grid of views, each with its caption, whose attention the whole image screens."""
+        """A grid of views, each with its caption, and a composer for their cross-attention."""
         from resmaster_stages.diffusion.composer import Composer
         from resmaster_stages.diffusion.conditions import make_conditions
         from resmaster_stages.diffusion.fusing import Fuser
@@ -105,7 +107,10 @@ class CUpscale(Steered):
 
 
 def whole_image(request: Request, composer: Composer, draw: Tensor) -> LatentHook:
-    """Before each step: predicts the low-res images, noised by `draw` [B, C, h, w], for the composer to see."""
+    """The hook that predicts the low-res images, noised by `draw` [B, C, h, w], before each step.
+
+    The composer keeps the attention maps of these predictions.
+    """
     import torch
 
     from resmaster_stages.diffusion.conditions import make_conditions

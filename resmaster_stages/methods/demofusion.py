@@ -1,16 +1,18 @@
-"""DemoFusion (Du et al., CVPR 2024): the image grows phase by phase; every phase is denoised as a whole path.
+"""DemoFusion (Du et al., CVPR 2024): the image grows phase by phase, and every phase is denoised over a whole path.
 
-Each phase enlarges the latents of the one before, and follows them in three ways:
-- skip residual: every noisy latent is pulled to the enlarged latents, noised by one and the same draw;
+Each phase enlarges the latents of the phase before and follows them in three ways:
+- skip residual: every noisy latent is pulled to the enlarged latents, which are always noised by the same draw;
 - local views: overlapping windows, shifted at random at every step;
-- dilated views: interleaved samples of the blurred canvas, which see the image whole.
-All three fade with (1 + cos(pi (T - t) / T)) / 2, raised to `cosine_scale_1`, `_3` and `_2`.
+- dilated views: interleaved samples of the blurred canvas, so that each shows the whole image.
+With c = (1 + cos(pi (T - t) / T)) / 2, the skip residual fades with c^`cosine_scale_1`, the weight of the dilated views
+with c^`cosine_scale_2`, and the blur with c^`cosine_scale_3`.
 
-Authors' word: all of the above, and preset `faithful` (their published settings; windows that reach beyond the canvas
-see zeros, and crop coordinates count from that padded border). Our choice: windows stay inside the canvas and tell
-their true place; the first tenth of each phase, which mostly copies the noised reference, is left out; any scale, not
-only whole ones. Different from the authors in both presets: the first phase is the project's low-res image, encoded,
-and was told its own size rather than the target's.
+From the authors: all of the above, and preset `faithful` (their published settings; windows that reach beyond the
+canvas see zeros, and crop coordinates count from that padded border). Our choice in preset `default`: windows stay
+inside the canvas, and their crop coordinates are their true places; the first tenth of each phase, which mostly copies
+the noised reference, is left out. Any scale is possible, not only whole numbers. Different from the authors in both
+presets: the first phase is the project's low-res image, encoded, and was generated with its own size as size condition
+instead of the target's.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 @register
 class DemoFusion(Views):
-    """An image that grows phase by phase: much new detail, at leisure."""
+    """The image grows phase by phase: much new detail, but slow."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
@@ -51,30 +53,30 @@ class DemoFusion(Views):
 
     method: Literal["demofusion"] = "demofusion"
     phases: Literal["every", "doubling", "last"] = "every"
-    """Sizes on the way to the target: 2, 3, 4, ... times the low-res size (the paper), 2, 4, ..., or the target at
-    once."""
+    """Sizes on the way to the target. `every`: 2, 3, 4, ... times the low-res size (the paper). `doubling`: 2, 4, ...
+    `last`: the target at once."""
     refine: bool = False
-    """A first phase at the low-res size: what the authors' code does with a user's own image."""
+    """Add a first phase at the low-res size, as the authors' code does for a user's own image."""
     start: float = Field(default=0.1, ge=0, lt=1)
-    """Fraction of each phase's steps that is left out at its noisy end. The authors leave out none."""
+    """Fraction of each phase's steps that is left out at the noisy end. The authors leave out none."""
     cosine_scale_1: float = Field(default=3.0, ge=0)
-    """Decay of the skip residual: the greater, the sooner a phase is on its own."""
+    """Decay of the skip residual. With a greater value, a phase departs sooner from the phase before."""
     cosine_scale_2: float = Field(default=1.0, ge=0)
     """Decay of the dilated views' share of the prediction."""
     cosine_scale_3: float = Field(default=1.0, ge=0)
-    """Decay of the blur before dilated views are cut."""
+    """Decay of the blur that is applied before dilated views are cut."""
     sigma: float = Field(default=0.8, gt=0)
-    """Standard deviation of that blur at the start, in latents."""
+    """Standard deviation of this blur at the start, in latents."""
     jitter: Literal["clamped", "zeros", "off"] = "clamped"
-    """Random shifts of local views: inside the canvas; beyond its border, where they see zeros (the authors); or
-    none."""
+    """Random shifts of local views. `clamped`: inside the canvas. `zeros`: also beyond its border, where views see
+    zeros (the authors). `off`: no shifts."""
 
     def canvases(self, height: int, width: int) -> tuple[tuple[float, int, int], ...]:
         """(scale, rows, columns) of each phase on the way to `height` x `width` latents."""
         return phase_sizes(height, width, phase_scales(self.scale, self.phases, self.refine))
 
     def work(self, grid: Grid) -> Iterator[UnetWork]:
-        """Local and dilated views of every phase."""
+        """The local and the dilated views of every phase."""
         rows = self.rows(self.left(self.start))
         for scale, height, width in self.canvases(grid.height, grid.width):
             phase, factor = Grid(height, width, grid.window, grid.stride), max(1, round(scale))
@@ -82,8 +84,8 @@ class DemoFusion(Views):
             yield UnetWork(rows * factor**2, area(-(-height // factor), -(-width // factor), grid))
 
     def passes(self, request: Request) -> tuple[Pass, ...]:
-        """One pass per phase, each enlarged from the one before, all held to the low-res latents' mean and
-        deviation."""
+        """One pass per phase. The result of each pass is brought to the mean and standard deviation of the low-res
+        latents."""
         from resmaster_stages.diffusion.reference_guidance import match_moments
 
         first, reference = first_step(self.start, self.steps), request.required_reference()
@@ -99,7 +101,7 @@ class DemoFusion(Views):
         )
 
     def beginning(self, request: Request, scale: float, rows: int, cols: int) -> Begin:
-        """How the phase of `rows` x `cols` latents begins: with the image of the phase before, enlarged and noised."""
+        """The start of the phase of `rows` x `cols` latents: the latents of the phase before, enlarged and noised."""
         import torch.nn.functional as F
 
         from resmaster_stages.diffusion.loop import Composition
@@ -126,7 +128,7 @@ class DemoFusion(Views):
 
 
 def dilated_input(factor: int, settings: DemoFusion) -> LatentHook:
-    """What dilated views are cut from: the canvas, blurred less and less, at its own mean and standard deviation."""
+    """The canvas that dilated views are cut from: blurred less and less, with its mean and standard deviation kept."""
     from resmaster_stages.diffusion.frequency import gaussian_blur
     from resmaster_stages.diffusion.reference_guidance import match_moments
 
@@ -140,7 +142,7 @@ def dilated_input(factor: int, settings: DemoFusion) -> LatentHook:
 
 
 def _conditions(request: Request, settings: DemoFusion, grid: Grid, origins: list[Origins]) -> Conditions:
-    """Of windows at `origins`, per sample. Size and target are those of the final image in every phase."""
+    """Conditions of the windows at each sample's `origins`. In every phase, the sizes are those of the final image."""
     from resmaster_stages.diffusion.conditions import make_conditions
 
     factor, (height, width) = request.models.geometry.latent_factor, request.canvas_size
@@ -160,7 +162,7 @@ def _conditions(request: Request, settings: DemoFusion, grid: Grid, origins: lis
 
 
 def _local_views(request: Request, settings: DemoFusion, grid: Grid, noise: CanvasNoise) -> ViewGroup:
-    """Windows at new places at every step; each sample's places come from its own generator."""
+    """Windows at new places at every step. Each sample's places are drawn from its own generator."""
     import torch
 
     from resmaster_stages.diffusion.irregular_views import ScatteredViews, clamped, jitter_reach, jittered
@@ -195,7 +197,7 @@ def _local_views(request: Request, settings: DemoFusion, grid: Grid, noise: Canv
 
 
 def _dilated_views(request: Request, settings: DemoFusion, height: int, width: int, factor: int) -> ViewGroup:
-    """Interleaved samples of the whole canvas, which all count as crops at its corner."""
+    """Interleaved samples of the whole canvas. All have the crop coordinates of the canvas's corner."""
     from resmaster_stages.diffusion.irregular_views import InterleavedViews
     from resmaster_stages.diffusion.loop import ViewGroup, always
 

@@ -1,7 +1,7 @@
 """Direct inference (SDXL-DI): the UNet sees the whole canvas at once.
 
-At the model's native size this is plain SDXL, and how low-res images are made. Beyond it, objects repeat and layouts
-collapse: the baseline that every tuning-free method is measured against.
+At the model's native size this is plain SDXL. Low-res images are made this way. Beyond the native size, objects repeat
+and layouts collapse. Every tuning-free method is measured against this baseline.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Direct(FromNoise, LateGuidance, MicroConditioned):
     method: Literal["direct"] = "direct"
 
     def work(self, grid: Grid) -> Iterator[UnetWork]:
-        """The canvas at every step."""
+        """The whole canvas at every step."""
         yield UnetWork(self.rows(self.left(self.start)), area(grid.height, grid.width, grid))
 
     def compose(self, request: Request) -> Composition:
-        """One view: the canvas."""
+        """One view: the whole canvas."""
         return whole_canvas_composition(request, self.guidance(), micro_conditioning=self.micro_conditioning)
 
 
@@ -45,9 +45,9 @@ def whole_canvas_composition(
     micro_conditioning: str = "canvas",
     size: Sequence[int] | None = None,
 ) -> Composition:
-    """One view, the canvas, for methods that change what the UNet makes of it.
+    """A composition with the whole canvas as its one view, for methods that change how the UNet computes it.
 
-    size: (height, width) in px that the UNet is told, in place of what `micro_conditioning` says.
+    size: (height, width) in px for the UNet's size conditions, instead of those that `micro_conditioning` gives.
     """
     from resmaster_stages.diffusion.conditions import make_conditions
     from resmaster_stages.diffusion.freeu import freeu as freeu_on

@@ -1,15 +1,16 @@
 """FouriScale (Huang et al., ECCV 2024): direct inference with convolutions that are dilated and low-pass filtered.
 
-Dilation alone lets high frequencies alias into the wider taps; so the features of every dilated layer lose them first.
-A second text branch, filtered weakly and dilated less, keeps detail and takes its attention maps from the first:
-guidance goes from the negative prediction to the second branch's. Dilation falls from step 20 of 50 on and is off from
-step 35; there both text branches would be the same, so the second is left out.
+Dilation alone lets high frequencies alias into the wider taps, so they are removed from the features of a dilated layer
+first. A second text branch is filtered weakly and dilated less. It keeps detail and takes its attention maps from the
+first text branch. Guidance goes from the negative prediction to the prediction of the second branch. Dilation falls
+from step 20 of 50 on and is off from step 35. From there both text branches would be the same, so the second is left
+out.
 
-Authors' word: all of the above, the SDXL settings, and a floor of 0 for Stable Diffusion 1.5 and 2.1 (whose layers here
-are the same places of the deeper UNet: our choice). The filter is theirs on the spectrum; here it is two products with
-the circulant matrix of its impulse response (the same numbers, no transforms), symmetric in frequency, where their mask
-is off by one bin between positive and negative frequencies. In preset `default` FreeU is off. The reference is not
-read, except with `init: noised_lr`.
+From the authors: all of the above, the SDXL settings, and a floor of 0 for Stable Diffusion 1.5 and 2.1. For these, the
+layers at the same places of the deeper UNet are our choice. The authors apply the filter to the spectrum. Here it is
+two products with the circulant matrix of its impulse response (the same numbers, without transforms). Our filter is
+symmetric in frequency. The authors' mask is off by one bin between positive and negative frequencies. In preset
+`default` FreeU is off. The reference is not read, except with `init: noised_lr`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ SAMPLING: dict[str, Any] = {"stepper": "ddim_ancestral", "guidance_scale": 5.0}
 
 @register
 class FouriScale(FromNoise):
-    """Direct inference with dilated and low-pass filtered convolutions: from a prompt alone."""
+    """Direct inference with dilated and low-pass filtered convolutions. It needs only a prompt."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": SAMPLING,
@@ -56,11 +57,12 @@ class FouriScale(FromNoise):
     full_until: float = Field(default=0.4, ge=0, le=1)
     """Fraction of the steps with full dilation."""
     until: float = Field(default=0.7, ge=0, le=1)
-    """Fraction of the steps at which the dilation has fallen to none."""
+    """Fraction of the steps after which there is no dilation."""
     floor: float | None = Field(default=None, ge=0, le=1)
-    """What the filter leaves of the highest frequencies. None, as the authors: 0.6 for SDXL, 0 for its predecessors."""
+    """Gain of the filter at the highest frequencies. null: the authors' values, 0.6 for SDXL and 0 for its
+    predecessors."""
     amplification: float = Field(default=1.0, ge=1)
-    """Times the guidance scale while dilation is full; the authors offer 2.4 against blurred results."""
+    """Factor on the guidance scale while dilation is full. The authors suggest 2.4 against blurred results."""
     freeu: bool = False
     """FreeU, which the authors' programs switch on."""
 
@@ -71,11 +73,11 @@ class FouriScale(FromNoise):
         return self
 
     def needs(self) -> Mapping[Ability, str]:
-        """Layers that are filtered, attentions that are shared."""
+        """Convolutions are filtered, and attention maps are shared between branches."""
         return {"convolutions": "method fouriscale", "attention": "method fouriscale"}
 
     def work(self, grid: Grid) -> Iterator[UnetWork]:
-        """The canvas at every step, by a third branch while layers are filtered."""
+        """The whole canvas at every step, with a third branch while layers are filtered."""
         left = self.left(self.start)
         height, width = grid.height_px or grid.height * grid.unit_px, grid.width_px or grid.width * grid.unit_px
         plan = make_plan(height, width, grid.window * grid.unit_px, self.steps, self)
@@ -83,7 +85,10 @@ class FouriScale(FromNoise):
         yield UnetWork(self.rows(left) + third, area(grid.height, grid.width, grid))
 
     def compose(self, request: Request) -> Composition:
-        """Direct inference, its guidance rule, convolutions and self-attention replaced; told the size of the base."""
+        """Direct inference with replaced guidance rule, convolutions and self-attention.
+
+        The size condition is the base size of the plan.
+        """
         from resmaster_stages.diffusion.convolutions import changed_layers
         from resmaster_stages.diffusion.low_pass import shared_attention
 
@@ -103,7 +108,7 @@ class FouriScale(FromNoise):
 
 
 DETAIL = Branch("detail", True)
-"""The prompt once more, through the weakly filtered network."""
+"""The branch with the prompt once more, through the weakly filtered network."""
 
 FILTERED = ("down_blocks.-1.resnets", "mid_block.resnets", "up_blocks.0.resnets", "up_blocks.1.resnets")
 DILATED_ONLY = ("up_blocks.0.upsamplers",)
@@ -111,7 +116,7 @@ DILATED_ONLY = ("up_blocks.0.upsamplers",)
 
 @dataclass(frozen=True)
 class Plan:
-    """Dilation over the steps, and the base size that the canvas is a multiple of."""
+    """Dilation over the steps, and the base size whose multiple covers the canvas."""
 
     base: tuple[int, int]
     factor: int
@@ -119,7 +124,7 @@ class Plan:
     until: int
 
     def dilation(self, index: int) -> float:
-        """Dilation at step `index`: full, falling by a line, off."""
+        """Dilation at step `index`: full at first, then falling linearly, then off."""
         if index >= self.until:
             return 1.0
         if index < self.full_until:
@@ -134,7 +139,7 @@ def make_plan(height: int, width: int, native_px: int, steps: int, settings: Fou
 
 
 def layer_rules(unet: Any, plan: Plan, covered: tuple[float, float], floor: float) -> dict[str, LayerRule]:
-    """How each convolution is computed at each step, in the strongly and in the weakly filtered branches."""
+    """Rules for each changed convolution, at each step and for the strongly and the weakly filtered branches."""
     from resmaster_stages.diffusion.convolutions import PLAIN, Dilated
     from resmaster_stages.diffusion.low_pass import Filtered
     from resmaster_stages.diffusion.patches import chosen_layers
@@ -155,10 +160,9 @@ def layer_rules(unet: Any, plan: Plan, covered: tuple[float, float], floor: floa
 
 @dataclass(frozen=True)
 class DetailGuidance:
-    """negative + scale * (detail - negative) before step `until`; classifier-free guidance after it. Scale 1: text
-    alone.
+    """negative + scale * (detail - negative) before step `until`, and classifier-free guidance from there on.
 
-    Before step `amplified_until` the scale is `amplification` times as great.
+    Scale 1: the text branch alone. Before step `amplified_until`, the scale is multiplied by `amplification`.
     """
 
     scale: float

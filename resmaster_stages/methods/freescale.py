@@ -1,16 +1,16 @@
 """FreeScale (Qiu et al., ICCV 2025): a cascade of whole-canvas passes, each from the enlarged image of the one before.
 
 Each pass decodes, enlarges in RGB, encodes, adds noise up to step 15 of 50 and denoises from there, with
-- restrained dilation: nine deep convolutions on the way down, by the canvas's scale, until step 35;
+- restrained dilation: nine deep convolutions on the way down are dilated by the canvas's scale, until step 35;
 - scale fusion: every self-attention takes its coarse part from windows of the native size (`scale_fusion`);
-- detail control: every noisy latent is pulled to the enlarged image's, by cosine ** `alpha`.
+- detail control: every noisy latent is pulled to that of the enlarged image, by cosine ** `alpha`.
 
-Authors' word: all of the above, and preset `faithful` (FreeU; windows that see zero tokens beyond the canvas; a blur
-that also mixes neighbouring feature channels, as their kernel does and their paper does not say). Our choice in preset
-`default`: none of those three. Different in both: the encoder's mode instead of a sample; square windows also where the
-image is not square; window places once per step and level instead of once per layer. Detail control by region
-(`alpha_elsewhere` and a mask of the image) is theirs; where the mask comes from is the user's affair. Windows run as
-one batch on projections that are computed once.
+From the authors: all of the above, and preset `faithful` (FreeU; windows that see zero tokens beyond the canvas; a blur
+that also mixes neighbouring feature channels, as their kernel does although their paper does not say so). Preset
+`default` has none of these three, which is our choice. Different from the authors in both presets: the encoder's mode
+instead of a sample; square windows also if the image is not square; window places drawn once per step and level instead
+of once per layer. Detail control by region (`alpha_elsewhere` and a mask of the image) is the authors'. The user
+provides the mask. Windows run as one batch on projections that are computed once.
 """
 
 from __future__ import annotations
@@ -54,26 +54,29 @@ class FreeScale(LateGuidance):
 
     method: Literal["freescale"] = "freescale"
     phases: Literal["doubling", "every", "last"] = "doubling"
-    """Sizes on the way to the target: 2, 4, ... times the low-res size (the paper), 2, 3, 4, ..., or the target at
-    once."""
+    """Sizes on the way to the target. `doubling`: 2, 4, ... times the low-res size (the paper). `every`: 2, 3, 4, ...
+    `last`: the target at once."""
     start: float = Field(default=0.3, ge=0, lt=1)
-    """Fraction of the steps that each pass leaves out at the noisy end: the higher, the closer to the low-res image."""
+    """Fraction of the steps that each pass leaves out at the noisy end. A higher value keeps the result closer to the
+    low-res image."""
     alpha: float = Field(default=2.0, ge=0)
-    """Decay of the pull towards the enlarged image: the lower, the closer. The authors: 2, at 8x 1."""
+    """Decay of the pull towards the enlarged image. A lower value keeps the result closer to it. The authors use 2, and
+    1 at 8x."""
     alpha_elsewhere: float | None = Field(default=None, ge=0)
     """With a detail mask (column `detail_mask` of the prompts, `a.detail_mask.png` beside your image `a.png`, or
-    `resmaster upscale --detail-mask`): the decay where the mask is black, and `alpha` where it is white; samples
-    without a mask have `alpha` everywhere. The authors: alpha 3, elsewhere 0.5."""
+    `resmaster upscale --detail-mask`): the decay where the mask is black. Where the mask is white, the decay is
+    `alpha`. Samples without a mask have `alpha` everywhere. The authors use `alpha` 3 and 0.5 elsewhere."""
     dilate_until: float = Field(default=0.7, ge=0, le=1)
     """Fraction of the steps with dilated convolutions."""
     fusion: bool = True
-    """Scale fusion. Off: about a quarter cheaper by the authors' times; objects may repeat."""
+    """Scale fusion. Without it, a pass takes about a quarter less time (by the authors' times), but objects may
+    repeat."""
     blur: Literal["canvas", "features"] = "canvas"
-    """What separates coarse from fine: a blur over the canvas (the paper), or also over feature channels (the authors'
-    code)."""
+    """The blur that separates coarse from fine. `canvas`: over the canvas (the paper). `features`: over the feature
+    channels too (the authors' code)."""
     jitter: Literal["clamped", "zeros", "off"] = "clamped"
-    """Random shifts of attention windows: inside the canvas; beyond its border, where they see zeros (the authors); or
-    none."""
+    """Random shifts of attention windows. `clamped`: inside the canvas. `zeros`: also beyond its border, where windows
+    see zeros (the authors). `off`: no shifts."""
     freeu: bool = False
     """FreeU, which the authors' programs switch on."""
 
@@ -82,7 +85,7 @@ class FreeScale(LateGuidance):
         return super().uses(what) and (what != "detail_mask" or self.alpha_elsewhere is not None)
 
     def needs(self) -> Mapping[Ability, str]:
-        """Layers that are dilated, attentions whose scales are fused."""
+        """Convolutions are dilated, and scales are fused in self-attention."""
         return {"convolutions": "method freescale", "attention": "method freescale"}
 
     def canvases(self, height: int, width: int) -> tuple[tuple[float, int, int], ...]:
@@ -90,12 +93,12 @@ class FreeScale(LateGuidance):
         return phase_sizes(height, width, phase_scales(self.scale, self.phases, refine=False))
 
     def work(self, grid: Grid) -> Iterator[UnetWork]:
-        """The canvas of every pass."""
+        """The whole canvas of every pass."""
         for _, height, width in self.canvases(grid.height, grid.width):
             yield UnetWork(self.rows(self.left(self.start)), area(height, width, grid))
 
     def passes(self, request: Request) -> tuple[Pass, ...]:
-        """One pass per size, each restarted in the middle of the path."""
+        """One pass per size, each of which starts in the middle of the path."""
         request.required_reference()
         first = first_step(self.start, self.steps)
         return tuple(
@@ -104,7 +107,7 @@ class FreeScale(LateGuidance):
         )
 
     def beginning(self, request: Request, scale: float, rows: int, cols: int) -> Begin:
-        """How the pass of `rows` x `cols` latents begins: with the image of the pass before, enlarged and noised."""
+        """The start of the pass of `rows` x `cols` latents: the image of the pass before, enlarged and noised."""
         import torch.nn.functional as F
 
         from resmaster_stages.diffusion import autoencoder
@@ -122,7 +125,7 @@ class FreeScale(LateGuidance):
         return begin
 
     def compose(self, request: Request, scale: float, x0: Tensor, noise: CanvasNoise, draw: Tensor) -> Composition:
-        """One pass, `scale` times the low-res image, that follows `x0` [B, C, h, w] noised by `draw`."""
+        """The pass at `scale` times the low-res size, which is pulled to `x0` [B, C, h, w] noised by `draw`."""
         from resmaster_stages.diffusion.convolutions import changed_layers
         from resmaster_stages.diffusion.reference_guidance import skip_residual
         from resmaster_stages.diffusion.scale_fusion import Windows, scale_fusion
@@ -150,7 +153,7 @@ DILATED = ("down_blocks.-2.downsamplers", "down_blocks.-1.resnets", "mid_block.r
 
 
 def layer_rules(unet: object, factor: int, until: int) -> dict[str, LayerRule]:
-    """The nine convolutions, `factor` times dilated before step `until`."""
+    """Rules that dilate the nine convolutions by `factor` before step `until`."""
     from resmaster_stages.diffusion.convolutions import PLAIN, Dilated
     from resmaster_stages.diffusion.patches import chosen_layers
 
@@ -163,7 +166,8 @@ def layer_rules(unet: object, factor: int, until: int) -> dict[str, LayerRule]:
 
 
 def detail_control(request: Request, settings: FreeScale, height: int, width: int) -> float | Tensor:
-    """Exponent of the pull to the enlarged image, by place where there is a mask: [B or 1, 1, height, width]."""
+    """Exponent of the pull to the enlarged image: one number, or with a mask one per place [B or 1, 1, height,
+    width]."""
     import torch.nn.functional as F
 
     if request.detail is None or settings.alpha_elsewhere is None:

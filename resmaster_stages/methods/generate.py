@@ -1,4 +1,4 @@
-"""Images from prompts at the base resolution, as the low_res stage and the training's evaluation make them."""
+"""Generates images from prompts at the base resolution, for the low_res stage and the evaluation of the training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_size(height: int, width: int, latent_factor: int) -> None:
 
 
 def _is_text(prompt: str) -> bool:
-    """Whether a prompt can be tokenised: lone surrogates cannot."""
+    """Whether a prompt can be tokenised. A prompt with lone surrogates cannot."""
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError:
@@ -43,10 +43,11 @@ def generate(
     guidance_scale: float,
     batch_size: int,
 ) -> Iterator[Image.Image | SampleError]:
-    """An image of `height` x `width` px for each prompt, in order, or what is wrong with it.
+    """Yield an image of `height` x `width` px for each prompt, in order, or a SampleError in its place.
 
-    At the native size this is what diffusers' StableDiffusionXLPipeline draws for the same seed (one CPU generator per
-    image) with DDIM, eta = 0, or Euler. Raises ConfigError for a size that is no multiple of the latent factor.
+    At the native size, the image is the one that diffusers' StableDiffusionXLPipeline draws for the same seed (one CPU
+    generator per image) with DDIM, eta = 0, or Euler. Raises ConfigError if a side is not a multiple of the latent
+    factor.
     """
 
     check_size(height, width, models.geometry.latent_factor)

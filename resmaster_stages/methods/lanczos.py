@@ -1,6 +1,7 @@
-"""Plain enlargement by Lanczos interpolation: what every image program does, and what every method is compared with.
+"""Plain enlargement by Lanczos interpolation, as image programs do it. Every method is compared with it.
 
-No network and no prompt: the image's own pixels, weighted by Pillow's windowed sinc of three lobes, in 8 bits.
+It uses no network and no prompt. The image's own pixels are weighted by Pillow's windowed sinc of three lobes, in 8
+bits.
 """
 
 from __future__ import annotations

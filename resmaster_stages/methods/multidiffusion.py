@@ -1,6 +1,7 @@
-"""MultiDiffusion (Bar-Tal et al. 2023): overlapping native-size views, predictions averaged where they overlap.
+"""MultiDiffusion (Bar-Tal et al. 2023): overlapping native-size views, with predictions averaged where they overlap.
 
-Every view gets the global prompt, so the prompt's object tends to appear in every window: ResMaster's base row.
+Every view gets the global prompt, so the prompt's object tends to appear in every view. This method is the base row of
+ResMaster's Table 2.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
 
 @register
 class MultiDiffusion(MovingViews):
-    """Overlapping views, averaged, each with the whole prompt: for textures and panoramas."""
+    """Overlapping views with the whole prompt each, averaged where they overlap: for textures and panoramas."""
 
     method: Literal["multidiffusion"] = "multidiffusion"
 
     def compose(self, request: Request) -> Composition:
-        """A grid of views with one prompt."""
+        """A grid of views that all have the global prompt."""
         from resmaster_stages.diffusion.conditions import make_conditions
         from resmaster_stages.diffusion.loop import Composition, ViewGroup
         from resmaster_stages.diffusion.steppers import make_stepper

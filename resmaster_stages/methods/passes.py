@@ -1,6 +1,6 @@
-"""A method is one or several passes of the denoising loop, each on a canvas of its own size. Imports no torch.
+"""Passes: a method runs the denoising loop once or several times, each time on a canvas of its own size.
 
-Knows nothing about any method. Invariant: the last pass's canvas is the request's.
+This module does not import torch. Invariant: the canvas of the last pass has the size of the request's canvas.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
     from resmaster_stages.models.schedule import Step
 
     Begin = Callable[[Tensor | None, CanvasNoise, Step], tuple[Tensor, Composition]]
-    """From the previous pass's clean latents [B, C, h, w] (None at first), the pass's noise and its first step to the
-    latents [B, C, H, W] that it starts from and what it is made of."""
+    """(the previous pass's clean latents [B, C, h, w], or None; the pass's noise; the pass's first step) -> (the
+    latents [B, C, H, W] that the pass starts from; its composition)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """One run of the loop."""
+    """One run of the denoising loop."""
 
     height: int
-    """Of the canvas, in latents."""
+    """Height of the canvas, in latents."""
     width: int
     begin: Begin
     first: int = 0
-    """Number of the first step; those before it are left out."""
+    """Index of the first step. The steps before it are left out."""
     finish: Callable[[Tensor], Tensor] = lambda z: z
-    """What is done to the clean latents [B, C, H, W] at the end."""
+    """Applied to the clean latents [B, C, H, W] at the end."""
 
 
 def from_noise(request: Request, compose: Callable[[Request], Composition], first: int | None) -> Pass:
-    """The pass on the request's canvas, from noise; or, with a number of the `first` step, from the noised
-    reference."""
+    """The pass on the request's canvas that starts from noise or, if `first` is the index of a step, from the reference
+    noised for that step."""
 
     def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
         composition, z = compose(request), noise()
@@ -53,14 +53,15 @@ def from_noise(request: Request, compose: Callable[[Request], Composition], firs
 
 
 def first_step(fraction: float, steps: int) -> int:
-    """Number of the step at `fraction` of the path; at least one step is left."""
+    """Index of the step at `fraction` of the path, at most that of the last step."""
     return min(int(fraction * steps), steps - 1)
 
 
 def phase_scales(scale: float, phases: str, refine: bool) -> tuple[float, ...]:
-    """Size of each phase over the low-res image: 2, 3, ... up to `scale` (every), 2, 4, ... (doubling), or `scale`.
+    """Scale of each phase relative to the low-res image: 2, 3, ... (every), 2, 4, ... (doubling) or none of these
+    (last), and finally `scale`.
 
-    A `scale` between two such sizes takes the place of the nearer one.
+    A `scale` that lies between two such scales replaces the nearer one. `refine` adds a first phase at scale 1.
     """
     scales = [1.0] if refine else []
     if phases == "every":
@@ -71,6 +72,6 @@ def phase_scales(scale: float, phases: str, refine: bool) -> tuple[float, ...]:
 
 
 def phase_sizes(height: int, width: int, scales: Sequence[float]) -> tuple[tuple[float, int, int], ...]:
-    """(scale, rows, columns) of each phase's canvas; the last one has `height` x `width` latents."""
+    """(scale, rows, columns) of each phase's canvas. The last canvas has `height` x `width` latents."""
     last = scales[-1]
     return tuple((scale, max(1, round(height * scale / last)), max(1, round(width * scale / last))) for scale in scales)

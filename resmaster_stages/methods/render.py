@@ -1,8 +1,8 @@
-"""From a request to images: draw the noise, denoise pass by pass, decode, check.
+"""Renders the images of a request: draws the noise, denoises pass by pass, decodes and checks.
 
 Invariants:
-- A sample whose latents or pixels are not finite, or whose image is all black, is a SampleError in its own place;
-  its neighbours in the batch are not touched.
+- A sample whose latents or pixels are not finite, or whose image is all black, gives a SampleError in its own place.
+  The other samples of the batch are not affected.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from resmaster_stages.models.faults import device_faults
 
 
 def render(request: Request, seeds: Sequence[int], progress: Progress | None = None) -> list[Image.Image | SampleError]:
-    """One image of the requested size per seed (and prompt), or what is wrong with it.
+    """One image of the requested size per seed and prompt, or a SampleError in its place.
 
     Raises ConfigError (a setting that the model cannot serve, or too little memory) and GpuLost.
     """

@@ -1,7 +1,7 @@
-"""What a method is asked for: a canvas of some size, with prompts, and mostly a reference to follow.
+"""The request to a method: the size of the canvas, the prompts and, in most cases, a reference to follow.
 
 Invariants:
-- A batch has one prompt, one negative prompt and one seed per sample, and one size for all.
+- A batch has one prompt, one negative prompt and one seed per sample, and one size for all samples.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from resmaster_stages.models.parts import Models
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """The enlarged low-res images B^L, and what is derived from them once."""
+    """The enlarged low-res images B^L, and tensors that are derived from them once."""
 
     models: Models
     pixels: Tensor  # [B, 3, H, W] in [-1, 1], sides padded to multiples of the latent factor
@@ -32,14 +32,15 @@ class Reference:
 
     @cached_property
     def latents(self) -> Tensor:
-        """[B, C, H/f, W/f], float32."""
+        """`pixels`, encoded: [B, C, H/f, W/f], float32."""
         return autoencoder.encode(self.models, self.pixels)
 
     @cached_property
     def small(self) -> Tensor:
-        """The low-res images as a canvas whose enlargement is that of `pixels`: [B, 3, ~h, ~w], multiples of f.
+        """The low-res images at a size whose enlargement by `scale` is about that of `pixels`: [B, 3, ~h, ~w], sides
+        multiples of f.
 
-        The images as given where sizes fit; else `pixels`, which are padded at the target's size, made small again.
+        If the sizes fit exactly, these are `low_res`. Otherwise they are `pixels`, which include the padding, reduced.
         """
         factor = self.models.geometry.latent_factor
         height, width = (max(1, round(side / factor / self.scale)) * factor for side in self.pixels.shape[-2:])
@@ -57,21 +58,21 @@ class Reference:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One batch of canvases to be made by one method."""
+    """One batch of images to be made by one method."""
 
     models: Models
     config: Diffusion
     height: int
-    """Of the images, in px."""
+    """Height of the images, in px."""
     width: int
     prompts: tuple[str, ...]
     negative_prompts: tuple[str, ...]
     captions: tuple[tuple[str, ...], ...] | None = None
-    """Per sample and view, row-major; None: the sample's prompt for every view."""
+    """Captions by sample and view, views in row-major order. None: every view has the sample's prompt."""
     reference: Reference | None = None
-    """None where there is nothing to follow: generation of the low-res images themselves."""
+    """None when there is nothing to follow, as when the low-res images themselves are generated."""
     detail: Tensor | None = None
-    """Mask of where more detail is drawn anew: [B or 1, 1, h, w] from 0 to 1, of any size."""
+    """Mask [B or 1, 1, h, w] of any size, from 0 to 1. Where it is 1, more detail is drawn anew."""
 
     @property
     def guided(self) -> bool:
@@ -86,12 +87,12 @@ class Request:
 
     @cached_property
     def view_limit(self) -> int:
-        """Views per UNet call at most."""
+        """The most views per UNet call."""
         grid = self.views()
         return view_limit(self.models, self.config.view_batch, grid.window_size, 2 if self.guided else 1)
 
     def required_reference(self) -> Reference:
-        """The reference. Raises ConfigError where there is none."""
+        """The reference. Raises ConfigError if there is none."""
         if self.reference is None:
             raise ConfigError(
                 f"method {self.config.method} follows a low-res image; to generate without one, use method direct"
@@ -103,15 +104,15 @@ class Request:
         return view_grid(self.models.geometry, self.height, self.width, self.config.view_stride)
 
     def canvas(self) -> Grid:
-        """The grid whose one view is the whole canvas."""
+        """The grid whose only view is the whole canvas."""
         return whole_canvas(self.height, self.width, self.models.geometry.latent_factor)
 
     def view_texts(self, grid: Grid) -> list[str]:
-        """Each view's caption, or its sample's prompt where there are no captions."""
+        """Each view's caption or, without captions, the prompt of its sample."""
         if self.captions is None:
             return self.per_view(self.prompts, grid)
         return [caption for captions in self.captions for caption in captions]
 
     def per_view(self, texts: tuple[str, ...], grid: Grid) -> list[str]:
-        """Each sample's text for each of its views."""
+        """`texts` (one per sample), repeated for each view of the sample."""
         return [text for text in texts for _ in range(len(grid))]

@@ -1,14 +1,14 @@
 """ResMaster (AAAI 2025): MultiDiffusion whose views follow a low-res reference.
 
-Three additions, each of which can be switched off; without all three it is MultiDiffusion:
+It makes three additions to MultiDiffusion. Each can be switched off, and without all three it is MultiDiffusion:
 - structural guidance (SG, eq. 5 to 7): the low frequencies of every predicted x0 come from the reference's latents;
 - tailored image prompts (TIP, eq. 8): each view's own crop of the reference, through the IP-Adapter;
 - enhanced text prompts (ETP): each view's own caption.
 
-Where this differs from the paper's wording, on purpose: the swap acts on the fused canvas rather than on each view (the
-same away from view borders, and without seams); the reference is encoded once rather than per view; the step is
-deterministic unless `stepper: posterior` asks for eq. 7; the swap ends after 60 % of the steps. Preset `faithful` is
-the paper read literally: eq. 7, and the swap at every step.
+This file differs from the paper's wording on purpose. The swap acts on the fused canvas instead of each view (the
+result is the same away from view borders, and has no seams). The reference is encoded once instead of per view. The
+step is deterministic unless `stepper: posterior` asks for eq. 7. The swap ends after 60 % of the steps. Preset
+`faithful` is the paper read literally: eq. 7, and the swap at every step.
 """
 
 from __future__ import annotations
@@ -48,16 +48,20 @@ FEWER_ROWS: dict[str, Any] = {
     "fuse": "linear",
     "shift_stop": 0.78,
 }
-"""Half the steps by a solver of second order; the last 30 % of them without guidance; none of the first 30 %, where an
-image becomes the reference anyway; on views that move without overlapping, but in the last five of 25 steps overlap,
-feathered, and stand still."""
+"""Settings that leave out most of the work.
+
+- A solver of second order takes half the steps.
+- The last 30 % of the steps have no guidance.
+- The first 30 % of the steps are left out, because the image only becomes the reference there.
+- Views move without overlapping. In the last five of 25 steps they stand still and overlap, with feathered borders.
+"""
 
 
 @register
 class ResMaster(MovingViews, Steered):
-    """Views that follow the low-res image: for images of any size, structure kept and detail added.
+    """Views that follow the low-res image: structure is kept and detail is added, for images of any size.
 
-    The default leaves out most of the work (at 4x five sixths); with `preset: exact` it is done.
+    The default leaves out most of the work (five sixths at 4x). `preset: exact` does all of the work.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -78,15 +82,15 @@ class ResMaster(MovingViews, Steered):
 
     @property
     def image_scale(self) -> float:
-        """Weight of image prompts; 0 where there are none."""
+        """Weight of image prompts. 0 if they are off."""
         return self.image_prompt.scale if self.image_prompt.enabled else 0.0
 
     def needs(self) -> Mapping[Ability, str]:
-        """Image prompts."""
+        """Image prompts need an IP-Adapter."""
         return {"image_prompts": "upscale.image_prompt.enabled"} if self.image_scale else {}
 
     def label(self) -> str:
-        """The method and those of its parts that are on."""
+        """The method's name and the parts that are on."""
         parts = {
             "structure": self.structure.enabled,
             "image prompts": self.image_prompt.enabled,
@@ -95,7 +99,7 @@ class ResMaster(MovingViews, Steered):
         return f"{self.method} ({', '.join(name for name, on in parts.items() if on) or 'no guidance'})"
 
     def compose(self, request: Request) -> Composition:
-        """A grid of views, each with its own crop and caption, steered by the reference's low frequencies."""
+        """A grid of views, each with its own crop and caption, with structural guidance by the reference."""
         from resmaster_stages.diffusion.conditions import make_conditions
         from resmaster_stages.diffusion.image_prompts import embed_crops
         from resmaster_stages.diffusion.loop import Composition, ViewGroup

@@ -2,16 +2,16 @@
 
 - re-dilation: the taps of the listed convolutions are spread, in the early steps only, where the layout is decided;
 - progressive (from 3x on): the dilation falls step by step;
-- noise-damped guidance (from 3x on): strongly dilated networks denoise badly, so the unconditional prediction comes
-  from a weakly dilated one, while the difference that the prompt makes comes from the strongly dilated one.
+- noise-damped guidance (from 3x on): a strongly dilated network denoises badly, so the unconditional prediction comes
+  from a weakly dilated network. The difference that the prompt makes comes from the strongly dilated network.
 
-Authors' word: the layers, dilations and durations for SDXL at 2048 x 2048, 2560 x 2560, 4096 x 2048 and 4096 x 4096,
+From the authors: the layers, dilations and durations for SDXL at 2048 x 2048, 2560 x 2560, 4096 x 2048 and 4096 x 4096,
 for Stable Diffusion 1.5 (native 512) at 1024, 1280 and 2048 px and for 2.1 at 2048 px; dispersed convolution and its
-layers, which their settings name and no published run switches on; preset `faithful`. The weak network of 1.5 at 2048
-px is their list for tests, the only one at hand. Our choice: the rules that give those at any size; in preset `default`
-no FreeU, and below 3x the deepest down block too (the authors' list names one that SDXL does not have). The
-unconditional half alone runs through the weak network; the authors' code computes both halves and drops one. The
-reference is not read, except with `init: noised_lr`.
+layers, which their settings name but no published run switches on; preset `faithful`. The weak network of 1.5 at 2048
+px is the authors' list for tests, the only list at hand. Our choice: the rules that extend these settings to any size;
+in preset `default`, no FreeU, and below 3x the deepest down block is dilated too (the authors' list names a block that
+SDXL does not have). Only the unconditional half runs through the weak network here. The authors' code computes both
+halves and drops one. The reference is not read, except with `init: noised_lr`.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ SAMPLING: dict[str, Any] = {"stepper": "ddim_ancestral", "guidance_scale": 5.0}
 
 @register
 class ScaleCrafter(FromNoise, MicroConditioned):
-    """Direct inference with dilated convolutions: from a prompt alone, best below 3x.
+    """Direct inference with dilated convolutions. It needs only a prompt, and is best below 3x.
 
-    Where a field is null, it is what the authors published for the canvas's size.
+    A field that is null has the value that the authors published for the canvas's size.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -59,26 +59,26 @@ class ScaleCrafter(FromNoise, MicroConditioned):
 
     method: Literal["scalecrafter"] = "scalecrafter"
     dilate_until: float | None = Field(default=None, ge=0, le=1)
-    """Fraction of the steps with dilated convolutions (the paper's tau; SDXL: 0.6, from 3x on 0.7)."""
+    """Fraction of the steps with dilated convolutions, the paper's tau. null: for SDXL 0.6, and 0.7 from 3x on."""
     progressive: bool | None = None
-    """Whether the dilation falls step by step (from 3x on)."""
+    """Whether the dilation falls step by step. null: from 3x on."""
     damped_until: float | None = Field(default=None, ge=0, le=1)
-    """Fraction of the steps with noise-damped guidance (0, from 3x on 0.7)."""
+    """Fraction of the steps with noise-damped guidance. null: for SDXL 0, and 0.7 from 3x on."""
     down: bool = True
-    """Below 3x: dilate the deepest down block too. The authors' list misses it on SDXL."""
+    """Below 3x: dilate the deepest down block too. The authors' list misses this block on SDXL."""
     dispersed: bool = False
-    """Dispersed convolution: the deepest layers reach as far by denser kernels of 5 x 5. The authors describe it; none
-    of their published runs switches it on."""
+    """Dispersed convolution: the deepest layers reach as far with denser kernels of 5 x 5. The authors describe it, but
+    none of their published runs switches it on."""
     freeu: bool = False
     """FreeU, which the authors' programs switch on."""
 
     def needs(self) -> Mapping[Ability, str]:
-        """Layers that are dilated."""
+        """Convolutions are dilated."""
         return {"convolutions": "method scalecrafter"}
 
     def work(self, grid: Grid) -> Iterator[UnetWork]:
-        """The canvas at every step, by a third branch while guidance is damped. Counted as on SDXL, whatever the
-        model."""
+        """The whole canvas at every step, with a third branch while guidance is damped. The count is that of SDXL,
+        whatever the model."""
         left, native = self.left(self.start), grid.window * grid.unit_px
         height, width = grid.height_px or grid.height * grid.unit_px, grid.width_px or grid.width * grid.unit_px
         damped = make_plan(height / native, width / native, self.steps, self).damped_until
@@ -86,7 +86,7 @@ class ScaleCrafter(FromNoise, MicroConditioned):
         yield UnetWork(self.rows(left) + third, area(grid.height, grid.width, grid))
 
     def compose(self, request: Request) -> Composition:
-        """Direct inference, its guidance rule and convolutions replaced."""
+        """Direct inference with replaced guidance rule and convolutions."""
         from resmaster_stages.diffusion.convolutions import changed_layers
 
         models, native = request.models, request.models.geometry.native_px
@@ -104,12 +104,15 @@ class ScaleCrafter(FromNoise, MicroConditioned):
 
 
 WEAK = Branch("weak", False)
-"""The negative prompt through the weakly dilated network."""
+"""The branch with the negative prompt through the weakly dilated network."""
 
 
 @dataclass(frozen=True)
 class NoiseDamped:
-    """weak + scale * (text - negative) before step `until`; classifier-free guidance after it. Scale 1: text alone."""
+    """weak + scale * (text - negative) before step `until`, and classifier-free guidance from there on.
+
+    Scale 1: the text branch alone.
+    """
 
     scale: float
     until: int
@@ -148,15 +151,16 @@ def _down(number: int, factor: float) -> dict[str, float]:
 
 
 def moderate(scale: float, down: bool) -> dict[str, float]:
-    """Layers and dilations of a canvas less than three times as long as a native image.
+    """Layers and dilations for a canvas whose longer side is below three times the native size.
 
-    down: the deepest down block whatever its number; else the authors' `down_blocks.3`, which SDXL lacks.
+    down: dilate the deepest down block, whatever its number. Otherwise the authors' `down_blocks.3`, which SDXL does
+    not have.
     """
     return {f"down_blocks.{-1 if down else 3}.resnets": scale, **dict.fromkeys(DEEP, scale)}
 
 
 def between(scale: float) -> dict[str, float]:
-    """Stable Diffusion 1.5 and 2.1 from 2x to 3x: published for 1.5 at 1280 px."""
+    """Layers and dilations for Stable Diffusion 1.5 and 2.1 above 2x and below 3x, published for 1.5 at 1280 px."""
     less = 0.8 * scale
     return {
         "down_blocks.1.downsamplers": less,
@@ -171,7 +175,7 @@ def between(scale: float) -> dict[str, float]:
 
 
 def strong(vertical: float, horizontal: float, whose: Layers = "sdxl") -> dict[str, float]:
-    """Layers and dilations of a larger canvas, from its height and width over a native image's."""
+    """Layers and dilations for a larger canvas. `vertical`, `horizontal`: its height and width over the native size."""
     scale = max(vertical, horizontal)
     deep = dict.fromkeys(DEEP, scale)
     if whose == "sdxl":
@@ -191,7 +195,7 @@ def strong(vertical: float, horizontal: float, whose: Layers = "sdxl") -> dict[s
 
 
 def weak(vertical: float, horizontal: float, whose: Layers = "sdxl") -> dict[str, float]:
-    """Layers and dilations of the network that the unconditional prediction comes from."""
+    """Layers and dilations of the weak network, from which the unconditional prediction comes."""
     scale = max(vertical, horizontal)
     if whose == "sdxl":
         return moderate(min(scale, 2.0), False)
@@ -201,7 +205,7 @@ def weak(vertical: float, horizontal: float, whose: Layers = "sdxl") -> dict[str
 
 
 def durations(scale: float, whose: Layers) -> tuple[float, float]:
-    """Fractions of the steps with dilation and with noise-damped guidance."""
+    """(fraction of the steps with dilation, fraction of the steps with noise-damped guidance)."""
     if scale >= 3:
         return (0.74, 0.74) if whose == "sd2" else (0.7, 0.7)
     if whose == "sdxl":
@@ -211,7 +215,7 @@ def durations(scale: float, whose: Layers) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which layers are dilated by how much, and until which step."""
+    """Which layers are dilated, by how much and until which step."""
 
     strong: Mapping[str, float]
     weak: Mapping[str, float]
@@ -219,17 +223,17 @@ class Plan:
     damped_until: int
     progressive: bool
     dispersed: tuple[str, ...] = ()
-    """Places of layers whose dilation is half by a wider kernel."""
+    """Places of the layers that use dispersed convolution."""
 
     def dilation(self, factor: float, index: int) -> float:
-        """Dilation at step `index` of a layer with `factor` at the start."""
+        """Dilation at step `index` of a layer whose dilation is `factor` at the start."""
         if index >= self.until or factor <= 1:
             return 1.0
         return float(max(ceil(factor * (self.until - index) / self.until), 2)) if self.progressive else factor
 
 
 def make_plan(vertical: float, horizontal: float, steps: int, settings: ScaleCrafter, whose: Layers = "sdxl") -> Plan:
-    """The plan of a canvas `vertical` times as high and `horizontal` times as wide as a native image."""
+    """The plan for a canvas `vertical` times as high and `horizontal` times as wide as a native image."""
     scale = max(vertical, horizontal)
     large = scale >= 3
     until, damped = durations(scale, whose)
@@ -251,7 +255,7 @@ def make_plan(vertical: float, horizontal: float, steps: int, settings: ScaleCra
 
 
 def layer_rules(unet: object, plan: Plan) -> dict[str, LayerRule]:
-    """How each dilated convolution is computed at each step, in the strong and in the weak network."""
+    """Rules for each dilated convolution, at each step and for the strong and the weak network."""
     from resmaster_stages.diffusion.convolutions import PLAIN, Dilated, Dispersed
     from resmaster_stages.diffusion.dispersion import dispersed_weight
     from resmaster_stages.diffusion.patches import bare, chosen_layers

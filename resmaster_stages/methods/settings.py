@@ -1,7 +1,7 @@
-"""Settings that several methods have, in groups: a method's class is made of those that it reads.
+"""Groups of settings that several methods share. A method's class inherits the groups that it reads.
 
-Each group brings what its fields mean for the work of a method and for what the canvas engine is made of. Imports no
-torch before an image is made, so that reading a configuration stays quick.
+Each group also brings the code that its fields need: for the forecast of a method's work and for its composition. This
+module does not import torch before an image is made, so that a configuration is read quickly.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from resmaster_stages.models.schedule import Step
 
 NEGATIVE_PROMPT = "blurry, ugly, duplicate, poorly drawn, deformed, mosaic"
-"""The negative prompt that the papers of this family share (methods: DemoFusion, FreeScale)."""
+"""The negative prompt that the papers of this family share (among them DemoFusion and FreeScale)."""
 
 
 def area(height: int, width: int, grid: Grid) -> float:
-    """Of `height` x `width` latents, in units of `grid`'s native area."""
+    """Area of `height` x `width` latents, in units of the native area of `grid`."""
     return height * width / grid.window**2
 
 
@@ -57,7 +57,7 @@ class Enlargement(Method):
         dtype: torch.dtype,
         progress: Progress | None = None,
     ) -> Image.Image:
-        """`image` at `height` x `width` px, RGB. `progress` hears (parts done, parts in all)."""
+        """`image` at `height` x `width` px, RGB. `progress` is called with (parts done, parts in all)."""
 
 
 class Diffusion(Method):
@@ -66,20 +66,21 @@ class Diffusion(Method):
     base_model: ClassVar[bool] = True
 
     via: tuple[float, ...] = ()
-    """Scales at which the image is finished on the way, e.g. [4] at scale 8: each of these images is the next one's
-    low-res image, and its patches are captioned anew."""
+    """Intermediate scales at which the image is finished, e.g. [4] for scale 8. Each intermediate image becomes the
+    low-res image of the next scale, and its patches are captioned anew."""
     steps: int = Field(default=50, ge=1, le=1000)
     """Denoising steps."""
     guidance_scale: float = Field(default=7.5, ge=1)
     """Classifier-free guidance scale."""
     negative_prompt: str = NEGATIVE_PROMPT
-    """Used for prompts that bring none of their own."""
+    """Negative prompt for prompts without one of their own."""
     stepper: Literal["ddim_implied", "ddim_keep", "posterior", "ddim_ancestral", "dpmpp_2m"] = "ddim_implied"
-    """How z_{t-1} follows from the edited x0: deterministic with implied or kept noise, ResMaster's stochastic eq. 7,
-    DDIM with eta = 1, or DPM-Solver++(2M), which needs about half the steps."""
+    """How z_{t-1} follows from the edited x0. `ddim_implied` and `ddim_keep` are deterministic, with the noise that the
+    edited x0 implies or with the predicted noise. `posterior` is ResMaster's stochastic eq. 7. `ddim_ancestral` is DDIM
+    with eta = 1. `dpmpp_2m` is DPM-Solver++(2M), which needs about half the steps."""
     view_batch: int | None = Operational(None, ge=1)
-    """Views per UNet call at most (times two with guidance, at some steps three). null: what the device's memory
-    allows, 16 on CPUs. Other numbers give the same image up to rounding."""
+    """The most views per UNet call. With guidance each view is two rows of the call, at some steps three. null: as many
+    as the device's memory allows, and 16 on CPUs. Other numbers give the same image up to rounding."""
 
     @model_validator(mode="after")
     def _check_via(self) -> Self:
@@ -89,49 +90,51 @@ class Diffusion(Method):
         return self
 
     def way(self) -> tuple[Self, ...]:
-        """As of every method, less `via`."""
+        """The settings for each finished image on the way (`Method.way`), without `via`."""
         path = (1.0, *self.via, self.scale)
         return tuple(self.model_copy(update={"via": (), "scale": after / before}) for before, after in pairwise(path))
 
     def facts(self) -> dict[str, Any]:
-        """What reports say of the settings."""
+        """The settings that reports show."""
         return {"steps": self.steps, "guidance scale": self.guidance_scale}
 
     def needs(self) -> Mapping[Ability, str]:
-        """What the base model's family must be able to do, and the method or setting that needs it, for messages."""
+        """Ability that the base model's family must have -> the method or setting that needs it, for messages."""
         return {}
 
     def branches(self, index: int) -> int:
-        """Guidance branches of step `index` of the path."""
+        """The number of guidance branches at step `index` of the path."""
         return 2 if self.guidance_scale > 1 else 1
 
     def rows(self, indices: Iterable[int]) -> int:
-        """Evaluations of one view in these steps."""
+        """UNet evaluations of one view over the steps `indices`."""
         return sum(self.branches(index) for index in indices)
 
     def left(self, start: float) -> range:
-        """Numbers of the steps that are left behind the fraction `start` of the path."""
+        """Indices of the steps that remain when the fraction `start` of the path is left out."""
         return range(first_step(start, self.steps), self.steps)
 
     @abstractmethod
     def work(self, grid: Grid) -> Iterator[UnetWork]:
-        """What the UNet evaluates for an image with `grid`'s views, from the settings alone; a test holds the numbers
-        to what the engine counts."""
+        """Forecast of the UNet's work for an image with the views of `grid`, from the settings alone.
+
+        A test compares the numbers with what the engine counts.
+        """
 
     @abstractmethod
     def passes(self, request: Request) -> tuple[Pass, ...]:
-        """What is denoised, one canvas after the other, the last one of the size asked for."""
+        """The passes of the denoising loop, in order. The canvas of the last one has the requested size."""
 
 
 class LateGuidance(Diffusion):
-    """Guidance that may end before the path does."""
+    """Guidance that may end before the last step."""
 
     guidance_stop: float = Field(default=1.0, gt=0, le=1)
-    """Fraction of the steps after which guidance ends: from there on, a view is evaluated once a step instead of
+    """Fraction of the steps after which guidance ends. From there on, a view is evaluated once per step instead of
     twice."""
 
     def branches(self, index: int) -> int:
-        """Guidance branches of step `index` of the path."""
+        """The number of guidance branches at step `index` of the path."""
         return super().branches(index) if index / self.steps < self.guidance_stop else 1
 
     def guidance(self) -> ClassifierFree:
@@ -142,35 +145,37 @@ class LateGuidance(Diffusion):
 
 
 class MicroConditioned(Diffusion):
-    """SDXL's size conditions."""
+    """SDXL's conditions of size and crop."""
 
     micro_conditioning: Literal["canvas", "native"] = "canvas"
-    """What SDXL is told of size and crop: the canvas and the view's place in it, or a native-size image."""
+    """SDXL's conditions of size and crop. `canvas`: the size of the canvas and the view's place in it. `native`: those
+    of a native-size image."""
 
 
 class FromNoise(Diffusion):
-    """One pass, from noise or from the noised reference."""
+    """One pass that starts from noise or from the noised reference."""
 
     reads: ClassVar[tuple[Source, ...]] = ("reference",)
 
     init: Literal["noise", "noised_lr"] = "noise"
-    """Start from pure noise (the paper) or from the noised low-res latent."""
+    """`noise`: start from pure noise (the paper). `noised_lr`: start from the latents of the enlarged low-res image,
+    noised."""
     start: float = OnlyWith("init", "noised_lr", 0.0, ge=0, lt=1)
-    """With `init: noised_lr`, the fraction of the steps that is left out at the noisy end (1 less img2img's strength):
-    the higher, the closer to the low-res image."""
+    """With `init: noised_lr`, the fraction of the steps that is left out at the noisy end (1 - strength in img2img). A
+    higher value keeps the result closer to the low-res image."""
 
     def uses(self, what: Source) -> bool:
         """Whether the result depends on `what`."""
         return super().uses(what) and (what != "reference" or self.init == "noised_lr")
 
     def passes(self, request: Request) -> tuple[Pass, ...]:
-        """The canvas of `compose`."""
+        """One pass with the composition that `compose` gives."""
         first = None if self.init == "noise" else first_step(self.start, self.steps)
         return (from_noise(request, self.compose, first),)
 
     @abstractmethod
     def compose(self, request: Request) -> Composition:
-        """What the pass is made of."""
+        """The composition of the pass."""
 
 
 class Views(LateGuidance, MicroConditioned):
@@ -188,22 +193,23 @@ class Views(LateGuidance, MicroConditioned):
 
 
 class MovingViews(Views, FromNoise):
-    """Views that may move from step to step."""
+    """Views that can move from step to step."""
 
     shift: Literal["none", "every_step"] = "none"
-    """`every_step`: the whole grid of views moves from step to step, so that no border lies twice at the same place; a
-    moved view takes caption and image prompt of the nearest view."""
+    """`every_step`: the whole grid of views moves from step to step, so that no border lies twice at the same place. A
+    moved view has the caption and image prompt of the nearest view."""
     shift_stride: float | None = OnlyWith("shift", "every_step", None, gt=0, le=1)
-    """With `shift: every_step`, the distance of neighbouring views while they move, of which there are the fewer the
-    greater it is. Where there would be no fewer than at `stride` (up to 2x), they stand still. null: `stride`."""
+    """With `shift: every_step`, the distance of neighbouring views while they move, as a fraction of the window. A
+    greater distance needs fewer views. If it does not give fewer views than `stride` (up to 2x), the views stand still.
+    null: `stride`."""
     shift_stop: float = OnlyWith("shift", "every_step", 1.0, gt=0, le=1)
-    """With `shift: every_step`, the fraction of the steps after which views stand still, at `stride`."""
+    """With `shift: every_step`, the fraction of the steps after which the views stand still, at distance `stride`."""
 
     def moving(self, grid: Grid) -> Grid | None:
-        """The grid that moves, where it lies at shift 0; None where none does.
+        """The moving grid at shift 0. None if the views stand still.
 
-        Windows that move need one more of them per axis. A stride of their own is there to have fewer: where it does
-        not, none move.
+        Moving views need one more view per axis. The purpose of `shift_stride` is to need fewer views, so nothing moves
+        where it does not.
         """
         if self.shift == "none":
             return None
@@ -221,7 +227,7 @@ class MovingViews(Views, FromNoise):
         return placed(grid, conditions, self.fuse, device, moving=self.moving(grid), stop=self.shift_stop)
 
     def work(self, grid: Grid) -> Iterator[UnetWork]:
-        """The views that stand still, and those that move."""
+        """The views of the steps in which they stand still, and of the steps in which they move."""
         left, moving, view = self.left(self.start), self.moving(grid), area(*grid.window_size, grid)
         moved = [index for index in left if moving and index / self.steps < self.shift_stop]
         yield UnetWork(self.rows(set(left) - set(moved)) * len(grid), view)
@@ -237,7 +243,7 @@ class TextPromptConfig(Part):
 
 
 class Steered(Views):
-    """Views that are held to the reference's low frequencies, each with its own caption."""
+    """Views that follow the reference's low frequencies, each with its own caption."""
 
     reads: ClassVar[tuple[Source, ...]] = ("reference", "captions")
 
@@ -251,7 +257,7 @@ class Steered(Views):
         return what in self.reads and (what != "captions" or self.text_prompt.enabled)
 
     def structural_guidance(self, reference: Reference) -> tuple[X0Hook, ...]:
-        """The hook that swaps low frequencies, where it is on."""
+        """The hook that swaps low frequencies, or none if structural guidance is off."""
         from resmaster_stages.diffusion.reference_guidance import structural_guidance
 
         if not self.structure.enabled:

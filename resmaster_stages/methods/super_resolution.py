@@ -1,14 +1,14 @@
 """Super-resolution (SDXL + BSRGAN in the papers' tables): one pass of a network that was trained to enlarge images.
 
-No diffusion and no prompt: what the low-res image shows is kept and sharpened, and nothing is added that it does not
-show. The sanity baseline of every generative upscaler.
+There is no diffusion and no prompt. The network keeps and sharpens what the low-res image shows, and adds nothing else.
+It is the sanity baseline of every generative upscaler.
 
-The network has a factor of its own (4, or 2). Larger targets take as many passes as they need, and what comes out
-larger than the target is reduced by antialiased bicubic interpolation (the papers do not say how they came to other
-factors).
+The network has a factor of its own (4, or 2). Larger targets take several passes. A result that is larger than the
+target is reduced by antialiased bicubic interpolation (the papers do not say how they reached other factors).
 
-Images go through in tiles with a halo, so memory depends on the tile alone. Invariant: with a halo as wide as the
-network sees, tiles change nothing; the receptive field's rim weighs next to nothing, so a few pixels do.
+Images are processed in tiles with a halo, so memory depends on the tile alone. Invariant: with a halo as wide as the
+network's receptive field, tiling changes nothing. The rim of the receptive field weighs next to nothing, so a halo of a
+few pixels is enough.
 """
 
 from __future__ import annotations
@@ -37,23 +37,24 @@ if TYPE_CHECKING:
 
 @register
 class SuperResolution(Enlargement):
-    """One pass of a network that was trained to enlarge images: sharpens what is there, adds nothing."""
+    """One pass of a network that was trained to enlarge images: it sharpens what is there and adds nothing."""
 
     method: Literal["super_resolution"] = "super_resolution"
     model: str = "picturebook"
     """The network: `picturebook` (the embedded pack's, for its own world), a file of weights such as BSRGAN.safetensors
     or BSRGAN.pth, or a hub id together with `weight_name`."""
     weight_name: str | None = None
-    """File of the weights at the hub."""
+    """File of the weights on the hub."""
     revision: str | None = None
-    """Commit or tag at the hub."""
+    """Commit or tag on the hub."""
     allow_pickle: bool = Operational(False)
-    """Read a .pth file: its tensors alone, no code runs."""
+    """Allow a .pth file. Only its tensors are read, and no code in it runs."""
     tile: int = Field(default=256, ge=16)
-    """Edge in px of the tiles of the low-res image that go through the network, halo included. Lower it if memory runs
-    out."""
+    """Edge in px of the tiles of the low-res image that go through the network, halo included. Lower the value if
+    memory runs out."""
     halo: int = Field(default=16, ge=0)
-    """Border in px of each tile that only its neighbours see: 16 leaves differences of a level of 255."""
+    """Border in px of each tile that the network sees but that does not go into the result. With 16, differences of one
+    level of 255 remain."""
 
     @model_validator(mode="after")
     def _check_tile(self) -> Self:
@@ -74,15 +75,15 @@ class SuperResolution(Enlargement):
         return self
 
     def network(self) -> NetworkFile:
-        """Where the network's weights are."""
+        """The place of the network's weights."""
         return NetworkFile(self.model, self.weight_name, self.revision)
 
     def weights(self) -> str:
-        """Name of the network's exact weights."""
+        """The identity of the network's weights."""
         return network_identity(self.network())
 
     def facts(self) -> dict[str, Any]:
-        """What reports say of the settings."""
+        """The settings that reports show."""
         return {"network": self.model}
 
     def enlarge(
@@ -94,7 +95,7 @@ class SuperResolution(Enlargement):
         dtype: torch.dtype,
         progress: Progress | None = None,
     ) -> Image.Image:
-        """`image` at `height` x `width` px by the network. `progress` hears (tiles done, tiles in all).
+        """`image` at `height` x `width` px by the network. `progress` is called with (tiles done, tiles in all).
 
         Raises ConfigError (weights that cannot be read, too little memory), SampleError (a result that is not finite)
         and GpuLost.
@@ -113,13 +114,12 @@ class SuperResolution(Enlargement):
 
 
 def tile_grid(height: int, width: int, settings: SuperResolution) -> Grid:
-    """Tiles of a image, halo included: neighbours share two halos."""
+    """Tiles of an image, halo included. Neighbouring tiles overlap by two halos."""
     return Grid(height, width, settings.tile, settings.tile - 2 * settings.halo)
 
 
 def cores(origins: tuple[int, ...], window: int, halo: int) -> list[tuple[int, int]]:
-    """The part [start, end) of an axis that each tile contributes: it reaches up to a halo from the tile's inner
-    borders."""
+    """The part [start, end) of an axis that each tile contributes: all but a halo at the tile's inner borders."""
     starts: list[int] = []
     ends: list[int] = []
     for number, origin in enumerate(origins):
@@ -150,7 +150,7 @@ def tiled(
 
 
 def sizes(height: int, width: int, scale: float, factor: int) -> list[tuple[int, int]]:
-    """(height, width) of the input of each pass on the way to `scale` times the size, at least one."""
+    """(height, width) of the input of each pass on the way to `scale` times the size. There is at least one pass."""
     passes = [(height, width)]
     while factor ** len(passes) < scale * (1 - 1e-9):
         passes.append((passes[-1][0] * factor, passes[-1][1] * factor))
@@ -165,8 +165,10 @@ def enlarged(
     settings: SuperResolution,
     progress: Progress | None = None,
 ) -> Tensor:
-    """`image` at `height` x `width` px: [3, height, width], about 0 to 1. `progress` hears (tiles done, tiles in
-    all)."""
+    """`image` at `height` x `width` px by `enlarger`: [3, height, width], about 0 to 1.
+
+    `progress` is called with (tiles done, tiles in all).
+    """
     import torch.nn.functional as F
 
     from resmaster_stages.diffusion.reference import pad_to_multiple, to_tensor

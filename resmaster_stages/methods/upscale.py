@@ -1,4 +1,4 @@
-"""One image, upscaled by the method that the configuration names: the library's `upscale_image`."""
+"""Upscales one image by the method that the configuration names: the library's `upscale_image`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 
 Caption = Callable[[Image.Image, int, int], Sequence[str]]
-"""An image and the (height, width) in px that it is to be enlarged to -> a caption per view, as `upscale_image` takes
-them."""
+"""(image, height and width in px that it will be enlarged to) -> a caption per view, as `upscale_image` takes them."""
 
 
 def upscale_image(
@@ -39,13 +38,14 @@ def upscale_image(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Image.Image:
-    """`image` (any size) re-imagined at `config.scale` times its size; the result is RGB of exactly that size.
+    """Upscale `image` (of any size) to `config.scale` times its size. The result is RGB of exactly that size.
 
-    models: from `models.load.load_models`, or `Models.from_pipeline` for a pipeline of your own. negative_prompt:
-    None for the configuration's. captions: one per view, row-major, as `views.view_grid` counts them; None gives every
-    view `prompt`. caption: writes those of later passes (`config.via`); None gives every view
-    `prompt`. detail: for methods that read one (freescale), a mask of any size: where it is white, more detail is drawn
-    anew. progress: hears (steps done, steps in all), of each pass.
+    models: from `models.load.load_models`, or `Models.from_pipeline` for a pipeline of your own.
+    negative_prompt: None means the configuration's.
+    captions: one per view, row-major, as `views.view_grid` counts the views. None: every view has `prompt`.
+    caption: writes the captions of later passes (`config.via`). None: every view has `prompt` there.
+    detail: a mask of any size, for methods that read one (freescale). Where it is white, more detail is drawn anew.
+    progress: called with (steps done, steps in all) of each pass.
 
     Raises ConfigError (wrong number of captions, a mask that is not read, image prompts without an IP-Adapter, a
     scheduler that does not fit, too little memory) and SampleError (the model produced nothing that can be seen).
@@ -82,7 +82,7 @@ def _one_pass(
     seed: int,
     progress: Callable[[int, int], None] | None,
 ) -> Image.Image:
-    """`image` re-imagined at `height` x `width` px."""
+    """`image` upscaled to `height` x `width` px in one go."""
     from resmaster_stages.diffusion.memory import preflight
     from resmaster_stages.diffusion.reference import pad_to_multiple, to_mask, to_tensor, upsample
     from resmaster_stages.methods.render import render
@@ -120,5 +120,5 @@ def enlarge_image(
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None = None,
 ) -> Image.Image:
-    """`upscale_image` by a method that needs no base model. `progress` hears (parts done, parts in all)."""
+    """`upscale_image` for a method without base model. `progress` is called with (parts done, parts in all)."""
     return config.enlarge(image, *target_size(image.height, image.width, config.scale), device, dtype, progress)

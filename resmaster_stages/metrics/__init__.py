@@ -1,4 +1,4 @@
-"""One file per metric. `METRICS` lists what the quality stage measures of every sample, in the order of its table."""
+"""Metrics, one file per metric. `METRICS` lists those that the quality stage computes, in the order of its table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ METRICS: list[Metric] = [
     exposure.METRIC,
     phash.METRIC,
 ]
-"""Read it when you need it: a metric from outside is appended after this module was imported."""
+"""Read this list when you need it, and keep no copy: metrics from outside are appended after this module was
+imported."""
 
 
 def metric_columns() -> list[Column]:
@@ -23,5 +24,5 @@ def metric_columns() -> list[Column]:
 
 
 def shown_columns() -> list[Column]:
-    """Those that pages show of every sample."""
+    """The columns that pages show for every sample."""
     return [column for column in metric_columns() if column.label]

@@ -1,8 +1,7 @@
-"""Agreement of a high-res image with its low-res origin: PSNR and SSIM of the down-scaled result. Did structure
-survive?
+"""Agreement of a high-res image with its low-res image: PSNR and SSIM of the down-scaled result. Did structure survive?
 
-The result is averaged over areas (box filter) to the low-res size: for whole factors that is exactly the mean of each
-block of pixels. Knows nothing about detail above the low-res image's resolution, which is free to differ.
+The result is averaged over areas (box filter) to the low-res size. For whole factors, that is exactly the mean of each
+block of pixels. Detail above the low-res image's resolution is free to differ.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from resmaster_stages.metrics.metric import Column, Flag, Metric
 from resmaster_stages.metrics.resize import resize
 
 MAX_PSNR = 100.0
-"""dB reported for images that are equal, whose PSNR is infinite (tables hold finite numbers)."""
+"""The dB that are reported for equal images. Their PSNR is infinite, but tables hold finite numbers."""
 
 
 def agreement(high_res: Image.Image | Array, low_res: Image.Image | Array) -> tuple[float, float]:
@@ -38,8 +37,7 @@ def ssim(a: Image.Image | Array, b: Image.Image | Array) -> float:
     """Mean structural similarity of the luma (Wang, Bovik, Sheikh, Simoncelli 2004).
 
     Gaussian window of sigma 1.5 cut off at 11 x 11 px, K1 = 0.01, K2 = 0.03, L = 255, population covariances. The 5 px
-    next to the border, whose windows are incomplete, are left out where the image has more than 10 px along both
-    axes.
+    next to the border, whose windows are incomplete, are left out if the image has more than 10 px along both axes.
     """
     from scipy.ndimage import gaussian_filter
 

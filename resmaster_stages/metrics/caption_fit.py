@@ -1,12 +1,12 @@
-"""Caption fit: does a view's caption say what the view shows, or would a neighbour's caption say it better?
+"""Caption fit: does a view's caption describe the view, or does a neighbour's caption describe it better?
 
-A wrong caption often suits its own crop: the blurred foot of a lighthouse reads as the stem of a flower. The views
-around show what the crop is part of. So the fit of a caption is its CLIP score on the crop and on the crops of the
-neighbours, half and half. Knows nothing about captioners, tables or canvases.
+A wrong caption often suits its own crop: the blurred foot of a lighthouse looks like the stem of a flower. The
+neighbouring views show what the crop is part of. So the fit of a caption is the mean of its CLIP score on the crop and
+of its mean CLIP score on the neighbours' crops.
 
 Invariants:
 - All views are judged by the captions that were written for them, so the order of the views changes nothing.
-- CLIP sees an image's crops in batches of a fixed size: no setting of speed reaches the numbers.
+- CLIP gets an image's crops in batches of a fixed size, so settings for speed do not change the numbers.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 BATCH = 32
-"""Crops or texts per call of CLIP. Fixed: another batch rounds differently, and rows of the captions table must not."""
+"""Crops or texts per call of CLIP. The number is fixed, because another batch size rounds differently and rows of the
+captions table must not change."""
 
 
 class Embedder(Protocol):
-    """What the check needs of `clip_score.ClipScorer`: embeddings [N, D] of images and of texts, of any length."""
+    """The part of `clip_score.ClipScorer` that the check uses: embeddings [N, D] of images and texts, of any norm."""
 
     def image_embeddings(self, images: Sequence[Image.Image]) -> NDArray[np.float32]: ...
 
@@ -33,16 +34,16 @@ class Embedder(Protocol):
 
 @dataclass(frozen=True)
 class Choice:
-    """The caption that suits a view."""
+    """The caption that is chosen for a view."""
 
     view: int
-    """Whose caption it is: the view's own number, or a neighbour's."""
+    """The number of the view that the caption was written for: the view itself or a neighbour."""
     fit: float
-    """Its fit to the view: a CLIP score, 0 to 100."""
+    """Fit of the caption to the view: a CLIP score, 0 to 100."""
 
 
 def neighbours(rows: int, cols: int) -> tuple[tuple[int, ...], ...]:
-    """The views above, left, right and below each view of a row-major grid, in this order; fewer at borders."""
+    """The numbers of the views above, left, right and below each view of a row-major grid; fewer at borders."""
     found = []
     for number in range(rows * cols):
         row, col = divmod(number, cols)
@@ -58,10 +59,11 @@ def best_captions(
     around: Sequence[Sequence[int]],
     margin: float,
 ) -> dict[int, Choice]:
-    """For each view of `captions`, the best caption: its own, unless one of a neighbour fits more than `margin` better.
+    """For each view of `captions`, its own caption, or a neighbour's that fits more than `margin` better.
 
-    crops: of all views; captions: by view, of the views that may give and take; around: the `neighbours` of every view.
-    Of neighbours whose captions fit equally well the first in `around` gives.
+    crops: those of all views. captions: view -> caption, for the views that may give a caption to a neighbour or take
+    one. around: the `neighbours` of every view. Of neighbours whose captions fit equally well, the first in `around` is
+    taken.
     """
     if not captions:
         return {}
@@ -82,7 +84,7 @@ def best_captions(
 
 
 def _unit(embed: Any, items: Sequence[Any]) -> NDArray[np.float64]:
-    """Embeddings of unit length [N, D], in batches; an embedding of zeros stays one."""
+    """Embeddings [N, D] scaled to unit length, computed in batches. An embedding of zeros stays zeros."""
     parts = [embed(items[start : start + BATCH]) for start in range(0, len(items), BATCH)]
     values = np.concatenate(parts).astype(np.float64)
     length = np.linalg.norm(values, axis=1, keepdims=True)

@@ -1,7 +1,7 @@
 """CLIP score: does the image show what the prompt says? (Hessel et al. 2021, scaled by 100 as torchmetrics does.)
 
-The whole image is resized to CLIP's input without cropping, so that nothing at its borders is overlooked. Knows
-nothing about details: 224 px cannot show them.
+The whole image is resized to CLIP's input without cropping, so that nothing at its borders is overlooked. The score
+says nothing about fine detail, because 224 px cannot show it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from resmaster_stages.models.places import location, resolve_device
 
 
 class ClipScorer:
-    """A CLIP model and its tokenizer. Deterministic on one device; `dtype` is float32."""
+    """A CLIP model and its tokenizer, in float32. Results are deterministic on one device."""
 
     def __init__(self, model: Any, tokenizer: Any, mean: Sequence[float], std: Sequence[float]):
         self.model, self.tokenizer = model, tokenizer
@@ -29,7 +29,7 @@ class ClipScorer:
         self.input_px: int = model.config.vision_config.image_size
 
     def scores(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[float]:
-        """100 * max(cos(image, text), 0) of each pair, in one batch. Texts are cut at the tokenizer's length."""
+        """100 * max(cos(image, text), 0) of each pair, in one batch. Texts are cut at the model's length."""
         import torch
 
         from resmaster_stages.models.busy import busy
@@ -53,7 +53,7 @@ class ClipScorer:
         return [100.0 * max(float(value), 0.0) for value in cosine]
 
     def image_embeddings(self, images: Sequence[Image.Image]) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Projected embeddings [N, D] as the model gives them: not normalised."""
+        """Projected image embeddings [N, D], not normalised."""
         import torch
 
         from resmaster_stages.models.busy import busy
@@ -65,7 +65,7 @@ class ClipScorer:
             return self.model.visual_projection(seen.pooler_output).float().cpu().numpy()
 
     def text_embeddings(self, texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Projected embeddings [N, D] of unit length."""
+        """Projected text embeddings [N, D] of unit length."""
         import torch
 
         from resmaster_stages.models.busy import busy
@@ -96,7 +96,7 @@ class ClipScorer:
 def load_clip(identifier: str, revision: str | None = None, device: str = "auto") -> ClipScorer:
     """The scorer of `picturebook`, a folder or a hub id. Raises ConfigError, in one line, if it cannot be loaded.
 
-    Two are kept: the check of captions may use another one than the CLIP score.
+    Two scorers stay loaded, because the check of captions may use another model than the CLIP score.
     """
     import torch
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
@@ -110,7 +110,7 @@ def load_clip(identifier: str, revision: str | None = None, device: str = "auto"
         tokenizer = CLIPTokenizer.from_pretrained(place, **options)
         processor = CLIPImageProcessorPil.from_pretrained(place, **options)
         model.to(resolved).eval()
-    except Exception as error:  # loaders raise whatever their parts raise; the user's remedy is the same
+    except Exception as error:  # loaders raise many kinds of errors; the user's remedy is the same
         raise ConfigError(
             f"CLIP model {identifier!r} cannot be loaded ({first_line(error)}); give quality.clip, or "
             "captions.check.clip if that names it, `picturebook`, a folder or hub id of a CLIP model with "

@@ -1,8 +1,8 @@
-"""Detail energy: how much of a high-res image is finer than its low-res origin could hold.
+"""Detail energy: the share of a high-res image that is finer than its low-res image could hold.
 
-A bicubic up-scaling has almost none; a good upscaler has some; noise has most. It tells "blurred but faithful"
-(agreement is perfect, detail is nil) from a regenerated image, which agreement alone cannot. Knows nothing about
-whether detail is right.
+A bicubic enlargement has almost none, the result of a good upscaler has some, and noise has most. Together with the
+agreement, detail energy distinguishes "blurred but faithful" (perfect agreement, no detail) from a regenerated image.
+It does not say whether the detail is right.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ def detail_energy(high_res: Image.Image | Array, low_height: int, low_width: int
     """Share (0 to 1) of the luma's AC energy at frequencies above the Nyquist frequency of a `low_height` x `low_width`
     image.
 
-    With Y the 2-D DFT of the luma after a separable Hann window (which keeps the image's borders from ringing), f_y
-    and f_x in cycles per px of the high-res image: sum |Y|^2 where |f_y| > h/(2H) or |f_x| > w/(2W), over sum |Y|^2
-    without the mean. 0 for an image without any variation, and where the image is not larger than its origin.
+    Let Y be the 2-D DFT of the luma after a separable Hann window (which keeps the image's borders from ringing), and
+    f_y and f_x in cycles per px of the high-res image. The share is sum |Y|^2 where |f_y| > h/(2H) or |f_x| > w/(2W),
+    divided by sum |Y|^2 without the mean. It is 0 for an image without any variation, and for an image that is not
+    larger than its low-res image.
     """
     from scipy.fft import rfft2
 
@@ -29,7 +30,7 @@ def detail_energy(high_res: Image.Image | Array, low_height: int, low_width: int
     window = np.outer(_hann(height), _hann(width))
     centred = (y - (y * window).sum() / window.sum()) * window
     power = np.abs(rfft2(centred)) ** 2  # [H, W/2+1]
-    # rfft2 keeps half of the columns: those strictly between 0 and Nyquist stand for their mirror images too
+    # rfft2 keeps half of the columns, so columns strictly between 0 and Nyquist count twice, for their mirror images
     weight = np.full(power.shape[1], 2.0, dtype=power.dtype)
     weight[0] = 1.0
     if width % 2 == 0:
@@ -39,19 +40,19 @@ def detail_energy(high_res: Image.Image | Array, low_height: int, low_width: int
     fx = np.fft.rfftfreq(width)[None, :]
     above = (fy > low_height / (2 * height)) | (fx > low_width / (2 * width))
     total = float(power.sum(dtype=np.float64))
-    # by Parseval: less than a thousandth of a grey level, root mean square, which is what rounding leaves of one colour
+    # By Parseval this is less than a thousandth of a grey level, root mean square: the rounding errors of one colour.
     if total <= 1e-6 * y.size**2:
         return 0.0
     return float(power[above].sum(dtype=np.float64)) / total
 
 
 def _hann(size: int) -> Array:
-    """Hann window without zeros at its ends."""
+    """A Hann window without zeros at its ends."""
     return np.sin(np.pi * (np.arange(size) + 0.5) / size).astype(np.float32) ** 2
 
 
 ZOOM_SHARE = 0.25
-"""Side of the zoomed part over the image's shorter side."""
+"""Side of the zoomed square, as a fraction of the image's shorter side."""
 
 
 Box = tuple[int, int, int, int]
@@ -59,11 +60,11 @@ Box = tuple[int, int, int, int]
 
 
 def most_detailed(image: Image.Image) -> Box:
-    """The square, a quarter of the shorter side, where the luma has most energy in its fine structure.
+    """The square with a side of a quarter of the shorter side in which the luma has most fine structure.
 
-    Fine structure: the luma less its Gaussian blur (sigma a hundredth of the shorter side). Its square, averaged over
-    the square's area; energy is capped, so that one hard contour does not outweigh texture all over. First maximum,
-    row-major.
+    Fine structure is the absolute difference of the luma and its Gaussian blur (sigma a hundredth of the shorter side).
+    It is averaged over the square, and capped so that one hard contour does not outweigh texture all over. Of equal
+    squares the first one counts, row-major.
     """
     from scipy.ndimage import gaussian_filter, uniform_filter
 

@@ -20,8 +20,8 @@ class Exposure(NamedTuple):
 
 
 def exposure(image: Image.Image | Array) -> Exposure:
-    """Share of pixels that are pure black (0, 0, 0) or pure white (255, 255, 255); mean and standard deviation of the
-    luma."""
+    """The share of pixels that are pure black (0, 0, 0) or pure white (255, 255, 255), and the mean and standard
+    deviation of the luma."""
     values = rgb(image)
     clipped = (values <= 0).all(axis=2) | (values >= 255).all(axis=2)
     y = luminance(values)

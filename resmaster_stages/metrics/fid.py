@@ -1,9 +1,9 @@
 """Fréchet distance of two sets of feature vectors (FID: Heusel et al. 2017), from sums that can be streamed and merged.
 
-Knows nothing about images or networks: features come from `resmaster_stages.metrics.features`.
+This module does not deal with images or networks. Features come from `resmaster_stages.metrics.features`.
 
 Invariants:
-- Everything is float64. Merging statistics gives those of the union, whatever the order, up to rounding.
+- Everything is float64. Merging gives the statistics of the union in any order, up to rounding.
 - The distance is symmetric and never negative. It is biased upwards for few samples, so compare equal counts only.
 """
 
@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class FeatureStatistics:
-    """Count, mean and scatter of feature vectors: all that the Fréchet distance needs of them."""
+    """Count, mean and scatter of feature vectors, which is all that the Fréchet distance needs."""
 
     n: int
     mean: Floats
@@ -32,8 +32,10 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, features: NDArray[Any]) -> FeatureStatistics:
-        """Statistics of features [N, D], or of [images, crops, D] where every crop counts. Raises ValueError if not
-        finite."""
+        """Statistics of features [N, D], or [images, crops, D] in which every crop counts as a vector.
+
+        Raises ValueError if features are not finite.
+        """
         values = np.asarray(features, dtype=np.float64)
         if values.ndim not in (2, 3) or not values.size:
             raise ValueError(f"features of shape [N, D] or [images, crops, D] expected, got {values.shape}")
@@ -58,7 +60,7 @@ class FeatureStatistics:
 
     @property
     def covariance(self) -> Floats:
-        """[D, D], unbiased (divided by n - 1, as numpy.cov). Raises ValueError for fewer than two vectors."""
+        """[D, D], unbiased (divided by n - 1, as in numpy.cov). Raises ValueError for fewer than two vectors."""
         if self.n < 2:
             raise ValueError(f"a covariance needs at least 2 feature vectors, got {self.n}")
         return self.scatter / (self.n - 1)
@@ -77,7 +79,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
     With A = F F^T and B = G G^T from the eigenvalues, the trace of the root is the sum of the singular values of F^T G
     (nuclear norm). Nothing is squared or inverted on the way, so singular covariances (fewer samples than dimensions)
-    need no regularisation: the relative error stays near 1e-12 where scipy's sqrtm keeps half of the digits or none.
+    need no regularisation. The relative error stays near 1e-12, where scipy's sqrtm keeps half of the digits or none.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of one dimension expected, got {a.mean.size} and {b.mean.size}")

@@ -1,8 +1,8 @@
 """Inception score (Salimans et al. 2016): are images sharp for a classifier, and different from each other?
 
-exp of the mean Kullback-Leibler divergence of each image's class probabilities from their marginal. From 1 (all
-images alike, or no image certain) to the number of classes. Knows nothing about who classified, and a score means
-nothing without saying so.
+The score is exp of the mean Kullback-Leibler divergence of each image's class probabilities from their marginal. It
+lies between 1 (all images alike, or no image certain) and the number of classes. A score means nothing without the name
+of the classifier.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def inception_score(probabilities: NDArray[Any], splits: int = 10) -> tuple[floa
     """(mean, population standard deviation) over `splits` consecutive parts of probabilities [N, K], float64.
 
     Few images per split bias the score downwards, so compare equal counts and splits only. Raises ValueError for rows
-    that do not add up to 1 (within 1e-2: half precision) or more splits than rows.
+    that do not add up to 1 (within 1e-2, for half precision) or more splits than rows.
     """
     p = np.asarray(probabilities, dtype=np.float64)
     if p.ndim != 2 or not p.size:

@@ -1,11 +1,11 @@
 """Kernel distance of two sets of feature vectors (KID: Bińkowski et al. 2018): polynomial MMD^2, unbiased at any count.
 
-Crops of one image are not independent, so they come as [images, crops, D]: pairs within an image are left out, and
-subsets and the confidence interval draw whole images. For [N, D] every row is an image of its own.
+Crops of one image are not independent, so crops are given as [images, crops, D]. Pairs within an image are left out,
+and the subsets for the confidence interval are drawn from whole images. In [N, D] every row is an image of its own.
 
 Invariants:
-- Float64; the same features give the same estimates.
-- The estimate is unbiased, so it may be slightly negative where the sets are alike.
+- Everything is float64, and the same features give the same estimates.
+- The estimate is unbiased, so it may be slightly negative if the sets are alike.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from resmaster_stages.metrics.fid import Floats
 
 SUBSETS = 100
 SUBSET_IMAGES = 1000
-"""Images drawn from each side, without replacement, per subset; fewer where a side has not twice as many."""
+"""Images drawn from each side, without replacement, per subset. Fewer if a side has less than twice as many images."""
 BLOCK = 2048
-"""Rows of a kernel matrix that are held at a time."""
+"""Rows of a kernel matrix that are in memory at a time."""
 Z95 = 1.959963984540054
 """Half width, in standard errors, of a 95 % interval of a normal distribution."""
 
@@ -43,8 +43,8 @@ def kid(x: NDArray[Any], y: NDArray[Any]) -> KidEstimate:
     """KID between features `x` and `y`, each [N, D] or [images, crops, D].
 
     The interval is `value` -/+ 1.96 standard errors by the delete-d jackknife (Shao, Wu 1989): with subsets of m out of
-    n images the variance of `value` is m / (n - m) times that of the subset estimates; n is the smaller side, which
-    makes the interval rather too wide. Raises ValueError for fewer than 2 images on a side.
+    n images, the variance of `value` is m / (n - m) times that of the subset estimates. n is the smaller side, which
+    makes the interval too wide rather than too narrow. Raises ValueError for fewer than 2 images on a side.
     """
     a, b = _by_image(x), _by_image(y)
     if a.shape[2] != b.shape[2]:

@@ -1,6 +1,6 @@
-"""Luma of an RGB image, the one channel that most metrics look at. Knows nothing about the metrics.
+"""Luma of an RGB image, the one channel that most metrics use.
 
-Invariant: float32 (images are large), range 0 to 255, the same height and width as the image.
+Invariant: results are float32 (images are large) from 0 to 255, with the height and width of the image.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-"""Rec. 601 luma of gamma-encoded red, green, blue: what PIL's mode `L` uses."""
+"""Weights of gamma-encoded red, green and blue in the Rec. 601 luma, as in PIL's mode `L`."""
 
 Array = NDArray[np.floating]
 
 
 def rgb(image: Image.Image | Array) -> Array:
-    """An image as float32 [H, W, 3], range 0 to 255. Arrays pass through; grey and alpha images are converted."""
+    """An image as float32 [H, W, 3] from 0 to 255. Arrays must have this shape. Grey and alpha images are converted."""
     if isinstance(image, Image.Image):
         return np.asarray(image.convert("RGB"), dtype=np.float32)
     values = np.asarray(image, dtype=np.float32)

@@ -1,10 +1,10 @@
-"""What a metric is: a function of one sample's images, and what tables and pages say of its columns. Knows no metric.
+"""Defines what a metric is: a function of one sample's images, with a description of its columns for tables and pages.
 
-The file of a metric ends in its `Metric`, and `resmaster_stages.metrics.METRICS` lists it. The tables' schemas, flags,
-badness, report, summary, dataset card and comparison derive from that list.
+The file of a metric ends with its `Metric`, and `resmaster_stages.metrics.METRICS` lists all metrics. The tables'
+schemas, flags, badness, report, summary, dataset card and comparison derive from that list.
 
-Invariant: whoever needs the list gets it at once, `resmaster status` too. A metric's file imports what loads slowly
-(torch, transformers, scipy) in the functions that use it, and nobody needs pyarrow for it.
+Invariant: importing the list is quick, also for `resmaster status`. So a metric's file imports slow packages (torch,
+transformers, scipy) inside the functions that use them, and none of the files needs pyarrow.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from resmaster_stages.metrics.clip_score import ClipScorer
 
 Value = float | str | None
-"""What a cell of the quality table holds. None: the sample cannot be measured by this metric."""
+"""The content of a cell of the quality table. None: the metric cannot measure the sample."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A high-res image with all that it may be judged by."""
+    """The input of a metric: a high-res image with its low-res image, views, prompt and CLIP model."""
 
     low: Image.Image
     high: Image.Image
@@ -37,34 +37,34 @@ class Pair:
     """The views, in px of `high`."""
     prompt: str = ""
     clip: ClipScorer | None = None
-    """The model that `quality.clip` names; None where it names none."""
+    """The model that `quality.clip` names. None if it names none."""
 
     @cached_property
     def low_rgb(self) -> Array:
-        """`low` as float32 [h, w, 3], 0 to 255; not to be written to."""
+        """`low` as float32 [h, w, 3], 0 to 255. Do not write to it."""
         return rgb(self.low)
 
     @cached_property
     def high_rgb(self) -> Array:
-        """`high` as float32 [H, W, 3], 0 to 255; not to be written to."""
+        """`high` as float32 [H, W, 3], 0 to 255. Do not write to it."""
         return rgb(self.high)
 
 
 @dataclass(frozen=True)
 class Flag:
-    """What a value that is too low or too high says of a sample."""
+    """A flag that a sample gets if a value is too low or too high."""
 
     name: str
     meaning: str
     below: str | float | None = None
-    """Values below this raise the flag: a number, or the name of a field of `QualityConfig`."""
+    """Values below this limit raise the flag. The limit is a number or the name of a field of `QualityConfig`."""
     above: str | float | None = None
-    """Values above this raise the flag, as in `below`."""
+    """Values above this limit raise the flag. The limit is given as in `below`."""
     badness: float = 2.0
     """What the flag adds to a sample's badness."""
 
     def raised(self, value: Value, config: QualityConfig) -> bool:
-        """Whether a value raises the flag by the thresholds of `config`. None and text raise none."""
+        """Whether a value raises the flag by the thresholds of `config`. None and text never do."""
         if not isinstance(value, int | float):
             return False
         below, above = (
@@ -75,26 +75,27 @@ class Flag:
 
 @dataclass(frozen=True)
 class Column:
-    """One number of a table, and how pages show it."""
+    """A column of a table, and how pages show it."""
 
     name: str
-    """The column in the tables."""
+    """Name of the column in the tables."""
     meaning: str
-    """What it says, as a phrase without a full stop: shown in report, summary, dataset card and comparison."""
+    """What the column says, as a phrase without a full stop. Report, summary, dataset card and comparison show it."""
     label: str = ""
-    """What pages call it; a column without a label is in the tables only."""
+    """Name of the column on pages. A column without a label is in the tables only."""
     form: str = "{:.2f}"
-    """How pages write a value, as for `str.format`."""
+    """Format of a value on pages, for `str.format`."""
     better: Literal["↑", "↓", ""] = ""
-    """The direction of better values. Without one, low values are those to look at."""
+    """The direction of better values. Without a direction, low values count as the worst."""
     kind: str = "float64"
-    """Its type in Parquet, by Arrow's name: `float64` or `string`."""
+    """Type in Parquet, by Arrow's name: `float64` or `string`."""
     compared: bool = False
-    """Whether a comparison of methods shows its mean."""
+    """Whether a comparison of methods shows the mean of the column."""
     flag: Flag | None = None
-    """The flag that it raises."""
+    """The flag that a value of the column may raise."""
     badness: tuple[float, float] | None = None
-    """The values that add 0 and 1 to a sample's badness, those between in proportion. None: it adds nothing."""
+    """The values that add 0 and 1 to a sample's badness. Values between add in proportion. None: the column adds
+    nothing."""
 
     @property
     def heading(self) -> str:
@@ -104,12 +105,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Metric:
-    """One computation, of one column or several."""
+    """One computation that fills one or several columns."""
 
     compute: Callable[[Pair], Sequence[Value]]
-    """The values of a sample, one per column, in order."""
+    """Gives the values of a sample, one per column, in order."""
     columns: tuple[Column, ...]
 
     def measure(self, pair: Pair) -> dict[str, Value]:
-        """Column -> value. Raises ValueError if `compute` gives more or fewer values than there are columns."""
+        """Column name -> value. Raises ValueError if `compute` does not give one value per column."""
         return dict(zip((column.name for column in self.columns), self.compute(pair), strict=True))

@@ -1,6 +1,6 @@
-"""Oklab, a space of colours in which distances are about as great as they look (Björn Ottosson, 2020).
+"""Oklab, a colour space in which distances are about as great as they look (Björn Ottosson, 2020).
 
-Source: https://bottosson.github.io/posts/oklab/ (matrices of 2021-01-25). Knows nothing about images.
+Source: https://bottosson.github.io/posts/oklab/ (matrices of 2021-01-25).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TO_CONES = np.array(
         [0.0883024619, 0.2817188376, 0.6299787005],
     ]
 )
-"""Linear sRGB to the responses of long, medium and short cones."""
+"""From linear sRGB to the responses of long, medium and short cones."""
 
 TO_LAB = np.array(
     [
@@ -25,13 +25,13 @@ TO_LAB = np.array(
         [0.0259040371, 0.7827717662, -0.8086757660],
     ]
 )
-"""Cube roots of the cones' responses to lightness, green to red, and blue to yellow."""
+"""From the cube roots of the cones' responses to lightness, green to red, and blue to yellow."""
 
 
 def oklab(values: Array) -> Array:
-    """sRGB (gamma-encoded, 0 to 255; what lies outside is cut off) [..., 3] as Oklab times 100, float64 [..., 3].
+    """sRGB [..., 3] (gamma-encoded, clipped to 0 to 255) as Oklab times 100, float64 [..., 3].
 
-    Black is (0, 0, 0) and white (100, 0, 0); a difference of about 2 can just be seen.
+    Black is (0, 0, 0) and white is (100, 0, 0). A difference of about 2 can just be seen.
     """
     encoded = np.clip(np.asarray(values, dtype=np.float64) / 255, 0, 1)
     linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)

@@ -1,8 +1,8 @@
-"""Perceptual distance of two images of the same thing: what differs to the eye of a network, place by place.
+"""Perceptual distance of two images of the same thing: how much a network's features differ, place by place.
 
-The construction of LPIPS (Zhang, Isola, Efros, Shechtman, Wang, CVPR 2018) without its learnt weights, on the feature
-maps of whatever extractor is passed in. Both images are cut into squares of the network's input size, side by side
-and not resized: 16 of an image of four times that size. Then, square by square and layer by layer,
+It is the construction of LPIPS (Zhang, Isola, Efros, Shechtman, Wang, CVPR 2018) without its learnt weights, on the
+feature maps of the extractor that is passed in. Both images are cut into squares of the network's input size, side by
+side and not resized. An image of four times that size gives 16 squares. Then, square by square and layer by layer,
 
     d = sum over layers l of  mean over positions (y, x) of  | f_l(a)[:, y, x] - f_l(b)[:, y, x] |^2
 
@@ -11,10 +11,11 @@ squares. Activations behind a ReLU are not negative, so a layer adds from 0 to 2
 
 Invariants:
 - Equal images have distance 0, and the distance is symmetric.
-- It depends on the two images alone: not on others in a batch.
+- It depends on the two images alone, not on others in a batch.
 - Distances by different networks must never be compared.
 
-What it cannot forgive: detail that is right in kind and wrong in place. It is for pairs with one truth, not for sets.
+Detail that is right in kind but wrong in place counts as a difference. So the distance is for pairs with one true
+image, not for sets.
 """
 
 from __future__ import annotations
@@ -31,22 +32,22 @@ from resmaster_stages.metrics.crops import crops, tile_boxes
 Floats = NDArray[np.float32]
 
 TINY = 1e-10
-"""Added to a length before it divides: channels that are all 0 stay 0. LPIPS has the same."""
+"""Added to a length before the division by it, so that channels that are all 0 stay 0. LPIPS does the same."""
 
 
 class LayerExtractor(Protocol):
-    """A network that shows what its layers see."""
+    """A network that gives the feature maps of its layers."""
 
     @property
     def input_px(self) -> int:
-        """Edge in px of the squares that it sees. Images of that size are not resized."""
+        """Edge in px of the network's square input. Images of that size are not resized."""
 
     def layers(self, images: Sequence[Image.Image]) -> list[Floats]:
         """Feature maps [N, C, h, w] of images, in order, layer by layer."""
 
 
 def perceptual_distance(a: Image.Image, b: Image.Image, extractor: LayerExtractor) -> float:
-    """Distance of two images of one size, at least 0; 0 for equal ones. Raises ValueError if the sizes differ."""
+    """Distance of two images of one size, at least 0, and 0 for equal images. Raises ValueError if the sizes differ."""
     if a.size != b.size:
         raise ValueError(f"images of one size expected, got {a.size} and {b.size} (width, height)")
     boxes = tile_boxes(a.height, a.width, extractor.input_px)

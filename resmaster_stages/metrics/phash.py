@@ -14,13 +14,14 @@ def phash(image: Image.Image | Array) -> str:
     """64-bit DCT hash as 16 hex digits, the lowest frequency in the highest bit (Zauner 2010, as in the library
     imagehash).
 
-    The luma at 32 x 32 px, its 2-D DCT-II, the 8 x 8 lowest frequencies, each compared with their median.
+    The luma is resized to 32 x 32 px. Of its 2-D DCT-II, the 8 x 8 lowest frequencies are each compared with their
+    median.
     """
     from scipy.fft import dctn
 
     small = resize(image, 32, 32, "lanczos") @ WEIGHTS
     low = dctn(small.astype(np.float64), type=2)[:8, :8]
-    # 0.5 is an amplitude of 1e-4 grey levels: rounding errors of one colour, not bits of information
+    # 0.5 is an amplitude of 1e-4 grey levels, which are rounding errors of one colour and not information
     low = np.where(np.abs(low) < 0.5, 0.0, low)
     bits = (low > np.median(low)).ravel()
     return f"{int(''.join('1' if bit else '0' for bit in bits), 2):016x}"
@@ -38,7 +39,7 @@ METRIC = Metric(
             "phash",
             "perceptual hash, 16 hex digits",
             kind="string",
-            # added when publishing, which sees all samples
+            # raised at publishing, which knows all samples
             flag=Flag("near_duplicate", "looks the same as an earlier sample of the dataset"),
         ),
     ),

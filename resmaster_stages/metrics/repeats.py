@@ -1,7 +1,8 @@
-"""Repeated objects: the failure of direct inference and plain MultiDiffusion beyond the native size.
+"""Measures repeated objects: the failure of direct inference and plain MultiDiffusion beyond the native size.
 
-Objects are counted by whatever is passed in (a detector, or a captioner whose sentences are counted by `mentions`) and
-compared with what the prompt asks for. Only kinds that the prompt names count: an unasked-for bird is no repetition.
+The caller passes in a function that counts objects (a detector, or a captioner whose sentences are counted by
+`mentions`). The counts are compared with what the prompt asks for. Only kinds that the prompt names count: a bird that
+the prompt does not name is not a repetition.
 """
 
 from __future__ import annotations
@@ -13,28 +14,28 @@ from dataclasses import dataclass
 from typing import Any
 
 Counts = Mapping[str, int]
-"""Kind of object -> how many."""
+"""Kind of object -> number of objects."""
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 REACH_WORDS = 3
-"""A number counts the noun that follows within this many words: `two small red houses`."""
+"""A number belongs to a noun that follows within this many words: `two small red houses`."""
 
 
 @dataclass(frozen=True)
 class Repeats:
-    """Over a set of images."""
+    """Repeated objects in a set of images."""
 
     rate: float
-    """Share (0 to 1) of images that show `least` objects or more beyond what their prompt asks for."""
+    """Share (0 to 1) of images that show at least `least` objects more than their prompt asks for."""
     surplus: float
-    """Objects too many, per image."""
+    """Objects per image beyond those that the prompt asks for."""
     images: int
-    """Images whose prompt names something that can be counted; others are left out."""
+    """Number of images whose prompt names something that can be counted. Other images are left out."""
 
 
 def mentions(text: str, nouns: Iterable[str]) -> Counter[str]:
-    """How many objects of each kind a sentence speaks of: `a red house, a house and two trees` -> house 2, tree 2.
+    """How many objects of each kind a sentence names: `a red house, a house and two trees` -> house 2, tree 2.
 
-    Plurals by -s and -es are understood; a plural without a number counts as 2.
+    Plurals with -s and -es are understood. A plural without a number counts as 2.
     """
     counts: Counter[str] = Counter()
     singular = {form: noun for noun in nouns for form in (noun, f"{noun}s", f"{noun}es")}
@@ -51,22 +52,22 @@ def mentions(text: str, nouns: Iterable[str]) -> Counter[str]:
 
 
 def surplus(found: Counts, wanted: Counts) -> int:
-    """Objects of the wanted kinds that are too many."""
+    """The number of objects of the wanted kinds beyond the wanted numbers."""
     return sum(max(0, found.get(kind, 0) - count) for kind, count in wanted.items())
 
 
 def repeated_objects(
     images: Iterable[tuple[Any, Counts]], count_objects: Callable[[Any], Counts], least: int = 1
 ) -> Repeats:
-    """Repeats over (image, what its prompt asks for), taken one by one; `count_objects` counts what an image
-    shows."""
+    """Repeats over pairs (image, objects that its prompt asks for), which are read one by one. `count_objects` counts
+    the objects in an image."""
     return repeats_of(
         [surplus(count_objects(image), wanted) for image, wanted in images if any(wanted.values())], least
     )
 
 
 def repeats_of(extra: Sequence[int], least: int = 1) -> Repeats:
-    """Repeats, from how many objects are too many in each image."""
+    """Repeats, from the surplus of objects in each image."""
     if not extra:
         return Repeats(0.0, 0.0, 0)
     return Repeats(sum(e >= least for e in extra) / len(extra), sum(extra) / len(extra), len(extra))

@@ -1,7 +1,7 @@
-"""The one way in which metrics change an image's size: clean-fid's rule (Parmar, Zhang, Zhu, CVPR 2022).
+"""Resizes images for all metrics by clean-fid's rule (Parmar, Zhang, Zhu, CVPR 2022).
 
-PIL's antialiased resampling, on each channel in float32, without rounding to bytes in between. Other libraries' default
-resizing aliases or rounds, and metrics then differ by more than the methods that they compare.
+The rule is PIL's antialiased resampling, on each channel in float32, without rounding to bytes in between. The default
+resizing of other libraries aliases or rounds. Metrics then differ by more than the methods that they compare.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ FILTERS = {"bicubic": Image.Resampling.BICUBIC, "box": Image.Resampling.BOX, "la
 
 
 def resize(image: Image.Image | Array, height: int, width: int, filter: str = "bicubic") -> Array:
-    """`image` at `height` x `width` px: float32 [height, width, 3]; bicubic may leave 0 to 255 a little. Box averages
-    areas."""
+    """`image` at `height` x `width` px: float32 [height, width, 3].
+
+    Bicubic values may lie slightly outside 0 to 255. `box` averages areas.
+    """
     values = rgb(image)
     channels = [
         np.asarray(Image.fromarray(np.ascontiguousarray(values[:, :, c])).resize((width, height), FILTERS[filter]))

@@ -1,8 +1,8 @@
-"""Seams: are there steps in the image just where views or tiles end?
+"""Seams: are there steps in the image exactly where views or tiles end?
 
 A view's border lies between two pixel rows or columns. The step across each border line is compared with the steps
-across the lines next to it, line by line, so that a horizon or a wall on the line's way counts for both and cancels
-out. Knows nothing about latents, though borders lie on the latent grid.
+across the lines next to it. A horizon or a wall that crosses the line counts for both and cancels out. Borders lie on
+the latent grid, but this module works in pixels.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from resmaster_stages.metrics.luminance import Array, luminance, rgb
 from resmaster_stages.metrics.metric import Column, Flag, Metric
 
 REACH_PX = 6
-"""Lines on each side of a border that it is compared with."""
+"""Number of lines on each side with which a border is compared."""
 LATENT_PX = 8
-"""Decoders leave a faint grid of this pitch, on which all view borders lie: lines 1 and 2 cells away are compared
-too."""
+"""Decoders leave a faint grid of this pitch, and all view borders lie on it. So a border is also compared with the
+lines 1 and 2 cells away."""
 FLOOR = 0.5
-"""Grey levels added to both sides of the ratio: steps below the rounding of 8 bits are no seams."""
+"""Grey levels added to both sides of the ratio, because steps below the rounding of 8 bits are not seams."""
 SEGMENTS = 8
-"""Parts of a border line that are judged apart."""
+"""Number of segments of a border line that are judged separately."""
 
 
 def seam_ratio(image: Image.Image | Array, boxes: Sequence[tuple[int, int, int, int]]) -> float:
-    """Steps on view borders over steps beside them; about 0.7 to 1.1 without seams, 1 where there is no inner border.
+    """Steps on view borders over steps beside them: about 0.7 to 1.1 without seams, and 1 without inner borders.
 
-    `boxes` are the views' (y0, x0, y1, x1), half-open, in px of `image`. Per border line the luma's absolute
-    differences across it, averaged along each of 8 segments, are divided by the median of the same at distances 1 to 6
-    px, or at 8 and 16 px where that is greater. The median over a line's segments is its ratio, because a seam runs all
-    along while a contour crosses or touches in places. The mean over all lines counts, because seams recur; of three
-    lines or more along an axis the greatest is left out, because a horizon may happen to lie on it.
+    `boxes` are the views' (y0, x0, y1, x1), half-open, in px of `image`. For each border line, the luma's absolute
+    differences across the line are averaged along each of 8 segments. They are divided by the median of the same at
+    distances of 1 to 6 px, or of 8 and 16 px if that is greater. The ratio of a line is the median over its segments,
+    because a seam runs along the whole line while a contour crosses or touches it in places. The result is the mean
+    over all lines, because seams recur. Of three or more lines along an axis, the greatest ratio is left out, because a
+    horizon may happen to lie on the line.
     """
     y = luminance(image)
     ratios: list[float] = []
@@ -65,13 +66,14 @@ def seam_ratio(image: Image.Image | Array, boxes: Sequence[tuple[int, int, int, 
 def seam_worst(
     high_res: Image.Image | Array, low_res: Image.Image | Array, boxes: Sequence[tuple[int, int, int, int]]
 ) -> float:
-    """Grey levels of the step along the worst stretch of a view border; 0 where there is none.
+    """Grey levels of the step along the worst stretch of a view border. 0 if there is no step.
 
-    A stretch is a border line between two border lines across it, so that a view that does not belong has four or more.
-    It is cut into pieces as long as a low-res px. A piece's step is the greatest of the channels' mean differences
-    across the line, less the greatest such step at the lines 2 to 16 px beside it (texture, grain, a decoder's grid),
-    less the range of the low-res image's four px around it: a contour of both images is no seam. The median of the
-    pieces counts, since a seam runs along the whole stretch and a contour crosses it or bends away.
+    A stretch is the part of a border line between two border lines across it, so a view that does not fit in has four
+    or more stretches. A stretch is cut into pieces as long as a low-res px. The step of a piece is the greatest of the
+    channels' mean differences across the line. The greatest such step at the lines 2 to 16 px beside it is subtracted
+    (texture, grain, a decoder's grid). The range of the four px around it in the low-res image is subtracted too,
+    because a contour in both images is not a seam. The median of the pieces counts, because a seam runs along the whole
+    stretch while a contour crosses it or bends away.
     """
     values, origin = rgb(high_res), rgb(low_res)
     lines = [
@@ -92,7 +94,8 @@ def seam_worst(
 
 
 def _excess(values: Array, origin: Array, line: int, borders: set[int]) -> Array:
-    """Of each piece of the line before row `line`: its step less those beside it and the origin's."""
+    """For each piece of the line before row `line`: its step minus the steps beside it and the range in the low-res
+    image."""
     height, width = values.shape[:2]
     pieces = min(origin.shape[1], width)
     cut = np.arange(pieces) * width // pieces  # where each begins

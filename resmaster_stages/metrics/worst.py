@@ -1,9 +1,9 @@
-"""The worst place of a high-res image beside its low-res origin: structure lost, structure added, colour shifted.
+"""The worst place of a high-res image compared with its low-res image: structure lost or added, colour shifted.
 
-`agreement` averages over the image, so that one object out of many can vanish unseen. These numbers are of the window
-where the two images differ most. Both are averaged over areas (box filter) to one small size first, so that detail
-finer than the low-res image is free to differ, and an image of 4096 px is judged by the same numbers as one of 512.
-Knows no models: an object is what has contours.
+`agreement` averages over the image, so one object out of many can vanish unnoticed. The numbers here are those of the
+window in which the two images differ most. Both images are first averaged over areas (box filter) to one small size. So
+detail finer than the low-res image is free to differ, and an image of 4096 px is judged by the same numbers as one of
+512 px. No model is used: structure is measured by contours.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from resmaster_stages.metrics.oklab import oklab
 from resmaster_stages.metrics.resize import resize
 
 COMPARED_PX = 128
-"""Shorter side at which the images are compared, at most. The least thing that is seen has 3 to 12 of
-these px, by its contrast."""
+"""The largest shorter side at which the images are compared. The smallest object that is noticed has 3 to 12 of these
+px, depending on its contrast."""
 SOFT_PX = 1.0
-"""Sigma of the blur (Gaussian) of both images before their contours are compared: rounding and grain are none."""
+"""Sigma of the Gaussian blur of both images before their contours are compared, so that rounding and grain do not count
+as contours."""
 SLACK_PX = 2
-"""A contour of one image may lie so far from the other's."""
+"""How far a contour of one image may lie from the same contour of the other image."""
 WINDOW = 1 / 8
-"""Side of the window whose mean counts, over the image's shorter side."""
+"""Side of the window whose mean counts, as a fraction of the image's shorter side."""
 
 
 class Worst(NamedTuple):
@@ -38,7 +39,7 @@ class Worst(NamedTuple):
 
 
 def worst_places(high_res: Image.Image | Array, low_res: Image.Image | Array) -> Worst:
-    """What the worst windows of `high_res` have lost, added and shifted of `low_res`."""
+    """What the worst windows of `high_res` have lost, added and shifted compared with `low_res`."""
     reference = rgb(low_res)
     height, width = reference.shape[:2]
     shrink = min(1.0, COMPARED_PX / min(height, width))
@@ -63,11 +64,11 @@ def contours(lab: Array) -> Array:
 def _soft(lab: Array, sigma: float) -> Array:
     from scipy.ndimage import gaussian_filter
 
-    return gaussian_filter(lab, (sigma, sigma, 0), mode="reflect")  # nearest would make the outermost line count most
+    return gaussian_filter(lab, (sigma, sigma, 0), mode="reflect")  # `nearest` would make the outermost line count most
 
 
 def _reach(values: Array) -> Array:
-    """The greatest value within the slack."""
+    """The greatest value within `SLACK_PX` of each place."""
     from scipy.ndimage import maximum_filter
 
     return maximum_filter(values, 2 * SLACK_PX + 1, mode="nearest")
@@ -113,4 +114,4 @@ METRIC = Metric(
         ),
     ),
 )
-"""A worst place is as bad as can be from about three times the threshold of its flag."""
+"""A worst place has the full badness of 1 from about three times the threshold of its flag."""

@@ -1,1 +1,1 @@
-"""From a model's name to its loaded parts."""
+"""Loads models: from a model's name to its loaded parts."""

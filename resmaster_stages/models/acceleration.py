@@ -1,10 +1,10 @@
-"""The UNet made faster as a whole: transformer blocks compiled, large linear layers in 8 bits.
+"""Makes the UNet faster as a whole: compiles its transformer blocks and computes large linear layers in 8 bits.
 
-Knows nothing about methods. Invariants:
-- Compiled blocks compute what they computed, up to rounding; a machine that cannot compile runs them as they are, and
+Invariants:
+- Compiled blocks give the same results up to rounding. A machine that cannot compile runs the blocks uncompiled and
   says so in one line.
-- A block of which a method changed a layer runs as it is for that while: the change would break its graph.
-- `quantise_fp8` changes results, so it is asked for by name and never falls back.
+- While a method has changed a layer of a block, the block runs uncompiled, because the change would break its graph.
+- `quantise_fp8` changes results, so users must ask for it by name, and it never falls back.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from resmaster_stages.errors import ConfigError, first_line
 from resmaster_stages.progress import Note, emit
 
 _GRAPHS = 64
-"""Graphs that one block's code may have: levels of the UNet times shapes of batches (guided or not, moved views or
-not)."""
+"""The most graphs that one block's code may have: levels of the UNet times shapes of batches (guided or not, moved
+views or not)."""
 
 FP8_LEAST_WIDTH = 640
-"""Narrower layers are bound by memory, not by arithmetic."""
+"""Least width of a layer in 8 bits. Narrower layers are bound by memory, not by arithmetic."""
 
 _NOT_IN_FP8 = (
     "time_embedding",
@@ -36,16 +36,16 @@ _NOT_IN_FP8 = (
     "encoder_hid_proj",
     "_ip.",
 )
-"""Parts of names of layers that cost nothing and whose errors reach every pixel: embeddings, text and image
-projections."""
+"""Parts of the names of layers that stay as they are: embeddings, text and image projections. They cost nothing, and
+their errors reach every pixel."""
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether code for `device` can be compiled on this machine: found out by compiling a line."""
+    """Whether code for `device` can be compiled on this machine. It is found out by compiling one line."""
     probe = torch.compile(lambda x: (x * 2 + 1).relu(), dynamic=False)
     try:
         return bool((probe(torch.ones(8, device=device)) == 3).all())
-    except Exception as error:  # whatever a compiler, a linker or a driver says
+    except Exception as error:  # a compiler, a linker or a driver can raise anything
         emit(
             Note(
                 f"model.compile: nothing can be compiled for {device} here ({first_line(error)}); "
@@ -57,14 +57,14 @@ def can_compile(device: torch.device) -> bool:
 
 
 def has_blocks(denoiser: Any) -> bool:
-    """Whether `denoiser` can be compiled block by block: diffusers' models can."""
+    """Whether `denoiser` can be compiled block by block, as diffusers' models can."""
     return hasattr(denoiser, "compile_repeated_blocks")
 
 
 def compile_blocks(unet: Any) -> None:
-    """Compiles the repeated blocks of `unet` for good, each static shape at its first use.
+    """Compiles the repeated blocks of `unet` permanently, each static shape at its first use.
 
-    Raises ConfigError if it has none.
+    Raises ConfigError if `unet` has no repeated blocks.
     """
     if not has_blocks(unet):
         raise ConfigError(f"model.compile: blocks: a {type(unet).__name__} has none; set model.compile: off")
@@ -75,7 +75,7 @@ def compile_blocks(unet: Any) -> None:
 
 
 def compiled_blocks(unet: Any) -> list[nn.Module]:
-    """The compiled blocks of `unet`; none of what is no module."""
+    """The compiled blocks of `unet`. Empty if `unet` is not a torch module."""
     modules = unet.modules() if isinstance(unet, nn.Module) else ()
     return [module for module in modules if getattr(module, "_compiled_call_impl", None) is not None]
 
@@ -86,7 +86,7 @@ def _is_changed(block: nn.Module) -> bool:
 
 @contextmanager
 def changed_blocks_uncompiled(unet: Any) -> Iterator[None]:
-    """Within the block, compiled blocks of which a layer is replaced (`patches.replaced_forward`) run uncompiled."""
+    """Within the block, compiled blocks with a replaced layer (`patches.replaced_forward`) run uncompiled."""
     changed = [(block, block._compiled_call_impl) for block in compiled_blocks(unet) if _is_changed(block)]
     if changed:
         emit(Note(f"{len(changed)} of the UNet's blocks run uncompiled: the method changes layers of theirs"))
@@ -100,8 +100,8 @@ def changed_blocks_uncompiled(unet: Any) -> Iterator[None]:
 
 
 def takes_fp8(module: nn.Module, name: str, least_width: int = FP8_LEAST_WIDTH) -> bool:
-    """Whether a layer of a UNet is to compute in 8 bits: wide linear layers of its blocks, of widths that 16
-    divides."""
+    """Whether a layer of a UNet shall compute in 8 bits: a wide linear layer of its blocks with widths divisible by
+    16."""
     if not isinstance(module, nn.Linear) or any(part in name for part in _NOT_IN_FP8):
         return False
     widths = (module.in_features, module.out_features)
@@ -109,7 +109,7 @@ def takes_fp8(module: nn.Module, name: str, least_width: int = FP8_LEAST_WIDTH) 
 
 
 def require_fp8(device: torch.device, compiled: bool) -> None:
-    """Raises ConfigError unless 8-bit linear layers can run on `device`, and faster than without."""
+    """Raises ConfigError unless 8-bit linear layers can run on `device` and are faster there."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError(
             f"model.quantise: fp8 needs a CUDA device of compute capability 8.9 (Ada, Hopper) or later, and {device} "
@@ -127,7 +127,10 @@ def require_fp8(device: torch.device, compiled: bool) -> None:
 
 
 def quantise_fp8(unet: Any, least_width: int = FP8_LEAST_WIDTH) -> int:
-    """Lets the wide linear layers of `unet` compute in 8 bits, scales per row, for good; how many layers there are."""
+    """Makes the wide linear layers of `unet` compute in 8 bits, with scales per row, permanently.
+
+    Returns the number of these layers.
+    """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     chosen = {name for name, module in unet.named_modules() if takes_fp8(module, name, least_width)}

@@ -1,7 +1,7 @@
-"""How long the device is at work, by the host's clock: counted where the host hands work over and awaits its result.
-Needs no torch.
+"""Measures how long the device is busy, by the host's clock.
 
-Waits of the device within such a block count as work, so the idle share of a stage is a lower bound.
+The time is counted in blocks in which the host hands work to the device and waits for the result. Waits of the device
+within such a block count as work, so the idle share of a stage is a lower bound. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class BusyTime:
 
     seconds: float = 0.0
     inside: bool = False
-    """Within a block, whose seconds are not counted yet."""
+    """True within a `busy` block, whose seconds are not counted yet."""
 
 
 _counter: ContextVar[BusyTime | None] = ContextVar("busy_time", default=None)
@@ -27,7 +27,7 @@ _counter: ContextVar[BusyTime | None] = ContextVar("busy_time", default=None)
 
 @contextmanager
 def timing() -> Iterator[BusyTime]:
-    """The time of all `busy` blocks within the block."""
+    """Yields a count of the seconds of all `busy` blocks within the block."""
     counted = BusyTime()
     token = _counter.set(counted)
     try:
@@ -38,7 +38,7 @@ def timing() -> Iterator[BusyTime]:
 
 @contextmanager
 def busy() -> Iterator[None]:
-    """Within the block the device is at work. A block within a block is part of it."""
+    """Counts the block as work of the device. A nested block is not counted twice."""
     counted = _counter.get()
     if counted is None or counted.inside:
         yield

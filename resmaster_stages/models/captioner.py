@@ -1,14 +1,13 @@
-"""Captioners: images -> one sentence each. A local Transformers model, an OpenAI-compatible server, or the prompt
-itself.
+"""Captioners write one sentence per image: a local Transformers model or an OpenAI-compatible server.
 
-Knows nothing about patches, prompts or tables: cleaning and shortening of what comes back are pure functions beside the
-captioners, and the stage decides what an empty answer means.
+With `source: prompt` there is no captioner. The functions that clean and shorten a captioner's answers are here too.
+This module does not deal with patches, prompts or tables. The captions stage decides what an empty answer means.
 
 Invariants:
 - Decoding is greedy (temperature 0 at a server), so the same images in the same batch give the same sentences.
-- Weights are safetensors and no code from a model's repository is ever run.
-- The server's key is read from the environment, sent in one header to the configured address (redirects are refused),
-  and never part of a message.
+- Weights are safetensors, and no code from a model's repository is ever run.
+- The server's key is read from the environment and sent in one header to the configured address (redirects are
+  refused). It is never part of a message.
 """
 
 from __future__ import annotations
@@ -40,17 +39,17 @@ from resmaster_stages.models.identity import PICTUREBOOK, model_identity
 from resmaster_stages.models.places import location, resolve_device
 
 MAX_TOKENS = 75
-"""Content tokens that CLIP's text encoders take: 77 less the begin and end marks."""
+"""Content tokens that CLIP's text encoders take: 77 minus the begin and end marks."""
 
 
 class Captioner(Protocol):
-    """What the captions stage needs of a captioner."""
+    """The interface that the captions stage uses."""
 
     name: str
     revision: str
 
     def caption(self, images: Sequence[Image.Image]) -> list[str]:
-        """One sentence per RGB image, as it came (not cleaned). Raises SampleError if an image is refused."""
+        """One sentence per RGB image, not cleaned. Raises SampleError if an image is refused."""
 
 
 # ---------------------------------------------------------------------------------------------- text of captions
@@ -75,8 +74,8 @@ _QUOTES = "\"'`“”‘’«»*"
 
 
 def clean_caption(text: str) -> str:
-    """A captioner's answer as a bare sentence: no control characters, line breaks, quotes around it, or "The image
-    shows".
+    """Strip a captioner's answer to a bare sentence: no control characters, line breaks, surrounding quotes or
+    introductions such as "The image shows".
 
     Idempotent: cleaning a clean caption changes nothing.
     """
@@ -94,10 +93,10 @@ def clean_caption(text: str) -> str:
 
 
 def shorten(text: str, count: TokenCounter, limit: int = MAX_TOKENS, suffix: str = "") -> tuple[str, int, bool]:
-    """(text + suffix, its number of tokens, truncated): whole words are dropped from the end of `text` until it fits.
+    """Drop words from the end of `text` until `text` + `suffix` fits: (shortened text, its tokens, truncated).
 
-    The suffix is kept. A text without blanks is cut between characters. At most `limit` tokens come back unless the
-    suffix alone has more.
+    The suffix is kept. A text without blanks is cut between characters. The result has at most `limit` tokens, unless
+    the suffix alone has more.
     """
     whole = text + suffix
     tokens = count(whole)
@@ -111,10 +110,9 @@ def shorten(text: str, count: TokenCounter, limit: int = MAX_TOKENS, suffix: str
 
 
 def _longest(prefix: Callable[[int], str], size: int, count: TokenCounter, limit: int, suffix: str) -> tuple[str, int]:
-    """The longest `prefix(n)`, n < size, that fits with the suffix, and the tokens of both; ("", tokens) if none
-    does."""
+    """The longest `prefix(n)` that fits together with the suffix, and the tokens of both. ("", tokens) if none fits."""
     low, high = 0, size
-    while low < high:  # bisection gets near; counts of prefixes need not be monotonic, so the end is checked one by one
+    while low < high:  # counts need not rise with n, so bisection only gets near, and the loop below checks one by one
         middle = (low + high + 1) // 2
         low, high = (middle, high) if count(prefix(middle) + suffix) <= limit else (low, middle - 1)
     for n in range(low, 0, -1):
@@ -127,7 +125,7 @@ def _longest(prefix: Callable[[int], str], size: int, count: TokenCounter, limit
 
 @lru_cache(maxsize=4)
 def token_counter(model: ModelConfig) -> TokenCounter:
-    """Counts content tokens as the base model does (by its tokenizer's files; no weights are loaded).
+    """A function that counts content tokens with the base model's tokenizer. No weights are loaded.
 
     Raises ConfigError.
     """
@@ -143,15 +141,15 @@ class LocalCaptioner:
 
     def __init__(self, model: Any, processor: Any, *, name: str, revision: str, instruction: str, max_new_tokens: int):
         self.model, self.processor = model, processor
-        self.device = model.device  # where it works: it is not there while the base model is
+        self.device = model.device  # where it runs; while the base model is there, the captioner is on the CPU
         self.name, self.revision = name, revision
         self.instruction, self.max_new_tokens = instruction, max_new_tokens
         tokenizer = getattr(processor, "tokenizer", None)
         self._chat = bool(getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None))
         if self._chat and tokenizer is not None:
-            tokenizer.padding_side = "left"  # a decoder goes on at the right end
+            tokenizer.padding_side = "left"  # a decoder continues at the right end
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if positions and not self._chat:  # small captioners have few; the begin mark takes one
+        if positions and not self._chat:  # small captioners have few positions; the begin mark takes one
             self.max_new_tokens = min(max_new_tokens, positions - 1)
 
     def caption(self, images: Sequence[Image.Image]) -> list[str]:
@@ -173,7 +171,7 @@ class LocalCaptioner:
                 if isinstance(value, torch.Tensor)
             }
             if getattr(self.model.config, "model_type", "") == "git":
-                # GIT starts from its begin mark alone; given with its mask, since padding and end may be one token
+                # GIT starts from its begin mark alone. The mask is given too: padding and end may be the same token.
                 start = torch.full((len(images), 1), self.model.generation_config.bos_token_id, device=self.device)
                 inputs |= {"input_ids": start, "attention_mask": torch.ones_like(start)}
             # [B, L] tokens; decoders repeat the prompt, encoder-decoders do not
@@ -250,7 +248,7 @@ class ServerCaptioner:
                 return self._answer(self._post(body))
             except urllib.error.HTTPError as error:
                 with error:
-                    self._refuse(error)  # raises unless trying again may help
+                    self._refuse(error)  # raises unless another attempt may help
                     reason = f"HTTP {error.code}"
                     wait = max(wait, _retry_after(error, self.longest_wait_seconds))
             except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
@@ -287,7 +285,7 @@ class ServerCaptioner:
             return response.read()
 
     def _answer(self, body: bytes) -> str:
-        """The sentence in an answer ("" if the model said nothing). Raises ValueError if the answer is malformed."""
+        """The sentence in a response ("" if the model said nothing). Raises ValueError if it is malformed."""
         try:
             content = json.loads(body)["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):
@@ -299,7 +297,7 @@ class ServerCaptioner:
         return content or ""
 
     def _refuse(self, error: urllib.error.HTTPError) -> None:
-        """Raise for an answer that will not change by asking again."""
+        """Raise for an HTTP error that another attempt will not change."""
         code = error.code
         if code in (401, 403):
             raise ConfigError(f"caption server {self.url}: HTTP {code}; set OPENAI_API_KEY to a valid key")
@@ -316,17 +314,17 @@ class ServerCaptioner:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Following a redirect would hand the key to another host."""
+    """Refuses redirects, because following one would send the key to another host."""
 
     def redirect_request(self, *_args: Any, **_kwargs: Any) -> None:
         return None
 
 
 def _retry_after(error: urllib.error.HTTPError, longest: float) -> float:
-    """Seconds that the server asks to wait, bounded; 0 if it does not say."""
+    """Seconds that the server asks to wait, at most `longest`. 0 if it does not say."""
     try:
         return min(longest, max(0.0, float(error.headers.get("Retry-After", "0"))))
-    except ValueError:  # a date: rare, and our own back-off will do
+    except ValueError:  # a date; it is rare, and our own back-off is enough
         return 0.0
 
 
@@ -334,7 +332,7 @@ def _retry_after(error: urllib.error.HTTPError, longest: float) -> float:
 
 
 def load_captioner(config: CaptionsConfig, device: str = "auto") -> Captioner | None:
-    """The captioner that `config` asks for; None for `source: prompt`. Kept until another one is asked for.
+    """The captioner that `config` names, or None for `source: prompt`. A local model stays loaded until another one is.
 
     Raises ConfigError, in one line, if a model cannot be loaded or the server's address is missing.
     """
@@ -348,7 +346,7 @@ def load_captioner(config: CaptionsConfig, device: str = "auto") -> Captioner | 
             max_new_tokens=config.max_new_tokens,
             concurrency=config.batch_size,
         )
-    return _load_local(config.model_copy(update={"batch_size": 1}), device)  # another batch is no other model
+    return _load_local(config.model_copy(update={"batch_size": 1}), device)  # another batch size needs no other model
 
 
 @lru_cache(maxsize=1)
@@ -369,12 +367,12 @@ def _load_local(config: CaptionsConfig, device: str) -> LocalCaptioner:
         model = AutoModelForImageTextToText.from_pretrained(
             place,
             use_safetensors=True,
-            # the checkpoint's own precision on a GPU; CPUs are slow or wrong in half precision
+            # the checkpoint's own precision on GPUs; CPUs are slow or wrong in half precision
             dtype=torch.float32 if resolved.type == "cpu" else "auto",
             **options,
         )
         occupy(resolved, model.eval())
-    except Exception as error:  # loaders raise whatever their parts raise; the user's remedy is the same
+    except Exception as error:  # loaders raise many kinds of errors; the user's remedy is the same
         raise ConfigError(
             f"captions.model {config.model!r} cannot be loaded ({first_line(error)}); give `picturebook`, a folder or "
             "hub id of a Transformers image-text-to-text model with safetensors weights, or "

@@ -1,11 +1,11 @@
-"""Super-resolution networks: from a configuration to a loaded network on a device.
+"""Loads super-resolution networks: from a configuration to a network on a device.
 
-RRDBNets (BSRGAN, Real-ESRGAN, the embedded pack's) are read here; weights of every other architecture go through
-spandrel, which is not installed by default (it brings torchvision).
+RRDBNets (BSRGAN, Real-ESRGAN, the embedded pack's) are read here. Weights of every other architecture are read by
+spandrel, which is not installed by default (it brings torchvision). This module does not deal with tiles or images.
 
-Knows nothing about tiles or images. Invariants:
-- Of pickled files, which the configuration must allow, tensors alone are read: no code runs.
-- An RRDBNet's weights load strictly.
+Invariants:
+- Pickled files must be allowed by the configuration. Only their tensors are read, and no code in them runs.
+- The weights of an RRDBNet are loaded strictly.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from resmaster_stages.models.identity import NetworkFile, network_file
 from resmaster_stages.models.rrdbnet import network_of, official_state
 
 _WRAPPERS = ("params_ema", "params", "state_dict")
-"""Keys under which training programs keep the weights, best first."""
+"""Keys under which training programs keep the weights, the preferred key first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Enlarger:
     device: torch.device
     dtype: torch.dtype
     multiple: int = 1
-    """Sides of the input are multiples of this."""
+    """The sides of the input must be multiples of this number."""
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """[N, 3, h, w] in [0, 1] -> [N, 3, scale h, scale w], float32 on the CPU, not clamped."""
@@ -48,7 +48,7 @@ class Enlarger:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file: safetensors, or the tensors of a pickle. Raises ConfigError for what is no state
+    """The state dict in a file: safetensors, or the tensors of a pickle. Raises ConfigError if there is no state
     dict."""
     if path.suffix == ".safetensors":
         try:
@@ -68,7 +68,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _by_spandrel(state: dict[str, Tensor], path: Path, device: torch.device, dtype: torch.dtype) -> Enlarger:
-    """Any architecture that spandrel knows by its weights."""
+    """The network of any architecture that spandrel recognises by its weights."""
     try:
         import spandrel
     except ImportError:
@@ -92,12 +92,12 @@ def _by_spandrel(state: dict[str, Tensor], path: Path, device: torch.device, dty
     supported = {torch.float16: model.supports_half, torch.bfloat16: model.supports_bfloat16}
     dtype = dtype if supported.get(dtype, True) else torch.float32
     model.to(device=device, dtype=dtype).eval()
-    return Enlarger(model, model.scale, device, dtype)  # the descriptor pads what is no multiple by itself
+    return Enlarger(model, model.scale, device, dtype)  # the descriptor pads its input to multiples by itself
 
 
 @lru_cache(maxsize=1)
 def load_enlarger(config: NetworkFile, device: torch.device, dtype: torch.dtype) -> Enlarger:
-    """The network that `config` names, ready to use. The last one stays loaded. Raises ConfigError, one line."""
+    """The network that `config` names, ready to use. The last one stays loaded. Raises ConfigError with one line."""
     path = network_file(config)
     state = read_weights(path)
     official = official_state(state)

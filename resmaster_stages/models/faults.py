@@ -1,6 +1,7 @@
-"""What a failing device means: lost for good, too small for the batch, or nothing. Loads no torch to find out.
+"""Classifies errors of a device: the device is lost, the memory is too small for the batch, or neither.
 
-Torch reports both as RuntimeErrors of many wordings; here is the one list of them.
+Torch reports the first two as RuntimeErrors with many different messages. This module has the one list of them. It does
+not import torch to classify an error.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ _LOST = (
     "can't initialize nvml",
 )
 _FULL = ("out of memory", "allocate memory", "alloc_failed")
-"""CUDA's and Metal's allocators; the CPU's ("can't allocate memory: you tried to allocate..."); cuBLAS and cuDNN."""
+"""Messages of CUDA's and Metal's allocators, of the CPU's allocator ("can't allocate memory: you tried to
+allocate..."), and of cuBLAS and cuDNN."""
 
 
 def fault_of(error: Exception, advice: str) -> GpuLost | OutOfMemory | None:
-    """What `error` says about the device or the memory, as an error of this project; None if it says nothing."""
+    """`error` as GpuLost or OutOfMemory of this project. None if it is neither."""
     text = " ".join(str(error).split())
     signs = text.lower() if isinstance(error, RuntimeError) else ""
     if any(sign in signs for sign in _LOST):
@@ -44,9 +46,9 @@ def fault_of(error: Exception, advice: str) -> GpuLost | OutOfMemory | None:
 
 @contextmanager
 def device_faults(advice: str, batch: int | None = None) -> Iterator[None]:
-    """Raises GpuLost where the device context is poisoned, and OutOfMemory with `advice` where memory ran out.
+    """Turns errors in the block into GpuLost (the device context is unusable) or OutOfMemory with `advice`.
 
-    batch: how much goes to the device at once.
+    batch: how many items go to the device at once; it is noted on the OutOfMemory.
     """
     try:
         yield
@@ -62,8 +64,8 @@ def device_faults(advice: str, batch: int | None = None) -> Iterator[None]:
 
 
 def release_memory() -> None:
-    """Give back what nothing refers to any more, so that a smaller batch finds the room."""
-    gc.collect()  # a caught error's frames held tensors
+    """Frees memory that is no longer referenced, so that a smaller batch fits."""
+    gc.collect()  # the frames of a caught error held tensors
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()

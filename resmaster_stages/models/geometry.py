@@ -1,4 +1,4 @@
-"""Sizes of a base model, read from its JSON files: no weights are loaded and torch is not imported."""
+"""Reads the sizes of a base model from its JSON files, without loading weights or importing torch."""
 
 from __future__ import annotations
 

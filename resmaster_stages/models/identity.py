@@ -1,7 +1,7 @@
-"""The name of a base model's exact weights, without loading them: part of every stage's identity. Imports no torch.
+"""Names the exact weights of models without loading them. The names are part of the stages' identities.
 
-What it cannot see: a branch of a hub moving under an unnamed revision. Name a commit as the revision where that
-matters.
+This module does not import torch. It cannot see that a hub id without a revision has got new weights on the hub. Name a
+commit as the revision where that matters.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ PICTUREBOOK = "picturebook"
 """The id of the embedded model pack."""
 
 PACK_NETWORKS = ("captioner", "classifier", "clip", "super_resolution")
-"""Folders of the pack that are no part of its diffusion pipeline: each is a model of its own, with an identity of its
-own."""
+"""Folders of the pack that do not belong to its diffusion pipeline. Each is a separate model with its own identity."""
 
 
 def pack_folder() -> Path:
-    """Folder of the embedded pack. Raises ConfigError if this installation lacks it."""
+    """The folder of the embedded pack. Raises ConfigError if it is not installed."""
     folder = Path(__file__).resolve().parent.parent / "picturebook" / "pack"
     if not (folder / "model_index.json").is_file():
         raise ConfigError(
@@ -37,7 +36,7 @@ def pack_folder() -> Path:
 def as_folder(model_id: str) -> Path | None:
     """The local folder that a model id names, or None for a hub id.
 
-    Raises ConfigError where the id is written as a path and there is no such folder.
+    Raises ConfigError if the id is written as a path and there is no such folder.
     """
     path = Path(model_id).expanduser()
     if path.is_dir():
@@ -52,15 +51,15 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _in_pack(name: Path, network: str | None) -> bool:
-    """Whether a file of the pack belongs to one of its networks; None: to the diffusion pipeline and its IP-Adapter."""
+    """Whether a file of the pack belongs to `network`. None: to the diffusion pipeline and its IP-Adapter."""
     if network is not None:
         return name.parts[0] == network
-    return name.parts[0] not in (*PACK_NETWORKS, "card.json")  # the card tells about the weights, and changes none
+    return name.parts[0] not in (*PACK_NETWORKS, "card.json")  # the card describes the weights and is not part of them
 
 
 @lru_cache(maxsize=8)
 def _pack_digest(folder: Path, network: str | None) -> str:
-    """sha256 over names and bytes of the pack's files, those of one network or of the pipeline."""
+    """sha256 over the names and bytes of the pack's files, for one network or for the pipeline (None)."""
     hasher = hashlib.sha256()
     for path in _files(folder):
         if not _in_pack(path.relative_to(folder), network):
@@ -72,7 +71,7 @@ def _pack_digest(folder: Path, network: str | None) -> str:
 
 
 def _folder_digest(folder: Path) -> str:
-    """sha256 over the folder's JSON files and the names and sizes of all others: quick for many gigabytes."""
+    """sha256 over the folder's JSON files and the names and sizes of all files. It is quick for many gigabytes."""
     hasher = hashlib.sha256()
     for path in _files(folder):
         content = path.read_bytes() if path.suffix == ".json" else b""
@@ -81,7 +80,7 @@ def _folder_digest(folder: Path) -> str:
 
 
 def _source_identity(source: str, revision: str | None, network: str | None = None) -> str:
-    """Name of the weights at `source`; of the embedded pack, those of `network` (default: of its pipeline)."""
+    """Name of the weights at `source`. `network`: which model of the embedded pack (default: its pipeline)."""
     if source == PICTUREBOOK:
         return f"{PICTUREBOOK}@{_pack_digest(pack_folder(), network)[:16]}"
     folder = as_folder(source)
@@ -93,8 +92,8 @@ def _source_identity(source: str, revision: str | None, network: str | None = No
 def model_identity(config: ModelConfig) -> str:
     """Name of the weights that `config` loads, e.g. `picturebook@0123456789abcdef` or `owner/name@revision`.
 
-    The embedded pack is named by its content, a folder by its JSON files and file sizes, a hub id by its revision.
-    Another VAE and an IP-Adapter are appended. Raises ConfigError for a folder that does not exist.
+    The embedded pack is named by its content, a folder by its JSON files and file sizes, a hub id by its revision. The
+    names of a separate VAE and of an IP-Adapter are appended. Raises ConfigError for a folder that does not exist.
     """
     parts = [_source_identity(config.id, config.revision)]
     if config.vae:
@@ -109,18 +108,18 @@ def model_identity(config: ModelConfig) -> str:
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """Where a super-resolution network's weights are."""
+    """The place of a super-resolution network's weights."""
 
     model: str
     """`picturebook` (the embedded pack's), a file, or a hub id together with `weight_name`."""
     weight_name: str | None = None
-    """File at the hub."""
+    """File on the hub."""
     revision: str | None = None
-    """Commit or tag at the hub."""
+    """Commit or tag on the hub."""
 
 
 def network_file(config: NetworkFile) -> Path:
-    """The file of a super-resolution network's weights, fetched from the hub if need be. Raises ConfigError."""
+    """The file of a super-resolution network's weights, downloaded from the hub if needed. Raises ConfigError."""
     if config.model == PICTUREBOOK:
         return pack_folder() / "super_resolution" / "model.safetensors"
     path = Path(config.model).expanduser()
@@ -149,7 +148,10 @@ def _file_digest(path: Path, size: int, changed: int) -> str:
 
 
 def network_identity(config: NetworkFile) -> str:
-    """Name of a network's exact weights: a file by its content, a hub id by its revision. Raises ConfigError."""
+    """Name of a network's exact weights. A file is named by its content, a hub id by its revision.
+
+    Raises ConfigError.
+    """
     if config.model == PICTUREBOOK:
         return _source_identity(PICTUREBOOK, None, "super_resolution")
     if config.weight_name and not Path(config.model).expanduser().is_file():
@@ -160,7 +162,7 @@ def network_identity(config: NetworkFile) -> str:
 
 
 def weights_of(config: DatasetConfig) -> Weights:
-    """Names of all weights that a dataset is made with. Raises ConfigError for a folder that does not exist."""
+    """The names of all weights that a dataset is made with. Raises ConfigError for a folder that does not exist."""
     captions, quality = config.captions, config.quality
     local = captions.source == "model"
     judge = config.caption_clip()
@@ -179,14 +181,14 @@ class Weights:
     """Names of the exact weights that a dataset is made with (`resmaster_stages.models.identity.weights_of`)."""
 
     model: str
-    """Base model with VAE and adapter."""
+    """The base model with its VAE and IP-Adapter."""
     captioner: str | None = None
-    """Captioner; None where there is none."""
+    """The captioner. None if no model writes captions."""
     clip: str | None = None
-    """CLIP model of the quality stage; None where there is none."""
+    """The CLIP model of the quality stage. None if there is none."""
     features: str | None = None
-    """The pack whose classifier gives the quality stage's features; None where another network does, or none."""
+    """The classifier of the pack, if it gives the quality stage's features. None if another network does, or none."""
     upscaler: str | None = None
-    """The upscaling method's own network; None where it has none."""
+    """The upscaling method's own network. None if it has none."""
     caption_check: str | None = None
-    """CLIP model that checks captions; None where they are not checked."""
+    """The CLIP model that checks captions. None if captions are not checked."""

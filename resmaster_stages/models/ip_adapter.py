@@ -1,12 +1,12 @@
-"""IP-Adapters of UNets: an image through CLIP becomes tokens that every cross-attention reads beside the text.
+"""IP-Adapters of UNets: CLIP embeds an image as tokens that every cross-attention reads beside the text.
 
 The attention processors of a loaded IP-Adapter compute Attn(Q, K_T, V_T) + scale * Attn(Q, K_I, V_I). This module makes
-the embeddings that they read and sets the scale for a while. Plain adapters read one CLIP embedding per crop; Plus
+the embeddings that they read, and sets the scale within a block. Plain adapters read one CLIP embedding per crop. Plus
 adapters read the encoder's penultimate patch features.
 
 Invariants:
-- Scales and projection are restored when the block is left, exceptions included.
-- Without image prompts the UNet computes what it would compute without an adapter.
+- Scales and projection are restored when the block is left, also after an exception.
+- Without image prompts, the UNet computes the same as without an adapter.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _NoTokens(nn.Module):
 
 @contextmanager
 def adapter_scale(unet: Any, scale: float) -> Iterator[None]:
-    """Within the block the UNet's IP-Adapters (if any) have weight `scale`; with 0 they are out of the computation."""
+    """Within the block, the UNet's IP-Adapters (if any) have weight `scale`. With 0 they are not computed at all."""
     unet = getattr(unet, "_orig_mod", unet)  # torch.compile wraps the module
     projection = getattr(unet, "encoder_hid_proj", None)  # other denoisers have no adapters
     if not isinstance(projection, MultiIPAdapterImageProjection):
@@ -60,7 +60,7 @@ def adapter_scale(unet: Any, scale: float) -> Iterator[None]:
 def preprocess(crops: Tensor, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """`crops` [N, 3, h, w] in [-1, 1] as CLIP input [N, 3, size, size].
 
-    Crops are squeezed to a square rather than cut to one: what is at a narrow view's ends matters too.
+    Crops are squeezed to a square instead of being cropped to one, because the ends of a narrow view matter too.
     """
     pixels = F.interpolate(crops, size=(size, size), mode="bicubic", align_corners=False, antialias=True)
     pixels = pixels.clamp(-1, 1) / 2 + 0.5
@@ -70,7 +70,7 @@ def preprocess(crops: Tensor, size: int, mean: tuple[float, ...], std: tuple[flo
 
 @dataclass(frozen=True, eq=False)
 class IpAdapter:
-    """What makes the embeddings that a UNet's IP-Adapter reads."""
+    """Makes the embeddings that a UNet's IP-Adapter reads."""
 
     encoder: Any
     """CLIP's image encoder."""
@@ -91,7 +91,7 @@ class IpAdapter:
     def nothing(self, image: Tensor) -> Tensor:
         """The unconditional counterpart of embeddings [N, 1, ...].
 
-        Plain: zeros; Plus: the features of an all-zero input.
+        For plain adapters it is zeros, for Plus adapters the features of an all-zero input.
         """
         if not self.plus:
             return torch.zeros_like(image)
@@ -101,9 +101,9 @@ class IpAdapter:
 
 
 def adapter_of(unet: Any, encoder: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> IpAdapter | None:
-    """The IP-Adapter that is loaded into `unet`; None if there is none.
+    """The IP-Adapter that is loaded into `unet`, or None.
 
-    Raises ConfigError for one of an unsupported kind.
+    Raises ConfigError for an IP-Adapter of an unsupported kind.
     """
     projection = getattr(unet, "encoder_hid_proj", None)
     if not isinstance(projection, MultiIPAdapterImageProjection):

@@ -1,13 +1,11 @@
-"""From a model's name to its parts on a device.
+"""Loads a base model: from a model's name to its parts on a device.
 
-The name is a hub id or folder of a known family of base models, or the embedded pack.
-
-Knows nothing about methods or families. Only safetensors are read and no remote code runs; `HF_HUB_OFFLINE=1` is
-respected.
+The name is a hub id or a folder of a known family of base models, or the embedded pack. What is special to a family is
+in `models.bases`. Only safetensors are read, and no remote code runs. `HF_HUB_OFFLINE=1` is respected.
 
 Invariants:
-- A user's own pipeline is never changed for good: what the engine must alter, it restores.
-- The parts are in inference use only; nothing here trains.
+- A user's own pipeline is never changed permanently. The engine restores everything that it must alter.
+- The parts are used for inference only. Nothing here trains.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from resmaster_stages.models.places import resolve_device, resolve_dtype
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Without diffusers' progress bars, which would tear the display of a build."""
+    """Within the block, diffusers shows no progress bars, which would disturb the display of a build."""
     diffusers.utils.logging.disable_progress_bar()
     try:
         yield
@@ -54,7 +52,7 @@ def load_pipeline(config: ModelConfig) -> Any:
 
 @lru_cache(maxsize=1)
 def load_models(config: ModelConfig) -> Models:
-    """The model that `config` names, ready to use. The last one stays loaded. Raises ConfigError, one line."""
+    """The model that `config` names, ready to use. The last model stays loaded. Raises ConfigError with one line."""
     device = resolve_device(config.device)
     pipe = load_pipeline(config)
     models = replace(
@@ -70,7 +68,7 @@ def load_models(config: ModelConfig) -> Models:
     except OutOfMemory as error:  # no smaller batch helps
         raise ConfigError(str(error)) from error
     unet: Any = models.base.denoiser
-    if device.type == "cuda":  # convolutions in half precision want it there; on CPUs it made no measurable difference
+    if device.type == "cuda":  # convolutions in half precision prefer it; no measurable difference on CPUs
         unet.to(memory_format=torch.channels_last)
         models.base.vae.to(memory_format=torch.channels_last)
     _accelerate(unet, config, device)

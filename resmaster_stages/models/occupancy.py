@@ -1,10 +1,11 @@
-"""Which large models are on a device: the base model or the captioner, never both.
+"""Moves large models to and from a device, so that the base model and the captioner are never there together.
 
-Knows no model. Invariants:
-- Who is needed comes, and who is there goes to the CPU first. Nothing is loaded again: it waits in the CPU's memory.
-- Who could not come wholly is not there in part.
+Invariants:
+- Modules that are not needed move to the CPU before the needed modules move to the device. They wait in the CPU's
+  memory, so nothing is loaded again.
+- If not all needed modules fit on the device, none of them stays there.
 - On CPUs nothing moves.
-- What is kept nowhere else is not kept here.
+- Modules are referenced weakly, so this module keeps no model alive.
 """
 
 from __future__ import annotations
@@ -15,23 +16,23 @@ from weakref import WeakSet
 import torch
 
 _there: dict[tuple[str, int], WeakSet[Any]] = {}
-"""Device -> the modules that came to it."""
+"""Device -> the modules that were moved to it."""
 
 
 def has_own_memory(device: torch.device) -> bool:
-    """Whether models on `device` take memory that the CPU's do not."""
+    """Whether models on `device` use memory other than the CPU's."""
     return device.type != "cpu"
 
 
 def occupy(device: torch.device, *modules: Any) -> None:
-    """Brings `modules` to `device`; all others that came by this function go to the CPU.
+    """Moves `modules` to `device`. All other modules that this function moved there go to the CPU first.
 
-    Raises what moving raises, e.g. where memory runs out: none of `modules` is there then.
+    If moving fails, e.g. because memory runs out, none of `modules` stays on the device and the error is raised again.
     """
     if not has_own_memory(device):
         return
     there = _there.setdefault((device.type, device.index or 0), WeakSet())
-    # Outside inference mode: tensors that are made within are of another kind, for which blocks would be compiled anew.
+    # Outside inference mode, because blocks would be compiled anew for tensors that are made within inference mode.
     with torch.inference_mode(False):
         _leave(there, [module for module in there if module not in modules])
         try:

@@ -1,4 +1,4 @@
-"""A base model's loaded parts, as the engine uses them."""
+"""The loaded parts of a base model, as the engine uses them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from resmaster_stages.models.occupancy import occupy
 
 @dataclass(frozen=True, eq=False)
 class Models:
-    """A loaded base model, and where it runs."""
+    """A loaded base model and the device that it runs on."""
 
     base: Base
     device: torch.device
     dtype: torch.dtype
     offload: bool = False
     gives_way: bool = False
-    """Whether the captioner and these parts take turns on the device. A user's own pipeline stays where it is."""
+    """Whether these parts and the captioner take turns on the device. A user's own pipeline stays where it is."""
     identity: str = "pipeline"
     same_bytes: bool = True
-    """Whether convolutions are chosen by rule, so that a re-run gives the same bytes; else by a race, which is
-    faster."""
+    """Whether convolution kernels are chosen by rule, so that a re-run gives the same bytes. Otherwise a benchmark
+    chooses the fastest ones."""
 
     @property
     def geometry(self) -> Geometry:
@@ -37,20 +37,23 @@ class Models:
 
     @property
     def parts(self) -> tuple[Any, ...]:
-        """All modules."""
+        """All modules of the model."""
         base = self.base
         return tuple(
             part for part in (base.denoiser, base.vae, *base.text_encoders, base.image_encoder) if part is not None
         )
 
     def come(self) -> None:
-        """Sends the captioner off the device, and brings what is to stay there. Raises what moving raises."""
+        """Moves the captioner off the device and the parts that stay on the device to it.
+
+        Does nothing for a user's own pipeline. Errors of moving are raised.
+        """
         if self.gives_way:
             occupy(self.device, *(() if self.offload else self.parts))
 
     @contextmanager
     def using(self, *modules: Any) -> Iterator[None]:
-        """Within the block `modules` are on the device. With offloading they go back to the CPU afterwards."""
+        """Within the block, `modules` are on the device. With offloading they go back to the CPU afterwards."""
         self.come()
         if not self.offload:
             yield
@@ -67,9 +70,8 @@ class Models:
     def from_pipeline(cls, pipe: Any, *, identity: str = "pipeline", offload: bool = False) -> Models:
         """The parts of a pipeline of a known family, e.g. a StableDiffusionXLPipeline.
 
-        Its own checkpoint, LoRA, scheduler and IP-Adapter, as they are.
-
-        The pipeline must be on the device that it shall run on. Raises ConfigError for a pipeline of no known family.
+        The pipeline's own checkpoint, LoRA, scheduler and IP-Adapter are used as they are. The pipeline must be on the
+        device that it shall run on. Raises ConfigError for a pipeline of an unknown family.
         """
         family = family_of_pipeline(pipe, identity)
         try:

@@ -1,6 +1,6 @@
-"""Where a model's files are, on which device its parts go, and in which number format.
+"""Resolves the place of a model's files, the device of its parts and their number format.
 
-Imports torch only when asked for these.
+This module imports torch only in the functions for the device and the number format.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def location(identifier: str, subfolder: str = "") -> str:
-    """What `from_pretrained` takes for `identifier`: a folder (of the pack: its `subfolder`), or the hub id as it is.
+    """`identifier` as `from_pretrained` takes it: a folder (for the pack its `subfolder`), or the hub id unchanged.
 
-    Raises ConfigError for a path that is no folder, and where the pack is not installed.
+    Raises ConfigError for a path that is not a folder, and if the pack is not installed.
     """
     if identifier == PICTUREBOOK:
         return str(pack_folder() / subfolder)
@@ -32,7 +32,7 @@ def location(identifier: str, subfolder: str = "") -> str:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The JSON files of the pack, a folder or a hub id (from the local cache if they are there)."""
+    """The JSON files of the pack, a folder or a hub id (from the local cache if it has them)."""
 
     id: str
     revision: str | None = None
@@ -54,7 +54,7 @@ def _read_json(identifier: str, revision: str | None, name: str) -> dict[str, An
             path = Path(huggingface_hub.hf_hub_download(identifier, name, revision=revision))
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        # OSError: no such file, no network, not in the cache. ValueError: not JSON, or not a valid hub id.
+        # OSError: no such file, no network, or not in the cache. ValueError: not JSON, or not a valid hub id.
         raise ConfigError(
             f"model {identifier!r}: cannot read {name} ({first_line(error)}); give the top folder of a model in "
             "diffusers format, a hub id that is in the local cache (HF_HOME), or `picturebook`"
@@ -66,7 +66,7 @@ def _read_json(identifier: str, revision: str | None, name: str) -> dict[str, An
 
 @contextmanager
 def loading(model_id: str, what: str) -> Iterator[None]:
-    """Turns what loading can raise into one line that names the model. Raises ConfigError."""
+    """Turns errors of loading in the block into a ConfigError of one line that names the model."""
     try:
         yield
     except ConfigError:
@@ -79,7 +79,7 @@ def loading(model_id: str, what: str) -> Iterator[None]:
 
 
 def resolve_device(name: str, setting: str = "model.device") -> torch.device:
-    """The device that a configuration's `setting` names; `auto` is CUDA if there is one, else the CPU.
+    """The device that a configuration's `setting` names. `auto` is CUDA if there is a CUDA device, else the CPU.
 
     Raises ConfigError.
     """
@@ -99,7 +99,7 @@ def resolve_device(name: str, setting: str = "model.device") -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The number format that a configuration names; `auto` is float16 on CUDA and float32 elsewhere."""
+    """The number format that a configuration names. `auto` is float16 on CUDA and float32 elsewhere."""
     import torch
 
     if name == "auto":
@@ -108,12 +108,13 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def vae_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The number format of the VAE beside a denoiser in `dtype`: float32 beside bfloat16, else the same.
+    """The number format of the VAE beside a denoiser in `dtype`: float32 beside bfloat16, else `dtype`.
 
-    An encoder's last layers subtract large numbers from each other, and 8 bits of a weight are too few for that:
-    rounding picturebook's `quant_conv` alone shifts the first channel of the reference's latents by 3 % of their
-    spread, and the low-frequency swap draws the shift into the image. The weights must be loaded in float32: a VAE that
-    was rounded stays so when it is upcast. The VAE is a few percent of an image's time (docs/speed.md).
+    The last layers of an encoder subtract large numbers from each other, and the 8 bits of a bfloat16 weight are too
+    few for that. Rounding picturebook's `quant_conv` alone shifts the first channel of the reference's latents by 3 %
+    of their spread, and the low-frequency swap carries the shift into the image. The weights must be loaded in float32,
+    because a VAE that was rounded stays rounded when it is upcast. The VAE takes a few percent of an image's time
+    (docs/speed.md).
     """
     import torch
 

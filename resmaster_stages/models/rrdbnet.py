@@ -1,12 +1,11 @@
-"""RRDBNet, the network of ESRGAN, BSRGAN and Real-ESRGAN (Wang et al. 2018; Zhang et al. 2021): images, `scale` times
-larger.
+"""RRDBNet, the super-resolution network of ESRGAN, BSRGAN and Real-ESRGAN (Wang et al. 2018; Zhang et al. 2021).
 
-A trunk of residual-in-residual dense blocks at the small size, then nearest enlargements by two with a convolution
-each. Purely convolutional. Modules carry the names of BSRGAN's published weights; `official_state` renames
-Real-ESRGAN's, and `shape_of` reads all sizes off the weights, so a file needs no configuration beside it.
+The network is purely convolutional. A trunk of residual-in-residual dense blocks works at the small size. Then nearest
+enlargements by two follow, with a convolution each. The modules have the names of BSRGAN's published weights.
+`official_state` renames Real-ESRGAN's weights, and `shape_of` reads all sizes from the weights, so a file needs no
+configuration beside it. This module does not deal with files, tiles or image formats.
 
-Knows nothing about files, tiles or image formats. Invariant: [N, 3, h, w] in [0, 1] -> [N, 3, scale h, scale w], not
-clamped.
+Invariant: [N, 3, h, w] in [0, 1] -> [N, 3, scale h, scale w], not clamped.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SLOPE = 0.2
-"""Of the leaky ReLUs."""
+"""Slope of the leaky ReLUs."""
 DAMPING = 0.2
-"""Of what a block adds to its input, at both levels."""
+"""Factor on what a block adds to its input, at both levels."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class RRDBShape:
     growth: int = 32
     enlargements: int = 2
     unshuffle: int = 1
-    """Pixels per side that are folded into channels first: 2 for Real-ESRGAN's x2 weights, which enlarge twice all the
-    same."""
+    """Pixels per side that are folded into channels first. 2 for Real-ESRGAN's x2 weights, which still have two
+    enlargements."""
 
     @property
     def scale(self) -> int:
@@ -44,7 +43,7 @@ class RRDBShape:
 
 
 class DenseBlock(nn.Module):
-    """Five 3 x 3 convolutions, each of which reads what all before it made."""
+    """Five 3 x 3 convolutions, each of which reads the block's input and the outputs of all before it."""
 
     def __init__(self, features: int, growth: int) -> None:
         super().__init__()
@@ -74,7 +73,7 @@ class RRDB(nn.Module):
 
 
 class RRDBNet(nn.Module):
-    """The network of a shape."""
+    """The network with the sizes of `shape`."""
 
     def __init__(self, shape: RRDBShape) -> None:
         super().__init__()
@@ -94,7 +93,8 @@ class RRDBNet(nn.Module):
         return self.shape.scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, 3, h, w] -> [N, 3, scale h, scale w]; with pixel unshuffling h and w are multiples of it."""
+        """[N, 3, h, w] -> [N, 3, scale h, scale w]. With pixel unshuffling, h and w must be multiples of
+        `unshuffle`."""
         first = self.conv_first(F.pixel_unshuffle(x, self.shape.unshuffle))
         features = first + self.trunk_conv(self.RRDB_trunk(first))
         for number in range(self.shape.enlargements):
@@ -112,7 +112,7 @@ _RENAMED = (
 
 
 def official_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with BSRGAN's names: as it is, or renamed from Real-ESRGAN's (`body.0.rdb1.conv1`, ...)."""
+    """`state` with BSRGAN's names: unchanged, or renamed from Real-ESRGAN's names (`body.0.rdb1.conv1`, ...)."""
     renamed = {}
     for name, value in state.items():
         for pattern, official in _RENAMED:
@@ -122,7 +122,10 @@ def official_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def shape_of(state: Mapping[str, Tensor]) -> RRDBShape:
-    """The shape of the network that `state` (with official names) belongs to. Raises KeyError for another network's."""
+    """The shape of the network whose weights are `state` (with official names).
+
+    Raises KeyError for weights of another network.
+    """
     first = state["conv_first.weight"]
     blocks = {name.split(".")[1] for name in state if name.startswith("RRDB_trunk.")}
     return RRDBShape(
@@ -135,7 +138,7 @@ def shape_of(state: Mapping[str, Tensor]) -> RRDBShape:
 
 
 def network_of(state: Mapping[str, Tensor]) -> RRDBNet:
-    """The network that `state` (with official names) is the weights of, loaded strictly.
+    """The network whose weights are `state` (with official names), loaded strictly.
 
     Raises KeyError or RuntimeError where names or shapes are not those of an RRDBNet.
     """

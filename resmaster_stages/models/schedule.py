@@ -1,13 +1,14 @@
 """The noise schedule: which timesteps are visited, and how much signal and noise a latent holds there.
 
-Variance preserving throughout: z = alpha * x0 + sigma * eps with alpha^2 + sigma^2 = 1, alpha^2 = cumulative product of
-(1 - beta). An Euler scheduler describes the same path in other units (z / alpha), so its configuration serves as well.
-Honoured of a diffusers scheduler configuration: betas, zero-SNR rescaling, prediction type, timestep spacing, steps
-offset, and the `set_alpha_to_one` of DDIM and PNDM. Not honoured: Karras, exponential or beta sigmas, thresholding,
-higher orders.
+The path is variance preserving: z = alpha * x0 + sigma * eps with alpha^2 + sigma^2 = 1, alpha^2 = cumulative product
+of (1 - beta). An Euler scheduler describes the same path in other units (z / alpha), so its configuration can be used
+too. These parts of a diffusers scheduler configuration are used: betas, zero-SNR rescaling, prediction type, timestep
+spacing, steps offset, and the `set_alpha_to_one` of DDIM and PNDM. These are ignored: Karras, exponential or beta
+sigmas, thresholding, higher orders.
 
 Invariants:
-- Timesteps fall; the last step ends at alpha = 1, or at the first training timestep where a DDIM configuration says so.
+- Timesteps fall. The last step ends at alpha = 1, or at the first training timestep if a DDIM or PNDM configuration
+  says so.
 """
 
 from __future__ import annotations
@@ -40,28 +41,28 @@ class Step:
 
     @property
     def done(self) -> float:
-        """The fraction of the path's steps that lie before this one: what `start` and `stop` settings are compared
-        with."""
+        """The fraction of the path's steps that lie before this step. `start` and `stop` settings are compared with
+        it."""
         return self.index / self.count
 
     @property
     def cosine(self) -> float:
-        """(1 + cos(pi (T - t) / T)) / 2: from 1 at t = T to 0 at t = 0. DemoFusion's and FreeScale's decay."""
+        """(1 + cos(pi (T - t) / T)) / 2, from 1 at t = T to 0 at t = 0: the decay of DemoFusion and FreeScale."""
         return (1 + cos(pi * (self.train_steps - self.t) / self.train_steps)) / 2
 
     def noised(self, x0: Tensor, noise: Tensor) -> Tensor:
-        """`x0` as noisy as a latent is at this step."""
+        """`x0` with the noise level of this step."""
         return self.alpha * x0 + self.sigma * noise
 
     def split(self, z: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """(x0, eps) that the model's `output` at `z` stands for; all of one shape."""
+        """(x0, eps) from the model's `output` for `z`; all of one shape."""
         if self.prediction_type == "epsilon":
             return (z - self.sigma * output) / self.alpha, output
         return self.alpha * z - self.sigma * output, self.alpha * output + self.sigma * z  # v-prediction
 
 
 def timesteps(count: int, train_steps: int, spacing: str, offset: int) -> list[int]:
-    """`count` falling training timesteps, spaced as diffusers' DDIM scheduler does it."""
+    """`count` falling training timesteps, spaced as in diffusers' DDIM scheduler."""
     if spacing == "leading":
         chosen = np.arange(count, dtype=float)[::-1] * (train_steps // count) + offset
     elif spacing == "trailing":
@@ -74,7 +75,7 @@ def timesteps(count: int, train_steps: int, spacing: str, offset: int) -> list[i
 
 
 def make_schedule(scheduler_config: Mapping[str, Any], count: int) -> tuple[Step, ...]:
-    """The path in `count` steps that a diffusers scheduler configuration asks for.
+    """The path in `count` steps that a diffusers scheduler configuration describes.
 
     Raises ConfigError for schedulers without betas (flow matching) and for predictions other than epsilon and v.
     """

@@ -1,1 +1,1 @@
-"""The embedded model: its world and its weights."""
+"""The embedded model picturebook: its world of drawn scenes, and its weights."""

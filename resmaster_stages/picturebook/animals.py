@@ -1,4 +1,4 @@
-"""Cats and birds."""
+"""Draws cats and birds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Houses and lighthouses."""
+"""Draws houses and lighthouses."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def lighthouse(t: Thing, rng: Random, night: bool) -> Drawing:
     out = [shadow(t.x, t.y, 0.25 * s)]
 
     def half(y: float) -> float:
-        """Half the tower's width at a height."""
+        """Half the width of the tower at a height."""
         return narrow + (wide - narrow) * (y - top) / (bottom - top)
 
     rocks: dict[str, list[str]] = {"#77716c": [], "#8f8882": [], "#625d5a": []}

@@ -1,7 +1,7 @@
-"""Sentences about scenes: captions for whole scenes and crops, and how to read (object, colour) pairs back.
+"""Writes captions for whole scenes and crops, and reads (object, colour) pairs back from sentences.
 
-The vocabulary is small and fixed (`VOCABULARY`), every sentence has at most 50 words, and a crop's sentence names
-only what its box shows. Knows nothing about pixels or models.
+The vocabulary is small and fixed (`vocabulary`). Every sentence has at most 50 words. The caption of a crop names only
+what its box shows. This module does not use pixels or models.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ PART_WORDS: dict[str, tuple[str, ...]] = {
     "sun": ("the sun",),
     "moon": ("the moon",),
 }
-# the words by which evaluation recognises each texture
+# words by which the evaluation recognises textures
 TEXTURES = (
     "brick",
     "tile",
@@ -120,7 +120,7 @@ def _join(items: list[str]) -> str:
 
 
 def _share(box: Box, within: Box) -> float:
-    """The share of `box` that lies within `within`."""
+    """The share (0 to 1) of the area of `box` that lies within `within`."""
     w = min(box[2], within[2]) - max(box[0], within[0])
     h = min(box[3], within[3]) - max(box[1], within[1])
     area = (box[2] - box[0]) * (box[3] - box[1])
@@ -128,9 +128,9 @@ def _share(box: Box, within: Box) -> float:
 
 
 def visible(scene: Scene, box: Box) -> list[tuple[Thing, Drawing, float]]:
-    """What of the scene's objects `box` shows, left to right: (object, its drawing, share of the object seen).
+    """The objects that `box` shows, from left to right: (object, its drawing, share of the object inside the box).
 
-    An object counts when a quarter of it is inside, or when it fills a tenth of the box.
+    An object counts if a quarter of it is inside the box, or if it fills a tenth of the box.
     """
     seen = []
     for thing in sorted(scene.things, key=lambda t: t.x):
@@ -155,13 +155,13 @@ def pairs(sentence: str) -> frozenset[tuple[str, str]]:
 
 
 def ordered_pairs(sentence: str) -> tuple[tuple[str, str], ...]:
-    """The (kind, colour) pairs that a sentence names, in its order, each once."""
+    """The (kind, colour) pairs that a sentence names, in the order of the sentence, each once."""
     found = PAIR.findall(sentence.lower().replace(" - ", "-"))
     return tuple(dict.fromkeys((kind, colour) for colour, kind in found))
 
 
 def place(sentence: str) -> tuple[str | None, str | None]:
-    """The ground and the sky that a sentence about a whole scene names; None for what it leaves open."""
+    """(ground, sky) that a sentence about a whole scene names. None for one that it does not name."""
     text = sentence.lower()
     ground, sky = (
         next((name for name, phrases in table.items() if any(phrase in text for phrase in phrases)), None)
@@ -179,8 +179,11 @@ SUBJECTS = (*KINDS, *GROUNDS, *SKIES)
 
 
 def subject(scene: Scene, box: Box | None = None) -> str:
-    """What a view (default: the whole scene) is mainly of, one of `SUBJECTS`: the kind of the object that covers most
-    of it; without objects the ground or the sky, whichever covers more."""
+    """The main subject of `box` (default: the whole scene), one of `SUBJECTS`.
+
+    It is the kind of the object that covers most of the box. Without objects it is the ground or the sky, whichever
+    covers more.
+    """
     box = box or scene.box
     seen = visible(scene, box)
     if seen:
@@ -189,14 +192,14 @@ def subject(scene: Scene, box: Box | None = None) -> str:
 
 
 def is_whole(scene: Scene, box: Box) -> bool:
-    """Whether a box counts as a view of the whole scene: full height and square or wider."""
+    """Whether a box counts as a view of the whole scene: it has about the full height of the scene."""
     return box[3] - box[1] > 0.85 * HEIGHT
 
 
 def caption(scene: Scene, box: Box | None = None, rng: Random | None = None) -> str:
-    """A sentence for the whole scene (no box, or a box of full height) or for what a crop box shows.
+    """A sentence for the whole scene (no box, or a box of full height), or for the part that a crop box shows.
 
-    `rng` chooses the phrasing; the default depends on the scene's seed only.
+    `rng` chooses the phrasing. By default the phrasing depends on the scene's seed only.
     """
     rng = rng or Random(scene.seed)
     box = box or scene.box

@@ -1,10 +1,10 @@
-"""Counting objects in large images with the picturebook's captioner.
+"""Counts objects in large images with picturebook's captioner, which is passed in.
 
-The captioner sees 64 px, so an image full of small objects is described tile by tile, at several sizes of tile. Only
-objects that a tile shows whole count: of a partly seen one the captioner says `part of a red house` or `roof tiles of a
-red house`. A kind's count is the greatest of all tile sizes, since one and the same object is whole at several of them.
-Objects across tile borders are missed, and a large part of one is sometimes taken for a whole: an image counts as
-repeating from `LEAST` objects too many. Knows no models: the captioner is passed in.
+The captioner sees 64 px, so an image full of small objects is described tile by tile, with tiles of several sizes. Only
+objects that a tile shows whole are counted. For a partly visible object the captioner writes `part of a red house` or
+`roof tiles of a red house`. The count of a kind is the greatest count of all tile sizes, because the same object is
+whole at several sizes. Objects across tile borders are missed, and a large part of an object is sometimes taken for a
+whole. So an image counts as repeating only from a surplus of `LEAST` objects.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from PIL import Image
 from resmaster_stages.picturebook.captions import CLOSE_PREFIXES, PAIR
 
 LEAST = 2
-"""One object too many is often a false alarm: the captioner saw it in two tiles."""
+"""Least surplus of objects that counts as repeating. A surplus of one is often a false alarm: one object seen in two
+tiles."""
 
 _PREFIX = re.compile("|".join(re.escape(prefix) for prefix in CLOSE_PREFIXES) + "|a picture of |a scene with ")
 
 
 def whole_objects(sentence: str) -> Counter[str]:
-    """Kind -> how many whole objects a sentence of the grammar names."""
+    """Kind -> how many whole objects a sentence in picturebook's language names."""
     text = _PREFIX.sub("", sentence.lower().replace(" - ", "-"), count=1)
     found: Counter[str] = Counter()
     for match in PAIR.finditer(text):
@@ -35,8 +36,10 @@ def whole_objects(sentence: str) -> Counter[str]:
 
 
 def tiles(image: Image.Image, native_px: int) -> list[list[Image.Image]]:
-    """Disjoint tiles, about square, that cover an image, level by level: of its shorter side, of half of it, ... down
-    to the native size. Each is shrunk to about the native size by averaging.
+    """Disjoint, about square tiles that cover an image, level by level.
+
+    The edge of a tile is the image's shorter side at the first level, half of it at the next, and so on down to the
+    native size. Each tile is shrunk to about the native size by averaging.
     """
     levels = []
     divisions = 1
@@ -57,7 +60,7 @@ def tiles(image: Image.Image, native_px: int) -> list[list[Image.Image]]:
 def count_objects(
     image: Image.Image, describe: Callable[[Sequence[Image.Image]], Sequence[str]], native_px: int
 ) -> Counter[str]:
-    """Kind -> how many objects an image shows, at least."""
+    """Kind -> the least number of objects that an image shows. `describe` is the captioner."""
     found: Counter[str] = Counter()
     for level in tiles(image, native_px):
         counts: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Balloons and boats."""
+"""Draws balloons and boats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sky and ground of a scene. Detail is sized so that it blurs at 128 px and is crisp at 512 px."""
+"""Draws the sky and the ground of a scene. Detail is sized so that it blurs at 128 px and is crisp at 512 px."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _cloud(x: float, y: float, w: float, rng: Random, fill: str, shade: str) -> 
 
 
 def sky_parts(scene: Scene) -> tuple[Part, ...]:
-    """Where the sun or moon is, if any."""
+    """The region of the sun or the moon, if there is one."""
     rng = Random(scene.seed ^ 0x5C7)
     fx, fy = rng.uniform(0.12, 0.88), rng.uniform(0.1, 0.24)
     if scene.sky == "cloudy":

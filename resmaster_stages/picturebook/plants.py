@@ -1,4 +1,4 @@
-"""Trees and flowers."""
+"""Draws trees and flowers."""
 
 from __future__ import annotations
 

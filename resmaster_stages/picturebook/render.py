@@ -1,4 +1,4 @@
-"""Rasterise a scene, or any box of it, at any size. Needs `resvg_py` (the extra `train`), imported on first use."""
+"""Rasterises a scene, or any box of it, at any size. It needs `resvg_py` (the extra `train`), imported on first use."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from resmaster_stages.picturebook import scenes
 
 
 def render(scene: scenes.Scene, height_px: int, width_px: int, box: scenes.Box | None = None) -> Image.Image:
-    """Draw `box` (scene units, default the whole scene) as an RGB image of (height_px, width_px).
+    """Draw `box` (in scene units, default: the whole scene) as an RGB image of `height_px` x `width_px`.
 
-    A crop is another viewBox, so a crop of a large render equals a render of the crop up to antialiasing.
+    A box is drawn by another SVG viewBox, so a crop of a large render equals a render of the crop up to antialiasing.
     """
     try:
         import resvg_py

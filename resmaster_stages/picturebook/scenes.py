@@ -1,10 +1,8 @@
-"""Scenes of the picturebook's world and their SVG.
+"""Makes scenes of picturebook's world and draws them as SVG.
 
-A `Scene` is a frozen description (what stands where); `svg(scene, box)` draws it, for any crop, since a crop is only
-another viewBox. Everything follows from integer seeds; there is no global random state. Fine detail (bricks, leaves,
-petal lines, weave, grass) is sized so that it blurs when a whole scene is 128 px high and is crisp at 512 px.
-
-Knows nothing about pixels, sentences or models.
+A `Scene` is a frozen description of what stands where. `svg(scene, box)` draws it, or any crop of it by another
+viewBox. Everything follows from integer seeds, and there is no global random state. Fine detail (bricks, leaves, petal
+lines, weave, grass) is sized so that it blurs when a whole scene is 128 px high and is crisp at 512 px.
 """
 
 from __future__ import annotations
@@ -52,7 +50,7 @@ __all__ = [
 
 
 def drawing(thing: Thing, night: bool = False) -> Drawing:
-    """The drawing of one object; its randomness comes from the object's own seed."""
+    """The drawing of one object. Its randomness comes from the object's own seed."""
     return KINDS[thing.kind].draw(thing, Random(thing.seed), night)
 
 
@@ -77,7 +75,10 @@ def svg(scene: Scene, box: Box | None = None, width_px: int | None = None, heigh
 
 
 def make_scene(seed: int, kinds: tuple[str, ...] | None = None) -> Scene:
-    """The scene of a seed: ground, sky, 1 to 3 objects side by side, square (60 %) or up to twice as wide."""
+    """The scene of a seed: ground, sky and 1 to 3 objects side by side. It is square (60 %) or up to twice as wide.
+
+    kinds: choose the objects among these kinds (default: all).
+    """
     rng = Random(seed * 2654435761 + 12345)
     width = HEIGHT if rng.random() < 0.6 else round(HEIGHT * rng.uniform(1.15, 2.0))
     horizon = rng.uniform(0.52, 0.68) * HEIGHT
@@ -92,8 +93,10 @@ def make_scene(seed: int, kinds: tuple[str, ...] | None = None) -> Scene:
 
 
 def scene_of(seed: int, width: float, ground: str | None, sky: str | None, wanted: Sequence[tuple[str, str]]) -> Scene:
-    """A scene that shows the (kind, colour) pairs `wanted`, at most 3, laid out by `seed`; None is the seed's
-    choice."""
+    """A scene that shows the (kind, colour) pairs `wanted`, at most 3, laid out by `seed`.
+
+    The seed also chooses the ground or the sky if it is None.
+    """
     rng = Random(seed * 2654435761 + 54321)
     horizon = rng.uniform(0.52, 0.68) * HEIGHT
     fitting = [g for g in GROUNDS if all(g in KINDS[name].grounds for name, _ in wanted)] or list(GROUNDS)
@@ -103,11 +106,14 @@ def scene_of(seed: int, width: float, ground: str | None, sky: str | None, wante
 
 
 def _stand(rng: Random, width: float, horizon: float, wanted: Sequence[tuple[Kind, str | None]]) -> tuple[Thing, ...]:
-    """Objects side by side, back to front; those without a colour get one that their kind does not have here yet."""
+    """Places objects side by side and returns them back to front.
+
+    An object without a colour gets a colour that no object of its kind has in the scene yet.
+    """
     if not wanted:
         return ()
     picked, count = [each for each, _ in wanted], len(wanted)
-    # more objects, smaller objects; slots share the width in proportion to what stands in them
+    # the more objects, the smaller they are; slots share the width in proportion to the objects in them
     shrink = {1: 1.05, 2: 0.9, 3: 0.7}[count]
     sizes = [rng.uniform(*k.sizes) * shrink for k in picked]
     widths = [k.aspect * s for k, s in zip(picked, sizes)]

@@ -1,4 +1,4 @@
-"""SVG building blocks: path strings, outlines and gradients. Knows nothing about what they depict."""
+"""SVG building blocks: path strings, outlines and gradients."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Ground truth for prompts in the picturebook's language: a scene that shows what the prompt says, drawn at any size.
+"""Ground truth for prompts in picturebook's language: a scene that shows what the prompt says, drawn at any size.
 
-Vectors have detail at every resolution, so these images are what a perfect upscaler's results are drawn from. The
-layout is the seed's choice, not that of any generated image: compare sets, not single images. Knows no models and
-no storage.
+Vectors have detail at every resolution, so these images are samples of what a perfect upscaler would give. A seed
+chooses the layout of a scene, so it is not the layout of any generated image. Compare sets of images, not single
+images.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ MOST_OBJECTS = 3
 
 
 def true_scene(prompt: str, width: float, replica: int = 0) -> scenes.Scene:
-    """A scene of 512 x `width` units with the prompt's objects, ground and sky; what it leaves open follows from the
-    prompt and `replica`.
+    """A scene of 512 x `width` units with the prompt's objects, ground and sky.
 
-    Raises ConfigError for prompts that name nothing of this world, or more objects than its scenes hold.
+    Everything that the prompt does not say follows from the prompt and `replica`. Raises ConfigError for prompts that
+    name nothing of this world, or more objects than its scenes hold.
     """
     wanted = captions.ordered_pairs(prompt)
     ground, sky = captions.place(prompt)
@@ -42,7 +42,7 @@ def true_scene(prompt: str, width: float, replica: int = 0) -> scenes.Scene:
 
 
 def check(prompts: Iterable[str], height_px: int, width_px: int) -> None:
-    """Raise ConfigError, before anything is drawn, for what `true_image` could not draw."""
+    """Raise ConfigError, before anything is drawn, for prompts or sizes that `true_image` cannot draw."""
     if importlib.util.find_spec("resvg_py") is None:
         raise ConfigError("picturebook's drawings: needs resvg_py; install it: pip install 'resmaster-pipeline[train]'")
     if not height_px <= width_px <= 2 * height_px:
@@ -55,9 +55,9 @@ def check(prompts: Iterable[str], height_px: int, width_px: int) -> None:
 
 
 def true_image(prompt: str, height_px: int, width_px: int, replica: int = 0) -> Image.Image:
-    """The scene of a prompt, RGB, drawn at a size at least as wide as high and at most twice as wide.
+    """The scene of a prompt as an RGB image, at least as wide as high and at most twice as wide.
 
-    Raises ConfigError as `check`.
+    Raises ConfigError like `check`.
     """
     from resmaster_stages.picturebook.render import render
 

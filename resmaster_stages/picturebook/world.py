@@ -1,8 +1,7 @@
-"""What the picturebook's world is made of: colours, places, objects, and the registry of kinds.
+"""The elements of picturebook's world: colours, places, objects, and the registry of kinds of objects.
 
 To add a kind of object, write one function that returns a `Drawing`, decorate it with `@kind` and import its module in
-`scenes.py`. Scene units: every scene is 512 units high and 512 to 1024 wide; y points down. Knows nothing about
-drawing.
+`scenes.py`. Every scene is 512 units high and 512 to 1024 units wide, and y points down.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from random import Random
 
 HEIGHT = 512.0
 VERSION = 2
-"""Of the world. A pack belongs to the version whose photos it was trained on."""
+"""Version of the world. A pack belongs to the version on whose images it was trained."""
 GROUNDS = ("meadow", "sand", "snow", "road", "water")
 LAND = ("meadow", "sand", "snow", "road")
 SKIES = ("day", "sunset", "night", "cloudy")
@@ -34,7 +33,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in scene uni
 
 @dataclass(frozen=True)
 class Part:
-    """A named region of an object, for captions. `name` is a key of `captions.PART_WORDS`."""
+    """A named region of an object, used by captions. `name` is a key of `captions.PART_WORDS`."""
 
     name: str
     box: Box
@@ -42,7 +41,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a kind's function returns: SVG markup, the object's box and its parts, in scene units."""
+    """The result of a kind's drawing function: SVG markup, the object's box and its parts, in scene units."""
 
     svg: str
     box: Box
@@ -51,7 +50,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: `x` is its centre, `y` its base (ground contact or lowest point), `size` its height."""
+    """One object. `x` is its centre, `y` its base (ground contact or lowest point), `size` its height."""
 
     kind: str
     colour: str
@@ -63,7 +62,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A whole scene; `things` are in drawing order (back to front)."""
+    """A whole scene. `things` are in drawing order (back to front)."""
 
     seed: int
     width: float
@@ -79,8 +78,11 @@ class Scene:
 
 @dataclass(frozen=True)
 class Kind:
-    """A registered kind: allowed colours, (least, greatest) size, width / height, how to draw it, whether it floats in
-    the air, and the grounds it may be seen on."""
+    """A registered kind of object.
+
+    It has allowed colours, (least, greatest) sizes, an aspect (width / height), a drawing function, whether it floats
+    in the air, and the grounds on which it may stand.
+    """
 
     name: str
     colours: tuple[str, ...]

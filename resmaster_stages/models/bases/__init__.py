@@ -1,4 +1,4 @@
-"""Families of base models: one file per family, and here a line for each. Imports no torch."""
+"""Families of base models. Each family has a file here and a line in `FAMILIES`. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FAMILIES: list[Family] = [
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The family of the model that `config` names, by its `model_index.json`. Raises ConfigError."""
+    """The family of the model that `config` names, found by its `model_index.json`. Raises ConfigError."""
     name = ModelFiles(config.id, config.revision).json("model_index.json").get("_class_name")
     if not isinstance(name, str):
         raise ConfigError(f"model {config.id!r}: model_index.json names no pipeline class; download the model again")
@@ -26,12 +26,12 @@ def family_of(config: ModelConfig) -> Family:
 
 
 def family_of_pipeline(pipe: object, model: str) -> Family:
-    """The family of a loaded pipeline, by its class or a class that it is derived from. Raises ConfigError."""
+    """The family of a loaded pipeline, found by its class or a base class. Raises ConfigError."""
     return _family(tuple(kind.__name__ for kind in type(pipe).__mro__), model)
 
 
 def require(family: Family, model: str, needs: Mapping[Ability, str]) -> None:
-    """Raises ConfigError unless `family`, the one of `model`, has all abilities.
+    """Raises ConfigError unless `family`, to which `model` belongs, has all abilities of `needs`.
 
     needs: ability -> the method or setting that needs it.
     """
@@ -45,7 +45,7 @@ def require(family: Family, model: str, needs: Mapping[Ability, str]) -> None:
 
 
 def _family(classes: tuple[str, ...], model: str) -> Family:
-    """The family of the first of the names `classes` that one knows."""
+    """The family for the first name in `classes` that belongs to a known family. Raises ConfigError."""
     for name in classes:
         for family in FAMILIES:
             if re.fullmatch(family.pipelines, name):

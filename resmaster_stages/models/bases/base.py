@@ -1,7 +1,7 @@
-"""What the engine asks of a base model: the contract that a file of this folder fulfils for its family.
+"""The interface between the engine and base models. Each file of this folder implements it for one family.
 
-A `Family` answers before any weights are loaded, so it is a table of functions that import torch only when they are
-called. A `Base` is a loaded model of a family. Knows nothing about methods, views or any particular model.
+A `Family` is used before any weights are loaded. So it is a table of functions that import torch only when they are
+called. A `Base` is a loaded model of a family.
 """
 
 from __future__ import annotations
@@ -21,16 +21,14 @@ if TYPE_CHECKING:
     from resmaster_stages.models.schedule import Step
 
 Ability = Literal["convolutions", "attention", "image_prompts"]
-"""What a method may need of a family.
-
-Convolutions and attentions under the names of diffusers' UNets, an IP-Adapter.
-"""
+"""What a method may need of a family: convolutions or attentions under the names of diffusers' UNets, or an
+IP-Adapter."""
 
 Layers = Literal["sdxl", "sd1", "sd2"]
-"""UNets whose layers some papers give settings for."""
+"""UNets for whose layers some papers give settings."""
 
 TokenCounter = Callable[[str], int]
-"""Number of content tokens of a text."""
+"""A text -> the number of its content tokens."""
 
 
 @dataclass(frozen=True)
@@ -50,31 +48,31 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Family:
-    """Base models that are loaded and called alike."""
+    """A family of base models that are loaded and called in the same way."""
 
     name: str
-    """For messages."""
+    """The family's name in messages."""
     pipelines: str
-    """Names of diffusers' pipeline classes, by which a model's `model_index.json` or a loaded pipeline is recognised: a
-    regular expression for the whole name."""
+    """A regular expression for the whole name of diffusers' pipeline classes. It recognises a model by its
+    `model_index.json`, or a loaded pipeline by its class."""
     abilities: frozenset[Ability]
     geometry: Callable[[ModelFiles], Geometry]
-    """Read from a model's JSON files. Raises ConfigError."""
+    """Reads the sizes from a model's JSON files. Raises ConfigError."""
     token_counter: Callable[[ModelConfig], TokenCounter]
-    """Counts tokens with a model's tokenizer alone. Raises ConfigError."""
+    """Gives a counter that uses a model's tokenizer alone. Raises ConfigError."""
     load: Callable[[ModelConfig, torch.dtype], Any]
-    """A pipeline on the CPU, with the configuration's VAE and IP-Adapter: an object with `device`. Raises
+    """Loads a pipeline on the CPU, with the configuration's VAE and IP-Adapter: an object with `device`. Raises
     ConfigError."""
     base: Callable[[Any], Base]
-    """The parts of a loaded pipeline, which may be a user's own. Raises ConfigError for one that cannot be used."""
+    """Gives the parts of a loaded pipeline, which may be a user's own. Raises ConfigError if it cannot be used."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What the denoiser is told about the rows of one call."""
+    """The conditions of the rows of one denoiser call."""
 
     states: Tensor  # [rows, L, D]
-    """Text, as `Base.encode` makes it."""
+    """Text states, as `Base.encode` makes them."""
     pooled: Tensor  # [rows, P]
     sizes: Tensor  # [rows, 6]
     """Original height and width, crop top and left, target height and width, all in px."""
@@ -83,13 +81,14 @@ class Rows:
 
 
 class Denoiser(Protocol):
-    """What predicts: a diffusers UNet, or anything else that is called like one."""
+    """The network that predicts: a diffusers UNet, or anything else that is called like a UNet."""
 
     dtype: torch.dtype
 
     def __call__(self, sample: Tensor, timestep: Tensor, *, return_dict: bool, **arguments: Any) -> tuple[Tensor, ...]:
-        """Outputs [N, C, h, w] (first of the tuple) for noisy latents [N, C, h, w] at one timestep []. arguments: what
-        `Base.arguments` gives. What an output stands for is the path's affair (`Step.split`)."""
+        """Outputs [N, C, h, w] (first of the tuple) for noisy latents [N, C, h, w] at one timestep [].
+
+        arguments: what `Base.arguments` gives. `Step.split` interprets an output."""
 
 
 class ImageAdapter(Protocol):
@@ -97,13 +96,13 @@ class ImageAdapter(Protocol):
 
     @property
     def encoder(self) -> Any:
-        """A module."""
+        """The module that embeds images."""
 
     def embed(self, crops: Tensor) -> Tensor:
         """Crops [N, 3, h, w] in [-1, 1] as embeddings [N, ...]."""
 
     def nothing(self, image: Tensor) -> Tensor:
-        """The unconditional counterpart of embeddings [N, 1, ...], of their shape."""
+        """The unconditional counterpart of embeddings [N, 1, ...], of the same shape."""
 
 
 class Base(Protocol):
@@ -120,7 +119,7 @@ class Base(Protocol):
 
     @property
     def denoiser(self) -> Denoiser:
-        """What methods patch, too: for a UNet the module itself."""
+        """The network that predicts. Methods patch it. For a UNet it is the module itself."""
 
     @property
     def vae(self) -> Any:
@@ -128,43 +127,44 @@ class Base(Protocol):
 
     @property
     def text_encoders(self) -> tuple[Any, ...]:
-        """Modules that `encode` uses."""
+        """The modules that `encode` uses."""
 
     @property
     def image_encoder(self) -> Any | None:
-        """Module that `image_adapter` uses."""
+        """The module that `image_adapter` uses."""
 
     @property
     def layers(self) -> Layers | None:
-        """Whose layers its denoiser has; None if they are of no UNet that is named here."""
+        """The UNet whose layers the denoiser has. None if it is not one of `Layers`."""
 
     @property
     def tokens(self) -> int:
-        """Tokens that the text encoders read, start and end included. What a prompt has beyond them is lost."""
+        """Tokens that the text encoders read, start and end included. Further tokens of a prompt are lost."""
 
     def path(self, steps: int) -> tuple[Step, ...]:
-        """The noise levels that are visited. Raises ConfigError for what cannot be followed."""
+        """The steps of the noise schedule. Raises ConfigError for a schedule that is not supported."""
 
     def count(self, prompts: Sequence[str]) -> list[int]:
-        """Tokens of each prompt, start and end included."""
+        """The number of tokens of each prompt, start and end included."""
 
     def encode(self, prompts: list[str], negative: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(states [N, L, D], pooled [N, P]) of prompts, or of negative prompts; P = 0 where nothing pooled is read."""
+        """(states [N, L, D], pooled [N, P]) of prompts or negative prompts. P = 0 if the denoiser reads no pooled
+        text."""
 
     def arguments(self, rows: Rows) -> dict[str, Any]:
-        """Keyword arguments of one call of the denoiser."""
+        """Keyword arguments for one call of the denoiser."""
 
     def to_canvas(self, latents: Tensor) -> Tensor:
-        """The VAE's latents [B, C, h, w] as the denoiser's."""
+        """Converts the VAE's latents [B, C, h, w] to the denoiser's."""
 
     def from_canvas(self, latents: Tensor) -> Tensor:
-        """The denoiser's latents [B, C, h, w] as the VAE's."""
+        """Converts the denoiser's latents [B, C, h, w] to the VAE's."""
 
     def image_adapter(self) -> ImageAdapter | None:
-        """None where none is loaded. Raises ConfigError for one that cannot be used."""
+        """The loaded image adapter, or None. Raises ConfigError if it cannot be used."""
 
     def image_scale(self, scale: float) -> AbstractContextManager[None]:
-        """Within the block image prompts have weight `scale`; with 0 they are out of the computation."""
+        """Within the block, image prompts have weight `scale`. With 0 they are not computed at all."""
 
     def row_bytes(self, height: int, width: int) -> int | None:
-        """Greatest memory in bytes of one row of `height` x `width` latents in the denoiser; None if not known."""
+        """Peak memory in bytes of one row of `height` x `width` latents in the denoiser. None if not known."""

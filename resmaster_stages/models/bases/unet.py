@@ -1,7 +1,7 @@
 """SDXL, and Stable Diffusion 1.x and 2.x: diffusers' UNet2DConditionModel with CLIP text encoders and a KL autoencoder.
 
-SDXL has two text encoders, pooled text and numbers of size and crop; Stable Diffusion has one encoder and neither.
-Both follow a variance-preserving path (`models.schedule`) and take IP-Adapters.
+SDXL has two text encoders and reads pooled text and numbers of size and crop. Stable Diffusion has one text encoder and
+reads neither. Both follow a variance-preserving path (`models.schedule`) and take IP-Adapters.
 """
 
 from __future__ import annotations
@@ -28,26 +28,27 @@ if TYPE_CHECKING:
 PACK_ADAPTER = IpAdapterConfig(
     id=PICTUREBOOK, subfolder="ip_adapter", weight_name="ip-adapter.safetensors", image_encoder_folder="image_encoder"
 )
-"""Where the embedded pack keeps its IP-Adapter."""
+"""The place of the embedded pack's IP-Adapter."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-"""Mean of RGB in [0, 1] that CLIP image encoders subtract where nothing else is configured."""
+"""Mean of RGB in [0, 1] that is subtracted for a CLIP image encoder if nothing else is configured."""
 
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Standard deviation that goes with it."""
+"""Standard deviation of RGB that goes with `CLIP_MEAN`."""
 
 _FEED_FORWARD = 21
-"""Live values per value of the feed-forward's input.
-
-Both halves of its gate (8), the gate (4), their product (4), the layers around.
-"""
+"""Values that are live at once, per value of the feed-forward's input: both halves of its gate (8), the gate (4),
+their product (4) and the layers around."""
 
 
 # ------------------------------------------------------------------------------------------- before it is loaded
 
 
 def geometry(files: ModelFiles) -> Geometry:
-    """`sample_size` of the UNet in latents, and a factor of 2 for each down-sampling of the VAE. Raises ConfigError."""
+    """The sizes from the UNet's `sample_size` (in latents) and the VAE's down-samplings (a factor of 2 each).
+
+    Raises ConfigError.
+    """
     size = files.json("unet/config.json").get("sample_size")
     channels = files.json("vae/config.json").get("block_out_channels")
     if not isinstance(size, int):
@@ -63,7 +64,7 @@ def _geometry(sample_size: int, vae_channels: Sequence[int]) -> Geometry:
 
 
 def token_counter(config: ModelConfig) -> TokenCounter:
-    """Counts with the first tokenizer."""
+    """Counts with the model's first tokenizer."""
     from transformers import CLIPTokenizer
 
     with loading(config.id, "its tokenizer"):
@@ -77,7 +78,10 @@ def token_counter(config: ModelConfig) -> TokenCounter:
 
 
 def load(pipeline: str, more: Mapping[str, Any], config: ModelConfig, dtype: torch.dtype) -> Any:
-    """diffusers' `pipeline`, whose loader is told `more`. Raises ConfigError."""
+    """Loads the model with diffusers' class `pipeline`. `more` are further arguments of its loader.
+
+    Raises ConfigError.
+    """
     import diffusers
 
     kinds: dict[str, Any] = {"default": dtype, "vae": vae_dtype(dtype)}
@@ -103,7 +107,7 @@ def load(pipeline: str, more: Mapping[str, Any], config: ModelConfig, dtype: tor
 
 
 def _load_adapter(pipe: Any, adapter: IpAdapterConfig, dtype: torch.dtype) -> None:
-    """Image encoder and IP-Adapter weights into `pipe`."""
+    """Loads the image encoder and the IP-Adapter's weights into `pipe`."""
     from transformers import CLIPVisionModelWithProjection
 
     if not adapter.weight_name.endswith(".safetensors"):
@@ -151,13 +155,13 @@ class Unet:
     image_std: tuple[float, ...]
     scheduler_config: Mapping[str, Any]
     told_sizes: bool
-    """Whether the UNet reads pooled text, and numbers of size and crop (SDXL)."""
+    """Whether the UNet reads pooled text and numbers of size and crop (SDXL)."""
     zeros_for_empty_prompt: bool
     """Whether the empty negative prompt is all zeros, as the model was trained (`force_zeros_for_empty_prompt`)."""
 
     @property
     def layers(self) -> Layers:
-        """Whose places its layers have, by its depth and the width of its text. What is neither counts as SDXL's."""
+        """Found by the UNet's depth and the width of its text. A UNet without four levels counts as SDXL's."""
         config = self.denoiser.config
         if len(config.block_out_channels) != 4:
             return "sdxl"
@@ -165,11 +169,11 @@ class Unet:
 
     @property
     def tokens(self) -> int:
-        """Of the shorter text encoder."""
+        """The number of tokens of the shorter text encoder."""
         return min(tokenizer.model_max_length for tokenizer in self.tokenizers)
 
     def path(self, steps: int) -> tuple[Step, ...]:
-        """As the scheduler's configuration says."""
+        """The path that the scheduler's configuration describes."""
         from resmaster_stages.models.schedule import make_schedule
 
         return make_schedule(self.scheduler_config, steps)
@@ -180,10 +184,10 @@ class Unet:
         return [max(each) for each in zip(*counts)]
 
     def encode(self, prompts: list[str], negative: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-        """As the `encode_prompt` of diffusers' pipelines does it.
+        """The same as `encode_prompt` of diffusers' pipelines.
 
-        SDXL: penultimate states of both encoders side by side, and the pooled output of the second. Stable Diffusion:
-        the last states of the only encoder.
+        SDXL: the penultimate states of both encoders side by side, and the pooled output of the second encoder. Stable
+        Diffusion: the last states of the only encoder.
         """
         states, pooled = self._encode(prompts, device)
         if negative and self.zeros_for_empty_prompt:
@@ -211,24 +215,25 @@ class Unet:
         return torch.cat(states, dim=-1), output[0]
 
     def arguments(self, rows: Rows) -> dict[str, Any]:
-        """Text, image prompts and, of SDXL, pooled text and numbers of size and crop."""
+        """Text, image prompts and, for SDXL, pooled text and numbers of size and crop."""
         added: dict[str, Any] = {"image_embeds": [] if rows.image is None else [rows.image]}
         if self.told_sizes:
             added |= {"text_embeds": rows.pooled, "time_ids": rows.sizes}
         return {"encoder_hidden_states": rows.states, "added_cond_kwargs": added}
 
     def to_canvas(self, latents: Tensor) -> Tensor:
-        """Scaled, or scaled and shifted per channel where the VAE's configuration has a mean and a spread."""
+        """Scales the latents, or scales and shifts them per channel if the VAE's configuration has `latents_mean` and
+        `latents_std`."""
         scale, shift = self._affine(latents)
         return (latents - shift) * scale
 
     def from_canvas(self, latents: Tensor) -> Tensor:
-        """`to_canvas` undone."""
+        """The inverse of `to_canvas`."""
         scale, shift = self._affine(latents)
         return latents / scale + shift
 
     def _affine(self, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """(scale, shift) with denoiser's latents = scale * (VAE's latents - shift)."""
+        """(scale, shift), where denoiser's latents = scale * (VAE's latents - shift)."""
         config = self.vae.config
         mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
         if mean is None or std is None:
@@ -237,7 +242,7 @@ class Unet:
         return config.scaling_factor / spread, shift
 
     def image_adapter(self) -> IpAdapter | None:
-        """The IP-Adapter, if one is loaded with its image encoder. Raises ConfigError for one of another kind."""
+        """The IP-Adapter, if one is loaded with its image encoder. Raises ConfigError for an unsupported kind."""
         from resmaster_stages.models.ip_adapter import adapter_of
 
         if self.image_encoder is None:
@@ -245,22 +250,22 @@ class Unet:
         return adapter_of(self.denoiser, self.image_encoder, self.image_mean, self.image_std)
 
     def image_scale(self, scale: float) -> AbstractContextManager[None]:
-        """Of the UNet's IP-Adapters, if there are any."""
+        """Sets the weight of the UNet's IP-Adapters, if there are any."""
         from resmaster_stages.models.ip_adapter import adapter_scale
 
         return adapter_scale(self.denoiser, scale)
 
     def row_bytes(self, height: int, width: int) -> int | None:
-        """By `row_bytes`."""
+        """The estimate of `row_bytes`."""
         return row_bytes(self.denoiser, height, width)
 
 
 def row_bytes(unet: Any, height: int, width: int) -> int:
-    """Greatest memory in bytes that one row of `height` x `width` latents holds while `unet` computes it.
+    """Peak memory in bytes that one row of `height` x `width` latents holds while `unet` computes it.
 
-    While the UNet's last feed-forward of its finest attention is at work, a row holds the feature maps that the up
-    blocks are still waiting for, and about 21 times that level's tokens. A test holds the estimate to within 10 % of
-    what is allocated step by step, for the shapes of SDXL, Stable Diffusion 1.5 and picturebook.
+    The peak is in the last feed-forward of the finest attention. There a row holds the feature maps for the skip
+    connections of the up blocks, and about 21 times the values of that level's tokens. A test checks that the estimate
+    is within 10 % of what is allocated step by step, for the shapes of SDXL, Stable Diffusion 1.5 and picturebook.
     """
     config = unet.config
     channels, per_block = config.block_out_channels, config.layers_per_block
@@ -280,8 +285,8 @@ def row_bytes(unet: Any, height: int, width: int) -> int:
 def base(told_sizes: bool, pipe: Any) -> Unet:
     """The parts of a StableDiffusionXLPipeline (`told_sizes`) or StableDiffusionPipeline.
 
-    Its own checkpoint, LoRA, scheduler and IP-Adapter, as they are. Raises ConfigError for variants of theirs that this
-    engine cannot use.
+    The pipeline's own checkpoint, LoRA, scheduler and IP-Adapter are used as they are. Raises ConfigError for variants
+    that this engine cannot use.
     """
     unet, encoder, second = pipe.unet, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)
     if told_sizes and (encoder is None or second is None):
