@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @register
 class CUpscale(Steered):
-    """Views denoised from the noised low-res image: less change than ResMaster at about the same cost."""
+    """Views denoised from the noised low-res image: the image changes less than by ResMaster."""
 
     # The path begins where ResMaster's swap has nearly ended, so the swap acts at every step, with the lower cutoff.
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
