@@ -108,11 +108,12 @@ def planned_dataset(config: DatasetConfig) -> Dataset:
 
     Raises ConfigError if `config` contradicts the existing dataset, and PlanError if the dataset does not exist.
     """
-    folder = open_root(config.root).sub(config.name)
+    root = open_root(config.root)
+    folder = root.sub(config.name)
     with _usable(config.root):
         if not _has_config(folder):
             raise PlanError(f"{folder.url}: has no plan yet; start with: resmaster run CONFIG")
-        return _adopt(folder, config.model_copy(update={"root": open_root(config.root).url}))
+        return _adopt(folder, config.model_copy(update={"root": root.url}))
 
 
 def open_dataset(url: str) -> Dataset:

@@ -117,8 +117,8 @@ def _built(wanted: Sequence[Variant], build: Build) -> tuple[list[tuple[Variant,
     """Plans and builds the variants' datasets where needed. Returns them, and whether every shard is finished."""
     built: list[tuple[Variant, Dataset]] = []
     finished = True
-    for variant in wanted:
-        dataset = ingest(variant.config)
+    planned = [(variant, ingest(variant.config)) for variant in wanted]  # a mistake ends it before the first build
+    for variant, dataset in planned:
         for earlier, other in built:
             if earlier.config.low_res == variant.config.low_res:
                 share_low_res(other, dataset)

@@ -23,6 +23,12 @@ MAX_PROMPT_CHARACTERS = 2000
 SHOWN_CHARACTERS = 80
 
 
+def require_source(config: DatasetConfig) -> None:
+    """Raise PlanError if the configuration names neither prompts nor images."""
+    if not config.prompts and not config.images:
+        raise PlanError("nothing to plan: give prompts or images in the configuration, or --prompts or --images")
+
+
 class DraftReader:
     """Iterates once over the samples that a configuration asks for, each once and in order, as they are read.
 
@@ -37,12 +43,9 @@ class DraftReader:
         self.duplicates = 0
         """Number of inputs so far that were equal to an earlier input."""
         self._config = config
-        if config.images:
-            self._specs = _specs_of_images(config, self.rejected)
-        elif config.prompts:
-            self._specs = _specs_of_prompts(config, self.rejected)
-        else:
-            raise PlanError("nothing to plan: give prompts or images in the configuration, or --prompts or --images")
+        require_source(config)
+        specs = _specs_of_images if config.images else _specs_of_prompts
+        self._specs = specs(config, self.rejected)
 
     def __iter__(self) -> Iterator[SampleSpec]:
         config, seen, inputs = self._config, DigestSet(), 0

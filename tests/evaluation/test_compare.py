@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -368,6 +369,16 @@ def test_a_comparison_is_datasets_a_table_a_page_and_sheets(
     fewer = config.model_copy(update={"limit": 2})
     assert compare(fewer, counting, scales="4x4").finished
     assert [row["samples"] for row in pq.read_table(folder / "compare.parquet").to_pylist()] == [2, 2]
+
+
+def test_input_that_one_of_the_methods_cannot_use_ends_it_before_the_first_build(tmp_path: Path, fakes: None) -> None:
+    (tmp_path / "mask.png").write_bytes(png((255, 255, 255)))
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "p", "detail_mask": "mask.png"}) + "\n")
+    own = {"name": "d", "root": str(tmp_path / "out"), "prompts": str(tmp_path / "p.jsonl"), "model": {"id": "tiny"}}
+    begun: list[DatasetConfig] = []
+    with pytest.raises(ConfigError, match="detail mask, which only method freescale"):
+        comparing.compare(parse_config(own), "freescale,direct", "2x2", lambda config: begun.append(config) is None)
+    assert begun == []
 
 
 @pytest.mark.parametrize("status", [0, 1])

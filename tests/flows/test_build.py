@@ -24,6 +24,7 @@ from resmaster_flows.build import BuildResult
 from resmaster_flows.cli.main import main
 from resmaster_flows.outcome import INCOMPLETE, outcome
 from resmaster_flows.process import process_shards
+from resmaster_flows.watch.events import WorkFound
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import load_config
 from resmaster_stages.dataset.commit import Receipt
@@ -33,7 +34,7 @@ from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import STAGES, Process
 from resmaster_stages.errors import ConfigError, GpuLost, PlanError
 from resmaster_stages.models.identity import Weights
-from resmaster_stages.progress import Event, ShardDone, listening
+from resmaster_stages.progress import Event, ShardDone, ShardStarted, listening
 from resmaster_stages.prompts import ingest
 from resmaster_stages.publish import report
 from resmaster_stages.runner import run
@@ -99,6 +100,9 @@ def test_a_build_runs_every_stage_once_per_shard_and_publishes(stages: Stages, t
         result = build_dataset(config)
     assert (result.samples, result.samples_failed, result.errors) == (3, 0, {})
     assert stages.calls == {"low_res": 2, "captions": 3, "high_res": 3, "quality": 3}, "a call a slot"
+    (found,) = [event for event in heard if isinstance(event, WorkFound)]
+    assert found == WorkFound(dict.fromkeys(STAGES, 3), [0, 1]), "told once, before the work"
+    assert heard.index(found) < min(n for n, event in enumerate(heard) if isinstance(event, ShardStarted))
     done = [(event.stage, event.shard) for event in heard if isinstance(event, ShardDone)]
     assert done == [(name, shard) for shard in (0, 1) for name in FAKES], "shard by shard, stage by stage"
     folder = tmp_path / "out" / "demo"

@@ -33,12 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Plan, then build. Returns 0 if every shard is finished, else 1."""
+    from resmaster_stages.planning.drafts import require_source
     from resmaster_stages.prompts import ingest
 
     config = config_of(args)
     if args.executor:
         dispatch = config.dispatch.model_copy(update={"where": args.executor})
         config = config.model_copy(update={"dispatch": dispatch})
+    require_source(config)  # also where a plan exists, as `plan` does
     require_surroundings(config)
     with listening(plans(partial(say, console))):
         ingest(config)

@@ -255,6 +255,15 @@ def test_a_missing_extra_is_found_before_anything_starts(
     assert not (config_file.parent / "out").exists()
 
 
+def test_plan_and_run_ask_for_a_source_also_where_a_plan_exists(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ingest(load_config(config_file))
+    without = edit(config_file, prompts=None)
+    for command in ("plan", "run"):
+        assert "nothing to plan: give prompts or images" in fails(capsys, command, without)
+
+
 @pytest.mark.parametrize("command", ["plan", "status"])
 def test_a_reader_who_stops_reading_ends_it_quietly(config_file: Path, command: str) -> None:
     """Tables are Rich's to print, `--json` is ours."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from resmaster_flows.watch.events import Dispatched, RunEnded, RunSubmitted
+from resmaster_flows.watch.events import Dispatched, RunEnded, RunSubmitted, WorkFound
 from resmaster_flows.watch.page import ROWS, headline, lines, table
 from resmaster_flows.watch.progress import Progress
 from resmaster_stages.progress import Event, SampleDone, ShardDone, ShardFailed, ShardStarted, Step, emit, listening
@@ -56,6 +56,15 @@ def test_how_far_how_fast_and_how_long(clock: Clock) -> None:
     hear(progress, ShardStarted("low_res", 1, 2), ShardFailed(1, "low_res: 2 of 2 samples failed"))
     assert table(progress)[0]["state"] == "failed: low_res: 2 of 2 samples failed", "what needs attention comes first"
     assert progress.percent == 50, "a run that could not finish never reads 100"
+
+
+def test_a_build_may_tell_its_work_later(clock: Clock) -> None:
+    told, later = Progress({"low_res": 4, "high_res": 4}, [0, 1], clock), Progress(clock=clock)
+    assert headline(later) != headline(told)
+    hear(later, WorkFound({"low_res": 4, "high_res": 4}, [0, 1]))
+    for progress in (told, later):
+        work(progress, clock, "low_res", 0, 2, 1.0)
+    assert (headline(later), table(later), later.percent) == (headline(told), table(told), 25)
 
 
 def test_a_line_per_committed_stage_and_per_failed_shard(clock: Clock) -> None:
