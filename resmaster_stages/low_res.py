@@ -26,8 +26,9 @@ from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import SampleError
 from resmaster_stages.keys import canonical_json, image_key, masked_key, sample_seed
-from resmaster_stages.storage.images import MASK_EXTENSION, decode_image, encode_image, read_image
+from resmaster_stages.storage.images import decode_image, encode_image
 from resmaster_stages.storage.masks import read_mask, read_mask_beside
+from resmaster_stages.storage.sources import MASK_EXTENSION, read_image
 
 
 def _check_unchanged(sample: Sample, key: str, mask: bytes) -> None:

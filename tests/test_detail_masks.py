@@ -37,7 +37,7 @@ from resmaster_stages.models.parts import Models
 from resmaster_stages.planning.drafts import draft_samples
 from resmaster_stages.prompts import ingest
 from resmaster_stages.runner.run import run_stage
-from resmaster_stages.storage import images, masks
+from resmaster_stages.storage import masks, sources
 from tests.storage.test_images import encoded, tar_of
 from tests.tiny_models import make_pipeline
 
@@ -387,7 +387,7 @@ def test_masks_beside_images_are_not_read_through_links_that_lead_out(tmp_path: 
     folder.mkdir()
     (folder / "a.png").write_bytes(png(RIGHT))
     (folder / "a.detail_mask.png").symlink_to("../secret.png")
-    (found,) = images.find_images(str(folder))
+    (found,) = sources.find_images(str(folder))
     assert "a.detail_mask.png is a link that leads out of the folder" in found.problem
     assert found.mask is None
 

@@ -20,7 +20,8 @@ from resmaster_stages.planning.drafts import draft_samples
 from resmaster_stages.planning.preview import check_sizes
 from resmaster_stages.storage.arrays import Arrays, decode_arrays, encode_arrays
 from resmaster_stages.storage.filesystem import Folder
-from resmaster_stages.storage.images import decode_image, find_images
+from resmaster_stages.storage.images import decode_image
+from resmaster_stages.storage.sources import find_images
 
 TRUE_IMAGES = 256
 """The least number of images that are drawn as ground truth. Every prompt is drawn equally often."""

@@ -14,8 +14,9 @@ from resmaster_stages.keys import image_key, masked_key, normalise_prompt, promp
 from resmaster_stages.planning.prompt_files import read_prompts
 from resmaster_stages.redaction import one_line, without_credentials
 from resmaster_stages.storage.digests import DigestSet
-from resmaster_stages.storage.images import find_images, image_size
+from resmaster_stages.storage.images import image_size
 from resmaster_stages.storage.masks import check_mask, mask_of_row
+from resmaster_stages.storage.sources import find_images
 
 MAX_PROMPT_CHARACTERS = 2000
 

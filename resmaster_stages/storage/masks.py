@@ -22,16 +22,8 @@ from PIL import Image
 
 from resmaster_stages.errors import SampleError
 from resmaster_stages.storage.filesystem import Folder, explained, open_root
-from resmaster_stages.storage.images import (
-    FORMATS,
-    MAX_FILE_BYTES,
-    SUFFIXES,
-    image_size,
-    leads_out,
-    mask_beside,
-    read_image,
-    unfit,
-)
+from resmaster_stages.storage.images import FORMATS, SUFFIXES, image_size
+from resmaster_stages.storage.sources import MAX_FILE_BYTES, leads_out, mask_beside, read_image, unfit
 
 COLUMN = "detail_mask"
 """The column of a prompts file that names a mask, or (in Parquet) holds the content of its file."""

@@ -307,7 +307,7 @@ def test_provenance_is_volatile_facts_only(dataset: Dataset) -> None:
 
 def test_images_of_the_user_reach_the_stage_by_their_source(tmp_path: Path) -> None:
     from resmaster_stages.prompts import ingest
-    from resmaster_stages.storage.images import read_image
+    from resmaster_stages.storage.sources import read_image
     from tests.fake_stages import png
 
     (tmp_path / "in").mkdir()

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from resmaster_stages.errors import PlanError, SampleError
-from resmaster_stages.storage.images import decode_image, find_images, image_size, read_image
+from resmaster_stages.storage.images import decode_image, image_size
+from resmaster_stages.storage.sources import find_images, read_image
 from tests.fake_stages import png
 
 

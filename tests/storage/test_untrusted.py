@@ -21,10 +21,11 @@ from PIL import Image
 from resmaster_stages.errors import PlanError, SampleError, ShardError, UserError
 from resmaster_stages.planning.drafts import draft_samples
 from resmaster_stages.planning.prompt_files import read_prompts
-from resmaster_stages.storage import images
+from resmaster_stages.storage import sources
 from resmaster_stages.storage.filesystem import open_root
-from resmaster_stages.storage.images import decode_image, find_images, image_size, read_image
+from resmaster_stages.storage.images import decode_image, image_size
 from resmaster_stages.storage.shards import read_index
+from resmaster_stages.storage.sources import find_images, read_image
 from tests.fake_stages import config_at, png
 from tests.storage.test_images import encoded, tar_of
 
@@ -92,8 +93,8 @@ def test_absurd_sizes_of_an_extended_header_end_the_reading(tmp_path: Path) -> N
 
 
 def test_what_is_too_large_is_turned_down_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_FILE_BYTES", 1000)
-    monkeypatch.setattr(images, "MAX_TEXT_BYTES", 10)
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(sources, "MAX_TEXT_BYTES", 10)
     big, small = b"x" * 1001, png((1, 1, 1))
     tar = tar_of(tmp_path / "in.tar", {"a.png": big, "b.png": small, "b.txt": b"x" * 11, "c.png": small, "c.txt": b"c"})
     folder = tmp_path / "folder"
