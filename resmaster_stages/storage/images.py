@@ -1,6 +1,6 @@
 """Decodes and encodes images.
 
-Content from outside is untrusted: only the decoders of PNG, JPEG and WebP are called, whatever the name of a file.
+Content from outside is untrusted: only the decoders of `FORMATS` are called, whatever the name of a file.
 """
 
 from __future__ import annotations
@@ -8,13 +8,37 @@ from __future__ import annotations
 import io
 from typing import Literal
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from resmaster_stages.errors import SampleError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-FORMATS = ("PNG", "JPEG", "WEBP")
-"""Formats that are decoded. Pillow has dozens of other decoders; one of them (EPS) starts another program."""
+_SUFFIXES_OF = {
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+    "BMP": (".bmp", ".dib"),
+    "GIF": (".gif",),
+    "AVIF": (".avif", ".avifs"),
+    "JXL": (".jxl",),
+}
+"""Format of Pillow that may be decoded -> suffixes of its files."""
+# Pillow can be built without AVIF, and reads JPEG XL only with a plugin, which whoever installs the plugin imports.
+_MISSING = {name for name, there in (("AVIF", features.check("avif")), ("JXL", "JXL" in Image.OPEN)) if not there}
+FORMATS = tuple(name for name in _SUFFIXES_OF if name not in _MISSING)
+"""Formats that are decoded here. Pillow has dozens of other decoders; one of them (EPS) starts another program."""
+SUFFIXES = tuple(suffix for name in FORMATS for suffix in _SUFFIXES_OF[name])
+"""Endings of names, in lower case, that say that a file is an image that can be read."""
+KNOWN_UNREAD = (
+    *(suffix for name, suffixes in _SUFFIXES_OF.items() if name not in FORMATS for suffix in suffixes),
+    *(".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx", ".jpf", ".jxr", ".wdp"),
+    *(".psd", ".psb", ".xcf", ".kra", ".ora", ".clip", ".ai", ".eps", ".svg", ".svgz", ".wmf", ".emf"),
+    *(".tga", ".ico", ".cur", ".icns", ".pcx", ".dds", ".qoi", ".sgi", ".xbm", ".xpm"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".exr", ".hdr", ".dpx", ".fits", ".dcm"),
+    *(".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".raf", ".orf", ".rw2", ".pef", ".srw"),
+    *(".x3f", ".3fr", ".iiq", ".mrw", ".rwl"),
+)
+"""Endings of names, in lower case, of well-known kinds of images that are not read."""
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap the sides
 
 
