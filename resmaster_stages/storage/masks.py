@@ -15,15 +15,15 @@ import io
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
 from resmaster_stages.errors import SampleError
-from resmaster_stages.storage.filesystem import Folder, explained, open_root
+from resmaster_stages.storage.filesystem import Folder, explained, open_file, open_root
 from resmaster_stages.storage.images import FORMATS, SUFFIXES, image_size
-from resmaster_stages.storage.sources import MAX_FILE_BYTES, leads_out, mask_beside, read_image, unfit
+from resmaster_stages.storage.listings import leads_out, spell_source
+from resmaster_stages.storage.sources import MAX_FILE_BYTES, mask_beside, read_image, unfit
 
 COLUMN = "detail_mask"
 """The column of a prompts file that names a mask, or (in Parquet) holds the content of its file."""
@@ -59,13 +59,15 @@ def _named(place: Folder, name: Any) -> tuple[str, bytes]:
         raise SampleError(f"unknown kind of image; known: {', '.join(SUFFIXES)}")
     with explained(place.url_of(name)):
         try:
-            problem = unfit(name, 0, MAX_FILE_BYTES) or leads_out(place, name)
+            problem = unfit(name, 0, MAX_FILE_BYTES)
+            if not problem and (reason := leads_out(place, name)):
+                problem = f"{name.rsplit('/', 1)[-1]} {reason}"
             if not problem and place.local and Path(place.full(name)).is_dir():
                 raise IsADirectoryError(name)
             problem = problem or unfit(name, int(place.fs.size(place.full(name)) or 0), MAX_FILE_BYTES)
             if problem:
                 raise SampleError(problem)
-            return place.url_of(name), place.read(name)
+            return spell_source(place.url_of(name)), place.read(name)
         except OSError as error:
             if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP) and not isinstance(error, NO_FILE):
                 raise
@@ -98,7 +100,8 @@ def read_mask_beside(source: str) -> bytes:
 
 
 def _in_table(url: str, row: int) -> bytes:
-    with fsspec.open(url, "rb") as file:
+    place, name = open_file(url)
+    with place.open(name) as file:
         metadata = pq.read_metadata(file)
     first = 1
     for group in range(metadata.num_row_groups):
@@ -113,7 +116,8 @@ def _in_table(url: str, row: int) -> bytes:
 @functools.lru_cache(maxsize=1)
 def _masks(url: str, group: int) -> pa.ChunkedArray:
     """The masks of a row group, dictionary-encoded, so that equal masks are held once."""
-    with fsspec.open(url, "rb") as file:
+    place, name = open_file(url)
+    with place.open(name) as file:
         return pq.ParquetFile(file, read_dictionary=[COLUMN]).read_row_group(group, columns=[COLUMN])[COLUMN]
 
 

@@ -292,6 +292,6 @@ def test_json_from_outside_cannot_exhaust_the_stack(tmp_path: Path) -> None:
     deep = b"[" * 100_000
     tar = tar_of(tmp_path / "in.tar", {"a.png": png((1, 1, 1)), "a.json": deep})
     (found,) = find_images(str(tar))
-    assert found.prompt is None
+    assert found.problem.startswith("a.json: not valid JSON")
     with pytest.raises((RecursionError, ValueError)):
         json.loads(io.BytesIO(deep).read())
