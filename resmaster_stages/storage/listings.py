@@ -84,7 +84,7 @@ class FolderListing:
         return read_whole(self.place, name, limit) if self.place.local or self.entries[name].bytes else b""
 
     def leads_out(self, name: str) -> str:
-        """Why a file may not be read though it is there; "" if it may be read."""
+        """Why a file may not be read; "" if it may be read."""
         return leads_out(self.place, name)
 
 
@@ -182,7 +182,7 @@ def leads_out(place: Folder, name: str) -> str:
     """Why a local file may not be read: it is a link that leads out of the folder. "" if it may be read."""
     if not place.local or _inside(place.full(name), place.path):
         return ""
-    return "is a link that leads out of the folder; put the file itself there"
+    return f"{name.rsplit('/', 1)[-1]} is a link that leads out of the folder; put the file itself there"
 
 
 def _inside(path: str, folder: str) -> bool:

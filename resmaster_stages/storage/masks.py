@@ -59,9 +59,7 @@ def _named(place: Folder, name: Any) -> tuple[str, bytes]:
         raise SampleError(f"unknown kind of image; known: {', '.join(SUFFIXES)}")
     with explained(place.url_of(name)):
         try:
-            problem = unfit(name, 0, MAX_FILE_BYTES)
-            if not problem and (reason := leads_out(place, name)):
-                problem = f"{name.rsplit('/', 1)[-1]} {reason}"
+            problem = unfit(name, 0, MAX_FILE_BYTES) or leads_out(place, name)
             if not problem and place.local and Path(place.full(name)).is_dir():
                 raise IsADirectoryError(name)
             problem = problem or unfit(name, int(place.fs.size(place.full(name)) or 0), MAX_FILE_BYTES)

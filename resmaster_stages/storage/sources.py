@@ -157,9 +157,8 @@ def _place_at(url: str) -> tuple[Folder, str]:
     """The folder at `url` and "", or the folder of the tar at `url` and the tar's name. Raises PlanError for other
     files."""
     lower = url.lower()
-    if not lower.endswith((".tar", *ARCHIVES, *SUFFIXES, *KNOWN_UNREAD)) and not os.path.isfile(
-        os.path.expanduser(url)
-    ):
+    may_be_file = lower.endswith((".tar", *ARCHIVES, *SUFFIXES, *KNOWN_UNREAD))
+    if not may_be_file and not os.path.isfile(os.path.expanduser(url)):
         return open_root(url), ""
     refuse_credentials(url)
     place, name = open_file(url)
@@ -207,7 +206,7 @@ def _images_of(listing: FolderListing | TarListing, lone: LoneTexts) -> Iterator
         usable = not entry.problem and not unfit(name, 0, 0)
         if usable and name.lower().endswith(".tar") and isinstance(listing, FolderListing):
             yield from _images_of_tar(listing.place, name, lone)
-        elif problem := _why_no_image(name, entry, listing):
+        elif problem := _why_no_image(name, entry):
             yield FoundImage(listing.source(name), problem=problem)
         elif _is_image(name) and name not in beside.masks:
             lost = name.lower().endswith(f".{MASK_EXTENSION}")
@@ -223,7 +222,7 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def _why_no_image(name: str, entry: Entry, listing: FolderListing | TarListing) -> str:
+def _why_no_image(name: str, entry: Entry) -> str:
     """Why an entry with the name of an image, of images packed together, or of a folder gives no image itself. "" for
     an image, and for what is none by its name."""
     lower = name.lower()
@@ -233,11 +232,8 @@ def _why_no_image(name: str, entry: Entry, listing: FolderListing | TarListing) 
     if lower.endswith(ARCHIVES):
         return entry.problem or UNPACK
     if lower.endswith(".tar"):
-        return (
-            entry.problem
-            or unfit(name, 0, 0)
-            or "is a tar inside a tar, which is not read; put it beside the outer tar"
-        )
+        nested = "is a tar inside a tar, which is not read; put it beside the outer tar"
+        return entry.problem or unfit(name, 0, 0) or nested
     if lower.endswith(KNOWN_UNREAD):
         suffix = next(suffix for suffix in KNOWN_UNREAD if lower.endswith(suffix))
         return entry.problem or f"{suffix} is not read; convert the image to one of {', '.join(FORMATS)}"
@@ -293,12 +289,12 @@ class _Beside:
     def _spelled(self, text: str) -> str | None:
         if text in self._names:
             return text
-        folded = _folded(text)
+        folded = text if text.isascii() else _folded(text)
         return folded if folded in self._names else self._other_spellings.get(folded)
 
     def _share(self, lone: set[str]) -> None:
         """Give texts without an image of their name to the images of their key, and remove these texts from `lone`."""
-        for name in lone:
+        for name in sorted(lone):
             self._texts_of_key.setdefault(_key(name), []).append(name)
         wanting = set()
         for name in self._images():
@@ -347,14 +343,14 @@ def _image(listing: FolderListing | TarListing, name: str, beside: _Beside) -> F
 def _content(listing: FolderListing | TarListing, name: str, limit: int, beside: bool = False) -> bytes:
     """The content of an image, or of a file beside an image. Raises SampleError, which then names the file."""
     entry, base = listing.entries[name], name.rsplit("/", 1)[-1]
-    if problem := unfit(name, entry.bytes, limit):
+    prefix = f"{base} " if beside else ""
+    problem = unfit(name, entry.bytes, limit) or (entry.problem and f"{prefix}{entry.problem}")
+    if problem := problem or (listing.leads_out(name) if beside else ""):
         raise SampleError(problem)
     try:
-        if problem := entry.problem or (listing.leads_out(name) if beside else ""):
-            raise SampleError(problem)
         return listing.read(name, limit)
     except SampleError as error:
-        raise SampleError(f"{base} {error}" if beside else str(error)) from error
+        raise SampleError(f"{prefix}{error}") from error
 
 
 def _prompt_in(listing: FolderListing | TarListing, texts: list[str]) -> Any:
