@@ -234,7 +234,7 @@ def as_models(model: Any) -> Models:
 
 
 def open_image(image: str | Path | Image.Image) -> Image.Image:
-    """An image as `decode_image` gives it (RGB, sRGB, upright, on white), from a file or a PIL image. Raises UserError."""
+    """An image as `decode_image` gives it, from a file or a PIL image. Raises UserError."""
     if not isinstance(image, str | Path | Image.Image):
         raise UserError(f"an image is a path or a PIL image, not {type(image).__name__}; give one of these")
     try:

@@ -130,10 +130,14 @@ def _explained(name: str) -> Iterator[None]:
         raise SampleError(f"{name}: {reason}") from error
     except UnidentifiedImageError as error:  # its text holds the address of an object
         reason = f"it is none of {FORMATS_READ}, or damaged, or has an unusual kind of pixels"
-        raise SampleError(f"{name}: not a readable image ({reason}); convert it to PNG, or leave it out") from error
+        raise SampleError(
+            f"{name}: not a readable image ({reason}); convert it to PNG or JPEG, or leave it out"
+        ) from error
     except Exception as error:
         reason = str(error) or type(error).__name__
-        raise SampleError(f"{name}: not a readable image ({reason}); convert it to PNG, or leave it out") from error
+        raise SampleError(
+            f"{name}: not a readable image ({reason}); convert it to PNG or JPEG, or leave it out"
+        ) from error
 
 
 def _opened(data: bytes) -> Image.Image:
@@ -231,6 +235,8 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             mode = _SPACES.get(source.profile.xcolor_space.strip(), "")
         if mode == "RGB" and image.mode == "L":
             image = image.convert("RGB")
+        elif mode == "L" and image.mode == "RGB" and _is_grey(image):  # as Pillow gives grey with alpha of some formats
+            image = image.convert("L")
         if mode != image.mode:
             return image.convert("RGB")
         transform = ImageCms.buildTransform(
@@ -239,13 +245,20 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             mode,
             "RGB",
             ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            ImageCms.Flags.BLACKPOINTCOMPENSATION,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION | (ImageCms.Flags.NOOPTIMIZE if mode == "L" else 0),
         )
     except (OSError, ImageCms.PyCMSError):  # a damaged profile
         return image.convert("RGB")
     if mode in _PROBES and _changes_little(transform, _PROBES[mode]):
         return image.convert("RGB")
+    if mode == "L":  # by a table, because LittleCMS would be slow if exact, and wrong in the shadows if fast
+        return image.point(transform.apply(_PROBES["L"]).getchannel("R").tobytes()).convert("RGB")
     return transform.apply(image, image if mode == "RGB" else None)
+
+
+def _is_grey(image: Image.Image) -> bool:
+    red, green, blue = (channel.tobytes() for channel in image.split())
+    return red == green == blue
 
 
 def _changes_little(transform: ImageCms.ImageCmsTransform, probe: Image.Image) -> bool:
