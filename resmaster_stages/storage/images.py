@@ -37,7 +37,8 @@ _SUFFIXES_OF = {
     "JXL": (".jxl",),
 }
 """Format of Pillow that may be decoded -> suffixes of its files."""
-# Pillow can be built without AVIF, and reads JPEG XL only with a plugin, which whoever installs the plugin imports.
+with suppress(ImportError):  # the plugin of Pillow for JPEG XL, if the user has installed it
+    import pillow_jxl  # type: ignore[import-not-found]  # noqa: F401
 _MISSING = {name for name, there in (("AVIF", features.check("avif")), ("JXL", "JXL" in Image.OPEN)) if not there}
 FORMATS = tuple(name for name in _SUFFIXES_OF if name not in _MISSING)
 """Formats that are decoded here. Pillow has dozens of other decoders; one of them (EPS) starts another program."""

@@ -491,6 +491,14 @@ def test_whatever_is_broken_is_one_short_reason_and_silence(capfd: pytest.Captur
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_corrupt_exif_is_left_out(kind: str) -> None:
+    for exif in (b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0garbage and more garbage", b"\xff" * 40):
+        data = encoded(Image.new("RGB", (24, 16), HOUSE), kind, exif=exif, quality=100)
+        assert image_size(data, "x") == (16, 24)
+        assert np.abs(np.asarray(decode_image(data, "x"), int) - HOUSE).max() <= 2
+
+
 def test_nothing_is_written_to_the_terminal(tmp_path: Any) -> None:
     """Corrupt EXIF, odd palettes, many pixels, damaged TIFFs: Pillow would warn, and libtiff write to stderr."""
     good = BROKEN["JPEG"]

@@ -156,14 +156,21 @@ def test_texts_are_not_read_through_links_that_lead_out(tmp_path: Path) -> None:
 def test_no_image_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An EPS file would start Ghostscript."""
     run = []
-    monkeypatch.setattr("subprocess.check_call", lambda *args, **options: run.append(args))
+    monkeypatch.setattr("subprocess.Popen", lambda *args, **options: run.append(args))
     monkeypatch.setattr("shutil.which", lambda *args, **options: "/bin/gs")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "good.png").write_bytes(png((1, 2, 3)))
     program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(run) print\nshowpage\n%%EOF\n"
     pdf = encoded(Image.new("RGB", (8, 8)), "PDF")
     for data in (program, pdf, b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>", b"<html>"):
         for look in (decode_image, image_size):
             with pytest.raises(SampleError, match=r"x\.png: not a readable image"):
                 look(data, "x.png")
+        (tmp_path / "in" / f"{len(data)}.png").write_bytes(data)
+    draft = draft_samples(config_at(tmp_path, images=str(tmp_path / "in")))
+    assert [sample.source for sample in draft.samples] == [str(tmp_path / "in" / "good.png")]
+    assert len(draft.rejected) == 4
+    assert all(each.reason.startswith("not a readable image (it is none of PNG, JPEG") for each in draft.rejected)
     assert run == []
 
 
