@@ -39,18 +39,18 @@ def reference_features(config: DatasetConfig, url: str, cache: Folder) -> dict[s
     """Key -> view -> features of the images at `url` (a folder or WebDataset tars), kept in the folder `cache`.
 
     The file in the cache is named by the images' content, the network and the native size. Raises UserError if there
-    are no images, or if one cannot be used: a reference without that image would be another one.
+    are no images.
     """
     from resmaster_stages.metrics.features import load_extractor
 
     extractor, native = load_extractor(config.quality), geometry_of(config.model).native_px
-    keys = sorted({image_key(image.data, "") for image in _reference_images(url)})
+    keys = sorted({image_key(image.data, "") for image in _usable(url)})
     weights = stage_hashes(config.model_copy(update={"name": "any"}))["quality"]
     name = f"reference-{digest([keys, extractor.name, native, weights])[:16]}.features.parquet"
     if cache.exists(name):
         return decode_arrays(cache.read(name), cache.url_of(name))
     found: dict[str, Arrays] = {}
-    for image in _reference_images(url):
+    for image in _usable(url):
         key = image_key(image.data, "")
         if key not in found:
             try:
@@ -61,7 +61,8 @@ def reference_features(config: DatasetConfig, url: str, cache: Folder) -> dict[s
     return found
 
 
-def _reference_images(url: str) -> Iterator[FoundImage]:
+def _usable(url: str) -> Iterator[FoundImage]:
+    """The images at `url`. Raises UserError for the first that cannot be used."""
     for image in find_images(url):
         if image.problem:
             raise UserError(f"--reference {url}: {image.source}: {image.problem}; remove or mend it")

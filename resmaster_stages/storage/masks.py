@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import errno
 import functools
-import io
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from resmaster_stages.errors import SampleError
 from resmaster_stages.storage.filesystem import Folder, explained, open_file, open_root
-from resmaster_stages.storage.images import FORMATS, SUFFIXES, image_size
+from resmaster_stages.storage.images import SUFFIXES, image_size
 from resmaster_stages.storage.listings import leads_out, spell_source
 from resmaster_stages.storage.sources import MAX_FILE_BYTES, mask_beside, read_image, unfit
 
@@ -75,10 +73,6 @@ def _named(place: Folder, name: Any) -> tuple[str, bytes]:
 def check_mask(data: bytes) -> None:
     """Raise SampleError if an image file cannot be a mask. Reads only its header."""
     image_size(data, "the mask")
-    if Image.open(io.BytesIO(data), formats=FORMATS).mode.startswith(
-        "I"
-    ):  # Pillow would clip all but the darkest levels of 16 bits to white
-        raise SampleError("has 16 bits per pixel; save it with 8")
 
 
 def read_mask(source: str) -> bytes:

@@ -105,7 +105,7 @@ def test_decoding_is_upright_rgb_on_white() -> None:
 def test_undecodable_images(monkeypatch: pytest.MonkeyPatch) -> None:
     good = png((1, 2, 3), (64, 64))
     for data in (b"", b"hello", good[:60]):
-        with pytest.raises(SampleError, match="x: not a readable PNG, JPEG or WebP image"):
+        with pytest.raises(SampleError, match="x: not a readable image"):
             decode_image(data, "x")
     with pytest.raises(SampleError):
         image_size(b"hello", "x")
