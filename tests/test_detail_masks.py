@@ -125,7 +125,7 @@ def samples_of(dataset: Dataset) -> list[Sample]:
 def test_every_kind_of_file_gives_the_same_samples(tmp_path: Path, suffix: str) -> None:
     path = masked_prompts(tmp_path, suffix)
     draft = draft_samples(config_of(tmp_path, prompts=str(path), replicas=2))
-    assert (draft.rejected, draft.duplicates) == ((), 0)
+    assert (draft.rejected, draft.duplicates) == ((), ())
     plain = [prompt_key("a cat", "", 64, 64, replica) for replica in (0, 1)]
     expected = [masked_key(key, png(LEFT)) for key in plain] + plain + [masked_key(key, png(RIGHT)) for key in plain]
     assert [sample.key for sample in draft.samples] == expected

@@ -48,8 +48,8 @@ class Intake:
     new_samples: int
     """Samples of these that were not in the plan before."""
     shards: int
-    duplicates: int
-    """Inputs that are equal to an earlier input."""
+    duplicates: tuple[str, ...]
+    """Inputs that equal an earlier input: place, what it equals."""
     rejected: tuple[str, ...]
     """Inputs that cannot be used: place, reason, text."""
 
@@ -59,7 +59,7 @@ class Intake:
         if self.exists:
             notes.append(f"continues, {self.new_samples} new" if self.new_samples else "continues")
         if self.duplicates:
-            notes.append(f"{self.duplicates} duplicate{'s' if self.duplicates > 1 else ''} left out")
+            notes.append(f"{len(self.duplicates)} duplicate{'s' if len(self.duplicates) > 1 else ''} left out")
         if self.rejected:
             notes.append(f"{len(self.rejected)} rejected")
         return f"{self.config.name}: {self.samples} samples in {self.shards} shards ({'; '.join(notes)}) at {self.url}"
@@ -148,8 +148,8 @@ def preview(config: DatasetConfig) -> Preview:
         samples=plan.samples + new,
         new_samples=new,
         shards=shards,
-        duplicates=draft.duplicates,
-        rejected=tuple(str(item) for item in draft.rejected),
+        duplicates=tuple(map(str, draft.duplicates)),
+        rejected=tuple(map(str, draft.rejected)),
         typical_px=_middle(sizes),
         stages=tuple(stages),
     )
