@@ -34,8 +34,9 @@ class DraftReader:
     """Iterates once over the samples that a configuration asks for, each once and in order, as they are read.
 
     Memory holds a 12-byte digest per sample, the source of each image, and what is rejected or left out. Raises
-    UserError for a source that cannot be read, at the latest at the place that cannot be read; ConfigError if the source gives detail masks that the configuration does not read; and
-    PlanError at the end if the source gave no usable sample.
+    UserError for a source that cannot be read, at the latest at the place that cannot be read; ConfigError if
+    the source gives detail masks that the configuration does not read; and PlanError at the end if the source gave no
+    usable sample.
     """
 
     def __init__(self, config: DatasetConfig) -> None:
