@@ -3,6 +3,7 @@ sample."""
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,6 +40,7 @@ from resmaster_stages.planning.drafts import draft_samples
 from resmaster_stages.prompts import ingest
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage import masks, sources
+from resmaster_stages.storage.filesystem import Folder
 from tests.storage.test_images import encoded, tar_of
 from tests.tiny_models import make_pipeline
 
@@ -126,7 +128,7 @@ def samples_of(dataset: Dataset) -> list[Sample]:
 def test_every_kind_of_file_gives_the_same_samples(tmp_path: Path, suffix: str) -> None:
     path = masked_prompts(tmp_path, suffix)
     draft = draft_samples(config_of(tmp_path, prompts=str(path), replicas=2))
-    assert (draft.rejected, draft.duplicates) == ((), 0)
+    assert (draft.rejected, draft.duplicates) == ((), ())
     plain = [prompt_key("a cat", "", 64, 64, replica) for replica in (0, 1)]
     expected = [masked_key(key, png(LEFT)) for key in plain] + plain + [masked_key(key, png(RIGHT)) for key in plain]
     assert [sample.key for sample in draft.samples] == expected
@@ -179,6 +181,16 @@ def test_bad_masks_cost_their_row_and_say_why(tmp_path: Path, monkeypatch: pytes
     (folder / "text.png").write_text("no image")
     (folder / "dir.png").mkdir()
     Image.new("F", (4, 4)).save(folder / "deep.tif")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "closed.png").write_bytes(png(LEFT))
+    read = Folder.read
+
+    def read_unless_closed(place: Folder, name: str) -> bytes:
+        if name == "closed.png":
+            raise PermissionError(13, "Permission denied", name)
+        return read(place, name)
+
+    monkeypatch.setattr(Folder, "read", read_unless_closed)
     (folder / "bomb.png").write_bytes(png(Image.new("1", (400, 400))))
     (folder / "huge.png").write_bytes(png(LEFT) + bytes(6000))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
@@ -191,6 +203,8 @@ def test_bad_masks_cost_their_row_and_say_why(tmp_path: Path, monkeypatch: pytes
         "link.png": "is a link that leads out of the folder",
         "gone.png": "no such file",
         "dir.png": "no such file",
+        "pipe.png": "no such file",
+        "closed.png": "permission denied; check who may read the file",
         "right.png/a.png": "no such file",
         "x" * 300 + ".png": "no such file",
         "mask.svg": "unknown kind of image",

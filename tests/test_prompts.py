@@ -3,6 +3,7 @@ import logging
 import threading
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resmaster_stages.dataset.dataset import find_dataset
+from resmaster_stages.dataset.dataset import Dataset, find_dataset
 from resmaster_stages.dataset.plan import read_plan
-from resmaster_stages.dataset.schemas import REJECTED_SCHEMA
+from resmaster_stages.dataset.schemas import DUPLICATES_SCHEMA, REJECTED_SCHEMA
 from resmaster_stages.errors import PlanError, UserError
 from resmaster_stages.keys import normalise_prompt
 from resmaster_stages.models.bases.base import Geometry
@@ -126,7 +127,7 @@ def test_bad_prompts_are_rejected_with_reasons(tmp_path: Path) -> None:
     config = config_at(tmp_path, prompts=str(tmp_path / "p.jsonl"))
     draft = draft_samples(config)
     assert [sample.prompt for sample in draft.samples] == ["good"]
-    assert draft.duplicates == 1
+    assert len(draft.duplicates) == 1
     assert [(item.source.rsplit(":", 1)[1], item.reason) for item in draft.rejected] == [
         ("2", "empty"),
         ("3", "empty"),
@@ -134,12 +135,12 @@ def test_bad_prompts_are_rejected_with_reasons(tmp_path: Path) -> None:
         ("5", "control characters"),
         ("6", "not valid Unicode"),
         ("7", "not text"),
-        ("8", "not text"),
+        ("8", "empty"),
         ("9", "negative prompt: not text"),
     ]
     dataset = ingest(config)
     generation = dataset.plan.generations[0]
-    assert (generation.rejected_count, generation.duplicates) == (8, 1)
+    assert (generation.rejected_count, generation.duplicates_count) == (8, 1)
     assert generation.rejected
     table = decode_table(dataset.folder.read(generation.rejected.name), REJECTED_SCHEMA, "rejected")
     assert table["reason"].to_pylist() == [item.reason for item in draft.rejected]
@@ -266,10 +267,52 @@ def test_images_become_samples_of_their_own_size(tmp_path: Path) -> None:
         ("a barn", 10, 20, str(folder / "a.png")),
         ("", 8, 8, str(folder / "b.png")),
     ]
-    assert draft.duplicates == 1
+    assert len(draft.duplicates) == 1
     assert [(Path(item.source).name, item.reason.split(" (")[0]) for item in draft.rejected] == [
         ("c.png", "not a readable image"),
         ("d.png", "d.txt: not UTF-8 text; save the file as UTF-8"),
     ]
     plan = ingest(config).plan
     assert plan.read(0)[0].source == str(folder / "a.png")
+
+
+def duplicates_of(dataset: Dataset, generation: int) -> list[dict[str, Any]]:
+    stored = dataset.plan.generations[generation].duplicates
+    assert stored
+    return decode_table(dataset.folder.read(stored.name), DUPLICATES_SCHEMA, "duplicates").to_pylist()
+
+
+def test_duplicates_are_listed_with_the_sample_that_they_equal(tmp_path: Path) -> None:
+    prompts = ["a", "b", " a ", "", "a", "c", "b"]
+    dataset = planned(tmp_path, prompts, tmp_path, replicas=2)
+    keys = {sample.prompt: sample.key for shard in range(3) for sample in dataset.plan.read(shard)[:1]}
+    path = tmp_path / "prompts.txt"
+    assert duplicates_of(dataset, 0) == [
+        {"source": f"{path}:{line}", "key": keys[prompt], "first": None}
+        for line, prompt in ((3, "a"), (5, "a"), (7, "b"))
+    ]
+    again = planned(tmp_path, ["c", "d", "d", "c"], tmp_path, replicas=2)
+    assert [each["source"] for each in duplicates_of(again, 1)] == [f"{path}:3", f"{path}:4"]
+    assert duplicates_of(again, 1)[1]["key"] == keys["c"], "its sample is in the plan of before"
+    assert [generation.duplicates_count for generation in again.plan.generations] == [3, 2]
+    names = {stored.name for generation in again.plan.generations for stored in generation.objects}
+    assert names == {f"plan/{path.relative_to(tmp_path / 'demo' / 'plan')}" for path in tmp_path.rglob("*.parquet")}
+
+
+def test_images_that_equal_others_are_listed_with_them(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, color in (("a", 1), ("b", 2), ("copy  of a", 1), ("z", 1)):
+        (folder / f"{name}.png").write_bytes(png((color, 0, 0)))
+    (folder / "a.txt").write_text("a house")
+    (folder / "copy  of a.txt").write_text(" a  house\n")
+    config = config_at(tmp_path, images=str(folder))
+    draft = draft_samples(config)
+    assert [Path(sample.source or "").name for sample in draft.samples] == ["a.png", "b.png", "z.png"]
+    assert list(map(str, draft.duplicates)) == [f"{folder}/copy  of a.png: equals {folder}/a.png"]
+    (row,) = duplicates_of(ingest(config), 0)
+    assert row == {
+        "source": f"{folder}/copy  of a.png",
+        "key": draft.samples[0].key,
+        "first": f"{folder}/a.png",
+    }

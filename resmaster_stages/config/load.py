@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def parse_config(values: Any, source: str = "configuration") -> DatasetConfig:
 
 
 def load_config(path: str | Path, **overrides: Any) -> DatasetConfig:
-    """Read a YAML (or JSON) configuration file. Relative paths in its `prompts` and `images` are relative to the file.
+    """Read a YAML (or JSON) configuration file. Relative paths in its `prompts` and `images` are relative to the
+    file, and `~` is the home folder.
 
     Overrides replace top-level keys. Overrides that are None are ignored. Their paths are relative to the current
     folder.
@@ -82,8 +84,9 @@ def load_config(path: str | Path, **overrides: Any) -> DatasetConfig:
     if isinstance(values, dict):
         for key in ("prompts", "images"):
             value = values.get(key)
-            if isinstance(value, str) and "://" not in value and not Path(value).is_absolute():
-                values[key] = str((path.parent / value).resolve())
+            if isinstance(value, str) and value and "://" not in value:
+                own = os.path.expanduser(value)
+                values[key] = own if os.path.isabs(own) else str((path.parent / own).resolve())
         given = {key: value for key, value in overrides.items() if value is not None}
         if "images" in given:
             values.pop("prompts", None)

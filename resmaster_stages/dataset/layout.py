@@ -4,7 +4,7 @@ Names are relative to the dataset's folder, with forward slashes:
 
     config.json                                what was asked for, written once
     configs/0001.json                          later changes of stages that come after the plan
-    plan/gen-0000/part-00000-{attempt}.parquet, rejected-{attempt}.parquet, _PLAN.json
+    plan/gen-0000/part-00000-{attempt}.parquet, rejected-{attempt}.parquet, duplicates-{attempt}.parquet, _PLAN.json
     low_res|high_res/000123-{attempt}.tar
     captions|quality/000123-{attempt}.parquet
     quality/000123-{attempt}.features.parquet  feature vectors, where the configuration asks for them
@@ -41,7 +41,7 @@ _NUMBERED = re.compile(r"(?:.*/)?(\d{4,6})\.json")
 _NAMESPACE = re.compile(r"commits/([a-z_]+)-([0-9a-f]{8})")
 _RECORD = re.compile(r"(?:.*/)?(\d{6})(?:\.([2-9]|[1-9]\d+))?\.json")
 _OBJECT = re.compile(r"([a-z_]+)/\d{6}-[0-9a-f]{8}\.(?:tar|parquet|features\.parquet)")
-_PLAN_FILE = re.compile(r"plan/gen-\d{4}/(?:part-\d{5}|rejected)-[0-9a-f]{8}\.parquet")
+_PLAN_FILE = re.compile(r"plan/gen-\d{4}/(?:part-\d{5}|rejected|duplicates)-[0-9a-f]{8}\.parquet")
 _TEMPORARY = re.compile(r"(?:.*/)?\.[^/]+\.[0-9a-f]{8}\.tmp")
 _LEDGER = re.compile(r"errors/[a-z_]+/(\d{6})-[0-9a-f]{8}\.parquet")
 
@@ -74,6 +74,11 @@ def plan_part(number: int, part: int, attempt: str) -> str:
 def plan_rejected(number: int, attempt: str) -> str:
     """The inputs that the planner of a generation rejected, and why."""
     return f"{generation(number)}/rejected-{attempt}.parquet"
+
+
+def plan_duplicates(number: int, attempt: str) -> str:
+    """The inputs that the planner of a generation left out because they equal an earlier input."""
+    return f"{generation(number)}/duplicates-{attempt}.parquet"
 
 
 def shard_object(stage: str, shard: int, attempt: str) -> str:

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import StoredObject, discard, new_attempt
-from resmaster_stages.dataset.schemas import PLAN_SCHEMA, REJECTED_SCHEMA
+from resmaster_stages.dataset.schemas import DUPLICATES_SCHEMA, PLAN_SCHEMA, REJECTED_SCHEMA
 from resmaster_stages.errors import PlanError
 from resmaster_stages.keys import canonical_json, prompt_key
 from resmaster_stages.storage.filesystem import Folder
@@ -71,6 +71,21 @@ class Rejected:
         return f"{self.source}: {self.reason}{shown}"
 
 
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """An input that equals an earlier input, so both have one sample."""
+
+    source: str
+    """File and line, or image."""
+    key: str
+    """Key of the sample (of replica 0)."""
+    first: str | None = None
+    """The earlier image; None for prompts."""
+
+    def __str__(self) -> str:
+        return f"{self.source}: equals {self.first or f'sample {self.key}'}"
+
+
 @dataclass(frozen=True)
 class Part:
     """One file of a generation. It holds whole shards, from `first_shard` on."""
@@ -91,7 +106,14 @@ class Generation:
     parts: tuple[Part, ...]
     rejected: StoredObject | None
     rejected_count: int
-    duplicates: int
+    duplicates: StoredObject | None
+    duplicates_count: int
+
+    @property
+    def objects(self) -> list[StoredObject]:
+        """All files of the generation."""
+        tables = [table for table in (self.rejected, self.duplicates) if table]
+        return [part.stored for part in self.parts] + tables
 
     @property
     def shards(self) -> int:
@@ -106,8 +128,8 @@ class Generation:
     def from_json(cls, values: dict[str, Any]) -> Generation:
         """The inverse of `to_json`. Raises KeyError or TypeError."""
         parts = [{**part, "stored": StoredObject(**part["stored"])} for part in values["parts"]]
-        rejected = StoredObject(**values["rejected"]) if values["rejected"] else None
-        return cls(**{**values, "parts": tuple(Part(**part) for part in parts), "rejected": rejected})
+        tables = {name: StoredObject(**values[name]) if values[name] else None for name in ("rejected", "duplicates")}
+        return cls(**{**values, "parts": tuple(Part(**part) for part in parts), **tables})
 
 
 @dataclass(frozen=True)
@@ -235,16 +257,19 @@ class GenerationWriter:
         self._plan.folder.write(name, data)
         return StoredObject(name, hashlib.sha256(data).hexdigest(), len(data))
 
-    def commit(self, rejected: Sequence[Rejected], duplicates: int) -> bool:
+    def commit(self, rejected: Sequence[Rejected], duplicates: Sequence[Duplicate]) -> bool:
         """Make the added samples (at least one) part of the plan. False if another planner was faster; then the plan
         must be read again."""
         folder = self._plan.folder
         if self._rows:
             self._flush()
-        refused = None
+        refused = repeated = None
         if rejected:
             table = encode_table([asdict(item) for item in rejected], REJECTED_SCHEMA)
             refused = self._store(layout.plan_rejected(self._number, self._attempt), table)
+        if duplicates:
+            table = encode_table([asdict(item) for item in duplicates], DUPLICATES_SCHEMA)
+            repeated = self._store(layout.plan_duplicates(self._number, self._attempt), table)
         generation = Generation(
             number=self._number,
             first_shard=self._plan.shards,
@@ -253,7 +278,8 @@ class GenerationWriter:
             parts=tuple(self._parts),
             rejected=refused,
             rejected_count=len(rejected),
-            duplicates=duplicates,
+            duplicates=repeated,
+            duplicates_count=len(duplicates),
         )
         files, self._unnamed = self._unnamed, []  # while it is unknown who won, nothing is deleted
         try:

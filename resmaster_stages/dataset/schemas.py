@@ -87,6 +87,14 @@ REJECTED_SCHEMA = table_schema(
 """One row per rejected input: its source, the beginning of its text, and the reason."""
 
 
+DUPLICATES_SCHEMA = table_schema(
+    "duplicates",
+    [("source", pa.string(), False), ("key", pa.string(), False), ("first", pa.string(), True)],
+)
+"""One row per input that equals an earlier one: its source, the key of their sample (of replica 0), and the earlier
+image (null for prompts)."""
+
+
 LEDGER_SCHEMA = table_schema(
     "errors",
     [

@@ -104,9 +104,7 @@ def _kind(name: str, unfinished: Collection[str]) -> Kind | None:
 def _named(folder: Folder, limit: datetime) -> Iterator[str]:
     """All objects that records name, except those of replaced attempts that no reader has needed since `limit`."""
     for generation in find_plan(folder).generations:
-        yield from (part.stored.name for part in generation.parts)
-        if generation.rejected:
-            yield generation.rejected.name
+        yield from (stored.name for stored in generation.objects)
     published = folder.modified(layout.MANIFEST) if folder.exists(layout.MANIFEST) else None
     for record in all_records(folder):
         if record.receipt is None:

@@ -103,9 +103,7 @@ def note(dataset: Dataset, found: Verification) -> None:
 def _named(dataset: Dataset, damage: list[Damage]) -> Iterator[_Named]:
     """All objects that records name. Unreadable records are added to `damage`."""
     for generation in find_plan(dataset.folder).generations:
-        for stored in [part.stored for part in generation.parts] + (
-            [generation.rejected] if generation.rejected else []
-        ):
+        for stored in generation.objects:
             yield _Named("plan", None, stored, True)
     current = {layout.commit_folder(stage, own_hash) for stage, own_hash in dataset.hashes.items()}
     for record in all_records(dataset.folder):

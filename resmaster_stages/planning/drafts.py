@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from resmaster_stages.config.dataset import DatasetConfig
-from resmaster_stages.dataset.plan import Rejected, SampleSpec
+from resmaster_stages.dataset.plan import Duplicate, Rejected, SampleSpec
 from resmaster_stages.errors import PlanError, SampleError
 from resmaster_stages.keys import image_key, masked_key, normalise_prompt, prompt_key
 from resmaster_stages.planning.prompt_files import read_prompts
-from resmaster_stages.redaction import one_line, without_credentials
+from resmaster_stages.redaction import one_line, printable, without_credentials
 from resmaster_stages.storage.digests import DigestSet
 from resmaster_stages.storage.images import image_size
 from resmaster_stages.storage.masks import check_mask, mask_of_row
@@ -33,16 +33,17 @@ def require_source(config: DatasetConfig) -> None:
 class DraftReader:
     """Iterates once over the samples that a configuration asks for, each once and in order, as they are read.
 
-    Memory holds a 12-byte digest per sample. Raises UserError for a source that cannot be read, at the latest at the
-    place that cannot be read; ConfigError if the source gives detail masks that the configuration does not read; and
-    PlanError at the end if the source gave no usable sample.
+    Memory holds a 12-byte digest per sample, the source of each image, and what is rejected or left out. Raises
+    UserError for a source that cannot be read, at the latest at the place that cannot be read; ConfigError if
+    the source gives detail masks that the configuration does not read; and PlanError at the end if the source gave no
+    usable sample.
     """
 
     def __init__(self, config: DatasetConfig) -> None:
         self.rejected: list[Rejected] = []
         """Inputs rejected so far."""
-        self.duplicates = 0
-        """Number of inputs so far that were equal to an earlier input."""
+        self.duplicates: list[Duplicate] = []
+        """Inputs so far that equal an earlier input."""
         self.lone_texts = LoneTexts()
         """Texts so far that lie beside images, but belong to no image."""
         self._config = config
@@ -54,12 +55,17 @@ class DraftReader:
 
     def __iter__(self) -> Iterator[SampleSpec]:
         config, seen, inputs = self._config, DigestSet(), 0
-        for replicas in self._specs:
+        images: dict[str, str] = {}  # key -> source
+        for place, replicas in self._specs:
             if config.limit is not None and inputs >= config.limit:
                 break
+            key = replicas[0].key
             fresh = [spec for spec in replicas if seen.add(bytes.fromhex(spec.key))]
             inputs += bool(fresh)
-            self.duplicates += not fresh
+            if not fresh:
+                self.duplicates.append(Duplicate(printable(place), key, images.get(key)))
+            elif config.images:
+                images[key] = place
             yield from fresh
         if not inputs:
             first = f"; first: {self.rejected[0]}" if self.rejected else ""
@@ -73,22 +79,22 @@ class Draft:
 
     samples: tuple[SampleSpec, ...]
     rejected: tuple[Rejected, ...]
-    duplicates: int
+    duplicates: tuple[Duplicate, ...]
 
 
 def draft_samples(config: DatasetConfig) -> Draft:
     """All samples that `config` asks for. Writes nothing. Raises the same errors as `DraftReader`."""
     reader = DraftReader(config)
     samples = tuple(reader)
-    return Draft(samples, tuple(reader.rejected), reader.duplicates)
+    return Draft(samples, tuple(reader.rejected), tuple(reader.duplicates))
 
 
-def _specs_of_prompts(config: DatasetConfig, rejected: list[Rejected]) -> Iterator[list[SampleSpec]]:
-    """The replicas of each usable prompt. Unusable prompts are added to `rejected`."""
+def _specs_of_prompts(config: DatasetConfig, rejected: list[Rejected]) -> Iterator[tuple[str, list[SampleSpec]]]:
+    """(place, replicas) of each usable prompt. Unusable prompts are added to `rejected`."""
     height, width = _base_size(config)
     for raw in read_prompts(str(config.prompts)):
         negative = "" if raw.negative_prompt is None else raw.negative_prompt
-        reason = why_unusable(raw.prompt)
+        reason = "empty" if raw.prompt is None else why_unusable(raw.prompt)
         if reason is None and negative != "" and (reason := why_unusable(negative, may_be_empty=True)):
             reason = f"negative prompt: {reason}"
         if reason is not None:
@@ -97,7 +103,7 @@ def _specs_of_prompts(config: DatasetConfig, rejected: list[Rejected]) -> Iterat
         prompt, negative = normalise_prompt(raw.prompt), normalise_prompt(negative)
         keys = [prompt_key(prompt, negative, height, width, replica) for replica in range(config.replicas)]
         source = None
-        if raw.detail_mask not in (None, ""):
+        if raw.detail_mask is not None:
             config.upscale.require_detail_mask(f"{raw.source}: gives")
             try:
                 source, mask = mask_of_row(str(config.prompts), raw.detail_mask, raw.row)
@@ -105,13 +111,16 @@ def _specs_of_prompts(config: DatasetConfig, rejected: list[Rejected]) -> Iterat
                 rejected.append(_rejection(raw.source, raw.prompt, f"its detail mask: {error}"))
                 continue
             keys = [masked_key(key, mask) for key in keys]
-        yield [SampleSpec(key, prompt, negative, height, width, replica, source) for replica, key in enumerate(keys)]
+        yield (
+            raw.source,
+            [SampleSpec(key, prompt, negative, height, width, replica, source) for replica, key in enumerate(keys)],
+        )
 
 
 def _specs_of_images(
     config: DatasetConfig, rejected: list[Rejected], lone_texts: LoneTexts
-) -> Iterator[list[SampleSpec]]:
-    """The replicas of each usable image. Unusable images are added to `rejected`, and texts without image to
+) -> Iterator[tuple[str, list[SampleSpec]]]:
+    """(place, replicas) of each usable image. Unusable images are added to `rejected`, and texts without image to
     `lone_texts`."""
     for image in find_images(str(config.images), lone_texts):
         if image.problem:
@@ -136,7 +145,10 @@ def _specs_of_images(
                 rejected.append(_rejection(image.source, image.prompt, f"its detail mask: {error}"))
                 continue
             keys = [masked_key(key, image.mask) for key in keys]
-        yield [SampleSpec(key, prompt, "", height, width, replica, image.source) for replica, key in enumerate(keys)]
+        yield (
+            image.source,
+            [SampleSpec(key, prompt, "", height, width, replica, image.source) for replica, key in enumerate(keys)],
+        )
 
 
 def _base_size(config: DatasetConfig) -> tuple[int, int]:
@@ -154,18 +166,18 @@ def why_unusable(text: Any, may_be_empty: bool = False) -> str | None:
     """Why a value cannot be a prompt, in a few words; None if it is usable."""
     if not isinstance(text, str):
         return "not text"
+    if len(text) > MAX_PROMPT_CHARACTERS and len(normalise_prompt(text)) > MAX_PROMPT_CHARACTERS:
+        return f"longer than {MAX_PROMPT_CHARACTERS} characters"
     kinds = {unicodedata.category(character) for character in text if not character.isspace()}
     if "Cc" in kinds:
         return "control characters"
     if "Cs" in kinds:
         return "not valid Unicode"
-    if len(text) > MAX_PROMPT_CHARACTERS and len(normalise_prompt(text)) > MAX_PROMPT_CHARACTERS:
-        return f"longer than {MAX_PROMPT_CHARACTERS} characters"
     if not may_be_empty and kinds <= {"Cf"}:  # blank, or nothing but invisible format characters
         return "empty"
     return None
 
 
 def _rejection(source: str, value: Any, reason: str) -> Rejected:
-    text = (value if isinstance(value, str) else repr(value))[:SHOWN_CHARACTERS]
+    text = "" if value is None else (value if isinstance(value, str) else repr(value))[:SHOWN_CHARACTERS]
     return Rejected(one_line(source), text.encode("utf-8", "replace").decode(), one_line(reason))

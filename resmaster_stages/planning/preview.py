@@ -48,8 +48,8 @@ class Intake:
     new_samples: int
     """Samples of these that were not in the plan before."""
     shards: int
-    duplicates: int
-    """Inputs that are equal to an earlier input."""
+    duplicates: tuple[str, ...]
+    """Inputs that equal an earlier input: place, what it equals."""
     rejected: tuple[str, ...]
     """Inputs that cannot be used: place, reason, text."""
     lone_texts: str
@@ -61,7 +61,7 @@ class Intake:
         if self.exists:
             notes.append(f"continues, {self.new_samples} new" if self.new_samples else "continues")
         if self.duplicates:
-            notes.append(f"{self.duplicates} duplicate{'s' if self.duplicates > 1 else ''} left out")
+            notes.append(f"{len(self.duplicates)} duplicate{'s' if len(self.duplicates) > 1 else ''} left out")
         if self.rejected:
             notes.append(f"{len(self.rejected)} rejected")
         if self.lone_texts:
@@ -152,8 +152,8 @@ def preview(config: DatasetConfig) -> Preview:
         samples=plan.samples + new,
         new_samples=new,
         shards=shards,
-        duplicates=draft.duplicates,
-        rejected=tuple(str(item) for item in draft.rejected),
+        duplicates=tuple(map(str, draft.duplicates)),
+        rejected=tuple(map(str, draft.rejected)),
         lone_texts=str(draft.lone_texts),
         typical_px=_middle(sizes),
         stages=tuple(stages),

@@ -1,60 +1,66 @@
 """Reads prompts from files: .txt (one prompt per line), .csv, .jsonl and .parquet.
 
-A file that cannot be read raises a UserError that names file and line."""
+Invariants:
+- A file that cannot be read raises a UserError that names file and line. A bad value in a row costs only that row.
+- Every row that is not blank becomes one RawPrompt. A line ends with LF, CR LF or CR, and with no other character.
+- In a table, null, NaN and blank text all mean that nothing is there.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import re
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, repeat
+from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from resmaster_stages.errors import UserError
-from resmaster_stages.redaction import without_credentials
-from resmaster_stages.storage.filesystem import explained
+from resmaster_stages.errors import UserError, first_line
+from resmaster_stages.redaction import one_line, without_credentials
+from resmaster_stages.storage.filesystem import PART_BYTES, explained, open_root
 from resmaster_stages.storage.masks import BATCH_ROWS, COLUMN, forget_tables
 
 PARQUET_BATCH_ROWS = 10_000
-
-
 READ_BYTES = 1 << 20
-
+MAX_CELL_CHARACTERS = 2**28
+"""A CSV file with a longer cell is refused, because a quote that is never closed would take any file into memory."""
+SHOWN_CHARACTERS = 200
+"""Of the names of columns in a message."""
 
 SUFFIXES = (".txt", ".csv", ".jsonl", ".parquet")
-
-
-_LONE_RETURN = re.compile(r"(?<=\r)(?!\n|\Z)")
-"""A position after a lone carriage return, where a line of CSV also ends."""
+COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z")
+COLUMNS = ("prompt", "negative_prompt", COLUMN)
+"""The columns that are read."""
 
 
 @dataclass(frozen=True)
 class RawPrompt:
-    """A prompt as read from a file: its place, and its values, which may have any type."""
+    """A prompt as read from a file: its place, and its values, which may have any type. None: nothing is there."""
 
     source: str
     prompt: Any
     negative_prompt: Any = None
     detail_mask: Any = None
     row: int = 0
-    """Line of the file, or row of the table, from 1."""
+    """Line of the file (the last one of a row of several lines), or row of the table, from 1."""
 
 
 def read_prompts(path: str) -> Iterator[RawPrompt]:
-    """The raw prompts in a file, with their lines. `path` may be any fsspec URL.
+    """The raw prompts in a file, with their lines. `path` may be any URL that `open_root` takes.
 
     Raises UserError for a missing, empty, binary or malformed file, naming the line where there is one.
     """
     place = without_credentials(path)
-    suffix = "." + path.rsplit(".", 1)[-1].lower() if "." in path.rsplit("/", 1)[-1] else ""
+    _, dot, extension = path.rpartition("/")[2].lower().rpartition(".")
+    suffix = dot + extension
+    if suffix in COMPRESSED:
+        raise UserError(f"{place}: the prompts file is compressed; unpack it first")
     if suffix not in SUFFIXES:
         raise UserError(f"{place}: unknown kind of prompts file; known: {', '.join(SUFFIXES)}")
     if suffix == ".parquet":
@@ -72,26 +78,33 @@ def read_prompts(path: str) -> Iterator[RawPrompt]:
 
 @contextmanager
 def _opened(path: str) -> Iterator[io.BufferedReader]:
-    """Open a prompts file. Raises UserError if it does not exist or its path is invalid."""
+    """Open a prompts file. Raises UserError if there is no such file."""
     place = without_credentials(path)
-    with explained(path), ExitStack() as stack:
+    folder, slash, name = path.rpartition("/")
+    parent = open_root(folder + slash or ".")
+    with explained(path):
+        local = Path(parent.full(name))
+        if parent.local and local.exists() and not local.is_file():
+            what = "a folder" if local.is_dir() else "no regular file"
+            raise UserError(f"{place}: is {what}; give a file of prompts ({', '.join(SUFFIXES)})")
         try:
-            file = stack.enter_context(fsspec.open(path, "rb"))
+            file: Any = parent.open(name, PART_BYTES)
         except FileNotFoundError:
             raise UserError(f"{place}: no such prompts file; check the path") from None
-        except ValueError as error:
-            raise UserError(f"{place}: cannot be opened ({error}); give a path or an s3:// URL") from None
-        yield io.BufferedReader(file, READ_BYTES)
+        with file:
+            yield io.BufferedReader(file, READ_BYTES)
 
 
 def _lines(path: str) -> Iterator[str]:
     """Yield the lines of a text file with their line ends. Raises UserError naming the first line that is not text."""
     place = without_credentials(path)
     with _opened(path) as file:
-        for number, data in enumerate(file, start=1):
+        # a byte that is not UTF-8 becomes a surrogate, so that its line is known
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        for number, line in enumerate(text, start=1):
             try:
-                line = data.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
+                line.encode()
+            except UnicodeEncodeError:
                 raise UserError(f"{place}: line {number}: not UTF-8 text; save the file as UTF-8") from None
             if "\0" in line:
                 raise UserError(
@@ -107,21 +120,28 @@ def _from_text(lines: Iterable[str], place: str) -> Iterator[RawPrompt]:
 
 
 def _from_csv(lines: Iterable[str], place: str) -> Iterator[RawPrompt]:
-    ends = (part for line in lines for part in _LONE_RETURN.split(line))
-    reader = csv.DictReader(ends, strict=True, restkey="")
+    csv.field_size_limit(MAX_CELL_CHARACTERS)  # the default counts for columns that are not read, too
+    reader = csv.reader(lines, strict=True)
+    ended = 0  # line with the end of the last row
     try:
-        _check_columns([name.strip() for name in reader.fieldnames or []], place)
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        names = next((row for row in reader if any(map(str.strip, row))), [])
+        columns = _columns(names, place)
+        width = max(position for position, name in enumerate(names, start=1) if name.strip())
+        ended = reader.line_num
         for row in reader:
-            if row.get(""):
-                message = "more cells than columns; put prompts that hold commas in double quotes"
-                raise UserError(f"{place}: line {reader.line_num}: {message}")
             number = reader.line_num
-            yield RawPrompt(
-                f"{place}:{number}", row["prompt"] or "", row.get("negative_prompt"), row.get(COLUMN), number
-            )
+            if any(map(str.strip, row[width:])):
+                message = "more cells than columns; put prompts that hold commas in double quotes"
+                raise UserError(f"{place}: line {number}: {message}")
+            if row:
+                cells = {name: row[position] for name, position in columns.items() if position < len(row)}
+                yield _raw(f"{place}:{number}", cells, number)
+            ended = number
     except csv.Error as error:
-        raise UserError(f"{place}: line {reader.reader.line_num}: not valid CSV ({error})") from None
+        unclosed = "unexpected end" in str(error)
+        number = ended + 1 if unclosed else reader.line_num
+        reason = "a quote in this row is never closed" if unclosed else error
+        raise UserError(f"{place}: line {number}: not valid CSV ({reason})") from None
 
 
 def _from_jsonl(lines: Iterable[str], place: str) -> Iterator[RawPrompt]:
@@ -129,37 +149,80 @@ def _from_jsonl(lines: Iterable[str], place: str) -> Iterator[RawPrompt]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=tuple)  # a dictionary would hide names that are there twice
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             message = 'not valid JSON; each line is one object such as {"prompt": "..."}'
             raise UserError(f"{place}: line {number}: {message} ({reason})") from None
-        if not isinstance(row, dict) or "prompt" not in row:
+        names = [name for name, _ in row] if isinstance(row, tuple) else []
+        if "prompt" not in names:
             raise UserError(f'{place}: line {number}: no "prompt"; each line is one object such as {{"prompt": "..."}}')
-        yield RawPrompt(f"{place}:{number}", row["prompt"], row.get("negative_prompt"), row.get(COLUMN), number)
+        _check_once(names, f"{place}: line {number}")
+        yield _raw(f"{place}:{number}", dict(row), number)
 
 
 def _from_parquet(data: bytes, place: str) -> Iterator[RawPrompt]:
     try:
         file = pq.ParquetFile(io.BytesIO(data))
         names = file.schema_arrow.names
-        _check_columns(names, place)
-        columns = [name for name in ("prompt", "negative_prompt", COLUMN) if name in names]
+        columns = _columns(names, place)
+        for name, position in columns.items():
+            if names[position] != name:
+                raise UserError(f"{place}: the column {names[position]!r} has blanks around its name; name it {name!r}")
         forget_tables()
-        size = BATCH_ROWS if COLUMN in names else PARQUET_BATCH_ROWS
+        size = BATCH_ROWS if COLUMN in columns else PARQUET_BATCH_ROWS
         number = 0
-        for batch in file.iter_batches(size, columns=columns):  # a few kilobytes may decode to any size
-            for row in batch.to_pylist():
+        for batch in file.iter_batches(size, columns=list(columns)):  # a few kilobytes may decode to any size
+            cells = {name: batch.column(name) for name in columns}
+            for position in range(len(batch)):
                 number += 1
-                yield RawPrompt(
-                    f"{place}: row {number}", row["prompt"], row.get("negative_prompt"), row.get(COLUMN), number
-                )
-    except (pa.ArrowException, OSError) as error:
-        first_line = str(error).split("\n", 1)[0]
-        raise UserError(f"{place}: not a readable Parquet file ({first_line}); write it again") from None
+                values = {name: _value(cells[name][position]) for name in columns}
+                yield _raw(f"{place}: row {number}", values, number)
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        reason = one_line(first_line(error))
+        raise UserError(f"{place}: not a readable Parquet file ({reason}); write it again") from None
 
 
-def _check_columns(names: list[str], place: str) -> None:
-    if "prompt" not in names:
-        shown = ", ".join(names) or "none"
+def _value(cell: pa.Scalar) -> Any:
+    """The value of a cell in Parquet. Bytes that are not UTF-8 become surrogates in its text. A kind that has no value
+    of its own in Python, or only some (such as times), is represented by its type."""
+    if isinstance(cell, pa.DictionaryScalar):
+        cell = cell.value
+    kind, types = cell.type, pa.types
+    if not cell.is_valid:
+        return None
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+        return cell.as_buffer().to_pybytes().decode(errors="surrogateescape")
+    plain = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+    numbers = (types.is_floating, types.is_integer, types.is_boolean)
+    return cell.as_py() if any(is_kind(kind) for is_kind in plain + numbers) else kind
+
+
+def _raw(source: str, values: dict[str, Any], row: int) -> RawPrompt:
+    prompt, negative, mask = (_present(values.get(name)) for name in COLUMNS)
+    return RawPrompt(source, prompt, negative, mask, row)
+
+
+def _present(value: Any) -> Any:
+    """A value of a table; None if it means that nothing is there, as null, NaN and blank text do."""
+    blank = isinstance(value, str) and not value.strip()
+    return None if blank or (isinstance(value, float) and value != value) else value
+
+
+def _columns(names: list[str], place: str) -> dict[str, int]:
+    """Column -> position, of the columns that are read. Names may have blanks and byte order marks around them.
+
+    Raises UserError if there is no column `prompt`, or a column twice.
+    """
+    clean = [name.replace("\ufeff", "").strip() for name in names]
+    if "prompt" not in clean:
+        shown = one_line(", ".join(clean))[:SHOWN_CHARACTERS] or "none"
         raise UserError(f"{place}: has no column 'prompt' (found: {shown}); name the column with the prompts so")
+    _check_once(clean, place)
+    return {name: clean.index(name) for name in COLUMNS if name in clean}
+
+
+def _check_once(names: list[str], place: str) -> None:
+    for name in COLUMNS:
+        if names.count(name) > 1:
+            raise UserError(f"{place}: has {name!r} {names.count(name)} times; keep one")

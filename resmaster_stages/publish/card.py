@@ -39,7 +39,7 @@ def dataset_card(
     """
     missing = f" ({published.shards_missing:,} still missing)" if published.shards_missing else ""
     rejected = sum(generation.rejected_count for generation in plan.generations)
-    repeated = sum(generation.duplicates for generation in plan.generations)
+    repeated = sum(generation.duplicates_count for generation in plan.generations)
     facts = {
         "Samples": f"{published.samples:,}",
         "Shards": f"{published.shards:,}{missing}",

@@ -58,13 +58,15 @@ def _named(place: Folder, name: Any) -> tuple[str, bytes]:
     with explained(place.url_of(name)):
         try:
             problem = unfit(name, 0, MAX_FILE_BYTES) or leads_out(place, name)
-            if not problem and place.local and Path(place.full(name)).is_dir():
-                raise IsADirectoryError(name)
+            if not problem and place.local and not Path(place.full(name)).is_file():
+                raise FileNotFoundError(name)  # or a folder, or a pipe, which would keep its reader waiting
             problem = problem or unfit(name, int(place.fs.size(place.full(name)) or 0), MAX_FILE_BYTES)
             if problem:
                 raise SampleError(problem)
             return spell_source(place.url_of(name)), place.read(name)
         except OSError as error:
+            if place.local and isinstance(error, PermissionError):
+                raise SampleError("permission denied; check who may read the file") from None
             if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP) and not isinstance(error, NO_FILE):
                 raise
             raise SampleError(f"no such file; names are relative to the prompts file's folder, {place.url}") from None

@@ -99,6 +99,23 @@ def test_paths_in_a_file_are_relative_to_it(tmp_path: Path) -> None:
     assert (overridden.prompts, overridden.images, overridden.limit) == (None, "/somewhere", None)
 
 
+def test_a_tilde_in_a_file_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = tmp_path / "c.yaml"
+    for given, expected in (
+        ("~/p.txt", tmp_path / "home" / "p.txt"),
+        ("~nobody-of-that-name/p.txt", tmp_path / "~nobody-of-that-name" / "p.txt"),
+        ("./~/p.txt", tmp_path / "~" / "p.txt"),
+        ("/a/../p.txt", Path("/a/../p.txt")),
+        ("s3://b/~/p.txt", "s3://b/~/p.txt"),
+    ):
+        for key in ("prompts", "images"):
+            path.write_text(f"name: a\n{key}: {given}\n")
+            assert getattr(load_config(path), key) == str(expected)
+    path.write_text("name: a\nprompts: ''\n")
+    assert not load_config(path).prompts, "no source, rather than the folder of the file"
+
+
 def test_operational_fields_are_not_identity() -> None:
     base = config()
     same = config(

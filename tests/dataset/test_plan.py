@@ -17,7 +17,7 @@ def append(plan: Plan, samples: list[SampleSpec], per_shard: int, rejected: Sequ
     with GenerationWriter(plan, per_shard) as writer:
         for sample in samples:
             writer.add(sample)
-        return writer.commit(rejected, 0)
+        return writer.commit(rejected, ())
 
 
 def specs(*names: str) -> list[SampleSpec]:

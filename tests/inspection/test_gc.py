@@ -52,6 +52,7 @@ def litter(dataset: Dataset) -> set[str]:
         layout.features_object("quality", 1, "0" * 8),
         layout.plan_part(0, 0, "0" * 8),
         layout.plan_rejected(1, "0" * 8),
+        layout.plan_duplicates(1, "0" * 8),
         probe_name("0" * 8),
         "high_res/.000000-00000000.tar.12345678.tmp",
         ".config.json.12345678.tmp",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from resmaster_stages.config.dataset import DatasetConfig
@@ -30,13 +31,15 @@ def config_of(args: argparse.Namespace) -> DatasetConfig:
     """CONFIG with the command line's overrides. Relative paths in the overrides become absolute."""
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit}: give a number of at least 1")
+    if "" in (args.prompts, args.images):
+        raise UserError("--prompts and --images cannot be empty: give a path or an s3:// URL, or leave the option out")
     if args.prompts and args.images:
         raise UserError(
             "--prompts and --images exclude each other: give one; prompts for your images go beside them as .txt"
         )
 
     def absolute(path: str | None) -> str | None:
-        return path if path is None or "://" in path else str(Path(path).resolve())
+        return path if path is None or "://" in path else str(Path(os.path.expanduser(path)).resolve())
 
     return load_config(
         args.config,

@@ -19,7 +19,8 @@ DESCRIPTION = (
     "Read the prompts or images and the dataset at the root, and print per stage what would be done and what would "
     "be skipped because it is committed. Writes nothing."
 )
-SHOWN_REJECTED = 10
+SHOWN_INPUTS = 10
+"""Rejected inputs, and duplicates, that are listed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,10 +46,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
     for stage in look.stages:
         table.add_row(stage.stage, str(stage.shards_pending), str(stage.shards_committed), str(stage.samples_pending))
     out.print(table)
-    for rejected in look.rejected[:SHOWN_REJECTED]:
-        say(out, f"rejected: {rejected}")
-    if len(look.rejected) > SHOWN_REJECTED:
-        say(out, f"... and {len(look.rejected) - SHOWN_REJECTED} more rejected")
+    for one, many, inputs in (("rejected", "rejected", look.rejected), ("duplicate", "duplicates", look.duplicates)):
+        for each in inputs[:SHOWN_INPUTS]:
+            say(out, f"{one}: {each}")
+        if len(inputs) > SHOWN_INPUTS:
+            say(out, f"... and {len(inputs) - SHOWN_INPUTS} more {many}")
     if args.estimate:
         from resmaster_stages.planning.estimate import estimate
 

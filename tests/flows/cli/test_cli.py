@@ -274,6 +274,31 @@ def test_plan_changes_nothing(config_file: Path, capsys: pytest.CaptureFixture[s
     assert not (config_file.parent / "out").exists()
 
 
+def test_plan_lists_what_is_rejected_and_what_is_left_out(
+    config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = config_file.parent / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    (home / "p.csv").write_text("prompt\na barn\n" + "a  barn\n" * 12 + '""\n')
+    assert main(["plan", str(config_file), "--prompts", "~/p.csv"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "1 samples in 1 shards" in out
+    assert "12 duplicates left out; 1 rejected" in out
+    assert f"rejected: {home}/p.csv:15: empty" in out
+    assert f"duplicate: {home}/p.csv:3: equals sample " in out
+    assert out.count("duplicate: ") == 10
+    assert "... and 2 more duplicates" in out
+
+
+@pytest.mark.parametrize("option", ["--prompts", "--images"])
+def test_an_empty_source_is_not_the_current_folder(
+    config_file: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("plan", "run"):
+        assert "--prompts and --images cannot be empty" in fails(capsys, command, config_file, option, "")
+
+
 def test_help_is_worth_reading(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("run", "plan", "status", "repair", "upscale"):
         with pytest.raises(SystemExit) as caught:
