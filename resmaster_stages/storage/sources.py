@@ -111,8 +111,7 @@ def find_images(url: str, lone: LoneTexts | None = None) -> Iterator[FoundImage]
             found = True
         yield image
     if not found:
-        holds = f"no images ({', '.join(SUFFIXES)}){'' if tar else ' or .tar files'} in it"
-        raise PlanError(bad_tar or f"{url}: {holds}")
+        raise PlanError(bad_tar or f"{url}: no images ({', '.join(SUFFIXES)}) or .tar files in it")
 
 
 def mask_beside(image: str) -> str:
