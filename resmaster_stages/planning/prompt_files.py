@@ -82,15 +82,17 @@ def _opened(path: str) -> Iterator[io.BufferedReader]:
     place = without_credentials(path)
     folder, slash, name = path.rpartition("/")
     parent = open_root(folder + slash or ".")
+    missing = UserError(f"{place}: no such prompts file; check the path")
     with explained(path):
-        local = Path(parent.full(name))
-        if parent.local and local.exists() and not local.is_file():
+        if parent.local and not (local := Path(parent.full(name))).is_file():
+            if not local.exists():
+                raise missing
             what = "a folder" if local.is_dir() else "no regular file"
             raise UserError(f"{place}: is {what}; give a file of prompts ({', '.join(SUFFIXES)})")
         try:
             file: Any = parent.open(name, PART_BYTES)
         except FileNotFoundError:
-            raise UserError(f"{place}: no such prompts file; check the path") from None
+            raise missing from None
         with file:
             yield io.BufferedReader(file, READ_BYTES)
 

@@ -135,6 +135,15 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     for name, message in (("pipe.txt", "no regular file"), ("zero.txt", "no regular file"), ("folder.csv", "a folder")):
         with pytest.raises(UserError, match=f"{name}: is {message}; give a file of prompts"):
             read_prompts(str(tmp_path / name))
+    (tmp_path / "nothing.txt").symlink_to("gone.txt")
+    (tmp_path / "itself.txt").symlink_to("itself.txt")
+    (tmp_path / "a.txt").write_text("a")
+    for name in ("nothing.txt", "itself.txt", "a\0.txt", "gone/p.txt"):
+        with pytest.raises(UserError, match="no such prompts file; check the path"):
+            read_prompts(str(tmp_path / name))
+    for name in ("a.txt/p.txt", "p" * 300 + ".txt"):
+        with pytest.raises(UserError):
+            read_prompts(str(tmp_path / name))
 
 
 NAMES = ["a::b.txt", "file::b.txt", "a#b.txt", "a?b.txt", "a*b.txt", "a%20b.txt", "[a].txt", "x.tar#y.txt", "ü ~.txt"]
