@@ -5,12 +5,13 @@ This module may import every package of `resmaster_stages`. No other module but 
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from resmaster_stages.config.dataset import DatasetConfig, LowResConfig, QualityConfig
 from resmaster_stages.config.load import parse_config
@@ -18,6 +19,8 @@ from resmaster_stages.config.method import DEFAULT, with_method
 from resmaster_stages.config.model import SDXL, ModelConfig
 from resmaster_stages.errors import ConfigError, SampleError, UserError
 from resmaster_stages.models.identity import PICTUREBOOK
+from resmaster_stages.storage.images import convert_image, decode_image
+from resmaster_stages.storage.sources import MAX_FILE_BYTES
 
 if TYPE_CHECKING:
     from resmaster_stages.dataset.dataset import Dataset
@@ -231,17 +234,35 @@ def as_models(model: Any) -> Models:
 
 
 def open_image(image: str | Path | Image.Image) -> Image.Image:
-    """An image, upright and in RGB, from a file or a PIL image. Raises UserError."""
+    """An image as `decode_image` gives it, from a file or a PIL image. Raises UserError."""
     if not isinstance(image, str | Path | Image.Image):
         raise UserError(f"an image is a path or a PIL image, not {type(image).__name__}; give one of these")
     try:
-        with Image.open(image) if isinstance(image, str | Path) else image.copy() as opened:
-            opened.load()
-            return ImageOps.exif_transpose(opened).convert("RGB")
+        if isinstance(image, Image.Image):
+            return convert_image(image, "the image")
+        return decode_image(_content(Path(image)), str(image))
+    except SampleError as error:
+        raise UserError(str(error)) from None
+
+
+def _content(path: Path) -> bytes:
+    """The content of an image file. Raises UserError. Only regular files are opened, because a FIFO could block."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+            raise UserError(f"{path}: is {kind}; give an image file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise UserError(
+                f"{path}: has {status.st_size:,} bytes, more than {MAX_FILE_BYTES:,}; compress it, or scale it down"
+            )
+        return path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{image}: no such image file") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{image}: not an image that can be read ({error}); convert it to PNG or JPEG first") from None
+        reason = "is a link to nothing; give an image file" if path.is_symlink() else "no such image file"
+        raise UserError(f"{path}: {reason}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path}: cannot be read ({reason}); give an image file that you may read") from None
 
 
 def _good(made: Image.Image | SampleError) -> Image.Image:

@@ -58,6 +58,7 @@ def ingest(config: DatasetConfig) -> Dataset:
                     shards=plan.shards + -(-writer.samples // config.samples_per_shard),
                     duplicates=tuple(draft.duplicates),
                     rejected=tuple(map(str, draft.rejected)),
+                    lone_texts=str(draft.lone_texts),
                 )
                 emit(Planned(intake.headline()))
                 return dataset

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -179,6 +180,7 @@ def test_bad_masks_cost_their_row_and_say_why(tmp_path: Path, monkeypatch: pytes
     (folder / "link.png").symlink_to(secret)
     (folder / "text.png").write_text("no image")
     (folder / "dir.png").mkdir()
+    Image.new("F", (4, 4)).save(folder / "deep.tif")
     os.mkfifo(folder / "pipe.png")
     (folder / "closed.png").write_bytes(png(LEFT))
     read = Folder.read
@@ -189,7 +191,6 @@ def test_bad_masks_cost_their_row_and_say_why(tmp_path: Path, monkeypatch: pytes
         return read(place, name)
 
     monkeypatch.setattr(Folder, "read", read_unless_closed)
-    Image.new("I;16", (4, 4)).save(folder / "deep.png")
     (folder / "bomb.png").write_bytes(png(Image.new("1", (400, 400))))
     (folder / "huge.png").write_bytes(png(LEFT) + bytes(6000))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
@@ -208,8 +209,8 @@ def test_bad_masks_cost_their_row_and_say_why(tmp_path: Path, monkeypatch: pytes
         "x" * 300 + ".png": "no such file",
         "mask.svg": "unknown kind of image",
         "a\u0007.png": "control characters",
-        "text.png": "not a readable PNG, JPEG or WebP image",
-        "deep.png": "16 bits per pixel",
+        "text.png": "not a readable image",
+        "deep.tif": "scale them to 8 or 16 bits",
         "bomb.png": "too many pixels",
         "huge.png": "more than 5,000",
         7: "not the name of a file",
@@ -273,6 +274,17 @@ def test_masks_beside_your_images(tmp_path: Path, packed: bool, loaded: Models) 
     assert without.detail_mask is None
     again = draft_samples(config_of(tmp_path / "again", images=str(folder)))
     assert again.samples == draft.samples
+
+
+def test_a_mask_of_16_bits_keeps_its_values(tmp_path: Path, loaded: Models) -> None:
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(png(Image.new("RGB", SIZE, "red")))
+    (tmp_path / "in" / "a.detail_mask.png").write_bytes(png(Image.fromarray(levels * 257)))
+    dataset, _ = built(config_of(tmp_path, images=str(tmp_path / "in")), "low_res", "high_res")
+    (sample,) = samples_of(dataset)
+    assert sample.detail_mask
+    assert (np.asarray(sample.detail_mask.open())[..., 0] == levels).all()
 
 
 def test_a_mask_that_changes_or_goes_costs_its_sample_and_a_new_plan_takes_the_new_one(

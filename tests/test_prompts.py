@@ -269,8 +269,8 @@ def test_images_become_samples_of_their_own_size(tmp_path: Path) -> None:
     ]
     assert len(draft.duplicates) == 1
     assert [(Path(item.source).name, item.reason.split(" (")[0]) for item in draft.rejected] == [
-        ("c.png", "not a readable PNG, JPEG or WebP image"),
-        ("d.png", "its prompt: not text"),
+        ("c.png", "not a readable image"),
+        ("d.png", "d.txt: not UTF-8 text; save the file as UTF-8"),
     ]
     plan = ingest(config).plan
     assert plan.read(0)[0].source == str(folder / "a.png")

@@ -205,7 +205,7 @@ def test_hostile_text_adds_no_element_and_no_attribute_to_the_report(attack: str
 def test_images_with_scripts_in_them_are_not_embedded() -> None:
     svg = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
     html = render_report("t", {}, [ReportSample("k", "p", svg, svg)])
-    assert "not a readable PNG, JPEG or WebP image" in html
+    assert "not a readable image" in html
     assert base64_of(svg) not in html
     assert "alert(1)" not in html
 

@@ -185,7 +185,8 @@ class DatasetConfig(Part):
     Columns: `prompt`, and optionally `negative_prompt` and `detail_mask` (an image file in the same folder; see
     `alpha_elsewhere` of method freescale)."""
     images: str | None = Operational(None)
-    """Your own low-res images instead of generated ones: a folder, or WebDataset shards (.tar, or a folder of them)."""
+    """Your own low-res images instead of generated ones: a folder, or WebDataset shards (.tar, or a folder of them).
+    Read are PNG, JPEG, WebP, TIFF, BMP, GIF and AVIF."""
     limit: int | None = Operational(None, ge=1)
     """Use only the first N prompts or images."""
     allow_overwriting_store: bool = Operational(False)

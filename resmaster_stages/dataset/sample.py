@@ -54,7 +54,7 @@ class Sample:
     """Low-res width in px."""
     replica: int
     source: str | None = None
-    """For a user's image: where it is (`storage.images.read_image` reads it). For a prompt: where its detail mask is
+    """For a user's image: where it is (`storage.sources.read_image` reads it). For a prompt: where its detail mask is
     (`storage.masks.read_mask`), or None."""
     low_res: EncodedImage | None = None
     detail_mask: EncodedImage | None = None

@@ -144,6 +144,7 @@ register(
         process="resmaster_stages.low_res:process",
         identity=_low_res_identity,
         doing="drawing low-res images",
+        version=2,
         batch=("low_res", "batch_size"),
         slot=lambda config: 1 if config.images else config.low_res.batch_size,
     )

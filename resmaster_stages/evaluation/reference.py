@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from PIL import Image
@@ -21,7 +21,7 @@ from resmaster_stages.planning.preview import check_sizes
 from resmaster_stages.storage.arrays import Arrays, decode_arrays, encode_arrays
 from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.images import decode_image
-from resmaster_stages.storage.sources import find_images
+from resmaster_stages.storage.sources import FoundImage, find_images
 
 TRUE_IMAGES = 256
 """The least number of images that are drawn as ground truth. Every prompt is drawn equally often."""
@@ -44,13 +44,13 @@ def reference_features(config: DatasetConfig, url: str, cache: Folder) -> dict[s
     from resmaster_stages.metrics.features import load_extractor
 
     extractor, native = load_extractor(config.quality), geometry_of(config.model).native_px
-    keys = sorted({image_key(image.data, "") for image in find_images(url)})
+    keys = sorted({image_key(image.data, "") for image in _usable(url)})
     weights = stage_hashes(config.model_copy(update={"name": "any"}))["quality"]
     name = f"reference-{digest([keys, extractor.name, native, weights])[:16]}.features.parquet"
     if cache.exists(name):
         return decode_arrays(cache.read(name), cache.url_of(name))
     found: dict[str, Arrays] = {}
-    for image in find_images(url):
+    for image in _usable(url):
         key = image_key(image.data, "")
         if key not in found:
             try:
@@ -59,6 +59,14 @@ def reference_features(config: DatasetConfig, url: str, cache: Folder) -> dict[s
                 raise UserError(f"--reference {url}: {error}; remove or mend it") from None
     cache.write(name, encode_arrays(list(found), list(found.values())))
     return found
+
+
+def _usable(url: str) -> Iterator[FoundImage]:
+    """The images at `url`. Raises UserError for the first that cannot be used."""
+    for image in find_images(url):
+        if image.problem:
+            raise UserError(f"--reference {url}: {image.source}: {image.problem}; remove or mend it")
+        yield image
 
 
 def check_truth(config: DatasetConfig) -> None:

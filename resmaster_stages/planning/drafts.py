@@ -16,7 +16,7 @@ from resmaster_stages.redaction import one_line, printable, without_credentials
 from resmaster_stages.storage.digests import DigestSet
 from resmaster_stages.storage.images import image_size
 from resmaster_stages.storage.masks import check_mask, mask_of_row
-from resmaster_stages.storage.sources import find_images
+from resmaster_stages.storage.sources import LoneTexts, find_images
 
 MAX_PROMPT_CHARACTERS = 2000
 
@@ -44,10 +44,14 @@ class DraftReader:
         """Inputs rejected so far."""
         self.duplicates: list[Duplicate] = []
         """Inputs so far that equal an earlier input."""
+        self.lone_texts = LoneTexts()
+        """Texts so far that lie beside images, but belong to no image."""
         self._config = config
         require_source(config)
-        specs = _specs_of_images if config.images else _specs_of_prompts
-        self._specs = specs(config, self.rejected)
+        if config.images:
+            self._specs = _specs_of_images(config, self.rejected, self.lone_texts)
+        else:
+            self._specs = _specs_of_prompts(config, self.rejected)
 
     def __iter__(self) -> Iterator[SampleSpec]:
         config, seen, inputs = self._config, DigestSet(), 0
@@ -113,9 +117,12 @@ def _specs_of_prompts(config: DatasetConfig, rejected: list[Rejected]) -> Iterat
         )
 
 
-def _specs_of_images(config: DatasetConfig, rejected: list[Rejected]) -> Iterator[tuple[str, list[SampleSpec]]]:
-    """(place, replicas) of each usable image. Unusable images are added to `rejected`."""
-    for image in find_images(str(config.images)):
+def _specs_of_images(
+    config: DatasetConfig, rejected: list[Rejected], lone_texts: LoneTexts
+) -> Iterator[tuple[str, list[SampleSpec]]]:
+    """(place, replicas) of each usable image. Unusable images are added to `rejected`, and texts without image to
+    `lone_texts`."""
+    for image in find_images(str(config.images), lone_texts):
         if image.problem:
             rejected.append(_rejection(image.source, "", image.problem))
             continue

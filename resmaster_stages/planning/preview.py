@@ -52,6 +52,8 @@ class Intake:
     """Inputs that equal an earlier input."""
     rejected: tuple[str, ...]
     """Inputs that cannot be used: place, reason, text."""
+    lone_texts: str
+    """What is to be said of texts that belong to no image; "" if there are none."""
 
     def headline(self) -> str:
         """The intake in one line."""
@@ -62,6 +64,8 @@ class Intake:
             notes.append(f"{len(self.duplicates)} duplicate{'s' if len(self.duplicates) > 1 else ''} left out")
         if self.rejected:
             notes.append(f"{len(self.rejected)} rejected")
+        if self.lone_texts:
+            notes.append(self.lone_texts)
         return f"{self.config.name}: {self.samples} samples in {self.shards} shards ({'; '.join(notes)}) at {self.url}"
 
 
@@ -150,6 +154,7 @@ def preview(config: DatasetConfig) -> Preview:
         shards=shards,
         duplicates=tuple(draft.duplicates),
         rejected=tuple(map(str, draft.rejected)),
+        lone_texts=str(draft.lone_texts),
         typical_px=_middle(sizes),
         stages=tuple(stages),
     )

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from resmaster_stages.errors import UserError, first_line
 from resmaster_stages.redaction import one_line, without_credentials
-from resmaster_stages.storage.filesystem import PART_BYTES, explained, open_root
+from resmaster_stages.storage.filesystem import PART_BYTES, explained, open_file
 from resmaster_stages.storage.masks import BATCH_ROWS, COLUMN, forget_tables
 
 PARQUET_BATCH_ROWS = 10_000
@@ -52,7 +52,7 @@ class RawPrompt:
 
 
 def read_prompts(path: str) -> Iterator[RawPrompt]:
-    """The raw prompts in a file, with their lines. `path` may be any URL that `open_root` takes.
+    """The raw prompts in a file, with their lines. `path` may be any URL that `open_file` takes.
 
     Raises UserError for a missing, empty, binary or malformed file, naming the line where there is one.
     """
@@ -80,17 +80,16 @@ def read_prompts(path: str) -> Iterator[RawPrompt]:
 def _opened(path: str) -> Iterator[io.BufferedReader]:
     """Open a prompts file. Raises UserError if there is no such file."""
     place = without_credentials(path)
-    folder, slash, name = path.rpartition("/")
-    parent = open_root(folder + slash or ".")
+    folder, name = open_file(path)
     missing = UserError(f"{place}: no such prompts file; check the path")
     with explained(path):
-        if parent.local and not (local := Path(parent.full(name))).is_file():
+        if folder.local and not (local := Path(folder.full(name))).is_file():
             if not local.exists():
                 raise missing
             what = "a folder" if local.is_dir() else "no regular file"
             raise UserError(f"{place}: is {what}; give a file of prompts ({', '.join(SUFFIXES)})")
         try:
-            file: Any = parent.open(name, PART_BYTES)
+            file: Any = folder.open(name, PART_BYTES)
         except FileNotFoundError:
             raise missing from None
         with file:

@@ -185,6 +185,23 @@ class Folder:
             options = {} if self.local else {"block_size": ahead_bytes, "cache_type": "readahead"}
             return self.fs.open(self.full(name), "rb", **options)
 
+    def read_part(self, name: str, offset: int, size: int) -> bytes:
+        """At most `size` bytes of a user's file from byte `offset` on. Raises OSError if a local file cannot be read or
+        is no regular file. Errors of a store are raised as by `read`."""
+        if self.local:
+            with open_regular(self.full(name)) as file:
+                file.seek(offset)
+                return file.read(max(0, min(size, os.fstat(file.fileno()).st_size - offset)))
+        if not size:
+            return b""
+        with explained(self.url_of(name)):
+            try:
+                return self.fs.cat_file(self.full(name), start=offset, end=offset + size, **self._whole)
+            except OSError as error:
+                if _store_code(error) in ("InvalidRange", "416"):  # the file is empty, or ends before `offset`
+                    return b""
+                raise
+
     def chunks(self, name: str, size: int) -> Iterator[bytes]:
         """The content of a file in pieces of `size` bytes (the last may be shorter). Few pieces are held at a time."""
         with explained(self.url_of(name)), self.open(name, max(size, PART_BYTES)) as file:
@@ -364,24 +381,51 @@ def open_root(url: str) -> Folder:
 
     Raises UserError for an unknown scheme, a missing driver, credentials in the URL, or a local path that is a file.
     """
-    if not url.strip():
-        raise UserError("the root is empty; give a folder or a URL such as s3://bucket/prefix")
+    refuse_credentials(url)
+    folder = _folder_at(url)
+    if folder.local and Path(folder.path).exists() and not Path(folder.path).is_dir():
+        raise UserError(f"{url}: is a file; give a folder or a URL such as s3://bucket/prefix")
+    return folder
+
+
+def open_file(url: str) -> tuple[Folder, str]:
+    """The folder and the name in it of a file at a path or URL. Neither need exist. Any character of the path counts as
+    it is. Raises UserError for an unknown scheme or a missing driver."""
+    parent, slash, name = url.rpartition("/")
+    return _folder_at(f"{parent}/" if slash else "."), name
+
+
+def refuse_credentials(url: str) -> None:
+    """Raise UserError if a URL holds a user, a password, a signature or a token."""
     if holds_credentials(url):
         message = "credentials do not belong into a URL; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile"
         raise UserError(f"{without_credentials(url)}: {message}")
+
+
+def open_regular(path: str) -> IO[bytes]:
+    """Open a local file to read it. Raises OSError if it is no regular file: a pipe would keep the reader waiting, and
+    a device may never end."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError("is a folder" if stat.S_ISDIR(mode) else "is no regular file")
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+
+
+def _folder_at(url: str) -> Folder:
+    if not url.strip():
+        raise UserError("the root is empty; give a folder or a URL such as s3://bucket/prefix")
     scheme = url.split("://", 1)[0] if "://" in url else ""
     options = _s3_options() if scheme in ("s3", "s3a") else {}
     target = url if scheme else str(Path(url).expanduser().absolute())
     try:
         with explained(url):
-            fs, path = fsspec.core.url_to_fs(target, **options)
+            kind = fsspec.get_filesystem_class(scheme or "file")  # not url_to_fs, to which "::" joins several URLs
+            fs = kind(**{**kind._get_kwargs_from_urls(target), **options})
+            path = kind._strip_protocol(target)
     except (ValueError, ImportError) as error:
         place = without_credentials(url)
         raise UserError(f"{place}: not a usable root ({one_line(error)}); give a folder or an s3:// URL") from error
-    folder = Folder(fs, str(path).rstrip("/"))
-    if folder.local and Path(folder.path).exists() and not Path(folder.path).is_dir():
-        raise UserError(f"{url}: is a file; give a folder or a URL such as s3://bucket/prefix")
-    return folder
+    return Folder(fs, str(path).rstrip("/"))
 
 
 def _s3_options() -> dict[str, Any]:

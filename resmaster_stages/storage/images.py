@@ -1,68 +1,270 @@
 """Decodes and encodes images.
 
-Content from outside is untrusted: only the decoders of PNG, JPEG and WebP are called, whatever the name of a file.
+Content from outside is untrusted: only the decoders of `FORMATS` are called, whatever the name of a file.
+
+A decoded image is RGB in sRGB, 8 bits, upright, and white where it was transparent. Nothing else of the
+file is kept.
+- Of animations, and of files with several pages, the first counts.
+- 16-bit pixels keep their upper 8 bits.
+- Colours are converted by the embedded profile. A profile that is damaged, or made for another kind of pixels, is
+  ignored, as browsers do. Other statements of a colour space (PNG's gAMA and cHRM, AVIF's nclx) are not read.
 """
 
 from __future__ import annotations
 
+import ctypes
 import io
-from typing import Literal
+import itertools
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Literal
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError, features
 
 from resmaster_stages.errors import SampleError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-FORMATS = ("PNG", "JPEG", "WEBP")
-"""Formats that are decoded. Pillow has dozens of other decoders; one of them (EPS) starts another program."""
-_ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap the sides
+_SUFFIXES_OF = {
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+    "BMP": (".bmp", ".dib"),
+    "GIF": (".gif",),
+    "AVIF": (".avif", ".avifs"),
+    "JXL": (".jxl",),
+}
+"""Format of Pillow that may be decoded -> suffixes of its files."""
+with suppress(ImportError):  # the plugin of Pillow for JPEG XL, if the user has installed it
+    import pillow_jxl  # type: ignore[import-not-found]  # noqa: F401
+_MISSING = {name for name, there in (("AVIF", features.check("avif")), ("JXL", "JXL" in Image.OPEN)) if not there}
+FORMATS = tuple(name for name in _SUFFIXES_OF if name not in _MISSING)
+"""Formats that are decoded here. Pillow has dozens of other decoders; one of them (EPS) starts another program."""
+SUFFIXES = tuple(suffix for name in FORMATS for suffix in _SUFFIXES_OF[name])
+"""Endings of names, in lower case, that say that a file is an image that can be read."""
+KNOWN_UNREAD = (
+    *(suffix for name, suffixes in _SUFFIXES_OF.items() if name not in FORMATS for suffix in suffixes),
+    *(".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx", ".jpf", ".jxr", ".wdp"),
+    *(".psd", ".psb", ".xcf", ".kra", ".ora", ".clip", ".ai", ".eps", ".svg", ".svgz", ".wmf", ".emf"),
+    *(".tga", ".ico", ".cur", ".icns", ".pcx", ".dds", ".qoi", ".sgi", ".xbm", ".xpm"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".exr", ".hdr", ".dpx", ".fits", ".dcm"),
+    *(".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".raf", ".orf", ".rw2", ".pef", ".srw"),
+    *(".x3f", ".3fr", ".iiq", ".mrw", ".rwl"),
+)
+"""Endings of names, in lower case, of well-known kinds of images that are not read."""
+_NAMES = {"WEBP": "WebP", "JXL": "JPEG XL"}
+FORMATS_READ = ", ".join(_NAMES.get(name, name) for name in FORMATS)
+"""The formats that are decoded here, as users read them."""
+
+_ORIENTATION = 274  # tag of EXIF and TIFF; the others are of TIFF alone
+_NEW_SUBFILE_TYPE, _BITS, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH, _DNG_VERSION = 254, 258, 262, 322, 323, 50706
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the image upright."""
+_SWAPPING = (5, 6, 7, 8)
+"""The orientations that swap the sides."""
+_GREY = ("1", "L", "LA", "La")
+_SPACES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}
+"""Colour space of a profile -> the mode of the pixels that it describes."""
+_PROBES = {
+    "L": Image.frombytes("L", (256, 1), bytes(range(256))),
+    "RGB": Image.frombytes("RGB", (216, 1), bytes(itertools.chain(*itertools.product(range(0, 256, 51), repeat=3)))),
+}
+"""Mode -> colours that tell whether a profile is sRGB."""
+_SAME_LEVELS = 2
+"""A profile that changes no colour of a probe by more levels is taken as sRGB, and the pixels stay as they are."""
+
+# What Pillow warns of (odd metadata, many pixels) is either harmless or an error here. The filter is set once, because
+# threads share the filters.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
+# libtiff itself writes of damaged files to stderr, and Pillow has no switch for that. A damaged file is an error here.
+with suppress(OSError, AttributeError):
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode an image file fully, as RGB and upright (EXIF). Transparency becomes white. Raises SampleError."""
-    try:
-        opened = _opened(data)
-        opened.load()
-        image: Image.Image = ImageOps.exif_transpose(opened)
-    except Exception as error:
-        raise _undecodable(name, error) from error
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        ground = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(ground, layer).convert("RGB")
-    return image.convert("RGB")
+    """Decode an image file fully, as upright RGB in sRGB. Transparency becomes white. Raises SampleError."""
+    with _explained(name):
+        return _converted(_opened(data))
+
+
+def convert_image(image: Image.Image, name: str) -> Image.Image:
+    """A PIL image of any mode as `decode_image` would give it. Raises SampleError."""
+    with _explained(name):
+        _check_pixels(image)
+        return _converted(image)
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:
     """(height, width) in px that `decode_image` would give, read from the file's header. Raises SampleError."""
-    try:
+    with _explained(name):
         image = _opened(data)
-        swapped = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+        known = getattr(image, "tag_v2", {}).get(_ORIENTATION) in _SWAPPING  # of a TIFF, Pillow gives the upright size
+        swapped = not known and _orientation(image) in _SWAPPING
+        return (image.width, image.height) if swapped else (image.height, image.width)
+
+
+class _Unfit(Exception):
+    """Why an image that could be decoded is not used, and what to do."""
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Raise any error as a SampleError. Decoders raise many classes (struct.error, KeyError, ...)."""
+    try:
+        yield
+    except _Unfit as error:
+        raise SampleError(f"{name}: {error}") from None
+    except Image.DecompressionBombError as error:
+        limit = f"{Image.MAX_IMAGE_PIXELS:,}"
+        reason = f"the image has too many pixels (more than {limit}); scale it down, or leave it out"
+        raise SampleError(f"{name}: {reason}") from error
+    except UnidentifiedImageError as error:  # its text holds the address of an object
+        reason = f"it is none of {FORMATS_READ}, or damaged, or has an unusual kind of pixels"
+        raise SampleError(
+            f"{name}: not a readable image ({reason}); convert it to PNG or JPEG, or leave it out"
+        ) from error
     except Exception as error:
-        raise _undecodable(name, error) from error
-    return (image.width, image.height) if swapped else (image.height, image.width)
+        reason = str(error) or type(error).__name__
+        raise SampleError(
+            f"{name}: not a readable image ({reason}); convert it to PNG or JPEG, or leave it out"
+        ) from error
 
 
 def _opened(data: bytes) -> Image.Image:
-    """Open an image file and read its header. Raises DecompressionBombError for too many pixels.
-
-    Up to twice the limit, Pillow itself only warns. Turning its warning into an error would change warning filters,
-    which threads share.
-    """
+    """Open an image file and read its header. Raises DecompressionBombError for too many pixels, and _Unfit."""
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise Image.DecompressionBombError
+    _check_pixels(image)
+    tags = getattr(image, "tag_v2", {})
+    if Image.MAX_IMAGE_PIXELS and tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0) > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError  # a tile is decoded whole, however small the image is
+    if _DNG_VERSION in tags or tags.get(_NEW_SUBFILE_TYPE, 0) & 1:
+        raise _Unfit("a camera's raw file, or a TIFF that begins with a thumbnail; export the image as PNG or JPEG")
+    transparent = image.info.get("transparency")
+    if image.format == "PNG" and image.mode in ("L", "RGB") and transparent is not None:
+        image.info["transparency"] = _of_eight_bits(transparent, image.tile[0].args)
     return image
 
 
-def _undecodable(name: str, error: Exception) -> SampleError:
-    """The SampleError for any error of a decoder. Decoders raise many classes (struct.error, KeyError, ...)."""
-    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return SampleError(
-            f"{name}: the image has too many pixels (more than {Image.MAX_IMAGE_PIXELS:,}); scale it down, or leave "
-            "it out"
+def _of_eight_bits(transparent: Any, raw: Any) -> Any:
+    """The transparent level or colour of a PNG (tRNS), which Pillow gives as it is stored, in 8 bits per channel."""
+    if raw in ("L;2", "L;4"):
+        return transparent * (85 if raw == "L;2" else 17)
+    return tuple(level >> 8 for level in transparent) if raw == "RGB;16B" else transparent
+
+
+def _check_pixels(image: Image.Image) -> None:
+    """Raise DecompressionBombError for too many pixels, and _Unfit for pixels whose black and white are unknown.
+
+    Up to twice the limit, Pillow itself only warns.
+    """
+    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError
+    if image.mode in ("I", "F"):
+        raise _Unfit(
+            "its pixels are signed, 32-bit or floating-point numbers, which do not say what is black and white; scale "
+            "them to 8 or 16 bits"
         )
-    return SampleError(f"{name}: not a readable PNG, JPEG or WebP image ({error})")
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an image, 1 to 8; 1 if its EXIF cannot be read, or if Pillow has turned it (TIFF)."""
+    if image.format == "PNG":
+        image.load()  # its EXIF may follow the pixels
+    with suppress(Exception):
+        found = image.getexif().get(_ORIENTATION)
+        return int(found) if found in _TURNS else 1
+    return 1
+
+
+def _converted(image: Image.Image) -> Image.Image:
+    """A new image: 8 bits, upright, RGB, sRGB, on white, and without any metadata."""
+    image.load()
+    profile, turn = image.info.get("icc_profile"), _TURNS.get(_orientation(image))
+    if image.mode.startswith("I;16"):
+        image = _of_16_bits(image)
+    elif image.mode in ("La", "RGBa"):
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    alpha = None
+    if image.has_transparency_data:
+        image = image.convert("LA" if image.mode in _GREY else "RGBA")
+        alpha = image.getchannel("A")
+    if image.mode not in ("CMYK", "LAB"):
+        image = image.convert("L" if image.mode in _GREY else "RGB")
+    result = _in_srgb(image, profile)
+    if alpha is not None:
+        result.putalpha(alpha)
+        result = Image.alpha_composite(Image.new("RGBA", result.size, "white"), result).convert("RGB")
+    result.info = {}
+    return result if turn is None else result.transpose(turn)
+
+
+def _of_16_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit grey image as L, or as LA if one level is transparent. Pillow would clip it to white."""
+    tags = getattr(image, "tag_v2", {})
+    levels = np.asarray(image.convert("I"))
+    grey = (levels >> tags.get(_BITS, (16,))[0] - 8).astype(np.uint8)  # TIFFs may have 12 bits
+    result = Image.fromarray(~grey if tags.get(_PHOTOMETRIC) == 0 else grey)  # 0: the lowest level is white
+    if "transparency" in image.info:
+        result.putalpha(Image.fromarray((levels != image.info["transparency"]).astype(np.uint8) * 255))
+    return result
+
+
+def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """An image of mode L, RGB, CMYK or LAB as RGB in sRGB. May change `image`.
+
+    Relative colorimetric keeps the colours that sRGB has exactly. Compensation of the black point keeps the shadows of
+    printing inks.
+    """
+    if profile is None and image.mode != "LAB":
+        return image.convert("RGB")
+    try:
+        if image.mode == "LAB":
+            source, mode = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")), "LAB"
+        else:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
+            mode = _SPACES.get(source.profile.xcolor_space.strip(), "")
+        if mode == "RGB" and image.mode == "L":
+            image = image.convert("RGB")
+        elif mode == "L" and image.mode == "RGB" and _is_grey(image):  # as Pillow gives grey with alpha of some formats
+            image = image.convert("L")
+        if mode != image.mode:
+            return image.convert("RGB")
+        transform = ImageCms.buildTransform(
+            source,
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION | (ImageCms.Flags.NOOPTIMIZE if mode == "L" else 0),
+        )
+    except (OSError, ImageCms.PyCMSError):  # a damaged profile
+        return image.convert("RGB")
+    if mode in _PROBES and _changes_little(transform, _PROBES[mode]):
+        return image.convert("RGB")
+    if mode == "L":  # by a table, because LittleCMS would be slow if exact, and wrong in the shadows if fast
+        return image.point(transform.apply(_PROBES["L"]).getchannel("R").tobytes()).convert("RGB")
+    return transform.apply(image, image if mode == "RGB" else None)
+
+
+def _is_grey(image: Image.Image) -> bool:
+    red, green, blue = (channel.tobytes() for channel in image.split())
+    return red == green == blue
+
+
+def _changes_little(transform: ImageCms.ImageCmsTransform, probe: Image.Image) -> bool:
+    changes = ImageChops.difference(transform.apply(probe), probe.convert("RGB"))
+    return bool(np.asarray(changes).max() <= _SAME_LEVELS)
 
 
 def encode_image(image: Image.Image, image_format: Literal["webp", "png"], quality: int = 100) -> bytes:

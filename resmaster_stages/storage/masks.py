@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import errno
 import functools
-import io
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from resmaster_stages.errors import SampleError
-from resmaster_stages.storage.filesystem import Folder, explained, open_root
-from resmaster_stages.storage.images import FORMATS, SUFFIXES, image_size
-from resmaster_stages.storage.sources import MAX_FILE_BYTES, leads_out, mask_beside, read_image, unfit
+from resmaster_stages.storage.filesystem import Folder, explained, open_file, open_root
+from resmaster_stages.storage.images import SUFFIXES, image_size
+from resmaster_stages.storage.listings import leads_out, spell_source
+from resmaster_stages.storage.sources import MAX_FILE_BYTES, mask_beside, read_image, unfit
 
 COLUMN = "detail_mask"
 """The column of a prompts file that names a mask, or (in Parquet) holds the content of its file."""
@@ -65,7 +63,7 @@ def _named(place: Folder, name: Any) -> tuple[str, bytes]:
             problem = problem or unfit(name, int(place.fs.size(place.full(name)) or 0), MAX_FILE_BYTES)
             if problem:
                 raise SampleError(problem)
-            return place.url_of(name), place.read(name)
+            return spell_source(place.url_of(name)), place.read(name)
         except OSError as error:
             if place.local and isinstance(error, PermissionError):
                 raise SampleError("permission denied; check who may read the file") from None
@@ -77,10 +75,6 @@ def _named(place: Folder, name: Any) -> tuple[str, bytes]:
 def check_mask(data: bytes) -> None:
     """Raise SampleError if an image file cannot be a mask. Reads only its header."""
     image_size(data, "the mask")
-    if Image.open(io.BytesIO(data), formats=FORMATS).mode.startswith(
-        "I"
-    ):  # Pillow would clip all but the darkest levels of 16 bits to white
-        raise SampleError("has 16 bits per pixel; save it with 8")
 
 
 def read_mask(source: str) -> bytes:
@@ -100,7 +94,8 @@ def read_mask_beside(source: str) -> bytes:
 
 
 def _in_table(url: str, row: int) -> bytes:
-    with fsspec.open(url, "rb") as file:
+    place, name = open_file(url)
+    with place.open(name) as file:
         metadata = pq.read_metadata(file)
     first = 1
     for group in range(metadata.num_row_groups):
@@ -115,7 +110,8 @@ def _in_table(url: str, row: int) -> bytes:
 @functools.lru_cache(maxsize=1)
 def _masks(url: str, group: int) -> pa.ChunkedArray:
     """The masks of a row group, dictionary-encoded, so that equal masks are held once."""
-    with fsspec.open(url, "rb") as file:
+    place, name = open_file(url)
+    with place.open(name) as file:
         return pq.ParquetFile(file, read_dictionary=[COLUMN]).read_row_group(group, columns=[COLUMN])[COLUMN]
 
 

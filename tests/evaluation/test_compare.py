@@ -417,7 +417,12 @@ def test_a_reference_of_the_users_own_images(tmp_path: Path, fakes: None, monkey
     assert all(np.array_equal(again[view], values) for view, values in stacked(found).items())
     (tmp_path / "real" / "0.png").write_bytes(b"no image")
     monkeypatch.setattr("resmaster_stages.evaluation.reference.image_features", image_features)
-    with pytest.raises(UserError, match=r"--reference .*0\.png"):
+    with pytest.raises(UserError, match=r"--reference .*0\.png: not a readable image"):
+        reference_features(config, str(tmp_path / "real"), cache)
+    (tmp_path / "real" / "0.png").unlink()
+    (tmp_path / "real" / "0.txt").symlink_to("/etc/hostname")
+    (tmp_path / "real" / "0.png").write_bytes(png((1, 2, 3), (40, 30)))
+    with pytest.raises(UserError, match=r"--reference .*0\.png: 0\.txt is a link that leads out .*; remove or mend it"):
         reference_features(config, str(tmp_path / "real"), cache)
 
 

@@ -219,7 +219,7 @@ def test_a_page_without_samples_says_so() -> None:
 def test_a_broken_image_does_not_break_the_page() -> None:
     parsed = page(sample("bad", high_res=b"not an image"), sample("good"))
     assert "prompt of bad" in parsed.text
-    assert "bad: not a readable PNG, JPEG or WebP image" in parsed.text
+    assert "bad: not a readable image" in parsed.text
     assert len(parsed.all("article")) == 2
 
 

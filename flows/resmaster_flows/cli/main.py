@@ -11,7 +11,6 @@ import argparse
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -86,8 +85,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # this project raises its own one-line error for such an image
-    warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     try:
         with stoppable():
             done: int = args.verb.run(args, console)

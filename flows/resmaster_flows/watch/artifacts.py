@@ -9,7 +9,6 @@ Invariants:
 from __future__ import annotations
 
 import contextvars
-import io
 import json
 import logging
 import re
@@ -20,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from PIL import Image
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.context import FlowRunContext
@@ -36,6 +34,7 @@ from resmaster_stages.inspection.status import Status, pending_samples
 from resmaster_stages.progress import listening
 from resmaster_stages.publish.page import SIDES_PX, data_url
 from resmaster_stages.publish.summary import summary
+from resmaster_stages.storage.images import decode_image
 
 INTERVAL_SECONDS = 5.0
 """Time between two updates."""
@@ -183,8 +182,8 @@ def show_dataset(dataset: Dataset, found: Status) -> None:
         yield Shown(key_of(name, "summary"), "markdown", summary(dataset, found), "what the build came to")
         sheet = layout.contact_sheet(0)
         if dataset.folder.exists(sheet):
-            with Image.open(io.BytesIO(dataset.folder.read(sheet))) as image:
-                url = data_url(image.convert("RGB"), SHEET_BYTES, (2048, *SIDES_PX))
+            image = decode_image(dataset.folder.read(sheet), sheet)
+            url = data_url(image, SHEET_BYTES, (2048, *SIDES_PX))
             yield Shown(key_of(name, "contact-sheet"), "image", url, "low-res beside high-res, worst first")
 
     with Publisher(lambda: list(render())):

@@ -1,12 +1,14 @@
 """The command line: bad input is one line and exit status 2, writes nothing, loses nothing."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
-from PIL import Image
+from PIL import Image, ImageCms
 
 from resmaster_flows.cli.main import main, parser
 from resmaster_flows.selection import parse_numbers, parse_stages
@@ -173,6 +175,80 @@ def test_upscale_refuses_what_it_cannot_read(tmp_path: Path, capsys: pytest.Capt
     assert ".xyz" in fails(capsys, "upscale", good, tmp_path / "out.xyz", "--model", "picturebook")
     assert "nowhere" in fails(capsys, "upscale", good, tmp_path / "nowhere" / "out.png", "--model", "picturebook")
     assert not output.exists()
+
+
+@pytest.mark.parametrize("option", ["INPUT", "--detail-mask"])
+def test_upscale_opens_only_files_of_known_formats(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No program is started, nothing blocks, and each mistake is one line."""
+    good, trace = tmp_path / "good.png", tmp_path / "trace"
+    Image.new("RGB", (32, 32)).save(good)
+    (tmp_path / "bin").mkdir()
+    for name in ("gs", "gswin64c"):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\necho called >>{trace}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "eps.png").write_bytes(program)
+    Image.new("RGB", (32, 32)).save(tmp_path / "ico.jpg", "ICO")
+    Image.new("1", (11_000, 11_000)).save(tmp_path / "bomb.png")
+    Image.new("F", (32, 32)).save(tmp_path / "float.tif")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "gone")
+    os.mkfifo(tmp_path / "fifo.png")
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(2**30)  # a sparse file
+    reasons = {
+        "eps.png": "it is none of PNG, JPEG, WebP, TIFF, BMP, GIF",
+        "ico.jpg": "it is none of PNG, JPEG, WebP, TIFF, BMP, GIF",
+        "bomb.png": "too many pixels (more than 89,478,485); scale it down",
+        "float.tif": "scale them to 8 or 16 bits",
+        "folder.png": "is a folder; give an image file",
+        "dangling.png": "is a link to nothing; give an image file",
+        "fifo.png": "is no regular file; give an image file",
+        "/dev/zero": "is no regular file; give an image file",
+        "huge.png": "has 1,073,741,824 bytes, more than 268,435,456",
+        "gone.png": "no such image file",
+        "a\0b.png": "cannot be read (embedded null byte)",
+        "x" * 300: "cannot be read (File name too long)",
+    }
+    freescale = tmp_path / "freescale.yaml"
+    part = {"method": "freescale", "alpha": 3.0, "alpha_elsewhere": 0.5}
+    freescale.write_text(yaml.safe_dump({"name": "x", "model": {"id": "picturebook"}, "upscale": part}))
+    for name, reason in reasons.items():
+        bad = tmp_path / name
+        more = ["--config", freescale, "--method", "freescale"] if option != "INPUT" else ["--model", "picturebook"]
+        files = [bad, tmp_path / "out.png"] if option == "INPUT" else [good, tmp_path / "out.png", option, bad]
+        line = fails(capsys, "upscale", *files, *more)
+        assert reason in line
+        assert name.replace("\0", "\\x00") in line
+    assert not trace.exists()
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_upscale_decodes_as_run_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Transparency is white, 16 bits keep their values, orientation counts, and the output carries no profile."""
+    ramp = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 64
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    clear = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    clear.save(tmp_path / "clear.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    clear.quantize(4).save(tmp_path / "palette.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "turned.tif", exif=exif)
+    made = {}
+    for name in ("deep.png", "clear.png", "palette.png", "turned.tif"):
+        out = tmp_path / f"{name}-out.png"
+        argv = ["upscale", tmp_path / name, out, "--method", "lanczos", "--scale", "2"]
+        assert main([str(each) for each in argv]) == 0
+        assert len(capsys.readouterr().err.splitlines()) == 1
+        made[name] = Image.open(out)
+        assert "icc_profile" not in made[name].info
+    assert made["turned.tif"].size == (64, 96)
+    assert made["clear.png"].getextrema() == made["palette.png"].getextrema() == ((255, 255),) * 3
+    small = np.asarray(made["deep.png"].convert("L").resize((32, 32), Image.Resampling.BOX), int)
+    assert np.abs(small - (ramp >> 8)).max() <= 2
 
 
 def test_shard_lists() -> None:
