@@ -146,7 +146,18 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
             read_prompts(str(tmp_path / name))
 
 
-NAMES = ["a::b.txt", "file::b.txt", "a#b.txt", "a?b.txt", "a*b.txt", "a%20b.txt", "[a].txt", "x.tar#y.txt", "ü ~.txt"]
+NAMES = [
+    "fo::ld?er #1/p.txt",
+    "a::b.txt",
+    "file::b.txt",
+    "a#b.txt",
+    "a?b.txt",
+    "a*b.txt",
+    "a%20b.txt",
+    "[a].txt",
+    "x.tar#y.txt",
+    "ü ~.txt",
+]
 
 
 @pytest.mark.parametrize("store", ["local", "memory", pytest.param("s3", marks=pytest.mark.s3)])
