@@ -132,8 +132,8 @@ def _from_csv(lines: Iterable[str], place: str) -> Iterator[RawPrompt]:
         for row in reader:
             number = reader.line_num
             if any(map(str.strip, row[width:])):
-                message = "more cells than columns; put prompts that hold commas in double quotes"
-                raise UserError(f"{place}: line {number}: {message}")
+                what = "more cells than columns" if len(row) > len(names) else "text in a last column that has no name"
+                raise UserError(f"{place}: line {number}: {what}; put prompts that hold commas in double quotes")
             if row:
                 cells = {name: row[position] for name, position in columns.items() if position < len(row)}
                 yield _raw(f"{place}:{number}", cells, number)
@@ -193,7 +193,7 @@ def _value(cell: pa.Scalar) -> Any:
     if not cell.is_valid:
         return None
     if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
-        return cell.as_buffer().to_pybytes().decode(errors="surrogateescape")
+        return str(cell.as_buffer(), "utf-8", "surrogateescape")
     plain = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
     numbers = (types.is_floating, types.is_integer, types.is_boolean)
     return cell.as_py() if any(is_kind(kind) for is_kind in plain + numbers) else kind

@@ -77,7 +77,8 @@ def test_csv_as_programs_write_it(text: str, expected: list[tuple[str, int]]) ->
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("prompt,,\na red house, with a door,\n", "line 2: more cells than columns"),
+        ("prompt,,\na red house, with a door,\n", "line 2: text in a last column that has no name; put"),
+        ("prompt,\na red house,checked\n", "line 2: text in a last column that has no name; put"),
         (",prompt\n0,a,b\n", "line 2: more cells than columns"),
         ("prompt,id,prompt\na,1,b\n", "has 'prompt' 2 times; keep one"),
         ("prompt, \ufeffprompt\na,b\n", "has 'prompt' 2 times; keep one"),
