@@ -56,7 +56,7 @@ def ingest(config: DatasetConfig) -> Dataset:
                     samples=plan.samples + writer.samples,
                     new_samples=writer.samples,
                     shards=plan.shards + -(-writer.samples // config.samples_per_shard),
-                    duplicates=tuple(map(str, draft.duplicates)),
+                    duplicates=tuple(draft.duplicates),
                     rejected=tuple(map(str, draft.rejected)),
                     lone_texts=str(draft.lone_texts),
                 )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.dataset import Dataset, find_dataset
-from resmaster_stages.dataset.plan import Plan, find_plan
+from resmaster_stages.dataset.plan import Duplicate, Plan, find_plan
 from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.errors import ConfigError, UserError
 from resmaster_stages.methods.settings import Diffusion
@@ -48,8 +48,8 @@ class Intake:
     new_samples: int
     """Samples of these that were not in the plan before."""
     shards: int
-    duplicates: tuple[str, ...]
-    """Inputs that equal an earlier input: place, what it equals."""
+    duplicates: tuple[Duplicate, ...]
+    """Inputs that equal an earlier input."""
     rejected: tuple[str, ...]
     """Inputs that cannot be used: place, reason, text."""
     lone_texts: str
@@ -152,7 +152,7 @@ def preview(config: DatasetConfig) -> Preview:
         samples=plan.samples + new,
         new_samples=new,
         shards=shards,
-        duplicates=tuple(map(str, draft.duplicates)),
+        duplicates=tuple(draft.duplicates),
         rejected=tuple(map(str, draft.rejected)),
         lone_texts=str(draft.lone_texts),
         typical_px=_middle(sizes),

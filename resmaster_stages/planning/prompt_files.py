@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from resmaster_stages.errors import UserError, first_line
 from resmaster_stages.redaction import one_line, without_credentials
-from resmaster_stages.storage.filesystem import PART_BYTES, explained, open_root
+from resmaster_stages.storage.filesystem import PART_BYTES, explained, open_file
 from resmaster_stages.storage.masks import BATCH_ROWS, COLUMN, forget_tables
 
 PARQUET_BATCH_ROWS = 10_000
@@ -52,7 +52,7 @@ class RawPrompt:
 
 
 def read_prompts(path: str) -> Iterator[RawPrompt]:
-    """The raw prompts in a file, with their lines. `path` may be any URL that `open_root` takes.
+    """The raw prompts in a file, with their lines. `path` may be any URL that `open_file` takes.
 
     Raises UserError for a missing, empty, binary or malformed file, naming the line where there is one.
     """
@@ -80,17 +80,18 @@ def read_prompts(path: str) -> Iterator[RawPrompt]:
 def _opened(path: str) -> Iterator[io.BufferedReader]:
     """Open a prompts file. Raises UserError if there is no such file."""
     place = without_credentials(path)
-    folder, slash, name = path.rpartition("/")
-    parent = open_root(folder + slash or ".")
+    folder, name = open_file(path)
+    missing = UserError(f"{place}: no such prompts file; check the path")
     with explained(path):
-        local = Path(parent.full(name))
-        if parent.local and local.exists() and not local.is_file():
+        if folder.local and not (local := Path(folder.full(name))).is_file():
+            if not local.exists():
+                raise missing
             what = "a folder" if local.is_dir() else "no regular file"
             raise UserError(f"{place}: is {what}; give a file of prompts ({', '.join(SUFFIXES)})")
         try:
-            file: Any = parent.open(name, PART_BYTES)
+            file: Any = folder.open(name, PART_BYTES)
         except FileNotFoundError:
-            raise UserError(f"{place}: no such prompts file; check the path") from None
+            raise missing from None
         with file:
             yield io.BufferedReader(file, READ_BYTES)
 
@@ -131,8 +132,8 @@ def _from_csv(lines: Iterable[str], place: str) -> Iterator[RawPrompt]:
         for row in reader:
             number = reader.line_num
             if any(map(str.strip, row[width:])):
-                message = "more cells than columns; put prompts that hold commas in double quotes"
-                raise UserError(f"{place}: line {number}: {message}")
+                what = "more cells than columns" if len(row) > len(names) else "text in a last column that has no name"
+                raise UserError(f"{place}: line {number}: {what}; put prompts that hold commas in double quotes")
             if row:
                 cells = {name: row[position] for name, position in columns.items() if position < len(row)}
                 yield _raw(f"{place}:{number}", cells, number)
@@ -192,7 +193,7 @@ def _value(cell: pa.Scalar) -> Any:
     if not cell.is_valid:
         return None
     if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
-        return cell.as_buffer().to_pybytes().decode(errors="surrogateescape")
+        return str(cell.as_buffer(), "utf-8", "surrogateescape")
     plain = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
     numbers = (types.is_floating, types.is_integer, types.is_boolean)
     return cell.as_py() if any(is_kind(kind) for is_kind in plain + numbers) else kind

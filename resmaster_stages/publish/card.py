@@ -48,7 +48,7 @@ def dataset_card(
         "Upscaled by": f"`{config.upscale.method}`, scale {config.upscale.scale:g}, model `{_model(config)}`",
         "Failed samples": ", ".join(f"{stage}: {count}" for stage, count in published.failures.items()),
         "Flagged by the quality stage": f"{flagged:,} (kept; see the column `flags`)",
-        "Inputs rejected or repeated": f"{rejected:,} rejected, {repeated:,} repeated",
+        "Inputs rejected or repeated": f"{rejected:,} rejected, {repeated:,} repeated (listed in `plan/`)",
         "Base seed": config.seed,
     }
     return fill(

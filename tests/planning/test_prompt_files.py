@@ -77,7 +77,8 @@ def test_csv_as_programs_write_it(text: str, expected: list[tuple[str, int]]) ->
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("prompt,,\na red house, with a door,\n", "line 2: more cells than columns"),
+        ("prompt,,\na red house, with a door,\n", "line 2: text in a last column that has no name; put"),
+        ("prompt,\na red house,checked\n", "line 2: text in a last column that has no name; put"),
         (",prompt\n0,a,b\n", "line 2: more cells than columns"),
         ("prompt,id,prompt\na,1,b\n", "has 'prompt' 2 times; keep one"),
         ("prompt, \ufeffprompt\na,b\n", "has 'prompt' 2 times; keep one"),
@@ -135,9 +136,29 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     for name, message in (("pipe.txt", "no regular file"), ("zero.txt", "no regular file"), ("folder.csv", "a folder")):
         with pytest.raises(UserError, match=f"{name}: is {message}; give a file of prompts"):
             read_prompts(str(tmp_path / name))
+    (tmp_path / "nothing.txt").symlink_to("gone.txt")
+    (tmp_path / "itself.txt").symlink_to("itself.txt")
+    (tmp_path / "a.txt").write_text("a")
+    for name in ("nothing.txt", "itself.txt", "a\0.txt", "gone/p.txt"):
+        with pytest.raises(UserError, match="no such prompts file; check the path"):
+            read_prompts(str(tmp_path / name))
+    for name in ("a.txt/p.txt", "p" * 300 + ".txt"):
+        with pytest.raises(UserError):
+            read_prompts(str(tmp_path / name))
 
 
-NAMES = ["a::b.txt", "file::b.txt", "a#b.txt", "a?b.txt", "a*b.txt", "a%20b.txt", "[a].txt", "x.tar#y.txt", "ü ~.txt"]
+NAMES = [
+    "fo::ld?er #1/p.txt",
+    "a::b.txt",
+    "file::b.txt",
+    "a#b.txt",
+    "a?b.txt",
+    "a*b.txt",
+    "a%20b.txt",
+    "[a].txt",
+    "x.tar#y.txt",
+    "ü ~.txt",
+]
 
 
 @pytest.mark.parametrize("store", ["local", "memory", pytest.param("s3", marks=pytest.mark.s3)])
