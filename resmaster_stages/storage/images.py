@@ -129,13 +129,10 @@ def _explained(name: str) -> Iterator[None]:
         limit = f"{Image.MAX_IMAGE_PIXELS:,}"
         reason = f"the image has too many pixels (more than {limit}); scale it down, or leave it out"
         raise SampleError(f"{name}: {reason}") from error
-    except UnidentifiedImageError as error:  # its text holds the address of an object
-        reason = f"it is none of {FORMATS_READ}, or damaged, or has an unusual kind of pixels"
-        raise SampleError(
-            f"{name}: not a readable image ({reason}); convert it to PNG or JPEG, or leave it out"
-        ) from error
     except Exception as error:
         reason = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # its text holds the address of an object
+            reason = f"it is none of {FORMATS_READ}, or damaged, or has an unusual kind of pixels"
         raise SampleError(
             f"{name}: not a readable image ({reason}); convert it to PNG or JPEG, or leave it out"
         ) from error
@@ -221,50 +218,49 @@ def _of_16_bits(image: Image.Image) -> Image.Image:
 
 
 def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """An image of mode L, RGB, CMYK or LAB as RGB in sRGB. May change `image`.
+    """An image of mode L, RGB, CMYK or LAB as RGB in sRGB. May change `image`."""
+    if image.mode == "LAB":
+        lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
+        return _to_srgb(lab, "LAB").apply(image)
+    if profile is not None:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            mode = _SPACES.get(source.profile.xcolor_space.strip())
+            if mode == "RGB" and image.mode == "L":
+                image = image.convert("RGB")
+            elif mode == "L" and image.mode == "RGB" and _is_grey(image):  # Pillow gives some grey with alpha so
+                image = image.convert("L")
+            if mode == image.mode:
+                return _by_profile(image, _to_srgb(source, mode))
+        except (OSError, ImageCms.PyCMSError):
+            pass  # a damaged profile is ignored, as one for another kind of pixels is
+    return image if image.mode == "RGB" else image.convert("RGB")
 
-    Relative colorimetric keeps the colours that sRGB has exactly. Compensation of the black point keeps the shadows of
-    printing inks.
-    """
-    if profile is None and image.mode != "LAB":
+
+def _to_srgb(source: ImageCms.ImageCmsProfile, mode: str) -> ImageCms.ImageCmsTransform:
+    """Relative colorimetric keeps the colours that sRGB has exactly. Compensation of the black point keeps the shadows
+    of printing inks. LittleCMS's fast way for grey is wrong in the shadows."""
+    exact = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
+    flags = ImageCms.Flags.BLACKPOINTCOMPENSATION | exact
+    intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", intent, flags)
+
+
+def _by_profile(image: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:
+    if image.mode == "CMYK":
+        return transform.apply(image)
+    probe = _PROBES[image.mode]
+    probed = transform.apply(probe)
+    if np.asarray(ImageChops.difference(probed, probe.convert("RGB"))).max() <= _SAME_LEVELS:
         return image.convert("RGB")
-    try:
-        if image.mode == "LAB":
-            source, mode = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")), "LAB"
-        else:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
-            mode = _SPACES.get(source.profile.xcolor_space.strip(), "")
-        if mode == "RGB" and image.mode == "L":
-            image = image.convert("RGB")
-        elif mode == "L" and image.mode == "RGB" and _is_grey(image):  # as Pillow gives grey with alpha of some formats
-            image = image.convert("L")
-        if mode != image.mode:
-            return image.convert("RGB")
-        transform = ImageCms.buildTransform(
-            source,
-            ImageCms.createProfile("sRGB"),
-            mode,
-            "RGB",
-            ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            ImageCms.Flags.BLACKPOINTCOMPENSATION | (ImageCms.Flags.NOOPTIMIZE if mode == "L" else 0),
-        )
-    except (OSError, ImageCms.PyCMSError):  # a damaged profile
-        return image.convert("RGB")
-    if mode in _PROBES and _changes_little(transform, _PROBES[mode]):
-        return image.convert("RGB")
-    if mode == "L":  # by a table, because LittleCMS would be slow if exact, and wrong in the shadows if fast
-        return image.point(transform.apply(_PROBES["L"]).getchannel("R").tobytes()).convert("RGB")
-    return transform.apply(image, image if mode == "RGB" else None)
+    if image.mode == "L":  # by a table, which is fast
+        return image.point(probed.getchannel("R").tobytes()).convert("RGB")
+    return transform.apply(image, image)
 
 
 def _is_grey(image: Image.Image) -> bool:
     red, green, blue = (channel.tobytes() for channel in image.split())
     return red == green == blue
-
-
-def _changes_little(transform: ImageCms.ImageCmsTransform, probe: Image.Image) -> bool:
-    changes = ImageChops.difference(transform.apply(probe), probe.convert("RGB"))
-    return bool(np.asarray(changes).max() <= _SAME_LEVELS)
 
 
 def encode_image(image: Image.Image, image_format: Literal["webp", "png"], quality: int = 100) -> bytes:
