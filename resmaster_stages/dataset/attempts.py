@@ -53,8 +53,9 @@ class FailedAttempt:
 
     def spelled(self) -> str:
         """The attempt in one line: time, class, message, run and host."""
+        reason = f"{self.error_class}: {self.message}" if self.message else self.error_class
         run = f"run {self.flow_run_name} " if self.flow_run_name else ""
-        return f"{self.failed_at}: {self.error_class}: {self.message} ({run}on {self.host}, attempt {self.attempt})"
+        return f"{self.failed_at}: {reason} ({run}on {self.host}, attempt {self.attempt})"
 
 
 def record_failure(commits: Commits, shard: int, attempt: str, error: Exception, provenance: Mapping[str, Any]) -> None:
@@ -117,5 +118,5 @@ def _parsed(commits: Commits, place: FailedName, data: bytes) -> FailedAttempt:
         told = {name: values[name] for name in ("message", "host", "flow_run", "flow_run_name", "task_run")}
     except (ValueError, KeyError, TypeError, RecursionError):
         return bare
-    strings = all(isinstance(value, str | None) for value in told.values())
-    return replace(bare, **told) if strings and told["message"] and told["host"] else bare
+    fits = all(isinstance(value, str | None) for value in told.values()) and None not in (told["message"], told["host"])
+    return replace(bare, **told) if fits else bare

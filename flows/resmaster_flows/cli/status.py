@@ -81,15 +81,15 @@ def _print(dataset: Dataset, found: Status) -> None:
 def _error(stage: str, error: StageError) -> str:
     """The failed shards of a stage with errors of one class, in one line."""
     last = error.last
-    message = last.message
-    if len(message) > MESSAGE_CHARACTERS:
-        message = f"{message[:MESSAGE_CHARACTERS]}..."
+    reason = f"{error.error_class}: {last.message}" if last.message else error.error_class
+    if len(reason) > MESSAGE_CHARACTERS:
+        reason = f"{reason[:MESSAGE_CHARACTERS]}..."
     spelled = spell_shards(error.shards)
     if len(spelled) > SHARDS_CHARACTERS:
         spelled = f"{spelled[:SHARDS_CHARACTERS].rpartition(',')[0]},..."
     count = f"{len(error.shards)} shards ({spelled})"
     run = f"in run {last.flow_run_name} " if last.flow_run_name else ""
-    return f"failed: {stage} of {count}: {error.error_class}: {message} (last {last.failed_at} {run}on {last.host})"
+    return f"failed: {stage} of {count}: {reason} (last {last.failed_at} {run}on {last.host})"
 
 
 def _table(found: Status) -> Table:

@@ -52,11 +52,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
         say(out, f"{dataset.url}: {size} read")
     note(dataset, found)
     if not found.damage:
-        say(console, "everything is as recorded")
         state = status(dataset)
-        if state.published.problem:
-            say(console, f"the publication {state.published.spelled()}; next: resmaster publish {dataset.url}")
-        return 1 if state.published.problem and state.complete else 0
+        if not state.published.problem:
+            say(console, "everything is as recorded")
+            return 0
+        say(console, "every object is as recorded")
+        say(console, f"the publication {state.published.spelled()}; next: resmaster publish {dataset.url}")
+        return 1 if state.complete else 0  # a build that is not finished publishes at its end
     if any(damage.stage == "plan" for damage in found.damage):
         say(console, "the plan cannot be made again: restore its folder from a copy")
     say(console, f"{len(found.damage)} objects are damaged; next: resmaster repair {dataset.url}")
