@@ -51,9 +51,7 @@ def read_publication(folder: Folder) -> PublicationRecord | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise ShardError(
-            f"{folder.url_of(layout.PUBLICATION)}: cannot be read; run: resmaster publish {folder.url}"
-        ) from error
+        raise ShardError(f"{layout.PUBLICATION} cannot be read ({type(error).__name__})") from error
 
 
 def write_publication(folder: Folder, record: PublicationRecord) -> None:

@@ -79,6 +79,14 @@ class Status:
         """Whether every stage of every shard is committed and not known to be damaged."""
         return all(stage.committed == self.shards and not stage.damaged_shards for stage in self.stages)
 
+    def publication_line(self, url: str) -> str:
+        """What is wrong with the publication of the dataset at `url`, and what to do; "" if nothing is wrong."""
+        if not self.published.problem:
+            return ""
+        at_once = self.complete or self.published.problem == "damaged"
+        hint = f"next: resmaster publish {url}" if at_once else "a build publishes at its end"
+        return f"the publication {self.published.spelled()}; {hint}"
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return json.loads(json.dumps(asdict(self)))

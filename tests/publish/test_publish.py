@@ -121,11 +121,13 @@ def test_two_damaged_files_of_a_finished_dataset(dataset: Dataset, capsys: pytes
     assert json.loads(dataset.folder.read("index.json"))["shardlist"]
 
 
-def test_a_publication_of_fewer_or_other_commits_is_stale(tmp_path: Path) -> None:
+def test_a_publication_of_fewer_or_other_commits_is_stale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = planned(tmp_path / "out", ["a", "b", "c", "d"], tmp_path)
     assert state(dataset).problem == "", "there is nothing to publish"
     build(dataset, 0)
     assert state(dataset).problem == "missing"
+    assert main(["status", dataset.url]) == 0
+    assert "the publication is missing; a build publishes at its end" in capsys.readouterr().out
     publish(dataset)
     assert state(dataset).problem == ""
     run_stage(dataset, "low_res", 1, process=FAKES["low_res"])

@@ -69,8 +69,8 @@ def _print(dataset: Dataset, found: Status) -> None:
         if stage.damaged_shards:
             shards = ", ".join(map(str, stage.damaged_shards))
             say(out, f"damaged: {stage.stage} of shards {shards}; put them back: resmaster repair {dataset.url}")
-    if found.published.problem:
-        say(out, f"the publication {found.published.spelled()}; next: resmaster publish {dataset.url}")
+    if publication := found.publication_line(dataset.url):
+        say(out, publication)
     added = f", prompts in {found.generations} generations" if found.generations > 1 else ""
     say(out, f"configuration: {found.config}{added}")
     for stage in found.stages:

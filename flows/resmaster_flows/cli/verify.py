@@ -53,12 +53,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     note(dataset, found)
     if not found.damage:
         state = status(dataset)
-        if not state.published.problem:
-            say(console, "everything is as recorded")
-            return 0
-        say(console, "every object is as recorded")
-        say(console, f"the publication {state.published.spelled()}; next: resmaster publish {dataset.url}")
-        return 1 if state.complete else 0  # a build that is not finished publishes at its end
+        publication = state.publication_line(dataset.url)
+        say(console, f"every object is as recorded; {publication}" if publication else "everything is as recorded")
+        return 1 if publication and state.complete else 0
     if any(damage.stage == "plan" for damage in found.damage):
         say(console, "the plan cannot be made again: restore its folder from a copy")
     say(console, f"{len(found.damage)} objects are damaged; next: resmaster repair {dataset.url}")
