@@ -146,7 +146,8 @@ def test_status_and_plan_start_without_torch_or_prefect() -> None:
     """The commands that only read the bucket must answer at once."""
     code = (
         "import sys, resmaster_flows.cli.main, resmaster_flows.cli.status, resmaster_flows.cli.plan, "
-        "resmaster_stages.runner.run, resmaster_stages.inspection.status, resmaster_stages.planning.preview;"
+        "resmaster_stages.runner.run, resmaster_stages.inspection.status, resmaster_stages.planning.preview, "
+        "resmaster_flows.cli.publish;"
         "resmaster_flows.cli.main.parser();"
         "from resmaster_stages.config.load import parse_config; parse_config({'name': 'demo'}).model_json_schema();"
         "heavy = {'torch', 'diffusers', 'transformers', 'scipy', 'prefect'} & set(sys.modules); sys.exit(repr(heavy) "

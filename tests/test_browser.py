@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from resmaster_stages.publish.manifest import write_manifest
-from resmaster_stages.publish.report import write_report
+from resmaster_stages.dataset import layout
+from resmaster_stages.publish.publish import publish
 from tests.browser import Browser, chromium
 from tests.inspection.test_explain import built, key_of
 
@@ -24,8 +24,8 @@ def browser() -> Iterator[Browser]:
 
 def test_the_report(browser: Browser, tmp_path: Path) -> None:
     dataset = built(tmp_path / "out", ["a house", "bad high_res", "a <b>tree</b>"], tmp_path)
-    write_manifest(dataset)
-    browser.open(Path(write_report(dataset)).as_uri())
+    publish(dataset)
+    browser.open(Path(dataset.folder.full(layout.REPORT_PAGE)).as_uri())
     key = key_of(dataset, 0)
     text = browser.wait_for("2 samples", "a house", "a <b>tree</b>", "1 failed sample", "told to fail")
     assert f"resmaster explain {dataset.url} {key}" in text

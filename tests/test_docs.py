@@ -131,6 +131,7 @@ NOT_RUN = {
             "export AWS_ENDPOINT_URL=http://127.0.0.1:8333 AWS_ACCESS_KEY_ID=resmaster "
             "AWS_SECRET_ACCESS_KEY=resmaster-secret",
             "resmaster run deployments/datasets/picturebook.yaml --root s3://datasets",
+            "resmaster publish out/picturebook",
             "resmaster doctor s3://bucket/prefix",
             "resmaster verify out/picturebook",
             "resmaster repair out/picturebook",

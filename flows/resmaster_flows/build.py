@@ -29,6 +29,7 @@ from resmaster_flows.watch.artifacts import run_page, show_dataset
 from resmaster_flows.watch.events import WorkFound
 from resmaster_flows.watch.progress import plans
 from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.damage import drop_unreadable_records, give_up_damaged
 from resmaster_stages.dataset.dataset import Dataset, open_dataset, planned_dataset
 from resmaster_stages.dataset.retry import Retries, retries_of
@@ -36,8 +37,8 @@ from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.inspection.status import pending, pending_samples, status
 from resmaster_stages.progress import emit, listening
 from resmaster_stages.prompts import ingest
-from resmaster_stages.publish.manifest import write_manifest
-from resmaster_stages.publish.report import write_report
+from resmaster_stages.publish import publish as publishing
+from resmaster_stages.publish.card import Publication
 from resmaster_stages.storage.probe import require_one_winner
 
 load_plugins()
@@ -60,7 +61,7 @@ class BuildResult:
     report_url: str
     """Path or URL of the report."""
     samples: int
-    """Samples that survived every stage."""
+    """Samples that are published."""
     samples_failed: int
     """Samples that failed in some stage. The ledger says why."""
     errors: dict[str, str]
@@ -75,10 +76,9 @@ def plan_dataset(config: DatasetConfig, read_input: bool) -> Dataset:
 
 
 @task(name="publish", cache_policy=NO_CACHE, persist_result=False)
-def publish_dataset(dataset: Dataset) -> str:
-    """Write manifest, index, dataset card, report and contact sheets from the commits. Returns the report's URL."""
-    write_manifest(dataset)
-    return write_report(dataset)
+def publish_dataset(dataset: Dataset) -> Publication:
+    """Write manifest, index, dataset card, report and contact sheets from the commits."""
+    return publishing.publish(dataset)
 
 
 def work(
@@ -112,15 +112,14 @@ def _lacking(todo: Todo) -> Counter[int]:
 
 def finish(dataset: Dataset, errors: dict[str, str]) -> BuildResult | State[BuildResult]:
     """Publish what is committed and return the result. If shards are missing, the flow run ends as `Incomplete`."""
-    report_url = publish_dataset(dataset)
+    published = publish_dataset(dataset)
     found = status(dataset)
     show_dataset(dataset, found)
-    stages = found.stages
     result = BuildResult(
         dataset_url=dataset.url,
-        report_url=report_url,
-        samples=stages[-1].samples_ok,
-        samples_failed=sum(stage.samples_failed for stage in stages),
+        report_url=dataset.folder.url_of(layout.REPORT_PAGE),
+        samples=published.samples,
+        samples_failed=sum(stage.samples_failed for stage in found.stages),
         errors=errors,
     )
     return incomplete(failures(errors), result) if errors else result
@@ -191,4 +190,6 @@ def publish(dataset_url: str) -> str:
 
     Returns the report's URL.
     """
-    return publish_dataset(open_dataset(dataset_url))
+    dataset = open_dataset(dataset_url)
+    publish_dataset(dataset)
+    return dataset.folder.url_of(layout.REPORT_PAGE)

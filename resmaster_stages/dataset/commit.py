@@ -21,6 +21,11 @@ def describe(name: str, path: Path) -> StoredObject:
     return StoredObject(name, sha256_of(path), path.stat().st_size)
 
 
+def described(name: str, data: bytes) -> StoredObject:
+    """The record of `data` that is to become the object `name`."""
+    return StoredObject(name, hashlib.sha256(data).hexdigest(), len(data))
+
+
 def new_attempt() -> str:
     """A new random attempt id (8 hex digits)."""
     return uuid.uuid4().hex[:8]

@@ -9,12 +9,14 @@ Names are relative to the dataset's folder, with forward slashes:
     captions|quality/000123-{attempt}.parquet
     quality/000123-{attempt}.features.parquet  feature vectors, where the configuration asks for them
     errors/{stage}/000123-{attempt}.parquet
+    attempts/{stage}-{hash8}/000123-{time}-{attempt}-{error class}.json     attempts that ended by an error
     commits/{stage}-{hash8}/000123.json        the truth
     commits/{stage}-{hash8}/000123.2.json      a later attempt, at what failed in the first; the highest number counts
     cache/{stage}-{hash8}-000123/{key}.sample  finished samples of a shard that is not committed yet
     cache/{stage}-{hash8}-000123/at.json       its breadcrumb: the samples at work
     damaged/{stage}-{hash8}/000123.json        objects of a committed shard that are known to be gone or changed
     report/  manifest.parquet  index.json  README.md
+    publication.json                           names the four above with sha256 and size; written after them
 
 Invariant: names that attempts may write concurrently contain the attempt id. Only the name of a record does not.
 """
@@ -22,6 +24,7 @@ Invariant: names that attempts may write concurrently contain the attempt id. On
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from resmaster_stages.dataset.stages import STAGES
 
@@ -29,6 +32,7 @@ CONFIG = "config.json"
 CONFIGS = "configs"
 PLAN = "plan"
 COMMITS = "commits"
+ATTEMPTS = "attempts"
 CACHE = "cache"
 DAMAGED = "damaged"
 MANIFEST = "manifest.parquet"
@@ -36,6 +40,7 @@ INDEX = "index.json"
 CARD = "README.md"
 REPORT = "report"
 REPORT_PAGE = "report/index.html"
+PUBLICATION = "publication.json"
 
 _NUMBERED = re.compile(r"(?:.*/)?(\d{4,6})\.json")
 _NAMESPACE = re.compile(r"commits/([a-z_]+)-([0-9a-f]{8})")
@@ -44,6 +49,7 @@ _OBJECT = re.compile(r"([a-z_]+)/\d{6}-[0-9a-f]{8}\.(?:tar|parquet|features\.par
 _PLAN_FILE = re.compile(r"plan/gen-\d{4}/(?:part-\d{5}|rejected|duplicates)-[0-9a-f]{8}\.parquet")
 _TEMPORARY = re.compile(r"(?:.*/)?\.[^/]+\.[0-9a-f]{8}\.tmp")
 _LEDGER = re.compile(r"errors/[a-z_]+/(\d{6})-[0-9a-f]{8}\.parquet")
+_FAILED_ATTEMPT = re.compile(r"attempts/[a-z_]+-[0-9a-f]{8}/(\d{6})-(\d{8}T\d{12})-([0-9a-f]{8})-(\w{1,80})\.json")
 
 
 def contact_sheet(number: int) -> str:
@@ -99,6 +105,33 @@ def ledger_folder(stage: str) -> str:
 def ledger(stage: str, shard: int, attempt: str) -> str:
     """The error ledger of one attempt at a shard."""
     return f"{ledger_folder(stage)}/{shard:06d}-{attempt}.parquet"
+
+
+class FailedName(NamedTuple):
+    """What the name of the record of a failed attempt says, so that a listing is mostly enough."""
+
+    shard: int
+    time: str
+    """UTC, as `20261128T225553123456`: names of one shard sort by time."""
+    attempt: str
+    error_class: str
+
+
+def attempts_folder(stage: str, stage_hash: str) -> str:
+    """Folder of the records of failed attempts of a stage under one configuration."""
+    return f"{ATTEMPTS}/{stage}-{stage_hash[:8]}"
+
+
+def failed_attempt(stage: str, stage_hash: str, failed: FailedName) -> str:
+    """The record of a failed attempt."""
+    name = f"{failed.shard:06d}-{failed.time}-{failed.attempt}-{failed.error_class}.json"
+    return f"{attempts_folder(stage, stage_hash)}/{name}"
+
+
+def failed_attempt_of(name: str) -> FailedName | None:
+    """The inverse of `failed_attempt`; None for any other name."""
+    found = _FAILED_ATTEMPT.fullmatch(name)
+    return FailedName(int(found[1]), found[2], found[3], found[4]) if found else None
 
 
 def commit_folder(stage: str, stage_hash: str) -> str:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from resmaster_stages.dataset import layout
-from resmaster_stages.dataset.commit import StoredObject, discard, new_attempt
+from resmaster_stages.dataset.commit import StoredObject, described, discard, new_attempt
 from resmaster_stages.dataset.schemas import DUPLICATES_SCHEMA, PLAN_SCHEMA, REJECTED_SCHEMA
 from resmaster_stages.errors import PlanError
 from resmaster_stages.keys import canonical_json, prompt_key
@@ -255,7 +255,7 @@ class GenerationWriter:
     def _store(self, name: str, data: bytes) -> StoredObject:
         self._unnamed.append(name)
         self._plan.folder.write(name, data)
-        return StoredObject(name, hashlib.sha256(data).hexdigest(), len(data))
+        return described(name, data)
 
     def commit(self, rejected: Sequence[Rejected], duplicates: Sequence[Duplicate]) -> bool:
         """Make the added samples (at least one) part of the plan. False if another planner was faster; then the plan

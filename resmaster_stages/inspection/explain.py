@@ -1,7 +1,9 @@
-"""Explains one sample: its inputs, how and when each stage made it, its failures, and the places of its files.
+"""Explains a sample: its inputs, how and when each stage made it, its failures, and the places of its files. Or
+explains a shard: its stages, the attempts at it that failed, and its samples.
 
-Reads the plan, commit records, ledger and the sample's own shards. Loads no model and writes nothing. Missing or
-damaged objects are reported in the explanation instead of raised, because users ask when something is wrong.
+Reads the plan, commit records, ledger, records of failed attempts and the sample's own shards. Loads no model and
+writes nothing. Missing or damaged objects are reported in the explanation instead of raised, because users ask when
+something is wrong.
 
 Invariant: facts about a stage come from its commit record under the current configuration, never from a listing.
 """
@@ -16,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from resmaster_stages.dataset import layout
+from resmaster_stages.dataset.attempts import FailedAttempt, failed_names, read_failures
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import Dataset, current_config
 from resmaster_stages.dataset.ledger import ledger_rows
@@ -30,6 +33,8 @@ from resmaster_stages.storage.shards import Member, read_index
 from resmaster_stages.storage.tables import decode_table
 
 KEY_CHARACTERS = 24
+SHARD_CHARACTERS = 6
+"""Numbers of up to so many digits that are in the plan name a shard, and else the beginning of a key."""
 SHOWN_MATCHES = 5
 
 
@@ -53,8 +58,9 @@ class StageTrace:
 
     stage: str
     stage_hash: str
-    state: Literal["committed", "failed", "left out", "pending"]
-    """`failed`: in this stage; `left out`: failed in an earlier stage; `pending`: still to be done."""
+    state: Literal["committed", "failed", "left out", "shard failed", "pending"]
+    """`failed`: in this stage; `left out`: failed in an earlier stage; `shard failed`: an attempt at the whole shard
+    ended by an error, and it has no commit; `pending`: still to be done."""
     commit: str
     """Path or URL of the shard's commit record, which need not exist."""
     receipt: Receipt | None = None
@@ -65,6 +71,8 @@ class StageTrace:
     """The sample's rows of the stage's table: captions by patch, or quality."""
     failures: tuple[dict[str, Any], ...] = ()
     """The sample's rows in the stage's ledger under the current configuration, by attempt."""
+    attempts: tuple[FailedAttempt, ...] = ()
+    """The attempts at the shard that ended by an error, in the order of time."""
     problem: str = ""
     """Why the commit record, or the object that it names, cannot be read; "" if both can."""
 
@@ -100,6 +108,22 @@ class Explanation:
         return values
 
 
+@dataclass(frozen=True)
+class ShardExplanation:
+    """All that is known of one shard."""
+
+    dataset: str
+    shard: int
+    generation: int
+    stages: tuple[StageTrace, ...]
+    samples: tuple[PlannedSample, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
+
+
 def explain_command(dataset_url: str, key: str) -> str:
     """The shell command that prints the explanation of a sample."""
     return shlex.join(["resmaster", "explain", without_credentials(dataset_url), key])
@@ -110,19 +134,60 @@ def find_sample(dataset: Dataset, prefix: str) -> PlannedSample:
     text = prefix.strip().lower()
     if not re.fullmatch(rf"[0-9a-f]{{1,{KEY_CHARACTERS}}}", text):
         raise UserError(
-            f"{prefix!r} is no key: give up to {KEY_CHARACTERS} hex digits, as the report and manifest.parquet show "
-            "them"
+            f"{prefix!r} is no key and no shard: give up to {KEY_CHARACTERS} hex digits of a key; "
+            f"{_where_keys_are(dataset)}"
         )
     found = dataset.plan.find(text)
     if not found:
-        raise UserError(
-            f"{dataset.url}: no sample's key begins with {text}; keys are in the report and manifest.parquet"
-        )
+        raise UserError(f"{dataset.url}: no sample's key begins with {text}; {_where_keys_are(dataset)}")
     if len(found) > 1:
         keys = [sample.key for sample in found]
         shown = ", ".join(keys[:SHOWN_MATCHES]) + (", ..." if len(keys) > SHOWN_MATCHES else "")
         raise UserError(f"{dataset.url}: {len(keys)} keys begin with {text} ({shown}); give more digits")
     return found[0]
+
+
+def _where_keys_are(dataset: Dataset) -> str:
+    """Where a user finds keys."""
+    published = "keys are in the report and manifest.parquet, and " if dataset.folder.exists(layout.MANIFEST) else ""
+    shards = f"0 to {dataset.plan.shards - 1}" if dataset.plan.shards > 1 else "0"
+    return f"{published}resmaster explain {without_credentials(dataset.url)} SHARD lists those of a shard ({shards})"
+
+
+def shard_of(dataset: Dataset, text: str) -> int | None:
+    """The shard that `text` names; None if it is no number of a planned shard."""
+    if not re.fullmatch(rf"[0-9]{{1,{SHARD_CHARACTERS}}}", text) or int(text) >= dataset.plan.shards:
+        return None
+    return int(text)
+
+
+def explain_shard(dataset: Dataset, shard: int) -> ShardExplanation:
+    """Explain a planned shard."""
+    traces = tuple(_shard_trace(dataset, stage, shard) for stage in dataset.hashes)
+    generation = dataset.plan.generation_of(shard).number
+    return ShardExplanation(dataset.url, shard, generation, traces, tuple(dataset.plan.read(shard)))
+
+
+def _shard_trace(dataset: Dataset, stage: str, shard: int) -> StageTrace:
+    """What one stage did with a shard, from its commit record and the records of failed attempts."""
+    commits = dataset.commits(stage)
+    attempts = tuple(read_failures(commits, failed_names(commits, {shard})))
+    trace = StageTrace(
+        stage=stage,
+        stage_hash=commits.stage_hash,
+        state="shard failed" if attempts else "pending",
+        commit=dataset.folder.url_of(layout.commit(stage, commits.stage_hash, shard)),
+        attempts=attempts,
+    )
+    try:
+        receipt = commits.read(shard)
+    except ShardError as error:
+        return replace(trace, problem=str(error))
+    if receipt is None:
+        return trace
+    record = dataset.folder.url_of(layout.commit(stage, commits.stage_hash, shard, receipt.number))
+    damaged = "is marked as damaged; run: resmaster repair " + dataset.url if commits.is_marked(shard) else ""
+    return replace(trace, state="committed", commit=record, receipt=receipt, problem=damaged)
 
 
 def explain(dataset: Dataset, prefix: str) -> Explanation:
@@ -150,23 +215,16 @@ def explain(dataset: Dataset, prefix: str) -> Explanation:
 
 
 def _trace(dataset: Dataset, stage: str, sample: PlannedSample, lost: bool) -> StageTrace:
-    own_hash = dataset.hashes[stage]
     failures = [row for row in ledger_rows(dataset.commits(stage), {sample.shard}) if row["key"] == sample.key]
-    trace = StageTrace(
-        stage=stage,
-        stage_hash=own_hash,
-        state="pending",
-        commit=dataset.folder.url_of(layout.commit(stage, own_hash, sample.shard)),
+    trace = replace(
+        _shard_trace(dataset, stage, sample.shard),
         failures=tuple(sorted(failures, key=lambda row: int(row["attempt_number"]))),
     )
-    try:
-        receipt = dataset.commits(stage).read(sample.shard)
-    except ShardError as error:
-        return replace(trace, problem=str(error))
+    receipt = trace.receipt
+    if receipt is None and trace.problem:
+        return trace
     if receipt is None:
-        return replace(trace, state="left out" if lost else "failed" if failures else "pending")
-    record = layout.commit(stage, own_hash, sample.shard, receipt.number)
-    trace = replace(trace, commit=dataset.folder.url_of(record), receipt=receipt)
+        return replace(trace, state="left out" if lost else "failed" if failures else trace.state)
     if lost or sample.key in receipt.failed_keys:
         return replace(trace, state="left out" if lost else "failed")
     if sample.key in receipt.lost_keys:  # it became good upstream since
@@ -215,6 +273,8 @@ def fetch_command(folder: Folder, name: str, member: Member) -> str:
     It uses tail and head for local files, the AWS command line (which also reads AWS_ENDPOINT_URL) for S3, and Python
     with fsspec for other stores.
     """
+    if not member.size:  # a range of no bytes is invalid, and a store may answer it with the whole object
+        return f": > {shlex.quote(member.name)}"
     url, first, last = folder.url_of(name), member.offset, member.offset + member.size - 1
     if folder.local:
         return f"tail -c +{first + 1} {shlex.quote(url)} | head -c {member.size} > {shlex.quote(member.name)}"
@@ -232,8 +292,10 @@ def fetch_command(folder: Folder, name: str, member: Member) -> str:
 # as text
 
 
-def spelled(explanation: Explanation) -> str:
+def spelled(explanation: Explanation | ShardExplanation) -> str:
     """The explanation as lines of text."""
+    if isinstance(explanation, ShardExplanation):
+        return "\n".join(_shard_lines(explanation))
     return "\n".join(_lines(explanation))
 
 
@@ -260,6 +322,20 @@ def _lines(explanation: Explanation) -> Iterator[str]:
     for trace in explanation.stages:
         yield ""
         yield from _stage_lines(trace)
+
+
+def _shard_lines(explanation: ShardExplanation) -> Iterator[str]:
+    count = len(explanation.samples)
+    yield _line("shard", f"{explanation.shard:06d}, {count} samples, generation {explanation.generation} of the plan")
+    yield _line("dataset", explanation.dataset)
+    for trace in explanation.stages:
+        yield ""
+        yield from _stage_lines(trace)
+        if trace.receipt and trace.receipt.failed_keys:
+            yield _line("failed", ", ".join(trace.receipt.failed_keys), 2)
+    yield ""
+    for sample in explanation.samples:
+        yield _line("sample", f"{sample.key}  {sample.prompt or '(no prompt)'}")
 
 
 def _stage_lines(trace: StageTrace) -> Iterator[str]:
@@ -295,6 +371,8 @@ def _stage_lines(trace: StageTrace) -> Iterator[str]:
     for row in trace.failures:
         text = f"attempt {row['attempt_number']} ({row['attempt']}): {row['error_class']}: {row['message']}"
         yield _line("failure", text, 2)
+    for attempt in trace.attempts:
+        yield _line("attempt", attempt.spelled(), 2)
     if trace.problem:
         yield _line("problem", trace.problem, 2)
 

@@ -1,7 +1,8 @@
 """Gives a dataset's numbers as OpenMetrics text, for Prometheus and similar tools. Reads only the store.
 
-Counters are computed from commit records and the ledger, so they do not depend on any server or process. They fall
-only if commit records are deleted or the configuration changes, which readers of counters treat as a restart.
+Counters are computed from commit records, the ledger and the records of failed attempts, so they do not depend on any
+server or process. They fall only if commit records are deleted or the configuration changes, which readers of counters
+treat as a restart.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.openmetrics.exposition import generate_latest
 
+from resmaster_stages.dataset.attempts import failed_names
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import Dataset
+from resmaster_stages.dataset.layout import FailedName
 from resmaster_stages.dataset.ledger import ledger_rows
 from resmaster_stages.dataset.plan import Plan
 from resmaster_stages.inspection.status import stage_status
@@ -31,7 +34,10 @@ def openmetrics(dataset: Dataset) -> str:
     pixels = plan.pixels() * dataset.config.upscale.scale**2 / max(1, plan.samples)
     for stage in dataset.hashes:
         commits = dataset.commits(stage)
-        _add_stage(families, [name, stage], plan, stage, commits.read_all(), ledger_rows(commits), pixels / 1e6)
+        failed = failed_names(commits)
+        for error_class, count in sorted(Counter(attempt.error_class for attempt in failed).items()):
+            families.failed_attempts.add_metric([name, stage, error_class], count)
+        _add_stage(families, [name, stage], plan, commits.read_all(), ledger_rows(commits), failed, pixels / 1e6)
         families.damaged.add_metric([name, stage], len(commits.marked()))
     registry = CollectorRegistry()
     registry.register(families)
@@ -53,6 +59,9 @@ class _Families:
         self.samples_planned = gauge("planned_samples", "Samples of the plan.")
         self.shards = gauge("shards", "Shards by state: committed, pending or failed.", "stage", "state")
         self.damaged = gauge("damaged_shards", "Committed shards that verify has found damaged.", "stage")
+        self.failed_attempts = counter(
+            "failed_attempts", "Attempts at a stage of a shard that ended by an error.", "stage", "error_class"
+        )
         self.samples = gauge("samples", "Samples by state: ok, failed or pending.", "stage", "state")
         self.failures = counter("sample_failures", "Rows of the ledger: failures of samples.", "stage", "error_class")
         self.retries = counter("sample_retries", "Failures of samples that had failed before.", "stage")
@@ -76,16 +85,19 @@ def _add_stage(
     families: _Families,
     labels: list[str],
     plan: Plan,
-    stage: str,
     receipts: dict[int, Receipt],
     rows: list[dict[str, Any]],
+    attempts: list[FailedName],
     megapixels: float,
 ) -> None:
     """Add the numbers of one stage.
 
-    labels: dataset and stage. rows: the stage's ledger. megapixels: of a mean high-res image.
+    labels: dataset and stage. rows: the stage's ledger. attempts: its failed attempts. megapixels: of a mean high-res
+    image.
     """
-    found = stage_status(stage, receipts.values(), set(range(plan.shards)) - receipts.keys(), rows)
+    missing = set(range(plan.shards)) - receipts.keys()
+    failed = missing & {attempt.shard for attempt in attempts}
+    found = stage_status(labels[1], receipts.values(), missing, rows, failed)
     for state in ("committed", "pending", "failed"):
         families.shards.add_metric([*labels, state], getattr(found, state))
     undecided = plan.samples - found.samples_ok - found.samples_failed

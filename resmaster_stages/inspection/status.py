@@ -1,19 +1,36 @@
-"""Tells what is done in a dataset and what is still to do, from commit records and the ledger. Changes nothing."""
+"""Tells what is done in a dataset and what is still to do. Changes nothing.
+
+It reads commit records, and of shards without a commit the ledger and the records of failed attempts.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from resmaster_stages.dataset import layout
+from resmaster_stages.dataset.attempts import FailedAttempt, failed_names, read_failures
 from resmaster_stages.dataset.chain import chunks, read_chains
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.dataset.dataset import Dataset, current_config
+from resmaster_stages.dataset.layout import FailedName
 from resmaster_stages.dataset.ledger import ledger_rows
+from resmaster_stages.dataset.publication import CommitsDigest
 from resmaster_stages.dataset.retry import Retries, number_of
+from resmaster_stages.inspection.published import Published, published
+
+
+@dataclass(frozen=True)
+class StageError:
+    """The failed shards of a stage whose last attempts ended by errors of one class."""
+
+    error_class: str
+    shards: tuple[int, ...]
+    last: FailedAttempt
+    """The latest of these attempts."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +41,7 @@ class StageStatus:
     committed: int
     pending: int
     failed: int
-    """Shards that were tried, had too many failures and have no commit."""
+    """Shards that have no commit, and of which an attempt ended by an error."""
     failed_shards: tuple[int, ...]
     samples_ok: int
     samples_failed: int
@@ -39,6 +56,8 @@ class StageStatus:
     """Committed shards that `verify` has found damaged. `repair` puts them back."""
     others: dict[str, int] = field(default_factory=dict)
     """Namespace of another configuration -> number of shards that are committed there."""
+    errors: tuple[StageError, ...] = ()
+    """Why the failed shards failed, by class of the error, the most frequent first."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +71,21 @@ class Status:
     """Generations of the plan: one more each time that prompts or images were added."""
     config: str = layout.CONFIG
     """Name of the file in the dataset that holds the current configuration."""
+    published: Published = field(default_factory=Published)
+    """Whether readers get what is committed."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every stage of every shard is committed and not known to be damaged."""
+        return all(stage.committed == self.shards and not stage.damaged_shards for stage in self.stages)
+
+    def publication_line(self, url: str) -> str:
+        """What is wrong with the publication of the dataset at `url`, and what to do; "" if nothing is wrong."""
+        if not self.published.problem:
+            return ""
+        at_once = self.complete or self.published.problem == "damaged"
+        hint = f"next: resmaster publish {url}" if at_once else "a build publishes at its end"
+        return f"the publication {self.published.spelled()}; {hint}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -59,38 +93,80 @@ class Status:
 
 
 def status(dataset: Dataset) -> Status:
-    """The status of each stage, from commit records and, for shards without a commit, from the ledger."""
+    """The status of each stage and of the publication."""
     plan = dataset.plan
     names = dataset.folder.names(layout.COMMITS)
     namespaces = [each for each in map(layout.namespace_of, names) if each is not None]
+    committed = {stage: dataset.commits(stage).numbers() for stage in dataset.hashes}
+    marked = {stage: dataset.commits(stage).marked() for stage in dataset.hashes}
+    ready = _ready(plan.shards, committed, marked)
+    digest = CommitsDigest(dataset.hashes)
     stages = []
     for stage, own_hash in dataset.hashes.items():
-        commits = dataset.commits(stage)
-        numbers = commits.numbers()
+        commits, numbers = dataset.commits(stage), committed[stage]
         missing = set(range(plan.shards)) - numbers.keys()
         rows = ledger_rows(commits, missing) if missing else []
-        receipts = (
-            receipt
-            for chunk in chunks(sorted(numbers))
-            for receipt in commits.read_many({shard: numbers[shard] for shard in chunk}).values()
-        )
-        found = stage_status(stage, receipts, missing, rows)
+        failed = {each.shard: each for each in failed_names(commits, missing)} if missing else {}  # the last counts
+        found = stage_status(stage, _receipts(commits, numbers, ready, digest), missing, rows, failed.keys())
         others = {
             other: len(Commits(dataset.folder, stage, other).numbers())
             for name, other in namespaces
             if name == stage and other != own_hash[:8]
         }
-        stages.append(replace(found, namespace=own_hash[:8], damaged_shards=tuple(commits.marked()), others=others))
+        found = replace(found, namespace=own_hash[:8], damaged_shards=tuple(marked[stage]), others=others)
+        stages.append(replace(found, errors=_errors(commits, failed.values())))
     current = current_config(dataset.folder)
-    return Status(plan.shards, plan.samples, tuple(stages), len(plan.generations), current)
+    state = published(dataset.folder, digest.hexdigest(), bool(ready))
+    return Status(plan.shards, plan.samples, tuple(stages), len(plan.generations), current, state)
+
+
+def _ready(
+    shards: int, committed: Mapping[str, Mapping[int, int]], marked: Mapping[str, Collection[int]]
+) -> frozenset[int]:
+    """The shards that a publication made now would hold: committed in every stage, and not marked as damaged."""
+    damaged = {shard for found in marked.values() for shard in found}
+    return frozenset(range(shards)).intersection(*committed.values()) - damaged
+
+
+def _receipts(
+    commits: Commits, numbers: Mapping[int, int], ready: Collection[int], digest: CommitsDigest
+) -> Iterator[Receipt]:
+    """Yield the records that count, in the order of the shards. Those of `ready` shards are added to `digest`."""
+    for chunk in chunks(sorted(numbers)):
+        found = commits.read_many({shard: numbers[shard] for shard in chunk})
+        for shard, receipt in sorted(found.items()):
+            if shard in ready:
+                digest.add(receipt)
+            yield receipt
+
+
+def _errors(commits: Commits, failed: Iterable[FailedName]) -> tuple[StageError, ...]:
+    """The failed shards by class of their last error. Reads one record per class. failed: the last of each shard."""
+    by_class: dict[str, list[FailedName]] = {}
+    for each in failed:
+        by_class.setdefault(each.error_class, []).append(each)
+    latest = [max(found, key=lambda each: each.time) for found in by_class.values()]
+    errors = [
+        StageError(last.error_class, tuple(sorted(each.shard for each in by_class[last.error_class])), attempt)
+        for last, attempt in zip(latest, read_failures(commits, latest), strict=True)
+    ]
+    return tuple(sorted(errors, key=lambda error: -len(error.shards)))
 
 
 def stage_status(
-    stage: str, receipts: Iterable[Receipt], missing: Collection[int], ledger: Sequence[Mapping[str, Any]]
+    stage: str,
+    receipts: Iterable[Receipt],
+    missing: Collection[int],
+    ledger: Sequence[Mapping[str, Any]],
+    failed: Collection[int],
 ) -> StageStatus:
-    """The status of a stage, from its valid records, the shards without a record, and the ledger rows of the latter."""
+    """The status of a stage.
+
+    receipts: its valid records. missing: the shards without a record. ledger: the ledger rows of the latter. failed:
+    those of `missing` of which an attempt ended by an error.
+    """
     failures = {(row["shard"], row["key"]) for row in ledger if row["shard"] in missing}
-    failed_shards = tuple(sorted({shard for shard, _ in failures}))
+    failed_shards = tuple(sorted(failed))
     committed = retried = ok = lost = 0
     seconds = 0.0
     for receipt in receipts:

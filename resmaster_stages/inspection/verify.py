@@ -1,9 +1,11 @@
-"""Reads every object that the plan and the valid commits name, and reports objects that differ from their record.
+"""Reads every object that the plan, the valid commits and the publication name, and reports those that differ from
+their record.
 
 Invariants:
 - Every object is hashed completely, in pieces, several objects at a time. Only a few pieces of each are in memory.
 - `verify` writes nothing. Only `note` writes: damage marks, which a repair reads and removes.
 - Only objects of the current configuration's commits can be mended. Damage to other objects is reported too.
+- Records of failed attempts are not checked. They are notes, and no data depends on them.
 """
 
 from __future__ import annotations
@@ -20,13 +22,17 @@ from resmaster_stages.dataset.commits import all_records
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.ledger import ledger_is_whole
 from resmaster_stages.dataset.plan import find_plan
+from resmaster_stages.dataset.publication import read_publication
 from resmaster_stages.dataset.stages import STAGES
+from resmaster_stages.errors import ShardError
 from resmaster_stages.storage.filesystem import Folder
 
 THREADS = 8
 WINDOW = 64 * THREADS
 """Number of objects handled at a time, so that the list of all objects is never in memory."""
 What = Literal["gone", "cut off", "changed", "unreadable"]
+PUBLICATION = "publication"
+"""Stands in the place of the stage for published files."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Damage:
     name: str
     what: What
     current: bool = True
-    """Whether a commit of the current configuration, or the plan, names it."""
+    """Whether a commit of the current configuration, the plan or the publication names it."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class _Named:
 
 
 def verify(dataset: Dataset) -> Verification:
-    """Hash every object that the plan and the valid commits name.
+    """Hash every object that the plan, the valid commits and the publication name.
 
     Damaged objects are reported, not raised. Raises only errors that keep the store from being read.
     """
@@ -76,7 +82,7 @@ def verify(dataset: Dataset) -> Verification:
                 size += named.stored.bytes
                 if found is not None:
                     damage.append(Damage(named.stage, named.shard, named.stored.name, found, named.current))
-    order = {stage: number for number, stage in enumerate(("plan", *STAGES))}
+    order = {stage: number for number, stage in enumerate(("plan", *STAGES, PUBLICATION))}
     damage.sort(key=lambda found: (order[found.stage], found.shard or 0, found.name))
     return Verification(count, size, tuple(damage))
 
@@ -116,6 +122,12 @@ def _named(dataset: Dataset, damage: list[Damage]) -> Iterator[_Named]:
                 damage.append(Damage(stage, shard, record.name, "unreadable", group in current))
         elif record.successor is None:
             yield from _objects(record.receipt, group in current)
+    try:
+        publication = read_publication(dataset.folder)
+    except ShardError:
+        damage.append(Damage(PUBLICATION, None, layout.PUBLICATION, "unreadable"))
+    else:
+        yield from (_Named(PUBLICATION, None, file, True) for file in (publication.files if publication else ()))
 
 
 def _objects(receipt: Receipt, current: bool) -> Iterator[_Named]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.dataset.commit import StoredObject
 from resmaster_stages.dataset.plan import Plan
 from resmaster_stages.metrics import metric_columns
 from resmaster_stages.metrics.flags import known_flags
 from resmaster_stages.publish.template import fill
 
+LISTED_TARS = 1_000
+"""Up to so many tars, the card names each of them for dataset hubs (40 bytes a tar); else it gives a pattern."""
+
 
 @dataclass(frozen=True)
 class Publication:
-    """The numbers of a published dataset."""
+    """The numbers of a published dataset, and its files."""
 
     samples: int
     """Samples that survived every stage."""
@@ -23,6 +28,10 @@ class Publication:
     """Planned shards that are not committed in every stage, or that are damaged."""
     failures: dict[str, int]
     """Stage -> samples that failed in it, in published shards."""
+    commits: str = field(default="", compare=False)
+    """Digest of the published commits."""
+    files: tuple[StoredObject, ...] = field(default=(), compare=False)
+    """Manifest, index and dataset card."""
 
 
 def dataset_card(
@@ -31,12 +40,14 @@ def dataset_card(
     published: Publication,
     sizes: list[tuple[int, int]],
     flagged: int,
-    total_bytes: int,
+    tars: Mapping[str, Sequence[StoredObject]],
 ) -> str:
     """Render README.md: a YAML header for dataset hubs, facts, and code that reads the dataset.
 
-    sizes: the (height, width) of the high-res images, in px, sorted. flagged: number of samples with a flag.
+    sizes: the (height, width) of the high-res images, in px, sorted. flagged: number of samples with a flag. tars:
+    stage -> its published tars that hold samples.
     """
+    total_bytes = sum(tar.bytes for tar in tars["high_res"])
     missing = f" ({published.shards_missing:,} still missing)" if published.shards_missing else ""
     rejected = sum(generation.rejected_count for generation in plan.generations)
     repeated = sum(generation.duplicates_count for generation in plan.generations)
@@ -55,12 +66,20 @@ def dataset_card(
         "card.md",
         name=config.name,
         size_category=_size_category(published.samples),
+        data_files={stage: data_files(stage, [tar.name for tar in found]) for stage, found in tars.items() if found},
+        listed=LISTED_TARS,
         facts=facts,
         captions=config.upscale.uses("captions"),
         features=config.quality.features,
         columns=metric_columns(),
         flags=known_flags().values(),
     )
+
+
+def data_files(stage: str, names: Sequence[str]) -> Sequence[str]:
+    """The files of a stage for a dataset hub: each by name, because a pattern would also match tars of attempts that
+    were replaced or interrupted. A pattern for many tars, which would make a header of megabytes."""
+    return names if len(names) <= LISTED_TARS else [f"{stage}/*.tar"]
 
 
 def _size_range(sizes: list[tuple[int, int]]) -> str:

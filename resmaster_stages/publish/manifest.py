@@ -19,6 +19,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ import pyarrow.parquet as pq
 
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.chain import CHUNK_SHARDS, Chain, read_chains
-from resmaster_stages.dataset.commit import Receipt
+from resmaster_stages.dataset.commit import Receipt, StoredObject, describe
 from resmaster_stages.dataset.dataset import Dataset
+from resmaster_stages.dataset.publication import CommitsDigest
 from resmaster_stages.dataset.schemas import manifest_schema, quality_schema
 from resmaster_stages.errors import ShardError
 from resmaster_stages.keys import digest_of_keys
@@ -49,8 +51,10 @@ def write_manifest(dataset: Dataset) -> Publication:
     sizes: set[tuple[int, int]] = set()
     prints = array("Q")
     looks = DigestSet()
-    tars = frozenset(name for stage in ("low_res", "high_res") for name in dataset.folder.names(stage))
-    complete = flagged = listed = total_bytes = 0
+    published_tars: dict[str, list[StoredObject]] = {"high_res": [], "low_res": []}
+    tars = frozenset(name for stage in published_tars for name in dataset.folder.names(stage))
+    digest = CommitsDigest(dataset.hashes)
+    complete = flagged = 0
     with scratch_folder() as scratch:
         local, local_index = scratch / layout.MANIFEST, scratch / layout.INDEX
         with TableWriter(local, manifest_schema()) as table, local_index.open("w", encoding="utf-8") as index:
@@ -66,22 +70,25 @@ def write_manifest(dataset: Dataset) -> Publication:
                 complete += 1
                 for stage, receipt in chain.committed.items():
                     failures[stage] += receipt.samples_failed
+                    digest.add(receipt)
+                    if stage in published_tars and receipt.samples_ok:  # readers may fail at an empty tar
+                        published_tars[stage].append(receipt.objects[0])
                 images = chain.committed["high_res"]
-                if images.samples_ok:  # readers may fail at an empty tar
+                if images.samples_ok:
                     tar = images.objects[0]
                     item = {"url": tar.name, "nsamples": images.samples_ok, "filesize": tar.bytes}
-                    index.write(",\n " * bool(listed) + json.dumps(item))
-                    listed += 1
-                    total_bytes += tar.bytes
+                    index.write(",\n " * (len(published_tars["high_res"]) > 1) + json.dumps(item))
             index.write("]}\n")
         if (twice := _repeated(local, prints)) is not None:
             raise ShardError(f"{dataset.url}: sample {twice} occurs twice; restore the folder plan/ from a copy")
         published = Publication(table.rows, complete, plan.shards - complete, failures)
-        card = dataset_card(config, plan, published, sorted(sizes), flagged, total_bytes)
-        dataset.folder.upload(layout.MANIFEST, local)
-        dataset.folder.upload(layout.INDEX, local_index)
-    dataset.folder.write(layout.CARD, card.encode())
-    return published
+        card = scratch / layout.CARD
+        card.write_bytes(dataset_card(config, plan, published, sorted(sizes), flagged, published_tars).encode())
+        files = {layout.MANIFEST: local, layout.INDEX: local_index, layout.CARD: card}
+        for name, path in files.items():
+            dataset.folder.upload(name, path)
+        stored = tuple(describe(name, path) for name, path in files.items())
+    return replace(published, commits=digest.hexdigest(), files=stored)
 
 
 def _complete_chains(dataset: Dataset) -> Iterator[tuple[int, Chain, dict[str, bytes]]]:

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
+from resmaster_stages.dataset.commit import StoredObject, described
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.ledger import ledger_rows
 from resmaster_stages.dataset.reading import shard_samples
@@ -33,8 +34,8 @@ SHOWN_SAMPLES = 200
 """Maximum samples on the page, because larger pages open slowly. Half are the worst, half are spread over the rest."""
 
 
-def write_report(dataset: Dataset) -> str:
-    """Write report/index.html and contact sheets from the manifest. Returns the path or URL of the page."""
+def write_report(dataset: Dataset) -> tuple[StoredObject, ...]:
+    """Write report/index.html and contact sheets from the manifest. Returns the written files."""
     manifest = dataset.folder.read(layout.MANIFEST)
     table = decode_table(manifest, manifest_schema(), layout.MANIFEST, (*badness_columns(), *SIZE_COLUMNS))
     bad = [badness(row) for batch in table.to_batches(10_000) for row in batch.to_pylist()]
@@ -48,12 +49,14 @@ def write_report(dataset: Dataset) -> str:
         failures(dataset),
         total=len(bad),
     )
-    dataset.folder.write(layout.REPORT_PAGE, page.encode())
+    files = [(layout.REPORT_PAGE, page.encode())]
     for number, sheet in enumerate(contact_sheets(samples, title=dataset.config.name)):
         buffer = io.BytesIO()
         sheet.save(buffer, "PNG", optimize=True)
-        dataset.folder.write(layout.contact_sheet(number), buffer.getvalue())
-    return dataset.folder.url_of(layout.REPORT_PAGE)
+        files.append((layout.contact_sheet(number), buffer.getvalue()))
+    for name, data in files:
+        dataset.folder.write(name, data)
+    return tuple(described(name, data) for name, data in files)
 
 
 def _samples(dataset: Dataset, rows: dict[str, dict[str, Any]]) -> Iterator[ReportSample]:

@@ -36,6 +36,7 @@ def summary(dataset: Dataset, found: Status) -> str:
         _table(("", ""), list(facts(dataset.config, table).items())),
         "## Stages",
         _stages(found),
+        *_failed_shards(found),
         "## Quality",
         _quality(table),
         f"Flagged: {_flags(table)}. Flags point at samples to look at; nothing is deleted.",
@@ -55,6 +56,26 @@ def _stages(found: Status) -> str:
         for s in found.stages
     ]
     return _table(head, rows)
+
+
+def _failed_shards(found: Status) -> list[str]:
+    """The section of failed shards, as parts of the page: the last error of each class; empty if no shard failed."""
+    head = ("stage", "shards", "error", "reason", "last", "run", "host")
+    rows = [
+        (
+            stage.stage,
+            len(error.shards),
+            error.error_class,
+            last.message,
+            last.failed_at,
+            last.flow_run_name or "",
+            last.host,
+        )
+        for stage in found.stages
+        for error in stage.errors
+        for last in [error.last]
+    ]
+    return ["## Failed shards", _table(head, rows)] if rows else []
 
 
 def _quality(table: pa.Table) -> str:

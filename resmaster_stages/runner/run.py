@@ -10,6 +10,7 @@ Invariants:
 - A later attempt computes only the samples that the earlier attempt did not make, and copies the others byte for byte.
   The earlier commit stays.
 - Upstream objects are found by their commit record, and each is checked against the sha256 in the record.
+- An attempt that ends by an error is recorded, and its error is raised unchanged.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from resmaster_stages.dataset import layout
+from resmaster_stages.dataset.attempts import record_failure
 from resmaster_stages.dataset.chain import read_chain
 from resmaster_stages.dataset.commit import Receipt, new_attempt
 from resmaster_stages.dataset.dataset import Dataset
@@ -63,23 +65,28 @@ def ensure_stage(
     Raises PlanError if the shard is not planned or an upstream stage is not committed. Raises ShardError if too many
     samples failed, if an upstream object is damaged, or if a damaged object cannot be made again with the same bytes.
     """
-    commits = dataset.commits(stage)
-    chain = read_chain(dataset, shard, stage, known)
-    work = Work(dataset, STAGES[stage], shard, chain, process or STAGES[stage].function())
-    receipt = chain.receipts[stage]
-    damaged = receipt is not None and commits.is_marked(shard)
-    if receipt and damaged:
-        mend(work, receipt)
-        commits.unmark(shard)
-    if receipt and not chain.due(stage, number):
-        emit(ShardDone(stage, shard, dataset.plan.size(shard), cached=not damaged))
-        return receipt, damaged
-    made = _attempt(work, receipt, provenance or {})
-    emit(ShardDone(stage, shard, dataset.plan.size(shard), cached=False))
-    return made, True
+    samples = dataset.plan.size(shard)  # an unplanned shard or stage is the caller's mistake, and no attempt
+    commits, facts, attempt = dataset.commits(stage), provenance or {}, new_attempt()
+    try:
+        chain = read_chain(dataset, shard, stage, known)
+        work = Work(dataset, STAGES[stage], shard, chain, process or STAGES[stage].function())
+        receipt = chain.receipts[stage]
+        damaged = receipt is not None and commits.is_marked(shard)
+        if receipt and damaged:
+            mend(work, receipt)
+            commits.unmark(shard)
+        if receipt and not chain.due(stage, number):
+            made, worked = receipt, damaged
+        else:
+            made, worked = _attempt(work, receipt, attempt, facts), True
+    except Exception as error:
+        record_failure(commits, shard, attempt, error, facts)
+        raise
+    emit(ShardDone(stage, shard, samples, cached=not worked))
+    return made, worked
 
 
-def _attempt(work: Work, before: Receipt | None, provenance: Mapping[str, Any]) -> Receipt:
+def _attempt(work: Work, before: Receipt | None, attempt: str, provenance: Mapping[str, Any]) -> Receipt:
     """Compute the samples that the attempt `before` has not made, and commit them together with its outputs."""
     lost = work.chain.lost(work.stage.name)
     with ExitStack() as within:
@@ -87,7 +94,6 @@ def _attempt(work: Work, before: Receipt | None, provenance: Mapping[str, Any]) 
         if before is not None:
             earlier = within.enter_context(committed_outputs(work.dataset, before))
         made = within.enter_context(computed(work, lost, earlier, tolerant=before is not None))
-        attempt = new_attempt()
         ledger = None
         if made.failures:
             ledger = encode_failures(work.commits, work.shard, attempt, made.failures)

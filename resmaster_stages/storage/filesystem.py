@@ -213,6 +213,14 @@ class Folder:
         with explained(self.url_of(name)):
             return bool(self.fs.exists(self.full(name)))
 
+    def size(self, name: str) -> int | None:
+        """Size of a file in bytes; None if it does not exist."""
+        with explained(self.url_of(name)):
+            try:
+                return int(self.fs.size(self.full(name)))
+            except FileNotFoundError:
+                return None
+
     def names(self, folder: str) -> list[str]:
         """Sorted names (relative to this folder) of files and folders directly in `folder`; empty if it is missing."""
         with explained(self.url_of(folder)):

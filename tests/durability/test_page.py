@@ -22,7 +22,7 @@ def test_its_commands_run(tmp_path: Path) -> None:
     build(str(tmp_path / "out"), str(tmp_path / "prompts.txt"))
     places = {"s3://bucket/prefix": str(tmp_path / "new"), "out/picturebook": str(tmp_path / "out" / "demo")}
     commands = [line for block in OTHERS for line in block.splitlines()]
-    assert [command.split()[1] for command in commands] == ["doctor", "verify", "repair", "gc"]
+    assert [command.split()[1] for command in commands] == ["publish", "doctor", "verify", "repair", "gc"]
     for command in commands:
         words = [places.get(word, word) for word in shlex.split(command)]
         assert main(words[1:]) == 0, command

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import fsspec
 import pyarrow.fs
@@ -16,7 +17,8 @@ import webdataset as wds
 import yaml
 from aiobotocore.client import AioBaseClient
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.sorting import ArtifactSort
 from prefect.settings import get_current_settings
 
 from resmaster_flows import build
@@ -32,7 +34,9 @@ from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.dataset.retry import number_of, retries_of
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import STAGES, Process
-from resmaster_stages.errors import ConfigError, GpuLost, PlanError
+from resmaster_stages.errors import ConfigError, GpuLost, PlanError, UserError
+from resmaster_stages.inspection.published import Published
+from resmaster_stages.inspection.status import status
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.progress import Event, ShardDone, ShardStarted, listening
 from resmaster_stages.prompts import ingest
@@ -148,6 +152,87 @@ def test_a_hiccup_is_retried_and_a_mistake_is_not(stages: Stages, tmp_path: Path
     assert stages.calls["high_res"] == 3
 
 
+def test_an_outage_is_told_by_class_message_time_and_run(
+    stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every try of a task is an attempt; the third shard was luckier."""
+    config = config_for(tmp_path, ["a", "b", "c", "d", "e"])
+    down = [ConnectionError("caption server did not answer") for _ in range(8)]
+    stages.trouble = {"captions": [*down, UserError("model x: cannot load")]}
+    result = build_dataset(config)
+    assert set(result.errors) == {"0", "1", "2"}
+    found = {stage.stage: stage for stage in status(open_dataset(result.dataset_url)).stages}["captions"]
+    assert (found.committed, found.pending, found.failed_shards) == (0, 0, (0, 1, 2))
+    assert [(error.error_class, error.shards) for error in found.errors] == [
+        ("ConnectionError", (0, 1)),
+        ("UserError", (2,)),
+    ]
+    last = found.errors[0].last
+    assert last.flow_run_name == "demo: shards 0-2"
+
+    assert main(["status", result.dataset_url]) == 0
+    told = (
+        f"ConnectionError: caption server did not answer (last {last.failed_at} in run demo: shards 0-2 on {last.host})"
+    )
+    assert f"failed: captions of 2 shards (0-1): {told}" in capsys.readouterr().out
+    assert main(["status", result.dataset_url, "--openmetrics"]) == 0
+    out = capsys.readouterr().out
+    assert 'resmaster_shards{dataset="demo",stage="captions",state="failed"} 3.0' in out
+    labels = 'dataset="demo",error_class="ConnectionError",stage="captions"'
+    assert f"resmaster_failed_attempts_total{{{labels}}} 8.0" in out
+    assert main(["explain", result.dataset_url, "1"]) == 0
+    assert capsys.readouterr().out.count("ConnectionError: caption server did not answer (run demo: shards 0-2 on") == 4
+    with get_client(sync_client=True) as client:
+        like = ArtifactFilter(key=ArtifactFilterKey(like_="demo-summary"))
+        (page, *_) = client.read_artifacts(artifact_filter=like, sort=ArtifactSort.CREATED_DESC)
+    row = f"| captions | 2 | ConnectionError | caption server did not answer | {last.failed_at} | demo: shards 0-2 |"
+    assert row.replace("_", "\\_") in str(page.data)
+    assert repair(result.dataset_url).errors == {}
+
+
+def test_a_build_that_ends_before_it_publishes_is_published_by_the_next_command(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after Suspend, which ends the process of a build, or after a kill."""
+    config = config_for(tmp_path, ["a", "b"])
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "publish_dataset", lambda dataset: raise_(Gone()))
+        with pytest.raises(Gone):
+            build.build_dataset(config)
+    folder = tmp_path / "out" / "demo"
+    assert commits(str(folder))["quality"] == {0}
+    assert not (folder / "manifest.parquet").exists()
+    stages.calls.clear()
+    assert main(["repair", str(folder)]) == 0
+    assert pq.read_table(folder / "manifest.parquet").num_rows == 2
+    for name in ("manifest.parquet", "publication.json"):
+        (folder / name).unlink()
+    assert build_dataset(config).samples == 2
+    assert stages.calls == {}, "nothing was done twice"
+    assert status(open_dataset(str(folder))).published == Published()
+
+
+class Gone(BaseException):
+    """The end of a process."""
+
+
+def raise_(error: BaseException) -> NoReturn:
+    raise error
+
+
+def test_the_result_counts_what_is_published(stages: Stages, tmp_path: Path) -> None:
+    """A damaged shard that cannot be put back is committed, and not published."""
+    config = config_for(tmp_path, ["a", "b", "c", "d"])
+    url = build_dataset(config).dataset_url
+    (tar,) = (tmp_path / "out" / "demo" / "low_res").glob("000001-*.tar")
+    tar.unlink()
+    assert main(["verify", url]) == 1
+    stages.trouble = {"low_res": [UserError("model x: cannot load")]}
+    result = repair(url)
+    assert set(result.errors) == {"1"}
+    assert result.samples == pq.read_table(tmp_path / "out" / "demo" / "manifest.parquet").num_rows == 2
+
+
 @pytest.mark.parametrize("error", [ConfigError("wrong model"), GpuLost("ECC")])
 def test_what_would_end_every_shard_ends_the_flow(stages: Stages, tmp_path: Path, error: Exception) -> None:
     config = config_for(tmp_path, ["a", "b", "c"])
@@ -156,6 +241,8 @@ def test_what_would_end_every_shard_ends_the_flow(stages: Stages, tmp_path: Path
         build_dataset(config)
     assert stages.calls["high_res"] == 1
     assert commits(str(tmp_path / "out"))["low_res"] == {0}, "what was done stays done"
+    (told,) = status(open_dataset(str(tmp_path / "out"))).stages[2].errors
+    assert (told.error_class, told.shards, told.last.message) == (type(error).__name__, (0,), str(error))
     assert build_dataset(config).samples == 3
 
 

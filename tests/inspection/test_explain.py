@@ -12,9 +12,18 @@ from resmaster_flows.cli.main import main
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.sample import Output, Sample
-from resmaster_stages.errors import ShardError, UserError
-from resmaster_stages.inspection.explain import Explanation, explain, fetch_command, find_sample, spelled
+from resmaster_stages.errors import ConfigError, GpuLost, ShardError, UserError
+from resmaster_stages.inspection.explain import (
+    Explanation,
+    explain,
+    explain_shard,
+    fetch_command,
+    find_sample,
+    shard_of,
+    spelled,
+)
 from resmaster_stages.keys import sample_seed
+from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import Folder, open_root
 from resmaster_stages.storage.shards import Member
@@ -146,6 +155,89 @@ def test_a_shard_without_a_commit(tmp_path: Path) -> None:
     assert not Path(found.stages[0].commit).exists()
     fresh = planned(tmp_path / "new", ["a"], tmp_path)
     assert states(explain(fresh, key_of(fresh, 0))) == ["pending"] * 4
+
+
+def lost_gpu(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+    raise GpuLost("an illegal memory access")
+    yield
+
+
+def bad_model(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+    raise ConfigError("model x: cannot load unet")
+    yield
+
+
+def test_every_attempt_at_a_shard_that_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = planned(tmp_path / "out", ["a house", "a tree", "a boat"], tmp_path)
+    for stage in ("low_res", "captions"):
+        run_stage(dataset, stage, 1, process=FAKES[stage])
+    for process, run in ((lost_gpu, "first"), (bad_model, "second")):
+        with pytest.raises((GpuLost, ConfigError)):
+            run_stage(dataset, "high_res", 1, process=process, provenance={"flow_run_name": f"demo: {run}"})
+    key = key_of(dataset, 2)
+    found = explain_shard(dataset, 1)
+    assert [trace.state for trace in found.stages] == ["committed", "committed", "shard failed", "pending"]
+    assert [sample.key for sample in found.samples] == [key]
+    assert states(explain(dataset, key)) == ["committed", "committed", "shard failed", "pending"], (
+        "not the sample's fault"
+    )
+    assert states(explain(dataset, key_of(dataset, 0))) == ["pending"] * 4
+    for words in (["000001"], ["1"], [key]):
+        assert main(["explain", dataset.url, *words]) == 0
+        out = capsys.readouterr().out
+        for attempt, told, run in zip(
+            found.stages[2].attempts,
+            ("GpuLost: an illegal memory access", "ConfigError: model x: cannot load unet"),
+            ("first", "second"),
+            strict=True,
+        ):
+            assert f"{attempt.failed_at}: {told} (run demo: {run} on {attempt.host}, attempt {attempt.attempt})" in out
+        assert key in out
+        assert "a boat" in out
+    assert main(["explain", dataset.url, "1", "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert [attempt["error_class"] for attempt in stages[2]["attempts"]] == ["GpuLost", "ConfigError"]
+    run_stage(dataset, "high_res", 1, process=FAKES["high_res"])
+    trace = explain_shard(dataset, 1).stages[2]
+    assert (trace.state, len(trace.attempts)) == ("committed", 2), "what happened is kept"
+
+
+def test_a_number_is_a_shard_if_the_plan_has_it(tmp_path: Path) -> None:
+    dataset = planned(tmp_path / "out", ["a", "b", "c"], tmp_path)
+    assert [shard_of(dataset, text) for text in ("0", "1", "000001")] == [0, 1, 1]
+    for text in ("2", "-1", "0x1", "0000001", "", "a", "1.0", "\u0661"):
+        assert shard_of(dataset, text) is None
+
+
+def test_where_keys_are_is_told_of_what_exists(tmp_path: Path) -> None:
+    dataset = built(tmp_path / "out", ["a", "b", "c"], tmp_path)
+    hint = f"resmaster explain {dataset.url} SHARD lists those of a shard (0 to 1)"
+    with pytest.raises(UserError, match="no sample's key begins with 0000") as error:
+        find_sample(dataset, "0" * 20)
+    assert str(error.value).endswith(f"; {hint}")
+    write_manifest(dataset)
+    with pytest.raises(UserError) as error:
+        find_sample(dataset, "0" * 20)
+    assert str(error.value).endswith(f"; keys are in the report and manifest.parquet, and {hint}")
+
+
+@pytest.mark.parametrize("root", ["s3", "memory", "local"])
+def test_an_empty_file_is_fetched_without_a_range(root: str, tmp_path: Path) -> None:
+    """A range of no bytes is invalid, and a server may answer it with the whole object."""
+
+    class Bucket:
+        def unstrip_protocol(self, path: str) -> str:
+            return f"s3://{path}"
+
+    folder = {
+        "s3": Folder(Bucket(), "bucket/data"),
+        "memory": open_root("memory://explain-empty"),
+        "local": open_root(str(tmp_path)),
+    }[root]
+    command = fetch_command(folder, "captions.tar", Member("k y.txt", 58368, 0))
+    assert "58367" not in command
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    assert (tmp_path / "k y.txt").read_bytes() == b""
 
 
 def test_what_is_gone_or_damaged_is_told_in_its_place(tmp_path: Path) -> None:

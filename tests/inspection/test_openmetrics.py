@@ -1,5 +1,6 @@
 """`resmaster status --openmetrics`: text that a scraper's own parser takes, with the numbers of the commit records."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,10 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from resmaster_flows.cli.main import main
+from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.dataset import Dataset
-from resmaster_stages.errors import ShardError
+from resmaster_stages.dataset.sample import Output, Sample
+from resmaster_stages.errors import PlanError, ShardError, UserError
 from resmaster_stages.inspection.openmetrics import openmetrics
 from resmaster_stages.runner.run import run_stage
 from tests.fake_stages import FAKES, planned
@@ -65,6 +68,33 @@ def test_the_numbers_of_a_build_with_failures(tmp_path: Path) -> None:
         found["resmaster_compute_seconds_total", "high_res"] / megapixels
     )
     assert found["resmaster_last_commit_timestamp_seconds", "quality"] > 1.7e9
+
+
+def down(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+    raise UserError("caption server http://127.0.0.1:9/v1 cannot be used")
+    yield
+
+
+def test_a_stage_that_fails_as_a_whole_is_counted(tmp_path: Path) -> None:
+    """So that an alert on failed shards fires in an outage. Reads no record: the names say enough."""
+    dataset = planned(tmp_path / "out", ["a", "b", "c", "d", "e"], tmp_path)
+    for shard in range(3):
+        run_stage(dataset, "low_res", shard, process=FAKES["low_res"])
+    for shard in (0, 0, 1):
+        with pytest.raises(UserError):
+            run_stage(dataset, "captions", shard, process=down)
+    with pytest.raises(PlanError):
+        run_stage(dataset, "quality", 0, process=FAKES["quality"])
+    found = scraped(openmetrics(dataset))
+    shards = {state: found["resmaster_shards", "captions", state] for state in ("committed", "pending", "failed")}
+    assert shards == {"committed": 0, "pending": 1, "failed": 2}
+    assert found["resmaster_failed_attempts_total", "captions", "UserError"] == 3
+    assert found["resmaster_failed_attempts_total", "quality", "PlanError"] == 1
+    assert not any(name[:2] == ("resmaster_failed_attempts_total", "low_res") for name in found)
+    run_stage(dataset, "captions", 0, process=FAKES["captions"])
+    found = scraped(openmetrics(dataset))
+    assert found["resmaster_shards", "captions", "failed"] == 1
+    assert found["resmaster_failed_attempts_total", "captions", "UserError"] == 3, "a counter never falls"
 
 
 def test_a_dataset_without_commits(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from resmaster_stages.errors import ShardError
 from resmaster_stages.inspection.status import pending
 from resmaster_stages.inspection.verify import Damage, note, verify
 from resmaster_stages.publish.manifest import write_manifest
+from resmaster_stages.publish.publish import publish
 from resmaster_stages.runner.run import run_stage
 from tests.durability.injection import everything
 from tests.fake_stages import FAKES, files_of, planned
@@ -274,10 +275,11 @@ def test_a_false_alarm_is_cleared(local: Dataset) -> None:
 
 
 def test_the_command_line(local: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    publish(local)
     assert main(["verify", local.url]) == 0
     shown = capsys.readouterr()
     assert "everything is as recorded" in shown.err
-    assert "10 objects" in shown.out
+    assert "15 objects" in shown.out, "ten of the plan and the commits, five that are published"
 
     stored = receipt_of(local, "low_res", 1).objects[0]
     local.folder.remove(stored.name)

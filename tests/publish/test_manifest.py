@@ -151,6 +151,41 @@ def test_the_cards_header_and_its_code_work(tmp_path: Path) -> None:
         assert done.stdout.split("\n")[:-1] == ["(64, 64) a", "(64, 64) b", "(64, 64) c"]
 
 
+def configs(dataset: Dataset) -> dict[str, list[str]]:
+    """Name of a configuration -> its files, by the header of the card as dataset hubs read it."""
+    header = yaml.safe_load(dataset.folder.read("README.md").decode().split("---\n")[1])
+    found = header.get("configs", [])
+    assert [config["config_name"] for config in found if config.get("default")] == ["high_res"][: len(found)]
+    splits = {config["config_name"]: config["data_files"] for config in found}
+    assert all([part["split"] for part in parts] == ["train"] for parts in splits.values())
+    return {name: part["path"] for name, (part,) in splits.items()}
+
+
+def test_the_card_tells_dataset_hubs_which_tars_are_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leftovers, tars of replaced attempts and tars without a sample lie in the same folders."""
+    dataset = build(tmp_path, tmp_path)
+    dataset.folder.write("high_res/000000-deadbeef.tar", b"leftover of an interrupted attempt")
+    dataset.folder.write("low_res/000000-deadbeef.tar", b"leftover of an interrupted attempt")
+    write_manifest(dataset)
+    rows = pq.read_table(tmp_path / "demo" / "manifest.parquet").to_pylist()
+    index = json.loads(dataset.folder.read("index.json"))["shardlist"]
+    assert configs(dataset) == {
+        "high_res": [shard["url"] for shard in index],
+        "low_res": [receipt.objects[0].name for receipt in dataset.commits("low_res").read_all().values()],
+    }
+    assert {row["low_res_object"] for row in rows} <= set(configs(dataset)["low_res"])
+    monkeypatch.setattr("resmaster_stages.publish.card.LISTED_TARS", 2)
+    write_manifest(dataset)
+    assert configs(dataset) == {"high_res": [shard["url"] for shard in index], "low_res": ["low_res/*.tar"]}
+
+
+def test_the_card_of_nothing_has_no_configurations(tmp_path: Path) -> None:
+    dataset = build(tmp_path, tmp_path, shards=[])
+    write_manifest(dataset)
+    assert configs(dataset) == {}
+    assert "empty_check=False" in dataset.folder.read("README.md").decode()
+
+
 def test_all_stages_are_covered() -> None:
     assert set(FAKES) == set(STAGES)
 

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from rich.console import Console
 
-from resmaster_flows.cli import compare, doctor, explain, gc, plan, repair, run, status, upscale, verify
+from resmaster_flows.cli import compare, doctor, explain, gc, plan, publish, repair, run, status, upscale, verify
 from resmaster_flows.cli.stop import MESSAGE, Terminated, exit_status, stoppable
 from resmaster_flows.plugins import load_plugins
 from resmaster_flows.watch.terminal import say
@@ -40,7 +40,7 @@ class Verb(Protocol):
         """Do what the verb does, and return the exit status. `console` is standard error."""
 
 
-VERBS: tuple[Verb, ...] = (run, plan, status, explain, repair, verify, gc, doctor, compare, upscale)
+VERBS: tuple[Verb, ...] = (run, plan, status, explain, repair, verify, publish, gc, doctor, compare, upscale)
 """The verbs in the order of the help."""
 
 ENVIRONMENT = {

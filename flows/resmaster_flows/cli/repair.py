@@ -9,6 +9,7 @@ from rich.console import Console
 
 from resmaster_flows.cli.arguments import add_root
 from resmaster_flows.cli.execute import execute, require_surroundings
+from resmaster_flows.cli.publish import publish_now
 from resmaster_flows.selection import parse_numbers, parse_stages
 from resmaster_flows.watch.terminal import say
 from resmaster_stages.dataset.stages import STAGES
@@ -16,7 +17,8 @@ from resmaster_stages.dataset.stages import STAGES
 HELP = "do only what is missing, failed or damaged"
 DESCRIPTION = (
     "Re-run what is not committed: failed, interrupted or deleted shards; and put back what `verify` found damaged, "
-    "with the same bytes. Committed shards that are whole are left alone."
+    "with the same bytes. Then publish, which is all that is done if only the publication is missing, older than the "
+    "commits or damaged. Committed shards that are whole are left alone."
 )
 
 
@@ -42,7 +44,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Find out what is to be done, and do it. Returns 0 if every shard is finished, else 1."""
     from resmaster_stages.dataset.dataset import open_dataset
     from resmaster_stages.dataset.retry import retries_of
-    from resmaster_stages.inspection.status import pending
+    from resmaster_stages.inspection.published import Published, changed_files
+    from resmaster_stages.inspection.status import pending, status
 
     shards, stages = parse_numbers(args.shards), parse_stages(args.stages)
     dataset = open_dataset(args.root)
@@ -52,7 +55,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
         say(console, f"{dataset.url}: {samples} failed samples to try again")
     todo = pending(dataset, shards=shards, stages=stages, retries=retries)
     if not any(todo.values()):
-        say(console, f"{dataset.url}: nothing to repair")
+        published = status(dataset).published
+        if not published.problem and (changed := changed_files(dataset.folder)):
+            published = Published("damaged", changed)
+        if published.problem:
+            say(console, f"{dataset.url}: its publication {published.spelled()}; nothing else to repair")
+            publish_now(console, dataset)
+        else:
+            say(console, f"{dataset.url}: nothing to repair")
         return 0
 
     def build() -> Any:

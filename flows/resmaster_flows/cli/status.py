@@ -10,16 +10,22 @@ from rich.console import Console
 from rich.table import Table
 
 from resmaster_flows.cli.arguments import add_root
+from resmaster_flows.selection import spell_shards
 from resmaster_flows.watch.terminal import say
 
 if TYPE_CHECKING:
     from resmaster_stages.dataset.dataset import Dataset
-    from resmaster_stages.inspection.status import Status
+    from resmaster_stages.inspection.status import StageError, Status
+
+MESSAGE_CHARACTERS = 200
+"""Longer messages are cut here; `explain` prints them whole."""
+SHARDS_CHARACTERS = 60
+"""Longer lists of shards are cut here."""
 
 HELP = "what is committed, pending, failed"
 DESCRIPTION = (
-    "Print, per stage, how many shards are committed, pending and failed, and how many samples are ok or failed. "
-    "Reads the dataset only; needs no Prefect."
+    "Print, per stage, how many shards are committed, pending and failed, how many samples are ok or failed, why "
+    "shards failed, and whether what is committed is published. Reads the dataset only; needs no Prefect."
 )
 
 
@@ -55,14 +61,35 @@ def _print(dataset: Dataset, found: Status) -> None:
     say(out, f"{dataset.url}: {found.shards} shards, {found.samples} samples")
     out.print(_table(found))
     for stage in found.stages:
+        for error in stage.errors:
+            say(out, _error(stage.stage, error))
+    if any(stage.errors for stage in found.stages):
+        say(out, f"all attempts at a shard: resmaster explain {dataset.url} SHARD")
+    for stage in found.stages:
         if stage.damaged_shards:
             shards = ", ".join(map(str, stage.damaged_shards))
             say(out, f"damaged: {stage.stage} of shards {shards}; put them back: resmaster repair {dataset.url}")
+    if publication := found.publication_line(dataset.url):
+        say(out, publication)
     added = f", prompts in {found.generations} generations" if found.generations > 1 else ""
     say(out, f"configuration: {found.config}{added}")
     for stage in found.stages:
         for namespace, count in stage.others.items():
             say(out, f"kept of another one: {stage.stage}-{namespace}, {count} shards")
+
+
+def _error(stage: str, error: StageError) -> str:
+    """The failed shards of a stage with errors of one class, in one line."""
+    last = error.last
+    reason = f"{error.error_class}: {last.message}" if last.message else error.error_class
+    if len(reason) > MESSAGE_CHARACTERS:
+        reason = f"{reason[:MESSAGE_CHARACTERS]}..."
+    spelled = spell_shards(error.shards)
+    if len(spelled) > SHARDS_CHARACTERS:
+        spelled = f"{spelled[:SHARDS_CHARACTERS].rpartition(',')[0]},..."
+    count = f"{len(error.shards)} shards ({spelled})"
+    run = f"in run {last.flow_run_name} " if last.flow_run_name else ""
+    return f"failed: {stage} of {count}: {reason} (last {last.failed_at} {run}on {last.host})"
 
 
 def _table(found: Status) -> Table:

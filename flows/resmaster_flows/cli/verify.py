@@ -13,12 +13,14 @@ from rich.table import Table
 from resmaster_flows.cli.arguments import add_root
 from resmaster_flows.watch.terminal import say
 from resmaster_stages.dataset.dataset import open_dataset
+from resmaster_stages.inspection.status import status
 from resmaster_stages.inspection.verify import note, verify
 
 HELP = "read everything back, and say what is damaged"
 DESCRIPTION = (
-    "Hash every object that the commits and the plan name, and list what is gone, cut off or changed, by stage and "
-    "shard. Marks damaged shards for `repair`. Exit status 1 if something is damaged."
+    "Hash every object that the commits, the plan and the publication name, and list what is gone, cut off or "
+    "changed, by stage and shard. Marks damaged shards for `repair`. Exit status 1 if something is damaged, or if all "
+    "is committed and not published."
 )
 
 
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Read every object and mark damaged shards. Returns 0 if everything is as recorded, else 1."""
+    """Read every object and mark damaged shards. Returns 0 if everything is as recorded and published, else 1."""
     dataset = open_dataset(args.root)
     found = verify(dataset)
     if args.json:
@@ -50,8 +52,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         say(out, f"{dataset.url}: {size} read")
     note(dataset, found)
     if not found.damage:
-        say(console, "everything is as recorded")
-        return 0
+        state = status(dataset)
+        publication = state.publication_line(dataset.url)
+        say(console, f"every object is as recorded; {publication}" if publication else "everything is as recorded")
+        return 1 if publication and state.complete else 0
     if any(damage.stage == "plan" for damage in found.damage):
         say(console, "the plan cannot be made again: restore its folder from a copy")
     say(console, f"{len(found.damage)} objects are damaged; next: resmaster repair {dataset.url}")

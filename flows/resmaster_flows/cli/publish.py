@@ -1,0 +1,45 @@
+"""`resmaster publish`: writes what readers get again, from what is committed. Needs no Prefect and loads no model."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from resmaster_flows.cli.arguments import add_root
+from resmaster_flows.watch.terminal import say
+
+if TYPE_CHECKING:
+    from resmaster_stages.dataset.dataset import Dataset
+
+HELP = "write manifest, index, card and report again"
+DESCRIPTION = (
+    "Write manifest.parquet, index.json, README.md and report/ again from what is committed. A build does so at its "
+    "end; use this if a build was broken off before, or if these files are damaged. Needs no Prefect."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    add_root(parser)
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Publish, and print what was published. Returns 0."""
+    from resmaster_stages.dataset.dataset import open_dataset
+
+    publish_now(console, open_dataset(args.root))
+    return 0
+
+
+def publish_now(console: Console, dataset: Dataset) -> None:
+    """Publish in this process, and print what was published."""
+    from resmaster_stages.dataset import layout
+    from resmaster_stages.publish.publish import publish
+
+    published = publish(dataset)
+    say(console, f"{published.samples} samples of {published.shards} shards published in {dataset.url}")
+    if published.shards_missing:
+        say(console, f"{published.shards_missing} shards are not finished; next: resmaster repair {dataset.url}")
+    print(f"report: {dataset.folder.url_of(layout.REPORT_PAGE)}")

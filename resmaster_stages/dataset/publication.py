@@ -1,0 +1,60 @@
+"""The record of the publication: the files that readers get, and the commits that the files were made from.
+
+Invariants:
+- The record is written after all files that it names. A publication that was interrupted does not fit its record.
+- Equal commits give an equal record: no time or host is in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from resmaster_stages.dataset import layout
+from resmaster_stages.dataset.commit import Receipt, StoredObject
+from resmaster_stages.errors import ShardError
+from resmaster_stages.storage.filesystem import Folder
+
+
+@dataclass(frozen=True)
+class PublicationRecord:
+    """The content of the record."""
+
+    commits: str
+    """Digest (`CommitsDigest`) of the commits of the published shards."""
+    files: tuple[StoredObject, ...]
+
+
+class CommitsDigest:
+    """Builds one digest of the commits of all published shards. Memory does not grow with their number."""
+
+    def __init__(self, stages: Iterable[str]) -> None:
+        self._hashes = {stage: hashlib.sha256(stage.encode()) for stage in stages}
+
+    def add(self, receipt: Receipt) -> None:
+        """Add a commit. The commits of one stage must come in the order of the shards."""
+        self._hashes[receipt.stage].update(f"{receipt.shard} {receipt.attempt}\n".encode())
+
+    def hexdigest(self) -> str:
+        """The digest of what was added so far."""
+        return hashlib.sha256(b"".join(each.digest() for each in self._hashes.values())).hexdigest()
+
+
+def read_publication(folder: Folder) -> PublicationRecord | None:
+    """The record of a dataset's publication, or None. Raises ShardError if the record cannot be read."""
+    try:
+        values = json.loads(folder.read(layout.PUBLICATION))
+        files = tuple(StoredObject(str(f["name"]), str(f["sha256"]), int(f["bytes"])) for f in values["files"])
+        return PublicationRecord(str(values["commits"]), files)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise ShardError(f"{layout.PUBLICATION} cannot be read ({type(error).__name__})") from error
+
+
+def write_publication(folder: Folder, record: PublicationRecord) -> None:
+    """Write or replace the record."""
+    text = json.dumps(asdict(record), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    folder.write(layout.PUBLICATION, text.encode())

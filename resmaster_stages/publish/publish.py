@@ -1,0 +1,20 @@
+"""Writes all that readers get: manifest, index, dataset card, report and contact sheets, and the record of these."""
+
+from __future__ import annotations
+
+from resmaster_stages.dataset.dataset import Dataset
+from resmaster_stages.dataset.publication import PublicationRecord, write_publication
+from resmaster_stages.publish.card import Publication
+from resmaster_stages.publish.manifest import write_manifest
+from resmaster_stages.publish.report import write_report
+
+
+def publish(dataset: Dataset) -> Publication:
+    """Publish what is committed. Replaces the files of an earlier publication.
+
+    Raises ShardError if an object is gone or damaged, or if a key occurs twice.
+    """
+    published = write_manifest(dataset)
+    files = (*published.files, *write_report(dataset))
+    write_publication(dataset.folder, PublicationRecord(published.commits, files))
+    return published
