@@ -1,4 +1,4 @@
-"""What torch's threads read is set before torch is loaded, in every process of the pipeline that loads torch."""
+"""What libraries read when they are loaded is set before torch is, in every process of the pipeline that loads torch."""
 
 import os
 import subprocess
@@ -9,6 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from resmaster_tasks import ENVIRONMENT
 from tests.checkout import PYTHONPATH, ROOT
 
 PROBE = """
@@ -19,13 +20,14 @@ from importlib.abc import MetaPathFinder
 class AtTorch(MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == "torch":
-            os.write(2, f"torch: {os.environ.get('OMP_WAIT_POLICY')}\\n".encode())
+            found = map(os.environ.get, ("OMP_WAIT_POLICY", "PREFECT_SERVER_ANALYTICS_ENABLED", "DO_NOT_TRACK"))
+            os.write(2, f"torch: {' '.join(map(str, found))}\\n".encode())
             os._exit(0)
 
 
 sys.meta_path.insert(0, AtTorch())
 """
-"""Says what torch would have read, at the moment at which somebody imports it, and ends the process."""
+"""Says what the environment is at the moment at which somebody imports torch, and ends the process."""
 
 ENTRYPOINTS = sorted(
     {entry["entrypoint"] for entry in yaml.safe_load((ROOT / "deployments/prefect.yaml").read_text())["deployments"]}
@@ -35,7 +37,7 @@ ENTRYPOINTS = sorted(
 def at_torch(folder: Path, *command: str, **environment: str) -> str:
     """What a Python process says when it imports torch."""
     (folder / "sitecustomize.py").write_text(PROBE)
-    inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    inherited = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
     done = subprocess.run(
         [sys.executable, *command],
         cwd=folder,
@@ -55,14 +57,14 @@ def at_torch(folder: Path, *command: str, **environment: str) -> str:
 def test_the_command(environment: dict[str, str], value: str, tmp_path: Path) -> None:
     Image.new("RGB", (16, 16)).save(tmp_path / "photo.png")
     words = ("-m", "resmaster_flows.cli.main", "upscale", "photo.png", "out.png", "--model", "picturebook")
-    assert at_torch(tmp_path, *words, **environment) == f"torch: {value}"
+    assert at_torch(tmp_path, *words, **environment) == f"torch: {value} false 1"
 
 
 @pytest.mark.parametrize("entrypoint", ENTRYPOINTS)
 def test_a_run_of_a_deployment(entrypoint: str, tmp_path: Path) -> None:
     """Loaded as a worker's process loads it."""
     load = f"from prefect.flows import load_flow_from_entrypoint as load; load({entrypoint!r}); import torch"
-    assert at_torch(tmp_path, "-c", load) == "torch: PASSIVE"
+    assert at_torch(tmp_path, "-c", load) == "torch: PASSIVE false 1"
 
 
 def test_a_worker_of_a_cluster(tmp_path: Path) -> None:
@@ -73,8 +75,8 @@ def test_a_worker_of_a_cluster(tmp_path: Path) -> None:
 
     (tmp_path / "task").write_bytes(cloudpickle.dumps(process_shard))
     load = "import cloudpickle, pathlib; cloudpickle.loads(pathlib.Path('task').read_bytes()); import torch"
-    assert at_torch(tmp_path, "-c", load) == "torch: PASSIVE"
+    assert at_torch(tmp_path, "-c", load) == "torch: PASSIVE false 1"
 
 
 def test_the_library_leaves_the_environment_of_other_programs_alone(tmp_path: Path) -> None:
-    assert at_torch(tmp_path, "-c", "import resmaster_stages as rm; rm.generate('a house')") == "torch: None"
+    assert at_torch(tmp_path, "-c", "import resmaster_stages as rm; rm.generate('a house')") == "torch: None None None"

@@ -50,8 +50,6 @@ KEEPING: tuple[Verb, ...] = (run, repair, gc, compare)
 """The verbs that keep what they have done when they are interrupted. The others write at their end, or nothing."""
 
 ENVIRONMENT = {
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     # Errors are told by the command line itself; run logs still reach the Prefect UI.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
@@ -59,7 +57,7 @@ ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
 }
-"""Environment variables that quieten libraries and switch off analytics. Values that the user has set stay."""
+"""Environment variables of the command line, beside those of `resmaster_tasks`. Values that the user has set stay."""
 
 
 def parser() -> Parser:
