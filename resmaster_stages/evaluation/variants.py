@@ -101,7 +101,7 @@ def _with_method(config: DatasetConfig, text: str, scale: str) -> DatasetConfig:
         if name not in switches:
             having = [f"{each} has {', '.join(known.switches)}" for each, known in methods().items() if known.switches]
             raise ConfigError(
-                f"--methods {text}: no switch {name!r} here{did_you_mean(name, switches)}; {'; '.join(having)}"
+                f"--methods {text}: no switch {name!r}{did_you_mean(name, switches)} here; {'; '.join(having)}"
             )
     upscale: dict[str, Any] = {"method": method}
     if named:

@@ -1,4 +1,4 @@
-"""What libraries read when they are loaded is set before torch is, in every process of the pipeline that loads torch."""
+"""What libraries read when they are loaded is set before torch is loaded, in every process of the pipeline."""
 
 import os
 import subprocess

@@ -84,13 +84,20 @@ def check_output(path: Path, inputs: Sequence[Path], force: bool) -> None:
     """
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"{path}: unknown image format {path.suffix!r}; use one of {', '.join(FORMATS)}")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise UserError(f"{path}: there is no folder {path.parent}; make it first")
-    if any(path.exists() and each.exists() and path.samefile(each) for each in inputs):
+    there = os.path.exists(path)
+    if any(there and os.path.exists(each) and path.samefile(each) for each in inputs):
         raise UserError(f"{path}: is the input itself, which is never overwritten; choose another output file")
-    if (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK):
+    if (there and not path.is_file()) or not os.access(path.parent, os.W_OK):
         raise UserError(f"{path}: cannot be written; choose another output file")
-    if os.path.lexists(path) and not force:
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another output file") from None
+    if not force:
         raise UserError(f"{path}: is there already; choose another output file, or overwrite it with --force")
 
 
@@ -145,7 +152,7 @@ def save(image: Image.Image, path: Path, force: bool) -> None:
     Raises UserError. Without `force`, a file that has appeared under the final name meanwhile is kept, and so is the
     result.
     """
-    part = path.with_name(f"{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}")
+    part = path.with_name(f"resmaster-{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
         with part.open("xb") as file:
             image.save(file, format=FORMATS[path.suffix.lower()], quality=95)

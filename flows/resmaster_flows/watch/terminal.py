@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, SpinnerColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
@@ -65,7 +66,7 @@ def steps(console: Console, begin: str) -> Iterator[Callable[[int, int], None]]:
     if not console.is_terminal:
         say(console, f"  {begin}")
     with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(begin, total=None)
+        task = bar.add_task(escape(begin), total=None)
 
         def step(done: int, total: int) -> None:
             bar.update(task, description="upscaling", completed=done, total=total)

@@ -101,6 +101,7 @@ def test_outputs_that_are_no_files(photo: Path, capsys: pytest.CaptureFixture[st
     assert "is there already" in refused(capsys, "photo.png", "dangling.png")
     for name in ("folder.png", "fifo.png"):
         assert f"{name}: cannot be written" in refused(capsys, "photo.png", name, "--force")
+    assert "cannot be written (File name too long)" in refused(capsys, "photo.png", f"{'x' * 300}.png")
     assert "/dev/stdout: unknown image format" in refused(capsys, "photo.png", "/dev/stdout")
 
 
