@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from resmaster_stages.models.load import load_models
     from resmaster_stages.planning.preview import preview
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ResMasterError",
     "explain",

@@ -12,6 +12,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class ResMasterError(Exception):
     """Base of all errors that this project raises on purpose."""
@@ -58,3 +61,9 @@ def first_line(error: object) -> str:
     """The first line of an error's message, at most 160 characters; the name of its class if there is no message."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)[:160]
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)`, to be put after a `word` that is none of `known`; empty if none of these is close."""
+    close = get_close_matches(word, list(known), n=1) if isinstance(word, str) else []
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,10 +1,9 @@
-"""Imports point downwards, floor by floor; what a wheel holds; what starts without heavy libraries."""
+"""Imports point downwards, floor by floor; what starts without heavy libraries."""
 
 import ast
 import os
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -156,29 +155,3 @@ def test_status_and_plan_start_without_torch_or_prefect() -> None:
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-def test_a_wheel_takes_no_common_name_carries_the_templates_and_leaves_the_training_out(tmp_path: Path) -> None:
-    """`flows` and `tasks` are what other people's Prefect projects call theirs."""
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "flows", "tasks", "resmaster_stages"):
-        (source / name).symlink_to(ROOT / name)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
-    subprocess.run(command, check=True, timeout=300)
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        names = wheel.namelist()
-    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == set(PACKAGES)
-    assert "resmaster_stages/picturebook/pack/card.json" in names
-    templates = {
-        f"resmaster_stages/publish/templates/{name}" for name in ("page.html", "page.css", "page.js", "card.md")
-    }
-    assert templates <= set(names)
-    assert not [name for name in names if name.startswith("resmaster_stages/picturebook/training/")]
-    packed = {name for name in names if name.endswith(".py")}
-    wanted = {
-        f"{module.split('.')[0]}/{path.relative_to(PACKAGES[module.split('.')[0]])}" for module, path in KNOWN.items()
-    }
-    assert packed == {name for name in wanted if not name.startswith("resmaster_stages/picturebook/training/")}

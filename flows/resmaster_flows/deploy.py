@@ -29,11 +29,9 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.workers.process import ProcessWorker
 
-import resmaster_stages
+from resmaster_flows.home import HOME, PROMPTS
 from resmaster_stages.errors import ResMasterError, UserError
 
-HOME = Path(os.environ.get("RESMASTER_HOME") or Path(__file__).resolve().parents[2])
-"""The folder that holds `deployments` and `infra`: the checkout, or RESMASTER_HOME, as in the container image."""
 DEPLOYMENTS = HOME / "deployments"
 POOLS = ("process", "docker", "kubernetes")
 
@@ -41,19 +39,16 @@ NOTIFY_BLOCK = "resmaster-notify"
 NOTIFY_URL = "RESMASTER_NOTIFY_URL"
 
 DEFAULTS = {
-    "RESMASTER_ROOT": str(HOME / "out"),
-    "RESMASTER_PROMPTS": str(Path(resmaster_stages.__file__).resolve().parent / "picturebook" / "prompts.txt"),
+    "RESMASTER_ROOT": str(Path("out").resolve()),
+    "RESMASTER_PROMPTS": str(PROMPTS),
     "RESMASTER_IMAGE": "resmaster-pipeline:cuda",
 }
 """Values of the variables in `prefect.yaml` that are not set in the environment."""
 
 
 def read_yaml(name: str) -> Any:
-    """The content of a file in `deployments/`. Raises UserError if this installation does not have the file."""
-    path = DEPLOYMENTS / name
-    if not path.is_file():
-        raise UserError(f"{path}: not there; deploy from a checkout of the project")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    """The content of a file in `deployments/`."""
+    return yaml.safe_load((DEPLOYMENTS / name).read_text(encoding="utf-8"))
 
 
 async def make_pool(client: PrefectClient, kind: str, gpus: int | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from resmaster_stages.dataset.stages import STAGES
-from resmaster_stages.errors import UserError
+from resmaster_stages.errors import UserError, did_you_mean
 
 
 def parse_numbers(text: str | None) -> list[int] | None:
@@ -28,7 +28,8 @@ def parse_stages(text: str | None) -> list[str] | None:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in STAGES:
-            raise UserError(f"--stages {text}: unknown stage {name!r}; known: {', '.join(STAGES)}")
+            meant = did_you_mean(name, STAGES)
+            raise UserError(f"--stages {text}: unknown stage {name!r}{meant}; known: {', '.join(STAGES)}")
     return [stage for stage in STAGES if stage in names]
 
 

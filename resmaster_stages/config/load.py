@@ -70,7 +70,7 @@ def load_config(path: str | Path, **overrides: Any) -> DatasetConfig:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file; examples are in deployments/datasets/") from None
+        raise ConfigError(f"{path}: no such configuration file; resmaster init writes one to start from") from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder; give the configuration file inside it") from None
     except OSError as error:

@@ -18,7 +18,7 @@ from pydantic import Field, GetJsonSchemaHandler, ModelWrapValidatorHandler, Ser
 from pydantic_core import CoreSchema
 
 from resmaster_stages.config.part import Part, drop_defaults
-from resmaster_stages.errors import ConfigError
+from resmaster_stages.errors import ConfigError, did_you_mean
 
 DEFAULT = "resmaster"
 """The method of a configuration without the key `method`."""
@@ -75,7 +75,8 @@ class Method(Part):
         preset = values.get("preset", "default")
         if not isinstance(preset, str) or preset not in cls.presets:
             name = cls.model_fields["method"].default
-            raise ValueError(f"method {name}: unknown preset {preset!r}; known: {', '.join(cls.presets)}")
+            meant = did_you_mean(preset, cls.presets)
+            raise ValueError(f"method {name}: unknown preset {preset!r}{meant}; known: {', '.join(cls.presets)}")
         ties = cls._ties()
         chosen = {
             name: value
@@ -210,7 +211,7 @@ def method_class(name: Any) -> type[Method]:
     """The method called `name`. Raises ValueError."""
     known = methods()
     if not isinstance(name, str) or name not in known:
-        raise ValueError(f"unknown method {name!r}; known: {', '.join(known)}")
+        raise ValueError(f"unknown method {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
     return known[name]
 
 

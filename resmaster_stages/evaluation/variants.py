@@ -13,7 +13,7 @@ import yaml
 from resmaster_stages.config.dataset import LONGEST_NAME, DatasetConfig
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.config.method import methods, with_method
-from resmaster_stages.errors import ConfigError
+from resmaster_stages.errors import ConfigError, did_you_mean
 from resmaster_stages.keys import digest
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.identity import PICTUREBOOK
@@ -100,7 +100,9 @@ def _with_method(config: DatasetConfig, text: str, scale: str) -> DatasetConfig:
     for name in named:
         if name not in switches:
             having = [f"{each} has {', '.join(known.switches)}" for each, known in methods().items() if known.switches]
-            raise ConfigError(f"--methods {text}: no switch {name!r} here; {'; '.join(having)}")
+            raise ConfigError(
+                f"--methods {text}: no switch {name!r}{did_you_mean(name, switches)} here; {'; '.join(having)}"
+            )
     upscale: dict[str, Any] = {"method": method}
     if named:
         keep = parts[2][0] == "+"

@@ -13,7 +13,7 @@ from resmaster_stages.errors import UserError
 
 def add_source(parser: argparse.ArgumentParser) -> None:
     """Add CONFIG and its overrides, which `config_of` reads."""
-    parser.add_argument("config", metavar="CONFIG", help="YAML file; examples: deployments/datasets/")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file; `resmaster init` writes some to start from")
     parser.add_argument(
         "--root", metavar="URL", help="folder or s3://bucket/prefix to build under, instead of CONFIG's"
     )

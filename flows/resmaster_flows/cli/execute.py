@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -13,6 +12,7 @@ from rich.text import Text
 from resmaster_flows.watch.progress import Progress
 from resmaster_flows.watch.terminal import say, terminal
 from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.models.places import at_hub
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
@@ -44,9 +44,13 @@ def require_surroundings(config: DatasetConfig) -> None:
 
         check(config.dispatch.where)
     require_answer()
-    # A local model downloads nothing and loads in a second, so its progress bars are switched off.
-    if config.model.id == "picturebook" or Path(config.model.id).is_dir():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not at_hub(config.model.id):
+        hide_bars()  # such a model downloads nothing and loads in a second
+
+
+def hide_bars() -> None:
+    """Switch off the progress bars of the libraries that load models. Must be called before these are imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _finished(console: Console, result: BuildResult) -> int:

@@ -16,8 +16,10 @@ from typing import Protocol
 
 from rich.console import Console
 
-from resmaster_flows.cli import compare, doctor, explain, gc, plan, publish, repair, run, status, upscale, verify
-from resmaster_flows.cli.stop import MESSAGE, Terminated, exit_status, stoppable
+import resmaster_stages
+from resmaster_flows.cli import compare, doctor, explain, gc, init, plan, publish, repair, run, status, upscale, verify
+from resmaster_flows.cli.parser import Parser
+from resmaster_flows.cli.stop import KEPT, NOTHING_WRITTEN, Terminated, exit_status, stoppable
 from resmaster_flows.plugins import load_plugins
 from resmaster_flows.watch.terminal import say
 from resmaster_stages.errors import ResMasterError, UserError
@@ -40,12 +42,13 @@ class Verb(Protocol):
         """Do what the verb does, and return the exit status. `console` is standard error."""
 
 
-VERBS: tuple[Verb, ...] = (run, plan, status, explain, repair, verify, publish, gc, doctor, compare, upscale)
+VERBS: tuple[Verb, ...] = (init, run, plan, status, explain, repair, verify, publish, gc, doctor, compare, upscale)
 """The verbs in the order of the help."""
 
+KEEPING: tuple[Verb, ...] = (run, repair, publish, gc, compare)
+"""The verbs that keep what they have done when they are interrupted. The others write at their end, or nothing."""
+
 ENVIRONMENT = {
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     # Errors are told by the command line itself; run logs still reach the Prefect UI.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
@@ -53,17 +56,18 @@ ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
 }
-"""Environment variables that quieten libraries and switch off analytics. Values that the user has set stay."""
+"""Environment variables of the command line, beside those of `resmaster_tasks`. Values that the user has set stay."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The parser of the command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="resmaster",
         description="High-resolution image datasets from prompts or from your own images: ResMaster and its peers, "
         "training-free, as durable stages on WebDataset shards.",
-        epilog="Start here: resmaster run deployments/datasets/picturebook.yaml",
+        epilog="Start here: resmaster init demo",
     )
+    top.add_argument("-V", "--version", action="version", version=f"resmaster {resmaster_stages.__version__}")
     top.add_argument("--traceback", action="store_true", help="show Python tracebacks (for reporting a bug)")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for verb in VERBS:
@@ -77,21 +81,22 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `resmaster` command. Returns the exit status."""
     console = Console(stderr=True)
+    for name, value in ENVIRONMENT.items():  # before a plugin imports a library that reads them
+        os.environ.setdefault(name, value)
     try:
         load_plugins()  # before the parser is made, because its help lists what plugins register
     except UserError as error:
         say(console, f"resmaster: {one_line(error)}")
         return 2
     args = parser().parse_args(argv)
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    interrupted = KEPT if args.verb in KEEPING else NOTHING_WRITTEN
     try:
-        with stoppable():
+        with stoppable(interrupted):
             done: int = args.verb.run(args, console)
             sys.stdout.flush()
             return done
     except (KeyboardInterrupt, Terminated) as stop:
-        say(console, MESSAGE)
+        say(console, interrupted)
         return exit_status(signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
     except BrokenPipeError:  # the reader closed the pipe (`| head`); buffered output must not raise at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,7 +20,8 @@ from types import FrameType
 from typing import NoReturn
 
 GRACE_SECONDS = 3.0
-MESSAGE = "interrupted; what is done is kept: run the same command again to go on"
+KEPT = "interrupted; what is done is kept: run the same command again to go on"
+NOTHING_WRITTEN = "interrupted; nothing was written"
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -34,9 +35,9 @@ def exit_status(stop: int) -> int:
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable(message: str) -> Iterator[None]:
     """Within the block, SIGTERM raises Terminated, as Ctrl-C raises KeyboardInterrupt. If the block then does not end,
-    the process is ended.
+    the process is ended, with `message`.
 
     Does nothing outside of the main thread, because signals arrive in the main thread.
     """
@@ -47,7 +48,7 @@ def stoppable() -> Iterator[None]:
     writer.setblocking(False)
     before = signal.signal(signal.SIGTERM, _terminate)
     descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_watch, args=(reader,), name="stop", daemon=True)
+    watcher = threading.Thread(target=_watch, args=(reader, message), name="stop", daemon=True)
     watcher.start()
     try:
         yield
@@ -63,7 +64,7 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise Terminated
 
 
-def _watch(reader: socket.socket) -> None:
+def _watch(reader: socket.socket, message: str) -> None:
     """End the process at the second signal, or `GRACE_SECONDS` after the first. Returns when `reader` is closed."""
     stops: list[int] = []
     with suppress(TimeoutError):
@@ -74,10 +75,10 @@ def _watch(reader: socket.socket) -> None:
             if number[0] in STOPS:
                 stops.append(number[0])
                 reader.settimeout(GRACE_SECONDS)
-    _leave(stops[0])
+    _leave(stops[0], message)
 
 
-def _leave(number: int) -> NoReturn:
+def _leave(number: int, message: str) -> NoReturn:
     """End the process at once, and with it the server that Prefect may have started for it."""
     server = sys.modules.get("prefect.server.api.server")
     for instance in list(getattr(getattr(server, "SubprocessASGIServer", None), "_instances", {}).values()):
@@ -85,5 +86,5 @@ def _leave(number: int) -> NoReturn:
         if process is not None:
             process.kill()
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-    os.write(2, f"{show_cursor}{MESSAGE}\n".encode())
+    os.write(2, f"{show_cursor}{message}\n".encode())
     os._exit(exit_status(number))

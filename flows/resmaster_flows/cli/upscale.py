@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import argparse
 import os
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
 
+from resmaster_flows.cli.execute import hide_bars
 from resmaster_flows.watch.progress import notes
-from resmaster_flows.watch.terminal import say
+from resmaster_flows.watch.terminal import say, steps
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import load_config, parse_config
 from resmaster_stages.config.method import methods, with_method
-from resmaster_stages.config.model import SDXL
+from resmaster_stages.config.model import SDXL, ModelConfig
+from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.errors import UserError
 from resmaster_stages.library import open_image, single, upscale_as_configured
+from resmaster_stages.models.places import at_hub, to_be_downloaded
 from resmaster_stages.progress import listening
 
 HELP = "upscale one image of your own"
 DESCRIPTION = "Upscale one image. With ResMaster it keeps the image's structure and regenerates its detail."
 
+SDXL_GB = 17
+"""What is downloaded for `SDXL`: UNet 10.3 GB, text encoders 3.3, image encoder 2.5, IP-Adapter 0.7, VAE 0.3."""
+
 FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
+LARGEST_PX = {"WEBP": 16383, "JPEG": 65500}
+"""The longest side that a format can hold."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument("input", metavar="INPUT", help="image file")
     parser.add_argument("output", metavar="OUTPUT", help="image file to write (.png, .webp or .jpg)")
+    parser.add_argument("--force", action="store_true", help="overwrite OUTPUT if it is there already")
     parser.add_argument("--scale", type=float, default=4.0, help="target size over input size (default: 4)")
     parser.add_argument("--method", default="resmaster", help=f"one of: {', '.join(methods())} (default: resmaster)")
     parser.add_argument(
@@ -67,45 +77,105 @@ def settings(args: argparse.Namespace) -> DatasetConfig:
     return parse_config({**base, "seed": args.seed, "upscale": upscale}, f"--scale {args.scale} --method {args.method}")
 
 
-def check_output(path: Path) -> None:
-    """Raise UserError for an output file that cannot be written, before minutes of work."""
+def check_output(path: Path, inputs: Sequence[Path], force: bool) -> None:
+    """Raise UserError for an output file that cannot be written or must not be overwritten, before minutes of work.
+
+    inputs: files that are never overwritten, by whatever name.
+    """
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"{path}: unknown image format {path.suffix!r}; use one of {', '.join(FORMATS)}")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise UserError(f"{path}: there is no folder {path.parent}; make it first")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    there = os.path.exists(path)
+    if any(there and os.path.exists(each) and path.samefile(each) for each in inputs):
+        raise UserError(f"{path}: is the input itself, which is never overwritten; choose another output file")
+    if (there and not path.is_file()) or not os.access(path.parent, os.W_OK):
         raise UserError(f"{path}: cannot be written; choose another output file")
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another output file") from None
+    if not force:
+        raise UserError(f"{path}: is there already; choose another output file, or overwrite it with --force")
+
+
+def check_size(path: Path, size: tuple[int, int]) -> None:
+    """Raise UserError for an image of `size` px that is too large for the format of the output file."""
+    limit = LARGEST_PX.get(FORMATS[path.suffix.lower()])
+    if limit is not None and max(size) > limit:
+        raise UserError(f"{path}: the format holds at most {limit} px a side, not {max(size)}; write a .png file")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Upscale INPUT to OUTPUT, with a progress bar."""
+    """Upscale INPUT to OUTPUT, and show how far it is."""
     source, target = Path(args.input), Path(args.output)
-    check_output(target)
+    mask = [Path(args.detail_mask)] if args.detail_mask else []
+    check_output(target, [source, *mask], args.force)
     config = settings(args)
-    if args.detail_mask:
+    if mask:
         config.upscale.require_detail_mask("--detail-mask gives")
     image = open_image(source)
-    detail = open_image(args.detail_mask) if args.detail_mask else None
-    bars = Progress(console=console, transient=True, disable=not console.is_terminal)
-    with bars as progress, listening(notes(lambda line: say(console, f"  {line}"))):
-        bar = progress.add_task("loading models, captioning patches", total=None)
-
-        def step(done: int, total: int) -> None:
-            progress.update(bar, description="upscaling", completed=done, total=total)
-
-        result = upscale_as_configured(config, image, args.prompt, detail=detail, progress=step)
-    save(result, target)
+    detail = open_image(mask[0]) if mask else None
+    check_size(target, target_size(image.height, image.width, config.upscale.scale))
+    if config.upscale.base_model:
+        tell_download(config, console)
+    if not (console.is_terminal and at_hub(config.model.id)):
+        hide_bars()
+    with steps(console, beginning(config)) as progress, listening(notes(lambda line: say(console, f"  {line}"))):
+        result = upscale_as_configured(config, image, args.prompt, detail=detail, progress=progress)
+    save(result, target, args.force)
     say(console, f"{source} ({image.width} x {image.height} px) -> {target} ({result.width} x {result.height} px)")
     return 0
 
 
-def save(image: Image.Image, path: Path) -> None:
-    """Write `image` under a temporary name and rename it, so that the final name never holds a half-written file."""
-    part = path.with_name(path.name + ".part")
+def beginning(config: DatasetConfig) -> str:
+    """What is done before the first step."""
+    if not config.upscale.base_model:
+        return "starting"
+    captions = config.upscale.uses("captions") and config.captions.source != "prompt"
+    return f"loading {config.model.id}{', captioning patches' if captions else ''}"
+
+
+def tell_download(config: DatasetConfig, console: Console) -> None:
+    """Say it if the model is downloaded first, which may take long and fill a disk."""
+    if to_be_downloaded(config.model):
+        size = f" (some {SDXL_GB} GB)" if config.model == ModelConfig(**SDXL) else ""
+        line = f"{config.model.id} is not on this machine yet, and is downloaded first{size}"
+        say(console, f"{line}; --model picturebook needs no download")
+
+
+def save(image: Image.Image, path: Path, force: bool) -> None:
+    """Write `image` under a temporary name first, so that the final name never holds a half-written file.
+
+    Raises UserError. Without `force`, a file that has appeared under the final name meanwhile is kept, and so is the
+    result.
+    """
+    part = path.with_name(f"resmaster-{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
-        image.save(part, format=FORMATS[path.suffix.lower()], quality=95)
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another output file") from None
-    finally:
+        with part.open("xb") as file:
+            image.save(file, format=FORMATS[path.suffix.lower()], quality=95)
+        _rename(part, path, force)
+    except FileExistsError:
+        raise UserError(f"{path}: has appeared meanwhile, and is kept; the result is in {part}") from None
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another output file") from None
+
+
+def _rename(part: Path, path: Path, force: bool) -> None:
+    """Rename `part` to `path`. Raises FileExistsError if `path` exists, unless `force` is set.
+
+    The name is taken by an empty file first: a hard link would do both at once, and some disks have none.
+    """
+    if not force:
+        path.touch(exist_ok=False)
+    try:
+        os.replace(part, path)
+    except BaseException:
+        if not force:
+            path.unlink()
+        raise

@@ -263,8 +263,10 @@ def test_shard_lists() -> None:
 def test_stage_lists() -> None:
     assert parse_stages("quality,low_res") == ["low_res", "quality"]
     assert parse_stages(None) is None
-    with pytest.raises(UserError, match="unknown stage 'upscale'"):
+    with pytest.raises(UserError, match="unknown stage 'upscale'; known: low_res"):
         parse_stages("upscale")
+    with pytest.raises(UserError, match=r"unknown stage 'qualty' \(did you mean 'quality'\?\)"):
+        parse_stages("low_res,qualty")
 
 
 def test_plan_changes_nothing(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -332,7 +334,9 @@ def test_an_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "culprits"),
     [
         (["--methods", "magic"], ["magic", "resmaster"]),
+        (["--methods", "resmastr+sg"], ["resmaster has sg, tip, etp"]),
         (["--methods", "resmaster+x"], ["'x'", "sg, tip, etp"]),
+        (["--methods", "resmaster+tipp"], ["'tipp' (did you mean 'tip'?)"]),
         (["--methods", "direct", "--scales", "4"], ["--scales 4", "2x4"]),
         (["--methods", "direct", "--n", "0"], ["0", "at least 1"]),
         (["--methods", "direct", "--prompts", "nowhere.txt"], ["nowhere.txt"]),

@@ -11,11 +11,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
+from resmaster_flows.cli import main as command
+from resmaster_flows.cli.main import main
 from resmaster_stages.storage.scratch import PREFIX
 from tests.checkout import ROOT
 from tests.durability.test_recovery import write_config
 from tests.fake_stages import config_at
+
+VERBS = {verb.__name__.rpartition(".")[2]: verb for verb in command.VERBS}
 
 SLOW = """
 import sys, time
@@ -68,7 +73,7 @@ STUBBORN = """
 import sys, time
 from resmaster_flows.cli import stop
 stop.GRACE_SECONDS = float(sys.argv[1])
-with stop.stoppable():
+with stop.stoppable("stopped"):
     ready = False
     while True:
         try:
@@ -179,8 +184,9 @@ def test_a_second_signal_ends_at_once_what_does_not_end(first: signal.Signals, s
     assert process.stdout.readline() == "unwinding\n"
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    _, error = process.communicate(timeout=60)
     assert process.returncode == status
+    assert error == "stopped\n"
 
 
 def test_what_does_not_unwind_is_ended_after_the_grace(tmp_path: Path) -> None:
@@ -192,13 +198,51 @@ def test_what_does_not_unwind_is_ended_after_the_grace(tmp_path: Path) -> None:
     assert process.returncode == 143
 
 
+@pytest.mark.parametrize("name", VERBS)
+def test_an_interrupted_verb_says_what_is_kept(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What builds, repairs, compares or deletes goes on where it was stopped; the others begin anew."""
+
+    def interrupted(args: object, console: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VERBS[name], "run", interrupted)
+    words = {"explain": ["root", "key"], "compare": ["c.yaml", "--methods", "direct"], "upscale": ["a.png", "b.png"]}
+    assert main([name, *words.get(name, ["root"])]) == 130
+    said = {
+        True: "interrupted; what is done is kept: run the same command again to go on\n",
+        False: "interrupted; nothing was written\n",
+    }
+    assert capsys.readouterr().err == said[name in ("run", "repair", "gc", "compare")]
+
+
+def test_an_interrupted_upscale_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C while the model works, and while the image is encoded."""
+    from resmaster_flows.cli import upscale
+
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    Image.new("RGB", (16, 16)).save(tmp_path / "photo.png")
+    words = ["upscale", str(tmp_path / "photo.png"), str(tmp_path / "out.png"), "--method", "lanczos"]
+    for module, name in ((upscale, "upscale_as_configured"), (Image.Image, "save")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, stop)
+            assert main(words) == 130
+        assert "interrupted; nothing was written" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
+
+
 def test_handlers_are_put_back() -> None:
     from resmaster_flows.cli.stop import Terminated, stoppable
 
     before = signal.getsignal(signal.SIGTERM)
 
     def stopped() -> None:
-        with stoppable():
+        with stoppable("stopped"):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
 
