@@ -33,6 +33,12 @@ class World:
         self.on_shard: Callable[[UUID, int], State | None] = lambda run, shard: None
         """Called before a run does a shard; a state ends the run there."""
 
+    def places(self) -> int:
+        return 1
+
+    def begun(self) -> Mapping[UUID, tuple[str, Shards]]:
+        return {}
+
     def look(self) -> Mapping[int, int]:
         return {shard: left for shard, left in self.lacking.items() if left}
 
