@@ -256,7 +256,7 @@ def other_build(config: DispatchConfig, dataset_url: str) -> str | None:
     """
     if get_current_settings().api.url is None or not on_workers(config):
         return None
-    own_id = UUID(own_run.id)
+    own_id, since = UUID(own_run.id), datetime.now(UTC) - timedelta(seconds=SILENT_SECONDS)
     running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])))
     with get_client(sync_client=True) as client:
         found = client.read_flow_runs(
@@ -268,7 +268,7 @@ def other_build(config: DispatchConfig, dataset_url: str) -> str | None:
         own_start = next((_start(run) for run in found if run.id == own_id), None)
         for run in found:
             earlier = own_start is not None and _start(run) < own_start
-            if earlier and _dataset_of(run) == dataset_url and _heard(client, run):
+            if earlier and _dataset_of(run) == dataset_url and _heard(client, run, since):
                 address = url_for("flow-run", obj_id=run.id) or run.id
                 return (
                     f"{dataset_url}: the run {run.name} builds it already ({address}, since "
@@ -302,9 +302,8 @@ def dataset_url_of(root: str, name: str) -> str:
     return open_root(root).sub(name).url
 
 
-def _heard(client: SyncPrefectClient, run: FlowRun) -> bool:
-    """Whether the server has heard of a run lately."""
-    since = datetime.now(UTC) - timedelta(seconds=SILENT_SECONDS)
+def _heard(client: SyncPrefectClient, run: FlowRun, since: datetime) -> bool:
+    """Whether the server has heard of a run since then."""
     wanted = EventFilter.model_validate(
         {"occurred": {"since": since}, "resource": {"id": [f"prefect.flow-run.{run.id}"]}}
     )
