@@ -85,6 +85,7 @@ write_env() {
   cat >"$dir/env" <<TEXT
 export PREFECT_API_URL=http://127.0.0.1:$port/api PREFECT_HOME=$dir/prefect
 export RESMASTER_ROOT=s3://datasets AWS_ENDPOINT_URL=http://127.0.0.1:$store_port AWS_REGION=us-east-1
+export PATH="$(cd "$(dirname "$python")" && pwd):\$PATH"
 export AWS_ACCESS_KEY_ID=${AWS_ACCESS_KEY_ID:-resmaster} AWS_SECRET_ACCESS_KEY=${AWS_SECRET_ACCESS_KEY:-resmaster-secret}
 TEXT
   chmod 600 "$dir/env"
@@ -96,6 +97,7 @@ up() {
   [ -x "$python" ] || fail "$python: no such program; run: make install"
   write_env
   export PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1 PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT=false
+  export PREFECT_SERVER_SERVICES_LATE_RUNS_AFTER_SECONDS=3600 # runs over shards wait their turn
   export PREFECT=${python%/*}/prefect WEED=${WEED:-${python%/*}/weed}
   "$home/infra/seaweedfs.sh" start --dir "$dir/store" --port "$store_port" --bucket datasets
   if ! alive server "prefect server start" >/dev/null; then

@@ -6,7 +6,9 @@ No image was ever built from the Dockerfile in these tests, no stack started and
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +23,8 @@ from prefect.events.schemas.automations import AutomationCore
 from prefect.flows import load_flow_from_entrypoint
 from prefect.workers.process import ProcessWorker
 
-from resmaster_flows import deploy
+from resmaster_flows import deploy, server_runs
+from resmaster_flows.cli.main import ENVIRONMENT
 from resmaster_stages.config.dataset import DispatchConfig
 from tests.checkout import ROOT
 
@@ -180,12 +183,66 @@ def test_the_automations_are_automations() -> None:
     zombies = next(entry for entry in entries if entry["name"] == "resmaster-zombies")
     beat = int(read("deployments/prefect.yaml")["definitions"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
     assert zombies["trigger"]["within"] == 3 * beat
+    assert int(ENVIRONMENT["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"]) == beat, "of a build that the command line runs"
+    assert 3 * beat < server_runs.SILENT_SECONDS
 
 
 def test_the_scripts_are_scripts() -> None:
     for path in sorted((ROOT / "infra").glob("*.sh")):
         subprocess.run(["bash", "-n", str(path)], check=True)
         assert path.stat().st_mode & 0o111, path
+
+
+def workers(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PREFECT": str(folder / "prefect")}
+    return subprocess.Popen(
+        [str(ROOT / "infra" / "workers.sh"), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_workers_of_two_starts_have_names_of_their_own(tmp_path: Path) -> None:
+    """Prefect takes two workers of one name for one. A script stands in for Prefect."""
+    program = tmp_path / "prefect"
+    program.write_text('#!/bin/bash\necho "$@"\nexec sleep 600\n')
+    program.chmod(0o755)
+    started = [workers(tmp_path, "shards", "2"), workers(tmp_path, "shards", "1"), workers(tmp_path, "builds")]
+    try:
+        lines = [process.stdout.readline() for process, n in zip(started, (2, 1, 1), strict=True) for _ in range(n)]  # type: ignore[union-attr]
+    finally:
+        for process in started:
+            process.terminate()
+            process.wait()
+    names = [re.search(r"--name (\S+)", line)[1] for line in lines]  # type: ignore[index]
+    assert len(set(names)) == 4
+    assert ["builds" in name.split("-") for name in names] == [False] * 3 + [True], "shards are not counted on those"
+
+
+def test_workers_without_prefect_end_with_one_line(tmp_path: Path) -> None:
+    process = workers(tmp_path, "shards", "2")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert out == f"workers.sh: no program {tmp_path}/prefect; run make install, or set PREFECT\n"
+
+
+def test_workers_find_the_program_beside_the_checkout(tmp_path: Path) -> None:
+    (tmp_path / "infra").mkdir()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(ROOT / "infra" / "workers.sh", tmp_path / "infra")
+    program = tmp_path / ".venv" / "bin" / "prefect"
+    program.write_text('#!/bin/bash\necho "$0"\nexec sleep 600\n')
+    program.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT"}
+    command = [str(tmp_path / "infra" / "workers.sh"), "shards", "1"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == f"{program}\n"
+        finally:
+            process.terminate()
 
 
 ELSEWHERE = {

@@ -20,11 +20,18 @@ from prefect.states import Cancelled
 
 from resmaster_flows.clusters import process_on_cluster
 from resmaster_flows.dispatch import Stopped, dispatch
-from resmaster_flows.outcome import incomplete, outcome
+from resmaster_flows.outcome import incomplete, outcome, skipped
 from resmaster_flows.plugins import load_plugins
 from resmaster_flows.process import failures, process_shards
 from resmaster_flows.selection import parse_numbers
-from resmaster_flows.server_runs import REPAIR_QUEUE, ServerRuns, cancel_children, on_workers
+from resmaster_flows.server_runs import (
+    REPAIR_QUEUE,
+    ServerRuns,
+    cancel_children,
+    dataset_url_of,
+    on_workers,
+    other_build,
+)
 from resmaster_flows.watch.artifacts import run_page, show_dataset
 from resmaster_flows.watch.events import WorkFound
 from resmaster_flows.watch.progress import plans
@@ -137,6 +144,8 @@ def build_dataset(config: DatasetConfig, read_input: bool = True) -> BuildResult
         config: what to build and where; see the descriptions of the fields.
         read_input: read the prompts or images again and plan new ones; if off, only what is already planned is built.
     """
+    if other := other_build(config.dispatch, dataset_url_of(config.root, config.name)):
+        return skipped(other)
     dataset = plan_dataset(config, read_input)
     try:
         errors = work(dataset, pending(dataset), lambda: pending(dataset))
@@ -164,6 +173,9 @@ def repair(
             is restored only if it can be made again with the recorded bytes.
     """
     dataset, numbers = open_dataset(dataset_url), parse_numbers(shards)
+    whole = shards is None and stages is None
+    if whole and (other := other_build(dataset.config.dispatch, dataset.url)):
+        return skipped(other)
     retries = retries_of(dataset, numbers, stages)[0] if retry_errors else None
     if not dataset.config.allow_overwriting_store:
         require_one_winner(dataset.folder)

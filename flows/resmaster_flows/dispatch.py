@@ -13,15 +13,18 @@ Invariants:
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
 
 import httpx
 from prefect.client.schemas.objects import State
+from prefect.exceptions import Pause, TerminationSignal
 from prefect.states import Crashed
 
 from resmaster_flows.outcome import INCOMPLETE
@@ -36,6 +39,11 @@ OUTAGE_LOOKS = 40
 """The dispatch ends after this many failed looks at server or store in a row: after 10 to 20 minutes at the default
 `poll_seconds`, because a failed look waits once or twice."""
 
+LAST_LOOKS = 10
+"""When nothing is left to do, the dispatch looks this often at most for the final states of its runs."""
+LAST_SECONDS = 1.0
+"""Maximum time between two of these looks."""
+
 Shards = tuple[int, ...]
 
 
@@ -46,11 +54,21 @@ class Stopped(Exception):
 class Runs(Protocol):
     """What the dispatch needs from a server."""
 
+    def places(self) -> int:
+        """How many runs can be at work at the same time, as far as the server knows; at least 1."""
+
+    def begun(self) -> Mapping[UUID, tuple[str, Shards]]:
+        """The runs that an earlier process of this build left waiting or at work: run -> name, shards."""
+
     def submit(self, shards: Shards, attempt: int) -> tuple[UUID, str]:
         """Start a run over the shards, or find the run that was already started for this attempt. Returns id, name."""
 
     def states(self, runs: Collection[UUID]) -> Mapping[UUID, State]:
-        """Run -> state. Deleted runs are absent. Raises Stopped if the build itself was cancelled."""
+        """Run -> state. Deleted runs are absent.
+
+        Raises Stopped if the build itself was cancelled, and Prefect's Pause if it was suspended, or was resumed in
+        another process since then.
+        """
 
     def cancel(self, runs: Collection[UUID]) -> None:
         """Cancel those of the runs that have not ended."""
@@ -78,17 +96,29 @@ class Dispatch:
     """The state of one dispatch: batches of shards to submit, active runs, and the error of each unfinished shard."""
 
     def __init__(
-        self, runs: Runs, config: DispatchConfig, shards: Iterable[int], clock: Callable[[], float] = time.monotonic
+        self,
+        runs: Runs,
+        config: DispatchConfig,
+        todo: Mapping[int, int],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runs = runs
         self._config = config
         self._clock = clock
-        ordered, size = sorted(shards), config.shards_per_run
-        self.due: deque[Shards] = deque(tuple(ordered[i : i + size]) for i in range(0, len(ordered), size))
         self.active: dict[UUID, Child] = {}
         self.errors: dict[int, str] = {}
         self._broken_off: Counter[int] = Counter()
         self._fruitless = 0
+        begun = runs.begun()
+        for run, (name, shards) in begun.items():
+            self._watch(run, name, shards, todo)
+        taken = {shard for _, shards in begun.values() for shard in shards}
+        self.due = deque(batches(sorted(todo.keys() - taken), config.shards_per_run, runs.places()))
+
+    def _watch(self, run: UUID, name: str, shards: Shards, todo: Mapping[int, int]) -> None:
+        lacking = sum(todo.get(shard, 0) for shard in shards)
+        self.active[run] = Child(name, shards, lacking, lacking, self._clock())
+        emit(RunSubmitted(str(run), name))
 
     @property
     def waiting(self) -> list[UUID]:
@@ -144,11 +174,48 @@ class Dispatch:
             shards = tuple(shard for shard in self.due[0] if shard in todo)
             if shards:
                 run, name = self._runs.submit(shards, self._broken_off[shards[0]] + 1)
-                lacking = sum(todo[shard] for shard in shards)
-                self.active[run] = Child(name, shards, lacking, lacking, self._clock())
-                emit(RunSubmitted(str(run), name))
+                self._watch(run, name, shards, todo)
                 room -= 1
             self.due.popleft()  # last: if `submit` raised, the batch stays due
+
+    def count(self, done: int, total: int) -> None:
+        """Tell how many shards are done, and how many runs are at work and waiting."""
+        waiting = len(self.waiting)
+        emit(Dispatched(done, total, len(self.active) - waiting, waiting))
+
+    def cancel(self, runs: Iterable[UUID]) -> None:
+        """Cancel active runs and watch them no longer."""
+        chosen = list(runs)
+        self._runs.cancel(chosen)
+        for run in chosen:
+            self._tell(run, "Cancelled")
+
+    def _tell(self, run: UUID, state: str) -> None:
+        """Tell the last state of an active run, which is watched no longer."""
+        finished = self.active.pop(run).left == 0
+        emit(RunEnded(str(run), state, finished))
+
+    def leave(self) -> None:
+        """Tell of the active runs that they go on without the build."""
+        for run, child in list(self.active.items()):
+            self._tell(run, f"{'waiting' if child.waiting else 'at work'} when the build ended")
+
+    def close(self, sleep: Callable[[float], None]) -> None:
+        """Tell the final states of the runs that are left when every shard is finished or given up.
+
+        Waiting runs are cancelled. Runs at work find their shards finished and end by themselves.
+        """
+        for child in self.active.values():
+            child.left = 0
+        self.cancel(self.waiting)
+        for _ in range(LAST_LOOKS):
+            if not self.active:
+                return
+            sleep(min(self._config.poll_seconds, LAST_SECONDS))
+            with suppress(httpx.HTTPError):  # the work is done, and the next look may succeed
+                for run, state in self._runs.states(self.active.keys()).items():
+                    if state.is_final():
+                        self._tell(run, spell_state(state))
 
 
 def dispatch(
@@ -163,7 +230,7 @@ def dispatch(
     """Have runs process every shard of `todo`. Returns shard -> reason, for the shards that are missing at the end.
 
     todo: shard -> commits that the shard lacks. look: reads the same from the store again; finished shards are absent.
-    Raises Stopped if the build was cancelled, and the server's or store's own error if it stays out of reach.
+    Raises Stopped or Pause (see `Runs.states`), and the server's or store's own error if it stays out of reach.
     """
     total, out_of_reach = len(todo), 0
     state = Dispatch(runs, config, todo, clock)
@@ -171,8 +238,7 @@ def dispatch(
         while todo and (state.active or state.due):
             try:
                 state.top_up(todo)
-                running = len(state.active) - len(state.waiting)
-                emit(Dispatched(total - len(todo), total, running, len(state.waiting)))
+                state.count(total - len(todo), total)
                 sleep(config.poll_seconds)
                 states = runs.states(state.active.keys())  # before `look`: it must see the commits of an ended run
                 todo = look()
@@ -183,12 +249,37 @@ def dispatch(
                 if out_of_reach == OUTAGE_LOOKS:
                     raise
                 sleep(config.poll_seconds)
+        state.close(sleep)
     except (KeyboardInterrupt, Stopped):
-        runs.cancel(state.active.keys())
+        state.cancel(state.active)
         raise
-    emit(Dispatched(total - len(todo), total, 0, 0))
-    runs.cancel(state.waiting)  # their shards were finished by others
+    except Pause as pause:  # runs at work end their shards; the process that goes on with the build finds these runs
+        if pause.state is None or pause.state.is_paused():  # else the build goes on already
+            state.cancel(state.waiting)
+        raise
+    except TerminationSignal:
+        if _cancelled(runs):
+            state.cancel(state.active)
+        raise
+    finally:
+        state.count(total - len(todo), total)
+        state.leave()
     return {shard: state.errors.get(shard, "not tried") for shard in sorted(todo)}
+
+
+def batches(shards: Sequence[int], largest: int, places: int) -> list[Shards]:
+    """The shards in order, in batches of at most `largest`, small enough that each of `places` gets one."""
+    size = max(1, min(largest, math.ceil(len(shards) / places)))
+    return [tuple(shards[first : first + size]) for first in range(0, len(shards), size)]
+
+
+def _cancelled(runs: Runs) -> bool:
+    """Whether the build's process is ended because the build was cancelled (and not its worker stopped)."""
+    try:
+        runs.states(())
+    except Stopped:
+        return True
+    return False
 
 
 def spell_state(state: State | None) -> str:

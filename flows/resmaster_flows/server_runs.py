@@ -7,29 +7,50 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterParentFlowRunId
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterParentFlowRunId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkerFilter,
+    WorkerFilterStatus,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.context import FlowRunContext
 from prefect.deployments import run_deployment
-from prefect.exceptions import ObjectNotFound
+from prefect.events.filters import EventFilter
+from prefect.exceptions import ObjectNotFound, Pause
 from prefect.runtime import deployment as own_deployment
 from prefect.runtime import flow_run as own_run
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import get_current_settings
-from prefect.states import Cancelled, Cancelling, Crashed
+from prefect.states import Cancelled, Cancelling, Crashed, Suspended
+from prefect.utilities.urls import url_for
 
 from resmaster_flows.dispatch import Shards, Stopped
 from resmaster_flows.process import run_name
-from resmaster_stages.config.dataset import DispatchConfig
+from resmaster_stages.config.dataset import DatasetConfig, DispatchConfig
 from resmaster_stages.dataset.retry import Retries, part_of
 from resmaster_stages.errors import UserError
 from resmaster_stages.keys import digest
+from resmaster_stages.storage.filesystem import open_root
 
 FLOW = "process-shards"
+BUILDS = ("build-dataset", "repair")
+"""The flows that process whole datasets."""
+SILENT_SECONDS = 120.0
+"""A build of which the server has heard nothing for this time is dead. Runs send a heartbeat every 30 s."""
+BUILDS_QUEUE = "builds"
+"""Work queue of builds and repairs. Workers whose names have this word take no runs over shards."""
 REPAIR_QUEUE = "gpu-repair"
 """Work queue of repairs. Workers take runs from this queue before runs from the queue of builds."""
 
@@ -116,7 +137,7 @@ class ServerRuns:
         self.deployment = f"{FLOW}/{config.deployment or own_deployment.name or 'process'}"
         with get_client(sync_client=True) as client:
             try:
-                client.read_deployment_by_name(self.deployment)
+                self._deployed = client.read_deployment_by_name(self.deployment)
             except ObjectNotFound:
                 raise UserError(
                     f"{api}: has no deployment {self.deployment}; make it with: make deploy (or unset PREFECT_API_URL "
@@ -126,13 +147,43 @@ class ServerRuns:
         self._stages = stages
         self._retries = retries
         self._queue = queue
-        self._build = UUID(own_run.id)
-        self._build_count: int = own_run.run_count
+        context = FlowRunContext.get()
+        if context is None or context.flow_run is None or context.flow_run.state is None:
+            raise RuntimeError("runs over shards belong to a build's flow run, and there is none")
+        self._build: UUID = context.flow_run.id
+        self._begun: UUID = context.flow_run.state.id
+        """Id of the state Running that this process has set. A retry or a resume sets another."""
+
+    def places(self) -> int:
+        """How many runs can be at work at the same time, as `Runs.places` describes.
+
+        The limit of the queue (`make deploy GPUS=8`), or else the workers of the pool that are online.
+        """
+        pool, queue = self._deployed.work_pool_name, self._queue or self._deployed.work_queue_name
+        if pool is None:  # a process serves the deployment without a pool
+            return 1
+        online = WorkerFilter(status=WorkerFilterStatus(any_=[WorkerStatus.ONLINE.value]))
+        place = {"work_pool_name": pool, "name": queue}
+        with get_client(sync_client=True) as client:
+            found = client.request("GET", "/work_pools/{work_pool_name}/queues/{name}", path_params=place)
+            workers = client.read_workers_for_work_pool(pool, online)
+        for_shards = [worker for worker in workers if BUILDS_QUEUE not in worker.name.split("-")]
+        return max(1, found.json()["concurrency_limit"] or len(for_shards))
+
+    def begun(self) -> Mapping[UUID, tuple[str, Shards]]:
+        """The runs of an earlier process of this build, as `Runs.begun` describes: before a retry or a suspension."""
+        with get_client(sync_client=True) as client:
+            return {
+                run.id: (run.name, tuple(run.parameters["shards"]))
+                for run in _children(client, [self._build])
+                if run.deployment_id and run.state and not (run.state.is_final() or run.state.is_cancelling())
+            }
 
     def submit(self, shards: Shards, attempt: int) -> tuple[UUID, str]:
         """Start a run, as `Runs.submit` describes.
 
-        The idempotency key makes a request that is sent twice return the same run. A retried build starts new runs.
+        The idempotency key makes a request that is sent twice return the same run. A build that is retried or resumed
+        starts new runs. (Prefect counts a resumed run as the same run, so the key has the state's id and no count.)
         """
         retries = part_of(self._retries, shards)
         batch = digest({"stages": self._stages, "shards": shards, "retries": retries})
@@ -145,7 +196,7 @@ class ServerRuns:
                 "retries": retries,
             },
             timeout=0,
-            idempotency_key=f"{self._build}/{self._build_count}/{batch}/{attempt}",
+            idempotency_key=f"{self._build}/{self._begun}/{batch}/{attempt}",
             flow_run_name=run_name(self._dataset_url, shards, self._stages),
             tags=[f"dataset:{self._dataset_url.rpartition('/')[2]}"],
             work_queue_name=self._queue,
@@ -156,11 +207,25 @@ class ServerRuns:
     def states(self, runs: Collection[UUID]) -> Mapping[UUID, State]:
         """The states of runs, as `Runs.states` describes. Takes one request per 200 runs, with the build's own run."""
         with get_client(sync_client=True) as client:
-            found = {run.id: run.state for run in _read(client, [self._build, *runs]) if run.state is not None}
-        own = found.pop(self._build, None)
-        if own is not None and (own.is_cancelling() or own.is_cancelled()):
+            found = {run.id: run for run in _read(client, [self._build, *runs])}
+            if own := found.pop(self._build, None):
+                self._obey(client, own)
+        return {run.id: run.state for run in found.values() if run.state is not None}
+
+    def _obey(self, client: SyncPrefectClient, own: FlowRun) -> None:
+        """Raise what `Runs.states` says if the build's own run is not to go on in this process."""
+        state = own.state
+        if state is None:
+            return
+        if state.is_cancelling() or state.is_cancelled():
             raise Stopped
-        return found
+        if state.is_paused() and not state.state_details.pause_reschedule:
+            # Prefect would resume it as Running and expect this process to have stayed, which its own tasks leave.
+            state = Suspended(pause_expiration_time=state.state_details.pause_timeout, message=state.message)
+            client.set_flow_run_state(self._build, state, force=True)
+        elsewhere = state.is_scheduled() or state.is_pending() or (state.is_running() and state.id != self._begun)
+        if state.is_paused() or elsewhere:
+            raise Pause(state=state)
 
     def cancel(self, runs: Collection[UUID]) -> None:
         """Cancel those of the runs that have not ended."""
@@ -178,14 +243,82 @@ def cancel_children(flow: object, flow_run: FlowRun, state: State) -> None:
     with get_client(sync_client=True) as client:
         parents = [flow_run.id]
         while parents:
-            children: list[FlowRun] = []
-            below = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=parents))
-            while page := client.read_flow_runs(
-                flow_run_filter=below, sort=FlowRunSort.ID_DESC, limit=PAGE, offset=len(children)
-            ):
-                children += page
+            children = _children(client, parents)
             _cancel(client, children)
             parents = [run.id for run in children]
+
+
+def other_build(config: DispatchConfig, dataset_url: str) -> str | None:
+    """One line about the build or repair of the dataset that is at work already on the same server; None without one.
+
+    Must be called inside a flow run. Of two runs that start at the same time, the one that started first finds none.
+    A run that nothing was heard of for `SILENT_SECONDS` does not count, nor does a repair of chosen shards or stages.
+    """
+    if get_current_settings().api.url is None or not on_workers(config):
+        return None
+    own_id, since = UUID(own_run.id), datetime.now(UTC) - timedelta(seconds=SILENT_SECONDS)
+    running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])))
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=list(BUILDS))),
+            flow_run_filter=running,
+            sort=FlowRunSort.START_TIME_DESC,
+            limit=PAGE,
+        )
+        own_start = next((_start(run) for run in found if run.id == own_id), None)
+        for run in found:
+            earlier = own_start is not None and _start(run) < own_start
+            if earlier and _dataset_of(run) == dataset_url and _heard(client, run, since):
+                address = url_for("flow-run", obj_id=run.id) or run.id
+                return (
+                    f"{dataset_url}: the run {run.name} builds it already ({address}, since "
+                    f"{_start(run)[0]:%Y-%m-%d %H:%M} UTC); wait for that run, or cancel it"
+                )
+    return None
+
+
+def _start(run: FlowRun) -> tuple[datetime, str]:
+    """The order of runs that are at work: when they last began, then their ids."""
+    assert run.state is not None  # only runs in a state are asked for
+    return run.state.timestamp, str(run.id)
+
+
+def _dataset_of(run: FlowRun) -> str | None:
+    """The URL of the whole dataset that a build or repair processes, or None."""
+    parameters = run.parameters
+    if parameters.get("shards") or parameters.get("stages"):
+        return None
+    try:
+        if url := parameters.get("dataset_url"):
+            return open_root(url).url
+        config = parameters["config"]
+        return dataset_url_of(config.get("root", DatasetConfig.model_fields["root"].default), config["name"])
+    except (UserError, KeyError):  # started by hand, with nonsense
+        return None
+
+
+def dataset_url_of(root: str, name: str) -> str:
+    """The URL of a dataset, as `Dataset.url` gives it."""
+    return open_root(root).sub(name).url
+
+
+def _heard(client: SyncPrefectClient, run: FlowRun, since: datetime) -> bool:
+    """Whether the server has heard of a run since then."""
+    wanted = EventFilter.model_validate(
+        {"occurred": {"since": since}, "resource": {"id": [f"prefect.flow-run.{run.id}"]}}
+    )
+    return _start(run)[0] > since or bool(client.read_events(wanted, limit=1).events)
+
+
+def _children(client: SyncPrefectClient, parents: list[UUID]) -> list[FlowRun]:
+    """The runs that the runs `parents` started."""
+    children: list[FlowRun] = []
+    below = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=parents))
+    while page := client.read_flow_runs(
+        flow_run_filter=below, sort=FlowRunSort.ID_DESC, limit=PAGE, offset=len(children)
+    ):
+        children += page
+    return children
 
 
 def _read(client: SyncPrefectClient, ids: Sequence[UUID]) -> list[FlowRun]:

@@ -160,8 +160,8 @@ class DispatchConfig(Part):
     deployment: str | None = Operational(None)
     """Name of the deployment of `process-shards`; default: the name of the build's own deployment, else `process`."""
     shards_per_run: int = Operational(8, ge=1, le=1000)
-    """Shards per run. Starting a run and loading its models takes about half a minute, so a run should take an hour or
-    more."""
+    """Maximum number of shards per run. A run gets fewer where workers would go without work otherwise. Starting a run
+    and loading its models takes about half a minute, so a run should take an hour or more."""
     window: int = Operational(100, ge=1, le=199)
     """Maximum number of runs that wait for a worker. A worker fetches at most 200 waiting runs."""
     attempts: int = Operational(3, ge=1, le=20)

@@ -124,7 +124,7 @@ def _built(wanted: Sequence[Variant], build: Build) -> tuple[list[tuple[Variant,
                 share_low_res(other, dataset)
                 break
         if any(pending(dataset).values()) or not published(dataset):
-            finished &= build(variant.config)
+            finished &= build(dataset.config)
         built.append((variant, dataset))
     return built, finished
 

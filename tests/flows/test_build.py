@@ -19,7 +19,9 @@ from aiobotocore.client import AioBaseClient
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.sorting import ArtifactSort
+from prefect.runtime import flow_run
 from prefect.settings import get_current_settings
+from prefect.states import Suspended
 
 from resmaster_flows import build
 from resmaster_flows.build import BuildResult
@@ -497,3 +499,27 @@ def test_another_attempt_that_is_asked_for_is_made_once(stages: Stages, tmp_path
     assert states(url, 0)["high_res"] == "Cached"
     assert states(url, 0, retry=True)["high_res"] == "Completed"
     assert states(url, 0)["high_res"] == "Cached"
+
+
+def test_a_suspended_build_of_the_command_line_ends_with_one_line(
+    stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefect's UI suspends any run, but resumes only those of deployments."""
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump(config_for(tmp_path, ["a", "b", "c"]).model_dump(mode="json")))
+    original = FAKES["quality"]
+
+    def suspend(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(flow_run.parent_flow_run_id, Suspended(), force=True)
+        yield from original(config, samples)
+
+    monkeypatch.setitem(FAKES, "quality", suspend)
+    capsys.readouterr()
+    assert main(["run", str(tmp_path / "demo.yaml")]) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "resmaster: suspended on the Prefect server, which cannot resume a run that was started by hand;" in told
+    assert told.endswith("what is done is kept: run the same command again to go on")
+    assert "Traceback" not in told
+    monkeypatch.setitem(FAKES, "quality", original)
+    assert main(["run", str(tmp_path / "demo.yaml")]) == 0
+    assert (tmp_path / "out" / "demo" / "manifest.parquet").exists()

@@ -7,14 +7,19 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from prefect.client.schemas.objects import State
-from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Running, Scheduled
+from prefect.exceptions import Pause, TerminationSignal
+from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Running, Scheduled, Suspended
 
-from resmaster_flows.dispatch import FRUITLESS_RUNS, OUTAGE_LOOKS, Shards, Stopped, dispatch
+from resmaster_flows.dispatch import FRUITLESS_RUNS, OUTAGE_LOOKS, Shards, Stopped, batches, dispatch
 from resmaster_flows.outcome import incomplete
 from resmaster_flows.process import run_name
 from resmaster_flows.selection import parse_numbers, spell_shards
+from resmaster_flows.watch.progress import Progress
 from resmaster_stages.config.dataset import DispatchConfig
+from resmaster_stages.progress import listening
 
 STAGES = 4
 
@@ -25,13 +30,21 @@ class World:
     def __init__(self, shards: int, workers: int = 2) -> None:
         self.lacking = dict.fromkeys(range(shards), STAGES)
         self.workers = workers
+        self.known_places = 1
         self.seconds = 0.0
         self.submitted: list[tuple[Shards, int]] = []
         self.runs: dict[UUID, tuple[Shards, State]] = {}
         self.most_waiting = 0
         self.given_up: list[str] = []
+        self.progress = Progress()
         self.on_shard: Callable[[UUID, int], State | None] = lambda run, shard: None
         """Called before a run does a shard; a state ends the run there."""
+
+    def places(self) -> int:
+        return self.known_places
+
+    def begun(self) -> Mapping[UUID, tuple[str, Shards]]:
+        return {run: ("earlier", shards) for run, (shards, state) in self.runs.items() if not state.is_final()}
 
     def look(self) -> Mapping[int, int]:
         return {shard: left for shard, left in self.lacking.items() if left}
@@ -71,7 +84,12 @@ class World:
 
     def dispatch(self, **config: float) -> dict[int, str]:
         settings = DispatchConfig.model_validate({"poll_seconds": 1, **config})
-        return dispatch(self, self.look, settings, self.look(), sleep=self.sleep, clock=lambda: self.seconds)
+        with listening(self.progress.hear):
+            return dispatch(self, self.look, settings, self.look(), sleep=self.sleep, clock=lambda: self.seconds)
+
+    def table(self) -> list[str]:
+        """The states that the page of the build shows at last: of each run, in the order of their submission."""
+        return [run.state for run in self.progress.runs.values()]
 
 
 def test_every_shard_is_given_to_one_run_and_the_window_holds() -> None:
@@ -242,3 +260,134 @@ def test_runs_are_named_by_dataset_stages_and_shards() -> None:
     assert name.startswith("demo: shards 0,2,4,")
     assert name.endswith(",... (1000 in all)")
     assert len(name) < 100
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# how the shards are divided
+
+
+def test_every_worker_online_gets_work() -> None:
+    world = World(3)
+    world.known_places = 2
+    assert world.dispatch(shards_per_run=8) == {}
+    assert [shards for shards, _ in world.submitted] == [(0, 1), (2,)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 300), st.integers(1, 1000), st.integers(1, 50))
+def test_batches_are_as_large_as_allowed_and_leave_no_worker_idle(shards: int, largest: int, places: int) -> None:
+    found = batches(range(shards), largest, places)
+    assert [shard for batch in found for shard in batch] == list(range(shards))
+    assert all(1 <= len(batch) <= largest for batch in found)
+    size = max(map(len, found), default=0)
+    assert size * places >= shards or size == largest, "not smaller than the workers ask for"
+    assert size < 2 or (size - 1) * places < shards, "not larger, either"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what the page of the build shows at last
+
+
+def test_at_the_end_every_run_shows_its_final_state() -> None:
+    world = World(5, workers=1)
+    world.on_shard = lambda run, shard: incomplete("shards 4 not finished", {}) if shard == 4 else None
+    assert set(world.dispatch(shards_per_run=2)) == {4}
+    assert world.table() == ["Completed", "Completed", "Incomplete: shards 4 not finished"]
+    assert world.progress.dispatched is not None
+    assert (world.progress.dispatched.done, world.progress.dispatched.running) == (4, 0)
+
+
+def test_runs_that_are_needed_no_more_show_that_they_were_cancelled() -> None:
+    world = World(4, workers=1)
+
+    def others(run: UUID, shard: int) -> State | None:
+        world.lacking = dict.fromkeys(world.lacking, 0)
+        return None
+
+    world.on_shard = others
+    assert world.dispatch(shards_per_run=1) == {}
+    assert world.table() == ["Completed", "Cancelled", "Cancelled", "Cancelled"]
+
+
+def test_a_run_that_never_ends_does_not_hold_the_build_and_shows_where_it_stood() -> None:
+    world = World(2, workers=1)
+
+    def hang(run: UUID, shard: int) -> State | None:
+        world.lacking = dict.fromkeys(world.lacking, 0)
+        return Running()
+
+    world.on_shard = hang
+    original = world.states
+    world.states = lambda runs: {run: Running() for run in original(runs)}  # type: ignore[method-assign]
+    assert world.dispatch(shards_per_run=2) == {}
+    assert world.table() == ["at work when the build ended"]
+
+
+def stopped_after(world: World, seconds: float, stop: BaseException) -> None:
+    """Let the server answer with `stop` to each question after some time."""
+    original = world.states
+
+    def states(runs: Collection[UUID]) -> Mapping[UUID, State]:
+        if world.seconds >= seconds:
+            raise stop
+        return original(runs)
+
+    world.states = states  # type: ignore[method-assign]
+
+
+def test_a_cancelled_build_shows_its_runs_as_cancelled() -> None:
+    world = World(10)
+    stopped_after(world, 3, Stopped())
+    with pytest.raises(Stopped):
+        world.dispatch(shards_per_run=2)
+    assert world.table()[-3:] == ["Cancelled"] * 3
+    assert "submitted" not in world.table()
+    assert all(state.is_final() for _, state in world.runs.values())
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_a_signal_cancels_the_runs_only_of_a_cancelled_build(cancelled: bool) -> None:
+    """A worker that is stopped, or a machine that is taken away, ends the build's process alike."""
+    world = World(10)
+    original = world.sleep
+
+    def sleep(seconds: float) -> None:
+        original(seconds)
+        if world.seconds >= 3:
+            if cancelled:
+                stopped_after(world, 0, Stopped())
+            raise TerminationSignal(15)
+
+    world.sleep = sleep  # type: ignore[method-assign]
+    with pytest.raises(TerminationSignal):
+        world.dispatch(shards_per_run=2)
+    assert "submitted" not in world.table()
+    left = [state for _, state in world.runs.values() if not state.is_final()]
+    assert not left if cancelled else left
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# suspended and resumed
+
+
+def test_a_suspended_build_leaves_the_runs_at_work_and_a_resumed_one_goes_on_with_them() -> None:
+    world = World(8)
+    stopped_after(world, 2, Pause(state=Suspended()))
+    with pytest.raises(Pause):
+        world.dispatch(shards_per_run=2)
+    states = [state for _, state in world.runs.values()]
+    assert [state.is_running() for state in states] == [True, True, False, False]
+    assert world.table() == ["at work when the build ended"] * 2 + ["Cancelled"] * 2
+
+    del world.states
+    world.submitted.clear()
+    assert world.dispatch(shards_per_run=2) == {}
+    assert [shards for shards, _ in world.submitted] == [(4, 5), (6, 7)], "the others are at work"
+
+
+def test_a_process_that_another_one_has_replaced_cancels_nothing() -> None:
+    world = World(8)
+    stopped_after(world, 2, Pause(state=Running()))
+    with pytest.raises(Pause):
+        world.dispatch(shards_per_run=2)
+    assert not any(state.is_final() for _, state in world.runs.values())

@@ -4,19 +4,31 @@ form."""
 from __future__ import annotations
 
 import hashlib
+import json
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
-from prefect.client.schemas.objects import FlowRun
-from prefect.states import AwaitingRetry, Cancelling
+import yaml
+from prefect import flow
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterType
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import State as PrefectState
+from prefect.events.filters import EventFilter
+from prefect.server.events.schemas.automations import EventTrigger
+from prefect.server.events.schemas.events import ReceivedEvent
+from prefect.states import AwaitingRetry, Cancelling, Crashed, Running
 
 from resmaster_flows.outcome import INCOMPLETE
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.inspection.status import pending
 from resmaster_stages.runner.run import run_stage
+from tests.checkout import ROOT
 from tests.fake_stages import planned
 from tests.server.conftest import Stack, descendants, wait
 from tests.server.stages import begun_by, stand_in
@@ -42,6 +54,30 @@ def config(folder: Path, prompts: list[str], **dispatch: object) -> dict[str, An
 def state(run: FlowRun) -> tuple[str, str]:
     assert run.state is not None
     return run.state.type.value, run.state.name
+
+
+def table(stack: Stack, run: UUID) -> dict[str, str]:
+    """The table on the page of a build: name of the run -> state."""
+    wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run]), type=ArtifactFilterType(any_=["table"]))
+    with stack.client() as client:
+        (artifact,) = client.read_artifacts(artifact_filter=wanted)
+    return {row["run"]: row["state"] for row in json.loads(str(artifact.data))}
+
+
+def events(stack: Stack, run: UUID, name: str = "prefect.flow-run.") -> list[ReceivedEvent]:
+    """The events of a run, oldest first."""
+    wanted = EventFilter.model_validate(
+        {"resource": {"id": [f"prefect.flow-run.{run}"]}, "event": {"prefix": [name]}, "order": "ASC"}
+    )
+    with stack.client() as client:
+        found = client.read_events(wanted, limit=50).events
+    return [ReceivedEvent.model_validate(event.model_dump(mode="json")) for event in found]
+
+
+def trigger(automation: str) -> EventTrigger:
+    """What starts an automation of `deployments/automations.yaml`, as the server evaluates it."""
+    entries = yaml.safe_load((ROOT / "deployments" / "automations.yaml").read_text())
+    return EventTrigger.model_validate(next(entry["trigger"] for entry in entries if entry["name"] == automation))
 
 
 def contents(dataset: Dataset) -> dict[tuple[str, int], str]:
@@ -152,4 +188,93 @@ def test_cancelling_a_build_cancels_its_runs(workers: Stack, tmp_path: Path) -> 
     assert state(workers.ended(build))[0] == "CANCELLED"
     for child in workers.children(build):
         assert state(workers.ended(child.id))[0] == "CANCELLED"
+    assert table(workers, build) == {f"demo: shards {shard}": "Cancelled" for shard in range(3)}
     wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in at_work))
+
+
+def test_a_suspended_build_keeps_what_is_done_and_goes_on_when_it_is_resumed(workers: Stack, tmp_path: Path) -> None:
+    """Suspended without the note that its process leaves: Prefect would resume it as Running, without a process."""
+    gate = tmp_path / "gate"
+    build = workers.run(
+        "build-dataset/process", config=config(tmp_path, [f"{letter} until {gate}" for letter in "abc"])
+    )
+    wait(lambda: len(begun_by(gate)) == 2)
+    waiting = wait(lambda: [child for child in workers.children(build) if state(child)[0] == "SCHEDULED"])
+    with workers.client() as client:
+        client.set_flow_run_state(build, PrefectState(type=StateType.PAUSED, name="Suspended"))
+    assert state(workers.ended(waiting[0].id))[0] == "CANCELLED"
+    assert sorted(wait(lambda: table(workers, build)).values()) == ["Cancelled", *["at work when the build ended"] * 2]
+    gate.touch()
+    dataset = open_dataset(str(tmp_path / "out"))
+    wait(lambda: sum(map(len, pending(dataset).values())) == len(STAGES))
+    assert state(workers.read(build)) == ("PAUSED", "Suspended")
+
+    wait(lambda: not descendants(workers.processes["builds"].pid))  # else the worker may end: docs/deploying.md
+    with workers.client() as client:
+        client.resume_flow_run(build)
+    assert state(workers.ended(build)) == ("COMPLETED", "Completed")
+    assert (tmp_path / "out" / "demo" / "manifest.parquet").exists()
+    names = [child.name for child in workers.children(build)]
+    assert len(names) == 4, "the shard that waited got another run, the others did not"
+    assert names.count(waiting[0].name) == 2
+
+
+@flow(name="build-dataset")
+def foreign(config: dict[str, Any]) -> None:
+    """Somebody else's flow. It has the name of ours, and a deployment."""
+
+
+def test_a_build_of_the_command_line_lives_and_holds_up_the_schedule(workers: Stack, tmp_path: Path) -> None:
+    """The server hears of it, no automation takes it for dead, and a second build of its dataset gives way."""
+    gate = tmp_path / "gate"
+    wanted = config(tmp_path, [f"a until {gate}"])
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump(wanted))
+    command = [sys.executable, "-m", "resmaster_flows.cli.main", "run", str(tmp_path / "demo.yaml")]
+    running = subprocess.Popen(
+        command, env=workers.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait(lambda: begun_by(gate))
+        with workers.client() as client:
+            runs = [run for run in client.read_flow_runs() if run.name == "build demo"]
+        (own,) = [run for run in runs if state(run)[0] == "RUNNING"]
+        assert own.deployment_id is None
+        (child,) = workers.children(own.id)
+
+        second = workers.ended(workers.run("build-dataset/process", config=wanted))
+        assert state(second) == ("CANCELLED", "Skipped")
+        assert second.state is not None
+        assert f"the run build demo builds it already ({workers.api.removesuffix('/api')}" in str(second.state.message)
+        assert str(own.id) in str(second.state.message)
+        third = subprocess.run(command, env=workers.environment, capture_output=True, text=True, check=False)
+        assert third.returncode == 2
+        assert f"resmaster: {tmp_path}/out/demo: the run build demo builds it already" in third.stderr
+        assert "Traceback" not in third.stderr
+
+        zombies, repair = trigger("resmaster-zombies"), trigger("resmaster-repair-after-crash")
+        beats = wait(lambda: found if len(found := events(workers, own.id, "prefect.flow-run.heartbeat")) > 1 else [])
+        assert beats[1].occurred - beats[0].occurred < zombies.within, "the second beat comes in time"
+        assert not any(map(zombies.covers, events(workers, own.id)))
+        ours = wait(lambda: events(workers, child.id, "prefect.flow-run.heartbeat"))
+        assert all(zombies.covers(event) and zombies.starts_after(event.event) for event in ours)
+        assert all(map(zombies.covers, events(workers, child.id)))
+
+        with workers.client() as client:
+            theirs = client.create_deployment(flow_id=client.create_flow(foreign), name="theirs", tags=["billing"])
+            other = client.create_flow_run_from_deployment(theirs, parameters={"config": {}}).id
+            client.set_flow_run_state(other, Running())
+            client.set_flow_run_state(other, Crashed())
+            lost = workers.run("build-dataset/process", config=wanted)
+            client.set_flow_run_state(lost, Crashed(), force=True)
+        crashed = wait(lambda: events(workers, other, "prefect.flow-run.Crashed"))
+        assert not any(each.covers(event) for each in (zombies, repair) for event in events(workers, other))
+        assert crashed
+        with workers.client() as client:
+            client.delete_deployment(theirs)
+        assert all(map(repair.covers, wait(lambda: events(workers, lost, "prefect.flow-run.Crashed"))))
+    finally:
+        gate.touch()
+        out, err = running.communicate(timeout=120)
+    assert running.returncode == 0, err
+    assert out.startswith("report: ")
+    assert table(workers, own.id) == {"demo: shards 0": "Completed"}

@@ -9,6 +9,8 @@ import pytest
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.client.schemas.objects import Artifact
 
+from resmaster_flows.watch.artifacts import key_of
+from resmaster_stages.dataset.dataset import open_dataset
 from tests.browser import Browser, chromium
 from tests.server.conftest import Stack
 from tests.server.test_operation import config
@@ -42,22 +44,23 @@ def test_the_pages_of_a_build_on_workers(workers: Stack, browser: Browser, tmp_p
     browser.open(f"{ui}/runs/flow-run/{run}")
     browser.wait_for("build pages", "Completed", "dataset:pages", "method:resmaster", "model:picturebook")
     found = artifacts(workers, run)
-    assert set(found) == {f"pages-{what}" for what in ("progress", "shards", "summary", "contact-sheet")}
+    keyed = key_of(open_dataset(str(tmp_path / "out")), "")
+    assert set(found) == {f"{keyed}-{what}" for what in ("progress", "shards", "summary", "contact-sheet")}
     browser.click("Artifacts")
     browser.wait_for(*found)
 
-    browser.open(f"{ui}/artifacts/artifact/{found['pages-progress'].id}")
+    browser.open(f"{ui}/artifacts/artifact/{found[f'{keyed}-progress'].id}")
     browser.wait_for("3 of 3 shards", "100%")
 
-    browser.open(f"{ui}/artifacts/artifact/{found['pages-shards'].id}")
+    browser.open(f"{ui}/artifacts/artifact/{found[f'{keyed}-shards'].id}")
     text = browser.wait_for("pages: shards 0", "pages: shards 1", "pages: shards 2", "Completed")
     assert f"/runs/flow-run/{child.id}" in text
 
-    browser.open(f"{ui}/artifacts/artifact/{found['pages-summary'].id}")
+    browser.open(f"{ui}/artifacts/artifact/{found[f'{keyed}-summary'].id}")
     browser.wait_for("1 failed samples", "told to fail", "worst twentieth", "30.0 dB", "resmaster repair")
     assert browser.evaluate("document.querySelectorAll('table').length") >= 3, "Markdown tables are tables"
 
-    browser.open(f"{ui}/artifacts/artifact/{found['pages-contact-sheet'].id}")
+    browser.open(f"{ui}/artifacts/artifact/{found[f'{keyed}-contact-sheet'].id}")
     browser.wait_for("worst first")
     sheet = "[...document.querySelectorAll('img')].find(image => image.src.startsWith('data:image/webp'))"
     assert browser.evaluate(f"{sheet}.decode().then(() => {sheet}.naturalWidth)") > 400

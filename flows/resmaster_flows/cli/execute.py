@@ -12,6 +12,7 @@ from rich.text import Text
 from resmaster_flows.watch.progress import Progress
 from resmaster_flows.watch.terminal import say, terminal
 from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.errors import ResMasterError
 from resmaster_stages.models.places import at_hub
 
 if TYPE_CHECKING:
@@ -27,11 +28,19 @@ def execute(console: Console, config: DatasetConfig, build: Callable[[], State[A
     seconds.
     """
     with terminal(Progress(), console):
+        from prefect.exceptions import Pause
+
         from resmaster_flows.outcome import outcome
         from resmaster_flows.server_runs import server_within_reach
 
         with server_within_reach():
-            result: BuildResult = outcome(build())
+            try:
+                result: BuildResult = outcome(build())
+            except Pause:
+                raise ResMasterError(
+                    "suspended on the Prefect server, which cannot resume a run that was started by hand; what is done "
+                    "is kept: run the same command again to go on"
+                ) from None
     return _finished(console, result)
 
 

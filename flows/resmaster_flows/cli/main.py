@@ -49,6 +49,7 @@ KEEPING: tuple[Verb, ...] = (run, repair, publish, gc, compare)
 """The verbs that keep what they have done when they are interrupted. The others write at their end, or nothing."""
 
 ENVIRONMENT = {
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # the server counts a build as dead that is silent for long
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     # Errors are told by the command line itself; run logs still reach the Prefect UI.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",

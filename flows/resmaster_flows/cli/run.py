@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     require_source(config)  # also where a plan exists, as `plan` does
     require_surroundings(config)
     with listening(plans(partial(say, console))):
-        ingest(config)
+        config = ingest(config).config  # with an absolute root, by which the server tells datasets apart
 
     def build() -> Any:
         from resmaster_flows.build import build_dataset

@@ -31,6 +31,7 @@ from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.inspection.status import Status, pending_samples
+from resmaster_stages.keys import digest
 from resmaster_stages.progress import listening
 from resmaster_stages.publish.page import SIDES_PX, data_url
 from resmaster_stages.publish.summary import summary
@@ -40,6 +41,8 @@ INTERVAL_SECONDS = 5.0
 """Time between two updates."""
 CLOSE_SECONDS = 15.0
 """Time that a run waits at its end for the last update."""
+KEY_DIGITS = 6
+"""Digits of the digest of the dataset's URL in the keys of its artifacts."""
 SHEET_BYTES = 180_000
 """Size limit of a contact sheet. The image is inside the artifact, so that no file server is needed."""
 
@@ -132,10 +135,10 @@ class Publisher:
                 self._log.warning("artifacts: %s cannot be shown: %s: %s", what, type(error).__name__, error)
 
 
-def key_of(name: str, what: str) -> str:
-    """The key of an artifact of the dataset `name`."""
-    slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
-    return f"{slug}-{what}"
+def key_of(dataset: Dataset, what: str) -> str:
+    """The key of an artifact of a dataset. Datasets whose names are spelled alike, or under other roots, differ."""
+    slug = re.sub("[^a-z0-9]+", "-", dataset.config.name.lower())
+    return f"{slug}-{digest(dataset.url)[:KEY_DIGITS]}-{what}".strip("-")
 
 
 def tags_of(config: DatasetConfig) -> list[str]:
@@ -154,7 +157,7 @@ def run_page(dataset: Dataset, todo: Mapping[str, Sequence[int]], *, part: bool 
     shards = sorted({shard for missing in todo.values() for shard in missing})
     progress = Progress(pending_samples(dataset, todo), shards, reckoned=part)
     kind = "run-" if part else ""
-    keys = [key_of(dataset.config.name, kind + what) for what in ("progress", "shards")]
+    keys = [key_of(dataset, kind + what) for what in ("progress", "shards")]
 
     def render() -> list[Shown]:
         line = headline(progress)
@@ -178,13 +181,12 @@ def show_dataset(dataset: Dataset, found: Status) -> None:
     """Show the published dataset's summary and contact sheet on the current flow run's page."""
 
     def render() -> Iterator[Shown]:
-        name = dataset.config.name
-        yield Shown(key_of(name, "summary"), "markdown", summary(dataset, found), "what the build came to")
+        yield Shown(key_of(dataset, "summary"), "markdown", summary(dataset, found), "what the build came to")
         sheet = layout.contact_sheet(0)
         if dataset.folder.exists(sheet):
             image = decode_image(dataset.folder.read(sheet), sheet)
             url = data_url(image, SHEET_BYTES, (2048, *SIDES_PX))
-            yield Shown(key_of(name, "contact-sheet"), "image", url, "low-res beside high-res, worst first")
+            yield Shown(key_of(dataset, "contact-sheet"), "image", url, "low-res beside high-res, worst first")
 
     with Publisher(lambda: list(render())):
         pass

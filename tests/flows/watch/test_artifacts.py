@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -19,7 +20,10 @@ from prefect.client.schemas.filters import (
     FlowRunFilterName,
 )
 
-from resmaster_flows.watch.artifacts import Publisher, Shown
+from resmaster_flows.watch.artifacts import Publisher, Shown, key_of
+from resmaster_stages.dataset.dataset import Dataset, open_dataset
+from resmaster_stages.storage.filesystem import open_root
+from tests.fake_stages import config_at
 from tests.flows.test_build import Stages, build_dataset, config_for, stages
 
 __all__ = ["stages"]  # a fixture
@@ -30,22 +34,24 @@ pytestmark = pytest.mark.usefixtures("server")
 def test_the_pages_of_a_build(stages: Stages, tmp_path: Path) -> None:
     config = config_for(tmp_path, ["a", "bad high_res", "c"]).model_copy(update={"name": "Shown_here"})
     result = build_dataset(config)
+    keyed = key_of(open_dataset(result.dataset_url), "")
+    assert keyed.startswith("shown-here-")
     with get_client(sync_client=True) as client:
         like = ArtifactFilter(key=ArtifactFilterKey(like_="shown-here-%"))
         found = {artifact.key: artifact for artifact in client.read_artifacts(artifact_filter=like)}
         assert set(found) == {
-            f"shown-here-{what}"
+            f"{keyed}-{what}"
             for what in ("progress", "shards", "run-progress", "run-shards", "summary", "contact-sheet")
         }
         for kind in ("", "run-"):
-            assert found[f"shown-here-{kind}progress"].data == 100
-            assert "2 of 3 images" in found[f"shown-here-{kind}progress"].description
-            rows = json.loads(found[f"shown-here-{kind}shards"].data)
+            assert found[f"{keyed}-{kind}progress"].data == 100
+            assert "2 of 3 images" in found[f"{keyed}-{kind}progress"].description
+            rows = json.loads(found[f"{keyed}-{kind}shards"].data)
             assert [(row["shard"], row["state"], row["failed samples"]) for row in rows] == [
                 ("000000", "finished", 1),
                 ("000001", "finished", 0),
             ]
-        page = found["shown-here-summary"].data
+        page = found[f"{keyed}-summary"].data
         for part in (
             "# Shown\\_here",
             "| PSNR ↑ | 30.0 dB",
@@ -53,7 +59,7 @@ def test_the_pages_of_a_build(stages: Stages, tmp_path: Path) -> None:
             f"`resmaster repair {result.dataset_url}`",
         ):
             assert part in page
-        header, _, encoded = found["shown-here-contact-sheet"].data.partition(",")
+        header, _, encoded = found[f"{keyed}-contact-sheet"].data.partition(",")
         assert header == "data:image/webp;base64"
         assert len(encoded) < 200_000
         assert Image.open(io.BytesIO(base64.b64decode(encoded))).width > 400
@@ -62,7 +68,7 @@ def test_the_pages_of_a_build(stages: Stages, tmp_path: Path) -> None:
             flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=["build Shown_here"]))
         )
         assert set(parent.tags) == {"dataset:Shown_here", "method:resmaster", "model:picturebook"}
-        runs = {parent.id, found["shown-here-run-progress"].flow_run_id}
+        runs = {parent.id, found[f"{keyed}-run-progress"].flow_run_id}
         assert {artifact.flow_run_id for artifact in found.values()} == runs
         tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=list(runs))))
         assert tasks
@@ -105,7 +111,8 @@ def test_a_page_that_cannot_be_drawn_does_not_fail_the_build_and_is_logged(
     result = build_dataset(config_for(tmp_path, ["a", "b", "c"]))
     assert (result.samples, result.errors) == (3, {})
     lines = [record.getMessage() for record in caplog.records if "artifacts:" in record.getMessage()]
-    for what in ("demo-progress", "demo-run-shards", "demo-summary", "tags"):
+    keyed = key_of(open_dataset(result.dataset_url), "")
+    for what in (f"{keyed}-progress", f"{keyed}-run-shards", f"{keyed}-summary", "tags"):
         assert any(f"artifacts: {what} cannot be shown: RuntimeError: no artifacts today" in line for line in lines), (
             what
         )
@@ -122,3 +129,17 @@ def test_a_server_that_hangs_does_not_hold_the_build_for_long(
     finally:
         answer.set()
     assert any("the server does not answer" in record.getMessage() for record in caplog.records)
+
+
+def test_artifacts_of_different_datasets_have_different_keys(tmp_path: Path) -> None:
+    """An artifact of one key is a version of the other, so one dataset's page would show another's."""
+    names = ("a_b", "a-b", "A-B", "a__b", "_", "__", "-", "a")
+    places = [(root, name) for root in (tmp_path / "one", tmp_path / "two") for name in names]
+    keys = []
+    for root, name in places:
+        config = config_at(root).model_copy(update={"name": name})
+        dataset = Dataset(open_root(str(root)).sub(name), config)
+        keys.append(key_of(dataset, "progress"))
+        assert key_of(dataset, "progress") == keys[-1]
+    assert len(set(keys)) == len(places)
+    assert all(re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", key) for key in keys), "Prefect's rule"
