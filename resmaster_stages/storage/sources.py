@@ -22,7 +22,7 @@ import fsspec
 
 from resmaster_stages.errors import PlanError, SampleError
 from resmaster_stages.redaction import printable
-from resmaster_stages.storage.filesystem import Folder, explained, open_root
+from resmaster_stages.storage.filesystem import Folder, explained, open_folder
 from resmaster_stages.storage.images import SUFFIXES
 from resmaster_stages.storage.shards import BAD_TAR, members
 
@@ -55,7 +55,7 @@ def find_images(url: str) -> Iterator[FoundImage]:
     or `text` of the member `.json`. The detail mask is `a.detail_mask.png`. Hidden files are left out. Raises PlanError
     if there are no images.
     """
-    place = open_root(url) if not url.endswith(".tar") else None
+    place = open_folder(url) if not url.endswith(".tar") else None
     if place is None:
         yield from _images_in_tar(url)
         return
