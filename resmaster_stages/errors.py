@@ -25,7 +25,11 @@ class UserError(ResMasterError):
 
 
 class ConfigError(UserError):
-    """The configuration is wrong, or contradicts the existing dataset at the root."""
+    """The configuration is wrong, or contradicts the existing dataset at the root. One line for each mistake."""
+
+    def __init__(self, *mistakes: str) -> None:
+        super().__init__("\n".join(mistakes))
+        self.mistakes = mistakes
 
 
 class PlanError(UserError):
