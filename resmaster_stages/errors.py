@@ -12,6 +12,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class ResMasterError(Exception):
     """Base of all errors that this project raises on purpose."""
@@ -22,7 +25,11 @@ class UserError(ResMasterError):
 
 
 class ConfigError(UserError):
-    """The configuration is wrong, or contradicts the existing dataset at the root."""
+    """The configuration is wrong, or contradicts the existing dataset at the root. One line for each mistake."""
+
+    def __init__(self, *mistakes: str) -> None:
+        super().__init__("\n".join(mistakes))
+        self.mistakes = mistakes
 
 
 class PlanError(UserError):
@@ -52,6 +59,12 @@ class ShardError(ResMasterError):
 
 class GpuLost(ResMasterError):
     """The device is gone (illegal access, ECC, launch failure). Never retried in this process."""
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """The end of a message: "; did you mean 'x'?" with the known word most like `word`, or "" if none is like it."""
+    found = difflib.get_close_matches(word, list(known), n=1) if isinstance(word, str) else []
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def first_line(error: object) -> str:

@@ -31,6 +31,10 @@ _SIGNATURE = re.compile(
     re.IGNORECASE,
 )
 _SECRET_NAME = re.compile(r"SECRET|PASSWORD|PASSWD|ACCESS_KEY|API_?KEY|AUTH_STRING|CREDENTIALS|(?:^|_)TOKEN(?:$|_)")
+_NO_SECRET = re.compile(r"_(?:ID|FILE|PATH|DIR)$|^GOOGLE_APPLICATION_CREDENTIALS$")
+"""Variables with the name of an account or the place of a file: messages are unreadable without their values."""
+_OWN_NAME = "resmaster"
+"""This project's name is no secret, whatever variable holds it, because most messages hold the name."""
 
 
 def without_credentials(text: str) -> str:
@@ -45,7 +49,8 @@ def holds_credentials(url: str) -> bool:
 
 def redacted(text: str) -> str:
     """`text` without credentials in URLs, and without the values of environment variables with a secret's name."""
-    secrets = {value for name, value in os.environ.items() if _SECRET_NAME.search(name.upper())}
+    names = [name for name in os.environ if _SECRET_NAME.search(name.upper()) and not _NO_SECRET.search(name.upper())]
+    secrets = {os.environ[name] for name in names} - {_OWN_NAME}
     for secret in sorted(secrets, key=len, reverse=True):
         if len(secret) >= MIN_SECRET_CHARACTERS:
             text = text.replace(secret, HIDDEN)

@@ -52,6 +52,25 @@ def test_secrets_of_the_environment_are_hidden(monkeypatch: pytest.MonkeyPatch) 
     assert redacted("a test of parallelism") == "a test of parallelism"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AWS_ACCESS_KEY_ID", "AKIAEXAMPLEKEY"),
+        ("AWS_ACCESS_KEY_ID", "resmaster"),
+        ("AWS_SECRET_ACCESS_KEY", "resmaster"),
+        ("AWS_SHARED_CREDENTIALS_FILE", "/home/me/credentials"),
+        ("AWS_WEB_IDENTITY_TOKEN_FILE", "/run/secrets/token"),
+        ("GOOGLE_APPLICATION_CREDENTIALS", "/home/me/key.json"),
+    ],
+)
+def test_what_is_no_secret_stays_readable(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HF_TOKEN", "canary-token")
+    assert (
+        redacted(f"{value}: make one with: {value} run canary-token") == f"{value}: make one with: {value} run [hidden]"
+    )
+
+
 def test_a_terminal_gets_no_commands() -> None:
     assert one_line(ValueError("a\x1b]0;owned\x07b\n c\ud800 é")) == "a\\x1b]0;owned\\x07b c\\ud800 é"
 

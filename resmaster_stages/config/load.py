@@ -1,36 +1,54 @@
-"""Reads a configuration from a file or a mapping. A mistake is a ConfigError: one line that names the key at fault."""
+"""Reads a configuration from a file or a mapping. All its mistakes are one ConfigError, with a line for each."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.method import DEFAULT, Method, method_class
-from resmaster_stages.config.part import Part
-from resmaster_stages.errors import ConfigError
+from resmaster_stages.config.part import LONGEST_SHOWN, UNFIT, Part
+from resmaster_stages.errors import ConfigError, did_you_mean
+from resmaster_stages.redaction import one_line, printable
+
+MAX_BYTES = 2**20
+"""Maximum size of a configuration file."""
+MAX_VALUES = 100_000
+"""Maximum number of values in a configuration file, aliases written out."""
 
 
-def _explain(error: ValidationError, values: dict[str, Any], source: str) -> str:
-    """The first mistake in a configuration, as one line."""
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or "the file"
-    if first["type"] == "extra_forbidden":
-        part = type_at(first["loc"][:-1], values)
-        known = ", ".join(part.model_fields) if part else ""
+def _mistakes(error: ValidationError, values: dict[str, Any], source: str, lines: Lines) -> list[str]:
+    """All mistakes in a configuration, one line each."""
+    found = []
+    for mistake in error.errors(include_url=False, include_input=True):
+        place = mistake["loc"]
+        number = lines.of(place)
+        line = "" if number is None else f"line {number}: "
+        found.append(f"{source}: {line}{_told(mistake['type'], place, mistake, values)}")
+    return list(dict.fromkeys(found))
+
+
+def _told(kind: str, place: tuple[Any, ...], mistake: Any, values: dict[str, Any]) -> str:
+    """What is wrong with the value at `place`, in words."""
+    where = printable(".".join(str(part)[:LONGEST_SHOWN] for part in place)) or "the file"
+    if kind == "extra_forbidden":
+        part = type_at(place[:-1], values)
+        names = list(part.model_fields) if part else []
+        known = ", ".join(names)
         here = (
             f"method {part.model_fields['method'].default} knows" if part and issubclass(part, Method) else "known here"
         )
-        return f"{source}: unknown key {where!r}" + (f"; {here}: {known}" if known else "")
-    message = first["msg"].removeprefix("Value error, ")
-    more = error.error_count() - 1
-    return f"{source}: {where}: {message}" + (f" (and {more} more)" if more else "")
+        return f"unknown key {where!r}" + (f"; {here}: {known}" if known else "") + did_you_mean(place[-1], names)
+    message = mistake["msg"].removeprefix("Value error, ")
+    if kind == "literal_error":
+        message += did_you_mean(mistake["input"], re.findall(r"'([^']*)'", mistake["ctx"]["expected"]))
+    return f"{where}: {message}"
 
 
 def type_at(location: tuple[Any, ...], values: Any) -> type[Part] | None:
@@ -49,14 +67,114 @@ def type_at(location: tuple[Any, ...], values: Any) -> type[Part] | None:
     return part
 
 
-def parse_config(values: Any, source: str = "configuration") -> DatasetConfig:
-    """Convert `values` (a mapping) to a configuration. Raises ConfigError with one line that names the key at fault."""
+def parse_config(values: Any, source: str = "configuration", lines: Lines | None = None) -> DatasetConfig:
+    """Convert `values` (a mapping) to a configuration. Raises ConfigError with a line for each key at fault.
+
+    lines: the lines of the keys in the file, if known.
+    """
     if not isinstance(values, dict):
-        raise ConfigError(f"{source}: expected a mapping of keys to values, found {type(values).__name__}")
+        found = "nothing" if values is None else type(values).__name__
+        raise ConfigError(f"{source}: expected a mapping of keys to values, found {found}")
+    lines = lines or Lines(None)
+    twice = [f"{source}: {text}" for text in lines.twice]
     try:
-        return DatasetConfig.model_validate(values)
+        config = DatasetConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, values, source)) from None
+        raise ConfigError(*twice, *_mistakes(error, values, source, lines)) from None
+    if twice:
+        raise ConfigError(*twice)
+    return config
+
+
+def _text_of(path: Path) -> str:
+    """The content of a configuration file. Raises ConfigError."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        text = data.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file; examples are in deployments/datasets/") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; give the configuration file inside it") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file; a configuration is YAML in UTF-8") from None
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{path}: has more than {MAX_BYTES:,} bytes; a configuration is a short YAML file")
+    return text
+
+
+def _from_yaml(path: Path, text: str) -> tuple[Any, yaml.Node | None]:
+    """The values in a YAML text, and the node that they were made from. Raises ConfigError."""
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if _expanded(node, {}) > MAX_VALUES:
+            raise ConfigError(f"{path}: its aliases stand for more than {MAX_VALUES:,} values; write them out")
+        return (None if node is None else loader.construct_document(node)), node
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        raise ConfigError(f"{path}: not valid YAML{place}: {one_line(problem)}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid YAML: nested too deeply") from None
+    except (ValueError, LookupError, AttributeError) as error:  # a number or date that Python cannot hold, a wrong tag
+        raise ConfigError(f"{path}: not valid YAML: a value cannot be read ({one_line(error)})") from None
+
+
+def _expanded(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """The number of values that a node stands for, its aliases written out. Too many if a node holds itself."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = MAX_VALUES + 1  # what an alias to a node inside itself stands for has no end
+        inner = node.value if isinstance(node, yaml.SequenceNode) else [each for pair in node.value for each in pair]
+        known[id(node)] = 1 + sum(_expanded(each, known) for each in inner)
+    return known[id(node)]
+
+
+class Lines:
+    """The lines of the keys in a YAML file, counted from 1."""
+
+    def __init__(self, node: yaml.Node | None, overridden: Collection[str] = ()) -> None:
+        """overridden: top-level keys whose values are not those of the file."""
+        self._root = node
+        self._overridden = overridden
+        self.twice: list[str] = []
+        """What is to be said of keys that are given twice."""
+        self._look_for_twins(node, set())
+
+    def of(self, place: tuple[Any, ...]) -> int | None:
+        """The line of the key at a path such as ("upscale", "scale"), or of the nearest key above it."""
+        line, node = None, self._root
+        if place and place[0] in self._overridden:
+            return None
+        for name in place:
+            pairs = node.value if isinstance(node, yaml.MappingNode) else []
+            found = next(((key, value) for key, value in reversed(pairs) if key.value == str(name)), None)
+            if found is None:
+                break
+            line, node = found[0].start_mark.line + 1, found[1]
+        return line
+
+    def _look_for_twins(self, node: yaml.Node | None, seen: set[int]) -> None:
+        if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+            return
+        seen.add(id(node))
+        if not isinstance(node, yaml.MappingNode):
+            for each in node.value:
+                self._look_for_twins(each, seen)
+            return
+        first: dict[str, int] = {}
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if key.value in first:
+                    self.twice.append(f"line {line}: {key.value!r} is given twice, first at line {first[key.value]}")
+                first.setdefault(key.value, line)
+            self._look_for_twins(value, seen)
 
 
 def load_config(path: str | Path, **overrides: Any) -> DatasetConfig:
@@ -67,30 +185,17 @@ def load_config(path: str | Path, **overrides: Any) -> DatasetConfig:
     folder.
     """
     path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file; examples are in deployments/datasets/") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder; give the configuration file inside it") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not a text file; a configuration is YAML in UTF-8") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" at line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}: not valid YAML{place}: {getattr(error, 'problem', error)}") from None
+    values, node = _from_yaml(path, _text_of(path))
+    given = {key: value for key, value in overrides.items() if value is not None}
     if isinstance(values, dict):
         for key in ("prompts", "images"):
             value = values.get(key)
-            if isinstance(value, str) and value and "://" not in value:
+            if isinstance(value, str) and value and "://" not in value and not UNFIT.search(value):
                 own = os.path.expanduser(value)
                 values[key] = own if os.path.isabs(own) else str((path.parent / own).resolve())
-        given = {key: value for key, value in overrides.items() if value is not None}
         if "images" in given:
             values.pop("prompts", None)
         if "prompts" in given:
             values.pop("images", None)
         values |= given
-    return parse_config(values, str(path))
+    return parse_config(values, str(path), Lines(node, given))

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from pydantic import Field, GetJsonSchemaHandler, ModelWrapValidatorHandler, SerializeAsAny, model_validator
 from pydantic_core import CoreSchema
 
-from resmaster_stages.config.part import Part, drop_defaults
+from resmaster_stages.config.part import Part, drop_defaults, known_name
 from resmaster_stages.errors import ConfigError
 
 DEFAULT = "resmaster"
@@ -72,10 +72,10 @@ class Method(Part):
             return make(values)
         if not cls._concrete():
             return method_class(values.get("method", DEFAULT)).model_validate(values)
-        preset = values.get("preset", "default")
-        if not isinstance(preset, str) or preset not in cls.presets:
-            name = cls.model_fields["method"].default
-            raise ValueError(f"method {name}: unknown preset {preset!r}; known: {', '.join(cls.presets)}")
+        try:
+            preset = known_name("preset", values.get("preset", "default"), cls.presets)
+        except ValueError as error:
+            raise ValueError(f"method {cls.model_fields['method'].default}: {error}") from None
         ties = cls._ties()
         chosen = {
             name: value
@@ -209,12 +209,10 @@ AnyMethod = Annotated[SerializeAsAny[Method], _Alternatives()]
 def method_class(name: Any) -> type[Method]:
     """The method called `name`. Raises ValueError."""
     known = methods()
-    if not isinstance(name, str) or name not in known:
-        raise ValueError(f"unknown method {name!r}; known: {', '.join(known)}")
-    return known[name]
+    return known[known_name("method", name, known)]
 
 
-def with_method(values: Mapping[str, Any], method: str) -> dict[str, Any]:
+def with_method(values: Mapping[str, Any], method: Any) -> dict[str, Any]:
     """Convert `values`, which were set for one method, to values for `method`.
 
     Kept are fields that both methods have from a common base class. Dropped are a preset that `method` does not have,
@@ -224,7 +222,7 @@ def with_method(values: Mapping[str, Any], method: str) -> dict[str, Any]:
     known = methods()
     if method == before:
         return dict(values)
-    if before not in known or method not in known:
+    if not isinstance(method, str) or before not in known or method not in known:
         return {**values, "method": method}
     one, other = known[before], known[method]
     kept = {

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from resmaster_stages.config.part import Part, offer_preset
+from resmaster_stages.config.part import Part, known_name, offer_preset
 
 STRUCTURE_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -45,9 +45,7 @@ class StructureConfig(Part):
     @classmethod
     def _expand_preset(cls, values: Any) -> Any:
         if isinstance(values, dict) and "preset" in values:
-            preset = values["preset"]
-            if preset not in STRUCTURE_PRESETS:
-                raise ValueError(f"unknown preset {preset!r}; known: {', '.join(STRUCTURE_PRESETS)}")
+            preset = known_name("preset", values["preset"], STRUCTURE_PRESETS)
             rest = {key: value for key, value in values.items() if key != "preset"}
             return {**STRUCTURE_PRESETS[preset], **rest}
         return values

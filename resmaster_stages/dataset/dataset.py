@@ -177,7 +177,7 @@ def _current_number(folder: Folder) -> int:
 def _current(folder: Folder) -> tuple[int, DatasetConfig]:
     """Number and content of the current (last) configuration.
 
-    Raises ConfigError if it is damaged, or if it names another dataset than the folder.
+    The folder of a copy may have another name than the dataset. Raises ConfigError if the configuration is damaged.
     """
     number = _current_number(folder)
     name = layout.changed_config(number) if number else layout.CONFIG
@@ -189,9 +189,7 @@ def _current(folder: Folder) -> tuple[int, DatasetConfig]:
             f"{place}: damaged ({error}); restore it, or delete it and run the same configuration again"
         ) from error
     config = parse_config(values, place)
-    parent, _, own_name = folder.path.rpartition("/")
-    if own_name != config.name:
-        raise ConfigError(f"{folder.url}: holds the dataset {config.name!r}; rename the folder back to that")
+    parent = folder.path.rpartition("/")[0]
     return number, config.model_copy(update={"root": Folder(folder.fs, parent).url})
 
 
@@ -220,5 +218,5 @@ def _usable(root: str) -> Iterator[None]:
     except OSError as error:
         place, reason = without_credentials(root), one_line(error)
         if not reason.startswith(place):
-            reason = f"{place}: cannot be used ({reason})"
+            reason = f"{place}: cannot be used ({reason}); mend that"
         raise UserError(f"{reason}, or choose another root") from error

@@ -114,7 +114,9 @@ def _with_method(config: DatasetConfig, text: str, scale: str) -> DatasetConfig:
         *above, last = path.split(".")
         for name in above:
             inner = inner.setdefault(name, {})
-        inner[last] = yaml.safe_load(value)
+            if not isinstance(inner, dict):
+                raise ConfigError(f"--methods {text}: {name} has a value and keys below it; give one of both")
+        inner[last] = _value(value, text)
     label = re.sub(r"[^A-Za-z0-9-]+", "_", text)
     room = LONGEST_NAME - len(f"{config.name}--{scale}")
     if len(label) > room:
@@ -124,6 +126,14 @@ def _with_method(config: DatasetConfig, text: str, scale: str) -> DatasetConfig:
     quality = {"features": own} if config.quality.features == "none" else {}
     named_config = config.model_copy(update={"name": f"{config.name}-{label}-{scale}"})
     return _changed(named_config, f"--methods {text}", upscale, {}, quality)
+
+
+def _value(written: str, text: str) -> Any:
+    """The value that is written in YAML in one of the settings of `text`. Raises ConfigError."""
+    try:
+        return yaml.safe_load(written)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError):
+        raise ConfigError(f"--methods {text}: {written!r} is no value; write e.g. resmaster:stride=0.75") from None
 
 
 def _changed(

@@ -10,16 +10,19 @@ Invariants:
 
 from __future__ import annotations
 
+import configparser
 import errno
 import hashlib
 import io
 import os
+import re
 import stat
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +32,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from resmaster_stages.errors import UserError
+from resmaster_stages.errors import ResMasterError, UserError
 from resmaster_stages.redaction import holds_credentials, one_line, without_credentials
 
 CREATE_ATTEMPTS = 6
@@ -48,43 +51,156 @@ _memory_lock = threading.Lock()  # fsspec's memory store checks and writes in tw
 _PERMANENT = {
     errno.ENOSPC: "the disk is full; free some space, then run the same command again",
     errno.EDQUOT: "the disk quota is used up; free some space, then run the same command again",
-    errno.EROFS: "the file system is read-only; choose another root",
-    errno.EACCES: "permission denied; check who may write there, or choose another root",
-    errno.EPERM: "operation not permitted; check who may write there, or choose another root",
-    errno.ENOTDIR: "a file is in the way where a folder is needed; choose another root",
-    errno.EISDIR: "a folder is in the way where a file is needed; choose another root",
-    errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter root or name",
+    errno.EROFS: "the file system is read-only; choose another place",
+    errno.EACCES: "permission denied; check the rights of this user there, or choose another place",
+    errno.EPERM: "operation not permitted; check the rights of this user there, or choose another place",
+    errno.ENOTDIR: "a file is in the way where a folder is needed; choose another place",
+    errno.EISDIR: "a folder is in the way where a file is needed; choose another place",
+    errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one",
+    errno.ELOOP: "links lead in a circle; mend them, or choose another place",
 }
+
+_KEYS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile"
+_EXPIRED = "the credentials have expired; get new ones (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN)"
+_TOKEN = "the session token is not valid; check AWS_SESSION_TOKEN"
+_RIGHTS = "these credentials lack the right to do this there; give it to them, or use others"
+_UNSAID = f"the store does not say why: the credentials are wrong, have expired or lack the right; {_KEYS}"
+_BUCKET_NAME = "not a valid bucket name; it has 3 to 63 lower-case letters, digits, dots and dashes"
+_REGION = "the bucket is in another region or at another address; set AWS_DEFAULT_REGION or AWS_ENDPOINT_URL"
+_UNABLE = "this store cannot do what is needed here; choose another one"
+_REFUSALS = {
+    "InvalidAccessKeyId": f"the store does not know this access key; {_KEYS}",
+    "SignatureDoesNotMatch": f"the secret key does not fit the access key; {_KEYS}",
+    "ExpiredToken": _EXPIRED,
+    "ExpiredTokenException": _EXPIRED,
+    "TokenRefreshRequired": _EXPIRED,
+    "InvalidToken": _TOKEN,
+    "InvalidClientTokenId": _TOKEN,
+    "AccessDenied": _RIGHTS,
+    "AllAccessDisabled": _RIGHTS,
+    "AccountProblem": _RIGHTS,
+    "InvalidSecurity": _KEYS,
+    "NotSignedUp": _KEYS,
+    "401": _UNSAID,
+    "403": _UNSAID,
+    "400": f"{_UNSAID}; check AWS_DEFAULT_REGION too",
+    "RequestTimeTooSkewed": "the clock of this machine is wrong; set it",
+    "NoSuchBucket": "no such bucket; create it, or choose another one",
+    "InvalidBucketName": _BUCKET_NAME,
+    "AuthorizationHeaderMalformed": _REGION,
+    "IllegalLocationConstraintException": _REGION,
+    "PermanentRedirect": _REGION,
+    "301": _REGION,
+    "NotImplemented": _UNABLE,
+    "501": _UNABLE,
+    "MethodNotAllowed": _UNABLE,
+    "405": _UNABLE,
+}
+"""Code of an S3 store's answer -> what it means and what to do. No retry mends these.
+
+An answer to a HEAD request has no body, so the store's own code is missing there, and the HTTP status stands for it."""
+
+_S3_LIBRARIES = {"botocore", "aiobotocore", "s3fs"}
+_NETWORK_LIBRARIES = {"aiohttp", "httpx", "httpx2", "httpcore", "huggingface_hub", "requests", "urllib3"}
 
 
 @contextmanager
 def explained(place: str) -> Iterator[None]:
-    """Turn errors about `place` that no retry can mend into a one-line UserError. Other errors pass unchanged.
+    """Turn errors about `place` into one line: a UserError if no retry can mend it, else a ConnectionError.
 
-    Errors of an object store that are no OSError (unreachable, timed out) become ConnectionError, which is retried.
+    Missing files and existing ones (FileNotFoundError, FileExistsError), errors of a local disk that may pass, and bugs
+    pass unchanged.
     """
     try:
         yield
-    except UserError:
-        raise
-    except PermissionError as error:
-        raise UserError(f"{without_credentials(place)}: {_PERMANENT[errno.EACCES]}") from error
-    except FileExistsError:
-        raise
-    except OSError as error:
-        if error.errno in _PERMANENT:
-            raise UserError(f"{without_credentials(place)}: {_PERMANENT[error.errno]}") from error
+    except ResMasterError:
         raise
     except Exception as error:
-        if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
-            raise UserError(
-                f"{without_credentials(place)}: no usable credentials ({one_line(error)}); set AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY or a profile"
-            ) from error
-        if type(error).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp"):
-            message = f"cannot be reached ({one_line(error)}); check the network and AWS_ENDPOINT_URL"
-            raise ConnectionError(f"{without_credentials(place)}: {message}") from error
-        raise
+        told = _told(without_credentials(place), error)
+        if told is None:
+            raise
+        raise told from error
+
+
+def _told(place: str, error: Exception) -> Exception | None:
+    """The error that says in one line what went wrong at `place`; None if `error` is to pass unchanged."""
+    code = _store_code(error)
+    if code in _REFUSALS:
+        return UserError(f"{place}: {code}: {_REFUSALS[code]}")
+    if isinstance(error, (FileNotFoundError, FileExistsError)):
+        return None
+    if isinstance(error, OSError):
+        number = errno.EACCES if isinstance(error, PermissionError) else error.errno
+        if number in _PERMANENT:
+            return UserError(f"{place}: {_PERMANENT[number]}")
+    if code is not None:
+        return ConnectionError(f"{place}: the store answered {code} ({one_line(error)}); run the same command again")
+    if isinstance(error, OSError):
+        return None
+    library = type(error).__module__.partition(".")[0]
+    if library in ("botocore", "aiobotocore"):
+        return _of_botocore(place, error)
+    if library in _NETWORK_LIBRARIES:
+        return _unreachable(place, error)
+    return _of_libraries(place, error)
+
+
+def _of_botocore(place: str, error: Exception) -> Exception:
+    """What an error of the S3 library itself says: no credentials, no connection, or wrong settings."""
+    from botocore import exceptions as known  # botocore raised the error, so it is loaded
+    from botocore.parsers import ResponseParserError
+
+    credentials = (
+        known.NoCredentialsError,
+        known.PartialCredentialsError,
+        known.ProfileNotFound,
+        known.CredentialRetrievalError,
+        known.TokenRetrievalError,
+        known.SSOError,
+        known.MetadataRetrievalError,
+    )
+    if isinstance(error, credentials):
+        return UserError(
+            f"{place}: no usable credentials ({one_line(error)}); set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY or a profile"
+        )
+    if isinstance(error, (known.IncompleteReadError, known.FlexibleChecksumError, ResponseParserError)):
+        return ConnectionError(f"{place}: the answer arrived damaged ({one_line(error)}); run the same command again")
+    if isinstance(error, (known.HTTPClientError, known.ConnectionError)):
+        return _unreachable(place, error)
+    return _wrong_settings(place, error)
+
+
+def _unreachable(place: str, error: Exception) -> ConnectionError:
+    address = "AWS_ENDPOINT_URL" if place.startswith("s3://") else "the address"
+    return ConnectionError(
+        f"{place}: cannot be reached ({one_line(error) or type(error).__name__}); check the network and {address}"
+    )
+
+
+def _wrong_settings(place: str, error: Exception) -> UserError:
+    if "Invalid bucket name" in str(error):
+        return UserError(f"{place}: {_BUCKET_NAME}")
+    mend = "check the AWS_... variables and ~/.aws/config"
+    if "endpoint" in str(error):
+        mend = "an address of a store begins with http:// or https:// and a host: check AWS_ENDPOINT_URL or the profile"
+    return UserError(f"{place}: S3 cannot be used as it is set up ({one_line(error)}); {mend}")
+
+
+def _of_libraries(place: str, error: Exception) -> Exception | None:
+    """What a plain Python error means that a library of stores raised. None if the error came from elsewhere, or is of
+    a kind that bugs raise."""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    libraries = {str(name).partition(".")[0] for name in frames}
+    if isinstance(error, NotImplementedError) and "fsspec" in libraries:
+        return UserError(f"{place}: a place of this kind cannot be used; give a folder or an s3:// URL")
+    if isinstance(error, ImportError) and "fsspec" in libraries:
+        return UserError(f"{place}: needs a library that is missing ({one_line(error)})")
+    if isinstance(error, (ValueError, configparser.Error)) and libraries & _S3_LIBRARIES:
+        return _wrong_settings(place, error)
+    if isinstance(error, RuntimeError) and libraries & (_S3_LIBRARIES | _NETWORK_LIBRARIES):
+        return _unreachable(place, error)
+    return None
 
 
 _MODIFIED = ("LastModified", "mtime", "created")  # the names in S3, local and in-memory listings
@@ -170,11 +286,11 @@ class Folder:
         result: dict[str, bytes] = {}
         for path, name in by_path.items():
             value = found[path]
-            if isinstance(value, FileNotFoundError):
-                continue
             if isinstance(value, Exception):
-                raise value
-            result[name] = value
+                with suppress(FileNotFoundError), explained(self.url_of(name)):
+                    raise value
+            else:
+                result[name] = value
         return result
 
     def open(self, name: str, ahead_bytes: int = 64 * 1024) -> IO[bytes]:
@@ -210,21 +326,32 @@ class Folder:
 
     def exists(self, name: str) -> bool:
         """Whether the file or folder exists now."""
+        path = self.full(name)
         with explained(self.url_of(name)):
-            return bool(self.fs.exists(self.full(name)))
+            return self._exists_on_s3(path) if self._on_s3 else bool(self.fs.exists(path))
+
+    def _exists_on_s3(self, path: str) -> bool:
+        """Whether an object has this name, or lies below it. A refused listing says why, a refused HEAD does not."""
+        bucket, _, key = path.partition("/")
+        for prefix in (key, f"{key}/"):  # other names that begin with `key` may come before those of the folder
+            page = self.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1, **self.fs.req_kw)
+            first = next((each["Key"] for each in page.get("Contents", [])), "")
+            if not key or first == key or first.startswith(f"{key}/"):
+                return True
+        return False
 
     def names(self, folder: str) -> list[str]:
         """Sorted names (relative to this folder) of files and folders directly in `folder`; empty if it is missing."""
         with explained(self.url_of(folder)):
-            try:
-                if self._on_s3:
-                    found = [path for path, _ in self._listed(folder, "/")]
-                else:
+            if self._on_s3:
+                found = [path for path, _ in self._listed(folder, "/")]
+            else:
+                try:
                     found = self.fs.ls(self.full(folder), detail=False, refresh=True)
-            except TypeError:
-                found = self.fs.ls(self.full(folder), detail=False)
-            except FileNotFoundError:
-                return []
+                except TypeError:
+                    found = self.fs.ls(self.full(folder), detail=False)
+                except FileNotFoundError:
+                    return []
         prefix = f"{folder}/" if folder else ""
         paths = {str(path).rstrip("/") for path in found} - {self.full(folder)}  # some stores list the folder itself
         return sorted(prefix + path.rsplit("/", 1)[-1] for path in paths)
@@ -376,15 +503,32 @@ def _walk(start: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield path, {"size": facts.st_size, "mtime": facts.st_mtime}
 
 
-def open_root(url: str) -> Folder:
-    """The folder at a path or fsspec URL (`s3://bucket/prefix`, `memory://x`). It need not exist yet.
+ROOTS = ("file", "s3", "memory")
+"""Schemes of roots. `memory` is for tests: the content is gone when the process ends."""
 
-    Raises UserError for an unknown scheme, a missing driver, credentials in the URL, or a local path that is a file.
+
+def open_root(url: str) -> Folder:
+    """The folder at a path, a `file://` URL or `s3://bucket/prefix`, where datasets lie. It need not exist yet.
+
+    Raises UserError for another scheme, a missing bucket name, credentials in the URL, wrong settings of S3, and a
+    local path that is a file or cannot be looked at.
     """
+    scheme = _scheme(url)
+    if scheme and scheme not in ROOTS:
+        raise UserError(
+            f"{without_credentials(url)}: {scheme}:// cannot be a root; give a folder or s3://bucket/prefix"
+        )
+    return open_folder(url)
+
+
+def open_folder(url: str) -> Folder:
+    """The folder at a path or at any fsspec URL, where the user's input lies. Raises UserError as `open_root` does."""
     refuse_credentials(url)
     folder = _folder_at(url)
-    if folder.local and Path(folder.path).exists() and not Path(folder.path).is_dir():
-        raise UserError(f"{url}: is a file; give a folder or a URL such as s3://bucket/prefix")
+    if folder.local:
+        with explained(url), suppress(FileNotFoundError):
+            if not stat.S_ISDIR(os.stat(folder.path or "/").st_mode):
+                raise UserError(f"{url}: is a file; give a folder or a URL such as s3://bucket/prefix")
     return folder
 
 
@@ -412,20 +556,55 @@ def open_regular(path: str) -> IO[bytes]:
 
 
 def _folder_at(url: str) -> Folder:
+    """The folder at a path or URL, unseen. Raises UserError for a place that cannot be."""
     if not url.strip():
-        raise UserError("the root is empty; give a folder or a URL such as s3://bucket/prefix")
-    scheme = url.split("://", 1)[0] if "://" in url else ""
+        raise UserError("the path is empty; give a folder or a URL such as s3://bucket/prefix")
+    if "\0" in url:
+        raise UserError(f"{url}: holds a NUL character; give a folder or a URL such as s3://bucket/prefix")
+    scheme = _scheme(url)
+    if scheme in ("", "file"):
+        return _local_folder(url, scheme)
     options = _s3_options() if scheme in ("s3", "s3a") else {}
-    target = url if scheme else str(Path(url).expanduser().absolute())
+    if options and not url.partition("://")[2].partition("/")[0]:
+        raise UserError(f"{url}: has no bucket; write s3://bucket/prefix")
     try:
         with explained(url):
-            kind = fsspec.get_filesystem_class(scheme or "file")  # not url_to_fs, to which "::" joins several URLs
-            fs = kind(**{**kind._get_kwargs_from_urls(target), **options})
-            path = kind._strip_protocol(target)
-    except (ValueError, ImportError) as error:
-        place = without_credentials(url)
-        raise UserError(f"{place}: not a usable root ({one_line(error)}); give a folder or an s3:// URL") from error
+            if scheme in ROOTS:  # `::` is no chain in the names of a store
+                fs = fsspec.filesystem(scheme, **options)
+                return Folder(fs, str(fs._strip_protocol(url)).rstrip("/"))
+            fs, path = fsspec.core.url_to_fs(url, **options)
+    except ValueError as error:
+        message = f"not a usable place ({one_line(error)}); give a folder or an s3:// URL"
+        raise UserError(f"{without_credentials(url)}: {message}") from error
     return Folder(fs, str(path).rstrip("/"))
+
+
+def _scheme(url: str) -> str:
+    """The scheme of a URL, or "" for a local path. Raises UserError for a URL with one slash, such as `s3:/bucket`."""
+    scheme, found, _ = url.partition("://")
+    if found and "/" not in scheme:
+        return scheme
+    head, colon, _ = url.partition(":")
+    if colon and head.lower() in fsspec.available_protocols():
+        raise UserError(f"{url}: a URL has two slashes; write {head}://... (or ./{url} for a folder of that name)")
+    return ""
+
+
+def _local_folder(url: str, scheme: str) -> Folder:
+    fs = fsspec.filesystem("file")
+    try:
+        path = str(fs._strip_protocol(url)) if scheme else str(Path(url).expanduser().absolute())
+    except RuntimeError:  # ~nobody
+        raise UserError(f"{url}: the home folder of this user is not known; write the whole path") from None
+    return Folder(fs, path.rstrip("/"))
+
+
+def _check_endpoint() -> None:
+    """Raise UserError for an address of the store that the S3 library would turn down."""
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        address = os.environ.get(name, "")
+        if address and not re.match("https?://", address, re.IGNORECASE):
+            raise UserError(f"{name}: {without_credentials(address)} has no http:// or https://")
 
 
 def _s3_options() -> dict[str, Any]:
@@ -433,7 +612,10 @@ def _s3_options() -> dict[str, Any]:
     minute before a task fails.
 
     The user's settings win: `AWS_RETRY_MODE` and `AWS_MAX_ATTEMPTS`, or fsspec's configuration of `s3`.
+
+    Raises UserError for an address of the store without http:// or https://.
     """
+    _check_endpoint()
     config = dict(fsspec.config.conf.get("s3", {}).get("config_kwargs", {}))
     if not {"AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS"} & os.environ.keys():
         config.setdefault("retries", {"mode": "standard", "total_max_attempts": S3_ATTEMPTS})
@@ -488,10 +670,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _store_code(error: OSError) -> str | None:
-    """The store's own error code behind an error of s3fs, or None."""
-    response = getattr(error.__cause__, "response", None)
-    return response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+def _store_code(error: Exception) -> str | None:
+    """The store's own error code in an error of botocore, or behind an error of s3fs. None if there is none."""
+    for each in (error, error.__cause__):
+        response = getattr(each, "response", None)
+        if isinstance(response, dict):
+            code = response.get("Error", {}).get("Code")
+            return None if code is None else str(code)
+    return None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from resmaster_stages.errors import SampleError
-from resmaster_stages.storage.filesystem import Folder, explained, open_file, open_root
+from resmaster_stages.storage.filesystem import Folder, explained, open_file, open_folder
 from resmaster_stages.storage.images import SUFFIXES, image_size
 from resmaster_stages.storage.listings import leads_out, spell_source
 from resmaster_stages.storage.sources import MAX_FILE_BYTES, mask_beside, read_image, unfit
@@ -36,7 +36,7 @@ def mask_of_row(prompts: str, value: Any, row: int) -> tuple[str, bytes]:
     Raises SampleError with a short reason if there is no usable mask.
     """
     folder, slash, base = prompts.rpartition("/")
-    place = open_root(folder + slash or ".")
+    place = open_folder(folder + slash or ".")
     if isinstance(value, bytes):
         if len(value) > MAX_FILE_BYTES:
             raise SampleError(f"has {len(value):,} bytes, more than {MAX_FILE_BYTES:,}")

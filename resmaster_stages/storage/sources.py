@@ -26,7 +26,7 @@ from typing import Any
 
 from resmaster_stages.errors import PlanError, SampleError
 from resmaster_stages.redaction import one_line, printable
-from resmaster_stages.storage.filesystem import Folder, open_file, open_root, refuse_credentials
+from resmaster_stages.storage.filesystem import Folder, open_file, open_folder, refuse_credentials
 from resmaster_stages.storage.images import FORMATS, KNOWN_UNREAD, SUFFIXES
 from resmaster_stages.storage.listings import (
     Entry,
@@ -158,11 +158,11 @@ def _place_at(url: str) -> tuple[Folder, str]:
     lower = url.lower()
     may_be_file = lower.endswith((".tar", *ARCHIVES, *SUFFIXES, *KNOWN_UNREAD))
     if not may_be_file and not os.path.isfile(os.path.expanduser(url)):
-        return open_root(url), ""
+        return open_folder(url), ""
     refuse_credentials(url)
     place, name = open_file(url)
     if place.local and os.path.isdir(place.full(name)):
-        return open_root(url), ""
+        return open_folder(url), ""
     if lower.endswith(".tar"):
         return place, name
     if place.local and not os.path.lexists(place.full(name)):

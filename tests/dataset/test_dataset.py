@@ -32,8 +32,11 @@ def test_a_moved_dataset_knows_its_new_root(tmp_path: Path) -> None:
     os.rename(tmp_path / "a", tmp_path / "b")
     assert open_dataset(str(tmp_path / "b")).config.root == str(tmp_path / "b")
     os.rename(tmp_path / "b" / "demo", tmp_path / "b" / "other")
-    with pytest.raises(ConfigError, match="rename the folder back"):
-        open_dataset(str(tmp_path / "b"))
+    for url in (tmp_path / "b", tmp_path / "b" / "other"):
+        renamed = open_dataset(str(url))
+        assert (renamed.url, renamed.config.name) == (str(tmp_path / "b" / "other"), "demo")
+    with pytest.raises(ConfigError, match="name is 'demo' there and 'other' in the configuration"):
+        create_or_open(config_at(tmp_path / "b", name="other"))
 
 
 @pytest.mark.parametrize(

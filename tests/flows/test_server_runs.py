@@ -3,19 +3,37 @@ started."""
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
 import httpx
 import pytest
 import yaml
-from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_settings
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_DEFAULT_RESULT_STORAGE_BLOCK,
+    PREFECT_SERVER_ALLOW_EPHEMERAL_MODE,
+    temporary_settings,
+)
 
 from resmaster_flows.cli.main import main
-from resmaster_flows.server_runs import on_workers, server_within_reach
+from resmaster_flows.server_runs import (
+    on_workers,
+    require_answer,
+    require_result_storage,
+    server_within_reach,
+    start_temporary_server,
+)
 from resmaster_stages.config.dataset import DispatchConfig
 from resmaster_stages.errors import UserError
+from tests.checkout import PYTHONPATH
 
 NOBODY = "http://127.0.0.1:9/api"
 
@@ -106,3 +124,101 @@ def test_a_temporary_server_is_not_started_against_the_settings(temporary: type[
     ):
         pass
     assert temporary.events == []
+
+
+def test_a_temporary_server_that_does_not_start_is_one_line(
+    temporary: type[Temporary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(self: Temporary) -> None:
+        raise RuntimeError("Timed out while attempting to connect.\n Ephemeral server process exited with code 1.")
+
+    monkeypatch.setattr(temporary, "start", die)
+    with pytest.raises(ConnectionError, match=r"did not start \(Timed out .* code 1\.\); check PREFECT_HOME") as caught:
+        start_temporary_server()
+    assert "\n" not in str(caught.value)
+    assert temporary.events == ["stop"]
+
+
+SETTINGS = [
+    ("PREFECT_HOME", "/proc/nowhere", r"PREFECT_HOME /proc/nowhere cannot be written \(.*\); set PREFECT_HOME"),
+    ("PREFECT_HOME", "{file}/below", r"PREFECT_HOME .*/file/below cannot be written \(.*\); set PREFECT_HOME"),
+    ("PREFECT_API_URL", "localhost:4200", "PREFECT_API_URL: localhost:4200 has no http:// or https://"),
+    ("PREFECT_API_REQUEST_TIMEOUT", "soon", r"Prefect's settings cannot be used \(APISettings: request_timeout: .*"),
+    ("PREFECT_LOGGING_LEVEL", "loud", r"Prefect's settings cannot be used \(LoggingSettings: level: .*"),
+    ("PREFECT_PROFILE", "nobody", "PREFECT_PROFILE: Prefect has no profile 'nobody'; known: .*"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), SETTINGS)
+def test_settings_of_prefect_that_do_not_fit_are_one_line(name: str, value: str, message: str, tmp_path: Path) -> None:
+    """Said before anything is started or written. In a process of its own, because Prefect reads settings once."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "prompts.txt").write_text("a red house\n")
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump({"name": "demo", "prompts": "prompts.txt"}))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "resmaster_flows.cli.main", "run", "demo.yaml", "--root", "out"],
+        cwd=tmp_path,
+        env={
+            **environment,
+            "PYTHONPATH": PYTHONPATH,
+            "PREFECT_HOME": str(tmp_path / "prefect"),
+            "COLUMNS": "500",
+            name: value.format(file=tmp_path / "file"),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(f"resmaster: {message}\n", done.stderr), done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_block_for_results_that_is_not_there_is_one_line(
+    temporary: type[Temporary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise ValueError("Unable to find block document named nosuch for block type s3-bucket")
+
+    monkeypatch.setattr("resmaster_flows.server_runs.get_default_result_storage", missing)
+    require_result_storage()
+    assert temporary.events == [], "without the setting nothing is asked"
+    with (
+        temporary_settings({PREFECT_DEFAULT_RESULT_STORAGE_BLOCK: "s3-bucket/nosuch"}),
+        pytest.raises(UserError, match=r"RESULT_STORAGE_BLOCK s3-bucket/nosuch cannot be used .*nosuch.*; unset it"),
+    ):
+        require_result_storage()
+    assert temporary.events == ["start"]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "reason"),
+    [
+        (401, b'{"exception_message": "Unauthorized"}', "401"),
+        (200, b"<html>", "JSON|Expecting|parse"),
+        (200, b'"2.20.0"', "incompatible"),
+    ],
+)
+def test_a_server_that_cannot_be_used_is_one_line(status: int, body: bytes, reason: str) -> None:
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            healthy = self.path.endswith("/health")
+            self.send_response(200 if healthy else status)
+            self.end_headers()
+            self.wfile.write(b"true" if healthy else body)
+
+        def log_message(self, *arguments: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with (
+            temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{server.server_port}/api"}),
+            pytest.raises(UserError, match=rf"no Prefect server that can be used \(.*({reason}).*PREFECT_API_KEY"),
+        ):
+            require_answer()
+    finally:
+        server.shutdown()
+        server.server_close()

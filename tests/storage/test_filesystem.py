@@ -7,6 +7,8 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import s3fs
+from botocore.exceptions import EndpointConnectionError, NoCredentialsError
 
 from resmaster_stages.errors import UserError
 from resmaster_stages.redaction import without_credentials
@@ -155,10 +157,49 @@ def test_bad_roots(tmp_path: Path) -> None:
         open_root(str(tmp_path / "file"))
     with pytest.raises(UserError, match="a file is in the way"):
         open_root(str(tmp_path / "file" / "below")).create("x", b"")
-    with pytest.raises(UserError, match="not a usable root"):
-        open_root("nonsense://x")
     with pytest.raises(UserError, match="empty"):
         open_root(" ")
+
+
+@pytest.mark.parametrize("scheme", ["https", "hf", "gs", "az", "zip", "ftp", "S3", "nonsense", "simplecache::s3"])
+def test_only_folders_and_s3_are_roots(scheme: str) -> None:
+    with pytest.raises(UserError, match=rf"{scheme}:// cannot be a root; give a folder or s3://bucket/prefix"):
+        open_root(f"{scheme}://datasets/x")
+
+
+@pytest.mark.parametrize("url", ["s3:/datasets", "s3:datasets", "S3:/datasets", "file:/tmp", "https:/host/x"])
+def test_a_url_with_one_slash_is_no_folder(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="a URL has two slashes; write "):
+        open_root(url)
+    assert open_root(f"./{url}").path == str(tmp_path / url), "as the message says"
+
+
+def test_a_root_in_s3_needs_a_bucket() -> None:
+    for url in ("s3://", "s3:///x", "s3:////"):
+        with pytest.raises(UserError, match="has no bucket"):
+            open_root(url)
+
+
+def test_local_roots_that_cannot_be_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    for name, reason in (
+        ("file/below", "a file is in the way"),
+        ("loop/x", "links lead in a circle"),
+        ("x" * 256, "the name is too long"),
+        ("x\0y", "NUL"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            open_root(str(tmp_path / name))
+    with pytest.raises(UserError, match="write the whole path"):
+        open_root("~nobody-of-this-name/x")
+
+
+def test_a_local_root_is_a_path_or_a_file_url(tmp_path: Path) -> None:
+    for name in ("a::b", "c#d", "2024-01-01T10:30"):
+        assert open_root(str(tmp_path / name)) == open_root(f"file://{tmp_path / name}")
+        assert open_root(str(tmp_path / name)).path == str(tmp_path / name)
 
 
 class FakeStore:
@@ -209,11 +250,117 @@ def test_transient_errors_stay_what_they_are() -> None:
     assert caught.type is OSError
     with pytest.raises(UserError, match="permission denied"), explained("s3://b"):
         raise PermissionError("Access Denied")
-    unreachable = type("EndpointConnectionError", (Exception,), {"__module__": "botocore.exceptions"})
     with pytest.raises(ConnectionError, match="s3://b: cannot be reached"), explained("s3://b"):
-        raise unreachable("no route")
+        raise EndpointConnectionError(endpoint_url="http://x")
     with pytest.raises(UserError, match="credentials"), explained("s3://b"):
-        raise type("NoCredentialsError", (unreachable,), {})()
+        raise NoCredentialsError
+
+
+@pytest.mark.parametrize(
+    ("code", "number", "advice"),
+    [
+        ("InvalidAccessKeyId", errno.EACCES, "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+        ("SignatureDoesNotMatch", errno.EACCES, "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+        ("ExpiredToken", errno.EACCES, "have expired.*AWS_SESSION_TOKEN"),
+        ("AccessDenied", errno.EACCES, "lack the right"),
+        ("RequestTimeTooSkewed", errno.EACCES, "clock"),
+        ("NoSuchBucket", errno.ENOENT, "no such bucket"),
+        ("InvalidBucketName", errno.EINVAL, "not a valid bucket name"),
+        ("400", errno.EINVAL, "does not say why.*expired.*AWS_DEFAULT_REGION"),
+        ("403", errno.EACCES, "does not say why.*expired"),
+    ],
+)
+def test_a_refusal_is_told_by_its_code_with_what_to_do(code: str, number: int, advice: str) -> None:
+    with pytest.raises(UserError, match=rf"^s3://b/x: {code}: .*{advice}") as caught, explained("s3://b/x"):
+        raise store_error(code, number)
+    assert "write" not in str(caught.value)
+
+
+def test_what_a_store_may_do_better_next_time_is_a_connection_error() -> None:
+    for code in ("SlowDown", "503", "InternalError", "SomethingNew"):
+        with pytest.raises(ConnectionError, match=f"s3://b: the store answered {code}"), explained("s3://b"):
+            raise store_error(code, errno.EBUSY)
+    client = type("ConnectError", (Exception,), {"__module__": "httpx"})
+    with pytest.raises(ConnectionError, match=r"hf://x: cannot be reached .*check the network"), explained("hf://x"):
+        raise client("name not known")
+
+
+def test_bugs_and_missing_files_are_not_dressed_up() -> None:
+    for error in (TypeError("x"), ValueError("x"), KeyError("x"), FileNotFoundError("x"), FileExistsError("x")):
+        with pytest.raises(type(error)) as caught, explained("s3://b"):
+            raise error
+        assert caught.value is error
+
+
+S3_SETTINGS = [
+    ({"AWS_ENDPOINT_URL": "127.0.0.1:9400"}, "^AWS_ENDPOINT_URL: 127.0.0.1:9400 has no http:// or https://$"),
+    ({"AWS_ENDPOINT_URL_S3": "localhost"}, "^AWS_ENDPOINT_URL_S3: localhost has no http:// or https://$"),
+    ({"AWS_ENDPOINT_URL": "http://me:pass@"}, "S3 cannot be used as it is set up"),
+    ({"AWS_ENDPOINT_URL": "http://127.0.0.1:99999"}, "not a valid URI.*AWS_ENDPOINT_URL"),
+    ({"AWS_ENDPOINT_URL": "http://127.0.0.1:x"}, "not a valid URI.*AWS_ENDPOINT_URL"),
+    ({"AWS_CONFIG_FILE": "[default]\nendpoint_url = localhost:9\n"}, "Invalid endpoint: localhost:9.*http"),
+    ({"AWS_CONFIG_FILE": "[default\nx"}, "Unable to parse config file"),
+    ({"AWS_DEFAULT_REGION": "no region"}, "no region.*check the AWS_... variables"),
+    ({"AWS_PROFILE": "nobody"}, "no usable credentials.*nobody"),
+    ({"AWS_MAX_ATTEMPTS": "many"}, "many.*check the AWS_... variables"),
+    ({"AWS_RETRY_MODE": "often"}, "often.*check the AWS_... variables"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), S3_SETTINGS)
+def test_wrong_settings_of_s3_are_one_line(
+    settings: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    given = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_EC2_METADATA_DISABLED": "true", **settings}
+    if "AWS_CONFIG_FILE" in given:
+        (tmp_path / "config").write_text(given["AWS_CONFIG_FILE"])
+        given["AWS_CONFIG_FILE"] = str(tmp_path / "config")
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(UserError, match=message) as caught:
+        open_root("s3://bucket/x").read("a")
+    assert "\n" not in str(caught.value)
+    assert "pass" not in str(caught.value)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize(
+    ("name", "value", "code"),
+    [
+        ("AWS_ACCESS_KEY_ID", "nobody", "InvalidAccessKeyId"),
+        ("AWS_SECRET_ACCESS_KEY", "wrong-secret", "SignatureDoesNotMatch"),
+    ],
+)
+def test_wrong_keys_are_told_by_their_code_whatever_is_asked(
+    name: str, value: str, code: str, s3_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    folder = open_root(s3_root)
+    for ask in (
+        lambda: folder.exists("config.json"),
+        lambda: folder.read("config.json"),
+        lambda: folder.read_many(["a", "b"]),
+        lambda: folder.names(""),
+        lambda: list(folder.files()),
+        lambda: folder.create("x", b""),
+    ):
+        with pytest.raises(UserError, match=rf"{code}: .*check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+            ask()
+    with pytest.raises(UserError, match="not a valid bucket name"):
+        open_root("s3://No_Bucket!/x").exists("a")
+
+
+def test_a_folder_exists_beside_names_that_begin_alike(folder: Folder) -> None:
+    for name in ("plan-old/x", "planned", "plan/x"):
+        folder.write(name, b"1")
+    assert [folder.exists(name) for name in ("plan", "planned", "plan/x", "plan-old", "pla", "plan/y")] == [
+        True, True, True, True, False, False,
+    ]  # fmt: skip
+    assert folder.exists("")
 
 
 def test_credentials_are_cut_out() -> None:
@@ -224,10 +371,9 @@ def test_credentials_are_cut_out() -> None:
 
 def test_a_store_that_cannot_be_reached_is_named_when_its_files_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = open_root("memory://somewhere/else")
-    unreachable = type("EndpointConnectionError", (Exception,), {"__module__": "botocore.exceptions"})
 
     def find(*args: object, **options: object) -> None:
-        raise unreachable("no route")
+        raise EndpointConnectionError(endpoint_url="http://x")
 
     monkeypatch.setattr(type(folder.fs), "find", find)
     with pytest.raises(ConnectionError, match=r"somewhere/else.*cannot be reached"):

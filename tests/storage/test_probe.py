@@ -13,7 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from resmaster_flows.cli.main import main
 from resmaster_stages.dataset.dataset import create_or_open
 from resmaster_stages.errors import UserError
-from resmaster_stages.storage import probe
+from resmaster_stages.storage import filesystem, probe
 from resmaster_stages.storage.filesystem import Folder, open_root
 from tests.fake_stages import config_at
 from tests.s3_server import S3Server
@@ -56,8 +56,9 @@ class Forgetful(MemoryFileSystem):
 
 
 @pytest.fixture
-def overwriting_root(request: pytest.FixtureRequest) -> str:
+def overwriting_root(monkeypatch: pytest.MonkeyPatch) -> str:
     fsspec.register_implementation("overwriting", Overwriting, clobber=True)
+    monkeypatch.setattr(filesystem, "ROOTS", (*filesystem.ROOTS, "overwriting"))
     return f"overwriting://{uuid.uuid4().hex}/root"
 
 
@@ -166,7 +167,7 @@ def test_without_permission(s3_root: str, s3_server: S3Server, monkeypatch: pyte
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     findings = probe.examine(open_root(s3_root))
     assert findings[0].state == "failed"
-    assert "permission denied" in findings[0].detail
+    assert "SignatureDoesNotMatch" in findings[0].detail
 
 
 def test_doctor_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

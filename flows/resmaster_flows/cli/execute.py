@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
 
 from resmaster_flows.watch.progress import Progress
 from resmaster_flows.watch.terminal import say, terminal
 from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.errors import UserError
+from resmaster_stages.redaction import one_line
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
@@ -36,17 +42,41 @@ def execute(console: Console, config: DatasetConfig, build: Callable[[], State[A
 
 
 def require_surroundings(config: DatasetConfig) -> None:
-    """Check what a build needs beside its input: the server, and the cluster if one is configured. Raises UserError."""
-    from resmaster_flows.server_runs import require_answer
+    """Check what a build needs beside its input: Prefect's settings, the server, and the cluster if one is configured.
+
+    Raises UserError.
+    """
+    said = StringIO()
+    try:
+        with redirect_stderr(said):
+            from resmaster_flows.server_runs import require_answer, require_result_storage
+    except (ValueError, OSError) as error:  # Prefect reads its settings when it is imported
+        raise UserError(
+            f"Prefect's settings cannot be used ({_settings_at_fault(error)}); mend or unset them"
+        ) from error
 
     if config.dispatch.where == "dask" or config.dispatch.where == "ray":
         from resmaster_flows.clusters import check
 
         check(config.dispatch.where)
     require_answer()
+    require_result_storage()
+    sys.stderr.write(said.getvalue())  # of settings that the errors above do not tell of
     # A local model downloads nothing and loads in a second, so its progress bars are switched off.
     if config.model.id == "picturebook" or Path(config.model.id).is_dir():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _settings_at_fault(error: Exception) -> str:
+    """The settings that Prefect turned down, and why, in one line."""
+    if not isinstance(error, ValidationError):
+        return one_line(error)
+    found = [
+        f"{'.'.join(map(str, each['loc']))}: {each['msg']}"
+        for each in error.errors(include_url=False)
+        if each["type"] != "default_factory_not_called"  # only follows from another one
+    ]
+    return one_line(f"{error.title}: {'; '.join(found)}")
 
 
 def _finished(console: Console, result: BuildResult) -> int:

@@ -20,7 +20,7 @@ from resmaster_flows.cli import compare, doctor, explain, gc, plan, repair, run,
 from resmaster_flows.cli.stop import MESSAGE, Terminated, exit_status, stoppable
 from resmaster_flows.plugins import load_plugins
 from resmaster_flows.watch.terminal import say
-from resmaster_stages.errors import ResMasterError, UserError
+from resmaster_stages.errors import ConfigError, ResMasterError, UserError
 from resmaster_stages.redaction import one_line
 
 
@@ -96,10 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader closed the pipe (`| head`); buffered output must not raise at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1  # as Rich does for tables
-    except (ResMasterError, ConnectionError) as error:
+    except (ResMasterError, OSError) as error:
         if args.traceback:
             raise
-        say(console, f"resmaster: {one_line(error)}")
+        for line in error.mistakes if isinstance(error, ConfigError) else (error,):
+            say(console, f"resmaster: {one_line(line)}")
         return 2 if isinstance(error, UserError) else 1
 
 
