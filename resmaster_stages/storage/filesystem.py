@@ -564,6 +564,7 @@ def open_regular(path: str) -> IO[bytes]:
 
 
 def _folder_at(url: str) -> Folder:
+    """The folder at a path or URL, unseen. Raises UserError for a place that cannot be."""
     if not url.strip():
         raise UserError("the path is empty; give a folder or a URL such as s3://bucket/prefix")
     if "\0" in url:

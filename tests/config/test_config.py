@@ -52,7 +52,7 @@ def test_the_configurations_that_are_shipped() -> None:
         ({"upscale": {"preset": "exat"}}, "'exat'", "did you mean 'exact'?"),
         ({"upscale": {"structure": {"preset": "nope"}}}, "'nope'", "paper"),
         ({"upscale": {"structure": {"preset": "papr"}}}, "'papr'", "did you mean 'paper'?"),
-        ({"upscale": {"structure": {"preset": ["paper"]}}}, "['paper']", "known: default, paper"),
+        ({"upscale": {"structure": {"preset": ["paper"]}}}, "unknown preset", "give one of: default, paper"),
         ({"upscale": {"structure": {"start": 0.5, "stop": 0.5}}}, "upscale.structure", "greater than start"),
         ({"model": {"dtype": "int4"}}, "model.dtype", "float32"),
         ({"name": "../etc"}, "name", "letters"),

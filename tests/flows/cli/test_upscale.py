@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -131,7 +132,11 @@ def test_a_full_disk_keeps_what_is_there(
     if force:
         Path("out.png").write_bytes(b"mine")
     opened = Path.open
-    monkeypatch.setattr(Path, "open", lambda path, mode="r", **kwargs: opened(Path("/dev/full"), "wb"))
+
+    def open_(path: Path, mode: str = "r", **kwargs: Any) -> Any:
+        return opened(Path("/dev/full") if "b" in mode and "r" not in mode else path, mode.replace("x", "w"), **kwargs)
+
+    monkeypatch.setattr(Path, "open", open_)
     assert main(["upscale", "photo.png", "out.png", *LANCZOS, *(["--force"] if force else [])]) == 2
     assert "out.png: cannot be written (No space left on device)" in capsys.readouterr().err
     monkeypatch.undo()
