@@ -30,7 +30,6 @@ from tests.fake_stages import FAKES, planned, png
 CANARY = "canary9f3b"
 
 SECRETS = {
-    "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE",  # the name of an account, no secret
     "AWS_SECRET_ACCESS_KEY": f"{CANARY}/se+cret",
     "AWS_SESSION_TOKEN": f"{CANARY}-session",
     "AWS_ENDPOINT_URL": f"http://{CANARY}:{CANARY}@127.0.0.1:9",
@@ -38,6 +37,7 @@ SECRETS = {
     "HF_TOKEN": f"hf_{CANARY}",
     "HUGGING_FACE_HUB_TOKEN": f"hf_{CANARY}-2",
     "PREFECT_API_AUTH_STRING": f"admin:{CANARY}",
+    "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE",  # the name of an account, no secret
 }
 
 BUILD = """

@@ -179,7 +179,7 @@ class DatasetConfig(Part):
     name: str
     """Name of the dataset's folder under the root: letters, digits, dash, underscore."""
     root: str = Operational("out")
-    """A folder, or an fsspec URL such as `s3://bucket/prefix`."""
+    """A folder, or `s3://bucket/prefix`."""
     prompts: str | None = Operational(None)
     """File of prompts: .txt (one per line), .csv, .jsonl or .parquet. The path is relative to the configuration file.
     Columns: `prompt`, and optionally `negative_prompt` and `detail_mask` (an image file in the same folder; see

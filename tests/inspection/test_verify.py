@@ -1,6 +1,7 @@
 """Damage of every kind: found by shard and stage, and put back to the byte, on a folder and on S3."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -305,3 +306,13 @@ def test_the_command_line(local: Dataset, capsys: pytest.CaptureFixture[str]) ->
     assert 'resmaster_damaged_shards{dataset="demo",stage="low_res"} 1.0' in capsys.readouterr().out
     assert main(["verify", f"{local.url}/nowhere"]) == 2
     assert "Traceback" not in shown.err + capsys.readouterr().err
+
+
+def test_a_copy_under_another_name_is_as_good(
+    local: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "elsewhere" / "ds"
+    shutil.copytree(local.folder.path, copy)
+    for command in (["verify", copy], ["status", copy.parent], ["gc", "--dry-run", copy], ["repair", copy]):
+        assert main([str(word) for word in command]) == 0
+    assert str(copy) in capsys.readouterr().out

@@ -388,3 +388,37 @@ def test_a_reader_who_stops_reading_ends_it_quietly(config_file: Path, command: 
     assert done.returncode == 1
     assert "Broken pipe" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_all_mistakes_of_a_configuration_are_lines_of_their_own(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config_file.write_text("name: tiny\nimagse: x\nseed: -1\n")
+    assert main(["plan", str(config_file)]) == 2
+    seed, unknown = sorted(capsys.readouterr().err.splitlines())
+    assert seed.startswith(f"resmaster: {config_file}: line 3: seed: ")
+    assert unknown.startswith(f"resmaster: {config_file}: line 2: unknown key 'imagse'")
+    assert unknown.endswith("did you mean 'images'?")
+
+
+@pytest.mark.parametrize("root", ["https://host/x", "hf://datasets/me/x", "gs://bucket", "s3:/datasets", "s3:///x"])
+@pytest.mark.parametrize("verb", ["plan", "run", "status", "explain", "repair", "verify", "gc", "doctor"])
+def test_only_folders_and_s3_are_roots(
+    verb: str, root: str, config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(config_file.parent)
+    monkeypatch.setattr("resmaster_flows.cli.run.require_surroundings", lambda config: None)
+    command = [verb, config_file, "--root", root] if verb in ("plan", "run") else [verb, root]
+    assert "s3://" in fails(capsys, *command, *(["key"] if verb == "explain" else []))
+    assert sorted(path.name for path in config_file.parent.iterdir()) == ["prompts.txt", "tiny.yaml"]
+
+
+def test_an_error_of_the_disk_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: object, name: str) -> bool:
+        raise OSError(5, "Input/output error", name)
+
+    monkeypatch.setattr("resmaster_stages.storage.filesystem.Folder.exists", broken)
+    assert main(["status", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "resmaster: [Errno 5] Input/output error: 'config.json'\n"
