@@ -378,3 +378,9 @@ def test_a_store_that_cannot_be_reached_is_named_when_its_files_are_listed(monke
     monkeypatch.setattr(type(folder.fs), "find", find)
     with pytest.raises(ConnectionError, match=r"somewhere/else.*cannot be reached"):
         list(folder.files())
+
+
+def test_the_size_of_a_file(folder: Folder) -> None:
+    folder.write("a/b", b"12345")
+    folder.write("a/empty", b"")
+    assert [folder.size(name) for name in ("a/b", "a/empty", "a/none", "none")] == [5, 0, None, None]
