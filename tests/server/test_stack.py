@@ -48,6 +48,10 @@ def test_up_and_down_are_idempotent_and_down_leaves_nothing(tmp_path: Path) -> N
         assert f"ready: http://127.0.0.1:{port}" in done.stdout
         pids = {name: (folder / f"{name}.pid").read_text() for name in PROCESSES}
         assert f"PREFECT_API_URL=http://127.0.0.1:{port}/api" in (folder / "env").read_text()
+        found = subprocess.run(
+            ["bash", "-c", f"source '{folder}/env'; command -v prefect"], capture_output=True, text=True, check=True
+        )
+        assert found.stdout.strip() == str(Path(sys.executable).with_name("prefect"))
         again = stack("up", folder, port, store_port)
         assert again.returncode == 0, again.stdout + again.stderr
         assert {name: (folder / f"{name}.pid").read_text() for name in PROCESSES} == pids
