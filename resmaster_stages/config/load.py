@@ -24,9 +24,9 @@ MAX_VALUES = 100_000
 
 
 def _mistakes(error: ValidationError, values: dict[str, Any], source: str, lines: Lines) -> list[str]:
-    """All mistakes in a configuration, one line each."""
+    """All mistakes in a configuration, one line each, in the order of the file."""
     found = []
-    for mistake in error.errors(include_url=False, include_input=True):
+    for mistake in sorted(error.errors(include_url=False), key=lambda each: lines.of(each["loc"]) or 0):
         place = mistake["loc"]
         number = lines.of(place)
         line = "" if number is None else f"line {number}: "

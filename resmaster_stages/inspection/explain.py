@@ -279,7 +279,7 @@ def fetch_command(folder: Folder, name: str, member: Member) -> str:
     if folder.local:
         return f"tail -c +{first + 1} {shlex.quote(url)} | head -c {member.size} > {shlex.quote(member.name)}"
     scheme, _, path = url.partition("://")
-    if scheme in ("s3", "s3a"):
+    if scheme == "s3":
         bucket, _, key = path.partition("/")
         place = f"--bucket {shlex.quote(bucket)} --key {shlex.quote(key)} --range bytes={first}-{last}"
         return f"aws s3api get-object {place} {shlex.quote(member.name)}"

@@ -395,7 +395,7 @@ def test_all_mistakes_of_a_configuration_are_lines_of_their_own(
 ) -> None:
     config_file.write_text("name: tiny\nimagse: x\nseed: -1\n")
     assert main(["plan", str(config_file)]) == 2
-    unknown, seed = sorted(capsys.readouterr().err.splitlines())
+    unknown, seed = capsys.readouterr().err.splitlines()
     assert seed.startswith(f"resmaster: {config_file}: line 3: seed: ")
     assert unknown.startswith(f"resmaster: {config_file}: line 2: unknown key 'imagse' (did you mean 'images'?)")
 
