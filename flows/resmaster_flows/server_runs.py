@@ -78,12 +78,7 @@ def start_temporary_server() -> None:
     faster, because the first has created the database. Raises ConnectionError if no server answers, and UserError if
     Prefect's settings allow no temporary server, or if its folder cannot be written.
     """
-    require_home()
-    if not get_current_settings().server.ephemeral.enabled:
-        raise UserError(
-            "no Prefect server is configured, and Prefect's settings allow no temporary one: set PREFECT_API_URL "
-            "(make up starts a server), or PREFECT_SERVER_ALLOW_EPHEMERAL_MODE=true"
-        )
+    _require_possible()
     for _ in range(TEMPORARY_SERVER_STARTS):
         server = SubprocessASGIServer()
         try:
@@ -106,13 +101,13 @@ def start_temporary_server() -> None:
 
 def require_answer() -> None:
     """Raise UserError if a server is configured but is none that can be used, or if none is configured and a temporary
-    one would have no folder to write to, or for an unknown profile of Prefect's settings."""
+    one cannot start, or for an unknown profile of Prefect's settings."""
     profile, known = os.environ.get("PREFECT_PROFILE"), load_profiles().names
     if profile and profile not in known:
         raise UserError(f"PREFECT_PROFILE: Prefect has no profile {profile!r}; known: {', '.join(sorted(known))}")
     api = get_current_settings().api.url
     if api is None:
-        require_home()
+        _require_possible()
         return
     if not api.startswith(("http://", "https://")):
         raise UserError(f"PREFECT_API_URL: {api} has no http:// or https://")
@@ -129,8 +124,13 @@ def require_answer() -> None:
         ) from unfit
 
 
-def require_home() -> None:
-    """Raise UserError if the folder of a temporary server's database cannot be written."""
+def _require_possible() -> None:
+    """Raise UserError if Prefect's settings allow no temporary server, or the folder of its database cannot be written."""
+    if not get_current_settings().server.ephemeral.enabled:
+        raise UserError(
+            "no Prefect server is configured, and Prefect's settings allow no temporary one: set PREFECT_API_URL "
+            "(make up starts a server), or PREFECT_SERVER_ALLOW_EPHEMERAL_MODE=true"
+        )
     home = get_current_settings().home
     try:
         home.mkdir(parents=True, exist_ok=True)

@@ -145,6 +145,7 @@ SETTINGS = [
     ("PREFECT_API_URL", "localhost:4200", "PREFECT_API_URL: localhost:4200 has no http:// or https://"),
     ("PREFECT_API_REQUEST_TIMEOUT", "soon", r"Prefect's settings cannot be used \(APISettings: request_timeout: .*"),
     ("PREFECT_LOGGING_LEVEL", "loud", r"Prefect's settings cannot be used \(LoggingSettings: level: .*"),
+    ("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false", "no Prefect server is configured, .* set PREFECT_API_URL .*"),
     ("PREFECT_PROFILE", "nobody", "PREFECT_PROFILE: Prefect has no profile 'nobody'; known: .*"),
 ]
 
