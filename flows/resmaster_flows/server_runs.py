@@ -125,7 +125,7 @@ def require_answer() -> None:
 
 
 def _require_possible() -> None:
-    """Raise UserError if Prefect's settings allow no temporary server, or the folder of its database cannot be written."""
+    """Raise UserError if Prefect's settings allow no temporary server, or its folder cannot be written."""
     if not get_current_settings().server.ephemeral.enabled:
         raise UserError(
             "no Prefect server is configured, and Prefect's settings allow no temporary one: set PREFECT_API_URL "
