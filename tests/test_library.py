@@ -105,7 +105,7 @@ MISTAKES: list[tuple[Callable[[], object], type[UserError], str]] = [
     (lambda: rm.upscale("nope.png"), UserError, "nope.png: no such image file"),
     (lambda: rm.upscale(__file__), UserError, "convert it to PNG or JPEG"),
     (lambda: rm.upscale(3), UserError, "a path or a PIL image, not int"),  # type: ignore[arg-type]
-    (lambda: rm.upscale(photo(), stepz=3), ConfigError, "unknown key 'upscale.stepz'; method resmaster knows: method"),
+    (lambda: rm.upscale(photo(), stepz=3), ConfigError, "unknown key 'upscale.stepz' (did you mean 'steps'?); method"),
     (lambda: rm.upscale(photo(), method="magic"), ConfigError, "unknown method 'magic'; known: direct"),
     (lambda: rm.upscale(photo(), method=["direct"]), ConfigError, "unknown method"),
     (lambda: rm.upscale(photo(), scale=0.5), ConfigError, "upscale.scale: "),
@@ -114,7 +114,11 @@ MISTAKES: list[tuple[Callable[[], object], type[UserError], str]] = [
     (lambda: rm.upscale(photo((64, 64)), captions=["a"]), ConfigError, "give one per view, or none"),
     (lambda: rm.upscale(photo(), method="direct", captions=["a"]), ConfigError, "method direct reads none"),
     (lambda: rm.generate("a house", height=33), ConfigError, "33 is no multiple of 8; use 32 or 40"),
-    (lambda: rm.generate("a house", stepz=3), ConfigError, "unknown key 'low_res.stepz'; known here: height"),
+    (
+        lambda: rm.generate("a house", stepz=3),
+        ConfigError,
+        "unknown key 'low_res.stepz' (did you mean 'steps'?); known here",
+    ),
     (lambda: rm.measure("nope.png", photo()), UserError, "nope.png: no such image file"),
     (lambda: rm.open_dataset("nowhere"), ConfigError, "no dataset here"),
     (lambda: rm.load_config("nowhere.yaml"), ConfigError, "no such configuration file"),

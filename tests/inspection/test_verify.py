@@ -311,6 +311,7 @@ def test_the_command_line(local: Dataset, capsys: pytest.CaptureFixture[str]) ->
 def test_a_copy_under_another_name_is_as_good(
     local: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    publish(local)
     copy = tmp_path / "elsewhere" / "ds"
     shutil.copytree(local.folder.path, copy)
     for command in (["verify", copy], ["status", copy.parent], ["gc", "--dry-run", copy], ["repair", copy]):
