@@ -117,7 +117,7 @@ MISTAKES: list[tuple[Callable[[], object], type[UserError], str]] = [
     (
         lambda: rm.generate("a house", stepz=3),
         ConfigError,
-        "unknown key 'low_res.stepz' (did you mean 'steps'?); known here",
+        "unknown key 'low_res.stepz' (did you mean 'steps'?)",
     ),
     (lambda: rm.measure("nope.png", photo()), UserError, "nope.png: no such image file"),
     (lambda: rm.open_dataset("nowhere"), ConfigError, "no dataset here"),
