@@ -22,7 +22,16 @@ from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError, features
+from PIL import (
+    GifImagePlugin,
+    Image,
+    ImageChops,
+    ImageCms,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    features,
+)
 
 from resmaster_stages.errors import SampleError
 
@@ -59,7 +68,13 @@ FORMATS_READ = ", ".join(_NAMES.get(name, name) for name in FORMATS)
 """The formats that are decoded here, as users read them."""
 
 _ORIENTATION = 274  # tag of EXIF and TIFF; the others are of TIFF alone
-_NEW_SUBFILE_TYPE, _BITS, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH, _DNG_VERSION = 254, 258, 262, 322, 323, 50706
+_NEW_SUBFILE_TYPE, _BITS, _COMPRESSION, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH = 254, 258, 259, 262, 322, 323
+_SAMPLE_FORMAT, _DNG_VERSION = 339, 50706
+_SIGNED = 2
+_NUMBERS = (
+    "its pixels are signed, 32-bit or floating-point numbers, which do not say what is black and white; scale them to "
+    "8 or 16 bits"
+)
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -87,9 +102,16 @@ _SAME_LEVELS = 2
 # threads share the filters.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
+# Programs write more than Pillow's limit of 1 MiB (workflows, profiles of scanners) beside the pixels of a PNG.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+# Without libtiff, Pillow takes the high and low bytes of uncompressed 16-bit planes for pixels.
+TiffImagePlugin.READ_LIBTIFF = True
 # libtiff itself writes of damaged files to stderr, and Pillow has no switch for that. A damaged file is an error here.
+_LIBTIFF: Any = None
 with suppress(OSError, AttributeError):
-    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+    _core = ctypes.CDLL(Image.core.__file__)
+    _core.TIFFSetErrorHandler(None)
+    _LIBTIFF = _core
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
@@ -133,6 +155,8 @@ def _explained(name: str) -> Iterator[None]:
         reason = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):  # its text holds the address of an object
             reason = f"it is none of {FORMATS_READ}, or damaged, or has an unusual kind of pixels"
+        elif reason.startswith("decoder error"):  # of libtiff, whose own message goes to stderr
+            reason = "it is damaged or cut off"
         raise SampleError(
             f"{name}: not a readable image ({reason}); convert it to PNG or JPEG, or leave it out"
         ) from error
@@ -147,6 +171,11 @@ def _opened(data: bytes) -> Image.Image:
         raise Image.DecompressionBombError  # a tile is decoded whole, however small the image is
     if _DNG_VERSION in tags or tags.get(_NEW_SUBFILE_TYPE, 0) & 1:
         raise _Unfit("a camera's raw file, or a TIFF that begins with a thumbnail; export the image as PNG or JPEG")
+    if _SIGNED in tags.get(_SAMPLE_FORMAT, ()):
+        raise _Unfit(_NUMBERS)
+    compression = tags.get(_COMPRESSION, 1)
+    if tags and _LIBTIFF is not None and not _LIBTIFF.TIFFIsCODECConfigured(compression):
+        raise _Unfit(f"a TIFF whose compression ({compression}) is not read; save it with LZW or without compression")
     transparent = image.info.get("transparency")
     if image.format == "PNG" and image.mode in ("L", "RGB") and transparent is not None:
         image.info["transparency"] = _of_eight_bits(transparent, image.tile[0].args)
@@ -168,10 +197,7 @@ def _check_pixels(image: Image.Image) -> None:
     if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise Image.DecompressionBombError
     if image.mode in ("I", "F"):
-        raise _Unfit(
-            "its pixels are signed, 32-bit or floating-point numbers, which do not say what is black and white; scale "
-            "them to 8 or 16 bits"
-        )
+        raise _Unfit(_NUMBERS)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -186,8 +212,9 @@ def _orientation(image: Image.Image) -> int:
 
 def _converted(image: Image.Image) -> Image.Image:
     """A new image: 8 bits, upright, RGB, sRGB, on white, and without any metadata."""
-    image.load()
+    loaded = _loaded(image)
     profile, turn = image.info.get("icc_profile"), _TURNS.get(_orientation(image))
+    image = loaded
     if image.mode.startswith("I;16"):
         image = _of_16_bits(image)
     elif image.mode in ("La", "RGBa"):
@@ -204,6 +231,19 @@ def _converted(image: Image.Image) -> Image.Image:
         result = Image.alpha_composite(Image.new("RGBA", result.size, "white"), result).convert("RGB")
     result.info = {}
     return result if turn is None else result.transpose(turn)
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    """An image with its pixels, in which is transparent what browsers show so."""
+    frame = image.tile[0].extents if isinstance(image, GifImagePlugin.GifImageFile) and image.tile else None
+    image.load()
+    if image.format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getbbox():
+        return image.convert("RGB")  # many programs leave the fourth byte at 0, whatever the header calls the byte
+    if frame in (None, (0, 0, *image.size)):
+        return image
+    whole = Image.new("RGBA", image.size)  # the first frame covers a part only
+    whole.paste(image.convert("RGBA").crop(frame), frame)
+    return whole
 
 
 def _of_16_bits(image: Image.Image) -> Image.Image:
@@ -232,7 +272,7 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
                 image = image.convert("L")
             if mode == image.mode:
                 return _by_profile(image, _to_srgb(source, mode))
-        except (OSError, ImageCms.PyCMSError):
+        except (OSError, ValueError, ImageCms.PyCMSError):
             pass  # a damaged profile is ignored, as one for another kind of pixels is
     return image if image.mode == "RGB" else image.convert("RGB")
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 from resmaster_stages.errors import SampleError
 from resmaster_stages.storage import images
@@ -144,8 +144,8 @@ def test_one_transparent_level_of_sixteen_bits_is_white() -> None:
 
 
 def tiff(tags: dict[int, list[int]], data: bytes) -> bytes:
-    """A TIFF of little-endian 32-bit values, whose only strip is `data`."""
-    tags = {**tags, 273: [8], 279: [len(data)]}
+    """A TIFF of little-endian 32-bit values, whose only strip is `data` unless tags say something else."""
+    tags = {273: [8], 279: [len(data)], **tags}
     place = 8 + len(data) + 2 + 12 * len(tags) + 4
     entries, beside = b"", b""
     for tag, values in sorted(tags.items()):
@@ -164,6 +164,37 @@ def test_kinds_of_grey_that_only_tiff_has() -> None:
     assert np.asarray(decode_image(black_last, "x"))[0, :, 0].tolist() == [255, 254, 205, 0]
     twelve = tiff({**four, 258: [12], 262: [1]}, bytes([0x00, 0x01, 0x00, 0x80, 0x0F, 0xFF]))
     assert np.asarray(decode_image(twelve, "x"))[0, :, 0].tolist() == [0, 16, 128, 255]
+
+
+def test_planes_of_sixteen_bits_keep_their_values() -> None:
+    for planes, colour in ((3, 2), (4, 5)):  # RGB, CMYK
+        levels = np.array([[200, 100, 0, 255], [40, 150, 1, 255], [30, 220, 2, 255], [0, 0, 0, 0]][:planes])
+        strips = {273: [8 + 8 * plane for plane in range(planes)], 279: [8] * planes}
+        tags = {256: [4], 257: [1], 258: [16] * planes, 259: [1], 262: [colour], 277: [planes], 284: [2], **strips}
+        data = tiff(tags, (levels * 257).astype("<u2").tobytes())
+        expected = levels.T[:, :3] if colour == 2 else 255 - levels.T[:, :3]
+        assert np.abs(np.asarray(decode_image(data, "x"), int)[0] - expected).max() <= 1
+
+
+def test_tiffs_that_cannot_be_decoded_are_refused_by_their_header() -> None:
+    grey = {256: [4], 257: [1], 258: [8], 259: [1], 262: [1], 277: [1]}
+    assert image_size(tiff(grey, bytes(4)), "x") == (1, 4)
+    webp = tiff({**grey, 259: [50001]}, bytes(4))
+    signed = tiff({**grey, 339: [2]}, bytes(4))
+    for data, reason in ((webp, r"compression \(50001\) is not read; save it with LZW"), (signed, "pixels are signed")):
+        for look in (decode_image, image_size):
+            with pytest.raises(SampleError, match=reason):
+                look(data, "x")
+    with pytest.raises(SampleError, match="it is damaged or cut off"):
+        decode_image(tiff({**grey, 273: [9999]}, bytes(4)), "x")
+
+
+def test_much_text_in_a_png_does_no_harm() -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "{}" * 2**20, zip=True)
+    data = encoded(Image.new("RGB", (8, 8), HOUSE), "PNG", pnginfo=text, icc_profile=PROFILES["srgb"] + bytes(2**21))
+    assert image_size(data, "x") == (8, 8)
+    assert decode_image(data, "x").getpixel((3, 3)) == HOUSE
 
 
 def png_of(bits: int, colour: int, line: bytes, transparent: bytes) -> bytes:
@@ -255,7 +286,18 @@ def test_a_profile_that_does_not_fit_or_is_damaged_is_ignored() -> None:
     p3 = PROFILES["p3"]
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     link = p3[:12] + b"link" + p3[16:]
-    for profile in (PROFILES["linear grey"], ink_profile(), lab, link, p3[:200], p3[:130], b"x", p3[:128] + bytes(300)):
+    unknown = p3[:16] + b"\xff\xfe\xfd\xfc" + p3[20:]
+    for profile in (
+        PROFILES["linear grey"],
+        ink_profile(),
+        lab,
+        link,
+        unknown,
+        p3[:200],
+        p3[:130],
+        b"x",
+        p3[:128] + bytes(300),
+    ):
         assert decode_image(encoded(image, "PNG", icc_profile=profile), "x").getpixel((3, 3)) == HOUSE
     grey = Image.new("L", (8, 8), 77)
     assert decode_image(encoded(grey, "PNG", icc_profile=ink_profile()), "x").getpixel((3, 3)) == (77, 77, 77)
@@ -454,6 +496,28 @@ def made_to_be_broken() -> dict[str, bytes]:
 
 
 BROKEN = made_to_be_broken()
+
+
+def test_the_fourth_byte_of_a_bmp_that_is_zero_everywhere_is_no_transparency() -> None:
+    def bmp(alpha: int) -> bytes:
+        masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"BGRs" + bytes(64)
+        head = struct.pack("<IiiHHIIiiII", 124, 2, 1, 1, 32, 3, 8, 0, 0, 0, 0) + masks
+        pixels = bytes((*HOUSE[::-1], 0, *SKY[::-1], alpha))
+        return b"BM" + struct.pack("<IHHI", 14 + len(head) + 8, 0, 0, 14 + len(head)) + head + pixels
+
+    assert np.asarray(decode_image(bmp(0), "x"))[0].tolist() == [list(HOUSE), list(SKY)]
+    assert np.asarray(decode_image(bmp(255), "x"))[0].tolist() == [list(WHITE), list(SKY)]
+
+
+@pytest.mark.parametrize("options", [{}, {"transparency": 1}])
+def test_what_the_first_frame_of_a_gif_does_not_cover_is_white(options: dict[str, int]) -> None:
+    frame = Image.new("P", (4, 4))
+    frame.putpalette([*HOUSE, *SKY])
+    frame.putpixel((1, 0), 1)
+    data = encoded(frame, "GIF", **options)
+    wider = decode_image(data[:6] + struct.pack("<HH", 8, 4) + data[10:], "x")
+    assert wider.size == (8, 4)
+    assert [wider.getpixel((x, 0)) for x in (0, 1, 3, 4, 7)] == [HOUSE, WHITE if options else SKY, HOUSE, WHITE, WHITE]
 
 
 def test_whatever_is_broken_is_one_short_reason_and_silence(capfd: pytest.CaptureFixture[str]) -> None:
