@@ -260,7 +260,7 @@ def test_masks_beside_your_images(tmp_path: Path, packed: bool, loaded: Models) 
     config = config_of(tmp_path, images=str(folder))
     draft = draft_samples(config)
     assert [str(rejected.reason) for rejected in draft.rejected] == (
-        [] if packed else ["a detail mask without its image"]
+        [] if packed else ["a detail mask without its image; the mask of a.png is called a.detail_mask.png"]
     )
     a, b = draft.samples
     assert a.key == masked_key(b.key, mask)

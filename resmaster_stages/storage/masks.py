@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from resmaster_stages.errors import SampleError
 from resmaster_stages.storage.filesystem import Folder, explained, open_file, open_folder
 from resmaster_stages.storage.images import SUFFIXES, image_size
-from resmaster_stages.storage.listings import leads_out, spell_source
-from resmaster_stages.storage.sources import MAX_FILE_BYTES, mask_beside, read_image, unfit
+from resmaster_stages.storage.listings import leads_out, parse_source, spell_source
+from resmaster_stages.storage.sources import MAX_FILE_BYTES, masks_beside, read_image, unfit
 
 COLUMN = "detail_mask"
 """The column of a prompts file that names a mask, or (in Parquet) holds the content of its file."""
@@ -90,7 +90,16 @@ def read_mask(source: str) -> bytes:
 
 def read_mask_beside(source: str) -> bytes:
     """The content of the mask file beside the user's image at `source`. Raises SampleError if it cannot be read."""
-    return read_image(mask_beside(source))
+    url, member = parse_source(source)
+    names = masks_beside(url if member is None else member)
+    masks = [spell_source(name) if member is None else spell_source(url, name) for name in names]
+    for mask in masks[:-1]:
+        try:
+            return read_image(mask)
+        except SampleError as error:
+            if not isinstance(error.__cause__, (FileNotFoundError, KeyError)):
+                raise
+    return read_image(masks[-1])
 
 
 def _in_table(url: str, row: int) -> bytes:

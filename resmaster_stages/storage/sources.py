@@ -41,6 +41,7 @@ from resmaster_stages.storage.listings import (
 
 MASK_EXTENSION = "detail_mask.png"
 """Extension of the detail mask beside an image, in a folder or a tar."""
+_MASK_EXTENSIONS = (MASK_EXTENSION, "detail_mask.PNG", MASK_EXTENSION.upper())
 MAX_FILE_BYTES = 256 * 2**20
 """Larger image files are rejected unread. At 3 bytes per pixel, this is Pillow's limit of pixels, uncompressed."""
 MAX_TEXT_BYTES = 2**20
@@ -96,7 +97,7 @@ def find_images(url: str, lone: LoneTexts | None = None) -> Iterator[FoundImage]
     `.caption`, then with `.json` (there it is the value of `prompt`, `caption` or `text`). A text without words, null
     and NaN hold none. In a tar, where WebDataset takes `s0` for the key of `s0.input.jpg`, such an image without a text
     of its name has the text of its key (`s0.txt`, `s0.outputs.txt`), unless several images share the key. The detail
-    mask of `a.png` is `a.detail_mask.png`. Texts that belong to no image are counted in `lone`.
+    mask of `a.png` is `a.detail_mask.png` (`masks_beside`). Texts that belong to no image are counted in `lone`.
 
     An image, archive or link to a folder that cannot be used costs only itself, and so does a tar in a folder. Raises
     PlanError if there is nothing else.
@@ -114,9 +115,13 @@ def find_images(url: str, lone: LoneTexts | None = None) -> Iterator[FoundImage]
         raise PlanError(bad_tar or f"{url}: no images ({', '.join(SUFFIXES)}) or .tar files in it")
 
 
-def mask_beside(image: str) -> str:
-    """The name (or source) of the detail mask that belongs to an image's name (or source)."""
-    return f"{image.rsplit('.', 1)[0]}.{MASK_EXTENSION}"
+def masks_beside(image: str) -> tuple[str, ...]:
+    """The names that the detail mask of an image may have, first choice first: as the names of texts, its suffix may be
+    in upper case, and its accents may be spelled in another way than the image's."""
+    folder, slash, base = image.rpartition("/")
+    stem = base.rsplit(".", 1)[0]
+    stems = dict.fromkeys((stem, unicodedata.normalize("NFC", stem), unicodedata.normalize("NFD", stem)))
+    return tuple(f"{folder}{slash}{each}.{extension}" for each in stems for extension in _MASK_EXTENSIONS)
 
 
 def read_image(source: str) -> bytes:
@@ -209,7 +214,7 @@ def _images_of(listing: FolderListing | TarListing, lone: LoneTexts) -> Iterator
             yield FoundImage(listing.source(name), problem=problem)
         elif _is_image(name) and name not in beside.masks:
             lost = name.lower().endswith(f".{MASK_EXTENSION}")
-            problem = "a detail mask without its image"
+            problem = f"a detail mask without its image; the mask of a.png is called a.{MASK_EXTENSION}"
             yield FoundImage(listing.source(name), problem=problem) if lost else _image(listing, name, beside)
     for name in listing.repeated:
         if _is_image(name) or name.lower().endswith((".tar", *ARCHIVES, *KNOWN_UNREAD)):
@@ -246,13 +251,15 @@ class _Beside:
         self._names = listing.entries
         texts = [name for name in self._names if name.lower().endswith(TEXT_SUFFIXES)]
         self._other_spellings = {folded: name for name in texts if (folded := _folded(name)) != name}
-        self.masks: set[str] = set()
-        """Detail masks that belong to an image."""
+        self.mask_of: dict[str, str] = {}
+        """Image -> its detail mask."""
         lone = set(texts)
         for name in self._images():
             lone.difference_update(self._named_like(name))
-            if mask_beside(name) in self._names:
-                self.masks.add(mask_beside(name))
+            if mask := next((mask for mask in masks_beside(name) if mask in self._names), None):
+                self.mask_of[name] = mask
+        self.masks = set(self.mask_of.values())
+        """Detail masks that belong to an image."""
         self._texts_of_key: dict[str, list[str]] = {}
         self._images_of_key: dict[str, int] = {}
         if isinstance(listing, TarListing):
@@ -330,10 +337,10 @@ def _folded(text: str) -> str:
 
 def _image(listing: FolderListing | TarListing, name: str, beside: _Beside) -> FoundImage:
     """An image with what lies beside it, or the reason why it cannot be used."""
-    source, mask = listing.source(name), mask_beside(name)
+    source, mask = listing.source(name), beside.mask_of.get(name)
     try:
         prompt = _prompt_in(listing, beside.texts_of(name))
-        mask_data = _content(listing, mask, MAX_FILE_BYTES, beside=True) if mask in beside.masks else None
+        mask_data = _content(listing, mask, MAX_FILE_BYTES, beside=True) if mask else None
         return FoundImage(source, _content(listing, name, MAX_FILE_BYTES), prompt, mask_data)
     except SampleError as error:
         return FoundImage(source, problem=str(error))

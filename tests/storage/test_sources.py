@@ -21,7 +21,7 @@ from resmaster_stages.storage import filesystem, listings, masks, sources
 from resmaster_stages.storage.filesystem import Folder, open_root
 from resmaster_stages.storage.images import KNOWN_UNREAD, SUFFIXES
 from resmaster_stages.storage.listings import parse_source, spell_source
-from resmaster_stages.storage.sources import LoneTexts, find_images, mask_beside, read_image
+from resmaster_stages.storage.sources import LoneTexts, find_images, masks_beside, read_image
 from tests.fake_stages import config_at, png
 from tests.storage.test_images import tar_of
 from tests.storage.test_untrusted import member, raw_tar
@@ -74,7 +74,7 @@ def test_whatever_an_image_is_called_it_is_read_the_way_it_was_found(folder: Fol
     for each in found:
         assert read_image(each.source) == each.data
         if each.mask:
-            assert masks.read_mask_beside(each.source) == masks.read_mask(mask_beside(each.source)) == image(5)
+            assert masks.read_mask_beside(each.source) == masks.read_mask(masks_beside(each.source)[0]) == image(5)
     assert sum(each.mask is not None for each in found) == 1
     if name == "key=1&sig=2" and not folder.local:  # given by the user, this would be a signed link
         return
@@ -126,6 +126,7 @@ ENDINGS = (
         ".jpg",
         ".webp",
         ".detail_mask.png",
+        ".DETAIL_MASK.PNG",
         ".txt",
         ".TXT",
         ".caption",
@@ -183,9 +184,9 @@ def check_found(url: str, names: list[str], again: Counter[str]) -> None:
             assert read_image(each.source) == each.data
             if each.mask:
                 assert masks.read_mask_beside(each.source) == each.mask
-    worn = {name for name in expected if name.endswith(".detail_mask.png") and name not in counted}
+    worn = {name for name in expected if name.lower().endswith(".detail_mask.png") and name not in counted}
     for name in worn:  # a mask is accounted for with its image
-        assert any(other.lower().endswith(SUFFIXES) and mask_beside(other) == name for other in counted)
+        assert any(other.lower().endswith(SUFFIXES) and name in masks_beside(other) for other in counted)
     folders = {name for name in counted if name.endswith("x.png") and name not in expected}
     assert folders <= {"d/x.png"}
     assert {name: count for name, count in counted.items() if name not in folders} == {
@@ -485,6 +486,30 @@ def test_the_text_of_an_image_by_every_usual_name(tmp_path: Path) -> None:
         **{f"{composed}.png": "apart", f"{apart}.png": "composed", "bom.png": "bom"},
     }
     assert prompts(write(tmp_path / "in", **files)) == prompts(tar_of(tmp_path / "in.tar", files)) == expected
+
+
+def test_masks_are_found_by_the_spellings_that_texts_have(tmp_path: Path) -> None:
+    composed, apart = unicodedata.normalize("NFC", "é"), unicodedata.normalize("NFD", "é")
+    files = {
+        "UP.JPG": image(1),
+        "UP.DETAIL_MASK.PNG": image(2),
+        f"{apart}.png": image(3),
+        f"{composed}.detail_mask.PNG": image(4),
+        f"{composed}ö.png": image(5),
+        f"{unicodedata.normalize('NFD', composed + 'ö')}.detail_mask.png": image(6),
+        "two.png": image(7),
+        "two.detail_mask.png": image(8),
+        "two.DETAIL_MASK.PNG": image(9),
+    }
+    masked = {"UP.JPG": image(2), f"{apart}.png": image(4), f"{composed}ö.png": image(6), "two.png": image(8)}
+    for place in (write(tmp_path / apart, **files), tar_of(tmp_path / f"{apart}.tar", files)):
+        found = list(find_images(str(place)))
+        usable = {name: each for each in found for name in masked if each.source.endswith(name) and not each.problem}
+        assert {name: each.mask for name, each in usable.items()} == masked
+        assert all(masks.read_mask_beside(each.source) == each.mask for each in usable.values())
+        (lost,) = (each for each in found if each.problem)
+        assert lost.source.endswith("two.DETAIL_MASK.PNG")
+        assert lost.problem.startswith("a detail mask without its image")
 
 
 @pytest.mark.parametrize(
