@@ -108,7 +108,8 @@ def _specs_of_prompts(config: DatasetConfig, rejected: list[Rejected]) -> Iterat
             try:
                 source, mask = mask_of_row(str(config.prompts), raw.detail_mask, raw.row)
             except SampleError as error:
-                rejected.append(_rejection(raw.source, raw.prompt, f"its detail mask: {error}"))
+                named = f"{raw.detail_mask[:SHOWN_CHARACTERS]}: " if isinstance(raw.detail_mask, str) else ""
+                rejected.append(_rejection(raw.source, raw.prompt, f"its detail mask: {named}{error}"))
                 continue
             keys = [masked_key(key, mask) for key in keys]
         yield (

@@ -35,6 +35,8 @@ SHOWN_CHARACTERS = 200
 
 SUFFIXES = (".txt", ".csv", ".jsonl", ".parquet")
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z")
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+"""What programs write instead of the commas of a CSV file."""
 COLUMNS = ("prompt", "negative_prompt", COLUMN)
 """The columns that are read."""
 
@@ -150,7 +152,8 @@ def _from_jsonl(lines: Iterable[str], place: str) -> Iterator[RawPrompt]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line, object_pairs_hook=tuple)  # a dictionary would hide names that are there twice
+            # a dictionary would hide names that are there twice, and an integer may have too many digits for Python
+            row = json.loads(line, object_pairs_hook=tuple, parse_int=float)
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             message = 'not valid JSON; each line is one object such as {"prompt": "..."}'
@@ -218,9 +221,18 @@ def _columns(names: list[str], place: str) -> dict[str, int]:
     clean = [name.replace("\ufeff", "").strip() for name in names]
     if "prompt" not in clean:
         shown = one_line(", ".join(clean))[:SHOWN_CHARACTERS] or "none"
+        if other := next((called for mark, called in SEPARATORS.items() if _separated("".join(clean), mark)), ""):
+            raise UserError(
+                f"{place}: has no column 'prompt' (found: {shown}); separate the columns by commas, not by {other}"
+            )
         raise UserError(f"{place}: has no column 'prompt' (found: {shown}); name the column with the prompts so")
     _check_once(clean, place)
     return {name: clean.index(name) for name in COLUMNS if name in clean}
+
+
+def _separated(header: str, mark: str) -> bool:
+    """Whether the first line of a file is a header whose columns are separated by `mark`. Excel may say so there."""
+    return header.lower() == f"sep={mark}" or "prompt" in map(str.strip, header.replace('"', "").split(mark))
 
 
 def _check_once(names: list[str], place: str) -> None:

@@ -48,6 +48,8 @@ MAX_TEXT_BYTES = 2**20
 """Larger texts beside images are rejected unread."""
 TEXT_SUFFIXES = (".txt", ".caption", ".json")
 """Suffixes of the texts beside an image, in the order in which they are asked for a prompt."""
+_PROMPT_KEYS = ("prompt", "caption", "text")
+"""Where a prompt is in the JSON beside an image, first choice first."""
 ARCHIVES = (
     *(".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4"),
     *(".zip", ".7z", ".rar"),
@@ -386,14 +388,18 @@ def _text(data: bytes, name: str) -> str:
 
 def _prompt_of_json(data: bytes, name: str) -> Any:
     """The prompt in the JSON of an image: the first text in `prompt`, `caption` and `text`. If there is none: a value
-    that is no text, or "". Raises SampleError if it is not JSON."""
+    that is no text, or "". Raises SampleError if it is not JSON, or has one of these twice."""
     try:
-        values = json.loads(data) if data.strip() else None
+        # a dictionary would hide names that are there twice, and an integer may have too many digits for Python
+        values = json.loads(data, object_pairs_hook=tuple, parse_int=float) if data.strip() else None
     except (ValueError, RecursionError):
         raise SampleError(f"{name}: not valid JSON; mend it, or write the prompt into a .txt file") from None
-    if not isinstance(values, dict):
+    if not isinstance(values, tuple):
         return "" if _absent(values) else [values]
-    found = [value for key in ("prompt", "caption", "text") if not _absent(value := values.get(key))]
+    names = [each for each, _ in values]
+    if twice := [key for key in _PROMPT_KEYS if names.count(key) > 1]:
+        raise SampleError(f"{name}: has {twice[0]!r} {names.count(twice[0])} times; keep one")
+    found = [value for key in _PROMPT_KEYS for each, value in values if each == key and not _absent(value)]
     texts = [value for value in found if isinstance(value, str)]
     return next(iter([*texts, *found]), "")
 

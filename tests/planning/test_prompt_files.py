@@ -84,7 +84,13 @@ def test_csv_as_programs_write_it(text: str, expected: list[tuple[str, int]]) ->
         ("prompt, \ufeffprompt\na,b\n", "has 'prompt' 2 times; keep one"),
         ("prompt,negative_prompt,negative_prompt \na,b,c\n", "has 'negative_prompt' 2 times; keep one"),
         ('prompt\na\n"never closed\n\nb\n', "line 3: not valid CSV .a quote in this row is never closed"),
-        ("prompt;id\na;1\n", "has no column 'prompt' .found: prompt;id"),
+        (
+            "prompt;id\na;1\n",
+            "has no column 'prompt' .found: prompt;id.; separate the columns by commas, not by semico",
+        ),
+        ('id\t"prompt"\n1\ta, b\n', "has no column 'prompt' .* not by tabs"),
+        ("sep=;\nid;prompt\n1;a\n", "has no column 'prompt' .* not by semicolons"),
+        ("a cat; a prompt\n", "has no column 'prompt' .* name the column with the prompts so"),
         (",,\n", "has no column 'prompt' .found: none"),
     ],
 )
@@ -202,6 +208,12 @@ def test_nothing_has_many_spellings(tmp_path: Path) -> None:
     bad = b'{"prompt": "a"}\n{"prompt": 5}\n{"prompt": "a", "negative_prompt": 0.5}\n{"prompt": Infinity}\n'
     draft = draft_samples(config_at(tmp_path, prompts=stored("p.jsonl", bad)))
     assert [rejected.reason for rejected in draft.rejected] == ["not text", "negative prompt: not text", "not text"]
+
+
+def test_numbers_of_any_length_cost_no_file() -> None:
+    digits = b"9" * 5000
+    rows = b'{"prompt": "a", "id": ' + digits + b'}\n{"prompt": ' + digits + b'}\n{"prompt": "b", "id": 1}\n'
+    assert [raw.prompt for raw in read("p.jsonl", rows)] == ["a", float("inf"), "b"]
 
 
 def test_a_name_twice_in_an_object_is_refused() -> None:

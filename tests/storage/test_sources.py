@@ -526,6 +526,8 @@ def test_masks_are_found_by_the_spellings_that_texts_have(tmp_path: Path) -> Non
         ({"a.json": b""}, ""),
         ({"a.json": b'"a"'}, ["a"]),
         ({"a.json": b'{"width": 3}'}, ""),
+        ({"a.json": b'{"id": ' + b"9" * 5000 + b', "prompt": "t"}'}, "t"),
+        ({"a.json": b'{"x": {"prompt": 1}, "x": 2, "prompt": "t"}'}, "t"),
         ({"a.txt": b"", "a.json": b'{"caption": "c"}'}, "c"),
         ({"a.txt": b" \n", "a.caption": b"k", "a.json": b'{"caption": "c"}'}, "k"),
         ({"a.txt": b"t", "a.json": b"["}, "t"),
@@ -555,6 +557,7 @@ def test_absence_has_many_spellings(tmp_path: Path, files: dict[str, bytes], exp
             "a.caption: not UTF-8 text; save the file as UTF-8 (it looks like Windows-1252)",
         ),
         ("a.json", b'{"prompt": ', "a.json: not valid JSON; mend it, or write the prompt into a .txt file"),
+        ("a.json", b'{"prompt": "a", "prompt": "b"}', "a.json: has 'prompt' 2 times; keep one"),
         ("a.json", b'{"prompt": "caf\xe9"}', "a.json: not valid JSON; mend it, or write the prompt into a .txt file"),
     ],
 )
