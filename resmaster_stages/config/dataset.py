@@ -194,7 +194,7 @@ class DatasetConfig(Part):
     store, run only one process at a time."""
     seed: int = Field(default=0, ge=0)
     """Base seed. The seeds of a sample are derived from the base seed and the sample's key."""
-    replicas: int = Field(default=1, ge=1)
+    replicas: int = Field(default=1, ge=1, le=100_000)
     """Images per prompt."""
     samples_per_shard: int = Field(default=64, ge=1, le=100_000)
     """Samples per WebDataset shard."""

@@ -9,12 +9,13 @@ from typing import Any
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.plan import Duplicate, Rejected, SampleSpec
+from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.errors import PlanError, SampleError
 from resmaster_stages.keys import image_key, masked_key, normalise_prompt, prompt_key
 from resmaster_stages.planning.prompt_files import read_prompts
 from resmaster_stages.redaction import one_line, printable, without_credentials
 from resmaster_stages.storage.digests import DigestSet
-from resmaster_stages.storage.images import image_size
+from resmaster_stages.storage.images import image_size, why_unstorable
 from resmaster_stages.storage.masks import check_mask, mask_of_row
 from resmaster_stages.storage.sources import LoneTexts, find_images
 
@@ -136,6 +137,9 @@ def _specs_of_images(
         except SampleError as error:
             rejected.append(_rejection(image.source, "", str(error).removeprefix(f"{image.source}: ")))
             continue
+        if reason := why_too_large(config, height, width):
+            rejected.append(_rejection(image.source, "", reason))
+            continue
         prompt = normalise_prompt(image.prompt)
         keys = [image_key(image.data, prompt, replica) for replica in range(config.replicas)]
         if image.mask is not None:
@@ -161,6 +165,14 @@ def _base_size(config: DatasetConfig) -> tuple[int, int]:
         native = geometry_of(config.model).native_px
         height, width = height or native, width or native
     return height, width
+
+
+def why_too_large(config: DatasetConfig, height: int, width: int) -> str:
+    """Why a dataset cannot hold a low-res image of `height` x `width` px and its high-res image; "" if it can."""
+    if reason := why_unstorable(height, width, config.image_format):
+        return reason
+    enlarged = why_unstorable(*target_size(height, width, config.upscale.scale), config.image_format)
+    return enlarged and f"its high-res image: {enlarged}"
 
 
 def why_unusable(text: Any, may_be_empty: bool = False) -> str | None:

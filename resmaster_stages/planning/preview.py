@@ -19,7 +19,7 @@ from resmaster_stages.errors import ConfigError, UserError
 from resmaster_stages.methods.settings import Diffusion
 from resmaster_stages.models.bases import family_of, require
 from resmaster_stages.models.geometry import geometry_of
-from resmaster_stages.planning.drafts import DraftReader
+from resmaster_stages.planning.drafts import DraftReader, why_too_large
 from resmaster_stages.storage.digests import DigestSet
 from resmaster_stages.storage.filesystem import Folder, open_root
 
@@ -83,7 +83,8 @@ class Preview(Intake):
 
 
 def check_sizes(config: DatasetConfig) -> tuple[int, int]:
-    """Low-res (height, width) in px of generated images. Raises ConfigError if a size does not fit the latent grid."""
+    """Low-res (height, width) in px of generated images. Raises ConfigError if a size does not fit the latent grid, or
+    no image format."""
     geometry = geometry_of(config.model)
     factor, native = geometry.latent_factor, geometry.native_px
     sizes = {"height": config.low_res.height or native, "width": config.low_res.width or native}
@@ -98,6 +99,8 @@ def check_sizes(config: DatasetConfig) -> tuple[int, int]:
                 f"upscale.scale: {config.upscale.scale:g} x {size} px = {target:g} px, no multiple of {factor}; "
                 f"use a scale of {below / size:g} or {(below + factor) / size:g}"
             )
+    if reason := why_too_large(config, sizes["height"], sizes["width"]):
+        raise ConfigError(f"low_res and upscale.scale: {reason}")
     return sizes["height"], sizes["width"]
 
 

@@ -97,6 +97,8 @@ _PROBES = {
 """Mode -> colours that tell whether a profile is sRGB."""
 _SAME_LEVELS = 2
 """A profile that changes no colour of a probe by more levels is taken as sRGB, and the pixels stay as they are."""
+WEBP_PX = 16383
+"""The longest side that WebP can hold."""
 
 # What Pillow warns of (odd metadata, many pixels) is either harmless or an error here. The filter is set once, because
 # threads share the filters.
@@ -303,15 +305,23 @@ def _is_grey(image: Image.Image) -> bool:
     return red == green == blue
 
 
+def why_unstorable(height: int, width: int, image_format: Literal["webp", "png"]) -> str:
+    """Why an image of `height` x `width` px cannot be stored, or not be read again; "" if it can."""
+    if image_format == "webp" and max(height, width) > WEBP_PX:
+        return f"WebP holds at most {WEBP_PX} px a side, this is {width}x{height}; set image_format: png"
+    if Image.MAX_IMAGE_PIXELS and height * width > Image.MAX_IMAGE_PIXELS:
+        limit = f"{Image.MAX_IMAGE_PIXELS:,}"
+        return f"{width}x{height} px are too many pixels (more than {limit}); enlarge it less, or begin with less"
+    return ""
+
+
 def encode_image(image: Image.Image, image_format: Literal["webp", "png"], quality: int = 100) -> bytes:
-    """Encode `image`. PNG, and WebP of quality 100, are lossless. Raises SampleError if it is too large for WebP."""
+    """Encode `image`. PNG, and WebP of quality 100, are lossless. Raises SampleError if it is too large."""
+    if problem := why_unstorable(image.height, image.width, image_format):
+        raise SampleError(problem)
     buffer = io.BytesIO()
     if image_format == "png":
         image.save(buffer, "PNG", compress_level=6)
-    elif max(image.size) > 16383:
-        raise SampleError(
-            f"WebP holds at most 16383 px a side, this is {image.width}x{image.height}; set image_format: png"
-        )
     else:
         image.save(buffer, "WEBP", lossless=quality == 100, quality=quality, method=4, exact=False)
     return buffer.getvalue()

@@ -24,6 +24,7 @@ from resmaster_stages.errors import UserError
 from resmaster_stages.library import open_image, single, upscale_as_configured
 from resmaster_stages.models.places import at_hub, to_be_downloaded
 from resmaster_stages.progress import listening
+from resmaster_stages.storage.images import WEBP_PX
 
 HELP = "upscale one image of your own"
 DESCRIPTION = "Upscale one image. With ResMaster it keeps the image's structure and regenerates its detail."
@@ -32,7 +33,7 @@ SDXL_GB = 17
 """What is downloaded for `SDXL`: UNet 10.3 GB, text encoders 3.3, image encoder 2.5, IP-Adapter 0.7, VAE 0.3."""
 
 FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
-LARGEST_PX = {"WEBP": 16383, "JPEG": 65500}
+LARGEST_PX = {"WEBP": WEBP_PX, "JPEG": 65500}
 """The longest side that a format can hold."""
 
 

@@ -1,0 +1,62 @@
+"""What could not be stored in the end is turned down before anything is computed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.load import parse_config
+from resmaster_stages.errors import ConfigError, SampleError
+from resmaster_stages.planning.drafts import draft_samples
+from resmaster_stages.planning.preview import check_sizes
+from resmaster_stages.storage.images import encode_image
+
+
+def config_of(root: Path, **changes: Any) -> DatasetConfig:
+    return parse_config({"name": "sizes", "root": str(root), "model": {"id": "picturebook"}, **changes})
+
+
+def test_images_too_large_for_the_format_are_rejected(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for height in (4095, 4096, 16384):
+        Image.new("RGB", (1, height)).save(folder / f"{height}.png")
+    draft = draft_samples(config_of(tmp_path, images=str(folder)))
+    assert [sample.height for sample in draft.samples] == [4095]
+    assert [(Path(each.source).name, each.reason) for each in draft.rejected] == [
+        ("16384.png", "WebP holds at most 16383 px a side, this is 1x16384; set image_format: png"),
+        (
+            "4096.png",
+            "its high-res image: WebP holds at most 16383 px a side, this is 4x16384; set image_format: png",
+        ),
+    ]
+    assert len(draft_samples(config_of(tmp_path, images=str(folder), image_format="png")).samples) == 3
+
+
+def test_images_that_could_not_be_read_again_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for side in (10, 11):
+        Image.new("RGB", (side, side)).save(folder / f"{side}.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1600)
+    draft = draft_samples(config_of(tmp_path, images=str(folder)))
+    assert [sample.height for sample in draft.samples] == [10]
+    (rejected,) = draft.rejected
+    assert rejected.reason.startswith("its high-res image: 44x44 px are too many pixels (more than 1,600); enlarge it")
+    with pytest.raises(SampleError, match="41x40 px are too many pixels"):
+        encode_image(Image.new("RGB", (41, 40)), "png")
+
+
+def test_sizes_of_generated_images_too_large_for_the_format(tmp_path: Path) -> None:
+    prompts, large = str(tmp_path / "p.txt"), {"height": 4096}
+    assert check_sizes(config_of(tmp_path, prompts=prompts, low_res=large, image_format="png")) == (4096, 128)
+    for low_res, image_format in ((large, "webp"), ({"height": 4096, "width": 4096}, "png")):
+        with pytest.raises(ConfigError, match=r"^low_res and upscale.scale: its high-res image: "):
+            check_sizes(config_of(tmp_path, prompts=prompts, low_res=low_res, image_format=image_format))
+
+
+def test_replicas_beyond_any_memory_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="replicas: Input should be less than or equal to 100000"):
+        config_of(tmp_path, prompts="p.txt", replicas=10**18)
