@@ -97,6 +97,8 @@ _PROBES = {
 """Mode -> colours that tell whether a profile is sRGB."""
 _SAME_LEVELS = 2
 """A profile that changes no colour of a probe by more levels is taken as sRGB, and the pixels stay as they are."""
+_ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "GIF": b";", "WEBP": b"", "PNG": b""}
+"""Format -> the end of a whole file. Of a WebP that was cut off, opening fails; a PNG is decoded for its orientation."""
 WEBP_PX = 16383
 """The longest side that WebP can hold."""
 
@@ -130,9 +132,15 @@ def convert_image(image: Image.Image, name: str) -> Image.Image:
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:
-    """(height, width) in px that `decode_image` would give, read from the file's header. Raises SampleError."""
+    """(height, width) in px that `decode_image` would give. Raises SampleError for a file that was cut off, too.
+
+    Only the header is read of a JPEG, WebP or GIF with a regular end. Other files are decoded.
+    """
     with _explained(name):
         image = _opened(data)
+        end = _ENDS.get(str(image.format))
+        if end is None or not data.endswith(end):
+            _loaded(image)
         known = getattr(image, "tag_v2", {}).get(_ORIENTATION) in _SWAPPING  # of a TIFF, Pillow gives the upright size
         swapped = not known and _orientation(image) in _SWAPPING
         return (image.width, image.height) if swapped else (image.height, image.width)

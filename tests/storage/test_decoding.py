@@ -555,6 +555,24 @@ def test_whatever_is_broken_is_one_short_reason_and_silence(capfd: pytest.Captur
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF", "AVIF"])
+def test_a_file_that_was_cut_off_is_refused_by_the_one_that_plans(kind: str) -> None:
+    """Planning reads the size. What it takes can be decoded later."""
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(pixels), kind)
+    assert image_size(data, "x") == (48, 64)
+    for length in (len(data) - 1, *(len(data) * part // 20 for part in range(1, 20))):
+        outcomes = []
+        for read in (image_size, decode_image):
+            try:
+                read(data[:length], "x")
+                outcomes.append("taken")
+            except SampleError:
+                outcomes.append("refused")
+        assert outcomes[0] == outcomes[1], (kind, length, len(data))
+    assert outcomes == ["refused", "refused"]
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_corrupt_exif_is_left_out(kind: str) -> None:
     for exif in (b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0garbage and more garbage", b"\xff" * 40):
