@@ -98,7 +98,7 @@ _PROBES = {
 _SAME_LEVELS = 2
 """A profile that changes no colour of a probe by more levels is taken as sRGB, and the pixels stay as they are."""
 _ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "GIF": b";", "WEBP": b"", "PNG": b""}
-"""Format -> the end of a whole file. Of a WebP that was cut off, opening fails; a PNG is decoded for its orientation."""
+"""Format -> the end of a whole file. A WebP that was cut off cannot be opened. A PNG is decoded for its orientation."""
 WEBP_PX = 16383
 """The longest side that WebP can hold."""
 
