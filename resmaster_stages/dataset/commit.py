@@ -6,14 +6,15 @@ The protocol of commits is in `commits`. This module does not look inside the ob
 from __future__ import annotations
 
 import hashlib
-import json
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from resmaster_stages.storage.filesystem import Folder, sha256_of
+from pydantic import AfterValidator, ConfigDict, NonNegativeInt, with_config
+
+from resmaster_stages.storage.filesystem import Folder, leads_out, sha256_of
 
 
 def describe(name: str, path: Path) -> StoredObject:
@@ -31,15 +32,27 @@ def new_attempt() -> str:
     return uuid.uuid4().hex[:8]
 
 
+def _inside(name: str) -> str:
+    if leads_out(name):
+        raise ValueError("leads out of the dataset")
+    return name
+
+
+Inside = Annotated[str, AfterValidator(_inside)]
+"""A name in the dataset. A record with any other name cannot be read."""
+
+
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class StoredObject:
     """An immutable file in the dataset's folder."""
 
-    name: str
+    name: Inside
     sha256: str
-    bytes: int
+    bytes: NonNegativeInt
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Receipt:
     """The content of a commit record."""
@@ -59,7 +72,7 @@ class Receipt:
     upstream: dict[str, str]
     """Upstream stage -> attempt that was read."""
     objects: tuple[StoredObject, ...] = ()
-    ledger: str | None = None
+    ledger: Inside | None = None
     """Name of the error ledger of this attempt."""
     seconds: float = 0.0
     """Compute time of all attempts together."""
@@ -74,17 +87,6 @@ class Receipt:
     images: tuple[str, ...] = ()
     """For tars: the place of each sample's image (`shards.spell_image`), in order, so that readers need not walk the
     tar."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return json.loads(json.dumps(asdict(self)))
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Receipt:
-        """The inverse of `to_json`. Raises KeyError or TypeError."""
-        objects = tuple(StoredObject(**item) for item in values["objects"])
-        tuples = {name: tuple(values[name]) for name in ("failed_keys", "lost_keys", "images")}
-        return cls(**{**values, **tuples, "objects": objects})
 
 
 def discard(folder: Folder, names: Sequence[str]) -> None:

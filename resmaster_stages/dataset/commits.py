@@ -22,6 +22,7 @@ from pathlib import Path
 
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import Receipt, describe, discard
+from resmaster_stages.dataset.records import parse_record, record_text
 from resmaster_stages.errors import ShardError
 from resmaster_stages.storage.filesystem import Folder
 
@@ -91,9 +92,8 @@ class Commits:
             discard(self.folder, own)
             raise
         name = self._name(receipt.shard, receipt.number)
-        text = json.dumps(receipt.to_json(), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         try:
-            self.folder.create(name, text.encode())
+            self.folder.create(name, record_text(receipt))
         except FileExistsError as error:
             winner = self.attempt(receipt.shard, receipt.number)
             if winner is None:
@@ -149,8 +149,8 @@ class Commits:
     def _parsed(self, name: str, data: bytes) -> Receipt:
         place = self.folder.url_of(name)
         try:
-            receipt = Receipt.from_json(json.loads(data))
-        except (ValueError, KeyError, TypeError) as error:
+            receipt = parse_record(Receipt, data)
+        except ValueError as error:
             raise ShardError(
                 f"{place}: damaged commit record ({error}); run: resmaster verify {self.folder.url}, "
                 "then: resmaster repair"
@@ -182,8 +182,8 @@ def all_records(folder: Folder) -> Iterator[Record]:
         for start in range(0, len(names), 1000):
             for name, data in sorted(folder.read_many(names[start : start + 1000]).items()):
                 try:
-                    receipt = Receipt.from_json(json.loads(data))
+                    receipt = parse_record(Receipt, data)
                     good = layout.commit(receipt.stage, receipt.stage_hash, receipt.shard, receipt.number) == name
-                except (ValueError, KeyError, TypeError):
+                except ValueError:
                     good = False
                 yield Record(name, receipt if good else None, later[name])

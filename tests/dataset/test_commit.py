@@ -1,4 +1,3 @@
-import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import Receipt, new_attempt
 from resmaster_stages.dataset.commits import Commits, all_records
 from resmaster_stages.dataset.ledger import encode_failures, ledger_rows
+from resmaster_stages.dataset.records import parse_record, record_text
 from resmaster_stages.errors import ShardError
 from resmaster_stages.storage.filesystem import Folder
 
@@ -42,7 +42,7 @@ def test_commit_and_read(folder: Folder, source: Path) -> None:
     assert done.objects[0].bytes == 7
     assert folder.read(done.objects[0].name) == b"content"
     assert commits(folder).read(0) == done
-    assert Receipt.from_json(json.loads(json.dumps(done.to_json()))) == done
+    assert parse_record(Receipt, record_text(done)) == done
     folder.write(f"{layout.commit_folder('low_res', HASH)}/.000001.json.1234.tmp", b"leftover")
     assert commits(folder).numbers() == {0: 1}
     assert commits(folder).read_all() == {0: done}
