@@ -96,7 +96,7 @@ def failed_names(commits: Commits, shards: Collection[int] | None = None) -> lis
 def read_failures(commits: Commits, failed: Sequence[FailedName]) -> list[FailedAttempt]:
     """The records of these attempts, in order. Of an unreadable record, what its name says."""
     names = [layout.failed_attempt(commits.stage, commits.stage_hash, each) for each in failed]
-    found = commits.folder.read_many(names)
+    found = commits.folder.read_many(names, lenient=True)
     return [_parsed(commits, each, found.get(name, b"")) for each, name in zip(failed, names, strict=True)]
 
 

@@ -9,12 +9,14 @@ import hashlib
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, NonNegativeInt, with_config
+from pydantic import AfterValidator, ConfigDict, NonNegativeInt, PositiveInt, with_config
 
-from resmaster_stages.storage.filesystem import Folder, leads_out, sha256_of
+from resmaster_stages.errors import UserError
+from resmaster_stages.storage.filesystem import Folder, is_damage, leads_out, sha256_of
 
 
 def describe(name: str, path: Path) -> StoredObject:
@@ -37,6 +39,15 @@ def _inside(name: str) -> str:
         raise ValueError("leads out of the dataset")
     return name
 
+
+def _moment(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("has no time zone")
+    return text
+
+
+Moment = Annotated[str, AfterValidator(_moment)]
+"""A time in ISO 8601 with its time zone."""
 
 Inside = Annotated[str, AfterValidator(_inside)]
 """A name in the dataset. A record with any other name cannot be read."""
@@ -71,16 +82,16 @@ class Receipt:
     """sha256 of the keys that succeeded, in order."""
     upstream: dict[str, str]
     """Upstream stage -> attempt that was read."""
+    finished_at: Moment
+    """UTC, ISO 8601."""
     objects: tuple[StoredObject, ...] = ()
     ledger: Inside | None = None
     """Name of the error ledger of this attempt."""
     seconds: float = 0.0
     """Compute time of all attempts together."""
-    finished_at: str = ""
-    """UTC, ISO 8601."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Volatile facts: versions, host, device."""
-    number: int = 1
+    number: PositiveInt = 1
     """Number of the attempt at the shard: 1, 2, ...; the highest counts."""
     lost_keys: tuple[str, ...] = ()
     """Planned samples that this attempt did not get, because an earlier stage does not hold them."""
@@ -102,7 +113,7 @@ PIECE_BYTES = 1 << 20
 """Size of the pieces in which an object is read."""
 
 
-def difference(folder: Folder, stored: StoredObject) -> Literal["gone", "cut off", "changed"] | None:
+def difference(folder: Folder, stored: StoredObject) -> Literal["gone", "cut off", "changed", "unreadable"] | None:
     """How an object differs from its record; None if it is as recorded."""
     whole, size = hashlib.sha256(), 0
     try:
@@ -111,6 +122,10 @@ def difference(folder: Folder, stored: StoredObject) -> Literal["gone", "cut off
             size += len(piece)
     except FileNotFoundError:
         return "gone"
+    except (OSError, UserError) as error:
+        if is_damage(error):
+            return "unreadable"
+        raise
     if whole.hexdigest() == stored.sha256:
         return None
     return "cut off" if size < stored.bytes else "changed"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import Receipt, StoredObject
 from resmaster_stages.dataset.records import parse_record, record_text
-from resmaster_stages.errors import ShardError
+from resmaster_stages.errors import ShardError, UserError
 from resmaster_stages.storage.filesystem import Folder
 
 
@@ -48,7 +48,9 @@ def read_publication(folder: Folder) -> PublicationRecord | None:
         return parse_record(PublicationRecord, folder.read(layout.PUBLICATION))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, OSError, UserError) as error:
+        if isinstance(error, ConnectionError):
+            raise
         raise ShardError(f"{layout.PUBLICATION} cannot be read ({error})") from error
 
 

@@ -16,7 +16,8 @@ HASH = "ab" * 32
 
 
 def receipt(attempt: str, shard: int = 0) -> Receipt:
-    return Receipt("low_res", HASH, shard, attempt, 0, 2, 1, ("k3",), "0" * 64, {}, provenance={"host": "h"})
+    done = "2026-11-28T12:00:00+00:00"
+    return Receipt("low_res", HASH, shard, attempt, 0, 2, 1, ("k3",), "0" * 64, {}, done, provenance={"host": "h"})
 
 
 def commits(folder: Folder) -> Commits:
