@@ -13,10 +13,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, NonNegativeInt, PositiveInt, with_config
+from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, with_config
 
 from resmaster_stages.errors import UserError
-from resmaster_stages.storage.filesystem import Folder, is_damage, leads_out, sha256_of
+from resmaster_stages.storage.filesystem import Folder, is_damage, is_outside, sha256_of
 
 
 def describe(name: str, path: Path) -> StoredObject:
@@ -35,8 +35,8 @@ def new_attempt() -> str:
 
 
 def _inside(name: str) -> str:
-    if leads_out(name):
-        raise ValueError("leads out of the dataset")
+    if is_outside(name) or "\0" in name:
+        raise ValueError("cannot be a name in the dataset")
     return name
 
 
@@ -44,6 +44,14 @@ def _moment(text: str) -> str:
     if datetime.fromisoformat(text).tzinfo is None:
         raise ValueError("has no time zone")
     return text
+
+
+def _facts(found: dict[str, Any]) -> dict[str, Any]:
+    for name, kind in (("device", int | float), ("unet", int | float), ("versions", str)):
+        table = found.get(name, {})
+        if not isinstance(table, dict) or not all(isinstance(value, kind) for value in table.values()):
+            raise ValueError(f"{name} is no table of such facts")
+    return found
 
 
 Moment = Annotated[str, AfterValidator(_moment)]
@@ -63,7 +71,7 @@ class StoredObject:
     bytes: NonNegativeInt
 
 
-@with_config(ConfigDict(extra="forbid"))
+@with_config(ConfigDict(extra="forbid", validate_default=True))
 @dataclass(frozen=True)
 class Receipt:
     """The content of a commit record."""
@@ -84,12 +92,12 @@ class Receipt:
     """Upstream stage -> attempt that was read."""
     finished_at: Moment
     """UTC, ISO 8601."""
-    objects: tuple[StoredObject, ...] = ()
+    objects: Annotated[tuple[StoredObject, ...], Field(min_length=1)] = ()
     ledger: Inside | None = None
     """Name of the error ledger of this attempt."""
     seconds: float = 0.0
     """Compute time of all attempts together."""
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: Annotated[dict[str, Any], AfterValidator(_facts)] = field(default_factory=dict)
     """Volatile facts: versions, host, device."""
     number: PositiveInt = 1
     """Number of the attempt at the shard: 1, 2, ...; the highest counts."""

@@ -209,9 +209,9 @@ def _of_libraries(place: str, error: Exception) -> Exception | None:
     return None
 
 
-def leads_out(name: str) -> bool:
-    """Whether a name, relative to a folder, cannot be that of a file in the folder."""
-    return name.startswith("/") or ".." in name.split("/") or "\0" in name
+def is_outside(name: str) -> bool:
+    """Whether a name, relative to a folder, is that of a file outside the folder."""
+    return name.startswith("/") or ".." in name.split("/")
 
 
 _MODIFIED = ("LastModified", "mtime", "created")  # the names in S3, local and in-memory listings
@@ -268,7 +268,7 @@ class Folder:
 
     def full(self, name: str) -> str:
         """The full path of a file in the folder. Raises UserError for a name that leads out of the folder."""
-        if leads_out(name):  # names come from records, which may be foreign
+        if is_outside(name):  # names come from records, which may be foreign
             raise UserError(
                 f"{self.url}: the name {name!r} leads out of this folder; the record that holds it is not ours"
             )

@@ -385,12 +385,12 @@ def _prompt_of_json(data: bytes, name: str) -> Any:
     except (ValueError, RecursionError):
         raise SampleError(f"{name}: not valid JSON; mend it, or write the prompt into a .txt file") from None
     if not isinstance(values, dict):
-        return "" if _absent(values) else [values]
-    found = [value for key in ("prompt", "caption", "text") if not _absent(value := values.get(key))]
+        return "" if is_absent(values) else [values]
+    found = [value for key in ("prompt", "caption", "text") if not is_absent(value := values.get(key))]
     texts = [value for value in found if isinstance(value, str)]
     return next(iter([*texts, *found]), "")
 
 
-def _absent(value: Any) -> bool:
-    """Whether a value of JSON stands for nothing: null, NaN, or a text without words."""
+def is_absent(value: Any) -> bool:
+    """Whether a value of a table or of JSON stands for nothing: null, NaN, or a text without words."""
     return value is None or value != value or (isinstance(value, str) and not value.strip())

@@ -60,15 +60,25 @@ def test_what_is_no_record_is_refused(text: bytes) -> None:
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../b", "a\0b"])
 def test_a_name_that_leads_out_of_the_dataset_is_refused(name: str) -> None:
     for values in ({"objects": [{**asdict(OBJECT), "name": name}]}, {"ledger": name}):
-        with pytest.raises(ValueError, match="leads out of the dataset"):
+        with pytest.raises(ValueError, match="cannot be a name in the dataset"):
             parse_record(Receipt, json.dumps({**asdict(RECEIPT), **values}).encode())
 
 
-@pytest.mark.parametrize("values", [{"number": 0}, {"number": -1}, {"finished_at": ""}, {"finished_at": "2026-11-28"}])
+@pytest.mark.parametrize(
+    "values", [{"number": 0}, {"number": -1}, {"finished_at": ""}, {"finished_at": "2026-11-28"}, {"objects": []}]
+)
 def test_numbers_and_times_that_cannot_be_are_refused(values: dict[str, Any]) -> None:
     """Number 0 has the file name of number 1, so that a reader would never come to an end."""
     with pytest.raises(ValueError, match=next(iter(values))):
         parse_record(Receipt, json.dumps({**asdict(RECEIPT), **values}).encode())
+
+
+@pytest.mark.parametrize("facts", [{"device": None}, {"unet": {"rows": "x"}}, {"versions": []}])
+def test_facts_of_other_types_are_refused(facts: dict[str, Any]) -> None:
+    good = {"device": {"idle_share": 0.5}, "unet": {"rows": 1}, "versions": {"torch": "2"}, "flow_run": None}
+    assert parse_record(Receipt, json.dumps({**asdict(RECEIPT), "provenance": good}).encode()).provenance == good
+    with pytest.raises(ValueError, match=f"provenance: .*{next(iter(facts))}"):
+        parse_record(Receipt, json.dumps({**asdict(RECEIPT), "provenance": {**good, **facts}}).encode())
 
 
 @pytest.mark.parametrize(

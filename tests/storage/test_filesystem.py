@@ -263,7 +263,7 @@ def test_transient_errors_stay_what_they_are() -> None:
 
 @pytest.mark.parametrize("kind", [CredentialRetrievalError, TokenRetrievalError])
 def test_a_service_of_credentials_may_answer_the_next_time(kind: type[Exception]) -> None:
-    with pytest.raises(ConnectionError, match="no usable credentials .*slow.*AWS_ACCESS_KEY_ID"), explained("s3://b"):
+    with pytest.raises(ConnectionError, match=r"no usable credentials .*slow.*AWS_ACCESS_KEY_ID"), explained("s3://b"):
         raise kind(provider="x", error_msg="slow")
 
 
