@@ -12,12 +12,11 @@ Invariants:
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import socket
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,6 +24,7 @@ from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.dataset.layout import FailedName
 from resmaster_stages.dataset.ledger import one_line
+from resmaster_stages.dataset.records import parse_record, record_text
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +78,7 @@ def record_failure(commits: Commits, shard: int, attempt: str, error: Exception,
         )
         error_class = re.sub(r"\W", "_", failed.error_class, flags=re.ASCII)[:80]
         place = FailedName(shard, now.strftime(TIME_FORMAT), attempt, error_class)
-        text = json.dumps(asdict(failed), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-        commits.folder.write(layout.failed_attempt(commits.stage, commits.stage_hash, place), text.encode())
+        commits.folder.write(layout.failed_attempt(commits.stage, commits.stage_hash, place), record_text(failed))
     except Exception as problem:  # most likely the store is down, which is then the error of the attempt too
         log.warning("%s of shard %06d: the failed attempt is not recorded: %s", commits.stage, shard, one_line(problem))
 
@@ -97,7 +96,7 @@ def failed_names(commits: Commits, shards: Collection[int] | None = None) -> lis
 def read_failures(commits: Commits, failed: Sequence[FailedName]) -> list[FailedAttempt]:
     """The records of these attempts, in order. Of an unreadable record, what its name says."""
     names = [layout.failed_attempt(commits.stage, commits.stage_hash, each) for each in failed]
-    found = commits.folder.read_many(names)
+    found = commits.folder.read_many(names, lenient=True)
     return [_parsed(commits, each, found.get(name, b"")) for each, name in zip(failed, names, strict=True)]
 
 
@@ -114,9 +113,14 @@ def _parsed(commits: Commits, place: FailedName, data: bytes) -> FailedAttempt:
         host="unknown host",
     )
     try:
-        values = json.loads(data)
-        told = {name: values[name] for name in ("message", "host", "flow_run", "flow_run_name", "task_run")}
-    except (ValueError, KeyError, TypeError, RecursionError):
+        told = parse_record(FailedAttempt, data)
+    except ValueError:
         return bare
-    fits = all(isinstance(value, str | None) for value in told.values()) and None not in (told["message"], told["host"])
-    return replace(bare, **told) if fits else bare
+    return replace(
+        bare,
+        message=told.message,
+        host=told.host,
+        flow_run=told.flow_run,
+        flow_run_name=told.flow_run_name,
+        task_run=told.task_run,
+    )

@@ -6,14 +6,17 @@ The protocol of commits is in `commits`. This module does not look inside the ob
 from __future__ import annotations
 
 import hashlib
-import json
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from resmaster_stages.storage.filesystem import Folder, sha256_of
+from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, with_config
+
+from resmaster_stages.errors import UserError
+from resmaster_stages.storage.filesystem import Folder, is_damage, is_outside, sha256_of
 
 
 def describe(name: str, path: Path) -> StoredObject:
@@ -31,15 +34,44 @@ def new_attempt() -> str:
     return uuid.uuid4().hex[:8]
 
 
+def _inside(name: str) -> str:
+    if is_outside(name) or "\0" in name:
+        raise ValueError("cannot be a name in the dataset")
+    return name
+
+
+def _moment(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("has no time zone")
+    return text
+
+
+def _facts(found: dict[str, Any]) -> dict[str, Any]:
+    for name, kind in (("device", int | float), ("unet", int | float), ("versions", str)):
+        table = found.get(name, {})
+        if not isinstance(table, dict) or not all(isinstance(value, kind) for value in table.values()):
+            raise ValueError(f"{name} is no table of such facts")
+    return found
+
+
+Moment = Annotated[str, AfterValidator(_moment)]
+"""A time in ISO 8601 with its time zone."""
+
+Inside = Annotated[str, AfterValidator(_inside)]
+"""A name in the dataset. A record with any other name cannot be read."""
+
+
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class StoredObject:
     """An immutable file in the dataset's folder."""
 
-    name: str
+    name: Inside
     sha256: str
-    bytes: int
+    bytes: NonNegativeInt
 
 
+@with_config(ConfigDict(extra="forbid", validate_default=True))
 @dataclass(frozen=True)
 class Receipt:
     """The content of a commit record."""
@@ -58,33 +90,22 @@ class Receipt:
     """sha256 of the keys that succeeded, in order."""
     upstream: dict[str, str]
     """Upstream stage -> attempt that was read."""
-    objects: tuple[StoredObject, ...] = ()
-    ledger: str | None = None
+    finished_at: Moment
+    """UTC, ISO 8601."""
+    objects: Annotated[tuple[StoredObject, ...], Field(min_length=1)] = ()
+    ledger: Inside | None = None
     """Name of the error ledger of this attempt."""
     seconds: float = 0.0
     """Compute time of all attempts together."""
-    finished_at: str = ""
-    """UTC, ISO 8601."""
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: Annotated[dict[str, Any], AfterValidator(_facts)] = field(default_factory=dict)
     """Volatile facts: versions, host, device."""
-    number: int = 1
+    number: PositiveInt = 1
     """Number of the attempt at the shard: 1, 2, ...; the highest counts."""
     lost_keys: tuple[str, ...] = ()
     """Planned samples that this attempt did not get, because an earlier stage does not hold them."""
     images: tuple[str, ...] = ()
     """For tars: the place of each sample's image (`shards.spell_image`), in order, so that readers need not walk the
     tar."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return json.loads(json.dumps(asdict(self)))
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Receipt:
-        """The inverse of `to_json`. Raises KeyError or TypeError."""
-        objects = tuple(StoredObject(**item) for item in values["objects"])
-        tuples = {name: tuple(values[name]) for name in ("failed_keys", "lost_keys", "images")}
-        return cls(**{**values, **tuples, "objects": objects})
 
 
 def discard(folder: Folder, names: Sequence[str]) -> None:
@@ -100,7 +121,7 @@ PIECE_BYTES = 1 << 20
 """Size of the pieces in which an object is read."""
 
 
-def difference(folder: Folder, stored: StoredObject) -> Literal["gone", "cut off", "changed"] | None:
+def difference(folder: Folder, stored: StoredObject) -> Literal["gone", "cut off", "changed", "unreadable"] | None:
     """How an object differs from its record; None if it is as recorded."""
     whole, size = hashlib.sha256(), 0
     try:
@@ -109,6 +130,10 @@ def difference(folder: Folder, stored: StoredObject) -> Literal["gone", "cut off
             size += len(piece)
     except FileNotFoundError:
         return "gone"
+    except (OSError, UserError) as error:
+        if is_damage(error):
+            return "unreadable"
+        raise
     if whole.hexdigest() == stored.sha256:
         return None
     return "cut off" if size < stored.bytes else "changed"

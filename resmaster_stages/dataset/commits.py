@@ -22,8 +22,9 @@ from pathlib import Path
 
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import Receipt, describe, discard
-from resmaster_stages.errors import ShardError
-from resmaster_stages.storage.filesystem import Folder
+from resmaster_stages.dataset.records import parse_record, record_text
+from resmaster_stages.errors import ShardError, UserError
+from resmaster_stages.storage.filesystem import Folder, is_damage
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class Commits:
             return self._parsed(name, self.folder.read(name))
         except FileNotFoundError:
             return None
+        except (OSError, UserError) as error:
+            if is_damage(error):
+                raise self._damaged(name, error) from error
+            raise
 
     def numbers(self) -> dict[int, int]:
         """Shard -> number of the attempt that counts, for all committed shards, from one listing."""
@@ -91,9 +96,8 @@ class Commits:
             discard(self.folder, own)
             raise
         name = self._name(receipt.shard, receipt.number)
-        text = json.dumps(receipt.to_json(), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         try:
-            self.folder.create(name, text.encode())
+            self.folder.create(name, record_text(receipt))
         except FileExistsError as error:
             winner = self.attempt(receipt.shard, receipt.number)
             if winner is None:
@@ -147,19 +151,22 @@ class Commits:
         return layout.commit(self.stage, self.stage_hash, shard, number)
 
     def _parsed(self, name: str, data: bytes) -> Receipt:
-        place = self.folder.url_of(name)
         try:
-            receipt = Receipt.from_json(json.loads(data))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ShardError(
-                f"{place}: damaged commit record ({error}); run: resmaster verify {self.folder.url}, "
-                "then: resmaster repair"
-            ) from error
+            receipt = parse_record(Receipt, data)
+        except ValueError as error:
+            raise self._damaged(name, error) from error
         if receipt.stage_hash != self.stage_hash or name != self._name(receipt.shard, receipt.number):
+            place = self.folder.url_of(name)
             raise ShardError(
                 f"{place}: belongs to another shard or configuration; delete it, then run: resmaster repair"
             )
         return receipt
+
+    def _damaged(self, name: str, error: Exception) -> ShardError:
+        return ShardError(
+            f"{self.folder.url_of(name)}: damaged commit record ({error}); "
+            f"run: resmaster verify {self.folder.url}, then: resmaster repair"
+        )
 
 
 @dataclass(frozen=True)
@@ -180,10 +187,12 @@ def all_records(folder: Folder) -> Iterator[Record]:
         later = {name: places.get((shard, number + 1)) for (shard, number), name in places.items()}
         names = list(later)
         for start in range(0, len(names), 1000):
-            for name, data in sorted(folder.read_many(names[start : start + 1000]).items()):
+            chunk = names[start : start + 1000]
+            found = folder.read_many(chunk, lenient=True)
+            for name in sorted(chunk):
                 try:
-                    receipt = Receipt.from_json(json.loads(data))
+                    receipt = parse_record(Receipt, found.get(name, b""))
                     good = layout.commit(receipt.stage, receipt.stage_hash, receipt.shard, receipt.number) == name
-                except (ValueError, KeyError, TypeError):
+                except ValueError:
                     good = False
                 yield Record(name, receipt if good else None, later[name])

@@ -24,8 +24,9 @@ def drop_unreadable_records(dataset: Dataset) -> None:
         numbers = commits.numbers() if marked else {}
         for shard in marked:
             try:
-                for number in range(1, numbers.get(shard, 0) + 1):
-                    commits.attempt(shard, number)
+                receipts = [commits.attempt(shard, number) for number in range(1, numbers.get(shard, 0) + 1)]
+                if None in receipts:  # listed, and a link to nothing
+                    unreadable.add(shard)
             except ShardError:
                 unreadable.add(shard)
         _drop_from(dataset, stage, unreadable)

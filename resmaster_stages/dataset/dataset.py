@@ -184,7 +184,7 @@ def _current(folder: Folder) -> tuple[int, DatasetConfig]:
     place = without_credentials(folder.url_of(name))
     try:
         values = json.loads(folder.read(name))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{place}: damaged ({error}); restore it, or delete it and run the same configuration again"
         ) from error

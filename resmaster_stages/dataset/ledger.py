@@ -6,6 +6,7 @@ removes its own file.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -14,26 +15,31 @@ from resmaster_stages import redaction
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.dataset.schemas import LEDGER_SCHEMA
-from resmaster_stages.errors import ShardError
-from resmaster_stages.storage.filesystem import Folder
+from resmaster_stages.errors import ShardError, UserError
+from resmaster_stages.storage.filesystem import Folder, is_damage
 from resmaster_stages.storage.tables import decode_table, encode_table
+
+log = logging.getLogger(__name__)
 
 MESSAGE_CHARACTERS = 1000
 
 
 def ledger_rows(commits: Commits, shards: set[int] | None = None) -> list[dict[str, Any]]:
-    """The ledger rows of a stage under its configuration, of all shards or of `shards`, as in LEDGER_SCHEMA."""
+    """The ledger rows of a stage under its configuration, of all shards or of `shards`, as in LEDGER_SCHEMA.
+
+    A damaged file is left out with a warning, because `verify` reports it and `repair` makes it again.
+    """
     found = commits.folder.names(layout.ledger_folder(commits.stage))
     by_name = {name: layout.ledger_shard(name) for name in found}
     names = [name for name, shard in by_name.items() if shard is not None and (shards is None or shard in shards)]
-    files = commits.folder.read_many(names)
-    return [
-        row
-        for name in names
-        if name in files
-        for row in decode_table(files[name], LEDGER_SCHEMA, name).to_pylist()
-        if row["stage_hash"] == commits.stage_hash
-    ]
+    files = commits.folder.read_many(names, lenient=True)
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        try:
+            rows += decode_table(files.get(name, b""), LEDGER_SCHEMA, name).to_pylist()
+        except ShardError as error:
+            log.warning("left out: %s", error)
+    return [row for row in rows if row["stage_hash"] == commits.stage_hash]
 
 
 def encode_failures(commits: Commits, shard: int, attempt: str, failures: Sequence[tuple[str, Exception]]) -> bytes:
@@ -77,4 +83,8 @@ def ledger_is_whole(folder: Folder, name: str) -> bool:
         decode_table(folder.read(name), LEDGER_SCHEMA, name)
     except (FileNotFoundError, ShardError):
         return False
+    except (OSError, UserError) as error:
+        if is_damage(error):
+            return False
+        raise
     return True

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt, with_config
 
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import StoredObject, described, discard, new_attempt
+from resmaster_stages.dataset.records import parse_record
 from resmaster_stages.dataset.schemas import DUPLICATES_SCHEMA, PLAN_SCHEMA, REJECTED_SCHEMA
 from resmaster_stages.errors import PlanError
 from resmaster_stages.keys import canonical_json, prompt_key
@@ -86,28 +87,30 @@ class Duplicate:
         return f"{self.source}: equals {self.first or f'sample {self.key}'}"
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Part:
     """One file of a generation. It holds whole shards, from `first_shard` on."""
 
     stored: StoredObject
     first_shard: int
-    shards: int
+    shards: NonNegativeInt
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Generation:
     """One immutable part of the plan."""
 
     number: int
     first_shard: int
-    samples: int
-    samples_per_shard: int
+    samples: NonNegativeInt
+    samples_per_shard: PositiveInt
     parts: tuple[Part, ...]
     rejected: StoredObject | None
-    rejected_count: int
+    rejected_count: NonNegativeInt
     duplicates: StoredObject | None
-    duplicates_count: int
+    duplicates_count: NonNegativeInt
 
     @property
     def objects(self) -> list[StoredObject]:
@@ -119,17 +122,6 @@ class Generation:
     def shards(self) -> int:
         """Number of shards; the last one may be partial."""
         return -(-self.samples // self.samples_per_shard)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Generation:
-        """The inverse of `to_json`. Raises KeyError or TypeError."""
-        parts = [{**part, "stored": StoredObject(**part["stored"])} for part in values["parts"]]
-        tables = {name: StoredObject(**values[name]) if values[name] else None for name in ("rejected", "duplicates")}
-        return cls(**{**values, "parts": tuple(Part(**part) for part in parts), **tables})
 
 
 @dataclass(frozen=True)
@@ -199,11 +191,24 @@ def find_plan(folder: Folder) -> Plan:
     while True:
         name = layout.plan_record(len(generations))
         try:
-            generations.append(Generation.from_json(json.loads(folder.read(name))))
+            found = parse_record(Generation, folder.read(name))
+            _check_numbers(found, generations)
         except FileNotFoundError:
             return Plan(folder, tuple(generations))
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             raise PlanError(f"{folder.url_of(name)}: damaged ({error}); restore it from a copy") from error
+        generations.append(found)
+
+
+def _check_numbers(generation: Generation, before: Sequence[Generation]) -> None:
+    """Raise ValueError if the numbers of a generation contradict each other or those of the generations before it."""
+    shard = sum(each.shards for each in before)
+    fits = (generation.number, generation.first_shard) == (len(before), shard)
+    for part in generation.parts:
+        fits = fits and part.first_shard == shard
+        shard += part.shards
+    if not fits or shard != generation.first_shard + generation.shards:
+        raise ValueError("its numbers contradict each other")
 
 
 def read_plan(folder: Folder) -> Plan:
@@ -283,7 +288,7 @@ class GenerationWriter:
         )
         files, self._unnamed = self._unnamed, []  # while it is unknown who won, nothing is deleted
         try:
-            folder.create(layout.plan_record(self._number), (canonical_json(generation.to_json()) + "\n").encode())
+            folder.create(layout.plan_record(self._number), (canonical_json(asdict(generation)) + "\n").encode())
         except FileExistsError:
             winner = find_plan(folder).generations[self._number]
             if winner.parts and winner.parts[0].stored == self._parts[0].stored:

@@ -8,13 +8,13 @@ Invariants:
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import Receipt, StoredObject
-from resmaster_stages.errors import ShardError
+from resmaster_stages.dataset.records import parse_record, record_text
+from resmaster_stages.errors import ShardError, UserError
 from resmaster_stages.storage.filesystem import Folder
 
 
@@ -45,16 +45,15 @@ class CommitsDigest:
 def read_publication(folder: Folder) -> PublicationRecord | None:
     """The record of a dataset's publication, or None. Raises ShardError if the record cannot be read."""
     try:
-        values = json.loads(folder.read(layout.PUBLICATION))
-        files = tuple(StoredObject(str(f["name"]), str(f["sha256"]), int(f["bytes"])) for f in values["files"])
-        return PublicationRecord(str(values["commits"]), files)
+        return parse_record(PublicationRecord, folder.read(layout.PUBLICATION))
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise ShardError(f"{layout.PUBLICATION} cannot be read ({type(error).__name__})") from error
+    except (ValueError, OSError, UserError) as error:
+        if isinstance(error, ConnectionError):
+            raise
+        raise ShardError(f"{layout.PUBLICATION} cannot be read ({error})") from error
 
 
 def write_publication(folder: Folder, record: PublicationRecord) -> None:
     """Write or replace the record."""
-    text = json.dumps(asdict(record), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    folder.write(layout.PUBLICATION, text.encode())
+    folder.write(layout.PUBLICATION, record_text(record))

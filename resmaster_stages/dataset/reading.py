@@ -19,8 +19,9 @@ from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.plan import PlannedSample
 from resmaster_stages.dataset.sample import EncodedImage, Output, Sample
 from resmaster_stages.dataset.stages import STAGES
-from resmaster_stages.errors import PlanError, ShardError
+from resmaster_stages.errors import PlanError, ShardError, UserError
 from resmaster_stages.storage.arrays import Arrays, decode_arrays
+from resmaster_stages.storage.filesystem import is_damage
 from resmaster_stages.storage.scratch import scratch_folder
 from resmaster_stages.storage.shards import Entry, read_index, read_member
 from resmaster_stages.storage.sources import MASK_EXTENSION
@@ -197,6 +198,10 @@ def fetch(dataset: Dataset, receipt: Receipt, stored: StoredObject, scratch: Pat
         path, sha256 = dataset.folder.download(stored.name, scratch)
     except FileNotFoundError as error:
         raise ShardError(_damaged(dataset, receipt, "is gone", stored)) from error
+    except (OSError, UserError) as error:
+        if is_damage(error):
+            raise ShardError(_damaged(dataset, receipt, "cannot be read", stored)) from error
+        raise
     if sha256 != stored.sha256:
         raise ShardError(_damaged(dataset, receipt, "is damaged (sha256 differs)", stored))
     return path

@@ -28,7 +28,7 @@ from resmaster_stages.errors import ShardError, UserError
 from resmaster_stages.keys import sample_seed
 from resmaster_stages.models.identity import weights_of
 from resmaster_stages.redaction import without_credentials
-from resmaster_stages.storage.filesystem import Folder
+from resmaster_stages.storage.filesystem import Folder, explained, is_damage
 from resmaster_stages.storage.shards import Member, read_index
 from resmaster_stages.storage.tables import decode_table
 
@@ -236,12 +236,15 @@ def _trace(dataset: Dataset, stage: str, sample: PlannedSample, lost: bool) -> S
             files, facts = _in_tar(dataset.folder, name, sample.key)
             return replace(trace, files=files, facts=facts)
         table = decode_table(dataset.folder.read(name), schema(), name).to_pylist()
-    except FileNotFoundError:
-        return replace(
-            trace, problem=f"{name} is gone; run: resmaster verify {dataset.url}, then: resmaster repair {dataset.url}"
-        )
     except ShardError as error:
         return replace(trace, problem=str(error))
+    except (OSError, UserError) as error:
+        gone = isinstance(error, FileNotFoundError)
+        if not gone and not is_damage(error):
+            raise
+        what = "is gone" if gone else "cannot be read"
+        mend = f"run: resmaster verify {dataset.url}, then: resmaster repair {dataset.url}"
+        return replace(trace, problem=f"{name} {what}; {mend}")
     own = [row for row in table if row["key"] == sample.key]
     if stage == "captions":
         own.sort(key=lambda row: (row["row"], row["col"]))
@@ -250,7 +253,7 @@ def _trace(dataset: Dataset, stage: str, sample: PlannedSample, lost: bool) -> S
 
 def _in_tar(folder: Folder, name: str, key: str) -> tuple[tuple[Bytes, ...], dict[str, Any]]:
     """The sample's files in a tar, and its JSON. Raises FileNotFoundError, and ShardError if the tar is damaged."""
-    with folder.open(name) as file:
+    with explained(folder.url_of(name)), folder.open(name) as file:
         entry = next((entry for entry in read_index(file, name) if entry.key == key), None)
         if entry is None:
             raise ShardError(f"{name}: lacks sample {key}, which its commit record counts")

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from datetime import datetime
-from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.openmetrics.exposition import generate_latest
 
 from resmaster_stages.dataset.attempts import failed_names
-from resmaster_stages.dataset.commit import Receipt
+from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.dataset.dataset import Dataset
-from resmaster_stages.dataset.layout import FailedName
 from resmaster_stages.dataset.ledger import ledger_rows
 from resmaster_stages.dataset.plan import Plan
 from resmaster_stages.inspection.status import stage_status
@@ -33,12 +31,7 @@ def openmetrics(dataset: Dataset) -> str:
     families.samples_planned.add_metric([name], plan.samples)
     pixels = plan.pixels() * dataset.config.upscale.scale**2 / max(1, plan.samples)
     for stage in dataset.hashes:
-        commits = dataset.commits(stage)
-        failed = failed_names(commits)
-        for error_class, count in sorted(Counter(attempt.error_class for attempt in failed).items()):
-            families.failed_attempts.add_metric([name, stage, error_class], count)
-        _add_stage(families, [name, stage], plan, commits.read_all(), ledger_rows(commits), failed, pixels / 1e6)
-        families.damaged.add_metric([name, stage], len(commits.marked()))
+        _add_stage(families, [name, stage], plan, dataset.commits(stage), pixels / 1e6)
     registry = CollectorRegistry()
     registry.register(families)
     text: bytes = generate_latest(registry)
@@ -81,20 +74,12 @@ class _Families:
         return list(vars(self).values())
 
 
-def _add_stage(
-    families: _Families,
-    labels: list[str],
-    plan: Plan,
-    receipts: dict[int, Receipt],
-    rows: list[dict[str, Any]],
-    attempts: list[FailedName],
-    megapixels: float,
-) -> None:
-    """Add the numbers of one stage.
-
-    labels: dataset and stage. rows: the stage's ledger. attempts: its failed attempts. megapixels: of a mean high-res
-    image.
-    """
+def _add_stage(families: _Families, labels: list[str], plan: Plan, commits: Commits, megapixels: float) -> None:
+    """Add the numbers of one stage. labels: dataset and stage. megapixels: of a mean high-res image."""
+    receipts, rows, attempts = commits.read_all(), ledger_rows(commits), failed_names(commits)
+    for error_class, count in sorted(Counter(attempt.error_class for attempt in attempts).items()):
+        families.failed_attempts.add_metric([*labels, error_class], count)
+    families.damaged.add_metric(labels, len(commits.marked()))
     missing = set(range(plan.shards)) - receipts.keys()
     failed = missing & {attempt.shard for attempt in attempts}
     found = stage_status(labels[1], receipts.values(), missing, rows, failed)

@@ -25,6 +25,7 @@ from resmaster_stages.errors import UserError, first_line
 from resmaster_stages.redaction import one_line, without_credentials
 from resmaster_stages.storage.filesystem import PART_BYTES, explained, open_file
 from resmaster_stages.storage.masks import BATCH_ROWS, COLUMN, forget_tables
+from resmaster_stages.storage.sources import is_absent
 
 PARQUET_BATCH_ROWS = 10_000
 READ_BYTES = 1 << 20
@@ -203,14 +204,9 @@ def _value(cell: pa.Scalar) -> Any:
 
 
 def _raw(source: str, values: dict[str, Any], row: int) -> RawPrompt:
-    prompt, negative, mask = (_present(values.get(name)) for name in COLUMNS)
+    found = (values.get(name) for name in COLUMNS)
+    prompt, negative, mask = (None if is_absent(value) else value for value in found)
     return RawPrompt(source, prompt, negative, mask, row)
-
-
-def _present(value: Any) -> Any:
-    """A value of a table; None if it means that nothing is there, as null, NaN and blank text do."""
-    blank = isinstance(value, str) and not value.strip()
-    return None if blank or (isinstance(value, float) and value != value) else value
 
 
 def _columns(names: list[str], place: str) -> dict[str, int]:

@@ -100,6 +100,8 @@ _REFUSALS = {
 
 An answer to a HEAD request has no body, so the store's own code is missing there, and the HTTP status stands for it."""
 
+_UNREADABLE = (errno.EIO, errno.EISDIR, errno.ELOOP)
+
 _S3_LIBRARIES = {"botocore", "aiobotocore", "s3fs"}
 _NETWORK_LIBRARIES = {"aiohttp", "httpx", "httpx2", "httpcore", "huggingface_hub", "requests", "urllib3"}
 
@@ -108,8 +110,8 @@ _NETWORK_LIBRARIES = {"aiohttp", "httpx", "httpx2", "httpcore", "huggingface_hub
 def explained(place: str) -> Iterator[None]:
     """Turn errors about `place` into one line: a UserError if no retry can mend it, else a ConnectionError.
 
-    Missing files and existing ones (FileNotFoundError, FileExistsError), errors of a local disk that may pass, and bugs
-    pass unchanged.
+    Missing files and existing ones (FileNotFoundError, FileExistsError) and bugs pass unchanged. Errors of a local disk
+    that may pass stay of their kind, and name their file.
     """
     try:
         yield
@@ -120,6 +122,13 @@ def explained(place: str) -> Iterator[None]:
         if told is None:
             raise
         raise told from error
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error of a read says that this one file is damaged: the disk cannot read it, or a folder or a link in
+    a circle is in its place."""
+    cause = error.__cause__ if isinstance(error, UserError) else error
+    return isinstance(cause, OSError) and cause.errno in _UNREADABLE
 
 
 def _told(place: str, error: Exception) -> Exception | None:
@@ -136,7 +145,8 @@ def _told(place: str, error: Exception) -> Exception | None:
     if code is not None:
         return ConnectionError(f"{place}: the store answered {code} ({one_line(error)}); run the same command again")
     if isinstance(error, OSError):
-        return None
+        # the error of a read names no file
+        return OSError(error.errno, error.strerror, place) if error.strerror and not error.filename else None
     library = type(error).__module__.partition(".")[0]
     if library in ("botocore", "aiobotocore"):
         return _of_botocore(place, error)
@@ -150,20 +160,16 @@ def _of_botocore(place: str, error: Exception) -> Exception:
     from botocore import exceptions as known  # botocore raised the error, so it is loaded
     from botocore.parsers import ResponseParserError
 
-    credentials = (
-        known.NoCredentialsError,
-        known.PartialCredentialsError,
-        known.ProfileNotFound,
-        known.CredentialRetrievalError,
-        known.TokenRetrievalError,
-        known.SSOError,
-        known.MetadataRetrievalError,
+    unusable = (
+        f"{place}: no usable credentials ({one_line(error)}); set AWS_ACCESS_KEY_ID and "
+        "AWS_SECRET_ACCESS_KEY or a profile"
     )
-    if isinstance(error, credentials):
-        return UserError(
-            f"{place}: no usable credentials ({one_line(error)}); set AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY or a profile"
-        )
+    if isinstance(error, (known.CredentialRetrievalError, known.TokenRetrievalError, known.MetadataRetrievalError)):
+        return ConnectionError(unusable)  # the service that hands out credentials may answer the next time
+    if isinstance(
+        error, (known.NoCredentialsError, known.PartialCredentialsError, known.ProfileNotFound, known.SSOError)
+    ):
+        return UserError(unusable)
     if isinstance(error, (known.IncompleteReadError, known.FlexibleChecksumError, ResponseParserError)):
         return ConnectionError(f"{place}: the answer arrived damaged ({one_line(error)}); run the same command again")
     if isinstance(error, (known.HTTPClientError, known.ConnectionError)):
@@ -201,6 +207,11 @@ def _of_libraries(place: str, error: Exception) -> Exception | None:
     if isinstance(error, RuntimeError) and libraries & (_S3_LIBRARIES | _NETWORK_LIBRARIES):
         return _unreachable(place, error)
     return None
+
+
+def is_outside(name: str) -> bool:
+    """Whether a name, relative to a folder, is that of a file outside the folder."""
+    return name.startswith("/") or ".." in name.split("/")
 
 
 _MODIFIED = ("LastModified", "mtime", "created")  # the names in S3, local and in-memory listings
@@ -257,7 +268,7 @@ class Folder:
 
     def full(self, name: str) -> str:
         """The full path of a file in the folder. Raises UserError for a name that leads out of the folder."""
-        if name.startswith("/") or ".." in name.split("/"):  # names come from records, which may be foreign
+        if is_outside(name):  # names come from records, which may be foreign
             raise UserError(
                 f"{self.url}: the name {name!r} leads out of this folder; the record that holds it is not ours"
             )
@@ -276,8 +287,11 @@ class Folder:
         with explained(self.url_of(name)):
             return self.fs.cat_file(self.full(name), **self._whole)
 
-    def read_many(self, names: list[str]) -> dict[str, bytes]:
-        """Name -> content of several files, read in parallel if the store allows it. Missing files are left out."""
+    def read_many(self, names: list[str], lenient: bool = False) -> dict[str, bytes]:
+        """Name -> content of several files, read in parallel if the store allows it. Missing files are left out.
+
+        lenient: so are files that cannot be read. Only a store that cannot be reached raises an error then.
+        """
         if not names:
             return {}
         by_path = {self.full(name): name for name in names}
@@ -287,8 +301,14 @@ class Folder:
         for path, name in by_path.items():
             value = found[path]
             if isinstance(value, Exception):
-                with suppress(FileNotFoundError), explained(self.url_of(name)):
-                    raise value
+                try:
+                    with explained(self.url_of(name)):
+                        raise value
+                except FileNotFoundError:
+                    continue
+                except (OSError, UserError) as error:
+                    if not lenient or isinstance(error, ConnectionError):
+                        raise
             else:
                 result[name] = value
         return result
@@ -345,8 +365,10 @@ class Folder:
         with explained(self.url_of(name)):
             try:
                 return int(self.fs.size(self.full(name)))
-            except FileNotFoundError:
-                return None
+            except OSError as error:
+                if isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP:
+                    return None
+                raise
 
     def names(self, folder: str) -> list[str]:
         """Sorted names (relative to this folder) of files and folders directly in `folder`; empty if it is missing."""

@@ -395,15 +395,15 @@ def _prompt_of_json(data: bytes, name: str) -> Any:
     except (ValueError, RecursionError):
         raise SampleError(f"{name}: not valid JSON; mend it, or write the prompt into a .txt file") from None
     if not isinstance(values, tuple):
-        return "" if _absent(values) else [values]
+        return "" if is_absent(values) else [values]
     names = [each for each, _ in values]
     if twice := [key for key in _PROMPT_KEYS if names.count(key) > 1]:
         raise SampleError(f"{name}: has {twice[0]!r} {names.count(twice[0])} times; keep one")
-    found = [value for key in _PROMPT_KEYS for each, value in values if each == key and not _absent(value)]
+    found = [value for key in _PROMPT_KEYS for each, value in values if each == key and not is_absent(value)]
     texts = [value for value in found if isinstance(value, str)]
     return next(iter([*texts, *found]), "")
 
 
-def _absent(value: Any) -> bool:
-    """Whether a value of JSON stands for nothing: null, NaN, or a text without words."""
+def is_absent(value: Any) -> bool:
+    """Whether a value of a table or of JSON stands for nothing: null, NaN, or a text without words."""
     return value is None or value != value or (isinstance(value, str) and not value.strip())

@@ -1,4 +1,3 @@
-import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import Receipt, new_attempt
 from resmaster_stages.dataset.commits import Commits, all_records
 from resmaster_stages.dataset.ledger import encode_failures, ledger_rows
+from resmaster_stages.dataset.records import parse_record, record_text
 from resmaster_stages.errors import ShardError
 from resmaster_stages.storage.filesystem import Folder
 
@@ -16,7 +16,8 @@ HASH = "ab" * 32
 
 
 def receipt(attempt: str, shard: int = 0) -> Receipt:
-    return Receipt("low_res", HASH, shard, attempt, 0, 2, 1, ("k3",), "0" * 64, {}, provenance={"host": "h"})
+    done = "2026-11-28T12:00:00+00:00"
+    return Receipt("low_res", HASH, shard, attempt, 0, 2, 1, ("k3",), "0" * 64, {}, done, provenance={"host": "h"})
 
 
 def commits(folder: Folder) -> Commits:
@@ -42,7 +43,7 @@ def test_commit_and_read(folder: Folder, source: Path) -> None:
     assert done.objects[0].bytes == 7
     assert folder.read(done.objects[0].name) == b"content"
     assert commits(folder).read(0) == done
-    assert Receipt.from_json(json.loads(json.dumps(done.to_json()))) == done
+    assert parse_record(Receipt, record_text(done)) == done
     folder.write(f"{layout.commit_folder('low_res', HASH)}/.000001.json.1234.tmp", b"leftover")
     assert commits(folder).numbers() == {0: 1}
     assert commits(folder).read_all() == {0: done}

@@ -180,7 +180,7 @@ def test_a_fault_at_any_step_of_an_upload_in_parts(
 
     def attempt(shard: int) -> Receipt:
         own = new_attempt()
-        receipt = Receipt("low_res", "ab" * 32, shard, own, 0, 1, 0, (), "0" * 64, {})
+        receipt = Receipt("low_res", "ab" * 32, shard, own, 0, 1, 0, (), "0" * 64, {}, "2026-11-28T12:00:00+00:00")
         return commits.create(receipt, [(f"low_res/{shard:06d}-{own}.tar", source)])
 
     steps = Steps()

@@ -16,6 +16,7 @@ from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.dataset.ledger import ledger_rows
+from resmaster_stages.dataset.records import record_text
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import open_root
@@ -35,7 +36,7 @@ def contend(url: str, environment: dict[str, str], number: int, barrier: Any, an
         barrier.wait(120)
 
     receipt = run_stage(dataset, "low_res", 0, number=number, process=process, provenance={"process": os.getpid()})
-    answers.put(json.dumps(receipt.to_json(), sort_keys=True))
+    answers.put(record_text(receipt).decode())
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -1,5 +1,6 @@
 """`resmaster explain`: everything about a sample, and commands that fetch its very bytes."""
 
+import io
 import json
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -98,6 +99,20 @@ def test_the_idle_share_is_shown_where_the_record_has_it(tmp_path: Path) -> None
         del record["provenance"]["device"]
         path.write_text(json.dumps(record))
     assert spelled(explain(dataset, key)).count("device idle") == 3
+
+
+def test_a_store_that_breaks_off_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = built(tmp_path / "out", ["a tree"], tmp_path)
+
+    class Torn(io.BytesIO):
+        def read(self, *size: int | None) -> bytes:
+            raise type("ClientPayloadError", (Exception,), {"__module__": "aiohttp"})("not completed")
+
+    monkeypatch.setattr(Folder, "open", lambda *_: Torn())
+    assert main(["explain", dataset.url, key_of(dataset, 0)]) == 1
+    assert "cannot be reached (not completed)" in " ".join(capsys.readouterr().err.split())
 
 
 def test_how_objects_elsewhere_are_fetched() -> None:

@@ -1,5 +1,6 @@
 """Damage of every kind: found by shard and stage, and put back to the byte, on a folder and on S3."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileOpener
 
 from resmaster_flows.cli.main import main
 from resmaster_stages.config.dataset import DatasetConfig
@@ -15,6 +17,7 @@ from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.damage import drop_unreadable_records, give_up_damaged
 from resmaster_stages.dataset.dataset import Dataset, create_or_open
 from resmaster_stages.dataset.layout import commit as commit_name
+from resmaster_stages.dataset.ledger import ledger_is_whole
 from resmaster_stages.dataset.retry import number_of, retries_of
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import Process
@@ -67,6 +70,63 @@ def work(dataset: Dataset) -> list[tuple[str, int]]:
             run_stage(dataset, stage, shard, process=listed(stage, shard, done))
     write_manifest(dataset)
     return done
+
+
+@pytest.mark.parametrize("kind", ["folder", "link in a circle", "bad sector"])
+def test_an_object_that_cannot_be_read_is_damage_like_others(
+    local: Dataset, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [receipt_of(local, "high_res", 1).objects[0].name, receipt_of(local, "low_res", 0).ledger]
+    names.append(commit_name("captions", local.hashes["captions"], 0))
+    real = LocalFileOpener.read
+
+    def bad(self: LocalFileOpener, *size: int) -> bytes:
+        if self.path.endswith(tuple(map(str, names))):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(self, *size)
+
+    places = [Path(local.url, str(name)) for name in names]
+    for place in places:
+        if kind == "bad sector":
+            monkeypatch.setattr(LocalFileOpener, "read", bad)
+        else:
+            place.unlink()
+            place.mkdir() if kind == "folder" else place.symlink_to(place.name)
+    found = verify(local)
+    assert {damage.name for damage in found.damage} == set(names)
+    note(local, found)
+    key = local.plan.read(1)[0].key
+    assert main(["explain", local.url, key]) == 0
+    assert f"{names[0]} cannot be read; run: resmaster verify" in capsys.readouterr().out
+    assert main(["status", local.url]) in (1, 2), "the record of a commit is missed"
+    assert names[2] in capsys.readouterr().err
+    monkeypatch.undo()
+    for place in places:
+        if kind == "folder":  # as the message of a repair asks
+            place.rmdir()
+    work(local)
+    note(local, verify(local))
+    assert verify(local).damage == ()
+    assert not any(pending(local).values())
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"no table"])
+def test_a_damaged_ledger_ends_no_command_and_is_mended(
+    local: Dataset, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = receipt_of(local, "low_res", 0).ledger
+    assert name is not None
+    whole = local.folder.read(name)
+    local.folder.write(name, content)
+    key = local.plan.read(0)[0].key
+    for words in (["status"], ["status", "--openmetrics"], ["publish"], ["explain", key]):
+        assert main([words[0], local.url, *words[1:]]) == 0
+    assert f"left out: {name}: not a readable Parquet file" in caplog.text
+    note(local, verify(local))
+    assert work(local) == [("low_res", 0)]
+    assert ledger_is_whole(local.folder, name)
+    assert len(local.folder.read(name)) == len(whole)
+    assert not any(pending(local).values())
 
 
 def receipt_of(dataset: Dataset, stage: str, shard: int) -> Receipt:

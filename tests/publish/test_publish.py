@@ -110,6 +110,25 @@ def test_an_unreadable_record_is_damage_too(dataset: Dataset, content: bytes) ->
     assert files(dataset) == before
 
 
+@pytest.mark.parametrize("kind", ["folder", "link in a circle", "foreign names"])
+def test_what_is_in_the_place_of_the_record_ends_no_command(
+    dataset: Dataset, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(dataset)
+    place = Path(dataset.url, layout.PUBLICATION)
+    foreign = place.read_text().replace('"index.json"', '"../index.json"')
+    place.unlink()
+    if kind == "foreign names":
+        place.write_text(foreign)
+    else:
+        place.mkdir() if kind == "folder" else place.symlink_to(place.name)
+    for words, rc in ((["status"], 0), (["verify"], 1), (["publish"], 2 if kind == "folder" else 0)):
+        assert main([*words, dataset.url]) == rc
+        shown = capsys.readouterr()
+        assert layout.PUBLICATION in shown.out + shown.err or words == ["publish"]
+    assert main(["verify", dataset.url]) == (1 if kind == "folder" else 0)
+
+
 def test_two_damaged_files_of_a_finished_dataset(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     publish(dataset)
     dataset.folder.write("manifest.parquet", dataset.folder.read("manifest.parquet")[:2000])

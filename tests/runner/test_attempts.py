@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from resmaster_flows.cli.main import main
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.attempts import UNREADABLE, FailedAttempt, failed_names, read_failures
 from resmaster_stages.dataset.dataset import Dataset
@@ -165,6 +166,20 @@ def test_an_unreadable_record_costs_only_what_it_said(dataset: Dataset, content:
     assert of(dataset, "low_res").failed == 1
     assert verify(dataset).damage == (), "no data depends on it"
     assert find_leftovers(dataset, timedelta(0)) == [], "gc leaves it alone"
+
+
+@pytest.mark.parametrize("kind", ["folder", "link in a circle"])
+def test_what_is_in_the_place_of_a_record_ends_no_command(
+    dataset: Dataset, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail(dataset, 0, UserError("gone"))
+    (file,) = dataset.folder.files("attempts")
+    place = Path(dataset.url, file.name)
+    place.unlink()
+    place.mkdir() if kind == "folder" else place.symlink_to(place.name)
+    for words in (["status", dataset.url], ["explain", dataset.url, "0"]):
+        assert main(words) == 0
+        assert f"UserError: {UNREADABLE}" in capsys.readouterr().out
 
 
 def test_a_class_with_a_strange_name_makes_a_plain_file_name(dataset: Dataset) -> None:

@@ -8,7 +8,12 @@ from pathlib import Path
 import fsspec
 import pytest
 import s3fs
-from botocore.exceptions import EndpointConnectionError, NoCredentialsError
+from botocore.exceptions import (
+    CredentialRetrievalError,
+    EndpointConnectionError,
+    NoCredentialsError,
+    TokenRetrievalError,
+)
 
 from resmaster_stages.errors import UserError
 from resmaster_stages.redaction import without_credentials
@@ -254,6 +259,19 @@ def test_transient_errors_stay_what_they_are() -> None:
         raise EndpointConnectionError(endpoint_url="http://x")
     with pytest.raises(UserError, match="credentials"), explained("s3://b"):
         raise NoCredentialsError
+
+
+@pytest.mark.parametrize("kind", [CredentialRetrievalError, TokenRetrievalError])
+def test_a_service_of_credentials_may_answer_the_next_time(kind: type[Exception]) -> None:
+    with pytest.raises(ConnectionError, match=r"no usable credentials .*slow.*AWS_ACCESS_KEY_ID"), explained("s3://b"):
+        raise kind(provider="x", error_msg="slow")
+
+
+def test_an_error_of_a_disk_names_the_file() -> None:
+    with pytest.raises(OSError, match=r"^.Errno 5. Input/output error: '/data/x'$"), explained("/data/x"):
+        raise OSError(errno.EIO, "Input/output error")
+    with pytest.raises(TimeoutError), explained("/data/x"):
+        raise TimeoutError("slow")
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from resmaster_stages.inspection.verify import note, verify
 
 HELP = "read everything back, and say what is damaged"
 DESCRIPTION = (
-    "Hash every object that the commits, the plan and the publication name, and list what is gone, cut off or "
-    "changed, by stage and shard. Marks damaged shards for `repair`. Exit status 1 if something is damaged, or if all "
-    "is committed and not published."
+    "Hash every object that the commits, the plan and the publication name, and list what is gone, cut off, changed "
+    "or unreadable, by stage and shard. Marks damaged shards for `repair`. Exit status 1 if something is damaged, or "
+    "if all is committed and not published."
 )
 
 
