@@ -99,9 +99,9 @@ def work(
     shards = sorted(_lacking(todo))
     emit(WorkFound(pending_samples(dataset, todo), shards))
     stages = None if todo.keys() == dataset.hashes.keys() else list(todo)  # None: all stages
-    if not shards:
-        return {}
     with run_page(dataset, todo):
+        if not shards:
+            return {}
         if config.where == "dask" or config.where == "ray":
             return process_on_cluster(dataset, shards, stages, retries, config.where)
         if not on_workers(config):

@@ -329,7 +329,8 @@ def other_build(config: DispatchConfig, dataset_url: str) -> str | None:
                 address = url_for("flow-run", obj_id=run.id) or run.id
                 return (
                     f"{dataset_url}: the run {run.name} builds it already ({address}, since "
-                    f"{_start(run)[0]:%Y-%m-%d %H:%M} UTC); wait for that run, or cancel it"
+                    f"{_start(run)[0]:%Y-%m-%d %H:%M} UTC); wait for that run, or cancel it (if it was killed, it "
+                    f"counts as ended {SILENT_SECONDS / 60:g} minutes after its last sign of life)"
                 )
     return None
 

@@ -134,6 +134,6 @@ def test_a_build_that_gives_way_is_skipped_and_the_command_line_says_why(tmp_pat
     elsewhere(build, config=config(tmp_path / "out", wanted.name))
     state = build_dataset(wanted, return_state=True)
     assert (state.type.value, state.name) == ("CANCELLED", "Skipped")
-    with pytest.raises(UserError, match=r"builds it already .* wait for that run, or cancel it"):
+    with pytest.raises(UserError, match=r"builds it already .* wait for that run, or cancel it .* 2 minutes"):
         outcome(state)
     assert not (tmp_path / "out").exists(), "nothing was begun"

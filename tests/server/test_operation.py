@@ -15,7 +15,13 @@ from uuid import UUID
 import pytest
 import yaml
 from prefect import flow
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterType
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    ArtifactFilterType,
+    LogFilter,
+    LogFilterFlowRunId,
+)
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.objects import State as PrefectState
 from prefect.events.filters import EventFilter
@@ -62,6 +68,12 @@ def table(stack: Stack, run: UUID) -> dict[str, str]:
     with stack.client() as client:
         (artifact,) = client.read_artifacts(artifact_filter=wanted)
     return {row["run"]: row["state"] for row in json.loads(str(artifact.data))}
+
+
+def log(stack: Stack, run: UUID) -> list[str]:
+    """The log on the page of a run."""
+    with stack.client() as client:
+        return [entry.message for entry in client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run])))]
 
 
 def events(stack: Stack, run: UUID, name: str = "prefect.flow-run.") -> list[ReceivedEvent]:
@@ -134,6 +146,8 @@ def test_a_failed_run_is_retried_as_the_button_does_it(workers: Stack, tmp_path:
     # A worker (of Prefect 3.8) that is offered a run whose process it has not seen off yet breaks down:
     # docs/deploying.md
     wait(lambda: not any(descendants(workers.processes[name].pid) for name in ("gpu-a", "gpu-b")))
+    wait(lambda: any("Finished in state Incomplete" in line for line in log(workers, run)))
+    assert not any("Traceback" in line for line in log(workers, run)), "the flow chose this end"
     with workers.client() as client:
         client.set_flow_run_state(run, AwaitingRetry(), force=True)
     wait(lambda: workers.read(run).run_count == 2)

@@ -19,7 +19,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-GRACE_SECONDS = 3.0
+GRACE_SECONDS = 10.0
+"""A build cancels its runs and tells the server that it ends, which takes seconds on a busy machine."""
 KEPT = "interrupted; what is done is kept: run the same command again to go on"
 NOTHING_WRITTEN = "interrupted; nothing was written"
 STOPS = (signal.SIGINT, signal.SIGTERM)

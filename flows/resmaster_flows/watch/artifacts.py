@@ -170,6 +170,7 @@ def run_page(dataset: Dataset, todo: Mapping[str, Sequence[int]], *, part: bool 
         if part:
             logged.enter_context(listening(lines(progress, logger.info)))
             logged.enter_context(listening(notes(logger.info)))
+        logged.callback(progress.end)  # before the last look
         yield
 
 

@@ -22,6 +22,8 @@ Row = TypeVar("Row", Shard, Run)
 
 def headline(progress: Progress) -> str:
     """The progress of the run in one line."""
+    if not progress.shards and not progress.dispatched:
+        return "everything was committed already"
     spent = max(1e-9, progress.seconds)
     if progress.dispatched:
         done, total = progress.dispatched.done, progress.dispatched.total
@@ -32,9 +34,12 @@ def headline(progress: Progress) -> str:
         parts = [f"{progress.images} of {progress.images_total} images"]
         parts += [f"{progress.images / spent:.3g} images per second"] if progress.images else []
     finished = progress.percent == 100
-    parts.append(f"took {spell_seconds(spent)}" if finished else f"time left: {spell_seconds(progress.seconds_left)}")
+    if finished or progress.ended:
+        parts.append(f"{'took' if finished else 'ended after'} {spell_seconds(spent)}")
+    else:
+        parts.append(f"time left: {spell_seconds(progress.seconds_left)}")
     parts += [f"{progress.samples_failed} samples failed"] if progress.samples_failed else []
-    parts += [] if finished else [_now(progress)]
+    parts += [] if finished or progress.ended else [_now(progress)]
     return "; ".join(parts)
 
 

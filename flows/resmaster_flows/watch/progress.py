@@ -78,6 +78,7 @@ class Progress:
         self.now: ShardStarted | None = None
         self.step: Step | None = None
         self.dispatched: Dispatched | None = None
+        self.ended = False
 
     # ------------------------------------------------------------------------------------------------------- listening
 
@@ -104,6 +105,15 @@ class Progress:
                 run.state, run.rank = event.state, FINISHED if event.finished else FAILED
             case Dispatched():
                 self.dispatched = event
+
+    def end(self) -> None:
+        """The run has ended: no shard is at work or waits any more."""
+        self.ended = True
+        for shard in list(self.shards.values()):
+            if shard.rank == AT_WORK:
+                shard.state, shard.rank = f"{shard.state} not finished", FAILED
+            elif shard.rank == WAITING:
+                shard.state = "not begun"
 
     def _work_found(self, event: WorkFound) -> None:
         self._left = TimeLeft(dict(event.pending))

@@ -58,6 +58,29 @@ def test_how_far_how_fast_and_how_long(clock: Clock) -> None:
     assert progress.percent == 50, "a run that could not finish never reads 100"
 
 
+def test_a_run_that_has_ended_tells_of_no_work_any_more(clock: Clock) -> None:
+    progress = Progress({"low_res": 4, "high_res": 4}, [0, 1, 2], clock)
+    work(progress, clock, "low_res", 0, 2, 1.0)
+    hear(progress, ShardFailed(0, "captions: no server"), ShardStarted("low_res", 1, 2), Step(3, 20))
+    progress.end()
+    assert headline(progress) == "0 of 4 images; ended after 2 s"
+    states = {row["shard"]: row["state"] for row in table(progress)}
+    assert states == {"000000": "failed: captions: no server", "000001": "low_res not finished", "000002": "not begun"}
+
+
+def test_runs_elsewhere_are_no_part_of_the_last_line(clock: Clock) -> None:
+    progress = Progress({"high_res": 8}, [0, 1], clock)
+    hear(progress, RunSubmitted("a", "demo: shards 0-1"), Dispatched(1, 2, 1, 0))
+    clock.now = 40.0
+    progress.end()
+    assert headline(progress) == "1 of 2 shards; about 0.1 images per second; ended after 40 s"
+
+
+def test_a_run_that_found_nothing_to_do_says_so() -> None:
+    assert headline(Progress()) == "everything was committed already"
+    assert (Progress().percent, table(Progress())) == (100.0, [])
+
+
 def test_a_build_may_tell_its_work_later(clock: Clock) -> None:
     told, later = Progress({"low_res": 4, "high_res": 4}, [0, 1], clock), Progress(clock=clock)
     assert headline(later) != headline(told)
