@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+for _name in [name for name in os.environ if name.startswith(("AWS_", "PREFECT_"))]:
+    del os.environ[_name]  # a server or store of the user's own is none of the tests' business
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests download nothing
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other where cores are shared
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")

@@ -23,7 +23,7 @@ from resmaster_stages.models.identity import Weights
 from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.publish.page import ReportSample, render_report
 from resmaster_stages.runner.run import run_stage
-from resmaster_stages.storage.filesystem import explained
+from resmaster_stages.storage.store_errors import explained
 from tests.checkout import PYTHONPATH
 from tests.fake_stages import FAKES, planned, png
 

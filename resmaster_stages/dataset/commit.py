@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, with_config
 
 from resmaster_stages.errors import UserError
-from resmaster_stages.storage.filesystem import Folder, is_damage, is_outside, sha256_of
+from resmaster_stages.storage.filesystem import Folder, is_outside, sha256_of
+from resmaster_stages.storage.store_errors import is_damage
 
 
 def describe(name: str, path: Path) -> StoredObject:

@@ -24,7 +24,8 @@ from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import Receipt, describe, discard
 from resmaster_stages.dataset.records import parse_record, record_text
 from resmaster_stages.errors import ShardError, UserError
-from resmaster_stages.storage.filesystem import Folder, is_damage
+from resmaster_stages.storage.filesystem import Folder
+from resmaster_stages.storage.store_errors import is_damage
 
 
 @dataclass(frozen=True)

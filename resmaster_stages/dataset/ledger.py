@@ -16,7 +16,8 @@ from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.dataset.schemas import LEDGER_SCHEMA
 from resmaster_stages.errors import ShardError, UserError
-from resmaster_stages.storage.filesystem import Folder, is_damage
+from resmaster_stages.storage.filesystem import Folder
+from resmaster_stages.storage.store_errors import is_damage
 from resmaster_stages.storage.tables import decode_table, encode_table
 
 log = logging.getLogger(__name__)

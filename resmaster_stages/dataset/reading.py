@@ -21,10 +21,10 @@ from resmaster_stages.dataset.sample import EncodedImage, Output, Sample
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import PlanError, ShardError, UserError
 from resmaster_stages.storage.arrays import Arrays, decode_arrays
-from resmaster_stages.storage.filesystem import is_damage
 from resmaster_stages.storage.scratch import scratch_folder
 from resmaster_stages.storage.shards import Entry, read_index, read_member
 from resmaster_stages.storage.sources import MASK_EXTENSION
+from resmaster_stages.storage.store_errors import is_damage
 from resmaster_stages.storage.tables import decode_table
 
 Rows = list[dict[str, Any]]

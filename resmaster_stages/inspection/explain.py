@@ -28,8 +28,9 @@ from resmaster_stages.errors import ShardError, UserError
 from resmaster_stages.keys import sample_seed
 from resmaster_stages.models.identity import weights_of
 from resmaster_stages.redaction import without_credentials
-from resmaster_stages.storage.filesystem import Folder, explained, is_damage
+from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.shards import Member, read_index
+from resmaster_stages.storage.store_errors import explained, is_damage
 from resmaster_stages.storage.tables import decode_table
 
 KEY_CHARACTERS = 24

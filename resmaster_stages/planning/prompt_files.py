@@ -23,9 +23,10 @@ import pyarrow.parquet as pq
 
 from resmaster_stages.errors import UserError, first_line
 from resmaster_stages.redaction import one_line, without_credentials
-from resmaster_stages.storage.filesystem import PART_BYTES, explained, open_file
+from resmaster_stages.storage.filesystem import PART_BYTES, open_file
 from resmaster_stages.storage.masks import BATCH_ROWS, COLUMN, forget_tables
 from resmaster_stages.storage.sources import is_absent
+from resmaster_stages.storage.store_errors import explained
 
 PARQUET_BATCH_ROWS = 10_000
 READ_BYTES = 1 << 20

@@ -27,9 +27,9 @@ from resmaster_stages.runner.compute import compute
 from resmaster_stages.runner.quarantine import Breadcrumbs
 from resmaster_stages.runner.resume import Spill
 from resmaster_stages.storage.arrays import Arrays, encode_arrays
-from resmaster_stages.storage.filesystem import explained
 from resmaster_stages.storage.scratch import scratch_folder
 from resmaster_stages.storage.shards import ShardWriter, spell_image, validate
+from resmaster_stages.storage.store_errors import explained
 from resmaster_stages.storage.tables import decode_table, encode_table
 
 

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from resmaster_stages.errors import SampleError
-from resmaster_stages.storage.filesystem import Folder, explained, open_regular
+from resmaster_stages.storage.filesystem import Folder, open_regular
 from resmaster_stages.storage.shards import BAD_TAR, members
+from resmaster_stages.storage.store_errors import explained
 
 AHEAD_BYTES = 5 << 20
 """What is fetched at a time of a tar in an object store."""

@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from resmaster_stages.errors import SampleError
-from resmaster_stages.storage.filesystem import Folder, explained, open_file, open_folder
+from resmaster_stages.storage.filesystem import Folder, open_file, open_folder
 from resmaster_stages.storage.images import SUFFIXES, image_size
 from resmaster_stages.storage.listings import leads_out, parse_source, spell_source
 from resmaster_stages.storage.sources import MAX_FILE_BYTES, masks_beside, read_image, unfit
+from resmaster_stages.storage.store_errors import explained
 
 COLUMN = "detail_mask"
 """The column of a prompts file that names a mask, or (in Parquet) holds the content of its file."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from resmaster_stages.errors import ShardError
-from resmaster_stages.storage.filesystem import explained
+from resmaster_stages.storage.store_errors import explained
 
 IMAGE_EXTENSIONS = ("webp", "png", "jpg")
 """Extensions that a sample's image may have. A sample has exactly one image."""

@@ -18,7 +18,8 @@ from botocore.exceptions import (
 from resmaster_stages.errors import UserError
 from resmaster_stages.redaction import without_credentials
 from resmaster_stages.storage import filesystem
-from resmaster_stages.storage.filesystem import Folder, explained, open_root, put_if_absent
+from resmaster_stages.storage.filesystem import Folder, open_root, put_if_absent
+from resmaster_stages.storage.store_errors import explained
 
 
 def test_write_read_list_remove(folder: Folder, tmp_path: Path) -> None:

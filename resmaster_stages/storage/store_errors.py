@@ -1,0 +1,185 @@
+"""Says in one line what went wrong at a folder or in an object store, and what to do.
+
+Invariant: a mistake that no retry can mend is a UserError, and an outage is a ConnectionError. Bugs pass unchanged.
+"""
+
+from __future__ import annotations
+
+import configparser
+import errno
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from resmaster_stages.errors import ResMasterError, UserError
+from resmaster_stages.redaction import one_line, without_credentials
+
+_PERMANENT = {
+    errno.ENOSPC: "the disk is full; free some space, then run the same command again",
+    errno.EDQUOT: "the disk quota is used up; free some space, then run the same command again",
+    errno.EROFS: "the file system is read-only; choose another place",
+    errno.EACCES: "permission denied; check the rights of this user there, or choose another place",
+    errno.EPERM: "operation not permitted; check the rights of this user there, or choose another place",
+    errno.ENOTDIR: "a file is in the way where a folder is needed; choose another place",
+    errno.EISDIR: "a folder is in the way where a file is needed; choose another place",
+    errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one",
+    errno.ELOOP: "links lead in a circle; mend them, or choose another place",
+}
+
+_KEYS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile"
+_EXPIRED = "the credentials have expired; get new ones (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN)"
+_TOKEN = "the session token is not valid; check AWS_SESSION_TOKEN"
+_RIGHTS = "these credentials lack the right to do this there; give it to them, or use others"
+_UNSAID = f"the store does not say why: the credentials are wrong, have expired or lack the right; {_KEYS}"
+_BUCKET_NAME = "not a valid bucket name; it has 3 to 63 lower-case letters, digits, dots and dashes"
+_REGION = "the bucket is in another region or at another address; set AWS_DEFAULT_REGION or AWS_ENDPOINT_URL"
+_UNABLE = "this store cannot do what is needed here; choose another one"
+_REFUSALS = {
+    "InvalidAccessKeyId": f"the store does not know this access key; {_KEYS}",
+    "SignatureDoesNotMatch": f"the secret key does not fit the access key; {_KEYS}",
+    "ExpiredToken": _EXPIRED,
+    "ExpiredTokenException": _EXPIRED,
+    "TokenRefreshRequired": _EXPIRED,
+    "InvalidToken": _TOKEN,
+    "InvalidClientTokenId": _TOKEN,
+    "AccessDenied": _RIGHTS,
+    "AllAccessDisabled": _RIGHTS,
+    "AccountProblem": _RIGHTS,
+    "InvalidSecurity": _KEYS,
+    "NotSignedUp": _KEYS,
+    "401": _UNSAID,
+    "403": _UNSAID,
+    "400": f"{_UNSAID}; check AWS_DEFAULT_REGION too",
+    "RequestTimeTooSkewed": "the clock of this machine is wrong; set it",
+    "NoSuchBucket": "no such bucket; create it, or choose another one",
+    "InvalidBucketName": _BUCKET_NAME,
+    "AuthorizationHeaderMalformed": _REGION,
+    "IllegalLocationConstraintException": _REGION,
+    "PermanentRedirect": _REGION,
+    "301": _REGION,
+    "NotImplemented": _UNABLE,
+    "501": _UNABLE,
+    "MethodNotAllowed": _UNABLE,
+    "405": _UNABLE,
+}
+"""Code of an S3 store's answer -> what it means and what to do. No retry mends these.
+
+An answer to a HEAD request has no body, so the store's own code is missing there, and the HTTP status stands for it."""
+
+_UNREADABLE = (errno.EIO, errno.EISDIR, errno.ELOOP)
+
+_S3_LIBRARIES = {"botocore", "aiobotocore", "s3fs"}
+_NETWORK_LIBRARIES = {"aiohttp", "httpx", "httpx2", "httpcore", "huggingface_hub", "requests", "urllib3"}
+
+
+@contextmanager
+def explained(place: str) -> Iterator[None]:
+    """Turn errors about `place` into one line: a UserError if no retry can mend it, else a ConnectionError.
+
+    Missing files and existing ones (FileNotFoundError, FileExistsError) and bugs pass unchanged. Errors of a local disk
+    that may pass stay of their kind, and name their file.
+    """
+    try:
+        yield
+    except ResMasterError:
+        raise
+    except Exception as error:
+        told = _told(without_credentials(place), error)
+        if told is None:
+            raise
+        raise told from error
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error of a read says that this one file is damaged: the disk cannot read it, or a folder or a link in
+    a circle is in its place."""
+    cause = error.__cause__ if isinstance(error, UserError) else error
+    return isinstance(cause, OSError) and cause.errno in _UNREADABLE
+
+
+def _told(place: str, error: Exception) -> Exception | None:
+    """The error that says in one line what went wrong at `place`; None if `error` is to pass unchanged."""
+    code = store_code(error)
+    if code in _REFUSALS:
+        return UserError(f"{place}: {code}: {_REFUSALS[code]}")
+    if isinstance(error, (FileNotFoundError, FileExistsError)):
+        return None
+    if isinstance(error, OSError):
+        number = errno.EACCES if isinstance(error, PermissionError) else error.errno
+        if number in _PERMANENT:
+            return UserError(f"{place}: {_PERMANENT[number]}")
+    if code is not None:
+        return ConnectionError(f"{place}: the store answered {code} ({one_line(error)}); run the same command again")
+    if isinstance(error, OSError):
+        # the error of a read names no file
+        return OSError(error.errno, error.strerror, place) if error.strerror and not error.filename else None
+    library = type(error).__module__.partition(".")[0]
+    if library in ("botocore", "aiobotocore"):
+        return _of_botocore(place, error)
+    if library in _NETWORK_LIBRARIES:
+        return _unreachable(place, error)
+    return _of_libraries(place, error)
+
+
+def _of_botocore(place: str, error: Exception) -> Exception:
+    """What an error of the S3 library itself says: no credentials, no connection, or wrong settings."""
+    from botocore import exceptions as known  # botocore raised the error, so it is loaded
+    from botocore.parsers import ResponseParserError
+
+    unusable = (
+        f"{place}: no usable credentials ({one_line(error)}); set AWS_ACCESS_KEY_ID and "
+        "AWS_SECRET_ACCESS_KEY or a profile"
+    )
+    if isinstance(error, (known.CredentialRetrievalError, known.TokenRetrievalError, known.MetadataRetrievalError)):
+        return ConnectionError(unusable)  # the service that hands out credentials may answer the next time
+    if isinstance(
+        error, (known.NoCredentialsError, known.PartialCredentialsError, known.ProfileNotFound, known.SSOError)
+    ):
+        return UserError(unusable)
+    if isinstance(error, (known.IncompleteReadError, known.FlexibleChecksumError, ResponseParserError)):
+        return ConnectionError(f"{place}: the answer arrived damaged ({one_line(error)}); run the same command again")
+    if isinstance(error, (known.HTTPClientError, known.ConnectionError)):
+        return _unreachable(place, error)
+    return _wrong_settings(place, error)
+
+
+def _unreachable(place: str, error: Exception) -> ConnectionError:
+    address = "AWS_ENDPOINT_URL" if place.startswith("s3://") else "the address"
+    return ConnectionError(
+        f"{place}: cannot be reached ({one_line(error) or type(error).__name__}); check the network and {address}"
+    )
+
+
+def _wrong_settings(place: str, error: Exception) -> UserError:
+    if "Invalid bucket name" in str(error):
+        return UserError(f"{place}: {_BUCKET_NAME}")
+    mend = "check the AWS_... variables and ~/.aws/config"
+    if "endpoint" in str(error):
+        mend = "an address of a store begins with http:// or https:// and a host: check AWS_ENDPOINT_URL or the profile"
+    return UserError(f"{place}: S3 cannot be used as it is set up ({one_line(error)}); {mend}")
+
+
+def _of_libraries(place: str, error: Exception) -> Exception | None:
+    """What a plain Python error means that a library of stores raised. None if the error came from elsewhere, or is of
+    a kind that bugs raise."""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    libraries = {str(name).partition(".")[0] for name in frames}
+    if isinstance(error, NotImplementedError) and "fsspec" in libraries:
+        return UserError(f"{place}: a place of this kind cannot be used; give a folder or an s3:// URL")
+    if isinstance(error, ImportError) and "fsspec" in libraries:
+        return UserError(f"{place}: needs a library that is missing ({one_line(error)})")
+    if isinstance(error, (ValueError, configparser.Error)) and libraries & _S3_LIBRARIES:
+        return _wrong_settings(place, error)
+    if isinstance(error, RuntimeError) and libraries & (_S3_LIBRARIES | _NETWORK_LIBRARIES):
+        return _unreachable(place, error)
+    return None
+
+
+def store_code(error: Exception) -> str | None:
+    """The store's own error code in an error of botocore, or behind an error of s3fs. None if there is none."""
+    for each in (error, error.__cause__):
+        response = getattr(each, "response", None)
+        if isinstance(response, dict):
+            code = response.get("Error", {}).get("Code")
+            return None if code is None else str(code)
+    return None
