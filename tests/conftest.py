@@ -18,10 +18,10 @@ os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
-import hypothesis
+import hypothesis  # noqa: E402
 
-from resmaster_stages.storage.filesystem import Folder, open_root
-from tests.s3_server import S3Server, serving, weed
+from resmaster_stages.storage.filesystem import Folder, open_root  # noqa: E402
+from tests.s3_server import S3Server, serving, weed  # noqa: E402
 
 # The result is the code's alone: not of the machine's speed, nor of chance. `--hypothesis-profile default` looks
 # elsewhere.

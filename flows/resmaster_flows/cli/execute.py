@@ -36,7 +36,7 @@ def execute(console: Console, config: DatasetConfig, build: Callable[[], State[A
         from prefect.exceptions import Pause
 
         from resmaster_flows.outcome import outcome
-        from resmaster_flows.server_runs import server_within_reach
+        from resmaster_flows.server import server_within_reach
 
         with server_within_reach():
             try:
@@ -57,7 +57,7 @@ def require_surroundings(config: DatasetConfig) -> None:
     said = StringIO()
     try:
         with redirect_stderr(said):
-            from resmaster_flows.server_runs import require_answer, require_result_storage
+            from resmaster_flows.server import require_answer, require_result_storage
     except (ValueError, OSError) as error:  # Prefect reads its settings when it is imported
         raise UserError(
             f"Prefect's settings cannot be used ({_settings_at_fault(error)}); mend or unset them"

@@ -24,13 +24,13 @@ from prefect.settings import (
 )
 
 from resmaster_flows.cli.main import main
-from resmaster_flows.server_runs import (
-    on_workers,
+from resmaster_flows.server import (
     require_answer,
     require_result_storage,
     server_within_reach,
     start_temporary_server,
 )
+from resmaster_flows.server_runs import on_workers
 from resmaster_stages.config.dataset import DispatchConfig
 from resmaster_stages.errors import UserError
 from tests.checkout import PYTHONPATH
@@ -54,7 +54,7 @@ def test_a_server_that_goes_away_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
         def api_healthcheck(self) -> None:
             return None
 
-    monkeypatch.setattr("resmaster_flows.server_runs.get_client", lambda sync_client: Client())
+    monkeypatch.setattr("resmaster_flows.server.get_client", lambda sync_client: Client())
     with (
         temporary_settings({PREFECT_API_URL: NOBODY}),
         pytest.raises(ConnectionError, match=r"lost .*run the same command again"),
@@ -89,7 +89,7 @@ class Temporary:
 
 @pytest.fixture
 def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Temporary]]:
-    monkeypatch.setattr("resmaster_flows.server_runs.SubprocessASGIServer", Temporary)
+    monkeypatch.setattr("resmaster_flows.server.SubprocessASGIServer", Temporary)
     monkeypatch.setattr(Temporary, "events", [])
     with temporary_settings({PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True}, restore_defaults={PREFECT_API_URL}):
         yield Temporary
@@ -183,7 +183,7 @@ def test_a_block_for_results_that_is_not_there_is_one_line(
     def missing() -> None:
         raise ValueError("Unable to find block document named nosuch for block type s3-bucket")
 
-    monkeypatch.setattr("resmaster_flows.server_runs.get_default_result_storage", missing)
+    monkeypatch.setattr("resmaster_flows.server.get_default_result_storage", missing)
     require_result_storage()
     assert temporary.events == [], "without the setting nothing is asked"
     with (
