@@ -118,9 +118,10 @@ def test_a_poison_sample_costs_one_ledger_row(tmp_path: Path) -> None:
     for number, colour in enumerate(["red", "blue"]):
         Image.new("RGB", (96, 64), colour).save(images / f"{number}.png")
     noise = Image.effect_noise((96, 96), 80).convert("RGB")
-    noise.save(images / "poison.jpg", quality=95)
-    data = (images / "poison.jpg").read_bytes()
-    (images / "poison.jpg").write_bytes(data[: len(data) // 2])  # a good header, half an image
+    noise.save(images / "poison.webp", quality=95)
+    data = (images / "poison.webp").read_bytes()
+    half = len(data) // 2
+    (images / "poison.webp").write_bytes(data[:half] + b"\xff" * (len(data) - half))  # of the right length: planned
 
     config = write_config(tmp_path, prompts=None, images=str(images), samples_per_shard=3)
     root = tmp_path / "out"
@@ -131,5 +132,5 @@ def test_a_poison_sample_costs_one_ledger_row(tmp_path: Path) -> None:
     (row,) = pq.read_table(ledgers[0]).to_pylist()
     assert row["stage"] == "low_res"
     assert row["error_class"] == "SampleError"
-    assert "poison.jpg" in row["message"]
+    assert "poison.webp" in row["message"]
     assert pq.read_table(root / "tiny" / "manifest.parquet").num_rows == 2

@@ -59,11 +59,11 @@ class Calls:
             monkeypatch.setattr(Folder, name, self._counted(name, getattr(Folder, name)))
 
     def _counted(self, name, call):
-        def counted(folder: Folder, asked, *arguments):
+        def counted(folder: Folder, asked, *arguments, **options):
             self.count[name] += 1
             if name == "read_many":
                 self.most = max(self.most, len(asked))
-            return call(folder, asked, *arguments)
+            return call(folder, asked, *arguments, **options)
 
         return counted
 
@@ -94,7 +94,9 @@ def test_a_stage_reads_nothing_twice_and_one_record_where_nothing_was_lost(
     read, read_many = Folder.read, Folder.read_many
     monkeypatch.setattr(Folder, "read", lambda folder, name: asked.append(name) or read(folder, name))
     monkeypatch.setattr(
-        Folder, "read_many", lambda folder, names: asked.extend(names) or read_many(folder, list(names))
+        Folder,
+        "read_many",
+        lambda folder, names, **options: asked.extend(names) or read_many(folder, list(names), **options),
     )
 
     def reads(shard: int) -> dict[str, list[str]]:
