@@ -395,7 +395,7 @@ def _prompt_of_json(data: bytes, name: str) -> Any:
     except (ValueError, RecursionError):
         raise SampleError(f"{name}: not valid JSON; mend it, or write the prompt into a .txt file") from None
     if not isinstance(values, tuple):
-        return "" if is_absent(values) else [values]
+        return ""  # such as a list of marked regions
     names = [each for each, _ in values]
     if twice := [key for key in _PROMPT_KEYS if names.count(key) > 1]:
         raise SampleError(f"{name}: has {twice[0]!r} {names.count(twice[0])} times; keep one")
