@@ -5,7 +5,7 @@ This module may import every package of `resmaster_stages`. No other module but 
 
 from __future__ import annotations
 
-import stat
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from resmaster_stages.config.method import DEFAULT, with_method
 from resmaster_stages.config.model import SDXL, ModelConfig
 from resmaster_stages.errors import ConfigError, SampleError, UserError
 from resmaster_stages.models.identity import PICTUREBOOK
+from resmaster_stages.storage.filesystem import open_regular
 from resmaster_stages.storage.images import convert_image, decode_image
 from resmaster_stages.storage.sources import MAX_FILE_BYTES
 
@@ -248,19 +249,19 @@ def open_image(image: str | Path | Image.Image) -> Image.Image:
 def _content(path: Path) -> bytes:
     """The content of an image file. Raises UserError. Only regular files are opened, because a FIFO could block."""
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
-            raise UserError(f"{path}: is {kind}; give an image file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise UserError(
-                f"{path}: has {status.st_size:,} bytes, more than {MAX_FILE_BYTES:,}; compress it, or scale it down"
-            )
-        return path.read_bytes()
+        with open_regular(str(path)) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_FILE_BYTES:
+                raise UserError(
+                    f"{path}: has {size:,} bytes, more than {MAX_FILE_BYTES:,}; compress it, or scale it down"
+                )
+            return file.read()
     except FileNotFoundError:
         reason = "is a link to nothing; give an image file" if path.is_symlink() else "no such image file"
         raise UserError(f"{path}: {reason}") from None
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # a folder, or no regular file
+            raise UserError(f"{path}: {error}; give an image file") from None
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{path}: cannot be read ({reason}); give an image file that you may read") from None
 
