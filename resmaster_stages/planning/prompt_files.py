@@ -9,13 +9,13 @@ Invariants:
 from __future__ import annotations
 
 import csv
-import errno
 import io
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, repeat
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from resmaster_stages.errors import UserError, first_line
 from resmaster_stages.redaction import one_line, without_credentials
-from resmaster_stages.storage.filesystem import PART_BYTES, open_file, open_regular
+from resmaster_stages.storage.filesystem import PART_BYTES, open_file
 from resmaster_stages.storage.masks import BATCH_ROWS, COLUMN, forget_tables
 from resmaster_stages.storage.sources import is_absent
 from resmaster_stages.storage.store_errors import explained
@@ -85,15 +85,17 @@ def _opened(path: str) -> Iterator[io.BufferedReader]:
     """Open a prompts file. Raises UserError if there is no such file."""
     place = without_credentials(path)
     folder, name = open_file(path)
+    missing = UserError(f"{place}: no such prompts file; check the path")
     with explained(path):
+        if folder.local and not (local := Path(folder.full(name))).is_file():
+            if not local.exists():
+                raise missing
+            what = "a folder" if local.is_dir() else "no regular file"
+            raise UserError(f"{place}: is {what}; give a file of prompts ({', '.join(SUFFIXES)})")
         try:
-            file: Any = open_regular(folder.full(name)) if folder.local else folder.open(name, PART_BYTES)
-        except OSError as error:
-            if isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP:
-                raise UserError(f"{place}: no such prompts file; check the path") from None
-            if not folder.local or error.errno is not None:
-                raise
-            raise UserError(f"{place}: {error}; give a file of prompts ({', '.join(SUFFIXES)})") from None
+            file: Any = folder.open(name, PART_BYTES)
+        except FileNotFoundError:
+            raise missing from None
         with file:
             yield io.BufferedReader(file, READ_BYTES)
 
