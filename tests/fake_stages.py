@@ -134,8 +134,8 @@ def _in_batch(sample: Sample, size: int, facts: dict[str, int]) -> dict[str, byt
 
 
 def batch_dependent(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
-    """A low_res stage whose bytes depend on the batch, as on a device that rounds: on the number of samples in the slot,
-    on the place of the sample there, and on the batch size."""
+    """A low_res stage whose bytes depend on the batch, as on a device that rounds: on the number of samples in the
+    slot, on the place of the sample there, and on the batch size."""
     for place, sample in enumerate(samples):
         if _fails(sample, "low_res"):
             yield Output(sample.key, error=SampleError("told to fail"))
