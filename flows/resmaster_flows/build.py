@@ -33,6 +33,7 @@ from resmaster_flows.server_runs import (
     on_workers,
     other_build,
 )
+from resmaster_flows.shortfall import shortfall
 from resmaster_flows.watch.artifacts import run_page, show_dataset
 from resmaster_flows.watch.events import WorkFound
 from resmaster_flows.watch.progress import plans
@@ -74,6 +75,13 @@ class BuildResult:
     """Samples that failed in some stage. The ledger says why."""
     errors: dict[str, str]
     """Number of each shard that could not be finished -> its first error."""
+    shortfall: str = ""
+    """What `resmaster_flows.shortfall` says of the dataset; "" if there are no missing shards and enough samples."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is missing."""
+        return not self.errors and not self.shortfall
 
 
 @task(name="plan", cache_policy=NO_CACHE, persist_result=False)
@@ -121,7 +129,8 @@ def _lacking(todo: Todo) -> Counter[int]:
 
 
 def finish(dataset: Dataset, errors: dict[str, str]) -> BuildResult | State[BuildResult]:
-    """Publish what is committed and return the result. If shards are missing, the flow run ends as `Incomplete`."""
+    """Publish what is committed and return the result. If shards or too many samples are missing, the flow run ends as
+    `Incomplete`."""
     published = call(publish_dataset, dataset)
     found = status(dataset)
     show_dataset(dataset, found)
@@ -131,8 +140,11 @@ def finish(dataset: Dataset, errors: dict[str, str]) -> BuildResult | State[Buil
         samples=published.samples,
         samples_failed=sum(stage.samples_failed for stage in found.stages),
         errors=errors,
+        shortfall="" if errors else shortfall(dataset, found),
     )
-    return incomplete(failures(errors), result) if errors else result
+    if result.finished:
+        return result
+    return incomplete(failures(errors) if errors else result.shortfall, result)
 
 
 @flow(
@@ -197,14 +209,16 @@ def repair(
 
 
 @flow(name="publish", flow_run_name="publish {dataset_url}")
-def publish(dataset_url: str) -> str:
+def publish(dataset_url: str) -> str | State[str]:
     """Write manifest, index, dataset card, report and contact sheets again from what is committed.
 
     Args:
         dataset_url: folder or URL of the dataset.
 
-    Returns the report's URL.
+    Returns the report's URL. If too many samples are missing, the flow run ends as `Incomplete`.
     """
     dataset = open_dataset(dataset_url)
     call(publish_dataset, dataset)
-    return dataset.folder.url_of(layout.REPORT_PAGE)
+    report = dataset.folder.url_of(layout.REPORT_PAGE)
+    lacking = shortfall(dataset, status(dataset))
+    return incomplete(lacking, report) if lacking else report

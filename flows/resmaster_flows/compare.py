@@ -40,7 +40,7 @@ def compare_methods(
     """
 
     def build(config: DatasetConfig) -> bool:
-        return not call(build_dataset, config, read_input=False).errors
+        return bool(call(build_dataset, config, read_input=False).finished)
 
     with listening(plans(get_run_logger().info)):
         found = compare(config, methods, scales, build, reference=reference, low_res=low_res)

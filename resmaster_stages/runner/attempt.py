@@ -106,16 +106,11 @@ def computed(
         breadcrumbs = Breadcrumbs(work.commits, shard, samples.keys(), cache)
         outputs = compute(work.process, config, stage, samples, earlier, spill, breadcrumbs)
         with counting() as made.unet, timing() as made.busy, closing(outputs):
-            _write(made, outputs, work, len(samples) if tolerant else tolerated(work, len(samples)), earlier)
+            _write(made, outputs, work, len(samples) if tolerant else config.tolerated(len(samples)), earlier)
         made.seconds = time.monotonic() - started
         yield made
         spill.drop()
         breadcrumbs.forget()
-
-
-def tolerated(work: Work, samples: int) -> int:
-    """How many of `samples` samples may fail."""
-    return max(1, int(work.dataset.config.max_failure_ratio * samples + 1e-9))  # 0.29 * 100 is 28.99...
 
 
 def _write(made: Made, outputs: Iterator[Output], work: Work, most: int, earlier: Mapping[str, Output]) -> None:

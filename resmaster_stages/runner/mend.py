@@ -6,6 +6,7 @@ from resmaster_stages.dataset.commit import Receipt, StoredObject, difference
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.ledger import encode_failures, first_errors, ledger_is_whole
 from resmaster_stages.errors import ShardError
+from resmaster_stages.redaction import quoted
 from resmaster_stages.runner.attempt import Work, computed
 from resmaster_stages.storage.filesystem import sha256_of
 
@@ -46,5 +47,5 @@ def _differs(dataset: Dataset, receipt: Receipt, stored: StoredObject) -> str:
     return (
         f"{stored.name} came out with other bytes than its commit recorded ({where}, torch {torch}); nothing was put "
         f"back. Repair it on such a machine, or accept new bytes for these shards and all that was made from them "
-        f"with: resmaster repair {dataset.url} --replace"
+        f"with: resmaster repair {quoted(dataset.url)} --replace"
     )

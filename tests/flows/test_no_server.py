@@ -1,9 +1,11 @@
 """A build without a configured server: no server, no other process, nothing of Prefect's, and the same retries and ends
-as on a server."""
+as on a server. A configured server that is lost in a build."""
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,8 +25,10 @@ from resmaster_tasks import policy
 from tests.checkout import PYTHONPATH
 from tests.fake_stages import FAKES, config_at
 from tests.flows.cli.test_stop import SLOW, processes_of, start, wait_for
-from tests.server.conftest import descendants
+from tests.server.conftest import Stack, descendants, wait
 from tests.standin_cli import install
+
+LOOSE = {"samples_per_shard": 1, "max_failure_ratio": 0.7}
 
 
 def write_config(folder: Path, prompts: Sequence[str], **values: object) -> Path:
@@ -116,3 +120,68 @@ def test_errors_that_may_pass_are_tried_again(
     assert "shard 000002 not finished: low_res: no way" in said
     assert "Traceback" not in said
     assert "2 samples in" in said, "the others are published"
+
+
+@pytest.mark.server
+@pytest.mark.timeout(300)
+def test_a_configured_server_that_is_lost_ends_the_build_in_one_line(tmp_path: Path) -> None:
+    """Nothing of Prefect's own alarm reaches the terminal, and the process does not wait for what it cannot send."""
+    config = write_config(tmp_path, [f"prompt {n}" for n in range(6)], dispatch={"where": "here"})
+    (tmp_path / "prefect").mkdir()
+    stack = Stack(tmp_path / "prefect")
+    stack.start("server", "server", "start", "--host", "127.0.0.1", "--port", str(stack.port), "--no-ui")
+    try:
+        wait(stack.healthy, seconds=300)
+        settings = {"PREFECT_API_URL": stack.api, "PREFECT_HOME": stack.environment["PREFECT_HOME"]}
+        settings["PREFECT_CLIENT_MAX_RETRIES"] = "1"
+        process = start(["-c", SLOW, "run", str(config)], tmp_path / "scratch", settings)
+        wait_for(lambda: list((tmp_path / "out").glob("demo/commits/low_res-*/*.json")), process)
+        stack.kill("server")
+        out, error = process.communicate(timeout=120)
+    finally:
+        for name in list(stack.processes):
+            stack.kill(name)
+    assert process.returncode == 1
+    assert out == ""
+    *progress, last = error.splitlines()
+    assert re.fullmatch(f"resmaster: {stack.api}: lost .*; what is committed is kept: run the same command again", last)
+    assert [line for line in progress if not line.startswith(("demo: ", "  shard 0000"))] == []
+    assert len(progress) == 1 + 3 * len(FAKES), "the shards are finished nevertheless"
+    assert main(["status", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_build_that_loses_too_many_samples_does_not_end_well(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shards of one sample may lose it, so every shard is committed. The commands that publish say how it stands."""
+    config = write_config(tmp_path, ["bad low_res", "bad high_res 1", "c"], samples_per_shard=1)
+    root = str(tmp_path / "out" / "demo")
+    for command in (["run", str(config)], ["repair", root], ["publish", root]):
+        assert main(command) == 1, command
+        said = capsys.readouterr().err.splitlines()
+        (line,) = [line for line in said if line.startswith("2 of 3 samples failed (tolerated: 1); ")]
+        explain, _, again = line.partition("; to see why: ")[2].partition(
+            "; mend the cause, then try them again with: "
+        )
+        assert again == f"with: resmaster repair {root} --retry-errors"
+        assert main(shlex.split(explain)[1:]) == 0
+        assert "told to fail" in capsys.readouterr().out
+    assert (tmp_path / "out" / "demo" / "manifest.parquet").exists(), "the others are published"
+    assert main(["run", str(write_config(tmp_path, ["bad low_res", "bad high_res 1", "c"], **LOOSE))]) == 0
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("ratio", [0, 1])
+def test_a_build_without_a_single_sample_does_not_end_well(
+    ratio: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, ["bad low_res"], max_failure_ratio=ratio)
+    assert main(["run", str(config)]) == 1
+    assert "1 of 1 samples failed (tolerated: 0); to see why: resmaster explain " in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_sample_among_several_may_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(write_config(tmp_path, ["bad low_res", "b"]))]) == 0
+    assert "1 samples, 1 failed (see errors/) in " in capsys.readouterr().err

@@ -20,7 +20,7 @@ from resmaster_flows.watch.terminal import say, terminal
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.errors import ResMasterError, UserError
 from resmaster_stages.models.places import at_hub
-from resmaster_stages.redaction import one_line
+from resmaster_stages.redaction import one_line, quoted
 
 if TYPE_CHECKING:
     from resmaster_flows.build import BuildResult
@@ -97,6 +97,11 @@ def _finished(console: Console, result: BuildResult) -> int:
     failed = f", {result.samples_failed} failed (see errors/)" if result.samples_failed else ""
     say(console, f"{result.samples} samples{failed} in {result.dataset_url}")
     if result.errors:
-        say(console, f"{len(result.errors)} shards are missing; try again with: resmaster repair {result.dataset_url}")
+        say(
+            console,
+            f"{len(result.errors)} shards are missing; try again with: resmaster repair {quoted(result.dataset_url)}",
+        )
+    if result.shortfall:
+        say(console, result.shortfall)
     print(f"report: {result.report_url}")
-    return 1 if result.errors else 0
+    return 0 if result.finished else 1

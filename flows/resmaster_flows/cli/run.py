@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Plan, then build. Returns 0 if every shard is finished, else 1."""
+    """Plan, then build. Returns 0 if neither shards nor too many samples are missing, else 1."""
     from resmaster_stages.planning.drafts import require_source
     from resmaster_stages.prompts import ingest
 

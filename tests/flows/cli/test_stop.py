@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -86,13 +86,13 @@ with stop.stoppable("stopped"):
 """
 
 
-def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
+def start(command: list[str], folder: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     """A command in a session of its own, with scratch folders in `folder`."""
     folder.mkdir(exist_ok=True)
     return subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1", **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
