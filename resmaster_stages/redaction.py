@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,9 +67,16 @@ def printable(text: str) -> str:
 
 
 def one_line(error: object) -> str:
-    """The message of an error (or any object) with its notes, as one line that may be shown and stored."""
+    """The message of an error (or any object) with its notes, as one line that may be shown and stored. Spaces within a
+    line stay, because names may hold them."""
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    return printable(" ".join(redacted(f"{error}{notes}").split()))
+    lines = (line.strip() for line in redacted(f"{error}{notes}").splitlines())
+    return printable(" ".join(filter(None, lines)))
+
+
+def quoted(word: object) -> str:
+    """`word` as one word of a command that is shown to be copied into a shell, without credentials."""
+    return shlex.quote(without_credentials(str(word)))
 
 
 @contextmanager

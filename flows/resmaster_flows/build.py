@@ -18,9 +18,10 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled
 
+from resmaster_flows.calls import call
 from resmaster_flows.clusters import process_on_cluster
 from resmaster_flows.dispatch import Stopped, dispatch
-from resmaster_flows.outcome import incomplete, outcome, skipped
+from resmaster_flows.outcome import incomplete, skipped
 from resmaster_flows.plugins import load_plugins
 from resmaster_flows.process import failures, process_shards
 from resmaster_flows.selection import parse_numbers
@@ -32,6 +33,7 @@ from resmaster_flows.server_runs import (
     on_workers,
     other_build,
 )
+from resmaster_flows.shortfall import shortfall
 from resmaster_flows.watch.artifacts import run_page, show_dataset
 from resmaster_flows.watch.events import WorkFound
 from resmaster_flows.watch.progress import plans
@@ -73,13 +75,22 @@ class BuildResult:
     """Samples that failed in some stage. The ledger says why."""
     errors: dict[str, str]
     """Number of each shard that could not be finished -> its first error."""
+    shortfall: str = ""
+    """What `resmaster_flows.shortfall` says of the dataset; "" if there are no missing shards and enough samples."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is missing."""
+        return not self.errors and not self.shortfall
 
 
 @task(name="plan", cache_policy=NO_CACHE, persist_result=False)
 def plan_dataset(config: DatasetConfig, read_input: bool) -> Dataset:
     """Return the dataset. With `read_input`, make the dataset and plan new input; otherwise use the existing plan."""
+    if not read_input:
+        return planned_dataset(config)
     with listening(plans(get_run_logger().info)):
-        return ingest(config) if read_input else planned_dataset(config)
+        return ingest(config)
 
 
 @task(name="publish", cache_policy=NO_CACHE, persist_result=False)
@@ -105,7 +116,7 @@ def work(
         if config.where == "dask" or config.where == "ray":
             return process_on_cluster(dataset, shards, stages, retries, config.where)
         if not on_workers(config):
-            errors: dict[str, str] = outcome(process_shards(dataset.url, shards, stages, retries, return_state=True))
+            errors: dict[str, str] = call(process_shards, dataset.url, shards, stages, retries)
             return errors
         runs = ServerRuns(config, dataset.url, stages, retries, queue)
         missing = dispatch(runs, lambda: _lacking(look()), config, _lacking(todo))
@@ -118,8 +129,9 @@ def _lacking(todo: Todo) -> Counter[int]:
 
 
 def finish(dataset: Dataset, errors: dict[str, str]) -> BuildResult | State[BuildResult]:
-    """Publish what is committed and return the result. If shards are missing, the flow run ends as `Incomplete`."""
-    published = publish_dataset(dataset)
+    """Publish what is committed and return the result. If shards or too many samples are missing, the flow run ends as
+    `Incomplete`."""
+    published = call(publish_dataset, dataset)
     found = status(dataset)
     show_dataset(dataset, found)
     result = BuildResult(
@@ -128,8 +140,11 @@ def finish(dataset: Dataset, errors: dict[str, str]) -> BuildResult | State[Buil
         samples=published.samples,
         samples_failed=sum(stage.samples_failed for stage in found.stages),
         errors=errors,
+        shortfall="" if errors else shortfall(dataset, found),
     )
-    return incomplete(failures(errors), result) if errors else result
+    if result.finished:
+        return result
+    return incomplete(failures(errors) if errors else result.shortfall, result)
 
 
 @flow(
@@ -146,7 +161,7 @@ def build_dataset(config: DatasetConfig, read_input: bool = True) -> BuildResult
     """
     if other := other_build(config.dispatch, dataset_url_of(config.root, config.name)):
         return skipped(other)
-    dataset = plan_dataset(config, read_input)
+    dataset = call(plan_dataset, config, read_input)
     try:
         errors = work(dataset, pending(dataset), lambda: pending(dataset))
     except Stopped:
@@ -194,14 +209,16 @@ def repair(
 
 
 @flow(name="publish", flow_run_name="publish {dataset_url}")
-def publish(dataset_url: str) -> str:
+def publish(dataset_url: str) -> str | State[str]:
     """Write manifest, index, dataset card, report and contact sheets again from what is committed.
 
     Args:
         dataset_url: folder or URL of the dataset.
 
-    Returns the report's URL.
+    Returns the report's URL. If too many samples are missing, the flow run ends as `Incomplete`.
     """
     dataset = open_dataset(dataset_url)
-    publish_dataset(dataset)
-    return dataset.folder.url_of(layout.REPORT_PAGE)
+    call(publish_dataset, dataset)
+    report = dataset.folder.url_of(layout.REPORT_PAGE)
+    lacking = shortfall(dataset, status(dataset))
+    return incomplete(lacking, report) if lacking else report

@@ -203,7 +203,8 @@ class DatasetConfig(Part):
     webp_quality: int = Field(default=95, ge=1, le=100)
     """WebP quality of high-res images; 100 is lossless."""
     max_failure_ratio: float = Field(default=0.02, ge=0, le=1)
-    """A shard with a greater share of failed samples is not committed. One failed sample is always tolerated."""
+    """A shard with a greater share of failed samples is not committed. One failed sample of a shard is always
+    tolerated. A build with a greater share of failed samples ends with exit status 1."""
     spill_seconds: float | None = Operational(5.0, ge=0)
     """Finished samples of an uncommitted shard are saved in `cache/` whenever they took at least this long. So a killed
     run loses at most this much work, and the two samples (or batches) that are being computed and encoded. null: no
@@ -220,6 +221,10 @@ class DatasetConfig(Part):
     """Stage 5."""
     dispatch: DispatchConfig = DispatchConfig()
     """How the work is distributed over workers."""
+
+    def tolerated(self, samples: int) -> int:
+        """How many of `samples` samples may fail."""
+        return max(1, int(self.max_failure_ratio * samples + 1e-9))  # 0.29 * 100 is 28.99...
 
     @field_validator("name")
     @classmethod

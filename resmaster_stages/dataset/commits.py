@@ -24,6 +24,7 @@ from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import Receipt, describe, discard
 from resmaster_stages.dataset.records import parse_record, record_text
 from resmaster_stages.errors import ShardError, UserError
+from resmaster_stages.redaction import quoted
 from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.store_errors import is_damage
 
@@ -159,14 +160,16 @@ class Commits:
         if receipt.stage_hash != self.stage_hash or name != self._name(receipt.shard, receipt.number):
             place = self.folder.url_of(name)
             raise ShardError(
-                f"{place}: belongs to another shard or configuration; delete it, then run: resmaster repair"
+                f"{place}: belongs to another shard or configuration; delete it, "
+                f"then run: resmaster repair {quoted(self.folder.url)}"
             )
         return receipt
 
     def _damaged(self, name: str, error: Exception) -> ShardError:
+        place = quoted(self.folder.url)
         return ShardError(
             f"{self.folder.url_of(name)}: damaged commit record ({error}); "
-            f"run: resmaster verify {self.folder.url}, then: resmaster repair"
+            f"run: resmaster verify {place}, then: resmaster repair {place}"
         )
 
 

@@ -20,6 +20,7 @@ from resmaster_stages.dataset.plan import PlannedSample
 from resmaster_stages.dataset.sample import EncodedImage, Output, Sample
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import PlanError, ShardError, UserError
+from resmaster_stages.redaction import quoted
 from resmaster_stages.storage.arrays import Arrays, decode_arrays
 from resmaster_stages.storage.scratch import scratch_folder
 from resmaster_stages.storage.shards import Entry, read_index, read_member
@@ -158,7 +159,7 @@ def chosen_samples(
             if receipt is None:
                 raise PlanError(
                     f"{dataset.url}: shard {shard:06d} has no commit of stage {stage} under this configuration; "
-                    f"run: resmaster repair {dataset.url}"
+                    f"run: resmaster repair {quoted(dataset.url)}"
                 )
             outputs[stage] = files.enter_context(committed_outputs(dataset, receipt))
             if missing := [sample.key for sample in planned if sample.key not in outputs[stage]]:
@@ -212,4 +213,5 @@ def fetch(dataset: Dataset, receipt: Receipt, stored: StoredObject, scratch: Pat
 
 def _damaged(dataset: Dataset, receipt: Receipt, what: str, stored: StoredObject | None = None) -> str:
     stored = stored or receipt.objects[0]
-    return f"{stored.name} {what}; run: resmaster verify {dataset.url}, then: resmaster repair {dataset.url}"
+    place = quoted(dataset.url)
+    return f"{stored.name} {what}; run: resmaster verify {place}, then: resmaster repair {place}"

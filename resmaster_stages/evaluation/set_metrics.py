@@ -22,6 +22,7 @@ from resmaster_stages.errors import PlanError
 from resmaster_stages.metrics.fid import FeatureStatistics, frechet_distance, merged
 from resmaster_stages.metrics.inception_score import inception_score
 from resmaster_stages.metrics.kid import kid
+from resmaster_stages.redaction import quoted
 from resmaster_stages.storage.arrays import Arrays
 
 VIEWS = ("r", "c", "u")
@@ -67,7 +68,7 @@ def feature_statistics(
             values = stacked(shard, chosen)[view]
             parts.append(FeatureStatistics.of(values))
     if not parts:
-        raise PlanError(f"{dataset.url}: no features of these samples; run: resmaster repair {dataset.url}")
+        raise PlanError(f"{dataset.url}: no features of these samples; run: resmaster repair {quoted(dataset.url)}")
     return merged(parts)
 
 
@@ -76,7 +77,7 @@ def stacked(features: Mapping[str, Arrays], keys: Iterable[str] | None = None) -
     features."""
     chosen = list(features if keys is None else keys)
     if missing := [key for key in chosen if key not in features]:
-        raise PlanError(f"{len(missing)} samples have no features, {missing[0]} first; run: resmaster repair")
+        raise PlanError(f"{len(missing)} samples have no features, {missing[0]} first; run: resmaster repair ROOT")
     names = features[chosen[0]].keys() if chosen else ()
     return {name: np.stack([features[key][name] for key in chosen]).astype(np.float32) for name in names}
 

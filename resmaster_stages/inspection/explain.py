@@ -27,7 +27,7 @@ from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import ShardError, UserError
 from resmaster_stages.keys import sample_seed
 from resmaster_stages.models.identity import weights_of
-from resmaster_stages.redaction import without_credentials
+from resmaster_stages.redaction import quoted
 from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.shards import Member, read_index
 from resmaster_stages.storage.store_errors import explained, is_damage
@@ -127,7 +127,7 @@ class ShardExplanation:
 
 def explain_command(dataset_url: str, key: str) -> str:
     """The shell command that prints the explanation of a sample."""
-    return shlex.join(["resmaster", "explain", without_credentials(dataset_url), key])
+    return f"resmaster explain {quoted(dataset_url)} {quoted(key)}"
 
 
 def find_sample(dataset: Dataset, prefix: str) -> PlannedSample:
@@ -152,7 +152,7 @@ def _where_keys_are(dataset: Dataset) -> str:
     """Where a user finds keys."""
     published = "keys are in the report and manifest.parquet, and " if dataset.folder.exists(layout.MANIFEST) else ""
     shards = f"0 to {dataset.plan.shards - 1}" if dataset.plan.shards > 1 else "0"
-    return f"{published}resmaster explain {without_credentials(dataset.url)} SHARD lists those of a shard ({shards})"
+    return f"{published}resmaster explain {quoted(dataset.url)} SHARD lists those of a shard ({shards})"
 
 
 def shard_of(dataset: Dataset, text: str) -> int | None:
@@ -187,7 +187,7 @@ def _shard_trace(dataset: Dataset, stage: str, shard: int) -> StageTrace:
     if receipt is None:
         return trace
     record = dataset.folder.url_of(layout.commit(stage, commits.stage_hash, shard, receipt.number))
-    damaged = "is marked as damaged; run: resmaster repair " + dataset.url if commits.is_marked(shard) else ""
+    damaged = f"is marked as damaged; run: resmaster repair {quoted(dataset.url)}" if commits.is_marked(shard) else ""
     return replace(trace, state="committed", commit=record, receipt=receipt, problem=damaged)
 
 
@@ -244,7 +244,8 @@ def _trace(dataset: Dataset, stage: str, sample: PlannedSample, lost: bool) -> S
         if not gone and not is_damage(error):
             raise
         what = "is gone" if gone else "cannot be read"
-        mend = f"run: resmaster verify {dataset.url}, then: resmaster repair {dataset.url}"
+        place = quoted(dataset.url)
+        mend = f"run: resmaster verify {place}, then: resmaster repair {place}"
         return replace(trace, problem=f"{name} {what}; {mend}")
     own = [row for row in table if row["key"] == sample.key]
     if stage == "captions":

@@ -27,6 +27,7 @@ from resmaster_stages.dataset.commits import all_records
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.plan import find_plan
 from resmaster_stages.errors import UserError
+from resmaster_stages.redaction import quoted
 from resmaster_stages.storage.digests import DigestSet, digest_of
 from resmaster_stages.storage.filesystem import Folder, Listed
 from resmaster_stages.storage.probe import is_probe
@@ -108,7 +109,7 @@ def _named(folder: Folder, limit: datetime) -> Iterator[str]:
     published = folder.modified(layout.MANIFEST) if folder.exists(layout.MANIFEST) else None
     for record in all_records(folder):
         if record.receipt is None:
-            place = folder.url
+            place = quoted(folder.url)
             raise UserError(
                 f"{record.name} cannot be read; first run: resmaster verify {place}, then: resmaster repair {place}"
             )

@@ -21,6 +21,7 @@ from resmaster_stages.dataset.ledger import ledger_rows
 from resmaster_stages.dataset.publication import CommitsDigest
 from resmaster_stages.dataset.retry import Retries, number_of
 from resmaster_stages.inspection.published import Published, published
+from resmaster_stages.redaction import quoted
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Status:
         if not self.published.problem:
             return ""
         at_once = self.complete or self.published.problem == "damaged"
-        hint = f"next: resmaster publish {url}" if at_once else "a build publishes at its end"
+        hint = f"next: resmaster publish {quoted(url)}" if at_once else "a build publishes at its end"
         return f"the publication {self.published.spelled()}; {hint}"
 
     def to_json(self) -> dict[str, Any]:

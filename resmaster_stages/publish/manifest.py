@@ -35,6 +35,7 @@ from resmaster_stages.dataset.schemas import manifest_schema, quality_schema
 from resmaster_stages.errors import ShardError
 from resmaster_stages.keys import digest_of_keys
 from resmaster_stages.publish.card import Publication, dataset_card
+from resmaster_stages.redaction import quoted
 from resmaster_stages.storage.digests import DigestSet, digest_of
 from resmaster_stages.storage.scratch import scratch_folder
 from resmaster_stages.storage.shards import Member, parse_image
@@ -180,7 +181,9 @@ def _image_places(dataset: Dataset, receipt: Receipt, keys: Sequence[str], tars:
     try:
         return {key: parse_image(key, text) for key, text in zip(keys, receipt.images)}
     except ValueError as error:
-        raise ShardError(f"{name}: damaged commit record ({error}); delete it, then run: resmaster repair") from error
+        raise ShardError(
+            f"{name}: damaged commit record ({error}); delete it, then run: resmaster repair {quoted(dataset.url)}"
+        ) from error
 
 
 def _quality_rows(dataset: Dataset, receipt: Receipt, tables: dict[str, bytes]) -> list[dict[str, Any]]:
@@ -192,9 +195,8 @@ def _quality_rows(dataset: Dataset, receipt: Receipt, tables: dict[str, bytes]) 
 
 
 def _gone(dataset: Dataset, receipt: Receipt) -> str:
-    return (
-        f"{receipt.objects[0].name} is gone; run: resmaster verify {dataset.url}, then: resmaster repair {dataset.url}"
-    )
+    place = quoted(dataset.url)
+    return f"{receipt.objects[0].name} is gone; run: resmaster verify {place}, then: resmaster repair {place}"
 
 
 def _repeated(manifest: Path, prints: array[int]) -> str | None:

@@ -19,7 +19,7 @@ from resmaster_stages.inspection.status import Status
 from resmaster_stages.metrics import shown_columns
 from resmaster_stages.metrics.flags import known_flags
 from resmaster_stages.publish.report import SIZE_COLUMNS, facts, failures
-from resmaster_stages.redaction import without_credentials
+from resmaster_stages.redaction import quoted, without_credentials
 from resmaster_stages.storage.tables import decode_table
 
 SHOWN_FAILURES = 20
@@ -43,7 +43,7 @@ def summary(dataset: Dataset, found: Status) -> str:
         *_failures(failures(dataset)),
         "## Where",
         f"- dataset: `{url}`\n- report: `{without_credentials(dataset.folder.url_of(layout.REPORT_PAGE))}`\n"
-        f"- missing or failed: `resmaster repair {url}`\n- one sample: `resmaster explain {url} KEY`",
+        f"- missing or failed: `resmaster repair {quoted(url)}`\n- one sample: `resmaster explain {quoted(url)} KEY`",
     ]
     return "\n\n".join(parts) + "\n"
 

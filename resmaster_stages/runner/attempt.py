@@ -116,7 +116,7 @@ def computed(
         breadcrumbs = Breadcrumbs(work.commits, shard, samples.keys(), cache, number)
         outputs = compute(work.process, config, stage, samples, earlier, spill, breadcrumbs, batches)
         with counting() as made.unet, timing() as made.busy, closing(outputs):
-            _write(made, outputs, work, tolerated(work, len(samples)) if number == 1 else len(samples), earlier)
+            _write(made, outputs, work, config.tolerated(len(samples)) if number == 1 else len(samples), earlier)
         made.seconds = time.monotonic() - started
         try:
             yield made
@@ -127,11 +127,6 @@ def computed(
             raise
         spill.drop()
         breadcrumbs.forget()
-
-
-def tolerated(work: Work, samples: int) -> int:
-    """How many of `samples` samples may fail."""
-    return max(1, int(work.dataset.config.max_failure_ratio * samples + 1e-9))  # 0.29 * 100 is 28.99...
 
 
 def _write(made: Made, outputs: Iterator[Output], work: Work, most: int, earlier: Mapping[str, Output]) -> None:

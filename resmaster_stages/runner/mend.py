@@ -6,6 +6,7 @@ from resmaster_stages.dataset.batches import Batch, batch_of_each
 from resmaster_stages.dataset.commit import Receipt, StoredObject, difference
 from resmaster_stages.dataset.ledger import encode_failures, first_errors, ledger_is_whole
 from resmaster_stages.errors import ShardError
+from resmaster_stages.redaction import quoted
 from resmaster_stages.runner.attempt import Work, computed
 from resmaster_stages.runner.compute import usual_batch
 from resmaster_stages.storage.filesystem import sha256_of
@@ -58,5 +59,5 @@ def _differs(work: Work, receipt: Receipt, stored: StoredObject) -> str:
     return (
         f"{stored.name} came out with other bytes than its commit recorded ({where}, torch {torch}{with_threads}); "
         "nothing was put back. Repair it on such a machine, or accept new bytes for these shards and all that was made "
-        f"from them with: resmaster repair {work.dataset.url} --replace"
+        f"from them with: resmaster repair {quoted(work.dataset.url)} --replace"
     )

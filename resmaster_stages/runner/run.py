@@ -34,7 +34,7 @@ from resmaster_stages.dataset.stages import STAGES, Process
 from resmaster_stages.errors import ShardError
 from resmaster_stages.keys import digest_of_keys
 from resmaster_stages.progress import ShardDone, emit
-from resmaster_stages.runner.attempt import Made, Work, computed, tolerated
+from resmaster_stages.runner.attempt import Made, Work, computed
 from resmaster_stages.runner.mend import mend
 from resmaster_stages.runner.provenance import own_provenance
 
@@ -108,7 +108,7 @@ def _attempt(work: Work, before: Receipt | None, attempt: str, provenance: Mappi
 def _check_failures(work: Work, made: Made, attempt: str, ledger: bytes) -> None:
     """Write the ledger and raise ShardError if more samples failed than a first attempt may lose."""
     samples = work.dataset.plan.size(work.shard) - len(work.chain.lost(work.stage.name))
-    most = tolerated(work, samples)
+    most = work.dataset.config.tolerated(samples)
     if len(made.failures) > most:
         name = layout.ledger(work.stage.name, work.shard, attempt)
         work.dataset.folder.write(name, ledger)

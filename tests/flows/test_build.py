@@ -199,7 +199,7 @@ def test_a_build_that_ends_before_it_publishes_is_published_by_the_next_command(
     """As after Suspend, which ends the process of a build, or after a kill."""
     config = config_for(tmp_path, ["a", "b"])
     with monkeypatch.context() as patch:
-        patch.setattr(build, "publish_dataset", lambda dataset: raise_(Gone()))
+        patch.setattr(build, "publish_dataset", lambda dataset, **options: raise_(Gone()))
         with pytest.raises(Gone):
             build.build_dataset(config)
     folder = tmp_path / "out" / "demo"

@@ -1,13 +1,15 @@
-"""Runs a flow from the command line, with the live display and a Prefect server."""
+"""Runs a flow from the command line, with the live display."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from importlib import import_module
 from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -18,29 +20,26 @@ from resmaster_flows.watch.terminal import say, terminal
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.errors import ResMasterError, UserError
 from resmaster_stages.models.places import at_hub
-from resmaster_stages.redaction import one_line
+from resmaster_stages.redaction import one_line, quoted
 
 if TYPE_CHECKING:
-    from prefect.client.schemas.objects import State
-
     from resmaster_flows.build import BuildResult
 
 
-def execute(console: Console, config: DatasetConfig, build: Callable[[], State[Any]]) -> int:
+def execute(console: Console, config: DatasetConfig, build: Callable[[], BuildResult]) -> int:
     """Run a flow that builds a dataset, and print its result. Returns the exit status.
 
-    build: calls the flow and returns its final state. It also imports the flow, because importing Prefect takes
-    seconds.
+    build: calls the flow and returns its result. It also imports the flow, because importing Prefect takes seconds.
     """
     with terminal(Progress(), console):
         from prefect.exceptions import Pause
 
-        from resmaster_flows.outcome import outcome
         from resmaster_flows.server import server_within_reach
 
+        logging.raiseExceptions = False  # a log that cannot be sent to the server is no news for the terminal
         with server_within_reach():
             try:
-                result: BuildResult = outcome(build())
+                result = build()
             except Pause:
                 raise ResMasterError(
                     "suspended on the Prefect server, which cannot resume a run that was started by hand; what is done "
@@ -57,8 +56,9 @@ def require_surroundings(config: DatasetConfig) -> None:
     said = StringIO()
     try:
         with redirect_stderr(said):
+            import_module("prefect.context")  # reads the settings
             from resmaster_flows.server import require_answer, require_result_storage
-    except (ValueError, OSError) as error:  # Prefect reads its settings when it is imported
+    except (ValueError, OSError) as error:
         raise UserError(
             f"Prefect's settings cannot be used ({_settings_at_fault(error)}); mend or unset them"
         ) from error
@@ -97,6 +97,11 @@ def _finished(console: Console, result: BuildResult) -> int:
     failed = f", {result.samples_failed} failed (see errors/)" if result.samples_failed else ""
     say(console, f"{result.samples} samples{failed} in {result.dataset_url}")
     if result.errors:
-        say(console, f"{len(result.errors)} shards are missing; try again with: resmaster repair {result.dataset_url}")
+        say(
+            console,
+            f"{len(result.errors)} shards are missing; try again with: resmaster repair {quoted(result.dataset_url)}",
+        )
+    if result.shortfall:
+        say(console, result.shortfall)
     print(f"report: {result.report_url}")
-    return 1 if result.errors else 0
+    return 0 if result.finished else 1

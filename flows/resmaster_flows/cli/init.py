@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +11,7 @@ from rich.console import Console
 from resmaster_flows.home import EXAMPLES, PROMPTS
 from resmaster_flows.watch.terminal import say
 from resmaster_stages.errors import UserError
+from resmaster_stages.redaction import quoted
 
 HELP = "write configurations and prompts to start from"
 DESCRIPTION = (
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     folder, files = Path(args.folder), starter()
     write(folder, files)
     say(console, f"written to {folder}: {', '.join(files)}")
-    say(console, f"next: {shlex.join(('resmaster', 'run', str(folder / CONFIGURATIONS[0])))}")
+    say(console, f"next: resmaster run {quoted(folder / CONFIGURATIONS[0])}")
     return 0
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from resmaster_flows.cli.arguments import add_root
 from resmaster_flows.watch.terminal import say
+from resmaster_stages.redaction import quoted
 
 if TYPE_CHECKING:
     from resmaster_stages.dataset.dataset import Dataset
@@ -26,11 +27,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Publish, and print what was published. Returns 0."""
+    """Publish, and print what was published. Returns 0, or 1 if too many samples of the dataset failed."""
     from resmaster_stages.dataset.dataset import open_dataset
 
-    publish_now(console, open_dataset(args.root))
-    return 0
+    dataset = open_dataset(args.root)
+    publish_now(console, dataset)
+    return judged(console, dataset)
+
+
+def judged(console: Console, dataset: Dataset) -> int:
+    """Say whether too many samples of a dataset failed. Returns the exit status."""
+    from resmaster_flows.shortfall import shortfall
+    from resmaster_stages.inspection.status import status
+
+    lacking = shortfall(dataset, status(dataset))
+    if lacking:
+        say(console, lacking)
+    return 1 if lacking else 0
 
 
 def publish_now(console: Console, dataset: Dataset) -> None:
@@ -41,5 +54,7 @@ def publish_now(console: Console, dataset: Dataset) -> None:
     published = publish(dataset)
     say(console, f"{published.samples} samples of {published.shards} shards published in {dataset.url}")
     if published.shards_missing:
-        say(console, f"{published.shards_missing} shards are not finished; next: resmaster repair {dataset.url}")
+        say(
+            console, f"{published.shards_missing} shards are not finished; next: resmaster repair {quoted(dataset.url)}"
+        )
     print(f"report: {dataset.folder.url_of(layout.REPORT_PAGE)}")

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from resmaster_flows.cli.arguments import add_root
 from resmaster_flows.cli.execute import execute, require_surroundings
-from resmaster_flows.cli.publish import publish_now
+from resmaster_flows.cli.publish import judged, publish_now
 from resmaster_flows.selection import parse_numbers, parse_stages
 from resmaster_flows.watch.terminal import say
 from resmaster_stages.dataset.stages import STAGES
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Find out what is to be done, and do it. Returns 0 if every shard is finished, else 1."""
+    """Find out what is to be done, and do it. Returns 0 if neither shards nor too many samples are missing, else 1."""
     from resmaster_stages.dataset.dataset import open_dataset
     from resmaster_stages.dataset.retry import retries_of
     from resmaster_stages.inspection.published import Published, changed_files
@@ -63,12 +63,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
             publish_now(console, dataset)
         else:
             say(console, f"{dataset.url}: nothing to repair")
-        return 0
+        return judged(console, dataset)
 
     def build() -> Any:
         from resmaster_flows.build import repair
+        from resmaster_flows.calls import call
 
-        return repair(dataset.url, args.shards, stages, args.retry_errors, args.replace, return_state=True)
+        return call(repair, dataset.url, args.shards, stages, args.retry_errors, args.replace)
 
     require_surroundings(dataset.config)
     return execute(console, dataset.config, build)

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Plan, then build. Returns 0 if every shard is finished, else 1."""
+    """Plan, then build. Returns 0 if neither shards nor too many samples are missing, else 1."""
     from resmaster_stages.planning.drafts import require_source
     from resmaster_stages.prompts import ingest
 
@@ -47,7 +47,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     def build() -> Any:
         from resmaster_flows.build import build_dataset
+        from resmaster_flows.calls import call
 
-        return build_dataset(config, read_input=False, return_state=True)
+        return call(build_dataset, config, read_input=False)
 
     return execute(console, config, build)

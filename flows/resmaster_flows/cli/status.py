@@ -12,6 +12,7 @@ from rich.table import Table
 from resmaster_flows.cli.arguments import add_root
 from resmaster_flows.selection import spell_shards
 from resmaster_flows.watch.terminal import say
+from resmaster_stages.redaction import quoted
 
 if TYPE_CHECKING:
     from resmaster_stages.dataset.dataset import Dataset
@@ -64,11 +65,13 @@ def _print(dataset: Dataset, found: Status) -> None:
         for error in stage.errors:
             say(out, _error(stage.stage, error))
     if any(stage.errors for stage in found.stages):
-        say(out, f"all attempts at a shard: resmaster explain {dataset.url} SHARD")
+        say(out, f"all attempts at a shard: resmaster explain {quoted(dataset.url)} SHARD")
     for stage in found.stages:
         if stage.damaged_shards:
             shards = ", ".join(map(str, stage.damaged_shards))
-            say(out, f"damaged: {stage.stage} of shards {shards}; put them back: resmaster repair {dataset.url}")
+            say(
+                out, f"damaged: {stage.stage} of shards {shards}; put them back: resmaster repair {quoted(dataset.url)}"
+            )
     if publication := found.publication_line(dataset.url):
         say(out, publication)
     added = f", prompts in {found.generations} generations" if found.generations > 1 else ""

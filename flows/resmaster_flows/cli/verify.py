@@ -15,6 +15,7 @@ from resmaster_flows.watch.terminal import say
 from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.inspection.status import status
 from resmaster_stages.inspection.verify import note, verify
+from resmaster_stages.redaction import quoted
 
 HELP = "read everything back, and say what is damaged"
 DESCRIPTION = (
@@ -58,5 +59,5 @@ def run(args: argparse.Namespace, console: Console) -> int:
         return 1 if publication and state.complete else 0
     if any(damage.stage == "plan" for damage in found.damage):
         say(console, "the plan cannot be made again: restore its folder from a copy")
-    say(console, f"{len(found.damage)} objects are damaged; next: resmaster repair {dataset.url}")
+    say(console, f"{len(found.damage)} objects are damaged; next: resmaster repair {quoted(dataset.url)}")
     return 1

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -86,13 +86,13 @@ with stop.stoppable("stopped"):
 """
 
 
-def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
+def start(command: list[str], folder: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     """A command in a session of its own, with scratch folders in `folder`."""
     folder.mkdir(exist_ok=True)
     return subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1", **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -153,7 +153,7 @@ def test_a_stopped_run_keeps_what_is_done_and_leaves_no_litter(
             if not processes_of(scratch):
                 break
             time.sleep(0.02)
-        assert processes_of(scratch) == [], "no server is left behind"
+        assert processes_of(scratch) == [], "no process is left behind"
 
 
 @pytest.mark.timeout(300)
