@@ -18,7 +18,7 @@ from resmaster_flows.watch.terminal import say, terminal
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.errors import ResMasterError, UserError
 from resmaster_stages.models.places import at_hub
-from resmaster_stages.redaction import one_line
+from resmaster_stages.redaction import one_line, printable
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
@@ -93,10 +93,10 @@ def _settings_at_fault(error: Exception) -> str:
 
 def _finished(console: Console, result: BuildResult) -> int:
     for shard, error in result.errors.items():
-        say(console, Text.assemble((f"shard {int(shard):06d} not finished:", "red"), f" {error}"))
+        say(console, Text.assemble((f"shard {int(shard):06d} not finished:", "red"), f" {printable(error)}"))
     failed = f", {result.samples_failed} failed (see errors/)" if result.samples_failed else ""
     say(console, f"{result.samples} samples{failed} in {result.dataset_url}")
     if result.errors:
         say(console, f"{len(result.errors)} shards are missing; try again with: resmaster repair {result.dataset_url}")
-    print(f"report: {result.report_url}")
+    print(f"report: {printable(result.report_url)}")
     return 1 if result.errors else 0
