@@ -26,7 +26,7 @@ from resmaster_stages.redaction import printable, printable_lines
 class SafeConsole(Console):
     """A console that shows characters which act without being seen as visible escapes, in text and tables alike."""
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         """As Rich's, which this console calls for every `str` that it is given."""
         return super().render_str(printable_lines(text), **options)
 
