@@ -1,9 +1,9 @@
-"""Removes credentials and control characters from foreign text before it is shown, logged or stored.
+"""Removes credentials from foreign text, and makes characters visible that act unseen, before it is shown or logged.
 
 This is the last line of defence: credentials belong in the environment, and a configuration that holds a credential is
 refused earlier (`holds_credentials`).
 
-Invariant: removing is idempotent, and a text without credentials and control characters does not change.
+Invariant: removing is idempotent, and a text without credentials and unseen characters does not change.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,6 +36,17 @@ _NO_SECRET = re.compile(r"_(?:ID|FILE|PATH|DIR)$|^GOOGLE_APPLICATION_CREDENTIALS
 _OWN_NAME = "resmaster"
 """This project's name is no secret, whatever variable holds it, because most messages hold the name."""
 
+_JOINED = r"\u0590-\u1fff\u2190-\u2bff\u2e80-\ud7ff\uf900-\ufefc\U00010000-\U000dffff"
+"""Characters between which a joiner does its work: emoji, and letters of scripts beyond Latin, Greek and Cyrillic."""
+_UNSEEN = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\ud800-\udfff"  # control characters, which include terminal commands; lone surrogates
+    r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f"  # they turn the direction of text
+    r"\xad\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u2060-\u2065\u3164\ufeff\uffa0\ufff0-\ufffb"  # no ink
+    r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+    rf"|(?<![{_JOINED}])[\u200c\u200d]|[\u200c\u200d](?![{_JOINED}])"
+)
+"""Characters that act without being seen: they command terminals, turn the direction of text, or hide in it."""
+
 
 def without_credentials(text: str) -> str:
     """`text` with `user:password@`, signatures and tokens removed from the URLs in it."""
@@ -59,11 +69,24 @@ def redacted(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters (which include terminal commands) and lone surrogates as visible escapes."""
-    return "".join(
-        character.encode("unicode_escape").decode() if unicodedata.category(character) in ("Cc", "Cs") else character
-        for character in text
-    )
+    """`text` in one line, with characters that act without being seen as visible escapes."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def printable_lines(text: str) -> str:
+    """`printable` for each line of a text."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def printable_json(text: str) -> str:
+    """JSON with characters that act without being seen as JSON's own escapes. Its value stays the same."""
+    lines = (_UNSEEN.sub(lambda found: _json_escape(found[0]), line) for line in text.split("\n"))
+    return "\n".join(lines)
+
+
+def _json_escape(character: str) -> str:
+    units = character.encode("utf-16-be", "surrogatepass").hex("_", 2).split("_")
+    return "".join(f"\\u{unit}" for unit in units)
 
 
 def one_line(error: object) -> str:

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from resmaster_stages.evaluation.columns import measures
 from resmaster_stages.metrics.detail import most_detailed
 from resmaster_stages.metrics.metric import Column
+from resmaster_stages.redaction import printable
 
 CELL_PX = 256
 GAP_PX = 8
@@ -90,7 +91,7 @@ def sheet(rows: Sequence[SheetRow], methods: Sequence[str]) -> Image.Image:
         pen.text((GAP_PX + place * (width + GAP_PX), GAP_PX), title, fill="black", font=font)
     for number, row in enumerate(rows):
         top = head + number * per_sample
-        pen.text((GAP_PX, top), row.prompt[: page.width // 8], fill="#666666", font=font)
+        pen.text((GAP_PX, top), printable(row.prompt)[: page.width // 8], fill="#666666", font=font)
         box = _zoomed(row.images[methods[-1]])
         for place, image in enumerate([row.low_res, *(row.images[name] for name in methods)]):
             left = GAP_PX + place * (width + GAP_PX)

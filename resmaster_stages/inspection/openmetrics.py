@@ -20,6 +20,7 @@ from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.ledger import ledger_rows
 from resmaster_stages.dataset.plan import Plan
 from resmaster_stages.inspection.status import stage_status
+from resmaster_stages.redaction import printable
 
 
 def openmetrics(dataset: Dataset) -> str:
@@ -70,8 +71,14 @@ class _Families:
         )
 
     def collect(self) -> list[Metric]:
-        """The metrics; called by the registry."""
-        return list(vars(self).values())
+        """The metrics; called by the registry. Values of labels come from records, which may hold anything."""
+        families: list[Metric] = list(vars(self).values())
+        for family in families:
+            family.samples = [
+                sample._replace(labels={name: printable(value) for name, value in sample.labels.items()})
+                for sample in family.samples
+            ]
+        return families
 
 
 def _add_stage(families: _Families, labels: list[str], plan: Plan, commits: Commits, megapixels: float) -> None:

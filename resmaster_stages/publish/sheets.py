@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from resmaster_stages.errors import SampleError
 from resmaster_stages.publish.page import ReportSample
+from resmaster_stages.redaction import printable
 
 PAPER, HOLE = (246, 245, 241), (223, 221, 211)
 INK, SOFT, WARNING = (34, 36, 31), (109, 111, 102), (154, 74, 18)
@@ -70,7 +71,7 @@ def _draw_sample(sheet: Image.Image, corner: tuple[int, int], sample: ReportSamp
 
 def _fit(text: str, font: Font, width: int) -> str:
     """`text` in one line, cut to at most `width` px."""
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     if font.getlength(text) <= width:
         return text
     lengths = range(1, len(text) + 1)

@@ -19,7 +19,7 @@ from resmaster_stages.inspection.status import Status
 from resmaster_stages.metrics import shown_columns
 from resmaster_stages.metrics.flags import known_flags
 from resmaster_stages.publish.report import SIZE_COLUMNS, facts, failures
-from resmaster_stages.redaction import quoted, without_credentials
+from resmaster_stages.redaction import printable, quoted, without_credentials
 from resmaster_stages.storage.tables import decode_table
 
 SHOWN_FAILURES = 20
@@ -30,7 +30,7 @@ def summary(dataset: Dataset, found: Status) -> str:
     """The page of a dataset whose manifest is written. found: its status."""
     columns = [*(column.name for column in shown_columns()), "flags", *SIZE_COLUMNS]
     table = decode_table(dataset.folder.read(layout.MANIFEST), manifest_schema(), layout.MANIFEST, columns)
-    url = without_credentials(dataset.url)
+    url = printable(without_credentials(dataset.url))
     parts = [
         f"# {_cell(dataset.config.name)}",
         _table(("", ""), list(facts(dataset.config, table).items())),
@@ -42,7 +42,7 @@ def summary(dataset: Dataset, found: Status) -> str:
         f"Flagged: {_flags(table)}. Flags point at samples to look at; nothing is deleted.",
         *_failures(failures(dataset)),
         "## Where",
-        f"- dataset: `{url}`\n- report: `{without_credentials(dataset.folder.url_of(layout.REPORT_PAGE))}`\n"
+        f"- dataset: `{url}`\n- report: `{printable(without_credentials(dataset.folder.url_of(layout.REPORT_PAGE)))}`\n"
         f"- missing or failed: `resmaster repair {quoted(url)}`\n- one sample: `resmaster explain {quoted(url)} KEY`",
     ]
     return "\n\n".join(parts) + "\n"
@@ -116,6 +116,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def _cell(value: object) -> str:
-    """A value as one table cell: in one line, with Markdown and HTML escaped."""
-    text = " ".join(str(value).split())
+    """A value as one table cell: in one line, with Markdown, HTML and unseen characters escaped."""
+    text = printable(" ".join(str(value).split()))
     return "".join(f"\\{c}" if c in "\\`*_[]<>|#!~" else "&amp;" if c == "&" else c for c in text)

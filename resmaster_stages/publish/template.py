@@ -2,7 +2,7 @@
 
 Invariants:
 - Values are escaped in HTML, but not in Markdown.
-- Control characters and lone surrogates in values become blanks.
+- Characters in values that act without being seen are visible escapes; tabs and line breaks become blanks.
 - A name that a template reads and that is not given is an error.
 """
 
@@ -14,18 +14,20 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+from resmaster_stages.redaction import printable
+
+_BREAKS = re.compile(r"[\t\n\r]")
 
 
-def _printable(value: object) -> object:
-    """The text of `value` without control characters. Markup stays unchanged."""
-    return value if isinstance(value, Markup) else _CONTROL.sub(" ", str(value))
+def _shown(value: object) -> object:
+    """The text of `value` without what acts unseen. Markup stays unchanged."""
+    return value if isinstance(value, Markup) else printable(_BREAKS.sub(" ", str(value)))
 
 
 _TEMPLATES = Environment(
     loader=PackageLoader("resmaster_stages.publish"),
     autoescape=select_autoescape(disabled_extensions=("md",), default=True),
-    finalize=_printable,
+    finalize=_shown,
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from resmaster_stages.errors import PlanError, SampleError
-from resmaster_stages.redaction import one_line, printable
+from resmaster_stages.redaction import one_line
 from resmaster_stages.storage.filesystem import Folder, open_file, open_folder, refuse_credentials
 from resmaster_stages.storage.images import FORMATS, KNOWN_UNREAD, SUFFIXES
 from resmaster_stages.storage.listings import (
@@ -145,7 +145,7 @@ def read_image(source: str) -> bytes:
 
 def unfit(name: str, size: int, limit: int) -> str:
     """Why a file cannot be used, judged by its name and its size in bytes; "" if it can be used."""
-    if printable(name) != name:
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
         return "its name holds control characters or is not UTF-8"
     if size > limit:
         return f"{name.rsplit('/', 1)[-1]} has {size:,} bytes, more than {limit:,}"

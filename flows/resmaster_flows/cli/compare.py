@@ -12,10 +12,11 @@ from rich.table import Table
 from resmaster_flows.cli.arguments import add_source, config_of
 from resmaster_flows.cli.execute import execute, require_surroundings
 from resmaster_flows.watch.progress import plans
-from resmaster_flows.watch.terminal import say
+from resmaster_flows.watch.terminal import SafeConsole, say
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.method import methods
 from resmaster_stages.progress import listening
+from resmaster_stages.redaction import printable
 
 if TYPE_CHECKING:
     from resmaster_stages.evaluation.compare import Compared
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     with listening(plans(partial(say, console))):
         found = compare(config, args.methods, args.scales, build, reference=args.reference, low_res=args.low_res)
     print_tables(found.measured)
-    print(f"comparison: {found.page}")
+    print(f"comparison: {printable(found.page)}")
     return 0 if found.finished else 1
 
 
@@ -86,7 +87,7 @@ def print_tables(found: Compared) -> None:
     """Print one table per scale on standard output: a line per metric and a column per method, to fit terminals."""
     from resmaster_stages.evaluation.page import cell, shown
 
-    out = Console()
+    out = SafeConsole()
     for scale in found.keys:
         rows = [row for row in found.rows if row["scale"] == scale]
         table = Table(box=None, pad_edge=False)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from resmaster_flows.watch.terminal import say
+from resmaster_flows.watch.terminal import SafeConsole, say
 from resmaster_stages.storage.filesystem import open_root
 from resmaster_stages.storage.probe import examine
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             )
         )
         return 0 if good else 1
-    out = Console()
+    out = SafeConsole()
     table = Table("check", "state", "what was found", box=None, pad_edge=False)
     for finding in findings:
         table.add_row(finding.check, f"[{COLOURS[finding.state]}]{finding.state}[/]", escape(finding.detail))

@@ -20,7 +20,7 @@ from resmaster_flows.watch.terminal import say, terminal
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.errors import ResMasterError, UserError
 from resmaster_stages.models.places import at_hub
-from resmaster_stages.redaction import one_line, quoted
+from resmaster_stages.redaction import one_line, printable, quoted
 
 if TYPE_CHECKING:
     from resmaster_flows.build import BuildResult
@@ -93,7 +93,7 @@ def _settings_at_fault(error: Exception) -> str:
 
 def _finished(console: Console, result: BuildResult) -> int:
     for shard, error in result.errors.items():
-        say(console, Text.assemble((f"shard {int(shard):06d} not finished:", "red"), f" {error}"))
+        say(console, Text.assemble((f"shard {int(shard):06d} not finished:", "red"), f" {printable(error)}"))
     failed = f", {result.samples_failed} failed (see errors/)" if result.samples_failed else ""
     say(console, f"{result.samples} samples{failed} in {result.dataset_url}")
     if result.errors:
@@ -103,5 +103,5 @@ def _finished(console: Console, result: BuildResult) -> int:
         )
     if result.shortfall:
         say(console, result.shortfall)
-    print(f"report: {result.report_url}")
+    print(f"report: {printable(result.report_url)}")
     return 0 if result.finished else 1

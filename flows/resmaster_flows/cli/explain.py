@@ -8,6 +8,7 @@ import json
 from rich.console import Console
 
 from resmaster_flows.cli.arguments import add_root
+from resmaster_stages.redaction import printable_json, printable_lines
 
 HELP = "all that is known of one sample or shard"
 DESCRIPTION = (
@@ -36,5 +37,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     dataset = open_dataset(args.root)
     shard = shard_of(dataset, args.key)
     found = explain(dataset, args.key) if shard is None else explain_shard(dataset, shard)
-    print(json.dumps(found.to_json(), indent=2, ensure_ascii=False) if args.json else spelled(found))
+    if args.json:
+        print(printable_json(json.dumps(found.to_json(), indent=2, ensure_ascii=False)))
+    else:
+        print(printable_lines(spelled(found)))
     return 0

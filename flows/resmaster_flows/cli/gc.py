@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resmaster_flows.cli.arguments import add_root
-from resmaster_flows.watch.terminal import say
+from resmaster_flows.watch.terminal import SafeConsole, say
 from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.errors import UserError
 from resmaster_stages.inspection.leftovers import find_leftovers, remove_leftovers
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     found = find_leftovers(dataset, grace)
     if not args.dry_run:
         remove_leftovers(dataset.folder, found)
-    out = Console()
+    out = SafeConsole()
     if found:
         table = Table("what", "files", "bytes", box=None, pad_edge=False)
         for kind in dict.fromkeys(leftover.kind for leftover in found):

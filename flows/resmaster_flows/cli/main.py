@@ -21,7 +21,7 @@ from resmaster_flows.cli import compare, doctor, explain, gc, init, plan, publis
 from resmaster_flows.cli.parser import Parser
 from resmaster_flows.cli.stop import KEPT, NOTHING_WRITTEN, Terminated, exit_status, leave, stoppable
 from resmaster_flows.plugins import load_plugins
-from resmaster_flows.watch.terminal import say
+from resmaster_flows.watch.terminal import SafeConsole, say
 from resmaster_stages.errors import ConfigError, ResMasterError, ServerLost, UserError
 from resmaster_stages.redaction import one_line
 
@@ -82,7 +82,7 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `resmaster` command. Returns the exit status."""
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     for name, value in ENVIRONMENT.items():  # before a plugin imports a library that reads them
         os.environ.setdefault(name, value)
     try:

@@ -6,9 +6,10 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, NoReturn
 
 from resmaster_stages.errors import did_you_mean
+from resmaster_stages.redaction import printable_lines
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,6 +31,10 @@ class Parser(argparse.ArgumentParser):
                 yield word.partition("=")[0]
             elif self._subparsers is not None and not word.startswith("-"):
                 return
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse's: a mistake ends the program. The message repeats words of the command line."""
+        super().error(printable_lines(message))
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

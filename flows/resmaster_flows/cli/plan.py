@@ -9,7 +9,7 @@ from rich.table import Table
 
 from resmaster_flows.cli.arguments import add_source, config_of
 from resmaster_flows.watch.pace import spell_seconds
-from resmaster_flows.watch.terminal import say
+from resmaster_flows.watch.terminal import SafeConsole, say
 from resmaster_stages.errors import UserError
 from resmaster_stages.planning.estimate import Estimate
 from resmaster_stages.publish.card import spell_bytes
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from resmaster_stages.planning.preview import preview
 
     look = preview(config_of(args))
-    out = Console()
+    out = SafeConsole()
     say(out, look.headline())
     table = Table("stage", "shards to do", "shards committed", "samples to do", box=None, pad_edge=False)
     for stage in look.stages:

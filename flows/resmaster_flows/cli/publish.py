@@ -9,7 +9,7 @@ from rich.console import Console
 
 from resmaster_flows.cli.arguments import add_root
 from resmaster_flows.watch.terminal import say
-from resmaster_stages.redaction import quoted
+from resmaster_stages.redaction import printable, quoted
 
 if TYPE_CHECKING:
     from resmaster_stages.dataset.dataset import Dataset
@@ -57,4 +57,4 @@ def publish_now(console: Console, dataset: Dataset) -> None:
         say(
             console, f"{published.shards_missing} shards are not finished; next: resmaster repair {quoted(dataset.url)}"
         )
-    print(f"report: {dataset.folder.url_of(layout.REPORT_PAGE)}")
+    print(f"report: {printable(dataset.folder.url_of(layout.REPORT_PAGE))}")

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from resmaster_flows.cli.arguments import add_root
 from resmaster_flows.selection import spell_shards
-from resmaster_flows.watch.terminal import say
+from resmaster_flows.watch.terminal import SafeConsole, say
 from resmaster_stages.redaction import quoted
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _print(dataset: Dataset, found: Status) -> None:
-    out = Console()
+    out = SafeConsole()
     say(out, f"{dataset.url}: {found.shards} shards, {found.samples} samples")
     out.print(_table(found))
     for stage in found.stages:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from resmaster_flows.cli.arguments import add_root
-from resmaster_flows.watch.terminal import say
+from resmaster_flows.watch.terminal import SafeConsole, say
 from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.inspection.status import status
 from resmaster_stages.inspection.verify import note, verify
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.json:
         print(json.dumps({"dataset": dataset.url, **asdict(found)}, indent=2))
     else:
-        out = Console()
+        out = SafeConsole()
         if found.damage:
             table = Table("stage", "shard", "object", "what", box=None, pad_edge=False)
             for damage in found.damage:

@@ -12,6 +12,7 @@ from resmaster_flows.watch.pace import spell_seconds
 from resmaster_flows.watch.progress import Progress, Run, Shard
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.progress import Event, Listener, ShardDone, ShardFailed
+from resmaster_stages.redaction import printable
 
 ROWS = 200
 """Maximum rows of a table, in the order: failed, at work, finished, waiting."""
@@ -58,13 +59,16 @@ def table(progress: Progress, link: Callable[[str], str] = lambda run: run) -> l
     rows: list[dict[str, Any]]
     if progress.runs:
         total = len(progress.runs)
-        rows = [{"run": run.name, "state": run.state, "link": link(key)} for key, run in _first(progress.runs)]
+        rows = [
+            {"run": printable(run.name), "state": printable(run.state), "link": link(key)}
+            for key, run in _first(progress.runs)
+        ]
     else:
         total = len(progress.shards)
         rows = [
             {
                 "shard": f"{number:06d}",
-                "state": shard.state,
+                "state": printable(shard.state),
                 "seconds": round(shard.seconds, 1),
                 "failed samples": shard.samples_failed,
             }
@@ -87,6 +91,6 @@ def lines(progress: Progress, log: Callable[[str], None]) -> Listener:
             seconds = progress.shards[event.shard].last_seconds
             log(f"shard {event.shard:06d}: {event.stage} committed in {spell_seconds(seconds)}")
         elif isinstance(event, ShardFailed):
-            log(f"shard {event.shard:06d} failed: {event.error}")
+            log(f"shard {event.shard:06d} failed: {printable(event.error)}")
 
     return hear

@@ -20,6 +20,15 @@ from resmaster_flows.watch.pace import spell_seconds
 from resmaster_flows.watch.progress import Progress, notes
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.progress import Event, Listener, ShardDone, listening
+from resmaster_stages.redaction import printable, printable_lines
+
+
+class SafeConsole(Console):
+    """A console that shows characters which act without being seen as visible escapes, in text and tables alike."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As Rich's, which this console calls for every `str` that it is given."""
+        return super().render_str(printable_lines(text), **options)
 
 
 def say(console: Console, text: str | Text) -> None:
@@ -66,7 +75,7 @@ def steps(console: Console, begin: str) -> Iterator[Callable[[int, int], None]]:
     if not console.is_terminal:
         say(console, f"  {begin}")
     with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(escape(begin), total=None)
+        task = bar.add_task(escape(printable(begin)), total=None)
 
         def step(done: int, total: int) -> None:
             bar.update(task, description="upscaling", completed=done, total=total)
