@@ -121,4 +121,27 @@ def quality(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
         yield Output(sample.key, rows=[row])
 
 
+def _batch_facts(samples: Sequence[Sample], place: int, size: int) -> dict[str, int]:
+    """What the bytes of a sample may depend on beside the sample: its slot, its place there, and the device's batch."""
+    return {"slot": len(samples), "place": place, "batch": size, "call": min(size, len(samples) - place // size * size)}
+
+
+def _in_batch(sample: Sample, size: int, facts: dict[str, int]) -> dict[str, bytes]:
+    """The files of an image of `size` px in which `facts` can be seen."""
+    color = bytes.fromhex(sample.key)[0], facts["slot"] % 16 * 16 + facts["place"] % 16, facts["batch"] % 256
+    image = {"png": png(color, (size, size)), "json": canonical_json({"key": sample.key, **facts}).encode()}
+    return {**files_of(sample, size), **image}
+
+
+def batch_dependent(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+    """A low_res stage whose bytes depend on the batch, as on a device that rounds: on the number of samples in the
+    slot, on the place of the sample there, and on the batch size."""
+    for place, sample in enumerate(samples):
+        if _fails(sample, "low_res"):
+            yield Output(sample.key, error=SampleError("told to fail"))
+        else:
+            facts = _batch_facts(samples, place, config.low_res.batch_size)
+            yield Output(sample.key, files=_in_batch(sample, 16, facts))
+
+
 FAKES: dict[str, Process] = {"low_res": low_res, "captions": captions, "high_res": high_res, "quality": quality}
