@@ -83,7 +83,7 @@ def play(args: argparse.Namespace, top: Path, tally: Tally) -> None:
             own = top / f"{number}-{name}-{place}"
             own.mkdir()
             root = f"{bucket}/{own.name}" if place == "s3" else str(own / "root")
-            each = Round(number, chance, place, own, root, endpoint, calms, args.processes)
+            each = Round(args.seed, number, chance, place, own, root, endpoint, calms, args.processes)
             again = f"--seed {args.seed} --first {number} --rounds 1 --scenes {name} --on {place}"
             try:
                 done = SCENES[name].play(each)

@@ -30,12 +30,12 @@ from resmaster_stages.errors import ResMasterError
 from resmaster_stages.inspection.leftovers import find_leftovers, remove_leftovers
 from resmaster_stages.inspection.status import pending
 from resmaster_stages.inspection.verify import Verification, note, verify
-from resmaster_stages.models import identity
 from resmaster_stages.prompts import ingest
 from resmaster_stages.publish.publish import publish
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import Folder
 from tests.durability.injection import good_later
+from tests.fake_stages import batch_dependent
 
 Find = Callable[[Dataset, str, int], Process | None]
 """(dataset, stage, shard) -> the stage's function; None: the real one."""
@@ -78,11 +78,29 @@ def recipe(folder: Path, prompts: Sequence[str], find: Find, **values: Any) -> R
     return Recipe({**usual, **values}, find)
 
 
+STANDINS = {"samples_per_shard": 2, "low_res": {"height": 16, "width": 16}}
+
+
 def standins(folder: Path) -> Recipe:
-    """Stand-in stages: six shards of two samples, one of which fails at first, so that ledgers are written too."""
-    identity.weights_of = lambda config: identity.Weights(config.model.id)
+    """Stand-in stages, one of which depends on the batch: six shards of two samples. One sample fails at first, so that
+    ledgers are written too."""
     prompts = ["bad high_res 4" if number == 4 else f"prompt {number}" for number in range(12)]
-    return recipe(folder, prompts, good_later, samples_per_shard=2, low_res={"height": 16, "width": 16})
+    return recipe(folder, prompts, in_batches, **STANDINS)
+
+
+def small(folder: Path) -> Recipe:
+    """The same with two shards."""
+    return recipe(folder, ["a", "bad high_res b", "c", "d"], in_batches, **STANDINS)
+
+
+def plain(folder: Path) -> Recipe:
+    """Stand-in stages as servers and the command line are given them here: four shards of two samples."""
+    return recipe(folder, [f"prompt {number}" for number in range(8)], good_later, **STANDINS)
+
+
+def in_batches(dataset: Dataset, stage: str, shard: int) -> Process:
+    """Stand-ins, of which low_res shows in what batch a sample was made."""
+    return batch_dependent if stage == "low_res" else good_later(dataset, stage, shard)
 
 
 def real(folder: Path, model: str) -> Recipe:
@@ -205,12 +223,12 @@ def clean_up(root: str) -> None:
     remove_leftovers(dataset.folder, find_leftovers(dataset, timedelta(0)))
 
 
-def slowed(process: Process, chance: random.Random) -> Process:
-    """A stage that takes its time."""
+def slowed(process: Process, chance: random.Random, seconds: float = PAUSE_SECONDS) -> Process:
+    """A stage that takes up to so long for each sample."""
 
     def slow(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
         for output in process(config, samples):
-            time.sleep(chance.uniform(0, PAUSE_SECONDS))
+            time.sleep(chance.uniform(0, seconds))
             yield output
 
     return slow

@@ -9,22 +9,26 @@ import multiprocessing
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from benchmarks.soak.compare import Seen, check, seen
+from benchmarks.soak.harm import harmed, possible
+from benchmarks.soak.processes import Crew, Work, ask, fork
+from benchmarks.soak.programs import struck_runs, struck_server
 from benchmarks.soak.proxy import proxied
-from benchmarks.soak.processes import Crew, Difference, Work, ask, fork
 from benchmarks.soak.recipes import (
     Recipe,
     build,
     clean_up,
     finish,
     picturebook,
+    plain,
     repair,
+    small,
     standins,
     through,
     tiny,
@@ -33,6 +37,9 @@ from benchmarks.soak.recipes import (
 from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.errors import ResMasterError, ShardError
 from resmaster_stages.publish.publish import publish
+
+DAMAGES = 12
+"""Damages in one round."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +67,21 @@ class Calms:
         return self._made[name]
 
 
-RECIPES: Mapping[str, Callable[[Path], Recipe]] = {"stand-ins": standins, "tiny": tiny, "picturebook": picturebook}
+RECIPES: Mapping[str, Callable[[Path], Recipe]] = {
+    "stand-ins": standins,
+    "small": small,
+    "plain": plain,
+    "tiny": tiny,
+    "picturebook": picturebook,
+}
 
 
 @dataclass(frozen=True)
 class Round:
     """One round of one scene."""
 
+    seed: int
+    """Of the whole soak."""
     number: int
     chance: random.Random
     place: str
@@ -127,9 +142,7 @@ def embedded_model(each: Round) -> Counter[str]:
 def proxy(each: Round) -> Counter[str]:
     """Stand-in stages through a proxy that fails as stores and networks do."""
     with proxied(each.endpoint, each.chance.getrandbits(32)) as (endpoint, faults):
-        done = racing(
-            each, "stand-ins", lambda made, seed: fork(through, endpoint, build, made, each.root, seed)
-        )
+        done = racing(each, "stand-ins", lambda made, seed: fork(through, endpoint, build, made, each.root, seed))
     return done + Counter(faults=faults.value)
 
 
@@ -226,6 +239,38 @@ def lose(root: str, count: int, seed: int) -> int:
     return count
 
 
+def damages(each: Round) -> Counter[str]:
+    """A finished dataset that is damaged in one place after the other. The rounds of one soak take all damages in
+    turn."""
+    calm = each.calms["small"]
+    ask(finish, calm.made, each.root)
+    every = ask(possible, each.root)
+    random.Random(each.seed).shuffle(every)
+    done: Counter[str] = Counter()
+    for number in range(DAMAGES):
+        damage = every[(each.number * DAMAGES + number) % len(every)]
+        done += ask(harmed, calm.made, each.root, damage, calm.expected)
+    return done + ask(check, calm.made, each.root, calm.expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the real programs
+
+
+def command_line(each: Round) -> Counter[str]:
+    """`resmaster run`, of which the group, the main process, a child or the Prefect server is killed."""
+    calm = each.calms["plain"]
+    done = ask(struck_runs, calm.made, each.root, each.folder, each.chance.getrandbits(32), each.chance.randint(2, 4))
+    return ended(each, calm, done)
+
+
+def server(each: Round) -> Counter[str]:
+    """A build on a Prefect server with workers, all of which are killed and started again."""
+    calm = each.calms["plain"]
+    done = ask(struck_server, calm.made, each.root, each.folder, each.chance.getrandbits(32), each.chance.randint(2, 4))
+    return ended(each, calm, done)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the table
 
@@ -246,5 +291,8 @@ SCENES: Mapping[str, Scene] = {
     "proxy": Scene(proxy, ("s3",)),
     "verbs": Scene(verbs),
     "beside-gc": Scene(beside_gc, every=2),
+    "damages": Scene(damages),
+    "command-line": Scene(command_line, every=3),
     "embedded-model": Scene(embedded_model, every=6),
+    "server": Scene(server, ("folder",), every=12),
 }
