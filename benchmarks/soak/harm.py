@@ -14,11 +14,10 @@ from contextlib import redirect_stderr, redirect_stdout
 
 from benchmarks.soak.compare import Seen, differences, seen
 from benchmarks.soak.processes import Difference
-from benchmarks.soak.recipes import Recipe, repair
+from benchmarks.soak.recipes import Recipe, mended_and_published
 from resmaster_flows.cli.main import main
 from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.errors import ResMasterError
-from resmaster_stages.publish.publish import publish
 from resmaster_stages.storage.filesystem import Folder
 from tests.durability.damages import FOLDER_GONE, apply, clear, damages_of, folders, kind_of, objects
 
@@ -92,9 +91,7 @@ def wrong_for_readers(root: str, expected: Seen) -> str:
 def repaired(made: Recipe, root: str) -> bool:
     """Repair and publish. False if that says that something must be restored, or if verify still says so."""
     try:
-        dataset = open_dataset(root)
-        repair(made, dataset)
-        publish(dataset)
+        mended_and_published(made, open_dataset(root))
     except (OSError, ResMasterError):
         return False
     return verdict(root)[0] == 0

@@ -186,9 +186,13 @@ def run_shard(
 
 
 def finish(made: Recipe, root: str) -> Counter[str]:
-    """In peace: do what is pending, give samples that failed or were left out further attempts, and publish. Counts the
+    """In peace: plan, repair, give samples that failed or were left out further attempts, and publish. Counts the
     samples that needed one."""
-    dataset = ingest(made.config(root))
+    return mended_and_published(made, ingest(made.config(root)))
+
+
+def mended_and_published(made: Recipe, dataset: Dataset) -> Counter[str]:
+    """As `resmaster repair --retry-errors`, until no sample is left that failed."""
     repair(made, dataset)
     counts: Counter[str] = Counter()
     for _ in range(MOST_ATTEMPTS):
