@@ -32,7 +32,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from resmaster_stages.errors import UserError
 from resmaster_stages.redaction import holds_credentials, one_line, without_credentials
-from resmaster_stages.storage.store_errors import explained, store_code
+from resmaster_stages.storage.store_errors import NotRegular, explained, store_code
 
 CREATE_ATTEMPTS = 6
 """How often a conditional create is sent while the store answers that another create of the name is under way."""
@@ -124,7 +124,13 @@ class Folder:
     def read(self, name: str) -> bytes:
         """The content of a file."""
         with explained(self.url_of(name)):
-            return self.fs.cat_file(self.full(name), **self._whole)
+            return self._cat(self.full(name))
+
+    def _cat(self, path: str) -> bytes:
+        if self.local:
+            require_regular(path)
+        content: bytes = self.fs.cat_file(path, **self._whole)
+        return content
 
     def read_many(self, names: list[str], lenient: bool = False) -> dict[str, bytes]:
         """Name -> content of several files, read in parallel if the store allows it. Missing files are left out.
@@ -135,7 +141,10 @@ class Folder:
             return {}
         by_path = {self.full(name): name for name in names}
         with explained(self.url):
-            found = self.fs.cat(list(by_path), recursive=False, on_error="return", **self._whole)
+            if self.local:
+                found = {path: self._content_or_error(path) for path in by_path}
+            else:
+                found = self.fs.cat(list(by_path), recursive=False, on_error="return", **self._whole)
         result: dict[str, bytes] = {}
         for path, name in by_path.items():
             value = found[path]
@@ -152,11 +161,19 @@ class Folder:
                 result[name] = value
         return result
 
+    def _content_or_error(self, path: str) -> bytes | Exception:
+        try:
+            return self._cat(path)
+        except Exception as error:
+            return error
+
     def open(self, name: str, ahead_bytes: int = 64 * 1024) -> IO[bytes]:
         """Open a file for random reads. From a remote store, at least `ahead_bytes` are fetched at a time."""
         with explained(self.url_of(name)):
             if self._in_memory:
                 return io.BytesIO(self.read(name))
+            if self.local:
+                require_regular(self.full(name))
             options = {} if self.local else {"block_size": ahead_bytes, "cache_type": "readahead"}
             return self.fs.open(self.full(name), "rb", **options)
 
@@ -334,6 +351,7 @@ class Folder:
         with explained(self.url_of(name)):
             if self.local:
                 target = Path(self.full(name))
+                require_regular(str(target))
             else:
                 target = scratch / name.replace("/", "_")
                 if self._in_memory:
@@ -416,12 +434,16 @@ def refuse_credentials(url: str) -> None:
 
 
 def open_regular(path: str) -> IO[bytes]:
-    """Open a local file to read it. Raises OSError if it is no regular file: a pipe would keep the reader waiting, and
-    a device may never end."""
+    """Open a local file to read it. Raises OSError if it is no regular file."""
+    require_regular(path)
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+
+
+def require_regular(path: str) -> None:
+    """Raise NotRegular if a local file is none: a pipe would keep its reader waiting, and a device may never end."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
-        raise OSError("is a folder" if stat.S_ISDIR(mode) else "is no regular file")
-    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+        raise NotRegular("is a folder" if stat.S_ISDIR(mode) else "is no regular file")
 
 
 def _folder_at(url: str) -> Folder:

@@ -68,6 +68,11 @@ An answer to a HEAD request has no body, so the store's own code is missing ther
 
 _UNREADABLE = (errno.EIO, errno.EISDIR, errno.ELOOP)
 
+
+class NotRegular(OSError):
+    """A folder, a pipe or a device is in the place of a file. Reading it could wait for ever, or never end."""
+
+
 _S3_LIBRARIES = {"botocore", "aiobotocore", "s3fs"}
 _NETWORK_LIBRARIES = {"aiohttp", "httpx", "httpx2", "httpcore", "huggingface_hub", "requests", "urllib3"}
 
@@ -91,10 +96,10 @@ def explained(place: str) -> Iterator[None]:
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether an error of a read says that this one file is damaged: the disk cannot read it, or a folder or a link in
-    a circle is in its place."""
+    """Whether an error of a read says that this one file is damaged: the disk cannot read it, or a folder, a pipe, a
+    device or a link in a circle is in its place."""
     cause = error.__cause__ if isinstance(error, UserError) else error
-    return isinstance(cause, OSError) and cause.errno in _UNREADABLE
+    return isinstance(cause, NotRegular) or (isinstance(cause, OSError) and cause.errno in _UNREADABLE)
 
 
 def _told(place: str, error: Exception) -> Exception | None:
@@ -104,6 +109,8 @@ def _told(place: str, error: Exception) -> Exception | None:
         return UserError(f"{place}: {code}: {_REFUSALS[code]}")
     if isinstance(error, (FileNotFoundError, FileExistsError)):
         return None
+    if isinstance(error, NotRegular):
+        return UserError(f"{place}: {error}; remove it, and restore the file if it was one")
     if isinstance(error, OSError):
         number = errno.EACCES if isinstance(error, PermissionError) else error.errno
         if number in _PERMANENT:

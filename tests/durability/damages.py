@@ -6,9 +6,9 @@
     for name in folders(folder):
         apply(folder, "folder gone", name)
 
-`folder` is the dataset's `storage.filesystem.Folder`. On S3, only damages that a store can have are given. What was there
-before is not kept: copy it before, if it is to be put back. `damages_of` gives the same for equal datasets, so a program
-with a seed may choose from it.
+`folder` is the dataset's `storage.filesystem.Folder`. On S3, only damages that a store can have are given. What was
+there before is not kept: copy it before, if it is to be put back. `damages_of` gives the same for equal datasets, so a
+program with a seed may choose from it.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def clear(folder: Folder, name: str) -> None:
 
 def kind_of(name: str) -> str:
     """What files are of one kind: they differ in numbers, attempts, keys and hashes only."""
-    return re.sub(r"[0-9a-f]*\d[0-9a-f]*", "#", name)
+    return re.sub(r"[0-9a-f]{8,}|\d+", "#", name)
 
 
 def _another(folder: Folder, name: str, data: bytes) -> bytes | None:
