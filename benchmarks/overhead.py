@@ -20,6 +20,7 @@ from typing import Any
 from resmaster_flows.cli.main import ENVIRONMENT
 from resmaster_stages.config.load import load_config
 from resmaster_stages.dataset.stages import STAGES, Process
+from resmaster_stages.prompts import ingest
 
 
 def timed(process: Process, spent: dict[str, float], stage: str) -> Process:
@@ -48,25 +49,21 @@ def main() -> None:
 
     start = time.perf_counter()
     os.environ |= {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
-    from prefect import flow
-
     from resmaster_flows.build import build_dataset
+    from resmaster_flows.calls import call
 
     spent = dict.fromkeys(STAGES, 0.0)
     for name, stage in list(STAGES.items()):
         STAGES[name] = replace(stage, process=timed(stage.function(), spent, name))
 
-    @flow(name="start-up")
-    def nothing() -> None: ...
-
-    nothing()  # starts Prefect's server
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         root = stack.enter_context(tempfile.TemporaryDirectory())
-        result = build_dataset(load_config(args.config, root=root, limit=args.limit))
+        config = ingest(load_config(args.config, root=root, limit=args.limit)).config
+        result = call(build_dataset, config, read_input=False)
         finished = time.perf_counter()
     compute, wall = sum(spent.values()), finished - started
-    print(f"start-up (imports, Prefect)      {started - start:8.1f} s")
+    print(f"start-up (imports)               {started - start:8.1f} s")
     for name, seconds in spent.items():
         print(f"model compute, {name:<9}         {seconds:8.1f} s")
     print(f"orchestration, storage, report   {wall - compute:8.1f} s")

@@ -7,6 +7,7 @@
 | `ShardError` | nothing is committed; the other shards go on |
 | `GpuLost` | the process ends: nothing computed after it can be trusted |
 | `OSError` (store, network) | the shard's task is tried again, later and later |
+| `ServerLost` | the command ends; what is committed stays |
 | other `UserError` | the run ends; the CLI prints one line and exits with status 2, without a traceback |
 """
 
@@ -59,6 +60,10 @@ class ShardError(ResMasterError):
 
 class GpuLost(ResMasterError):
     """The device is gone (illegal access, ECC, launch failure). Never retried in this process."""
+
+
+class ServerLost(ConnectionError):
+    """The Prefect server that is configured has not answered for about a minute."""
 
 
 def first_line(error: object) -> str:

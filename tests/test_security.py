@@ -26,6 +26,7 @@ from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.store_errors import explained
 from tests.checkout import PYTHONPATH
 from tests.fake_stages import FAKES, planned, png
+from tests.server.conftest import Stack, wait
 
 CANARY = "canary9f3b"
 
@@ -85,21 +86,34 @@ def texts(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_no_secret_is_kept_or_shown(tmp_path: Path) -> None:
-    """A build in which every kind of failure quotes the secrets; then status. Prefect's database is read too."""
+def test_no_secret_is_kept_or_shown(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """A build on a Prefect server in which every kind of failure quotes the secrets; then status. The server's database
+    is read too."""
     prompts = ["a house", "bad low_res", "RuntimeError", "ShardError", "a tree", "a boat"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
-    config = {"name": "demo", "prompts": "prompts.txt", "samples_per_shard": 1, "low_res": {"height": 16, "width": 16}}
+    config = {
+        "name": "demo",
+        "prompts": "prompts.txt",
+        "samples_per_shard": 1,
+        "low_res": {"height": 16, "width": 16},
+        "dispatch": {"where": "here"},
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     out, prefect = tmp_path / "out", tmp_path / "prefect"
+    prefect.mkdir()
+    stack = Stack(prefect)
     environment = {
         **os.environ,
         **SECRETS,
         "PREFECT_HOME": str(prefect),
+        "PREFECT_API_URL": stack.api,
         "HOME": str(tmp_path),
         "PYTHONPATH": PYTHONPATH,
     }
-    del environment["PREFECT_API_AUTH_STRING"]  # it would lock the build out of its own server
+    stack.environment["PREFECT_SERVER_API_AUTH_STRING"] = SECRETS["PREFECT_API_AUTH_STRING"]
+    stack.start("server", "server", "start", "--host", "127.0.0.1", "--port", str(stack.port), "--no-ui")
+    request.addfinalizer(lambda: stack.kill("server"))
+    wait(stack.healthy, seconds=300)
     said = ""
     for words, status in (
         (["run", "config.yaml", "--root", str(out)], 1),

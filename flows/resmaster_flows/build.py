@@ -18,9 +18,10 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled
 
+from resmaster_flows.calls import call
 from resmaster_flows.clusters import process_on_cluster
 from resmaster_flows.dispatch import Stopped, dispatch
-from resmaster_flows.outcome import incomplete, outcome, skipped
+from resmaster_flows.outcome import incomplete, skipped
 from resmaster_flows.plugins import load_plugins
 from resmaster_flows.process import failures, process_shards
 from resmaster_flows.selection import parse_numbers
@@ -78,8 +79,10 @@ class BuildResult:
 @task(name="plan", cache_policy=NO_CACHE, persist_result=False)
 def plan_dataset(config: DatasetConfig, read_input: bool) -> Dataset:
     """Return the dataset. With `read_input`, make the dataset and plan new input; otherwise use the existing plan."""
+    if not read_input:
+        return planned_dataset(config)
     with listening(plans(get_run_logger().info)):
-        return ingest(config) if read_input else planned_dataset(config)
+        return ingest(config)
 
 
 @task(name="publish", cache_policy=NO_CACHE, persist_result=False)
@@ -105,7 +108,7 @@ def work(
         if config.where == "dask" or config.where == "ray":
             return process_on_cluster(dataset, shards, stages, retries, config.where)
         if not on_workers(config):
-            errors: dict[str, str] = outcome(process_shards(dataset.url, shards, stages, retries, return_state=True))
+            errors: dict[str, str] = call(process_shards, dataset.url, shards, stages, retries)
             return errors
         runs = ServerRuns(config, dataset.url, stages, retries, queue)
         missing = dispatch(runs, lambda: _lacking(look()), config, _lacking(todo))
@@ -119,7 +122,7 @@ def _lacking(todo: Todo) -> Counter[int]:
 
 def finish(dataset: Dataset, errors: dict[str, str]) -> BuildResult | State[BuildResult]:
     """Publish what is committed and return the result. If shards are missing, the flow run ends as `Incomplete`."""
-    published = publish_dataset(dataset)
+    published = call(publish_dataset, dataset)
     found = status(dataset)
     show_dataset(dataset, found)
     result = BuildResult(
@@ -146,7 +149,7 @@ def build_dataset(config: DatasetConfig, read_input: bool = True) -> BuildResult
     """
     if other := other_build(config.dispatch, dataset_url_of(config.root, config.name)):
         return skipped(other)
-    dataset = plan_dataset(config, read_input)
+    dataset = call(plan_dataset, config, read_input)
     try:
         errors = work(dataset, pending(dataset), lambda: pending(dataset))
     except Stopped:
@@ -203,5 +206,5 @@ def publish(dataset_url: str) -> str:
     Returns the report's URL.
     """
     dataset = open_dataset(dataset_url)
-    publish_dataset(dataset)
+    call(publish_dataset, dataset)
     return dataset.folder.url_of(layout.REPORT_PAGE)

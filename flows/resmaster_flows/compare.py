@@ -9,7 +9,8 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 
 from resmaster_flows.build import build_dataset
-from resmaster_flows.outcome import incomplete, outcome
+from resmaster_flows.calls import call
+from resmaster_flows.outcome import incomplete
 from resmaster_flows.server_runs import cancel_children
 from resmaster_flows.watch.progress import plans
 from resmaster_stages.config.dataset import DatasetConfig
@@ -39,7 +40,7 @@ def compare_methods(
     """
 
     def build(config: DatasetConfig) -> bool:
-        return not outcome(build_dataset(config, read_input=False, return_state=True)).errors
+        return not call(build_dataset, config, read_input=False).errors
 
     with listening(plans(get_run_logger().info)):
         found = compare(config, methods, scales, build, reference=reference, low_res=low_res)

@@ -14,6 +14,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 
+from resmaster_flows.calls import call
 from resmaster_flows.outcome import incomplete
 from resmaster_flows.plugins import load_plugins
 from resmaster_flows.selection import spell_shards
@@ -70,8 +71,7 @@ def process_shards(
             for stage in chosen:
                 try:
                     number = number_of(retries, stage, shard)
-                    state: Any = stage_task(stage)(dataset, shard, known, number, return_state=True)
-                    known[stage] = state.result()
+                    known[stage] = call(stage_task(stage), dataset, shard, known, number)
                 except (GpuLost, ConfigError):
                     raise  # the next shard would end the same way
                 except Exception as error:

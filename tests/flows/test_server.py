@@ -8,10 +8,8 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
 
 import httpx
 import pytest
@@ -19,7 +17,6 @@ import yaml
 from prefect.settings import (
     PREFECT_API_URL,
     PREFECT_DEFAULT_RESULT_STORAGE_BLOCK,
-    PREFECT_SERVER_ALLOW_EPHEMERAL_MODE,
     temporary_settings,
 )
 
@@ -28,7 +25,6 @@ from resmaster_flows.server import (
     require_answer,
     require_result_storage,
     server_within_reach,
-    start_temporary_server,
 )
 from resmaster_flows.server_runs import on_workers
 from resmaster_stages.config.dataset import DispatchConfig
@@ -72,80 +68,15 @@ def test_work_goes_to_workers_where_a_server_is_configured() -> None:
         assert on_workers(DispatchConfig(where="workers"))
 
 
-class Temporary:
-    """Stands in for Prefect's temporary server: answers slowly at its first `slow` starts."""
-
-    slow = 0
-    events: ClassVar[list[str]] = []
-
-    def start(self) -> None:
-        self.events.append("start")
-        if self.events.count("start") <= self.slow:
-            raise httpx.ReadTimeout("timed out")
-
-    def stop(self) -> None:
-        self.events.append("stop")
-
-
-@pytest.fixture
-def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Temporary]]:
-    monkeypatch.setattr("resmaster_flows.server.SubprocessASGIServer", Temporary)
-    monkeypatch.setattr(Temporary, "events", [])
-    with temporary_settings({PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True}, restore_defaults={PREFECT_API_URL}):
-        yield Temporary
-
-
-def test_a_temporary_server_that_answers_slowly_is_started_again(
-    temporary: type[Temporary], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(temporary, "slow", 2)
-    with server_within_reach():
-        assert temporary.events == ["start", "stop"] * 2 + ["start"]
-    monkeypatch.setattr(temporary, "slow", 9)
-    with (
-        pytest.raises(ConnectionError, match="3 times; try again when this machine is less busy"),
-        server_within_reach(),
-    ):
-        pass
-    assert temporary.events[-1] == "stop"
-
-
-def test_errors_of_the_work_itself_pass(temporary: type[Temporary]) -> None:
+def test_errors_of_the_work_itself_pass() -> None:
     with pytest.raises(UserError, match="own"), server_within_reach():
         raise UserError("own")
-    assert temporary.events == ["start"]
-
-
-def test_a_temporary_server_is_not_started_against_the_settings(temporary: type[Temporary]) -> None:
-    with (
-        temporary_settings({PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: False}),
-        pytest.raises(UserError, match="set PREFECT_API_URL"),
-        server_within_reach(),
-    ):
-        pass
-    assert temporary.events == []
-
-
-def test_a_temporary_server_that_does_not_start_is_one_line(
-    temporary: type[Temporary], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def die(self: Temporary) -> None:
-        raise RuntimeError("Timed out while attempting to connect.\n Ephemeral server process exited with code 1.")
-
-    monkeypatch.setattr(temporary, "start", die)
-    with pytest.raises(ConnectionError, match=r"did not start \(Timed out .* code 1\.\); check PREFECT_HOME") as caught:
-        start_temporary_server()
-    assert "\n" not in str(caught.value)
-    assert temporary.events == ["stop"]
 
 
 SETTINGS = [
-    ("PREFECT_HOME", "/proc/nowhere", r"PREFECT_HOME /proc/nowhere cannot be written \(.*\); set PREFECT_HOME"),
-    ("PREFECT_HOME", "{file}/below", r"PREFECT_HOME .*/file/below cannot be written \(.*\); set PREFECT_HOME"),
     ("PREFECT_API_URL", "localhost:4200", "PREFECT_API_URL: localhost:4200 has no http:// or https://"),
     ("PREFECT_API_REQUEST_TIMEOUT", "soon", r"Prefect's settings cannot be used \(APISettings: request_timeout: .*"),
     ("PREFECT_LOGGING_LEVEL", "loud", r"Prefect's settings cannot be used \(LoggingSettings: level: .*"),
-    ("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false", "no Prefect server is configured, .* set PREFECT_API_URL .*"),
     ("PREFECT_PROFILE", "nobody", "PREFECT_PROFILE: Prefect has no profile 'nobody'; known: .*"),
 ]
 
@@ -153,7 +84,6 @@ SETTINGS = [
 @pytest.mark.parametrize(("name", "value", "message"), SETTINGS)
 def test_settings_of_prefect_that_do_not_fit_are_one_line(name: str, value: str, message: str, tmp_path: Path) -> None:
     """Said before anything is started or written. In a process of its own, because Prefect reads settings once."""
-    (tmp_path / "file").write_text("")
     (tmp_path / "prompts.txt").write_text("a red house\n")
     (tmp_path / "demo.yaml").write_text(yaml.safe_dump({"name": "demo", "prompts": "prompts.txt"}))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
@@ -165,7 +95,7 @@ def test_settings_of_prefect_that_do_not_fit_are_one_line(name: str, value: str,
             "PYTHONPATH": PYTHONPATH,
             "PREFECT_HOME": str(tmp_path / "prefect"),
             "COLUMNS": "500",
-            name: value.format(file=tmp_path / "file"),
+            name: value,
         },
         capture_output=True,
         text=True,
@@ -177,21 +107,26 @@ def test_settings_of_prefect_that_do_not_fit_are_one_line(name: str, value: str,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_block_for_results_that_is_not_there_is_one_line(
-    temporary: type[Temporary], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_block_for_results_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
     def missing() -> None:
+        asked.append(1)
         raise ValueError("Unable to find block document named nosuch for block type s3-bucket")
 
     monkeypatch.setattr("resmaster_flows.server.get_default_result_storage", missing)
-    require_result_storage()
-    assert temporary.events == [], "without the setting nothing is asked"
+    with temporary_settings({PREFECT_API_URL: NOBODY}):
+        require_result_storage()
+    with temporary_settings(
+        {PREFECT_DEFAULT_RESULT_STORAGE_BLOCK: "s3-bucket/nosuch"}, restore_defaults={PREFECT_API_URL}
+    ):
+        require_result_storage()
+    assert asked == [], "without the setting nothing is asked, and without a server nobody"
     with (
-        temporary_settings({PREFECT_DEFAULT_RESULT_STORAGE_BLOCK: "s3-bucket/nosuch"}),
+        temporary_settings({PREFECT_API_URL: NOBODY, PREFECT_DEFAULT_RESULT_STORAGE_BLOCK: "s3-bucket/nosuch"}),
         pytest.raises(UserError, match=r"RESULT_STORAGE_BLOCK s3-bucket/nosuch cannot be used .*nosuch.*; unset it"),
     ):
         require_result_storage()
-    assert temporary.events == ["start"]
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
-"""Runs a flow from the command line, with the live display and a Prefect server."""
+"""Runs a flow from the command line, with the live display."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from importlib import import_module
 from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -21,26 +23,23 @@ from resmaster_stages.models.places import at_hub
 from resmaster_stages.redaction import one_line
 
 if TYPE_CHECKING:
-    from prefect.client.schemas.objects import State
-
     from resmaster_flows.build import BuildResult
 
 
-def execute(console: Console, config: DatasetConfig, build: Callable[[], State[Any]]) -> int:
+def execute(console: Console, config: DatasetConfig, build: Callable[[], BuildResult]) -> int:
     """Run a flow that builds a dataset, and print its result. Returns the exit status.
 
-    build: calls the flow and returns its final state. It also imports the flow, because importing Prefect takes
-    seconds.
+    build: calls the flow and returns its result. It also imports the flow, because importing Prefect takes seconds.
     """
     with terminal(Progress(), console):
         from prefect.exceptions import Pause
 
-        from resmaster_flows.outcome import outcome
         from resmaster_flows.server import server_within_reach
 
+        logging.raiseExceptions = False  # a log that cannot be sent to the server is no news for the terminal
         with server_within_reach():
             try:
-                result: BuildResult = outcome(build())
+                result = build()
             except Pause:
                 raise ResMasterError(
                     "suspended on the Prefect server, which cannot resume a run that was started by hand; what is done "
@@ -57,8 +56,9 @@ def require_surroundings(config: DatasetConfig) -> None:
     said = StringIO()
     try:
         with redirect_stderr(said):
+            import_module("prefect.context")  # reads the settings
             from resmaster_flows.server import require_answer, require_result_storage
-    except (ValueError, OSError) as error:  # Prefect reads its settings when it is imported
+    except (ValueError, OSError) as error:
         raise UserError(
             f"Prefect's settings cannot be used ({_settings_at_fault(error)}); mend or unset them"
         ) from error

@@ -19,10 +19,10 @@ from rich.console import Console
 import resmaster_stages
 from resmaster_flows.cli import compare, doctor, explain, gc, init, plan, publish, repair, run, status, upscale, verify
 from resmaster_flows.cli.parser import Parser
-from resmaster_flows.cli.stop import KEPT, NOTHING_WRITTEN, Terminated, exit_status, stoppable
+from resmaster_flows.cli.stop import KEPT, NOTHING_WRITTEN, Terminated, exit_status, leave, stoppable
 from resmaster_flows.plugins import load_plugins
 from resmaster_flows.watch.terminal import say
-from resmaster_stages.errors import ConfigError, ResMasterError, UserError
+from resmaster_stages.errors import ConfigError, ResMasterError, ServerLost, UserError
 from resmaster_stages.redaction import one_line
 
 
@@ -50,9 +50,9 @@ KEEPING: tuple[Verb, ...] = (run, repair, publish, gc, compare)
 
 ENVIRONMENT = {
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # the server counts a build as dead that is silent for long
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     # Errors are told by the command line itself; run logs still reach the Prefect UI.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
@@ -107,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         for line in error.mistakes if isinstance(error, ConfigError) else (error,):
             say(console, f"resmaster: {one_line(line)}")
+        if isinstance(error, ServerLost):
+            leave(1)  # Prefect would try for minutes to send what it has not sent
         return 2 if isinstance(error, UserError) else 1
 
 

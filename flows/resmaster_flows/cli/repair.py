@@ -67,8 +67,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     def build() -> Any:
         from resmaster_flows.build import repair
+        from resmaster_flows.calls import call
 
-        return repair(dataset.url, args.shards, stages, args.retry_errors, args.replace, return_state=True)
+        return call(repair, dataset.url, args.shards, stages, args.retry_errors, args.replace)
 
     require_surroundings(dataset.config)
     return execute(console, dataset.config, build)

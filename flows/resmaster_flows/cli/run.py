@@ -47,7 +47,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     def build() -> Any:
         from resmaster_flows.build import build_dataset
+        from resmaster_flows.calls import call
 
-        return build_dataset(config, read_input=False, return_state=True)
+        return call(build_dataset, config, read_input=False)
 
     return execute(console, config, build)

@@ -76,16 +76,11 @@ def _watch(reader: socket.socket, message: str) -> None:
             if number[0] in STOPS:
                 stops.append(number[0])
                 reader.settimeout(GRACE_SECONDS)
-    _leave(stops[0], message)
+    leave(exit_status(stops[0]), f"{message}\n")
 
 
-def _leave(number: int, message: str) -> NoReturn:
-    """End the process at once, and with it the server that Prefect may have started for it."""
-    server = sys.modules.get("prefect.server.api.server")
-    for instance in list(getattr(getattr(server, "SubprocessASGIServer", None), "_instances", {}).values()):
-        process = getattr(instance, "server_process", None)
-        if process is not None:
-            process.kill()
+def leave(status: int, message: str = "") -> NoReturn:
+    """End the process at once, whatever its threads still wait for."""
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-    os.write(2, f"{show_cursor}{message}\n".encode())
-    os._exit(exit_status(number))
+    os.write(2, f"{show_cursor}{message}".encode())
+    os._exit(status)

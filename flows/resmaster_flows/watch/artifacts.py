@@ -151,8 +151,11 @@ def run_page(dataset: Dataset, todo: Mapping[str, Sequence[int]], *, part: bool 
     """Within the block, show progress on the current flow run's page. `todo`: stage -> shards.
 
     part: the run is one of many runs of a build. Some of its `todo` may already be done, its events are logged, and its
-    artifacts have keys of their own.
+    artifacts have keys of their own. Without a flow run there is no page, and nothing is shown.
     """
+    if FlowRunContext.get() is None:
+        yield
+        return
     logger = get_run_logger()
     shards = sorted({shard for missing in todo.values() for shard in missing})
     progress = Progress(pending_samples(dataset, todo), shards, reckoned=part)
@@ -179,7 +182,9 @@ def _address(run: str) -> str:
 
 
 def show_dataset(dataset: Dataset, found: Status) -> None:
-    """Show the published dataset's summary and contact sheet on the current flow run's page."""
+    """Show the published dataset's summary and contact sheet on the current flow run's page, if there is one."""
+    if FlowRunContext.get() is None:
+        return
 
     def render() -> Iterator[Shown]:
         yield Shown(key_of(dataset, "summary"), "markdown", summary(dataset, found), "what the build came to")

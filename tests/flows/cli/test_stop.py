@@ -153,7 +153,7 @@ def test_a_stopped_run_keeps_what_is_done_and_leaves_no_litter(
             if not processes_of(scratch):
                 break
             time.sleep(0.02)
-        assert processes_of(scratch) == [], "no server is left behind"
+        assert processes_of(scratch) == [], "no process is left behind"
 
 
 @pytest.mark.timeout(300)

@@ -1,0 +1,118 @@
+"""A build without a configured server: no server, no other process, nothing of Prefect's, and the same retries and ends
+as on a server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from resmaster_flows.cli.main import main
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.dataset.sample import Output, Sample
+from resmaster_stages.dataset.stages import STAGES
+from resmaster_stages.errors import ShardError
+from resmaster_tasks import policy
+from tests.checkout import PYTHONPATH
+from tests.fake_stages import FAKES, config_at
+from tests.flows.cli.test_stop import SLOW, processes_of, start, wait_for
+from tests.server.conftest import descendants
+from tests.standin_cli import install
+
+
+def write_config(folder: Path, prompts: Sequence[str], **values: object) -> Path:
+    (folder / "prompts.txt").write_text("\n".join(prompts))
+    config = config_at(folder / "out", prompts=str(folder / "prompts.txt"), **values)
+    (folder / "demo.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+    return folder / "demo.yaml"
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resmaster_stages.models.identity.weights_of", None)
+    for name, stage in STAGES.items():
+        monkeypatch.setitem(STAGES, name, stage)
+    install(FAKES)  # what it replaces is put back by the lines above
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"PREFECT_HOME": "{folder}/prefect"},
+        {"PREFECT_HOME": "/proc/nowhere"},
+        {"PREFECT_HOME": "{folder}/prompts.txt/below"},
+        {"PREFECT_HOME": "{folder}/prefect", "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false"},
+        {"PREFECT_HOME": "{folder}/prefect", "PREFECT_DEFAULT_RESULT_STORAGE_BLOCK": "s3-bucket/nosuch"},
+    ],
+)
+def test_a_build_without_a_server_leaves_nothing_of_prefect(settings: dict[str, str], tmp_path: Path) -> None:
+    """Whatever the settings say that only a server needs."""
+    config = write_config(tmp_path, ["a", "b", "c"])
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    told = {name: value.format(folder=tmp_path) for name, value in settings.items()}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.standin_cli", "run", str(config)],
+        env={**environment, **told, "PYTHONPATH": PYTHONPATH},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "demo" / "manifest.parquet").exists()
+    home = tmp_path / "prefect"
+    assert not home.exists() or not list(home.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("at_work", [False, True], ids=["starting", "at work"])
+def test_a_killed_run_leaves_no_process(at_work: bool, tmp_path: Path) -> None:
+    """kill -9, or out of memory: the command is the only process of a build."""
+    config = write_config(tmp_path, [f"prompt {n}" for n in range(50)])
+    scratch = tmp_path / "scratch"
+    process = start(["-c", SLOW, "run", str(config)], scratch)
+    wait_for(lambda: list((tmp_path / "out").glob("demo/commits/*/*.json" if at_work else "demo/config.json")), process)
+    assert descendants(process.pid) == []
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert processes_of(scratch) == []
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_errors_that_may_pass_are_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As often as on a server, with the delays of a server, and said in one line. What cannot pass is not."""
+    calls: Counter[str] = Counter()
+    delays: list[float] = []
+    monkeypatch.setattr(policy.time, "sleep", delays.append)
+
+    def trouble(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        prompt = samples[0].prompt
+        calls[prompt] += 1
+        if prompt == "hopeless":
+            raise ShardError("no way")
+        if prompt == "away" or (prompt == "busy" and calls[prompt] == 1):
+            raise ConnectionError("slow down")
+        yield from FAKES["low_res"](config, samples)
+
+    install({"low_res": trouble})
+    config = write_config(tmp_path, ["busy", "away", "hopeless", "fine"], samples_per_shard=1)
+    assert main(["run", str(config)]) == 1
+    assert calls == {"busy": 2, "away": 1 + policy.RETRIES, "hopeless": 1, "fine": 1}
+    assert [round(delay / seconds, 9) for delay, seconds in zip(delays, (2, 2, 4, 8), strict=True)] == pytest.approx(
+        [1.25] * 4, abs=0.25
+    )
+    said = capsys.readouterr().err
+    assert "  low_res: ConnectionError: slow down; trying again in " in said
+    assert "shard 000001 not finished: low_res: ConnectionError: slow down" in said
+    assert "shard 000002 not finished: low_res: no way" in said
+    assert "Traceback" not in said
+    assert "2 samples in" in said, "the others are published"
