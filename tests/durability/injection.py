@@ -75,11 +75,15 @@ def retry(root: str, prompts: str) -> None:
 
 
 def good_later(dataset: Dataset, stage: str, shard: int) -> Process:
-    """A stand-in stage that makes what it is told to fail as well, once the shard's first attempt is committed."""
+    """A stand-in stage that makes what it is told to fail as well, once the shard's first attempt is committed.
+
+    Other stages' prompts stay as they are, so that what was committed can be made again.
+    """
+    told = f"{BAD} {stage}"
 
     def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
         if dataset.commits(stage).attempt(shard, 1) is not None:
-            samples = [replace(sample, prompt=sample.prompt.replace(BAD, "good")) for sample in samples]
+            samples = [replace(sample, prompt=sample.prompt.replace(told, f"good {stage}")) for sample in samples]
         yield from FAKES[stage](config, samples)
 
     return process
