@@ -32,7 +32,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from resmaster_stages.errors import UserError
 from resmaster_stages.redaction import holds_credentials, one_line, without_credentials
-from resmaster_stages.storage.store_errors import explained, store_code
+from resmaster_stages.storage.store_errors import explained, is_damaged_answer, store_code, worth_repeating
 
 CREATE_ATTEMPTS = 6
 """How often a conditional create is sent while the store answers that another create of the name is under way."""
@@ -153,7 +153,10 @@ class Folder:
         return result
 
     def open(self, name: str, ahead_bytes: int = 64 * 1024) -> IO[bytes]:
-        """Open a file for random reads. From a remote store, at least `ahead_bytes` are fetched at a time."""
+        """Open a file for random reads. From a remote store, at least `ahead_bytes` are fetched at a time.
+
+        Reads of the file raise the errors of the store's library, so they belong into `explained`.
+        """
         with explained(self.url_of(name)):
             if self._in_memory:
                 return io.BytesIO(self.read(name))
@@ -254,13 +257,16 @@ class Folder:
         asked = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "Delimiter": delimiter, **self.fs.req_kw}
         while True:
             page = self.fs.call_s3("list_objects_v2", **asked)
-            for each in page.get("CommonPrefixes", []):
-                yield f"{bucket}/{each['Prefix']}".rstrip("/"), {"type": "directory"}
-            for each in page.get("Contents", []):
-                yield f"{bucket}/{each['Key']}", {"size": each["Size"], "LastModified": each["LastModified"]}
-            if not page.get("IsTruncated"):
+            with _understood(self.url_of(folder)):
+                found = [(f"{bucket}/{each['Prefix']}".rstrip("/"), _FOLDER) for each in page.get("CommonPrefixes", [])]
+                for each in page.get("Contents", []):
+                    facts = {"size": int(each["Size"]), "LastModified": each["LastModified"].astimezone(UTC)}
+                    found.append((f"{bucket}/{each['Key']}", facts))
+                more = _next(asked, page, {"ContinuationToken": "NextContinuationToken"})
+            yield from found
+            if not more:
                 return
-            asked["ContinuationToken"] = page["NextContinuationToken"]
+            asked |= more
 
     def unfinished_uploads(self) -> list[tuple[Listed, str]]:
         """(file that was to be written, upload id) of unfinished multi-part uploads below this folder. S3 only."""
@@ -268,16 +274,17 @@ class Folder:
             return []
         bucket, _, prefix = self.path.partition("/")
         found: list[tuple[Listed, str]] = []
-        more: dict[str, str] = {}
-        with explained(self.url):
+        asked = {"Bucket": bucket, "Prefix": f"{prefix}/"}
+        with explained(self.url), _understood(self.url):
             while True:
-                page = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/", **more)
+                page = self.fs.call_s3("list_multipart_uploads", **asked)
                 for upload in page.get("Uploads", []):
                     moment = upload["Initiated"].astimezone(UTC)
                     found.append((Listed(upload["Key"][len(prefix) + 1 :], 0, moment), upload["UploadId"]))
-                if not page.get("IsTruncated"):
+                more = _next(asked, page, {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"})
+                if not more:
                     return found
-                more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+                asked |= more
 
     def abort_upload(self, name: str, upload: str) -> None:
         """Abort an unfinished upload and delete its parts. An upload that is already gone is no error."""
@@ -290,9 +297,9 @@ class Folder:
 
     def modified(self, name: str) -> datetime:
         """When a file was last written, by the store's clock (UTC)."""
-        with explained(self.url_of(name)):
+        with explained(self.url_of(name)), _understood(self.url_of(name)):
             moment: datetime = self.fs.modified(self.full(name))
-        return moment.astimezone(UTC)
+            return moment.astimezone(UTC)
 
     def create(self, name: str, data: bytes) -> None:
         """Write a file that must not exist yet. Of racing writers, all but one get FileExistsError."""
@@ -329,18 +336,34 @@ class Folder:
             else:
                 self.fs.put_file(str(source), path)
 
-    def download(self, name: str, scratch: Path) -> tuple[Path, str]:
-        """(local path, sha256) of a file: the file itself if it is local, else a copy in the folder `scratch`."""
+    def download(self, name: str, scratch: Path, recorded: str = "") -> tuple[Path, str]:
+        """(local path, sha256) of a file: the file itself if it is local, else a copy in the folder `scratch`.
+
+        recorded: the sha256 that the file should have. A copy of another one is fetched once more, because it may have
+        been damaged on its way.
+        """
         with explained(self.url_of(name)):
             if self.local:
                 target = Path(self.full(name))
-            else:
-                target = scratch / name.replace("/", "_")
-                if self._in_memory:
-                    target.write_bytes(self.read(name))
-                else:
-                    self.fs.get_file(self.full(name), str(target))
-            return target, sha256_of(target)
+                return target, sha256_of(target)
+            target = scratch / name.replace("/", "_")
+            try:
+                digest = self._fetch(name, target)
+            except Exception as error:
+                if not is_damaged_answer(error):
+                    raise
+                digest = ""
+            if not digest or recorded not in ("", digest):
+                digest = self._fetch(name, target)
+            return target, digest
+
+    def _fetch(self, name: str, target: Path) -> str:
+        """Copy a file of a remote store. Returns the sha256 of the copy."""
+        if self._in_memory:
+            target.write_bytes(self.read(name))
+        else:
+            self.fs.get_file(self.full(name), str(target))
+        return sha256_of(target)
 
     def remove(self, name: str) -> None:
         """Delete a file. A file that is already gone is no error."""
@@ -357,6 +380,32 @@ class Folder:
                 self.fs.rm(self.full(folder), recursive=True)
             except FileNotFoundError:
                 return
+
+
+_FOLDER: dict[str, Any] = {"type": "directory"}
+
+
+@contextmanager
+def _understood(place: str) -> Iterator[None]:
+    """Turn what an answer without the parts that S3 promises raises into one line."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConnectionError(
+            f"{place}: the answer is not that of an S3 store ({type(error).__name__}: {one_line(error)}); check the "
+            "network and AWS_ENDPOINT_URL"
+        ) from error
+
+
+def _next(asked: dict[str, Any], page: dict[str, Any], markers: dict[str, str]) -> dict[str, Any]:
+    """What to ask for the page after `page`; empty if `page` is the last. markers: name to ask with -> name in a page.
+    Raises ValueError if the same page would come again, and KeyError if a marker is missing."""
+    if not page.get("IsTruncated"):
+        return {}
+    more = {name: page[said] for name, said in markers.items()}
+    if more.items() <= asked.items():
+        raise ValueError("a listing that never ends")
+    return more
 
 
 def _walk(start: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -439,6 +488,10 @@ def _folder_at(url: str) -> Folder:
     try:
         with explained(url):
             kind = fsspec.get_filesystem_class(scheme)  # not url_to_fs, to which "::" joins several URLs
+            if options:
+                import s3fs.core  # slow, so only where it is needed
+
+                s3fs.core.set_custom_error_handler(worth_repeating)
             fs = kind(**{**kind._get_kwargs_from_urls(url), **options})
             path = kind._strip_protocol(url)
     except ValueError as error:

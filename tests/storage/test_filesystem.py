@@ -269,7 +269,10 @@ def test_a_service_of_credentials_may_answer_the_next_time(kind: type[Exception]
 
 
 def test_an_error_of_a_disk_names_the_file() -> None:
-    with pytest.raises(OSError, match=r"^.Errno 5. Input/output error: '/data/x'$"), explained("/data/x"):
+    with (
+        pytest.raises(OSError, match=r"^.Errno 5. Input/output error; look at the disk, .*: '/data/x'$"),
+        explained("/data/x"),
+    ):
         raise OSError(errno.EIO, "Input/output error")
     with pytest.raises(TimeoutError), explained("/data/x"):
         raise TimeoutError("slow")
