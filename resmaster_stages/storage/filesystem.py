@@ -30,7 +30,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from resmaster_stages.errors import UserError
+from resmaster_stages.errors import ResMasterError, UserError
 from resmaster_stages.redaction import holds_credentials, one_line, without_credentials
 from resmaster_stages.storage.store_errors import explained, is_damaged_answer, store_code, worth_repeating
 
@@ -421,8 +421,8 @@ def _walk(start: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield path, {"size": facts.st_size, "mtime": facts.st_mtime}
 
 
-ROOTS = ("file", "s3", "memory")
-"""Schemes of roots. `memory` is for tests: the content is gone when the process ends."""
+ROOTS: tuple[str, ...] = ("file", "s3")
+"""Schemes of roots. The tests add `memory`, whose content is gone when the process ends."""
 
 
 def open_root(url: str) -> Folder:
@@ -483,8 +483,8 @@ def _folder_at(url: str) -> Folder:
     if scheme in ("", "file"):
         return _local_folder(url, scheme)
     options = _s3_options() if scheme in ("s3", "s3a") else {}
-    if options and not url.partition("://")[2].partition("/")[0]:
-        raise UserError(f"{url}: has no bucket; write s3://bucket/prefix")
+    if options:
+        _check_prefix(url)
     try:
         with explained(url):
             kind = fsspec.get_filesystem_class(scheme)  # not url_to_fs, to which "::" joins several URLs
@@ -494,16 +494,31 @@ def _folder_at(url: str) -> Folder:
                 s3fs.core.set_custom_error_handler(worth_repeating)
             fs = kind(**{**kind._get_kwargs_from_urls(url), **options})
             path = kind._strip_protocol(url)
-    except ValueError as error:
+    except (ResMasterError, ConnectionError):
+        raise
+    except Exception as error:  # every kind of store has its own way to turn a URL down
         message = f"not a usable place ({one_line(error)}); give a folder or an s3:// URL"
         raise UserError(f"{without_credentials(url)}: {message}") from error
     return Folder(fs, str(path).rstrip("/"))
 
 
+def _check_prefix(url: str) -> None:
+    """Raise UserError for a URL of S3 that names no bucket, or whose parts programs understand in different ways."""
+    bucket, *parts = url.partition("://")[2].rstrip("/").split("/")
+    if not bucket:
+        raise UserError(f"{url}: has no bucket; write s3://bucket/prefix")
+    if not url.isprintable() or {"", ".", ".."} & set(parts):
+        raise UserError(
+            f"{url}: has an empty part, a part . or .., or a control character; write s3://bucket/prefix without them"
+        )
+
+
 def _scheme(url: str) -> str:
     """The scheme of a URL, or "" for a local path. Raises UserError for a URL with one slash, such as `s3:/bucket`."""
-    scheme, found, _ = url.partition("://")
+    scheme, found, rest = url.partition("://")
     if found and "/" not in scheme:
+        if not scheme or (scheme == "file" and not rest.startswith("/")):
+            raise UserError(f"{url}: is no whole URL; write file:///folder, s3://bucket/prefix or a path")
         return scheme
     head, colon, _ = url.partition(":")
     if colon and head.lower() in fsspec.available_protocols():

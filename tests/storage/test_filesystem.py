@@ -1,6 +1,8 @@
 import errno
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,7 +20,7 @@ from botocore.exceptions import (
 from resmaster_stages.errors import UserError
 from resmaster_stages.redaction import without_credentials
 from resmaster_stages.storage import filesystem
-from resmaster_stages.storage.filesystem import Folder, open_root, put_if_absent
+from resmaster_stages.storage.filesystem import Folder, open_file, open_folder, open_root, put_if_absent
 from resmaster_stages.storage.store_errors import explained
 
 
@@ -171,6 +173,39 @@ def test_bad_roots(tmp_path: Path) -> None:
 def test_only_folders_and_s3_are_roots(scheme: str) -> None:
     with pytest.raises(UserError, match=rf"{scheme}:// cannot be a root; give a folder or s3://bucket/prefix"):
         open_root(f"{scheme}://datasets/x")
+
+
+def test_a_root_in_memory_would_lose_everything_and_is_refused() -> None:
+    """The tests use such roots, so a process without their settings is asked."""
+    for verb in ("doctor", "status"):
+        done = subprocess.run(
+            [sys.executable, "-m", "resmaster_flows.cli.main", verb, "memory://x"], capture_output=True, text=True
+        )
+        assert done.returncode == 2
+        assert "memory:// cannot be a root; give a folder or s3://bucket/prefix" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("url", ["file://tmp/x", "file://~/x", "://x", "file://"])
+def test_a_url_of_a_disk_has_three_slashes(url: str) -> None:
+    with pytest.raises(UserError, match="is no whole URL; write file:///folder, s3://bucket/prefix or a path"):
+        open_root(url)
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://b/../x", "s3://b/x/../../y", "s3://b/./x", "s3://b//x", "s3://b/x\ny", "s3://b/.."]
+)
+def test_a_prefix_that_programs_understand_differently_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match="write s3://bucket/prefix without them"):
+        open_root(url)
+    assert open_root("s3://b/x..y/.z//").path == "b/x..y/.z"
+
+
+@pytest.mark.parametrize("kind", ["dir", "reference", "dbfs", "jupyter", "generic", "async_wrapper", "gs", "nonsense"])
+def test_input_at_a_place_that_cannot_be_is_one_line(kind: str) -> None:
+    for ask in (lambda: open_folder(f"{kind}://x"), lambda: open_file(f"{kind}://x/prompts.txt")):
+        with pytest.raises(UserError, match=rf"^{kind}://x/?: "):
+            ask()
 
 
 @pytest.mark.parametrize("url", ["s3:/datasets", "s3:datasets", "S3:/datasets", "file:/tmp", "https:/host/x"])
