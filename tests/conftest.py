@@ -20,8 +20,11 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 
 import hypothesis  # noqa: E402
 
+from resmaster_stages.storage import filesystem  # noqa: E402
 from resmaster_stages.storage.filesystem import Folder, open_root  # noqa: E402
 from tests.s3_server import S3Server, serving, weed  # noqa: E402
+
+filesystem.ROOTS += ("memory",)  # users may not: the content is gone when the process ends
 
 # The result is the code's alone: not of the machine's speed, nor of chance. `--hypothesis-profile default` looks
 # elsewhere.

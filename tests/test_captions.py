@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
+import itertools
 import json
+import socketserver
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,7 @@ from resmaster_stages.errors import ConfigError, SampleError, UserError
 from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.models.busy import timing
 from resmaster_stages.models.captioner import (
+    CAPTION_CHARACTERS,
     LocalCaptioner,
     ServerCaptioner,
     _load_local,
@@ -706,6 +711,155 @@ def test_a_rate_limit_without_end_and_an_absent_server_are_user_errors(serve: An
     server.close = lambda: None  # type: ignore[method-assign]
     with pytest.raises(UserError, match="is it running"):
         captioner.caption([gradient()])
+
+
+class Rude:
+    """A server that sends whatever bytes it is given to each request, and counts how many it got rid of."""
+
+    def __init__(self, pieces: Callable[[], Iterator[bytes]]) -> None:
+        self.sent = 0
+        owner = self
+
+        class Handler(socketserver.StreamRequestHandler):
+            def handle(self) -> None:
+                length = next(
+                    int(line.split(b":")[1])
+                    for line in iter(self.rfile.readline, b"")
+                    if b"content-length" in line.lower()
+                )
+                while self.rfile.readline().strip():
+                    pass
+                self.rfile.read(length)
+                with suppress(OSError):  # the client has heard enough
+                    for piece in pieces():
+                        self.wfile.write(piece)
+                        owner.sent += len(piece)
+
+        class Server(socketserver.ThreadingTCPServer):
+            daemon_threads = True
+
+        self.server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def ask(self, timeout_seconds: float = 30.0) -> str:
+        """The caption of one image, asked for twice at most."""
+        captioner = ServerCaptioner(self.url, "vlm", instruction="", max_new_tokens=9, sleep=lambda seconds: None)
+        captioner.attempts, captioner.timeout_seconds = 2, timeout_seconds
+        return captioner.caption([gradient()])[0]
+
+
+@pytest.fixture
+def rude() -> Iterator[Callable[[Callable[[], Iterator[bytes]]], Rude]]:
+    servers: list[Rude] = []
+
+    def start(pieces: Callable[[], Iterator[bytes]]) -> Rude:
+        servers.append(Rude(pieces))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.server.shutdown()
+        server.server.server_close()
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+SIZED = OK + b"Content-Length: 999999999999999\r\n\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+KIB = b"x" * 1024
+
+
+@pytest.mark.parametrize(
+    ("start", "piece", "reason"),
+    [
+        (SIZED, KIB, "longer than 1024 KiB"),
+        (OK + b"\r\n", KIB, "longer than 1024 KiB"),
+        (CHUNKED, b"400\r\n" + KIB + b"\r\n", "longer than 1024 KiB"),
+        (CHUNKED + b"1\r\n{\r\n0\r\n", b"trailer: x\r\n", "."),
+        (CHUNKED + b"ffffffffffffffff\r\n", KIB, "longer than 1024 KiB"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n", "longer than 1024 KiB"),
+        (OK, b"a: b\r\n", "100 headers"),
+        (OK + b"a: ", KIB, "header"),
+        (b"", KIB, "."),
+        (b"HTTP/1.1 400 No\r\n" + b"Content-Length: 99999999999\r\n\r\n", KIB, "refused an image"),
+    ],
+)
+def test_a_server_that_never_stops_sending_costs_a_mebibyte_and_one_sample(
+    rude: Any, start: bytes, piece: bytes, reason: str
+) -> None:
+    """128 MiB are there to be read, per request."""
+    server = rude(lambda: itertools.chain([start], itertools.repeat(piece, (128 << 20) // len(piece))))
+    with pytest.raises((SampleError, UserError), match=reason) as caught:
+        server.ask()
+    assert server.sent < 2 * (32 << 20), "the rest was never read: only buffers of the system took it"
+    assert "\n" not in str(caught.value)
+    assert "; " in str(caught.value) or "refused" in str(caught.value)
+
+
+@pytest.mark.parametrize("start", [b"", OK, OK + b"Content-Length: 999\r\n\r\n", CHUNKED])
+def test_a_server_that_sends_byte_by_byte_does_not_hold_a_worker(rude: Any, start: bytes) -> None:
+    """Each byte comes long before the time-out of a read; all of them never come."""
+    over = threading.Event()
+
+    def pieces() -> Iterator[bytes]:
+        yield start
+        while not over.wait(0.02):
+            yield b"1"
+
+    server = rude(pieces)
+    try:
+        with pytest.raises(UserError, match=r"cannot be used \((the answer does not end|timed out), 2 attempts\)"):
+            server.ask(timeout_seconds=0.3)
+    finally:
+        over.set()
+
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "reason"),
+    [
+        (DEEP, b"", "nested too deeply"),
+        (b'{"choices": ' + DEEP + b"}", b"", "nested too deeply"),
+        (b"<!doctype html><title>Log in</title>", b"Content-Type: text/html\r\n", "malformed"),
+        (gzip.compress(bytes(1 << 24)), b"Content-Encoding: gzip\r\n", r"compressed \(gzip\)"),
+        (b"\xff\xfe\x00", b"", "malformed"),
+        (b'{"choices": {"0": 1}}', b"", "no choices"),
+        (b'{"choices": "abc"}', b"", "no choices"),
+        (b'{"choices": [{"message": "abc"}]}', b"", "no choices"),
+        (b'{"choices": [{"message": {"content": {"a": 1}}}]}', b"", "content is not text"),
+        (b'{"choices": [{"message": {"content": [{"text": {"a": []}}]}}]}', b"", "content is not text"),
+        (b'{"choices": [' + b"9" * 5000 + b"]}", b"", "malformed"),
+        (b"", b"", "malformed"),
+    ],
+)
+def test_an_answer_that_is_none_costs_one_sample_and_says_what_it_was(
+    rude: Any, body: bytes, headers: bytes, reason: str
+) -> None:
+    whole = OK + headers + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
+    with pytest.raises(SampleError, match=reason) as caught:
+        rude(lambda: iter([whole])).ask()
+    assert str(caught.value).endswith("2 times for one image; look at the server, and check captions.base_url")
+
+
+@pytest.mark.parametrize(
+    ("said", "clean"),
+    [
+        ("a wall\0 of \ud800 stone", "a wall of stone"),
+        ("\u202ea wall\u202c\u2066", "a wall"),
+        ("a\x1b[2Jwall\x9b", "a [2Jwall"),
+        ("<think>" + "hm " * 50_000 + "</think> a wall", "a wall"),
+        (" ".join(["The image shows"] * 50_000), ""),
+        ("a" * 900_000, "a" * CAPTION_CHARACTERS),
+    ],
+)
+def test_odd_texts_become_plain_captions_in_bounded_time(serve: Any, said: str, clean: str) -> None:
+    _, captioner, _ = serve(answer(said))
+    caption = clean_caption(captioner.caption([gradient()])[0])
+    assert caption.startswith(clean)
+    assert len(caption) <= CAPTION_CHARACTERS
+    caption.encode()
 
 
 def test_a_server_needs_an_address() -> None:

@@ -125,8 +125,17 @@ PIECE_BYTES = 1 << 20
 """Size of the pieces in which an object is read."""
 
 
-def difference(folder: Folder, stored: StoredObject) -> Literal["gone", "cut off", "changed", "unreadable"] | None:
-    """How an object differs from its record; None if it is as recorded."""
+Difference = Literal["gone", "cut off", "changed", "unreadable"]
+
+
+def difference(folder: Folder, stored: StoredObject) -> Difference | None:
+    """How an object differs from its record; None if it is as recorded. An object of a remote store is read once more
+    before it counts as changed, because it may have been damaged on its way."""
+    found = _difference(folder, stored)
+    return found if folder.local or found in (None, "gone") else _difference(folder, stored)
+
+
+def _difference(folder: Folder, stored: StoredObject) -> Difference | None:
     whole, size = hashlib.sha256(), 0
     try:
         for piece in folder.chunks(stored.name, PIECE_BYTES):

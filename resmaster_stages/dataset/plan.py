@@ -369,14 +369,16 @@ def facts_of(generation: Generation, rows: Sequence[Mapping[str, Any]]) -> dict[
 
 @functools.lru_cache(maxsize=2)
 def _read_part(folder: Folder, stored: StoredObject) -> pa.Table:
-    """The table in a plan file, checked against its record."""
-    try:
-        data = folder.read(stored.name)
-    except FileNotFoundError:
-        raise PlanError(f"{folder.url_of(stored.name)}: gone; restore the folder plan/ from a copy") from None
-    if hashlib.sha256(data).hexdigest() != stored.sha256:
-        raise PlanError(f"{folder.url_of(stored.name)}: damaged (sha256 differs); restore the folder plan/ from a copy")
-    return decode_table(data, PLAN_SCHEMA, stored.name)
+    """The table in a plan file, checked against its record. A file that differs is read once more, because it may have
+    been damaged on its way."""
+    for _ in range(2):
+        try:
+            data = folder.read(stored.name)
+        except FileNotFoundError:
+            raise PlanError(f"{folder.url_of(stored.name)}: gone; restore the folder plan/ from a copy") from None
+        if hashlib.sha256(data).hexdigest() == stored.sha256:
+            return decode_table(data, PLAN_SCHEMA, stored.name)
+    raise PlanError(f"{folder.url_of(stored.name)}: damaged (sha256 differs); restore the folder plan/ from a copy")
 
 
 def unmasked_key(sample: Sample | PlannedSample) -> str:

@@ -199,7 +199,7 @@ def committed_arrays(dataset: Dataset, receipt: Receipt) -> dict[str, Arrays]:
 def fetch(dataset: Dataset, receipt: Receipt, stored: StoredObject, scratch: Path) -> Path:
     """Fetch one object of a commit as a local file, and check it against its record. Raises ShardError."""
     try:
-        path, sha256 = dataset.folder.download(stored.name, scratch)
+        path, sha256 = dataset.folder.download(stored.name, scratch, stored.sha256)
     except FileNotFoundError as error:
         raise ShardError(_damaged(dataset, receipt, "is gone", stored)) from error
     except (OSError, UserError) as error:

@@ -8,6 +8,8 @@ Invariants:
 - Weights are safetensors, and no code from a model's repository is ever run.
 - The server's key is read from the environment and sent in one header to the configured address (redirects are
   refused). It is never part of a message.
+- A server is not trusted with memory or time: of one answer, headers included, at most `ANSWER_BYTES` are read, within
+  `ServerCaptioner.timeout_seconds`.
 """
 
 from __future__ import annotations
@@ -16,15 +18,18 @@ import base64
 import http.client
 import io
 import json
+import math
 import os
 import random
 import re
+import socket
 import time
 import unicodedata
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -40,6 +45,11 @@ from resmaster_stages.models.places import location, resolve_device
 
 MAX_TOKENS = 75
 """Content tokens that CLIP's text encoders take: 77 minus the begin and end marks."""
+
+ANSWER_BYTES = 1 << 20
+"""Longest answer of a server, with its headers. A sentence takes some hundred bytes."""
+CAPTION_CHARACTERS = 4000
+"""Of a server's sentence, without its thoughts, so much is looked at. `MAX_TOKENS` are far less."""
 
 
 class Captioner(Protocol):
@@ -205,6 +215,7 @@ class ServerCaptioner:
 
     attempts = 5
     timeout_seconds = 120.0
+    """For the connection, for sending a request, and for the whole answer."""
     longest_wait_seconds = 60.0
 
     def __init__(
@@ -228,7 +239,7 @@ class ServerCaptioner:
         self.instruction, self.max_new_tokens = instruction, max_new_tokens
         self.concurrency, self._sleep = concurrency, sleep
         self._jitter = random.Random()  # spreads retries of many workers; has no influence on any caption
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._opener = urllib.request.build_opener(_NoRedirect, _BoundedHTTP, _BoundedHTTPS)
 
     def caption(self, images: Sequence[Image.Image]) -> list[str]:
         """One sentence per image; at most `concurrency` requests at a time."""
@@ -251,12 +262,15 @@ class ServerCaptioner:
                     self._refuse(error)  # raises unless another attempt may help
                     reason = f"HTTP {error.code}"
                     wait = max(wait, _retry_after(error, self.longest_wait_seconds))
+            except (ValueError, _TooLong) as error:
+                reason = f"malformed answer: {first_line(error)}"
             except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
                 reason = first_line(getattr(error, "reason", None) or error)
-            except ValueError as error:
-                reason = f"malformed answer: {first_line(error)}"
         if reason.startswith(("HTTP 5", "malformed")):
-            raise SampleError(f"caption server {self.url}: {reason}, {self.attempts} times for one image")
+            raise SampleError(
+                f"caption server {self.url}: {reason}, {self.attempts} times for one image; "
+                "look at the server, and check captions.base_url"
+            )
         hint = "lower captions.batch_size or raise its rate limit" if reason == "HTTP 429" else "is it running?"
         raise UserError(f"caption server {self.url} cannot be used ({reason}, {self.attempts} attempts); {hint}")
 
@@ -282,7 +296,10 @@ class ServerCaptioner:
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(self.url, data=body, headers=headers, method="POST")
         with self._opener.open(request, timeout=self.timeout_seconds) as response:
-            return response.read()
+            if (coding := response.headers.get("Content-Encoding", "identity").lower()) != "identity":
+                raise ValueError(f"it is compressed ({coding[:20]}), which was not asked for")
+            data: bytes = response.read(ANSWER_BYTES)  # a read without a size would believe the length in the header
+        return data
 
     def _answer(self, body: bytes) -> str:
         """The sentence in a response ("" if the model said nothing). Raises ValueError if it is malformed."""
@@ -290,11 +307,14 @@ class ServerCaptioner:
             content = json.loads(body)["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):
             raise ValueError("no choices[0].message.content") from None
+        except RecursionError:
+            raise ValueError("JSON that is nested too deeply") from None
         if isinstance(content, list):  # some servers send parts
-            content = " ".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+            content = [part.get("text", "") for part in content if isinstance(part, dict)]
+            content = " ".join(content) if all(isinstance(text, str) for text in content) else 0
         if content is not None and not isinstance(content, str):
             raise ValueError("content is not text")
-        return content or ""
+        return _THINKING.sub(" ", content or "")[:CAPTION_CHARACTERS]
 
     def _refuse(self, error: urllib.error.HTTPError) -> None:
         """Raise for an HTTP error that another attempt will not change."""
@@ -309,7 +329,9 @@ class ServerCaptioner:
         if 300 <= code < 400:
             raise ConfigError(f"caption server {self.url}: it redirects (HTTP {code}); give its final address")
         if code not in (408, 409, 425, 429) and code < 500:
-            detail = clean_caption(error.read(300).decode("utf-8", "replace"))
+            detail = ""
+            with suppress(OSError, http.client.HTTPException, ValueError):  # the status says enough
+                detail = clean_caption(error.read(300).decode("utf-8", "replace"))
             raise SampleError(f"caption server {self.url}: refused an image (HTTP {code}): {detail}")
 
 
@@ -318,6 +340,63 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_args: Any, **_kwargs: Any) -> None:
         return None
+
+
+class _TooLong(http.client.HTTPException):
+    """An answer is longer than `ANSWER_BYTES`. No ValueError, which http.client takes for a broken chunk."""
+
+
+class _Bounded(io.RawIOBase):
+    """What a server sends, within `ANSWER_BYTES` and the time-out of the socket for all of it."""
+
+    def __init__(self, raw: socket.SocketIO, connection: socket.socket):
+        self._raw, self._connection, self._left = raw, connection, ANSWER_BYTES
+        seconds = connection.gettimeout()
+        self._ends = math.inf if seconds is None else time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        """Raises TimeoutError if the time is over, and _TooLong if the answer is too long."""
+        seconds = self._ends - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError("the answer does not end")
+        if self._left <= 0:
+            raise _TooLong(f"it is longer than {ANSWER_BYTES >> 10} KiB")
+        if seconds < math.inf:
+            self._connection.settimeout(seconds)
+        read = self._raw.readinto(memoryview(buffer)[: self._left])
+        self._left -= read or 0
+        return read
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _BoundedAnswer(http.client.HTTPResponse):
+    def __init__(self, connection: socket.socket, *arguments: Any, **options: Any):
+        super().__init__(connection, *arguments, **options)
+        self.fp = io.BufferedReader(_Bounded(self.fp.detach(), connection))
+
+
+class _Connection(http.client.HTTPConnection):
+    response_class = _BoundedAnswer
+
+
+class _SecureConnection(http.client.HTTPSConnection):
+    response_class = _BoundedAnswer
+
+
+class _BoundedHTTP(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(_Connection, request)
+
+
+class _BoundedHTTPS(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(_SecureConnection, request)
 
 
 def _retry_after(error: urllib.error.HTTPError, longest: float) -> float:

@@ -30,9 +30,9 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from resmaster_stages.errors import UserError
+from resmaster_stages.errors import ResMasterError, UserError
 from resmaster_stages.redaction import holds_credentials, one_line, without_credentials
-from resmaster_stages.storage.store_errors import NotRegular, explained, store_code
+from resmaster_stages.storage.store_errors import NotRegular, explained, is_damaged_answer, store_code, worth_repeating
 
 CREATE_ATTEMPTS = 6
 """How often a conditional create is sent while the store answers that another create of the name is under way."""
@@ -168,7 +168,10 @@ class Folder:
             return error
 
     def open(self, name: str, ahead_bytes: int = 64 * 1024) -> IO[bytes]:
-        """Open a file for random reads. From a remote store, at least `ahead_bytes` are fetched at a time."""
+        """Open a file for random reads. From a remote store, at least `ahead_bytes` are fetched at a time.
+
+        Reads of the file raise the errors of the store's library, so they belong into `explained`.
+        """
         with explained(self.url_of(name)):
             if self._in_memory:
                 return io.BytesIO(self.read(name))
@@ -271,13 +274,16 @@ class Folder:
         asked = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "Delimiter": delimiter, **self.fs.req_kw}
         while True:
             page = self.fs.call_s3("list_objects_v2", **asked)
-            for each in page.get("CommonPrefixes", []):
-                yield f"{bucket}/{each['Prefix']}".rstrip("/"), {"type": "directory"}
-            for each in page.get("Contents", []):
-                yield f"{bucket}/{each['Key']}", {"size": each["Size"], "LastModified": each["LastModified"]}
-            if not page.get("IsTruncated"):
+            with _understood(self.url_of(folder)):
+                found = [(f"{bucket}/{each['Prefix']}".rstrip("/"), _FOLDER) for each in page.get("CommonPrefixes", [])]
+                for each in page.get("Contents", []):
+                    facts = {"size": int(each["Size"]), "LastModified": each["LastModified"].astimezone(UTC)}
+                    found.append((f"{bucket}/{each['Key']}", facts))
+                more = _next(asked, page, {"ContinuationToken": "NextContinuationToken"})
+            yield from found
+            if not more:
                 return
-            asked["ContinuationToken"] = page["NextContinuationToken"]
+            asked |= more
 
     def unfinished_uploads(self) -> list[tuple[Listed, str]]:
         """(file that was to be written, upload id) of unfinished multi-part uploads below this folder. S3 only."""
@@ -285,16 +291,17 @@ class Folder:
             return []
         bucket, _, prefix = self.path.partition("/")
         found: list[tuple[Listed, str]] = []
-        more: dict[str, str] = {}
-        with explained(self.url):
+        asked = {"Bucket": bucket, "Prefix": f"{prefix}/"}
+        with explained(self.url), _understood(self.url):
             while True:
-                page = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/", **more)
+                page = self.fs.call_s3("list_multipart_uploads", **asked)
                 for upload in page.get("Uploads", []):
                     moment = upload["Initiated"].astimezone(UTC)
                     found.append((Listed(upload["Key"][len(prefix) + 1 :], 0, moment), upload["UploadId"]))
-                if not page.get("IsTruncated"):
+                more = _next(asked, page, {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"})
+                if not more:
                     return found
-                more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+                asked |= more
 
     def abort_upload(self, name: str, upload: str) -> None:
         """Abort an unfinished upload and delete its parts. An upload that is already gone is no error."""
@@ -307,9 +314,9 @@ class Folder:
 
     def modified(self, name: str) -> datetime:
         """When a file was last written, by the store's clock (UTC)."""
-        with explained(self.url_of(name)):
+        with explained(self.url_of(name)), _understood(self.url_of(name)):
             moment: datetime = self.fs.modified(self.full(name))
-        return moment.astimezone(UTC)
+            return moment.astimezone(UTC)
 
     def create(self, name: str, data: bytes) -> None:
         """Write a file that must not exist yet. Of racing writers, all but one get FileExistsError."""
@@ -346,19 +353,35 @@ class Folder:
             else:
                 self.fs.put_file(str(source), path)
 
-    def download(self, name: str, scratch: Path) -> tuple[Path, str]:
-        """(local path, sha256) of a file: the file itself if it is local, else a copy in the folder `scratch`."""
+    def download(self, name: str, scratch: Path, recorded: str = "") -> tuple[Path, str]:
+        """(local path, sha256) of a file: the file itself if it is local, else a copy in the folder `scratch`.
+
+        recorded: the sha256 that the file should have. A copy of another one is fetched once more, because it may have
+        been damaged on its way.
+        """
         with explained(self.url_of(name)):
             if self.local:
                 target = Path(self.full(name))
                 require_regular(str(target))
-            else:
-                target = scratch / name.replace("/", "_")
-                if self._in_memory:
-                    target.write_bytes(self.read(name))
-                else:
-                    self.fs.get_file(self.full(name), str(target))
-            return target, sha256_of(target)
+                return target, sha256_of(target)
+            target = scratch / name.replace("/", "_")
+            try:
+                digest = self._fetch(name, target)
+            except Exception as error:
+                if not is_damaged_answer(error):
+                    raise
+                digest = ""
+            if not digest or recorded not in ("", digest):
+                digest = self._fetch(name, target)
+            return target, digest
+
+    def _fetch(self, name: str, target: Path) -> str:
+        """Copy a file of a remote store. Returns the sha256 of the copy."""
+        if self._in_memory:
+            target.write_bytes(self.read(name))
+        else:
+            self.fs.get_file(self.full(name), str(target))
+        return sha256_of(target)
 
     def remove(self, name: str) -> None:
         """Delete a file. A file that is already gone is no error."""
@@ -377,6 +400,32 @@ class Folder:
                 return
 
 
+_FOLDER: dict[str, Any] = {"type": "directory"}
+
+
+@contextmanager
+def _understood(place: str) -> Iterator[None]:
+    """Turn what an answer without the parts that S3 promises raises into one line."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConnectionError(
+            f"{place}: the answer is not that of an S3 store ({type(error).__name__}: {one_line(error)}); check the "
+            "network and AWS_ENDPOINT_URL"
+        ) from error
+
+
+def _next(asked: dict[str, Any], page: dict[str, Any], markers: dict[str, str]) -> dict[str, Any]:
+    """What to ask for the page after `page`; empty if `page` is the last. markers: name to ask with -> name in a page.
+    Raises ValueError if the same page would come again, and KeyError if a marker is missing."""
+    if not page.get("IsTruncated"):
+        return {}
+    more = {name: page[said] for name, said in markers.items()}
+    if more.items() <= asked.items():
+        raise ValueError("a listing that never ends")
+    return more
+
+
 def _walk(start: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(path, facts) of every regular file below a folder on this machine's disk."""
     for place, _, names in os.walk(start):
@@ -390,8 +439,8 @@ def _walk(start: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield path, {"size": facts.st_size, "mtime": facts.st_mtime}
 
 
-ROOTS = ("file", "s3", "memory")
-"""Schemes of roots. `memory` is for tests: the content is gone when the process ends."""
+ROOTS: tuple[str, ...] = ("file", "s3")
+"""Schemes of roots. The tests add `memory`, whose content is gone when the process ends."""
 
 
 def open_root(url: str) -> Folder:
@@ -456,23 +505,42 @@ def _folder_at(url: str) -> Folder:
     if scheme in ("", "file"):
         return _local_folder(url, scheme)
     options = _s3_options() if scheme in ("s3", "s3a") else {}
-    if options and not url.partition("://")[2].partition("/")[0]:
-        raise UserError(f"{url}: has no bucket; write s3://bucket/prefix")
+    if options:
+        _check_prefix(url)
     try:
         with explained(url):
             kind = fsspec.get_filesystem_class(scheme)  # not url_to_fs, to which "::" joins several URLs
+            if options:
+                import s3fs.core  # slow, so only where it is needed
+
+                s3fs.core.set_custom_error_handler(worth_repeating)
             fs = kind(**{**kind._get_kwargs_from_urls(url), **options})
             path = kind._strip_protocol(url)
-    except ValueError as error:
+    except (ResMasterError, ConnectionError):
+        raise
+    except Exception as error:  # every kind of store has its own way to turn a URL down
         message = f"not a usable place ({one_line(error)}); give a folder or an s3:// URL"
         raise UserError(f"{without_credentials(url)}: {message}") from error
     return Folder(fs, str(path).rstrip("/"))
 
 
+def _check_prefix(url: str) -> None:
+    """Raise UserError for a URL of S3 that names no bucket, or whose parts programs understand in different ways."""
+    bucket, *parts = url.partition("://")[2].rstrip("/").split("/")
+    if not bucket:
+        raise UserError(f"{url}: has no bucket; write s3://bucket/prefix")
+    if not url.isprintable() or {"", ".", ".."} & set(parts):
+        raise UserError(
+            f"{url}: has an empty part, a part . or .., or a control character; write s3://bucket/prefix without them"
+        )
+
+
 def _scheme(url: str) -> str:
     """The scheme of a URL, or "" for a local path. Raises UserError for a URL with one slash, such as `s3:/bucket`."""
-    scheme, found, _ = url.partition("://")
+    scheme, found, rest = url.partition("://")
     if found and "/" not in scheme:
+        if not scheme or (scheme == "file" and not rest.startswith("/")):
+            raise UserError(f"{url}: is no whole URL; write file:///folder, s3://bucket/prefix or a path")
         return scheme
     head, colon, _ = url.partition(":")
     if colon and head.lower() in fsspec.available_protocols():

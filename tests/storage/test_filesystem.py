@@ -1,6 +1,8 @@
 import errno
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,7 +20,7 @@ from botocore.exceptions import (
 from resmaster_stages.errors import UserError
 from resmaster_stages.redaction import without_credentials
 from resmaster_stages.storage import filesystem
-from resmaster_stages.storage.filesystem import Folder, open_root, put_if_absent
+from resmaster_stages.storage.filesystem import Folder, open_file, open_folder, open_root, put_if_absent
 from resmaster_stages.storage.store_errors import explained
 
 
@@ -173,6 +175,39 @@ def test_only_folders_and_s3_are_roots(scheme: str) -> None:
         open_root(f"{scheme}://datasets/x")
 
 
+def test_a_root_in_memory_would_lose_everything_and_is_refused() -> None:
+    """The tests use such roots, so a process without their settings is asked."""
+    for verb in ("doctor", "status"):
+        done = subprocess.run(
+            [sys.executable, "-m", "resmaster_flows.cli.main", verb, "memory://x"], capture_output=True, text=True
+        )
+        assert done.returncode == 2
+        assert "memory:// cannot be a root; give a folder or s3://bucket/prefix" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("url", ["file://tmp/x", "file://~/x", "://x", "file://"])
+def test_a_url_of_a_disk_has_three_slashes(url: str) -> None:
+    with pytest.raises(UserError, match="is no whole URL; write file:///folder, s3://bucket/prefix or a path"):
+        open_root(url)
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://b/../x", "s3://b/x/../../y", "s3://b/./x", "s3://b//x", "s3://b/x\ny", "s3://b/.."]
+)
+def test_a_prefix_that_programs_understand_differently_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match="write s3://bucket/prefix without them"):
+        open_root(url)
+    assert open_root("s3://b/x..y/.z//").path == "b/x..y/.z"
+
+
+@pytest.mark.parametrize("kind", ["dir", "reference", "dbfs", "jupyter", "generic", "async_wrapper", "gs", "nonsense"])
+def test_input_at_a_place_that_cannot_be_is_one_line(kind: str) -> None:
+    for ask in (lambda: open_folder(f"{kind}://x"), lambda: open_file(f"{kind}://x/prompts.txt")):
+        with pytest.raises(UserError, match=rf"^{kind}://x/?: "):
+            ask()
+
+
 @pytest.mark.parametrize("url", ["s3:/datasets", "s3:datasets", "S3:/datasets", "file:/tmp", "https:/host/x"])
 def test_a_url_with_one_slash_is_no_folder(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -269,7 +304,10 @@ def test_a_service_of_credentials_may_answer_the_next_time(kind: type[Exception]
 
 
 def test_an_error_of_a_disk_names_the_file() -> None:
-    with pytest.raises(OSError, match=r"^.Errno 5. Input/output error: '/data/x'$"), explained("/data/x"):
+    with (
+        pytest.raises(OSError, match=r"^.Errno 5. Input/output error; look at the disk, .*: '/data/x'$"),
+        explained("/data/x"),
+    ):
         raise OSError(errno.EIO, "Input/output error")
     with pytest.raises(TimeoutError), explained("/data/x"):
         raise TimeoutError("slow")
