@@ -27,7 +27,8 @@ def call(work: Flow[..., Any] | Task[..., Any], *args: Any, **kwargs: Any) -> An
     settings = get_current_settings()
     if FlowRunContext.get() is not None or settings.api.url is not None:
         try:
-            return outcome(work(*args, return_state=True, **kwargs))
+            state: Any = work(*args, return_state=True, **kwargs)
+            return outcome(state)
         except httpx.HTTPError:
             if isinstance(work, Flow):  # the server is lost: do not wait as long for each flow run above this one
                 settings.client.max_retries = 0

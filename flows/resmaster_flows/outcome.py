@@ -61,7 +61,7 @@ def outcome(state: State[Any]) -> Any:
 
 
 class Plain(logging.Filter):
-    """Leaves the traceback out if the error is one of this project's own, whose message says what to do.
+    """Leaves the traceback out if the error is one of this project's own or of the store: its message says what to do.
 
     Drops the record if its message says nothing either: Prefect (3.8) logs "exited with unexpected exception" at the
     end of every run on a worker whose final state is not Completed, also if the flow returned that state.
@@ -69,7 +69,7 @@ class Plain(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if not isinstance(error, (ResMasterError, Unfinished, CancelledRun)):
+        if not isinstance(error, (ResMasterError, OSError, Unfinished, CancelledRun)):
             return True
         record.exc_info = None
         return "exited with unexpected exception" not in record.getMessage()

@@ -425,6 +425,21 @@ def test_repair_gives_failed_samples_another_attempt_if_asked(stages: Stages, tm
     assert "told to fail" in page
 
 
+def test_a_dataset_that_lacks_too_many_samples_is_incomplete(stages: Stages, tmp_path: Path) -> None:
+    """Though all its shards are committed, because a shard may always lose one sample."""
+    config = config_for(tmp_path, ["bad low_res", "bad high_res", "c"]).model_copy(update={"samples_per_shard": 1})
+    state = build.build_dataset(config, return_state=True)
+    result = outcome(state)
+    assert (state.name, state.message) == (INCOMPLETE, result.shortfall)
+    assert result.shortfall.startswith("2 of 3 samples failed (tolerated: 1); to see why: resmaster explain ")
+    assert (result.samples, result.errors, result.finished) == (1, {}, False)
+    again = build.repair(result.dataset_url, return_state=True)
+    assert (again.name, again.message) == (state.name, state.message)
+    published = build.publish(result.dataset_url, return_state=True)
+    assert (published.name, outcome(published)) == (INCOMPLETE, result.report_url)
+    assert build.build_dataset(config.model_copy(update={"max_failure_ratio": 0.7}), return_state=True).is_completed()
+
+
 def test_verify_and_repair_put_the_same_bytes_back(
     stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,6 +96,14 @@ def test_a_users_mistake_is_told_by_its_message_alone(heard: list[str]) -> None:
     assert "unexpected exception" not in text
 
 
+def test_an_error_of_the_store_is_told_by_its_message_alone(heard: list[str]) -> None:
+    on_a_worker(lambda: ConnectionError("s3://bucket: cannot be reached (Connection refused); check the network"))
+    text = "\n".join(heard)
+    assert "s3://bucket: cannot be reached" in text
+    assert "Traceback" not in text
+    assert "unexpected exception" not in text
+
+
 def test_any_other_error_has_its_traceback(heard: list[str]) -> None:
     on_a_worker(lambda: ZeroDivisionError("a bug"))
     text = "\n".join(heard)

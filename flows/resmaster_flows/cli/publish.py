@@ -13,6 +13,7 @@ from resmaster_stages.redaction import printable, quoted
 
 if TYPE_CHECKING:
     from resmaster_stages.dataset.dataset import Dataset
+    from resmaster_stages.inspection.status import Status
 
 HELP = "write manifest, index, card and report again"
 DESCRIPTION = (
@@ -29,18 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     """Publish, and print what was published. Returns 0, or 1 if too many samples of the dataset failed."""
     from resmaster_stages.dataset.dataset import open_dataset
+    from resmaster_stages.inspection.status import status
 
     dataset = open_dataset(args.root)
     publish_now(console, dataset)
-    return judged(console, dataset)
+    return judged(console, dataset, status(dataset))
 
 
-def judged(console: Console, dataset: Dataset) -> int:
-    """Say whether too many samples of a dataset failed. Returns the exit status."""
+def judged(console: Console, dataset: Dataset, found: Status) -> int:
+    """Say whether too many samples of a dataset failed. Returns the exit status. found: its status."""
     from resmaster_flows.shortfall import shortfall
-    from resmaster_stages.inspection.status import status
 
-    lacking = shortfall(dataset, status(dataset))
+    lacking = shortfall(dataset, found)
     if lacking:
         say(console, lacking)
     return 1 if lacking else 0

@@ -55,7 +55,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         say(console, f"{dataset.url}: {samples} failed samples to try again")
     todo = pending(dataset, shards=shards, stages=stages, retries=retries)
     if not any(todo.values()):
-        published = status(dataset).published
+        found = status(dataset)
+        published = found.published
         if not published.problem and (changed := changed_files(dataset.folder)):
             published = Published("damaged", changed)
         if published.problem:
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             publish_now(console, dataset)
         else:
             say(console, f"{dataset.url}: nothing to repair")
-        return judged(console, dataset)
+        return judged(console, dataset, found)
 
     def build() -> Any:
         from resmaster_flows.build import repair
