@@ -140,7 +140,7 @@ def test_compose_takes_the_stack() -> None:
     assert "$" not in interpolated
     resolved = yaml.safe_load(interpolated)  # with merge keys resolved
     services = PyCompose.from_yaml(yaml.safe_dump(resolved)).service_names()
-    assert set(services) == {"database", "store", "server", "deploy", "builds", "shards-gpu", "shards-cpu"}
+    assert set(services) == {"database", "folders", "store", "server", "deploy", "builds", "shards-gpu", "shards-cpu"}
     with pytest.raises(ValueError, match="imagee"):
         PyCompose.from_yaml("services: {a: {imagee: b}}")
     for name, service in resolved["services"].items():
