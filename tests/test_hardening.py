@@ -376,12 +376,21 @@ def test_docker_takes_the_settings_of_a_run_which_have_no_rights() -> None:
     assert settings["cap_drop"] == ["ALL"]
     assert settings["security_opt"] == ["no-new-privileges:true"]
     assert settings["user"] == "10001:10001"
-    assert job["volumes"] == ["resmaster-scratch:/tmp"], "all that a run writes to, besides the models"
+    assert job["volumes"] == ["resmaster-scratch:/tmp", "resmaster-models:/models"], "all that a run writes to"
     made = _create_container_args({"image": job["image"], "version": "1.47", "volumes": job["volumes"], **settings})
     assert made["host_config"]["ReadonlyRootfs"] is True
     assert made["host_config"]["CapDrop"] == ["ALL"]
     assert made["host_config"]["SecurityOpt"] == ["no-new-privileges:true"]
     assert made["host_config"]["PidsLimit"] == 4096
+
+
+def test_whatever_reads_models_can_keep_them() -> None:
+    """Weights of a hub go to /models, which the image has on its root file system."""
+    services = compose()["services"]
+    for name in ("builds", "shards-gpu", "shards-cpu"):
+        assert "models:/models" in services[name]["volumes"]
+    (container,) = pods()["run"]["spec"]["containers"]
+    assert "/models" in {mount["mountPath"] for mount in container["volumeMounts"]}
 
 
 def test_the_image_writes_to_tmp() -> None:
@@ -395,13 +404,15 @@ def test_the_image_writes_to_tmp() -> None:
 
 
 def modes(folder: Path) -> dict[str, str]:
-    """The names below a folder that others may read, and their modes."""
-    found = {
-        str(path.relative_to(folder)): stat.S_IMODE(path.lstat().st_mode)
-        for path in folder.rglob("*")
-        if not path.is_symlink()
-    }
-    return {name: oct(mode) for name, mode in found.items() if mode & 0o077}
+    """Name -> mode of what others may read or enter below a folder. Nothing counts in a folder they cannot enter."""
+    found = {}
+    for path in folder.iterdir():
+        mode = stat.S_IMODE(path.lstat().st_mode)
+        if mode & 0o077 and not path.is_symlink():
+            found[path.name] = oct(mode)
+            if path.is_dir():
+                found |= {f"{path.name}/{name}": below for name, below in modes(path).items()}
+    return found
 
 
 def test_what_the_local_store_keeps_is_private(tmp_path: Path) -> None:
@@ -415,6 +426,7 @@ def test_what_the_local_store_keeps_is_private(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "store/below/data").read_text() == "data\n"
     assert modes(tmp_path) == {"weed": "0o755"}
+    assert not modes(tmp_path / "store")
 
 
 # --------------------------------------------------------------------------------------------------------- the packages
