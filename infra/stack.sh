@@ -2,6 +2,8 @@
 # A whole stack on this machine, without containers, for development: SeaweedFS, a Prefect server on SQLite, the
 # deployments, and workers (one for builds, one for shards). `make up` and `make down` call it.
 set -euo pipefail
+own_umask=$(umask)
+umask 077 # passwords, logs and databases are for nobody else on this machine
 
 usage() {
   cat <<'TEXT'
@@ -16,6 +18,7 @@ usage: infra/stack.sh up|down|status [--dir DIR] [--port PORT] [--store-port POR
   --store-port  port of the S3 store                       (default: 8333)
 
 DIR/env holds what a shell needs to use it:  source out/stack/env
+The first `up` makes the passwords of server and store, which DIR/env keeps. The UI asks for PREFECT_API_AUTH_STRING.
 TEXT
 }
 
@@ -49,11 +52,13 @@ alive() {
   pid=$(cat "$dir/$1.pid" 2>/dev/null) && [ -n "$pid" ] && [[ $(ps -wwo args= -p "$pid" 2>/dev/null) == *"$2"* ]] && echo "$pid"
 }
 
-# Start a command in a session of its own, so that it can be ended with all that it has started.
+# Start a command in a session of its own, so that it can be ended with all that it has started. Its log is private. What
+# it writes has the umask that is given: runs may write datasets to folders, which are shared as the user's umask says.
 launch() {
-  local name=$1
-  shift
-  setsid env --default-signal=INT,TERM "$@" >>"$dir/$name.log" 2>&1 </dev/null &
+  local name=$1 mask=$2
+  shift 2
+  touch "$dir/$name.log" && chmod 600 "$dir/$name.log"
+  (umask "$mask" && exec setsid env --default-signal=INT,TERM "$@") >>"$dir/$name.log" 2>&1 </dev/null &
   echo $! >"$dir/$name.pid"
 }
 
@@ -64,9 +69,12 @@ server_answers() {
 # How many workers the server knows to be there.
 workers_there() {
   "$python" - <<'PYTHON'
-import json, os, urllib.request
+import base64, json, os, urllib.request
+password = base64.b64encode(os.environ["PREFECT_API_AUTH_STRING"].encode()).decode()
 request = urllib.request.Request(
-    os.environ["PREFECT_API_URL"] + "/work_pools/resmaster-process/workers/filter", b"{}", {"Content-Type": "application/json"}
+    os.environ["PREFECT_API_URL"] + "/work_pools/resmaster-process/workers/filter",
+    b"{}",
+    {"Content-Type": "application/json", "Authorization": f"Basic {password}"},
 )
 workers = json.load(urllib.request.urlopen(request, timeout=5))
 print(sum(worker["status"] == "ONLINE" for worker in workers))
@@ -81,20 +89,32 @@ until_true() {
   done
 }
 
+# The value of a variable in DIR/env, or else a new random one.
+kept() {
+  local value
+  value=$(unset "$1"; [ ! -r "$dir/env" ] || source "$dir/env"; echo "${!1:-}")
+  echo "${value:-$("$python" -c 'import secrets; print(secrets.token_urlsafe(24))')}"
+}
+
 write_env() {
-  cat >"$dir/env" <<TEXT
-export PREFECT_API_URL=http://127.0.0.1:$port/api PREFECT_HOME=$dir/prefect
-export RESMASTER_ROOT=s3://datasets AWS_ENDPOINT_URL=http://127.0.0.1:$store_port AWS_REGION=us-east-1
-export PATH="$(cd "$(dirname "$python")" && pwd):\$PATH"
-export AWS_ACCESS_KEY_ID=${AWS_ACCESS_KEY_ID:-resmaster} AWS_SECRET_ACCESS_KEY=${AWS_SECRET_ACCESS_KEY:-resmaster-secret}
-TEXT
-  chmod 600 "$dir/env"
+  local password key=${AWS_ACCESS_KEY_ID:-resmaster} secret
+  password=$(kept PREFECT_API_AUTH_STRING) && secret=${AWS_SECRET_ACCESS_KEY:-$(kept AWS_SECRET_ACCESS_KEY)}
+  [[ $password == *:* ]] || password=resmaster:$password
+  {
+    printf 'export PREFECT_API_URL=http://127.0.0.1:%s/api PREFECT_HOME=%q\n' "$port" "$dir/prefect"
+    printf 'export PREFECT_API_AUTH_STRING=%q\n' "$password"
+    printf 'export RESMASTER_ROOT=s3://datasets AWS_ENDPOINT_URL=http://127.0.0.1:%s AWS_REGION=us-east-1\n' "$store_port"
+    printf 'export AWS_ACCESS_KEY_ID=%q AWS_SECRET_ACCESS_KEY=%q\n' "$key" "$secret"
+    printf 'export PATH=%q:"$PATH"\n' "$(cd "$(dirname "$python")" && pwd)"
+  } >"$dir/env.new"
+  mv "$dir/env.new" "$dir/env" # never readable for others, not for a moment
   # shellcheck disable=SC1091
   source "$dir/env"
 }
 
 up() {
   [ -x "$python" ] || fail "$python: no such program; run: make install"
+  mkdir -p "$dir/prefect" "$dir/store" && chmod 700 "$dir/prefect" "$dir/store"
   write_env
   export PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1 PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT=false
   export PREFECT_SERVER_SERVICES_LATE_RUNS_AFTER_SECONDS=3600 # runs over shards wait their turn
@@ -102,16 +122,16 @@ up() {
   "$home/infra/seaweedfs.sh" start --dir "$dir/store" --port "$store_port" --bucket datasets
   if ! alive server "prefect server start" >/dev/null; then
     ! server_answers || fail "port $port is taken by another server; give a free one with --port"
-    launch server "$python" -m prefect server start --host 127.0.0.1 --port "$port"
+    PREFECT_SERVER_API_AUTH_STRING=$PREFECT_API_AUTH_STRING launch server 077 "$python" -m prefect server start --host 127.0.0.1 --port "$port"
   fi
   until_true server_answers || fail "the Prefect server does not answer on port $port; see $dir/server.log"
   (cd "$home" && "$python" -m resmaster_flows.deploy --pool process)
   for role in builds shards; do
-    alive "$role" "workers.sh $role" >/dev/null || launch "$role" "$home/infra/workers.sh" "$role" $([ $role = shards ] && echo 1)
+    alive "$role" "workers.sh $role" >/dev/null || launch "$role" "$own_umask" "$home/infra/workers.sh" "$role" $([ $role = shards ] && echo 1)
   done
   all_workers() { [ "$(workers_there 2>/dev/null)" -ge 2 ] 2>/dev/null; }
   until_true all_workers || fail "the workers do not come up; see $dir/builds.log and $dir/shards.log"
-  echo "ready: http://127.0.0.1:$port (to use it: source $dir/env)"
+  echo "ready: http://127.0.0.1:$port (to use it: source $dir/env; the UI asks for PREFECT_API_AUTH_STRING, which is there)"
 }
 
 # Stop a session: asked first, then ended, with whatever it has started.

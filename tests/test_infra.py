@@ -140,7 +140,7 @@ def test_compose_takes_the_stack() -> None:
     assert "$" not in interpolated
     resolved = yaml.safe_load(interpolated)  # with merge keys resolved
     services = PyCompose.from_yaml(yaml.safe_dump(resolved)).service_names()
-    assert set(services) == {"database", "store", "server", "deploy", "builds", "shards-gpu", "shards-cpu"}
+    assert set(services) == {"database", "folders", "store", "server", "deploy", "builds", "shards-gpu", "shards-cpu"}
     with pytest.raises(ValueError, match="imagee"):
         PyCompose.from_yaml("services: {a: {imagee: b}}")
     for name, service in resolved["services"].items():
@@ -247,11 +247,14 @@ def test_workers_find_the_program_beside_the_checkout(tmp_path: Path) -> None:
 
 ELSEWHERE = {
     "make up": "tests/server/test_stack.py runs its recipe",
-    "source out/stack/env": "written by make up; its names are checked below",
+    "source out/stack/env": "written by make up; tests/server/test_stack.py sources it",
     ".venv/bin/resmaster run deployments/datasets/picturebook.yaml --root s3://datasets": (
         "tests/durability/test_page.py builds it on S3, tests/server/test_operation.py with workers"
     ),
     "make down": "tests/server/test_stack.py runs its recipe",
+    "infra/lock.sh": "asks the package index; tests/test_hardening.py runs it with an index of its own",
+    "python infra/pin_images.py": "asks registries; tests/test_hardening.py runs it with a registry of its own",
+    "python infra/pin_images.py --check": "as above",
     "make deploy": "tests/server/test_deploy.py runs its recipe",
     "make deploy POOL=kubernetes GPUS=8": "as above; the options are checked below",
     "infra/workers.sh builds": "tests/server/test_stack.py, by make up",

@@ -25,7 +25,7 @@ from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
 from prefect.client.schemas.objects import DeploymentSchedule
 from prefect.events.schemas.automations import AutomationCore
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import get_current_settings
 from prefect.workers.process import ProcessWorker
 
@@ -162,7 +162,12 @@ async def deploy(kind: str, gpus: int | None) -> None:
     async with get_client() as client:
         if (error := await client.api_healthcheck()) is not None:
             raise ResMasterError(f"{api}: no answer ({error}); check PREFECT_API_URL, or start a server: make up")
-        pool = await make_pool(client, kind, gpus)
+        try:
+            pool = await make_pool(client, kind, gpus)
+        except PrefectHTTPStatusError as error:
+            if error.response.status_code not in (401, 403):
+                raise
+            raise UserError(f"{api}: does not let you in; set PREFECT_API_AUTH_STRING (or PREFECT_API_KEY)") from None
         schedules = await schedules_of(client, kind)
         entrypoints = await asyncio.to_thread(deploy_flows, kind)
         await keep_switched(client, kind, schedules)
