@@ -4,7 +4,8 @@ This module does not access storage. Torch is imported when the first image is m
 
 Invariants:
 - There is exactly one Output per sample, in order. An error of one sample becomes its Output's error.
-- An image depends on the sample, the configuration and the weights, and not on the batch, the worker or the order.
+- An image depends on the sample, the configuration and the weights, and not on the worker or the order. The number of
+  views per call changes it by rounding, so every Output of a diffusion method says how many there were.
 """
 
 from __future__ import annotations
@@ -62,13 +63,17 @@ def caption_views(config: DatasetConfig, prompt: str, image: Image.Image, height
 
 def _diffused(
     config: DatasetConfig, upscale: Diffusion, sample: Sample, image: Image.Image
-) -> tuple[Image.Image, dict[str, Any]]:
-    """Make the high-res image with the base model. Returns the image and facts for the sample's JSON."""
+) -> tuple[Image.Image, dict[str, Any], int]:
+    """Make the high-res image with the base model. Returns the image, facts for the sample's JSON, and the most views
+    per call."""
+    from resmaster_stages.diffusion.memory import view_limit
     from resmaster_stages.diffusion.text import truncated
     from resmaster_stages.methods.upscale import upscale_image
     from resmaster_stages.models.load import load_models
 
     models = load_models(config.model)
+    whole = view_grid(models.geometry, *target_size(image.height, image.width, upscale.scale), upscale.view_stride)
+    views = view_limit(models, upscale.view_batch, whole.window_size, 2 if upscale.guidance_scale != 1 else 1)
     captions = None
     if upscale.uses("captions"):
         size = target_size(image.height, image.width, upscale.way()[0].scale)
@@ -80,7 +85,7 @@ def _diffused(
         models,
         image,
         sample.prompt,
-        config=upscale,
+        config=upscale.model_copy(update={"view_batch": views}),
         negative_prompt=negative_prompt,
         captions=captions,
         caption=partial(caption_views, config, sample.prompt),
@@ -88,12 +93,13 @@ def _diffused(
         seed=seed,
         progress=lambda done, total: emit(Step(done, total)),
     )
-    return made, {
+    facts = {
         "prompt_truncated": truncated(models, [sample.prompt])[0],
         "negative_prompt": negative_prompt,
         "seed": seed,
         "model": models.identity,
     }
+    return made, facts, views
 
 
 def _enlarged(config: DatasetConfig, upscale: Enlargement, image: Image.Image) -> tuple[Image.Image, dict[str, Any]]:
@@ -117,12 +123,13 @@ def _make(config: DatasetConfig, sample: Sample) -> Output:
     image, upscale = sample.low_res.open(), config.upscale
     if sample.detail_mask:
         upscale.require_detail_mask(f"sample {sample.key} has")
+    views = None
     if isinstance(upscale, Enlargement):
-        made = _enlarged(config, upscale, image)
+        made, facts = _enlarged(config, upscale, image)
     else:
         assert isinstance(upscale, Diffusion)
-        made = _diffused(config, upscale, sample, image)
-    return Output(sample.key, finish=partial(_files, config, sample, image.size, *made))
+        made, facts, views = _diffused(config, upscale, sample, image)
+    return Output(sample.key, batch_size=views, finish=partial(_files, config, sample, image.size, made, facts))
 
 
 def _files(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,4 +145,28 @@ def batch_dependent(config: DatasetConfig, samples: Sequence[Sample]) -> Iterato
             yield Output(sample.key, files=_in_batch(sample, 16, facts))
 
 
+def batch_dependent_captions(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+    """`captions`, whose rows depend on the batch size."""
+    for output in captions(config, samples):
+        yield replace(output, rows=[{**row, "n_tokens": config.captions.batch_size} for row in output.rows])
+
+
+def batch_dependent_high_res(device_views: int) -> Process:
+    """`high_res`, whose bytes depend on the views per call. Where nothing is set, the device takes `device_views`."""
+
+    def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        views = config.upscale.view_batch or device_views
+        for place, sample in enumerate(samples):
+            files = _in_batch(sample, 64, _batch_facts(samples, place, views))
+            yield Output(sample.key, files=files, batch_size=views)
+
+    return process
+
+
 FAKES: dict[str, Process] = {"low_res": low_res, "captions": captions, "high_res": high_res, "quality": quality}
+BATCH_DEPENDENT: dict[str, Process] = {
+    "low_res": batch_dependent,
+    "captions": batch_dependent_captions,
+    "high_res": batch_dependent_high_res(16),
+    "quality": quality,
+}

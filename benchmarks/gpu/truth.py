@@ -161,6 +161,7 @@ class OneSample(Sequence[Sample]):
         image = EncodedImage(buffer.getvalue(), "png", {"key": "0"})
         self.sample = Sample("0", 0, PROMPT, "", low_res.height, low_res.width, 0, low_res=image)
         self.planned = [self.sample]
+        self.without = frozenset()
 
     def __len__(self) -> int:
         return 1

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, with_config
 
+from resmaster_stages.dataset.batches import Batch, unambiguous
 from resmaster_stages.errors import UserError
 from resmaster_stages.storage.filesystem import Folder, is_outside, sha256_of
 from resmaster_stages.storage.store_errors import is_damage
@@ -107,6 +108,8 @@ class Receipt:
     images: tuple[str, ...] = ()
     """For tars: the place of each sample's image (`shards.spell_image`), in order, so that readers need not walk the
     tar."""
+    batches: Annotated[tuple[Batch, ...], AfterValidator(unambiguous)] = ()
+    """How the good samples were computed, the most frequent batch first."""
 
 
 def discard(folder: Folder, names: Sequence[str]) -> None:

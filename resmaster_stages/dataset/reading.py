@@ -84,8 +84,11 @@ class Outputs(Mapping[str, Output]):
 class ShardSamples(Sequence[Sample]):
     """Samples of a shard in the plan's order, with the outputs of stages. Images are read when they are used."""
 
-    def __init__(self, planned: Sequence[PlannedSample], outputs: Mapping[str, Outputs]) -> None:
-        self.planned = planned
+    def __init__(
+        self, planned: Sequence[PlannedSample], outputs: Mapping[str, Outputs], without: Collection[str] = ()
+    ) -> None:
+        """without: keys of planned samples that are left out."""
+        self.planned, self.without = planned, frozenset(without)
         self._outputs = outputs
 
     def __len__(self) -> int:
@@ -160,7 +163,7 @@ def chosen_samples(
             outputs[stage] = files.enter_context(committed_outputs(dataset, receipt))
             if missing := [sample.key for sample in planned if sample.key not in outputs[stage]]:
                 raise ShardError(_damaged(dataset, receipt, f"lacks {len(missing)} samples, {missing[0]} first"))
-        yield ShardSamples(planned, outputs)
+        yield ShardSamples(planned, outputs, without)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 from PIL import Image
 
+from resmaster_stages.dataset.batches import Batch
 from resmaster_stages.errors import SampleError
 from resmaster_stages.storage.images import decode_image
 
@@ -77,6 +78,10 @@ class Output:
     """Feature vectors, stored in an object of their own. All good samples of a shard have arrays of the same names, or
     none has any."""
     error: Exception | None = None
+    batch_size: int | None = field(default=None, compare=False)
+    """Items per call of the device, from a stage that chooses the number where the configuration leaves it open."""
+    batch: Batch | None = None
+    """How the sample was computed. The runner sets it."""
     finish: Callable[[], dict[str, bytes]] | None = field(default=None, compare=False)
     """Makes `files`, if that takes time but no device (encoding, hashing). It runs in another thread while the next
     sample is computed."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from resmaster_stages.dataset import layout
+from resmaster_stages.dataset.batches import Batch
 from resmaster_stages.dataset.chain import Chain
 from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.dataset.dataset import Dataset
@@ -65,6 +66,8 @@ class Made:
     """The file of arrays; it exists only if the stage gave arrays."""
     good: list[str] = field(default_factory=list)
     failures: list[tuple[str, Exception]] = field(default_factory=list)
+    batches: dict[str, Batch] = field(default_factory=dict)
+    """How the good samples were computed that were not made by an earlier attempt."""
     images: tuple[str, ...] = ()
     """Places of the images in the tar, as commit records hold them."""
     seconds: float = 0.0
@@ -85,30 +88,43 @@ class Made:
 
 @contextmanager
 def computed(
-    work: Work, without: frozenset[str], earlier: Mapping[str, Output], tolerant: bool = False
+    work: Work,
+    without: frozenset[str],
+    number: int,
+    earlier: Mapping[str, Output],
+    batches: Mapping[str, Batch] | None = None,
 ) -> Iterator[Made]:
     """Compute the samples of the shard, except the keys in `without`. The files exist within the block.
 
-    If the block ends without an error, the shard's cache is deleted.
+    If the block ends without an error, the shard's cache is deleted. If it ends with a ShardError, samples that killed
+    the process get another chance the next time.
 
-    earlier: outputs that are passed on unchanged. tolerant: any number of samples may fail.
+    number: of the attempt; 0: a commit is made again. In all but the first, any number of samples may fail. earlier:
+    outputs that are passed on unchanged. batches: key -> the batch of a record; then only these samples are made.
     """
     dataset, stage, shard, config = work.dataset, work.stage, work.shard, work.dataset.config
     with (
         scratch_folder() as scratch,
         chosen_samples(dataset, shard, work.chain, reads_of(config, stage.name), without) as samples,
     ):
-        emit(ShardStarted(stage.name, shard, sum(sample.key not in earlier for sample in samples.planned)))
+        due = samples.keys() if batches is None else batches
+        emit(ShardStarted(stage.name, shard, sum(key not in earlier for key in due)))
         started = time.monotonic()
         made = Made(scratch / f"{stage.name}.{stage.extension}", scratch / f"{stage.name}.features.parquet")
         cache = dataset.folder.names(layout.spill_folder(stage.name, work.commits.stage_hash, shard))
         spill = Spill(work.commits, shard, config.spill_seconds, cache)
-        breadcrumbs = Breadcrumbs(work.commits, shard, samples.keys(), cache)
-        outputs = compute(work.process, config, stage, samples, earlier, spill, breadcrumbs)
+        breadcrumbs = Breadcrumbs(work.commits, shard, samples.keys(), cache, number)
+        outputs = compute(work.process, config, stage, samples, earlier, spill, breadcrumbs, batches)
         with counting() as made.unet, timing() as made.busy, closing(outputs):
-            _write(made, outputs, work, len(samples) if tolerant else tolerated(work, len(samples)), earlier)
+            _write(made, outputs, work, tolerated(work, len(samples)) if number == 1 else len(samples), earlier)
         made.seconds = time.monotonic() - started
-        yield made
+        try:
+            yield made
+        except ShardError:
+            breadcrumbs.forget()
+            if batches is not None:
+                spill.drop()  # made in the right batches and yet with other bytes: by another machine
+            raise
         spill.drop()
         breadcrumbs.forget()
 
@@ -141,6 +157,8 @@ def _write(made: Made, outputs: Iterator[Output], work: Work, most: int, earlier
                 rows += [{"key": output.key, **row} for row in output.rows]
                 arrays.append(output.arrays)
                 made.good.append(output.key)
+                if output.batch:
+                    made.batches[output.key] = output.batch
             if output.key not in earlier:
                 emit(SampleDone(work.stage.name, work.shard, ok=output.error is None))
     facts = {"stage_hash": work.commits.stage_hash}

@@ -47,10 +47,11 @@ class Reading(_Beside):
     def __init__(self, samples: Sequence[Sample]) -> None:
         super().__init__()
         self._samples = samples
-        self._ahead: tuple[range, Future[list[Sample]]] | None = None
+        self._ahead: tuple[Sequence[int], Future[list[Sample]]] | None = None
 
-    def read(self, slot: range, then: range | None = None) -> list[Sample]:
-        """The samples of `slot`. The thread begins to read the slot `then`, which should be asked for next."""
+    def read(self, slot: Sequence[int], then: Sequence[int] | None = None) -> list[Sample]:
+        """The samples at the places `slot`. The thread begins to read the slot `then`, which should be asked for
+        next."""
         if self._ahead and self._ahead[0] == slot:
             (_, coming), self._ahead = self._ahead, None
             samples = coming.result()
@@ -60,7 +61,7 @@ class Reading(_Beside):
             self._ahead = then, self._start(lambda: self._decoded(then))
         return samples
 
-    def _decoded(self, slot: range) -> list[Sample]:
+    def _decoded(self, slot: Sequence[int]) -> list[Sample]:
         samples = [self._samples[place] for place in slot]
         for sample in samples:
             for image in (sample.low_res, sample.detail_mask, sample.high_res):

@@ -2,12 +2,16 @@
 
 While samples are at work, a small file in the dataset's `cache/`, the breadcrumb, names them. A run that finds a
 breadcrumb knows that an earlier run was killed there, and gives each named sample a strike. `compute` runs a slot with
-a sample of two strikes one sample at a time, and leaves a sample out after three strikes.
+a sample of two strikes one sample at a time, and leaves a sample out after three strikes. (A commit that is made again
+keeps its slots, because its bytes depend on them.)
 
 Invariants:
 - A run that ends in an orderly way (done, failed, stopped) removes its breadcrumb and gives no strikes. A lost GPU does
   not count as orderly: the samples that were computed get a strike.
 - A breadcrumb whose process still lives on this host gives no strikes.
+- Strikes count for one attempt. The next attempt, and a commit that is made again, try every sample anew.
+- A breadcrumb that cannot be written is an error, because without breadcrumbs a deadly sample would kill every run.
+  Only if another process has committed the shard, and deleted its cache, no breadcrumb is needed.
 - While samples are computed, those before them may still be finished. The breadcrumb names both, because either may be
   the one that kills.
 - After a first strike nothing overlaps (`compute`), so an innocent neighbour gets at most one strike.
@@ -28,6 +32,10 @@ from pathlib import Path
 
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commits import Commits
+from resmaster_stages.errors import UserError
+
+STORE_ERRORS = (OSError, UserError)
+"""What `storage` makes of the errors of a store."""
 
 SLOW_SECONDS = 1.0
 """A batch gets a breadcrumb of its own if the batch before took at least this long."""
@@ -41,9 +49,11 @@ OUT_STRIKES = 3
 class Breadcrumbs:
     """The breadcrumb of one stage of one shard with the samples `keys`."""
 
-    def __init__(self, commits: Commits, shard: int, keys: Sequence[str], cache: Collection[str]) -> None:
-        """cache: names of the files in the shard's cache folder."""
-        self.folder, self.keys = commits.folder, list(keys)
+    def __init__(
+        self, commits: Commits, shard: int, keys: Sequence[str], cache: Collection[str], attempt: int = 1
+    ) -> None:
+        """cache: names of the files in the shard's cache folder. attempt: its number; 0: a commit is made again."""
+        self.folder, self.keys, self._attempt = commits.folder, list(keys), attempt
         self._name = layout.breadcrumb(commits.stage, commits.stage_hash, shard)
         self._me = process_name()
         self._written: list[str] | None = None
@@ -56,6 +66,8 @@ class Breadcrumbs:
         try:
             found = json.loads(self.folder.read(self._name))
             strikes = {str(key): int(count) for key, count in found["strikes"].items()}
+            if found["attempt"] != self._attempt:
+                return {}
             blamed = [] if lives(found["process"]) else [str(key) for key in found["at"]]
         except FileNotFoundError:
             return {}
@@ -78,28 +90,28 @@ class Breadcrumbs:
         """Give the samples of the current batch a strike, because the batch broke the device."""
         for key in self._computed:
             self.strikes[key] = self.strikes.get(key, 0) + 1
-        with suppress(OSError):
+        with suppress(*STORE_ERRORS):
             self._write([])
 
     def leave(self) -> None:
         """Note an orderly end: nothing is at work any more. Strikes are kept until the shard is committed."""
-        with suppress(OSError):
+        with suppress(*STORE_ERRORS):
             if self.strikes:
                 self._write([])
             elif self._written is not None:
                 self.folder.remove(self._name)
 
     def forget(self) -> None:
-        """Remove the strikes, because the shard is committed."""
+        """Remove the strikes, because the attempt is over: it is committed, or it has failed for good."""
         if self.strikes:
-            with suppress(OSError):
+            with suppress(*STORE_ERRORS):
                 self.folder.remove(self._name)
 
     def _write(self, where: list[str]) -> None:
-        self.folder.write(
-            self._name, json.dumps({"process": self._me, "at": where, "strikes": self.strikes}, sort_keys=True).encode()
-        )
-        self._written = where
+        found = {"process": self._me, "attempt": self._attempt, "at": where, "strikes": self.strikes}
+        with suppress(FileNotFoundError):  # the folder was deleted while the file was written
+            self.folder.write(self._name, json.dumps(found, sort_keys=True).encode())
+            self._written = where
 
 
 def process_name(pid: int | None = None) -> str:

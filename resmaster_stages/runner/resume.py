@@ -1,13 +1,17 @@
 """Saves finished samples of an uncommitted shard (spills them), so that a killed run can be resumed.
 
 A spilled sample is one file in the dataset's `cache/`: the sha256 of the rest, a line of JSON, and the sample's files
-one after the other. It is read back as exactly the Output that the stage gave, so the shard's bytes are the same.
+one after the other. It is read back as exactly the Output that the stage gave, with the batch in which it was made. So
+the shard's bytes are the same, and its commit record says how they came about.
 
 Invariants:
 - A spilled sample that is torn, damaged or of another configuration is ignored, and the sample is computed again.
 - Only `compute` reads spilled samples, before it computes. They are deleted when the shard is committed.
 - Finished samples wait until they represent `seconds` of work, and are then written together. So a shard of quick
   samples writes nothing.
+- Spilling is optional. A spilled sample that cannot be written, read or deleted costs at most a repetition of work, and
+  never an error. In a race, the winner deletes the cache while the loser writes into it. Only an outage while samples
+  are read is raised, because they may be hours of work.
 """
 
 from __future__ import annotations
@@ -17,17 +21,27 @@ import json
 import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
 
 from resmaster_stages.dataset import layout
+from resmaster_stages.dataset.batches import Batch
 from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.dataset.sample import Output
 from resmaster_stages.keys import canonical_json
+from resmaster_stages.runner.quarantine import STORE_ERRORS
 
 
 def encode(output: Output, stage_hash: str) -> bytes:
     """Encode an Output without error as a file. Its rows must be plain JSON values."""
     sizes = {extension: len(data) for extension, data in output.files.items()}
-    head = {"key": output.key, "stage_hash": stage_hash, "files": list(sizes.items()), "rows": output.rows}
+    head = {
+        "key": output.key,
+        "stage_hash": stage_hash,
+        "batch": asdict(output.batch) if output.batch else None,
+        "files": list(sizes.items()),
+        "rows": output.rows,
+    }
     body = b"\n".join([canonical_json(head).encode(), b"".join(output.files.values())])
     return hashlib.sha256(body).hexdigest().encode() + body
 
@@ -45,7 +59,12 @@ def decode(data: bytes, stage_hash: str) -> Output | None:
     for extension, size in head["files"]:
         files[extension] = content[start : start + size]
         start += size
-    return Output(key=head["key"], files=files, rows=head["rows"])
+    batch = Batch(**{name: _frozen(value) for name, value in head["batch"].items()}) if head.get("batch") else None
+    return Output(key=head["key"], files=files, rows=head["rows"], batch=batch)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 class Spill:
@@ -66,7 +85,7 @@ class Spill:
         if self._seconds is None:
             return {}
         wanted = {layout.spill(self._place, key): key for key in keys}
-        found = self.folder.read_many([name for name in self._cache if name in wanted])
+        found = self.folder.read_many([name for name in self._cache if name in wanted], lenient=True)
         self._used = bool(found)
         outputs = {wanted[name]: decode(data, self.stage_hash) for name, data in found.items()}
         self._since = time.monotonic()
@@ -81,12 +100,13 @@ class Spill:
         """Write the waiting samples if `seconds` have passed since the last write."""
         if self._waiting and self._seconds is not None and time.monotonic() - self._since >= self._seconds:
             self._used = True
-            self.folder.write_many(self._waiting)
+            with suppress(*STORE_ERRORS):
+                self.folder.write_many(self._waiting)
             self._waiting = {}
             self._since = time.monotonic()
 
     def drop(self) -> None:
         """Delete all spilled samples, because the shard is committed. Files that cannot be deleted are never read."""
         if self._used:
-            with suppress(OSError):
+            with suppress(*STORE_ERRORS):
                 self.folder.remove_all(self._place)

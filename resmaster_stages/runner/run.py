@@ -23,6 +23,7 @@ from typing import Any
 
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.attempts import record_failure
+from resmaster_stages.dataset.batches import batch_of_each, recorded
 from resmaster_stages.dataset.chain import read_chain
 from resmaster_stages.dataset.commit import Receipt, new_attempt
 from resmaster_stages.dataset.dataset import Dataset
@@ -93,7 +94,8 @@ def _attempt(work: Work, before: Receipt | None, attempt: str, provenance: Mappi
         earlier: Mapping[str, Output] = {}
         if before is not None:
             earlier = within.enter_context(committed_outputs(work.dataset, before))
-        made = within.enter_context(computed(work, lost, earlier, tolerant=before is not None))
+        number = before.number + 1 if before else 1
+        made = within.enter_context(computed(work, lost, number, earlier))
         ledger = None
         if made.failures:
             ledger = encode_failures(work.commits, work.shard, attempt, made.failures)
@@ -117,10 +119,11 @@ def _check_failures(work: Work, made: Made, attempt: str, ledger: bytes) -> None
 
 
 def _receipt(work: Work, made: Made, attempt: str, provenance: Mapping[str, Any], before: Receipt | None) -> Receipt:
-    """The record of an attempt. Its seconds and UNet cost include those of the attempts before."""
+    """The record of an attempt. Its seconds, UNet cost and batches include those of the attempts before."""
     stage, upstream = work.stage, work.chain.committed
-    unet = asdict(made.unet)
+    unet, batches = asdict(made.unet), made.batches
     if before is not None:
+        batches = batch_of_each(before.batches, made.good) | batches
         unet = {name: count + before.provenance["unet"][name] for name, count in unet.items()}
     return Receipt(
         stage=stage.name,
@@ -135,6 +138,7 @@ def _receipt(work: Work, made: Made, attempt: str, provenance: Mapping[str, Any]
         lost_keys=tuple(sorted(work.chain.lost(stage.name))),
         keys_digest=digest_of_keys(made.good),
         images=made.images,
+        batches=recorded(batches, made.good),
         upstream={name: upstream[name].attempt for name in stage.reads if name in upstream},
         seconds=round(made.seconds + (before.seconds if before else 0.0), 3),
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),

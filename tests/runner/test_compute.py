@@ -12,6 +12,7 @@ from PIL import Image
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
+from resmaster_stages.dataset.batches import Batch
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.ledger import ledger_rows
@@ -315,12 +316,14 @@ def test_calls_keep_the_slots_of_an_uninterrupted_run(
     dataset = planned(tmp_path, list("abcdefghij"), tmp_path, samples_per_shard=10, low_res=low_res, spill_seconds=0)
     samples, commits = ShardSamples(dataset.plan.read(0), {}), dataset.commits(stage)
     key_of = {sample.prompt: sample.key for sample in samples.planned}
-    made = {key_of[prompt]: Output(key_of[prompt], files={"txt": b"ready"}) for prompt in ready}
+    batch = Batch(slot=4, size=4)
+    made = {key_of[prompt]: Output(key_of[prompt], files={"txt": b"ready"}, batch=batch) for prompt in ready}
     place = layout.spill_folder(stage, commits.stage_hash, 0)
     if not again:
         for key, output in made.items():
             dataset.folder.write(layout.spill(place, key), encode(output, commits.stage_hash))
-    crumb = {"process": "elsewhere 1 1", "at": [], "strikes": {key_of[prompt]: n for prompt, n in strikes.items()}}
+    struck = {key_of[prompt]: count for prompt, count in strikes.items()}
+    crumb = {"process": "elsewhere 1 1", "attempt": 1, "at": [], "strikes": struck}
     dataset.folder.write(layout.breadcrumb(stage, commits.stage_hash, 0), json.dumps(crumb).encode())
     calls: list[tuple[str, int]] = []
 
@@ -344,7 +347,7 @@ def test_a_suspect_is_finished_before_the_next_one_is_computed(tmp_path: Path) -
     low_res = {"height": 16, "width": 16, "batch_size": 4}
     dataset = planned(tmp_path, list("abcd"), tmp_path, samples_per_shard=10, low_res=low_res, spill_seconds=0)
     commits = dataset.commits("low_res")
-    crumb = {"process": "elsewhere 1 1", "at": [], "strikes": {dataset.plan.read(0)[1].key: 2}}
+    crumb = {"process": "elsewhere 1 1", "attempt": 1, "at": [], "strikes": {dataset.plan.read(0)[1].key: 2}}
     name = layout.breadcrumb("low_res", commits.stage_hash, 0)
     dataset.folder.write(name, json.dumps(crumb).encode())
     log: list[str] = []

@@ -1,0 +1,400 @@
+"""A damaged shard comes back to the byte, in whatever batches its samples were computed.
+
+The stand-in stages give other bytes in another slot, at another place of a slot, and with another batch size, as
+devices do that round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.dataset import layout
+from resmaster_stages.dataset.batches import Batch, batch_of_each, recorded
+from resmaster_stages.dataset.commit import Receipt
+from resmaster_stages.dataset.dataset import Dataset
+from resmaster_stages.dataset.ledger import ledger_rows
+from resmaster_stages.dataset.sample import Output, Sample
+from resmaster_stages.dataset.stages import STAGES, Process, Stage, register
+from resmaster_stages.errors import OutOfMemory, ShardError
+from resmaster_stages.inspection.verify import verify
+from resmaster_stages.models.identity import Weights
+from resmaster_stages.runner.compute import with_batch
+from resmaster_stages.runner.run import run_stage
+from tests.fake_stages import BATCH_DEPENDENT, batch_dependent, batch_dependent_high_res, planned
+from tests.runner.test_resume import content, in_child, killed_at
+
+BATCH = 4
+PROMPTS = list("abcdefghij")
+
+
+@pytest.fixture(autouse=True)
+def fake_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resmaster_stages.models.identity.weights_of", lambda config: Weights(config.model.id))
+
+
+def made_at(root: Path, prompts: Sequence[str] = PROMPTS, **values: object) -> Dataset:
+    """One shard of `prompts`, in slots of four."""
+    low_res = {"height": 16, "width": 16, "batch_size": BATCH}
+    values = {"samples_per_shard": len(prompts), "low_res": low_res, "spill_seconds": 0, **values}
+    return planned(root, list(prompts), root, **values)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    return made_at(tmp_path)
+
+
+def with_size(dataset: Dataset, stage: str, size: int | None) -> Dataset:
+    """The dataset with another batch size in its configuration, as a user sets it between two commands."""
+    return replace(dataset, config=with_batch(dataset.config, STAGES[stage], size))  # type: ignore[arg-type]
+
+
+def batches(dataset: Dataset, stage: str = "low_res") -> dict[str, tuple[int, int | None]]:
+    """Prompt -> (slot, batch size) of each good sample, as the commit record says."""
+    receipt = dataset.commits(stage).read(0)
+    assert receipt is not None
+    prompts = {sample.key: sample.prompt for sample in dataset.plan.read(0)}
+    good = [key for key in prompts if key not in {*receipt.failed_keys, *receipt.lost_keys}]
+    found = batch_of_each(receipt.batches, good)
+    return {prompts[key]: (batch.slot, batch.size) for key, batch in found.items()}
+
+
+def repaired(dataset: Dataset, stage: str = "low_res", process: Process | None = None) -> None:
+    """Cut the shard's object off, find the damage, repair it; the object must be the recorded one again."""
+    receipt = dataset.commits(stage).read(0)
+    assert receipt is not None
+    before = content(dataset, stage)
+    dataset.folder.write(receipt.objects[0].name, before[:1000])
+    assert receipt.objects[0].name in [damage.name for damage in verify(dataset).damage]
+    dataset.commits(stage).mark(0, [receipt.objects[0].name])
+    assert run_stage(dataset, stage, 0, process=process or BATCH_DEPENDENT[stage]) == receipt
+    assert content(dataset, stage) == before
+    assert verify(dataset).damage == ()
+    assert list(dataset.folder.files(layout.CACHE)) == []
+
+
+def killing(prompt: str, log: Path, times: int) -> Process:
+    """`batch_dependent` in which `prompt` kills the process so many times."""
+
+    def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        if any(sample.prompt == prompt for sample in samples):
+            kills = len(log.read_text()) if log.exists() else 0
+            if kills < times:
+                log.write_text("x" * (kills + 1))
+                os.kill(os.getpid(), 9)
+        yield from batch_dependent(config, samples)
+
+    return process
+
+
+@pytest.mark.parametrize(
+    ("kills", "of_slot"),
+    [(1, dict.fromkeys("efgh", (4, 4))), (2, dict.fromkeys("efgh", (1, 1))), (3, dict.fromkeys("egh", (1, 1)))],
+)
+@pytest.mark.parametrize("spill_seconds", [0.0, None], ids=["spilled", "not spilled"])
+def test_kills_in_a_slot_are_told_and_repaired(
+    tmp_path: Path, kills: int, of_slot: dict[str, tuple[int, int]], spill_seconds: float | None
+) -> None:
+    dataset = made_at(tmp_path, spill_seconds=spill_seconds)
+    process = killing("f", tmp_path / "log", kills)
+    assert [in_child(dataset, "low_res", process) for _ in range(kills + 1)] == [-9] * kills + [0]
+    usual = dict.fromkeys("abcdij", (4, 4))
+    assert batches(dataset) == usual | of_slot
+    repaired(dataset)
+
+
+def out_of_memory(prompt: str, largest: int) -> Process:
+    """`batch_dependent` that has memory for `largest` samples at once where `prompt` is among them."""
+
+    def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        size = config.low_res.batch_size
+        for start in range(0, len(samples), size):
+            batch = samples[start : start + size]
+            if len(batch) > largest and any(sample.prompt == prompt for sample in batch):
+                raise OutOfMemory("full", batch=len(batch))
+        yield from batch_dependent(config, samples)
+
+    return process
+
+
+@pytest.mark.parametrize(("largest", "size"), [(2, 2), (1, 1)])
+def test_halved_batches_are_told_and_repaired(dataset: Dataset, largest: int, size: int) -> None:
+    run_stage(dataset, "low_res", 0, process=out_of_memory("f", largest))
+    assert batches(dataset) == dict.fromkeys("abcd", (4, 4)) | dict.fromkeys("efghij", (4, size))
+    repaired(dataset)
+
+
+def test_a_batch_that_does_not_fit_in_a_repair_is_not_halved_to_other_bytes(dataset: Dataset) -> None:
+    run_stage(dataset, "low_res", 0, process=batch_dependent)
+    with pytest.raises(ShardError, match=r"(?s)other samples fail now .*nothing was put back.*OutOfMemory +4"):
+        repaired(dataset, process=out_of_memory("f", 2))
+    run_stage(dataset, "low_res", 0, process=batch_dependent)
+    repaired(dataset)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 16])
+def test_another_batch_size_in_the_configuration_does_not_hinder_a_repair(dataset: Dataset, size: int) -> None:
+    run_stage(dataset, "low_res", 0, process=batch_dependent)
+    changed = with_size(dataset, "low_res", size)
+    repaired(changed)
+    assert run_stage(changed, "low_res", 0, process=batch_dependent).samples_ok == len(PROMPTS)
+
+
+@pytest.mark.parametrize("failing", ["a", "f", "j", "dg"])
+def test_a_failed_sample_keeps_its_place_in_a_repair(tmp_path: Path, failing: str) -> None:
+    prompts = [f"{prompt} bad low_res" if prompt in failing else prompt for prompt in PROMPTS]
+    dataset = made_at(tmp_path, prompts, max_failure_ratio=0.5)
+    receipt = run_stage(dataset, "low_res", 0, process=batch_dependent)
+    assert receipt.samples_failed == len(failing)
+    assert len(receipt.batches) == 1
+    repaired(dataset)
+    assert receipt.ledger
+    before = ledger_rows(dataset.commits("low_res"))
+    dataset.folder.remove(receipt.ledger)
+    repaired(dataset)
+    told = [(row["key"], row["error_class"], row["message"]) for row in ledger_rows(dataset.commits("low_res"))]
+    assert told == [(row["key"], row["error_class"], row["message"]) for row in before]
+
+
+def test_an_error_that_made_a_slot_run_one_by_one_is_told_and_repaired(dataset: Dataset) -> None:
+    def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        if any(sample.prompt == "f" for sample in samples):
+            raise ZeroDivisionError
+        yield from batch_dependent(config, samples)
+
+    assert run_stage(dataset, "low_res", 0, process=process).samples_failed == 1
+    assert batches(dataset) == dict.fromkeys("abcdij", (4, 4)) | dict.fromkeys("egh", (1, 1))
+    repaired(dataset, process=process)
+
+
+def test_outputs_of_a_killed_run_with_another_batch_size_are_told_and_repaired(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.runner.test_resume.FAKES", BATCH_DEPENDENT)
+    assert in_child(dataset, "low_res", killed_at("g", "low_res", tmp_path / "log")) == -9
+    changed = with_size(dataset, "low_res", 3)
+    run_stage(changed, "low_res", 0, process=batch_dependent)
+    assert batches(dataset) == dict.fromkeys("abcd", (4, 4)) | dict.fromkeys("efghij", (3, 3))
+    repaired(dataset)
+    repaired(changed)
+
+
+def good_at_last(samples: Sequence[Sample]) -> list[Sample]:
+    return [replace(sample, prompt=sample.prompt.replace("bad", "good")) for sample in samples]
+
+
+@pytest.mark.parametrize("size", [BATCH, 3, 1])
+def test_a_later_attempt_keeps_the_batches_of_the_earlier_one(tmp_path: Path, size: int) -> None:
+    prompts = ["a", "b bad low_res", "c", "d", "e", "f bad low_res", "g"]
+    dataset = made_at(tmp_path, prompts, max_failure_ratio=0.5)
+    run_stage(dataset, "low_res", 0, process=batch_dependent)
+    first = content(dataset, "low_res")
+
+    def retried(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        yield from batch_dependent(config, good_at_last(samples))
+
+    changed = with_size(dataset, "low_res", size)
+    receipt = run_stage(changed, "low_res", 0, number=2, process=retried)
+    assert (receipt.number, receipt.samples_failed) == (2, 0)
+    usual = dict.fromkeys((prompt for prompt in prompts if "bad" not in prompt), (BATCH, BATCH))
+    assert batches(dataset) == usual | dict.fromkeys(("b bad low_res", "f bad low_res"), (size, size))
+    assert content(dataset, "low_res") != first
+    repaired(changed, process=retried)
+    repaired(dataset, process=retried)
+
+
+@pytest.mark.parametrize(("stage", "size"), [("captions", 5), ("high_res", 9), ("high_res", None)])
+def test_patches_and_views_per_call_are_told_and_repaired_on_another_device(
+    dataset: Dataset, stage: str, size: int | None
+) -> None:
+    """Where nothing is set, the memory of the device decides. The repair runs on one with less memory."""
+    for name in ("low_res", "captions", "high_res"):
+        run_stage(with_size(dataset, stage, size), name, 0, process=BATCH_DEPENDENT[name])
+        if name == stage:
+            break
+    assert batches(dataset, stage) == dict.fromkeys(PROMPTS, (1, size or 16))
+    process = batch_dependent_high_res(7) if stage == "high_res" else BATCH_DEPENDENT[stage]
+    repaired(dataset, stage, process)
+    repaired(with_size(dataset, stage, 2), stage, process)
+
+
+def test_kills_during_a_repair_change_nothing(dataset: Dataset, tmp_path: Path) -> None:
+    run_stage(dataset, "low_res", 0, process=batch_dependent)
+    receipt = dataset.commits("low_res").read(0)
+    assert receipt
+    before, name = content(dataset, "low_res"), receipt.objects[0].name
+    dataset.folder.write(name, b"")
+    dataset.commits("low_res").mark(0, [name])
+    process = killing("f", tmp_path / "log", 2)
+    assert [in_child(dataset, "low_res", process) for _ in range(3)] == [-9, -9, 0]
+    assert content(dataset, "low_res") == before
+    repaired(dataset)
+
+
+def test_a_repair_that_was_killed_three_times_says_so_and_is_tried_again(dataset: Dataset, tmp_path: Path) -> None:
+    run_stage(dataset, "low_res", 0, process=batch_dependent)
+    receipt = dataset.commits("low_res").read(0)
+    assert receipt
+    before, name = content(dataset, "low_res"), receipt.objects[0].name
+    dataset.folder.write(name, b"")
+    dataset.commits("low_res").mark(0, [name])
+    process = killing("f", tmp_path / "log", 3)
+    assert [in_child(dataset, "low_res", process) for _ in range(3)] == [-9] * 3
+    with pytest.raises(ShardError, match=r"(?s)nothing was put back.*the process died 3 times"):
+        run_stage(dataset, "low_res", 0, process=process)
+    run_stage(dataset, "low_res", 0, process=process)
+    assert content(dataset, "low_res") == before
+
+
+def test_outputs_of_a_repair_on_a_wrong_machine_do_not_hinder_the_next_one(dataset: Dataset) -> None:
+    run_stage(dataset, "low_res", 0, process=batch_dependent)
+
+    def other(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        for output in batch_dependent(config, samples):
+            yield replace(output, files={**output.files, "txt": b"another machine's"})
+
+    with pytest.raises(ShardError, match="came out with other bytes"):
+        repaired(dataset, process=other)
+    run_stage(dataset, "low_res", 0, process=batch_dependent)
+    repaired(dataset)
+
+
+def test_a_stage_with_slots_is_repaired_although_samples_became_good_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier stage had lost took no place in the slots of that attempt."""
+
+    def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        for place, sample in enumerate(samples):
+            files = BATCH_DEPENDENT["low_res"](config, [sample])
+            told = f"{place} of {''.join(each.prompt[0] for each in samples)}".encode()
+            yield from (replace(output, files={**output.files, "txt": told}) for output in files)
+
+    together = Stage(
+        "together",
+        process=process,
+        identity=lambda config, weights: {},
+        doing="seeing samples together",
+        reads=("low_res",),
+        slot=lambda config: 3,
+    )
+    register(together)
+    try:
+        prompts = ["a", "b bad low_res", "c", "d", "e", "f", "g"]
+        dataset = made_at(tmp_path, prompts, max_failure_ratio=0.5)
+        run_stage(dataset, "low_res", 0, process=batch_dependent)
+        told = run_stage(dataset, "together", 0)
+        assert [batch.lost for batch in told.batches] == [tuple(told.lost_keys)]
+
+        def retried(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+            yield from batch_dependent(config, good_at_last(samples))
+
+        run_stage(dataset, "low_res", 0, number=2, process=retried)
+        monkeypatch.setitem(STAGES, "together", replace(together, process=_all_good(process)))
+        assert run_stage(dataset, "together", 0).number == 2
+        repaired(dataset, "together", _all_good(process))
+    finally:
+        STAGES.pop("together")
+
+
+def _all_good(process: Process) -> Process:
+    return lambda config, samples: process(config, good_at_last(samples))
+
+
+def test_a_record_without_batches_is_repaired_in_the_batches_of_the_configuration(dataset: Dataset) -> None:
+    receipt = run_stage(dataset, "low_res", 0, process=batch_dependent)
+    name = layout.commit("low_res", receipt.stage_hash, 0, 1)
+    record = json.loads(dataset.folder.read(name))
+    del record["batches"]
+    dataset.folder.write(name, json.dumps(record).encode())
+    repaired(dataset)
+    with pytest.raises(ShardError, match="came out with other bytes"):
+        repaired(with_size(dataset, "low_res", 2))
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        [{"slot": 0}],
+        [{"slot": "4"}],
+        [{"slot": 4, "size": 0}],
+        [{"slot": 4, "size": 4, "shards": 1}],
+        [{"slot": 4, "size": 4}, {"slot": 1, "size": 1}],
+        [{"slot": 4, "keys": ["k"]}, {"slot": 1, "keys": ["k"]}],
+        {},
+        [4],
+    ],
+)
+def test_a_record_with_impossible_batches_is_a_damaged_record(dataset: Dataset, told: object) -> None:
+    receipt = run_stage(dataset, "low_res", 0, process=batch_dependent)
+    name = layout.commit("low_res", receipt.stage_hash, 0, 1)
+    record = json.loads(dataset.folder.read(name))
+    dataset.folder.write(name, json.dumps({**record, "batches": told}).encode())
+    with pytest.raises(ShardError, match="damaged commit record"):
+        dataset.commits("low_res").read(0)
+
+
+def test_the_record_of_a_usual_shard_names_no_sample() -> None:
+    usual, alone = Batch(slot=8, size=8, threads=2), Batch(slot=1, size=1, threads=2)
+    assert recorded(dict.fromkeys("abc", usual), "abc") == (usual,)
+    mixed = {"a": alone, "b": usual, "c": usual}
+    assert recorded(mixed, "abc") == (usual, replace(alone, keys=("a",)))
+    assert batch_of_each(recorded(mixed, "abc"), "abc") == mixed
+    part = recorded({"b": usual}, "abc")
+    assert batch_of_each(part, "abc") == {"b": usual}, "of the others nothing is known"
+    assert recorded({}, "") == ()
+
+
+def torch_dependent(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+    """`batch_dependent` that also depends on the number of torch's threads, as sums on a CPU do."""
+    threads = torch.get_num_threads()
+    for output in batch_dependent(config, samples):
+        yield replace(output, files={**output.files, "txt": str(threads).encode()})
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_a_repair_computes_with_the_threads_that_the_record_names(
+    dataset: Dataset, threads: Callable[[int], None]
+) -> None:
+    threads(2)
+    receipt: Receipt = run_stage(dataset, "low_res", 0, process=torch_dependent)
+    assert {batch.threads for batch in receipt.batches} == {2}
+    threads(1)
+    repaired(dataset, process=torch_dependent)
+    assert torch.get_num_threads() == 1
+
+    def other(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        for output in torch_dependent(config, samples):
+            yield replace(output, files={**output.files, "txt": b"another torch"})
+
+    with pytest.raises(ShardError, match=r"came out with other bytes .*, 2 torch threads\)"):
+        repaired(dataset, process=other)
+
+
+def test_a_method_without_batches_that_runs_out_of_memory_costs_the_sample(tmp_path: Path) -> None:
+    dataset = made_at(tmp_path, upscale={"method": "lanczos"}, quality={"clip": None})
+    run_stage(dataset, "low_res", 0, process=batch_dependent)
+
+    def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        if samples[0].prompt == "c":
+            raise MemoryError
+        yield from batch_dependent(config, samples)
+
+    receipt = run_stage(dataset, "high_res", 0, process=process)
+    assert (receipt.samples_ok, receipt.samples_failed) == (9, 1)
+    assert receipt.batches == (replace(receipt.batches[0], slot=1, size=1, keys=()),)
+    repaired(dataset, "high_res", process)
