@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,7 @@ from resmaster_stages.config.load import parse_config
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.dataset.plan import Plan, read_plan
+from resmaster_stages.dataset.records import CHANGED, signed, unsigned
 from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.errors import ConfigError, PlanError, UserError
 from resmaster_stages.redaction import one_line, without_credentials
@@ -82,11 +83,9 @@ def create_or_open(config: DatasetConfig, found: Dataset | None = None) -> Datas
             require_one_winner(folder)
         if found and _dump(found.config) == _dump(config):
             return found
-        try:
+        with suppress(FileExistsError):
             folder.create(layout.CONFIG, _dump(config))
-        except FileExistsError:
-            return _adopt(folder, config)
-    return Dataset(folder, config)
+        return _adopt(folder, config)
 
 
 def find_dataset(config: DatasetConfig) -> Dataset | None:
@@ -125,7 +124,7 @@ def open_dataset(url: str) -> Dataset:
     if not _has_config(folder):
         below = [name for name in folder.names("") if _has_config(folder.sub(name))]
         if not below:
-            raise ConfigError(f"{folder.url}: no dataset here (no config.json); make one with: resmaster run CONFIG")
+            raise ConfigError(f"{folder.url}: {_no_dataset(folder)}")
         if len(below) > 1:
             raise ConfigError(f"{folder.url}: several datasets here ({', '.join(below)}); name one: {folder.url}/NAME")
         folder = folder.sub(below[0])
@@ -134,6 +133,13 @@ def open_dataset(url: str) -> Dataset:
 
 def _has_config(folder: Folder) -> bool:
     return folder.exists(layout.CONFIG)
+
+
+def _no_dataset(folder: Folder) -> str:
+    """Why no dataset can be opened in a folder without `config.json`, and what to do."""
+    if folder.names(layout.PLAN) or folder.names(layout.COMMITS):
+        return "config.json is gone; restore it from a copy, or run the same configuration again: resmaster run CONFIG"
+    return "no dataset here (no config.json); make one with: resmaster run CONFIG"
 
 
 def _adopt(folder: Folder, config: DatasetConfig) -> Dataset:
@@ -183,7 +189,9 @@ def _current(folder: Folder) -> tuple[int, DatasetConfig]:
     name = layout.changed_config(number) if number else layout.CONFIG
     place = without_credentials(folder.url_of(name))
     try:
-        values = json.loads(folder.read(name))
+        values = json.loads(unsigned(folder.read(name)))
+        if isinstance(values, dict) and "sha256" in values:  # the end of the text is not as `signed` writes it
+            raise ValueError(CHANGED)
     except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{place}: damaged ({error}); restore it, or delete it and run the same configuration again"
@@ -195,8 +203,7 @@ def _current(folder: Folder) -> tuple[int, DatasetConfig]:
 
 def _dump(config: DatasetConfig) -> bytes:
     """A configuration as canonical, indented JSON without credentials."""
-    values = _clean(config.model_dump(mode="json"))
-    return (json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    return signed(_clean(config.model_dump(mode="json")), indent=2)
 
 
 def _clean(value: Any) -> Any:

@@ -45,8 +45,10 @@ PUBLICATION = "publication.json"
 _NUMBERED = re.compile(r"(?:.*/)?(\d{4,6})\.json")
 _NAMESPACE = re.compile(r"commits/([a-z_]+)-([0-9a-f]{8})")
 _RECORD = re.compile(r"(?:.*/)?(\d{6})(?:\.([2-9]|[1-9]\d+))?\.json")
-_OBJECT = re.compile(r"([a-z_]+)/\d{6}-[0-9a-f]{8}\.(?:tar|parquet|features\.parquet)")
-_PLAN_FILE = re.compile(r"plan/gen-\d{4}/(?:part-\d{5}|rejected|duplicates)-[0-9a-f]{8}\.parquet")
+_OBJECT = re.compile(r"([a-z_]+)/(\d{6})-[0-9a-f]{8}\.(?:tar|parquet|features\.parquet)")
+_GENERATION = re.compile(r"plan/gen-(\d{4})")
+_PLAN_PART = re.compile(r"plan/gen-\d{4}/part-\d{5}-[0-9a-f]{8}\.parquet")
+_PLAN_FILE = re.compile(r"plan/gen-(\d{4})/(?:part-\d{5}|rejected|duplicates)-[0-9a-f]{8}\.parquet")
 _TEMPORARY = re.compile(r"(?:.*/)?\.[^/]+\.[0-9a-f]{8}\.tmp")
 _LEDGER = re.compile(r"errors/[a-z_]+/(\d{6})-[0-9a-f]{8}\.parquet")
 _FAILED_ATTEMPT = re.compile(r"attempts/[a-z_]+-[0-9a-f]{8}/(\d{6})-(\d{8}T\d{12})-([0-9a-f]{8})-(\w{1,80})\.json")
@@ -188,13 +190,29 @@ def number_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def object_of(name: str) -> tuple[str, int] | None:
+    """(stage, shard) from the name of an object of one attempt; None for any other name."""
+    found = _OBJECT.fullmatch(name)
+    return (found[1], int(found[2])) if found and found[1] in STAGES else None
+
+
+def generation_of(name: str) -> int | None:
+    """The generation from the name of a plan's folder or of a file in it that a planner wrote; None for others."""
+    found = _GENERATION.fullmatch(name) or _PLAN_FILE.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def is_plan_part(name: str) -> bool:
+    """Whether `name` is that of a file of planned samples."""
+    return bool(_PLAN_PART.fullmatch(name))
+
+
 def is_attempt(name: str) -> bool:
     """Whether `name` is that of an object or plan file of one attempt.
 
     Only a record makes such a file part of the dataset.
     """
-    found = _OBJECT.fullmatch(name)
-    return (found is not None and found[1] in STAGES) or bool(_PLAN_FILE.fullmatch(name))
+    return object_of(name) is not None or bool(_PLAN_FILE.fullmatch(name))
 
 
 def is_temporary(name: str) -> bool:

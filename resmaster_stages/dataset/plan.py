@@ -6,14 +6,16 @@ Invariants:
 - A generation is immutable once its `_PLAN.json` exists. Of racing planners, exactly one writes that file.
 - New samples append a generation with new shards. Samples never move: the last shard of a generation may stay partial.
 - Shard numbers and indices are dense from 0. A key occurs once.
+- Where commits are there already, because a plan was lost, only a generation that fits them becomes valid.
+- The last file of a generation holds all that its record says, so that a lost record can be made again (`lost_plan`).
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -22,10 +24,11 @@ from pydantic import ConfigDict, NonNegativeInt, PositiveInt, with_config
 
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import StoredObject, described, discard, new_attempt
-from resmaster_stages.dataset.records import parse_record
+from resmaster_stages.dataset.commits import all_records
+from resmaster_stages.dataset.records import parse_record, record_text
 from resmaster_stages.dataset.schemas import DUPLICATES_SCHEMA, PLAN_SCHEMA, REJECTED_SCHEMA
 from resmaster_stages.errors import PlanError
-from resmaster_stages.keys import canonical_json, prompt_key
+from resmaster_stages.keys import canonical_json, digest, digest_of_keys, prompt_key
 from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.tables import decode_table, encode_table
 
@@ -189,18 +192,55 @@ def find_plan(folder: Folder) -> Plan:
     """The plan of a dataset. Without a plan, the result has no generations. Raises PlanError if it is damaged."""
     generations: list[Generation] = []
     while True:
-        name = layout.plan_record(len(generations))
+        name, mend = layout.plan_record(len(generations)), "restore it from a copy, or run: resmaster repair"
         try:
-            found = parse_record(Generation, folder.read(name))
-            _check_numbers(found, generations)
-        except FileNotFoundError:
-            return Plan(folder, tuple(generations))
+            found = read_generation(folder, generations)
         except ValueError as error:
-            raise PlanError(f"{folder.url_of(name)}: damaged ({error}); restore it from a copy") from error
+            raise PlanError(f"{folder.url_of(name)}: damaged ({error}); {mend} {folder.url}") from error
+        if found is None:
+            if len(generations) < last_generation(folder):
+                raise PlanError(f"{folder.url_of(name)}: gone; {mend} {folder.url}")
+            return Plan(folder, tuple(generations))
         generations.append(found)
 
 
-def _check_numbers(generation: Generation, before: Sequence[Generation]) -> None:
+def read_generation(folder: Folder, before: Sequence[Generation]) -> Generation | None:
+    """The generation that follows `before`; None if it has no record. Raises ValueError if its record is damaged."""
+    try:
+        found = parse_record(Generation, folder.read(layout.plan_record(len(before))))
+    except FileNotFoundError:
+        return None
+    check_numbers(found, before)
+    return found
+
+
+def last_generation(folder: Folder) -> int:
+    """The highest number of a generation that has a record, readable or not; -1 if there is none."""
+    numbers = (layout.generation_of(name) for name in folder.names(layout.PLAN))
+    found = (number for number in numbers if number is not None and folder.exists(layout.plan_record(number)))
+    return max(found, default=-1)
+
+
+def committed_shards(folder: Folder) -> int:
+    """The highest number of a shard with a commit record, of any stage and configuration, plus 1. From listings."""
+    groups = folder.names(layout.COMMITS)
+    places = (layout.attempt_of(name) for group in groups for name in folder.names(group))
+    return max((place[0] + 1 for place in places if place), default=0)
+
+
+def contradicted(plan: Plan, first_shard: int) -> int | None:
+    """A shard of a plan, from `first_shard` on, whose commits are of other samples than the plan's; None if all fit."""
+    for record in all_records(plan.folder):
+        receipt = record.receipt
+        if receipt is not None and first_shard <= receipt.shard < plan.shards:
+            left_out = {*receipt.failed_keys, *receipt.lost_keys}
+            keys = [sample.key for sample in plan.read(receipt.shard) if sample.key not in left_out]
+            if digest_of_keys(keys) != receipt.keys_digest:
+                return receipt.shard
+    return None
+
+
+def check_numbers(generation: Generation, before: Sequence[Generation]) -> None:
     """Raise ValueError if the numbers of a generation contradict each other or those of the generations before it."""
     shard = sum(each.shards for each in before)
     fits = (generation.number, generation.first_shard) == (len(before), shard)
@@ -215,6 +255,11 @@ def read_plan(folder: Folder) -> Plan:
     """The plan of a dataset. Raises PlanError if there is none yet."""
     plan = find_plan(folder)
     if not plan.generations:
+        if committed_shards(folder):
+            raise PlanError(
+                f"{folder.url}: its plan is gone, and its commits are there; restore the folder plan/ from a copy, or "
+                f"run: resmaster repair {folder.url}"
+            )
         raise PlanError(f"{folder.url}: has no plan yet; start with: resmaster run CONFIG")
     return plan
 
@@ -244,17 +289,15 @@ class GenerationWriter:
 
     def add(self, sample: SampleSpec) -> None:
         """Add one sample."""
+        if len(self._rows) == self._rows_per_part:  # not earlier, because the last file is written with the record
+            self._flush()
         shard = self._plan.shards + self.samples // self._samples_per_shard
         self._rows.append({**asdict(sample), "shard": shard, "index": self._plan.samples + self.samples})
         self.samples += 1
-        if len(self._rows) == self._rows_per_part:
-            self._flush()
 
-    def _flush(self) -> None:
+    def _flush(self, facts: dict[str, str] | None = None) -> None:
         name = layout.plan_part(self._number, len(self._parts), self._attempt)
-        stored = self._store(name, encode_table(self._rows, PLAN_SCHEMA))
-        first, last = self._rows[0]["shard"], self._rows[-1]["shard"]
-        self._parts.append(Part(stored, first, last - first + 1))
+        self._parts.append(part_of(self._store(name, encode_table(self._rows, PLAN_SCHEMA, facts)), self._rows))
         self._rows = []
 
     def _store(self, name: str, data: bytes) -> StoredObject:
@@ -264,10 +307,8 @@ class GenerationWriter:
 
     def commit(self, rejected: Sequence[Rejected], duplicates: Sequence[Duplicate]) -> bool:
         """Make the added samples (at least one) part of the plan. False if another planner was faster; then the plan
-        must be read again."""
+        must be read again. Raises PlanError if commits are there that are of other samples."""
         folder = self._plan.folder
-        if self._rows:
-            self._flush()
         refused = repeated = None
         if rejected:
             table = encode_table([asdict(item) for item in rejected], REJECTED_SCHEMA)
@@ -286,9 +327,12 @@ class GenerationWriter:
             duplicates=repeated,
             duplicates_count=len(duplicates),
         )
+        self._flush(facts_of(generation, self._rows))
+        generation = replace(generation, parts=tuple(self._parts))
+        self._check(generation)
         files, self._unnamed = self._unnamed, []  # while it is unknown who won, nothing is deleted
         try:
-            folder.create(layout.plan_record(self._number), (canonical_json(asdict(generation)) + "\n").encode())
+            folder.create(layout.plan_record(self._number), record_text(generation))
         except FileExistsError:
             winner = find_plan(folder).generations[self._number]
             if winner.parts and winner.parts[0].stored == self._parts[0].stored:
@@ -296,6 +340,31 @@ class GenerationWriter:
             self._unnamed = files
             return False
         return True
+
+    def _check(self, generation: Generation) -> None:
+        """Raise PlanError if commits contradict the new generation: an earlier plan was lost, and was another one."""
+        plan = self._plan
+        if committed_shards(plan.folder) <= generation.first_shard:
+            return
+        new = Plan(plan.folder, (*plan.generations, generation))
+        if (shard := contradicted(new, generation.first_shard)) is not None:
+            raise PlanError(
+                f"{plan.folder.url}: a part of its plan is gone, and the commits of shard {shard} are of other samples "
+                f"than these prompts or images give; restore the folder plan/ from a copy, or run with the prompts or "
+                f"images that the lost part was made from"
+            )
+
+
+def part_of(stored: StoredObject, rows: Sequence[Mapping[str, Any]]) -> Part:
+    """The part of a generation that the file `stored` with these rows is."""
+    first, last = rows[0]["shard"], rows[-1]["shard"]
+    return Part(stored, first, last - first + 1)
+
+
+def facts_of(generation: Generation, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What the last file of a generation says beside its rows: the generation without this file, and a digest of the
+    rows, so that a whole file can be told from a damaged one."""
+    return {"generation": canonical_json(asdict(generation)), "rows_sha256": digest(list(rows))}
 
 
 @functools.lru_cache(maxsize=2)

@@ -11,6 +11,8 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pydantic import ConfigDict, with_config
+
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import Receipt, StoredObject
 from resmaster_stages.dataset.records import parse_record, record_text
@@ -18,6 +20,7 @@ from resmaster_stages.errors import ShardError, UserError
 from resmaster_stages.storage.filesystem import Folder
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class PublicationRecord:
     """The content of the record."""
@@ -25,6 +28,8 @@ class PublicationRecord:
     commits: str
     """Digest (`CommitsDigest`) of the commits of the published shards."""
     files: tuple[StoredObject, ...]
+    config: StoredObject
+    """The configuration that counted. It is no part of the publication, and never changes."""
 
 
 class CommitsDigest:

@@ -1,12 +1,17 @@
 """Writes records (frozen dataclasses) as JSON and reads them back.
 
+The last field of a record is `sha256`, the digest of all bytes before that field. So any change to a record is noticed
+by everyone who reads it. A record without this field, as earlier versions wrote it, is read too.
+
 Invariant: a record that is read has exactly the types of its class, so its users need not check them.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import re
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -14,19 +19,41 @@ from pydantic import TypeAdapter, ValidationError
 
 Record = TypeVar("Record")
 
+CHANGED = "sha256: differs, so the file was changed since it was written"
+_SIGNED = re.compile(rb'(.*),\n +"sha256": "([0-9a-f]{64})"\n\}\n', re.DOTALL)
+
 
 def record_text(record: Any) -> bytes:
     """A record as sorted, indented JSON that ends with a newline."""
-    return (json.dumps(asdict(record), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    return signed(asdict(record), indent=1)
+
+
+def signed(values: dict[str, Any], indent: int) -> bytes:
+    """Values as sorted, indented JSON, with the digest of the text as the last field."""
+    text = json.dumps(values, indent=indent, sort_keys=True, ensure_ascii=False).removesuffix("\n}").encode()
+    digest = hashlib.sha256(text).hexdigest()
+    return text + f',\n{" " * indent}"sha256": "{digest}"\n}}\n'.encode()
+
+
+def unsigned(text: bytes) -> bytes:
+    """The JSON without the digest that `signed` added. Raises ValueError if the text does not fit its digest."""
+    found = _SIGNED.fullmatch(text)
+    if found is None:
+        return text
+    if hashlib.sha256(found[1]).hexdigest() != found[2].decode():
+        raise ValueError(CHANGED)
+    return found[1] + b"\n}"
 
 
 def parse_record(kind: type[Record], text: bytes) -> Record:
     """The inverse of `record_text`. Raises ValueError, in one line, for any other text."""
     try:
-        record: Record = _adapter(kind).validate_json(text, strict=True)  # type: ignore[arg-type]
+        record: Record = _adapter(kind).validate_json(unsigned(text), strict=True)  # type: ignore[arg-type]
         return record
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
+        if first["loc"] == ("sha256",):  # the end of the text is not as `signed` writes it
+            raise ValueError(CHANGED) from error
         place = ".".join(map(str, first["loc"])) or "JSON"
         raise ValueError(f"{place}: {first['msg']}") from error
 

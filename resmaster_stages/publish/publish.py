@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from resmaster_stages.dataset.dataset import Dataset
+from resmaster_stages.dataset.commit import described
+from resmaster_stages.dataset.dataset import Dataset, current_config
 from resmaster_stages.dataset.publication import PublicationRecord, write_publication
 from resmaster_stages.publish.card import Publication
 from resmaster_stages.publish.manifest import write_manifest
@@ -16,5 +17,7 @@ def publish(dataset: Dataset) -> Publication:
     """
     published = write_manifest(dataset)
     files = (*published.files, *write_report(dataset))
-    write_publication(dataset.folder, PublicationRecord(published.commits, files))
+    name = current_config(dataset.folder)
+    config = described(name, dataset.folder.read(name))
+    write_publication(dataset.folder, PublicationRecord(published.commits, files, config))
     return published

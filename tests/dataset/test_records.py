@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import Receipt, StoredObject
 from resmaster_stages.dataset.plan import find_plan
 from resmaster_stages.dataset.publication import PublicationRecord
-from resmaster_stages.dataset.records import parse_record, record_text
+from resmaster_stages.dataset.records import parse_record, record_text, unsigned
 from resmaster_stages.errors import PlanError
 from tests.fake_stages import planned
 
@@ -20,7 +20,7 @@ OBJECT = StoredObject("low_res/000000-00000000.tar", "0" * 64, 7)
 RECEIPT = Receipt(
     "low_res", "ab" * 32, 0, "0" * 8, 0, 2, 1, ("k",), "0" * 64, {"a": "b"}, "2026-11-28T12:00:00+00:00", (OBJECT,)
 )
-PUBLICATION = PublicationRecord("0" * 64, (OBJECT,))
+PUBLICATION = PublicationRecord("0" * 64, (OBJECT,), replace(OBJECT, name=layout.CONFIG))
 
 
 def changed(values: Any) -> Iterator[Any]:
@@ -40,15 +40,29 @@ def changed(values: Any) -> Iterator[Any]:
 @pytest.mark.parametrize("record", [RECEIPT, PUBLICATION])
 def test_values_of_other_types_and_other_names_are_refused(record: Any) -> None:
     assert parse_record(type(record), record_text(record)) == record
-    values = {
-        name: value for name, value in json.loads(record_text(record)).items() if name not in ("ledger", "provenance")
-    }
+    written = json.loads(unsigned(record_text(record)))
+    values = {name: value for name, value in written.items() if name not in ("ledger", "provenance")}
+    assert parse_record(type(record), json.dumps(values).encode()), "all else is refused for its own sake"
     tried = list(changed(values))
     assert len(tried) > 10
     for each in tried:
         with pytest.raises(ValueError, match=": ") as caught:
             parse_record(type(record), json.dumps(each).encode())
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("record", [RECEIPT, PUBLICATION])
+def test_any_change_to_a_record_is_noticed(record: Any) -> None:
+    text = record_text(record)
+    for at in range(len(text)):
+        for bit in (0, 3, 6):
+            with pytest.raises(ValueError, match=": "):
+                parse_record(type(record), text[:at] + bytes([text[at] ^ 1 << bit]) + text[at + 1 :])
+        with pytest.raises(ValueError, match=": "):
+            parse_record(type(record), text[:at])
+    other = json.dumps({**json.loads(text), "files" if record is PUBLICATION else "images": []}, indent=1)
+    with pytest.raises(ValueError, match="sha256: differs, so the file was changed since it was written"):
+        parse_record(type(record), other.encode())
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"null", b"[]", b"{}", b"\xff", b"NaN", b"1" * 5000, b"[" * 100_000])
@@ -96,6 +110,6 @@ def test_facts_of_other_types_are_refused(facts: dict[str, Any]) -> None:
 def test_a_plan_whose_numbers_contradict_each_other_is_damaged(values: dict[str, Any], tmp_path: Path) -> None:
     folder = planned(tmp_path / "out", ["a", "b", "c"], tmp_path).folder
     name = layout.plan_record(0)
-    folder.write(name, json.dumps({**json.loads(folder.read(name)), **values}).encode())
+    folder.write(name, json.dumps({**json.loads(unsigned(folder.read(name))), **values}).encode())
     with pytest.raises(PlanError, match=r"_PLAN\.json: damaged \(.*\); restore it from a copy"):
         find_plan(folder)

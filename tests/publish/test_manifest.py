@@ -15,6 +15,7 @@ from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.plan import Plan, read_plan
+from resmaster_stages.dataset.records import unsigned
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.dataset.stages import STAGES
@@ -273,7 +274,7 @@ def test_a_later_attempt_is_all_that_readers_see_of_its_shard(tmp_path: Path) ->
 def test_places_that_do_not_fit_are_refused(tmp_path: Path, change: str | None, said: str) -> None:
     dataset = build(tmp_path, tmp_path, shards=[0])
     (path,) = (tmp_path / "demo" / "commits").glob("high_res-*/*.json")
-    record = json.loads(path.read_text())
+    record = json.loads(unsigned(path.read_bytes()))
     record["images"] = [change, *record["images"][1:]] if change else record["images"][1:]
     path.write_text(json.dumps(record))
     with pytest.raises(ShardError, match=said):
