@@ -109,7 +109,7 @@ class Breadcrumbs:
 
     def _write(self, where: list[str]) -> None:
         found = {"process": self._me, "attempt": self._attempt, "at": where, "strikes": self.strikes}
-        with suppress(FileNotFoundError):  # the folder was deleted while the file was written
+        with suppress(FileNotFoundError, FileExistsError):  # the folder was deleted while it was made or written to
             self.folder.write(self._name, json.dumps(found, sort_keys=True).encode())
             self._written = where
 

@@ -1,12 +1,14 @@
 """Twelve processes, one shard, and each attempt at it.
 
-One of them wins, all return its receipt, and the others' objects are gone.
+One of them wins, all return its receipt, and the others' objects are gone. A loser that is still at work goes on,
+although the winner deletes the shard's cache.
 """
 
 import json
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +80,33 @@ def test_twelve_processes_race_for_a_shard(
     assert kept is not None
     assert first in (None, kept), "what was committed stays as it was"
     assert [row["attempt"] for row in ledger_rows(dataset.commits("low_res"))] == [kept.attempt]
+
+
+def drop_again_and_again(url: str, names: list[str], started: Any) -> None:
+    """Delete these folders without end, as winners do once."""
+    folder = open_dataset(url).folder
+    while True:
+        for name in names:
+            with suppress(OSError):
+                folder.remove_all(name)
+        started.set()
+
+
+def test_a_loser_goes_on_while_the_winner_deletes_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every sample is spilled, and every batch has a breadcrumb of its own; both are deleted while they are written."""
+    monkeypatch.setattr("resmaster_stages.runner.quarantine.SLOW_SECONDS", 0.0)
+    prompts = [f"{number} of many" for number in range(800)]
+    dataset = planned(tmp_path / "out", prompts, tmp_path, samples_per_shard=100, spill_seconds=0)
+    hashed = dataset.hashes["low_res"]
+    names = [layout.spill_folder("low_res", hashed, shard) for shard in range(8)]
+    context = multiprocessing.get_context("forkserver")
+    started = context.Event()
+    winner = context.Process(target=drop_again_and_again, args=(dataset.url, names, started), daemon=True)
+    winner.start()
+    try:
+        assert started.wait(120)
+        receipts = [run_stage(dataset, "low_res", shard, process=low_res) for shard in range(8)]
+    finally:
+        winner.kill()
+        winner.join(60)
+    assert [receipt.samples_ok for receipt in receipts] == [100] * 8

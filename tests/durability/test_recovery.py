@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -36,14 +37,39 @@ def write_config(folder: Path, **values: object) -> Path:
 
 
 def start(config: Path, root: Path, *extra: str) -> subprocess.Popen[str]:
+    return command("run", str(config), "--root", str(root), *extra)
+
+
+def command(*words: str, threads: int = 1) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "resmaster_flows.cli.main", "run", str(config), "--root", str(root), *extra],
+        [sys.executable, "-m", "resmaster_flows.cli.main", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
     )
+
+
+def found(root: Path, pattern: str) -> list[str]:
+    texts = []
+    for path in (root / "tiny").glob(pattern):
+        with suppress(FileNotFoundError):  # it may go at any time
+            texts.append(path.read_text())
+    return texts
+
+
+def kill_when(config: Path, root: Path, awaited: str) -> None:
+    """Start a build, and kill all of its processes as soon as there is a file `awaited` that was not there before."""
+    before = found(root, awaited)
+    process = start(config, root)
+    deadline = time.monotonic() + 150
+    while found(root, awaited) in ([], before):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -84,14 +110,7 @@ def test_killed_and_run_again_gives_the_same_bytes(uninterrupted: tuple[Path, Pa
     root = tmp_path / "out"
 
     for awaited in ("commits/low_res-*/000000.json", "commits/high_res-*/000000.json"):
-        process = start(config, root)
-        deadline = time.monotonic() + 150
-        while not list((root / "tiny").glob(awaited)):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill_when(config, root, awaited)
 
     before = receipts(root)
     assert 0 < len(before) < 8
@@ -106,6 +125,28 @@ def test_killed_and_run_again_gives_the_same_bytes(uninterrupted: tuple[Path, Pa
     again = finish(start(config, root))
     assert receipts(root) == after
     assert "3 samples" in again
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_a_build_that_was_killed_twice_in_one_batch_is_repaired_to_its_own_bytes(tmp_path: Path) -> None:
+    """On a machine with another number of cores, too."""
+    config = write_config(tmp_path, samples_per_shard=3, low_res={"steps": 50})
+    root = tmp_path / "out"
+    for _ in range(2):  # the breadcrumb is there while the batch is computed, which takes seconds
+        kill_when(config, root, "cache/low_res-*/at.json")
+    finish(start(config, root))
+    record = receipts(root)["low_res", "000000"]
+    assert [(batch["slot"], batch["size"], batch["threads"]) for batch in record["batches"]] == [(1, 1, 1)]
+    before = contents(root)
+    for each in receipts(root).values():
+        os.truncate(root / "tiny" / each["objects"][0]["name"], 1000)
+    verified = command("verify", str(root))
+    verified.communicate(timeout=170)
+    assert verified.returncode == 1
+    finish(command("repair", str(root), threads=2))
+    assert contents(root) == before
+    assert len(before) == 4
 
 
 @pytest.mark.slow
