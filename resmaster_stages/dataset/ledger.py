@@ -21,11 +21,13 @@ from resmaster_stages.errors import ShardError, UserError
 from resmaster_stages.keys import digest
 from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.store_errors import is_damage
-from resmaster_stages.storage.tables import decode_table, encode_table, facts_of
+from resmaster_stages.storage.tables import decode_table, encode_table, facts_of, written_by
 
 log = logging.getLogger(__name__)
 
 MESSAGE_CHARACTERS = 1000
+DIGEST = "rows_sha256"
+"""Name in a ledger's metadata of the digest of its rows."""
 
 
 def ledger_rows(commits: Commits, shards: set[int] | None = None) -> list[dict[str, Any]]:
@@ -62,7 +64,7 @@ def encode_failures(commits: Commits, shard: int, attempt: str, failures: Sequen
         }
         for key, error in failures
     ]
-    return encode_table(rows, LEDGER_SCHEMA, {"rows_sha256": digest(rows)})
+    return encode_table(rows, LEDGER_SCHEMA, {DIGEST: digest(rows)})
 
 
 def _decoded(data: bytes, name: str) -> list[dict[str, Any]]:
@@ -72,7 +74,7 @@ def _decoded(data: bytes, name: str) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = table.to_pylist()
     except ValueError as error:  # text that is no UTF-8
         raise ShardError(f"{name}: a row cannot be read ({redaction.one_line(error)})") from error
-    if facts_of(data, name).get("rows_sha256", digest(rows)) != digest(rows):  # of earlier versions it has no digest
+    if facts_of(data, name).get(DIGEST, digest(rows)) != digest(rows):  # of earlier versions it has no digest
         raise ShardError(f"{name}: its rows were changed since they were written (sha256 differs)")
     return rows
 
@@ -94,13 +96,19 @@ def first_errors(failures: Sequence[tuple[str, Exception]]) -> str:
 
 
 def ledger_is_whole(folder: Folder, name: str) -> bool:
-    """Whether an error ledger can be read, and its rows are as they were written."""
+    """Whether an error ledger can be read, and is as it was written.
+
+    Commit records hold only its name. So its rows are encoded again, which gives its bytes if the same version of the
+    library wrote it. Of other versions only the rows are checked.
+    """
     try:
-        _decoded(folder.read(name), name)
+        data = folder.read(name)
+        rows, facts = _decoded(data, name), facts_of(data, name)
+        again = encode_table(rows, LEDGER_SCHEMA, {DIGEST: facts[DIGEST]} if DIGEST in facts else None)
+        return data == again or written_by(data, name) != written_by(again, name)
     except (FileNotFoundError, ShardError):
         return False
     except (OSError, UserError) as error:
         if is_damage(error):
             return False
         raise
-    return True

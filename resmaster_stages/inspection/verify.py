@@ -11,7 +11,6 @@ Invariants:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,12 +20,11 @@ from typing import Literal
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import Receipt, StoredObject, difference
 from resmaster_stages.dataset.commits import Record, all_records
-from resmaster_stages.dataset.dataset import Dataset, current_config
+from resmaster_stages.dataset.dataset import Dataset, config_values, current_config
 from resmaster_stages.dataset.ledger import ledger_is_whole
 from resmaster_stages.dataset.lost_plan import LostRecord, survey
 from resmaster_stages.dataset.plan import Plan, fits
 from resmaster_stages.dataset.publication import PublicationRecord, read_publication
-from resmaster_stages.dataset.records import unsigned
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import PlanError, ShardError, UserError
 from resmaster_stages.inspection.published import published_shards
@@ -142,14 +140,12 @@ def _named(dataset: Dataset, damage: list[Damage]) -> Iterator[_Named]:
     for generation in plan.generations:
         yield from (_Named(PLAN, None, stored, True) for stored in generation.objects)
     current = {layout.commit_folder(stage, own_hash) for stage, own_hash in dataset.hashes.items()}
-    records, objects = DigestSet(), DigestSet()
+    known = _Known()
     for record in all_records(folder):
-        records.add(digest_of(record.name))
+        known.add(record)
         if record.receipt is None:
             damage += _unreadable(record, current)
             continue
-        for stored in record.receipt.objects:
-            objects.add(digest_of(stored.name))
         damage += _contradiction(plan, record.name, record.receipt)
         if record.successor is None:
             yield from _objects(record.receipt, record.name.rpartition("/")[0] in current)
@@ -161,7 +157,7 @@ def _named(dataset: Dataset, damage: list[Damage]) -> Iterator[_Named]:
     if publication is not None:
         yield _Named(CONFIGURATION, None, publication.config, True)
         yield from (_Named(PUBLICATION, None, file, True) for file in publication.files)
-        damage += _withdrawn(folder, publication, current, records, objects)
+        damage += _withdrawn(folder, publication, current, known)
 
 
 def _configurations(folder: Folder) -> Iterator[Damage]:
@@ -170,12 +166,12 @@ def _configurations(folder: Folder) -> Iterator[Damage]:
     for name in (layout.CONFIG, *map(layout.changed_config, range(1, last))):
         what: What = "unreadable"
         try:
-            if isinstance(json.loads(unsigned(folder.read(name))), dict):
-                continue
+            config_values(folder.read(name))
+            continue
         except FileNotFoundError:
             what = "gone"
-        except (ValueError, RecursionError, OSError, UserError) as error:
-            if not isinstance(error, (ValueError, RecursionError)) and not is_damage(error):
+        except (ValueError, OSError, UserError) as error:
+            if not isinstance(error, ValueError) and not is_damage(error):
                 raise
         yield Damage(CONFIGURATION, None, name, what, mend=CONFIG_GONE)
 
@@ -203,21 +199,45 @@ def _contradiction(plan: Plan, name: str, receipt: Receipt) -> Iterator[Damage]:
     yield Damage(receipt.stage, None, name, "of other samples than the plan's", mend=CONTRADICTION)
 
 
-def _withdrawn(
-    folder: Folder, publication: PublicationRecord, current: set[str], records: DigestSet, objects: DigestSet
-) -> Iterator[Damage]:
-    """Commit records that are gone although their shard is published, and published objects that no record names.
+class _Known:
+    """The names of all commit records, and of all objects that these name. Memory holds digests."""
 
-    records, objects: digests of the names of all records, and of all objects that records name.
-    """
+    def __init__(self) -> None:
+        self.names = DigestSet()
+        self.unreadable: set[tuple[str, int]] = set()
+        """Folder and shard of records that cannot be read, so that what they name is not known."""
+
+    def add(self, record: Record) -> None:
+        """Add a record and its objects."""
+        self.names.add(digest_of(record.name))
+        for stored in record.receipt.objects if record.receipt else ():
+            self.names.add(digest_of(stored.name))
+        if record.receipt is None and (place := layout.attempt_of(record.name)):
+            self.unreadable.add((record.name.rpartition("/")[0], place[0]))
+
+    def __contains__(self, name: str) -> bool:
+        return digest_of(name) in self.names
+
+
+def _withdrawn(folder: Folder, publication: PublicationRecord, current: set[str], known: _Known) -> Iterator[Damage]:
+    """Commit records that are gone although their shard is published, and published objects that no record names."""
+    for stage, own_hash in publication.stages.items():
+        group = layout.commit_folder(stage, own_hash)
+        for number in range(publication.shards):
+            if (record := layout.commit(stage, own_hash, number)) not in known:
+                yield _record_gone(stage, number, record, group in current)
     for shard in published_shards(folder, publication):
         for stage, record in shard.records.items():
-            if digest_of(record) not in records:
-                own = record.rpartition("/")[0] in current
-                yield Damage(stage, shard.number, record, "gone", own, mend=RECORD_GONE if own else OLDER)
-        for stage, name in shard.objects.items():
-            if digest_of(shard.records[stage]) in records and digest_of(name) not in objects:
+            group = record.rpartition("/")[0]
+            name = shard.objects.get(stage, record)
+            if record not in known:
+                yield _record_gone(stage, shard.number, record, group in current)
+            elif name not in known and (group, shard.number) not in known.unreadable:
                 yield Damage(stage, None, name, "named by no commit", mend=UNNAMED)
+
+
+def _record_gone(stage: str, shard: int, name: str, current: bool) -> Damage:
+    return Damage(stage, shard, name, "gone", current, mend=RECORD_GONE if current else OLDER)
 
 
 def _objects(receipt: Receipt, current: bool) -> Iterator[_Named]:
