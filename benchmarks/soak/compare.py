@@ -10,6 +10,7 @@ Invariants:
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from benchmarks.soak.processes import Difference
 from benchmarks.soak.recipes import Recipe, repair, verified
@@ -27,14 +28,14 @@ NAMES = ("key", "index", "shard", "replica", "prompt", "low_res_height", "low_re
 
 
 def seen(root: str) -> Seen:
-    """`everything`, by shard, with the batches that the records name."""
+    """`everything`, by shard, with the batches that the records name. All processes here compute with one thread."""
     dataset, found = open_dataset(root), everything(root)
     rows, index = found.pop("manifest"), found.pop("index")
     assert isinstance(rows, list)
     assert isinstance(index, list)
     for stage in dataset.hashes:
         for shard, receipt in dataset.commits(stage).read_all().items():
-            found["batches", stage, shard] = getattr(receipt, "batches", None)
+            found["batches", stage, shard] = [replace(batch, threads=None) for batch in receipt.batches]
     for shard in range(dataset.plan.shards):
         own = [row for row in rows if row["shard"] == shard]
         found["names", shard] = [{name: row[name] for name in NAMES} for row in own]

@@ -52,11 +52,11 @@ def harmed(made: Recipe, root: str, damage: Damage, expected: Seen) -> Counter[s
     if status == 0:
         if wrong := wrong_for_readers(root, expected):
             raise Difference(f"{what}: verify says nothing, and {wrong}")
-        put_back(folder, copy, name, damage[1])
+        put_back(folder, copy, damage, name)
         return Counter({"damages": 1, "damages that harm nobody": 1})
     done = Counter({"damages": 1, "damages mended": 1})
     if not repaired(made, root):
-        put_back(folder, copy, name, damage[1])
+        put_back(folder, copy, damage, name)
         done = Counter({"damages": 1, "damages to be restored from a copy": 1})
     status, after = verdict(root)
     if status or (wrong := wrong_for_readers(root, expected)):
@@ -97,11 +97,13 @@ def repaired(made: Recipe, root: str) -> bool:
     return verdict(root)[0] == 0
 
 
-def put_back(folder: Folder, copy: Mapping[str, bytes], name: str, how: str) -> None:
-    """Restore every file from a copy, as a person does who is told to."""
-    if folder.local and how != FOLDER_GONE:
+def put_back(folder: Folder, copy: Mapping[str, bytes], damage: Damage, name: str) -> None:
+    """Restore every file from a copy, as a person does who is told to, and remove all others."""
+    if folder.local and damage[1] != FOLDER_GONE:
         clear(folder, name)
     there = set(objects(folder))
+    for each in there - copy.keys():
+        folder.remove(each)
     for each, data in copy.items():
         if each not in there or folder.read(each) != data:
             folder.write(each, data)

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,10 @@ RUN_SECONDS = 240.0
 """A run that has not ended after so long hangs."""
 ORPHAN_SECONDS = 30.0
 """What a killed run has started may live so much longer."""
-LAST_KILL_SECONDS = 12.0
-"""A run is killed up to so long after its start."""
+FIRST_SECONDS = 6.0
+"""A run is struck before so long after its start, or, if one has ended by itself, within the time that it took."""
 BUILD_SECONDS = 500.0
 """So long after the last blow, a deployed build must be finished: a server waits minutes before it gives up a run."""
-VICTIMS = ("group", "main", "child", "server")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -43,11 +43,11 @@ VICTIMS = ("group", "main", "child", "server")
 class CommandLine:
     """`resmaster`, with stand-in stages that take their time, on one dataset."""
 
-    def __init__(self, made: Recipe, root: str, folder: Path) -> None:
+    def __init__(self, made: Recipe, root: str, folder: Path, **environment: str) -> None:
         self.folder = folder
         self.config = folder / "config.yaml"
         self.config.write_text(json.dumps({**made.values, "root": root}))  # JSON is YAML
-        self.environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "PREFECT_HOME": str(folder / "prefect")}
+        self.environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "PREFECT_HOME": str(folder / "home"), **environment}
 
     def begin(self, *words: str) -> subprocess.Popen[bytes]:
         """Start a command."""
@@ -84,35 +84,34 @@ class CommandLine:
 
 
 def struck_runs(made: Recipe, root: str, folder: Path, seed: int, blows: int) -> Counter[str]:
-    """Start `resmaster run` again and again, and strike it; then run it in peace."""
-    chance, done = random.Random(seed), Counter[str]()
+    """Start `resmaster run` again and again, and kill it: its whole group, its main process, or one that it has
+    started. Then run it in peace."""
+    chance, done, seconds = random.Random(seed), Counter[str](), FIRST_SECONDS
     command_line = CommandLine(made, root, folder)
     for _ in range(blows):
-        command = command_line.run()
-        time.sleep(chance.uniform(1, LAST_KILL_SECONDS))
-        before = [command.pid, *descendants(command.pid)]
-        victim = chance.choice(VICTIMS)
-        if command.poll() is None and strike(victim, command.pid):
+        command, begun = command_line.run(), time.monotonic()
+        with suppress(subprocess.TimeoutExpired):
+            command.wait(chance.uniform(0.2, 1) * seconds)
+        below = descendants(command.pid)
+        if command.poll() is None:
+            victims = {
+                "group": [command.pid, *below],
+                "main": [command.pid],
+                **({"child": below[-1:]} if below else {}),
+            }
+            victim = chance.choice(sorted(victims))
+            kill_all(victims[victim])
             done += Counter({"kills": 1, f"kills of its {victim}": 1})
-        command_line.end(command)
-        if left := still_alive(before, ORPHAN_SECONDS):
+        if command_line.end(command) == 0:
+            seconds = time.monotonic() - begun
+        if left := still_alive([command.pid, *below], ORPHAN_SECONDS):
             kill_all(left)
-            raise Difference(f"killed by its {victim}, resmaster left {len(left)} processes behind")
+            raise Difference(f"resmaster was killed and left {len(left)} processes behind")
     if status := command_line.end(command_line.run()):
         raise Difference(f"resmaster run, left in peace, ended {status}: {command_line.said()}")
-    if any(todo := pending(open_dataset(root)).values()):
+    if any((todo := pending(open_dataset(root))).values()):
         raise Difference(f"resmaster run ended 0, and {todo} are pending")
     return done
-
-
-def strike(victim: str, main: int) -> bool:
-    """kill -9 of a run's whole group, its main process, one of its children, or its Prefect server. False if there is
-    no such process yet."""
-    below = descendants(main)
-    servers = [pid for pid in below if "uvicorn" in words_of(pid)]
-    chosen = {"group": [main, *below], "main": [main], "child": below[-1:], "server": servers[:1]}[victim]
-    kill_all(chosen)
-    return bool(chosen)
 
 
 def kill_all(pids: list[int]) -> None:
@@ -200,7 +199,12 @@ def struck_server(made: Recipe, root: str, folder: Path, seed: int, blows: int) 
     dispatch = {"poll_seconds": 0.5, "shards_per_run": 1, "stall_seconds": 60}
     config = {**made.values, "root": root, "dispatch": dispatch}
     with deployed(folder / "prefect") as stack:
-        stack.run("build-dataset/process", config=config)
+        command = None
+        if chance.random() < 0.5:
+            command_line = CommandLine(replace(made, values=config), root, folder, PREFECT_API_URL=stack.api)
+            command = command_line.run()
+        else:
+            stack.run("build-dataset/process", config=config)
         for _ in range(blows):
             time.sleep(chance.uniform(2, 10))
             victim = chance.choice(("server", *WORKERS))
@@ -209,6 +213,8 @@ def struck_server(made: Recipe, root: str, folder: Path, seed: int, blows: int) 
             time.sleep(chance.uniform(0, 3))
             start(stack, victim)
             wait(stack.healthy)
+        if command is not None:
+            command_line.end(command)
         deadline = time.monotonic() + BUILD_SECONDS
         while not finished(root):
             if time.monotonic() > deadline:

@@ -41,6 +41,7 @@ from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.damage import drop_unreadable_records, give_up_damaged
 from resmaster_stages.dataset.dataset import Dataset, open_dataset, planned_dataset
+from resmaster_stages.dataset.lost_plan import restore_plan
 from resmaster_stages.dataset.retry import Retries, retries_of
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.inspection.status import pending, pending_samples, status
@@ -191,6 +192,7 @@ def repair(
     whole = shards is None and stages is None
     if whole and (other := other_build(dataset.config.dispatch, dataset.url)):
         return skipped(other)
+    restore_plan(dataset.folder)
     retries = retries_of(dataset, numbers, stages)[0] if retry_errors else None
     if not dataset.config.allow_overwriting_store:
         require_one_winner(dataset.folder)

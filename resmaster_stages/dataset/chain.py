@@ -6,11 +6,14 @@ stages are due again: each continues from its own earlier attempt, with the samp
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import Dataset
+
+log = logging.getLogger(__name__)
 
 CHUNK_SHARDS = 500
 """Number of shards whose records are read and held at a time. Records are read in parallel if the store allows it."""
@@ -67,18 +70,25 @@ def read_chain(
 
 
 def read_chains(dataset: Dataset, shards: Sequence[int]) -> Iterator[tuple[int, Chain]]:
-    """Yield (shard, its records) for `shards`, in order. Raises ShardError if a record is damaged.
+    """Yield (shard, its records) for `shards`, in order. Shards with a damaged record are left out, with a warning.
 
-    Records are read for `CHUNK_SHARDS` shards at a time, so memory does not grow with their number.
+    Records are read for `CHUNK_SHARDS` shards at a time, so memory does not grow with their number. Raises PlanError if
+    there are commits of shards that are not planned.
     """
     numbers = {stage: dataset.commits(stage).numbers() for stage in dataset.hashes}
+    dataset.plan.require(max((shard + 1 for known in numbers.values() for shard in known), default=0))
     for chunk in chunks(shards):
-        found = {
-            stage: dataset.commits(stage).read_many({shard: known[shard] for shard in chunk if shard in known})
-            for stage, known in numbers.items()
-        }
+        found: dict[str, dict[int, Receipt]] = {}
+        damaged: dict[int, str] = {}
+        for stage, known in numbers.items():
+            some = {shard: known[shard] for shard in chunk if shard in known}
+            found[stage], problems = dataset.commits(stage).read_some(some)
+            damaged.update(problems)
         for shard in chunk:
-            yield shard, Chain({stage: receipts.get(shard) for stage, receipts in found.items()})
+            if shard in damaged:
+                log.warning("left out: shard %06d: %s", shard, damaged[shard])
+            else:
+                yield shard, Chain({stage: receipts.get(shard) for stage, receipts in found.items()})
 
 
 def chunks(shards: Sequence[int]) -> Iterator[Sequence[int]]:

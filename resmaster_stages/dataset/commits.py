@@ -23,7 +23,7 @@ from pathlib import Path
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import Receipt, describe, discard
 from resmaster_stages.dataset.records import parse_record, record_text
-from resmaster_stages.errors import ShardError, UserError
+from resmaster_stages.errors import ResMasterError, ShardError, UserError
 from resmaster_stages.redaction import quoted
 from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.store_errors import is_damage
@@ -74,6 +74,22 @@ class Commits:
         names = [self._name(shard, number) for shard, number in numbers.items()]
         found = (self._parsed(name, data) for name, data in self.folder.read_many(names).items())
         return {receipt.shard: receipt for receipt in found}
+
+    def read_some(self, numbers: Mapping[int, int]) -> tuple[dict[int, Receipt], dict[int, str]]:
+        """Shard -> record of its attempt in `numbers`, and shard -> why that record cannot be read, in one line."""
+        found = self.folder.read_many([self._name(*place) for place in numbers.items()], lenient=True)
+        receipts: dict[int, Receipt] = {}
+        problems: dict[int, str] = {}
+        for shard, number in numbers.items():
+            name = self._name(shard, number)
+            try:
+                receipt = self._parsed(name, found[name]) if name in found else self.attempt(shard, number)
+                if receipt is None:  # a link to nothing
+                    raise self._damaged(name, "there is nothing to read")
+                receipts[shard] = receipt
+            except ResMasterError as error:
+                problems[shard] = str(error)
+        return receipts, problems
 
     def read_all(self) -> dict[int, Receipt]:
         """Shard -> the record that counts, for all committed shards. Raises ShardError if one is damaged."""
@@ -158,18 +174,14 @@ class Commits:
         except ValueError as error:
             raise self._damaged(name, error) from error
         if receipt.stage_hash != self.stage_hash or name != self._name(receipt.shard, receipt.number):
-            place = self.folder.url_of(name)
-            raise ShardError(
-                f"{place}: belongs to another shard or configuration; delete it, "
-                f"then run: resmaster repair {quoted(self.folder.url)}"
-            )
+            raise self._damaged(name, "it belongs to another shard or configuration")
         return receipt
 
-    def _damaged(self, name: str, error: Exception) -> ShardError:
-        place = quoted(self.folder.url)
+    def _damaged(self, name: str, error: object) -> ShardError:
+        url = quoted(self.folder.url)
         return ShardError(
-            f"{self.folder.url_of(name)}: damaged commit record ({error}); "
-            f"run: resmaster verify {place}, then: resmaster repair {place}"
+            f"{self.folder.url_of(name)}: damaged commit record ({error}); run: resmaster verify {url}, "
+            f"then: resmaster repair {url}"
         )
 
 

@@ -28,6 +28,7 @@ from resmaster_stages.errors import ConfigError, PlanError, UserError
 from resmaster_stages.redaction import one_line, without_credentials
 from resmaster_stages.storage.filesystem import Folder, open_root
 from resmaster_stages.storage.probe import require_one_winner
+from resmaster_stages.storage.store_errors import is_damage
 
 RACES = 20
 """How often an append is tried again with the next number after another process has won."""
@@ -189,16 +190,29 @@ def _current(folder: Folder) -> tuple[int, DatasetConfig]:
     name = layout.changed_config(number) if number else layout.CONFIG
     place = without_credentials(folder.url_of(name))
     try:
-        values = json.loads(unsigned(folder.read(name)))
-        if isinstance(values, dict) and "sha256" in values:  # the end of the text is not as `signed` writes it
-            raise ValueError(CHANGED)
-    except (ValueError, RecursionError) as error:
+        values = config_values(folder.read(name))
+    except (ValueError, OSError, UserError) as error:
+        if not isinstance(error, ValueError) and not is_damage(error):
+            raise
         raise ConfigError(
             f"{place}: damaged ({error}); restore it, or delete it and run the same configuration again"
         ) from error
     config = parse_config(values, place)
     parent = folder.path.rpartition("/")[0]
     return number, config.model_copy(update={"root": Folder(folder.fs, parent).url})
+
+
+def config_values(text: bytes) -> dict[str, Any]:
+    """The values in the file of a configuration. Raises ValueError if the file is damaged."""
+    try:
+        values = json.loads(unsigned(text))
+    except RecursionError as error:
+        raise ValueError("its values are nested too deeply") from error
+    if not isinstance(values, dict):
+        raise ValueError("it is no mapping of keys to values")
+    if "sha256" in values:  # the end of the text is not as `signed` writes it
+        raise ValueError(CHANGED)
+    return values
 
 
 def _dump(config: DatasetConfig) -> bytes:

@@ -1,7 +1,9 @@
 """The error ledger: which sample failed in which attempt, and why.
 
-Invariant: the ledger is append-only. A row is never changed or removed, except that an attempt that lost its commit
-removes its own file.
+Invariants:
+- The ledger is append-only. A row is never changed or removed, except that an attempt that lost its commit removes its
+  own file.
+- A ledger file holds a digest of its rows, because commit records hold only its name.
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.dataset.schemas import LEDGER_SCHEMA
 from resmaster_stages.errors import ShardError, UserError
+from resmaster_stages.keys import digest
 from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.store_errors import is_damage
-from resmaster_stages.storage.tables import decode_table, encode_table
+from resmaster_stages.storage.tables import decode_table, encode_table, facts_of, written_by
 
 log = logging.getLogger(__name__)
 
 MESSAGE_CHARACTERS = 1000
+DIGEST = "rows_sha256"
+"""Name in a ledger's metadata of the digest of its rows."""
 
 
 def ledger_rows(commits: Commits, shards: set[int] | None = None) -> list[dict[str, Any]]:
@@ -37,7 +42,7 @@ def ledger_rows(commits: Commits, shards: set[int] | None = None) -> list[dict[s
     rows: list[dict[str, Any]] = []
     for name in names:
         try:
-            rows += decode_table(files.get(name, b""), LEDGER_SCHEMA, name).to_pylist()
+            rows += _decoded(files.get(name, b""), name)
         except ShardError as error:
             log.warning("left out: %s", error)
     return [row for row in rows if row["stage_hash"] == commits.stage_hash]
@@ -59,7 +64,19 @@ def encode_failures(commits: Commits, shard: int, attempt: str, failures: Sequen
         }
         for key, error in failures
     ]
-    return encode_table(rows, LEDGER_SCHEMA)
+    return encode_table(rows, LEDGER_SCHEMA, {DIGEST: digest(rows)})
+
+
+def _decoded(data: bytes, name: str) -> list[dict[str, Any]]:
+    """The rows of a ledger file. Raises ShardError if the file is damaged."""
+    table = decode_table(data, LEDGER_SCHEMA, name)
+    try:
+        rows: list[dict[str, Any]] = table.to_pylist()
+    except ValueError as error:  # text that is no UTF-8
+        raise ShardError(f"{name}: a row cannot be read ({redaction.one_line(error)})") from error
+    if facts_of(data, name).get(DIGEST, digest(rows)) != digest(rows):  # of earlier versions it has no digest
+        raise ShardError(f"{name}: its rows were changed since they were written (sha256 differs)")
+    return rows
 
 
 def one_line(error: Exception) -> str:
@@ -79,13 +96,19 @@ def first_errors(failures: Sequence[tuple[str, Exception]]) -> str:
 
 
 def ledger_is_whole(folder: Folder, name: str) -> bool:
-    """Whether an error ledger can be read. Commit records hold only its name, so there is no digest to check."""
+    """Whether an error ledger can be read, and is as it was written.
+
+    Commit records hold only its name. So its rows are encoded again, which gives its bytes if the same version of the
+    library wrote it. Of other versions only the rows are checked.
+    """
     try:
-        decode_table(folder.read(name), LEDGER_SCHEMA, name)
+        data = folder.read(name)
+        rows, facts = _decoded(data, name), facts_of(data, name)
+        again = encode_table(rows, LEDGER_SCHEMA, {DIGEST: facts[DIGEST]} if DIGEST in facts else None)
+        return data == again or written_by(data, name) != written_by(again, name)
     except (FileNotFoundError, ShardError):
         return False
     except (OSError, UserError) as error:
         if is_damage(error):
             return False
         raise
-    return True

@@ -11,10 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO
 from typing import Literal
-
-import pyarrow.parquet as pq
 
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import described, difference
@@ -34,7 +31,7 @@ from resmaster_stages.errors import ShardError, UserError
 from resmaster_stages.keys import digest
 from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.store_errors import is_damage
-from resmaster_stages.storage.tables import decode_table
+from resmaster_stages.storage.tables import decode_table, facts_of
 
 
 @dataclass(frozen=True)
@@ -107,10 +104,10 @@ def _candidates(folder: Folder, before: Sequence[Generation]) -> Iterator[Genera
         data = folder.read_many([name], lenient=True).get(name, b"")
         try:
             rows = decode_table(data, PLAN_SCHEMA, name).to_pylist()
-            facts = pq.read_schema(BytesIO(data)).metadata
-            if b"generation" not in facts or facts[b"rows_sha256"].decode() != digest(rows):
+            facts = facts_of(data, name)
+            if "generation" not in facts or facts.get("rows_sha256") != digest(rows):
                 continue
-            generation = parse_record(Generation, facts[b"generation"])
+            generation = parse_record(Generation, facts["generation"].encode())
             generation = replace(generation, parts=(*generation.parts, part_of(described(name, data), rows)))
             check_numbers(generation, before)
         except (ValueError, ShardError):

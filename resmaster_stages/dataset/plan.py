@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt, with_config
 
 from resmaster_stages.dataset import layout
-from resmaster_stages.dataset.commit import StoredObject, described, discard, new_attempt
+from resmaster_stages.dataset.commit import Receipt, StoredObject, described, discard, new_attempt
 from resmaster_stages.dataset.commits import all_records
 from resmaster_stages.dataset.records import parse_record, record_text
 from resmaster_stages.dataset.schemas import DUPLICATES_SCHEMA, PLAN_SCHEMA, REJECTED_SCHEMA
@@ -154,6 +154,14 @@ class Plan:
             "resmaster status lists them"
         )
 
+    def require(self, shards: int) -> None:
+        """Raise PlanError if there are commits of more shards than the plan has: a part of the plan is lost then."""
+        if shards > self.shards:
+            raise PlanError(
+                f"{self.folder.url}: a part of its plan is gone: it has {self.shards} shards, and commits are of "
+                f"{shards}; restore the folder plan/ from a copy, or run: resmaster repair {self.folder.url}"
+            )
+
     def size(self, shard: int) -> int:
         """Number of samples in a shard."""
         generation = self.generation_of(shard)
@@ -168,6 +176,15 @@ class Plan:
                 rows = table.filter(pc.equal(table["shard"], shard)).to_pylist()
                 return [PlannedSample(**row) for row in rows]
         raise PlanError(f"{self.folder.url}: shard {shard} is missing in the plan's files; restore the folder plan/")
+
+    def keys_of(self, shard: int) -> list[str]:
+        """The keys of a shard's samples in order. Faster than `read`."""
+        generation = self.generation_of(shard)
+        part = next(part for part in generation.parts if part.first_shard <= shard < part.first_shard + part.shards)
+        table = _read_part(self.folder, part.stored)
+        start = (shard - part.first_shard) * generation.samples_per_shard
+        keys: list[str] = table["key"].slice(start, generation.samples_per_shard).to_pylist()
+        return keys
 
     def pixels(self) -> int:
         """Pixels of all low-res images."""
@@ -232,12 +249,18 @@ def contradicted(plan: Plan, first_shard: int) -> int | None:
     """A shard of a plan, from `first_shard` on, whose commits are of other samples than the plan's; None if all fit."""
     for record in all_records(plan.folder):
         receipt = record.receipt
-        if receipt is not None and first_shard <= receipt.shard < plan.shards:
-            left_out = {*receipt.failed_keys, *receipt.lost_keys}
-            keys = [sample.key for sample in plan.read(receipt.shard) if sample.key not in left_out]
-            if digest_of_keys(keys) != receipt.keys_digest:
-                return receipt.shard
+        if receipt is not None and first_shard <= receipt.shard < plan.shards and not fits(plan, receipt):
+            return receipt.shard
     return None
+
+
+def fits(plan: Plan, receipt: Receipt) -> bool:
+    """Whether a commit is of the plan's samples."""
+    left_out = {*receipt.failed_keys, *receipt.lost_keys}
+    keys = plan.keys_of(receipt.shard)
+    good = [key for key in keys if key not in left_out]
+    counts = len(receipt.failed_keys) == receipt.samples_failed and len(good) == receipt.samples_ok
+    return counts and left_out <= set(keys) and digest_of_keys(good) == receipt.keys_digest
 
 
 def check_numbers(generation: Generation, before: Sequence[Generation]) -> None:

@@ -30,6 +30,10 @@ class PublicationRecord:
     files: tuple[StoredObject, ...]
     config: StoredObject
     """The configuration that counted. It is no part of the publication, and never changes."""
+    stages: dict[str, str]
+    """Stage -> identity of its result."""
+    shards: int
+    """Number of shards if all that were planned are published, else 0."""
 
 
 class CommitsDigest:

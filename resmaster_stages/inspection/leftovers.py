@@ -8,6 +8,8 @@ Invariants:
   never touched.
 - Never removed are objects that a valid commit or a plan record names, of any configuration; records, configurations
   and ledgers; and the cache of a shard that is not committed yet.
+- Never removed is what a lost record may have named: objects that the manifest leads to; objects of a stage of a shard
+  that is not committed; and the files of a generation of the plan whose record is gone or cannot be read.
 - Objects of a replaced attempt are removed only if the manifest was written after the later attempt, and is itself
   older than the limit. So readers of an older manifest had the grace period to finish.
 - Files are listed before the records are read, so records name all objects committed in between. Objects that are
@@ -18,6 +20,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
@@ -25,8 +28,10 @@ from typing import Literal
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commits import all_records
 from resmaster_stages.dataset.dataset import Dataset
-from resmaster_stages.dataset.plan import find_plan
-from resmaster_stages.errors import UserError
+from resmaster_stages.dataset.lost_plan import survey
+from resmaster_stages.dataset.publication import read_publication
+from resmaster_stages.errors import ShardError, UserError
+from resmaster_stages.inspection.published import published_shards
 from resmaster_stages.redaction import quoted
 from resmaster_stages.storage.digests import DigestSet, digest_of
 from resmaster_stages.storage.filesystem import Folder, Listed
@@ -59,6 +64,7 @@ def find_leftovers(dataset: Dataset, older_than: timedelta, now: datetime | None
                 attempts.add(digest_of(file.name))
             elif _kind(file.name, ()):
                 others.append(file)
+    vouched = _Vouched(dataset)
     uploads = [Leftover("unfinished upload", file, upload) for file, upload in folder.unfinished_uploads()]
     named = DigestSet()
     for name in _named(folder, limit):
@@ -68,7 +74,10 @@ def find_leftovers(dataset: Dataset, older_than: timedelta, now: datetime | None
         others += [
             file
             for file in folder.files()
-            if layout.is_attempt(file.name) and (digest := digest_of(file.name)) in attempts and digest not in named
+            if layout.is_attempt(file.name)
+            and (digest := digest_of(file.name)) in attempts
+            and digest not in named
+            and file.name in vouched
         ]
     unfinished = _unfinished_caches(dataset)
     found = [
@@ -104,8 +113,9 @@ def _kind(name: str, unfinished: Collection[str]) -> Kind | None:
 
 def _named(folder: Folder, limit: datetime) -> Iterator[str]:
     """All objects that records name, except those of replaced attempts that no reader has needed since `limit`."""
-    for generation in find_plan(folder).generations:
+    for generation in survey(folder)[0].generations:
         yield from (stored.name for stored in generation.objects)
+    yield from _published(folder)
     published = folder.modified(layout.MANIFEST) if folder.exists(layout.MANIFEST) else None
     for record in all_records(folder):
         if record.receipt is None:
@@ -116,6 +126,44 @@ def _named(folder: Folder, limit: datetime) -> Iterator[str]:
         if record.successor and published and folder.modified(record.successor) < published < limit:
             continue
         yield from (stored.name for stored in record.receipt.objects)
+
+
+def _published(folder: Folder) -> Iterator[str]:
+    """The objects that the manifest leads readers to. None if there is no manifest that is as it was published."""
+    with suppress(ShardError):
+        if publication := read_publication(folder):
+            for shard in published_shards(folder, publication):
+                yield from shard.objects.values()
+
+
+class _Vouched:
+    """The names of attempts (`in` tells) of which it is sure that no lost record named them: their shard is committed
+    in their stage, or their generation of the plan has a record."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        folder = dataset.folder
+        self._shards: dict[str, set[int]] = {}
+        """Stage -> shards with a commit of the current configuration, or of any if it does not need the stage."""
+        for group in folder.names(layout.COMMITS):
+            stage, own_hash = layout.namespace_of(group) or ("", "")
+            if own_hash == dataset.hashes.get(stage, own_hash)[:8]:
+                places = filter(None, map(layout.attempt_of, folder.names(group)))
+                self._shards.setdefault(stage, set()).update(shard for shard, _ in places)
+        plan, lost = survey(folder)
+        there = {layout.plan_record(generation.number) for generation in plan.generations}
+        there -= {record.name for record in lost}
+        self._doubtful = {
+            number
+            for place in folder.names(layout.PLAN)
+            if (number := layout.generation_of(place)) is not None and layout.plan_record(number) not in there
+            if any(map(layout.is_plan_part, folder.names(place)))
+        }
+        """Generations that have files and no readable record."""
+
+    def __contains__(self, name: str) -> bool:
+        if place := layout.object_of(name):
+            return place[1] in self._shards.get(place[0], ())
+        return layout.generation_of(name) not in self._doubtful
 
 
 def _unfinished_caches(dataset: Dataset) -> set[str]:

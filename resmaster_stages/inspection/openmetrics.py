@@ -8,6 +8,7 @@ treat as a restart.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from datetime import datetime
 
 from prometheus_client import CollectorRegistry
@@ -24,7 +25,10 @@ from resmaster_stages.redaction import printable
 
 
 def openmetrics(dataset: Dataset) -> str:
-    """The text of one scrape. Raises PlanError without a plan, and ShardError for a damaged commit record."""
+    """The text of one scrape. Raises PlanError without a plan.
+
+    Shards whose commit record cannot be read count as damaged, and their samples as pending.
+    """
     families = _Families()
     plan = dataset.plan
     name = dataset.config.name
@@ -83,13 +87,17 @@ class _Families:
 
 def _add_stage(families: _Families, labels: list[str], plan: Plan, commits: Commits, megapixels: float) -> None:
     """Add the numbers of one stage. labels: dataset and stage. megapixels: of a mean high-res image."""
-    receipts, rows, attempts = commits.read_all(), ledger_rows(commits), failed_names(commits)
+    numbers = commits.numbers()
+    plan.require(max((shard + 1 for shard in numbers), default=0))
+    receipts, unreadable = commits.read_some(numbers)
+    rows, attempts = ledger_rows(commits), failed_names(commits)
     for error_class, count in sorted(Counter(attempt.error_class for attempt in attempts).items()):
         families.failed_attempts.add_metric([*labels, error_class], count)
-    families.damaged.add_metric(labels, len(commits.marked()))
-    missing = set(range(plan.shards)) - receipts.keys()
+    families.damaged.add_metric(labels, len({*commits.marked(), *unreadable}))
+    missing = set(range(plan.shards)) - numbers.keys()
     failed = missing & {attempt.shard for attempt in attempts}
     found = stage_status(labels[1], receipts.values(), missing, rows, failed)
+    found = replace(found, committed=found.committed + len(unreadable))
     for state in ("committed", "pending", "failed"):
         families.shards.add_metric([*labels, state], getattr(found, state))
     undecided = plan.samples - found.samples_ok - found.samples_failed

@@ -1,16 +1,20 @@
-"""Tells whether the publication is there, whole, and made from the commits that count now. Changes nothing."""
+"""Tells whether the publication is there, whole, and made from the commits that count now, and what it leads readers
+to. Changes nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import StoredObject, difference
-from resmaster_stages.dataset.publication import read_publication
+from resmaster_stages.dataset.publication import PublicationRecord, read_publication
+from resmaster_stages.dataset.schemas import manifest_schema
+from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import ShardError
 from resmaster_stages.storage.filesystem import Folder
+from resmaster_stages.storage.tables import decode_table
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,35 @@ def published(folder: Folder, commits: str, ready: bool) -> Published:
 def changed_files(folder: Folder) -> tuple[str, ...]:
     """The published files that are not as they were published. Every file is read."""
     return _wrong(folder, lambda file: difference(folder, file) is not None)
+
+
+@dataclass(frozen=True)
+class PublishedShard:
+    """A shard of which samples are published."""
+
+    number: int
+    records: dict[str, str]
+    """Stage -> the record of its first commit."""
+    objects: dict[str, str]
+    """Stage -> the object that the manifest leads to; only of stages of whose objects the manifest tells."""
+
+
+def published_shards(folder: Folder, record: PublicationRecord) -> Iterator[PublishedShard]:
+    """The shards of which samples are published, by the manifest; none if the manifest is not as it was published."""
+    manifest = next((file for file in record.files if file.name == layout.MANIFEST), None)
+    if manifest is None or difference(folder, manifest) is not None:
+        return
+    schema = manifest_schema()
+    told = (f"{stage}_{what}" for stage in STAGES for what in ("hash", "object"))
+    columns = ["shard", *(name for name in told if name in schema.names)]
+    table = decode_table(folder.read(layout.MANIFEST), schema, layout.MANIFEST, columns)
+    for row in table.group_by(columns).aggregate([]).to_pylist():
+        stages = [stage for stage in STAGES if row.get(f"{stage}_hash")]
+        yield PublishedShard(
+            number=row["shard"],
+            records={stage: layout.commit(stage, row[f"{stage}_hash"], row["shard"]) for stage in stages},
+            objects={stage: name for stage in stages if (name := row.get(f"{stage}_object"))},
+        )
 
 
 def _wrong(folder: Folder, differs: Callable[[StoredObject], bool]) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Tells what is done in a dataset and what is still to do. Changes nothing.
 
-It reads commit records, and of shards without a commit the ledger and the records of failed attempts.
+It reads commit records, and of shards without a commit the ledger and the records of failed attempts. A record that
+cannot be read costs its shard: the shard counts as committed, and its samples are not counted.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class StageStatus:
     """First digits of the stage's hash. The commit records are in `commits/{stage}-{namespace}/`."""
     damaged_shards: tuple[int, ...] = ()
     """Committed shards that `verify` has found damaged. `repair` puts them back."""
+    unreadable: dict[int, str] = field(default_factory=dict)
+    """Committed shard -> why its record cannot be read, and what to do."""
     others: dict[str, int] = field(default_factory=dict)
     """Namespace of another configuration -> number of shards that are committed there."""
     errors: tuple[StageError, ...] = ()
@@ -78,7 +81,14 @@ class Status:
     @property
     def complete(self) -> bool:
         """Whether every stage of every shard is committed and not known to be damaged."""
-        return all(stage.committed == self.shards and not stage.damaged_shards for stage in self.stages)
+        return not self.unreadable and all(
+            stage.committed == self.shards and not stage.damaged_shards for stage in self.stages
+        )
+
+    @property
+    def unreadable(self) -> tuple[str, ...]:
+        """Why commit records cannot be read, and what to do: one line each."""
+        return tuple(line for stage in self.stages for line in stage.unreadable.values())
 
     def publication_line(self, url: str) -> str:
         """What is wrong with the publication of the dataset at `url`, and what to do; "" if nothing is wrong."""
@@ -100,6 +110,7 @@ def status(dataset: Dataset) -> Status:
     namespaces = [each for each in map(layout.namespace_of, names) if each is not None]
     committed = {stage: dataset.commits(stage).numbers() for stage in dataset.hashes}
     marked = {stage: dataset.commits(stage).marked() for stage in dataset.hashes}
+    plan.require(max((shard + 1 for numbers in committed.values() for shard in numbers), default=0))
     ready = _ready(plan.shards, committed, marked)
     digest = CommitsDigest(dataset.hashes)
     stages = []
@@ -108,13 +119,16 @@ def status(dataset: Dataset) -> Status:
         missing = set(range(plan.shards)) - numbers.keys()
         rows = ledger_rows(commits, missing) if missing else []
         failed = {each.shard: each for each in failed_names(commits, missing)} if missing else {}  # the last counts
-        found = stage_status(stage, _receipts(commits, numbers, ready, digest), missing, rows, failed.keys())
+        unreadable: dict[int, str] = {}
+        receipts = _receipts(commits, numbers, unreadable)
+        found = stage_status(stage, _digested(receipts, ready, digest), missing, rows, failed.keys())
         others = {
             other: len(Commits(dataset.folder, stage, other).numbers())
             for name, other in namespaces
             if name == stage and other != own_hash[:8]
         }
         found = replace(found, namespace=own_hash[:8], damaged_shards=tuple(marked[stage]), others=others)
+        found = replace(found, committed=found.committed + len(unreadable), unreadable=unreadable)
         stages.append(replace(found, errors=_errors(commits, failed.values())))
     current = current_config(dataset.folder)
     state = published(dataset.folder, digest.hexdigest(), bool(ready))
@@ -129,16 +143,20 @@ def _ready(
     return frozenset(range(shards)).intersection(*committed.values()) - damaged
 
 
-def _receipts(
-    commits: Commits, numbers: Mapping[int, int], ready: Collection[int], digest: CommitsDigest
-) -> Iterator[Receipt]:
-    """Yield the records that count, in the order of the shards. Those of `ready` shards are added to `digest`."""
+def _receipts(commits: Commits, numbers: Mapping[int, int], unreadable: dict[int, str]) -> Iterator[Receipt]:
+    """Yield the records that count, in the order of the shards. Why others cannot be read is added to `unreadable`."""
     for chunk in chunks(sorted(numbers)):
-        found = commits.read_many({shard: numbers[shard] for shard in chunk})
-        for shard, receipt in sorted(found.items()):
-            if shard in ready:
-                digest.add(receipt)
-            yield receipt
+        found, problems = commits.read_some({shard: numbers[shard] for shard in chunk})
+        unreadable.update(problems)
+        yield from (receipt for _, receipt in sorted(found.items()))
+
+
+def _digested(receipts: Iterable[Receipt], ready: Collection[int], digest: CommitsDigest) -> Iterator[Receipt]:
+    """Pass records on, and add those of `ready` shards to `digest`."""
+    for receipt in receipts:
+        if receipt.shard in ready:
+            digest.add(receipt)
+        yield receipt
 
 
 def _errors(commits: Commits, failed: Iterable[FailedName]) -> tuple[StageError, ...]:
@@ -201,12 +219,14 @@ def pending(
     A shard has work left if it has no commit, is marked as damaged, has samples that became good upstream, or lacks an
     attempt of `retries`.
 
-    Lists names, and reads records only of shards with several attempts. Raises PlanError for unplanned shards.
+    Lists names, and reads records only of shards with several attempts. Raises PlanError for unplanned shards, and if
+    there are commits of such.
     """
     wanted = list(range(dataset.plan.shards)) if shards is None else sorted(set(shards))
     for shard in wanted:
         dataset.plan.generation_of(shard)
     numbers = {stage: dataset.commits(stage).numbers() for stage in dataset.hashes}
+    dataset.plan.require(max((shard + 1 for found in numbers.values() for shard in found), default=0))
     several = {shard for found in numbers.values() for shard, number in found.items() if number > 1}
     chains = dict(read_chains(dataset, [shard for shard in wanted if shard in several])) if several else {}
     todo: dict[str, list[int]] = {}

@@ -1,10 +1,11 @@
 """Reads every object that the plan, the valid commits and the publication name, and reports those that differ from
-their record.
+their record, and records that are lost, cannot be read or contradict each other.
 
 Invariants:
 - Every object is hashed completely, in pieces, several objects at a time. Only a few pieces of each are in memory.
 - `verify` writes nothing. Only `note` writes: damage marks, which a repair reads and removes.
 - Only objects of the current configuration's commits can be mended. Damage to other objects is reported too.
+- A lost commit record is noticed by what was published of its shard.
 - Records of failed attempts are not checked. They are notes, and no data depends on them.
 """
 
@@ -12,27 +13,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal
 
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import Receipt, StoredObject, difference
-from resmaster_stages.dataset.commits import all_records
-from resmaster_stages.dataset.dataset import Dataset
+from resmaster_stages.dataset.commits import Record, all_records
+from resmaster_stages.dataset.dataset import Dataset, config_values, current_config
 from resmaster_stages.dataset.ledger import ledger_is_whole
-from resmaster_stages.dataset.plan import find_plan
-from resmaster_stages.dataset.publication import read_publication
+from resmaster_stages.dataset.lost_plan import LostRecord, survey
+from resmaster_stages.dataset.plan import Plan, fits
+from resmaster_stages.dataset.publication import PublicationRecord, read_publication
 from resmaster_stages.dataset.stages import STAGES
-from resmaster_stages.errors import ShardError
+from resmaster_stages.errors import PlanError, ShardError, UserError
+from resmaster_stages.inspection.published import published_shards
+from resmaster_stages.storage.digests import DigestSet, digest_of
 from resmaster_stages.storage.filesystem import Folder
+from resmaster_stages.storage.store_errors import is_damage
 
 THREADS = 8
 WINDOW = 64 * THREADS
 """Number of objects handled at a time, so that the list of all objects is never in memory."""
-What = Literal["gone", "cut off", "changed", "unreadable"]
-PUBLICATION = "publication"
-"""Stands in the place of the stage for published files."""
+What = Literal["gone", "cut off", "changed", "unreadable", "of other samples than the plan's", "named by no commit"]
+CONFIGURATION, PLAN, PUBLICATION = "configuration", "plan", "publication"
+"""Stand in the place of the stage for files that are of no stage."""
+
+AGAIN = "repair makes it again"
+RECORD_GONE = "restore it from a copy, or repair makes the shard again"
+RECORD_UNREADABLE = "restore it from a copy, or repair makes the shard again, and what was made from it"
+OLDER = "of an older configuration: restore it from a copy, if you still need that"
+PLAN_GONE = "restore the folder plan/ from a copy; without one see: when the plan is lost, in docs/storage.md"
+RECORD_OF_PLAN = "repair puts it together again from the plan's files"
+CONFIG_GONE = "restore it from a copy; without one, delete it and run the same configuration again"
+CONTRADICTION = "restore plan/ or this record from a copy, whichever is not of this dataset"
+UNNAMED = "restore its commit record from a copy, or repair publishes what is committed"
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,8 @@ class Damage:
     what: What
     current: bool = True
     """Whether a commit of the current configuration, the plan or the publication names it."""
+    mend: str = field(default="", compare=False)
+    """What to do about it."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +83,17 @@ class _Named:
     current: bool
     ledger: bool = False
 
+    @property
+    def mend(self) -> str:
+        if self.stage in (CONFIGURATION, PLAN):
+            return CONFIG_GONE if self.stage == CONFIGURATION else PLAN_GONE
+        return AGAIN if self.current else OLDER
+
 
 def verify(dataset: Dataset) -> Verification:
-    """Hash every object that the plan, the valid commits and the publication name.
+    """Hash every object that the plan, the valid commits and the publication name, and compare the records.
 
-    Damaged objects are reported, not raised. Raises only errors that keep the store from being read.
+    Damage is reported, not raised. Raises only errors that keep the store from being read.
     """
     damage: list[Damage] = []
     count = size = 0
@@ -81,9 +104,10 @@ def verify(dataset: Dataset) -> Verification:
                 count += 1
                 size += named.stored.bytes
                 if found is not None:
-                    damage.append(Damage(named.stage, named.shard, named.stored.name, found, named.current))
-    order = {stage: number for number, stage in enumerate(("plan", *STAGES, PUBLICATION))}
-    damage.sort(key=lambda found: (order[found.stage], found.shard or 0, found.name))
+                    damage.append(Damage(named.stage, named.shard, named.stored.name, found, named.current, named.mend))
+    order = {stage: number for number, stage in enumerate((CONFIGURATION, PLAN, *STAGES, PUBLICATION))}
+    by_name = {found.name: found for found in damage}
+    damage = sorted(by_name.values(), key=lambda found: (order[found.stage], found.shard or 0, found.name))
     return Verification(count, size, tuple(damage))
 
 
@@ -93,7 +117,8 @@ def note(dataset: Dataset, found: Verification) -> None:
         commits = dataset.commits(stage)
         damaged: dict[int, list[str]] = {}
         for damage in found.damage:
-            if damage.current and damage.stage == stage and damage.shard is not None:
+            # a shard whose record is gone is made again without a mark
+            if damage.current and damage.stage == stage and damage.shard is not None and damage.mend != RECORD_GONE:
                 damaged.setdefault(damage.shard, []).append(damage.name)
         for shard, names in damaged.items():
             commits.mark(shard, names)
@@ -107,27 +132,112 @@ def note(dataset: Dataset, found: Verification) -> None:
 
 
 def _named(dataset: Dataset, damage: list[Damage]) -> Iterator[_Named]:
-    """All objects that records name. Unreadable records are added to `damage`."""
-    for generation in find_plan(dataset.folder).generations:
-        for stored in generation.objects:
-            yield _Named("plan", None, stored, True)
+    """All objects that records name. What is wrong with records themselves is added to `damage`."""
+    folder = dataset.folder
+    damage += _configurations(folder)
+    plan, lost = survey(folder)
+    damage += (_lost(record) for record in lost)
+    for generation in plan.generations:
+        yield from (_Named(PLAN, None, stored, True) for stored in generation.objects)
     current = {layout.commit_folder(stage, own_hash) for stage, own_hash in dataset.hashes.items()}
-    for record in all_records(dataset.folder):
-        group = record.name.rsplit("/", 1)[0]
-        place = layout.attempt_of(record.name)
+    known = _Known()
+    for record in all_records(folder):
+        known.add(record)
         if record.receipt is None:
-            stage = next((stage for stage in STAGES if group.startswith(f"{layout.COMMITS}/{stage}-")), None)
-            if stage is not None:
-                shard = place[0] if place else None
-                damage.append(Damage(stage, shard, record.name, "unreadable", group in current))
-        elif record.successor is None:
-            yield from _objects(record.receipt, group in current)
+            damage += _unreadable(record, current)
+            continue
+        damage += _contradiction(plan, record.name, record.receipt)
+        if record.successor is None:
+            yield from _objects(record.receipt, record.name.rpartition("/")[0] in current)
     try:
-        publication = read_publication(dataset.folder)
+        publication = read_publication(folder)
     except ShardError:
-        damage.append(Damage(PUBLICATION, None, layout.PUBLICATION, "unreadable"))
-    else:
-        yield from (_Named(PUBLICATION, None, file, True) for file in (publication.files if publication else ()))
+        damage.append(Damage(PUBLICATION, None, layout.PUBLICATION, "unreadable", mend=AGAIN))
+        return
+    if publication is not None:
+        yield _Named(CONFIGURATION, None, publication.config, True)
+        yield from (_Named(PUBLICATION, None, file, True) for file in publication.files)
+        damage += _withdrawn(folder, publication, current, known)
+
+
+def _configurations(folder: Folder) -> Iterator[Damage]:
+    """What is wrong with the configurations, of which the last one was read already."""
+    last = layout.number_of(current_config(folder)) or 0
+    for name in (layout.CONFIG, *map(layout.changed_config, range(1, last))):
+        what: What = "unreadable"
+        try:
+            config_values(folder.read(name))
+            continue
+        except FileNotFoundError:
+            what = "gone"
+        except (ValueError, OSError, UserError) as error:
+            if not isinstance(error, ValueError) and not is_damage(error):
+                raise
+        yield Damage(CONFIGURATION, None, name, what, mend=CONFIG_GONE)
+
+
+def _lost(record: LostRecord) -> Damage:
+    return Damage(PLAN, None, record.name, record.what, mend=RECORD_OF_PLAN if record.generation else PLAN_GONE)
+
+
+def _unreadable(record: Record, current: set[str]) -> Iterator[Damage]:
+    """The damage that a commit record is which cannot be read, if it is in the place of one."""
+    group = record.name.rpartition("/")[0]
+    namespace, place = layout.namespace_of(group), layout.attempt_of(record.name)
+    if namespace and namespace[0] in STAGES and place:
+        own = group in current
+        yield Damage(namespace[0], place[0], record.name, "unreadable", own, mend=RECORD_UNREADABLE if own else OLDER)
+
+
+def _contradiction(plan: Plan, name: str, receipt: Receipt) -> Iterator[Damage]:
+    """The damage that a commit record is which is of other samples than the plan's."""
+    try:
+        if receipt.shard >= plan.shards or fits(plan, receipt):
+            return
+    except PlanError:  # a file of the plan is damaged, which is reported already
+        return
+    yield Damage(receipt.stage, None, name, "of other samples than the plan's", mend=CONTRADICTION)
+
+
+class _Known:
+    """The names of all commit records, and of all objects that these name. Memory holds digests."""
+
+    def __init__(self) -> None:
+        self.names = DigestSet()
+        self.unreadable: set[tuple[str, int]] = set()
+        """Folder and shard of records that cannot be read, so that what they name is not known."""
+
+    def add(self, record: Record) -> None:
+        """Add a record and its objects."""
+        self.names.add(digest_of(record.name))
+        for stored in record.receipt.objects if record.receipt else ():
+            self.names.add(digest_of(stored.name))
+        if record.receipt is None and (place := layout.attempt_of(record.name)):
+            self.unreadable.add((record.name.rpartition("/")[0], place[0]))
+
+    def __contains__(self, name: str) -> bool:
+        return digest_of(name) in self.names
+
+
+def _withdrawn(folder: Folder, publication: PublicationRecord, current: set[str], known: _Known) -> Iterator[Damage]:
+    """Commit records that are gone although their shard is published, and published objects that no record names."""
+    for stage, own_hash in publication.stages.items():
+        group = layout.commit_folder(stage, own_hash)
+        for number in range(publication.shards):
+            if (record := layout.commit(stage, own_hash, number)) not in known:
+                yield _record_gone(stage, number, record, group in current)
+    for shard in published_shards(folder, publication):
+        for stage, record in shard.records.items():
+            group = record.rpartition("/")[0]
+            name = shard.objects.get(stage, record)
+            if record not in known:
+                yield _record_gone(stage, shard.number, record, group in current)
+            elif name not in known and (group, shard.number) not in known.unreadable:
+                yield Damage(stage, None, name, "named by no commit", mend=UNNAMED)
+
+
+def _record_gone(stage: str, shard: int, name: str, current: bool) -> Damage:
+    return Damage(stage, shard, name, "gone", current, mend=RECORD_GONE if current else OLDER)
 
 
 def _objects(receipt: Receipt, current: bool) -> Iterator[_Named]:
@@ -138,8 +248,13 @@ def _objects(receipt: Receipt, current: bool) -> Iterator[_Named]:
 
 
 def _check(folder: Folder, named: _Named) -> What | None:
-    if not named.ledger:
-        return difference(folder, named.stored)
-    if ledger_is_whole(folder, named.stored.name):
-        return None
+    try:
+        if not named.ledger:
+            return difference(folder, named.stored)
+        if ledger_is_whole(folder, named.stored.name):
+            return None
+    except UserError as error:
+        if not isinstance(error.__cause__, PermissionError):
+            raise
+        return "unreadable"
     return "unreadable" if folder.exists(named.stored.name) else "gone"

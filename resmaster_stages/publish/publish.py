@@ -19,5 +19,7 @@ def publish(dataset: Dataset) -> Publication:
     files = (*published.files, *write_report(dataset))
     name = current_config(dataset.folder)
     config = described(name, dataset.folder.read(name))
-    write_publication(dataset.folder, PublicationRecord(published.commits, files, config))
+    shards = 0 if published.shards_missing else published.shards
+    record = PublicationRecord(published.commits, files, config, dataset.hashes, shards)
+    write_publication(dataset.folder, record)
     return published

@@ -109,6 +109,23 @@ def decode_table(source: bytes | Path, schema: pa.Schema, name: str, columns: Se
         raise _unreadable(name, error) from error
 
 
+def facts_of(source: bytes, name: str) -> dict[str, str]:
+    """The metadata of a Parquet file. Raises ShardError as `decode_table` does."""
+    try:
+        found = pq.read_schema(BytesIO(source)).metadata or {}
+        return {key.decode(): value.decode() for key, value in found.items()}
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _unreadable(name, error) from error
+
+
+def written_by(source: bytes, name: str) -> str:
+    """Name and version of the library that wrote a Parquet file. Raises ShardError as `decode_table` does."""
+    try:
+        return str(pq.read_metadata(BytesIO(source)).created_by)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _unreadable(name, error) from error
+
+
 def rows_at(source: bytes | Path, schema: pa.Schema, name: str, positions: Sequence[int]) -> list[dict[str, Any]]:
     """The rows of a Parquet file at ascending `positions`. One row group is read at a time.
 

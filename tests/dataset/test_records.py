@@ -20,7 +20,7 @@ OBJECT = StoredObject("low_res/000000-00000000.tar", "0" * 64, 7)
 RECEIPT = Receipt(
     "low_res", "ab" * 32, 0, "0" * 8, 0, 2, 1, ("k",), "0" * 64, {"a": "b"}, "2026-11-28T12:00:00+00:00", (OBJECT,)
 )
-PUBLICATION = PublicationRecord("0" * 64, (OBJECT,), replace(OBJECT, name=layout.CONFIG))
+PUBLICATION = PublicationRecord("0" * 64, (OBJECT,), replace(OBJECT, name=layout.CONFIG), {"a": "b"}, 2)
 
 
 def changed(values: Any) -> Iterator[Any]:

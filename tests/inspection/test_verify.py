@@ -340,7 +340,7 @@ def test_the_command_line(local: Dataset, capsys: pytest.CaptureFixture[str]) ->
     assert main(["verify", local.url]) == 0
     shown = capsys.readouterr()
     assert "everything is as recorded" in shown.err
-    assert "15 objects" in shown.out, "ten of the plan and the commits, five that are published"
+    assert "16 objects" in shown.out, "ten of the plan and the commits, five that are published, the configuration"
 
     stored = receipt_of(local, "low_res", 1).objects[0]
     local.folder.remove(stored.name)

@@ -161,7 +161,9 @@ def test_a_publication_of_fewer_or_other_commits_is_stale(tmp_path: Path, capsys
     )
     dataset.folder.remove(record)
     assert state(dataset).problem == "stale"
-    assert main(["verify", dataset.url]) == 0, "the shard is pending: the build publishes at its end"
+    capsys.readouterr()
+    assert main(["verify", dataset.url]) == 1, "readers are led to objects that no commit names"
+    assert f"quality of shard 000001: {record}: gone; restore it from a copy, or repair" in capsys.readouterr().out
     run_stage(dataset, "quality", 1, process=FAKES["quality"])
     assert state(dataset).problem == "stale", "another attempt has other objects"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -13,6 +13,9 @@ from resmaster_flows.cli.publish import judged, publish_now
 from resmaster_flows.selection import parse_numbers, parse_stages
 from resmaster_flows.watch.terminal import say
 from resmaster_stages.dataset.stages import STAGES
+
+if TYPE_CHECKING:
+    from resmaster_stages.dataset.dataset import Dataset
 
 HELP = "do only what is missing, failed or damaged"
 DESCRIPTION = (
@@ -43,28 +46,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     """Find out what is to be done, and do it. Returns 0 if neither shards nor too many samples are missing, else 1."""
     from resmaster_stages.dataset.dataset import open_dataset
+    from resmaster_stages.dataset.lost_plan import restore_plan
     from resmaster_stages.dataset.retry import retries_of
-    from resmaster_stages.inspection.published import Published, changed_files
-    from resmaster_stages.inspection.status import pending, status
+    from resmaster_stages.inspection.status import pending
 
     shards, stages = parse_numbers(args.shards), parse_stages(args.stages)
     dataset = open_dataset(args.root)
+    for name in restore_plan(dataset.folder):
+        say(console, f"{dataset.url}: {name} is put together again from the plan's files")
     retries = None
     if args.retry_errors:
         retries, samples = retries_of(dataset, shards, stages)
         say(console, f"{dataset.url}: {samples} failed samples to try again")
     todo = pending(dataset, shards=shards, stages=stages, retries=retries)
     if not any(todo.values()):
-        found = status(dataset)
-        published = found.published
-        if not published.problem and (changed := changed_files(dataset.folder)):
-            published = Published("damaged", changed)
-        if published.problem:
-            say(console, f"{dataset.url}: its publication {published.spelled()}; nothing else to repair")
-            publish_now(console, dataset)
-        else:
-            say(console, f"{dataset.url}: nothing to repair")
-        return judged(console, dataset, found)
+        return _publish_if_needed(console, dataset)
 
     def build() -> Any:
         from resmaster_flows.build import repair
@@ -74,3 +70,25 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     require_surroundings(dataset.config)
     return execute(console, dataset.config, build)
+
+
+def _publish_if_needed(console: Console, dataset: Dataset) -> int:
+    """Publish where every shard is finished and the publication is not as it should be. Returns 1 if a commit
+    record cannot be read or too many samples failed, else 0."""
+    from resmaster_stages.inspection.published import Published, changed_files
+    from resmaster_stages.inspection.status import status
+
+    found = status(dataset)
+    for line in found.unreadable:
+        say(console, line)
+    if found.unreadable:
+        return 1
+    published = found.published
+    if not published.problem and (changed := changed_files(dataset.folder)):
+        published = Published("damaged", changed)
+    if published.problem:
+        say(console, f"{dataset.url}: its publication {published.spelled()}; nothing else to repair")
+        publish_now(console, dataset)
+    else:
+        say(console, f"{dataset.url}: nothing to repair")
+    return judged(console, dataset, found)

@@ -26,7 +26,8 @@ SHARDS_CHARACTERS = 60
 HELP = "what is committed, pending, failed"
 DESCRIPTION = (
     "Print, per stage, how many shards are committed, pending and failed, how many samples are ok or failed, why "
-    "shards failed, and whether what is committed is published. Reads the dataset only; needs no Prefect."
+    "shards failed, and whether what is committed is published. Reads the dataset only; needs no Prefect. Exit status "
+    "1 if a commit record cannot be read."
 )
 
 
@@ -54,7 +55,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         print(json.dumps(found.to_json(), indent=2))
     else:
         _print(dataset, found)
-    return 0
+    for line in found.unreadable:
+        say(console, line)
+    return 1 if found.unreadable else 0
 
 
 def _print(dataset: Dataset, found: Status) -> None:

@@ -7,14 +7,12 @@ import json
 from dataclasses import asdict
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from resmaster_flows.cli.arguments import add_root
 from resmaster_flows.watch.terminal import SafeConsole, say
-from resmaster_stages.dataset.dataset import open_dataset
+from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.inspection.status import status
-from resmaster_stages.inspection.verify import note, verify
+from resmaster_stages.inspection.verify import CONFIG_GONE, PLAN_GONE, Damage, Verification, note, verify
 from resmaster_stages.redaction import quoted
 
 HELP = "read everything back, and say what is damaged"
@@ -39,25 +37,32 @@ def run(args: argparse.Namespace, console: Console) -> int:
         print(json.dumps({"dataset": dataset.url, **asdict(found)}, indent=2))
     else:
         out = SafeConsole()
-        if found.damage:
-            table = Table("stage", "shard", "object", "what", box=None, pad_edge=False)
-            for damage in found.damage:
-                table.add_row(
-                    damage.stage,
-                    "" if damage.shard is None else f"{damage.shard:06d}",
-                    escape(damage.name),
-                    damage.what + ("" if damage.current else " (an older configuration's)"),
-                )
-            out.print(table)
+        for damage in found.damage:
+            say(out, _line(damage))
         size = f"{found.objects:,} objects, {found.bytes / 1e9:,.3f} GB"
         say(out, f"{dataset.url}: {size} read")
     note(dataset, found)
-    if not found.damage:
-        state = status(dataset)
-        publication = state.publication_line(dataset.url)
-        say(console, f"every object is as recorded; {publication}" if publication else "everything is as recorded")
-        return 1 if publication and state.complete else 0
-    if any(damage.stage == "plan" for damage in found.damage):
-        say(console, "the plan cannot be made again: restore its folder from a copy")
-    say(console, f"{len(found.damage)} objects are damaged; next: resmaster repair {quoted(dataset.url)}")
-    return 1
+    whole, last = _judged(dataset, found)
+    say(console, last)
+    return 0 if whole else 1
+
+
+def _line(damage: Damage) -> str:
+    """One damaged object in one line: stage, shard, name, what is wrong, and what to do."""
+    shard = "" if damage.shard is None else f" of shard {damage.shard:06d}"
+    return f"{damage.stage}{shard}: {damage.name}: {damage.what}; {damage.mend}"
+
+
+def _judged(dataset: Dataset, found: Verification) -> tuple[bool, str]:
+    """Whether all is well, and the last line, which says so or what is next."""
+    if found.damage:
+        by_hand = {
+            PLAN_GONE: "the plan cannot be made again: restore its folder from a copy; ",
+            CONFIG_GONE: "first see to the configuration; ",
+        }
+        first = "".join(said for mend, said in by_hand.items() if any(each.mend == mend for each in found.damage))
+        return False, f"{len(found.damage)} objects are damaged; {first}next: resmaster repair {quoted(dataset.url)}"
+    state = status(dataset)
+    if publication := state.publication_line(dataset.url):
+        return not state.complete, f"every object is as recorded; {publication}"
+    return True, "everything is as recorded"
