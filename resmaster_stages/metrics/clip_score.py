@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from resmaster_stages.errors import ConfigError, first_line
+from resmaster_stages.errors import ConfigError
 from resmaster_stages.metrics.metric import Column, Metric, Pair
 from resmaster_stages.metrics.resize import resize
 from resmaster_stages.models.identity import PICTUREBOOK
-from resmaster_stages.models.places import location, resolve_device
+from resmaster_stages.models.places import location, reason_of, resolve_device, whole_weights
 
 
 class ClipScorer:
@@ -106,13 +106,14 @@ def load_clip(identifier: str, revision: str | None = None, device: str = "auto"
     if revision:
         options["revision"] = revision
     try:
-        model = CLIPModel.from_pretrained(place, use_safetensors=True, dtype=torch.float32, **options)
+        with whole_weights():
+            model = CLIPModel.from_pretrained(place, use_safetensors=True, dtype=torch.float32, **options)
         tokenizer = CLIPTokenizer.from_pretrained(place, **options)
         processor = CLIPImageProcessorPil.from_pretrained(place, **options)
         model.to(resolved).eval()
     except Exception as error:  # loaders raise many kinds of errors; the user's remedy is the same
         raise ConfigError(
-            f"CLIP model {identifier!r} cannot be loaded ({first_line(error)}); give quality.clip, or "
+            f"CLIP model {identifier!r} cannot be loaded ({reason_of(error, place)}); give quality.clip, or "
             "captions.check.clip if that names it, `picturebook`, a folder or hub id of a CLIP model with "
             "safetensors weights, or null"
         ) from None

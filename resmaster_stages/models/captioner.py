@@ -41,7 +41,7 @@ from resmaster_stages.errors import ConfigError, SampleError, UserError, first_l
 from resmaster_stages.models.bases import family_of
 from resmaster_stages.models.bases.base import TokenCounter
 from resmaster_stages.models.identity import PICTUREBOOK, model_identity
-from resmaster_stages.models.places import location, resolve_device
+from resmaster_stages.models.places import location, reason_of, resolve_device, whole_weights
 
 MAX_TOKENS = 75
 """Content tokens that CLIP's text encoders take: 77 minus the begin and end marks."""
@@ -443,18 +443,19 @@ def _load_local(config: CaptionsConfig, device: str) -> LocalCaptioner:
     place = location(config.model, "captioner")
     try:
         processor = AutoProcessor.from_pretrained(place, **options)
-        model = AutoModelForImageTextToText.from_pretrained(
-            place,
-            use_safetensors=True,
-            # the checkpoint's own precision on GPUs; CPUs are slow or wrong in half precision
-            dtype=torch.float32 if resolved.type == "cpu" else "auto",
-            **options,
-        )
+        with whole_weights():
+            model = AutoModelForImageTextToText.from_pretrained(
+                place,
+                use_safetensors=True,
+                # the checkpoint's own precision on GPUs; CPUs are slow or wrong in half precision
+                dtype=torch.float32 if resolved.type == "cpu" else "auto",
+                **options,
+            )
         occupy(resolved, model.eval())
     except Exception as error:  # loaders raise many kinds of errors; the user's remedy is the same
         raise ConfigError(
-            f"captions.model {config.model!r} cannot be loaded ({first_line(error)}); give `picturebook`, a folder or "
-            "hub id of a Transformers image-text-to-text model with safetensors weights, or "
+            f"captions.model {config.model!r} cannot be loaded ({reason_of(error, place)}); give `picturebook`, "
+            "a folder or hub id of a Transformers image-text-to-text model with safetensors weights, or "
             "captions.source: server or prompt"
         ) from None
     revision = config.revision or getattr(model.config, "_commit_hash", None) or ""

@@ -10,7 +10,6 @@ Invariants:
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -53,11 +51,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{path}: cannot be read as safetensors ({error}); download it again") from None
+        except Exception as error:  # a damaged file raises many kinds of errors
+            raise ConfigError(
+                f"{path}: cannot be read as safetensors ({first_line(error)}); download it again"
+            ) from None
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+    except Exception:  # a damaged file raises many kinds of errors
         raise ConfigError(f"{path}: is no file of tensors alone; give the published weights, or .safetensors") from None
     for name in _WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
@@ -83,6 +83,8 @@ def _by_spandrel(state: dict[str, Tensor], path: Path, device: torch.device, dty
         model = spandrel.ModelLoader(device="cpu").load_from_state_dict(state)
     except spandrel.UnsupportedModelError:
         raise ConfigError(f"{path}: spandrel does not know this architecture; give another network's weights") from None
+    except Exception as error:  # weights of an architecture that it knows, but damaged
+        raise ConfigError(f"{path}: spandrel cannot load it ({first_line(error)}); download it again") from None
     if not isinstance(model, spandrel.ImageModelDescriptor) or model.purpose not in ("SR", "FaceSR"):
         raise ConfigError(
             f"{path}: is a network for {model.purpose}, not for super-resolution; give another one's weights"
@@ -105,7 +107,7 @@ def load_enlarger(config: NetworkFile, device: torch.device, dtype: torch.dtype)
         return _by_spandrel(state, path, device, dtype)
     try:
         network = network_of(official)
-    except (KeyError, RuntimeError) as error:
+    except Exception as error:  # damaged shapes and numbers raise many kinds of errors
         raise ConfigError(f"{path}: not a whole RRDBNet ({first_line(error)}); download it again") from None
     network.to(device, dtype)
     return Enlarger(network, network.scale, device, dtype, network.shape.unshuffle)

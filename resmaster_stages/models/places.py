@@ -6,6 +6,8 @@ This module imports torch only in the functions for the device and the number fo
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,8 +77,9 @@ def _read_json(identifier: str, revision: str | None, name: str) -> dict[str, An
 
             path = Path(huggingface_hub.hf_hub_download(identifier, name, revision=revision))
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         # OSError: no such file, no network, or not in the cache. ValueError: not JSON, or not a valid hub id.
+        # RecursionError: JSON that is nested too deeply.
         raise ConfigError(
             f"model {identifier!r}: cannot read {name} ({first_line(error)}); give the top folder of a model in "
             "diffusers format, a hub id that is in the local cache (HF_HOME), or `picturebook`"
@@ -90,14 +93,85 @@ def _read_json(identifier: str, revision: str | None, name: str) -> dict[str, An
 def loading(model_id: str, what: str) -> Iterator[None]:
     """Turns errors of loading in the block into a ConfigError of one line that names the model."""
     try:
-        yield
+        with whole_weights():
+            yield
     except ConfigError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except Exception as error:  # loaders raise many kinds of errors; the user's remedy is the same
         raise ConfigError(
-            f"model {model_id}: cannot load {what} ({first_line(error).rstrip('.')}); check the name, give a folder "
+            f"model {model_id}: cannot load {what} ({reason_of(error, model_id)}); check the name, give a folder "
             "with safetensors, or set HF_HOME to a cache that has it"
         ) from error
+
+
+class _Reports(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+_FILLED = re.compile(r"^(.+?)\s*\|\s*MISSING|newly initialized: \['([^']+)'", re.MULTILINE)
+"""How Transformers and diffusers log that they made weights up."""
+
+
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """Raises ValueError after the block if a model was loaded in it whose files lack weights.
+
+    Transformers and diffusers fill them with random numbers, and only log that.
+    """
+    logs = [logging.getLogger(f"{library}.modeling_utils") for library in ("transformers", "diffusers.models")]
+    reports, before = _Reports(), [(log, log.level, log.propagate) for log in logs]
+    for log in logs:
+        log.addHandler(reports)
+        log.setLevel(logging.WARNING)
+        log.propagate = False
+    try:
+        yield
+    finally:
+        for log, level, propagate in before:
+            log.removeHandler(reports)
+            log.setLevel(level)
+            log.propagate = propagate
+    for text in reports.texts:
+        if missing := _FILLED.search(re.sub(r"\x1b\[[0-9;]*m", "", text)):
+            raise ValueError(f"its files lack the weights {missing[1] or missing[2]}")
+
+
+MAX_HEADER_BYTES = 100_000_000
+"""Longest header of a safetensors file, as its own library has it."""
+
+
+def reason_of(error: Exception, place: str) -> str:
+    """Why a model does not load, in a few words: the first damaged file in the folder `place`, if one is found, else
+    what the loader said."""
+    files = sorted(Path(place).expanduser().rglob("*")) if Path(place).expanduser().is_dir() else []
+    found = ((file, _damage(file)) for file in files if file.suffix in (".json", ".safetensors"))
+    file, damage = next(((file, damage) for file, damage in found if damage), (None, ""))
+    return f"{file}: {damage}" if file else first_line(error).rstrip(".")
+
+
+def _damage(file: Path) -> str:
+    """What is wrong with a JSON or safetensors file, as far as a look at its header shows; "" if nothing is."""
+    try:
+        if file.suffix == ".json":
+            values = json.loads(file.read_text(encoding="utf-8"))
+            return "" if isinstance(values, dict) else "is not a JSON object"
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            rest = file.stat().st_size - 8 - length
+            if length > MAX_HEADER_BYTES or rest < 0:
+                return "is cut off, or its header is damaged"
+            tensors = json.loads(opened.read(length))
+            ends = [facts["data_offsets"][1] for name, facts in tensors.items() if name != "__metadata__"]
+            return "" if max(ends, default=0) == rest else "is cut off, or its header is damaged"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        return f"cannot be read ({first_line(error)})"
 
 
 def resolve_device(name: str, setting: str = "model.device") -> torch.device:

@@ -138,10 +138,11 @@ def shape_of(state: Mapping[str, Tensor]) -> RRDBShape:
 
 
 def network_of(state: Mapping[str, Tensor]) -> RRDBNet:
-    """The network whose weights are `state` (with official names), loaded strictly.
+    """The network whose weights are `state` (with official names), loaded strictly. The tensors are not copied.
 
-    Raises KeyError or RuntimeError where names or shapes are not those of an RRDBNet.
+    Raises KeyError, IndexError or RuntimeError where names, shapes or numbers are not those of an RRDBNet.
     """
-    network = RRDBNet(shape_of(state))
-    network.load_state_dict(dict(state), strict=True)
+    with torch.device("meta"):  # so that sizes which the file only claims take no memory
+        network = RRDBNet(shape_of(state))
+    network.load_state_dict(dict(state), strict=True, assign=True)
     return network.eval().requires_grad_(False)
