@@ -5,6 +5,7 @@ The checks come before anything is planned: what is wrong with Prefect's setting
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,8 +60,10 @@ def require_result_storage() -> None:
 
 @contextmanager
 def server_within_reach() -> Iterator[None]:
-    """Raise ServerLost if the configured server is lost within the block."""
-    api = get_current_settings().api.url
+    """Raise ServerLost if the configured server is lost within the block. What the server then does not learn (logs) is
+    not told on the terminal."""
+    api, told = get_current_settings().api.url, logging.raiseExceptions
+    logging.raiseExceptions = False
     try:
         yield
     except httpx.HTTPError as error:
@@ -69,3 +72,5 @@ def server_within_reach() -> Iterator[None]:
         raise ServerLost(
             f"{api}: lost ({error or type(error).__name__}); what is committed is kept: run the same command again"
         ) from error
+    finally:
+        logging.raiseExceptions = told

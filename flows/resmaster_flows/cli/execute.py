@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -36,7 +35,6 @@ def execute(console: Console, config: DatasetConfig, build: Callable[[], BuildRe
 
         from resmaster_flows.server import server_within_reach
 
-        logging.raiseExceptions = False  # a log that cannot be sent to the server is no news for the terminal
         with server_within_reach():
             try:
                 result = build()
