@@ -1,16 +1,15 @@
-"""Removes credentials and control characters from foreign text before it is shown, logged or stored.
+"""Removes credentials, control characters and noise from foreign text before it is shown, logged or stored.
 
 This is the last line of defence: credentials belong in the environment, and a configuration that holds a credential is
 refused earlier (`holds_credentials`).
 
-Invariant: removing is idempotent, and a text without credentials and control characters does not change.
+Invariant: removing is idempotent, and a short text without credentials and control characters does not change.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -57,18 +56,29 @@ def redacted(text: str) -> str:
     return without_credentials(text)
 
 
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters (which include terminal commands), marks that turn the direction of the text around them, and lone
+surrogates."""
+
+LINE_CHARACTERS = 2000
+"""Longest line that is shown of an error. Of a longer one the middle is left out, because the end says what to do."""
+_END_CHARACTERS = 500
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+(?=>)")
+"""Where an object lies in memory. It differs from run to run."""
+
+
 def printable(text: str) -> str:
-    """`text` with control characters (which include terminal commands) and lone surrogates as visible escapes."""
-    return "".join(
-        character.encode("unicode_escape").decode() if unicodedata.category(character) in ("Cc", "Cs") else character
-        for character in text
-    )
+    """`text` with `CONTROLS` as visible escapes."""
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(error: object) -> str:
     """The message of an error (or any object) with its notes, as one line that may be shown and stored."""
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    return printable(" ".join(redacted(f"{error}{notes}").split()))
+    line = printable(" ".join(_ADDRESS.sub("", redacted(f"{error}{notes}")).split()))
+    if len(line) <= LINE_CHARACTERS:
+        return line
+    return f"{line[: LINE_CHARACTERS - _END_CHARACTERS - 5]} ... {line[-_END_CHARACTERS:]}"
 
 
 @contextmanager

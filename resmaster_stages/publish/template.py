@@ -2,24 +2,23 @@
 
 Invariants:
 - Values are escaped in HTML, but not in Markdown.
-- Control characters and lone surrogates in values become blanks.
+- Control characters, marks that turn the direction of text, and lone surrogates in values become blanks.
 - A name that a template reads and that is not given is an error.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+from resmaster_stages.redaction import CONTROLS
 
 
 def _printable(value: object) -> object:
     """The text of `value` without control characters. Markup stays unchanged."""
-    return value if isinstance(value, Markup) else _CONTROL.sub(" ", str(value))
+    return value if isinstance(value, Markup) else CONTROLS.sub(" ", str(value))
 
 
 _TEMPLATES = Environment(
