@@ -1,9 +1,10 @@
-"""Removes credentials from foreign text, and makes characters visible that act unseen, before it is shown or logged.
+"""Removes credentials and noise from foreign text, and makes characters visible that act unseen, before it is shown or
+logged.
 
 This is the last line of defence: credentials belong in the environment, and a configuration that holds a credential is
 refused earlier (`holds_credentials`).
 
-Invariant: removing is idempotent, and a text without credentials and unseen characters does not change.
+Invariant: removing is idempotent, and a short text without credentials and unseen characters does not change.
 """
 
 from __future__ import annotations
@@ -68,6 +69,13 @@ def redacted(text: str) -> str:
     return without_credentials(text)
 
 
+LINE_CHARACTERS = 2000
+"""Longest line that is shown of an error. Of a longer one the middle is left out, because the end says what to do."""
+_END_CHARACTERS = 500
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+(?=>)")
+"""Where an object lies in memory. It differs from run to run."""
+
+
 def printable(text: str) -> str:
     """`text` in one line, with characters that act without being seen as visible escapes."""
     return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
@@ -93,8 +101,11 @@ def one_line(error: object) -> str:
     """The message of an error (or any object) with its notes, as one line that may be shown and stored. Spaces within a
     line stay, because names may hold them."""
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    lines = (line.strip() for line in redacted(f"{error}{notes}").splitlines())
-    return printable(" ".join(filter(None, lines)))
+    lines = (line.strip() for line in _ADDRESS.sub("", redacted(f"{error}{notes}")).splitlines())
+    line = printable(" ".join(filter(None, lines)))
+    if len(line) <= LINE_CHARACTERS:
+        return line
+    return f"{line[: LINE_CHARACTERS - _END_CHARACTERS - 5]} ... {line[-_END_CHARACTERS:]}"
 
 
 def quoted(word: object) -> str:

@@ -1,5 +1,6 @@
 """What may be shown of a text: no credential, no terminal command, and nothing else changed."""
 
+import io
 import traceback
 
 import pytest
@@ -7,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resmaster_stages.errors import ShardError
-from resmaster_stages.redaction import holds_credentials, no_secrets_in_errors, one_line, redacted, without_credentials
+from resmaster_stages.redaction import (
+    LINE_CHARACTERS,
+    holds_credentials,
+    no_secrets_in_errors,
+    one_line,
+    redacted,
+    without_credentials,
+)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +81,22 @@ def test_what_is_no_secret_stays_readable(name: str, value: str, monkeypatch: py
 
 def test_a_terminal_gets_no_commands() -> None:
     assert one_line(ValueError("a\x1b]0;owned\x07b\n c\ud800 é")) == "a\\x1b]0;owned\\x07b c\\ud800 é"
+
+
+def test_nothing_turns_the_direction_of_a_line_around() -> None:
+    assert one_line("a\u202egnp.exe\u2069 b") == "a\\u202egnp.exe\\u2069 b"
+    assert one_line("\u05d0 \u0627 e\u0301") == "\u05d0 \u0627 e\u0301", "foreign letters stay"
+
+
+def test_a_line_has_no_addresses_of_objects_and_its_end_says_what_to_do() -> None:
+    buffer = io.BytesIO()
+    assert one_line(f"cannot identify {buffer!r}; convert it") == "cannot identify <_io.BytesIO object>; convert it"
+    assert one_line("at 0xdeadbeef stays") == "at 0xdeadbeef stays"
+    long = one_line(f"model.id: {'x' * 100_000} is not there; give a folder")
+    assert len(long) == LINE_CHARACTERS
+    assert long.startswith("model.id: xxx")
+    assert long.endswith("x is not there; give a folder")
+    assert one_line(long) == long
 
 
 def test_errors_leave_without_their_secrets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,8 @@ class Leftover:
 
 
 def find_leftovers(dataset: Dataset, older_than: timedelta, now: datetime | None = None) -> list[Leftover]:
-    """The leftovers of a dataset that are older than `older_than`, by the store's clock.
+    """The leftovers of a dataset that are older than `older_than`, by the store's clock. Without unfinished uploads if
+    the store does not list them (`unlisted_uploads`).
 
     Raises UserError if a commit record cannot be read, because the objects that it names would look like leftovers.
     """
@@ -65,7 +66,7 @@ def find_leftovers(dataset: Dataset, older_than: timedelta, now: datetime | None
             elif _kind(file.name, ()):
                 others.append(file)
     vouched = _Vouched(dataset)
-    uploads = [Leftover("unfinished upload", file, upload) for file, upload in folder.unfinished_uploads()]
+    uploads = [Leftover("unfinished upload", file, upload) for file, upload in _uploads(folder)]
     named = DigestSet()
     for name in _named(folder, limit):
         if (digest := digest_of(name)) in attempts:
@@ -95,6 +96,22 @@ def remove_leftovers(folder: Folder, leftovers: Collection[Leftover]) -> None:
             folder.abort_upload(leftover.file.name, leftover.upload)
         else:
             folder.remove(leftover.file.name)
+
+
+def unlisted_uploads(folder: Folder) -> str:
+    """Why unfinished uploads cannot be listed in a store that lists files; "" if they can."""
+    try:
+        folder.unfinished_uploads()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _uploads(folder: Folder) -> list[tuple[Listed, str]]:
+    try:
+        return folder.unfinished_uploads()
+    except UserError:
+        return []
 
 
 def _kind(name: str, unfinished: Collection[str]) -> Kind | None:

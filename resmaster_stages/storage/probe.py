@@ -22,7 +22,8 @@ from typing import Literal
 from resmaster_stages.errors import ResMasterError, UserError
 from resmaster_stages.storage.filesystem import Folder
 
-State = Literal["ok", "failed", "untested"]
+State = Literal["ok", "failed", "untested", "lacking"]
+"""`lacking`: a store can do without it, and something other than a build cannot use it."""
 
 START_WRITERS = 4
 """Number of racing writers in the probe at the start of a build, which takes 6 requests in total."""
@@ -179,12 +180,21 @@ def _delete(probe: _Probe) -> tuple[State, str]:
     return "failed", "a deleted object can still be read"
 
 
+def _unfinished_uploads(probe: _Probe) -> tuple[State, str]:
+    try:
+        probe.folder.unfinished_uploads()
+    except UserError as error:
+        return "lacking", f"gc cannot end them ({error}); end them by a lifecycle rule of the bucket"
+    return "ok", "gc can find and end them"
+
+
 _CHECKS: list[tuple[str, Callable[[_Probe], tuple[State, str]]]] = [
     ("write, read back", _write_and_read),
     ("list", _list),
     ("create once", _create_once),
     ("create once, racing", _create_racing),
     ("delete", _delete),
+    ("unfinished uploads", _unfinished_uploads),
 ]
 
 

@@ -15,7 +15,8 @@ from resmaster_stages.dataset.dataset import create_or_open
 from resmaster_stages.errors import UserError
 from resmaster_stages.storage import filesystem, probe
 from resmaster_stages.storage.filesystem import Folder, open_root
-from tests.fake_stages import config_at
+from tests.fake_stages import config_at, planned
+from tests.faulty_proxy import Rule, faulty, seeded
 from tests.s3_server import S3Server
 
 
@@ -87,7 +88,8 @@ def everything(folder: Folder) -> list[str]:
 def test_a_fit_store_passes_and_keeps_nothing(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "ROUNDS", 1)  # SeaweedFS lets losers wait for seconds
     found = states(folder)
-    assert found == dict.fromkeys(["write, read back", "list", "create once", "create once, racing", "delete"], "ok")
+    checks = ["write, read back", "list", "create once", "create once, racing", "delete", "unfinished uploads"]
+    assert found == dict.fromkeys(checks, "ok")
     assert everything(folder) == []
     assert not (tmp_path / "root").exists(), "nor a folder that it made"
     probe.require_one_winner(folder)
@@ -168,6 +170,29 @@ def test_without_permission(s3_root: str, s3_server: S3Server, monkeypatch: pyte
     findings = probe.examine(open_root(s3_root))
     assert findings[0].state == "failed"
     assert "SignatureDoesNotMatch" in findings[0].detail
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("fault", ["not implemented", "not allowed", "access denied"])
+def test_a_store_that_does_not_list_unfinished_uploads_is_fit_and_gc_does_the_rest(
+    fault: str, s3_root: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(probe, "ROUNDS", 1)
+    with faulty(s3_server.endpoint, seeded([Rule(fault, methods="GET", key=r"\?(.*&)?uploads")])) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        filesystem.fsspec.get_filesystem_class("s3").clear_instance_cache()
+        dataset = planned(s3_root, ["a"], tmp_path)
+        dataset.folder.write("low_res/000000-00000000.tar", b"left")
+        assert main(["doctor", s3_root]) == 0
+        told = " ".join(capsys.readouterr().out.split())
+        assert "fit for builds" in told
+        assert "lacking" in told
+        for options, left in ((["--dry-run"], True), ([], False)):
+            assert main(["gc", dataset.url, "--older-than", "0", *options]) == 0
+            told = " ".join(capsys.readouterr().out.split())
+            assert "unfinished uploads are left" in told
+            assert "1 leftovers" in told
+            assert dataset.folder.exists("low_res/000000-00000000.tar") == left
 
 
 def test_doctor_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from resmaster_flows.cli.arguments import add_root
 from resmaster_flows.watch.terminal import SafeConsole, say
 from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.errors import UserError
-from resmaster_stages.inspection.leftovers import find_leftovers, remove_leftovers
+from resmaster_stages.inspection.leftovers import find_leftovers, remove_leftovers, unlisted_uploads
 
 HELP = "remove what no commit names"
 DESCRIPTION = (
@@ -56,6 +56,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if args.dry_run:
             for leftover in found:
                 say(out, leftover.file.name)
+    if reason := unlisted_uploads(dataset.folder):
+        say(out, f"unfinished uploads are left: {reason} (end them by a lifecycle rule of the bucket)")
     verb = "would be removed" if args.dry_run else "removed"
     say(out, f"{dataset.url}: {len(found):,} leftovers {verb}")
     return 0
