@@ -63,7 +63,7 @@ class GpuLost(ResMasterError):
 
 
 class ServerLost(ConnectionError):
-    """The Prefect server that is configured has not answered for about a minute."""
+    """The Prefect server that is configured does not answer any more."""
 
 
 def first_line(error: object) -> str:

@@ -45,6 +45,11 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(STAGES, name, stage)
     install(FAKES)  # what it replaces is put back by the lines above
 
+    def refuse(*args: object) -> None:
+        raise AssertionError("a build without a configured server started one")
+
+    monkeypatch.setattr("prefect.server.api.server.SubprocessASGIServer.start", refuse)
+
 
 @pytest.mark.parametrize(
     "settings",

@@ -50,7 +50,9 @@ KEEPING: tuple[Verb, ...] = (run, repair, publish, gc, compare)
 
 ENVIRONMENT = {
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # the server counts a build as dead that is silent for long
-    "PREFECT_CLIENT_MAX_RETRIES": "4",  # 30 s; a build asks twice before it ends without its server
+    # How long a build waits for a lost server. It asks twice: a minute in all if connections are refused, else minutes.
+    "PREFECT_CLIENT_MAX_RETRIES": "4",
+    "PREFECT_API_REQUEST_TIMEOUT": "20",
     # Errors are told by the command line itself; run logs still reach the Prefect UI.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
