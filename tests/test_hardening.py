@@ -20,6 +20,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ from docker.models.containers import _create_container_args
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from resmaster_stages.storage.scratch import PREFIX, YOUNG_SECONDS, reclaim, scratch_folder
 from tests.checkout import ROOT
 from tests.test_infra import filled, template
 
@@ -427,6 +429,34 @@ def test_what_the_local_store_keeps_is_private(tmp_path: Path) -> None:
     assert (tmp_path / "store/below/data").read_text() == "data\n"
     assert modes(tmp_path) == {"weed": "0o755"}
     assert not modes(tmp_path / "store")
+
+
+def test_scratch_is_private_whatever_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = os.umask(0)
+    try:
+        with scratch_folder() as folder:
+            (folder / "image.png").write_bytes(b"")
+            assert not modes(tmp_path)
+    finally:
+        os.umask(before)
+
+
+def test_what_others_put_where_scratch_is_made_is_left_alone(tmp_path: Path) -> None:
+    """A folder for temporary files is shared by all users of a machine."""
+    shared, mine = tmp_path / "tmp", tmp_path / "mine"
+    for folder in (shared, mine):
+        folder.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    (shared / f"{PREFIX}link").symlink_to(mine)
+    (shared / f"{PREFIX}file").write_text("no folder")
+    (shared / f"{PREFIX}left").mkdir()
+    old = time.time() - 10 * YOUNG_SECONDS
+    for path in (mine, *shared.iterdir()):
+        os.utime(path, (old, old))
+    assert reclaim(str(shared)) == 1, "only the folder"
+    assert [path.name for path in mine.iterdir()] == ["notes.txt"]
+    assert {path.name for path in shared.iterdir()} == {f"{PREFIX}link", f"{PREFIX}file"}
 
 
 # --------------------------------------------------------------------------------------------------------- the packages

@@ -164,8 +164,8 @@ async def deploy(kind: str, gpus: int | None) -> None:
             raise ResMasterError(f"{api}: no answer ({error}); check PREFECT_API_URL, or start a server: make up")
         try:
             pool = await make_pool(client, kind, gpus)
-        except PrefectHTTPStatusError as error:
-            if error.response.status_code not in (401, 403):
+        except PrefectHTTPStatusError as refused:
+            if refused.response.status_code not in (401, 403):
                 raise
             raise UserError(f"{api}: does not let you in; set PREFECT_API_AUTH_STRING (or PREFECT_API_KEY)") from None
         schedules = await schedules_of(client, kind)

@@ -10,6 +10,7 @@ import fcntl
 import functools
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -40,11 +41,14 @@ def reclaim_once(parent: str) -> None:
 
 
 def reclaim(parent: str) -> int:
-    """Delete the scratch folders of dead processes below `parent`. Returns their number. Ignores failed deletions."""
+    """Delete the scratch folders of this user's dead processes below `parent`. Returns their number. Ignores failed
+    deletions. Others may have put anything of such a name there, and links are not followed."""
     count = 0
     for folder in Path(parent).glob(f"{PREFIX}*"):
         with suppress(OSError):
-            if time.time() - folder.stat().st_mtime < YOUNG_SECONDS:
+            found = folder.lstat()
+            ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+            if not ours or time.time() - found.st_mtime < YOUNG_SECONDS:
                 continue
             with open(folder / LOCK, "ab") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its process lives
