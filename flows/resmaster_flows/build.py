@@ -29,12 +29,13 @@ from resmaster_flows.server_runs import (
     ServerRuns,
     cancel_children,
     dataset_url_of,
-    on_workers,
+    deployed,
     other_build,
 )
 from resmaster_flows.watch.artifacts import run_page, show_dataset
 from resmaster_flows.watch.events import WorkFound
 from resmaster_flows.watch.progress import plans
+from resmaster_flows.workplace import computed_here, on_workers
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.damage import drop_unreadable_records, give_up_damaged
@@ -42,6 +43,7 @@ from resmaster_stages.dataset.dataset import Dataset, open_dataset, planned_data
 from resmaster_stages.dataset.retry import Retries, retries_of
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.inspection.status import pending, pending_samples, status
+from resmaster_stages.planning.checks import Around, check_stages
 from resmaster_stages.progress import emit, listening
 from resmaster_stages.prompts import ingest
 from resmaster_stages.publish import publish as publishing
@@ -79,7 +81,7 @@ class BuildResult:
 def plan_dataset(config: DatasetConfig, read_input: bool) -> Dataset:
     """Return the dataset. With `read_input`, make the dataset and plan new input; otherwise use the existing plan."""
     with listening(plans(get_run_logger().info)):
-        return ingest(config) if read_input else planned_dataset(config)
+        return ingest(config, Around(computed_here(config.dispatch))) if read_input else planned_dataset(config)
 
 
 @task(name="publish", cache_policy=NO_CACHE, persist_result=False)
@@ -102,6 +104,9 @@ def work(
     with run_page(dataset, todo):
         if not shards:
             return {}
+        if not computed_here(config):
+            lacking = [stage for stage, missing in todo.items() if missing]
+            check_stages(dataset.config, lacking, here=False)
         if config.where == "dask" or config.where == "ray":
             return process_on_cluster(dataset, shards, stages, retries, config.where)
         if not on_workers(config):
@@ -146,6 +151,8 @@ def build_dataset(config: DatasetConfig, read_input: bool = True) -> BuildResult
     """
     if other := other_build(config.dispatch, dataset_url_of(config.root, config.name)):
         return skipped(other)
+    if on_workers(config.dispatch):
+        deployed(config.dispatch)  # raises before anything is planned
     dataset = plan_dataset(config, read_input)
     try:
         errors = work(dataset, pending(dataset), lambda: pending(dataset))

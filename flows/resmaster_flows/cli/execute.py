@@ -15,9 +15,11 @@ from rich.text import Text
 
 from resmaster_flows.watch.progress import Progress
 from resmaster_flows.watch.terminal import say, terminal
+from resmaster_flows.workplace import computed_here, on_workers
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.errors import ResMasterError, UserError
 from resmaster_stages.models.places import at_hub
+from resmaster_stages.planning.checks import Around
 from resmaster_stages.redaction import one_line
 
 if TYPE_CHECKING:
@@ -49,8 +51,18 @@ def execute(console: Console, config: DatasetConfig, build: Callable[[], State[A
     return _finished(console, result)
 
 
+def look_around(config: DatasetConfig) -> Around:
+    """What is around a build: where its stages run, and what `require_surroundings` says against it."""
+    try:
+        require_surroundings(config)
+    except UserError as error:
+        return Around(here=False, mistakes=(str(error),))
+    return Around(computed_here(config.dispatch))
+
+
 def require_surroundings(config: DatasetConfig) -> None:
-    """Check what a build needs beside its input: Prefect's settings, the server, and the cluster if one is configured.
+    """Check what a build needs beside its input: Prefect's settings, the server with the deployment if workers are to
+    do the work, and the cluster if one is configured.
 
     Raises UserError.
     """
@@ -68,6 +80,10 @@ def require_surroundings(config: DatasetConfig) -> None:
 
         check(config.dispatch.where)
     require_answer()
+    if on_workers(config.dispatch):
+        from resmaster_flows.server_runs import deployed
+
+        deployed(config.dispatch)
     require_result_storage()
     sys.stderr.write(said.getvalue())  # of settings that the errors above do not tell of
     if not at_hub(config.model.id):

@@ -12,6 +12,7 @@ from resmaster_flows.cli.execute import execute, require_surroundings
 from resmaster_flows.cli.publish import publish_now
 from resmaster_flows.selection import parse_numbers, parse_stages
 from resmaster_flows.watch.terminal import say
+from resmaster_flows.workplace import computed_here
 from resmaster_stages.dataset.stages import STAGES
 
 HELP = "do only what is missing, failed or damaged"
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from resmaster_stages.dataset.retry import retries_of
     from resmaster_stages.inspection.published import Published, changed_files
     from resmaster_stages.inspection.status import pending, status
+    from resmaster_stages.planning.checks import check_stages
 
     shards, stages = parse_numbers(args.shards), parse_stages(args.stages)
     dataset = open_dataset(args.root)
@@ -71,4 +73,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
         return repair(dataset.url, args.shards, stages, args.retry_errors, args.replace, return_state=True)
 
     require_surroundings(dataset.config)
+    lacking = [stage for stage, numbers in todo.items() if numbers]
+    check_stages(dataset.config, lacking, here=computed_here(dataset.config.dispatch))
     return execute(console, dataset.config, build)

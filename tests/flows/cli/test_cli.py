@@ -120,7 +120,7 @@ def test_root_without_permission(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "resmaster_stages.planning.preview.os.access", lambda path, mode: False
+        "resmaster_stages.planning.checks.os.access", lambda path, mode: False
     )  # root may write anywhere
     message = fails(capsys, "run", config_file)
     assert f"{tmp_path} does not allow it" in message
@@ -406,7 +406,7 @@ def test_only_folders_and_s3_are_roots(
     verb: str, root: str, config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(config_file.parent)
-    monkeypatch.setattr("resmaster_flows.cli.run.require_surroundings", lambda config: None)
+    monkeypatch.setattr("resmaster_flows.cli.execute.require_surroundings", lambda config: None)
     command = [verb, config_file, "--root", root] if verb in ("plan", "run") else [verb, root]
     assert "s3://" in fails(capsys, *command, *(["key"] if verb == "explain" else []))
     assert sorted(path.name for path in config_file.parent.iterdir()) == ["prompts.txt", "tiny.yaml"]
