@@ -179,7 +179,8 @@ def repair(
         replace: compute damaged shards, and everything made from them, anew with new bytes. If off, a damaged object
             is restored only if it can be made again with the recorded bytes.
     """
-    dataset, numbers = open_dataset(dataset_url), parse_numbers(shards)
+    dataset = open_dataset(dataset_url)
+    numbers = None if shards is None else parse_numbers(shards, dataset.plan.shards)
     whole = shards is None and stages is None
     if whole and (other := other_build(dataset.config.dispatch, dataset.url)):
         return skipped(other)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from resmaster_flows.watch.progress import Progress
 from resmaster_flows.watch.terminal import say, terminal
 from resmaster_flows.workplace import computed_here, on_workers
 from resmaster_stages.config.dataset import DatasetConfig
-from resmaster_stages.errors import ResMasterError, UserError
+from resmaster_stages.errors import ConfigError, ResMasterError, UserError
 from resmaster_stages.models.places import at_hub
 from resmaster_stages.planning.checks import Around
 from resmaster_stages.redaction import one_line
@@ -86,8 +86,9 @@ def require_surroundings(config: DatasetConfig) -> None:
         deployed(config.dispatch)
     require_result_storage()
     sys.stderr.write(said.getvalue())  # of settings that the errors above do not tell of
-    if not at_hub(config.model.id):
-        hide_bars()  # such a model downloads nothing and loads in a second
+    with suppress(ConfigError):  # the checks of the configuration tell of a folder that is not there
+        if not at_hub(config.model.id):
+            hide_bars()  # such a model downloads nothing and loads in a second
 
 
 def hide_bars() -> None:

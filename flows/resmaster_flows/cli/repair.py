@@ -49,8 +49,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from resmaster_stages.inspection.status import pending, status
     from resmaster_stages.planning.checks import check_stages
 
-    shards, stages = parse_numbers(args.shards), parse_stages(args.stages)
-    dataset = open_dataset(args.root)
+    stages, dataset = parse_stages(args.stages), open_dataset(args.root)
+    shards = None if args.shards is None else parse_numbers(args.shards, dataset.plan.shards)
     retries = None
     if args.retry_errors:
         retries, samples = retries_of(dataset, shards, stages)
