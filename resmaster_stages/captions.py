@@ -26,7 +26,7 @@ from PIL import Image
 from resmaster_stages.config.dataset import CaptionsConfig, DatasetConfig
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.diffusion.views import Grid, patch_grid, target_size
-from resmaster_stages.errors import ConfigError, SampleError
+from resmaster_stages.errors import SampleError
 from resmaster_stages.keys import digest
 from resmaster_stages.metrics.caption_fit import Embedder, best_captions, neighbours
 from resmaster_stages.metrics.clip_score import load_clip
@@ -38,12 +38,10 @@ from resmaster_stages.models.captioner import (
     clean_caption,
     load_captioner,
     shorten,
+    style_suffix,
     token_counter,
 )
 from resmaster_stages.models.geometry import geometry_of
-
-MAX_STYLE_TOKENS = 40
-"""A longer style would leave no room for the caption."""
 
 
 def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
@@ -91,17 +89,6 @@ def load_writer(config: DatasetConfig) -> Writer:
         suffix=suffix,
         clip=load_clip(*judge, config.quality.device) if judge else None,
     )
-
-
-def style_suffix(style: str, count: TokenCounter) -> str:
-    """`style` as a suffix of captions, such as ", oil painting", or "". Raises ConfigError if it is too long."""
-    words = " ".join(style.split()).strip(" ,")
-    if not words:
-        return ""
-    tokens = count(", " + words)
-    if tokens > MAX_STYLE_TOKENS:
-        raise ConfigError(f"captions.style has {tokens} tokens; shorten it to at most {MAX_STYLE_TOKENS}")
-    return ", " + words
 
 
 def caption_rows(image: Image.Image, prompt: str, grid: Grid, writer: Writer) -> list[dict[str, Any]]:

@@ -100,7 +100,7 @@ def generate(
         models,
         texts,
         [low_res.negative_prompt] * len(texts),
-        [seed + number for number in range(len(texts))],
+        [(seed + number) % 2**64 for number in range(len(texts))],
         low_res.height or models.geometry.native_px,
         low_res.width or models.geometry.native_px,
         low_res.steps,

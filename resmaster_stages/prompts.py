@@ -16,8 +16,9 @@ from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.dataset import RACES, Dataset, create_or_open
 from resmaster_stages.dataset.plan import GenerationWriter, Plan, find_plan
 from resmaster_stages.errors import PlanError
+from resmaster_stages.planning.checks import HERE, Around, check
 from resmaster_stages.planning.drafts import DraftReader
-from resmaster_stages.planning.preview import Intake, check
+from resmaster_stages.planning.preview import Intake
 from resmaster_stages.progress import Planned, emit
 from resmaster_stages.storage.digests import DigestSet
 from resmaster_stages.storage.filesystem import open_root
@@ -25,14 +26,15 @@ from resmaster_stages.storage.filesystem import open_root
 log = logging.getLogger(__name__)
 
 
-def ingest(config: DatasetConfig) -> Dataset:
+def ingest(config: DatasetConfig, around: Around = HERE) -> Dataset:
     """Create or open the dataset of `config`, and plan all samples that `config` asks for.
 
     Emits one line (`progress.Planned`) about what was planned. A second call changes nothing. Samples that the source
     no longer gives stay planned.
+    around: what is around the run.
     Raises UserError for a wrong configuration or source; then nothing has been written.
     """
-    existing = check(config)
+    existing = check(config, around).dataset
     folder = existing.folder if existing else open_root(config.root).sub(config.name)
     for _ in range(RACES):
         plan = find_plan(folder) if existing else Plan(folder, ())

@@ -18,10 +18,15 @@ from resmaster_stages.dataset.stages import Process
 from resmaster_stages.diffusion.cost import count_call
 from resmaster_stages.errors import SampleError
 from resmaster_stages.keys import canonical_json
+from resmaster_stages.models.bases.unet import SDXL
 from resmaster_stages.prompts import ingest
 
 BAD = "bad"
 """A prompt with this word fails in the stage it names, e.g. `bad low_res`."""
+
+
+UNREAD = replace(SDXL, checks=lambda config, demand: ())
+"""A family of base models whose files are not there, and are not looked for."""
 
 
 def config_at(root: str | Path, **values: Any) -> DatasetConfig:

@@ -23,7 +23,7 @@ from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.picturebook import captions
 from resmaster_stages.picturebook.scenes import drawing
 from resmaster_stages.picturebook.training.evaluate import square_scenes
-from resmaster_stages.planning.preview import check_sizes
+from resmaster_stages.planning.checks import check_sizes
 from resmaster_stages.quality import measure
 from tests.checkout import ROOT
 

@@ -33,7 +33,6 @@ from resmaster_stages.methods.direct import Direct
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models import load
 from resmaster_stages.models.bases.base import Geometry
-from resmaster_stages.models.bases.unet import SDXL
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.models.parts import Models
 from resmaster_stages.planning.drafts import draft_samples
@@ -41,6 +40,7 @@ from resmaster_stages.prompts import ingest
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage import masks, sources
 from resmaster_stages.storage.filesystem import Folder
+from tests.fake_stages import UNREAD
 from tests.storage.test_images import encoded, tar_of
 from tests.tiny_models import make_pipeline
 
@@ -100,8 +100,8 @@ def masked_prompts(folder: Path, suffix: str = ".jsonl") -> Path:
 @pytest.fixture(autouse=True)
 def geometry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the tiny model, which has no files to read it from."""
-    monkeypatch.setattr("resmaster_stages.planning.preview.geometry_of", lambda model: Geometry(64, 4))
-    monkeypatch.setattr("resmaster_stages.planning.preview.family_of", lambda model: SDXL)
+    monkeypatch.setattr("resmaster_stages.planning.checks.geometry_of", lambda model: Geometry(64, 4))
+    monkeypatch.setattr("resmaster_stages.planning.checks.family_of", lambda model: UNREAD)
 
 
 @pytest.fixture

@@ -30,13 +30,14 @@ from resmaster_flows.server_runs import (
     ServerRuns,
     cancel_children,
     dataset_url_of,
-    on_workers,
+    deployed,
     other_build,
 )
 from resmaster_flows.shortfall import shortfall
 from resmaster_flows.watch.artifacts import run_page, show_dataset
 from resmaster_flows.watch.events import WorkFound
 from resmaster_flows.watch.progress import plans
+from resmaster_flows.workplace import computed_here, on_workers
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.damage import drop_unreadable_records, give_up_damaged
@@ -45,6 +46,7 @@ from resmaster_stages.dataset.lost_plan import restore_plan
 from resmaster_stages.dataset.retry import Retries, retries_of
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.inspection.status import pending, pending_samples, status
+from resmaster_stages.planning.checks import Around, check_stages
 from resmaster_stages.progress import emit, listening
 from resmaster_stages.prompts import ingest
 from resmaster_stages.publish import publish as publishing
@@ -91,7 +93,7 @@ def plan_dataset(config: DatasetConfig, read_input: bool) -> Dataset:
     if not read_input:
         return planned_dataset(config)
     with listening(plans(get_run_logger().info)):
-        return ingest(config)
+        return ingest(config, Around(computed_here(config.dispatch)))
 
 
 @task(name="publish", cache_policy=NO_CACHE, persist_result=False)
@@ -114,6 +116,9 @@ def work(
     with run_page(dataset, todo):
         if not shards:
             return {}
+        if not computed_here(config):
+            lacking = [stage for stage, missing in todo.items() if missing]
+            check_stages(dataset.config, lacking, here=False)
         if config.where == "dask" or config.where == "ray":
             return process_on_cluster(dataset, shards, stages, retries, config.where)
         if not on_workers(config):
@@ -162,6 +167,8 @@ def build_dataset(config: DatasetConfig, read_input: bool = True) -> BuildResult
     """
     if other := other_build(config.dispatch, dataset_url_of(config.root, config.name)):
         return skipped(other)
+    if on_workers(config.dispatch):
+        deployed(config.dispatch)  # raises before anything is planned
     dataset = call(plan_dataset, config, read_input)
     try:
         errors = work(dataset, pending(dataset), lambda: pending(dataset))
@@ -188,7 +195,8 @@ def repair(
         replace: compute damaged shards, and everything made from them, anew with new bytes. If off, a damaged object
             is restored only if it can be made again with the recorded bytes.
     """
-    dataset, numbers = open_dataset(dataset_url), parse_numbers(shards)
+    dataset = open_dataset(dataset_url)
+    numbers = None if shards is None else parse_numbers(shards, dataset.plan.shards)
     whole = shards is None and stages is None
     if whole and (other := other_build(dataset.config.dispatch, dataset.url)):
         return skipped(other)

@@ -13,8 +13,10 @@ from resmaster_flows.calls import call
 from resmaster_flows.outcome import incomplete
 from resmaster_flows.server_runs import cancel_children
 from resmaster_flows.watch.progress import plans
+from resmaster_flows.workplace import computed_here
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.evaluation.compare import compare
+from resmaster_stages.planning.checks import Around
 from resmaster_stages.progress import listening
 
 
@@ -43,7 +45,8 @@ def compare_methods(
         return bool(call(build_dataset, config, read_input=False).finished)
 
     with listening(plans(get_run_logger().info)):
-        found = compare(config, methods, scales, build, reference=reference, low_res=low_res)
+        around = Around(computed_here(config.dispatch))
+        found = compare(config, methods, scales, build, around=around, reference=reference, low_res=low_res)
     if found.finished:
         return found.page
     return incomplete(f"some shards are missing; the others are compared in {found.page}", found.page)

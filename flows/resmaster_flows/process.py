@@ -23,6 +23,7 @@ from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.dataset.retry import Retries, number_of
 from resmaster_stages.errors import ConfigError, GpuLost, ShardError
+from resmaster_stages.planning.checks import check_stages
 from resmaster_stages.progress import ShardFailed, emit
 from resmaster_stages.redaction import one_line
 from resmaster_tasks.stages import stage_task
@@ -64,6 +65,7 @@ def process_shards(
     """
     dataset = open_dataset(dataset_url)
     chosen = [stage for stage in dataset.hashes if stages is None or stage in stages]
+    check_stages(dataset.config, chosen, here=True)  # of this machine's devices and files, before the first stage
     errors: dict[str, str] = {}
     with run_page(dataset, dict.fromkeys(chosen, shards), part=True):
         for shard in shards:

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import UserError, did_you_mean
 
+LONGEST_SHOWN = 60
+"""Maximum number of characters of a wrong list that a message repeats."""
+MOST_DIGITS = 9
+"""Maximum number of digits of a shard's number."""
 
-def parse_numbers(text: str | None) -> list[int] | None:
-    """`1,4-7` -> [1, 4, 5, 6, 7]; None stays None. Raises UserError on anything else."""
-    if text is None:
-        return None
+
+def parse_numbers(text: str, shards: int) -> list[int]:
+    """`1,4-7` -> [1, 4, 5, 6, 7]. shards: how many the plan has.
+
+    Raises UserError on anything else, and on a number that is not in the plan.
+    """
     numbers: set[int] = set()
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-            raise UserError(f"--shards {text}: {part.strip()!r} is not a shard number or a range; write e.g. 1,4-7")
-        numbers.update(range(int(first), int(last or first) + 1))
+        found = re.fullmatch(rf"\s*(\d{{1,{MOST_DIGITS}}})(?:-(\d{{1,{MOST_DIGITS}}}))?\s*", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if last < first:
+            raise UserError(
+                f"--shards {_shown(text)}: {_shown(part.strip())!r} is not a shard number or a range; write e.g. 1,4-7"
+            )
+        if last >= shards:  # before the range is written out, which may have any length
+            raise UserError(
+                f"--shards {_shown(text)}: shard {last} is not in the plan, which has {shards} (from 0); resmaster "
+                "status lists them"
+            )
+        numbers.update(range(first, last + 1))
     return sorted(numbers)
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def parse_stages(text: str | None) -> list[str] | None:
@@ -29,7 +48,9 @@ def parse_stages(text: str | None) -> list[str] | None:
     for name in names:
         if name not in STAGES:
             meant = did_you_mean(name, STAGES)
-            raise UserError(f"--stages {text}: unknown stage {name!r}{meant}; known: {', '.join(STAGES)}")
+            raise UserError(
+                f"--stages {_shown(text)}: unknown stage {_shown(name)!r}{meant}; known: {', '.join(STAGES)}"
+            )
     return [stage for stage in STAGES if stage in names]
 
 

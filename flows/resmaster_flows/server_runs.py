@@ -22,6 +22,7 @@ from prefect.client.schemas.filters import (
     WorkerFilterStatus,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.context import FlowRunContext
 from prefect.deployments import run_deployment
@@ -35,6 +36,7 @@ from prefect.utilities.urls import url_for
 
 from resmaster_flows.dispatch import Shards, Stopped
 from resmaster_flows.process import run_name
+from resmaster_flows.workplace import on_workers
 from resmaster_stages.config.dataset import DatasetConfig, DispatchConfig
 from resmaster_stages.dataset.retry import Retries, part_of
 from resmaster_stages.errors import UserError
@@ -57,9 +59,19 @@ BULK = 50
 """Runs whose state one request sets at most."""
 
 
-def on_workers(config: DispatchConfig) -> bool:
-    """Whether workers do the work: if the configuration says so, or with `auto` if a server is configured."""
-    return config.where == "workers" or (config.where == "auto" and get_current_settings().api.url is not None)
+def deployed(config: DispatchConfig) -> DeploymentResponse:
+    """The deployment whose runs process the shards. Raises UserError if server or deployment does not exist."""
+    api, name = get_current_settings().api.url, f"{FLOW}/{config.deployment or own_deployment.name or 'process'}"
+    if api is None:
+        raise UserError("dispatch.where is workers, but no server is configured: set PREFECT_API_URL (make up)")
+    with get_client(sync_client=True) as client:
+        try:
+            return client.read_deployment_by_name(name)
+        except ObjectNotFound:
+            raise UserError(
+                f"{api}: has no deployment {name}; make it with: make deploy (or unset PREFECT_API_URL to do the work "
+                "in this process)"
+            ) from None
 
 
 class ServerRuns:
@@ -74,18 +86,7 @@ class ServerRuns:
         queue: str | None = None,
     ) -> None:
         """queue: work queue; default: the deployment's. Raises UserError if server or deployment does not exist."""
-        api = get_current_settings().api.url
-        if api is None:
-            raise UserError("dispatch.where is workers, but no server is configured: set PREFECT_API_URL (make up)")
-        self.deployment = f"{FLOW}/{config.deployment or own_deployment.name or 'process'}"
-        with get_client(sync_client=True) as client:
-            try:
-                self._deployed = client.read_deployment_by_name(self.deployment)
-            except ObjectNotFound:
-                raise UserError(
-                    f"{api}: has no deployment {self.deployment}; make it with: make deploy (or unset PREFECT_API_URL "
-                    "to do the work in this process)"
-                ) from None
+        self._deployed = deployed(config)
         self._dataset_url = dataset_url
         self._stages = stages
         self._retries = retries
@@ -131,7 +132,7 @@ class ServerRuns:
         retries = part_of(self._retries, shards)
         batch = digest({"stages": self._stages, "shards": shards, "retries": retries})
         run = run_deployment(
-            self.deployment,
+            f"{FLOW}/{self._deployed.name}",
             parameters={
                 "dataset_url": self._dataset_url,
                 "shards": list(shards),

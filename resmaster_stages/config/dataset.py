@@ -10,7 +10,7 @@ Invariants:
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -20,7 +20,7 @@ from pydantic import (
 
 from resmaster_stages.config.method import AnyMethod, Method
 from resmaster_stages.config.model import ModelConfig
-from resmaster_stages.config.part import Operational, Part
+from resmaster_stages.config.part import GREATEST_INTEGER, Operational, Part, check_length
 
 LONGEST_NAME = 100
 """Maximum length of a dataset's name, in characters."""
@@ -29,9 +29,10 @@ LONGEST_NAME = 100
 class LowResConfig(Part):
     """Stage 2: the base-resolution image of each prompt."""
 
-    height: int | None = Field(default=None, ge=16)
-    """Height in px; default: the model's native size."""
-    width: int | None = Field(default=None, ge=16)
+    height: int | None = Field(default=None, ge=16, le=16_384)
+    """Height in px; default: the model's native size. The image is drawn in one piece, so its area is at most 64 times
+    the native area."""
+    width: int | None = Field(default=None, ge=16, le=16_384)
     """Width in px; default: the model's native size."""
     steps: int = Field(default=50, ge=1, le=1000)
     """Denoising steps."""
@@ -39,12 +40,14 @@ class LowResConfig(Part):
     """Classifier-free guidance scale."""
     negative_prompt: str = ""
     """Used for prompts that have no negative prompt of their own."""
-    batch_size: int = Operational(8, ge=1)
+    batch_size: int = Operational(8, ge=1, le=10_000)
     """Prompts per UNet call."""
 
 
 class CaptionCheckConfig(Part):
     """The check of captions: a caption that does not fit its patch, by CLIP, is replaced by a neighbour's caption."""
+
+    places: ClassVar[tuple[str, ...]] = ("clip", "clip_revision")
 
     enabled: bool = True
     """Off: captions are used as they were written. Without a CLIP model there is no check either way."""
@@ -68,6 +71,8 @@ class CaptionCheckConfig(Part):
 
 class CaptionsConfig(Part):
     """Stage 3: one caption per patch (ResMaster's enhanced text prompts)."""
+
+    places: ClassVar[tuple[str, ...]] = ("model", "revision", "base_url")
 
     source: Literal["model", "server", "prompt"] = "model"
     """`model`: a local captioner; `server`: an OpenAI-compatible server; `prompt`: no captioner, every view gets the
@@ -95,7 +100,7 @@ class CaptionsConfig(Part):
     """The check of captions before they are used."""
     base_url: str | None = Operational(None)
     """Address of the OpenAI-compatible server, e.g. `http://127.0.0.1:8000/v1`; its key comes from OPENAI_API_KEY."""
-    batch_size: int = Operational(16, ge=1)
+    batch_size: int = Operational(16, ge=1, le=10_000)
     """Patches per captioner call."""
 
     def identity(self) -> dict[str, Any]:
@@ -108,6 +113,8 @@ class CaptionsConfig(Part):
 
 class QualityConfig(Part):
     """Stage 5: metrics and flags per image. Flags never delete an image."""
+
+    places: ClassVar[tuple[str, ...]] = ("clip", "clip_revision")
 
     clip: str | None = "picturebook"
     """CLIP model for the CLIP score and the check of captions: `picturebook`, a hub id or folder; null: no model."""
@@ -166,15 +173,17 @@ class DispatchConfig(Part):
     """Maximum number of runs that wait for a worker. A worker fetches at most 200 waiting runs."""
     attempts: int = Operational(3, ge=1, le=20)
     """A shard is given up after this many runs have broken off at it."""
-    poll_seconds: float = Operational(15.0, gt=0)
+    poll_seconds: float = Operational(15.0, gt=0, le=86_400)
     """Time between two looks at commits and runs. A look takes one listing per stage and one request."""
-    stall_seconds: float = Operational(7200.0, gt=0)
+    stall_seconds: float = Operational(7200.0, gt=0, le=31_536_000)
     """A run that commits nothing for this time is given up, and its shards are dispatched again. Must be longer than
     the slowest stage of a shard takes."""
 
 
 class DatasetConfig(Part):
     """A dataset: its place, its input, and the settings of each stage."""
+
+    places: ClassVar[tuple[str, ...]] = ("root",)
 
     name: str
     """Name of the dataset's folder under the root: letters, digits, dash, underscore."""
@@ -192,7 +201,7 @@ class DatasetConfig(Part):
     allow_overwriting_store: bool = Operational(False)
     """Allow a build on a store that lets two writers create the same name (`resmaster doctor` tests this). On such a
     store, run only one process at a time."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=GREATEST_INTEGER)
     """Base seed. The seeds of a sample are derived from the base seed and the sample's key."""
     replicas: int = Field(default=1, ge=1, le=100_000)
     """Images per prompt."""
@@ -233,6 +242,13 @@ class DatasetConfig(Part):
             raise ValueError("use letters, digits, dash and underscore, starting with a letter or digit")
         if len(value) > LONGEST_NAME:
             raise ValueError(f"has {len(value)} characters; use at most {LONGEST_NAME}")
+        return value
+
+    @field_validator("prompts", "images")
+    @classmethod
+    def _possible(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_length(value)
         return value
 
     @model_validator(mode="after")

@@ -21,17 +21,30 @@ MAX_BYTES = 2**20
 """Maximum size of a configuration file."""
 MAX_VALUES = 100_000
 """Maximum number of values in a configuration file, aliases written out."""
+MOST_TOLD = 30
+"""Maximum number of mistakes that are told at once."""
+LONGEST_TOLD = 1_000
+"""Maximum number of characters of what is told of one mistake."""
 
 
 def _mistakes(error: ValidationError, values: dict[str, Any], source: str, lines: Lines) -> list[str]:
     """All mistakes in a configuration, one line each, in the order of the file."""
     found = []
-    for mistake in sorted(error.errors(include_url=False), key=lambda each: lines.of(each["loc"]) or 0):
+    mistakes = sorted(error.errors(include_url=False), key=lambda each: lines.of(each["loc"]) or 0)
+    for mistake in mistakes[:MOST_TOLD]:
         place = mistake["loc"]
         number = lines.of(place)
         line = "" if number is None else f"line {number}: "
-        found.append(f"{source}: {line}{_told(mistake['type'], place, mistake, values)}")
+        found.append(f"{source}: {line}{_cut(_told(mistake['type'], place, mistake, values))}")
+    if len(mistakes) > MOST_TOLD:
+        found.append(f"{source}: and {len(mistakes) - MOST_TOLD:,} more mistakes; mend these first")
     return list(dict.fromkeys(found))
+
+
+def _cut(text: str) -> str:
+    """`text`, without its middle if it is long: the beginning says what is wrong, and the end what to do."""
+    half = LONGEST_TOLD // 2
+    return text if len(text) <= LONGEST_TOLD else f"{text[:half]} ... {text[-half:]}"
 
 
 def _told(kind: str, place: tuple[Any, ...], mistake: Any, values: dict[str, Any]) -> str:
@@ -76,7 +89,7 @@ def parse_config(values: Any, source: str = "configuration", lines: Lines | None
         found = "nothing" if values is None else type(values).__name__
         raise ConfigError(f"{source}: expected a mapping of keys to values, found {found}")
     lines = lines or Lines(None)
-    twice = [f"{source}: {text}" for text in lines.twice]
+    twice = [f"{source}: {_cut(text)}" for text in lines.twice[:MOST_TOLD]]
     try:
         config = DatasetConfig.model_validate(values)
     except ValidationError as error:
@@ -142,6 +155,7 @@ class Lines:
         """overridden: top-level keys whose values are not those of the file."""
         self._root = node
         self._overridden = overridden
+        self._pairs: dict[int, dict[str, tuple[yaml.Node, yaml.Node]]] = {}
         self.twice: list[str] = []
         """What is to be said of keys that are given twice."""
         self._look_for_twins(node, set())
@@ -152,12 +166,20 @@ class Lines:
         if place and place[0] in self._overridden:
             return None
         for name in place:
-            pairs = node.value if isinstance(node, yaml.MappingNode) else []
-            found = next(((key, value) for key, value in reversed(pairs) if key.value == str(name)), None)
+            found = self._pairs_of(node).get(str(name))
             if found is None:
                 break
             line, node = found[0].start_mark.line + 1, found[1]
         return line
+
+    def _pairs_of(self, node: yaml.Node | None) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+        """Key -> (its node, the node of its value) in a mapping, of which there may be a hundred thousand."""
+        if not isinstance(node, yaml.MappingNode):
+            return {}
+        if id(node) not in self._pairs:
+            scalars = (pair for pair in node.value if isinstance(pair[0], yaml.ScalarNode))
+            self._pairs[id(node)] = {pair[0].value: pair for pair in scalars}
+        return self._pairs[id(node)]
 
     def _look_for_twins(self, node: yaml.Node | None, seen: set[int]) -> None:
         if not isinstance(node, yaml.CollectionNode) or id(node) in seen:

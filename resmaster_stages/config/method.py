@@ -160,6 +160,9 @@ class Method(Part):
         """Name of the exact weights of the method's own network; None if it has no network. Raises ConfigError."""
         return None
 
+    def check_files(self) -> None:
+        """Raise ConfigError if the files of the method's own network cannot be used, without loading weights."""
+
     def label(self) -> str:
         """The name of the method in reports."""
         return self.method

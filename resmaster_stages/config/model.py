@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from resmaster_stages.config.part import Operational, Part
 
@@ -22,6 +22,8 @@ SDXL: dict[str, Any] = {
 class IpAdapterConfig(Part):
     """The source of the IP-Adapter and its image encoder."""
 
+    places: ClassVar[tuple[str, ...]] = ("id", "weight_name", "revision")
+
     id: str
     """Hub id or folder, e.g. `h94/IP-Adapter`."""
     subfolder: str = ""
@@ -36,6 +38,8 @@ class IpAdapterConfig(Part):
 
 class ModelConfig(Part):
     """Which weights are loaded, from where, and onto which device."""
+
+    places: ClassVar[tuple[str, ...]] = ("id", "revision", "variant", "vae")
 
     id: str = "picturebook"
     """`picturebook` (the embedded pack), a hub id such as `stabilityai/stable-diffusion-xl-base-1.0`, or a folder."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ValidationInfo,
     field_validator,
 )
 
@@ -20,6 +21,14 @@ UNFIT = re.compile("[\0\ud800-\udfff]")
 """Characters that neither a file's name nor UTF-8 text can hold."""
 LONGEST_SHOWN = 60
 """Maximum number of characters of a wrong name that a message repeats."""
+LONGEST_TEXT = 10_000
+"""Maximum number of characters of any text."""
+LONGEST_PATH_PART = 255
+"""Maximum number of bytes between two slashes of a path, as file systems have it."""
+LONGEST_PATH, LONGEST_URL = 3_500, 700
+"""Maximum number of bytes of a path (Linux takes 4,095) and of a URL (S3 takes 1,024), so that names inside fit too."""
+GREATEST_INTEGER = 2**64 - 1
+"""What torch takes as a seed, and most readers of JSON as a number."""
 
 
 def Operational(default: Any, **kwargs: Any) -> Any:
@@ -60,6 +69,15 @@ def offer_preset(presets: Mapping[str, Mapping[str, Any]], text: str) -> Callabl
     return add
 
 
+def check_length(value: str) -> None:
+    """Raise ValueError if a path, URL or name of a model is longer than any can be."""
+    longest = LONGEST_URL if "://" in value else LONGEST_PATH
+    if (size := len(value.encode())) > longest:
+        raise ValueError(f"has {size:,} bytes; use at most {longest:,}")
+    if (size := max(len(part.encode()) for part in value.split("/"))) > LONGEST_PATH_PART:
+        raise ValueError(f"has a part of {size} bytes between two slashes; use at most {LONGEST_PATH_PART}")
+
+
 class Part(BaseModel):
     """Base of all parts: frozen, without unknown keys. The docstrings of fields become their descriptions."""
 
@@ -72,17 +90,33 @@ class Part(BaseModel):
         allow_inf_nan=False,
     )
 
+    places: ClassVar[tuple[str, ...]] = ()
+    """Fields that name a file, a folder, a URL or a model. They cannot be empty."""
+
     @field_validator("*")
     @classmethod
-    def _no_credentials(cls, value: Any) -> Any:
-        if isinstance(value, str) and holds_credentials(value):
+    def _storable(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, str):
+            cls._check_text(value)
+            if info.field_name in cls.places:
+                if not value.strip():
+                    raise ValueError("cannot be empty; give a name, or leave the key out")
+                check_length(value)
+        elif isinstance(value, int) and abs(value) > GREATEST_INTEGER:
+            raise ValueError("has more than 64 bits; give a smaller number")
+        return value
+
+    @staticmethod
+    def _check_text(value: str) -> None:
+        if len(value) > LONGEST_TEXT:
+            raise ValueError(f"has {len(value):,} characters; use at most {LONGEST_TEXT:,}")
+        if holds_credentials(value):
             raise ValueError(
                 "holds a user, password, signature or token, which would be kept with the dataset; leave it out and "
                 "set the environment instead (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, OPENAI_API_KEY, HF_TOKEN)"
             )
-        if isinstance(value, str) and UNFIT.search(value):
+        if UNFIT.search(value):
             raise ValueError("holds a character that no file can hold (NUL, or half of a surrogate pair); leave it out")
-        return value
 
     def identity(self) -> dict[str, Any]:
         """The fields that change the result, as JSON-ready values."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resmaster_stages.diffusion.views import Box
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.bases.base import ImageAdapter
+from resmaster_stages.models.bases.base import NO_ADAPTER, ImageAdapter
 from resmaster_stages.models.parts import Models
 
 _BATCH = 16
@@ -19,10 +19,7 @@ def required_adapter(models: Models) -> ImageAdapter:
     """The image adapter. Raises ConfigError if the model has none, or one that cannot be used."""
     adapter = models.base.image_adapter()
     if adapter is None:
-        raise ConfigError(
-            f"model {models.identity}: image prompts need an IP-Adapter; set model.ip_adapter, "
-            "or upscale.image_prompt.enabled: false"
-        )
+        raise ConfigError(f"model {models.identity}: {NO_ADAPTER}")
     return adapter
 
 

@@ -43,8 +43,8 @@ from resmaster_stages.inspection.status import pending, status
 from resmaster_stages.keys import digest_of_keys
 from resmaster_stages.metrics.repeats import Repeats, mentions, repeated_objects, repeats_of
 from resmaster_stages.models.identity import PICTUREBOOK
+from resmaster_stages.planning.checks import HERE, Around, check
 from resmaster_stages.planning.drafts import draft_samples
-from resmaster_stages.planning.preview import check
 from resmaster_stages.prompts import ingest
 from resmaster_stages.redaction import without_credentials
 from resmaster_stages.storage.filesystem import Folder, open_root
@@ -81,12 +81,14 @@ def compare(
     scales: str,
     build: Build,
     *,
+    around: Around = HERE,
     reference: str | None = None,
     low_res: Literal["generated", "drawn"] = "generated",
 ) -> Comparison:
     """Build what is missing, measure, and write the folder `{name}-compare` under the root.
 
     methods, scales: comma-separated, as `variants` reads them.
+    around: what is around the builds.
     reference: real images for FID and KID: a folder, shards or `picturebook`. None: each scale's own low-res images.
     low_res: with `drawn`, picturebook's prompts are drawn by vectors at the low-res size, so that their true
     enlargements are known.
@@ -102,8 +104,8 @@ def compare(
     if drawn:
         wanted = [replace(variant, config=with_drawings(variant.config, folder)) for variant in wanted]
     for variant in wanted:
-        check(variant.config)  # errors in any of them are found before the first one starts
-    built, finished = _built(wanted, build)
+        check(variant.config, around)  # errors in any of them are found before the first one starts
+    built, finished = _built(wanted, build, around)
     measured = compare_datasets(
         built,
         _reference(reference, folder),
@@ -113,11 +115,12 @@ def compare(
     return Comparison(measured, write_comparison(folder, config.name, built, measured), finished)
 
 
-def _built(wanted: Sequence[Variant], build: Build) -> tuple[list[tuple[Variant, Dataset]], bool]:
+def _built(wanted: Sequence[Variant], build: Build, around: Around) -> tuple[list[tuple[Variant, Dataset]], bool]:
     """Plans and builds the variants' datasets where needed. Returns them, and whether every shard is finished."""
     built: list[tuple[Variant, Dataset]] = []
     finished = True
-    planned = [(variant, ingest(variant.config)) for variant in wanted]  # a mistake ends it before the first build
+    # a mistake ends it before the first build
+    planned = [(variant, ingest(variant.config, around)) for variant in wanted]
     for variant, dataset in planned:
         for earlier, other in built:
             if earlier.config.low_res == variant.config.low_res:

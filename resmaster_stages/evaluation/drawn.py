@@ -20,8 +20,8 @@ from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.keys import digest
 from resmaster_stages.picturebook.truth import true_image
+from resmaster_stages.planning.checks import check_sizes
 from resmaster_stages.planning.drafts import draft_samples
-from resmaster_stages.planning.preview import check_sizes
 from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.images import encode_image
 

@@ -16,8 +16,8 @@ from resmaster_stages.metrics.features import image_features
 from resmaster_stages.metrics.repeats import mentions, surplus
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.identity import PICTUREBOOK
+from resmaster_stages.planning.checks import check_sizes
 from resmaster_stages.planning.drafts import draft_samples
-from resmaster_stages.planning.preview import check_sizes
 from resmaster_stages.storage.arrays import Arrays, decode_arrays, encode_arrays
 from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.images import decode_image

@@ -39,6 +39,10 @@ NEGATIVE_PROMPT = "blurry, ugly, duplicate, poorly drawn, deformed, mosaic"
 """The negative prompt that the papers of this family share (among them DemoFusion and FreeScale)."""
 
 
+MOST_VIA = 8
+"""Maximum number of intermediate scales."""
+
+
 def area(height: int, width: int, grid: Grid) -> float:
     """Area of `height` x `width` latents, in units of the native area of `grid`."""
     return height * width / grid.window**2
@@ -67,7 +71,7 @@ class Diffusion(Method):
 
     via: tuple[float, ...] = ()
     """Intermediate scales at which the image is finished, e.g. [4] for scale 8. Each intermediate image becomes the
-    low-res image of the next scale, and its patches are captioned anew."""
+    low-res image of the next scale, and its patches are captioned anew. At most 8."""
     steps: int = Field(default=50, ge=1, le=1000)
     """Denoising steps."""
     guidance_scale: float = Field(default=7.5, ge=1)
@@ -78,12 +82,14 @@ class Diffusion(Method):
     """How z_{t-1} follows from the edited x0. `ddim_implied` and `ddim_keep` are deterministic, with the noise that the
     edited x0 implies or with the predicted noise. `posterior` is ResMaster's stochastic eq. 7. `ddim_ancestral` is DDIM
     with eta = 1. `dpmpp_2m` is DPM-Solver++(2M), which needs about half the steps."""
-    view_batch: int | None = Operational(None, ge=1)
+    view_batch: int | None = Operational(None, ge=1, le=10_000)
     """The most views per UNet call. With guidance each view is two rows of the call, at some steps three. null: as many
     as the device's memory allows, and 16 on CPUs. Other numbers give the same image up to rounding."""
 
     @model_validator(mode="after")
     def _check_via(self) -> Self:
+        if len(self.via) > MOST_VIA:
+            raise ValueError(f"via has {len(self.via):,} scales; give at most {MOST_VIA}")
         path = (1.0, *self.via, self.scale)
         if self.via and not all(a < b for a, b in pairwise(path)):
             raise ValueError(f"via {list(self.via)}: give rising scales between 1 and the scale ({self.scale:g})")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import count
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from PIL import Image
 from pydantic import Field, model_validator
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 @register
 class SuperResolution(Enlargement):
     """One pass of a network that was trained to enlarge images: it sharpens what is there and adds nothing."""
+
+    places: ClassVar[tuple[str, ...]] = ("model", "weight_name", "revision")
 
     method: Literal["super_resolution"] = "super_resolution"
     model: str = "picturebook"
@@ -81,6 +83,12 @@ class SuperResolution(Enlargement):
     def weights(self) -> str:
         """The identity of the network's weights."""
         return network_identity(self.network())
+
+    def check_files(self) -> None:
+        """Raise ConfigError if the network's file is missing, cut off or of an unknown kind."""
+        from resmaster_stages.models.enlarger import check_network
+
+        check_network(self.network())
 
     def facts(self) -> dict[str, Any]:
         """The settings that reports show."""

@@ -16,6 +16,7 @@ from PIL import Image
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.metrics.metric import Column, Metric, Pair
 from resmaster_stages.metrics.resize import resize
+from resmaster_stages.models.files import TRANSFORMERS, folder_with, object_in, require_tokenizer, require_weights
 from resmaster_stages.models.identity import PICTUREBOOK
 from resmaster_stages.models.places import location, reason_of, resolve_device, whole_weights
 
@@ -90,6 +91,23 @@ class ClipScorer:
     def _pixels(self, image: Image.Image) -> np.ndarray[Any, np.dtype[np.float32]]:
         values = resize(image, self.input_px, self.input_px) / 255.0
         return ((values - self._mean) / self._std).transpose(2, 0, 1).astype(np.float32)
+
+
+OTHER_CLIPS = "give `picturebook`, a folder or hub id of a CLIP model with safetensors weights, or null"
+"""What to do about a CLIP model that cannot be used."""
+
+
+def check_clip(identifier: str, revision: str | None = None) -> None:
+    """Raise ConfigError if the CLIP model `picturebook`, a folder or a hub id cannot be used, as far as its files say.
+
+    Loads nothing. Raises NotOnThisMachine for a model that is at the hub only.
+    """
+    folder = folder_with(identifier, "config.json", revision, "clip")
+    kind = object_in(folder / "config.json").get("model_type")
+    if kind != "clip":
+        raise ConfigError(f"{identifier} is {kind!r}, no CLIP model; {OTHER_CLIPS}")
+    require_weights(identifier, folder, TRANSFORMERS)
+    require_tokenizer(identifier, folder)
 
 
 @lru_cache(maxsize=2)

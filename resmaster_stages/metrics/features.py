@@ -33,6 +33,7 @@ from resmaster_stages.errors import ConfigError, SampleError, first_line
 from resmaster_stages.metrics.clip_score import ClipScorer, load_clip
 from resmaster_stages.metrics.crops import crop_boxes, crops
 from resmaster_stages.metrics.resize import resize
+from resmaster_stages.models.files import TRANSFORMERS, require_weights
 from resmaster_stages.models.identity import PICTUREBOOK, pack_folder
 from resmaster_stages.models.places import resolve_device
 
@@ -181,6 +182,17 @@ def inception_weights() -> Path:
         for path in sorted(folder.rglob("*.pt")):
             return path
     raise ConfigError(MISSING_INCEPTION)
+
+
+def check_extractor(config: QualityConfig) -> None:
+    """Raise ConfigError if the extractor that `config.features` names cannot be used, as far as its files say.
+
+    Loads nothing. The model of `features: clip` is checked by `check_clip`.
+    """
+    if config.features == "inception":
+        inception_weights()
+    if config.features == "picturebook":
+        require_weights(PICTUREBOOK, pack_folder() / "classifier", TRANSFORMERS)
 
 
 def load_extractor(config: QualityConfig) -> FeatureExtractor:

@@ -32,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from PIL import Image
 
@@ -40,11 +41,21 @@ from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError, SampleError, UserError, first_line
 from resmaster_stages.models.bases import family_of
 from resmaster_stages.models.bases.base import TokenCounter
+from resmaster_stages.models.files import TRANSFORMERS, folder_with, object_in, require_weights
 from resmaster_stages.models.identity import PICTUREBOOK, model_identity
 from resmaster_stages.models.places import location, reason_of, resolve_device, whole_weights
 
 MAX_TOKENS = 75
 """Content tokens that CLIP's text encoders take: 77 minus the begin and end marks."""
+MAX_STYLE_TOKENS = 40
+"""A longer style would leave no room for the caption."""
+
+
+OTHER_CAPTIONERS = (
+    "give `picturebook`, a folder or hub id of a Transformers image-text-to-text model with safetensors weights, or "
+    "captions.source: server or prompt"
+)
+"""What to do about a captioner that cannot be used."""
 
 ANSWER_BYTES = 1 << 20
 """Longest answer of a server, with its headers. A sentence takes some hundred bytes."""
@@ -117,6 +128,17 @@ def shorten(text: str, count: TokenCounter, limit: int = MAX_TOKENS, suffix: str
     if not kept:
         kept, tokens = _longest(lambda n: text[:n], len(text), count, limit, suffix)
     return (kept + suffix if kept else suffix.lstrip(" ,")), tokens, True
+
+
+def style_suffix(style: str, count: TokenCounter) -> str:
+    """`style` as a suffix of captions, such as ", oil painting", or "". Raises ConfigError if it is too long."""
+    words = " ".join(style.split()).strip(" ,")
+    if not words:
+        return ""
+    tokens = count(", " + words)
+    if tokens > MAX_STYLE_TOKENS:
+        raise ConfigError(f"captions.style has {tokens} tokens; shorten it to at most {MAX_STYLE_TOKENS}")
+    return ", " + words
 
 
 def _longest(prefix: Callable[[int], str], size: int, count: TokenCounter, limit: int, suffix: str) -> tuple[str, int]:
@@ -210,6 +232,34 @@ class LocalCaptioner:
         )
 
 
+def server_address(base_url: str | None) -> str:
+    """`captions.base_url`. Raises ConfigError if it is missing, or no address of a server."""
+    if not base_url:
+        raise ConfigError(
+            "captions.source is `server` but captions.base_url is missing; set it, e.g. http://127.0.0.1:8000/v1"
+        )
+    example = "give one such as http://127.0.0.1:8000/v1"
+    if not base_url.startswith(("http://", "https://")):
+        raise ConfigError(f"captions.base_url {base_url!r} is not an http:// or https:// address; {example}")
+    try:
+        parts = urlsplit(base_url)
+        host, port = parts.hostname or "", parts.port
+        host.encode("idna")
+    except ValueError as error:  # UnicodeError, of a label that no name of a host may have, is one too
+        raise ConfigError(f"captions.base_url {base_url!r} is no address ({first_line(error)}); {example}") from None
+    if not host or port == 0 or not base_url.isascii() or any(each.isspace() for each in base_url):
+        raise ConfigError(f"captions.base_url {base_url!r} names no host that can be reached; {example}")
+    return base_url
+
+
+def server_key() -> str:
+    """The key of the caption server, from the environment; "" without one. Raises ConfigError."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and (key.isprintable() or not key)):
+        raise ConfigError("OPENAI_API_KEY holds characters that no key has; set it again")
+    return key
+
+
 class ServerCaptioner:
     """An OpenAI-compatible server: `POST {base_url}/chat/completions` with the image as a data URL."""
 
@@ -228,13 +278,7 @@ class ServerCaptioner:
         concurrency: int = 8,
         sleep: Callable[[float], None] = time.sleep,
     ):
-        if not base_url:
-            raise ConfigError(
-                "captions.source is `server` but captions.base_url is missing; set it, e.g. http://127.0.0.1:8000/v1"
-            )
-        if not base_url.startswith(("http://", "https://")):
-            raise ConfigError(f"captions.base_url {base_url!r} is not an http:// or https:// address")
-        self.url = base_url.rstrip("/") + "/chat/completions"
+        self.url = server_address(base_url).rstrip("/") + "/chat/completions"
         self.name, self.revision = model, ""
         self.instruction, self.max_new_tokens = instruction, max_new_tokens
         self.concurrency, self._sleep = concurrency, sleep
@@ -289,10 +333,7 @@ class ServerCaptioner:
 
     def _post(self, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json", "User-Agent": "resmaster-pipeline"}
-        key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if key:
-            if not (key.isascii() and key.isprintable()):
-                raise ConfigError("OPENAI_API_KEY holds characters that no key has; set it again")
+        if key := server_key():
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(self.url, data=body, headers=headers, method="POST")
         with self._opener.open(request, timeout=self.timeout_seconds) as response:
@@ -410,6 +451,30 @@ def _retry_after(error: urllib.error.HTTPError, longest: float) -> float:
 # ------------------------------------------------------------------------------------------------------- loading
 
 
+def check_captioner(config: CaptionsConfig, here: bool) -> None:
+    """Raise ConfigError if the captioner that `config` names cannot be used, as far as its files say. Loads nothing.
+
+    here: whether this process would ask a server, with the key in its environment. Raises NotOnThisMachine for a model
+    that is at the hub only.
+    """
+    if config.source == "server":
+        server_address(config.base_url)
+        if here:
+            server_key()
+    if config.source != "model":
+        return
+    folder = folder_with(config.model, "config.json", config.revision, "captioner")
+    kind = object_in(folder / "config.json").get("model_type")
+    if config.model != PICTUREBOOK:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KINDS
+
+        if kind not in KINDS:
+            raise ConfigError(
+                f"captions.model: {config.model} is {kind!r}, no image-text-to-text model; {OTHER_CAPTIONERS}"
+            )
+    require_weights(config.model, folder, TRANSFORMERS)
+
+
 def load_captioner(config: CaptionsConfig, device: str = "auto") -> Captioner | None:
     """The captioner that `config` names, or None for `source: prompt`. A local model stays loaded until another one is.
 
@@ -454,9 +519,7 @@ def _load_local(config: CaptionsConfig, device: str) -> LocalCaptioner:
         occupy(resolved, model.eval())
     except Exception as error:  # loaders raise many kinds of errors; the user's remedy is the same
         raise ConfigError(
-            f"captions.model {config.model!r} cannot be loaded ({reason_of(error, place)}); give `picturebook`, "
-            "a folder or hub id of a Transformers image-text-to-text model with safetensors weights, or "
-            "captions.source: server or prompt"
+            f"captions.model {config.model!r} cannot be loaded ({reason_of(error, place)}); {OTHER_CAPTIONERS}"
         ) from None
     revision = config.revision or getattr(model.config, "_commit_hash", None) or ""
     if embedded:

@@ -10,6 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,8 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from resmaster_stages.errors import ConfigError, first_line
+from resmaster_stages.models.files import find_network, tensors_of
 from resmaster_stages.models.identity import NetworkFile, network_file
-from resmaster_stages.models.rrdbnet import network_of, official_state
+from resmaster_stages.models.rrdbnet import RRDBNet, network_of, official_state
 
 _WRAPPERS = ("params_ema", "params", "state_dict")
 """Keys under which training programs keep the weights, the preferred key first."""
@@ -45,9 +47,9 @@ class Enlarger:
             return self.network(pixels.to(self.device, self.dtype)).float().cpu()
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """The state dict in a file: safetensors, or the tensors of a pickle. Raises ConfigError if there is no state
-    dict."""
+    dict. device: with `meta`, tensors of a pickle have names and shapes but no values."""
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -56,7 +58,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 f"{path}: cannot be read as safetensors ({first_line(error)}); download it again"
             ) from None
     try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        state: Any = torch.load(path, map_location=device, weights_only=True)
     except Exception:  # a damaged file raises many kinds of errors
         raise ConfigError(f"{path}: is no file of tensors alone; give the published weights, or .safetensors") from None
     for name in _WRAPPERS:
@@ -67,15 +69,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _by_spandrel(state: dict[str, Tensor], path: Path, device: torch.device, dtype: torch.dtype) -> Enlarger:
-    """The network of any architecture that spandrel recognises by its weights."""
-    try:
-        import spandrel
-    except ImportError:
+def _require_spandrel(path: Path) -> None:
+    if importlib.util.find_spec("spandrel") is None:
         raise ConfigError(
             f"{path}: not an RRDBNet's weights; for other architectures: pip install 'resmaster-pipeline[spandrel]'"
-        ) from None
-    except RuntimeError as error:  # a torchvision of another build than torch's
+        )
+
+
+def _by_spandrel(state: dict[str, Tensor], path: Path, device: torch.device, dtype: torch.dtype) -> Enlarger:
+    """The network of any architecture that spandrel recognises by its weights."""
+    _require_spandrel(path)
+    try:
+        import spandrel
+    except (ImportError, RuntimeError) as error:  # a torchvision of another build than torch's
         raise ConfigError(
             f"spandrel cannot be imported ({first_line(error)}); install the torchvision that belongs to your torch"
         ) from None
@@ -97,6 +103,29 @@ def _by_spandrel(state: dict[str, Tensor], path: Path, device: torch.device, dty
     return Enlarger(model, model.scale, device, dtype)  # the descriptor pads its input to multiples by itself
 
 
+def _rrdbnet(official: Mapping[str, Tensor], path: Path) -> RRDBNet:
+    try:
+        return network_of(official)
+    except Exception as error:  # damaged shapes and numbers raise many kinds of errors
+        raise ConfigError(f"{path}: not a whole RRDBNet ({first_line(error)}); download it again") from None
+
+
+def check_network(config: NetworkFile) -> None:
+    """Raise ConfigError if the network that `config` names cannot be used, as far as the names and shapes of its
+    tensors say. Reads no weights. Raises NotOnThisMachine for a file that is at the hub only."""
+    path = find_network(config)
+    if path.suffix == ".safetensors":
+        state = {name: torch.empty(shape, device="meta") for name, shape in tensors_of(path).items()}
+    else:
+        state = read_weights(path, "meta")
+    official = official_state(state)
+    if "conv_first.weight" not in official or "RRDB_trunk.0.RDB1.conv1.weight" not in official:
+        _require_spandrel(path)
+        return
+    with torch.device("meta"):
+        _rrdbnet(official, path)
+
+
 @lru_cache(maxsize=1)
 def load_enlarger(config: NetworkFile, device: torch.device, dtype: torch.dtype) -> Enlarger:
     """The network that `config` names, ready to use. The last one stays loaded. Raises ConfigError with one line."""
@@ -105,9 +134,6 @@ def load_enlarger(config: NetworkFile, device: torch.device, dtype: torch.dtype)
     official = official_state(state)
     if "conv_first.weight" not in official or "RRDB_trunk.0.RDB1.conv1.weight" not in official:
         return _by_spandrel(state, path, device, dtype)
-    try:
-        network = network_of(official)
-    except Exception as error:  # damaged shapes and numbers raise many kinds of errors
-        raise ConfigError(f"{path}: not a whole RRDBNet ({first_line(error)}); download it again") from None
+    network = _rrdbnet(official, path)
     network.to(device, dtype)
     return Enlarger(network, network.scale, device, dtype, network.shape.unshuffle)

@@ -33,13 +33,23 @@ def pack_folder() -> Path:
     return folder
 
 
+def _path_of(name: str) -> Path | None:
+    """The path that a name may mean. None if it can mean none: too long, or the home folder of nobody."""
+    try:
+        path = Path(name).expanduser()
+        path.is_dir()
+    except (OSError, RuntimeError):
+        return None
+    return path
+
+
 def as_folder(model_id: str) -> Path | None:
     """The local folder that a model id names, or None for a hub id.
 
     Raises ConfigError if the id is written as a path and there is no such folder.
     """
-    path = Path(model_id).expanduser()
-    if path.is_dir():
+    path = _path_of(model_id)
+    if path is not None and path.is_dir():
         return path.resolve()
     if model_id.startswith(("/", "./", "../", "~")) or model_id.count("/") > 1:
         raise ConfigError(f"model {model_id}: no such folder; check the path, or give a hub id such as owner/name")
@@ -118,18 +128,29 @@ class NetworkFile:
     """Commit or tag on the hub."""
 
 
-def network_file(config: NetworkFile) -> Path:
-    """The file of a super-resolution network's weights, downloaded from the hub if needed. Raises ConfigError."""
+def own_network(config: NetworkFile) -> Path | None:
+    """The file of a super-resolution network's weights in the pack or of the user, or None for one at the hub.
+
+    Raises ConfigError if there is no such file.
+    """
     if config.model == PICTUREBOOK:
         return pack_folder() / "super_resolution" / "model.safetensors"
-    path = Path(config.model).expanduser()
-    if path.is_file():
+    path = _path_of(config.model)
+    if path is not None and path.is_file():
         return path.resolve()
     if config.weight_name is None:
         raise ConfigError(
             f"upscale.model: {config.model} is no file; give picturebook, a file of weights, or a hub id and "
             "weight_name"
         )
+    return None
+
+
+def network_file(config: NetworkFile) -> Path:
+    """The file of a super-resolution network's weights, downloaded from the hub if needed. Raises ConfigError."""
+    if (path := own_network(config)) is not None:
+        return path
+    assert config.weight_name is not None
     import huggingface_hub
 
     try:
@@ -154,9 +175,9 @@ def network_identity(config: NetworkFile) -> str:
     """
     if config.model == PICTUREBOOK:
         return _source_identity(PICTUREBOOK, None, "super_resolution")
-    if config.weight_name and not Path(config.model).expanduser().is_file():
+    path = own_network(config)
+    if path is None:
         return f"{config.model}/{config.weight_name}@{config.revision or 'main'}"
-    path = network_file(config)
     found = path.stat()
     return f"{path.name}@{_file_digest(path, found.st_size, found.st_mtime_ns)[:16]}"
 

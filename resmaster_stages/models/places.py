@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resmaster_stages.config.model import ModelConfig
+from resmaster_stages.config.part import LONGEST_SHOWN
 from resmaster_stages.errors import ConfigError, first_line
 from resmaster_stages.models.identity import PICTUREBOOK, as_folder, pack_folder
 
@@ -174,6 +175,12 @@ def _damage(file: Path) -> str:
         return f"cannot be read ({first_line(error)})"
 
 
+def require_device_name(name: str, setting: str = "model.device") -> None:
+    """Raise ConfigError if `name` is no device, on whatever machine."""
+    if not re.fullmatch(r"auto|mps|(cpu|cuda)(:\d{1,3})?", name):
+        raise ConfigError(f"{setting}: {name[:LONGEST_SHOWN]!r} is no device; use auto, cpu, cuda, cuda:1 or mps")
+
+
 def resolve_device(name: str, setting: str = "model.device") -> torch.device:
     """The device that a configuration's `setting` names. `auto` is CUDA if there is a CUDA device, else the CPU.
 
@@ -181,12 +188,10 @@ def resolve_device(name: str, setting: str = "model.device") -> torch.device:
     """
     import torch
 
+    require_device_name(name, setting)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"{setting}: {name!r} is no device; use auto, cpu, cuda, cuda:1 or mps") from None
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"{setting}: {name} is not there ({torch.cuda.device_count()} CUDA devices); use auto or cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():

@@ -16,13 +16,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import cos, pi
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from diffusers import DDIMScheduler
-from torch import Tensor
 
 from resmaster_stages.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,13 @@ def timesteps(count: int, train_steps: int, spacing: str, offset: int) -> list[i
     return [int(t) for t in chosen.clip(0, train_steps - 1)]
 
 
-def make_schedule(scheduler_config: Mapping[str, Any], count: int) -> tuple[Step, ...]:
-    """The path in `count` steps that a diffusers scheduler configuration describes.
+def require_path(scheduler_config: Mapping[str, Any], count: int) -> None:
+    """Raise ConfigError unless a diffusers scheduler configuration describes a path that can be taken in `count` steps.
 
-    Raises ConfigError for schedulers without betas (flow matching) and for predictions other than epsilon and v.
+    Refused are schedulers without betas (flow matching), and predictions other than epsilon and v.
     """
-    config = dict(scheduler_config)
-    name = str(config.get("_class_name", "scheduler"))
-    prediction_type = str(config.get("prediction_type", "epsilon"))
+    config, name = scheduler_config, scheduler_config.get("_class_name", "scheduler")
+    prediction_type, train_steps = config.get("prediction_type", "epsilon"), config.get("num_train_timesteps", 1000)
     if "beta_start" not in config and config.get("trained_betas") is None:
         raise ConfigError(
             f"{name}: not a variance-preserving scheduler (no betas); use an SDXL or Stable Diffusion model with a "
@@ -89,11 +89,27 @@ def make_schedule(scheduler_config: Mapping[str, Any], count: int) -> tuple[Step
         )
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ConfigError(f"{name}: prediction_type {prediction_type!r} is not supported; use epsilon or v_prediction")
-    train_steps = int(config.get("num_train_timesteps", 1000))
+    if not isinstance(train_steps, int):
+        raise ConfigError(f"{name}: num_train_timesteps is no whole number; download the model again")
     if count > train_steps:
         raise ConfigError(
             f"steps: {count} is more than the {train_steps} steps that the model was trained with; use fewer"
         )
+    timesteps(count, train_steps, str(config.get("timestep_spacing", "leading")), 0)  # raises for an unknown spacing
+
+
+def make_schedule(scheduler_config: Mapping[str, Any], count: int) -> tuple[Step, ...]:
+    """The path in `count` steps that a diffusers scheduler configuration describes.
+
+    Raises ConfigError as `require_path` does.
+    """
+    from diffusers import DDIMScheduler
+
+    require_path(scheduler_config, count)
+    config = dict(scheduler_config)
+    name = str(config.get("_class_name", "scheduler"))
+    prediction_type = str(config.get("prediction_type", "epsilon"))
+    train_steps = int(config.get("num_train_timesteps", 1000))
     ddim = DDIMScheduler.from_config(config)
     # Zero terminal SNR: keep the last alpha above zero, as diffusers' Euler scheduler does.
     products = ddim.alphas_cumprod.double().clamp(min=2.0**-24)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from resmaster_stages.config.dataset import DatasetConfig
@@ -60,14 +61,17 @@ class DraftReader:
         for place, replicas in self._specs:
             if config.limit is not None and inputs >= config.limit:
                 break
-            key = replicas[0].key
-            fresh = [spec for spec in replicas if seen.add(bytes.fromhex(spec.key))]
-            inputs += bool(fresh)
+            first, fresh = "", False
+            for spec in replicas:
+                first = first or spec.key
+                if seen.add(bytes.fromhex(spec.key)):
+                    fresh = True
+                    yield spec
+            inputs += fresh
             if not fresh:
-                self.duplicates.append(Duplicate(printable(place), key, images.get(key)))
+                self.duplicates.append(Duplicate(printable(place), first, images.get(first)))
             elif config.images:
-                images[key] = place
-            yield from fresh
+                images[first] = place
         if not inputs:
             first = f"; first: {self.rejected[0]}" if self.rejected else ""
             source = str(config.images or config.prompts)
@@ -90,7 +94,7 @@ def draft_samples(config: DatasetConfig) -> Draft:
     return Draft(samples, tuple(reader.rejected), tuple(reader.duplicates))
 
 
-def _specs_of_prompts(config: DatasetConfig, rejected: list[Rejected]) -> Iterator[tuple[str, list[SampleSpec]]]:
+def _specs_of_prompts(config: DatasetConfig, rejected: list[Rejected]) -> Iterator[tuple[str, Iterator[SampleSpec]]]:
     """(place, replicas) of each usable prompt. Unusable prompts are added to `rejected`."""
     height, width = _base_size(config)
     for raw in read_prompts(str(config.prompts)):
@@ -102,8 +106,7 @@ def _specs_of_prompts(config: DatasetConfig, rejected: list[Rejected]) -> Iterat
             rejected.append(_rejection(raw.source, raw.prompt, reason))
             continue
         prompt, negative = normalise_prompt(raw.prompt), normalise_prompt(negative)
-        keys = [prompt_key(prompt, negative, height, width, replica) for replica in range(config.replicas)]
-        source = None
+        source = mask = None
         if raw.detail_mask is not None:
             config.upscale.require_detail_mask(f"{raw.source}: gives")
             try:
@@ -112,16 +115,14 @@ def _specs_of_prompts(config: DatasetConfig, rejected: list[Rejected]) -> Iterat
                 named = f"{raw.detail_mask[:SHOWN_CHARACTERS]}: " if isinstance(raw.detail_mask, str) else ""
                 rejected.append(_rejection(raw.source, raw.prompt, f"its detail mask: {named}{error}"))
                 continue
-            keys = [masked_key(key, mask) for key in keys]
-        yield (
-            raw.source,
-            [SampleSpec(key, prompt, negative, height, width, replica, source) for replica, key in enumerate(keys)],
-        )
+        keys = map(partial(prompt_key, prompt, negative, height, width), range(config.replicas))
+        spec = partial(SampleSpec, prompt=prompt, negative_prompt=negative, height=height, width=width, source=source)
+        yield raw.source, _replicas(spec, keys, mask)
 
 
 def _specs_of_images(
     config: DatasetConfig, rejected: list[Rejected], lone_texts: LoneTexts
-) -> Iterator[tuple[str, list[SampleSpec]]]:
+) -> Iterator[tuple[str, Iterator[SampleSpec]]]:
     """(place, replicas) of each usable image. Unusable images are added to `rejected`, and texts without image to
     `lone_texts`."""
     for image in find_images(str(config.images), lone_texts):
@@ -141,7 +142,6 @@ def _specs_of_images(
             rejected.append(_rejection(image.source, "", reason))
             continue
         prompt = normalise_prompt(image.prompt)
-        keys = [image_key(image.data, prompt, replica) for replica in range(config.replicas)]
         if image.mask is not None:
             config.upscale.require_detail_mask(f"{image.source}: has beside it")
             try:
@@ -149,11 +149,15 @@ def _specs_of_images(
             except SampleError as error:
                 rejected.append(_rejection(image.source, image.prompt, f"its detail mask: {error}"))
                 continue
-            keys = [masked_key(key, image.mask) for key in keys]
-        yield (
-            image.source,
-            [SampleSpec(key, prompt, "", height, width, replica, image.source) for replica, key in enumerate(keys)],
-        )
+        keys = map(partial(image_key, image.data, prompt), range(config.replicas))
+        spec = partial(SampleSpec, prompt=prompt, negative_prompt="", height=height, width=width, source=image.source)
+        yield image.source, _replicas(spec, keys, image.mask)
+
+
+def _replicas(spec: Callable[..., SampleSpec], keys: Iterable[str], mask: bytes | None) -> Iterator[SampleSpec]:
+    """The replicas of an input one by one, because there may be a hundred thousand. keys: theirs, without mask."""
+    for replica, key in enumerate(keys):
+        yield spec(key=key if mask is None else masked_key(key, mask), replica=replica)
 
 
 def _base_size(config: DatasetConfig) -> tuple[int, int]:

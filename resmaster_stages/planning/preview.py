@@ -1,27 +1,19 @@
-"""Finds out what a run would do, without writing anything. Of a model, only JSON files are read.
-
-`check` finds mistakes in a configuration. Mistakes in the input are found when the input is read.
-"""
+"""Finds out what a run would do, without writing anything. Of a model, only JSON files and headers are read."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 
 from resmaster_stages.config.dataset import DatasetConfig
-from resmaster_stages.dataset.dataset import Dataset, find_dataset
+from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.plan import Duplicate, Plan, find_plan
 from resmaster_stages.diffusion.views import target_size
-from resmaster_stages.errors import ConfigError, UserError
-from resmaster_stages.methods.settings import Diffusion
-from resmaster_stages.models.bases import family_of, require
-from resmaster_stages.models.geometry import geometry_of
-from resmaster_stages.planning.drafts import DraftReader, why_too_large
+from resmaster_stages.planning.checks import HERE, Around, check, check_sizes
+from resmaster_stages.planning.drafts import DraftReader
 from resmaster_stages.storage.digests import DigestSet
-from resmaster_stages.storage.filesystem import Folder, open_root
+from resmaster_stages.storage.filesystem import open_root
 
 
 @dataclass(frozen=True)
@@ -76,64 +68,21 @@ class Preview(Intake):
     typical_px: tuple[int, int]
     """Low-res (height, width) of the median sample by area."""
     stages: tuple[StagePreview, ...]
+    unchecked: tuple[str, ...] = ()
+    """Settings whose models are not on this machine yet, so that nothing is known of them."""
 
     def pending_samples(self) -> dict[str, int]:
         """Stage -> samples that are still to do."""
         return {stage.stage: stage.samples_pending for stage in self.stages}
 
 
-def check_sizes(config: DatasetConfig) -> tuple[int, int]:
-    """Low-res (height, width) in px of generated images. Raises ConfigError if a size does not fit the latent grid, or
-    no image format."""
-    geometry = geometry_of(config.model)
-    factor, native = geometry.latent_factor, geometry.native_px
-    sizes = {"height": config.low_res.height or native, "width": config.low_res.width or native}
-    for name, size in sizes.items():
-        if size % factor:
-            below = size // factor * factor
-            raise ConfigError(f"low_res.{name}: {size} px is no multiple of {factor}; use {below} or {below + factor}")
-        target = size * config.upscale.scale
-        if abs(target - round(target / factor) * factor) > 1e-6:  # 88 x 2.909... px may miss 256 px by a rounding error
-            below = int(target // factor) * factor
-            raise ConfigError(
-                f"upscale.scale: {config.upscale.scale:g} x {size} px = {target:g} px, no multiple of {factor}; "
-                f"use a scale of {below / size:g} or {(below + factor) / size:g}"
-            )
-    if reason := why_too_large(config, sizes["height"], sizes["width"]):
-        raise ConfigError(f"low_res and upscale.scale: {reason}")
-    return sizes["height"], sizes["width"]
+def preview(config: DatasetConfig, around: Around = HERE) -> Preview:
+    """What a run of `config` would do. Raises UserError for mistakes in the configuration or its input.
 
-
-def check_root(root: Folder) -> None:
-    """Raise UserError if a local root cannot be written. Does not create it."""
-    if not root.local:
-        return
-    parent = Path(root.path)
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{root.path}: cannot be written ({parent} does not allow it); choose another root")
-
-
-def check(config: DatasetConfig) -> Dataset | None:
-    """Check a configuration, without its input. Returns the existing dataset or None. Raises UserError."""
-    check_root(open_root(config.root))
-    if config.images:
-        geometry_of(config.model)
-    else:
-        check_sizes(config)
-    if isinstance(config.upscale, Diffusion) and (needs := config.upscale.needs()):
-        require(family_of(config.model), config.model.id, needs)
-    if config.quality.features == "inception":
-        from resmaster_stages.metrics.features import inception_weights
-
-        inception_weights()
-    return find_dataset(config)
-
-
-def preview(config: DatasetConfig) -> Preview:
-    """What a run of `config` would do. Raises UserError for mistakes in the configuration or its input."""
-    dataset = check(config)
+    around: what is around the run.
+    """
+    checked = check(config, around)
+    dataset = checked.dataset
     planned = Dataset(open_root(config.root).sub(config.name), config)
     plan = find_plan(planned.folder) if dataset else Plan(planned.folder, ())
     draft, known = DraftReader(config), DigestSet(map(bytes.fromhex, plan.keys()))
@@ -160,6 +109,7 @@ def preview(config: DatasetConfig) -> Preview:
         lone_texts=str(draft.lone_texts),
         typical_px=_middle(sizes),
         stages=tuple(stages),
+        unchecked=checked.unchecked,
     )
 
 

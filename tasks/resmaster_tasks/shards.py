@@ -12,6 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.dataset.retry import Retries, number_of
+from resmaster_stages.planning.checks import check_stages
 from resmaster_stages.redaction import no_secrets_in_errors
 from resmaster_stages.runner.run import run_stage
 from resmaster_tasks.alone import alone
@@ -33,6 +34,7 @@ def process_shard(dataset_url: str, shard: int, stages: list[str], retries: Retr
     """Run `stages` over the shard. Returns the number of samples that passed the last of the stages."""
     with no_secrets_in_errors(), alone():
         dataset = open_dataset(dataset_url)
+        check_stages(dataset.config, stages, here=True)  # of this machine's devices and files, before the first stage
         known: dict[str, Receipt] = {}
         for stage in stages:
             number = number_of(retries, stage, shard)

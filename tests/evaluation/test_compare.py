@@ -37,10 +37,9 @@ from resmaster_stages.inspection.status import pending
 from resmaster_stages.metrics.agreement import agreement
 from resmaster_stages.metrics.features import image_features
 from resmaster_stages.models.bases.base import Geometry
-from resmaster_stages.models.bases.unet import SDXL
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.picturebook.truth import true_image
-from resmaster_stages.planning.preview import check_sizes
+from resmaster_stages.planning.checks import check_sizes
 from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.publish.report import write_report
 from resmaster_stages.runner.run import run_stage
@@ -49,7 +48,7 @@ from resmaster_stages.storage.images import encode_image
 from tests import fake_stages
 from tests.checkout import ROOT
 from tests.evaluation.test_set_metrics import Means
-from tests.fake_stages import FAKES, planned, png
+from tests.fake_stages import FAKES, UNREAD, planned, png
 
 GEOMETRY = Geometry(native_px=16, latent_factor=8)
 
@@ -58,9 +57,9 @@ GEOMETRY = Geometry(native_px=16, latent_factor=8)
 def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model: fixed weights and sizes, means as features."""
     monkeypatch.setattr("resmaster_stages.models.identity.weights_of", lambda config: Weights(config.model.id))
-    for module in ("evaluation.variants", "evaluation.reference", "planning.preview"):
+    for module in ("evaluation.variants", "evaluation.reference", "planning.checks"):
         monkeypatch.setattr(f"resmaster_stages.{module}.geometry_of", lambda model: GEOMETRY)
-    monkeypatch.setattr("resmaster_stages.planning.preview.family_of", lambda model: SDXL)
+    monkeypatch.setattr("resmaster_stages.planning.checks.family_of", lambda model: UNREAD)
     monkeypatch.setattr("resmaster_stages.metrics.features.load_extractor", lambda config: Means())
 
 

@@ -24,7 +24,6 @@ from resmaster_stages.metrics import METRICS, metric_columns
 from resmaster_stages.metrics.flags import badness, known_flags
 from resmaster_stages.metrics.metric import Column, Flag, Metric
 from resmaster_stages.models.bases.base import Geometry
-from resmaster_stages.models.bases.unet import SDXL
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.publish.report import write_report
@@ -32,7 +31,7 @@ from resmaster_stages.publish.summary import summary
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import open_root
 from tests.evaluation.test_set_metrics import Means
-from tests.fake_stages import FAKES, planned
+from tests.fake_stages import FAKES, UNREAD, planned
 
 REDNESS = Metric(
     compute=lambda pair: (float(pair.high_rgb[:, :, 0].mean() / 255), None),
@@ -67,9 +66,9 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dataset
     monkeypatch.setattr("resmaster_stages.models.identity.weights_of", lambda config: Weights(config.model.id))
     monkeypatch.setattr("resmaster_stages.metrics.features.load_extractor", lambda config: Means())
     monkeypatch.setattr("resmaster_stages.metrics.features.inception_weights", lambda: None)
-    for module in ("quality", "planning.preview"):
+    for module in ("quality", "planning.checks"):
         monkeypatch.setattr(f"resmaster_stages.{module}.geometry_of", lambda model: Geometry(16, 8))
-    monkeypatch.setattr("resmaster_stages.planning.preview.family_of", lambda model: SDXL)
+    monkeypatch.setattr("resmaster_stages.planning.checks.family_of", lambda model: UNREAD)
     settings = {"quality": {"clip": None, "features": "inception"}, "model": {"id": "tiny"}}
     dataset = planned(tmp_path / "out", ["a", "b"], tmp_path, **settings)
     with redness_listed():

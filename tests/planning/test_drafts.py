@@ -9,8 +9,8 @@ from PIL import Image
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.errors import ConfigError, SampleError
+from resmaster_stages.planning.checks import check_sizes
 from resmaster_stages.planning.drafts import draft_samples
-from resmaster_stages.planning.preview import check_sizes
 from resmaster_stages.storage.images import encode_image
 
 

@@ -22,28 +22,35 @@ from resmaster_stages.planning.estimate import (
 from resmaster_stages.planning.preview import preview
 from resmaster_stages.runner.run import run_stage
 from tests.fake_stages import FAKES, config_at, planned
+from tests.tiny_models import save
 
 
 def stage_of(found: Estimate, name: str) -> StageEstimate:
     return next(stage for stage in found.stages if stage.stage == name)
 
 
+def edit_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
 def sdxl(tmp_path: Path, **values: object) -> DatasetConfig:
-    """A configuration with a model of SDXL's sizes: the files that tell them, and no weights."""
-    for name, content in (
-        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}),
-        ("unet/config.json", {"sample_size": 128}),
-        ("vae/config.json", {"block_out_channels": [128, 256, 512, 512]}),
-    ):
-        path = tmp_path / "model" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content))
+    """A configuration with a model of SDXL's sizes: the files of a tiny one, which tell other sizes."""
+    if not (tmp_path / "model").exists():
+        save(tmp_path / "model")
+        edit_json(tmp_path / "model" / "unet" / "config.json", sample_size=128)
+        edit_json(tmp_path / "model" / "vae" / "config.json", block_out_channels=[128, 256, 512, 512])
     (tmp_path / "prompts.txt").write_text("\n".join(f"prompt {i}" for i in range(1000)))
-    base = {"prompts": str(tmp_path / "prompts.txt"), "model": {"id": str(tmp_path / "model")}, "low_res": {}}
+    folder = str(tmp_path / "model")
+    adapter = {"id": folder, "subfolder": "ip_adapter", "weight_name": "ip-adapter.safetensors"}
+    model = {"id": folder, "ip_adapter": adapter}
+    base = {"prompts": str(tmp_path / "prompts.txt"), "model": model, "low_res": {}}
     return config_at(tmp_path / "out", **{**base, "samples_per_shard": 64, **values})
 
 
-def test_without_commits_the_table_speaks_and_says_what_it_does_not_know(tmp_path: Path) -> None:
+def test_without_commits_the_table_speaks_and_says_what_it_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # someone/else can be downloaded later
     found = estimate(preview(sdxl(tmp_path)), workers=8, price=2.0)
     assert found.shards == 16
     high_res = stage_of(found, "high_res")
@@ -76,7 +83,7 @@ def test_without_commits_the_table_speaks_and_says_what_it_does_not_know(tmp_pat
 
 def test_a_model_of_another_size_has_no_table(tmp_path: Path) -> None:
     config = sdxl(tmp_path)
-    (tmp_path / "model" / "unet" / "config.json").write_text('{"sample_size": 96}')
+    edit_json(tmp_path / "model" / "unet" / "config.json", sample_size=96)
     from resmaster_stages.models import places
 
     places._read_json.cache_clear()

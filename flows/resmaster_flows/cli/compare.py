@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resmaster_flows.cli.arguments import add_source, config_of
-from resmaster_flows.cli.execute import execute, require_surroundings
+from resmaster_flows.cli.execute import execute, look_around
 from resmaster_flows.watch.progress import plans
 from resmaster_flows.watch.terminal import SafeConsole, say
 from resmaster_stages.config.dataset import DatasetConfig
@@ -75,9 +75,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
         return execute(console, config, flow) == 0
 
     config = config_of(args)
-    require_surroundings(config)
+    around = look_around(config)
     with listening(plans(partial(say, console))):
-        found = compare(config, args.methods, args.scales, build, reference=args.reference, low_res=args.low_res)
+        found = compare(
+            config, args.methods, args.scales, build, around=around, reference=args.reference, low_res=args.low_res
+        )
     print_tables(found.measured)
     print(f"comparison: {printable(found.page)}")
     return 0 if found.finished else 1

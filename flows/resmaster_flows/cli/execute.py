@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from importlib import import_module
 from io import StringIO
 from typing import TYPE_CHECKING
@@ -16,9 +16,11 @@ from rich.text import Text
 
 from resmaster_flows.watch.progress import Progress
 from resmaster_flows.watch.terminal import say, terminal
+from resmaster_flows.workplace import computed_here, on_workers
 from resmaster_stages.config.dataset import DatasetConfig
-from resmaster_stages.errors import ResMasterError, UserError
+from resmaster_stages.errors import ConfigError, ResMasterError, UserError
 from resmaster_stages.models.places import at_hub
+from resmaster_stages.planning.checks import Around
 from resmaster_stages.redaction import one_line, printable, quoted
 
 if TYPE_CHECKING:
@@ -46,8 +48,18 @@ def execute(console: Console, config: DatasetConfig, build: Callable[[], BuildRe
     return _finished(console, result)
 
 
+def look_around(config: DatasetConfig) -> Around:
+    """What is around a build: where its stages run, and what `require_surroundings` says against it."""
+    try:
+        require_surroundings(config)
+    except UserError as error:
+        return Around(here=False, mistakes=(str(error),))
+    return Around(computed_here(config.dispatch))
+
+
 def require_surroundings(config: DatasetConfig) -> None:
-    """Check what a build needs beside its input: Prefect's settings, the server, and the cluster if one is configured.
+    """Check what a build needs beside its input: Prefect's settings, the server with the deployment if workers are to
+    do the work, and the cluster if one is configured.
 
     Raises UserError.
     """
@@ -66,10 +78,15 @@ def require_surroundings(config: DatasetConfig) -> None:
 
         check(config.dispatch.where)
     require_answer()
+    if on_workers(config.dispatch):
+        from resmaster_flows.server_runs import deployed
+
+        deployed(config.dispatch)
     require_result_storage()
     sys.stderr.write(said.getvalue())  # of settings that the errors above do not tell of
-    if not at_hub(config.model.id):
-        hide_bars()  # such a model downloads nothing and loads in a second
+    with suppress(ConfigError):  # the checks of the configuration tell of a folder that is not there
+        if not at_hub(config.model.id):
+            hide_bars()  # such a model downloads nothing and loads in a second
 
 
 def hide_bars() -> None:

@@ -12,6 +12,7 @@ from resmaster_flows.cli.execute import execute, require_surroundings
 from resmaster_flows.cli.publish import judged, publish_now
 from resmaster_flows.selection import parse_numbers, parse_stages
 from resmaster_flows.watch.terminal import say
+from resmaster_flows.workplace import computed_here
 from resmaster_stages.dataset.stages import STAGES
 
 if TYPE_CHECKING:
@@ -49,11 +50,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from resmaster_stages.dataset.lost_plan import restore_plan
     from resmaster_stages.dataset.retry import retries_of
     from resmaster_stages.inspection.status import pending
+    from resmaster_stages.planning.checks import check_stages
 
-    shards, stages = parse_numbers(args.shards), parse_stages(args.stages)
-    dataset = open_dataset(args.root)
+    stages, dataset = parse_stages(args.stages), open_dataset(args.root)
     for name in restore_plan(dataset.folder):
         say(console, f"{dataset.url}: {name} is put together again from the plan's files")
+    shards = None if args.shards is None else parse_numbers(args.shards, dataset.plan.shards)
     retries = None
     if args.retry_errors:
         retries, samples = retries_of(dataset, shards, stages)
@@ -69,6 +71,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         return call(repair, dataset.url, args.shards, stages, args.retry_errors, args.replace)
 
     require_surroundings(dataset.config)
+    lacking = [stage for stage, numbers in todo.items() if numbers]
+    check_stages(dataset.config, lacking, here=computed_here(dataset.config.dispatch))
     return execute(console, dataset.config, build)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from resmaster_flows.cli.arguments import add_source, config_of
-from resmaster_flows.cli.execute import execute, require_surroundings
+from resmaster_flows.cli.execute import execute, look_around
 from resmaster_flows.watch.progress import plans
 from resmaster_flows.watch.terminal import say
 from resmaster_stages.progress import listening
@@ -43,9 +43,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         dispatch = config.dispatch.model_copy(update={"where": args.executor})
         config = config.model_copy(update={"dispatch": dispatch})
     require_source(config)  # also where a plan exists, as `plan` does
-    require_surroundings(config)
+    around = look_around(config)
     with listening(plans(partial(say, console))):
-        config = ingest(config).config  # with an absolute root, by which the server tells datasets apart
+        config = ingest(config, around).config  # with an absolute root, by which the server tells datasets apart
 
     def build() -> Any:
         from resmaster_flows.build import build_dataset

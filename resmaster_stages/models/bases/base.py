@@ -6,12 +6,13 @@ called. A `Base` is a loaded model of a family.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from resmaster_stages.config.model import ModelConfig
+from resmaster_stages.models.files import Check
 from resmaster_stages.models.places import ModelFiles
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 Ability = Literal["convolutions", "attention", "image_prompts"]
 """What a method may need of a family: convolutions or attentions under the names of diffusers' UNets, or an
 IP-Adapter."""
+
+NO_ADAPTER = "image prompts need an IP-Adapter; set model.ip_adapter, or upscale.image_prompt.enabled: false"
+"""What is said of a model without an IP-Adapter where image prompts are asked for."""
 
 Layers = Literal["sdxl", "sd1", "sd2"]
 """UNets for whose layers some papers give settings."""
@@ -47,6 +51,16 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class Demand:
+    """What a dataset asks of its base model."""
+
+    image_prompts: bool
+    """Whether the method reads image prompts."""
+    steps: Mapping[str, int]
+    """Setting -> number of denoising steps."""
+
+
+@dataclass(frozen=True)
 class Family:
     """A family of base models that are loaded and called in the same way."""
 
@@ -65,6 +79,8 @@ class Family:
     ConfigError."""
     base: Callable[[Any], Base]
     """Gives the parts of a loaded pipeline, which may be a user's own. Raises ConfigError if it cannot be used."""
+    checks: Callable[[ModelConfig, Demand], Iterable[Check]] = lambda config, demand: ()
+    """Gives what can be checked of a model before its weights are loaded. Downloads nothing."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from resmaster_stages.config.model import IpAdapterConfig, ModelConfig
 from resmaster_stages.errors import ConfigError
+from resmaster_stages.models.bases import unet_files
 from resmaster_stages.models.bases.base import Family, Geometry, Layers, Rows, TokenCounter
-from resmaster_stages.models.identity import PICTUREBOOK
 from resmaster_stages.models.places import ModelFiles, loading, location, vae_dtype
 
 if TYPE_CHECKING:
@@ -24,11 +24,6 @@ if TYPE_CHECKING:
 
     from resmaster_stages.models.ip_adapter import IpAdapter
     from resmaster_stages.models.schedule import Step
-
-PACK_ADAPTER = IpAdapterConfig(
-    id=PICTUREBOOK, subfolder="ip_adapter", weight_name="ip-adapter.safetensors", image_encoder_folder="image_encoder"
-)
-"""The place of the embedded pack's IP-Adapter."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 """Mean of RGB in [0, 1] that is subtracted for a CLIP image encoder if nothing else is configured."""
@@ -100,8 +95,7 @@ def load(pipeline: str, more: Mapping[str, Any], config: ModelConfig, dtype: tor
             use_safetensors=True,
             **extra,
         )
-    adapter = config.ip_adapter or (PACK_ADAPTER if config.id == PICTUREBOOK else None)
-    if adapter is not None:
+    if (adapter := unet_files.configured_adapter(config)) is not None:
         _load_adapter(pipe, adapter, dtype)
     return pipe
 
@@ -110,10 +104,7 @@ def _load_adapter(pipe: Any, adapter: IpAdapterConfig, dtype: torch.dtype) -> No
     """Loads the image encoder and the IP-Adapter's weights into `pipe`."""
     from transformers import CLIPVisionModelWithProjection
 
-    if not adapter.weight_name.endswith(".safetensors"):
-        raise ConfigError(
-            f"model.ip_adapter.weight_name: {adapter.weight_name} is not a .safetensors file; choose one that is"
-        )
+    unet_files.require_safetensors(adapter)
     place = location(adapter.id)
     if pipe.image_encoder is None:
         with loading(adapter.id, "the image encoder of the IP-Adapter"):
@@ -289,12 +280,8 @@ def base(told_sizes: bool, pipe: Any) -> Unet:
     that this engine cannot use.
     """
     unet, encoder, second = pipe.unet, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)
-    if told_sizes and (encoder is None or second is None):
-        raise ConfigError("it looks like an SDXL refiner (one text encoder); give an SDXL base model")
-    if unet.config.addition_embed_type != ("text_time" if told_sizes else None):
-        raise ConfigError(f"its UNet reads {unet.config.addition_embed_type}; give a plain base model")
-    if unet.config.in_channels != pipe.vae.config.latent_channels or unet.config.time_cond_proj_dim is not None:
-        raise ConfigError("it is an inpainting, editing or LCM variant; give a plain base model")
+    encoders = sum(each is not None for each in (encoder, second))
+    unet_files.require_plain(told_sizes, unet.config, pipe.vae.config.latent_channels, encoders)
     processor = getattr(pipe, "feature_extractor", None)
     return Unet(
         family=SDXL if told_sizes else STABLE_DIFFUSION,
@@ -321,6 +308,7 @@ SDXL = Family(
     token_counter=token_counter,
     load=partial(load, "StableDiffusionXLPipeline", {"add_watermarker": False}),
     base=partial(base, True),
+    checks=partial(unet_files.checks, True),
 )
 
 STABLE_DIFFUSION = Family(
@@ -331,4 +319,5 @@ STABLE_DIFFUSION = Family(
     token_counter=token_counter,
     load=partial(load, "StableDiffusionPipeline", {"safety_checker": None, "requires_safety_checker": False}),
     base=partial(base, False),
+    checks=partial(unet_files.checks, False),
 )

@@ -29,7 +29,7 @@ from resmaster_stages.metrics.crops import crops, tile_boxes
 from resmaster_stages.metrics.features import ClassifierFeatures
 from resmaster_stages.metrics.fid import FeatureStatistics, frechet_distance
 from resmaster_stages.metrics.perceptual import perceptual_distance
-from resmaster_stages.models.bases.unet import PACK_ADAPTER
+from resmaster_stages.models.bases.unet_files import PACK_ADAPTER
 from resmaster_stages.models.parts import Models
 from resmaster_stages.picturebook import captions, scenes
 from resmaster_stages.picturebook.training.data import NATIVE_PX

@@ -120,7 +120,7 @@ def test_root_without_permission(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "resmaster_stages.planning.preview.os.access", lambda path, mode: False
+        "resmaster_stages.planning.checks.os.access", lambda path, mode: False
     )  # root may write anywhere
     message = fails(capsys, "run", config_file)
     assert f"{tmp_path} does not allow it" in message
@@ -253,12 +253,18 @@ def test_upscale_decodes_as_run_does(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_shard_lists() -> None:
-    assert parse_numbers("1,4-7") == [1, 4, 5, 6, 7]
-    assert parse_numbers(" 3 , 3-3") == [3]
-    assert parse_numbers(None) is None
-    for wrong in ("", "a", "3-1", "1,,2", "-1", "1-"):
-        with pytest.raises(UserError, match="--shards"):
-            parse_numbers(wrong)
+    assert parse_numbers("1,4-7", 8) == [1, 4, 5, 6, 7]
+    assert parse_numbers(" 3 , 3-3", 8) == [3]
+    for wrong in ("", "a", "3-1", "1,,2", "-1", "1-", "1-2-3", "9" * 5_000, "x" * 100_000):
+        with pytest.raises(UserError, match="--shards") as caught:
+            parse_numbers(wrong, 8)
+        assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("text", ["8", "0-99999999", "0-3,999999999"])
+def test_shards_beyond_the_plan_are_refused_before_they_are_counted_out(text: str) -> None:
+    with pytest.raises(UserError, match=r"is not in the plan, which has 8 \(from 0\); resmaster status lists them"):
+        parse_numbers(text, 8)
 
 
 def test_stage_lists() -> None:
@@ -406,7 +412,7 @@ def test_only_folders_and_s3_are_roots(
     verb: str, root: str, config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(config_file.parent)
-    monkeypatch.setattr("resmaster_flows.cli.run.require_surroundings", lambda config: None)
+    monkeypatch.setattr("resmaster_flows.cli.execute.require_surroundings", lambda config: None)
     command = [verb, config_file, "--root", root] if verb in ("plan", "run") else [verb, root]
     assert "s3://" in fails(capsys, *command, *(["key"] if verb == "explain" else []))
     assert sorted(path.name for path in config_file.parent.iterdir()) == ["prompts.txt", "tiny.yaml"]

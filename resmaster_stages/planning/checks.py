@@ -1,0 +1,228 @@
+"""The one list of what is checked of a configuration before anything is planned or computed.
+
+The list has everything that a stage could refuse later and that can be known earlier: sizes, steps, the files of all
+models, addresses, devices. Of files, JSON and the headers of weights are read. Nothing is loaded, downloaded or written
+(only a base model at the hub has some small JSON files fetched, because no size is known without them).
+
+All mistakes are told at once, one line each. Mistakes in the input are found when the input is read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.model import ModelConfig
+from resmaster_stages.dataset.dataset import Dataset, find_dataset
+from resmaster_stages.dataset.stages import stage_hashes, stages_of
+from resmaster_stages.errors import ConfigError, UserError
+from resmaster_stages.methods.settings import Diffusion
+from resmaster_stages.models.bases import family_of, require
+from resmaster_stages.models.bases.base import Ability, Demand
+from resmaster_stages.models.files import Check, NotOnThisMachine
+from resmaster_stages.models.geometry import geometry_of
+from resmaster_stages.models.places import require_device_name, resolve_device
+from resmaster_stages.planning.drafts import why_too_large
+from resmaster_stages.storage.filesystem import Folder, open_root
+
+LARGEST_LOW_RES = 64
+"""Largest area of a generated low-res image, in native areas of the base model. It is drawn in one piece, and the work
+of attention grows with the square of the area."""
+
+
+NAMED = re.compile(r"(model|low_res|captions|upscale|quality)\.\w+(\.\w+)*[: ]|low_res[: ]")
+"""The beginning of a message that names its setting itself."""
+
+
+@dataclass(frozen=True)
+class Around:
+    """What is around a run: the machine, and the server or cluster."""
+
+    here: bool = True
+    """Whether the stages run in this process, so that this machine must have their devices."""
+    mistakes: tuple[str, ...] = ()
+    """What is wrong with the server or cluster, one line each."""
+
+
+HERE = Around()
+"""Around a run in this process."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A configuration in which no mistake was found."""
+
+    dataset: Dataset | None
+    """The existing dataset, if there is one."""
+    unchecked: tuple[str, ...]
+    """Settings whose models are not on this machine yet, so that nothing is known of them."""
+
+
+class Findings:
+    """Collects mistakes, so that all of them can be told at once."""
+
+    def __init__(self, mistakes: Iterable[str] = ()) -> None:
+        self._mistakes = list(mistakes)
+        self._unchecked: list[str] = []
+
+    def look(self, checks: Iterable[Check]) -> None:
+        """Do the checks, and keep what they say."""
+        for setting, check in checks:
+            try:
+                check()
+            except NotOnThisMachine as error:
+                self._unchecked.append(f"{setting}: {error}")
+            except UserError as error:
+                found = error.mistakes if isinstance(error, ConfigError) else (str(error),)
+                self._mistakes += [each if NAMED.match(each) else f"{setting}: {each}" for each in found]
+
+    @property
+    def unchecked(self) -> tuple[str, ...]:
+        """What could not be checked, each once."""
+        return tuple(dict.fromkeys(self._unchecked))
+
+    def tell(self) -> None:
+        """Raise ConfigError if there are mistakes."""
+        if self._mistakes:
+            raise ConfigError(*dict.fromkeys(self._mistakes))
+
+
+def check(config: DatasetConfig, around: Around = HERE) -> Checked:
+    """Check a configuration, without its input. Raises ConfigError with a line for each mistake."""
+    findings = Findings(around.mistakes)
+    findings.look([("root", lambda: check_root(open_root(config.root)))])
+    findings.look(checks_of(config, stages_of(config), around.here))
+    findings.tell()
+    findings.look([("weights", partial(stage_hashes, config))])
+    findings.tell()
+    return Checked(find_dataset(config), findings.unchecked)
+
+
+def check_stages(config: DatasetConfig, stages: Collection[str], *, here: bool) -> None:
+    """Check what `stages` of an existing dataset need. Raises ConfigError with a line for each mistake."""
+    findings = Findings()
+    findings.look(checks_of(config, stages, here))
+    findings.tell()
+
+
+def checks_of(config: DatasetConfig, stages: Collection[str], here: bool) -> Iterator[Check]:
+    """What can be checked of a configuration for `stages`."""
+    yield "model.id", lambda: geometry_of(config.model)
+    if not config.images and _is_known(config.model):
+        yield "low_res", lambda: check_sizes(config)
+    yield from _of_base_model(config, stages)
+    if "captions" in stages:
+        yield from _of_captions(config, here)
+    if "high_res" in stages:
+        yield "upscale.model", config.upscale.check_files
+    if "quality" in stages:
+        yield from _of_quality(config)
+    for setting, name in (("model.device", config.model.device), ("quality.device", config.quality.device)):
+        yield setting, partial(_check_device, name, setting, here)
+    if config.model.quantise == "fp8" and here:
+        yield "model.quantise", lambda: _check_fp8(config.model)
+
+
+def _of_base_model(config: DatasetConfig, stages: Collection[str]) -> Iterator[Check]:
+    """What can be checked of the base model, if one of the stages computes with it."""
+    if not _is_known(config.model):
+        return
+    family, method, steps = family_of(config.model), config.upscale, dict[str, int]()
+    needs: Mapping[Ability, str] = {}
+    if "low_res" in stages and not config.images:
+        steps["low_res.steps"] = config.low_res.steps
+    if "high_res" in stages and isinstance(method, Diffusion):
+        needs, steps["upscale.steps"] = method.needs(), method.steps
+    yield "upscale", partial(require, family, config.model.id, needs)
+    if steps:
+        if config.model.ip_adapter is not None:
+            yield "model.ip_adapter", partial(require, family, config.model.id, {"image_prompts": "model.ip_adapter"})
+        yield from family.checks(config.model, Demand("image_prompts" in needs, steps))
+
+
+def _is_known(model: ModelConfig) -> bool:
+    """Whether the sizes of a base model can be read. If not, the check of model.id tells of it."""
+    try:
+        geometry_of(model)
+    except ConfigError:
+        return False
+    return True
+
+
+def _of_captions(config: DatasetConfig, here: bool) -> Iterator[Check]:
+    from resmaster_stages.metrics.clip_score import check_clip
+    from resmaster_stages.models.captioner import check_captioner, style_suffix, token_counter
+
+    setting = "captions.base_url" if config.captions.source == "server" else "captions.model"
+    yield setting, partial(check_captioner, config.captions, here)
+    if config.captions.style:
+        yield "captions.style", lambda: style_suffix(config.captions.style, token_counter(config.model))
+    if judge := config.caption_clip():
+        own = config.captions.check.clip is not None
+        yield "captions.check.clip" if own else "quality.clip", partial(check_clip, *judge)
+
+
+def _of_quality(config: DatasetConfig) -> Iterator[Check]:
+    from resmaster_stages.metrics.clip_score import check_clip
+    from resmaster_stages.metrics.features import check_extractor
+
+    if config.quality.clip is not None:
+        yield "quality.clip", partial(check_clip, config.quality.clip, config.quality.clip_revision)
+    yield "quality.features", partial(check_extractor, config.quality)
+
+
+def _check_device(name: str, setting: str, here: bool) -> None:
+    require_device_name(name, setting)
+    if here and name not in ("auto", "cpu"):  # these are on every machine, and torch takes seconds to import
+        resolve_device(name, setting)
+
+
+def _check_fp8(model: ModelConfig) -> None:
+    from resmaster_stages.models.acceleration import require_fp8
+
+    require_fp8(resolve_device(model.device), compiled=model.compile != "off")
+
+
+def check_sizes(config: DatasetConfig) -> tuple[int, int]:
+    """Low-res (height, width) in px of generated images. Raises ConfigError if a size does not fit the latent grid or
+    the model, or no image format."""
+    geometry = geometry_of(config.model)
+    factor, native = geometry.latent_factor, geometry.native_px
+    sizes = {"height": config.low_res.height or native, "width": config.low_res.width or native}
+    for name, size in sizes.items():
+        if size % factor:
+            below = size // factor * factor
+            near = f"{below} or {below + factor}" if below else f"{factor}"
+            raise ConfigError(f"low_res.{name}: {size} px is no multiple of {factor}; use {near}")
+        target = size * config.upscale.scale
+        if abs(target - round(target / factor) * factor) > 1e-6:  # 88 x 2.909... px may miss 256 px by a rounding error
+            below = int(target // factor) * factor
+            raise ConfigError(
+                f"upscale.scale: {config.upscale.scale:g} x {size} px = {target:g} px, no multiple of {factor}; "
+                f"use a scale of {below / size:g} or {(below + factor) / size:g}"
+            )
+    height, width = sizes["height"], sizes["width"]
+    if reason := why_too_large(config, height, width):
+        raise ConfigError(f"low_res and upscale.scale: {reason}")
+    if height * width > LARGEST_LOW_RES * native**2:
+        raise ConfigError(
+            f"low_res: {width} x {height} px are more than {LARGEST_LOW_RES} times the {native} x {native} px that "
+            f"model {config.model.id} is made for; use smaller sizes, and enlarge them by upscale.scale"
+        )
+    return height, width
+
+
+def check_root(root: Folder) -> None:
+    """Raise UserError if a local root cannot be written. Does not create it."""
+    if not root.local:
+        return
+    parent = Path(root.path)
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{root.path}: cannot be written ({parent} does not allow it); choose another root")
