@@ -23,6 +23,7 @@ from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.dataset.damage import drop_unreadable_records
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
+from resmaster_stages.dataset.lost_plan import restore_plan
 from resmaster_stages.dataset.retry import Retries, number_of, retries_of
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import Process
@@ -193,6 +194,7 @@ def finish(made: Recipe, root: str) -> Counter[str]:
 
 def mended_and_published(made: Recipe, dataset: Dataset) -> Counter[str]:
     """As `resmaster repair --retry-errors`, until no sample is left that failed."""
+    restore_plan(dataset.folder)
     repair(made, dataset)
     counts: Counter[str] = Counter()
     for _ in range(MOST_ATTEMPTS):
