@@ -38,9 +38,6 @@ from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.errors import ResMasterError, ShardError
 from resmaster_stages.publish.publish import publish
 
-DAMAGES = 12
-"""Damages in one round."""
-
 
 @dataclass(frozen=True)
 class Calm:
@@ -94,11 +91,18 @@ class Round:
     """The S3 server; empty on a folder."""
     calms: Calms
     processes: int
+    """So many work at a time."""
+    usual_blows: int
 
     @cached_property
     def blows(self) -> int:
         """How often processes are struck."""
-        return self.chance.randint(8, 16)
+        return self.chance.randint(self.usual_blows // 2, self.usual_blows * 3 // 2)
+
+    @cached_property
+    def few(self) -> int:
+        """How often programs are struck, which take long to start."""
+        return self.chance.randint(1, max(1, self.usual_blows // 3))
 
 
 def counter() -> Any:
@@ -247,8 +251,8 @@ def damages(each: Round) -> Counter[str]:
     every = ask(possible, each.root)
     random.Random(each.seed).shuffle(every)
     done: Counter[str] = Counter()
-    for number in range(DAMAGES):
-        damage = every[(each.number * DAMAGES + number) % len(every)]
+    for number in range(each.usual_blows):
+        damage = every[(each.number * each.usual_blows + number) % len(every)]
         done += ask(harmed, calm.made, each.root, damage, calm.expected)
     return done + ask(check, calm.made, each.root, calm.expected)
 
@@ -260,14 +264,14 @@ def damages(each: Round) -> Counter[str]:
 def command_line(each: Round) -> Counter[str]:
     """`resmaster run`, of which the group, the main process, a child or the Prefect server is killed."""
     calm = each.calms["plain"]
-    done = ask(struck_runs, calm.made, each.root, each.folder, each.chance.getrandbits(32), each.chance.randint(2, 4))
+    done = ask(struck_runs, calm.made, each.root, each.folder, each.chance.getrandbits(32), each.few)
     return ended(each, calm, done)
 
 
 def server(each: Round) -> Counter[str]:
     """A build on a Prefect server with workers, all of which are killed and started again."""
     calm = each.calms["plain"]
-    done = ask(struck_server, calm.made, each.root, each.folder, each.chance.getrandbits(32), each.chance.randint(2, 4))
+    done = ask(struck_server, calm.made, each.root, each.folder, each.chance.getrandbits(32), each.few)
     return ended(each, calm, done)
 
 
