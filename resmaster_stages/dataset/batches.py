@@ -34,7 +34,7 @@ class Batch:
         """The batch in words, without its samples."""
         together = "alone" if self.slot == 1 else f"in a slot of {self.slot}"
         size = "a batch left to the device" if self.size is None else f"a batch of {self.size}"
-        return f"{together}, {size}" + (f", {self.threads} torch threads" if self.threads else "")
+        return f"{together}, {size}" + (f", torch threads {self.threads}" if self.threads else "")
 
 
 def recorded(batch_of: Mapping[str, Batch], keys: Sequence[str]) -> tuple[Batch, ...]:

@@ -325,7 +325,7 @@ def _lines(explanation: Explanation) -> Iterator[str]:
     yield _line("config", explanation.config)
     for trace in explanation.stages:
         yield ""
-        yield from _stage_lines(trace)
+        yield from _stage_lines(trace, sample.key)
 
 
 def _shard_lines(explanation: ShardExplanation) -> Iterator[str]:
@@ -342,7 +342,8 @@ def _shard_lines(explanation: ShardExplanation) -> Iterator[str]:
         yield _line("sample", f"{sample.key}  {sample.prompt or '(no prompt)'}")
 
 
-def _stage_lines(trace: StageTrace) -> Iterator[str]:
+def _stage_lines(trace: StageTrace, key: str | None = None) -> Iterator[str]:
+    """The lines about a stage of a shard or, with `key`, of one of its samples."""
     receipt = trace.receipt
     facts: list[str] = [trace.state]
     if receipt:
@@ -361,6 +362,10 @@ def _stage_lines(trace: StageTrace) -> Iterator[str]:
         made_by = _made_by(receipt.provenance)
         if made_by:
             yield _line("made by", made_by, 2)
+        for batch in receipt.batches[1:]:
+            if key in (None, *batch.keys):
+                whose = "this sample" if key else ", ".join(batch.keys)
+                yield _line("batch", f"{batch.spelled()}: {whose}; the others {receipt.batches[0].spelled()}", 2)
         for stored in receipt.objects:
             yield _line("object", f"{stored.name}, {stored.bytes} bytes, sha256 {stored.sha256}", 2)
     for place in trace.files:

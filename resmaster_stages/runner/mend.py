@@ -54,7 +54,7 @@ def _differs(work: Work, receipt: Receipt, stored: StoredObject) -> str:
     where = facts.get("gpu") or facts.get("host") or "another machine"
     torch = facts.get("versions", {}).get("torch", "of an unknown version")
     threads = sorted({each.threads for each in receipt.batches if each.threads})
-    with_threads = f", {' and '.join(map(str, threads))} torch threads" if threads else ""
+    with_threads = f", torch threads {' and '.join(map(str, threads))}" if threads else ""
     return (
         f"{stored.name} came out with other bytes than its commit recorded ({where}, torch {torch}{with_threads}); "
         "nothing was put back. Repair it on such a machine, or accept new bytes for these shards and all that was made "

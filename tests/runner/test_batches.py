@@ -24,6 +24,7 @@ from resmaster_stages.dataset.ledger import ledger_rows
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import STAGES, Process, Stage, register
 from resmaster_stages.errors import OutOfMemory, ShardError
+from resmaster_stages.inspection.explain import Explanation, ShardExplanation, explain, explain_shard, spelled
 from resmaster_stages.inspection.verify import verify
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.runner.compute import with_batch
@@ -267,9 +268,7 @@ def test_outputs_of_a_repair_on_a_wrong_machine_do_not_hinder_the_next_one(datas
     repaired(dataset)
 
 
-def test_a_stage_with_slots_is_repaired_although_samples_became_good_before_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stage_with_slots_is_repaired_although_samples_became_good_before_it(tmp_path: Path) -> None:
     """What an earlier stage had lost took no place in the slots of that attempt."""
 
     def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
@@ -298,8 +297,7 @@ def test_a_stage_with_slots_is_repaired_although_samples_became_good_before_it(
             yield from batch_dependent(config, good_at_last(samples))
 
         run_stage(dataset, "low_res", 0, number=2, process=retried)
-        monkeypatch.setitem(STAGES, "together", replace(together, process=_all_good(process)))
-        assert run_stage(dataset, "together", 0).number == 2
+        assert run_stage(dataset, "together", 0, process=_all_good(process)).number == 2
         repaired(dataset, "together", _all_good(process))
     finally:
         STAGES.pop("together")
@@ -342,6 +340,25 @@ def test_a_record_with_impossible_batches_is_a_damaged_record(dataset: Dataset, 
         dataset.commits("low_res").read(0)
 
 
+def test_explain_tells_which_samples_were_not_made_in_the_usual_batch(dataset: Dataset, tmp_path: Path) -> None:
+    def told(explanation: Explanation | ShardExplanation) -> list[str]:
+        lines = spelled(explanation).splitlines()
+        return [" ".join(line.split()[1:]) for line in lines if line.startswith("  batch")]
+
+    process = killing("f", tmp_path / "log", 2)
+    assert [in_child(dataset, "low_res", process) for _ in range(3)] == [-9, -9, 0]
+    keys = {sample.prompt: sample.key for sample in dataset.plan.read(0)}
+    found = dataset.commits("low_res").read(0)
+    assert found
+    alone, usual = found.batches[1].spelled(), found.batches[0].spelled()
+    assert (alone.startswith("alone, a batch of 1"), usual.startswith("in a slot of 4, a batch of 4")) == (True, True)
+    assert told(explain(dataset, keys["a"])) == []
+    assert told(explain(dataset, keys["e"])) == [f"{alone}: this sample; the others {usual}"]
+    assert told(explain_shard(dataset, 0)) == [
+        f"{alone}: {', '.join(keys[prompt] for prompt in 'efgh')}; the others {usual}"
+    ]
+
+
 def test_the_record_of_a_usual_shard_names_no_sample() -> None:
     usual, alone = Batch(slot=8, size=8, threads=2), Batch(slot=1, size=1, threads=2)
     assert recorded(dict.fromkeys("abc", usual), "abc") == (usual,)
@@ -381,7 +398,7 @@ def test_a_repair_computes_with_the_threads_that_the_record_names(
         for output in torch_dependent(config, samples):
             yield replace(output, files={**output.files, "txt": b"another torch"})
 
-    with pytest.raises(ShardError, match=r"came out with other bytes .*, 2 torch threads\)"):
+    with pytest.raises(ShardError, match=r"came out with other bytes .*, torch threads 2\)"):
         repaired(dataset, process=other)
 
 

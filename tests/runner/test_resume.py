@@ -14,12 +14,13 @@ import pytest
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
+from resmaster_stages.dataset.batches import Batch
 from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.dataset.ledger import ledger_rows
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import Process, stage_hashes
-from resmaster_stages.errors import GpuLost
+from resmaster_stages.errors import GpuLost, UserError
 from resmaster_stages.inspection.status import status
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.runner.quarantine import Breadcrumbs, lives, process_name
@@ -27,9 +28,10 @@ from resmaster_stages.runner.resume import Spill, decode, encode
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import Folder, open_root
 from resmaster_stages.storage.scratch import PREFIX, YOUNG_SECONDS, reclaim, scratch_folder
-from tests.fake_stages import FAKES, planned
+from tests.fake_stages import FAKES, planned, png
 
 SLOTS = {"height": 16, "width": 16, "batch_size": 4}
+FAKE_FILES = {"png": png((1, 2, 3)), "json": b"{}", "txt": b"f"}
 
 
 @pytest.fixture(autouse=True)
@@ -181,8 +183,131 @@ def test_spills_work_where_there_are_no_folders() -> None:
     assert commits.folder.names(layout.CACHE) == []
 
 
+@pytest.mark.parametrize(
+    "error", [UserError("the disk is full"), ConnectionError("503"), FileNotFoundError(), OSError(5, "I/O error")]
+)
+@pytest.mark.parametrize("method", ["write_many", "remove_all"])
+def test_what_cannot_be_spilled_or_deleted_costs_nothing(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, method: str, error: Exception
+) -> None:
+    asked = []
+
+    def refuse(folder: Folder, what: object) -> None:
+        asked.append(what)
+        raise error
+
+    monkeypatch.setattr(Folder, method, refuse)
+    assert run_stage(dataset, "low_res", 0, process=FAKES["low_res"]).samples_ok == 10
+    assert asked
+
+
+def test_a_spilled_sample_that_cannot_be_read_is_computed_again(dataset: Dataset, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert in_child(dataset, "low_res", killed_at("i", "low_res", log)) == -9
+    place = Path(dataset.url, spills(dataset)[0])
+    place.unlink()
+    place.mkdir()
+    assert in_child(dataset, "low_res", killed_at("", "low_res", log)) == 0
+    assert len(log.read_text().split()) == 2 + 2, "its slot, and the last one"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # breadcrumbs
+
+
+def test_a_breadcrumb_that_cannot_be_written_is_an_error(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without breadcrumbs a deadly sample would kill every run."""
+    write = Folder.write
+
+    def refuse(folder: Folder, name: str, data: bytes) -> None:
+        if name.endswith("/at.json"):
+            raise UserError("the disk is full")
+        write(folder, name, data)
+
+    monkeypatch.setattr(Folder, "write", refuse)
+    with pytest.raises(UserError, match="the disk is full"):
+        run_stage(dataset, "low_res", 0, process=FAKES["low_res"])
+
+
+def dead_before(kills: int, prompt: str, log: Path) -> Process:
+    """low_res, in which `prompt` kills the process the first `kills` times, and never again."""
+
+    def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        deaths = log.read_text().count(prompt) if log.exists() else 0
+        if deaths < kills and any(sample.prompt == prompt for sample in samples):
+            with log.open("a") as file:
+                file.write(prompt)
+            os.kill(os.getpid(), 9)
+        yield from FAKES["low_res"](config, samples)
+
+    return process
+
+
+@pytest.mark.parametrize("dies", ["never", "before its strikes are forgotten"])
+def test_a_sample_that_was_left_out_is_tried_again_by_the_next_attempt(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: str
+) -> None:
+    process = dead_before(3, "f", tmp_path / "log")
+    assert [in_child(dataset, "low_res", process) for _ in range(3)] == [-9] * 3
+    with monkeypatch.context() as patched:
+        if dies != "never":
+            patched.setattr(Breadcrumbs, "forget", lambda self: os.kill(os.getpid(), 9))
+        assert in_child(dataset, "low_res", process) == (0 if dies == "never" else -9)
+    receipt = dataset.commits("low_res").read(0)
+    assert receipt
+    assert receipt.failed_keys == (dataset.plan.read(0)[5].key,)
+    again = run_stage(dataset, "low_res", 0, number=2, process=process)
+    assert (again.number, again.samples_ok, again.failed_keys) == (2, 10, ())
+    assert leftovers(dataset) == []
+
+
+def test_an_attempt_that_is_killed_in_its_turn_leaves_the_sample_out_again(dataset: Dataset, tmp_path: Path) -> None:
+    def attempt(number: int) -> int:
+        child = os.fork()
+        if not child:
+            try:
+                run_stage(dataset, "low_res", 0, number=number, process=dead_before(6, "f", tmp_path / "log"))
+            finally:
+                os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    assert [attempt(1) for _ in range(4)] == [-9, -9, -9, 0]
+    assert [attempt(2) for _ in range(4)] == [-9, -9, -9, 0]
+    receipt = dataset.commits("low_res").read(0)
+    assert receipt
+    assert (receipt.number, receipt.samples_ok) == (2, 9)
+    assert attempt(3) == 0
+    receipt = dataset.commits("low_res").read(0)
+    assert receipt
+    assert (receipt.number, receipt.samples_ok) == (3, 10)
+
+
+def test_a_shard_that_lost_too_many_samples_by_kills_is_tried_anew(dataset: Dataset, tmp_path: Path) -> None:
+    """One sample of ten may fail. The run after the one that says so tries all of them again."""
+
+    def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        for prompt, kills in (("c", 3), ("f", 2)):  # the first kill counts for the whole shard
+            list(dead_before(kills, prompt, tmp_path / "log")(config, samples))
+        yield from FAKES["low_res"](config, samples)
+
+    assert [in_child(dataset, "low_res", process) for _ in range(6)] == [-9] * 5 + [1]
+    assert dataset.commits("low_res").read(0) is None
+    assert len(ledger_rows(dataset.commits("low_res"))) == 2
+    assert in_child(dataset, "low_res", process) == 0
+    assert status(dataset).stages[0].samples_ok == 10
+
+
+def test_a_finished_sample_is_used_although_the_process_died_three_times_beside_it(dataset: Dataset) -> None:
+    commits = dataset.commits("low_res")
+    run_stage(dataset, "low_res", 0, process=FAKES["low_res"])
+    key = dataset.plan.read(0)[5].key
+    crumb = {"process": "elsewhere 1 1", "attempt": 1, "at": [key], "strikes": {key: 2}}
+    commits.drop([0])
+    dataset.folder.write(layout.breadcrumb("low_res", commits.stage_hash, 0), json.dumps(crumb).encode())
+    place = layout.spill_folder("low_res", commits.stage_hash, 0)
+    spilled = Output(key, files=FAKE_FILES, batch=Batch(slot=1, size=1))
+    dataset.folder.write(layout.spill(place, key), encode(spilled, commits.stage_hash))
+    assert run_stage(dataset, "low_res", 0, process=FAKES["low_res"]).samples_failed == 0
 
 
 @pytest.mark.parametrize("stage", ["low_res", "captions", "quality"])
