@@ -28,6 +28,7 @@ from benchmarks.soak.recipes import (
     picturebook,
     plain,
     repair,
+    slow,
     small,
     standins,
     through,
@@ -67,6 +68,7 @@ class Calms:
 RECIPES: Mapping[str, Callable[[Path], Recipe]] = {
     "stand-ins": standins,
     "small": small,
+    "slow": slow,
     "plain": plain,
     "tiny": tiny,
     "picturebook": picturebook,
@@ -123,7 +125,15 @@ def racing(each: Round, recipe: str, start: Callable[[Recipe, int], int]) -> Cou
     """Processes race to build a dataset, are struck, and one more finishes in peace."""
     calm = each.calms[recipe]
     crew = Crew(lambda: start(calm.made, each.chance.getrandbits(32)), each.chance)
-    return ended(each, calm, Counter(crew.disturbed(each.processes, each.blows)))
+    return ended(each, calm, crew.disturbed(each.processes, each.blows))
+
+
+def same_place(each: Round) -> Counter[str]:
+    """One process at a time, which dies again and again at the same samples: they run alone, and are left out. With
+    stand-ins or the tiny model in turn."""
+    calm = each.calms["tiny" if each.number % 2 else "slow"]
+    crew = Crew(lambda: fork(build, calm.made, each.root, each.chance.getrandbits(32)), each.chance, mean_seconds=0.15)
+    return ended(each, calm, crew.disturbed(1, 2 * each.blows))
 
 
 def stand_ins(each: Round) -> Counter[str]:
@@ -292,6 +302,7 @@ class Scene:
 SCENES: Mapping[str, Scene] = {
     "stand-ins": Scene(stand_ins),
     "tiny-model": Scene(tiny_model),
+    "same-place": Scene(same_place),
     "proxy": Scene(proxy, ("s3",)),
     "verbs": Scene(verbs),
     "beside-gc": Scene(beside_gc, every=2),
