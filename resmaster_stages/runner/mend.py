@@ -50,13 +50,14 @@ def _batches(work: Work, receipt: Receipt) -> dict[str, Batch]:
 
 
 def _differs(work: Work, receipt: Receipt, stored: StoredObject) -> str:
-    facts = receipt.provenance
-    where = facts.get("gpu") or facts.get("host") or "another machine"
-    torch = facts.get("versions", {}).get("torch", "of an unknown version")
-    threads = sorted({each.threads for each in receipt.batches if each.threads})
-    with_threads = f", torch threads {' and '.join(map(str, threads))}" if threads else ""
+    facts, model = receipt.provenance, work.dataset.config.model
+    where = [str(facts.get("gpu") or facts.get("host") or "another machine")]
+    where.append(f"torch {facts.get('versions', {}).get('torch', 'of an unknown version')}")
+    where += [f"torch threads {count}" for count in sorted({each.threads for each in receipt.batches if each.threads})]
+    were = {name: facts[name] for name in ("exactness", "compile") if name in facts}
+    where += [f"model.{name}: {value}" for name, value in were.items() if value != getattr(model, name)]
     return (
-        f"{stored.name} came out with other bytes than its commit recorded ({where}, torch {torch}{with_threads}); "
-        "nothing was put back. Repair it on such a machine, or accept new bytes for these shards and all that was made "
-        f"from them with: resmaster repair {work.dataset.url} --replace"
+        f"{stored.name} came out with other bytes than its commit recorded ({', '.join(where)}); nothing was put back. "
+        "Repair it on such a machine, or accept new bytes for these shards and all that was made from them with: "
+        f"resmaster repair {work.dataset.url} --replace"
     )

@@ -145,6 +145,7 @@ def _receipt(work: Work, made: Made, attempt: str, provenance: Mapping[str, Any]
         provenance={
             **own_provenance(),
             "exactness": work.dataset.config.model.exactness,
+            "compile": work.dataset.config.model.compile,
             "unet": unet,
             "device": made.device(),
             **provenance,

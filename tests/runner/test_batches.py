@@ -398,8 +398,10 @@ def test_a_repair_computes_with_the_threads_that_the_record_names(
         for output in torch_dependent(config, samples):
             yield replace(output, files={**output.files, "txt": b"another torch"})
 
-    with pytest.raises(ShardError, match=r"came out with other bytes .*, torch threads 2\)"):
-        repaired(dataset, process=other)
+    model = dataset.config.model.model_copy(update={"compile": "blocks"})
+    changed = replace(dataset, config=dataset.config.model_copy(update={"model": model}))
+    with pytest.raises(ShardError, match=r"came out with other bytes .*, torch threads 2, model.compile: auto\)"):
+        repaired(changed, process=other)
 
 
 def test_a_method_without_batches_that_runs_out_of_memory_costs_the_sample(tmp_path: Path) -> None:
