@@ -41,10 +41,11 @@ test: install
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# Builds that are killed, stopped and failed at random for MINUTES, on a folder and on S3; each must end as if undisturbed.
+# Builds that are killed, stopped, failed and damaged at random, for MINUTES or until there were so many KILLS; each must
+# end as if undisturbed. A SEED plays the same rounds again.
 MINUTES ?= 10
 soak: install
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.soak --minutes $(MINUTES) $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
 lint: install
 	$(BIN)/ruff check .

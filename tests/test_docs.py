@@ -123,7 +123,8 @@ NOT_RUN = {
         '--steps "plan,fill" --keep out/scale': "takes minutes, and a server",
         "python -m benchmarks.scale --s3 --shards 1000,10000 --samples 10 --steps "
         '"look,status,gc,manifest,verify" --keep out/scale': "takes minutes, and what the one before it built",
-        "make soak MINUTES=10": "tests/durability/test_soak.py runs it for seconds",
+        "make soak MINUTES=10": "tests/durability/test_soak.py plays every scene once",
+        "make soak KILLS=1000 SEED=1": "takes an hour; tests/durability/test_soak.py plays every scene once",
     },
     "storage.md": dict.fromkeys(
         (

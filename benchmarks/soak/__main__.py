@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--scenes", default=",".join(SCENES), help="only these (default: %(default)s)")
     options.add_argument("--on", default=",".join(PLACES), help="where (default: %(default)s)")
     options.add_argument("--processes", type=int, default=3, help="processes at a time (default: %(default)s)")
+    options.add_argument("--blows", type=int, default=12, help="in a round, about (default: %(default)s)")
     options.add_argument("--json", type=Path, default=Path("out/soak.json"), help="the counts (default: %(default)s)")
     return options
 
@@ -83,7 +84,7 @@ def play(args: argparse.Namespace, top: Path, tally: Tally) -> None:
             own = top / f"{number}-{name}-{place}"
             own.mkdir()
             root = f"{bucket}/{own.name}" if place == "s3" else str(own / "root")
-            each = Round(args.seed, number, chance, place, own, root, endpoint, calms, args.processes)
+            each = Round(args.seed, number, chance, place, own, root, endpoint, calms, args.processes, args.blows)
             again = f"--seed {args.seed} --first {number} --rounds 1 --scenes {name} --on {place}"
             try:
                 done = SCENES[name].play(each)

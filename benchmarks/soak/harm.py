@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import signal
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
@@ -55,21 +56,24 @@ def harmed(made: Recipe, root: str, damage: Damage, expected: Seen) -> Counter[s
         put_back(folder, copy, damage, name)
         return Counter({"damages": 1, "damages that harm nobody": 1})
     done = Counter({"damages": 1, "damages mended": 1})
-    if not repaired(made, root):
+    if verdict_of_repair := unrepaired(made, root):
         put_back(folder, copy, damage, name)
+        print(f"to be restored from a copy: {what}\n{said}\n{verdict_of_repair}", file=sys.stderr)
         done = Counter({"damages": 1, "damages to be restored from a copy": 1})
     status, after = verdict(root)
-    if status or (wrong := wrong_for_readers(root, expected)):
-        raise Difference(
-            f"{what}: verify said\n{said}\nand, after all was mended,\n{after}\n{wrong if not status else ''}"
-        )
+    if wrong := after if status else wrong_for_readers(root, expected):
+        raise Difference(f"{what}: verify said\n{said}\nand, when all was mended,\n{wrong}")
+    put_back(folder, copy, damage, name)  # so that the next damage finds the same files
     return done
 
 
 def target(folder: Folder, damage: Damage) -> str:
     """The name of the file or folder that is to be damaged."""
     kind, how, number = damage
-    return kind if how == FOLDER_GONE else [name for name in objects(folder) if kind_of(name) == kind][number]
+    alike = [kind] if how == FOLDER_GONE else [name for name in objects(folder) if kind_of(name) == kind]
+    if number >= len(alike):
+        raise Difference(f"{folder.url}: has no file {number} of the kind {kind} to damage ({how})")
+    return alike[number]
 
 
 def verdict(root: str) -> tuple[int, str]:
@@ -88,13 +92,14 @@ def wrong_for_readers(root: str, expected: Seen) -> str:
         return f"a reader ends by {type(error).__name__}: {error}"
 
 
-def repaired(made: Recipe, root: str) -> bool:
-    """Repair and publish. False if that says that something must be restored, or if verify still says so."""
+def unrepaired(made: Recipe, root: str) -> str:
+    """Repair and publish. What that says, or verify after it, where something must be restored; else empty."""
     try:
         mended_and_published(made, open_dataset(root))
-    except (OSError, ResMasterError):
-        return False
-    return verdict(root)[0] == 0
+    except (OSError, ResMasterError) as error:
+        return f"{type(error).__name__}: {error}"
+    status, said = verdict(root)
+    return said if status else ""
 
 
 def put_back(folder: Folder, copy: Mapping[str, bytes], damage: Damage, name: str) -> None:

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from resmaster_stages.errors import first_line
+
 Work = Callable[..., Any]
 
 ROUND_SECONDS = 300.0
@@ -49,7 +51,7 @@ def fork(work: Work, *arguments: object) -> int:
         status = leave.code if isinstance(leave.code, int) else 1
     except BaseException as error:
         traceback.print_exc()
-        print(f"{CRASH}{type(error).__name__}: {str(error).splitlines()[:1]}", file=sys.stderr, flush=True)
+        print(f"{CRASH}{type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
     finally:
         os._exit(status)
 

@@ -14,7 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.dataset.damage import drop_unreadable_records
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
+from resmaster_stages.dataset.lost_plan import restore_plan
 from resmaster_stages.dataset.retry import Retries, number_of, retries_of
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import Process
@@ -43,7 +44,6 @@ Find = Callable[[Dataset, str, int], Process | None]
 FAULT_SHARE = 0.02
 """Share of calls to the store that fail."""
 PAUSE_SECONDS = 0.02
-"""Up to so long a stand-in stage takes per sample: kills come between all steps, not only between shards."""
 SHARD_TRIES = 5_000
 """A worker that fails more often than this in one round is stuck."""
 MOST_ATTEMPTS = 6
@@ -59,6 +59,8 @@ class Recipe:
     values: Mapping[str, Any]
     """The configuration without its root."""
     find: Find
+    pause_seconds: float = PAUSE_SECONDS
+    """Up to so long a stand-in stage takes per sample: kills come between all steps, not only between shards."""
 
     def config(self, root: str) -> DatasetConfig:
         """The configuration of the dataset at `root`."""
@@ -91,6 +93,11 @@ def standins(folder: Path) -> Recipe:
 def small(folder: Path) -> Recipe:
     """The same with two shards."""
     return recipe(folder, ["a", "bad high_res b", "c", "d"], in_batches, **STANDINS)
+
+
+def slow(folder: Path) -> Recipe:
+    """The same again, and slow, so that processes die at the same samples."""
+    return replace(small(folder), pause_seconds=0.2)
 
 
 def plain(folder: Path) -> Recipe:
@@ -181,7 +188,7 @@ def run_shard(
     for stage in dataset.hashes:
         process = made.find(dataset, stage, shard)
         if process is not None and chance is not None:
-            process = slowed(process, chance)
+            process = slowed(process, chance, made.pause_seconds)
         run_stage(dataset, stage, shard, number=number_of(retries, stage, shard), process=process)
 
 
@@ -193,6 +200,7 @@ def finish(made: Recipe, root: str) -> Counter[str]:
 
 def mended_and_published(made: Recipe, dataset: Dataset) -> Counter[str]:
     """As `resmaster repair --retry-errors`, until no sample is left that failed."""
+    restore_plan(dataset.folder)
     repair(made, dataset)
     counts: Counter[str] = Counter()
     for _ in range(MOST_ATTEMPTS):
@@ -227,7 +235,7 @@ def clean_up(root: str) -> None:
     remove_leftovers(dataset.folder, find_leftovers(dataset, timedelta(0)))
 
 
-def slowed(process: Process, chance: random.Random, seconds: float = PAUSE_SECONDS) -> Process:
+def slowed(process: Process, chance: random.Random, seconds: float) -> Process:
     """A stage that takes up to so long for each sample."""
 
     def slow(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:

@@ -28,6 +28,7 @@ from benchmarks.soak.recipes import (
     picturebook,
     plain,
     repair,
+    slow,
     small,
     standins,
     through,
@@ -37,9 +38,6 @@ from benchmarks.soak.recipes import (
 from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.errors import ResMasterError, ShardError
 from resmaster_stages.publish.publish import publish
-
-DAMAGES = 12
-"""Damages in one round."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,7 @@ class Calms:
 RECIPES: Mapping[str, Callable[[Path], Recipe]] = {
     "stand-ins": standins,
     "small": small,
+    "slow": slow,
     "plain": plain,
     "tiny": tiny,
     "picturebook": picturebook,
@@ -94,11 +93,18 @@ class Round:
     """The S3 server; empty on a folder."""
     calms: Calms
     processes: int
+    """So many work at a time."""
+    usual_blows: int
 
     @cached_property
     def blows(self) -> int:
         """How often processes are struck."""
-        return self.chance.randint(8, 16)
+        return self.chance.randint(self.usual_blows // 2, self.usual_blows * 3 // 2)
+
+    @cached_property
+    def few(self) -> int:
+        """How often programs are struck, which take long to start."""
+        return self.chance.randint(1, max(1, self.usual_blows // 3))
 
 
 def counter() -> Any:
@@ -119,7 +125,15 @@ def racing(each: Round, recipe: str, start: Callable[[Recipe, int], int]) -> Cou
     """Processes race to build a dataset, are struck, and one more finishes in peace."""
     calm = each.calms[recipe]
     crew = Crew(lambda: start(calm.made, each.chance.getrandbits(32)), each.chance)
-    return ended(each, calm, Counter(crew.disturbed(each.processes, each.blows)))
+    return ended(each, calm, crew.disturbed(each.processes, each.blows))
+
+
+def same_place(each: Round) -> Counter[str]:
+    """One process at a time, which dies again and again at the same samples: they run alone, and are left out. With
+    stand-ins or the tiny model in turn."""
+    calm = each.calms["tiny" if each.number % 2 else "slow"]
+    crew = Crew(lambda: fork(build, calm.made, each.root, each.chance.getrandbits(32)), each.chance, mean_seconds=0.15)
+    return ended(each, calm, crew.disturbed(1, 2 * each.blows))
 
 
 def stand_ins(each: Round) -> Counter[str]:
@@ -247,8 +261,8 @@ def damages(each: Round) -> Counter[str]:
     every = ask(possible, each.root)
     random.Random(each.seed).shuffle(every)
     done: Counter[str] = Counter()
-    for number in range(DAMAGES):
-        damage = every[(each.number * DAMAGES + number) % len(every)]
+    for number in range(each.usual_blows):
+        damage = every[(each.number * each.usual_blows + number) % len(every)]
         done += ask(harmed, calm.made, each.root, damage, calm.expected)
     return done + ask(check, calm.made, each.root, calm.expected)
 
@@ -260,14 +274,14 @@ def damages(each: Round) -> Counter[str]:
 def command_line(each: Round) -> Counter[str]:
     """`resmaster run`, of which the group, the main process, a child or the Prefect server is killed."""
     calm = each.calms["plain"]
-    done = ask(struck_runs, calm.made, each.root, each.folder, each.chance.getrandbits(32), each.chance.randint(2, 4))
+    done = ask(struck_runs, calm.made, each.root, each.folder, each.chance.getrandbits(32), each.few)
     return ended(each, calm, done)
 
 
 def server(each: Round) -> Counter[str]:
     """A build on a Prefect server with workers, all of which are killed and started again."""
     calm = each.calms["plain"]
-    done = ask(struck_server, calm.made, each.root, each.folder, each.chance.getrandbits(32), each.chance.randint(2, 4))
+    done = ask(struck_server, calm.made, each.root, each.folder, each.chance.getrandbits(32), each.few)
     return ended(each, calm, done)
 
 
@@ -288,6 +302,7 @@ class Scene:
 SCENES: Mapping[str, Scene] = {
     "stand-ins": Scene(stand_ins),
     "tiny-model": Scene(tiny_model),
+    "same-place": Scene(same_place),
     "proxy": Scene(proxy, ("s3",)),
     "verbs": Scene(verbs),
     "beside-gc": Scene(beside_gc, every=2),

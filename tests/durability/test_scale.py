@@ -220,7 +220,7 @@ def test_the_commands_of_the_page_are_right() -> None:
     page = (ROOT / "docs" / "scale.md").read_text()
     commands = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
     makefile = (ROOT / "Makefile").read_text()
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         words = shlex.split(command)
         if words[0] == "make":

@@ -1,46 +1,172 @@
-"""A tiny soak (`make soak` is the long one), and that it would notice."""
+"""A short soak (`make soak` is the long one): every scene once, and that the soak would notice what it looks for."""
 
+import json
 import os
 import random
 import subprocess
 import sys
-from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import soak
-from resmaster_stages.models.identity import Weights
+from benchmarks.soak import compare, harm, recipes
+from benchmarks.soak.processes import Crew, Difference, ask, fork
+from benchmarks.soak.scenes import SCENES
+from benchmarks.soak.tally import Tally
+from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from tests import fake_stages
 from tests.checkout import PYTHONPATH, ROOT
 
 
+def soak(folder: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], dict[str, dict[str, int]]]:
+    """One round of a soak in a process of its own, and the counts of its scenes."""
+    command = [sys.executable, "-m", "benchmarks.soak", "--rounds", "1", "--processes", "2", "--blows", "4"]
+    done = subprocess.run(
+        [*command, *words, "--json", str(folder / "soak.json")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done, json.loads((folder / "soak.json").read_text())["scenes"]
+
+
 @pytest.mark.s3
 @pytest.mark.slow
-def test_disturbed_builds_end_as_undisturbed_ones() -> None:
-    """In a process of its own, for the program changes the environment and the names of weights for good."""
-    words = [sys.executable, "-m", "benchmarks.soak", "--rounds", "1", "--processes", "2", "--seed", "7"]
-    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
-    said = subprocess.run(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-    for place in ("folder", "s3"):
-        assert f"{place}: 1 rounds" in said
-    assert said.count("every result as undisturbed") == 2
+def test_every_scene_ends_as_if_undisturbed(tmp_path: Path) -> None:
+    scenes = [name for name in SCENES if name != "server"]
+    done, counts = soak(tmp_path, "--seed", "7", "--scenes", ",".join(scenes))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(counts) == {f"{name} on {place}" for name in scenes for place in SCENES[name].places}
+    for name, found in counts.items():
+        assert found["rounds"] == found["builds"] == 1, name
+    assert not list(tmp_path.glob("resmaster-soak-*")), "what went well leaves nothing behind"
 
 
-def test_a_result_that_depends_on_the_attempt_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resmaster_stages.models.identity.weights_of", lambda config: Weights(config.model.id))
-    (tmp_path / "prompts.txt").write_text(soak.PROMPTS)
-    monkeypatch.setenv(soak.PROMPTS_FILE, str(tmp_path / "prompts.txt"))
-    monkeypatch.setattr(soak, "PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr(soak, "disturbed", lambda *arguments: Counter())
-    soak.ask(soak.build, str(tmp_path / "calm"), 0, None)
-    expected = soak.ask(soak.everything, str(tmp_path / "calm"))
-    soak.soak_round(str(tmp_path / "same"), random.Random(0), 1, expected)
+@pytest.mark.server
+@pytest.mark.slow
+def test_a_deployed_build_survives_the_deaths_of_its_server_and_workers(tmp_path: Path) -> None:
+    done, counts = soak(tmp_path, "--seed", "3", "--scenes", "server")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert counts["server on folder"]["kills"] > 0
 
-    def attempt_shows(sample: fake_stages.Sample, size: int) -> dict[str, bytes]:
+
+# ----------------------------------------------------------------------------------------------------------------------
+# that it would notice
+
+
+@pytest.fixture
+def calm(tmp_path: Path) -> tuple[recipes.Recipe, compare.Seen]:
+    """A recipe and its undisturbed build."""
+    made = recipes.small(tmp_path)
+    ask(recipes.finish, made, str(tmp_path / "calm"))
+    return made, ask(compare.seen, str(tmp_path / "calm"))
+
+
+def lose_a_commit(dataset: Dataset) -> None:
+    receipt = dataset.commits("quality").read(1)
+    assert receipt is not None
+    dataset.folder.remove(dataset.commits("quality")._name(1, receipt.number))
+
+
+def change_a_byte(dataset: Dataset) -> None:
+    receipt = dataset.commits("low_res").read(0)
+    assert receipt is not None
+    data = bytearray(dataset.folder.read(receipt.objects[0].name))
+    data[700] ^= 1
+    dataset.folder.write(receipt.objects[0].name, bytes(data))
+
+
+def show_a_sample_twice(dataset: Dataset) -> None:
+    path = dataset.folder.full("manifest.parquet")
+    table = pq.read_table(path)
+    pq.write_table(pa.concat_tables([table, table.slice(0, 1)]), path)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lose_a_commit, r"\('quality', 1\): None where .* was due"),
+        (change_a_byte, "AssertionError: low_res/"),
+        (show_a_sample_twice, "a sample occurs twice"),
+    ],
+)
+def test_a_wrong_result_is_noticed(
+    harm: Callable[[Dataset], None], said: str, calm: tuple[recipes.Recipe, compare.Seen], tmp_path: Path
+) -> None:
+    made, expected = calm
+    root = str(tmp_path / "other")
+    ask(recipes.finish, made, root)
+    ask(compare.check, made, root, expected)
+    harm(open_dataset(root))
+    with pytest.raises(Difference, match=said):
+        ask(compare.check, made, root, expected)
+
+
+def attempt_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-in stages whose bytes depend on the process."""
+    honest = fake_stages.files_of
+
+    def files_of(sample: fake_stages.Sample, size: int) -> dict[str, bytes]:
         return {**honest(sample, size), "txt": str(os.getpid()).encode()}
 
-    honest = fake_stages.files_of
-    monkeypatch.setattr(fake_stages, "files_of", attempt_shows)
-    with pytest.raises(SystemExit, match=r"differs from the undisturbed build\n\('low_res', 0, 0\): .* was due"):
-        soak.soak_round(str(tmp_path / "other"), random.Random(0), 1, expected)
+    monkeypatch.setattr(fake_stages, "files_of", files_of)
+
+
+def test_a_result_that_depends_on_the_attempt_is_noticed(
+    calm: tuple[recipes.Recipe, compare.Seen], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, expected = calm
+    attempt_shows(monkeypatch)
+    root = str(tmp_path / "other")
+    ask(recipes.finish, made, root)
+    with pytest.raises(Difference, match=r"differs from the undisturbed build\n\('low_res', 0, 0\): .* was due"):
+        ask(compare.check, made, root, expected)
+
+
+def test_other_batches_excuse_no_bytes_that_cannot_be_made_again(
+    calm: tuple[recipes.Recipe, compare.Seen], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, expected = calm
+    root = str(tmp_path / "other")
+    monkeypatch.setattr(compare, "made_otherwise", lambda found, expected: {("low_res", 0), ("high_res", 0)})
+    ask(recipes.finish, made, root)
+    counts = ask(compare.check, made, root, expected)
+    assert (counts["identical"], counts["other batches, repaired"]) == (0, 1)
+    attempt_shows(monkeypatch)
+    with pytest.raises(Difference, match="came out with other bytes"):
+        ask(compare.check, made, root, expected)
+
+
+def test_a_damage_that_verify_does_not_say_is_noticed(
+    calm: tuple[recipes.Recipe, compare.Seen], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, expected = calm
+    root = str(tmp_path / "calm")
+    damage = ("low_res/#-#.tar", "halved", 0)
+    assert ask(harm.harmed, made, root, damage, expected)["damages mended"] == 1
+    monkeypatch.setattr(harm, "verdict", lambda root: (0, ""))
+    with pytest.raises(Difference, match=r"halved: verify says nothing, and a reader ends by AssertionError"):
+        ask(harm.harmed, made, root, damage, expected)
+
+
+def test_an_error_that_nobody_foresaw_is_counted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise ValueError("not foreseen")
+
+    os.waitpid(fork(fail), 0)
+    errors = tmp_path / "errors.log"
+    errors.write_text(capfd.readouterr().err)
+    assert Tally(0, tmp_path / "soak.json", errors).crashes() == {"ValueError: not foreseen": 1}
+
+
+def test_a_process_that_never_ends_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.soak.processes.ROUND_SECONDS", 0.2)
+    crew = Crew(lambda: fork(lambda: [random.random() for _ in iter(int, 1)]), random.Random(0))
+    with pytest.raises(Difference, match=r"did not end within 0\.2 s"):
+        crew.disturbed(1, 0)
+    assert not crew.alive
