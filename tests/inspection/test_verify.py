@@ -2,7 +2,10 @@
 
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +31,7 @@ from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.publish.publish import publish
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import Folder
+from tests.checkout import PYTHONPATH, ROOT
 from tests.durability.injection import everything
 from tests.fake_stages import FAKES, files_of, planned
 
@@ -410,3 +414,28 @@ def test_one_record_that_may_not_be_read_costs_its_shard_and_no_command(
     assert "the publication is older than the commits" in capsys.readouterr().err
     assert main(["repair", local.url]) == 0
     assert main(["verify", local.url]) == 0
+
+
+def test_a_lost_record_of_the_plan_by_the_command_line(local: Dataset) -> None:
+    publish(local)
+    name = "plan/gen-0000/_PLAN.json"
+    whole = local.folder.read(name)
+    local.folder.remove(name)
+    os.mkfifo(local.folder.full(name))
+
+    def command(*words: str) -> tuple[int, str]:
+        environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+        line = [sys.executable, "-m", "tests.standin_cli", *words, local.url]
+        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stdout + done.stderr
+
+    status, said = command("verify")
+    assert (status, f"plan: {name}: unreadable; repair puts it together again from the plan's files" in said) == (
+        1,
+        True,
+    )
+    status, said = command("repair")
+    assert (status, f"{name} is put together again" in said, "nothing to repair" in said) == (0, True, False)
+    assert local.folder.read(name) == whole
+    assert command("verify")[0] == 0
