@@ -144,7 +144,8 @@ class Folder:
             if self.local:
                 found = {path: self._content_or_error(path) for path in by_path}
             else:
-                found = self.fs.cat(list(by_path), recursive=False, on_error="return", **self._whole)
+                answers = self.fs.cat_ranges(list(by_path), None, None, on_error="return", **self._whole)
+                found = dict(zip(by_path, answers))
         result: dict[str, bytes] = {}
         for path, name in by_path.items():
             value = found[path]

@@ -53,7 +53,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from resmaster_stages.planning.checks import check_stages
 
     stages, dataset = parse_stages(args.stages), open_dataset(args.root)
-    for name in restore_plan(dataset.folder):
+    restored = restore_plan(dataset.folder)
+    for name in restored:
         say(console, f"{dataset.url}: {name} is put together again from the plan's files")
     shards = None if args.shards is None else parse_numbers(args.shards, dataset.plan.shards)
     retries = None
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         say(console, f"{dataset.url}: {samples} failed samples to try again")
     todo = pending(dataset, shards=shards, stages=stages, retries=retries)
     if not any(todo.values()):
-        return _publish_if_needed(console, dataset)
+        return _publish_if_needed(console, dataset, "nothing else to repair" if restored else "nothing to repair")
 
     def build() -> Any:
         from resmaster_flows.build import repair
@@ -76,9 +77,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return execute(console, dataset.config, build)
 
 
-def _publish_if_needed(console: Console, dataset: Dataset) -> int:
-    """Publish where every shard is finished and the publication is not as it should be. Returns 1 if a commit
-    record cannot be read or too many samples failed, else 0."""
+def _publish_if_needed(console: Console, dataset: Dataset, otherwise: str) -> int:
+    """Publish if the publication is not as it should be, and say `otherwise` if it is. Returns 1 if
+    a commit record cannot be read or too many samples failed, else 0."""
     from resmaster_stages.inspection.published import Published, changed_files
     from resmaster_stages.inspection.status import status
 
@@ -94,5 +95,5 @@ def _publish_if_needed(console: Console, dataset: Dataset) -> int:
         say(console, f"{dataset.url}: its publication {published.spelled()}; nothing else to repair")
         publish_now(console, dataset)
     else:
-        say(console, f"{dataset.url}: nothing to repair")
+        say(console, f"{dataset.url}: {otherwise}")
     return judged(console, dataset, found)
