@@ -443,7 +443,7 @@ def _load_local(config: CaptionsConfig, device: str) -> LocalCaptioner:
     place = location(config.model, "captioner")
     try:
         processor = AutoProcessor.from_pretrained(place, **options)
-        with whole_weights():
+        with whole_weights(place):
             model = AutoModelForImageTextToText.from_pretrained(
                 place,
                 use_safetensors=True,
