@@ -145,13 +145,19 @@ def whole_weights(place: str) -> Iterator[None]:
             raise ValueError(f"its files lack the weights {missing[1] or missing[2]}")
 
 
+def _files(place: str, pattern: str) -> list[Path]:
+    """The files of a model in the folder `place`, its parts' included; none for a hub id."""
+    folder = Path(place).expanduser()
+    return sorted([*folder.glob(pattern), *folder.glob(f"*/{pattern}")])
+
+
 MAX_LAYERS = 10_000
 """Far more layers than any model has."""
 
 
 def _refuse_endless(place: str) -> None:
     """Raises ValueError for a model's configuration with more than `MAX_LAYERS` layers."""
-    for file in sorted(Path(place).expanduser().rglob("config.json")):
+    for file in _files(place, "config.json"):
         found = re.findall(r'"(\w*layers\w*)"\s*:\s*(\d+)', file.read_text(encoding="utf-8", errors="replace"))
         for name, number in found:
             if len(number) > 9 or int(number) > MAX_LAYERS:
@@ -165,8 +171,7 @@ MAX_HEADER_BYTES = 100_000_000
 def reason_of(error: Exception, place: str) -> str:
     """Why a model does not load, in a few words: the first damaged file in the folder `place`, if one is found, else
     what the loader said."""
-    files = sorted(Path(place).expanduser().rglob("*")) if Path(place).expanduser().is_dir() else []
-    found = ((file, _damage(file)) for file in files if file.suffix in (".json", ".safetensors"))
+    found = ((file, _damage(file)) for kind in ("json", "safetensors") for file in _files(place, f"*.{kind}"))
     file, damage = next(((file, damage) for file, damage in found if damage), (None, ""))
     return f"{file}: {damage}" if file else first_line(error).rstrip(".")
 

@@ -219,9 +219,7 @@ def test_weights_that_a_file_lacks_are_not_made_up(models: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize(("kind", "part"), [("captioner", ""), ("clip", ""), ("base", "image_encoder/")])
-def test_layers_without_end_are_refused_before_they_are_made(
-    models: Path, tmp_path: Path, kind: str, part: str
-) -> None:
+def test_layers_without_end_are_refused_unmade(models: Path, tmp_path: Path, kind: str, part: str) -> None:
     folder = shutil.copytree(models / kind, tmp_path / kind)
     file = folder / f"{part}config.json"
     text = file.read_text()
