@@ -124,7 +124,7 @@ def load_clip(identifier: str, revision: str | None = None, device: str = "auto"
     if revision:
         options["revision"] = revision
     try:
-        with whole_weights():
+        with whole_weights(place):
             model = CLIPModel.from_pretrained(place, use_safetensors=True, dtype=torch.float32, **options)
         tokenizer = CLIPTokenizer.from_pretrained(place, **options)
         processor = CLIPImageProcessorPil.from_pretrained(place, **options)

@@ -390,7 +390,7 @@ class _TooLong(http.client.HTTPException):
 class _Bounded(io.RawIOBase):
     """What a server sends, within `ANSWER_BYTES` and the time-out of the socket for all of it."""
 
-    def __init__(self, raw: socket.SocketIO, connection: socket.socket):
+    def __init__(self, raw: io.RawIOBase, connection: socket.socket):
         self._raw, self._connection, self._left = raw, connection, ANSWER_BYTES
         seconds = connection.gettimeout()
         self._ends = math.inf if seconds is None else time.monotonic() + seconds
@@ -407,7 +407,7 @@ class _Bounded(io.RawIOBase):
             raise _TooLong(f"it is longer than {ANSWER_BYTES >> 10} KiB")
         if seconds < math.inf:
             self._connection.settimeout(seconds)
-        read = self._raw.readinto(memoryview(buffer)[: self._left])
+        read: int | None = self._raw.readinto(memoryview(buffer)[: self._left])
         self._left -= read or 0
         return read
 
@@ -508,7 +508,7 @@ def _load_local(config: CaptionsConfig, device: str) -> LocalCaptioner:
     place = location(config.model, "captioner")
     try:
         processor = AutoProcessor.from_pretrained(place, **options)
-        with whole_weights():
+        with whole_weights(place):
             model = AutoModelForImageTextToText.from_pretrained(
                 place,
                 use_safetensors=True,

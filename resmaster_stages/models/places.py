@@ -94,7 +94,7 @@ def _read_json(identifier: str, revision: str | None, name: str) -> dict[str, An
 def loading(model_id: str, what: str) -> Iterator[None]:
     """Turns errors of loading in the block into a ConfigError of one line that names the model."""
     try:
-        with whole_weights():
+        with whole_weights(model_id):
             yield
     except ConfigError:
         raise
@@ -121,11 +121,13 @@ _FILLED = re.compile(r"^(.+?)\s*\|\s*MISSING|newly initialized: \['([^']+)'", re
 
 
 @contextmanager
-def whole_weights() -> Iterator[None]:
+def whole_weights(place: str) -> Iterator[None]:
     """Raises ValueError after the block if a model was loaded in it whose files lack weights.
 
-    Transformers and diffusers fill them with random numbers, and only log that.
+    Transformers and diffusers fill them with random numbers, and only log that. Raises ValueError before the block if a
+    configuration in the folder `place` asks for so many layers that making them would not end.
     """
+    _refuse_endless(place)
     logs = [logging.getLogger(f"{library}.modeling_utils") for library in ("transformers", "diffusers.models")]
     reports, before = _Reports(), [(log, log.level, log.propagate) for log in logs]
     for log in logs:
@@ -144,6 +146,25 @@ def whole_weights() -> Iterator[None]:
             raise ValueError(f"its files lack the weights {missing[1] or missing[2]}")
 
 
+def _files(place: str, pattern: str) -> list[Path]:
+    """The files of a model in the folder `place`, its parts' included; none for a hub id."""
+    folder = Path(place).expanduser()
+    return sorted([*folder.glob(pattern), *folder.glob(f"*/{pattern}")])
+
+
+MAX_LAYERS = 10_000
+"""Far more layers than any model has."""
+
+
+def _refuse_endless(place: str) -> None:
+    """Raises ValueError for a model's configuration with more than `MAX_LAYERS` layers."""
+    for file in _files(place, "config.json"):
+        found = re.findall(r'"(\w*layers\w*)"\s*:\s*(\d+)', file.read_text(encoding="utf-8", errors="replace"))
+        for name, number in found:
+            if len(number) > 9 or int(number) > MAX_LAYERS:
+                raise ValueError(f"{file}: {name} is larger than {MAX_LAYERS:,}")
+
+
 MAX_HEADER_BYTES = 100_000_000
 """Longest header of a safetensors file, as its own library has it."""
 
@@ -151,8 +172,7 @@ MAX_HEADER_BYTES = 100_000_000
 def reason_of(error: Exception, place: str) -> str:
     """Why a model does not load, in a few words: the first damaged file in the folder `place`, if one is found, else
     what the loader said."""
-    files = sorted(Path(place).expanduser().rglob("*")) if Path(place).expanduser().is_dir() else []
-    found = ((file, _damage(file)) for file in files if file.suffix in (".json", ".safetensors"))
+    found = ((file, _damage(file)) for kind in ("json", "safetensors") for file in _files(place, f"*.{kind}"))
     file, damage = next(((file, damage) for file, damage in found if damage), (None, ""))
     return f"{file}: {damage}" if file else first_line(error).rstrip(".")
 

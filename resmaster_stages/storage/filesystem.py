@@ -31,7 +31,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from resmaster_stages.errors import ResMasterError, UserError
-from resmaster_stages.redaction import holds_credentials, one_line, without_credentials
+from resmaster_stages.redaction import holds_credentials, one_line, printable, without_credentials
 from resmaster_stages.storage.store_errors import NotRegular, explained, is_damaged_answer, store_code, worth_repeating
 
 CREATE_ATTEMPTS = 6
@@ -455,6 +455,11 @@ def open_root(url: str) -> Folder:
         raise UserError(
             f"{without_credentials(url)}: {scheme}:// cannot be a root; give a folder or s3://bucket/prefix"
         )
+    parts = url.rstrip("/").split("/")[3:] if scheme == "s3" else []
+    if {"", ".", ".."} & set(parts) or (parts and printable(url) != url):  # programs understand them in different ways
+        raise UserError(
+            f"{url}: has an empty part, a part . or .., or a control character; write s3://bucket/prefix without them"
+        )
     return open_folder(url)
 
 
@@ -506,8 +511,8 @@ def _folder_at(url: str) -> Folder:
     if scheme in ("", "file"):
         return _local_folder(url, scheme)
     options = _s3_options() if scheme in ("s3", "s3a") else {}
-    if options:
-        _check_prefix(url)
+    if options and not url.partition("://")[2].partition("/")[0]:
+        raise UserError(f"{url}: has no bucket; write s3://bucket/prefix")
     try:
         with explained(url):
             kind = fsspec.get_filesystem_class(scheme)  # not url_to_fs, to which "::" joins several URLs
@@ -523,17 +528,6 @@ def _folder_at(url: str) -> Folder:
         message = f"not a usable place ({one_line(error)}); give a folder or an s3:// URL"
         raise UserError(f"{without_credentials(url)}: {message}") from error
     return Folder(fs, str(path).rstrip("/"))
-
-
-def _check_prefix(url: str) -> None:
-    """Raise UserError for a URL of S3 that names no bucket, or whose parts programs understand in different ways."""
-    bucket, *parts = url.partition("://")[2].rstrip("/").split("/")
-    if not bucket:
-        raise UserError(f"{url}: has no bucket; write s3://bucket/prefix")
-    if not url.isprintable() or {"", ".", ".."} & set(parts):
-        raise UserError(
-            f"{url}: has an empty part, a part . or .., or a control character; write s3://bucket/prefix without them"
-        )
 
 
 def _scheme(url: str) -> str:

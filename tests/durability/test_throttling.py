@@ -1,5 +1,6 @@
 """A store that throttles, resets, times out, tears bodies and loses answers: the dataset has the same bytes."""
 
+import asyncio
 import hashlib
 import itertools
 import json
@@ -13,13 +14,14 @@ import s3fs
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.dataset.stages import STAGES
+from resmaster_stages.errors import UserError
 from resmaster_stages.inspection.status import pending
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import S3_ATTEMPTS, open_root
 from tests.fake_stages import FAKES, planned
-from tests.faulty_proxy import FAULTS, faulty
+from tests.faulty_proxy import FAULTS, Rule, faulty, seeded
 from tests.s3_server import S3Server
 
 pytestmark = pytest.mark.s3
@@ -135,3 +137,26 @@ def test_the_users_own_settings_of_s3_win(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("AWS_MAX_ATTEMPTS")
     monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"retries": {"mode": "adaptive"}}})
     assert config("s3://bucket") == {"retries": {"mode": "adaptive"}}
+
+
+@pytest.mark.parametrize(
+    "fault", ["access denied", "no such bucket", "expired token", "internal error", "unknown refusal"]
+)
+@pytest.mark.parametrize("key", ["low_res/", "captions/", "high_res/", "quality/", "commits/high_res", "manifest"])
+def test_a_store_that_fails_for_good_in_the_middle_is_one_line_and_loses_nothing(
+    fault: str, key: str, s3_root: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes before is kept, and the same build ends whole once the store is mended."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    pause = asyncio.sleep
+    monkeypatch.setattr("asyncio.sleep", lambda seconds, *rest: pause(min(seconds, 0.001), *rest))
+    with faulty(s3_server.endpoint, seeded([Rule(fault, methods="PUT POST", key=key)])) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        s3fs.S3FileSystem.clear_instance_cache()
+        with pytest.raises((UserError, ConnectionError), match="; ") as caught:
+            build(s3_root, tmp_path / "first")
+        assert isinstance(caught.value, UserError) == (fault != "internal error")
+        assert "\n" not in str(caught.value)
+        assert key.partition("/")[0] in str(caught.value)
+        proxy.choose = seeded([])
+        assert len(contents(build(s3_root, tmp_path / "second"))) == 4

@@ -5,6 +5,7 @@ The damages are drawn with a seed. Where a damage changes only numbers, nothing 
 
 import json
 import random
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -215,6 +216,16 @@ def test_weights_that_a_file_lacks_are_not_made_up(models: Path, tmp_path: Path,
     changed = json.dumps(tensors).encode()
     file.write_bytes(struct.pack("<Q", len(changed)) + changed + data[8 + size :])
     assert refusal(LOADERS[kind], folder)
+
+
+@pytest.mark.parametrize(("kind", "part"), [("captioner", ""), ("clip", ""), ("base", "image_encoder/")])
+def test_layers_without_end_are_refused_unmade(models: Path, tmp_path: Path, kind: str, part: str) -> None:
+    folder = shutil.copytree(models / kind, tmp_path / kind)
+    file = folder / f"{part}config.json"
+    text = file.read_text()
+    for number in (10**6, 10**15):
+        file.write_text(re.sub(r'("num_hidden_layers": )\d+', rf"\g<1>{number}", text))
+        assert re.search(rf"{file}: num_hidden_layers is larger than 10,000", refusal(LOADERS[kind], folder))
 
 
 def test_sizes_that_a_pickle_only_claims_take_no_memory(tmp_path: Path) -> None:
