@@ -71,6 +71,13 @@ def one_line(error: object) -> str:
     return printable(" ".join(redacted(f"{error}{notes}").split()))
 
 
+def shortened(text: str, longest: int) -> str:
+    """`text` without its middle if it is longer than about `longest` characters: of a message about a long value, the
+    beginning says what is wrong, and the end what to do."""
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}"
+
+
 @contextmanager
 def no_secrets_in_errors() -> Iterator[None]:
     """Replace an error whose message holds a credential by one without it: of the same class if it is a

@@ -18,12 +18,12 @@ from rich.console import Console
 
 import resmaster_stages
 from resmaster_flows.cli import compare, doctor, explain, gc, init, plan, publish, repair, run, status, upscale, verify
-from resmaster_flows.cli.parser import Parser
+from resmaster_flows.cli.parser import LONGEST_LINE, Parser
 from resmaster_flows.cli.stop import KEPT, NOTHING_WRITTEN, Terminated, exit_status, stoppable
 from resmaster_flows.plugins import load_plugins
 from resmaster_flows.watch.terminal import say
 from resmaster_stages.errors import ConfigError, ResMasterError, UserError
-from resmaster_stages.redaction import one_line
+from resmaster_stages.redaction import one_line, shortened
 
 
 class Verb(Protocol):
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.traceback:
             raise
         for line in error.mistakes if isinstance(error, ConfigError) else (error,):
-            say(console, f"resmaster: {one_line(line)}")
+            say(console, f"resmaster: {shortened(one_line(line), LONGEST_LINE)}")
         return 2 if isinstance(error, UserError) else 1
 
 

@@ -6,9 +6,13 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, NoReturn
 
 from resmaster_stages.errors import did_you_mean
+from resmaster_stages.redaction import shortened
+
+LONGEST_LINE = 2_000
+"""Maximum number of characters of what is said of a mistake."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,6 +26,10 @@ class Parser(argparse.ArgumentParser):
             if not any(each.startswith(option) for each in known):  # argparse takes the beginning of an option, too
                 self.error(f"unknown option {option}{did_you_mean(option, known)}; see: {self.prog} --help")
         return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse's. A long word is not repeated whole."""
+        super().error(shortened(message, LONGEST_LINE))
 
     def _options(self, words: Sequence[str]) -> Iterator[str]:
         """The long options among the words, without those behind a verb, which are the verb's own."""
