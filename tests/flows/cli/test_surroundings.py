@@ -24,19 +24,6 @@ def said(capsys: pytest.CaptureFixture[str], folder: Path, verb: str, **values: 
 
 
 @pytest.mark.parametrize("verb", ["plan", "run"])
-@pytest.mark.usefixtures("server")
-def test_workers_without_a_deployment(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    dispatch = {"where": "workers", "deployment": "nobody"}
-    (line,) = said(capsys, tmp_path, verb, dispatch=dispatch)
-    assert "has no deployment process-shards/nobody; make it with: make deploy" in line
-    found = said(capsys, tmp_path, verb, dispatch=dispatch, quality={"clip": "/etc"}, model={"device": "nope"})
-    assert len(found) == 3
-    assert "has no deployment" in found[0]
-    assert "quality.clip: /etc" in found[1]
-    assert "model.device: 'nope'" in found[2]
-
-
-@pytest.mark.parametrize("verb", ["plan", "run"])
 def test_workers_without_a_server(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = said(capsys, tmp_path, verb, dispatch={"where": "workers"})
     assert "dispatch.where is workers, but no server is configured" in line
@@ -58,3 +45,16 @@ def test_the_devices_of_this_machine_count_where_it_computes() -> None:
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
         assert not computed_here(DispatchConfig())
         assert computed_here(DispatchConfig(where="here"))
+
+
+@pytest.mark.parametrize("verb", ["plan", "run"])
+@pytest.mark.usefixtures("server")  # it stays to the end of the module, so this test is the last one
+def test_workers_without_a_deployment(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dispatch = {"where": "workers", "deployment": "nobody"}
+    (line,) = said(capsys, tmp_path, verb, dispatch=dispatch)
+    assert "has no deployment process-shards/nobody; make it with: make deploy" in line
+    found = said(capsys, tmp_path, verb, dispatch=dispatch, quality={"clip": "/etc"}, model={"device": "nope"})
+    assert len(found) == 3
+    assert "has no deployment" in found[0]
+    assert "quality.clip: /etc" in found[1]
+    assert "model.device: 'nope'" in found[2]
