@@ -70,8 +70,7 @@ def redacted(text: str) -> str:
 
 
 LINE_CHARACTERS = 2000
-"""Longest line that is shown of an error. Of a longer one the middle is left out, because the end says what to do."""
-_END_CHARACTERS = 500
+"""Longest line that is shown of an error."""
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+(?=>)")
 """Where an object lies in memory. It differs from run to run."""
 
@@ -104,15 +103,20 @@ def one_line(error: object) -> str:
     line stay, because names may hold them."""
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     lines = (line.strip() for line in _ADDRESS.sub("", redacted(f"{error}{notes}")).splitlines())
-    line = printable(" ".join(filter(None, lines)))
-    if len(line) <= LINE_CHARACTERS:
-        return line
-    return f"{line[: LINE_CHARACTERS - _END_CHARACTERS - 5]} ... {line[-_END_CHARACTERS:]}"
+    return shortened(printable(" ".join(filter(None, lines))), LINE_CHARACTERS)
 
 
 def quoted(word: object) -> str:
     """`word` as one word of a command that is shown to be copied into a shell, without credentials."""
     return shlex.quote(without_credentials(str(word)))
+
+
+def shortened(text: str, longest: int) -> str:
+    """`text` without its middle if it has more than `longest` characters: of a message about a long value, the
+    beginning says what is wrong, and the end what to do."""
+    gap = " ... "
+    end = (longest - len(gap)) // 2
+    return text if len(text) <= longest else f"{text[: longest - len(gap) - end]}{gap}{text[-end:]}"
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.method import DEFAULT, Method, method_class
 from resmaster_stages.config.part import LONGEST_SHOWN, UNFIT, Part
 from resmaster_stages.errors import ConfigError, did_you_mean
-from resmaster_stages.redaction import one_line, printable
+from resmaster_stages.redaction import one_line, printable, shortened
 
 MAX_BYTES = 2**20
 """Maximum size of a configuration file."""
@@ -35,16 +35,10 @@ def _mistakes(error: ValidationError, values: dict[str, Any], source: str, lines
         place = mistake["loc"]
         number = lines.of(place)
         line = "" if number is None else f"line {number}: "
-        found.append(f"{source}: {line}{_cut(_told(mistake['type'], place, mistake, values))}")
+        found.append(f"{source}: {line}{shortened(_told(mistake['type'], place, mistake, values), LONGEST_TOLD)}")
     if len(mistakes) > MOST_TOLD:
         found.append(f"{source}: and {len(mistakes) - MOST_TOLD:,} more mistakes; mend these first")
     return list(dict.fromkeys(found))
-
-
-def _cut(text: str) -> str:
-    """`text`, without its middle if it is long: the beginning says what is wrong, and the end what to do."""
-    half = LONGEST_TOLD // 2
-    return text if len(text) <= LONGEST_TOLD else f"{text[:half]} ... {text[-half:]}"
 
 
 def _told(kind: str, place: tuple[Any, ...], mistake: Any, values: dict[str, Any]) -> str:
@@ -89,7 +83,7 @@ def parse_config(values: Any, source: str = "configuration", lines: Lines | None
         found = "nothing" if values is None else type(values).__name__
         raise ConfigError(f"{source}: expected a mapping of keys to values, found {found}")
     lines = lines or Lines(None)
-    twice = [f"{source}: {_cut(text)}" for text in lines.twice[:MOST_TOLD]]
+    twice = [f"{source}: {shortened(text, LONGEST_TOLD)}" for text in lines.twice[:MOST_TOLD]]
     try:
         config = DatasetConfig.model_validate(values)
     except ValidationError as error:
@@ -113,6 +107,8 @@ def _text_of(path: Path) -> str:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not a text file; a configuration is YAML in UTF-8") from None
+    except ValueError as error:  # NUL in the name
+        raise ConfigError(f"{path}: cannot be read ({error}); check the path") from None
     if len(data) > MAX_BYTES:
         raise ConfigError(f"{path}: has more than {MAX_BYTES:,} bytes; a configuration is a short YAML file")
     return text

@@ -19,7 +19,7 @@ def required_adapter(models: Models) -> ImageAdapter:
     """The image adapter. Raises ConfigError if the model has none, or one that cannot be used."""
     adapter = models.base.image_adapter()
     if adapter is None:
-        raise ConfigError(f"model {models.identity}: {NO_ADAPTER}")
+        raise ConfigError(NO_ADAPTER.format(models.identity))
     return adapter
 
 

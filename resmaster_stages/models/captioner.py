@@ -52,10 +52,10 @@ MAX_STYLE_TOKENS = 40
 
 
 OTHER_CAPTIONERS = (
-    "give `picturebook`, a folder or hub id of a Transformers image-text-to-text model with safetensors weights, or "
+    "`picturebook`, a folder or hub id of a Transformers image-text-to-text model with safetensors weights, or "
     "captions.source: server or prompt"
 )
-"""What to do about a captioner that cannot be used."""
+"""What to give instead of a captioner that cannot be used."""
 
 ANSWER_BYTES = 1 << 20
 """Longest answer of a server, with its headers. A sentence takes some hundred bytes."""
@@ -470,7 +470,7 @@ def check_captioner(config: CaptionsConfig, here: bool) -> None:
 
         if kind not in KINDS:
             raise ConfigError(
-                f"captions.model: {config.model} is {kind!r}, no image-text-to-text model; {OTHER_CAPTIONERS}"
+                f"captions.model: {config.model} is {kind!r}, no image-text-to-text model; give {OTHER_CAPTIONERS}"
             )
     require_weights(config.model, folder, TRANSFORMERS)
 
@@ -519,7 +519,7 @@ def _load_local(config: CaptionsConfig, device: str) -> LocalCaptioner:
         occupy(resolved, model.eval())
     except Exception as error:  # loaders raise many kinds of errors; the user's remedy is the same
         raise ConfigError(
-            f"captions.model {config.model!r} cannot be loaded ({reason_of(error, place)}); {OTHER_CAPTIONERS}"
+            f"captions.model {config.model!r} cannot be loaded ({reason_of(error, place)}); give {OTHER_CAPTIONERS}"
         ) from None
     revision = config.revision or getattr(model.config, "_commit_hash", None) or ""
     if embedded:

@@ -9,8 +9,10 @@ from PIL import Image
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.errors import ConfigError, SampleError
+from resmaster_stages.keys import prompt_key
 from resmaster_stages.planning.checks import check_sizes
-from resmaster_stages.planning.drafts import draft_samples
+from resmaster_stages.planning.drafts import DraftReader, draft_samples
+from resmaster_stages.planning.prompt_files import read_prompts
 from resmaster_stages.storage.images import encode_image
 
 
@@ -60,3 +62,33 @@ def test_sizes_of_generated_images_too_large_for_the_format(tmp_path: Path) -> N
 def test_replicas_beyond_any_memory_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="replicas: Input should be less than or equal to 100000"):
         config_of(tmp_path, prompts="p.txt", replicas=10**18)
+
+
+def test_replicas_are_made_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p.txt").write_text("a house\na tree\n")
+    made = []
+
+    def key(*args: Any) -> str:
+        made.append(args)
+        return prompt_key(*args)
+
+    monkeypatch.setattr("resmaster_stages.planning.drafts.prompt_key", key)
+    samples = iter(DraftReader(config_of(tmp_path, prompts=str(tmp_path / "p.txt"), replicas=100_000)))
+    assert [next(samples).replica for _ in range(3)] == [0, 1, 2]
+    assert len(made) == 3, "no more are held than were asked for"
+
+
+def test_prompts_are_read_as_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p.txt").write_text("".join(f"house {number}\n" for number in range(50_000)))
+    read = []
+
+    def noted(path: str) -> Any:
+        for raw in read_prompts(path):
+            read.append(raw)
+            yield raw
+
+    monkeypatch.setattr("resmaster_stages.planning.drafts.read_prompts", noted)
+    samples = iter(DraftReader(config_of(tmp_path, prompts=str(tmp_path / "p.txt"))))
+    for _ in range(10):
+        next(samples)
+    assert len(read) == 10, "rows are held one at a time"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import load_config
+from resmaster_stages.config.part import UNFIT
 from resmaster_stages.errors import UserError
 
 
@@ -39,7 +40,9 @@ def config_of(args: argparse.Namespace) -> DatasetConfig:
         )
 
     def absolute(path: str | None) -> str | None:
-        return path if path is None or "://" in path else str(Path(os.path.expanduser(path)).resolve())
+        if path is None or "://" in path or UNFIT.search(path):
+            return path
+        return str(Path(os.path.expanduser(path)).resolve())
 
     return load_config(
         args.config,

@@ -58,5 +58,6 @@ def write(folder: Path, files: dict[str, str]) -> None:
         for name, text in files.items():
             with (folder / name).open("x", encoding="utf-8") as file:  # it may have appeared meanwhile
                 file.write(text)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); give another folder") from None
+    except (OSError, ValueError) as error:  # ValueError: NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder}: cannot be written ({reason}); give another folder") from None

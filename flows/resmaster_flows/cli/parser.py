@@ -9,7 +9,7 @@ from itertools import takewhile
 from typing import Any, NoReturn
 
 from resmaster_stages.errors import did_you_mean
-from resmaster_stages.redaction import printable_lines
+from resmaster_stages.redaction import LINE_CHARACTERS, printable_lines, shortened
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,8 +33,9 @@ class Parser(argparse.ArgumentParser):
                 return
 
     def error(self, message: str) -> NoReturn:
-        """As argparse's: a mistake ends the program. The message repeats words of the command line."""
-        super().error(printable_lines(message))
+        """As argparse's: a mistake ends the program. The message repeats words of the command line, but long
+        ones not whole."""
+        super().error(shortened(printable_lines(message), LINE_CHARACTERS))
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

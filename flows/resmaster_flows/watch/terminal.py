@@ -32,7 +32,10 @@ class SafeConsole(Console):
 
 
 def say(console: Console, text: str | Text) -> None:
-    """Print `text` unchanged, without markup (names may hold brackets) and without line breaks in paths."""
+    """Print `text` without markup (names may hold brackets) and without line breaks in paths. Bytes of names that are
+    no UTF-8 are escaped."""
+    if isinstance(text, str):
+        text = text.encode("utf-8", "backslashreplace").decode()
     console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 

@@ -25,7 +25,7 @@ Ability = Literal["convolutions", "attention", "image_prompts"]
 """What a method may need of a family: convolutions or attentions under the names of diffusers' UNets, or an
 IP-Adapter."""
 
-NO_ADAPTER = "image prompts need an IP-Adapter; set model.ip_adapter, or upscale.image_prompt.enabled: false"
+NO_ADAPTER = "model {}: image prompts need an IP-Adapter; set model.ip_adapter, or upscale.image_prompt.enabled: false"
 """What is said of a model without an IP-Adapter where image prompts are asked for."""
 
 Layers = Literal["sdxl", "sd1", "sd2"]

@@ -74,7 +74,7 @@ def checks(told_sizes: bool, config: ModelConfig, demand: Demand) -> Iterator[Ch
         yield "model.ip_adapter", partial(_check_adapter, adapter)
         yield "model.ip_adapter", partial(_check_encoder, config, adapter)
     elif demand.image_prompts:
-        yield "model.ip_adapter", partial(_refuse, f"model {config.id}: {NO_ADAPTER}")
+        yield "model.ip_adapter", partial(_refuse, NO_ADAPTER.format(config.id))
     for setting, count in demand.steps.items():
         yield setting, partial(_check_path, config, count)
 
