@@ -155,7 +155,7 @@ def _slots(keys: Sequence[str], batches: Mapping[str, Batch]) -> list[_Slot]:
     """The slots that hold the samples in `batches`, in order. A slot is there once for each of its samples' batches."""
     slots = []
     for batch in dict.fromkeys(batches.values()):
-        lost = set(batch.lost)
+        lost = {key for key in batch.lost if batches.get(key) != batch}
         places = [place for place, key in enumerate(keys) if key not in lost]
         for start in range(0, len(places), batch.slot):
             own = tuple(places[start : start + batch.slot])

@@ -138,6 +138,8 @@ def test_a_build_that_was_killed_twice_in_one_batch_is_repaired_to_its_own_bytes
     finish(start(config, root))
     record = receipts(root)["low_res", "000000"]
     assert [(batch["slot"], batch["size"], batch["threads"]) for batch in record["batches"]] == [(1, 1, 1)]
+    (views,) = receipts(root)["high_res", "000000"]["batches"]
+    assert views["size"] == 16, "the configuration leaves it to the device, which is a CPU"
     before = contents(root)
     for each in receipts(root).values():
         os.truncate(root / "tiny" / each["objects"][0]["name"], 1000)

@@ -318,6 +318,15 @@ def test_a_record_without_batches_is_repaired_in_the_batches_of_the_configuratio
         repaired(with_size(dataset, "low_res", 2))
 
 
+def test_a_record_that_counts_a_good_sample_as_lost_ends_in_no_traceback(dataset: Dataset) -> None:
+    receipt = run_stage(dataset, "low_res", 0, process=batch_dependent)
+    name = layout.commit("low_res", receipt.stage_hash, 0, 1)
+    record = json.loads(dataset.folder.read(name))
+    record["batches"][0]["lost"] = [dataset.plan.read(0)[1].key]
+    dataset.folder.write(name, json.dumps(record).encode())
+    repaired(dataset)
+
+
 @pytest.mark.parametrize(
     "told",
     [
