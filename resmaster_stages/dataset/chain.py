@@ -47,11 +47,11 @@ class Chain:
         return frozenset(key for receipt in found for key in (*receipt.failed_keys, *receipt.lost_keys))
 
     def due(self, stage: str, number: int = 1) -> bool:
-        """Whether `stage` has something to do: it has no commit, its last attempt is below `number`, or other samples
-        are lost upstream than at its last attempt.
+        """Whether `stage` has something to do: it has no commit, its last attempt is below `number`, or a sample that
+        its last attempt did not get is not lost upstream any more.
         """
         receipt = self.receipts[stage]
-        return receipt is None or receipt.number < number or frozenset(receipt.lost_keys) != self.lost(stage)
+        return receipt is None or receipt.number < number or not self.lost(stage).issuperset(receipt.lost_keys)
 
 
 def read_chain(

@@ -60,12 +60,15 @@ class Commits:
             raise
 
     def numbers(self) -> dict[int, int]:
-        """Shard -> number of the attempt that counts, for all committed shards, from one listing."""
+        """Shard -> number of the attempt that counts, for all committed shards, from one listing.
+
+        Later attempts do not count if the record of an earlier one is gone.
+        """
+        names = self.folder.names(layout.commit_folder(self.stage, self.stage_hash))
         numbers: dict[int, int] = {}
-        for name in self.folder.names(layout.commit_folder(self.stage, self.stage_hash)):
-            if place := layout.attempt_of(name):
-                shard, number = place
-                numbers[shard] = max(number, numbers.get(shard, 0))
+        for shard, number in sorted(filter(None, map(layout.attempt_of, names))):
+            if number == numbers.get(shard, 0) + 1:
+                numbers[shard] = number
         return numbers
 
     def read_many(self, numbers: Mapping[int, int]) -> dict[int, Receipt]:

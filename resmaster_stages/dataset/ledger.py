@@ -50,7 +50,8 @@ def ledger_rows(commits: Commits, shards: set[int] | None = None) -> list[dict[s
 
 def encode_failures(commits: Commits, shard: int, attempt: str, failures: Sequence[tuple[str, Exception]]) -> bytes:
     """The ledger file of an attempt: one row per (key, error). `attempt_number` continues the earlier failures."""
-    earlier = Counter(row["key"] for row in ledger_rows(commits, {shard}))
+    # the attempt's own file may be there, and damaged
+    earlier = Counter(row["key"] for row in ledger_rows(commits, {shard}) if row["attempt"] != attempt)
     rows = [
         {
             "key": key,

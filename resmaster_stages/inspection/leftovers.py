@@ -9,7 +9,8 @@ Invariants:
 - Never removed are objects that a valid commit or a plan record names, of any configuration; records, configurations
   and ledgers; and the cache of a shard that is not committed yet.
 - Never removed is what a lost record may have named: objects that the manifest leads to; objects of a stage of a shard
-  that is not committed; and the files of a generation of the plan whose record is gone or cannot be read.
+  that is not committed; objects of published shards while the publication is not of the commits that are there; and
+  the files of a generation of the plan whose record is gone or cannot be read.
 - Objects of a replaced attempt are removed only if the manifest was written after the later attempt, and is itself
   older than the limit. So readers of an older manifest had the grace period to finish.
 - Files are listed before the records are read, so records name all objects committed in between. Objects that are
@@ -20,7 +21,6 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
@@ -29,9 +29,10 @@ from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commits import all_records
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.lost_plan import survey
-from resmaster_stages.dataset.publication import read_publication
-from resmaster_stages.errors import ShardError, UserError
+from resmaster_stages.dataset.publication import PublicationRecord, read_publication
+from resmaster_stages.errors import PlanError, ShardError, UserError
 from resmaster_stages.inspection.published import published_shards
+from resmaster_stages.inspection.status import status
 from resmaster_stages.storage.digests import DigestSet, digest_of
 from resmaster_stages.storage.filesystem import Folder, Listed
 from resmaster_stages.storage.probe import is_probe
@@ -63,13 +64,13 @@ def find_leftovers(dataset: Dataset, older_than: timedelta, now: datetime | None
                 attempts.add(digest_of(file.name))
             elif _kind(file.name, ()):
                 others.append(file)
-    vouched = _Vouched(dataset)
     uploads = [Leftover("unfinished upload", file, upload) for file, upload in folder.unfinished_uploads()]
     named = DigestSet()
     for name in _named(folder, limit):
         if (digest := digest_of(name)) in attempts:
             named.add(digest)
     if len(named) < len(attempts):  # only digests are held, so the names are listed again
+        vouched = _Vouched(dataset)
         others += [
             file
             for file in folder.files()
@@ -129,15 +130,31 @@ def _named(folder: Folder, limit: datetime) -> Iterator[str]:
 
 def _published(folder: Folder) -> Iterator[str]:
     """The objects that the manifest leads readers to. None if there is no manifest that is as it was published."""
-    with suppress(ShardError):
-        if publication := read_publication(folder):
-            for shard in published_shards(folder, publication):
-                yield from shard.objects.values()
+    if publication := _publication(folder):
+        for shard in published_shards(folder, publication):
+            yield from shard.objects.values()
+
+
+def _publication(folder: Folder) -> PublicationRecord | None:
+    """The record of the publication; None if it is not there or cannot be read, which `verify` reports."""
+    try:
+        return read_publication(folder)
+    except ShardError:
+        return None
+
+
+def _stale(dataset: Dataset) -> bool:
+    """Whether the publication is of other commits than those that are there. So if the plan does not tell."""
+    try:
+        return status(dataset).published.problem == "stale"
+    except PlanError:
+        return True
 
 
 class _Vouched:
     """The names of attempts (`in` tells) of which it is sure that no lost record named them: their shard is committed
-    in their stage, or their generation of the plan has a record."""
+    in their stage, and published from these commits if it is published; or their generation of the plan has a
+    record."""
 
     def __init__(self, dataset: Dataset) -> None:
         folder = dataset.folder
@@ -148,6 +165,10 @@ class _Vouched:
             if own_hash == dataset.hashes.get(stage, own_hash)[:8]:
                 places = filter(None, map(layout.attempt_of, folder.names(group)))
                 self._shards.setdefault(stage, set()).update(shard for shard, _ in places)
+        if (publication := _publication(folder)) and _stale(dataset):
+            published = {shard.number for shard in published_shards(folder, publication)}
+            for shards in self._shards.values():
+                shards -= published.union(range(publication.shards))
         plan, lost = survey(folder)
         there = {layout.plan_record(generation.number) for generation in plan.generations}
         there -= {record.name for record in lost}

@@ -1,16 +1,25 @@
 import threading
 import uuid
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from resmaster_stages.dataset import layout
 from resmaster_stages.dataset import plan as plan_module
+from resmaster_stages.dataset.dataset import Dataset
+from resmaster_stages.dataset.lost_plan import restore_plan, survey
 from resmaster_stages.dataset.plan import GenerationWriter, Plan, Rejected, SampleSpec, find_plan, read_plan
 from resmaster_stages.errors import PlanError
+from resmaster_stages.prompts import ingest
+from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import open_root
+from tests.fake_stages import FAKES, planned
 
 
 def append(plan: Plan, samples: list[SampleSpec], per_shard: int, rejected: Sequence[Rejected] = ()) -> bool:
@@ -94,3 +103,81 @@ def test_damage_is_named(tmp_path: Path) -> None:
         record.write_text(text)
         with pytest.raises(PlanError, match=r"_PLAN\.json: damaged"):
             find_plan(folder)
+
+
+def test_a_lost_record_is_made_again_to_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every generation, also with several files, and also if it is the last one or all are gone at once."""
+    monkeypatch.setattr(plan_module, "PART_ROWS", 2)
+    dataset = two_generations(tmp_path)
+    folder, names = dataset.folder, [layout.plan_record(0), layout.plan_record(1)]
+    whole = {name: folder.read(name) for name in names}
+    assert len(find_plan(folder).generations[0].parts) == 2
+    for lost in (names[:1], names[1:], names):
+        for name in lost:
+            folder.remove(name)
+        with pytest.raises(PlanError, match=r"restore (it|the folder plan/) from a copy, or run: resmaster repair"):
+            read_plan(folder).require(4)
+        assert restore_plan(folder) == lost
+        assert {name: folder.read(name) for name in names} == whole
+        assert restore_plan(folder) == []
+    folder.write(names[0], whole[names[0]][:-3])
+    assert restore_plan(folder) == names[:1]
+    assert folder.read(names[0]) == whole[names[0]]
+
+
+def test_a_record_is_not_made_again_from_files_that_are_not_whole(tmp_path: Path) -> None:
+    dataset = two_generations(tmp_path)
+    folder, name = dataset.folder, layout.plan_record(0)
+    (part,) = (each for each in folder.names(layout.generation(0)) if layout.is_plan_part(each))
+    whole = folder.read(part)
+    folder.remove(name)
+    table, sink = pq.read_table(BytesIO(whole)), BytesIO()
+    prompts = pa.array(["another prompt", *table["prompt"].to_pylist()[1:]])
+    pq.write_table(table.set_column(table.schema.get_field_index("prompt"), "prompt", prompts), sink)
+    for harmed in (whole[:-1], sink.getvalue(), None):
+        if harmed is None:
+            folder.remove(part)
+        else:
+            folder.write(part, harmed)
+        assert [(each.name, each.what, each.generation) for each in survey(folder)[1]] == [(name, "gone", None)]
+        assert restore_plan(folder) == []
+        with pytest.raises(PlanError, match="gone"):
+            read_plan(folder)
+    folder.write(part, whole)
+    assert restore_plan(folder) == [name]
+
+
+def test_a_planner_that_was_killed_is_no_loss(tmp_path: Path) -> None:
+    folder = open_root(str(tmp_path))
+    append(find_plan(folder), specs("a"), 2)
+    append(find_plan(folder), specs("b"), 2)
+    folder.remove(layout.plan_record(1))
+    assert survey(folder)[1] == []
+    assert restore_plan(folder) == []
+    assert append(find_plan(folder), specs("c"), 2)
+
+
+def two_generations(tmp_path: Path) -> Dataset:
+    """Three samples, then one more; all are in `low_res`."""
+    dataset = planned(tmp_path / "out", [f"prompt number {number}" for number in range(3)], tmp_path)
+    (tmp_path / "prompts.txt").write_text("\n".join(f"prompt number {number}" for number in range(4)))
+    dataset = ingest(dataset.config)
+    for shard in range(3):
+        run_stage(dataset, "low_res", shard, process=FAKES["low_res"])
+    return dataset
+
+
+def test_without_its_files_the_same_prompts_make_the_same_plan_and_others_are_refused(tmp_path: Path) -> None:
+    dataset = two_generations(tmp_path)
+    keys = list(dataset.plan.keys())
+    dataset.folder.remove_all(layout.PLAN)
+    with pytest.raises(PlanError, match=r"the commits of shard 1 are of other samples .* restore the folder plan/"):
+        ingest(dataset.config)  # all four at once: other shards than before
+    assert dataset.folder.names(layout.generation(0)) == [], "a plan that is refused leaves nothing"
+    (tmp_path / "prompts.txt").write_text("other\nprompts\n")
+    with pytest.raises(PlanError, match="the commits of shard 0 are of other samples"):
+        ingest(dataset.config)
+    for count in (3, 4):
+        (tmp_path / "prompts.txt").write_text("\n".join(f"prompt number {number}" for number in range(count)))
+        assert list(ingest(dataset.config).plan.keys()) == keys[:count]
+    assert survey(dataset.folder)[1] == []

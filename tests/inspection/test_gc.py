@@ -19,6 +19,7 @@ from resmaster_stages.inspection.leftovers import find_leftovers, remove_leftove
 from resmaster_stages.inspection.status import pending
 from resmaster_stages.inspection.verify import verify
 from resmaster_stages.publish.manifest import write_manifest
+from resmaster_stages.publish.publish import publish
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import open_root
 from resmaster_stages.storage.probe import probe_name
@@ -259,3 +260,31 @@ def test_ledgers_of_failed_attempts_stay(tmp_path: Path) -> None:
     found = find_leftovers(dataset, HOUR, later)
     assert not any(leftover.file.name.startswith("errors/") for leftover in found)
     assert dataset.folder.names("errors/low_res")
+
+
+def test_a_bucket_that_is_being_restored_loses_nothing(tmp_path: Path) -> None:
+    """Commits come first, as docs/operating.md advises; gc runs between any two files, with no grace period."""
+    dataset = planned(tmp_path / "out", ["a", "b", "c", "bad low_res"], tmp_path)
+    for shard in (0, 1):
+        for stage in FAKES:
+            run_stage(dataset, stage, shard, process=FAKES[stage])
+    publish(dataset)
+    order = ("commits/", "config.json", "publication.json", "manifest", "high_res/", "plan/gen-0000/part", "")
+    names = sorted((file.name for file in dataset.folder.files()), key=lambda name: not name.startswith("commits/"))
+    names.sort(key=lambda name: next(place for place, begin in enumerate(order) if name.startswith(begin)))
+    restored = open_root(str(tmp_path / "restored" / "demo"))
+    for number, name in enumerate(names):
+        restored.write(name, dataset.folder.read(name))
+        assert main(["gc", restored.url, "--older-than", "0"]) in (0, 2)
+        assert {file.name for file in restored.files()} == set(names[: number + 1]), name
+    assert main(["verify", restored.url]) == 0
+
+
+def test_leftovers_of_a_shard_go_once_it_is_committed(tmp_path: Path) -> None:
+    dataset = planned(tmp_path / "out", ["a", "b"], tmp_path)
+    name = layout.shard_object("low_res", 0, "0" * 8)
+    dataset.folder.write(name, b"of an attempt that was killed, or of one whose record is lost")
+    later = datetime.now(UTC) + 2 * HOUR
+    assert find_leftovers(dataset, HOUR, later) == []
+    run_stage(dataset, "low_res", 0, process=FAKES["low_res"])
+    assert [leftover.file.name for leftover in find_leftovers(dataset, HOUR, later)] == [name]

@@ -2,7 +2,10 @@
 
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +30,8 @@ from resmaster_stages.inspection.verify import Damage, note, verify
 from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.publish.publish import publish
 from resmaster_stages.runner.run import run_stage
+from resmaster_stages.storage.filesystem import Folder
+from tests.checkout import PYTHONPATH, ROOT
 from tests.durability.injection import everything
 from tests.fake_stages import FAKES, files_of, planned
 
@@ -377,3 +382,60 @@ def test_a_copy_under_another_name_is_as_good(
     for command in (["verify", copy], ["status", copy.parent], ["gc", "--dry-run", copy], ["repair", copy]):
         assert main([str(word) for word in command]) == 0
     assert str(copy) in capsys.readouterr().out
+
+
+def test_one_record_that_may_not_be_read_costs_its_shard_and_no_command(
+    local: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where another user wrote the record, and lets nobody read it."""
+    publish(local)
+    record = commit_name("captions", local.hashes["captions"], 1)
+    real = Folder._cat
+
+    def cat(self: Folder, path: str) -> bytes:
+        if path.endswith(record):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(self, path)
+
+    monkeypatch.setattr(Folder, "_cat", cat)
+    for words, rc in ((["status"], 1), (["status", "--openmetrics"], 0), (["repair"], 1), (["publish"], 0)):
+        assert main([words[0], local.url, *words[1:]]) == rc
+        shown = capsys.readouterr()
+        assert record in shown.err or "openmetrics" in words[-1] or words == ["publish"]
+        assert "nothing to repair" not in shown.err
+        if words == ["status"]:
+            assert "captions  2 " in shown.out, "the other stages and shards are shown"
+    assert main(["verify", local.url]) == 1
+    assert (
+        f"captions of shard 000001: {record}: unreadable; restore it from a copy, or repair" in capsys.readouterr().out
+    )
+    monkeypatch.undo()
+    assert main(["verify", local.url]) == 1, "published without the shard"
+    assert "the publication is older than the commits" in capsys.readouterr().err
+    assert main(["repair", local.url]) == 0
+    assert main(["verify", local.url]) == 0
+
+
+def test_a_lost_record_of_the_plan_by_the_command_line(local: Dataset) -> None:
+    publish(local)
+    name = "plan/gen-0000/_PLAN.json"
+    whole = local.folder.read(name)
+    local.folder.remove(name)
+    os.mkfifo(local.folder.full(name))
+
+    def command(*words: str) -> tuple[int, str]:
+        environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+        line = [sys.executable, "-m", "tests.standin_cli", *words, local.url]
+        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stdout + done.stderr
+
+    status, said = command("verify")
+    assert (status, f"plan: {name}: unreadable; repair puts it together again from the plan's files" in said) == (
+        1,
+        True,
+    )
+    status, said = command("repair")
+    assert (status, f"{name} is put together again" in said, "nothing to repair" in said) == (0, True, False)
+    assert local.folder.read(name) == whole
+    assert command("verify")[0] == 0

@@ -52,7 +52,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     shards, stages = parse_numbers(args.shards), parse_stages(args.stages)
     dataset = open_dataset(args.root)
-    for name in restore_plan(dataset.folder):
+    restored = restore_plan(dataset.folder)
+    for name in restored:
         say(console, f"{dataset.url}: {name} is put together again from the plan's files")
     retries = None
     if args.retry_errors:
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         say(console, f"{dataset.url}: {samples} failed samples to try again")
     todo = pending(dataset, shards=shards, stages=stages, retries=retries)
     if not any(todo.values()):
-        return _publish_if_needed(console, dataset)
+        return _publish_if_needed(console, dataset, "nothing else to repair" if restored else "nothing to repair")
 
     def build() -> Any:
         from resmaster_flows.build import repair
@@ -72,8 +73,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return execute(console, dataset.config, build)
 
 
-def _publish_if_needed(console: Console, dataset: Dataset) -> int:
-    """Publish where every shard is finished and the publication is not as it should be. Returns 0, or 1 if a commit
+def _publish_if_needed(console: Console, dataset: Dataset, otherwise: str) -> int:
+    """Publish if the publication is not as it should be, and say `otherwise` if it is. Returns 0, or 1 if a commit
     record cannot be read."""
     from resmaster_stages.inspection.published import Published, changed_files
     from resmaster_stages.inspection.status import status
@@ -90,5 +91,5 @@ def _publish_if_needed(console: Console, dataset: Dataset) -> int:
         say(console, f"{dataset.url}: its publication {published.spelled()}; nothing else to repair")
         publish_now(console, dataset)
     else:
-        say(console, f"{dataset.url}: nothing to repair")
+        say(console, f"{dataset.url}: {otherwise}")
     return 0
