@@ -14,13 +14,17 @@ from typing import Any
 from benchmarks.soak.processes import fork
 from tests.faulty_proxy import faulty
 
-SHARE = 0.05
+SHARE = 0.04
 """Share of requests that fail for themselves."""
-FAULTS = ("slow down", "reset", "torn", "lost answer")
+FAULTS = (
+    *("slow down", "unavailable", "internal error", "too many requests", "bad gateway", "request time-out"),
+    *("reset", "lost answer", "torn", "short", "bit flip", "not xml", "no http"),
+)
 OUTAGE_SHARE = 0.002
 """Share of requests with which an outage begins."""
+OUTAGES = ("reset", "unavailable", "expired token", "clock skew", "access denied")
 LONGEST_OUTAGE = 30
-"""Requests for which nothing is answered."""
+"""Requests for which nothing else is answered."""
 
 
 @contextmanager
@@ -51,16 +55,14 @@ def serve(endpoint: str, choose: Callable[[str, str, int], str | None], told: so
 
 
 def chooser(chance: random.Random) -> Callable[[str, str, int], str | None]:
-    """What happens to each request."""
-    outage = 0
+    """What happens to each request: mostly nothing, at times one fault, and seldom the same fault many times."""
+    outage: list[str] = []
 
     def choose(method: str, path: str, before: int) -> str | None:
-        nonlocal outage
         if outage:
-            outage -= 1
-            return "reset"
+            return outage.pop()
         if chance.random() < OUTAGE_SHARE:
-            outage = chance.randint(1, LONGEST_OUTAGE)
+            outage.extend([chance.choice(OUTAGES)] * chance.randint(1, LONGEST_OUTAGE))
         return chance.choice(FAULTS) if chance.random() < SHARE else None
 
     return choose
