@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from glob import has_magic
 from pathlib import Path
 from typing import IO, Any
 
@@ -396,7 +397,11 @@ class Folder:
         """Delete a folder with its content. A folder that is already gone is no error."""
         with explained(self.url_of(folder)):
             try:
-                self.fs.rm(self.full(folder), recursive=True)
+                if self.local or not has_magic(self.full(folder)):
+                    self.fs.rm(self.full(folder), recursive=True)
+                    return
+                for file in list(self.files(folder)):  # fsspec would take the name for a pattern
+                    self.fs.rm_file(self.full(file.name))
             except FileNotFoundError:
                 return
 

@@ -441,3 +441,19 @@ def test_the_size_of_a_file(folder: Folder) -> None:
     folder.write("a/b", b"12345")
     folder.write("a/empty", b"")
     assert [folder.size(name) for name in ("a/b", "a/empty", "a/none", "none")] == [5, 0, None, None]
+
+
+def test_names_that_look_like_patterns_are_names(folder: Folder) -> None:
+    contents = {f"in [x]/a{sign}.json": sign.encode() for sign in ("[1]", "*", "b", "1")}
+    for name, data in contents.items():
+        folder.write(name, data)
+    assert folder.read_many([*contents, "in [x]/none*.json"]) == contents
+    for name, data in contents.items():
+        assert folder.read(name) == data
+        assert folder.exists(name)
+        assert folder.size(name) == len(data)
+    assert set(folder.names("in [x]")) == set(contents)
+    folder.remove("in [x]/a*.json")
+    assert set(folder.names("in [x]")) == set(contents) - {"in [x]/a*.json"}
+    folder.remove_all("in [x]")
+    assert not list(folder.names("in [x]"))
