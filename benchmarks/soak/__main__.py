@@ -28,6 +28,8 @@ from benchmarks.soak.scenes import SCENES, Calms, Round
 from benchmarks.soak.tally import Tally
 
 PLACES = ("folder", "s3")
+FOREIGN = ("AWS_", "PREFECT_API_", "PREFECT_PROFILE")
+"""Beginnings of names of environment variables that would lead to the user's own store or server."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -131,4 +133,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    for variable in [name for name in os.environ if name.startswith(FOREIGN)]:
+        del os.environ[variable]
     sys.exit(main())

@@ -50,8 +50,8 @@ def fork(work: Work, *arguments: object) -> int:
     except SystemExit as leave:
         status = leave.code if isinstance(leave.code, int) else 1
     except BaseException as error:
-        traceback.print_exc()
-        print(f"{CRASH}{type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
+        told = f"{traceback.format_exc()}{CRASH}{type(error).__name__}: {first_line(error)}\n"
+        os.write(2, told.encode(errors="replace"))
     finally:
         os._exit(status)
 

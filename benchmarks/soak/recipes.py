@@ -178,7 +178,7 @@ def build(made: Recipe, root: str, seed: int, faults: Any = None) -> None:
             run_shard(made, dataset, chance.choice(shards), retries, chance)
         except (OSError, ResMasterError):
             continue
-    raise SystemExit("a worker is stuck")
+    raise RuntimeError("a worker is stuck")
 
 
 def run_shard(

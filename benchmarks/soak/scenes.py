@@ -45,7 +45,6 @@ class Calm:
     """A recipe and what its undisturbed build looks like."""
 
     made: Recipe
-    root: str
     expected: Seen
 
 
@@ -61,7 +60,7 @@ class Calms:
             made = RECIPES[name](self.folder / name)
             root = str(self.folder / name / "calm")
             ask(finish, made, root)
-            self._made[name] = Calm(made, root, ask(seen, root))
+            self._made[name] = Calm(made, ask(seen, root))
         return self._made[name]
 
 

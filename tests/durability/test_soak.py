@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.soak import compare, harm, recipes
+from benchmarks.soak.__main__ import main
 from benchmarks.soak.processes import Crew, Difference, ask, fork
-from benchmarks.soak.scenes import SCENES
+from benchmarks.soak.scenes import SCENES, Round, Scene
 from benchmarks.soak.tally import Tally
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from tests import fake_stages
@@ -180,3 +182,43 @@ def test_a_process_that_never_ends_is_noticed(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(Difference, match=r"did not end within 0\.2 s"):
         crew.disturbed(1, 0)
     assert not crew.alive
+
+
+def broken(each: Round) -> Counter[str]:
+    """A scene that finds a difference."""
+    raise Difference("one byte is another")
+
+
+def crashing(each: Round) -> Counter[str]:
+    """A scene in which all ends well but one process."""
+
+    def fail() -> None:
+        raise ValueError("not foreseen")
+
+    os.waitpid(fork(fail), 0)
+    return Counter(builds=1)
+
+
+@pytest.mark.parametrize(
+    ("scene", "said"),
+    [
+        (broken, "one byte is another\nto play it again: --seed 5 --first 0 --rounds 1 --scenes fake --on folder"),
+        (crashing, "1 processes ended by ValueError: not foreseen"),
+    ],
+)
+def test_what_goes_wrong_ends_with_status_1_and_keeps_the_files(
+    scene: Callable[[Round], Counter[str]],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(SCENES, "fake", Scene(scene))  # type: ignore[arg-type]  # it is a dictionary
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    numbers = tmp_path / "soak.json"
+    words = ["--rounds", "1", "--seed", "5", "--scenes", "fake", "--on", "folder", "--json", str(numbers)]
+    assert main(words) == 1
+    assert said in capfd.readouterr().out
+    assert len(list(tmp_path.glob("resmaster-soak-*/errors.log"))) == 1
+    found = json.loads(numbers.read_text())
+    assert (found["failure"] is not None, len(found["crashes"])) == ((True, 0) if scene is broken else (False, 1))
