@@ -192,7 +192,8 @@ def _current(folder: Folder) -> tuple[int, DatasetConfig]:
     try:
         values = config_values(folder.read(name))
     except (ValueError, OSError, UserError) as error:
-        if not isinstance(error, ValueError) and not is_damage(error):
+        # a name that is listed, and is not found, is that of a link to nothing
+        if not isinstance(error, (ValueError, FileNotFoundError)) and not is_damage(error):
             raise
         raise ConfigError(
             f"{place}: damaged ({error}); restore it, or delete it and run the same configuration again"
@@ -208,8 +209,8 @@ def config_values(text: bytes) -> dict[str, Any]:
         values = json.loads(unsigned(text))
     except RecursionError as error:
         raise ValueError("its values are nested too deeply") from error
-    if not isinstance(values, dict):
-        raise ValueError("it is no mapping of keys to values")
+    if not isinstance(values, dict) or "name" not in values:
+        raise ValueError("it holds no configuration")
     if "sha256" in values:  # the end of the text is not as `signed` writes it
         raise ValueError(CHANGED)
     return values

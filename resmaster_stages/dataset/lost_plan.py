@@ -79,7 +79,7 @@ def restore_plan(folder: Folder) -> list[str]:
     written = []
     for record in survey(folder)[1]:
         if record.generation is not None:
-            if record.what == "unreadable":
+            if record.name in folder.names(record.name.rpartition("/")[0]):  # unreadable, or a link to nothing
                 folder.remove(record.name)
             folder.create(record.name, record_text(record.generation))
             written.append(record.name)

@@ -142,7 +142,11 @@ KINDS = [
     *("commits/quality", "low_res/", "captions/", "high_res/", "quality/", "errors/high_res", "errors/low_res"),
     *("attempts/", "manifest", "index", "README", "publication", "report/index", "report/contact"),
 ]
-BY_HAND = ("config.json", "configs/", "plan/gen-0000/part", "plan/gen-0000/duplicates", "plan/gen-0001/part")
+BY_HAND = (
+    "config.json",
+    "configs/",
+    *(f"plan/gen-000{number}/{name}" for number in (0, 1) for name in ("part", "dupl")),
+)
 """What only a copy brings back."""
 NOTES = ("attempts", "errors/high_res")
 """What no data depends on: `errors/high_res` is the ledger of an attempt that was replaced."""
