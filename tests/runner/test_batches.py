@@ -311,7 +311,7 @@ def test_a_record_without_batches_is_repaired_in_the_batches_of_the_configuratio
     receipt = run_stage(dataset, "low_res", 0, process=batch_dependent)
     name = layout.commit("low_res", receipt.stage_hash, 0, 1)
     record = json.loads(dataset.folder.read(name))
-    del record["batches"]
+    del record["batches"], record["sha256"]
     dataset.folder.write(name, json.dumps(record).encode())
     repaired(dataset)
     with pytest.raises(ShardError, match="came out with other bytes"):
@@ -322,6 +322,7 @@ def test_a_record_that_counts_a_good_sample_as_lost_ends_in_no_traceback(dataset
     receipt = run_stage(dataset, "low_res", 0, process=batch_dependent)
     name = layout.commit("low_res", receipt.stage_hash, 0, 1)
     record = json.loads(dataset.folder.read(name))
+    del record["sha256"]
     record["batches"][0]["lost"] = [dataset.plan.read(0)[1].key]
     dataset.folder.write(name, json.dumps(record).encode())
     repaired(dataset)
@@ -344,6 +345,7 @@ def test_a_record_with_impossible_batches_is_a_damaged_record(dataset: Dataset, 
     receipt = run_stage(dataset, "low_res", 0, process=batch_dependent)
     name = layout.commit("low_res", receipt.stage_hash, 0, 1)
     record = json.loads(dataset.folder.read(name))
+    del record["sha256"]
     dataset.folder.write(name, json.dumps({**record, "batches": told}).encode())
     with pytest.raises(ShardError, match="damaged commit record"):
         dataset.commits("low_res").read(0)

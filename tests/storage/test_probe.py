@@ -13,9 +13,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from resmaster_flows.cli.main import main
 from resmaster_stages.dataset.dataset import create_or_open
 from resmaster_stages.errors import UserError
+from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage import filesystem, probe
 from resmaster_stages.storage.filesystem import Folder, open_root
-from tests.fake_stages import config_at, planned
+from tests.fake_stages import FAKES, config_at, planned
 from tests.faulty_proxy import Rule, faulty, seeded
 from tests.s3_server import S3Server
 
@@ -182,6 +183,7 @@ def test_a_store_that_does_not_list_unfinished_uploads_is_fit_and_gc_does_the_re
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         filesystem.fsspec.get_filesystem_class("s3").clear_instance_cache()
         dataset = planned(s3_root, ["a"], tmp_path)
+        run_stage(dataset, "low_res", 0, process=FAKES["low_res"])
         dataset.folder.write("low_res/000000-00000000.tar", b"left")
         assert main(["doctor", s3_root]) == 0
         told = " ".join(capsys.readouterr().out.split())
