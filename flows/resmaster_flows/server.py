@@ -49,8 +49,8 @@ def require_answer() -> None:
         if isinstance(unfit, httpx.HTTPStatusError):  # the rest of its message is for programmers
             unfit = RuntimeError(f"{unfit.response.status_code} {unfit.response.reason_phrase}")
         raise UserError(
-            f"{api}: no Prefect server that can be used ({one_line(unfit)}); check PREFECT_API_URL, which ends in /api, "
-            "PREFECT_API_KEY and PREFECT_API_AUTH_STRING"
+            f"{api}: no Prefect server that can be used ({one_line(unfit)}); check PREFECT_API_URL, which ends in "
+            "/api, PREFECT_API_KEY and PREFECT_API_AUTH_STRING"
         ) from error
 
 

@@ -172,7 +172,8 @@ def test_a_server_that_cannot_be_used_is_one_line(health: int, status: int, body
         ):
             require_answer()
         told = re.search(r"can be used \((.*)\); check", str(raised.value))
-        assert told and re.search(reason, told[1])
+        assert told
+        assert re.search(reason, told[1])
     finally:
         server.shutdown()
         server.server_close()
