@@ -131,7 +131,7 @@ up() {
   done
   all_workers() { [ "$(workers_there 2>/dev/null)" -ge 2 ] 2>/dev/null; }
   until_true all_workers || fail "the workers do not come up; see $dir/builds.log and $dir/shards.log"
-  echo "ready: http://127.0.0.1:$port (to use it: source $dir/env; the UI asks for PREFECT_API_AUTH_STRING, which is there)"
+  echo "ready: http://127.0.0.1:$port (to use it: source $(printf %q "$dir/env"); the UI asks for PREFECT_API_AUTH_STRING, which is there)"
 }
 
 # Stop a session: asked first, then ended, with whatever it has started.

@@ -30,17 +30,33 @@ def require_answer() -> None:
         return
     if not api.startswith(("http://", "https://")):
         raise UserError(f"PREFECT_API_URL: {api} has no http:// or https://")
-    client = get_client(sync_client=True)
-    if (error := client.api_healthcheck()) is not None:
-        raise UserError(f"{api}: no answer ({error}); start the server, or unset PREFECT_API_URL to do without one")
     try:
-        client.raise_for_api_version_mismatch()
-    except (RuntimeError, httpx.HTTPError) as unfit:
-        reason = one_line(unfit.__cause__ or unfit)
+        client = get_client(sync_client=True)
+    except Exception as error:  # whatever httpx and ssl make of addresses, keys, proxies and certificates
         raise UserError(
-            f"{api}: no Prefect server that can be used ({reason}); check PREFECT_API_URL, which ends in /api, "
-            "PREFECT_API_KEY and PREFECT_API_AUTH_STRING"
-        ) from unfit
+            f"{api}: cannot be asked ({one_line(error)}); check PREFECT_API_URL, PREFECT_API_KEY, "
+            "PREFECT_API_AUTH_STRING, and the variables that name a proxy or a certificate"
+        ) from error
+    silent = client.api_healthcheck()
+    if silent is not None and not _refuses(silent):
+        raise UserError(f"{api}: no answer ({silent}); start the server, or unset PREFECT_API_URL to do without one")
+    try:
+        if silent is not None:
+            raise silent
+        client.raise_for_api_version_mismatch()
+    except (RuntimeError, httpx.HTTPError) as error:
+        unfit = error.__cause__ or error
+        if isinstance(unfit, httpx.HTTPStatusError):  # the rest of its message is for programmers
+            unfit = RuntimeError(f"{unfit.response.status_code} {unfit.response.reason_phrase}")
+        raise UserError(
+            f"{api}: no Prefect server that can be used ({one_line(unfit)}); check PREFECT_API_URL, which ends in "
+            "/api, PREFECT_API_KEY and PREFECT_API_AUTH_STRING"
+        ) from error
+
+
+def _refuses(error: Exception) -> bool:
+    """Whether something answered, and would answer another try in the same way."""
+    return isinstance(error, httpx.HTTPStatusError) and error.response.is_client_error
 
 
 def require_result_storage() -> None:

@@ -78,6 +78,15 @@ SETTINGS = [
     ("PREFECT_API_REQUEST_TIMEOUT", "soon", r"Prefect's settings cannot be used \(APISettings: request_timeout: .*"),
     ("PREFECT_LOGGING_LEVEL", "loud", r"Prefect's settings cannot be used \(LoggingSettings: level: .*"),
     ("PREFECT_PROFILE", "nobody", "PREFECT_PROFILE: Prefect has no profile 'nobody'; known: .*"),
+    (
+        "PREFECT_API_URL",
+        "http://127.0.0.1:abc/api",
+        r"http://127.0.0.1:abc/api: cannot be asked \(Invalid port: 'abc'\); .*",
+    ),
+    ("PREFECT_API_URL", "http://a..b/api", r"http://a..b/api: (cannot be asked|no answer) \(.*\); .*"),
+    ("PREFECT_API_KEY", "caf\u00e9", r"http://127.0.0.1:9/api: cannot be asked \(.*\); check .*PREFECT_API_KEY, .*"),
+    ("ALL_PROXY", "nonsense://127.0.0.1:1", r"http://127.0.0.1:9/api: cannot be asked \(.*\); .* proxy .*"),
+    ("SSL_CERT_FILE", "nowhere.pem", r"https?://127.0.0.1:9/api: cannot be asked \(.*\); .* certificate"),
 ]
 
 
@@ -86,12 +95,15 @@ def test_settings_of_prefect_that_do_not_fit_are_one_line(name: str, value: str,
     """Said before anything is started or written. In a process of its own, because Prefect reads settings once."""
     (tmp_path / "prompts.txt").write_text("a red house\n")
     (tmp_path / "demo.yaml").write_text(yaml.safe_dump({"name": "demo", "prompts": "prompts.txt"}))
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.lower().startswith(("prefect_", "no_proxy"))
+    }
     done = subprocess.run(
         [sys.executable, "-m", "resmaster_flows.cli.main", "run", "demo.yaml", "--root", "out"],
         cwd=tmp_path,
         env={
             **environment,
+            "PREFECT_API_URL": NOBODY,
             "PYTHONPATH": PYTHONPATH,
             "PREFECT_HOME": str(tmp_path / "prefect"),
             "COLUMNS": "500",
@@ -130,20 +142,24 @@ def test_a_block_for_results_that_is_not_there_is_one_line(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "reason"),
+    ("health", "status", "body", "reason"),
     [
-        (401, b'{"exception_message": "Unauthorized"}', "401"),
-        (200, b"<html>", "JSON|Expecting|parse"),
-        (200, b'"2.20.0"', "incompatible"),
+        (200, 401, b'{"exception_message": "Unauthorized"}', "^401 Unauthorized$"),
+        (200, 200, b"<html>", "JSON|Expecting|parse"),
+        (200, 200, b'"2.20.0"', "incompatible"),
+        (404, 404, b"", "^404 Not Found$"),
+        (403, 403, b"<html>", "^403 Forbidden$"),
     ],
 )
-def test_a_server_that_cannot_be_used_is_one_line(status: int, body: bytes, reason: str) -> None:
+def test_a_server_that_cannot_be_used_is_one_line(health: int, status: int, body: bytes, reason: str) -> None:
+    """A wrong password, a page of something else, another version, an address without /api, another kind of server."""
+
     class Answers(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            healthy = self.path.endswith("/health")
-            self.send_response(200 if healthy else status)
+            asked_first = self.path.endswith("/health")
+            self.send_response(health if asked_first else status)
             self.end_headers()
-            self.wfile.write(b"true" if healthy else body)
+            self.wfile.write(b"true" if asked_first else body)
 
         def log_message(self, *arguments: object) -> None: ...
 
@@ -152,9 +168,12 @@ def test_a_server_that_cannot_be_used_is_one_line(status: int, body: bytes, reas
     try:
         with (
             temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{server.server_port}/api"}),
-            pytest.raises(UserError, match=rf"no Prefect server that can be used \(.*({reason}).*PREFECT_API_KEY"),
+            pytest.raises(UserError, match=r"no Prefect server that can be used .*PREFECT_API_KEY") as raised,
         ):
             require_answer()
+        told = re.search(r"can be used \((.*)\); check", str(raised.value))
+        assert told
+        assert re.search(reason, told[1])
     finally:
         server.shutdown()
         server.server_close()
