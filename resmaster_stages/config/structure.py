@@ -29,7 +29,7 @@ class StructureConfig(Part):
 
     enabled: bool = True
     """Off: the paper's ablation without structural guidance."""
-    cutoff: float = Field(default=0.8, ge=0.01, le=1_000)
+    cutoff: float = Field(default=0.8, ge=0.01, le=1_000_000)
     """Standard deviation of the Gaussian low-pass filter, in `cutoff_units`. The paper says 0.8."""
     cutoff_units: Literal["lr_nyquist", "hr_nyquist"] = "hr_nyquist"
     """The unit of `cutoff`: the Nyquist frequency of the low-res reference (the filter then passes the same image
