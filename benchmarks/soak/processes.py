@@ -7,6 +7,7 @@ loaded, such as a model, every child has at once.
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import pickle
 import random
@@ -27,6 +28,8 @@ Work = Callable[..., Any]
 ROUND_SECONDS = 300.0
 """Processes that have not ended by themselves so long after the last blow are stuck."""
 LONGEST_STOP_SECONDS = 3.0
+TELL = signal.SIGUSR1
+"""Makes a child write to standard error what each of its threads does."""
 CRASH = "crash: "
 """Begins a line on standard error: a child ended by an error that nobody foresaw."""
 
@@ -45,6 +48,7 @@ def fork(work: Work, *arguments: object) -> int:
     try:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        faulthandler.register(TELL, file=2)
         work(*arguments)
         status = 0
     except SystemExit as leave:
@@ -107,9 +111,16 @@ class Crew:
         while self.alive:
             self._sleep(0.02)
             if time.monotonic() > deadline:
+                self._tell()
                 self.end()
                 raise Difference(f"processes did not end within {ROUND_SECONDS:g} s")
         return self.done
+
+    def _tell(self) -> None:
+        """Let those that are left say where they are."""
+        for pid in self.alive:
+            os.kill(pid, TELL)
+        time.sleep(1)
 
     def end(self) -> None:
         """Kill all that are left."""

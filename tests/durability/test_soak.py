@@ -176,12 +176,15 @@ def test_an_error_that_nobody_foresaw_is_counted(tmp_path: Path, capfd: pytest.C
     assert Tally(0, tmp_path / "soak.json", errors).crashes() == {"ValueError: not foreseen": 1}
 
 
-def test_a_process_that_never_ends_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_never_ends_is_noticed_and_says_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("benchmarks.soak.processes.ROUND_SECONDS", 0.2)
     crew = Crew(lambda: fork(lambda: [random.random() for _ in iter(int, 1)]), random.Random(0))
     with pytest.raises(Difference, match=r"did not end within 0\.2 s"):
         crew.disturbed(1, 0)
     assert not crew.alive
+    assert "most recent call first" in capfd.readouterr().err
 
 
 def broken(each: Round) -> Counter[str]:
