@@ -34,7 +34,7 @@ from resmaster_stages.models.identity import Weights
 from resmaster_stages.runner.compute import with_batch
 from resmaster_stages.runner.run import run_stage
 from tests.fake_stages import BATCH_DEPENDENT, batch_dependent, batch_dependent_high_res, planned
-from tests.runner.test_resume import content, in_child, killed_at, spills, wait_for_spills
+from tests.runner.test_resume import breadcrumbs, content, in_child, killed_at, spills, wait_for_spills
 
 BATCH = 4
 PROMPTS = list("abcdefghij")
@@ -198,6 +198,32 @@ def test_outputs_of_a_killed_run_with_another_batch_size_are_told_and_repaired(
     assert batches(dataset) == dict.fromkeys("abcd", (4, 4)) | dict.fromkeys("efghij", (3, 3))
     repaired(dataset)
     repaired(changed)
+
+
+def test_outputs_that_the_loser_of_a_race_left_behind_in_other_batches_do_not_hinder_a_repair(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.runner.test_resume.FAKES", BATCH_DEPENDENT)
+    loser = with_size(dataset, "low_res", 3)
+    assert in_child(loser, "low_res", killed_at("g", "low_res", tmp_path / "log")) == -9
+    left = dataset.folder.read_many(spills(dataset))
+    assert len(left) == 6
+    for name in (*left, *breadcrumbs(dataset)):
+        dataset.folder.remove(name)
+    run_stage(dataset, "low_res", 0, process=batch_dependent)
+    dataset.folder.write_many(left)
+    repaired(dataset)
+
+
+def test_kills_of_one_attempt_do_not_count_in_the_next_although_their_note_was_left_behind(tmp_path: Path) -> None:
+    dataset = made_at(tmp_path, max_failure_ratio=0.5)
+    process = killing("f", tmp_path / "log", 3)
+    assert [in_child(dataset, "low_res", process) for _ in range(3)] == [-9] * 3
+    note = dataset.folder.read_many(breadcrumbs(dataset))
+    assert run_stage(dataset, "low_res", 0, process=process).samples_failed == 1
+    dataset.folder.write_many(note)
+    assert run_stage(dataset, "low_res", 0, number=2, process=process).samples_ok == len(PROMPTS)
+    assert batches(dataset)["f"] == (4, 4)
 
 
 def good_at_last(samples: Sequence[Sample]) -> list[Sample]:
