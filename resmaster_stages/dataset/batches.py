@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
-from pydantic import ConfigDict, PositiveInt, with_config
+from pydantic import ConfigDict, Field, PositiveInt, with_config
+
+MOST_THREADS = 4096
+"""A record with more is damaged. So many threads could not be started, and the attempt would end the process."""
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -22,7 +26,7 @@ class Batch:
     """Samples per slot: so many were given to the stage together. Slots are counted from the first sample."""
     size: PositiveInt | None = None
     """Samples, patches or views per call of the device. None: unknown, because the stage left it to the device."""
-    threads: PositiveInt | None = None
+    threads: Annotated[PositiveInt, Field(le=MOST_THREADS)] | None = None
     """Threads with which torch computed on the host. None: torch was not loaded."""
     lost: tuple[str, ...] = ()
     """Planned samples that an earlier stage had lost, so that they had no place in a slot. Empty where a slot has one

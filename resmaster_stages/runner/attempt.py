@@ -51,6 +51,12 @@ class Work:
         return self.dataset.commits(self.stage.name)
 
     @property
+    def upstream(self) -> dict[str, str]:
+        """Earlier stage -> its attempt that is read."""
+        committed = self.chain.committed
+        return {name: committed[name].attempt for name in self.stage.reads if name in committed}
+
+    @property
     def place(self) -> str:
         """Stage and shard, for messages."""
         return f"{self.stage.name} of shard {self.shard:06d}"
@@ -112,7 +118,7 @@ def computed(
         started = time.monotonic()
         made = Made(scratch / f"{stage.name}.{stage.extension}", scratch / f"{stage.name}.features.parquet")
         cache = dataset.folder.names(layout.spill_folder(stage.name, work.commits.stage_hash, shard))
-        spill = Spill(work.commits, shard, config.spill_seconds, cache)
+        spill = Spill(work.commits, shard, config.spill_seconds, cache, work.upstream)
         breadcrumbs = Breadcrumbs(work.commits, shard, samples.keys(), cache, number)
         outputs = compute(work.process, config, stage, samples, earlier, spill, breadcrumbs, batches)
         with counting() as made.unet, timing() as made.busy, closing(outputs):

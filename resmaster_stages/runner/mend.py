@@ -1,11 +1,16 @@
-"""Computes damaged objects of a commit again, and puts them back if every byte is as recorded."""
+"""Computes damaged objects of a commit again, and puts them back if every byte is as recorded.
+
+A lost error ledger is made again from what its samples do now, because a commit record holds only the ledger's name.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from resmaster_stages.dataset.batches import Batch, batch_of_each
 from resmaster_stages.dataset.commit import Receipt, StoredObject, difference
 from resmaster_stages.dataset.ledger import encode_failures, first_errors, ledger_is_whole
-from resmaster_stages.errors import ShardError
+from resmaster_stages.errors import SampleError, ShardError
 from resmaster_stages.redaction import quoted
 from resmaster_stages.runner.attempt import Work, computed
 from resmaster_stages.runner.compute import usual_batch
@@ -13,33 +18,45 @@ from resmaster_stages.storage.filesystem import sha256_of
 
 
 def mend(work: Work, receipt: Receipt) -> None:
-    """Compute a commit again, and put back its damaged objects and its ledger under their old names.
+    """Compute what is damaged of a commit again, and put its objects and its ledger back under their old names.
 
-    Each sample is computed in the batch that the record names. Raises ShardError, and puts nothing back, if the result
-    differs from the record.
+    Raises ShardError, and puts no object back, if the result differs from the record.
     """
     folder = work.dataset.folder
-    broken = {stored.name for stored in receipt.objects if difference(folder, stored)}
-    ledger_lost = receipt.ledger is not None and not ledger_is_whole(folder, receipt.ledger)
-    if not broken and not ledger_lost:
-        return
-    # Failed samples are computed again only if the ledger is lost, to get their errors.
-    failed = frozenset(receipt.failed_keys) if ledger_lost else frozenset()
-    batches = _batches(work, receipt) | dict.fromkeys(failed, Batch(slot=1, size=1))
-    with computed(work, frozenset(receipt.lost_keys), 0, earlier={}, batches=batches) as made:
-        if {key for key, _ in made.failures} != failed:
+    if broken := [stored for stored in receipt.objects if difference(folder, stored)]:
+        _mend_objects(work, receipt, broken)
+    if receipt.ledger is not None and not ledger_is_whole(folder, receipt.ledger):
+        _mend_ledger(work, receipt, receipt.ledger)
+
+
+def _mend_objects(work: Work, receipt: Receipt, broken: Sequence[StoredObject]) -> None:
+    """Compute the good samples of a commit again, each in the batch that the record names."""
+    with computed(work, frozenset(receipt.lost_keys), 0, earlier={}, batches=_batches(work, receipt)) as made:
+        if made.failures:
             raise ShardError(
-                f"{work.place}: other samples fail now than when it was committed; nothing was put back\n"
-                f"{first_errors(made.failures)}"
+                f"{work.place}: other samples fail now than when it was committed; nothing was put back. Remove the "
+                f"causes, or {_replaced(work)}\n{first_errors(made.failures)}"
             )
         files = dict(made.objects(work, receipt.attempt))
-        for stored in receipt.objects:
-            if stored.name in broken and (stored.name not in files or sha256_of(files[stored.name]) != stored.sha256):
+        for stored in broken:
+            if stored.name not in files or sha256_of(files[stored.name]) != stored.sha256:
                 raise ShardError(_differs(work, receipt, stored))
-        for name in sorted(broken):
-            folder.upload(name, files[name])
-        if ledger_lost and receipt.ledger:
-            folder.write(receipt.ledger, encode_failures(work.commits, work.shard, receipt.attempt, made.failures))
+        for stored in broken:
+            work.dataset.folder.upload(stored.name, files[stored.name])
+
+
+def _mend_ledger(work: Work, receipt: Receipt, ledger: str) -> None:
+    """Compute the failed samples of a commit again, to get their errors, and write the ledger with them."""
+    batches = dict.fromkeys(receipt.failed_keys, Batch(slot=1, size=1))
+    with computed(work, frozenset(receipt.lost_keys), 0, earlier={}, batches=batches) as made:
+        errors: dict[str, Exception] = dict(made.failures)
+        for key in made.good:
+            errors[key] = SampleError(
+                "its error is lost with the ledger, and it does not fail any more; run: "
+                f"resmaster repair {quoted(work.dataset.url)} --retry-errors"
+            )
+        failures = [(key, errors[key]) for key in receipt.failed_keys if key in errors]
+        work.dataset.folder.write(ledger, encode_failures(work.commits, work.shard, receipt.attempt, failures))
 
 
 def _batches(work: Work, receipt: Receipt) -> dict[str, Batch]:
@@ -59,6 +76,12 @@ def _differs(work: Work, receipt: Receipt, stored: StoredObject) -> str:
     where += [f"model.{name}: {value}" for name, value in were.items() if value != getattr(model, name)]
     return (
         f"{stored.name} came out with other bytes than its commit recorded ({', '.join(where)}); nothing was put back. "
-        "Repair it on such a machine, or accept new bytes for these shards and all that was made from them with: "
+        f"Repair it on such a machine, or {_replaced(work)}"
+    )
+
+
+def _replaced(work: Work) -> str:
+    return (
+        "accept new bytes for these shards and all that was made from them with: "
         f"resmaster repair {quoted(work.dataset.url)} --replace"
     )

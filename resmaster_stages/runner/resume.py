@@ -5,7 +5,8 @@ one after the other. It is read back as exactly the Output that the stage gave, 
 the shard's bytes are the same, and its commit record says how they came about.
 
 Invariants:
-- A spilled sample that is torn, damaged or of another configuration is ignored, and the sample is computed again.
+- A spilled sample that is torn, damaged, of another configuration or of other inputs is ignored, and the sample is
+  computed again. Inputs are others if an earlier stage was made anew.
 - Only `compute` reads spilled samples, before it computes. They are deleted when the shard is committed.
 - Finished samples wait until they represent `seconds` of work, and are then written together. So a shard of quick
   samples writes nothing.
@@ -19,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -32,12 +33,12 @@ from resmaster_stages.keys import canonical_json
 from resmaster_stages.runner.quarantine import STORE_ERRORS
 
 
-def encode(output: Output, stage_hash: str) -> bytes:
-    """Encode an Output without error as a file. Its rows must be plain JSON values."""
+def encode(output: Output, origin: str) -> bytes:
+    """Encode an Output without error as a file. Its rows must be plain JSON values. origin: what it was made from."""
     sizes = {extension: len(data) for extension, data in output.files.items()}
     head = {
         "key": output.key,
-        "stage_hash": stage_hash,
+        "origin": origin,
         "batch": asdict(output.batch) if output.batch else None,
         "files": list(sizes.items()),
         "rows": output.rows,
@@ -46,20 +47,23 @@ def encode(output: Output, stage_hash: str) -> bytes:
     return hashlib.sha256(body).hexdigest().encode() + body
 
 
-def decode(data: bytes, stage_hash: str) -> Output | None:
-    """The inverse of `encode`. None if the file is damaged or of another stage hash."""
+def decode(data: bytes, origin: str) -> Output | None:
+    """The inverse of `encode`. None if the file is damaged, of another origin or of another version."""
     checksum, body = data[:64], data[64:]
     if hashlib.sha256(body).hexdigest().encode() != checksum:
         return None
     line, _, content = body.partition(b"\n")
     head = json.loads(line)
-    if head["stage_hash"] != stage_hash:
+    if head.get("origin") != origin:
         return None
     files, start = {}, 0
     for extension, size in head["files"]:
         files[extension] = content[start : start + size]
         start += size
-    batch = Batch(**{name: _frozen(value) for name, value in head["batch"].items()}) if head.get("batch") else None
+    try:
+        batch = Batch(**{name: _frozen(value) for name, value in head["batch"].items()}) if head["batch"] else None
+    except TypeError:  # another version of this project has other fields
+        return None
     return Output(key=head["key"], files=files, rows=head["rows"], batch=batch)
 
 
@@ -70,9 +74,17 @@ def _frozen(value: Any) -> Any:
 class Spill:
     """The spilled samples of one stage of one shard. With `seconds` None, none are written or read."""
 
-    def __init__(self, commits: Commits, shard: int, seconds: float | None, cache: Collection[str]) -> None:
-        """cache: names of the files in the shard's cache folder."""
-        self.folder, self.stage_hash = commits.folder, commits.stage_hash
+    def __init__(
+        self,
+        commits: Commits,
+        shard: int,
+        seconds: float | None,
+        cache: Collection[str],
+        upstream: Mapping[str, str] | None = None,
+    ) -> None:
+        """cache: names of the files in the shard's cache folder. upstream: earlier stage -> attempt that is read."""
+        self.folder = commits.folder
+        self._origin = " ".join([commits.stage_hash, *(upstream or {}).values()])
         self._place = layout.spill_folder(commits.stage, commits.stage_hash, shard)
         self._seconds = seconds
         self._cache = cache
@@ -87,14 +99,14 @@ class Spill:
         wanted = {layout.spill(self._place, key): key for key in keys}
         found = self.folder.read_many([name for name in self._cache if name in wanted], lenient=True)
         self._used = bool(found)
-        outputs = {wanted[name]: decode(data, self.stage_hash) for name, data in found.items()}
+        outputs = {wanted[name]: decode(data, self._origin) for name, data in found.items()}
         self._since = time.monotonic()
         return {key: output for key, output in outputs.items() if output is not None and output.key == key}
 
     def keep(self, output: Output) -> None:
         """Hold a finished sample until `flush` writes it. Samples with errors or arrays are not spilled."""
         if self._seconds is not None and output.error is None and not output.arrays:
-            self._waiting[layout.spill(self._place, output.key)] = encode(output, self.stage_hash)
+            self._waiting[layout.spill(self._place, output.key)] = encode(output, self._origin)
 
     def flush(self) -> None:
         """Write the waiting samples if `seconds` have passed since the last write."""

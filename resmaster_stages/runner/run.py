@@ -120,11 +120,11 @@ def _check_failures(work: Work, made: Made, attempt: str, ledger: bytes) -> None
 
 def _receipt(work: Work, made: Made, attempt: str, provenance: Mapping[str, Any], before: Receipt | None) -> Receipt:
     """The record of an attempt. Its seconds, UNet cost and batches include those of the attempts before."""
-    stage, upstream = work.stage, work.chain.committed
-    unet, batches = asdict(made.unet), made.batches
+    stage, unet, batches = work.stage, asdict(made.unet), made.batches
     if before is not None:
         batches = batch_of_each(before.batches, made.good) | batches
-        unet = {name: count + before.provenance["unet"][name] for name, count in unet.items()}
+        known = before.provenance.get("unet", {})
+        unet = {name: count + known.get(name, 0) for name, count in unet.items()}
     return Receipt(
         stage=stage.name,
         stage_hash=work.commits.stage_hash,
@@ -139,7 +139,7 @@ def _receipt(work: Work, made: Made, attempt: str, provenance: Mapping[str, Any]
         keys_digest=digest_of_keys(made.good),
         images=made.images,
         batches=recorded(batches, made.good),
-        upstream={name: upstream[name].attempt for name in stage.reads if name in upstream},
+        upstream=work.upstream,
         seconds=round(made.seconds + (before.seconds if before else 0.0), 3),
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         provenance={

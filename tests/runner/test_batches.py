@@ -11,16 +11,20 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
-from resmaster_stages.dataset.batches import Batch, batch_of_each, recorded
+from resmaster_stages.dataset.batches import MOST_THREADS, Batch, batch_of_each, recorded
 from resmaster_stages.dataset.commit import Receipt
+from resmaster_stages.dataset.damage import give_up_damaged
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.ledger import ledger_rows
+from resmaster_stages.dataset.reading import committed_outputs, shard_samples
+from resmaster_stages.dataset.records import signed, unsigned
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import STAGES, Process, Stage, register
 from resmaster_stages.errors import OutOfMemory, ShardError
@@ -30,7 +34,7 @@ from resmaster_stages.models.identity import Weights
 from resmaster_stages.runner.compute import with_batch
 from resmaster_stages.runner.run import run_stage
 from tests.fake_stages import BATCH_DEPENDENT, batch_dependent, batch_dependent_high_res, planned
-from tests.runner.test_resume import content, in_child, killed_at
+from tests.runner.test_resume import breadcrumbs, content, in_child, killed_at, spills, wait_for_spills
 
 BATCH = 4
 PROMPTS = list("abcdefghij")
@@ -66,6 +70,14 @@ def batches(dataset: Dataset, stage: str = "low_res") -> dict[str, tuple[int, in
     good = [key for key in prompts if key not in {*receipt.failed_keys, *receipt.lost_keys}]
     found = batch_of_each(receipt.batches, good)
     return {prompts[key]: (batch.slot, batch.size) for key, batch in found.items()}
+
+
+def rewritten(dataset: Dataset, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the values of the commit record of shard 0 of low_res, and give the record its digest again."""
+    name = layout.commit("low_res", dataset.hashes["low_res"], 0, 1)
+    record = json.loads(unsigned(dataset.folder.read(name)))
+    change(record)
+    dataset.folder.write(name, signed(record, indent=1))
 
 
 def repaired(dataset: Dataset, stage: str = "low_res", process: Process | None = None) -> None:
@@ -188,6 +200,32 @@ def test_outputs_of_a_killed_run_with_another_batch_size_are_told_and_repaired(
     repaired(changed)
 
 
+def test_outputs_that_the_loser_of_a_race_left_behind_in_other_batches_do_not_hinder_a_repair(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.runner.test_resume.FAKES", BATCH_DEPENDENT)
+    loser = with_size(dataset, "low_res", 3)
+    assert in_child(loser, "low_res", killed_at("g", "low_res", tmp_path / "log")) == -9
+    left = dataset.folder.read_many(spills(dataset))
+    assert len(left) == 6
+    for name in (*left, *breadcrumbs(dataset)):
+        dataset.folder.remove(name)
+    run_stage(dataset, "low_res", 0, process=batch_dependent)
+    dataset.folder.write_many(left)
+    repaired(dataset)
+
+
+def test_kills_of_one_attempt_do_not_count_in_the_next_although_their_note_was_left_behind(tmp_path: Path) -> None:
+    dataset = made_at(tmp_path, max_failure_ratio=0.5)
+    process = killing("f", tmp_path / "log", 3)
+    assert [in_child(dataset, "low_res", process) for _ in range(3)] == [-9] * 3
+    note = dataset.folder.read_many(breadcrumbs(dataset))
+    assert run_stage(dataset, "low_res", 0, process=process).samples_failed == 1
+    dataset.folder.write_many(note)
+    assert run_stage(dataset, "low_res", 0, number=2, process=process).samples_ok == len(PROMPTS)
+    assert batches(dataset)["f"] == (4, 4)
+
+
 def good_at_last(samples: Sequence[Sample]) -> list[Sample]:
     return [replace(sample, prompt=sample.prompt.replace("bad", "good")) for sample in samples]
 
@@ -255,6 +293,52 @@ def test_a_repair_that_was_killed_three_times_says_so_and_is_tried_again(dataset
     assert content(dataset, "low_res") == before
 
 
+def test_a_lost_ledger_of_samples_that_are_good_now_is_written_again(tmp_path: Path) -> None:
+    """Kills by chance had left the sample out. The good samples and the object are as recorded all the time."""
+    dataset = made_at(tmp_path, max_failure_ratio=0.5)
+    process = killing("f", tmp_path / "log", 3)
+    assert [in_child(dataset, "low_res", process) for _ in range(4)] == [-9] * 3 + [0]
+    receipt = dataset.commits("low_res").read(0)
+    assert receipt
+    assert receipt.ledger
+    dataset.folder.remove(receipt.ledger)
+    repaired(dataset, process=process)
+    (row,) = ledger_rows(dataset.commits("low_res"))
+    assert (row["key"],) == receipt.failed_keys
+    assert "does not fail any more; run: resmaster repair" in row["message"]
+    retried = run_stage(dataset, "low_res", 0, number=2, process=process)
+    assert (retried.samples_ok, retried.samples_failed) == (10, 0)
+
+
+def test_outputs_of_a_killed_run_are_not_used_after_an_earlier_stage_was_made_anew(dataset: Dataset) -> None:
+    def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        for output, sample in zip(BATCH_DEPENDENT["high_res"](config, samples), samples):
+            assert sample.low_res
+            yield replace(output, files={**output.files, "txt": sample.low_res.data})
+
+    def killed(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        if samples[0].prompt == "g":
+            wait_for_spills(config, 6)
+            os.kill(os.getpid(), 9)
+        yield from process(config, samples)
+
+    for stage in ("low_res", "captions"):
+        run_stage(dataset, stage, 0, process=BATCH_DEPENDENT[stage])
+    assert in_child(dataset, "high_res", killed) == -9
+    assert len(spills(dataset)) == 6
+    before = dataset.commits("low_res").read(0)
+    assert before
+    dataset.folder.write(before.objects[0].name, b"")
+    dataset.commits("low_res").mark(0, [before.objects[0].name])
+    give_up_damaged(dataset)
+    for stage in ("low_res", "captions"):
+        run_stage(with_size(dataset, "low_res", 2), stage, 0, process=BATCH_DEPENDENT[stage])
+    receipt = run_stage(dataset, "high_res", 0, process=process)
+    with shard_samples(dataset, 0, ["low_res"]) as samples, committed_outputs(dataset, receipt) as outputs:
+        read = {sample.key: sample.low_res.data for sample in samples if sample.low_res}
+        assert {key: outputs.file(key, "txt") for key in outputs} == read
+
+
 def test_outputs_of_a_repair_on_a_wrong_machine_do_not_hinder_the_next_one(dataset: Dataset) -> None:
     run_stage(dataset, "low_res", 0, process=batch_dependent)
 
@@ -308,24 +392,39 @@ def _all_good(process: Process) -> Process:
 
 
 def test_a_record_without_batches_is_repaired_in_the_batches_of_the_configuration(dataset: Dataset) -> None:
-    receipt = run_stage(dataset, "low_res", 0, process=batch_dependent)
-    name = layout.commit("low_res", receipt.stage_hash, 0, 1)
-    record = json.loads(dataset.folder.read(name))
-    del record["batches"], record["sha256"]
-    dataset.folder.write(name, json.dumps(record).encode())
+    run_stage(dataset, "low_res", 0, process=batch_dependent)
+    rewritten(dataset, lambda record: record.pop("batches"))
     repaired(dataset)
     with pytest.raises(ShardError, match="came out with other bytes"):
         repaired(with_size(dataset, "low_res", 2))
 
 
 def test_a_record_that_counts_a_good_sample_as_lost_ends_in_no_traceback(dataset: Dataset) -> None:
-    receipt = run_stage(dataset, "low_res", 0, process=batch_dependent)
-    name = layout.commit("low_res", receipt.stage_hash, 0, 1)
-    record = json.loads(dataset.folder.read(name))
-    del record["sha256"]
-    record["batches"][0]["lost"] = [dataset.plan.read(0)[1].key]
-    dataset.folder.write(name, json.dumps(record).encode())
+    run_stage(dataset, "low_res", 0, process=batch_dependent)
+    rewritten(dataset, lambda record: record["batches"][0].update(lost=[dataset.plan.read(0)[1].key]))
     repaired(dataset)
+
+
+@pytest.mark.parametrize("told", [{"keys": ["x", "y"]}, {"lost": ["x", "y"]}])
+def test_a_record_whose_batches_name_samples_of_elsewhere_is_repaired(dataset: Dataset, told: object) -> None:
+    run_stage(dataset, "low_res", 0, process=batch_dependent)
+    rewritten(dataset, lambda record: record["batches"][0].update(told))
+    repaired(dataset)
+
+
+@pytest.mark.parametrize("number", [10**9, 10**30])
+def test_a_record_with_absurd_batches_ends_in_one_line(dataset: Dataset, number: int) -> None:
+    run_stage(dataset, "low_res", 0, process=batch_dependent)
+    rewritten(dataset, lambda record: record["batches"][0].update(slot=number, size=number))
+    with pytest.raises(ShardError, match="came out with other bytes"):
+        repaired(dataset)
+
+
+def test_a_record_without_provenance_gets_a_later_attempt(tmp_path: Path) -> None:
+    dataset = made_at(tmp_path, ["a", "b bad low_res"], max_failure_ratio=0.5)
+    run_stage(dataset, "low_res", 0, process=batch_dependent)
+    rewritten(dataset, lambda record: record.update(provenance={}))
+    assert run_stage(dataset, "low_res", 0, number=2, process=batch_dependent).number == 2
 
 
 @pytest.mark.parametrize(
@@ -335,6 +434,7 @@ def test_a_record_that_counts_a_good_sample_as_lost_ends_in_no_traceback(dataset
         [{"slot": "4"}],
         [{"slot": 4, "size": 0}],
         [{"slot": 4, "size": 4, "shards": 1}],
+        [{"slot": 4, "size": 4, "threads": MOST_THREADS + 1}],
         [{"slot": 4, "size": 4}, {"slot": 1, "size": 1}],
         [{"slot": 4, "keys": ["k"]}, {"slot": 1, "keys": ["k"]}],
         {},
@@ -342,12 +442,9 @@ def test_a_record_that_counts_a_good_sample_as_lost_ends_in_no_traceback(dataset
     ],
 )
 def test_a_record_with_impossible_batches_is_a_damaged_record(dataset: Dataset, told: object) -> None:
-    receipt = run_stage(dataset, "low_res", 0, process=batch_dependent)
-    name = layout.commit("low_res", receipt.stage_hash, 0, 1)
-    record = json.loads(dataset.folder.read(name))
-    del record["sha256"]
-    dataset.folder.write(name, json.dumps({**record, "batches": told}).encode())
-    with pytest.raises(ShardError, match="damaged commit record"):
+    run_stage(dataset, "low_res", 0, process=batch_dependent)
+    rewritten(dataset, lambda record: record.update(batches=told))
+    with pytest.raises(ShardError, match=r"damaged commit record \(batches"):
         dataset.commits("low_res").read(0)
 
 

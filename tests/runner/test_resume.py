@@ -1,6 +1,7 @@
 """Runs that are killed in the middle of a shard: what is kept, who is blamed, what is left behind. Real kills, stand-in
 stages."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -158,6 +159,13 @@ def test_spills_of_other_configurations_are_not_read() -> None:
     data = encode(output, "h" * 64)
     assert decode(data, "h" * 64) == output
     assert decode(data, "g" * 64) is None
+
+
+def test_spills_of_another_version_of_this_project_are_not_read() -> None:
+    data = encode(Output("ab", files={"txt": b"x"}, batch=Batch(slot=4)), "h" * 64)
+    later = data[64:].replace(b'"slot":4', b'"rows":4')
+    assert later != data[64:]
+    assert decode(hashlib.sha256(later).hexdigest().encode() + later, "h" * 64) is None
 
 
 def test_spills_can_be_switched_off_and_quick_shards_have_none(dataset: Dataset, tmp_path: Path) -> None:
