@@ -101,7 +101,10 @@ def read_failures(commits: Commits, failed: Sequence[FailedName]) -> list[Failed
 
 
 def _parsed(commits: Commits, place: FailedName, data: bytes) -> FailedAttempt:
-    failed_at = datetime.strptime(place.time, TIME_FORMAT).replace(tzinfo=UTC)
+    try:
+        failed_at = datetime.strptime(place.time, TIME_FORMAT).replace(tzinfo=UTC).isoformat(timespec="seconds")
+    except ValueError:  # digits that are no time
+        failed_at = place.time
     bare = FailedAttempt(
         stage=commits.stage,
         stage_hash=commits.stage_hash,
@@ -109,7 +112,7 @@ def _parsed(commits: Commits, place: FailedName, data: bytes) -> FailedAttempt:
         attempt=place.attempt,
         error_class=place.error_class,
         message=UNREADABLE,
-        failed_at=failed_at.isoformat(timespec="seconds"),
+        failed_at=failed_at,
         host="unknown host",
     )
     try:

@@ -9,8 +9,9 @@ Invariants:
 - Never removed are objects that a valid commit or a plan record names, of any configuration; records, configurations
   and ledgers; and the cache of a shard that is not committed yet.
 - Never removed is what a lost record may have named: objects that the manifest leads to; objects of a stage of a shard
-  that is not committed; objects of published shards while the publication is not of the commits that are there; and
-  the files of a generation of the plan whose record is gone or cannot be read.
+  that is not committed; objects of published shards, and of shards with failed or lost samples, while no whole
+  publication is of the commits that are there; and the files of a generation of the plan whose record is gone or cannot
+  be read.
 - Objects of a replaced attempt are removed only if the manifest was written after the later attempt, and is itself
   older than the limit. So readers of an older manifest had the grace period to finish.
 - Files are listed before the records are read, so records name all objects committed in between. Objects that are
@@ -161,18 +162,18 @@ def _publication(folder: Folder) -> PublicationRecord | None:
         return None
 
 
-def _stale(dataset: Dataset) -> bool:
-    """Whether the publication is of other commits than those that are there. So if the plan does not tell."""
+def _fits(dataset: Dataset) -> bool:
+    """Whether the publication is whole and of the commits that are there. Not so if the plan does not tell."""
     try:
-        return status(dataset).published.problem == "stale"
+        return not status(dataset).published.problem
     except PlanError:
-        return True
+        return False
 
 
 class _Vouched:
     """The names of attempts (`in` tells) of which it is sure that no lost record named them: their shard is committed
-    in their stage, and published from these commits if it is published; or their generation of the plan has a
-    record."""
+    in their stage, and either the publication is of these commits, or the shard is not published and had no later
+    attempt; or their generation of the plan has a record."""
 
     def __init__(self, dataset: Dataset) -> None:
         folder = dataset.folder
@@ -183,10 +184,9 @@ class _Vouched:
             if own_hash == dataset.hashes.get(stage, own_hash)[:8]:
                 places = filter(None, map(layout.attempt_of, folder.names(group)))
                 self._shards.setdefault(stage, set()).update(shard for shard, _ in places)
-        if (publication := _publication(folder)) and _stale(dataset):
-            published = {shard.number for shard in published_shards(folder, publication)}
-            for shards in self._shards.values():
-                shards -= published.union(range(publication.shards))
+        publication = _publication(folder)
+        if publication is None or not _fits(dataset):
+            self._doubt(folder, publication)
         plan, lost = survey(folder)
         there = {layout.plan_record(generation.number) for generation in plan.generations}
         there -= {record.name for record in lost}
@@ -194,9 +194,21 @@ class _Vouched:
             number
             for place in folder.names(layout.PLAN)
             if (number := layout.generation_of(place)) is not None and layout.plan_record(number) not in there
-            if any(map(layout.is_plan_part, folder.names(place)))
+            if lost or any(map(layout.is_plan_part, folder.names(place)))
         }
         """Generations that have files and no readable record."""
+
+    def _doubt(self, folder: Folder, publication: PublicationRecord | None) -> None:
+        """Take out shards of which a later attempt may have lost its record: those that are published, and those whose
+        last record left samples out."""
+        if publication:
+            published = {shard.number for shard in published_shards(folder, publication)}
+            for shards in self._shards.values():
+                shards -= published.union(range(publication.shards))
+        for record in all_records(folder):
+            receipt = record.receipt
+            if receipt and not record.successor and (receipt.failed_keys or receipt.lost_keys):
+                self._shards.get(receipt.stage, set()).discard(receipt.shard)
 
     def __contains__(self, name: str) -> bool:
         if place := layout.object_of(name):

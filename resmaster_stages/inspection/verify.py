@@ -48,6 +48,8 @@ RECORD_OF_PLAN = "repair puts it together again from the plan's files"
 CONFIG_GONE = "restore it from a copy; without one, delete it and run the same configuration again"
 CONTRADICTION = "restore plan/ or this record from a copy, whichever is not of this dataset"
 UNNAMED = "restore its commit record from a copy, or repair publishes what is committed"
+BY_HAND = (PLAN_GONE, CONFIG_GONE, CONTRADICTION, OLDER)
+"""What `repair` does not mend."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,10 @@ def _named(dataset: Dataset, damage: list[Damage]) -> Iterator[_Named]:
     if publication is not None:
         yield _Named(CONFIGURATION, None, publication.config, True)
         yield from (_Named(PUBLICATION, None, file, True) for file in publication.files)
-        damage += _withdrawn(folder, publication, current, known)
+        if list(_withdrawn(folder, publication, current, known)):
+            for record in all_records(folder):  # a run may have committed and published since they were read
+                known.add(record)
+            damage += _withdrawn(folder, publication, current, known)
 
 
 def _configurations(folder: Folder) -> Iterator[Damage]:

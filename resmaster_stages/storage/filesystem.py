@@ -263,7 +263,7 @@ class Folder:
                 if path.startswith(f"{start}/") and not path.endswith("/") and facts.get("type", "file") == "file":
                     moment = next((facts[name] for name in _MODIFIED if facts.get(name) is not None), None)
                     if isinstance(moment, (int, float)):
-                        moment = datetime.fromtimestamp(moment, UTC)
+                        moment = _moment(moment)
                     moment = moment or self.fs.modified(path)
                     yield Listed(path[len(self.path) + 1 :], int(facts["size"]), moment.astimezone(UTC))
 
@@ -317,6 +317,8 @@ class Folder:
     def modified(self, name: str) -> datetime:
         """When a file was last written, by the store's clock (UTC)."""
         with explained(self.url_of(name)), _understood(self.url_of(name)):
+            if self.local:
+                return _moment(os.stat(self.full(name)).st_mtime)
             moment: datetime = self.fs.modified(self.full(name))
             return moment.astimezone(UTC)
 
@@ -407,6 +409,14 @@ class Folder:
 
 
 _FOLDER: dict[str, Any] = {"type": "directory"}
+
+
+def _moment(seconds: float) -> datetime:
+    """A file's time in UTC. A time that no calendar has, as broken clocks leave it, counts as the far future."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC)
+    except (ValueError, OverflowError, OSError):
+        return datetime.max.replace(tzinfo=UTC)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from types import FrameType
 import pytest
 
 from resmaster_flows.cli.main import main
+from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.attempts import record_failure
 from resmaster_stages.dataset.damage import drop_unreadable_records
 from resmaster_stages.dataset.dataset import Dataset, create_or_open, open_dataset
@@ -250,3 +251,64 @@ def test_one_folder_that_is_gone(place: Path, capsys: pytest.CaptureFixture[str]
     for name in folders(open_root(str(place / "whole" / "demo"))):
         damage_and_look(place, FOLDER_GONE, name, capsys)
         put_back(place)
+
+
+@pytest.mark.parametrize(
+    ("lost", "other", "damage"),
+    [
+        ("commits/high_res-#/#.#.json", "manifest.parquet", GONE),
+        ("commits/high_res-#/#.#.json", "publication.json", GONE),
+        ("commits/high_res-#/#.#.json", "publication.json", "halved"),
+        ("commits/high_res-#/#.#.json", "report/index.html", "longer"),
+        ("plan/gen-#/_PLAN.json", "plan/gen-#/part", GONE),
+    ],
+)
+def test_gc_keeps_what_a_lost_record_names_whatever_else_is_damaged(
+    place: Path, lost: str, other: str, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = str(place / "out" / "demo")
+    folder, before = open_root(url), contents(place / "out" / "demo")
+    for kind, harm in ((lost, GONE), (other, damage)):
+        apply(folder, harm, [name for name in objects(folder) if kind_of(name).startswith(kind) or name == kind][-1])
+    left = contents(place / "out" / "demo")
+    assert main(["gc", url, "--older-than", "0"]) == 0
+    assert contents(place / "out" / "demo") == left
+    for name in before.keys() - left.keys() | {other} & before.keys():
+        bring_back(place, damage, name, before)
+    assert main(["verify", url]) == 0, capsys.readouterr()
+
+
+def test_verify_says_what_next_where_repair_cannot_mend(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = str(place / "out" / "demo")
+    apply(open_root(url), FOLDER_GONE, "configs")
+    assert main(["verify", url]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "repair cannot mend them" in last
+    assert last.endswith(f"next: resmaster verify {url}")
+
+
+def test_times_that_no_calendar_has_end_no_command(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = str(place / "out" / "demo")
+    manifest, real = str(place / "out" / "demo" / "manifest.parquet"), os.stat
+
+    def broken(path: str, **options: bool) -> os.stat_result:
+        found = real(path, **options)
+        return os.stat_result((*found[:8], 2**60, *found[9:10])) if path == manifest else found
+
+    monkeypatch.setattr(os, "stat", broken)
+    monkeypatch.setattr(os, "lstat", lambda path: broken(path, follow_symlinks=False))
+    apply(open_root(url), GONE, "report/index.html")
+    for words in (["gc", url, "--older-than", "0"], ["status", url]):
+        assert main(words) == 0
+
+
+def test_a_record_of_an_attempt_at_no_time_ends_no_command(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = str(place / "out" / "demo")
+    dataset = open_dataset(url)
+    commits = dataset.commits("quality")
+    commits.drop([2])
+    folder = layout.attempts_folder("quality", commits.stage_hash)
+    dataset.folder.write(f"{folder}/000002-99999999T999999999999-{'0' * 8}-SampleError.json", b"{}")
+    for words in (["status", url], ["status", url, "--openmetrics"], ["explain", url, "2"]):
+        assert main(words) == 0, capsys.readouterr()
+    assert "99999999T999999999999" in capsys.readouterr().out

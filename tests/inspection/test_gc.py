@@ -68,6 +68,7 @@ def litter(dataset: Dataset) -> set[str]:
 def test_leftovers_go_and_all_else_stays(root: str, prompts: str) -> None:
     build(root, prompts)
     dataset = dataset_at(root, prompts)
+    publish(dataset)
     before = everything(root)
     for stranger in ("notes.txt", "high_res/notes.txt", "low_res/000000.tar", "archive/000000-00000000.tar", ".hidden"):
         dataset.folder.write(stranger, b"the user's")
@@ -228,6 +229,7 @@ def test_the_command_line(tmp_path: Path, prompts: str, capsys: pytest.CaptureFi
     root = str(tmp_path / "out")
     build(root, prompts)
     dataset = dataset_at(root, prompts)
+    publish(dataset)
     names = litter(dataset)
     assert main(["gc", root, "--older-than", "0", "--dry-run"]) == 0
     out = capsys.readouterr().out

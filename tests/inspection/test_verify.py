@@ -21,10 +21,12 @@ from resmaster_stages.dataset.damage import drop_unreadable_records, give_up_dam
 from resmaster_stages.dataset.dataset import Dataset, create_or_open
 from resmaster_stages.dataset.layout import commit as commit_name
 from resmaster_stages.dataset.ledger import ledger_is_whole, ledger_rows
+from resmaster_stages.dataset.publication import PublicationRecord
 from resmaster_stages.dataset.retry import number_of, retries_of
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import Process
 from resmaster_stages.errors import ShardError
+from resmaster_stages.inspection import verify as verify_module
 from resmaster_stages.inspection.status import pending
 from resmaster_stages.inspection.verify import Damage, note, verify
 from resmaster_stages.publish.manifest import write_manifest
@@ -440,3 +442,20 @@ def test_a_lost_record_of_the_plan_by_the_command_line(local: Dataset) -> None:
     assert (status, f"{name} is put together again" in said, "nothing to repair" in said) == (0, True, False)
     assert local.folder.read(name) == whole
     assert command("verify")[0] == 0
+
+
+def test_what_a_run_commits_and_publishes_meanwhile_is_not_lost(
+    local: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stage in local.hashes:
+        local.commits(stage).drop([1])
+    publish(local)
+    read = verify_module.read_publication
+
+    def late(folder: Folder) -> PublicationRecord | None:
+        work(local)
+        publish(local)
+        return read(folder)
+
+    monkeypatch.setattr(verify_module, "read_publication", late)
+    assert verify(local).damage == ()

@@ -12,7 +12,7 @@ from resmaster_flows.cli.arguments import add_root
 from resmaster_flows.watch.terminal import SafeConsole, say
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.inspection.status import status
-from resmaster_stages.inspection.verify import CONFIG_GONE, PLAN_GONE, Damage, Verification, note, verify
+from resmaster_stages.inspection.verify import BY_HAND, CONFIG_GONE, PLAN_GONE, Damage, Verification, note, verify
 from resmaster_stages.redaction import quoted
 
 HELP = "read everything back, and say what is damaged"
@@ -60,8 +60,13 @@ def _judged(dataset: Dataset, found: Verification) -> tuple[bool, str]:
             PLAN_GONE: "the plan cannot be made again: restore its folder from a copy; ",
             CONFIG_GONE: "first see to the configuration; ",
         }
-        first = "".join(said for mend, said in by_hand.items() if any(each.mend == mend for each in found.damage))
-        return False, f"{len(found.damage)} objects are damaged; {first}next: resmaster repair {quoted(dataset.url)}"
+        verb, first = (
+            "repair",
+            "".join(said for mend, said in by_hand.items() if any(each.mend == mend for each in found.damage)),
+        )
+        if all(each.mend in BY_HAND for each in found.damage):
+            verb, first = "verify", "repair cannot mend them: do what the lines above say; "
+        return False, f"{len(found.damage)} objects are damaged; {first}next: resmaster {verb} {quoted(dataset.url)}"
     state = status(dataset)
     if publication := state.publication_line(dataset.url):
         return not state.complete, f"every object is as recorded; {publication}"
