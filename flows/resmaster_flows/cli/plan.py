@@ -22,8 +22,6 @@ DESCRIPTION = (
     "Read the prompts or images and the dataset at the root, and print per stage what would be done and what would "
     "be skipped because it is committed. Writes nothing."
 )
-SHOWN_INPUTS = 10
-"""Rejected inputs, and duplicates, that are listed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,10 +49,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         table.add_row(stage.stage, str(stage.shards_pending), str(stage.shards_committed), str(stage.samples_pending))
     out.print(table)
     for one, many, inputs in (("rejected", "rejected", look.rejected), ("duplicate", "duplicates", look.duplicates)):
-        for each in inputs[:SHOWN_INPUTS]:
+        for each in inputs.first:
             say(out, f"{one}: {each}")
-        if len(inputs) > SHOWN_INPUTS:
-            say(out, f"... and {len(inputs) - SHOWN_INPUTS} more {many}")
+        if more := inputs.count - len(inputs.first):
+            say(out, f"... and {more} more {many}")
     for each in look.unchecked:
         say(out, f"not checked: {each}")
     if args.estimate:
