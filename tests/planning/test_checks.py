@@ -75,6 +75,7 @@ def cut(path: Path) -> None:
 
 
 SERVER = {"source": "server", "model": "m"}
+FILE = str(pack_folder() / "clip" / "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -105,6 +106,16 @@ SERVER = {"source": "server", "model": "m"}
         ({"captions": {**SERVER, "base_url": "http://[::1/v1"}}, "captions.base_url", "is no address"),
         ({"captions": {**SERVER, "base_url": f"http://{'a' * 64}.org/v1"}}, "captions.base_url", "is no address"),
         ({"captions": {**SERVER, "base_url": "http://a..b/v1"}}, "captions.base_url", "is no address"),
+        ({"captions": {**SERVER, "base_url": "http://a/v1?version=1"}}, "captions.base_url", "leave out what follows"),
+        ({"captions": {**SERVER, "base_url": "http://a/v1#x"}}, "captions.base_url", "leave out what follows"),
+        ({"captions": {**SERVER, "base_url": "http://a/v1?"}}, "captions.base_url", "leave out what follows"),
+        ({"model": {"vae": FILE}}, "model.vae", "is a file; give the folder of a whole model"),
+        ({"model": {"vae": str(pack_folder() / "clip")}}, "model.vae", "has no file diffusion_pytorch_model"),
+        ({"captions": {"model": FILE}}, "captions.model", "is a file; give the folder of a whole model"),
+        ({"quality": {"clip": FILE}}, "quality.clip", "is a file; give the folder of a whole model"),
+        ({"model": {"id": FILE}}, "model.id", "is a file; give the folder of a whole model"),
+        ({"model": {"id": "https://huggingface.co/owner/name"}}, "model.id", "is a URL; give a hub id"),
+        ({"quality": {"clip": "s3://bucket/clip"}}, "quality.clip", "is a URL; give a hub id"),
         ({"low_res": {"height": 100}}, "low_res.height", "no multiple of 8"),
         ({"low_res": {"height": 2048, "width": 1024}, "upscale": {"scale": 1}}, "low_res", "more than 64 times"),
         (
