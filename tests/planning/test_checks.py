@@ -319,3 +319,8 @@ def test_only_what_the_stages_need_is_checked(tmp_path: Path) -> None:
     assert [line.partition(": ")[0] for line in caught.value.mistakes] == ["captions.model", "quality.clip"]
     plain = {**broken, "quality": {"clip": None}, "upscale": {"method": "lanczos"}}
     assert check(configured(tmp_path, **plain)).dataset is None
+
+
+def test_a_model_that_no_stage_reads_but_that_names_the_dataset(tmp_path: Path) -> None:
+    (line,) = mistakes(tmp_path, upscale={"method": "lanczos"}, captions={"model": "/none"})
+    assert line == "weights: model /none: no such folder; check the path, or give a hub id such as owner/name"
