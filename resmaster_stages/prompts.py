@@ -18,7 +18,7 @@ from resmaster_stages.dataset.plan import GenerationWriter, Plan, find_plan
 from resmaster_stages.errors import PlanError
 from resmaster_stages.planning.checks import HERE, Around, check
 from resmaster_stages.planning.drafts import DraftReader
-from resmaster_stages.planning.preview import Intake
+from resmaster_stages.planning.preview import Few, Intake
 from resmaster_stages.progress import Planned, emit
 from resmaster_stages.storage.digests import DigestSet
 from resmaster_stages.storage.filesystem import open_root
@@ -40,8 +40,9 @@ def ingest(config: DatasetConfig, around: Around = HERE) -> Dataset:
         plan = find_plan(folder) if existing else Plan(folder, ())
         if plan.generations and not config.prompts and not config.images:
             return create_or_open(config, existing)
-        draft, known, kept = DraftReader(config), DigestSet(map(bytes.fromhex, plan.keys())), 0
+        known, kept = DigestSet(map(bytes.fromhex, plan.keys())), 0
         with GenerationWriter(plan, config.samples_per_shard) as writer:
+            draft = DraftReader(config, writer.reject, writer.repeat)
             for sample in draft:
                 if bytes.fromhex(sample.key) in known:
                     kept += 1
@@ -50,7 +51,7 @@ def ingest(config: DatasetConfig, around: Around = HERE) -> Dataset:
             if gone := len(known) - kept:
                 log.warning("%s: %d planned samples are no longer asked for; the plan keeps them", folder.url, gone)
             dataset = create_or_open(config, existing)  # after the whole source was read without an error
-            if not writer.samples or writer.commit(draft.rejected, draft.duplicates):
+            if not writer.samples or writer.commit():
                 intake = Intake(
                     config=config,
                     url=folder.url,
@@ -58,8 +59,8 @@ def ingest(config: DatasetConfig, around: Around = HERE) -> Dataset:
                     samples=plan.samples + writer.samples,
                     new_samples=writer.samples,
                     shards=plan.shards + -(-writer.samples // config.samples_per_shard),
-                    duplicates=tuple(draft.duplicates),
-                    rejected=tuple(map(str, draft.rejected)),
+                    duplicates=Few.of(draft.duplicates),
+                    rejected=Few.of(draft.rejected),
                     lone_texts=str(draft.lone_texts),
                 )
                 emit(Planned(intake.headline()))

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from resmaster_stages.config.part import LONGEST_SHOWN
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import UserError, did_you_mean
 
-LONGEST_SHOWN = 60
-"""Maximum number of characters of a wrong list that a message repeats."""
 MOST_DIGITS = 9
 """Maximum number of digits of a shard's number."""
 

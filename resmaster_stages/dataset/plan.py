@@ -16,6 +16,7 @@ import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -30,7 +31,7 @@ from resmaster_stages.dataset.schemas import DUPLICATES_SCHEMA, PLAN_SCHEMA, REJ
 from resmaster_stages.errors import PlanError
 from resmaster_stages.keys import canonical_json, digest, digest_of_keys, prompt_key
 from resmaster_stages.storage.filesystem import Folder
-from resmaster_stages.storage.tables import decode_table, encode_table
+from resmaster_stages.storage.tables import TableWriter, decode_table, encode_table
 
 if TYPE_CHECKING:
     from resmaster_stages.dataset.sample import Sample
@@ -287,11 +288,32 @@ def read_plan(folder: Folder) -> Plan:
     return plan
 
 
+class _Listing:
+    """A table of inputs that became no sample. Memory holds the encoded table, and rows of one row group."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self._sink = BytesIO()
+        self._table = TableWriter(self._sink, schema)
+
+    def add(self, item: Rejected | Duplicate) -> None:
+        self._table.write([asdict(item)])
+
+    @property
+    def count(self) -> int:
+        return self._table.rows
+
+    def encoded(self) -> bytes:
+        """The whole table. Nothing can be added after it."""
+        with self._table:
+            pass
+        return self._sink.getvalue()
+
+
 class GenerationWriter:
     """Appends a generation to a plan, from samples that are added one by one. Their keys must be new.
 
-    Memory holds the samples of one file. Use as a context manager: if the generation is not committed within the block,
-    its files are removed.
+    Memory holds the samples of one file, and the encoded tables of what became no sample. Use as a context manager: if
+    the generation is not committed within the block, its files are removed.
     """
 
     def __init__(self, plan: Plan, samples_per_shard: int) -> None:
@@ -301,6 +323,7 @@ class GenerationWriter:
         self._number, self._attempt = len(plan.generations), new_attempt()
         self._rows_per_part = max(1, PART_ROWS // samples_per_shard) * samples_per_shard
         self._rows: list[dict[str, Any]] = []
+        self._rejected, self._duplicates = _Listing(REJECTED_SCHEMA), _Listing(DUPLICATES_SCHEMA)
         self._parts: list[Part] = []
         self._unnamed: list[str] = []
 
@@ -318,6 +341,14 @@ class GenerationWriter:
         self._rows.append({**asdict(sample), "shard": shard, "index": self._plan.samples + self.samples})
         self.samples += 1
 
+    def reject(self, item: Rejected) -> None:
+        """List an input that cannot become a sample."""
+        self._rejected.add(item)
+
+    def repeat(self, item: Duplicate) -> None:
+        """List an input that equals an earlier input."""
+        self._duplicates.add(item)
+
     def _flush(self, facts: dict[str, str] | None = None) -> None:
         name = layout.plan_part(self._number, len(self._parts), self._attempt)
         self._parts.append(part_of(self._store(name, encode_table(self._rows, PLAN_SCHEMA, facts)), self._rows))
@@ -328,17 +359,15 @@ class GenerationWriter:
         self._plan.folder.write(name, data)
         return described(name, data)
 
-    def commit(self, rejected: Sequence[Rejected], duplicates: Sequence[Duplicate]) -> bool:
+    def commit(self) -> bool:
         """Make the added samples (at least one) part of the plan. False if another planner was faster; then the plan
         must be read again. Raises PlanError if commits are there that are of other samples."""
         folder = self._plan.folder
         refused = repeated = None
-        if rejected:
-            table = encode_table([asdict(item) for item in rejected], REJECTED_SCHEMA)
-            refused = self._store(layout.plan_rejected(self._number, self._attempt), table)
-        if duplicates:
-            table = encode_table([asdict(item) for item in duplicates], DUPLICATES_SCHEMA)
-            repeated = self._store(layout.plan_duplicates(self._number, self._attempt), table)
+        if self._rejected.count:
+            refused = self._store(layout.plan_rejected(self._number, self._attempt), self._rejected.encoded())
+        if self._duplicates.count:
+            repeated = self._store(layout.plan_duplicates(self._number, self._attempt), self._duplicates.encoded())
         generation = Generation(
             number=self._number,
             first_shard=self._plan.shards,
@@ -346,9 +375,9 @@ class GenerationWriter:
             samples_per_shard=self._samples_per_shard,
             parts=tuple(self._parts),
             rejected=refused,
-            rejected_count=len(rejected),
+            rejected_count=self._rejected.count,
             duplicates=repeated,
-            duplicates_count=len(duplicates),
+            duplicates_count=self._duplicates.count,
         )
         self._flush(facts_of(generation, self._rows))
         generation = replace(generation, parts=tuple(self._parts))

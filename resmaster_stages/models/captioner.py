@@ -247,6 +247,8 @@ def server_address(base_url: str | None) -> str:
         host.encode("idna")
     except ValueError as error:  # UnicodeError, of a label that no name of a host may have, is one too
         raise ConfigError(f"captions.base_url {base_url!r} is no address ({first_line(error)}); {example}") from None
+    if "?" in base_url or "#" in base_url:
+        raise ConfigError(f"captions.base_url {base_url!r}: leave out what follows the path, from ? or # on; {example}")
     if not host or port == 0 or not base_url.isascii() or any(each.isspace() for each in base_url):
         raise ConfigError(f"captions.base_url {base_url!r} names no host that can be reached; {example}")
     return base_url

@@ -46,11 +46,15 @@ def _path_of(name: str) -> Path | None:
 def as_folder(model_id: str) -> Path | None:
     """The local folder that a model id names, or None for a hub id.
 
-    Raises ConfigError if the id is written as a path and there is no such folder.
+    Raises ConfigError if the id is a file or a URL, or is written as a path and there is no such folder.
     """
     path = _path_of(model_id)
     if path is not None and path.is_dir():
         return path.resolve()
+    if path is not None and path.is_file():
+        raise ConfigError(f"model {model_id}: is a file; give the folder of a whole model, or a hub id")
+    if "://" in model_id:
+        raise ConfigError(f"model {model_id}: is a URL; give a hub id, which is owner/name, or a local folder")
     if model_id.startswith(("/", "./", "../", "~")) or model_id.count("/") > 1:
         raise ConfigError(f"model {model_id}: no such folder; check the path, or give a hub id such as owner/name")
     return None

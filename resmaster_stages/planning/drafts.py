@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.plan import Duplicate, Rejected, SampleSpec
@@ -24,6 +24,10 @@ MAX_PROMPT_CHARACTERS = 2000
 
 
 SHOWN_CHARACTERS = 80
+KEPT_INPUTS = 10
+"""How many of the inputs that are left out are kept to be shown."""
+
+T = TypeVar("T")
 
 
 def require_source(config: DatasetConfig) -> None:
@@ -32,19 +36,43 @@ def require_source(config: DatasetConfig) -> None:
         raise PlanError("nothing to plan: give prompts or images in the configuration, or --prompts or --images")
 
 
+@dataclass
+class LeftOut(Generic[T]):
+    """Counts inputs that are left out, of which there may be millions, and keeps the first ones."""
+
+    also: Callable[[T], object] | None = None
+    """Gets each of them."""
+    count: int = 0
+    first: list[T] = field(default_factory=list)
+
+    def add(self, item: T) -> None:
+        """Count one."""
+        self.count += 1
+        if len(self.first) < KEPT_INPUTS:
+            self.first.append(item)
+        if self.also is not None:
+            self.also(item)
+
+
 class DraftReader:
     """Iterates once over the samples that a configuration asks for, each once and in order, as they are read.
 
-    Memory holds a 12-byte digest per sample, the source of each image, and what is rejected or left out. Raises
-    UserError for a source that cannot be read, at the latest at the place that cannot be read; ConfigError if
+    Memory holds a 12-byte digest per sample and the source of each image.
+    Raises UserError for a source that cannot be read, at the latest at the place that cannot be read; ConfigError if
     the source gives detail masks that the configuration does not read; and PlanError at the end if the source gave no
     usable sample.
     """
 
-    def __init__(self, config: DatasetConfig) -> None:
-        self.rejected: list[Rejected] = []
+    def __init__(
+        self,
+        config: DatasetConfig,
+        reject: Callable[[Rejected], object] | None = None,
+        repeat: Callable[[Duplicate], object] | None = None,
+    ) -> None:
+        """reject, repeat: get each input that is left out, as soon as it is."""
+        self.rejected = LeftOut[Rejected](reject)
         """Inputs rejected so far."""
-        self.duplicates: list[Duplicate] = []
+        self.duplicates = LeftOut[Duplicate](repeat)
         """Inputs so far that equal an earlier input."""
         self.lone_texts = LoneTexts()
         """Texts so far that lie beside images, but belong to no image."""
@@ -69,11 +97,11 @@ class DraftReader:
                     yield spec
             inputs += fresh
             if not fresh:
-                self.duplicates.append(Duplicate(printable(place), first, images.get(first)))
+                self.duplicates.add(Duplicate(printable(place), first, images.get(first)))
             elif config.images:
                 images[first] = place
         if not inputs:
-            first = f"; first: {self.rejected[0]}" if self.rejected else ""
+            first = f"; first: {self.rejected.first[0]}" if self.rejected.count else ""
             source = str(config.images or config.prompts)
             raise PlanError(f"{without_credentials(source)}: nothing usable in it{first}")
 
@@ -89,12 +117,13 @@ class Draft:
 
 def draft_samples(config: DatasetConfig) -> Draft:
     """All samples that `config` asks for. Writes nothing. Raises the same errors as `DraftReader`."""
-    reader = DraftReader(config)
-    samples = tuple(reader)
-    return Draft(samples, tuple(reader.rejected), tuple(reader.duplicates))
+    rejected: list[Rejected] = []
+    duplicates: list[Duplicate] = []
+    samples = tuple(DraftReader(config, rejected.append, duplicates.append))
+    return Draft(samples, tuple(rejected), tuple(duplicates))
 
 
-def _specs_of_prompts(config: DatasetConfig, rejected: list[Rejected]) -> Iterator[tuple[str, Iterator[SampleSpec]]]:
+def _specs_of_prompts(config: DatasetConfig, rejected: LeftOut[Rejected]) -> Iterator[tuple[str, Iterator[SampleSpec]]]:
     """(place, replicas) of each usable prompt. Unusable prompts are added to `rejected`."""
     height, width = _base_size(config)
     for raw in read_prompts(str(config.prompts)):
@@ -103,7 +132,7 @@ def _specs_of_prompts(config: DatasetConfig, rejected: list[Rejected]) -> Iterat
         if reason is None and negative != "" and (reason := why_unusable(negative, may_be_empty=True)):
             reason = f"negative prompt: {reason}"
         if reason is not None:
-            rejected.append(_rejection(raw.source, raw.prompt, reason))
+            rejected.add(_rejection(raw.source, raw.prompt, reason))
             continue
         prompt, negative = normalise_prompt(raw.prompt), normalise_prompt(negative)
         source = mask = None
@@ -113,7 +142,7 @@ def _specs_of_prompts(config: DatasetConfig, rejected: list[Rejected]) -> Iterat
                 source, mask = mask_of_row(str(config.prompts), raw.detail_mask, raw.row)
             except SampleError as error:
                 named = f"{raw.detail_mask[:SHOWN_CHARACTERS]}: " if isinstance(raw.detail_mask, str) else ""
-                rejected.append(_rejection(raw.source, raw.prompt, f"its detail mask: {named}{error}"))
+                rejected.add(_rejection(raw.source, raw.prompt, f"its detail mask: {named}{error}"))
                 continue
         keys = map(partial(prompt_key, prompt, negative, height, width), range(config.replicas))
         spec = partial(SampleSpec, prompt=prompt, negative_prompt=negative, height=height, width=width, source=source)
@@ -121,25 +150,25 @@ def _specs_of_prompts(config: DatasetConfig, rejected: list[Rejected]) -> Iterat
 
 
 def _specs_of_images(
-    config: DatasetConfig, rejected: list[Rejected], lone_texts: LoneTexts
+    config: DatasetConfig, rejected: LeftOut[Rejected], lone_texts: LoneTexts
 ) -> Iterator[tuple[str, Iterator[SampleSpec]]]:
     """(place, replicas) of each usable image. Unusable images are added to `rejected`, and texts without image to
     `lone_texts`."""
     for image in find_images(str(config.images), lone_texts):
         if image.problem:
-            rejected.append(_rejection(image.source, "", image.problem))
+            rejected.add(_rejection(image.source, "", image.problem))
             continue
         reason = why_unusable(image.prompt, may_be_empty=True)
         if reason is not None:
-            rejected.append(_rejection(image.source, image.prompt, f"its prompt: {reason}"))
+            rejected.add(_rejection(image.source, image.prompt, f"its prompt: {reason}"))
             continue
         try:
             height, width = image_size(image.data, image.source)
         except SampleError as error:
-            rejected.append(_rejection(image.source, "", str(error).removeprefix(f"{image.source}: ")))
+            rejected.add(_rejection(image.source, "", str(error).removeprefix(f"{image.source}: ")))
             continue
         if reason := why_too_large(config, height, width):
-            rejected.append(_rejection(image.source, "", reason))
+            rejected.add(_rejection(image.source, "", reason))
             continue
         prompt = normalise_prompt(image.prompt)
         if image.mask is not None:
@@ -147,7 +176,7 @@ def _specs_of_images(
             try:
                 check_mask(image.mask)
             except SampleError as error:
-                rejected.append(_rejection(image.source, image.prompt, f"its detail mask: {error}"))
+                rejected.add(_rejection(image.source, image.prompt, f"its detail mask: {error}"))
                 continue
         keys = map(partial(image_key, image.data, prompt), range(config.replicas))
         spec = partial(SampleSpec, prompt=prompt, negative_prompt="", height=height, width=width, source=image.source)

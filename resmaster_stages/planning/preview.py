@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.dataset import Dataset
-from resmaster_stages.dataset.plan import Duplicate, Plan, find_plan
+from resmaster_stages.dataset.plan import Plan, find_plan
 from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.planning.checks import HERE, Around, check, check_sizes
-from resmaster_stages.planning.drafts import DraftReader
+from resmaster_stages.planning.drafts import DraftReader, LeftOut
 from resmaster_stages.storage.digests import DigestSet
 from resmaster_stages.storage.filesystem import open_root
 
@@ -24,6 +25,19 @@ class StagePreview:
     shards_pending: int
     shards_committed: int
     samples_pending: int
+
+
+@dataclass(frozen=True)
+class Few:
+    """The inputs that are left out for one reason: their number, and the first ones (up to `KEPT_INPUTS`) in words."""
+
+    count: int
+    first: tuple[str, ...]
+
+    @classmethod
+    def of(cls, found: LeftOut[Any]) -> Few:
+        """What was left out so far."""
+        return cls(found.count, tuple(map(str, found.first)))
 
 
 @dataclass(frozen=True)
@@ -40,9 +54,9 @@ class Intake:
     new_samples: int
     """Samples of these that were not in the plan before."""
     shards: int
-    duplicates: tuple[Duplicate, ...]
+    duplicates: Few
     """Inputs that equal an earlier input."""
-    rejected: tuple[str, ...]
+    rejected: Few
     """Inputs that cannot be used: place, reason, text."""
     lone_texts: str
     """What is to be said of texts that belong to no image; "" if there are none."""
@@ -52,10 +66,10 @@ class Intake:
         notes = [f"{self.config.upscale.method}, {_spell_size(self.config)}"]
         if self.exists:
             notes.append(f"continues, {self.new_samples} new" if self.new_samples else "continues")
-        if self.duplicates:
-            notes.append(f"{len(self.duplicates)} duplicate{'s' if len(self.duplicates) > 1 else ''} left out")
-        if self.rejected:
-            notes.append(f"{len(self.rejected)} rejected")
+        if repeated := self.duplicates.count:
+            notes.append(f"{repeated} duplicate{'s' if repeated > 1 else ''} left out")
+        if self.rejected.count:
+            notes.append(f"{self.rejected.count} rejected")
         if self.lone_texts:
             notes.append(self.lone_texts)
         return f"{self.config.name}: {self.samples} samples in {self.shards} shards ({'; '.join(notes)}) at {self.url}"
@@ -104,8 +118,8 @@ def preview(config: DatasetConfig, around: Around = HERE) -> Preview:
         samples=plan.samples + new,
         new_samples=new,
         shards=shards,
-        duplicates=tuple(draft.duplicates),
-        rejected=tuple(map(str, draft.rejected)),
+        duplicates=Few.of(draft.duplicates),
+        rejected=Few.of(draft.rejected),
         lone_texts=str(draft.lone_texts),
         typical_px=_middle(sizes),
         stages=tuple(stages),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ def read_prompts(path: str) -> Iterator[RawPrompt]:
     if suffix in COMPRESSED:
         raise UserError(f"{place}: the prompts file is compressed; unpack it first")
     if suffix not in SUFFIXES:
+        if "://" not in path and os.path.isdir(path):
+            raise UserError(f"{place}: is a folder; give a file of prompts ({', '.join(SUFFIXES)})")
         raise UserError(f"{place}: unknown kind of prompts file; known: {', '.join(SUFFIXES)}")
     if suffix == ".parquet":
         with _opened(path) as file:

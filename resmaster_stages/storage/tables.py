@@ -40,12 +40,12 @@ def encode_table(rows: Sequence[dict[str, Any]], schema: pa.Schema, metadata: di
 class TableWriter:
     """Writes one Parquet file from rows that come in pieces. Memory holds one row group. Use as a context manager."""
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
+    def __init__(self, sink: Path | BytesIO, schema: pa.Schema) -> None:
         self._schema = schema
         self._rows: list[dict[str, Any]] = []
         self._pending: list[pa.Table] = []
         self.rows = 0
-        self._file = pq.ParquetWriter(path, schema, compression="zstd")
+        self._file = pq.ParquetWriter(sink, schema, compression="zstd")
 
     def __enter__(self) -> TableWriter:
         return self

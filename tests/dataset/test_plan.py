@@ -26,7 +26,9 @@ def append(plan: Plan, samples: list[SampleSpec], per_shard: int, rejected: Sequ
     with GenerationWriter(plan, per_shard) as writer:
         for sample in samples:
             writer.add(sample)
-        return writer.commit(rejected, ())
+        for item in rejected:
+            writer.reject(item)
+        return writer.commit()
 
 
 def specs(*names: str) -> list[SampleSpec]:

@@ -75,6 +75,7 @@ def cut(path: Path) -> None:
 
 
 SERVER = {"source": "server", "model": "m"}
+FILE = str(pack_folder() / "clip" / "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -105,6 +106,16 @@ SERVER = {"source": "server", "model": "m"}
         ({"captions": {**SERVER, "base_url": "http://[::1/v1"}}, "captions.base_url", "is no address"),
         ({"captions": {**SERVER, "base_url": f"http://{'a' * 64}.org/v1"}}, "captions.base_url", "is no address"),
         ({"captions": {**SERVER, "base_url": "http://a..b/v1"}}, "captions.base_url", "is no address"),
+        ({"captions": {**SERVER, "base_url": "http://a/v1?version=1"}}, "captions.base_url", "leave out what follows"),
+        ({"captions": {**SERVER, "base_url": "http://a/v1#x"}}, "captions.base_url", "leave out what follows"),
+        ({"captions": {**SERVER, "base_url": "http://a/v1?"}}, "captions.base_url", "leave out what follows"),
+        ({"model": {"vae": FILE}}, "model.vae", "is a file; give the folder of a whole model"),
+        ({"model": {"vae": str(pack_folder() / "clip")}}, "model.vae", "has no file diffusion_pytorch_model"),
+        ({"captions": {"model": FILE}}, "captions.model", "is a file; give the folder of a whole model"),
+        ({"quality": {"clip": FILE}}, "quality.clip", "is a file; give the folder of a whole model"),
+        ({"model": {"id": FILE}}, "model.id", "is a file; give the folder of a whole model"),
+        ({"model": {"id": "https://huggingface.co/owner/name"}}, "model.id", "is a URL; give a hub id"),
+        ({"quality": {"clip": "s3://bucket/clip"}}, "quality.clip", "is a URL; give a hub id"),
         ({"low_res": {"height": 100}}, "low_res.height", "no multiple of 8"),
         ({"low_res": {"height": 2048, "width": 1024}, "upscale": {"scale": 1}}, "low_res", "more than 64 times"),
         (
@@ -308,3 +319,8 @@ def test_only_what_the_stages_need_is_checked(tmp_path: Path) -> None:
     assert [line.partition(": ")[0] for line in caught.value.mistakes] == ["captions.model", "quality.clip"]
     plain = {**broken, "quality": {"clip": None}, "upscale": {"method": "lanczos"}}
     assert check(configured(tmp_path, **plain)).dataset is None
+
+
+def test_a_model_that_no_stage_reads_but_that_names_the_dataset(tmp_path: Path) -> None:
+    (line,) = mistakes(tmp_path, upscale={"method": "lanczos"}, captions={"model": "/none"})
+    assert line == "weights: model /none: no such folder; check the path, or give a hub id such as owner/name"

@@ -1,5 +1,6 @@
 """What could not be stored in the end is turned down before anything is computed."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,17 @@ from PIL import Image
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
+from resmaster_stages.dataset.schemas import DUPLICATES_SCHEMA, REJECTED_SCHEMA
 from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.keys import prompt_key
+from resmaster_stages.planning import drafts
 from resmaster_stages.planning.checks import check_sizes
-from resmaster_stages.planning.drafts import DraftReader, draft_samples
+from resmaster_stages.planning.drafts import KEPT_INPUTS, DraftReader, draft_samples
+from resmaster_stages.planning.preview import preview
 from resmaster_stages.planning.prompt_files import read_prompts
+from resmaster_stages.prompts import ingest
 from resmaster_stages.storage.images import encode_image
+from resmaster_stages.storage.tables import decode_table
 
 
 def config_of(root: Path, **changes: Any) -> DatasetConfig:
@@ -92,3 +98,44 @@ def test_prompts_are_read_as_they_are_asked_for(tmp_path: Path, monkeypatch: pyt
     for _ in range(10):
         next(samples)
     assert len(read) == 10, "rows are held one at a time"
+
+
+def test_inputs_that_are_left_out_are_listed_whole_and_never_held_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again, bad = 3_000, 2_500
+    (tmp_path / "p.txt").write_text("a house\n" * (1 + again) + "a \x07 bell\n" * bad)
+    config = config_of(tmp_path / "out", prompts=str(tmp_path / "p.txt"))
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
+
+    def watched(kind: type) -> Any:
+        watchable: Any = type(kind.__name__, (kind,), {})  # a class with slots has no weak references
+
+        def make(*args: Any) -> Any:
+            nonlocal most
+            made = watchable(*args)
+            alive.add(made)
+            most = max(most, len(alive))
+            return made
+
+        return make
+
+    monkeypatch.setattr(drafts, "Duplicate", watched(drafts.Duplicate))
+    monkeypatch.setattr(drafts, "Rejected", watched(drafts.Rejected))
+    look = preview(config)
+    assert (look.duplicates.count, look.rejected.count) == (again, bad)
+    assert len(look.duplicates.first) == len(look.rejected.first) == KEPT_INPUTS
+    assert "3000 duplicates left out; 2500 rejected" in look.headline()
+    dataset = ingest(config)
+    (generation,) = dataset.plan.generations
+    assert (generation.duplicates_count, generation.rejected_count) == (again, bad)
+    assert generation.duplicates
+    assert generation.rejected
+    for stored, schema, count in (
+        (generation.duplicates, DUPLICATES_SCHEMA, again),
+        (generation.rejected, REJECTED_SCHEMA, bad),
+    ):
+        rows = decode_table(dataset.folder.read(stored.name), schema, stored.name).to_pylist()
+        assert len({row["source"] for row in rows}) == len(rows) == count
+    assert most < 4 * KEPT_INPUTS

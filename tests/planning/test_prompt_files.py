@@ -139,7 +139,14 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")  # would keep its reader waiting
     (tmp_path / "zero.txt").symlink_to("/dev/zero")
     (tmp_path / "folder.csv").mkdir()
-    for name, message in (("pipe.txt", "no regular file"), ("zero.txt", "no regular file"), ("folder.csv", "a folder")):
+    (tmp_path / "folder").mkdir()
+    kinds = {
+        "pipe.txt": "no regular file",
+        "zero.txt": "no regular file",
+        "folder.csv": "a folder",
+        "folder": "a folder",
+    }
+    for name, message in kinds.items():
         with pytest.raises(UserError, match=f"{name}: is {message}; give a file of prompts"):
             read_prompts(str(tmp_path / name))
     (tmp_path / "nothing.txt").symlink_to("gone.txt")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from rich.console import Console
 from rich.table import Table
@@ -11,9 +10,7 @@ from rich.table import Table
 from resmaster_flows.cli.arguments import add_source, config_of
 from resmaster_flows.watch.pace import spell_seconds
 from resmaster_flows.watch.terminal import SafeConsole, say
-from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.errors import UserError
-from resmaster_stages.planning.checks import HERE, Around
 from resmaster_stages.planning.estimate import Estimate
 from resmaster_stages.publish.card import spell_bytes
 
@@ -22,8 +19,6 @@ DESCRIPTION = (
     "Read the prompts or images and the dataset at the root, and print per stage what would be done and what would "
     "be skipped because it is committed. Writes nothing."
 )
-SHOWN_INPUTS = 10
-"""Rejected inputs, and duplicates, that are listed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,10 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Print what each stage has to do, and with `--estimate` what that would cost."""
+    from resmaster_flows.cli.execute import look_around
     from resmaster_stages.planning.preview import preview
 
     config = config_of(args)
-    look = preview(config, surroundings(config))
+    look = preview(config, look_around(config))
     out = SafeConsole()
     say(out, look.headline())
     table = Table("stage", "shards to do", "shards committed", "samples to do", box=None, pad_edge=False)
@@ -51,10 +47,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         table.add_row(stage.stage, str(stage.shards_pending), str(stage.shards_committed), str(stage.samples_pending))
     out.print(table)
     for one, many, inputs in (("rejected", "rejected", look.rejected), ("duplicate", "duplicates", look.duplicates)):
-        for each in inputs[:SHOWN_INPUTS]:
+        for each in inputs.first:
             say(out, f"{one}: {each}")
-        if len(inputs) > SHOWN_INPUTS:
-            say(out, f"... and {len(inputs) - SHOWN_INPUTS} more {many}")
+        if more := inputs.count - len(inputs.first):
+            say(out, f"... and {more} more {many}")
     for each in look.unchecked:
         say(out, f"not checked: {each}")
     if args.estimate:
@@ -64,19 +60,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
     elif args.workers != 1 or args.price is not None:
         raise UserError("--workers and --price are of --estimate; add --estimate")
     return 0
-
-
-def surroundings(config: DatasetConfig) -> Around:
-    """What is around a run of `config`, as far as its dispatch or PREFECT_API_URL name it.
-
-    Prefect, which takes seconds to import, is left alone otherwise.
-    """
-    where = config.dispatch.where
-    if where == "here" or (where == "auto" and not os.environ.get("PREFECT_API_URL")):
-        return HERE
-    from resmaster_flows.cli.execute import look_around
-
-    return look_around(config)
 
 
 def _print_estimate(found: Estimate, out: Console) -> None:

@@ -102,7 +102,7 @@ def _check_parts(told_sizes: bool, config: ModelConfig) -> None:
     index, unet = _json_of(config, "model_index.json"), _json_of(config, "unet/config.json")
     encoders = sum(index.get(name) not in (None, [None, None]) for name in ("text_encoder", "text_encoder_2"))
     try:
-        channels = _vae_config(config).get("latent_channels", 4)
+        channels = _latent_channels(config, unet)
     except (ConfigError, NotOnThisMachine):  # the check of model.vae tells of it
         channels = unet.get("in_channels", 4)
     require_plain(told_sizes, unet, channels, encoders)
@@ -118,6 +118,13 @@ def _check_parts(told_sizes: bool, config: ModelConfig) -> None:
         require_weights(config.id, folder / part, stem, config.variant)
     for part in ("tokenizer", "tokenizer_2")[: 1 + told_sizes]:
         require_tokenizer(config.id, folder / part)
+
+
+def _latent_channels(config: ModelConfig, unet: Mapping[str, Any]) -> Any:
+    """Of the VAE; of the UNet if what is given as a VAE is none, of which the check of model.vae tells."""
+    vae = _vae_config(config)
+    known = config.vae is None or vae.get("_class_name") == "AutoencoderKL"
+    return vae.get("latent_channels", 4 if known else unet.get("in_channels", 4))
 
 
 def _check_vae(config: ModelConfig) -> None:

@@ -38,6 +38,17 @@ def test_a_cluster_without_its_package(
     assert "executor ray needs prefect-ray; install it with: pip install" in line
 
 
+@pytest.mark.parametrize("where", ["auto", "here"])
+@pytest.mark.parametrize("verb", ["plan", "run"])
+def test_a_server_that_only_a_profile_names(
+    verb: str, where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        (line,) = said(capsys, tmp_path, verb, dispatch={"where": where})
+    assert "http://127.0.0.1:9/api: no answer" in line
+
+
 def test_the_devices_of_this_machine_count_where_it_computes() -> None:
     assert computed_here(DispatchConfig())
     assert computed_here(DispatchConfig(where="here"))
