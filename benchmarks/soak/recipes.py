@@ -118,7 +118,9 @@ def real(folder: Path, model: str) -> Recipe:
     from tqdm import tqdm
 
     torch.set_num_threads(1)  # threads do not outlive a fork
-    tqdm.set_lock(threading.RLock())  # its own is shared by all forks: a child that is killed with it would stop them all
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own is shared by all forks: a child that is killed with it would stop them all
     prompts = [f"a {colour} {thing}" for colour in ("red", "blue") for thing in ("house", "boat", "cat", "tree")]
     found = recipe(
         folder,
