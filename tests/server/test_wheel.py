@@ -56,6 +56,6 @@ def test_a_worker_of_the_wheel_in_the_folder_of_another_project(stack: Stack, tm
         assert ended.state is not None
         assert ended.state.is_completed(), f"{ended.state}\n{(tmp_path / 'worker.log').read_text()}"
     finally:
-        worker.terminate()
-        worker.wait(timeout=60)
+        worker.kill()
+        worker.wait()
     assert list(dataset.commits("low_res").numbers()) == [0]
