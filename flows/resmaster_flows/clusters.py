@@ -52,26 +52,36 @@ def check(executor: Executor) -> str:
     return address
 
 
-def runner(executor: Executor) -> TaskRunner[Any]:
-    """Prefect's task runner on the cluster. Raises UserError as `check` does, and if the cluster does not answer."""
+def connect(executor: Executor) -> str:
+    """The cluster's address. Raises UserError as `check` does, and if the cluster does not answer."""
     address = check(executor)
     if executor == "dask":
         import distributed
-        from prefect_dask import DaskTaskRunner
 
         try:
             distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False).close()
         except (OSError, ValueError) as error:
             raise UserError(f"{ADDRESSES[executor]}={address}: no Dask scheduler answers there ({error})") from None
-        return DaskTaskRunner(address=address)
+        return address
     import ray
-    from prefect_ray import RayTaskRunner
 
     if not ray.is_initialized():
         try:
             ray.init(address=address, log_to_driver=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"{ADDRESSES[executor]}={address}: no Ray cluster answers there ({error})") from None
+    return address
+
+
+def runner(executor: Executor) -> TaskRunner[Any]:
+    """Prefect's task runner on the cluster. Raises UserError as `connect` does."""
+    address = connect(executor)
+    if executor == "dask":
+        from prefect_dask import DaskTaskRunner
+
+        return DaskTaskRunner(address=address)
+    from prefect_ray import RayTaskRunner
+
     return RayTaskRunner(address=address)
 
 

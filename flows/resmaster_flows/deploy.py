@@ -25,11 +25,12 @@ from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
 from prefect.client.schemas.objects import DeploymentSchedule
 from prefect.events.schemas.automations import AutomationCore
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.workers.process import ProcessWorker
 
 from resmaster_flows.home import HOME, PROMPTS
+from resmaster_flows.server import require_answer
 from resmaster_stages.errors import ResMasterError, UserError
 
 DEPLOYMENTS = HOME / "deployments"
@@ -156,23 +157,14 @@ def described(automation: AutomationCore) -> dict[str, Any]:
 
 async def deploy(kind: str, gpus: int | None) -> None:
     """Create or update the pool, deployments and automations, and print what was done."""
-    api = get_current_settings().api.url
-    if api is None:
-        raise UserError("no server to deploy to: set PREFECT_API_URL, or start one with: make up")
     async with get_client() as client:
-        if (error := await client.api_healthcheck()) is not None:
-            raise ResMasterError(f"{api}: no answer ({error}); check PREFECT_API_URL, or start a server: make up")
-        try:
-            pool = await make_pool(client, kind, gpus)
-        except PrefectHTTPStatusError as refused:
-            if refused.response.status_code not in (401, 403):
-                raise
-            raise UserError(f"{api}: does not let you in; set PREFECT_API_AUTH_STRING (or PREFECT_API_KEY)") from None
+        pool = await make_pool(client, kind, gpus)
         schedules = await schedules_of(client, kind)
         entrypoints = await asyncio.to_thread(deploy_flows, kind)
         await keep_switched(client, kind, schedules)
         await notification_block(client)
         left_out = await make_automations(client, kind)
+    api = get_current_settings().api.url
     print(f"{api}: work pool {pool}; {len(entrypoints)} deployments named {kind}; automations")
     for name in left_out:
         print(f"left out: {name}, for nobody is named to tell; set {NOTIFY_URL} and deploy again")
@@ -189,6 +181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.gpus is not None and args.gpus < 1:
             raise UserError(f"--gpus {args.gpus}: give a number of at least 1")
+        if get_current_settings().api.url is None:
+            raise UserError("no server to deploy to: set PREFECT_API_URL, or start one with: make up")
+        require_answer()
         asyncio.run(deploy(args.pool, args.gpus))
     except ResMasterError as error:
         print(f"deploy: {error}", file=sys.stderr)

@@ -30,7 +30,7 @@ class Published:
         """The problem in a few words, after the word "publication"; "" if there is none."""
         if self.problem == "damaged":
             return f"is damaged ({', '.join(self.files)})"
-        return {"": "", "missing": "is missing", "stale": "is older than the commits"}[self.problem]
+        return {"": "", "missing": "is missing", "stale": "was made from other commits"}[self.problem]
 
 
 def published(folder: Folder, commits: str, ready: bool) -> Published:

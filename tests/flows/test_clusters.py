@@ -10,7 +10,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from resmaster_flows.build import repair
 from resmaster_flows.cli.main import main
-from resmaster_flows.clusters import ADDRESSES, check, runner
+from resmaster_flows.clusters import ADDRESSES, check
 from resmaster_flows.outcome import outcome
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
@@ -137,11 +137,17 @@ def test_the_command_line_finds_it_before_anything_starts(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_scheduler_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scheduler_that_does_not_answer_is_found_before_anything_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("resmaster_flows.clusters.CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr("resmaster_flows.server.require_answer", lambda: None)
+    monkeypatch.setattr("resmaster_flows.server.require_result_storage", lambda: None)
     monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "tcp://127.0.0.1:1")
-    with (
-        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}),
-        pytest.raises(UserError, match="no Dask scheduler answers there"),
-    ):
-        runner("dask")
+    (tmp_path / "prompts.txt").write_text("a red house\n")
+    (tmp_path / "demo.yaml").write_text("name: demo\nroot: out\nprompts: prompts.txt\n")
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
+        for verb in ("plan", "run"):
+            assert main([verb, str(tmp_path / "demo.yaml"), "--executor", "dask"]) == 2
+            assert "=tcp://127.0.0.1:1: no Dask scheduler answers there (" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

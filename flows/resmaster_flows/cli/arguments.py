@@ -26,6 +26,11 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="build on a store that lets two writers both win (see doctor); run one process at a time then",
     )
+    parser.add_argument(
+        "--executor",
+        choices=("dask", "ray"),
+        help="do the shards on a cluster that is there already (DASK_SCHEDULER_ADDRESS or RAY_ADDRESS)",
+    )
 
 
 def config_of(args: argparse.Namespace) -> DatasetConfig:
@@ -44,7 +49,7 @@ def config_of(args: argparse.Namespace) -> DatasetConfig:
             return path
         return str(Path(os.path.expanduser(path)).resolve())
 
-    return load_config(
+    config = load_config(
         args.config,
         root=args.root,
         prompts=absolute(args.prompts),
@@ -52,6 +57,9 @@ def config_of(args: argparse.Namespace) -> DatasetConfig:
         limit=args.limit,
         allow_overwriting_store=args.allow_overwriting_store or None,
     )
+    if args.executor is None:
+        return config
+    return config.model_copy(update={"dispatch": config.dispatch.model_copy(update={"where": args.executor})})
 
 
 def add_root(parser: argparse.ArgumentParser) -> None:

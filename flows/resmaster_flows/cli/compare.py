@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
             return call(build_dataset, config, read_input=False)
 
-        return execute(console, config, flow) == 0
+        return execute(console, flow) == 0
 
     config = config_of(args)
     around = look_around(config)

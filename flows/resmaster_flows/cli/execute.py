@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from resmaster_flows.build import BuildResult
 
 
-def execute(console: Console, config: DatasetConfig, build: Callable[[], BuildResult]) -> int:
+def execute(console: Console, build: Callable[[], BuildResult]) -> int:
     """Run a flow that builds a dataset, and print its result. Returns the exit status.
 
     build: calls the flow and returns its result. It also imports the flow, because importing Prefect takes seconds.
@@ -73,11 +73,11 @@ def require_surroundings(config: DatasetConfig) -> None:
             f"Prefect's settings cannot be used ({_settings_at_fault(error)}); mend or unset them"
         ) from error
 
-    if config.dispatch.where == "dask" or config.dispatch.where == "ray":
-        from resmaster_flows.clusters import check
-
-        check(config.dispatch.where)
     require_answer()
+    if config.dispatch.where == "dask" or config.dispatch.where == "ray":
+        from resmaster_flows.clusters import connect
+
+        connect(config.dispatch.where)
     if on_workers(config.dispatch):
         from resmaster_flows.server_runs import deployed
 

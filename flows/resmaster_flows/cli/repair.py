@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 HELP = "do only what is missing, failed or damaged"
 DESCRIPTION = (
     "Re-run what is not committed: failed, interrupted or deleted shards; and put back what `verify` found damaged, "
-    "with the same bytes. Then publish, which is all that is done if only the publication is missing, older than the "
-    "commits or damaged. Committed shards that are whole are left alone."
+    "with the same bytes. Then publish, which is all that is done if only the publication is missing, damaged "
+    "or made from other commits. Committed shards that are whole are left alone."
 )
 
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     require_surroundings(dataset.config)
     lacking = [stage for stage, numbers in todo.items() if numbers]
     check_stages(dataset.config, lacking, here=computed_here(dataset.config.dispatch))
-    return execute(console, dataset.config, build)
+    return execute(console, build)
 
 
 def _publish_if_needed(console: Console, dataset: Dataset, otherwise: str) -> int:

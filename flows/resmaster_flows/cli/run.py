@@ -26,11 +26,6 @@ DESCRIPTION = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     add_source(parser)
-    parser.add_argument(
-        "--executor",
-        choices=("dask", "ray"),
-        help="do the shards on a cluster that is there already (DASK_SCHEDULER_ADDRESS or RAY_ADDRESS)",
-    )
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -39,9 +34,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from resmaster_stages.prompts import ingest
 
     config = config_of(args)
-    if args.executor:
-        dispatch = config.dispatch.model_copy(update={"where": args.executor})
-        config = config.model_copy(update={"dispatch": dispatch})
     require_source(config)  # also where a plan exists, as `plan` does
     around = look_around(config)
     with listening(plans(partial(say, console))):
@@ -53,4 +45,4 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
         return call(build_dataset, config, read_input=False)
 
-    return execute(console, config, build)
+    return execute(console, build)
