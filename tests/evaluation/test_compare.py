@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -386,11 +386,12 @@ def test_the_verb_prints_tables_and_where_the_page_is(
 ) -> None:
     """The exit status of a build that lacks shards is the comparison's; what is there is compared."""
 
-    def execute(console: Console, config: DatasetConfig, *rest: object) -> int:
-        build(config)
+    def execute(console: Console, flow: Callable[[], object]) -> int:
+        flow()
         return status
 
     monkeypatch.setattr("resmaster_flows.cli.compare.execute", execute)
+    monkeypatch.setattr("resmaster_flows.calls.call", lambda flow, config, **options: build(config))
     (tmp_path / "prompts.txt").write_text("p1\np2\n")
     own = {"name": "d", "root": str(tmp_path / "out"), "prompts": "prompts.txt", "model": {"id": "tiny"}}
     (tmp_path / "d.yaml").write_text(yaml.safe_dump(own))

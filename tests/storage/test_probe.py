@@ -133,7 +133,7 @@ def _check_refusal(root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_the_command_line_refuses_in_one_line(
     overwriting_root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("resmaster_flows.cli.run.execute", lambda console, config, *rest: create_or_open(config) and 0)
+    monkeypatch.setattr("resmaster_flows.cli.run.execute", lambda console, build: 0)
     (tmp_path / "prompts.txt").write_text("a house\n")
     (tmp_path / "tiny.yaml").write_text("name: demo\nprompts: prompts.txt\n")
     command = ["run", str(tmp_path / "tiny.yaml"), "--root", overwriting_root]

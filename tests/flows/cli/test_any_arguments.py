@@ -60,7 +60,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "c.yaml").write_text("name: demo\nroot: out\nprompts: p.txt\nlow_res: {height: 16, width: 16}\n")
     Image.new("RGB", (16, 16)).save(tmp_path / "photo.png")
     for verb in ("run", "repair", "compare"):
-        monkeypatch.setattr(f"resmaster_flows.cli.{verb}.execute", lambda console, config, build: 0)
+        monkeypatch.setattr(f"resmaster_flows.cli.{verb}.execute", lambda console, build: 0)
     monkeypatch.setattr("resmaster_stages.models.load.load_pipeline", lambda config: pytest.fail("loads a model"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
