@@ -2,12 +2,14 @@
 
     python docs/screenshots.py --url http://127.0.0.1:4200 docs/images
 
-Needs Chromium, and PREFECT_API_URL of the same server. The images: the build's page, and its contact sheet.
+Needs Chromium, and PREFECT_API_URL of the same server, with PREFECT_API_AUTH_STRING if it asks for one. The images: the
+build's page, and its contact sheet.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from prefect.client.schemas.filters import (
     FlowFilterName,
 )
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.settings import get_current_settings
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.browser import Browser, chromium
@@ -45,7 +48,12 @@ def main() -> None:
                 flow_run_id=ArtifactFilterFlowRunId(any_=[builds[0].id]), type=ArtifactFilterType(any_=["image"])
             )
         )
+    password = get_current_settings().api.auth_string
     with Browser(1280, 900) as browser:
+        if password is not None:  # where the UI keeps what was typed into its login
+            browser.open(args.url)
+            kept = f"localStorage.setItem('prefect-password', btoa({json.dumps(password.get_secret_value())}))"
+            browser.command("Runtime.evaluate", expression=kept)
         browser.open(f"{args.url}/runs/flow-run/{builds[0].id}")
         browser.wait_for(builds[0].name, "Subflow Runs", "publish")
         browser.click("Artifacts")
