@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 HELP = "do only what is missing, failed or damaged"
 DESCRIPTION = (
-    "Re-run what is not committed: failed, interrupted or deleted shards; and put back what `verify` found damaged, "
-    "with the same bytes. Then publish, which is all that is done if only the publication is missing, damaged "
-    "or made from other commits. Committed shards that are whole are left alone."
+    "Do what is missing: shards that failed, were interrupted or lost their record. Put back what `verify` found "
+    "damaged, with the same bytes. Then publish. If only the publication is missing, damaged or made from other "
+    "commits, nothing else is done. Committed shards that are whole are left alone."
 )
 
 
