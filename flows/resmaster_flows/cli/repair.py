@@ -78,8 +78,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _publish_if_needed(console: Console, dataset: Dataset, otherwise: str) -> int:
-    """Publish if the publication is not as it should be, and say `otherwise` if it is. Returns 1 if
-    a commit record cannot be read or too many samples failed, else 0."""
+    """Publish if the publication is not as it should be, and say `otherwise` if it is.
+
+    Returns 1 if a commit record cannot be read or too many samples failed, else 0.
+    """
     from resmaster_stages.inspection.published import Published, changed_files
     from resmaster_stages.inspection.status import status
 
