@@ -4,9 +4,9 @@
 
 The scenes take turns. Each round says in a line what was done to it. At its end, a process that is left in peace
 finishes the dataset, and all that a reader can see must be equal, to the byte, to an undisturbed build's; no sample may
-be there twice or be missing. The first difference ends the soak with exit status 1, and its files stay. So does a
-process that ended by an error that nobody foresaw, at the end. Counts are in a JSON file that is written after every
-round.
+be there twice or be missing. The first difference ends the soak with exit status 1, and its files stay. After an error
+that nobody foresaw, the soak goes on, and ends with exit status 1. Counts are in a JSON file that is written after
+every round.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Scenes with the real programs: `resmaster run` and its Prefect server, and a deployed server with its workers.
+"""Scenes with the real programs: `resmaster run` without a server, and a Prefect server with its workers.
 
 They start as users start them, with stand-in stages, in sessions of their own.
 """

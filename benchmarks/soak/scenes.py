@@ -271,7 +271,7 @@ def damages(each: Round) -> Counter[str]:
 
 
 def command_line(each: Round) -> Counter[str]:
-    """`resmaster run`, of which the group, the main process, a child or the Prefect server is killed."""
+    """`resmaster run`, of which the group, the main process or a child is killed."""
     calm = each.calms["plain"]
     done = ask(struck_runs, calm.made, each.root, each.folder, each.chance.getrandbits(32), each.few)
     return ended(each, calm, done)

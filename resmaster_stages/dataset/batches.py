@@ -1,8 +1,7 @@
-"""How samples were computed together: what decides their bytes besides the sample, the identity of the configuration,
-the libraries and the kind of device.
+"""Describes how samples were computed together (`Batch`), and puts the batches of a shard into its commit record.
 
-Devices round, and how they round depends on what they compute together. So every commit record holds the batches of its
-samples, and a damaged shard is computed again in just these batches.
+Devices round, and how they round depends on what they compute together. So a damaged shard is computed again in just
+the batches that its record holds.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The error ledger: which sample failed in which attempt, and why.
 
 Invariants:
-- The ledger is append-only. A row is never changed or removed, except that an attempt that lost its commit removes its
-  own file.
+- The ledger is append-only. A row is never changed or removed, with two exceptions: an attempt that lost its commit
+  removes its own file, and a file that is lost or damaged is written again (`runner.mend`).
 - A ledger file holds a digest of its rows, because commit records hold only its name.
 """
 

@@ -1,5 +1,5 @@
-"""Tells whether the publication is there, whole, and made from the commits that count now, and what it leads readers
-to. Changes nothing."""
+"""Tells whether the publication is there, whole and made from the commits that count now. Tells what the publication
+leads readers to. Changes nothing."""
 
 from __future__ import annotations
 

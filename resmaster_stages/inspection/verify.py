@@ -1,10 +1,10 @@
-"""Reads every object that the plan, the valid commits and the publication name, and reports those that differ from
-their record, and records that are lost, cannot be read or contradict each other.
+"""Reads every object that the plan, the valid commits and the publication name. Reports objects that differ from their
+record, and records that are lost, cannot be read or contradict each other.
 
 Invariants:
 - Every object is hashed completely, in pieces, several objects at a time. Only a few pieces of each are in memory.
 - `verify` writes nothing. Only `note` writes: damage marks, which a repair reads and removes.
-- Only objects of the current configuration's commits can be mended. Damage to other objects is reported too.
+- Each damage says what mends it (`Damage.mend`). What a repair cannot mend is reported too (`BY_HAND`).
 - A lost commit record is noticed by what was published of its shard.
 - Records of failed attempts are not checked. They are notes, and no data depends on them.
 """

@@ -1,8 +1,8 @@
-"""The one list of what is checked of a configuration before anything is planned or computed.
+"""Checks a configuration before anything is planned or computed. Every check is in the one list of this module.
 
 The list has everything that a stage could refuse later and that can be known earlier: sizes, steps, the files of all
-models, addresses, devices. Of files, JSON and the headers of weights are read. Nothing is loaded, downloaded or written
-(only a base model at the hub has some small JSON files fetched, because no size is known without them).
+models, addresses, devices. Of files, JSON and the headers of weights are read. Nothing is loaded or written. Nothing is
+downloaded, but for some small JSON files of a base model at the hub, because no size is known without them.
 
 All mistakes are told at once, one line each. Mistakes in the input are found when the input is read.
 """
@@ -33,7 +33,6 @@ from resmaster_stages.storage.filesystem import Folder, open_root
 LARGEST_LOW_RES = 64
 """Largest area of a generated low-res image, in native areas of the base model. It is drawn in one piece, and the work
 of attention grows with the square of the area."""
-
 
 NAMED = re.compile(r"(model|low_res|captions|upscale|quality)\.\w+(\.\w+)*[: ]|low_res[: ]")
 """The beginning of a message that names its setting itself."""

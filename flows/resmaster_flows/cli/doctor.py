@@ -16,8 +16,8 @@ from resmaster_stages.storage.probe import examine
 
 HELP = "say whether a store is fit for builds"
 DESCRIPTION = (
-    "Try at ROOT what builds need of a store: create a name once, also when writers race, list, read and delete at "
-    "once. Leaves nothing behind. Exit status 1 if something failed."
+    "Try at ROOT what builds need of a store: a name is created only once, also when writers race; an object can be "
+    "read, listed and deleted at once. Leaves nothing behind. Exit status 1 if something failed."
 )
 COLOURS = {"ok": "green", "failed": "red", "untested": "dim", "lacking": "yellow"}
 

@@ -17,8 +17,9 @@ from resmaster_stages.inspection.leftovers import find_leftovers, remove_leftove
 
 HELP = "remove what no commit names"
 DESCRIPTION = (
-    "Remove leftovers of interrupted and losing attempts, probes, temporary files and caches of finished shards, if "
-    "they are older than a grace period. Nothing that a commit or the plan names is touched, no record, no ledger."
+    "Remove what interrupted and losing attempts left behind, probes, temporary files and caches of finished shards, "
+    "if they are older than a grace period. Never removed are records, error ledgers, and what a commit or the plan "
+    "names."
 )
 GRACE_HOURS = 24.0
 

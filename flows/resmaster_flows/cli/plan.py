@@ -16,8 +16,8 @@ from resmaster_stages.publish.card import spell_bytes
 
 HELP = "say what `run` would do; change nothing"
 DESCRIPTION = (
-    "Read the prompts or images and the dataset at the root, and print per stage what would be done and what would "
-    "be skipped because it is committed. Writes nothing."
+    "Read the prompts or images and the dataset at the root, and print per stage what would be done and what is "
+    "committed. Says what `run` would refuse. Writes nothing."
 )
 
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 HELP = "do only what is missing, failed or damaged"
 DESCRIPTION = (
-    "Re-run what is not committed: failed, interrupted or deleted shards; and put back what `verify` found damaged, "
-    "with the same bytes. Then publish, which is all that is done if only the publication is missing, damaged "
-    "or made from other commits. Committed shards that are whole are left alone."
+    "Do what is missing: shards that failed, were interrupted or lost their record. Put back what `verify` found "
+    "damaged, with the same bytes. Then publish. If only the publication is missing, damaged or made from other "
+    "commits, nothing else is done. Committed shards that are whole are left alone."
 )
 
 
@@ -78,8 +78,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _publish_if_needed(console: Console, dataset: Dataset, otherwise: str) -> int:
-    """Publish if the publication is not as it should be, and say `otherwise` if it is. Returns 1 if
-    a commit record cannot be read or too many samples failed, else 0."""
+    """Publish if the publication is not as it should be, and say `otherwise` if it is.
+
+    Returns 1 if a commit record cannot be read or too many samples failed, else 0.
+    """
     from resmaster_stages.inspection.published import Published, changed_files
     from resmaster_stages.inspection.status import status
 

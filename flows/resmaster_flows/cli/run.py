@@ -17,9 +17,8 @@ from resmaster_stages.progress import listening
 HELP = "build a dataset, or go on with it"
 DESCRIPTION = (
     "Build the dataset that CONFIG describes. Safe to stop at any moment and to run again: committed shards are "
-    "never redone, and the result is the same to the byte. After two kills in one batch its samples are computed alone "
-    "and may differ by rounding, and a sample at which three processes were killed is left out as failed; "
-    "`repair --retry-errors` tries it again."
+    "never redone, and the result is the same to the byte. Only samples at which a process was killed twice may differ "
+    "by rounding. After three kills a sample counts as failed, and `repair --retry-errors` tries it again."
 )
 
 
