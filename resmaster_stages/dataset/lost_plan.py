@@ -25,7 +25,7 @@ from resmaster_stages.dataset.plan import (
     part_of,
     read_generation,
 )
-from resmaster_stages.dataset.records import parse_record, record_text
+from resmaster_stages.dataset.records import parse_values, record_text
 from resmaster_stages.dataset.schemas import PLAN_SCHEMA
 from resmaster_stages.errors import ShardError, UserError
 from resmaster_stages.keys import digest
@@ -107,7 +107,7 @@ def _candidates(folder: Folder, before: Sequence[Generation]) -> Iterator[Genera
             facts = facts_of(data, name)
             if "generation" not in facts or facts.get("rows_sha256") != digest(rows):
                 continue
-            generation = parse_record(Generation, facts["generation"].encode())
+            generation = parse_values(Generation, facts["generation"].encode())
             generation = replace(generation, parts=(*generation.parts, part_of(described(name, data), rows)))
             check_numbers(generation, before)
         except (ValueError, ShardError):

@@ -1,7 +1,7 @@
 """Writes records (frozen dataclasses) as JSON and reads them back.
 
 The last field of a record is `sha256`, the digest of all bytes before that field. So any change to a record is noticed
-by everyone who reads it. A record without this field, as earlier versions wrote it, is read too.
+by everyone who reads it.
 
 Invariant: a record that is read has exactly the types of its class, so its users need not check them.
 """
@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 Record = TypeVar("Record")
 
 CHANGED = "sha256: differs, so the file was changed since it was written"
+NO_DIGEST = "sha256: is not at the end, so the file was cut off, or changed since it was written"
 _SIGNED = re.compile(rb'(.*),\n +"sha256": "([0-9a-f]{64})"\n\}\n', re.DOTALL)
 
 
@@ -36,10 +37,11 @@ def signed(values: dict[str, Any], indent: int) -> bytes:
 
 
 def unsigned(text: bytes) -> bytes:
-    """The JSON without the digest that `signed` added. Raises ValueError if the text does not fit its digest."""
+    """The JSON without the digest that `signed` added. Raises ValueError if it is not there, or if the text does not
+    fit it."""
     found = _SIGNED.fullmatch(text)
     if found is None:
-        return text
+        raise ValueError(NO_DIGEST)
     if hashlib.sha256(found[1]).hexdigest() != found[2].decode():
         raise ValueError(CHANGED)
     return found[1] + b"\n}"
@@ -47,13 +49,16 @@ def unsigned(text: bytes) -> bytes:
 
 def parse_record(kind: type[Record], text: bytes) -> Record:
     """The inverse of `record_text`. Raises ValueError, in one line, for any other text."""
+    return parse_values(kind, unsigned(text))
+
+
+def parse_values(kind: type[Record], text: bytes) -> Record:
+    """A record from JSON without a digest. Raises ValueError, in one line, unless it has exactly the class's types."""
     try:
-        record: Record = _adapter(kind).validate_json(unsigned(text), strict=True)  # type: ignore[arg-type]
+        record: Record = _adapter(kind).validate_json(text, strict=True)  # type: ignore[arg-type]
         return record
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        if first["loc"] == ("sha256",):  # the end of the text is not as `signed` writes it
-            raise ValueError(CHANGED) from error
         place = ".".join(map(str, first["loc"])) or "JSON"
         raise ValueError(f"{place}: {first['msg']}") from error
 

@@ -12,7 +12,7 @@ from PIL import Image
 from resmaster_flows.cli.main import main
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.dataset import Dataset
-from resmaster_stages.dataset.records import unsigned
+from resmaster_stages.dataset.records import signed, unsigned
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.errors import ConfigError, GpuLost, ShardError, UserError
 from resmaster_stages.inspection.explain import (
@@ -98,7 +98,7 @@ def test_the_idle_share_is_shown_where_the_record_has_it(tmp_path: Path) -> None
     for path in (tmp_path / "out").glob("**/commits/high_res-*/*.json"):
         record = json.loads(unsigned(path.read_bytes()))
         del record["provenance"]["device"]
-        path.write_text(json.dumps(record))
+        path.write_bytes(signed(record, indent=1))
     assert spelled(explain(dataset, key)).count("device idle") == 3
 
 

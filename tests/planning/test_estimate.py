@@ -10,7 +10,7 @@ import yaml
 from resmaster_flows.cli.main import main
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import load_config
-from resmaster_stages.dataset.records import unsigned
+from resmaster_stages.dataset.records import signed, unsigned
 from resmaster_stages.errors import UserError
 from resmaster_stages.planning.estimate import (
     PICTUREBOOK_RATES,
@@ -99,7 +99,7 @@ def test_commits_of_the_same_stage_count_more_than_any_table(tmp_path: Path) -> 
         receipt = run_stage(dataset, "low_res", shard, process=FAKES["low_res"])
         path = Path(dataset.folder.full(f"commits/low_res-{receipt.stage_hash[:8]}/{shard:06d}.json"))
         record = json.loads(unsigned(path.read_bytes()))
-        path.write_text(json.dumps({**record, "seconds": 3.0, "provenance": {"gpu": "a big one"}}))
+        path.write_bytes(signed({**record, "seconds": 3.0, "provenance": {"gpu": "a big one"}}, indent=1))
         size = receipt.objects[0].bytes
     found = estimate(preview(dataset.config))
     low_res = stage_of(found, "low_res")

@@ -15,7 +15,7 @@ from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.plan import Plan, read_plan
-from resmaster_stages.dataset.records import unsigned
+from resmaster_stages.dataset.records import signed, unsigned
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.dataset.stages import STAGES
@@ -276,6 +276,6 @@ def test_places_that_do_not_fit_are_refused(tmp_path: Path, change: str | None, 
     (path,) = (tmp_path / "demo" / "commits").glob("high_res-*/*.json")
     record = json.loads(unsigned(path.read_bytes()))
     record["images"] = [change, *record["images"][1:]] if change else record["images"][1:]
-    path.write_text(json.dumps(record))
+    path.write_bytes(signed(record, indent=1))
     with pytest.raises(ShardError, match=said):
         write_manifest(dataset)
