@@ -1,11 +1,13 @@
 import errno
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -157,6 +159,36 @@ def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         folder.create("b", b"new")
     assert sorted(os.listdir(tmp_path)) == ["a"]
     assert (tmp_path / "a").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("way", ["create", "write", "upload"])
+def test_a_file_is_on_the_disk_before_its_name_and_then_the_name(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So after a loss of power a name is there with its whole content, or not at all; and the folders above it too."""
+    done: list[tuple[str, str]] = []
+
+    def noted(what: str) -> None:
+        real = getattr(os, what)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            place = os.readlink(f"/proc/self/fd/{arguments[0]}") if what == "fsync" else str(arguments[-1])
+            done.append((what, Path(place).relative_to(tmp_path).as_posix()))
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(os, what, call)
+
+    (tmp_path / "source").write_bytes(b"content")
+    for what in ("fsync", "link", "replace"):
+        noted(what)
+    folder = open_root(str(tmp_path))
+    if way == "upload":
+        folder.upload("a/b/c", tmp_path / "source")
+    else:
+        getattr(folder, way)("a/b/c", b"content")
+    named, content = ("link" if way == "create" else "replace", "a/b/c"), done[2]
+    assert re.fullmatch(r"a/b/\.c\.\w+\.tmp", content[1])
+    assert done == [("fsync", "."), ("fsync", "a"), ("fsync", content[1]), named, ("fsync", "a/b")]
 
 
 def test_bad_roots(tmp_path: Path) -> None:
