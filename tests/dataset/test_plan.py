@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset import plan as plan_module
-from resmaster_stages.dataset.dataset import Dataset
+from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.dataset.lost_plan import restore_plan, survey
 from resmaster_stages.dataset.plan import GenerationWriter, Plan, Rejected, SampleSpec, find_plan, read_plan
 from resmaster_stages.errors import PlanError
+from resmaster_stages.inspection.verify import verify
 from resmaster_stages.prompts import ingest
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import open_root
@@ -147,6 +148,38 @@ def test_a_record_is_not_made_again_from_files_that_are_not_whole(tmp_path: Path
             read_plan(folder)
     folder.write(part, whole)
     assert restore_plan(folder) == [name]
+
+
+def test_a_record_is_not_made_again_if_an_earlier_file_is_not_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "PART_ROWS", 2)
+    folder, name = two_generations(tmp_path).folder, layout.plan_record(0)
+    first, last = (each for each in folder.names(layout.generation(0)) if layout.is_plan_part(each))
+    whole = folder.read(first)
+    folder.remove(name)
+    folder.write(first, whole[:-1])
+    assert [(each.name, each.generation) for each in survey(folder)[1]] == [(name, None)]
+    assert restore_plan(folder) == []
+    folder.write(first, whole)
+    assert restore_plan(folder) == [name]
+    assert verify(open_dataset(folder.url)).damage == ()
+
+
+def test_a_lost_record_is_noticed_before_anything_is_committed(tmp_path: Path) -> None:
+    """Of an earlier generation by the later one, and of the last one by what stands in its place."""
+    folder = open_root(str(tmp_path))
+    append(find_plan(folder), specs("a"), 2)
+    append(find_plan(folder), specs("b"), 2)
+    earlier, last = layout.plan_record(0), layout.plan_record(1)
+    whole = folder.read(earlier), folder.read(last)
+    folder.remove(earlier)
+    assert restore_plan(folder) == [earlier]
+    place = tmp_path / last
+    place.unlink()
+    place.symlink_to(place.name)
+    assert restore_plan(folder) == [last]
+    assert (folder.read(earlier), folder.read(last)) == whole
 
 
 def test_a_planner_that_was_killed_is_no_loss(tmp_path: Path) -> None:

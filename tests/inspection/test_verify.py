@@ -320,6 +320,19 @@ def test_an_unreadable_record_takes_along_what_was_made_from_it(local: Dataset) 
     assert verify(local).damage == ()
 
 
+def test_a_shard_whose_record_is_gone_is_whole_after_one_repair(local: Dataset) -> None:
+    """It is not marked: the mark would outlive its repair, and hide the shard from readers."""
+    publish(local)
+    record = commit_name("captions", local.hashes["captions"], 1)
+    local.folder.remove(record)
+    found = verify(local)
+    assert (record, "gone") in {(damage.name, damage.what) for damage in found.damage}
+    note(local, found)
+    assert work(local) == [("captions", 1)]
+    assert not any(pending(local).values())
+    assert publish(local).shards_missing == 0
+
+
 def test_damage_of_an_older_configuration_is_told_and_not_marked(local: Dataset) -> None:
     old = receipt_of(local, "high_res", 0).objects[0]
     config = local.config.model_copy(update={"webp_quality": 90})
