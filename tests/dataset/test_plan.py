@@ -155,7 +155,7 @@ def test_a_record_is_not_made_again_if_an_earlier_file_is_not_whole(
 ) -> None:
     monkeypatch.setattr(plan_module, "PART_ROWS", 2)
     folder, name = two_generations(tmp_path).folder, layout.plan_record(0)
-    first, last = (each for each in folder.names(layout.generation(0)) if layout.is_plan_part(each))
+    first, _ = (each for each in folder.names(layout.generation(0)) if layout.is_plan_part(each))
     whole = folder.read(first)
     folder.remove(name)
     folder.write(first, whole[:-1])

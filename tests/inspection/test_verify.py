@@ -16,6 +16,7 @@ from fsspec.implementations.local import LocalFileOpener
 
 from resmaster_flows.cli.main import main
 from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.damage import drop_unreadable_records, give_up_damaged
 from resmaster_stages.dataset.dataset import Dataset, create_or_open
@@ -331,6 +332,40 @@ def test_a_shard_whose_record_is_gone_is_whole_after_one_repair(local: Dataset) 
     assert work(local) == [("captions", 1)]
     assert not any(pending(local).values())
     assert publish(local).shards_missing == 0
+
+
+@pytest.mark.parametrize("what", ["configuration", "plan", "plan file", "commit", "object", "ledger", "publication"])
+def test_an_outage_is_no_damage(local: Dataset, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    low = receipt_of(local, "low_res", 0)
+    dataset = create_or_open(local.config.model_copy(update={"webp_quality": 90}))
+    work(dataset)
+    publish(dataset)
+    name = {
+        "configuration": layout.CONFIG,  # the one before
+        "plan": layout.plan_record(0),
+        "plan file": dataset.plan.generations[0].parts[0].stored.name,
+        "commit": commit_name("low_res", low.stage_hash, 0),
+        "object": low.objects[0].name,
+        "ledger": low.ledger or "",
+        "publication": layout.PUBLICATION,
+    }[what]
+    assert verify(dataset).damage == ()
+    real_cat, real_open = Folder._cat, Folder.open
+
+    def cat(self: Folder, path: str) -> bytes:
+        if path.endswith(f"/{name}"):
+            raise ConnectionError("the store is down")
+        return real_cat(self, path)
+
+    def opened(self: Folder, each: str, *size: int) -> Any:
+        if each == name:
+            raise ConnectionError("the store is down")
+        return real_open(self, each, *size)
+
+    monkeypatch.setattr(Folder, "_cat", cat)
+    monkeypatch.setattr(Folder, "open", opened)
+    with pytest.raises(ConnectionError, match="the store is down"):
+        verify(dataset)
 
 
 def test_damage_of_an_older_configuration_is_told_and_not_marked(local: Dataset) -> None:

@@ -317,6 +317,18 @@ def test_conflicts_are_tried_again_and_other_errors_are_not(monkeypatch: pytest.
         assert len(store.answers) == 1
 
 
+@pytest.mark.parametrize("code", ["ConditionalRequestConflict", "OperationAborted"])
+def test_a_conflict_without_end_is_no_success(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(filesystem.time, "sleep", waits.append)
+    store = FakeStore(*[store_error(code, errno.EIO)] * 20)
+    with pytest.raises(OSError, match=code) as caught:
+        put_if_absent(store, "p", b"")
+    assert not isinstance(caught.value, FileExistsError), "nobody has created it"
+    assert len(waits) == filesystem.CREATE_ATTEMPTS - 1
+    assert sum(waits) < 60
+
+
 def test_transient_errors_stay_what_they_are() -> None:
     with pytest.raises(OSError, match="busy") as caught, explained("s3://b"):
         raise OSError(errno.EBUSY, "busy")
