@@ -166,6 +166,41 @@ def test_a_record_is_not_made_again_if_an_earlier_file_is_not_whole(
     assert verify(open_dataset(folder.url)).damage == ()
 
 
+def test_of_the_files_of_two_planners_those_count_that_fit_the_commits(tmp_path: Path) -> None:
+    """The slower planner was killed before it could remove its files, and then the record was lost."""
+    dataset = planned(tmp_path / "out", ["a", "b"], tmp_path)
+    (tmp_path / "other").mkdir()
+    other = planned(tmp_path / "other", ["c", "d"], tmp_path / "other")
+    folder, name = dataset.folder, layout.plan_record(0)
+    whole = folder.read(name)
+    (part,) = (each for each in other.folder.names(layout.generation(0)) if layout.is_plan_part(each))
+    folder.write(part, other.folder.read(part))
+    folder.remove(name)
+    assert restore_plan(folder) == [], "nobody knows whose samples were planned"
+    folder.create(name, whole)
+    run_stage(dataset, "low_res", 0, process=FAKES["low_res"])
+    folder.remove(name)
+    assert restore_plan(folder) == [name]
+    assert folder.read(name) == whole
+
+
+def test_of_the_files_of_several_planners_those_count_that_fit_the_commits(tmp_path: Path) -> None:
+    """The slower planner was killed before it could remove its files, and then the record was lost."""
+    (tmp_path / "other").mkdir()
+    other = planned(tmp_path / "other", ["other", "prompts", "here"], tmp_path / "other").folder
+    dataset = two_generations(tmp_path)
+    folder, name = dataset.folder, layout.plan_record(0)
+    whole = folder.read(name)
+    (part,) = (each for each in other.names(layout.generation(0)) if layout.is_plan_part(each))
+    folder.write(part, other.read(part))
+    folder.remove(name)
+    assert restore_plan(folder) == [name]
+    assert folder.read(name) == whole
+    dataset.commits("low_res").drop([0, 1])
+    folder.remove(name)
+    assert restore_plan(folder) == [], "nobody knows whose samples were planned"
+
+
 def test_a_lost_record_is_noticed_before_anything_is_committed(tmp_path: Path) -> None:
     """Of an earlier generation by the later one, and of the last one by what stands in its place."""
     folder = open_root(str(tmp_path))

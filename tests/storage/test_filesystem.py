@@ -23,7 +23,7 @@ from resmaster_stages.errors import UserError
 from resmaster_stages.redaction import without_credentials
 from resmaster_stages.storage import filesystem
 from resmaster_stages.storage.filesystem import Folder, open_file, open_folder, open_root, put_if_absent
-from resmaster_stages.storage.store_errors import explained
+from resmaster_stages.storage.store_errors import explained, worth_repeating
 
 
 def test_write_read_list_remove(folder: Folder, tmp_path: Path) -> None:
@@ -327,6 +327,25 @@ def test_a_conflict_without_end_is_no_success(code: str, monkeypatch: pytest.Mon
     assert not isinstance(caught.value, FileExistsError), "nobody has created it"
     assert len(waits) == filesystem.CREATE_ATTEMPTS - 1
     assert sum(waits) < 60
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "repeated"),
+    [
+        ("TooManyRequests", 429, True),
+        ("BadDigest", 400, True),
+        ("IncompleteBody", 400, True),
+        ("RequestTimeout", 400, False),
+        ("OperationAborted", 409, False),
+    ],
+)
+def test_a_refusal_that_may_pass_is_an_outage(code: str, status: int, repeated: bool) -> None:
+    """So the shard's task is tried again, and the build does not end."""
+    error = store_error(code, errno.EIO)
+    error.__cause__.response["ResponseMetadata"] = {"HTTPStatusCode": status}  # type: ignore[union-attr]
+    assert worth_repeating(error) is repeated
+    with pytest.raises(ConnectionError, match=f"^s3://b: the store answered {code}"), explained("s3://name:word@b"):
+        raise error
 
 
 def test_transient_errors_stay_what_they_are() -> None:
