@@ -15,9 +15,12 @@ from resmaster_stages.dataset import plan as plan_module
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.dataset.lost_plan import restore_plan, survey
 from resmaster_stages.dataset.plan import GenerationWriter, Plan, Rejected, SampleSpec, find_plan, read_plan
+from resmaster_stages.dataset.retry import retries_of
 from resmaster_stages.errors import PlanError
+from resmaster_stages.inspection.status import pending, status
 from resmaster_stages.inspection.verify import verify
 from resmaster_stages.prompts import ingest
+from resmaster_stages.publish.publish import publish
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import open_root
 from tests.fake_stages import FAKES, planned
@@ -199,6 +202,15 @@ def test_of_the_files_of_several_planners_those_count_that_fit_the_commits(tmp_p
     dataset.commits("low_res").drop([0, 1])
     folder.remove(name)
     assert restore_plan(folder) == [], "nobody knows whose samples were planned"
+
+
+def test_nothing_goes_on_as_if_the_rest_of_the_plan_were_all(tmp_path: Path) -> None:
+    folder = two_generations(tmp_path).folder
+    folder.remove(layout.plan_record(1))
+    rest = open_dataset(folder.url)
+    for look in (status, pending, retries_of, publish):
+        with pytest.raises(PlanError, match="a part of its plan is gone: it has 2 shards, and commits are of 3"):
+            look(rest)  # type: ignore[operator]
 
 
 def test_a_lost_record_is_noticed_before_anything_is_committed(tmp_path: Path) -> None:
