@@ -22,7 +22,7 @@ from resmaster_stages.inspection.verify import verify
 from resmaster_stages.prompts import ingest
 from resmaster_stages.publish.publish import publish
 from resmaster_stages.runner.run import run_stage
-from resmaster_stages.storage.filesystem import open_root
+from resmaster_stages.storage.filesystem import Folder, open_root
 from tests.fake_stages import FAKES, planned
 
 
@@ -91,6 +91,26 @@ def test_racing_planners_have_one_winner() -> None:
     assert len(won) == 1
     assert list(read_plan(folder).keys()) == [f"k{won[0]}"]
     assert len(folder.names("plan/gen-0000")) == 3, "the losers' files are gone"
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_a_planner_is_told_of_its_own_record_and_keeps_its_files(
+    others: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store answers "exists" to a request that it has fulfilled, and that was sent once more."""
+    folder = open_root(str(tmp_path))
+    empty, real = find_plan(folder), Folder.create
+    if others:
+        append(empty, specs("b"), 2)
+
+    def create(self: Folder, name: str, data: bytes) -> None:
+        real(self, name, data)
+        raise FileExistsError(name)
+
+    monkeypatch.setattr(Folder, "create", create)
+    assert append(empty, specs("a"), 2) is not others
+    assert list(read_plan(folder).keys()) == ["b" if others else "a"]
+    assert len(folder.names("plan/gen-0000")) == 2
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
@@ -221,6 +241,8 @@ def test_a_lost_record_is_noticed_before_anything_is_committed(tmp_path: Path) -
     earlier, last = layout.plan_record(0), layout.plan_record(1)
     whole = folder.read(earlier), folder.read(last)
     folder.remove(earlier)
+    with pytest.raises(PlanError, match=r"gen-0000/_PLAN\.json: gone; restore it from a copy, or run: resmaster repair"):
+        find_plan(folder)
     assert restore_plan(folder) == [earlier]
     place = tmp_path / last
     place.unlink()

@@ -1,6 +1,7 @@
 """What can be known before the first commit is known before it: one list of checks, all mistakes at once."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -324,3 +325,11 @@ def test_only_what_the_stages_need_is_checked(tmp_path: Path) -> None:
 def test_a_model_that_no_stage_reads_but_that_names_the_dataset(tmp_path: Path) -> None:
     (line,) = mistakes(tmp_path, upscale={"method": "lanczos"}, captions={"model": "/none"})
     assert line == "weights: model /none: no such folder; check the path, or give a hub id such as owner/name"
+
+
+def test_a_root_that_cannot_be_written_is_found_before_anything_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)
+    (said,) = mistakes(tmp_path)
+    assert said == f"root: {tmp_path / 'out'}: cannot be written ({tmp_path} does not allow it); choose another root"
