@@ -241,7 +241,7 @@ def test_a_lost_record_is_noticed_before_anything_is_committed(tmp_path: Path) -
     earlier, last = layout.plan_record(0), layout.plan_record(1)
     whole = folder.read(earlier), folder.read(last)
     folder.remove(earlier)
-    with pytest.raises(PlanError, match=r"gen-0000/_PLAN\.json: gone; restore it from a copy, or run: resmaster repair"):
+    with pytest.raises(PlanError, match=r"gen-0000/_PLAN\.json: gone; .* run: resmaster repair"):
         find_plan(folder)
     assert restore_plan(folder) == [earlier]
     place = tmp_path / last

@@ -74,6 +74,29 @@ class Batches:
 
 
 @pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda made: [made[1], made[0], *made[2:]],
+        lambda made: [made[0], made[0], *made[2:]],
+        lambda made: [*made[:-1], Output("0" * 32, files=made[-1].files)],
+        lambda made: made[:-1],
+        lambda made: [*made, made[0]],
+        lambda made: [],
+    ],
+    ids=["swapped", "twice", "a stranger", "too few", "too many", "none"],
+)
+def test_a_stage_that_gives_other_samples_than_it_got_is_named(
+    dataset: Dataset, spoil: Callable[[list[Output]], list[Output]]
+) -> None:
+    def stage(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        yield from spoil(list(FAKES["low_res"](config, samples)))
+
+    with pytest.raises(ShardError, match="the stage low_res gave samples .* where .* were due"):
+        run(dataset, "low_res", stage)
+    assert dataset.commits("low_res").read(0) is None
+
+
+@pytest.mark.parametrize(
     "error", [CUDA, CPU, PYTHON, KERNEL, OutOfMemory("too large")], ids=lambda error: type(error).__name__
 )
 def test_out_of_memory_halves_the_batch_and_goes_on_with_the_same_slot(dataset: Dataset, error: Exception) -> None:
