@@ -387,7 +387,11 @@ def test_a_record_of_other_samples_is_told_and_one_of_a_stranger_is_left_alone(l
     record = commit_name("quality", receipt.stage_hash, 1)
     local.folder.write("commits/another-01234567/000000.json", b"{")
     assert verify(local).damage == ()
-    for other in (replace(receipt, keys_digest="0" * 64), replace(receipt, samples_ok=receipt.samples_ok + 1)):
+    for other in (
+        replace(receipt, keys_digest="0" * 64),
+        replace(receipt, samples_ok=receipt.samples_ok + 1),
+        replace(receipt, samples_failed=1, failed_keys=("f" * 32,)),
+    ):
         local.folder.write(record, record_text(other))
         (damage,) = verify(local).damage
         assert (damage.name, damage.what) == (record, "of other samples than the plan's")

@@ -333,3 +333,13 @@ def test_a_root_that_cannot_be_written_is_found_before_anything_is_planned(
     monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)
     (said,) = mistakes(tmp_path)
     assert said == f"root: {tmp_path / 'out'}: cannot be written ({tmp_path} does not allow it); choose another root"
+
+
+def test_the_key_of_the_caption_server_is_that_of_the_machine_that_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "no\nkey")
+    values = {"captions": {"source": "server", "base_url": "http://127.0.0.1:8000/v1"}}
+    (said,) = mistakes(tmp_path, **values)
+    assert said.startswith("captions.base_url: OPENAI_API_KEY holds characters that no key has")
+    assert preview(configured(tmp_path, **values), Around(here=False)).new_samples == 1

@@ -91,7 +91,7 @@ def test_a_stage_that_gives_other_samples_than_it_got_is_named(
     def stage(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
         yield from spoil(list(FAKES["low_res"](config, samples)))
 
-    with pytest.raises(ShardError, match="the stage low_res gave samples .* where .* were due"):
+    with pytest.raises(ShardError, match=r"the stage low_res gave samples .* where .* were due"):
         run(dataset, "low_res", stage)
     assert dataset.commits("low_res").read(0) is None
 
