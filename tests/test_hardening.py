@@ -453,7 +453,7 @@ def test_what_others_put_where_scratch_is_made_is_left_alone(tmp_path: Path) -> 
     (shared / f"{PREFIX}left").mkdir()
     old = time.time() - 10 * YOUNG_SECONDS
     for path in (mine, *shared.iterdir()):
-        os.utime(path, (old, old))
+        os.utime(path, (old, old), follow_symlinks=False)
     assert reclaim(str(shared)) == 1, "only the folder"
     assert [path.name for path in mine.iterdir()] == ["notes.txt"]
     assert {path.name for path in shared.iterdir()} == {f"{PREFIX}link", f"{PREFIX}file"}

@@ -343,3 +343,18 @@ def test_the_key_of_the_caption_server_is_that_of_the_machine_that_asks(
     (said,) = mistakes(tmp_path, **values)
     assert said.startswith("captions.base_url: OPENAI_API_KEY holds characters that no key has")
     assert preview(configured(tmp_path, **values), Around(here=False)).new_samples == 1
+
+
+def test_an_image_that_its_format_cannot_hold_is_found_before_anything_is_planned(tmp_path: Path) -> None:
+    values = {"low_res": {"height": 64, "width": 512}, "upscale": {"method": "lanczos", "scale": 40}}
+    (said,) = mistakes(tmp_path, **values)
+    assert said.startswith("low_res and upscale.scale: its high-res image: ")
+    assert "20480" in said.replace(",", "")
+    assert preview(configured(tmp_path, image_format="png", **values)).new_samples == 1
+
+
+def test_a_scale_that_the_message_itself_proposes_is_taken_though_it_is_rounded(tmp_path: Path) -> None:
+    scale = 120 / 88
+    assert 88 * scale != 120
+    values = {"low_res": {"height": 88, "width": 88}, "upscale": {"method": "lanczos", "scale": scale}}
+    assert preview(configured(tmp_path, **values)).new_samples == 1

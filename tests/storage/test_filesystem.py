@@ -218,6 +218,13 @@ def test_a_root_in_memory_would_lose_everything_and_is_refused() -> None:
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("url", ["s3://name:password@bucket/x", "https://h/x?token=password", "s3://n:pass/word@b"])
+def test_a_url_with_credentials_is_refused_without_them(url: str) -> None:
+    with pytest.raises(UserError, match="credentials do not belong into a URL; set AWS_ACCESS_KEY_ID") as caught:
+        open_folder(url)
+    assert "pass" not in str(caught.value)
+
+
 @pytest.mark.parametrize("url", ["file://tmp/x", "file://~/x", "://x", "file://"])
 def test_a_url_of_a_disk_has_three_slashes(url: str) -> None:
     with pytest.raises(UserError, match="is no whole URL; write file:///folder, s3://bucket/prefix or a path"):
