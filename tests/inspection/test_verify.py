@@ -21,12 +21,13 @@ from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.damage import drop_unreadable_records, give_up_damaged
 from resmaster_stages.dataset.dataset import Dataset, create_or_open
 from resmaster_stages.dataset.layout import commit as commit_name
-from resmaster_stages.dataset.ledger import ledger_is_whole, ledger_rows
+from resmaster_stages.dataset.ledger import DIGEST, ledger_is_whole, ledger_rows
 from resmaster_stages.dataset.publication import PublicationRecord
 from resmaster_stages.dataset.records import record_text
 from resmaster_stages.dataset.retry import number_of, retries_of
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import Process
+from resmaster_stages.dataset.schemas import LEDGER_SCHEMA
 from resmaster_stages.errors import ShardError
 from resmaster_stages.inspection import verify as verify_module
 from resmaster_stages.inspection.status import pending
@@ -35,6 +36,7 @@ from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.publish.publish import publish
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import Folder
+from resmaster_stages.storage.tables import decode_table, encode_table, facts_of
 from tests.checkout import PYTHONPATH, ROOT
 from tests.durability.injection import everything
 from tests.fake_stages import FAKES, files_of, planned
@@ -136,6 +138,24 @@ def test_a_damaged_ledger_ends_no_command_and_is_mended(
     assert ledger_is_whole(local.folder, name)
     assert len(local.folder.read(name)) == len(whole)
     assert not any(pending(local).values())
+
+
+def test_a_ledger_with_other_rows_than_were_written_is_damage(
+    local: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = receipt_of(local, "low_res", 0).ledger
+    assert name is not None
+    whole = local.folder.read(name)
+    rows = decode_table(whole, LEDGER_SCHEMA, name).to_pylist()
+    facts = {DIGEST: facts_of(whole, name)[DIGEST]}
+    assert encode_table(rows, LEDGER_SCHEMA, facts) == whole
+    local.folder.write(name, encode_table([{**rows[0], "message": "another"}], LEDGER_SCHEMA, facts))
+    assert [(damage.name, damage.what) for damage in verify(local).damage] == [(name, "unreadable")]
+    assert ledger_rows(local.commits("low_res")) == []
+    assert "its rows were changed since they were written" in caplog.text
+    note(local, verify(local))
+    assert work(local) == [("low_res", 0)]
+    assert ledger_rows(local.commits("low_res")) == rows, "with the number of its attempt"
 
 
 def receipt_of(dataset: Dataset, stage: str, shard: int) -> Receipt:
