@@ -26,8 +26,8 @@ from resmaster_stages.dataset.publication import PublicationRecord
 from resmaster_stages.dataset.records import record_text
 from resmaster_stages.dataset.retry import number_of, retries_of
 from resmaster_stages.dataset.sample import Output, Sample
-from resmaster_stages.dataset.stages import Process
 from resmaster_stages.dataset.schemas import LEDGER_SCHEMA
+from resmaster_stages.dataset.stages import Process
 from resmaster_stages.errors import ShardError
 from resmaster_stages.inspection import verify as verify_module
 from resmaster_stages.inspection.status import pending
@@ -140,9 +140,7 @@ def test_a_damaged_ledger_ends_no_command_and_is_mended(
     assert not any(pending(local).values())
 
 
-def test_a_ledger_with_other_rows_than_were_written_is_damage(
-    local: Dataset, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_ledger_with_other_rows_than_were_written_is_damage(local: Dataset, caplog: pytest.LogCaptureFixture) -> None:
     name = receipt_of(local, "low_res", 0).ledger
     assert name is not None
     whole = local.folder.read(name)
