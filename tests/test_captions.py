@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import http.client
 import io
 import itertools
 import json
@@ -662,6 +663,13 @@ def test_a_busy_server_is_asked_again_after_the_time_it_names(serve: Any) -> Non
     assert len(server.requests) == 3
 
 
+@pytest.mark.parametrize("named", ["86400", "1e400", "nan", "-7", "Wed, 21 Oct 2026 07:28:00 GMT"])
+def test_a_time_that_no_worker_can_wait_is_a_minute_at_most(serve: Any, named: str) -> None:
+    _, captioner, waits = serve((429, b"{}"), answer("a wall"), headers={"Retry-After": named})
+    assert captioner.caption([gradient()]) == ["a wall"]
+    assert [0 < wait <= 60 for wait in waits] == [True]
+
+
 def test_waits_grow_with_jitter_and_are_bounded(serve: Any) -> None:
     _, captioner, waits = serve((500, b"oops"))
     with pytest.raises(SampleError, match="HTTP 500, 5 times"):
@@ -794,6 +802,16 @@ def test_a_server_that_never_stops_sending_costs_a_mebibyte_and_one_sample(
     assert server.sent < 2 * (32 << 20), "the rest was never read: only buffers of the system took it"
     assert "\n" not in str(caught.value)
     assert "; " in str(caught.value) or "refused" in str(caught.value)
+
+
+def test_a_server_behind_tls_is_held_to_the_same_length(rude: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test leaves the encryption out: the connection is made as one without."""
+    monkeypatch.setattr(http.client.HTTPSConnection, "connect", http.client.HTTPConnection.connect)
+    server = rude(lambda: itertools.chain([SIZED], itertools.repeat(KIB, 128 << 10)))
+    server.url = server.url.replace("http://", "https://")
+    with pytest.raises(SampleError, match=r"https://.*longer than 1024 KiB"):
+        server.ask()
+    assert server.sent < 2 * (32 << 20)
 
 
 @pytest.mark.parametrize("start", [b"", OK, OK + b"Content-Length: 999\r\n\r\n", CHUNKED])

@@ -453,7 +453,7 @@ def test_what_others_put_where_scratch_is_made_is_left_alone(tmp_path: Path) -> 
     (shared / f"{PREFIX}left").mkdir()
     old = time.time() - 10 * YOUNG_SECONDS
     for path in (mine, *shared.iterdir()):
-        os.utime(path, (old, old))
+        os.utime(path, (old, old), follow_symlinks=False)
     assert reclaim(str(shared)) == 1, "only the folder"
     assert [path.name for path in mine.iterdir()] == ["notes.txt"]
     assert {path.name for path in shared.iterdir()} == {f"{PREFIX}link", f"{PREFIX}file"}
@@ -549,22 +549,23 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args: object) -> None: ...
 
 
-def index(folder: Path, *wheels: Path, hashes: bool = True) -> None:
+def index(folder: Path, *wheels: Path) -> None:
     """Write the pages of a package index."""
     for path in wheels:
-        name = canonicalize_name(path.name.split("-")[0])
-        (folder / "simple" / name).mkdir(parents=True)
-        digest = f"#sha256={hashlib.sha256(path.read_bytes()).hexdigest()}" if hashes else ""
-        (folder / "simple" / name / "index.html").write_text(f'<a href="/{path.name}{digest}">{path.name}</a>')
+        page = folder / "simple" / canonicalize_name(path.name.split("-")[0]) / "index.html"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        digest = f"#sha256={hashlib.sha256(path.read_bytes()).hexdigest()}"
+        with page.open("a") as file:
+            file.write(f'<a href="/{path.name}{digest}">{path.name}</a>\n')
 
 
-def lock(checkout: Path, address: str, *words: str) -> subprocess.CompletedProcess[str]:
+def lock(checkout: Path, address: str, *words: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
     """infra/lock.sh in a checkout, with one package index."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
     environment |= {
         "PIP_CONFIG_FILE": os.devnull,
         "PIP_INDEX_URL": f"http://{address}/simple",
-        "PYTHON": sys.executable,
+        "PYTHON": python,
     }
     command = [str(checkout / "infra/lock.sh"), *words]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -586,7 +587,7 @@ def checkout(tmp_path: Path) -> Path:
 )
 def test_a_lock_names_what_pip_then_takes_and_nothing_that_was_changed(tmp_path: Path, checkout: Path) -> None:
     first, second = wheel(tmp_path, "first_one", "1.0", ("second",)), wheel(tmp_path, "second", "2.0")
-    index(tmp_path, first, second)
+    index(tmp_path, first, second, wheel(tmp_path, "second", "3.0"))  # which constraints.txt does not name
     with served(tmp_path) as address:
         done = lock(checkout, address)
         assert (done.returncode, done.stdout) == (0, "written: infra/locks/cuda.lock (2 packages)\n"), done.stderr
@@ -642,6 +643,18 @@ def test_a_mistake_with_the_lock_is_one_line(checkout: Path, words: tuple[str, .
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(("answer", "says"), [("Linux 3 12", "this is Linux 3 12"), ("Darwin 3 11", "this is Darwin")])
+def test_a_lock_of_another_python_is_not_written(checkout: Path, answer: str, says: str) -> None:
+    other = checkout / "python"
+    other.write_text(f"#!/bin/sh\necho {answer}\n")
+    other.chmod(0o755)
+    done = lock(checkout, "127.0.0.1:9", python=str(other))
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (checkout / "infra/locks").exists()
+
+
 # ----------------------------------------------------------------------------------------------------------- the images
 
 
@@ -663,16 +676,24 @@ class Registry(http.server.BaseHTTPRequestHandler):
         ("base", "3"): b'{"schemaVersion": 2}',
     }
     lie = False
+    demanding = True
+    """Whether it gives team/tool to those only who have a token."""
+    elsewhere = ""
+    """Where the manifests of team/tool are, if not here."""
     asked: ClassVar[list[str]]
+    tokens: ClassVar[list[str]]
 
     def do_GET(self) -> None:
         type(self).asked.append(self.path)
+        type(self).tokens.append(self.headers.get("Authorization", ""))
         if self.path.startswith("/token?"):
             return self.answer(200, json.dumps({"token": f"for {self.path.partition('scope=')[2]}"}).encode())
         found = re.fullmatch(r"/v2/(.+)/manifests/([^/]+)", self.path)
         if found is None or (body := self.manifests.get((found[1], found[2]))) is None:
             return self.answer(404, b"{}")
-        if found[1] == "team/tool" and not self.headers.get("Authorization"):
+        if found[1] == "team/tool" and self.elsewhere and self.headers.get("Authorization"):
+            return self.answer(307, b"", {"Location": f"http://{self.elsewhere}{self.path}"})
+        if found[1] == "team/tool" and self.demanding and not self.headers.get("Authorization"):
             realm = f'Bearer realm="http://{self.headers["Host"]}/token",service="registry",scope="repository:team/tool:pull"'
             return self.answer(401, b"{}", {"WWW-Authenticate": realm})
         assert "application/vnd.oci.image.index.v1+json" in self.headers["Accept"], "else one platform's manifest comes"
@@ -691,7 +712,7 @@ class Registry(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def registry() -> Iterator[tuple[str, type[Registry]]]:
-    handler = type("Fresh", (Registry,), {"asked": []})
+    handler = type("Fresh", (Registry,), {"asked": [], "tokens": []})
     with served(ROOT, handler) as address:
         yield address, handler
 
@@ -748,6 +769,27 @@ def test_no_file_changes_if_one_image_has_no_digest(
     assert program.main([], tmp_path) == 2
     assert "do not use it" in capsys.readouterr().err
     assert {name: (tmp_path / name).read_text() for name in before} == before
+
+
+def test_a_manifest_without_end_is_not_read_to_its_end(
+    tmp_path: Path, registry: tuple[str, type[Registry]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, handler = registry
+    program, before = pin_images(), files(tmp_path, address)
+    handler.manifests = {**handler.manifests, ("base", "3"): bytes(program.MAX_BYTES + 1)}
+    assert program.main([], tmp_path) == 2
+    assert "a manifest of more than 4,194,304 bytes" in capsys.readouterr().err
+    assert {name: (tmp_path / name).read_text() for name in before} == before
+
+
+def test_a_token_goes_to_its_own_registry_only(tmp_path: Path, registry: tuple[str, type[Registry]]) -> None:
+    address, handler = registry
+    files(tmp_path, address)
+    other = type("Other", (Registry,), {"asked": [], "tokens": [], "demanding": False})
+    with served(ROOT, other) as handler.elsewhere:
+        assert pin_images().main([], tmp_path) == 0
+    assert any(handler.tokens), "it demands one"
+    assert other.tokens == [""], "where it leads to"
 
 
 def test_every_image_of_a_registry_is_one_that_is_pinned() -> None:

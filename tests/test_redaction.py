@@ -1,6 +1,7 @@
 """What may be shown of a text: no credential, no terminal command, and nothing else changed."""
 
 import io
+import shlex
 import traceback
 
 import pytest
@@ -13,6 +14,7 @@ from resmaster_stages.redaction import (
     holds_credentials,
     no_secrets_in_errors,
     one_line,
+    quoted,
     redacted,
     without_credentials,
 )
@@ -23,6 +25,7 @@ from resmaster_stages.redaction import (
     [
         ("s3://key:secret@bucket/x", "s3://bucket/x"),
         ("s3://AKIA:se/cr+et@bucket/x", "s3://bucket/x"),
+        ("s3://AKIA:12/cr+et@bucket/x", "s3://bucket/x"),
         ("https://me:pass/word@host/x", "https://host/x"),
         ("cannot reach https://me:pass@host:8000/x: no route", "cannot reach https://host:8000/x: no route"),
         ("postgresql+asyncpg://me:pass@db/prefect", "postgresql+asyncpg://db/prefect"),
@@ -55,6 +58,10 @@ def test_secrets_of_the_environment_are_hidden(monkeypatch: pytest.MonkeyPatch) 
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "OPENAI_API_KEY", "HF_TOKEN", "PREFECT_API_AUTH_STRING"):
         monkeypatch.setenv(name, f"canary-{name}")
         assert redacted(f"got canary-{name}.") == "got [hidden]."
+    monkeypatch.setenv("SHORTEST_PASSWORD", "8 glyphs")
+    assert redacted("got 8 glyphs.") == "got [hidden]."
+    monkeypatch.setenv("LONGER_PASSWORD", "8 glyphs and more")
+    assert redacted("got 8 glyphs and more.") == "got [hidden].", "no part of the longer one is left"
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "parallelism")
     monkeypatch.setenv("SHORT_TOKEN", "test")
     assert redacted("a test of parallelism") == "a test of parallelism"
@@ -81,6 +88,7 @@ def test_what_is_no_secret_stays_readable(name: str, value: str, monkeypatch: py
 
 def test_a_terminal_gets_no_commands() -> None:
     assert one_line(ValueError("a\x1b]0;owned\x07b\n c\ud800 é")) == "a\\x1b]0;owned\\x07b c\\ud800 é"
+    assert one_line("plain \x1b[2J \x7f") == "plain \\x1b[2J \\x7f"
 
 
 def test_nothing_turns_the_direction_of_a_line_around() -> None:
@@ -97,6 +105,18 @@ def test_a_line_has_no_addresses_of_objects_and_its_end_says_what_to_do() -> Non
     assert long.startswith("model.id: xxx")
     assert long.endswith("x is not there; give a folder")
     assert one_line(long) == long
+
+
+def test_a_command_to_be_copied_has_no_credentials_and_is_one_word() -> None:
+    assert quoted("s3://key:secret@bucket/x") == "s3://bucket/x"
+    assert shlex.split(f"resmaster repair {quoted('/a b/$(c)')}") == ["resmaster", "repair", "/a b/$(c)"]
+
+
+def test_the_notes_of_an_error_are_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "canary-token")
+    error = ValueError("wrong")
+    error.add_note("unet.py:7 with canary-token")
+    assert one_line(error) == "wrong (unet.py:7 with [hidden])"
 
 
 def test_errors_leave_without_their_secrets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,17 @@ from hypothesis import strategies as st
 
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset import plan as plan_module
-from resmaster_stages.dataset.dataset import Dataset
+from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.dataset.lost_plan import restore_plan, survey
 from resmaster_stages.dataset.plan import GenerationWriter, Plan, Rejected, SampleSpec, find_plan, read_plan
+from resmaster_stages.dataset.retry import retries_of
 from resmaster_stages.errors import PlanError
+from resmaster_stages.inspection.status import pending, status
+from resmaster_stages.inspection.verify import verify
 from resmaster_stages.prompts import ingest
+from resmaster_stages.publish.publish import publish
 from resmaster_stages.runner.run import run_stage
-from resmaster_stages.storage.filesystem import open_root
+from resmaster_stages.storage.filesystem import Folder, open_root
 from tests.fake_stages import FAKES, planned
 
 
@@ -89,6 +93,26 @@ def test_racing_planners_have_one_winner() -> None:
     assert len(folder.names("plan/gen-0000")) == 3, "the losers' files are gone"
 
 
+@pytest.mark.parametrize("others", [False, True])
+def test_a_planner_is_told_of_its_own_record_and_keeps_its_files(
+    others: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store answers "exists" to a request that it has fulfilled, and that was sent once more."""
+    folder = open_root(str(tmp_path))
+    empty, real = find_plan(folder), Folder.create
+    if others:
+        append(empty, specs("b"), 2)
+
+    def create(self: Folder, name: str, data: bytes) -> None:
+        real(self, name, data)
+        raise FileExistsError(name)
+
+    monkeypatch.setattr(Folder, "create", create)
+    assert append(empty, specs("a"), 2) is not others
+    assert list(read_plan(folder).keys()) == ["b" if others else "a"]
+    assert len(folder.names("plan/gen-0000")) == 2
+
+
 def test_damage_is_named(tmp_path: Path) -> None:
     folder = open_root(str(tmp_path))
     append(find_plan(folder), specs("a", "b"), 2)
@@ -147,6 +171,84 @@ def test_a_record_is_not_made_again_from_files_that_are_not_whole(tmp_path: Path
             read_plan(folder)
     folder.write(part, whole)
     assert restore_plan(folder) == [name]
+
+
+def test_a_record_is_not_made_again_if_an_earlier_file_is_not_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "PART_ROWS", 2)
+    folder, name = two_generations(tmp_path).folder, layout.plan_record(0)
+    first, _ = (each for each in folder.names(layout.generation(0)) if layout.is_plan_part(each))
+    whole = folder.read(first)
+    folder.remove(name)
+    folder.write(first, whole[:-1])
+    assert [(each.name, each.generation) for each in survey(folder)[1]] == [(name, None)]
+    assert restore_plan(folder) == []
+    folder.write(first, whole)
+    assert restore_plan(folder) == [name]
+    assert verify(open_dataset(folder.url)).damage == ()
+
+
+def test_of_the_files_of_two_planners_those_count_that_fit_the_commits(tmp_path: Path) -> None:
+    """The slower planner was killed before it could remove its files, and then the record was lost."""
+    dataset = planned(tmp_path / "out", ["a", "b"], tmp_path)
+    (tmp_path / "other").mkdir()
+    other = planned(tmp_path / "other", ["c", "d"], tmp_path / "other")
+    folder, name = dataset.folder, layout.plan_record(0)
+    whole = folder.read(name)
+    (part,) = (each for each in other.folder.names(layout.generation(0)) if layout.is_plan_part(each))
+    folder.write(part, other.folder.read(part))
+    folder.remove(name)
+    assert restore_plan(folder) == [], "nobody knows whose samples were planned"
+    folder.create(name, whole)
+    run_stage(dataset, "low_res", 0, process=FAKES["low_res"])
+    folder.remove(name)
+    assert restore_plan(folder) == [name]
+    assert folder.read(name) == whole
+
+
+def test_of_the_files_of_several_planners_those_count_that_fit_the_commits(tmp_path: Path) -> None:
+    """The slower planner was killed before it could remove its files, and then the record was lost."""
+    (tmp_path / "other").mkdir()
+    other = planned(tmp_path / "other", ["other", "prompts", "here"], tmp_path / "other").folder
+    dataset = two_generations(tmp_path)
+    folder, name = dataset.folder, layout.plan_record(0)
+    whole = folder.read(name)
+    (part,) = (each for each in other.names(layout.generation(0)) if layout.is_plan_part(each))
+    folder.write(part, other.read(part))
+    folder.remove(name)
+    assert restore_plan(folder) == [name]
+    assert folder.read(name) == whole
+    dataset.commits("low_res").drop([0, 1])
+    folder.remove(name)
+    assert restore_plan(folder) == [], "nobody knows whose samples were planned"
+
+
+def test_nothing_goes_on_as_if_the_rest_of_the_plan_were_all(tmp_path: Path) -> None:
+    folder = two_generations(tmp_path).folder
+    folder.remove(layout.plan_record(1))
+    rest = open_dataset(folder.url)
+    for look in (status, pending, retries_of, publish):
+        with pytest.raises(PlanError, match="a part of its plan is gone: it has 2 shards, and commits are of 3"):
+            look(rest)  # type: ignore[operator]
+
+
+def test_a_lost_record_is_noticed_before_anything_is_committed(tmp_path: Path) -> None:
+    """Of an earlier generation by the later one, and of the last one by what stands in its place."""
+    folder = open_root(str(tmp_path))
+    append(find_plan(folder), specs("a"), 2)
+    append(find_plan(folder), specs("b"), 2)
+    earlier, last = layout.plan_record(0), layout.plan_record(1)
+    whole = folder.read(earlier), folder.read(last)
+    folder.remove(earlier)
+    with pytest.raises(PlanError, match=r"gen-0000/_PLAN\.json: gone; .* run: resmaster repair"):
+        find_plan(folder)
+    assert restore_plan(folder) == [earlier]
+    place = tmp_path / last
+    place.unlink()
+    place.symlink_to(place.name)
+    assert restore_plan(folder) == [last]
+    assert (folder.read(earlier), folder.read(last)) == whole
 
 
 def test_a_planner_that_was_killed_is_no_loss(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def changed(values: Any) -> Iterator[Any]:
     """`values` with one value in them replaced by one of another type, or with one key misspelled."""
     for name in values if isinstance(values, dict) else range(len(values)):
         inner = values[name]
-        for other in (None, "x", [[1]], {"a": [1]}, 1.5):
+        for other in (None, "x", "1", [[1]], {"a": [1]}, 1.5):
             if not isinstance(other, type(inner)) and (name, other) not in (("ledger", None), ("seconds", 1.5)):
                 yield {**values, name: other} if isinstance(values, dict) else [other]
         if isinstance(inner, (dict, list)):

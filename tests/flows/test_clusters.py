@@ -4,18 +4,22 @@ import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from resmaster_flows import clusters
 from resmaster_flows.build import repair
 from resmaster_flows.cli.main import main
 from resmaster_flows.clusters import ADDRESSES, check
-from resmaster_flows.outcome import outcome
+from resmaster_flows.outcome import INCOMPLETE, outcome
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.dataset.dataset import Dataset
-from resmaster_stages.errors import UserError
+from resmaster_stages.dataset.retry import Retries
+from resmaster_stages.errors import ConfigError, GpuLost, ShardError, UserError
 from resmaster_stages.prompts import ingest
 from tests.checkout import PYTHONPATH
 
@@ -151,3 +155,53 @@ def test_a_scheduler_that_does_not_answer_is_found_before_anything_is_planned(
             assert main([verb, str(tmp_path / "demo.yaml"), "--executor", "dask"]) == 2
             assert "=tcp://127.0.0.1:1: no Dask scheduler answers there (" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+class Cluster:
+    """Stands in for a cluster: notes what is handed to it, and does nothing but end as it is told."""
+
+    def __init__(self, ends: dict[int, Exception]) -> None:
+        self.ends, self.handed, self.under_way, self.most = ends, [], 0, 0  # type: ignore[var-annotated]
+
+    def submit(self, url: str, shard: int, stages: list[str], retries: Retries | None) -> Any:
+        self.handed.append((shard, stages, retries))
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        return SimpleNamespace(result=lambda: self.end(shard))
+
+    def end(self, shard: int) -> None:
+        self.under_way -= 1
+        if shard in self.ends:
+            raise self.ends[shard]
+
+
+def handed_to(cluster: Cluster, dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(clusters, "process_shard", cluster)
+    retries = {"quality": {str(shard): 2 for shard in range(8)}}
+    return clusters._process.fn(dataset.url, list(range(8)), ["quality", "low_res"], retries, "dask")
+
+
+def test_a_cluster_gets_few_shards_at_a_time_and_lists_those_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = planned(tmp_path, "dask", [f"prompt {number}" for number in range(8)])
+    cluster = Cluster({})
+    assert handed_to(cluster, dataset, monkeypatch) == {}
+    assert cluster.most == 3, "dispatch.window"
+    assert cluster.handed == [(shard, ["low_res", "quality"], {"quality": {str(shard): 2}}) for shard in range(8)]
+    cluster = Cluster({1: ShardError("too many samples failed"), 6: OSError("the store is down")})
+    state = handed_to(cluster, dataset, monkeypatch)
+    assert state.name == INCOMPLETE
+    assert outcome(state) == {"1": "too many samples failed", "6": "OSError: the store is down"}
+    assert len(cluster.handed) == 8
+
+
+@pytest.mark.parametrize("error", [GpuLost("ECC"), ConfigError("model.device: no cuda")])
+def test_a_cluster_that_would_fail_at_each_shard_gets_no_further_one(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = planned(tmp_path, "dask", [f"prompt {number}" for number in range(8)])
+    cluster = Cluster({0: error})
+    with pytest.raises(type(error)):
+        handed_to(cluster, dataset, monkeypatch)
+    assert [shard for shard, _, _ in cluster.handed] == [0, 1, 2]

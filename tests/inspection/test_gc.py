@@ -12,12 +12,13 @@ import pytest
 from resmaster_flows.cli.main import main
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
-from resmaster_stages.dataset.dataset import Dataset, create_or_open
+from resmaster_stages.dataset.dataset import Dataset, create_or_open, open_dataset
 from resmaster_stages.dataset.retry import number_of, retries_of
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.inspection.leftovers import find_leftovers, remove_leftovers
 from resmaster_stages.inspection.status import pending
 from resmaster_stages.inspection.verify import verify
+from resmaster_stages.prompts import ingest
 from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.publish.publish import publish
 from resmaster_stages.runner.run import run_stage
@@ -253,7 +254,6 @@ def test_ledgers_of_failed_attempts_stay(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("bad low_res 1\nbad low_res 2\n")
     dataset = dataset_at(str(tmp_path / "out"), str(tmp_path / "prompts.txt"))
     from resmaster_stages.errors import ShardError
-    from resmaster_stages.prompts import ingest
 
     ingest(dataset.config)
     with pytest.raises(ShardError):
@@ -290,3 +290,14 @@ def test_leftovers_of_a_shard_go_once_it_is_committed(tmp_path: Path) -> None:
     assert find_leftovers(dataset, HOUR, later) == []
     run_stage(dataset, "low_res", 0, process=FAKES["low_res"])
     assert [leftover.file.name for leftover in find_leftovers(dataset, HOUR, later)] == [name]
+
+
+def test_files_of_a_generation_of_the_plan_stay_while_its_record_may_be_lost(tmp_path: Path) -> None:
+    """Nothing is committed of it, so nobody knows whether a planner was killed before it wrote the record."""
+    config = planned(tmp_path / "out", ["a", "b"], tmp_path).config
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\nc\n")
+    dataset = ingest(config)
+    record, files = layout.plan_record(1), dataset.folder.names(layout.generation(1))
+    assert len(files) == 3, "record, samples and duplicates"
+    dataset.folder.remove(record)
+    assert find_leftovers(open_dataset(dataset.url), HOUR, datetime.now(UTC) + 2 * HOUR) == []

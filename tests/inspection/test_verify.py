@@ -16,14 +16,17 @@ from fsspec.implementations.local import LocalFileOpener
 
 from resmaster_flows.cli.main import main
 from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.damage import drop_unreadable_records, give_up_damaged
 from resmaster_stages.dataset.dataset import Dataset, create_or_open
 from resmaster_stages.dataset.layout import commit as commit_name
-from resmaster_stages.dataset.ledger import ledger_is_whole, ledger_rows
+from resmaster_stages.dataset.ledger import DIGEST, ledger_is_whole, ledger_rows
 from resmaster_stages.dataset.publication import PublicationRecord
+from resmaster_stages.dataset.records import record_text
 from resmaster_stages.dataset.retry import number_of, retries_of
 from resmaster_stages.dataset.sample import Output, Sample
+from resmaster_stages.dataset.schemas import LEDGER_SCHEMA
 from resmaster_stages.dataset.stages import Process
 from resmaster_stages.errors import ShardError
 from resmaster_stages.inspection import verify as verify_module
@@ -33,6 +36,7 @@ from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.publish.publish import publish
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import Folder
+from resmaster_stages.storage.tables import decode_table, encode_table, facts_of
 from tests.checkout import PYTHONPATH, ROOT
 from tests.durability.injection import everything
 from tests.fake_stages import FAKES, files_of, planned
@@ -134,6 +138,22 @@ def test_a_damaged_ledger_ends_no_command_and_is_mended(
     assert ledger_is_whole(local.folder, name)
     assert len(local.folder.read(name)) == len(whole)
     assert not any(pending(local).values())
+
+
+def test_a_ledger_with_other_rows_than_were_written_is_damage(local: Dataset, caplog: pytest.LogCaptureFixture) -> None:
+    name = receipt_of(local, "low_res", 0).ledger
+    assert name is not None
+    whole = local.folder.read(name)
+    rows = decode_table(whole, LEDGER_SCHEMA, name).to_pylist()
+    facts = {DIGEST: facts_of(whole, name)[DIGEST]}
+    assert encode_table(rows, LEDGER_SCHEMA, facts) == whole
+    local.folder.write(name, encode_table([{**rows[0], "message": "another"}], LEDGER_SCHEMA, facts))
+    assert [(damage.name, damage.what) for damage in verify(local).damage] == [(name, "unreadable")]
+    assert ledger_rows(local.commits("low_res")) == []
+    assert "its rows were changed since they were written" in caplog.text
+    note(local, verify(local))
+    assert work(local) == [("low_res", 0)]
+    assert ledger_rows(local.commits("low_res")) == rows, "with the number of its attempt"
 
 
 def receipt_of(dataset: Dataset, stage: str, shard: int) -> Receipt:
@@ -238,6 +258,27 @@ def test_giving_up_can_be_limited_to_shards(local: Dataset) -> None:
     assert committed == {"low_res": {0, 1}, "captions": {0, 1}, "high_res": {0}, "quality": {0}}
 
 
+def test_giving_up_begins_with_what_was_made_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So wherever it is broken off, nothing is left without what it was made from."""
+    dataset = planned(tmp_path / "out", ["a", "bad low_res", "b"], tmp_path, samples_per_shard=3)
+    work(dataset)
+    retry(dataset, healed)
+    change(dataset, receipt_of(dataset, "low_res", 0).objects[0].name, flipped(600))
+    note(dataset, verify(dataset))
+    removed: list[str] = []
+    real = Folder.remove
+
+    def remove(self: Folder, name: str) -> None:
+        removed.append(name)
+        real(self, name)
+
+    monkeypatch.setattr(Folder, "remove", remove)
+    give_up_damaged(dataset)
+    made = [(stage, number) for stage in FAKES for number in (1, 2)]
+    wanted = [commit_name(stage, dataset.hashes[stage], 0, number) for stage, number in reversed(made)]
+    assert [name for name in removed if name.startswith("commits/")] == wanted
+
+
 def test_a_later_attempt_is_verified_and_mended_too(tmp_path: Path) -> None:
     dataset = planned(tmp_path / "out", ["a", "bad low_res", "b bad low_res", "c"], tmp_path, samples_per_shard=4)
     relaxed = replace(dataset, config=dataset.config.model_copy(update={"max_failure_ratio": 0.5}))
@@ -318,6 +359,107 @@ def test_an_unreadable_record_takes_along_what_was_made_from_it(local: Dataset) 
     assert work(local) == [("captions", 0), ("high_res", 0), ("quality", 0)]
     assert everything(local.config.root) == before
     assert verify(local).damage == ()
+
+
+def test_a_shard_whose_record_is_gone_is_whole_after_one_repair(local: Dataset) -> None:
+    """It is not marked: the mark would outlive its repair, and hide the shard from readers."""
+    publish(local)
+    record = commit_name("captions", local.hashes["captions"], 1)
+    local.folder.remove(record)
+    found = verify(local)
+    assert (record, "gone") in {(damage.name, damage.what) for damage in found.damage}
+    note(local, found)
+    assert work(local) == [("captions", 1)]
+    assert not any(pending(local).values())
+    assert publish(local).shards_missing == 0
+
+
+@pytest.mark.parametrize("case", ["all its samples failed", "another shard is not finished"])
+def test_a_record_that_is_gone_is_missed_wherever_its_shard_was_published(tmp_path: Path, case: str) -> None:
+    prompts = ["a", "bad low_res"] if case == "all its samples failed" else ["a", "b"]
+    dataset = planned(tmp_path / "out", prompts, tmp_path, samples_per_shard=1)
+    work(dataset)
+    shard = 1
+    if case == "another shard is not finished":
+        shard = 0
+        dataset.commits("quality").drop([1])
+    publish(dataset)
+    assert verify(dataset).damage == ()
+    record = commit_name("low_res", dataset.hashes["low_res"], shard)
+    dataset.folder.remove(record)
+    found = verify(dataset).damage
+    assert [(damage.what, damage.shard, damage.mend) for damage in found if damage.name == record] == [
+        ("gone", shard, verify_module.RECORD_GONE)
+    ]
+
+
+def test_a_published_object_of_an_unreadable_record_is_no_damage_of_its_own(local: Dataset) -> None:
+    publish(local)
+    record = commit_name("high_res", local.hashes["high_res"], 1)
+    change(local, record, lambda data: data[:-30])
+    assert [(damage.name, damage.what) for damage in verify(local).damage] == [(record, "unreadable")]
+
+
+def test_a_record_of_other_samples_is_told_and_one_of_a_stranger_is_left_alone(local: Dataset) -> None:
+    receipt = receipt_of(local, "quality", 1)
+    record = commit_name("quality", receipt.stage_hash, 1)
+    local.folder.write("commits/another-01234567/000000.json", b"{")
+    assert verify(local).damage == ()
+    for other in (
+        replace(receipt, keys_digest="0" * 64),
+        replace(receipt, samples_ok=receipt.samples_ok + 1),
+        replace(receipt, samples_failed=1, failed_keys=("f" * 32,)),
+    ):
+        local.folder.write(record, record_text(other))
+        (damage,) = verify(local).damage
+        assert (damage.name, damage.what) == (record, "of other samples than the plan's")
+        assert damage.mend == verify_module.CONTRADICTION
+
+
+def test_a_link_to_nothing_in_the_place_of_a_record_is_replaced(local: Dataset) -> None:
+    record = commit_name("captions", local.hashes["captions"], 1)
+    place = Path(local.url, record)
+    place.unlink()
+    place.symlink_to("nowhere")
+    found = verify(local)
+    assert [(damage.name, damage.what) for damage in found.damage] == [(record, "unreadable")]
+    note(local, found)
+    assert work(local) == [("captions", 1), ("high_res", 1), ("quality", 1)]
+    assert verify(local).damage == ()
+
+
+@pytest.mark.parametrize("what", ["configuration", "plan", "plan file", "commit", "object", "ledger", "publication"])
+def test_an_outage_is_no_damage(local: Dataset, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    low = receipt_of(local, "low_res", 0)
+    dataset = create_or_open(local.config.model_copy(update={"webp_quality": 90}))
+    work(dataset)
+    publish(dataset)
+    name = {
+        "configuration": layout.CONFIG,  # the one before
+        "plan": layout.plan_record(0),
+        "plan file": dataset.plan.generations[0].parts[0].stored.name,
+        "commit": commit_name("low_res", low.stage_hash, 0),
+        "object": low.objects[0].name,
+        "ledger": low.ledger or "",
+        "publication": layout.PUBLICATION,
+    }[what]
+    assert verify(dataset).damage == ()
+    real_cat, real_open = Folder._cat, Folder.open
+
+    def cat(self: Folder, path: str) -> bytes:
+        if path.endswith(f"/{name}"):
+            raise ConnectionError("the store is down")
+        return real_cat(self, path)
+
+    def opened(self: Folder, each: str, *size: int) -> Any:
+        if each == name:
+            raise ConnectionError("the store is down")
+        return real_open(self, each, *size)
+
+    monkeypatch.setattr(Folder, "_cat", cat)
+    monkeypatch.setattr(Folder, "open", opened)
+    with pytest.raises(ConnectionError, match="the store is down"):
+        verify(dataset)
 
 
 def test_damage_of_an_older_configuration_is_told_and_not_marked(local: Dataset) -> None:

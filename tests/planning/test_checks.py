@@ -1,6 +1,7 @@
 """What can be known before the first commit is known before it: one list of checks, all mistakes at once."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -324,3 +325,36 @@ def test_only_what_the_stages_need_is_checked(tmp_path: Path) -> None:
 def test_a_model_that_no_stage_reads_but_that_names_the_dataset(tmp_path: Path) -> None:
     (line,) = mistakes(tmp_path, upscale={"method": "lanczos"}, captions={"model": "/none"})
     assert line == "weights: model /none: no such folder; check the path, or give a hub id such as owner/name"
+
+
+def test_a_root_that_cannot_be_written_is_found_before_anything_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)
+    (said,) = mistakes(tmp_path)
+    assert said == f"root: {tmp_path / 'out'}: cannot be written ({tmp_path} does not allow it); choose another root"
+
+
+def test_the_key_of_the_caption_server_is_that_of_the_machine_that_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "no\nkey")
+    values = {"captions": {"source": "server", "base_url": "http://127.0.0.1:8000/v1"}}
+    (said,) = mistakes(tmp_path, **values)
+    assert said.startswith("captions.base_url: OPENAI_API_KEY holds characters that no key has")
+    assert preview(configured(tmp_path, **values), Around(here=False)).new_samples == 1
+
+
+def test_an_image_that_its_format_cannot_hold_is_found_before_anything_is_planned(tmp_path: Path) -> None:
+    values = {"low_res": {"height": 64, "width": 512}, "upscale": {"method": "lanczos", "scale": 40}}
+    (said,) = mistakes(tmp_path, **values)
+    assert said.startswith("low_res and upscale.scale: its high-res image: ")
+    assert "20480" in said.replace(",", "")
+    assert preview(configured(tmp_path, image_format="png", **values)).new_samples == 1
+
+
+def test_a_scale_that_the_message_itself_proposes_is_taken_though_it_is_rounded(tmp_path: Path) -> None:
+    scale = 120 / 88
+    assert 88 * scale != 120
+    values = {"low_res": {"height": 88, "width": 88}, "upscale": {"method": "lanczos", "scale": scale}}
+    assert preview(configured(tmp_path, **values)).new_samples == 1

@@ -52,6 +52,13 @@ def of(dataset: Dataset, stage: str) -> StageStatus:
     return next(found for found in status(dataset).stages if found.stage == stage)
 
 
+def test_the_status_tells_the_latest_of_several_equal_failures(dataset: Dataset) -> None:
+    for shard, reason in ((1, "the first"), (2, "in between"), (0, "the latest")):
+        fail(dataset, shard, ShardError(reason))
+    (error,) = of(dataset, "low_res").errors
+    assert (error.shards, error.last.message) == ((0, 1, 2), "the latest")
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -23,6 +23,7 @@ from resmaster_stages.dataset.stages import STAGES, Process
 from resmaster_stages.errors import ConfigError, GpuLost, OutOfMemory, SampleError, ShardError
 from resmaster_stages.inspection.status import pending, status
 from resmaster_stages.models.identity import Weights
+from resmaster_stages.runner import compute as compute_module
 from resmaster_stages.runner.compute import compute, half_batch, with_batch
 from resmaster_stages.runner.quarantine import Breadcrumbs
 from resmaster_stages.runner.resume import Spill, encode
@@ -71,6 +72,43 @@ class Batches:
                 raise self.error
             for sample in batch:
                 yield Output(sample.key, files=files_of(sample, 16))
+
+
+def test_memory_is_released_before_the_next_try(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(compute_module, "release_memory", lambda: done.append("released"))
+
+    def stage(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        done.append(f"tried {config.low_res.batch_size}")
+        if config.low_res.batch_size > 1:
+            raise CUDA
+        yield from FAKES["low_res"](config, samples)
+
+    run(dataset, "low_res", stage)
+    assert done[:5] == ["tried 4", "released", "tried 2", "released", "tried 1"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda made: [made[1], made[0], *made[2:]],
+        lambda made: [made[0], made[0], *made[2:]],
+        lambda made: [*made[:-1], Output("0" * 32, files=made[-1].files)],
+        lambda made: made[:-1],
+        lambda made: [*made, made[0]],
+        lambda made: [],
+    ],
+    ids=["swapped", "twice", "a stranger", "too few", "too many", "none"],
+)
+def test_a_stage_that_gives_other_samples_than_it_got_is_named(
+    dataset: Dataset, spoil: Callable[[list[Output]], list[Output]]
+) -> None:
+    def stage(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+        yield from spoil(list(FAKES["low_res"](config, samples)))
+
+    with pytest.raises(ShardError, match=r"the stage low_res gave samples .* where .* were due"):
+        run(dataset, "low_res", stage)
+    assert dataset.commits("low_res").read(0) is None
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 import errno
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -21,7 +23,7 @@ from resmaster_stages.errors import UserError
 from resmaster_stages.redaction import without_credentials
 from resmaster_stages.storage import filesystem
 from resmaster_stages.storage.filesystem import Folder, open_file, open_folder, open_root, put_if_absent
-from resmaster_stages.storage.store_errors import explained
+from resmaster_stages.storage.store_errors import explained, worth_repeating
 
 
 def test_write_read_list_remove(folder: Folder, tmp_path: Path) -> None:
@@ -159,6 +161,36 @@ def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "a").read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("way", ["create", "write", "upload"])
+def test_a_file_is_on_the_disk_before_its_name_and_then_the_name(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So after a loss of power a name is there with its whole content, or not at all; and the folders above it too."""
+    done: list[tuple[str, str]] = []
+
+    def noted(what: str) -> None:
+        real = getattr(os, what)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            place = os.readlink(f"/proc/self/fd/{arguments[0]}") if what == "fsync" else str(arguments[-1])
+            done.append((what, Path(place).relative_to(tmp_path).as_posix()))
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(os, what, call)
+
+    (tmp_path / "source").write_bytes(b"content")
+    for what in ("fsync", "link", "replace"):
+        noted(what)
+    folder = open_root(str(tmp_path))
+    if way == "upload":
+        folder.upload("a/b/c", tmp_path / "source")
+    else:
+        getattr(folder, way)("a/b/c", b"content")
+    named, content = ("link" if way == "create" else "replace", "a/b/c"), done[2]
+    assert re.fullmatch(r"a/b/\.c\.\w+\.tmp", content[1])
+    assert done == [("fsync", "."), ("fsync", "a"), ("fsync", content[1]), named, ("fsync", "a/b")]
+
+
 def test_bad_roots(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
@@ -184,6 +216,13 @@ def test_a_root_in_memory_would_lose_everything_and_is_refused() -> None:
         assert done.returncode == 2
         assert "memory:// cannot be a root; give a folder or s3://bucket/prefix" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("url", ["s3://name:password@bucket/x", "https://h/x?token=password", "s3://n:pass/word@b"])
+def test_a_url_with_credentials_is_refused_without_them(url: str) -> None:
+    with pytest.raises(UserError, match="credentials do not belong into a URL; set AWS_ACCESS_KEY_ID") as caught:
+        open_folder(url)
+    assert "pass" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["file://tmp/x", "file://~/x", "://x", "file://"])
@@ -283,6 +322,37 @@ def test_conflicts_are_tried_again_and_other_errors_are_not(monkeypatch: pytest.
             put_if_absent(store, "p", b"")
         assert not isinstance(caught.value, FileExistsError)
         assert len(store.answers) == 1
+
+
+@pytest.mark.parametrize("code", ["ConditionalRequestConflict", "OperationAborted"])
+def test_a_conflict_without_end_is_no_success(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(filesystem.time, "sleep", waits.append)
+    store = FakeStore(*[store_error(code, errno.EIO)] * 20)
+    with pytest.raises(OSError, match=code) as caught:
+        put_if_absent(store, "p", b"")
+    assert not isinstance(caught.value, FileExistsError), "nobody has created it"
+    assert len(waits) == filesystem.CREATE_ATTEMPTS - 1
+    assert sum(waits) < 60
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "repeated"),
+    [
+        ("TooManyRequests", 429, True),
+        ("BadDigest", 400, True),
+        ("IncompleteBody", 400, True),
+        ("RequestTimeout", 400, False),
+        ("OperationAborted", 409, False),
+    ],
+)
+def test_a_refusal_that_may_pass_is_an_outage(code: str, status: int, repeated: bool) -> None:
+    """So the shard's task is tried again, and the build does not end."""
+    error = store_error(code, errno.EIO)
+    error.__cause__.response["ResponseMetadata"] = {"HTTPStatusCode": status}  # type: ignore[union-attr]
+    assert worth_repeating(error) is repeated
+    with pytest.raises(ConnectionError, match=f"^s3://b: the store answered {code}"), explained("s3://name:word@b"):
+        raise error
 
 
 def test_transient_errors_stay_what_they_are() -> None:

@@ -57,6 +57,16 @@ class Forgetful(MemoryFileSystem):
         return
 
 
+class Lying(MemoryFileSystem):
+    """Refuses the second create of a name, and replaces the content all the same."""
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        there = self.exists(path)
+        super().pipe_file(path, value, mode="overwrite", **options)
+        if mode == "create" and there:
+            raise FileExistsError(path)
+
+
 @pytest.fixture
 def overwriting_root(monkeypatch: pytest.MonkeyPatch) -> str:
     fsspec.register_implementation("overwriting", Overwriting, clobber=True)
@@ -95,6 +105,21 @@ def test_a_fit_store_passes_and_keeps_nothing(folder: Folder, tmp_path: Path, mo
     assert not (tmp_path / "root").exists(), "nor a folder that it made"
     probe.require_one_winner(folder)
     assert everything(folder) == []
+
+
+def test_a_store_that_refuses_and_yet_replaces_is_found_out() -> None:
+    folder = Folder(Lying(), f"/{uuid.uuid4().hex}")
+    found = states(folder)
+    assert (found["create once"], found["create once, racing"]) == ("failed", "failed")
+    with pytest.raises(OSError, match="is not that of the one writer that was told to have created it"):
+        probe.require_one_winner(folder)
+
+
+def test_two_winners_are_one_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe._Probe, "race", lambda self, writers: 2)
+    with pytest.raises(UserError, match="lets two writers both win"):
+        probe.require_one_winner(open_root(str(tmp_path)))
+    assert states(open_root(str(tmp_path)))["create once, racing"] == "failed"
 
 
 def test_a_store_that_overwrites_is_found_out_and_refused(

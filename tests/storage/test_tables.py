@@ -133,3 +133,10 @@ def test_a_row_that_does_not_fit_ends_the_writing(tmp_path: Path) -> None:
         writer.write([{"colour": 1}])
     with pytest.raises(ShardError, match="t: not a readable Parquet file"):
         rows_at(b"PAR1", REJECTED_SCHEMA, "t", [0])
+
+
+def test_rows_are_found_across_row_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "ROW_GROUP_ROWS", 2)
+    data = encode_table([{**ROW, "width": number} for number in range(5)], quality_schema())
+    for positions in ([0, 2, 4], [1, 2], [3], [4], []):
+        assert [row["width"] for row in rows_at(data, quality_schema(), "t", positions)] == positions
