@@ -27,11 +27,14 @@ from resmaster_stages.dataset.plan import (
 )
 from resmaster_stages.dataset.records import parse_values, record_text
 from resmaster_stages.dataset.schemas import PLAN_SCHEMA
-from resmaster_stages.errors import ShardError, UserError
+from resmaster_stages.errors import PlanError, ShardError, UserError
 from resmaster_stages.keys import digest
 from resmaster_stages.storage.filesystem import Folder
 from resmaster_stages.storage.store_errors import is_damage
 from resmaster_stages.storage.tables import decode_table, facts_of
+
+PLAN_GONE = "restore the folder plan/ from a copy; without one see: when the plan is lost, in docs/storage.md"
+"""What to do where the plan's files do not tell what a record said."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +75,18 @@ def survey(folder: Folder) -> tuple[Plan, list[LostRecord]]:
 
 
 def restore_plan(folder: Folder) -> list[str]:
-    """Write every lost record of the plan again that can be made again. Returns their names.
+    """Write every lost record of the plan again. Returns their names.
 
-    Raises UserError if what stands in the place of a record cannot be removed.
+    Raises PlanError if one cannot be made again, and UserError if what stands in the place of one cannot be removed.
     """
     written = []
     for record in survey(folder)[1]:
-        if record.generation is not None:
-            if record.name in folder.names(record.name.rpartition("/")[0]):  # unreadable, or a link to nothing
-                folder.remove(record.name)
-            folder.create(record.name, record_text(record.generation))
-            written.append(record.name)
+        if record.generation is None:
+            raise PlanError(f"{folder.url_of(record.name)}: {record.what}, and cannot be made again; {PLAN_GONE}")
+        if record.name in folder.names(record.name.rpartition("/")[0]):  # unreadable, or a link to nothing
+            folder.remove(record.name)
+        folder.create(record.name, record_text(record.generation))
+        written.append(record.name)
     return written
 
 

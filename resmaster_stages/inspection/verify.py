@@ -22,7 +22,7 @@ from resmaster_stages.dataset.commit import Receipt, StoredObject, difference
 from resmaster_stages.dataset.commits import Record, all_records
 from resmaster_stages.dataset.dataset import Dataset, config_values, current_config
 from resmaster_stages.dataset.ledger import ledger_is_whole
-from resmaster_stages.dataset.lost_plan import LostRecord, survey
+from resmaster_stages.dataset.lost_plan import PLAN_GONE, LostRecord, survey
 from resmaster_stages.dataset.plan import Plan, fits
 from resmaster_stages.dataset.publication import PublicationRecord, read_publication
 from resmaster_stages.dataset.stages import STAGES
@@ -43,7 +43,6 @@ AGAIN = "repair makes it again"
 RECORD_GONE = "restore it from a copy, or repair makes the shard again"
 RECORD_UNREADABLE = "restore it from a copy, or repair makes the shard again, and what was made from it"
 OLDER = "of an older configuration: restore it from a copy, if you still need that"
-PLAN_GONE = "restore the folder plan/ from a copy; without one see: when the plan is lost, in docs/storage.md"
 RECORD_OF_PLAN = "repair puts it together again from the plan's files"
 CONFIG_GONE = "restore it from a copy; without one, delete it and run the same configuration again"
 CONTRADICTION = "restore plan/ or this record from a copy, whichever is not of this dataset"

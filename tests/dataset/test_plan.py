@@ -166,7 +166,8 @@ def test_a_record_is_not_made_again_from_files_that_are_not_whole(tmp_path: Path
         else:
             folder.write(part, harmed)
         assert [(each.name, each.what, each.generation) for each in survey(folder)[1]] == [(name, "gone", None)]
-        assert restore_plan(folder) == []
+        with pytest.raises(PlanError, match=r"gone, and cannot be made again; restore the folder plan/ from a copy"):
+            restore_plan(folder)
         with pytest.raises(PlanError, match="gone"):
             read_plan(folder)
     folder.write(part, whole)
@@ -183,7 +184,8 @@ def test_a_record_is_not_made_again_if_an_earlier_file_is_not_whole(
     folder.remove(name)
     folder.write(first, whole[:-1])
     assert [(each.name, each.generation) for each in survey(folder)[1]] == [(name, None)]
-    assert restore_plan(folder) == []
+    with pytest.raises(PlanError, match="cannot be made again"):
+        restore_plan(folder)
     folder.write(first, whole)
     assert restore_plan(folder) == [name]
     assert verify(open_dataset(folder.url)).damage == ()
@@ -221,7 +223,8 @@ def test_of_the_files_of_several_planners_those_count_that_fit_the_commits(tmp_p
     assert folder.read(name) == whole
     dataset.commits("low_res").drop([0, 1])
     folder.remove(name)
-    assert restore_plan(folder) == [], "nobody knows whose samples were planned"
+    with pytest.raises(PlanError, match="cannot be made again"):  # nobody knows whose samples were planned
+        restore_plan(folder)
 
 
 def test_nothing_goes_on_as_if_the_rest_of_the_plan_were_all(tmp_path: Path) -> None:
