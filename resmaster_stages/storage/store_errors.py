@@ -130,6 +130,9 @@ _REPEATED = ("TooManyRequests", "429", "BadDigest", "XAmzContentChecksumMismatch
 
 _UNREADABLE = (errno.EIO, errno.EISDIR, errno.ELOOP)
 
+_OF_ONE_OBJECT = ("AccessDenied", "InvalidObjectState")
+"""Codes with which a store refuses to read one object, and may well read others."""
+
 
 class NotRegular(OSError):
     """A folder, a pipe or a device is in the place of a file. Reading it could wait for ever, or never end."""
@@ -167,6 +170,15 @@ def is_damage(error: Exception) -> bool:
     if isinstance(cause, NotRegular):
         return True
     return isinstance(cause, OSError) and cause.errno in _UNREADABLE and store_code(cause) is None
+
+
+def is_unreadable(error: Exception) -> bool:
+    """Whether an error of a read concerns this one file alone: it is damaged, or nobody may read it here. Otherwise the
+    credentials, the store, the mount or this machine is at fault, and other files cannot be read either."""
+    cause = (error.__cause__ or error) if isinstance(error, UserError) else error
+    if (code := store_code(cause)) is not None:
+        return code in _OF_ONE_OBJECT
+    return is_damage(error) or isinstance(cause, PermissionError)
 
 
 def is_damaged_answer(error: Exception) -> bool:
