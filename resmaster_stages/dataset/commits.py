@@ -176,8 +176,9 @@ class Commits:
             receipt = parse_record(Receipt, data)
         except ValueError as error:
             raise self._damaged(name, error) from error
-        if receipt.stage_hash != self.stage_hash or name != self._name(receipt.shard, receipt.number):
-            raise self._damaged(name, "it belongs to another shard or configuration")
+        own = (receipt.stage, receipt.stage_hash) == (self.stage, self.stage_hash)
+        if not own or name != self._name(receipt.shard, receipt.number):
+            raise self._damaged(name, "it belongs to another shard, stage or configuration")
         return receipt
 
     def _damaged(self, name: str, error: object) -> ShardError:

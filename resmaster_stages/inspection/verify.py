@@ -30,7 +30,7 @@ from resmaster_stages.errors import PlanError, ShardError, UserError
 from resmaster_stages.inspection.published import published_shards
 from resmaster_stages.storage.digests import DigestSet, digest_of
 from resmaster_stages.storage.filesystem import Folder
-from resmaster_stages.storage.store_errors import is_damage
+from resmaster_stages.storage.store_errors import is_damage, is_unreadable
 
 THREADS = 8
 WINDOW = 64 * THREADS
@@ -258,7 +258,7 @@ def _check(folder: Folder, named: _Named) -> What | None:
         if ledger_is_whole(folder, named.stored.name):
             return None
     except UserError as error:
-        if not isinstance(error.__cause__, PermissionError):
+        if not is_unreadable(error):
             raise
         return "unreadable"
     return "unreadable" if folder.exists(named.stored.name) else "gone"

@@ -33,7 +33,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from resmaster_stages.errors import ResMasterError, UserError
 from resmaster_stages.redaction import holds_credentials, one_line, printable, without_credentials
-from resmaster_stages.storage.store_errors import NotRegular, explained, is_damaged_answer, store_code, worth_repeating
+from resmaster_stages.storage.store_errors import (
+    NotRegular,
+    explained,
+    is_damaged_answer,
+    is_unreadable,
+    store_code,
+    worth_repeating,
+)
 
 CREATE_ATTEMPTS = 6
 """How often a conditional create is sent while the store answers that another create of the name is under way."""
@@ -136,7 +143,7 @@ class Folder:
     def read_many(self, names: list[str], lenient: bool = False) -> dict[str, bytes]:
         """Name -> content of several files, read in parallel if the store allows it. Missing files are left out.
 
-        lenient: so are files that cannot be read. Only a store that cannot be reached raises an error then.
+        lenient: so are files that cannot be read, if that concerns these files alone (`is_unreadable`).
         """
         if not names:
             return {}
@@ -157,7 +164,7 @@ class Folder:
                 except FileNotFoundError:
                     continue
                 except (OSError, UserError) as error:
-                    if not lenient or isinstance(error, ConnectionError):
+                    if not (lenient and is_unreadable(error)):
                         raise
             else:
                 result[name] = value

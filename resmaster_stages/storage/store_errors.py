@@ -24,7 +24,7 @@ _PERMANENT = {
     errno.EACCES: "permission denied; check the rights of this user there, or choose another place",
     errno.EPERM: "operation not permitted; check the rights of this user there, or choose another place",
     errno.ENOTDIR: "a file is in the way where a folder is needed; choose another place",
-    errno.EISDIR: "a folder is in the way where a file is needed; choose another place",
+    errno.EISDIR: "a folder is in the way where a file is needed; remove the folder, or choose another place",
     errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one",
     errno.ELOOP: "links lead in a circle; mend them, or choose another place",
     errno.EFBIG: "the file is too large for this file system, or for this user (ulimit -f); choose another place",
@@ -130,6 +130,9 @@ _REPEATED = ("TooManyRequests", "429", "BadDigest", "XAmzContentChecksumMismatch
 
 _UNREADABLE = (errno.EIO, errno.EISDIR, errno.ELOOP)
 
+_OF_ONE_OBJECT = ("AccessDenied", "InvalidObjectState")
+"""Codes with which a store refuses to read one object, and may well read others."""
+
 
 class NotRegular(OSError):
     """A folder, a pipe or a device is in the place of a file. Reading it could wait for ever, or never end."""
@@ -167,6 +170,14 @@ def is_damage(error: Exception) -> bool:
     if isinstance(cause, NotRegular):
         return True
     return isinstance(cause, OSError) and cause.errno in _UNREADABLE and store_code(cause) is None
+
+
+def is_unreadable(error: Exception) -> bool:
+    """Whether an error of a read concerns this one file alone: it is damaged, or nobody may read it here. Otherwise the
+    credentials, the store, the mount or this machine is at fault, and other files cannot be read either."""
+    if (code := store_code(error)) is not None:
+        return code in _OF_ONE_OBJECT
+    return is_damage(error) or isinstance(error.__cause__, PermissionError)
 
 
 def is_damaged_answer(error: Exception) -> bool:

@@ -122,8 +122,15 @@ def test_a_damaged_record_is_named(folder: Folder, source: Path, text: str) -> N
 
 def test_a_record_of_another_configuration_is_found(folder: Folder, source: Path) -> None:
     contend(folder, source, "0" * 8)
-    with pytest.raises(ShardError, match="another shard or configuration"):
+    with pytest.raises(ShardError, match="another shard, stage or configuration"):
         Commits(folder, "low_res", HASH[:8] + "0" * 56).read(0)
+
+
+def test_a_record_of_another_stage_is_found(folder: Folder, source: Path) -> None:
+    made = contend(folder, source, "0" * 8)
+    folder.write(layout.commit("low_res", HASH, 0), record_text(replace(made, stage="captions")))
+    with pytest.raises(ShardError, match=r"000000\.json: damaged commit record .*another shard, stage"):
+        commits(folder).read(0)
 
 
 def test_ledger_numbers_the_attempts(folder: Folder) -> None:

@@ -11,6 +11,7 @@ import fsspec
 import pytest
 import s3fs
 
+from resmaster_flows.cli.main import main
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.dataset.stages import STAGES
@@ -21,7 +22,7 @@ from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import S3_ATTEMPTS, open_root
 from tests.fake_stages import FAKES, planned
-from tests.faulty_proxy import FAULTS, Rule, faulty, seeded
+from tests.faulty_proxy import ANSWERS, FAULTS, Rule, faulty, seeded
 from tests.s3_server import S3Server
 
 pytestmark = pytest.mark.s3
@@ -160,3 +161,27 @@ def test_a_store_that_fails_for_good_in_the_middle_is_one_line_and_loses_nothing
         assert key.partition("/")[0] in str(caught.value)
         proxy.choose = seeded([])
         assert len(contents(build(s3_root, tmp_path / "second"))) == 4
+
+
+@pytest.mark.parametrize("fault", ["expired token", "clock skew", "unknown key", "not allowed"])
+@pytest.mark.parametrize("key", ["/commits/low_res-", "/low_res/"])
+def test_credentials_that_fail_in_the_middle_are_no_damage_of_what_is_read_then(
+    fault: str,
+    key: str,
+    s3_root: str,
+    s3_server: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Else a manifest would leave out all shards, and a repair would compute them again."""
+    dataset = build(s3_root, tmp_path / "build")
+    with faulty(s3_server.endpoint, seeded([Rule(fault, methods="GET HEAD", key=key)])) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        s3fs.S3FileSystem.clear_instance_cache()
+        for verb in ("verify", "status")[: 2 if "commits" in key else 1]:
+            assert main([verb, dataset.url]) == 2
+            (said,) = capsys.readouterr().err.splitlines()
+            status, code = ANSWERS[fault]
+            assert code in said or f"{status}: " in said, "an answer to HEAD names no code"
+    assert dataset.folder.names("damaged") == []

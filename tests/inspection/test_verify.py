@@ -121,6 +121,18 @@ def test_an_object_that_cannot_be_read_is_damage_like_others(
     assert not any(pending(local).values())
 
 
+def test_a_repair_that_a_folder_hinders_asks_to_remove_the_folder(
+    local: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = Path(local.url, commit_name("captions", local.hashes["captions"], 0))
+    record.unlink()
+    record.mkdir()
+    assert main(["verify", local.url]) == 1
+    capsys.readouterr()
+    assert main(["repair", local.url]) == 2
+    assert f"{record}: a folder is in the way where a file is needed; remove the folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"no table"])
 def test_a_damaged_ledger_ends_no_command_and_is_mended(
     local: Dataset, content: bytes, caplog: pytest.LogCaptureFixture
