@@ -204,9 +204,9 @@ def repair(
     retries = retries_of(dataset, numbers, stages)[0] if retry_errors else None
     if not dataset.config.allow_overwriting_store:
         require_one_winner(dataset.folder)
-    drop_unreadable_records(dataset)
+    hindered = drop_unreadable_records(dataset)
     if replace:
-        give_up_damaged(dataset, numbers)
+        hindered |= give_up_damaged(dataset, numbers)
 
     def look() -> Todo:
         return pending(dataset, shards=numbers, stages=stages, retries=retries)
@@ -215,7 +215,7 @@ def repair(
         errors = work(dataset, look(), look, retries, REPAIR_QUEUE)
     except Stopped:
         return Cancelled(message="its runs were cancelled")
-    return finish(dataset, errors)
+    return finish(dataset, {**errors, **{str(shard): why for shard, why in hindered.items()}})
 
 
 @flow(name="publish", flow_run_name="publish {dataset_url}")

@@ -136,14 +136,29 @@ class Commits:
             return winner
         return receipt
 
-    def drop(self, shards: Collection[int]) -> None:
-        """Delete the records and damage marks of these shards, so that they are made anew."""
-        names = self.folder.names(layout.commit_folder(self.stage, self.stage_hash)) if shards else []
-        places = [(place, name) for name in names if (place := layout.attempt_of(name)) and place[0] in shards]
-        for _, name in sorted(places, reverse=True):  # later attempts first
-            self.folder.remove(name)
+    def records(self) -> dict[int, list[str]]:
+        """Shard -> the names of all its records, readable or not, in the order of their attempts."""
+        names = self.folder.names(layout.commit_folder(self.stage, self.stage_hash))
+        found: dict[int, list[str]] = {}
+        for place, name in sorted((place, name) for name in names if (place := layout.attempt_of(name))):
+            found.setdefault(place[0], []).append(name)
+        return found
+
+    def drop(self, shards: Collection[int]) -> dict[int, str]:
+        """Delete the records and damage marks of these shards, so that they are made anew.
+
+        Returns shard -> why, for each shard of which a record cannot be deleted.
+        """
+        hindered: dict[int, str] = {}
+        records = self.records() if shards else {}
         for shard in shards:
-            self.unmark(shard)
+            try:
+                for name in reversed(records.get(shard, [])):  # later attempts first
+                    self.folder.remove(name)
+                self.unmark(shard)
+            except UserError as error:
+                hindered[shard] = str(error)
+        return hindered
 
     def mark(self, shard: int, objects: Iterable[str]) -> None:
         """Mark these objects of a committed shard as damaged. Replaces an earlier mark."""

@@ -27,7 +27,7 @@ from resmaster_stages.dataset.records import record_text
 from resmaster_stages.dataset.retry import number_of, retries_of
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.schemas import LEDGER_SCHEMA
-from resmaster_stages.dataset.stages import Process
+from resmaster_stages.dataset.stages import Process, Stage
 from resmaster_stages.errors import ShardError
 from resmaster_stages.inspection import verify as verify_module
 from resmaster_stages.inspection.status import pending
@@ -121,16 +121,26 @@ def test_an_object_that_cannot_be_read_is_damage_like_others(
     assert not any(pending(local).values())
 
 
-def test_a_repair_that_a_folder_hinders_asks_to_remove_the_folder(
-    local: Dataset, capsys: pytest.CaptureFixture[str]
+def test_a_folder_in_the_place_of_a_record_costs_its_shard_and_is_to_be_removed(
+    local: Dataset, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Stage, "function", lambda stage: FAKES[stage.name])
     record = Path(local.url, commit_name("captions", local.hashes["captions"], 0))
+    damaged = receipt_of(local, "captions", 1).objects[0]
     record.unlink()
     record.mkdir()
-    assert main(["verify", local.url]) == 1
-    capsys.readouterr()
-    assert main(["repair", local.url]) == 2
-    assert f"{record}: a folder is in the way where a file is needed; remove the folder" in capsys.readouterr().err
+    for options in ([], ["--replace"]):
+        local.folder.write(damaged.name, b"x")
+        assert main(["verify", local.url]) == 1
+        capsys.readouterr()
+        assert main(["repair", local.url, *options]) == 1
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if "not finished" in line)
+        assert line.startswith("shard 000000 not finished: ")
+        assert f"{record}: a folder is in the way where a file is needed; remove the folder" in line
+        assert not any(1 in shards for shards in pending(local).values()), "the other shard is made again"
+    record.rmdir()
+    assert main(["repair", local.url]) == 0
+    assert main(["verify", local.url]) == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"no table"])
