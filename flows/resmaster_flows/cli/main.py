@@ -50,7 +50,7 @@ KEEPING: tuple[Verb, ...] = (run, repair, publish, gc, compare)
 
 ENVIRONMENT = {
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # the server counts a build as dead that is silent for long
-    # How long a build waits for a lost server. It asks twice: a minute in all if connections are refused, else minutes.
+    # How long a build waits for a lost server: about two minutes if connections are refused, else some more.
     "PREFECT_CLIENT_MAX_RETRIES": "4",
     "PREFECT_API_REQUEST_TIMEOUT": "20",
     # Errors are told by the command line itself; run logs still reach the Prefect UI.
