@@ -195,3 +195,11 @@ def test_what_is_not_finished_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
     err = capsys.readouterr().err
     assert "2 samples of 1 shards published" in err
     assert f"1 shards are not finished; next: resmaster repair {dataset.url}" in err
+
+
+def test_to_publish_no_sample_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = planned(tmp_path / "out", ["a", "b"], tmp_path)
+    assert main(["publish", dataset.url]) == 1
+    err = capsys.readouterr().err
+    assert "0 samples of 0 shards published" in err
+    assert f"1 shards are not finished; next: resmaster repair {dataset.url}" in err

@@ -14,6 +14,7 @@ from resmaster_stages.redaction import printable, quoted
 if TYPE_CHECKING:
     from resmaster_stages.dataset.dataset import Dataset
     from resmaster_stages.inspection.status import Status
+    from resmaster_stages.publish.card import Publication
 
 HELP = "write manifest, index, card and report again"
 DESCRIPTION = (
@@ -28,13 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Publish, and print what was published. Returns 0, or 1 if too many samples of the dataset failed."""
+    """Publish, and print what was published. Returns 1 if that is nothing, or if too many samples failed; else 0."""
     from resmaster_stages.dataset.dataset import open_dataset
     from resmaster_stages.inspection.status import status
 
     dataset = open_dataset(args.root)
-    publish_now(console, dataset)
-    return judged(console, dataset, status(dataset))
+    published = publish_now(console, dataset)
+    return judged(console, dataset, status(dataset)) or (0 if published.samples else 1)
 
 
 def judged(console: Console, dataset: Dataset, found: Status) -> int:
@@ -47,8 +48,8 @@ def judged(console: Console, dataset: Dataset, found: Status) -> int:
     return 1 if lacking else 0
 
 
-def publish_now(console: Console, dataset: Dataset) -> None:
-    """Publish in this process, and print what was published."""
+def publish_now(console: Console, dataset: Dataset) -> Publication:
+    """Publish in this process, and print what was published. Returns what was published."""
     from resmaster_stages.dataset import layout
     from resmaster_stages.publish.publish import publish
 
@@ -59,3 +60,4 @@ def publish_now(console: Console, dataset: Dataset) -> None:
             console, f"{published.shards_missing} shards are not finished; next: resmaster repair {quoted(dataset.url)}"
         )
     print(f"report: {printable(dataset.folder.url_of(layout.REPORT_PAGE))}")
+    return published
