@@ -14,12 +14,15 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from tqdm import tqdm
 
 from resmaster_stages.errors import first_line
 
@@ -49,6 +52,7 @@ def fork(work: Work, *arguments: object) -> int:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         faulthandler.register(TELL, file=2)
+        _with_own_lock(tqdm)
         work(*arguments)
         status = 0
     except SystemExit as leave:
@@ -58,6 +62,14 @@ def fork(work: Work, *arguments: object) -> int:
         os.write(2, told.encode(errors="replace"))
     finally:
         os._exit(status)
+
+
+def _with_own_lock(bars: type[tqdm[Any]]) -> None:
+    """Let progress bars have a lock of this process. tqdm's is shared by all forks: a child that is killed while it
+    holds the lock would stop all others."""
+    bars.set_lock(threading.RLock())
+    for each in bars.__subclasses__():
+        _with_own_lock(each)
 
 
 def ask(work: Work, *arguments: object) -> Any:

@@ -112,15 +112,9 @@ def in_batches(dataset: Dataset, stage: str, shard: int) -> Process:
 
 def real(folder: Path, model: str) -> Recipe:
     """The real stages with `model`, which is loaded here: two shards of four samples, two to a batch."""
-    import threading
-
     import torch
-    from tqdm import tqdm
 
     torch.set_num_threads(1)  # threads do not outlive a fork
-    tqdm.set_lock(
-        threading.RLock()
-    )  # its own is shared by all forks: a child that is killed with it would stop them all
     prompts = [f"a {colour} {thing}" for colour in ("red", "blue") for thing in ("house", "boat", "cat", "tree")]
     found = recipe(
         folder,

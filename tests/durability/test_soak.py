@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tqdm.auto import tqdm
 
 from benchmarks.soak import compare, harm, recipes
 from benchmarks.soak.__main__ import main
@@ -225,3 +227,16 @@ def test_what_goes_wrong_ends_with_status_1_and_keeps_the_files(
     assert len(list(tmp_path.glob("resmaster-soak-*/errors.log"))) == 1
     found = json.loads(numbers.read_text())
     assert (found["failure"] is not None, len(found["crashes"])) == ((True, 0) if scene is broken else (False, 1))
+
+
+@pytest.mark.timeout(120)
+def test_a_child_that_is_killed_while_it_draws_a_progress_bar_stops_no_other() -> None:
+    tqdm.get_lock()  # all forks share this one
+
+    def die() -> None:
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.waitpid(fork(die), 0)
+    with open(os.devnull, "w") as nowhere:
+        assert ask(lambda: list(tqdm(range(2), file=nowhere))) == [0, 1]
