@@ -73,7 +73,7 @@ def _diffused(
 
     models = load_models(config.model)
     whole = view_grid(models.geometry, *target_size(image.height, image.width, upscale.scale), upscale.view_stride)
-    views = view_limit(models, upscale.view_batch, whole.window_size, 2 if upscale.guidance_scale != 1 else 1)
+    views = view_limit(models, upscale.view_batch, whole.window_size, models.branches(upscale.guidance_scale))
     captions = None
     if upscale.uses("captions"):
         size = target_size(image.height, image.width, upscale.way()[0].scale)

@@ -214,7 +214,7 @@ def test_half_precision_draws_nearly_the_same_image(dtype):
 
 def test_offloaded_parts_are_on_the_device_only_while_they_work():
     pipe = make_adapted_pipeline()
-    ours = Models.from_pipeline(pipe, offload=True)
+    ours = Models.from_pipeline(pipe, offload="model")
     places = {}
 
     def watch(name, module):

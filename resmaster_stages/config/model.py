@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+from pydantic import Field
+
 from resmaster_stages.config.part import Operational, Part
 
 SDXL: dict[str, Any] = {
@@ -52,11 +54,18 @@ class ModelConfig(Part):
     ip_adapter: IpAdapterConfig | None = None
     """The adapter for image prompts. The picturebook pack has its own adapter and needs no entry here."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`auto`: float16 on CUDA, float32 elsewhere. With `bfloat16` the VAE stays in float32."""
+    """`auto`: on CUDA float16 for UNets and bfloat16 for transformers, float32 elsewhere. With `bfloat16` the VAE stays
+    in float32."""
+    native_px: int | None = Field(default=None, ge=16, le=65_536)
+    """Edge of the square images that the model was trained on, and of its views. null: as the model's files say."""
+    guidance: Literal["auto", "cfg"] = "auto"
+    """`cfg`: the guidance scale takes an unconditional branch, for checkpoints of FLUX.1 whose distilled guidance was
+    trained away. `auto`: what the model's files say."""
     device: str = Operational("auto")
     """`auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`, `mps`."""
-    offload: Literal["none", "model"] = Operational("none")
-    """`model`: only the model part at work is on the GPU. This is slower and needs less GPU memory."""
+    offload: Literal["auto", "none", "text", "model"] = Operational("auto")
+    """`model`: only the model part at work is on the GPU. This is slower and needs less GPU memory. `text`: the text
+    encoders are on the GPU only while they work. `auto`: `text` for models with large text encoders, else `none`."""
     compile: Literal["auto", "blocks", "off"] = Operational("auto")
     """`blocks`: the UNet's transformer blocks are compiled at first use, once for each shape (about a minute). Blocks
     that a method changes run uncompiled. `auto`: `blocks` on CUDA, `off` elsewhere."""
@@ -68,8 +77,10 @@ class ModelConfig(Part):
     or higher, and the extra `fp8`."""
 
     def identity(self) -> dict[str, Any]:
-        """The fields that change the result. `quantise: none` is left out, so older datasets keep their identity."""
+        """The fields that change the result. Fields that older datasets do not have are left out at their default, so
+        those keep their identity."""
         values = super().identity()
-        if self.quantise == "none":
-            del values["quantise"]
+        for name in ("quantise", "native_px", "guidance"):
+            if values[name] == type(self).model_fields[name].default:
+                del values[name]
         return values

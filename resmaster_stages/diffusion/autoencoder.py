@@ -55,7 +55,7 @@ def tile_grid(height: int, width: int, native: int) -> Grid:
 
 @contextmanager
 def _safe_precision(vae: Any) -> Iterator[None]:
-    upcast = vae.dtype == torch.float16 and vae.config.force_upcast
+    upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
     try:
         if upcast:
             vae.to(torch.float32)

@@ -30,6 +30,8 @@ class Conditions:
     sizes: Tensor  # [N, 6]: original height and width, crop top and left, target height and width, all in px
     image: Tensor | None = None  # [N, 1, ...]
     negative_image: Tensor | None = None
+    guidance_scale: float = 1.0
+    """Read by denoisers with embedded guidance."""
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -57,8 +59,11 @@ class Conditions:
         """The denoiser's rows for `items` [n] (long), branch by branch. An unconditional branch needs `negative`."""
         images = [self.image if branch.conditional else self.negative_image for branch in branches]
         texts = self.texts(items, branches)
+        masks = [text.mask[i] for text, i in texts if text.mask is not None]
         return Rows(
             states=torch.cat([text.states[i] for text, i in texts]),
+            mask=torch.cat(masks) if masks else None,
+            guidance_scale=self.guidance_scale,
             pooled=torch.cat([text.pooled[i] for text, i in texts]),
             sizes=self.sizes[items].repeat(len(branches), 1),
             image=None if self.image is None else torch.cat([image[items] for image in images if image is not None]),
@@ -85,20 +90,27 @@ def make_conditions(
     prompts: Sequence[str],
     negative_prompts: Sequence[str],
     *,
-    guided: bool,
+    guidance_scale: float,
     micro_conditioning: str = "canvas",
     image: tuple[Tensor, Tensor] | None = None,
     sizes: Sequence[tuple[int, ...]] | None = None,
 ) -> Conditions:
     """Conditions of all items of a batch: `prompts`, `negative_prompts` and `image` embeddings have one entry per item.
 
-    Without guidance (`guided` false), negative prompts are not encoded. `sizes` gives six numbers per item, for
+    Negative prompts are not encoded if there are none, or if `guidance_scale` takes no unconditional branch. All texts
+    get one number of states. `sizes` gives six numbers per item, for
     methods that do not use `micro_conditioning`.
     """
     sizes = sizes or size_and_crop(grid, micro_conditioning) * (len(prompts) // len(grid))
+    text, negative = encode_prompts(models, prompts), None
+    if negative_prompts and models.guided(guidance_scale):
+        negative = encode_prompts(models, negative_prompts, negative=True)
+        longest = max(text.states.shape[1], negative.states.shape[1])
+        text, negative = text.padded(longest), negative.padded(longest)
     return Conditions(
-        text=encode_prompts(models, prompts),
-        negative=encode_prompts(models, negative_prompts, negative=True) if guided else None,
+        text=text,
+        negative=negative,
+        guidance_scale=guidance_scale,
         sizes=torch.tensor(sizes, dtype=torch.float32, device=models.device),
         image=image[0] if image else None,
         negative_image=image[1] if image else None,

@@ -5,11 +5,12 @@ frequency. The swap is linear, so IFFT(G FFT(ref) + (1 - G) FFT(x0)) = x0 + G * 
 separable, so the blur is two one-dimensional convolutions. They use reflect padding (no wrap-around at the borders).
 The tests compare the result with the FFT form.
 
-This module does not deal with models. Of the steps it uses only their number.
+This module does not deal with models. Of the steps it uses only how far each of them is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -74,11 +75,13 @@ def cutoff_sigma(config: StructureConfig, scale: float) -> float:
     return config.cutoff / scale if config.cutoff_units == "lr_nyquist" else config.cutoff
 
 
-def swap_weights(config: StructureConfig, steps: int) -> tuple[float, ...]:
-    """Weight of the swap at each of `steps` steps; 0 outside the window from `start` to `stop`."""
+def swap_weights(config: StructureConfig, course: Sequence[float]) -> tuple[float, ...]:
+    """Weight of the swap at each step; 0 outside the window from `start` to `stop`.
+
+    course: the fraction of the path before each step (`Step.done`).
+    """
     weights = []
-    for index in range(steps):
-        done = index / steps
+    for done in course:
         if not config.start <= done < config.stop:
             weights.append(0.0)
         elif config.weight == "linear_decay":

@@ -9,9 +9,11 @@ This module does not import torch. Invariant: without guidance (scale 1, no nega
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+from resmaster_stages.models.bases.base import guide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,11 +44,6 @@ class Guidance(Protocol):
     def combine(self, outputs: Sequence[Tensor], step: Step) -> Tensor: ...
 
 
-def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance."""
-    return unconditional + scale * (conditional - unconditional)
-
-
 @dataclass(frozen=True)
 class ClassifierFree:
     """negative + scale * (text - negative). With scale 1, and from `stop` on, the conditional branch alone."""
@@ -55,12 +52,14 @@ class ClassifierFree:
     stop: float = 1.0
     """Fraction of the steps after which guidance ends (Kynkäänniemi et al. 2024: late guidance changes little). The
     steps are fixed beforehand, because a rule that looked at the predictions would wait for the device."""
+    mix: Callable[[Tensor, Tensor, float], Tensor] = guide
+    """(unconditional, conditional, scale) -> the guided prediction, as `Base.guide` has it."""
 
     def branches(self, step: Step) -> Branches:
         return (NEGATIVE, TEXT) if self.scale != 1 and step.done < self.stop else (TEXT,)
 
     def combine(self, outputs: Sequence[Tensor], step: Step) -> Tensor:
-        return outputs[0] if len(outputs) == 1 else guide(outputs[0], outputs[1], self.scale)
+        return outputs[0] if len(outputs) == 1 else self.mix(outputs[0], outputs[1], self.scale)
 
 
 @dataclass

@@ -109,20 +109,22 @@ class ScatteredViews:
 class InterleavedViews:
     """`factor` x `factor` views, each of which takes every `factor`-th cell of the canvas (dilated sampling).
 
-    So each view shows the whole image at native size. A canvas whose sides are not multiples of the factor is padded
-    with zeros at the top and left.
+    So each view shows the whole image at native size. A canvas is padded with zeros at the top and left until the sides
+    of the views are multiples of `multiple` cells.
     """
 
-    def __init__(self, height: int, width: int, factor: int) -> None:
+    def __init__(self, height: int, width: int, factor: int, multiple: int = 1) -> None:
         self.height, self.width, self.factor = height, width, factor
+        self.period = factor * multiple
+        """The sides of the padded canvas are multiples of this."""
 
     def __len__(self) -> int:
         return self.factor**2
 
     def cut(self, canvas: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B * k * k, C, H / k, W / k], sizes rounded up."""
+        """[B, C, H, W] -> [B * k * k, C, h, w], the size of `views.interleaved_size`."""
         k = self.factor
-        padded = F.pad(canvas, (-self.width % k, 0, -self.height % k, 0))
+        padded = F.pad(canvas, (-self.width % self.period, 0, -self.height % self.period, 0))
         cells = padded.unflatten(3, (-1, k)).unflatten(2, (-1, k))  # [B, C, h, k, w, k]
         return cells.permute(0, 3, 5, 1, 2, 4).flatten(0, 2)
 

@@ -24,7 +24,7 @@ USABLE = 0.85
 
 def weights_bytes(models: Models) -> int:
     """Memory in bytes of the weights that are on the device while the denoiser computes."""
-    parts = (models.base.denoiser,) if models.offload else models.parts
+    parts = (models.base.denoiser, *(part for part in models.resident if part is not models.base.denoiser))
     return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
 
 
@@ -93,7 +93,7 @@ def preflight(models: Models, limit: int | None, grid: Grid, branches: int) -> l
     name = torch.cuda.get_device_name(models.device) if models.device.type == "cuda" else models.device.type
     views = min(len(grid), limit or len(grid))
     lines = [f"{grid.height_px} x {grid.width_px} px in {len(grid)} views: {need.sentence(views, name, limit is None)}"]
-    if models.base.vae.dtype == torch.float16 and models.base.vae.config.force_upcast:
+    if models.base.vae.dtype == torch.float16 and getattr(models.base.vae.config, "force_upcast", False):
         lines.append(
             "the VAE overflows in float16 and computes in float32, several times slower; set model.vae to one that is "
             "safe, such as madebyollin/sdxl-vae-fp16-fix for SDXL"

@@ -6,6 +6,8 @@ influence one another.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from resmaster_stages.config.structure import StructureConfig
@@ -35,13 +37,13 @@ def match_moments(z: Tensor, like: Tensor) -> Tensor:
     return (z - mean) / std * like.std(dims, keepdim=True) + like.mean(dims, keepdim=True)
 
 
-def structural_guidance(reference: Tensor, config: StructureConfig, scale: float, steps: int) -> X0Hook:
+def structural_guidance(reference: Tensor, config: StructureConfig, scale: float, course: Sequence[float]) -> X0Hook:
     """The hook that replaces the low frequencies of x0 by those of `reference` [B, C, H, W].
 
-    scale: how many times the low-res image was enlarged to give the reference.
+    scale: how many times the low-res image was enlarged to give the reference. course: `Step.done` of each step.
     """
     sigma_f = cutoff_sigma(config, scale)
-    weights = swap_weights(config, steps)
+    weights = swap_weights(config, course)
 
     def swap(x0: Tensor, step: Step) -> Tensor:
         weight = weights[step.index]

@@ -6,11 +6,12 @@ A prompt with more tokens than the text encoders take loses its end. `truncated`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from resmaster_stages.models.bases.base import Texts
 from resmaster_stages.models.parts import Models
 
 _BATCH = 32
@@ -23,6 +24,12 @@ class TextEmbeddings:
     states: Tensor  # [U, L, D]
     pooled: Tensor  # [U, P]; P = 0 where nothing pooled is read
     index: Tensor  # [N], long: item -> prompt
+    mask: Tensor | None = None  # [U, L], bool: which states are read; None: all
+
+    def padded(self, length: int) -> TextEmbeddings:
+        """With `length` states per prompt, of which no further one is read."""
+        texts = Texts(self.states, self.pooled, self.mask).padded(length)
+        return replace(self, states=texts.states, mask=texts.mask)
 
 
 def truncated(models: Models, prompts: Sequence[str]) -> list[bool]:
@@ -39,8 +46,11 @@ def encode_prompts(models: Models, prompts: Sequence[str], *, negative: bool = F
     batches = [distinct[i : i + _BATCH] for i in range(0, len(distinct), _BATCH)]
     with torch.inference_mode(), models.using(*base.text_encoders):
         parts = [base.encode(batch, negative, models.device) for batch in batches]
-    states = torch.cat([part[0] for part in parts]).to(models.dtype)
-    pooled = torch.cat([part[1] for part in parts]).to(models.dtype)
+    longest = max(part.states.shape[1] for part in parts)
+    parts = [part.padded(longest) for part in parts]
+    states = torch.cat([part.states for part in parts]).to(models.dtype)
+    pooled = torch.cat([part.pooled for part in parts]).to(models.dtype)
+    masks = [part.mask for part in parts if part.mask is not None]
     places = {prompt: place for place, prompt in enumerate(distinct)}
     index = torch.tensor([places[prompt] for prompt in prompts], device=models.device)
-    return TextEmbeddings(states, pooled, index)
+    return TextEmbeddings(states, pooled, index, torch.cat(masks) if masks else None)

@@ -10,7 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from resmaster_stages.config.dataset import DatasetConfig
@@ -45,7 +45,8 @@ class Grid:
 
     An axis shorter than the window has one window of the axis's length. `unit_px` is the size of a unit in pixels
     (1, or the latent factor). `height_px` and `width_px` are the size of the image, which the canvas may exceed by
-    padding. `shift` moves all windows up and left by less than a stride, inside the canvas.
+    padding. `shift` moves all windows up and left by less than a stride, inside the canvas. `multiple` is
+    `Geometry.multiple`.
     """
 
     height: int
@@ -56,6 +57,7 @@ class Grid:
     height_px: int | None = None
     width_px: int | None = None
     shift: tuple[int, int] | None = None
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         if min(self.height, self.width, self.window, self.stride, self.unit_px) < 1 or self.stride > self.window:
@@ -134,24 +136,39 @@ def view_grid(geometry: Geometry, height: int, width: int, stride: float) -> Gri
     """The views of a target of `height` x `width` px, in latents: windows of the native size.
 
     `stride` is the distance of neighbouring windows, as a fraction of the native size. If a side of the target is not a
-    multiple of the latent factor, the canvas is padded up to the next multiple.
+    multiple of `geometry.step_px`, the canvas is padded up to the next multiple.
     """
-    window, factor = max(1, geometry.native), geometry.latent_factor
+    rows, cols = canvas_size(geometry, height, width)
+    window = max(1, geometry.native // geometry.multiple) * geometry.multiple
     return Grid(
-        height=-(-height // factor),
-        width=-(-width // factor),
+        height=rows,
+        width=cols,
         window=window,
         stride=stride_of(window, stride),
-        unit_px=factor,
+        unit_px=geometry.latent_factor,
         height_px=height,
         width_px=width,
+        multiple=geometry.multiple,
     )
 
 
-def whole_canvas(height: int, width: int, latent_factor: int) -> Grid:
+def canvas_size(geometry: Geometry, height: int, width: int) -> tuple[int, int]:
+    """(height, width) in latents of the canvas of a target of `height` x `width` px: multiples of
+    `geometry.multiple`."""
+    return -(-height // geometry.step_px) * geometry.multiple, -(-width // geometry.step_px) * geometry.multiple
+
+
+def interleaved_size(height: int, width: int, factor: int, multiple: int = 1) -> tuple[int, int]:
+    """(height, width) of views that take every `factor`-th cell of `height` x `width` cells: multiples of
+    `multiple`."""
+    period = factor * multiple
+    return -(-height // period) * multiple, -(-width // period) * multiple
+
+
+def whole_canvas(geometry: Geometry, height: int, width: int) -> Grid:
     """A grid whose only view is the whole canvas of a target of `height` x `width` px, in latents."""
-    longer = -(-max(height, width) // latent_factor) * latent_factor
-    return view_grid(Geometry(longer, latent_factor), height, width, 1.0)
+    longer = max(canvas_size(geometry, height, width)) * geometry.latent_factor
+    return view_grid(replace(geometry, native_px=longer), height, width, 1.0)
 
 
 def patch_grid(config: DatasetConfig, geometry: Geometry, height: int, width: int) -> Grid:

@@ -70,7 +70,7 @@ def at_scale(config: DatasetConfig, scale: str) -> DatasetConfig:
             raise ConfigError(f"--scales {scale}: your own images keep their shape; give equal numbers, e.g. 2x2,4x4")
         return _changed(config, f"--scales {scale}", {"scale": rows}, {})
     geometry = geometry_of(config.model)
-    height, width = low_res_size(rows, cols, geometry.native_px, geometry.latent_factor)
+    height, width = low_res_size(rows, cols, geometry.native_px, geometry.step_px)
     return _changed(
         config, f"--scales {scale}", {"scale": rows * geometry.native_px / height}, {"height": height, "width": width}
     )

@@ -21,7 +21,7 @@ from pydantic import Field
 from resmaster_stages.config.method import register
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid
-from resmaster_stages.methods.passes import Pass, first_step
+from resmaster_stages.methods.passes import Pass
 from resmaster_stages.methods.settings import Steered, area
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from resmaster_stages.diffusion.loop import CanvasNoise, Composition, LatentHook, Patch
     from resmaster_stages.methods.request import Request
     from resmaster_stages.models.bases.base import Ability
-    from resmaster_stages.models.schedule import Step
+    from resmaster_stages.models.schedule import Course, Step
 
 
 @register
@@ -55,12 +55,14 @@ class CUpscale(Steered):
         """The composer changes cross-attention."""
         return {"attention": "upscale.share"} if self.share else {}
 
-    def work(self, grid: Grid) -> Iterator[UnetWork]:
+    def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
         """The views and, with a composer, the low-res image by one branch."""
-        left = self.left(self.start)
-        yield UnetWork(self.rows(left) * len(grid), area(*grid.window_size, grid))
+        left = self.left(self.start, course)
+        yield UnetWork(self.rows(left, course) * len(grid), area(*grid.window_size, grid))
         if self.share:
-            height, width = round(grid.height / self.scale), round(grid.width / self.scale)
+            height, width = (
+                max(1, round(side / grid.multiple / self.scale)) * grid.multiple for side in (grid.height, grid.width)
+            )
             yield UnetWork(len(left), area(height, width, grid))
 
     def passes(self, request: Request) -> tuple[Pass, ...]:
@@ -70,7 +72,7 @@ class CUpscale(Steered):
         def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
             return step.noised(reference.latents, noise()), self.compose(request, noise)
 
-        return (Pass(*request.canvas_size, begin, first_step(self.start, self.steps)),)
+        return (Pass(*request.canvas_size, begin, request.course.first(self.start)),)
 
     def compose(self, request: Request, noise: CanvasNoise) -> Composition:
         """A grid of views, each with its caption, and a composer for their cross-attention."""
@@ -93,15 +95,15 @@ class CUpscale(Steered):
             grid,
             request.view_texts(grid),
             request.per_view(request.negative_prompts, grid),
-            guided=request.guided,
+            guidance_scale=request.config.guidance_scale,
             micro_conditioning=self.micro_conditioning,
         )
         views = Fuser(grid, self.fuse, models.device)
         return Composition(
-            groups=(ViewGroup(always(views, conditions), self.guidance()),),
+            groups=(ViewGroup(always(views, conditions), self.guidance(request.models)),),
             stepper=make_stepper(self.stepper),
             latent_hooks=look,
-            x0_hooks=self.structural_guidance(reference),
+            x0_hooks=self.structural_guidance(request),
             patches=patches,
         )
 
@@ -123,8 +125,8 @@ def whole_image(request: Request, composer: Composer, draw: Tensor) -> LatentHoo
         models,
         request.canvas(),
         request.prompts,
-        request.negative_prompts,
-        guided=False,
+        (),
+        guidance_scale=request.config.guidance_scale,
         sizes=[(*size, 0, 0, *size)] * len(request.prompts),
     )
     batches = static_batches(len(conditions), request.view_limit, models.device)

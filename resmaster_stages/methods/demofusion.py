@@ -25,8 +25,8 @@ from pydantic import Field
 
 from resmaster_stages.config.method import Source, register
 from resmaster_stages.diffusion.cost import UnetWork
-from resmaster_stages.diffusion.views import Grid
-from resmaster_stages.methods.passes import Pass, first_step, phase_scales, phase_sizes
+from resmaster_stages.diffusion.views import Grid, interleaved_size
+from resmaster_stages.methods.passes import Pass, phase_scales, phase_sizes
 from resmaster_stages.methods.settings import Views, area
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from resmaster_stages.diffusion.loop import Views as CutViews
     from resmaster_stages.methods.passes import Begin
     from resmaster_stages.methods.request import Request
-    from resmaster_stages.models.schedule import Step
+    from resmaster_stages.models.schedule import Course, Step
 
 
 @register
@@ -71,24 +71,25 @@ class DemoFusion(Views):
     """Random shifts of local views. `clamped`: inside the canvas. `zeros`: also beyond its border, where views see
     zeros (the authors). `off`: no shifts."""
 
-    def canvases(self, height: int, width: int) -> tuple[tuple[float, int, int], ...]:
-        """(scale, rows, columns) of each phase on the way to `height` x `width` latents."""
-        return phase_sizes(height, width, phase_scales(self.scale, self.phases, self.refine))
+    def canvases(self, grid: Grid) -> tuple[tuple[float, int, int], ...]:
+        """(scale, rows, columns) of each phase on the way to the canvas of `grid`."""
+        scales = phase_scales(self.scale, self.phases, self.refine)
+        return phase_sizes(grid.height, grid.width, scales, grid.multiple)
 
-    def work(self, grid: Grid) -> Iterator[UnetWork]:
+    def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
         """The local and the dilated views of every phase."""
-        rows = self.rows(self.left(self.start))
-        for scale, height, width in self.canvases(grid.height, grid.width):
+        rows = self.rows(self.left(self.start, course), course)
+        for scale, height, width in self.canvases(grid):
             phase, factor = Grid(height, width, grid.window, grid.stride), max(1, round(scale))
             yield UnetWork(rows * len(phase), area(*phase.window_size, grid))
-            yield UnetWork(rows * factor**2, area(-(-height // factor), -(-width // factor), grid))
+            yield UnetWork(rows * factor**2, area(*interleaved_size(height, width, factor, grid.multiple), grid))
 
     def passes(self, request: Request) -> tuple[Pass, ...]:
         """One pass per phase. The result of each pass is brought to the mean and standard deviation of the low-res
         latents."""
         from resmaster_stages.diffusion.reference_guidance import match_moments
 
-        first, reference = first_step(self.start, self.steps), request.required_reference()
+        first, reference = request.course.first(self.start), request.required_reference()
         return tuple(
             Pass(
                 rows,
@@ -97,7 +98,7 @@ class DemoFusion(Views):
                 first,
                 lambda z: match_moments(z, reference.small_latents),
             )
-            for scale, rows, cols in self.canvases(*request.canvas_size)
+            for scale, rows, cols in self.canvases(request.views())
         )
 
     def beginning(self, request: Request, scale: float, rows: int, cols: int) -> Begin:
@@ -156,7 +157,7 @@ def _conditions(request: Request, settings: DemoFusion, grid: Grid, origins: lis
         grid,
         [text for text in request.prompts for _ in range(views)],
         [text for text in request.negative_prompts for _ in range(views)],
-        guided=request.guided,
+        guidance_scale=request.config.guidance_scale,
         sizes=sizes,
     )
 
@@ -191,7 +192,7 @@ def _local_views(request: Request, settings: DemoFusion, grid: Grid, noise: Canv
 
     return ViewGroup(
         at,
-        settings.guidance(),
+        settings.guidance(request.models),
         weight=lambda step: 1 - step.cosine**settings.cosine_scale_2,
     )
 
@@ -201,13 +202,14 @@ def _dilated_views(request: Request, settings: DemoFusion, height: int, width: i
     from resmaster_stages.diffusion.irregular_views import InterleavedViews
     from resmaster_stages.diffusion.loop import ViewGroup, always
 
-    views = InterleavedViews(height, width, factor)
-    size = max(-(-height // factor), -(-width // factor))
-    grid = Grid(-(-height // factor), -(-width // factor), size, size)
+    multiple = request.models.geometry.multiple
+    views = InterleavedViews(height, width, factor, multiple)
+    size = interleaved_size(height, width, factor, multiple)
+    grid = Grid(*size, max(size), max(size))
     conditions = _conditions(request, settings, grid, [[(0, 0)] * len(views)] * len(request.prompts))
     return ViewGroup(
         always(views, conditions),
-        settings.guidance(),
+        settings.guidance(request.models),
         weight=lambda step: step.cosine**settings.cosine_scale_2,
         prepare=dilated_input(factor, settings),
     )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from resmaster_stages.diffusion.guidance import Guidance
     from resmaster_stages.diffusion.loop import Composition, LatentHook, Patch
     from resmaster_stages.methods.request import Request
+    from resmaster_stages.models.schedule import Course
 
 
 @register
@@ -26,13 +27,15 @@ class Direct(FromNoise, LateGuidance, MicroConditioned):
 
     method: Literal["direct"] = "direct"
 
-    def work(self, grid: Grid) -> Iterator[UnetWork]:
+    def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
         """The whole canvas at every step."""
-        yield UnetWork(self.rows(self.left(self.start)), area(grid.height, grid.width, grid))
+        yield UnetWork(self.rows(self.left(self.start, course), course), area(grid.height, grid.width, grid))
 
     def compose(self, request: Request) -> Composition:
         """One view: the whole canvas."""
-        return whole_canvas_composition(request, self.guidance(), micro_conditioning=self.micro_conditioning)
+        return whole_canvas_composition(
+            request, self.guidance(request.models), micro_conditioning=self.micro_conditioning
+        )
 
 
 def whole_canvas_composition(
@@ -61,7 +64,7 @@ def whole_canvas_composition(
         grid,
         request.prompts,
         request.negative_prompts,
-        guided=request.guided,
+        guidance_scale=request.config.guidance_scale,
         micro_conditioning=micro_conditioning,
         sizes=[(*size, 0, 0, *size)] * len(request.prompts) if size else None,
     )

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from resmaster_stages.diffusion.patches import Layer
     from resmaster_stages.methods.request import Request
     from resmaster_stages.models.bases.base import Ability
-    from resmaster_stages.models.schedule import Step
+    from resmaster_stages.models.schedule import Course, Step
 
 SAMPLING: dict[str, Any] = {"stepper": "ddim_ancestral", "guidance_scale": 5.0}
 
@@ -76,13 +76,13 @@ class FouriScale(FromNoise):
         """Convolutions are filtered, and attention maps are shared between branches."""
         return {"convolutions": "method fouriscale", "attention": "method fouriscale"}
 
-    def work(self, grid: Grid) -> Iterator[UnetWork]:
+    def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
         """The whole canvas at every step, with a third branch while layers are filtered."""
-        left = self.left(self.start)
+        left = self.left(self.start, course)
         height, width = grid.height_px or grid.height * grid.unit_px, grid.width_px or grid.width * grid.unit_px
         plan = make_plan(height, width, grid.window * grid.unit_px, self.steps, self)
-        third = max(0, plan.until - left.start) if self.guidance_scale > 1 and plan.factor > 1 else 0
-        yield UnetWork(self.rows(left) + third, area(grid.height, grid.width, grid))
+        third = max(0, plan.until - left.start) if course.guided and self.guidance_scale > 1 and plan.factor > 1 else 0
+        yield UnetWork(self.rows(left, course) + third, area(grid.height, grid.width, grid))
 
     def compose(self, request: Request) -> Composition:
         """Direct inference with replaced guidance rule, convolutions and self-attention.

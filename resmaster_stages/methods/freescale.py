@@ -26,7 +26,7 @@ from resmaster_stages.config.method import Source, register
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.methods.direct import whole_canvas_composition
-from resmaster_stages.methods.passes import Pass, first_step, phase_scales, phase_sizes
+from resmaster_stages.methods.passes import Pass, phase_scales, phase_sizes
 from resmaster_stages.methods.settings import LateGuidance, area
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from resmaster_stages.methods.passes import Begin
     from resmaster_stages.methods.request import Request
     from resmaster_stages.models.bases.base import Ability
-    from resmaster_stages.models.schedule import Step
+    from resmaster_stages.models.schedule import Course, Step
 
 
 @register
@@ -90,17 +90,17 @@ class FreeScale(LateGuidance):
 
     def canvases(self, height: int, width: int) -> tuple[tuple[float, int, int], ...]:
         """(scale, rows, columns) of each pass on the way to `height` x `width` latents."""
-        return phase_sizes(height, width, phase_scales(self.scale, self.phases, refine=False))
+        return phase_sizes(height, width, phase_scales(self.scale, self.phases, refine=False), 1)
 
-    def work(self, grid: Grid) -> Iterator[UnetWork]:
+    def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
         """The whole canvas of every pass."""
         for _, height, width in self.canvases(grid.height, grid.width):
-            yield UnetWork(self.rows(self.left(self.start)), area(height, width, grid))
+            yield UnetWork(self.rows(self.left(self.start, course), course), area(height, width, grid))
 
     def passes(self, request: Request) -> tuple[Pass, ...]:
         """One pass per size, each of which starts in the middle of the path."""
         request.required_reference()
-        first = first_step(self.start, self.steps)
+        first = request.course.first(self.start)
         return tuple(
             Pass(rows, cols, self.beginning(request, scale, rows, cols), first)
             for scale, rows, cols in self.canvases(*request.canvas_size)
@@ -141,7 +141,7 @@ class FreeScale(LateGuidance):
             patches = (*patches, fusion)
         return whole_canvas_composition(
             request,
-            self.guidance(),
+            self.guidance(request.models),
             latent_hooks=(skip_residual(x0, draw, detail_control(request, self, *request.canvas_size)),),
             patches=patches,
             freeu=self.freeu,

@@ -13,13 +13,13 @@ from resmaster_stages.methods.request import Request
 from resmaster_stages.models.parts import Models
 
 
-def check_size(height: int, width: int, latent_factor: int) -> None:
-    """Raises ConfigError, naming the nearest good values, unless both are multiples of the latent factor."""
+def check_size(height: int, width: int, multiple: int) -> None:
+    """Raises ConfigError, naming the nearest good values, unless both are multiples of `multiple` px."""
     for name, value in (("height", height), ("width", width)):
-        if value % latent_factor or value < latent_factor:
-            below = max(latent_factor, value // latent_factor * latent_factor)
+        if value % multiple or value < multiple:
+            below = max(multiple, value // multiple * multiple)
             raise ConfigError(
-                f"low_res.{name}: {value} is no multiple of {latent_factor}; use {below} or {below + latent_factor}"
+                f"low_res.{name}: {value} is no multiple of {multiple}; use {below} or {below + multiple}"
             )
 
 
@@ -46,11 +46,11 @@ def generate(
     """Yield an image of `height` x `width` px for each prompt, in order, or a SampleError in its place.
 
     At the native size, the image is the one that diffusers' StableDiffusionXLPipeline draws for the same seed (one CPU
-    generator per image) with DDIM, eta = 0, or Euler. Raises ConfigError if a side is not a multiple of the latent
-    factor.
+    generator per image) with DDIM, eta = 0, or Euler. Raises ConfigError if a side is not a multiple of
+    `Geometry.step_px`.
     """
 
-    check_size(height, width, models.geometry.latent_factor)
+    check_size(height, width, models.geometry.step_px)
     config = Direct(steps=steps, guidance_scale=guidance_scale, stepper="ddim_keep", view_batch=batch_size)
     for start in range(0, len(prompts), batch_size):
         slot = slice(start, start + batch_size)

@@ -34,10 +34,10 @@ class MultiDiffusion(MovingViews):
             grid,
             request.per_view(request.prompts, grid),
             request.per_view(request.negative_prompts, grid),
-            guided=request.guided,
+            guidance_scale=request.config.guidance_scale,
             micro_conditioning=self.micro_conditioning,
         )
         return Composition(
-            groups=(ViewGroup(self.placed(grid, conditions, request.models.device), self.guidance()),),
+            groups=(ViewGroup(self.placed(grid, conditions, request.models.device), self.guidance(request.models)),),
             stepper=make_stepper(self.stepper),
         )

@@ -52,11 +52,6 @@ def from_noise(request: Request, compose: Callable[[Request], Composition], firs
     return Pass(*request.canvas_size, begin, first or 0)
 
 
-def first_step(fraction: float, steps: int) -> int:
-    """Index of the step at `fraction` of the path, at most that of the last step."""
-    return min(int(fraction * steps), steps - 1)
-
-
 def phase_scales(scale: float, phases: str, refine: bool) -> tuple[float, ...]:
     """Scale of each phase relative to the low-res image: 2, 3, ... (every), 2, 4, ... (doubling) or none of these
     (last), and finally `scale`.
@@ -71,7 +66,11 @@ def phase_scales(scale: float, phases: str, refine: bool) -> tuple[float, ...]:
     return tuple(dict.fromkeys([*scales, scale]))
 
 
-def phase_sizes(height: int, width: int, scales: Sequence[float]) -> tuple[tuple[float, int, int], ...]:
-    """(scale, rows, columns) of each phase's canvas. The last canvas has `height` x `width` latents."""
-    last = scales[-1]
-    return tuple((scale, max(1, round(height * scale / last)), max(1, round(width * scale / last))) for scale in scales)
+def phase_sizes(height: int, width: int, scales: Sequence[float], multiple: int) -> tuple[tuple[float, int, int], ...]:
+    """(scale, rows, columns) of each phase's canvas, in latents: multiples of `multiple`. The last canvas has `height`
+    x `width` latents."""
+
+    def side(length: int, scale: float) -> int:
+        return max(1, round(length * scale / scales[-1] / multiple)) * multiple
+
+    return tuple((scale, side(height, scale), side(width, scale)) for scale in scales)

@@ -32,7 +32,7 @@ def render(request: Request, seeds: Sequence[int], progress: Progress | None = N
     require(models.base.family, models.identity, config.needs())
     advice = "lower upscale.view_batch or low_res.batch_size, or set model.offload: model"
     with busy(), device_faults(advice, batch_size(len(request.prompts) * len(request.views()), request.view_limit)):
-        schedule = models.base.path(config.steps)
+        schedule = request.path
         passes = config.passes(request)
         noise = CanvasNoise(seeds, models.base.latent_channels, *request.canvas_size, models.device)
         done, total = count(1), sum(len(schedule) - each.first for each in passes)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.memory import view_limit
-from resmaster_stages.diffusion.views import Grid, view_grid, whole_canvas
+from resmaster_stages.diffusion.views import Grid, canvas_size, view_grid, whole_canvas
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.methods.settings import Diffusion
+from resmaster_stages.methods.settings import Diffusion, timing_of
 from resmaster_stages.models.parts import Models
+from resmaster_stages.models.schedule import Course, Step, course_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,7 @@ class Reference:
     """The enlarged low-res images B^L, and tensors that are derived from them once."""
 
     models: Models
-    pixels: Tensor  # [B, 3, H, W] in [-1, 1], sides padded to multiples of the latent factor
+    pixels: Tensor  # [B, 3, H, W] in [-1, 1], sides padded to multiples of `Geometry.step_px`
     scale: float
     low_res: Tensor
     """The low-res images themselves: [B, 3, h, w] in [-1, 1], of any size."""
@@ -38,11 +39,11 @@ class Reference:
     @cached_property
     def small(self) -> Tensor:
         """The low-res images at a size whose enlargement by `scale` is about that of `pixels`: [B, 3, ~h, ~w], sides
-        multiples of f.
+        multiples of `Geometry.step_px`.
 
         If the sizes fit exactly, these are `low_res`. Otherwise they are `pixels`, which include the padding, reduced.
         """
-        factor = self.models.geometry.latent_factor
+        factor = self.models.geometry.step_px
         height, width = (max(1, round(side / factor / self.scale)) * factor for side in self.pixels.shape[-2:])
         exact = all(side == low * self.scale for side, low in zip(self.pixels.shape[-2:], self.low_res.shape[-2:]))
         if exact and self.low_res.shape[-2:] == (height, width):
@@ -74,22 +75,28 @@ class Request:
     detail: Tensor | None = None
     """Mask [B or 1, 1, h, w] of any size, from 0 to 1. Where it is 1, more detail is drawn anew."""
 
-    @property
-    def guided(self) -> bool:
-        """Whether there is an unconditional branch."""
-        return self.config.guidance_scale != 1
+    @cached_property
+    def path(self) -> tuple[Step, ...]:
+        """The steps of the noise schedule. Raises ConfigError for a schedule that is not supported."""
+        timing = timing_of(self.config.time_shift, self.views())
+        return self.models.base.path(self.config.steps, timing)
+
+    @cached_property
+    def course(self) -> Course:
+        """The course of `path`."""
+        return course_of(self.path, self.models.guided(self.config.guidance_scale))
 
     @property
     def canvas_size(self) -> tuple[int, int]:
         """(height, width) of the canvas, in latents."""
-        factor = self.models.geometry.latent_factor
-        return -(-self.height // factor), -(-self.width // factor)
+        return canvas_size(self.models.geometry, self.height, self.width)
 
     @cached_property
     def view_limit(self) -> int:
         """The most views per UNet call."""
         grid = self.views()
-        return view_limit(self.models, self.config.view_batch, grid.window_size, 2 if self.guided else 1)
+        branches = self.models.branches(self.config.guidance_scale)
+        return view_limit(self.models, self.config.view_batch, grid.window_size, branches)
 
     def required_reference(self) -> Reference:
         """The reference. Raises ConfigError if there is none."""
@@ -105,7 +112,7 @@ class Request:
 
     def canvas(self) -> Grid:
         """The grid whose only view is the whole canvas."""
-        return whole_canvas(self.height, self.width, self.models.geometry.latent_factor)
+        return whole_canvas(self.models.geometry, self.height, self.width)
 
     def view_texts(self, grid: Grid) -> list[str]:
         """Each view's caption or, without captions, the prompt of its sample."""

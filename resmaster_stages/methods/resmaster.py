@@ -107,18 +107,18 @@ class ResMaster(MovingViews, Steered):
 
         models, grid, reference = request.models, request.views(), request.required_reference()
         image = embed_crops(models, reference.pixels, grid.canvas_boxes) if self.image_scale else None
-        hooks = self.structural_guidance(reference)
+        hooks = self.structural_guidance(request)
         conditions = make_conditions(
             models,
             grid,
             request.view_texts(grid),
             request.per_view(request.negative_prompts, grid),
-            guided=request.guided,
+            guidance_scale=request.config.guidance_scale,
             micro_conditioning=self.micro_conditioning,
             image=image,
         )
         return Composition(
-            groups=(ViewGroup(self.placed(grid, conditions, models.device), self.guidance()),),
+            groups=(ViewGroup(self.placed(grid, conditions, models.device), self.guidance(request.models)),),
             stepper=make_stepper(self.stepper),
             x0_hooks=hooks,
             image_scale=self.image_scale,

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from resmaster_stages.diffusion.patches import Layer
     from resmaster_stages.methods.request import Request
     from resmaster_stages.models.bases.base import Ability
-    from resmaster_stages.models.schedule import Step
+    from resmaster_stages.models.schedule import Course, Step
 
 SAMPLING: dict[str, Any] = {"stepper": "ddim_ancestral", "guidance_scale": 5.0}
 
@@ -76,14 +76,14 @@ class ScaleCrafter(FromNoise, MicroConditioned):
         """Convolutions are dilated."""
         return {"convolutions": "method scalecrafter"}
 
-    def work(self, grid: Grid) -> Iterator[UnetWork]:
+    def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
         """The whole canvas at every step, with a third branch while guidance is damped. The count is that of SDXL,
         whatever the model."""
-        left, native = self.left(self.start), grid.window * grid.unit_px
+        left, native = self.left(self.start, course), grid.window * grid.unit_px
         height, width = grid.height_px or grid.height * grid.unit_px, grid.width_px or grid.width * grid.unit_px
         damped = make_plan(height / native, width / native, self.steps, self).damped_until
-        third = max(0, damped - left.start) if self.guidance_scale > 1 else 0
-        yield UnetWork(self.rows(left) + third, area(grid.height, grid.width, grid))
+        third = max(0, damped - left.start) if course.guided and self.guidance_scale > 1 else 0
+        yield UnetWork(self.rows(left, course) + third, area(grid.height, grid.width, grid))
 
     def compose(self, request: Request) -> Composition:
         """Direct inference with replaced guidance rule and convolutions."""

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -19,7 +19,9 @@ from resmaster_stages.config.part import Operational, Part
 from resmaster_stages.config.structure import StructureConfig
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid, stride_of
-from resmaster_stages.methods.passes import Pass, first_step, from_noise
+from resmaster_stages.methods.passes import Pass, from_noise
+from resmaster_stages.models.bases.base import Timing
+from resmaster_stages.models.schedule import Course
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,8 +33,9 @@ if TYPE_CHECKING:
     from resmaster_stages.diffusion.guidance import ClassifierFree
     from resmaster_stages.diffusion.loop import Composition, Progress, X0Hook
     from resmaster_stages.diffusion.loop import Views as CutViews
-    from resmaster_stages.methods.request import Reference, Request
+    from resmaster_stages.methods.request import Request
     from resmaster_stages.models.bases.base import Ability
+    from resmaster_stages.models.parts import Models
     from resmaster_stages.models.schedule import Step
 
 NEGATIVE_PROMPT = "blurry, ugly, duplicate, poorly drawn, deformed, mosaic"
@@ -46,6 +49,14 @@ MOST_VIA = 8
 def area(height: int, width: int, grid: Grid) -> float:
     """Area of `height` x `width` latents, in units of the native area of `grid`."""
     return height * width / grid.window**2
+
+
+def timing_of(time_shift: str | float, grid: Grid) -> Timing:
+    """What the path of a canvas with the views of `grid` depends on, by the setting `time_shift`."""
+    cells = grid.window_height * grid.window_width
+    if time_shift == "sqrt":
+        return Timing(cells, growth=(grid.height * grid.width / cells) ** 0.5)
+    return Timing(cells, shift=time_shift if isinstance(time_shift, (int, float)) else None)
 
 
 class Enlargement(Method):
@@ -82,6 +93,10 @@ class Diffusion(Method):
     """How z_{t-1} follows from the edited x0. `ddim_implied` and `ddim_keep` are deterministic, with the noise that the
     edited x0 implies or with the predicted noise. `posterior` is ResMaster's stochastic eq. 7. `ddim_ancestral` is DDIM
     with eta = 1. `dpmpp_2m` is DPM-Solver++(2M), which needs about half the steps."""
+    time_shift: Literal["view", "sqrt"] | Annotated[float, Field(gt=0, le=1000)] = "view"
+    """How far the steps of a flow-matching model are moved towards more noise. `view`: as for an image of a view's
+    size. `sqrt`: by the square root of the canvas's area in views more. A number: by this factor (1: not at all). Other
+    models have no time shift."""
     view_batch: int | None = Operational(None, ge=1, le=10_000)
     """The most views per UNet call. With guidance each view is two rows of the call, at some steps three. null: as many
     as the device's memory allows, and 16 on CPUs. Other numbers give the same image up to rounding."""
@@ -94,6 +109,13 @@ class Diffusion(Method):
         if self.via and not all(a < b for a, b in pairwise(path)):
             raise ValueError(f"via {list(self.via)}: give rising scales between 1 and the scale ({self.scale:g})")
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that change the result. `time_shift: view` is left out, so older datasets keep their identity."""
+        values = super().identity()
+        if self.time_shift == "view":
+            del values["time_shift"]
+        return values
 
     def way(self) -> tuple[Self, ...]:
         """The settings for each finished image on the way (`Method.way`), without `via`."""
@@ -108,21 +130,21 @@ class Diffusion(Method):
         """Ability that the base model's family must have -> the method or setting that needs it, for messages."""
         return {}
 
-    def branches(self, index: int) -> int:
-        """The number of guidance branches at step `index` of the path."""
-        return 2 if self.guidance_scale > 1 else 1
+    def branches(self, done: float, course: Course) -> int:
+        """The number of guidance branches of a step before which the fraction `done` of the path lies."""
+        return 2 if course.guided and self.guidance_scale > 1 else 1
 
-    def rows(self, indices: Iterable[int]) -> int:
+    def rows(self, indices: Iterable[int], course: Course) -> int:
         """UNet evaluations of one view over the steps `indices`."""
-        return sum(self.branches(index) for index in indices)
+        return sum(self.branches(course.done[index], course) for index in indices)
 
-    def left(self, start: float) -> range:
+    def left(self, start: float, course: Course) -> range:
         """Indices of the steps that remain when the fraction `start` of the path is left out."""
-        return range(first_step(start, self.steps), self.steps)
+        return range(course.first(start), len(course.done))
 
     @abstractmethod
-    def work(self, grid: Grid) -> Iterator[UnetWork]:
-        """Forecast of the UNet's work for an image with the views of `grid`, from the settings alone.
+    def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
+        """Forecast of the UNet's work for an image with the views of `grid`, from the settings and the model's course.
 
         A test compares the numbers with what the engine counts.
         """
@@ -139,15 +161,16 @@ class LateGuidance(Diffusion):
     """Fraction of the steps after which guidance ends. From there on, a view is evaluated once per step instead of
     twice."""
 
-    def branches(self, index: int) -> int:
-        """The number of guidance branches at step `index` of the path."""
-        return super().branches(index) if index / self.steps < self.guidance_stop else 1
+    def branches(self, done: float, course: Course) -> int:
+        """The number of guidance branches of a step before which the fraction `done` of the path lies."""
+        return super().branches(done, course) if done < self.guidance_stop else 1
 
-    def guidance(self) -> ClassifierFree:
-        """The guidance rule."""
+    def guidance(self, models: Models) -> ClassifierFree:
+        """The guidance rule: without an unconditional branch if the model has none."""
         from resmaster_stages.diffusion.guidance import ClassifierFree
 
-        return ClassifierFree(self.guidance_scale, self.guidance_stop)
+        scale = self.guidance_scale if models.guided(self.guidance_scale) else 1.0
+        return ClassifierFree(scale, self.guidance_stop, models.base.guide)
 
 
 class MicroConditioned(Diffusion):
@@ -176,7 +199,7 @@ class FromNoise(Diffusion):
 
     def passes(self, request: Request) -> tuple[Pass, ...]:
         """One pass with the composition that `compose` gives."""
-        first = None if self.init == "noise" else first_step(self.start, self.steps)
+        first = None if self.init == "noise" else request.course.first(self.start)
         return (from_noise(request, self.compose, first),)
 
     @abstractmethod
@@ -232,13 +255,13 @@ class MovingViews(Views, FromNoise):
 
         return placed(grid, conditions, self.fuse, device, moving=self.moving(grid), stop=self.shift_stop)
 
-    def work(self, grid: Grid) -> Iterator[UnetWork]:
+    def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
         """The views of the steps in which they stand still, and of the steps in which they move."""
-        left, moving, view = self.left(self.start), self.moving(grid), area(*grid.window_size, grid)
-        moved = [index for index in left if moving and index / self.steps < self.shift_stop]
-        yield UnetWork(self.rows(set(left) - set(moved)) * len(grid), view)
+        left, moving, view = self.left(self.start, course), self.moving(grid), area(*grid.window_size, grid)
+        moved = [index for index in left if moving and course.done[index] < self.shift_stop]
+        yield UnetWork(self.rows(set(left) - set(moved), course) * len(grid), view)
         if moving:
-            yield UnetWork(self.rows(moved) * len(moving), view)
+            yield UnetWork(self.rows(moved, course) * len(moving), view)
 
 
 class TextPromptConfig(Part):
@@ -262,10 +285,11 @@ class Steered(Views):
         """Whether the result depends on `what`."""
         return what in self.reads and (what != "captions" or self.text_prompt.enabled)
 
-    def structural_guidance(self, reference: Reference) -> tuple[X0Hook, ...]:
+    def structural_guidance(self, request: Request) -> tuple[X0Hook, ...]:
         """The hook that swaps low frequencies, or none if structural guidance is off."""
         from resmaster_stages.diffusion.reference_guidance import structural_guidance
 
         if not self.structure.enabled:
             return ()
-        return (structural_guidance(reference.latents, self.structure, reference.scale, self.steps),)
+        reference = request.required_reference()
+        return (structural_guidance(reference.latents, self.structure, reference.scale, request.course.done),)

@@ -93,7 +93,7 @@ def _one_pass(
         raise ConfigError(
             f"captions: {len(captions)} given for {len(grid)} views ({grid.name}); give one per view, or none"
         )
-    pixels = pad_to_multiple(upsample(image, height, width), models.geometry.latent_factor)
+    pixels = pad_to_multiple(upsample(image, height, width), models.geometry.step_px)
     request = Request(
         models=models,
         config=config,
@@ -105,7 +105,7 @@ def _one_pass(
         reference=Reference(models, pixels, config.scale, to_tensor(image)),
         detail=None if detail is None else to_mask(detail),
     )
-    for line in preflight(models, config.view_batch, grid, 2 if request.guided else 1):
+    for line in preflight(models, config.view_batch, grid, models.branches(config.guidance_scale)):
         emit(Note(line))
     (result,) = render(request, [seed], progress)
     if isinstance(result, SampleError):

@@ -25,7 +25,7 @@ from resmaster_stages.models.acceleration import can_compile, compile_blocks, ha
 from resmaster_stages.models.bases import family_of
 from resmaster_stages.models.faults import device_faults
 from resmaster_stages.models.identity import model_identity
-from resmaster_stages.models.parts import Models
+from resmaster_stages.models.parts import Models, Offload
 from resmaster_stages.models.places import resolve_device, resolve_dtype
 
 
@@ -39,6 +39,14 @@ def _no_bars() -> Iterator[None]:
         diffusers.utils.logging.enable_progress_bar()
 
 
+def _offload(config: ModelConfig, device: torch.device) -> Offload:
+    if device.type == "cpu":
+        return "none"
+    if config.offload == "auto":
+        return "text" if family_of(config).large_text else "none"
+    return config.offload
+
+
 def load_pipeline(config: ModelConfig) -> Any:
     """The pipeline that `config` names, on the CPU, with its IP-Adapter and VAE. Raises ConfigError."""
     family = family_of(config)
@@ -47,7 +55,7 @@ def load_pipeline(config: ModelConfig) -> Any:
             f"model.ip_adapter: model {config.id} is a {family.name}, which takes none; set model.ip_adapter: null"
         )
     with _no_bars():
-        return family.load(config, resolve_dtype(config.dtype, resolve_device(config.device)))
+        return family.load(config, resolve_dtype(config.dtype, resolve_device(config.device), family.half))
 
 
 @lru_cache(maxsize=1)
@@ -58,7 +66,7 @@ def load_models(config: ModelConfig) -> Models:
     models = replace(
         Models.from_pipeline(pipe, identity=model_identity(config)),
         device=device,
-        offload=config.offload == "model" and device.type != "cpu",
+        offload=_offload(config, device),
         gives_way=True,
         same_bytes=config.exactness == "bytes",
     )

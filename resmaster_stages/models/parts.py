@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +13,9 @@ from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases import family_of_pipeline
 from resmaster_stages.models.bases.base import Base, Geometry
 from resmaster_stages.models.occupancy import occupy
+
+Offload = Literal["none", "text", "model"]
+"""The modules that are on the device only while they work: none, the text encoders, or all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +25,7 @@ class Models:
     base: Base
     device: torch.device
     dtype: torch.dtype
-    offload: bool = False
+    offload: Offload = "none"
     gives_way: bool = False
     """Whether these parts and the captioner take turns on the device. A user's own pipeline stays where it is."""
     identity: str = "pipeline"
@@ -35,6 +38,14 @@ class Models:
         """The base model's sizes."""
         return self.base.geometry
 
+    def guided(self, guidance_scale: float) -> bool:
+        """Whether guidance of this scale takes an unconditional branch."""
+        return guidance_scale != 1 and self.base.sampling.kind == "cfg"
+
+    def branches(self, guidance_scale: float) -> int:
+        """The most guidance branches of a view."""
+        return 2 if self.guided(guidance_scale) else 1
+
     @property
     def parts(self) -> tuple[Any, ...]:
         """All modules of the model."""
@@ -43,31 +54,38 @@ class Models:
             part for part in (base.denoiser, base.vae, *base.text_encoders, base.image_encoder) if part is not None
         )
 
+    @property
+    def resident(self) -> tuple[Any, ...]:
+        """The modules that stay on the device."""
+        if self.offload == "model":
+            return ()
+        away = self.base.text_encoders if self.offload == "text" else ()
+        return tuple(part for part in self.parts if not any(part is each for each in away))
+
     def come(self) -> None:
         """Moves the captioner off the device and the parts that stay on the device to it.
 
         Does nothing for a user's own pipeline. Errors of moving are raised.
         """
         if self.gives_way:
-            occupy(self.device, *(() if self.offload else self.parts))
+            occupy(self.device, *self.resident)
 
     @contextmanager
     def using(self, *modules: Any) -> Iterator[None]:
-        """Within the block, `modules` are on the device. With offloading they go back to the CPU afterwards."""
+        """Within the block, `modules` are on the device. Those that are offloaded go back to the CPU afterwards."""
         self.come()
-        if not self.offload:
-            yield
-            return
+        resident = self.resident
+        visitors = [module for module in modules if not any(module is part for part in resident)]
         try:
-            for module in modules:
+            for module in visitors:
                 module.to(self.device)
             yield
         finally:
-            for module in modules:
+            for module in visitors:
                 module.to("cpu")
 
     @classmethod
-    def from_pipeline(cls, pipe: Any, *, identity: str = "pipeline", offload: bool = False) -> Models:
+    def from_pipeline(cls, pipe: Any, *, identity: str = "pipeline", offload: Offload = "none") -> Models:
         """The parts of a pipeline of a known family, e.g. a StableDiffusionXLPipeline.
 
         The pipeline's own checkpoint, LoRA, scheduler and IP-Adapter are used as they are. The pipeline must be on the

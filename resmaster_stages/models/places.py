@@ -219,12 +219,12 @@ def resolve_device(name: str, setting: str = "model.device") -> torch.device:
     return device
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The number format that a configuration names. `auto` is float16 on CUDA and float32 elsewhere."""
+def resolve_dtype(name: str, device: torch.device, half: str = "float16") -> torch.dtype:
+    """The number format that a configuration names. `auto` is `half` on CUDA and float32 elsewhere."""
     import torch
 
     if name == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
+        name = half if device.type == "cuda" else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 

@@ -1,22 +1,26 @@
 """The noise schedule: which timesteps are visited, and how much signal and noise a latent holds there.
 
-The path is variance preserving: z = alpha * x0 + sigma * eps with alpha^2 + sigma^2 = 1, alpha^2 = cumulative product
-of (1 - beta). An Euler scheduler describes the same path in other units (z / alpha), so its configuration can be used
-too. These parts of a diffusers scheduler configuration are used: betas, zero-SNR rescaling, prediction type, timestep
-spacing, steps offset, and the `set_alpha_to_one` of DDIM and PNDM. These are ignored: Karras, exponential or beta
-sigmas, thresholding, higher orders.
+At every step z = alpha * x0 + sigma * eps. Two kinds of paths are known. On a flow path (`models.flow`) alpha is
+1 - sigma, and the model predicts eps - x0. `make_schedule` makes paths of the other kind.
+
+These are variance preserving: alpha^2 + sigma^2 = 1, alpha^2 = cumulative product of (1 - beta). An Euler scheduler
+describes the same path in other units (z / alpha), so its configuration can be used too. These parts of a diffusers
+scheduler configuration are used: betas, zero-SNR rescaling, prediction type, timestep spacing, steps offset, and the
+`set_alpha_to_one` of DDIM and PNDM. These are ignored: Karras, exponential or beta sigmas, thresholding, higher orders.
 
 Invariants:
 - Timesteps fall. The last step ends at alpha = 1, or at the first training timestep if a DDIM or PNDM configuration
   says so.
+- Fractions of the path in settings mean the same noise level on both kinds of paths: that of SDXL (`Step.done`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import cos, pi
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from math import cos, log, pi
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -32,24 +36,36 @@ class Step:
 
     index: int
     count: int
-    t: int
+    t: float
+    """The timestep: a whole number up to `train_steps`, and on a flow path `train_steps` * sigma."""
     alpha: float
     sigma: float
     alpha_next: float
     sigma_next: float
-    prediction_type: str = "epsilon"
+    prediction_type: Literal["epsilon", "v_prediction", "flow"] = "epsilon"
     train_steps: int = 1000
 
     @property
     def done(self) -> float:
-        """The fraction of the path's steps that lie before this step. `start` and `stop` settings are compared with
-        it."""
-        return self.index / self.count
+        """The fraction of the path that lies before this step. `start` and `stop` settings are compared with it.
+
+        On a flow path, it is the fraction of SDXL's 50 steps before the same noise level, because flow paths spend
+        other numbers of steps at each noise level.
+        """
+        if self.prediction_type != "flow":
+            return self.index / self.count
+        return max(0.0, (_FIRST - sdxl_timestep(self.alpha, self.sigma)) / 1000)
 
     @property
     def cosine(self) -> float:
-        """(1 + cos(pi (T - t) / T)) / 2, from 1 at t = T to 0 at t = 0: the decay of DemoFusion and FreeScale."""
-        return (1 + cos(pi * (self.train_steps - self.t) / self.train_steps)) / 2
+        """(1 + cos(pi (T - t) / T)) / 2, from 1 at t = T to 0 at t = 0: the decay of DemoFusion and FreeScale.
+
+        On a flow path, t is SDXL's timestep with the same noise level, for which the exponents of the decay were
+        chosen.
+        """
+        if self.prediction_type != "flow":
+            return (1 + cos(pi * (self.train_steps - self.t) / self.train_steps)) / 2
+        return (1 + cos(pi * (1000 - sdxl_timestep(self.alpha, self.sigma)) / 1000)) / 2
 
     def noised(self, x0: Tensor, noise: Tensor) -> Tensor:
         """`x0` with the noise level of this step."""
@@ -59,7 +75,64 @@ class Step:
         """(x0, eps) from the model's `output` for `z`; all of one shape."""
         if self.prediction_type == "epsilon":
             return (z - self.sigma * output) / self.alpha, output
+        if self.prediction_type == "flow":
+            return z - self.sigma * output, z + self.alpha * output
         return self.alpha * z - self.sigma * output, self.alpha * output + self.sigma * z  # v-prediction
+
+
+@dataclass(frozen=True)
+class Course:
+    """As much of a path as a forecast of the work needs."""
+
+    done: tuple[float, ...]
+    """`Step.done` of each step."""
+    guided: bool = True
+    """Whether a guidance scale other than 1 takes an unconditional branch."""
+    even: bool = True
+    """Whether `done` is the number of the step over the number of steps."""
+
+    def first(self, fraction: float) -> int:
+        """Index of the first step when the fraction `fraction` of the path is left out; at most the last index."""
+        if self.even:
+            return min(int(fraction * len(self.done)), len(self.done) - 1)
+        left = (index for index, done in enumerate(self.done) if done >= fraction)
+        return next(left, len(self.done) - 1)
+
+
+def even_course(count: int, guided: bool = True) -> Course:
+    """The course of a variance-preserving path in `count` steps."""
+    return Course(tuple(index / count for index in range(count)), guided)
+
+
+def course_of(path: Sequence[Step], guided: bool) -> Course:
+    """The course of a path."""
+    return Course(tuple(step.done for step in path), guided, even=path[0].prediction_type != "flow")
+
+
+_FIRST = 981
+"""The first of SDXL's 50 timesteps, 20 apart."""
+
+
+@lru_cache(maxsize=1)
+def _sdxl_levels() -> np.ndarray[Any, Any]:
+    """log(alpha^2 / sigma^2) of SDXL at its timesteps 0 to 999: [1000], falling."""
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    signal = np.cumprod(1 - betas)
+    return np.log(signal / (1 - signal))
+
+
+@lru_cache(maxsize=4096)
+def sdxl_timestep(alpha: float, sigma: float) -> float:
+    """SDXL's timestep with the signal-to-noise ratio alpha^2 / sigma^2, from 0 to 1000. Between timesteps the logarithm
+    of the ratio is taken as linear."""
+    if alpha <= 0:
+        return 1000.0
+    if sigma <= 0:
+        return 0.0
+    levels, level = _sdxl_levels(), 2 * log(alpha / sigma)
+    if level < levels[-1]:
+        return 1000.0
+    return float(np.interp(level, levels[::-1], np.arange(999.0, -1.0, -1.0)))
 
 
 def timesteps(count: int, train_steps: int, spacing: str, offset: int) -> list[int]:
@@ -108,7 +181,7 @@ def make_schedule(scheduler_config: Mapping[str, Any], count: int) -> tuple[Step
     require_path(scheduler_config, count)
     config = dict(scheduler_config)
     name = str(config.get("_class_name", "scheduler"))
-    prediction_type = str(config.get("prediction_type", "epsilon"))
+    prediction_type: Literal["epsilon", "v_prediction"] = config.get("prediction_type", "epsilon")
     train_steps = int(config.get("num_train_timesteps", 1000))
     ddim = DDIMScheduler.from_config(config)
     # Zero terminal SNR: keep the last alpha above zero, as diffusers' Euler scheduler does.

@@ -191,7 +191,7 @@ def check_sizes(config: DatasetConfig) -> tuple[int, int]:
     """Low-res (height, width) in px of generated images. Raises ConfigError if a size does not fit the latent grid or
     the model, or no image format."""
     geometry = geometry_of(config.model)
-    factor, native = geometry.latent_factor, geometry.native_px
+    factor, native = geometry.step_px, geometry.native_px
     sizes = {"height": config.low_res.height or native, "width": config.low_res.width or native}
     for name, size in sizes.items():
         if size % factor:

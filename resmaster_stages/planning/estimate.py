@@ -205,7 +205,7 @@ def _from_table(look: Preview, stage: str) -> tuple[float | None, str]:
         return None, nothing
     source = f"{rates.source}; on {rates.device}"
     measured = f"{PICTUREBOOK_RATES.source}; on {PICTUREBOOK_RATES.device}"
-    work = stage_work(config, geometry_of(config.model), height, width)
+    work = stage_work(config, height, width)
     if work.get(stage):
         return rates.unet(work[stage]), source
     if stage == "low_res":

@@ -6,33 +6,62 @@ repeat a view to keep one shape.) A test compares the two for every method.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
 from resmaster_stages.config.dataset import DatasetConfig, LowResConfig
 from resmaster_stages.config.method import Method
+from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import target_size, view_grid
-from resmaster_stages.methods.settings import Diffusion
-from resmaster_stages.models.bases.base import Geometry
+from resmaster_stages.methods.settings import Diffusion, timing_of
+from resmaster_stages.models.bases import family_of
+from resmaster_stages.models.bases.base import Geometry, Timing
+from resmaster_stages.models.places import ModelFiles
+from resmaster_stages.models.schedule import Course, even_course
 
 
-def low_res_work(config: LowResConfig, geometry: Geometry, height: int, width: int) -> tuple[UnetWork, ...]:
+@dataclass(frozen=True)
+class Denoising:
+    """What a base model adds to a forecast."""
+
+    geometry: Geometry
+    guided: bool = True
+    """Whether a guidance scale other than 1 takes an unconditional branch."""
+    course: Callable[[int, Timing], Course] = lambda steps, timing: even_course(steps)
+    """(steps, timing) -> the course of the path."""
+
+
+def denoising_of(config: ModelConfig) -> Denoising:
+    """What the model that `config` names adds. Raises ConfigError."""
+    family = family_of(config)
+    guided = family.sampling(config).kind == "cfg"
+    return Denoising(family.geometry(ModelFiles(config.id, config.revision)), guided, partial(family.course, config))
+
+
+def low_res_work(config: LowResConfig, base: Denoising, height: int, width: int) -> tuple[UnetWork, ...]:
     """The UNet work of a generated low-res image of `height` x `width` px."""
-    branches = 2 if config.guidance_scale > 1 else 1
-    return (UnetWork(config.steps * branches, height * width / geometry.native_px**2),)
+    branches = 2 if base.guided and config.guidance_scale > 1 else 1
+    return (UnetWork(config.steps * branches, height * width / base.geometry.native_px**2),)
 
 
-def high_res_work(config: Method, geometry: Geometry, height: int, width: int) -> tuple[UnetWork, ...]:
+def high_res_work(config: Method, base: Denoising, height: int, width: int) -> tuple[UnetWork, ...]:
     """The UNet work to upscale a low-res image of `height` x `width` px. Empty for methods without a UNet."""
     work: list[UnetWork] = []
     if isinstance(config, Diffusion):
         for scale, own in zip((*config.via, config.scale), config.way()):
-            work += own.work(view_grid(geometry, *target_size(height, width, scale), own.view_stride))
+            grid = view_grid(base.geometry, *target_size(height, width, scale), own.view_stride)
+            course = base.course(own.steps, timing_of(own.time_shift, grid))
+            work += own.work(grid, replace(course, guided=base.guided))
     return tuple(work)
 
 
-def stage_work(config: DatasetConfig, geometry: Geometry, height: int, width: int) -> dict[str, tuple[UnetWork, ...]]:
+def stage_work(config: DatasetConfig, height: int, width: int) -> dict[str, tuple[UnetWork, ...]]:
     """Stage -> UNet work of a sample with a low-res image of `height` x `width` px. Stages without a UNet are absent,
-    or empty."""
-    work = {"high_res": high_res_work(config.upscale, geometry, height, width)}
+    or empty. Raises ConfigError."""
+    base = denoising_of(config.model)
+    work = {"high_res": high_res_work(config.upscale, base, height, width)}
     if not config.images:
-        work["low_res"] = low_res_work(config.low_res, geometry, height, width)
+        work["low_res"] = low_res_work(config.low_res, base, height, width)
     return work

@@ -140,7 +140,7 @@ def predictions(ours, views, scale, order=None, batch=4, guidance=3.0, image=Tru
         Grid(16, 16, 16, 16, 4),
         prompts,
         ["bad"] * len(views),
-        guided=guidance != 1,
+        guidance_scale=guidance,
         image=embed_crops(ours, crops(len(views))[order], WHOLE) if image else None,
     )
     with torch.inference_mode(), ours.base.image_scale(scale):

@@ -11,6 +11,7 @@ from resmaster_stages.diffusion.frequency import (
     swap_low_frequencies,
     swap_weights,
 )
+from resmaster_stages.models.schedule import even_course
 
 
 def noise(*shape, seed=0):
@@ -73,10 +74,12 @@ def test_cutoff_counts_in_nyquist_frequencies_of_the_reference_or_of_the_canvas(
 
 
 def test_swap_weights_follow_their_window():
-    assert swap_weights(StructureConfig(stop=1), 4) == (1, 1, 1, 1)
-    assert swap_weights(StructureConfig(), 10) == (1,) * 6 + (0,) * 4
-    assert swap_weights(StructureConfig(start=0.5, stop=1), 4) == (0, 0, 1, 1)
-    assert swap_weights(StructureConfig(weight="linear_decay", stop=1), 4) == pytest.approx((1, 0.75, 0.5, 0.25))
+    assert swap_weights(StructureConfig(stop=1), even_course(4).done) == (1, 1, 1, 1)
+    assert swap_weights(StructureConfig(), even_course(10).done) == (1,) * 6 + (0,) * 4
+    assert swap_weights(StructureConfig(start=0.5, stop=1), even_course(4).done) == (0, 0, 1, 1)
+    assert swap_weights(StructureConfig(weight="linear_decay", stop=1), even_course(4).done) == pytest.approx(
+        (1, 0.75, 0.5, 0.25)
+    )
 
 
 @pytest.mark.parametrize("sigma_f", [0.2, 0.4, 0.8])

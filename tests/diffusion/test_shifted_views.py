@@ -50,7 +50,7 @@ def test_shifts_visit_the_whole_stride_evenly():
 def test_moved_views_are_fused_back_and_take_the_nearest_views_conditions():
     models, grid = adapted(), view_grid(Geometry(64, 8), 128, 192, 0.5)
     texts = [f"{number}" for number in range(2 * len(grid))]  # two samples
-    conditions = make_conditions(models, grid, texts, [""] * len(texts), guided=True)
+    conditions = make_conditions(models, grid, texts, [""] * len(texts), guidance_scale=5.0)
     at = ResMaster(preset="exact", shift="every_step").placed(grid, conditions, models.device)
     canvas = torch.randn(2, 4, grid.height, grid.width)
     seen = set()
@@ -99,7 +99,7 @@ def test_methods_without_a_moving_grid_refuse_it():
 def test_moving_views_may_lie_further_apart_and_stand_still_at_the_end():
     models, grid = adapted(), view_grid(Geometry(64, 8), 128, 192, 0.5)
     texts = [f"{number}" for number in range(len(grid))]
-    conditions = make_conditions(models, grid, texts, [""] * len(texts), guided=True)
+    conditions = make_conditions(models, grid, texts, [""] * len(texts), guidance_scale=5.0)
     config = ResMaster(shift="every_step", shift_stride=1.0, shift_stop=0.6, steps=10)
     at, canvas = config.placed(grid, conditions, models.device), torch.randn(1, 4, grid.height, grid.width)
     counts = []

@@ -54,7 +54,7 @@ def test_pixel_boxes_are_clipped_where_the_canvas_was_padded():
 
 
 def test_whole_canvas_is_one_view():
-    grid = whole_canvas(100, 260, 8)
+    grid = whole_canvas(Geometry(64, 8), 100, 260)
     assert grid.boxes == ((0, 0, 13, 33),)
 
 

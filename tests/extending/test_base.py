@@ -5,7 +5,6 @@ A plain torch module on a flow-matching path, taken from a folder to an image.
 
 import json
 from dataclasses import dataclass
-from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,24 +20,23 @@ from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models import bases, load
-from resmaster_stages.models.bases.base import Family, Geometry
+from resmaster_stages.models.bases.base import Family, Geometry, Sampling, Texts, guide
 from resmaster_stages.models.captioner import token_counter
+from resmaster_stages.models.flow import flow_path
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
 from resmaster_stages.models.places import location
-from resmaster_stages.models.schedule import Step
+from resmaster_stages.models.schedule import course_of
 from resmaster_stages.planning.preview import preview
 from tests.methods.common import difference, settings, some_image
 
 TOKENS = 6
 
 
-class FlowStep(Step):
+def straight_path(steps):
     """z = (1 - sigma) x0 + sigma eps; the denoiser predicts eps - x0."""
-
-    def split(self, z, output):
-        return z - self.sigma * output, z + self.alpha * output
+    return flow_path([1 - index / steps for index in range(steps + 1)])
 
 
 class Velocity(nn.Module):
@@ -94,19 +92,20 @@ class TinyFlow:
     def family(self):
         return FAMILY
 
-    def path(self, steps):
-        levels = np.linspace(1, 0, steps + 1)
-        return tuple(
-            FlowStep(i, steps, round(1000 * here), 1 - here, here, 1 - after, after)
-            for i, (here, after) in enumerate(pairwise(levels))
-        )
+    sampling = Sampling()
+
+    def path(self, steps, timing):
+        return straight_path(steps)
+
+    def guide(self, unconditional, conditional, scale):
+        return guide(unconditional, conditional, scale)
 
     def count(self, prompts):
         return [len(prompt) for prompt in prompts]
 
     def encode(self, prompts, negative, device):
         codes = [[ord(letter) / 256 for letter in prompt.ljust(TOKENS)[:TOKENS]] for prompt in prompts]
-        return torch.tensor(codes, device=device)[..., None], torch.zeros(len(prompts), 0)
+        return Texts(torch.tensor(codes, device=device)[..., None], torch.zeros(len(prompts), 0))
 
     def arguments(self, rows):
         return {"letters": rows.states}
@@ -140,6 +139,7 @@ FAMILY = Family(
     token_counter=lambda config: len,
     load=read,
     base=lambda pipe: TinyFlow(pipe.denoiser),
+    course=lambda config, steps, timing: course_of(straight_path(steps), guided=True),
 )
 
 

@@ -22,7 +22,8 @@ from resmaster_stages.methods.settings import FromNoise, LateGuidance, area
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.models.identity import Weights
-from resmaster_stages.planning.workload import stage_work
+from resmaster_stages.models.schedule import Course
+from resmaster_stages.planning.workload import Denoising, high_res_work
 from tests.methods.common import adapted, some_image
 
 
@@ -35,12 +36,12 @@ class Tinted(FromNoise, LateGuidance):
     tint: float = Field(default=0.5, ge=0)
     """How much is added to every latent before each step."""
 
-    def work(self, grid: Grid) -> Iterator[UnetWork]:
-        yield UnetWork(self.rows(self.left(self.start)), area(grid.height, grid.width, grid))
+    def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
+        yield UnetWork(self.rows(self.left(self.start, course), course), area(grid.height, grid.width, grid))
 
     def compose(self, request: Request) -> Composition:
         return whole_canvas_composition(
-            request, self.guidance(), latent_hooks=(lambda z, step: z + self.tint * step.sigma,)
+            request, self.guidance(request.models), latent_hooks=(lambda z, step: z + self.tint * step.sigma,)
         )
 
 
@@ -93,7 +94,7 @@ def test_it_draws_and_its_work_is_foreseen() -> None:
     upscale = config(steps=2, scale=2, tint=0.0, view_batch=1).upscale
     with counting() as cost:
         plain = upscale_image(adapted(), some_image(), "a cat", config=upscale)
-    work = stage_work(config(steps=2, scale=2), Geometry(64, 4), 64, 64)["high_res"]
+    work = high_res_work(config(steps=2, scale=2).upscale, Denoising(Geometry(64, 4)), 64, 64)
     assert sum(each.rows for each in work) == cost.rows == 4
     direct = Method.model_validate({"method": "direct", "steps": 2, "scale": 2})
     assert plain.tobytes() == upscale_image(adapted(), some_image(), "a cat", config=direct).tobytes()

@@ -45,7 +45,7 @@ def request(models, config, low_res=None, prompt="a cat") -> Request:
     """What `upscale_image` asks a method for."""
     image = low_res or some_image()
     height, width = target_size(image.height, image.width, config.scale)
-    pixels = pad_to_multiple(upsample(image, height, width), models.geometry.latent_factor)
+    pixels = pad_to_multiple(upsample(image, height, width), models.geometry.step_px)
     reference = Reference(models, pixels, config.scale, to_tensor(image))
     return Request(models, config, height, width, (prompt,), (config.negative_prompt,), reference=reference)
 

@@ -6,8 +6,8 @@ from resmaster_stages.diffusion.frequency import swap_weights
 from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, DenoiserCall
 from resmaster_stages.diffusion.scale_fusion import attend
 from resmaster_stages.diffusion.views import Grid
-from resmaster_stages.methods.passes import first_step
 from resmaster_stages.methods.upscale import upscale_image
+from resmaster_stages.models.schedule import even_course
 from tests.methods.common import (
     adapted,
     difference,
@@ -151,8 +151,8 @@ def test_unet_calls(values, shapes):
 @pytest.mark.parametrize("preset", ["default", "faithful"])
 def test_the_structure_is_held_at_every_step_of_its_own_path(preset):
     config = settings("c_upscale", preset=preset, steps=50)
-    weights = swap_weights(config.structure, config.steps)
-    assert all(weights[first_step(config.start, config.steps) :])
+    course = even_course(config.steps)
+    assert all(swap_weights(config.structure, course.done)[course.first(config.start) :])
     assert (config.structure.cutoff, config.structure.cutoff_units) == (0.8, "lr_nyquist")
 
 

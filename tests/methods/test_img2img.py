@@ -14,10 +14,10 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from resmaster_stages.diffusion.loop import CanvasNoise, denoise
 from resmaster_stages.diffusion.reference import to_image
-from resmaster_stages.methods.passes import first_step
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.identity import pack_folder
 from resmaster_stages.models.parts import Models
+from resmaster_stages.models.schedule import even_course
 from tests.methods.common import difference, request, settings, some_image
 
 PROMPT, SEED, STEPS, GUIDANCE = "a red house on a green meadow under a blue sky", 7, 10, 4.0
@@ -67,7 +67,7 @@ def theirs(pipe, pixels, seen=None, **more):
 def ours(models, asked, seen):
     """The engine's latents after every step, by the method that is asked for."""
     config = asked.config
-    path = models.base.path(config.steps)
+    path = asked.path
     noise = CanvasNoise([SEED], models.base.latent_channels, *asked.canvas_size, models.device)
     (stage,) = config.passes(asked)
     z, composition = stage.begin(None, noise, path[stage.first])
@@ -125,9 +125,9 @@ def test_the_start_is_what_diffusers_calls_one_less_the_strength(pipe):
         for first in range(steps):
             strength = (steps - first + 1e-9) / steps
             _, left = pipe.get_timesteps(steps, strength, "cpu")
-            assert steps - first_step(first / steps + 1e-9, steps) == left, (steps, first)
+            assert steps - even_course(steps).first(first / steps + 1e-9) == left, (steps, first)
     _, left = pipe.get_timesteps(10, 0.65, "cpu")
-    assert (10 - first_step(0.35, 10), left) == (7, 6)
+    assert (10 - even_course(10).first(0.35), left) == (7, 6)
 
 
 def test_tiles_hear_the_whole_prompt_and_are_feathered_over_a_quarter(pipe):

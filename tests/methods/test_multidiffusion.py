@@ -54,7 +54,7 @@ def test_the_canvas_is_that_of_diffusers_with_fewer_calls(prediction):
         ours = denoise(
             models,
             asked.config.compose(asked),
-            models.base.path(5),
+            asked.path,
             start.clone(),
             noise,
             view_batch=16,

@@ -140,7 +140,7 @@ def test_pipelines_that_are_not_sdxl_base_are_refused():
 
 
 def test_offloading_brings_parts_to_the_device_and_back_even_after_exceptions():
-    models = Models.from_pipeline(make_pipeline(), offload=True)
+    models = Models.from_pipeline(make_pipeline(), offload="model")
     seen = []
 
     class Part:

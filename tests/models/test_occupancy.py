@@ -143,7 +143,7 @@ def test_on_a_cpu_nothing_moves(monkeypatch: pytest.MonkeyPatch, without_moving:
 
 def test_offloaded_parts_and_the_captioner_are_never_there_together(diary: Diary) -> None:
     config = configured("cpu:0")
-    models = load.replace(load.load_models(config.model), offload=True)
+    models = load.replace(load.load_models(config.model), offload="model")
     diary.moves.clear()
     occupy(DEVICE)
     writer = captioner.load_captioner(config.captions, config.model.device)

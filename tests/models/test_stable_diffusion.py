@@ -10,7 +10,7 @@ from resmaster_stages.diffusion.loop import CanvasNoise, denoise
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.upscale import upscale_image
-from resmaster_stages.models.bases.base import Geometry
+from resmaster_stages.models.bases.base import Geometry, Timing
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
@@ -113,6 +113,6 @@ def test_a_folder_of_it_loads(tmp_path, monkeypatch):
     models = load_models(config)
     load_models.cache_clear()
     assert geometry_of(config) == Geometry(64, 4) == models.geometry
-    last = models.base.path(20)[-1]
+    last = models.base.path(20, Timing(256))[-1]
     assert last.prediction_type == "v_prediction"
     assert last.alpha_next == pytest.approx(float(pipe.scheduler.final_alpha_cumprod) ** 0.5)

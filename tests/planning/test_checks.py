@@ -17,6 +17,7 @@ from resmaster_stages.config.load import parse_config
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.metrics.clip_score import load_clip
+from resmaster_stages.models.bases.base import Timing
 from resmaster_stages.models.identity import pack_folder
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
@@ -250,7 +251,7 @@ def test_more_steps_than_the_model_was_trained_with(model: Path, tmp_path: Path)
     edit(model / "scheduler" / "scheduler_config.json", num_train_timesteps=1000, prediction_type="sample")
     assert len(mistakes(tmp_path, **values)) == 2
     with pytest.raises(ConfigError, match="'sample' is not supported"):
-        load_models(ModelConfig(id=str(model), device="cpu")).base.path(4)
+        load_models(ModelConfig(id=str(model), device="cpu")).base.path(4, Timing(256))
 
 
 def test_another_kind_of_model_as_clip_or_captioner(tmp_path: Path) -> None:

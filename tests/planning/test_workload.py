@@ -9,7 +9,7 @@ from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.bases.base import Geometry
-from resmaster_stages.planning.workload import high_res_work, low_res_work
+from resmaster_stages.planning.workload import Denoising, high_res_work, low_res_work
 from tests.methods.common import DIFFUSION_METHODS, adapted, settings, some_image
 
 CASES = [(method, preset) for method, each in methods().items() for preset in each.presets]
@@ -24,7 +24,7 @@ def test_every_method_does_the_work_that_is_estimated(method: str, preset: str, 
     models = adapted()
     with counting() as counted:
         upscale_image(models, some_image(48, 32), "a cat", config=config)
-    work = high_res_work(config, models.geometry, 32, 48)
+    work = high_res_work(config, Denoising(models.geometry), 32, 48)
     assert sum(each.rows for each in work) == counted.rows
     assert sum(each.rows * each.area for each in work) == pytest.approx(counted.native_rows)
 
@@ -35,7 +35,7 @@ def test_images_that_are_finished_on_the_way(method: str) -> None:
     models = adapted()
     with counting() as counted:
         upscale_image(models, some_image(48, 32), "a cat", config=config)
-    work = high_res_work(config, models.geometry, 32, 48)
+    work = high_res_work(config, Denoising(models.geometry), 32, 48)
     assert sum(each.rows for each in work) == counted.rows
     assert sum(each.rows * each.area for each in work) == pytest.approx(counted.native_rows)
 
@@ -47,7 +47,7 @@ def test_paths_that_begin_later(method: str, start: float) -> None:
     models = adapted()
     with counting() as counted:
         upscale_image(models, some_image(32, 32), "a cat", config=config)
-    work = high_res_work(config, models.geometry, 32, 32)
+    work = high_res_work(config, Denoising(models.geometry), 32, 32)
     assert sum(each.rows for each in work) == counted.rows
 
 
@@ -56,7 +56,7 @@ def test_moving_windows() -> None:
     models = adapted()
     with counting() as counted:
         upscale_image(models, some_image(64, 32), "a cat", config=config)
-    work = high_res_work(config, models.geometry, 32, 64)
+    work = high_res_work(config, Denoising(models.geometry), 32, 64)
     assert sum(each.rows for each in work) == counted.rows
 
 
@@ -64,7 +64,7 @@ def test_low_res_images() -> None:
     models = adapted()
     with counting() as counted:
         list(generate(models, ["a cat"], [""], [0], 32, 64, 3, 5.0, 1))
-    work = low_res_work(LowResConfig(steps=3, guidance_scale=5.0), models.geometry, 32, 64)
+    work = low_res_work(LowResConfig(steps=3, guidance_scale=5.0), Denoising(models.geometry), 32, 64)
     assert sum(each.rows * each.area for each in work) == pytest.approx(counted.native_rows)
 
 
@@ -73,7 +73,7 @@ def test_the_papers_numbers() -> None:
 
     (Less the steps before its start.)
     """
-    sizes = (Geometry(1024, 8), 1024, 1024)
+    sizes = (Denoising(Geometry(1024, 8)), 1024, 1024)
     assert high_res_work(settings("resmaster", preset="exact", scale=4, steps=50), *sizes) == (
         UnetWork(50 * 2 * 49, 1.0),
     )
@@ -82,7 +82,7 @@ def test_the_papers_numbers() -> None:
 
 
 def test_resmasters_default_takes_a_sixth_of_the_rows() -> None:
-    sizes = (Geometry(1024, 8), 1024, 1024)
+    sizes = (Denoising(Geometry(1024, 8)), 1024, 1024)
     rows = {
         preset: sum(each.rows for each in high_res_work(ResMaster(preset=preset), *sizes))
         for preset in ("exact", "default")
@@ -103,7 +103,7 @@ def test_automatic_batches_repeat_no_view(method: str, values: dict, width: int,
         models = adapted()
         with counting() as counted:
             upscale_image(models, some_image(width, height), "a cat", config=config)
-        work = high_res_work(config, models.geometry, height, width)
+        work = high_res_work(config, Denoising(models.geometry), height, width)
         assert counted.rows == sum(each.rows for each in work)
 
 
@@ -113,8 +113,8 @@ def test_guidance_that_ends_earlier(method: str) -> None:
     models = adapted()
     with counting() as counted:
         upscale_image(models, some_image(32, 32), "a cat", config=config)
-    work = high_res_work(config, models.geometry, 32, 32)
+    work = high_res_work(config, Denoising(models.geometry), 32, 32)
     assert sum(each.rows for each in work) == counted.rows
     assert counted.rows < sum(
-        each.rows for each in high_res_work(settings(method, scale=2, steps=10), models.geometry, 32, 32)
+        each.rows for each in high_res_work(settings(method, scale=2, steps=10), Denoising(models.geometry), 32, 32)
     )

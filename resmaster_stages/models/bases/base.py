@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.models.files import Check
 from resmaster_stages.models.places import ModelFiles
+from resmaster_stages.models.schedule import Course, even_course
 
 if TYPE_CHECKING:
     import torch
@@ -43,11 +44,60 @@ class Geometry:
     """Edge of the square images that the model was trained on (1024 for SDXL)."""
     latent_factor: int
     """Pixels per latent along one axis (8 for SDXL)."""
+    multiple: int = 1
+    """Sides of canvases and views are multiples of this many latents: 2 for a transformer with patches of 2 x 2."""
+
+    @property
+    def step_px(self) -> int:
+        """Sides of images that need no padding are multiples of this many px."""
+        return self.latent_factor * self.multiple
 
     @property
     def native(self) -> int:
         """`native_px` in latents."""
         return self.native_px // self.latent_factor
+
+
+GuidanceKind = Literal["cfg", "embedded", "none"]
+"""What a guidance scale does. cfg: classifier-free guidance, with an unconditional branch and negative prompts.
+embedded: the denoiser reads the scale as a number. none: nothing, because guidance was distilled into the model."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What can be asked of a model's sampling, and what its authors recommend."""
+
+    kind: GuidanceKind = "cfg"
+    steps: int = 50
+    """Recommended number of denoising steps."""
+    guidance_scale: float = 7.5
+    """Recommended guidance scale, as this project counts it (1: no guidance)."""
+    most_steps: int = 1000
+    """The most steps that the model can use. Few for models that were distilled to few steps."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The sampling that a part of a configuration asks for."""
+
+    part: str
+    """Name of the part in a configuration, for messages: `low_res` or `upscale`."""
+    steps: int
+    guidance_scale: float
+    written: frozenset[str] = frozenset({"steps", "guidance_scale"})
+    """The settings that a user chose. The others have this project's defaults, which were chosen for SDXL."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a flow path depends on beside the number of steps. Other paths do not read it."""
+
+    cells: int
+    """Area of a view, in latents. Some models move their steps to more noise for larger images."""
+    growth: float = 1.0
+    """Factor on the time shift of such a view."""
+    shift: float | None = None
+    """The time shift itself. None: the model's own."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +108,10 @@ class Demand:
     """Whether the method reads image prompts."""
     steps: Mapping[str, int]
     """Setting -> number of denoising steps."""
+    sampling: tuple[Asked, ...] = ()
+    """The sampling of each part that denoises."""
+    time_shift: bool = False
+    """Whether the configuration sets a time shift."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +135,14 @@ class Family:
     """Gives the parts of a loaded pipeline, which may be a user's own. Raises ConfigError if it cannot be used."""
     checks: Callable[[ModelConfig, Demand], Iterable[Check]] = lambda config, demand: ()
     """Gives what can be checked of a model before its weights are loaded. Downloads nothing."""
+    sampling: Callable[[ModelConfig], Sampling] = lambda config: Sampling()
+    """Says what can be asked of the sampling of a model whose weights are not loaded. Raises ConfigError."""
+    course: Callable[[ModelConfig, int, Timing], Course] = lambda config, steps, timing: even_course(steps)
+    """Gives the course of the path of a model whose weights are not loaded. Raises ConfigError."""
+    half: Literal["float16", "bfloat16"] = "float16"
+    """The number format on CUDA if a configuration names none."""
+    large_text: bool = False
+    """Whether the text encoders are so large that they leave the GPU after use if a configuration says nothing."""
 
 
 @dataclass(frozen=True)
@@ -89,20 +151,50 @@ class Rows:
 
     states: Tensor  # [rows, L, D]
     """Text states, as `Base.encode` makes them."""
+    mask: Tensor | None  # [rows, L], bool
+    """Which of the states are read. None: all."""
     pooled: Tensor  # [rows, P]
+    guidance_scale: float
+    """Read by denoisers with embedded guidance."""
     sizes: Tensor  # [rows, 6]
     """Original height and width, crop top and left, target height and width, all in px."""
     image: Tensor | None = None  # [rows, 1, ...]
     """Image prompts, as `ImageAdapter` makes them."""
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Texts as a denoiser reads them."""
+
+    states: Tensor  # [N, L, D]
+    pooled: Tensor  # [N, P]; P = 0 if the denoiser reads no pooled text
+    mask: Tensor | None = None  # [N, L], bool: which states are read; None: all
+
+    def padded(self, length: int) -> Texts:
+        """With `length` states, of which no further one is read. Raises ValueError if all states are read."""
+        from torch.nn.functional import pad
+
+        more = length - self.states.shape[1]
+        if more == 0:
+            return self
+        if self.mask is None or more < 0:
+            raise ValueError(f"{self.states.shape[1]} states cannot become {length}")
+        return Texts(pad(self.states, (0, 0, 0, more)), self.pooled, pad(self.mask, (0, more)))
+
+
+def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance."""
+    return unconditional + scale * (conditional - unconditional)
+
+
 class Denoiser(Protocol):
     """The network that predicts: a diffusers UNet, or anything else that is called like a UNet."""
 
     dtype: torch.dtype
+    """The number format in which it computes."""
 
     def __call__(self, sample: Tensor, timestep: Tensor, *, return_dict: bool, **arguments: Any) -> tuple[Tensor, ...]:
-        """Outputs [N, C, h, w] (first of the tuple) for noisy latents [N, C, h, w] at one timestep [].
+        """Outputs [N, C, h, w] (first of the tuple) for noisy latents [N, C, h, w] at one timestep [] (`Step.t`).
 
         arguments: what `Base.arguments` gives. `Step.split` interprets an output."""
 
@@ -157,15 +249,21 @@ class Base(Protocol):
     def tokens(self) -> int:
         """Tokens that the text encoders read, start and end included. Further tokens of a prompt are lost."""
 
-    def path(self, steps: int) -> tuple[Step, ...]:
+    @property
+    def sampling(self) -> Sampling:
+        """What can be asked of the sampling."""
+
+    def path(self, steps: int, timing: Timing) -> tuple[Step, ...]:
         """The steps of the noise schedule. Raises ConfigError for a schedule that is not supported."""
+
+    def guide(self, unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance of predictions [N, C, h, w]. Called only if the kind of guidance is `cfg`."""
 
     def count(self, prompts: Sequence[str]) -> list[int]:
         """The number of tokens of each prompt, start and end included."""
 
-    def encode(self, prompts: list[str], negative: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(states [N, L, D], pooled [N, P]) of prompts or negative prompts. P = 0 if the denoiser reads no pooled
-        text."""
+    def encode(self, prompts: list[str], negative: bool, device: torch.device) -> Texts:
+        """Prompts or negative prompts as the denoiser reads them."""
 
     def arguments(self, rows: Rows) -> dict[str, Any]:
         """Keyword arguments for one call of the denoiser."""

@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any
 from resmaster_stages.config.model import IpAdapterConfig, ModelConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases import unet_files
-from resmaster_stages.models.bases.base import Family, Geometry, Layers, Rows, TokenCounter
+from resmaster_stages.models.bases.base import (
+    Family,
+    Geometry,
+    Layers,
+    Rows,
+    Sampling,
+    Texts,
+    Timing,
+    TokenCounter,
+    guide,
+)
 from resmaster_stages.models.places import ModelFiles, loading, location, vae_dtype
 
 if TYPE_CHECKING:
@@ -163,7 +173,12 @@ class Unet:
         """The number of tokens of the shorter text encoder."""
         return min(tokenizer.model_max_length for tokenizer in self.tokenizers)
 
-    def path(self, steps: int) -> tuple[Step, ...]:
+    @property
+    def sampling(self) -> Sampling:
+        """Any steps, and guidance of any scale."""
+        return Sampling()
+
+    def path(self, steps: int, timing: Timing) -> tuple[Step, ...]:
         """The path that the scheduler's configuration describes."""
         from resmaster_stages.models.schedule import make_schedule
 
@@ -174,7 +189,11 @@ class Unet:
         counts = [[len(ids) for ids in tokenizer(list(prompts)).input_ids] for tokenizer in self.tokenizers]
         return [max(each) for each in zip(*counts)]
 
-    def encode(self, prompts: list[str], negative: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    def guide(self, unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+        """Plain classifier-free guidance."""
+        return guide(unconditional, conditional, scale)
+
+    def encode(self, prompts: list[str], negative: bool, device: torch.device) -> Texts:
         """The same as `encode_prompt` of diffusers' pipelines.
 
         SDXL: the penultimate states of both encoders side by side, and the pooled output of the second encoder. Stable
@@ -185,7 +204,7 @@ class Unet:
             for place in (number for number, prompt in enumerate(prompts) if not prompt):
                 states[place] = 0
                 pooled[place] = 0
-        return states, pooled
+        return Texts(states, pooled)
 
     def _encode(self, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
         import torch
