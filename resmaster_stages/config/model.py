@@ -58,9 +58,10 @@ class ModelConfig(Part):
     in float32."""
     native_px: int | None = Field(default=None, ge=16, le=65_536)
     """Edge of the square images that the model was trained on, and of its views. null: as the model's files say."""
-    guidance: Literal["auto", "cfg"] = "auto"
-    """`cfg`: the guidance scale takes an unconditional branch, for checkpoints of FLUX.1 whose distilled guidance was
-    trained away. `auto`: what the model's files say."""
+    guidance: Literal["auto", "cfg", "none"] = "auto"
+    """What the guidance scale of a flow-matching model does. `cfg`: it takes an unconditional branch (checkpoints of
+    FLUX.1 whose distilled guidance was trained away). `none`: nothing (models distilled to few steps). `auto`: what the
+    model's files and name say."""
     device: str = Operational("auto")
     """`auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`, `mps`."""
     offload: Literal["auto", "none", "text", "model"] = Operational("auto")

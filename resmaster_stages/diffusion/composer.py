@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resmaster_stages.diffusion.guidance import TEXT, DenoiserCall
-from resmaster_stages.diffusion.patches import bare, level_size, replaced_forward
+from resmaster_stages.diffusion.patches import level_size, replaced_forward
 from resmaster_stages.diffusion.views import Grid
+from resmaster_stages.models.bases.base import network_of
 
 
 def attention_map(query: Tensor, key: Tensor, heads: int) -> Tensor:
@@ -124,7 +125,7 @@ class Composer:
         """Within the block, every cross-attention of `unet` is composed, or captured inside `capturing`."""
         self.call = call
         with ExitStack() as stack:
-            for name, module in bare(unet).named_modules():
+            for name, module in network_of(unet).named_modules():
                 if name.endswith(".attn2"):
                     stack.enter_context(replaced_forward(module, self._layer(name, module, module.forward)))
             yield

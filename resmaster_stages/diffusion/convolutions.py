@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resmaster_stages.diffusion.guidance import Branch, DenoiserCall
-from resmaster_stages.diffusion.patches import Layer, bare, replaced_forward
+from resmaster_stages.diffusion.patches import Layer, replaced_forward
+from resmaster_stages.models.bases.base import network_of
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,6 @@ def changed_layers(unet: Any, call: DenoiserCall, rules: Mapping[str, LayerRule]
     """Within the block, each convolution that `rules` names is computed by its rule at each step, branch by branch."""
     with ExitStack() as stack:
         for name, rule in rules.items():
-            conv = bare(unet).get_submodule(name)
+            conv = network_of(unet).get_submodule(name)
             stack.enter_context(replaced_forward(conv, _by_branch(conv, conv.forward, rule, call)))
         yield

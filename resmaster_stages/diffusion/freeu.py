@@ -16,13 +16,14 @@ import torch
 from diffusers.utils.torch_utils import fourier_filter
 from torch import Tensor
 
-from resmaster_stages.diffusion.patches import bare, replaced_forward
+from resmaster_stages.diffusion.patches import replaced_forward
+from resmaster_stages.models.bases.base import network_of
 
 
 def backbone_channels(unet: Any) -> dict[str, int]:
     """Layer name -> how many of a decoder layer's input channels come from the layer below (the others come over the
     skip connection)."""
-    unet = bare(unet)
+    unet = network_of(unet)
     channels, below = {}, unet.mid_block.resnets[-1].out_channels
     for number, block in enumerate(unet.up_blocks):
         for place, resnet in enumerate(block.resnets):
@@ -47,12 +48,12 @@ def modulated(plain: Callable[..., Tensor], channels: int, amplify: float, damp:
 @contextmanager
 def freeu(unet: Any, b1: float = 1.1, b2: float = 1.2, s1: float = 0.6, s2: float = 0.4) -> Iterator[None]:
     """Within the block, FreeU is on. The defaults are those of the three methods."""
-    widths = sorted(set(bare(unet).config.block_out_channels), reverse=True)
+    widths = sorted(set(network_of(unet).config.block_out_channels), reverse=True)
     strengths = dict(zip(widths, [(b1, s1), (b2, s2)]))
     with ExitStack() as stack:
         for name, channels in backbone_channels(unet).items():
             if channels in strengths:
-                resnet = bare(unet).get_submodule(name)
+                resnet = network_of(unet).get_submodule(name)
                 forward = modulated(resnet.forward, channels, *strengths[channels])
                 stack.enter_context(replaced_forward(resnet, forward))
         yield

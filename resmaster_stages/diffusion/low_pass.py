@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from resmaster_stages.diffusion.convolutions import dilated
 from resmaster_stages.diffusion.guidance import TEXT, Branch, DenoiserCall
-from resmaster_stages.diffusion.patches import bare, replaced_forward
+from resmaster_stages.diffusion.patches import replaced_forward
+from resmaster_stages.models.bases.base import network_of
 
 
 def mask(length: int, factor: float, weak: bool, floor: float) -> Tensor:
@@ -88,7 +89,7 @@ def shared_attention(unet: Any, call: DenoiserCall, branch: Branch) -> Iterator[
         return forward
 
     with ExitStack() as stack:
-        for name, module in bare(unet).named_modules():
+        for name, module in network_of(unet).named_modules():
             if name.endswith((".attn1.to_q", ".attn1.to_k")):
                 stack.enter_context(replaced_forward(module, like_text(module.forward)))
         yield

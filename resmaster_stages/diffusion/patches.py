@@ -17,11 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from resmaster_stages.errors import ConfigError
-
-
-def bare(unet: Any) -> Any:
-    """The UNet itself, also if torch.compile wraps it."""
-    return getattr(unet, "_orig_mod", unet)
+from resmaster_stages.models.bases.base import network_of
 
 
 @contextmanager
@@ -45,8 +41,8 @@ def chosen_layers(unet: Any, patterns: Mapping[str, float], method: str) -> dict
     `mid_block.resnets`, `up_blocks.0.upsamplers`, `down_blocks.-2.downsamplers`. -1 is the deepest down block (on SDXL
     `down_blocks.2`) and 0 is the deepest up block. Places that the UNet does not have are left out.
     """
-    names = [name for name, module in bare(unet).named_modules() if isinstance(module, nn.Conv2d)]
-    depth = len(bare(unet).down_blocks)
+    names = [name for name, module in network_of(unet).named_modules() if isinstance(module, nn.Conv2d)]
+    depth = len(network_of(unet).down_blocks)
     chosen: dict[str, float] = {}
     for pattern, value in patterns.items():
         place = re.sub(r"\.(-\d+)\.", lambda match: f".{depth + int(match[1])}.", pattern)

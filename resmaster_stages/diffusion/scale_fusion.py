@@ -25,8 +25,9 @@ from torch import Tensor
 from resmaster_stages.diffusion.frequency import gaussian_blur
 from resmaster_stages.diffusion.guidance import DenoiserCall
 from resmaster_stages.diffusion.irregular_views import Origins, ScatteredViews, clamped, jittered
-from resmaster_stages.diffusion.patches import bare, level_size, replaced_forward
+from resmaster_stages.diffusion.patches import level_size, replaced_forward
 from resmaster_stages.diffusion.views import Grid
+from resmaster_stages.models.bases.base import network_of
 
 
 class Windows:
@@ -124,7 +125,7 @@ def scale_fusion(
     channels too.
     """
     with ExitStack() as stack:
-        for name, module in bare(unet).named_modules():
+        for name, module in network_of(unet).named_modules():
             if name.endswith(".attn1"):
                 forward = _fused(module, module.forward, call, windows, radius, features)
                 stack.enter_context(replaced_forward(module, forward))

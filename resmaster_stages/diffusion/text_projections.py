@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from resmaster_stages.diffusion.guidance import DenoiserCall
-from resmaster_stages.diffusion.patches import bare, replaced_forward
+from resmaster_stages.diffusion.patches import replaced_forward
+from resmaster_stages.models.bases.base import network_of
 
 
 def _once(plain: Callable[[Tensor], Tensor], call: DenoiserCall) -> Callable[[Tensor], Tensor]:
@@ -44,7 +45,7 @@ def _once(plain: Callable[[Tensor], Tensor], call: DenoiserCall) -> Callable[[Te
 def text_projected_once(unet: Any, call: DenoiserCall) -> Iterator[None]:
     """Within the block, the cross-attentions of `unet` project every text of `call` once."""
     with ExitStack() as stack:
-        for name, module in bare(unet).named_modules() if isinstance(bare(unet), nn.Module) else ():
+        for name, module in network_of(unet).named_modules() if isinstance(network_of(unet), nn.Module) else ():
             if name.endswith((".attn2.to_k", ".attn2.to_v")):
                 stack.enter_context(replaced_forward(module, _once(module.forward, call)))
         yield

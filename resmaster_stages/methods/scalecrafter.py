@@ -258,11 +258,12 @@ def layer_rules(unet: object, plan: Plan) -> dict[str, LayerRule]:
     """Rules for each dilated convolution, at each step and for the strong and the weak network."""
     from resmaster_stages.diffusion.convolutions import PLAIN, Dilated, Dispersed
     from resmaster_stages.diffusion.dispersion import dispersed_weight
-    from resmaster_stages.diffusion.patches import bare, chosen_layers
+    from resmaster_stages.diffusion.patches import chosen_layers
+    from resmaster_stages.models.bases.base import network_of
 
     strong_layers, weak_layers = (chosen_layers(unet, each, "scalecrafter") for each in (plan.strong, plan.weak))
     spread = chosen_layers(unet, dict.fromkeys(plan.dispersed, 1.0), "scalecrafter")
-    kernels = {name: dispersed_weight(bare(unet).get_submodule(name).weight) for name in spread}
+    kernels = {name: dispersed_weight(network_of(unet).get_submodule(name).weight) for name in spread}
 
     def rule(name: str, index: int, branch: Branch) -> Layer:
         factor = (weak_layers if branch == WEAK else strong_layers).get(name, 1.0)

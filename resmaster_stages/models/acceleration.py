@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from resmaster_stages.errors import ConfigError, first_line
+from resmaster_stages.models.bases.base import network_of
 from resmaster_stages.progress import Note, emit
 
 _GRAPHS = 64
@@ -35,6 +36,10 @@ _NOT_IN_FP8 = (
     "attn2.to_v",
     "encoder_hid_proj",
     "_ip.",
+    "embed",
+    "norm",
+    "modulation",
+    "proj_out",
 )
 """Parts of the names of layers that stay as they are: embeddings, text and image projections. They cost nothing, and
 their errors reach every pixel."""
@@ -58,7 +63,7 @@ def can_compile(device: torch.device) -> bool:
 
 def has_blocks(denoiser: Any) -> bool:
     """Whether `denoiser` can be compiled block by block, as diffusers' models can."""
-    return hasattr(denoiser, "compile_repeated_blocks")
+    return hasattr(network_of(denoiser), "compile_repeated_blocks")
 
 
 def compile_blocks(unet: Any) -> None:
@@ -71,12 +76,13 @@ def compile_blocks(unet: Any) -> None:
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, _GRAPHS)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * _GRAPHS)
-    unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    network_of(unet).compile_repeated_blocks(fullgraph=True, dynamic=False)
 
 
 def compiled_blocks(unet: Any) -> list[nn.Module]:
     """The compiled blocks of `unet`. Empty if `unet` is not a torch module."""
-    modules = unet.modules() if isinstance(unet, nn.Module) else ()
+    network = network_of(unet)
+    modules = network.modules() if isinstance(network, nn.Module) else ()
     return [module for module in modules if getattr(module, "_compiled_call_impl", None) is not None]
 
 
@@ -133,8 +139,7 @@ def quantise_fp8(unet: Any, least_width: int = FP8_LEAST_WIDTH) -> int:
     """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
-    chosen = {name for name, module in unet.named_modules() if takes_fp8(module, name, least_width)}
-    quantize_(
-        unet, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=lambda _, name: name in chosen
-    )
+    chosen = {name for name, module in network_of(unet).named_modules() if takes_fp8(module, name, least_width)}
+    rule = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    quantize_(network_of(unet), rule, filter_fn=lambda _, name: name in chosen)
     return len(chosen)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.models.bases import family_of
 from resmaster_stages.models.bases.base import Geometry
-from resmaster_stages.models.places import ModelFiles
 
 
 def geometry_of(model: ModelConfig) -> Geometry:
     """The sizes of the model that `model` names: the pack, a folder or a hub id. Raises ConfigError."""
-    return family_of(model).geometry(ModelFiles(model.id, model.revision))
+    return family_of(model).geometry(model)

@@ -64,7 +64,7 @@ def load_models(config: ModelConfig) -> Models:
     device = resolve_device(config.device)
     pipe = load_pipeline(config)
     models = replace(
-        Models.from_pipeline(pipe, identity=model_identity(config)),
+        Models.from_pipeline(pipe, identity=model_identity(config), config=config),
         device=device,
         offload=_offload(config, device),
         gives_way=True,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases import family_of_pipeline
 from resmaster_stages.models.bases.base import Base, Geometry
@@ -85,15 +86,24 @@ class Models:
                 module.to("cpu")
 
     @classmethod
-    def from_pipeline(cls, pipe: Any, *, identity: str = "pipeline", offload: Offload = "none") -> Models:
+    def from_pipeline(
+        cls,
+        pipe: Any,
+        *,
+        identity: str = "pipeline",
+        offload: Offload = "none",
+        config: ModelConfig | None = None,
+    ) -> Models:
         """The parts of a pipeline of a known family, e.g. a StableDiffusionXLPipeline.
 
         The pipeline's own checkpoint, LoRA, scheduler and IP-Adapter are used as they are. The pipeline must be on the
-        device that it shall run on. Raises ConfigError for a pipeline of an unknown family.
+        device that it shall run on. config: its `native_px` and `guidance` are what the user says of the model.
+
+        Raises ConfigError for a pipeline of an unknown family.
         """
         family = family_of_pipeline(pipe, identity)
         try:
-            base = family.base(pipe)
+            base = family.base(pipe, config or ModelConfig())
         except ConfigError as error:
             raise ConfigError(f"model {identity}: {error}") from None
         return cls(

@@ -18,7 +18,6 @@ from resmaster_stages.diffusion.views import target_size, view_grid
 from resmaster_stages.methods.settings import Diffusion, timing_of
 from resmaster_stages.models.bases import family_of
 from resmaster_stages.models.bases.base import Geometry, Timing
-from resmaster_stages.models.places import ModelFiles
 from resmaster_stages.models.schedule import Course, even_course
 
 
@@ -37,7 +36,7 @@ def denoising_of(config: ModelConfig) -> Denoising:
     """What the model that `config` names adds. Raises ConfigError."""
     family = family_of(config)
     guided = family.sampling(config).kind == "cfg"
-    return Denoising(family.geometry(ModelFiles(config.id, config.revision)), guided, partial(family.course, config))
+    return Denoising(family.geometry(config), guided, partial(family.course, config))
 
 
 def low_res_work(config: LowResConfig, base: Denoising, height: int, width: int) -> tuple[UnetWork, ...]:

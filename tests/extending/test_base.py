@@ -26,7 +26,7 @@ from resmaster_stages.models.flow import flow_path
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
-from resmaster_stages.models.places import location
+from resmaster_stages.models.places import ModelFiles, location
 from resmaster_stages.models.schedule import course_of
 from resmaster_stages.planning.preview import preview
 from tests.methods.common import difference, settings, some_image
@@ -135,10 +135,10 @@ FAMILY = Family(
     name="tiny flow",
     pipelines="TinyFlow.*",
     abilities=frozenset(),
-    geometry=lambda files: Geometry(files.json("flow.json")["native"], 2),
+    geometry=lambda config: Geometry(ModelFiles(config.id).json("flow.json")["native"], 2),
     token_counter=lambda config: len,
     load=read,
-    base=lambda pipe: TinyFlow(pipe.denoiser),
+    base=lambda pipe, config: TinyFlow(pipe.denoiser),
     course=lambda config, steps, timing: course_of(straight_path(steps), guided=True),
 )
 

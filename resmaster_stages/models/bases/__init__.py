@@ -7,13 +7,14 @@ from collections.abc import Mapping
 
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.bases import unet
+from resmaster_stages.models.bases import flux, unet
 from resmaster_stages.models.bases.base import Ability, Family
 from resmaster_stages.models.places import ModelFiles
 
 FAMILIES: list[Family] = [
     unet.SDXL,
     unet.STABLE_DIFFUSION,
+    flux.FLUX,
 ]
 
 

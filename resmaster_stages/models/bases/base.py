@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from resmaster_stages.config.model import ModelConfig
+from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.files import Check
-from resmaster_stages.models.places import ModelFiles
 from resmaster_stages.models.schedule import Course, even_course
 
 if TYPE_CHECKING:
@@ -56,6 +56,18 @@ class Geometry:
     def native(self) -> int:
         """`native_px` in latents."""
         return self.native_px // self.latent_factor
+
+
+def sized(config: ModelConfig, native_px: int, step_px: int) -> int:
+    """The native size of a model: `model.native_px`, or else `native_px`. Raises ConfigError unless it is a multiple of
+    `step_px`."""
+    chosen = config.native_px or native_px
+    if chosen % step_px or chosen < step_px:
+        below = max(1, chosen // step_px) * step_px
+        raise ConfigError(
+            f"model.native_px: {chosen} is no multiple of {step_px}; set it to {below} or {below + step_px}"
+        )
+    return chosen
 
 
 GuidanceKind = Literal["cfg", "embedded", "none"]
@@ -124,15 +136,16 @@ class Family:
     """A regular expression for the whole name of diffusers' pipeline classes. It recognises a model by its
     `model_index.json`, or a loaded pipeline by its class."""
     abilities: frozenset[Ability]
-    geometry: Callable[[ModelFiles], Geometry]
+    geometry: Callable[[ModelConfig], Geometry]
     """Reads the sizes from a model's JSON files. Raises ConfigError."""
     token_counter: Callable[[ModelConfig], TokenCounter]
     """Gives a counter that uses a model's tokenizer alone. Raises ConfigError."""
     load: Callable[[ModelConfig, torch.dtype], Any]
     """Loads a pipeline on the CPU, with the configuration's VAE and IP-Adapter: an object with `device`. Raises
     ConfigError."""
-    base: Callable[[Any], Base]
-    """Gives the parts of a loaded pipeline, which may be a user's own. Raises ConfigError if it cannot be used."""
+    base: Callable[[Any, ModelConfig], Base]
+    """Gives the parts of a loaded pipeline, which may be a user's own. Of the configuration, it reads `native_px` and
+    `guidance`. Raises ConfigError if the pipeline cannot be used."""
     checks: Callable[[ModelConfig, Demand], Iterable[Check]] = lambda config, demand: ()
     """Gives what can be checked of a model before its weights are loaded. Downloads nothing."""
     sampling: Callable[[ModelConfig], Sampling] = lambda config: Sampling()
@@ -185,6 +198,31 @@ class Texts:
 def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance."""
     return unconditional + scale * (conditional - unconditional)
+
+
+def require_sampling(sampling: Sampling, asked: Asked, model: str) -> None:
+    """Raise ConfigError unless a model can use the sampling that a part of a configuration asks for.
+
+    model: its name, for messages.
+    """
+    good = (
+        f"set {asked.part}.steps: {sampling.steps} and {asked.part}.guidance_scale: {sampling.guidance_scale:g}, which "
+        "are recommended for it"
+    )
+    scale, steps = asked.guidance_scale, asked.steps
+    if sampling.kind == "none" and scale != 1:
+        raise ConfigError(
+            f"{asked.part}.guidance_scale: {scale:g} has no effect on {model}, whose guidance is distilled; {good}"
+        )
+    if sampling.kind == "embedded" and scale > 1 and "guidance_scale" not in asked.written:
+        raise ConfigError(f"{asked.part}.guidance_scale: {scale:g} was chosen for SDXL, not for {model}; {good}")
+    if steps > sampling.most_steps:
+        raise ConfigError(f"{asked.part}.steps: {steps} are too many for {model}, which is made for few; {good}")
+
+
+def network_of(denoiser: Any) -> Any:
+    """The torch module inside a denoiser, without what wraps it; the denoiser itself if nothing does."""
+    return getattr(denoiser, "network", getattr(denoiser, "_orig_mod", denoiser))  # torch.compile wraps in the latter
 
 
 class Denoiser(Protocol):

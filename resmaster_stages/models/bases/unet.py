@@ -25,6 +25,7 @@ from resmaster_stages.models.bases.base import (
     Timing,
     TokenCounter,
     guide,
+    sized,
 )
 from resmaster_stages.models.places import ModelFiles, loading, location, vae_dtype
 
@@ -49,23 +50,25 @@ their product (4) and the layers around."""
 # ------------------------------------------------------------------------------------------- before it is loaded
 
 
-def geometry(files: ModelFiles) -> Geometry:
-    """The sizes from the UNet's `sample_size` (in latents) and the VAE's down-samplings (a factor of 2 each).
+def geometry(config: ModelConfig) -> Geometry:
+    """The sizes from the UNet's `sample_size` (in latents) and the VAE's down-samplings (a factor of 2 each), if
+    `model.native_px` says nothing else.
 
     Raises ConfigError.
     """
+    files = ModelFiles(config.id, config.revision)
     size = files.json("unet/config.json").get("sample_size")
     channels = files.json("vae/config.json").get("block_out_channels")
     if not isinstance(size, int):
         raise ConfigError(f"model {files.id!r}: unet/config.json has no whole number `sample_size`; use another model")
     if not isinstance(channels, list) or not channels:
         raise ConfigError(f"model {files.id!r}: vae/config.json has no list `block_out_channels`; use another model")
-    return _geometry(size, channels)
+    return _geometry(size, channels, config)
 
 
-def _geometry(sample_size: int, vae_channels: Sequence[int]) -> Geometry:
+def _geometry(sample_size: int, vae_channels: Sequence[int], config: ModelConfig) -> Geometry:
     factor = 2 ** (len(vae_channels) - 1)
-    return Geometry(sample_size * factor, factor)
+    return Geometry(sized(config, sample_size * factor, factor), factor)
 
 
 def token_counter(config: ModelConfig) -> TokenCounter:
@@ -292,7 +295,7 @@ def row_bytes(unet: Any, height: int, width: int) -> int:
     return int((waiting + _FEED_FORWARD * finest) * unet.dtype.itemsize)
 
 
-def base(told_sizes: bool, pipe: Any) -> Unet:
+def base(told_sizes: bool, pipe: Any, config: ModelConfig) -> Unet:
     """The parts of a StableDiffusionXLPipeline (`told_sizes`) or StableDiffusionPipeline.
 
     The pipeline's own checkpoint, LoRA, scheduler and IP-Adapter are used as they are. Raises ConfigError for variants
@@ -305,7 +308,7 @@ def base(told_sizes: bool, pipe: Any) -> Unet:
     return Unet(
         family=SDXL if told_sizes else STABLE_DIFFUSION,
         denoiser=unet,
-        geometry=_geometry(unet.config.sample_size, pipe.vae.config.block_out_channels),
+        geometry=_geometry(unet.config.sample_size, pipe.vae.config.block_out_channels, config),
         latent_channels=unet.config.in_channels,
         vae=pipe.vae,
         text_encoders=(encoder, second) if told_sizes else (encoder,),

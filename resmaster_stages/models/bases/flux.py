@@ -1,0 +1,102 @@
+"""FLUX.1: dev, schnell, Krea-dev and checkpoints in their shape.
+
+The transformer reads tokens of 2 x 2 latents, T5's states (its padding included) and CLIP's pooled text. dev and Krea
+have distilled guidance: the guidance scale is a number that the transformer reads, and negative prompts have no effect.
+schnell has none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from resmaster_stages.models.bases.base import Base, Geometry, Rows, Sampling, Texts, Timing
+from resmaster_stages.models.bases.transformer import Transformer, packed, unpacked
+from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind
+from resmaster_stages.models.flow import flow_schedule, image_shift
+from resmaster_stages.models.schedule import Step
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def sampling(facts: Facts) -> Sampling:
+    """Embedded guidance for dev and Krea, none for schnell."""
+    if facts.guidance == "cfg":
+        return Sampling("cfg", 28, 3.5)
+    if facts.guidance == "none" or not facts.transformer.get("guidance_embeds"):
+        return Sampling("none", 4, 1.0, most_steps=16)
+    return Sampling("embedded", 28, 3.5)
+
+
+def path(facts: Facts, steps: int, timing: Timing) -> tuple[Step, ...]:
+    """Evenly spaced levels, moved as for an image of the view's size."""
+    return flow_schedule(facts.scheduler, steps, timing, shift=image_shift(facts.scheduler, timing.cells // 4))
+
+
+@lru_cache(maxsize=32)
+def image_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Position (0, row, column) of each token of a view of `height` x `width` latents: [h / 2 * w / 2, 3]."""
+    import torch
+
+    rows, cols = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, cols], dim=-1).reshape(-1, 3).to(device, dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Flux(Transformer):
+    """A loaded model."""
+
+    @property
+    def tokens(self) -> int:
+        """512, or what T5's tokenizer is limited to; 256 for schnell."""
+        longest = 512 if self.facts.transformer.get("guidance_embeds") or self.facts.guidance == "cfg" else 256
+        return min(longest, self.pipe.tokenizer_2.model_max_length)
+
+    def encode(self, prompts: list[str], negative: bool, device: torch.device) -> Texts:
+        """T5's states, padding included, and CLIP's pooled text."""
+        states, pooled, _ = self.pipe.encode_prompt(prompts, prompts, device=device, max_sequence_length=self.tokens)
+        return Texts(states, pooled)
+
+    def predict(self, sample: Tensor, timestep: Tensor, rows: Rows) -> Tensor:
+        """The velocity eps - x0."""
+        height, width = sample.shape[-2:]
+        tokens = packed(sample)
+        scale = None
+        if self.facts.transformer.get("guidance_embeds"):
+            scale = timestep.new_full((len(tokens),), rows.guidance_scale)
+        output = self.denoiser.network(
+            hidden_states=tokens,
+            timestep=timestep.to(tokens.dtype).expand(len(tokens)) / 1000,
+            guidance=scale,
+            pooled_projections=rows.pooled,
+            encoder_hidden_states=rows.states,
+            txt_ids=tokens.new_zeros(rows.states.shape[1], 3),
+            img_ids=image_ids(height, width, tokens.device, tokens.dtype),
+            return_dict=False,
+        )[0]
+        return unpacked(output, height, width)
+
+
+def _flux(pipe: Any, facts: Facts, geometry: Geometry) -> Base:
+    return Flux.of(KIND, pipe, facts, geometry)
+
+
+KIND = Kind(
+    name="FLUX.1",
+    pipelines="Flux(Img2Img|Inpaint|ControlNet)*Pipeline",
+    pipeline="FluxPipeline",
+    transformer="FluxTransformer2DModel",
+    vae="AutoencoderKL",
+    channels=16,
+    in_channels=lambda transformer: transformer["in_channels"] // 4,
+    sampling=sampling,
+    path=path,
+    base=_flux,
+    tokenizer="tokenizer_2",
+    parts=("image_encoder", "feature_extractor"),
+)
+
+FLUX = family_of_kind(KIND)

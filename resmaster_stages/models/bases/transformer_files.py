@@ -1,0 +1,285 @@
+"""What the families of transformers share before weights are loaded: sizes, path, checks and loading, from a `Kind`.
+
+A file of this folder describes its family by a `Kind`: a table of what is special to it. `family_of_kind` makes the
+`Family` of it. What a kind reads are the configurations of a model (`Facts`), which are the same in its files and in a
+loaded pipeline. So a user's own pipeline is judged as a folder is.
+
+Invariant: what is refused here is refused, in the same words, when the model is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from resmaster_stages.config.model import ModelConfig
+from resmaster_stages.errors import ConfigError
+from resmaster_stages.models.bases.base import (
+    NO_ADAPTER,
+    Ability,
+    Asked,
+    Base,
+    Demand,
+    Family,
+    Geometry,
+    Sampling,
+    Timing,
+    TokenCounter,
+    require_sampling,
+    sized,
+)
+from resmaster_stages.models.files import (
+    DIFFUSERS,
+    TRANSFORMERS,
+    Check,
+    folder_with,
+    require_tokenizer,
+    require_weights,
+)
+from resmaster_stages.models.places import ModelFiles, loading, location, vae_dtype
+from resmaster_stages.models.schedule import Course, Step, course_of
+
+if TYPE_CHECKING:
+    import torch
+
+NATIVE_PX = 1024
+"""Native size of a model whose files do not tell it."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The configurations of a model: of a folder, a hub id or a loaded pipeline."""
+
+    name: str
+    """The model's id, folder or identity."""
+    index: Mapping[str, Any]
+    """Of the pipeline."""
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    """With the class as `_class_name`."""
+    guidance: str = "auto"
+    """`ModelConfig.guidance`."""
+
+    def named(self, *words: str) -> bool:
+        """Whether the model's name holds one of `words`."""
+        return any(word in self.name.rpartition("/")[2].lower() for word in words)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is special to a family of transformers."""
+
+    name: str
+    pipelines: str
+    """As `Family.pipelines`."""
+    pipeline: str
+    """Class of diffusers that loads the model."""
+    transformer: str
+    """Class of diffusers' denoiser."""
+    vae: str
+    """Class of diffusers' VAE."""
+    channels: int
+    """Channels of the latents, as the canvas has them. Another number means an inpainting or editing variant."""
+    in_channels: Callable[[Mapping[str, Any]], int]
+    """The channels of the latents, from the transformer's configuration."""
+    sampling: Callable[[Facts], Sampling]
+    path: Callable[[Facts, int, Timing], tuple[Step, ...]]
+    """(facts, steps, timing) -> the steps. Raises ConfigError."""
+    base: Callable[[Any, Facts, Geometry], Base]
+    """(pipeline, facts, sizes) -> its loaded parts."""
+    tokenizer: str = "tokenizer"
+    """Folder of the tokenizer that counts a caption's tokens."""
+    abilities: frozenset[Ability] = field(default_factory=frozenset)
+    factor: Callable[[Mapping[str, Any]], int] = lambda vae: 2 ** (len(vae["block_out_channels"]) - 1)
+    """Pixels per latent along one axis, from the VAE's configuration."""
+    multiple: int = 2
+    """As `Geometry.multiple`."""
+    native_px: Callable[[Facts, int], int | None] = lambda facts, factor: facts.vae.get("sample_size")
+    """(facts, px per latent) -> native size. None: `NATIVE_PX`."""
+    parts: tuple[str, ...] = ()
+    """Parts of the pipeline that are loaded as None: safety checkers and the like."""
+    adapter_checks: Callable[[ModelConfig], Iterator[Check]] = lambda config: iter(())
+    """What can be checked of `model.ip_adapter`."""
+    load_adapter: Callable[[Any, ModelConfig, torch.dtype], None] | None = None
+    """Loads `model.ip_adapter` into a pipeline. None: the family takes none."""
+
+
+def facts_of(config: ModelConfig) -> Facts:
+    """The facts of a model's files. Raises ConfigError."""
+    files = ModelFiles(config.id, config.revision)
+    index = files.json("model_index.json")
+    scheduler = index.get("scheduler")
+    kind = scheduler[1] if isinstance(scheduler, list) and len(scheduler) == 2 else "scheduler"
+    vae = ModelFiles(config.vae).json("config.json") if config.vae else files.json("vae/config.json")
+    return Facts(
+        name=config.id,
+        index=index,
+        transformer=files.json("transformer/config.json"),
+        vae=vae,
+        scheduler={"_class_name": kind, **files.json("scheduler/scheduler_config.json")},
+        guidance=config.guidance,
+    )
+
+
+def facts_of_pipeline(pipe: Any, config: ModelConfig) -> Facts:
+    """The facts of a loaded pipeline."""
+    index = dict(pipe.config)
+    return Facts(
+        name=str(index.get("_name_or_path") or config.id),
+        index=index,
+        transformer=dict(pipe.transformer.config),
+        vae=dict(pipe.vae.config),
+        scheduler={**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__},
+        guidance=config.guidance,
+    )
+
+
+def sizes(kind: Kind, facts: Facts, config: ModelConfig) -> Geometry:
+    """The sizes of a model. Raises ConfigError."""
+    try:
+        factor = int(kind.factor(facts.vae))
+        native = int(kind.native_px(facts, factor) or NATIVE_PX)
+    except (LookupError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"model {facts.name!r}: its configuration does not tell its sizes ({type(error).__name__}: {error}); "
+            "download the model again, or use another"
+        ) from None
+    if factor < 1 or native < factor:
+        raise ConfigError(f"model {facts.name!r}: its configuration has impossible sizes; download the model again")
+    return Geometry(sized(config, native, factor * kind.multiple), factor, kind.multiple)
+
+
+def require_kind(kind: Kind, facts: Facts) -> None:
+    """Raise ConfigError for variants that the engine cannot use."""
+    name = facts.transformer.get("_class_name", kind.transformer)
+    if name != kind.transformer:
+        raise ConfigError(f"its transformer is a {name}, not a {kind.transformer}; give a base model")
+    try:
+        channels = kind.in_channels(facts.transformer)
+    except (LookupError, TypeError) as error:
+        raise ConfigError(f"transformer/config.json lacks {error}; download the model again") from None
+    if channels != kind.channels and channels != facts.vae.get("latent_channels"):
+        raise ConfigError(
+            f"its transformer reads {channels} channels, and its VAE makes {facts.vae.get('latent_channels')}; it is "
+            "an inpainting, editing or control variant; give a plain base model"
+        )
+    if (made := facts.vae.get("_class_name", kind.vae)) != kind.vae:
+        raise ConfigError(f"its VAE is {made!r}, not an {kind.vae}; give another VAE, or null")
+
+
+def family_of_kind(kind: Kind) -> Family:
+    """The family that a kind describes."""
+    return Family(
+        name=kind.name,
+        pipelines=kind.pipelines,
+        abilities=kind.abilities,
+        geometry=lambda config: sizes(kind, facts_of(config), config),
+        token_counter=partial(_token_counter, kind),
+        load=partial(_load, kind),
+        base=partial(_base, kind),
+        checks=partial(_checks, kind),
+        sampling=lambda config: kind.sampling(facts_of(config)),
+        course=partial(_course, kind),
+        half="bfloat16",
+        large_text=True,
+    )
+
+
+def _course(kind: Kind, config: ModelConfig, steps: int, timing: Timing) -> Course:
+    facts = facts_of(config)
+    return course_of(kind.path(facts, steps, timing), kind.sampling(facts).kind == "cfg")
+
+
+def _token_counter(kind: Kind, config: ModelConfig) -> TokenCounter:
+    from transformers import AutoTokenizer
+
+    with loading(config.id, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            location(config.id), subfolder=kind.tokenizer, revision=config.revision or "main"
+        )
+    return lambda text: len(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+
+
+def _load(kind: Kind, config: ModelConfig, dtype: torch.dtype) -> Any:
+    """The pipeline on the CPU, with the configuration's VAE and adapter. Raises ConfigError."""
+    import diffusers
+
+    kinds: dict[str, Any] = {"default": dtype, "vae": vae_dtype(dtype)}
+    extra: dict[str, Any] = dict.fromkeys(kind.parts)
+    if config.vae:
+        with loading(config.vae, "the VAE"):
+            extra["vae"] = getattr(diffusers, kind.vae).from_pretrained(
+                location(config.vae), dtype=kinds["vae"], use_safetensors=True
+            )
+    with loading(config.id, "it"):
+        pipe = getattr(diffusers, kind.pipeline).from_pretrained(
+            location(config.id),
+            revision=config.revision,
+            variant=config.variant,
+            dtype=kinds,
+            use_safetensors=True,
+            **extra,
+        )
+    if config.ip_adapter is not None and kind.load_adapter is not None:
+        kind.load_adapter(pipe, config, dtype)
+    return pipe
+
+
+def _base(kind: Kind, pipe: Any, config: ModelConfig) -> Base:
+    """The parts of a loaded pipeline. Raises ConfigError for variants that the engine cannot use."""
+    facts = facts_of_pipeline(pipe, config)
+    require_kind(kind, facts)
+    return kind.base(pipe, facts, sizes(kind, facts, config))
+
+
+def _checks(kind: Kind, config: ModelConfig, demand: Demand) -> Iterator[Check]:
+    """What can be checked of a model before its weights are loaded."""
+    yield "model.id", lambda: require_kind(kind, facts_of(config))
+    yield "model.id", partial(_check_parts, config, facts_of(config).index)
+    if config.vae is not None:
+        yield (
+            "model.vae",
+            lambda: require_weights(config.vae or "", folder_with(config.vae or "", "config.json"), DIFFUSERS),
+        )
+    if config.ip_adapter is not None:
+        yield from kind.adapter_checks(config)
+    elif demand.image_prompts:
+        yield "model.ip_adapter", partial(_refuse, NO_ADAPTER.format(config.id))
+    for asked in demand.sampling:
+        yield asked.part, partial(_check_sampling, kind, config, asked)
+    for setting, count in demand.steps.items():
+        yield setting, partial(_check_path, kind, config, count)
+
+
+def _check_sampling(kind: Kind, config: ModelConfig, asked: Asked) -> None:
+    require_sampling(kind.sampling(facts_of(config)), asked, config.id)
+
+
+def _check_path(kind: Kind, config: ModelConfig, steps: int) -> None:
+    kind.path(facts_of(config), steps, Timing(cells=4096))
+
+
+def _check_vae(vae: str) -> None:
+    require_weights(vae, folder_with(vae, "config.json"), DIFFUSERS)
+
+
+def _refuse(message: str) -> None:
+    raise ConfigError(message)
+
+
+def _check_parts(config: ModelConfig, index: Mapping[str, Any]) -> None:
+    """That the weights and tokenizers of all parts are there and whole."""
+    folder = folder_with(config.id, "model_index.json", config.revision)
+    for part, kind in index.items():
+        if not isinstance(kind, list) or None in kind:
+            continue
+        if part == "transformer" or (part == "vae" and config.vae is None):
+            require_weights(config.id, folder / part, DIFFUSERS, config.variant)
+        elif re.fullmatch(r"text_encoder(_\d)?", part):
+            require_weights(config.id, folder / part, TRANSFORMERS, config.variant)
+        elif re.fullmatch(r"tokenizer(_\d)?", part):
+            require_tokenizer(config.id, folder / part)
