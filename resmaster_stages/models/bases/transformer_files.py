@@ -91,6 +91,8 @@ class Kind:
     """(facts, steps, timing) -> the steps. Raises ConfigError."""
     base: Callable[[Any, Facts, Geometry], Base]
     """(pipeline, facts, sizes) -> its loaded parts."""
+    older: str = ""
+    """Name that diffusers' denoiser had when the first models were published."""
     tokenizer: str = "tokenizer"
     """Folder of the tokenizer that counts a caption's tokens."""
     abilities: frozenset[Ability] = field(default_factory=frozenset)
@@ -156,7 +158,7 @@ def sizes(kind: Kind, facts: Facts, config: ModelConfig) -> Geometry:
 def require_kind(kind: Kind, facts: Facts) -> None:
     """Raise ConfigError for variants that the engine cannot use."""
     name = facts.transformer.get("_class_name", kind.transformer)
-    if name != kind.transformer:
+    if name not in (kind.transformer, kind.older):
         raise ConfigError(f"its transformer is a {name}, not a {kind.transformer}; give a base model")
     try:
         channels = kind.in_channels(facts.transformer)

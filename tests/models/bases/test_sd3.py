@@ -1,7 +1,6 @@
 """Stable Diffusion 3 and 3.5 through the engine, beside diffusers' own pipeline."""
 
 import pytest
-import torch
 
 from resmaster_stages.models.parts import Models
 from tests.models.bases.common import engine, relative, start
@@ -19,8 +18,8 @@ def pipe(request):
 def theirs(pipe, noise, steps, scale, **more):
     """What the pipeline draws from the same noise."""
     height, width = (side * 4 for side in noise.shape[-2:])
-    values = dict(height=height, width=width, num_inference_steps=steps, guidance_scale=scale, latents=noise)
-    values |= dict(negative_prompt=list(NEGATIVE), output_type="latent")
+    values = {"height": height, "width": width, "num_inference_steps": steps, "guidance_scale": scale}
+    values |= {"negative_prompt": list(NEGATIVE), "latents": noise, "output_type": "latent"}
     if pipe.text_encoder_3 is not None:
         values["max_sequence_length"] = 48
     return pipe(list(PROMPTS), **values | more).images
