@@ -102,6 +102,7 @@ SIGMA = Kind(
     path=path,
     base=_sigma,
     abilities=frozenset({"attention"}),
+    shifted=False,
     native_px=lambda facts, factor: facts.transformer["sample_size"] * factor,
 )
 

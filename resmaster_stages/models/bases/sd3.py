@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from resmaster_stages.models.bases.base import Base, Geometry, Rows, Sampling, Texts, Timing
+from resmaster_stages.models.bases.base import Base, Geometry, Rows, Sampling, Texts, Timing, require_readable
 from resmaster_stages.models.bases.transformer import Transformer
 from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind
 from resmaster_stages.models.flow import flow_schedule, image_shift
@@ -35,6 +35,12 @@ def path(facts: Facts, steps: int, timing: Timing) -> tuple[Step, ...]:
     """The scheduler's own levels, which it shifts twice towards noise: at its making and for a number of steps."""
     shift = image_shift(facts.scheduler, timing.cells // 4)
     return flow_schedule(facts.scheduler, steps, timing, shift=shift, spaced=False)
+
+
+def largest_px(facts: Facts, factor: int) -> int | None:
+    """The size of the table of positions. Positions of a model without one are computed for any size."""
+    table = facts.transformer.get("pos_embed_max_size", 96)
+    return None if table is None else int(table) * 2 * factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +68,9 @@ class StableDiffusion3(Transformer):
         return Texts(states, pooled)
 
     def predict(self, sample: Tensor, timestep: Tensor, rows: Rows) -> Tensor:
-        """The velocity eps - x0."""
+        """The velocity eps - x0. Raises ConfigError for a view larger than the table of positions."""
+        height, width = (side * self.geometry.latent_factor for side in sample.shape[-2:])
+        require_readable(self.geometry, height, width, "a view", "use a method of views of the native size")
         return self.denoiser.network(
             hidden_states=sample,
             timestep=timestep.expand(len(sample)),
@@ -88,6 +96,7 @@ KIND = Kind(
     path=path,
     base=_sd3,
     tokenizer="tokenizer_3",
+    largest_px=largest_px,
     parts=("image_encoder", "feature_extractor"),
 )
 

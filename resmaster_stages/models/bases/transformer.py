@@ -109,6 +109,8 @@ class Transformer:
     def count(self, prompts: Sequence[str]) -> list[int]:
         """The number of tokens of each prompt."""
         tokenizer = getattr(self.pipe, self.kind.tokenizer)
+        if tokenizer is None:
+            tokenizer = self.pipe.tokenizer
         return [len(ids) for ids in tokenizer(list(prompts), truncation=False, verbose=False).input_ids]
 
     # ------------------------------------------------------------------------------------------------- shared
