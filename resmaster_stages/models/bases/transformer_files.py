@@ -91,6 +91,10 @@ class Kind:
     """(facts, steps, timing) -> the steps. Raises ConfigError."""
     base: Callable[[Any, Facts, Geometry], Base]
     """(pipeline, facts, sizes) -> its loaded parts."""
+    require: Callable[[Facts], None] = lambda facts: None
+    """Raises ConfigError for variants that the engine cannot use and that no other field recognises."""
+    vae_channels: Callable[[Mapping[str, Any]], int | None] = lambda vae: vae.get("latent_channels")
+    """Channels of the VAE's latents, from its configuration."""
     tokenizer: str = "tokenizer"
     """Folder of the tokenizer that counts a caption's tokens."""
     abilities: frozenset[Ability] = field(default_factory=frozenset)
@@ -158,17 +162,19 @@ def require_kind(kind: Kind, facts: Facts) -> None:
     name = facts.transformer.get("_class_name", kind.transformer)
     if name != kind.transformer:
         raise ConfigError(f"its transformer is a {name}, not a {kind.transformer}; give a base model")
+    if (vae := facts.vae.get("_class_name", kind.vae)) != kind.vae:
+        raise ConfigError(f"its VAE is {vae!r}, not an {kind.vae}; give another VAE, or null")
     try:
         channels = kind.in_channels(facts.transformer)
     except (LookupError, TypeError) as error:
         raise ConfigError(f"transformer/config.json lacks {error}; download the model again") from None
-    if channels != kind.channels and channels != facts.vae.get("latent_channels"):
+    made = kind.vae_channels(facts.vae)
+    if channels != made:
         raise ConfigError(
-            f"its transformer reads {channels} channels, and its VAE makes {facts.vae.get('latent_channels')}; it is "
+            f"its transformer reads {channels} channels, and its VAE makes {made}; it is "
             "an inpainting, editing or control variant; give a plain base model"
         )
-    if (made := facts.vae.get("_class_name", kind.vae)) != kind.vae:
-        raise ConfigError(f"its VAE is {made!r}, not an {kind.vae}; give another VAE, or null")
+    kind.require(facts)
 
 
 def family_of_kind(kind: Kind) -> Family:
