@@ -165,13 +165,10 @@ class QwenImage(Transformer):
         mean, spread = self._moments(latents)
         return latents * spread + mean
 
-    def _moments(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def _moments(self, latents: Tensor) -> tuple[Tensor, ...]:
         """Means and spreads of the channels: [C, 1, 1] each."""
         config = self.pipe.vae.config
-        mean, spread = (
-            latents.new_tensor(values)[:, None, None] for values in (config.latents_mean, config.latents_std)
-        )
-        return mean, spread
+        return tuple(latents.new_tensor(each)[:, None, None] for each in (config.latents_mean, config.latents_std))
 
 
 def _qwen_image(pipe: Any, facts: Facts, geometry: Geometry) -> Base:

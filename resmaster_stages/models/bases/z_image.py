@@ -4,8 +4,8 @@ The transformer reads 2 x 2 latents as a token and one caption of its own length
 template. It takes 1 - sigma as time and predicts x0 - eps.
 
 Guidance scales are counted as everywhere in this project: 1 is no guidance. diffusers' ZImagePipeline counts one less,
-so its `guidance_scale=4` is 5 here, and its 0 is 1. Turbo's guidance is distilled: it takes one branch, few steps and no
-negative prompt.
+so its `guidance_scale=4` is 5 here, and its 0 is 1. Turbo's guidance is distilled: Turbo takes one branch, few steps
+and no negative prompt.
 """
 
 from __future__ import annotations
