@@ -133,7 +133,7 @@ def facts_of_pipeline(pipe: Any, config: ModelConfig) -> Facts:
     """The facts of a loaded pipeline."""
     index = dict(pipe.config)
     return Facts(
-        name=str(index.get("_name_or_path") or config.id),
+        name=config.id if "id" in config.model_fields_set else str(index.get("_name_or_path") or config.id),
         index=index,
         transformer=dict(pipe.transformer.config),
         vae=dict(pipe.vae.config),
