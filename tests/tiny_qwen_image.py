@@ -14,7 +14,7 @@ from diffusers import (
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from tests.tiny_transformers import DYNAMIC, quiet
-from tests.tiny_z_image import chat_tokenizer
+from tests.tiny_z_image import VOCABULARY, chat_tokenizer
 
 SCHEDULER = {**DYNAMIC, "shift": 1.0, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
 """The scheduler of Qwen-Image."""
@@ -35,7 +35,7 @@ def video_vae(**values: Any) -> AutoencoderKLQwenImage:
 def text_encoder() -> Qwen2_5_VLForConditionalGeneration:
     """Qwen2.5-VL of two layers."""
     text = {
-        "vocab_size": 64,
+        "vocab_size": VOCABULARY,
         "hidden_size": 16,
         "intermediate_size": 32,
         "num_hidden_layers": 2,
@@ -51,10 +51,10 @@ def text_encoder() -> Qwen2_5_VLForConditionalGeneration:
         Qwen2_5_VLConfig(
             text_config=text,
             vision_config=vision,
-            vision_start_token_id=60,
-            vision_end_token_id=61,
-            image_token_id=62,
-            video_token_id=63,
+            vision_start_token_id=124,
+            vision_end_token_id=125,
+            image_token_id=126,
+            video_token_id=127,
         )
     )
 

@@ -20,17 +20,26 @@ CHAT = (
 """A chat template that acts as Qwen3's does on one message of a user."""
 
 
+MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+WORDS = (
+    "system user assistant Describe the image by detailing color shape size texture quantity text spatial relationships "
+    "of objects and background"
+).split()
+"""The words of the templates of Z-Image and Qwen-Image. Each is one token, as in Qwen's own tokenizer."""
+VOCABULARY = 128
+
+
 def chat_tokenizer(template: str | None = CHAT) -> PreTrainedTokenizerFast:
-    """A tokenizer of letters with the marks of a chat."""
-    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocab = {word: number for number, word in enumerate([*marks, "<unk>", *string.ascii_letters, *" ,.:\n"])}
+    """A tokenizer of letters and of the templates' words, with the marks of a chat."""
+    vocab = {word: number for number, word in enumerate([*MARKS, "<unk>", *string.ascii_letters, *" ,.:\n"])}
     made = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    made.add_tokens([form for word in WORDS for form in (f" {word}", word)])
     made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     return PreTrainedTokenizerFast(
         tokenizer_object=made,
-        pad_token=marks[0],
+        pad_token=MARKS[0],
         unk_token="<unk>",
-        extra_special_tokens=marks[1:],
+        extra_special_tokens=list(MARKS[1:]),
         chat_template=template,
         padding_side="right",
     )
@@ -58,7 +67,7 @@ def make_z_image(seed: int = 0, shift: float = 3.0, **values: Any) -> Any:
         transformer.x_pad_token.normal_()
         transformer.cap_pad_token.normal_()
     text = Qwen3Config(
-        vocab_size=64,
+        vocab_size=VOCABULARY,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=3,

@@ -20,7 +20,7 @@ from resmaster_stages.models.flow import flow_schedule, image_shift
 from resmaster_stages.models.schedule import Step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
     import torch
     from torch import Tensor
@@ -113,16 +113,6 @@ class StillVae:
 class QwenImage(Transformer):
     """A loaded model."""
 
-    @property
-    def tokens(self) -> int:
-        """512, without the beginning of the chat template, which is not read."""
-        return 512
-
-    def count(self, prompts: Sequence[str]) -> list[int]:
-        """The number of tokens of each prompt, the end of the chat template included."""
-        texts = [self.pipe.prompt_template_encode.format(prompt) for prompt in prompts]
-        return [count - self.pipe.prompt_template_encode_start_idx for count in super().count(texts)]
-
     def encode(self, prompts: list[str], negative: bool, device: torch.device) -> Texts:
         """Qwen2.5-VL's states, padded to the longest prompt."""
         states, mask = self.pipe.encode_prompt(list(prompts), device, max_sequence_length=self.tokens)
@@ -184,6 +174,7 @@ KIND = Kind(
     channels=16,
     in_channels=lambda transformer: transformer["in_channels"] // 4,
     vae_channels=lambda vae: vae.get("z_dim"),
+    marks=5,
     require=require_plain,
     sampling=sampling,
     path=path,

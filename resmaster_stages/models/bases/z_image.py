@@ -21,8 +21,6 @@ from resmaster_stages.models.flow import flow_schedule, image_shift
 from resmaster_stages.models.schedule import Step
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import torch
     from torch import Tensor
 
@@ -49,21 +47,6 @@ def require_plain(facts: Facts) -> None:
 @dataclass(frozen=True, eq=False)
 class ZImage(Transformer):
     """A loaded model."""
-
-    @property
-    def tokens(self) -> int:
-        """512, or what the tokenizer is limited to, the chat template included."""
-        return min(512, self.pipe.tokenizer.model_max_length)
-
-    def count(self, prompts: Sequence[str]) -> list[int]:
-        """The number of tokens of each prompt in the chat template."""
-        texts = [
-            self.pipe.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-            )
-            for prompt in prompts
-        ]
-        return super().count(texts)
 
     def encode(self, prompts: list[str], negative: bool, device: torch.device) -> Texts:
         """Qwen3's states of each prompt, padded to the longest prompt."""
@@ -115,6 +98,7 @@ KIND = Kind(
     vae="AutoencoderKL",
     channels=16,
     in_channels=lambda transformer: transformer["in_channels"],
+    marks=8,
     require=require_plain,
     sampling=sampling,
     path=path,
