@@ -95,6 +95,10 @@ class Kind:
     """(pipeline, facts, sizes) -> its loaded parts."""
     older: str = ""
     """Name that diffusers' denoiser had when the first models were published."""
+    require: Callable[[Facts], None] = lambda facts: None
+    """Raises ConfigError for variants that the engine cannot use and that no other field recognises."""
+    vae_channels: Callable[[Mapping[str, Any]], int | None] = lambda vae: vae.get("latent_channels")
+    """Channels of the VAE's latents, from its configuration."""
     tokenizer: str = "tokenizer"
     """Folder of the tokenizer that counts a caption's tokens. Models without it count with `tokenizer`."""
     tokens: Callable[[Facts], int] = lambda facts: 512
@@ -141,7 +145,7 @@ def facts_of_pipeline(pipe: Any, config: ModelConfig) -> Facts:
     """The facts of a loaded pipeline."""
     index = dict(pipe.config)
     return Facts(
-        name=str(index.get("_name_or_path") or config.id),
+        name=config.id if "id" in config.model_fields_set else str(index.get("_name_or_path") or config.id),
         index=index,
         transformer=dict(pipe.transformer.config),
         vae=dict(pipe.vae.config),
@@ -173,17 +177,19 @@ def require_kind(kind: Kind, facts: Facts) -> None:
     name = facts.transformer.get("_class_name", kind.transformer)
     if name not in (kind.transformer, kind.older):
         raise ConfigError(f"its transformer is a {name}, not a {kind.transformer}; give a base model")
+    if (vae := facts.vae.get("_class_name", kind.vae)) != kind.vae:
+        raise ConfigError(f"its VAE is {vae!r}, not an {kind.vae}; give another VAE, or null")
     try:
         channels = kind.in_channels(facts.transformer)
     except (LookupError, TypeError) as error:
         raise ConfigError(f"transformer/config.json lacks {error}; download the model again") from None
-    if channels != kind.channels and channels != facts.vae.get("latent_channels"):
+    made = kind.vae_channels(facts.vae)
+    if channels != made:
         raise ConfigError(
-            f"its transformer reads {channels} channels, and its VAE makes {facts.vae.get('latent_channels')}; it is "
+            f"its transformer reads {channels} channels, and its VAE makes {made}; it is "
             "an inpainting, editing or control variant; give a plain base model"
         )
-    if (made := facts.vae.get("_class_name", kind.vae)) != kind.vae:
-        raise ConfigError(f"its VAE is {made!r}, not an {kind.vae}; give another VAE, or null")
+    kind.require(facts)
 
 
 def family_of_kind(kind: Kind) -> Family:
