@@ -93,6 +93,9 @@ class Kind:
     """(pipeline, facts, sizes) -> its loaded parts."""
     tokenizer: str = "tokenizer"
     """Folder of the tokenizer that counts a caption's tokens."""
+    plain_tokenizer: bool = False
+    """Whether a model's tokenizer may lie inside a processor of texts and images. Only the tokenizer is loaded then,
+    because such a processor needs torchvision."""
     abilities: frozenset[Ability] = field(default_factory=frozenset)
     factor: Callable[[Mapping[str, Any]], int] = lambda vae: 2 ** (len(vae["block_out_channels"]) - 1)
     """Pixels per latent along one axis, from the VAE's configuration."""
@@ -194,13 +197,17 @@ def _course(kind: Kind, config: ModelConfig, steps: int, timing: Timing) -> Cour
     return course_of(kind.path(facts, steps, timing), kind.sampling(facts).kind == "cfg")
 
 
-def _token_counter(kind: Kind, config: ModelConfig) -> TokenCounter:
+def _tokenizer(kind: Kind, config: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
     with loading(config.id, "its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(
+        return AutoTokenizer.from_pretrained(
             location(config.id), subfolder=kind.tokenizer, revision=config.revision or "main"
         )
+
+
+def _token_counter(kind: Kind, config: ModelConfig) -> TokenCounter:
+    tokenizer = _tokenizer(kind, config)
     return lambda text: len(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
 
 
@@ -209,7 +216,7 @@ def _load(kind: Kind, config: ModelConfig, dtype: torch.dtype) -> Any:
     import diffusers
 
     kinds: dict[str, Any] = {"default": dtype, "vae": vae_dtype(dtype)}
-    extra: dict[str, Any] = dict.fromkeys(kind.parts)
+    extra: dict[str, Any] = dict.fromkeys((*kind.parts, kind.tokenizer) if kind.plain_tokenizer else kind.parts)
     if config.vae:
         with loading(config.vae, "the VAE"):
             extra["vae"] = getattr(diffusers, kind.vae).from_pretrained(
@@ -224,6 +231,8 @@ def _load(kind: Kind, config: ModelConfig, dtype: torch.dtype) -> Any:
             use_safetensors=True,
             **extra,
         )
+    if kind.plain_tokenizer:
+        pipe.register_modules(**{kind.tokenizer: _tokenizer(kind, config)})
     if config.ip_adapter is not None and kind.load_adapter is not None:
         kind.load_adapter(pipe, config, dtype)
     return pipe
