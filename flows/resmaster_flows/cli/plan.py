@@ -51,6 +51,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
             say(out, f"{one}: {each}")
         if more := inputs.count - len(inputs.first):
             say(out, f"... and {more} more {many}")
+    for each in look.notes:
+        say(out, f"note: {each}")
     for each in look.unchecked:
         say(out, f"not checked: {each}")
     if args.estimate:

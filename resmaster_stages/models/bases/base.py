@@ -6,7 +6,7 @@ called. A `Base` is a loaded model of a family.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -118,9 +118,7 @@ class Demand:
 
     image_prompts: bool
     """Whether the method reads image prompts."""
-    steps: Mapping[str, int]
-    """Setting -> number of denoising steps."""
-    sampling: tuple[Asked, ...] = ()
+    sampling: tuple[Asked, ...]
     """The sampling of each part that denoises."""
     time_shift: bool = False
     """Whether the configuration sets a time shift."""

@@ -260,8 +260,7 @@ def _checks(kind: Kind, config: ModelConfig, demand: Demand) -> Iterator[Check]:
         yield "model.ip_adapter", partial(_refuse, NO_ADAPTER.format(config.id))
     for asked in demand.sampling:
         yield asked.part, partial(_check_sampling, kind, config, asked)
-    for setting, count in demand.steps.items():
-        yield setting, partial(_check_path, kind, config, count)
+        yield f"{asked.part}.steps", partial(_check_path, kind, config, asked.steps)
 
 
 def _check_sampling(kind: Kind, config: ModelConfig, asked: Asked) -> None:
