@@ -50,6 +50,7 @@ LAYERS: dict[str, Any] = {
     "pad_token_id": 0,
     "eos_token_id": 1,
     "bos_token_id": None,
+    "initializer_range": 0.3,
 }
 
 

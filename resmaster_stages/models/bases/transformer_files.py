@@ -28,6 +28,7 @@ from resmaster_stages.models.bases.base import (
     Sampling,
     Timing,
     TokenCounter,
+    network_of,
     require_sampling,
     sized,
 )
@@ -115,15 +116,16 @@ def facts_of(config: ModelConfig) -> Facts:
     """The facts of a model's files. Raises ConfigError."""
     files = ModelFiles(config.id, config.revision)
     index = files.json("model_index.json")
-    scheduler = index.get("scheduler")
-    kind = scheduler[1] if isinstance(scheduler, list) and len(scheduler) == 2 else "scheduler"
+    scheduler, named = files.json("scheduler/scheduler_config.json"), index.get("scheduler")
+    if isinstance(named, list) and len(named) == 2:  # diffusers goes by the index
+        scheduler = {**scheduler, "_class_name": named[1]}
     vae = ModelFiles(config.vae).json("config.json") if config.vae else files.json("vae/config.json")
     return Facts(
         name=config.id,
         index=index,
         transformer=files.json("transformer/config.json"),
         vae=vae,
-        scheduler={"_class_name": kind, **files.json("scheduler/scheduler_config.json")},
+        scheduler=scheduler,
         guidance=config.guidance,
     )
 
@@ -134,11 +136,18 @@ def facts_of_pipeline(pipe: Any, config: ModelConfig) -> Facts:
     return Facts(
         name=str(index.get("_name_or_path") or config.id),
         index=index,
-        transformer=dict(pipe.transformer.config),
-        vae=dict(pipe.vae.config),
+        transformer=_config_of(pipe.transformer),
+        vae=_config_of(pipe.vae),
         scheduler={**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__},
         guidance=config.guidance,
     )
+
+
+def _config_of(part: Any) -> dict[str, Any]:
+    """A part's configuration, with the class of diffusers that it is or comes from."""
+    classes = type(network_of(part)).__mro__
+    name = next((each.__name__ for each in classes if each.__module__.startswith("diffusers.")), classes[0].__name__)
+    return {**part.config, "_class_name": name}
 
 
 def sizes(kind: Kind, facts: Facts, config: ModelConfig) -> Geometry:
@@ -161,6 +170,8 @@ def require_kind(kind: Kind, facts: Facts) -> None:
     name = facts.transformer.get("_class_name", kind.transformer)
     if name != kind.transformer:
         raise ConfigError(f"its transformer is a {name}, not a {kind.transformer}; give a base model")
+    if (made := facts.vae.get("_class_name", kind.vae)) != kind.vae:
+        raise ConfigError(f"its VAE is {made!r}, not an {kind.vae}; give another VAE, or null")
     try:
         channels = kind.in_channels(facts.transformer)
     except (LookupError, TypeError) as error:
@@ -170,8 +181,6 @@ def require_kind(kind: Kind, facts: Facts) -> None:
             f"its transformer reads {channels} channels, and its VAE makes {facts.vae.get('latent_channels')}; it is "
             "an inpainting, editing or control variant; give a plain base model"
         )
-    if (made := facts.vae.get("_class_name", kind.vae)) != kind.vae:
-        raise ConfigError(f"its VAE is {made!r}, not an {kind.vae}; give another VAE, or null")
 
 
 def family_of_kind(kind: Kind) -> Family:
