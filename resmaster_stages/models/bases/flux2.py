@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from resmaster_stages.config.part import LONGEST_SHOWN
+from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases.base import Base, Geometry, Rows, Sampling, Texts, Timing
 from resmaster_stages.models.bases.transformer import Transformer, packed, unpacked
 from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind
@@ -44,6 +46,18 @@ def klein_sampling(facts: Facts) -> Sampling:
     """Classifier-free guidance for klein-base, none for klein."""
     distilled = facts.index.get("is_distilled") if facts.guidance == "auto" else facts.guidance == "none"
     return _DISTILLED if distilled else _CFG
+
+
+def require(facts: Facts) -> None:
+    """Raise ConfigError unless the VAE's batch norm is as the engine computes it."""
+    least, patch = facts.vae.get("batch_norm_eps", 1e-4), facts.vae.get("patch_size", [2, 2])
+    if isinstance(least, bool) or not isinstance(least, int | float) or not 0 <= least < 1:
+        said = f"batch_norm_eps is {repr(least)[:LONGEST_SHOWN]} and must be a small number"
+    elif patch not in ([2, 2], (2, 2)):
+        said = f"patch_size is {repr(patch)[:LONGEST_SHOWN]} and must be [2, 2]"
+    else:
+        return
+    raise ConfigError(f"vae/config.json: {said}; download the model again")
 
 
 def path(facts: Facts, steps: int, timing: Timing) -> tuple[Step, ...]:
@@ -156,6 +170,7 @@ DEV = Kind(
     sampling=dev_sampling,
     path=path,
     base=_dev,
+    require=require,
     plain_tokenizer=True,
 )
 

@@ -104,6 +104,8 @@ class Kind:
     """As `Geometry.multiple`."""
     native_px: Callable[[Facts, int], int | None] = lambda facts, factor: facts.vae.get("sample_size")
     """(facts, px per latent) -> native size. None: `NATIVE_PX`."""
+    require: Callable[[Facts], None] = lambda facts: None
+    """Raises ConfigError if a model cannot be used for a reason that only this family knows."""
     parts: tuple[str, ...] = ()
     """Parts of the pipeline that are loaded as None: safety checkers and the like."""
     adapter_checks: Callable[[ModelConfig], Iterator[Check]] = lambda config: iter(())
@@ -181,6 +183,7 @@ def require_kind(kind: Kind, facts: Facts) -> None:
             f"its transformer reads {channels} channels, and its VAE makes {facts.vae.get('latent_channels')}; it is "
             "an inpainting, editing or control variant; give a plain base model"
         )
+    kind.require(facts)
 
 
 def family_of_kind(kind: Kind) -> Family:
@@ -290,6 +293,10 @@ def _refuse(message: str) -> None:
 
 def _check_parts(config: ModelConfig, index: Mapping[str, Any]) -> None:
     """That the weights and tokenizers of all parts are there and whole."""
+    for part in ("transformer", "vae", "scheduler", "text_encoder", "tokenizer"):
+        named = index.get(part)
+        if not isinstance(named, list) or len(named) != 2 or not all(isinstance(word, str) for word in named):
+            raise ConfigError(f"model_index.json names no {part}; download the model again")
     folder = folder_with(config.id, "model_index.json", config.revision)
     for part, kind in index.items():
         if not isinstance(kind, list) or None in kind:

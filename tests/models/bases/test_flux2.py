@@ -441,22 +441,35 @@ MUTATIONS = [
 ]
 
 
+REFUSED = {
+    *(
+        (part, value)
+        for part in ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
+        for value in ("x", None)
+    ),
+    *((key, value) for key in ("batch_norm_eps", "model_max_length", "in_channels") for value in ("x", None, -1)),
+    *(("latent_channels", value) for value in ("x", None, -1, 0, 10**12)),
+    *(("_class_name", value) for value in ("x", None, -1)),
+    ("model_max_length", 0),
+}
+"""Damages that would only be noticed while an image is drawn, if planning did not notice them."""
+
+
 @pytest.mark.parametrize("name", ["dev", "klein"])
 def test_damaged_settings_are_refused_in_words_or_do_no_harm(name, folders, tmp_path):
     shutil.copytree(folders[name], tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
     for weights in folders[name].rglob("*.safetensors"):
         (tmp_path / "m" / weights.relative_to(folders[name])).symlink_to(weights)
-    refused = 0
     for file, key, value in MUTATIONS:
         path = tmp_path / "m" / file
         whole = path.read_text()
         edited(path, lambda values, key=key, value=value: values.update({key: value}))
         said = refusal({}, tmp_path / "m")
-        refused += bool(said)
+        value = tuple(value) if isinstance(value, list) else repr(value) if isinstance(value, dict) else value
         assert all(len(line) < 1500 for line in said.splitlines()), (file, key, value)
+        assert said or (key, value) not in REFUSED, (file, key, value)
         path.write_text(whole)
     assert refusal({}, tmp_path / "m") == ""
-    assert refused > len(MUTATIONS) / 3
 
 
 @pytest.mark.parametrize(
