@@ -97,6 +97,10 @@ class Kind:
     plain_tokenizer: bool = False
     """Whether a model's tokenizer may lie inside a processor of texts and images. Only the tokenizer is loaded then,
     because such a processor needs torchvision."""
+    tokens: Callable[[Facts], int] = lambda facts: 512
+    """Tokens that the text encoder reads, `marks` included."""
+    marks: int = 1
+    """Tokens that are added to every text: T5's end mark, or a chat template."""
     abilities: frozenset[Ability] = field(default_factory=frozenset)
     factor: Callable[[Mapping[str, Any]], int] = lambda vae: 2 ** (len(vae["block_out_channels"]) - 1)
     """Pixels per latent along one axis, from the VAE's configuration."""
@@ -194,6 +198,7 @@ def family_of_kind(kind: Kind) -> Family:
         abilities=kind.abilities,
         geometry=lambda config: sizes(kind, facts_of(config), config),
         token_counter=partial(_token_counter, kind),
+        content_tokens=partial(_content_tokens, kind),
         load=partial(_load, kind),
         base=partial(_base, kind),
         checks=partial(_checks, kind),
@@ -207,6 +212,13 @@ def family_of_kind(kind: Kind) -> Family:
 def _course(kind: Kind, config: ModelConfig, steps: int, timing: Timing) -> Course:
     facts = facts_of(config)
     return course_of(kind.path(facts, steps, timing), kind.sampling(facts).kind == "cfg")
+
+
+def _content_tokens(kind: Kind, config: ModelConfig) -> int:
+    tokenizer = ModelFiles(config.id, config.revision).json(f"{kind.tokenizer}/tokenizer_config.json")
+    limit = tokenizer.get("model_max_length")
+    read = kind.tokens(facts_of(config))
+    return (min(read, int(limit)) if isinstance(limit, int | float) else read) - kind.marks
 
 
 def _tokenizer(kind: Kind, config: ModelConfig) -> Any:
