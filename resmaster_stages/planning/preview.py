@@ -13,6 +13,7 @@ from resmaster_stages.dataset.plan import Plan, find_plan
 from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.planning.checks import HERE, Around, check, check_sizes
 from resmaster_stages.planning.drafts import DraftReader, LeftOut
+from resmaster_stages.planning.notes import notes_of
 from resmaster_stages.storage.digests import DigestSet
 from resmaster_stages.storage.filesystem import open_root
 
@@ -84,6 +85,8 @@ class Preview(Intake):
     stages: tuple[StagePreview, ...]
     unchecked: tuple[str, ...] = ()
     """Settings whose models are not on this machine yet, so that nothing is known of them."""
+    notes: tuple[str, ...] = ()
+    """What is to be known of the models, one line each."""
 
     def pending_samples(self) -> dict[str, int]:
         """Stage -> samples that are still to do."""
@@ -124,6 +127,7 @@ def preview(config: DatasetConfig, around: Around = HERE) -> Preview:
         typical_px=_middle(sizes),
         stages=tuple(stages),
         unchecked=checked.unchecked,
+        notes=notes_of(config),
     )
 
 
