@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from inspect import get_annotations
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
@@ -220,6 +220,8 @@ def _type(annotation: Any) -> str:
         return f"list of {inside[0]}s"
     if isinstance(annotation, type) and issubclass(annotation, Part):
         return "keys below"
+    if get_origin(annotation) is Annotated:
+        return _type(get_args(annotation)[0])
     return NAMES[annotation]
 
 

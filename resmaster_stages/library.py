@@ -18,6 +18,7 @@ from resmaster_stages.config.load import parse_config
 from resmaster_stages.config.method import DEFAULT, with_method
 from resmaster_stages.config.model import SDXL, ModelConfig
 from resmaster_stages.errors import ConfigError, SampleError, UserError
+from resmaster_stages.models.bases.base import Sampling
 from resmaster_stages.models.identity import PICTUREBOOK
 from resmaster_stages.storage.filesystem import open_regular
 from resmaster_stages.storage.images import convert_image, decode_image
@@ -71,7 +72,7 @@ def upscale(
             f"captions: the captioner {captioner!r} needs a model that is given by name; give one caption per view "
             "instead"
         )
-    base = single(name, captioner, adapter=models is not None and models.base.image_adapter() is not None)
+    base = single(name, captioner, models)
     known = settings.get("method", DEFAULT)
     values = {**with_method(base["upscale"], known if isinstance(known, str) else DEFAULT), **settings}
     config = parse_config({**base, "seed": seed, "upscale": values}, "upscale()")
@@ -94,8 +95,9 @@ def generate(
     from resmaster_stages.methods.generate import generate as images_of
 
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    low_res: LowResConfig = parse_config({"name": "single", "low_res": settings}, "generate()").low_res
     models = as_models(model)
+    values = {**recommended(models.base.sampling, steps=True), **settings}
+    low_res: LowResConfig = parse_config({"name": "single", "low_res": values}, "generate()").low_res
     made = images_of(
         models,
         texts,
@@ -205,23 +207,44 @@ def upscale_as_configured(
     )
 
 
-def single(model: str, captioner: str = "auto", adapter: bool = False) -> dict[str, Any]:
+def single(model: str, captioner: str = "auto", models: Models | None = None) -> dict[str, Any]:
     """The configuration to upscale one image with `model`, as a user would write it: settings for model and captioner.
 
-    captioner: as `captions` in `upscale`. adapter: whether a model that is already loaded has an IP-Adapter.
+    captioner: as `captions` in `upscale`. models: the model, if it is already loaded. Raises ConfigError.
     """
     picturebook, sdxl = model == PICTUREBOOK, model == SDXL["id"]
     if captioner == "auto":
         captioner = PICTUREBOOK if picturebook else "prompt"
     upscale = dict(PICTUREBOOK_UPSCALE) if picturebook else {}
+    adapter = models is not None and models.base.image_adapter() is not None
     if not (picturebook or sdxl or adapter):
         upscale["image_prompt"] = {"enabled": False}  # a bare checkpoint has no adapter
+        upscale |= recommended(models.base.sampling if models else sampling_of(model))
     return {
         "name": "single",
         "model": SDXL if sdxl else {"id": model},
         "captions": {"source": "prompt"} if captioner == "prompt" else {"source": "model", "model": captioner},
         "upscale": upscale,
     }
+
+
+def sampling_of(model: str) -> Sampling:
+    """What can be asked of the sampling of the model with this name. Raises ConfigError."""
+    from resmaster_stages.models.bases import family_of
+
+    config = ModelConfig(id=model)
+    return family_of(config).sampling(config)
+
+
+def recommended(sampling: Sampling, steps: bool = False) -> dict[str, Any]:
+    """The recommended settings, where this project's defaults do not fit. `steps`: with their number also where the
+    default number is fit."""
+    if sampling == Sampling():
+        return {}
+    values: dict[str, Any] = {"guidance_scale": sampling.guidance_scale}
+    if steps or sampling.most_steps < Sampling().steps:
+        values["steps"] = sampling.steps
+    return values
 
 
 def as_models(model: Any) -> Models:

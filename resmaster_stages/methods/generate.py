@@ -10,6 +10,7 @@ from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.methods.direct import Direct
 from resmaster_stages.methods.render import render
 from resmaster_stages.methods.request import Request
+from resmaster_stages.models.bases.base import Asked, require_sampling
 from resmaster_stages.models.parts import Models
 
 
@@ -47,10 +48,11 @@ def generate(
 
     At the native size, the image is the one that diffusers' StableDiffusionXLPipeline draws for the same seed (one CPU
     generator per image) with DDIM, eta = 0, or Euler. Raises ConfigError if a side is not a multiple of
-    `Geometry.step_px`.
+    `Geometry.step_px`, or if the model cannot use the sampling.
     """
 
     check_size(height, width, models.geometry.step_px)
+    require_sampling(models.base.sampling, Asked("low_res", steps, guidance_scale), models.identity)
     config = Direct(steps=steps, guidance_scale=guidance_scale, stepper="ddim_keep", view_batch=batch_size)
     for start in range(0, len(prompts), batch_size):
         slot = slice(start, start + batch_size)

@@ -16,16 +16,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.dataset import DatasetConfig, LowResConfig
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.dataset.dataset import Dataset, find_dataset
 from resmaster_stages.dataset.stages import stage_hashes, stages_of
 from resmaster_stages.errors import ConfigError, UserError
 from resmaster_stages.methods.settings import Diffusion
 from resmaster_stages.models.bases import family_of, require
-from resmaster_stages.models.bases.base import Ability, Demand
+from resmaster_stages.models.bases.base import Ability, Asked, Demand
 from resmaster_stages.models.files import Check, NotOnThisMachine
 from resmaster_stages.models.geometry import geometry_of
+from resmaster_stages.models.licences import licences_of
 from resmaster_stages.models.places import require_device_name, resolve_device
 from resmaster_stages.planning.drafts import why_too_large
 from resmaster_stages.storage.filesystem import Folder, open_root
@@ -60,6 +61,8 @@ class Checked:
     """The existing dataset, if there is one."""
     unchecked: tuple[str, ...]
     """Settings whose models are not on this machine yet, so that nothing is known of them."""
+    notes: tuple[str, ...] = ()
+    """What a user should know, although it is no mistake."""
 
 
 class Findings:
@@ -99,7 +102,7 @@ def check(config: DatasetConfig, around: Around = HERE) -> Checked:
     findings.tell()
     findings.look([("weights", partial(stage_hashes, config))])
     findings.tell()
-    return Checked(find_dataset(config), findings.unchecked)
+    return Checked(find_dataset(config), findings.unchecked, tuple(notes_of(config)))
 
 
 def check_stages(config: DatasetConfig, stages: Collection[str], *, here: bool) -> None:
@@ -127,21 +130,56 @@ def checks_of(config: DatasetConfig, stages: Collection[str], here: bool) -> Ite
         yield "model.quantise", lambda: _check_fp8(config.model)
 
 
+def notes_of(config: DatasetConfig) -> Iterator[str]:
+    """What a user should know of a configuration that has no mistakes."""
+    for each in licences_of(config):
+        if each.licence.non_commercial:
+            yield f"licence of the {each.part} {each.model}: {each.licence.sentence()}"
+    written = {asked.part: _negative_prompt(config, asked.part) for asked in sampling_of(config, stages_of(config))}
+    settings = [f"{part}.negative_prompt" for part, text in written.items() if text]
+    if settings and not reads_negative_prompts(config):
+        yield f"{' and '.join(settings)}: not read, because {config.model.id} has no unconditional branch"
+
+
+def _negative_prompt(config: DatasetConfig, part: str) -> str:
+    """The negative prompt that a user wrote in a part of the configuration; "" if none."""
+    found = getattr(config, part)
+    return found.negative_prompt if "negative_prompt" in found.model_fields_set else ""
+
+
+def reads_negative_prompts(config: DatasetConfig) -> bool:
+    """Whether the base model has an unconditional branch, if one computes at all. Raises ConfigError."""
+    if not sampling_of(config, stages_of(config)):
+        return True
+    return family_of(config.model).sampling(config.model).kind == "cfg"
+
+
+def sampling_of(config: DatasetConfig, stages: Collection[str]) -> tuple[Asked, ...]:
+    """The sampling that the parts of a configuration ask the base model for."""
+    parts: dict[str, LowResConfig | Diffusion] = {}
+    if "low_res" in stages and not config.images:
+        parts["low_res"] = config.low_res
+    if "high_res" in stages and isinstance(config.upscale, Diffusion):
+        parts["upscale"] = config.upscale
+    return tuple(
+        Asked(name, part.steps, part.guidance_scale, frozenset(part.model_fields_set)) for name, part in parts.items()
+    )
+
+
 def _of_base_model(config: DatasetConfig, stages: Collection[str]) -> Iterator[Check]:
     """What can be checked of the base model, if one of the stages computes with it."""
     if not _is_known(config.model):
         return
-    family, method, steps = family_of(config.model), config.upscale, dict[str, int]()
+    family, method, asked = family_of(config.model), config.upscale, sampling_of(config, stages)
     needs: Mapping[Ability, str] = {}
-    if "low_res" in stages and not config.images:
-        steps["low_res.steps"] = config.low_res.steps
+    shifts = False
     if "high_res" in stages and isinstance(method, Diffusion):
-        needs, steps["upscale.steps"] = method.needs(), method.steps
+        needs, shifts = method.needs(), method.time_shift != "view"
     yield "upscale", partial(require, family, config.model.id, needs)
-    if steps:
+    if asked:
         if config.model.ip_adapter is not None:
             yield "model.ip_adapter", partial(require, family, config.model.id, {"image_prompts": "model.ip_adapter"})
-        yield from family.checks(config.model, Demand("image_prompts" in needs, steps))
+        yield from family.checks(config.model, Demand("image_prompts" in needs, asked, shifts))
 
 
 def _is_known(model: ModelConfig) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -11,9 +12,8 @@ from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.plan import Plan, find_plan
 from resmaster_stages.diffusion.views import target_size
-from resmaster_stages.planning.checks import HERE, Around, check, check_sizes
+from resmaster_stages.planning.checks import HERE, Around, check, check_sizes, reads_negative_prompts
 from resmaster_stages.planning.drafts import DraftReader, LeftOut
-from resmaster_stages.planning.notes import notes_of
 from resmaster_stages.storage.digests import DigestSet
 from resmaster_stages.storage.filesystem import open_root
 
@@ -86,7 +86,7 @@ class Preview(Intake):
     unchecked: tuple[str, ...] = ()
     """Settings whose models are not on this machine yet, so that nothing is known of them."""
     notes: tuple[str, ...] = ()
-    """What is to be known of the models, one line each."""
+    """What a user should know, although it is no mistake."""
 
     def pending_samples(self) -> dict[str, int]:
         """Stage -> samples that are still to do."""
@@ -103,8 +103,9 @@ def preview(config: DatasetConfig, around: Around = HERE) -> Preview:
     planned = Dataset(open_root(config.root).sub(config.name), config)
     plan = find_plan(planned.folder) if dataset else Plan(planned.folder, ())
     draft, known = DraftReader(config), DigestSet(map(bytes.fromhex, plan.keys()))
-    sizes, new = Counter[tuple[int, int]](), 0
+    sizes, new, negative = Counter[tuple[int, int]](), 0, 0
     for sample in draft:
+        negative += bool(sample.negative_prompt)
         sizes[sample.height, sample.width] += 1
         new += bytes.fromhex(sample.key) not in known
     shards = plan.shards + -(-new // config.samples_per_shard)
@@ -127,8 +128,16 @@ def preview(config: DatasetConfig, around: Around = HERE) -> Preview:
         typical_px=_middle(sizes),
         stages=tuple(stages),
         unchecked=checked.unchecked,
-        notes=notes_of(config),
+        notes=(*checked.notes, *_unread(config, negative)),
     )
+
+
+def _unread(config: DatasetConfig, negative: int) -> Iterator[str]:
+    """Says it if samples have negative prompts that the base model does not read."""
+    if negative and not reads_negative_prompts(config):
+        yield (
+            f"negative prompts of {negative} samples: not read, because {config.model.id} has no unconditional branch"
+        )
 
 
 def _spell_size(config: DatasetConfig) -> str:

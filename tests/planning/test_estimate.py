@@ -97,8 +97,14 @@ def test_a_model_of_another_family_has_no_table(tmp_path: Path) -> None:
     folder = tmp_path / "flux"
     make_flux().save_pretrained(folder)
     edit_json(folder / "vae" / "config.json", sample_size=1024)
-    values = {"model": {"id": str(folder)}, "upscale": {"image_prompt": {"enabled": False}}, "quality": {"clip": None}}
-    config = config_at(tmp_path / "out", prompts=sdxl(tmp_path).prompts, **{**values, "low_res": {}})
+    values = {
+        "prompts": sdxl(tmp_path).prompts,
+        "model": {"id": str(folder)},
+        "low_res": {"guidance_scale": 3.5},
+        "upscale": {"guidance_scale": 3.5, "image_prompt": {"enabled": False}},
+        "quality": {"clip": None},
+    }
+    config = config_at(tmp_path / "out", **values)
     found = estimate(preview(config))
     assert set(found.unknown) == {"low_res", "captions", "high_res", "quality"}
     assert "build a few shards first" in stage_of(found, "high_res").seconds_source

@@ -13,7 +13,7 @@ from resmaster_flows.watch.terminal import SafeConsole, say
 from resmaster_stages.errors import UserError
 from resmaster_stages.models.licences import uses_base_model
 from resmaster_stages.planning.estimate import Estimate
-from resmaster_stages.planning.notes import Memory, memory_of
+from resmaster_stages.planning.memory import Memory, memory_of
 from resmaster_stages.publish.card import spell_bytes
 
 HELP = "say what `run` would do; change nothing"

@@ -6,7 +6,7 @@ called. A `Base` is a loaded model of a family.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -34,6 +34,9 @@ Layers = Literal["sdxl", "sd1", "sd2"]
 
 TokenCounter = Callable[[str], int]
 """A text -> the number of its content tokens."""
+
+CLIP_TOKENS = 75
+"""Content tokens that CLIP's text encoders read: 77 less the begin and end marks."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,7 @@ class Demand:
 
     image_prompts: bool
     """Whether the method reads image prompts."""
-    steps: Mapping[str, int]
-    """Setting -> number of denoising steps."""
-    sampling: tuple[Asked, ...] = ()
+    sampling: tuple[Asked, ...]
     """The sampling of each part that denoises."""
     time_shift: bool = False
     """Whether the configuration sets a time shift."""
@@ -146,6 +147,8 @@ class Family:
     base: Callable[[Any, ModelConfig], Base]
     """Gives the parts of a loaded pipeline, which may be a user's own. Of the configuration, it reads `native_px` and
     `guidance`. Raises ConfigError if the pipeline cannot be used."""
+    content_tokens: Callable[[ModelConfig], int] = lambda config: CLIP_TOKENS
+    """The most tokens of a text that a model reads, as the counter counts. Raises ConfigError."""
     checks: Callable[[ModelConfig, Demand], Iterable[Check]] = lambda config, demand: ()
     """Gives what can be checked of a model before its weights are loaded. Downloads nothing."""
     sampling: Callable[[ModelConfig], Sampling] = lambda config: Sampling()

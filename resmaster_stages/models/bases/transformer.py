@@ -101,17 +101,18 @@ class Transformer:
         """The output [N, C, h, w] for latents [N, C, h, w] in the transformer's number format, at one timestep []."""
         raise NotImplementedError
 
+    # ------------------------------------------------------------------------------------------------- shared
+
     @property
     def tokens(self) -> int:
-        """Tokens that the text encoders read. Further tokens of a prompt are lost."""
-        raise NotImplementedError
+        """What the family reads, or what the tokenizer is limited to."""
+        return int(min(self.kind.tokens(self.facts), getattr(self.pipe, self.kind.tokenizer).model_max_length))
 
     def count(self, prompts: Sequence[str]) -> list[int]:
-        """The number of tokens of each prompt."""
+        """The number of tokens of each prompt, with those that are added."""
         tokenizer = getattr(self.pipe, self.kind.tokenizer)
-        return [len(ids) for ids in tokenizer(list(prompts), truncation=False, verbose=False).input_ids]
-
-    # ------------------------------------------------------------------------------------------------- shared
+        ids = tokenizer(list(prompts), add_special_tokens=False, truncation=False, verbose=False).input_ids
+        return [len(each) + self.kind.marks for each in ids]
 
     @property
     def family(self) -> Family:

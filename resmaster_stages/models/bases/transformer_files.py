@@ -93,6 +93,10 @@ class Kind:
     """(pipeline, facts, sizes) -> its loaded parts."""
     tokenizer: str = "tokenizer"
     """Folder of the tokenizer that counts a caption's tokens."""
+    tokens: Callable[[Facts], int] = lambda facts: 512
+    """Tokens that the text encoder reads, `marks` included."""
+    marks: int = 1
+    """Tokens that are added to every text: T5's end mark, or a chat template."""
     abilities: frozenset[Ability] = field(default_factory=frozenset)
     factor: Callable[[Mapping[str, Any]], int] = lambda vae: 2 ** (len(vae["block_out_channels"]) - 1)
     """Pixels per latent along one axis, from the VAE's configuration."""
@@ -179,6 +183,7 @@ def family_of_kind(kind: Kind) -> Family:
         abilities=kind.abilities,
         geometry=lambda config: sizes(kind, facts_of(config), config),
         token_counter=partial(_token_counter, kind),
+        content_tokens=partial(_content_tokens, kind),
         load=partial(_load, kind),
         base=partial(_base, kind),
         checks=partial(_checks, kind),
@@ -192,6 +197,13 @@ def family_of_kind(kind: Kind) -> Family:
 def _course(kind: Kind, config: ModelConfig, steps: int, timing: Timing) -> Course:
     facts = facts_of(config)
     return course_of(kind.path(facts, steps, timing), kind.sampling(facts).kind == "cfg")
+
+
+def _content_tokens(kind: Kind, config: ModelConfig) -> int:
+    tokenizer = ModelFiles(config.id, config.revision).json(f"{kind.tokenizer}/tokenizer_config.json")
+    limit = tokenizer.get("model_max_length")
+    read = kind.tokens(facts_of(config))
+    return (min(read, int(limit)) if isinstance(limit, int | float) else read) - kind.marks
 
 
 def _token_counter(kind: Kind, config: ModelConfig) -> TokenCounter:
@@ -251,8 +263,7 @@ def _checks(kind: Kind, config: ModelConfig, demand: Demand) -> Iterator[Check]:
         yield "model.ip_adapter", partial(_refuse, NO_ADAPTER.format(config.id))
     for asked in demand.sampling:
         yield asked.part, partial(_check_sampling, kind, config, asked)
-    for setting, count in demand.steps.items():
-        yield setting, partial(_check_path, kind, config, count)
+        yield f"{asked.part}.steps", partial(_check_path, kind, config, asked.steps)
 
 
 def _check_sampling(kind: Kind, config: ModelConfig, asked: Asked) -> None:

@@ -75,8 +75,8 @@ def checks(told_sizes: bool, config: ModelConfig, demand: Demand) -> Iterator[Ch
         yield "model.ip_adapter", partial(_check_encoder, config, adapter)
     elif demand.image_prompts:
         yield "model.ip_adapter", partial(_refuse, NO_ADAPTER.format(config.id))
-    for setting, count in demand.steps.items():
-        yield setting, partial(_check_path, config, count)
+    for asked in demand.sampling:
+        yield f"{asked.part}.steps", partial(_check_path, config, asked.steps)
 
 
 def _refuse(message: str) -> None:

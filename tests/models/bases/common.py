@@ -1,4 +1,4 @@
-"""What the tests of all families of transformers share: one view through the engine beside the family's own pipeline."""
+"""What the tests of all families of transformers share: one view through the engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `plan` says of the models of a dataset: licences, ignored settings, memory of weights."""
+"""What `plan` says of a base model: its licence if that is non-commercial, and the memory of its weights."""
 
 import json
 import shutil
@@ -15,7 +15,8 @@ from resmaster_stages.config.load import parse_config
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.load import load_pipeline
-from resmaster_stages.planning.notes import memory_of, notes_of
+from resmaster_stages.planning.checks import notes_of
+from resmaster_stages.planning.memory import memory_of
 from tests.tiny_models import save
 from tests.tiny_transformers import make_flux, vae
 
@@ -35,29 +36,16 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("models") / "sdxl")
 
 
-def configured(model: Path | str, guidance: str = "auto", **values: Any) -> DatasetConfig:
-    part = {"id": str(model), "guidance": guidance}
-    return parse_config({"name": "demo", "model": part, "captions": {"source": "prompt"}, **values})
+def configured(model: Path | str, **values: Any) -> DatasetConfig:
+    return parse_config({"name": "demo", "model": {"id": str(model)}, "captions": {"source": "prompt"}, **values})
 
 
-def test_a_licence_and_guidance_that_limit_what_can_be_done(flux: Path, sdxl: Path) -> None:
-    licence, negative = notes_of(configured(flux))
-    assert licence == (
-        f"licence of the base model {flux}: tiny-non-commercial, which does not allow commercial use of the model"
-    )
-    assert negative.startswith(f"negative prompts have no effect on {flux}")
-    assert notes_of(configured(sdxl)) == ()
-    assert notes_of(configured("picturebook")) == ()
-
-
-def test_a_model_with_classifier_free_guidance_reads_negative_prompts(flux: Path) -> None:
-    (licence,) = notes_of(configured(flux, guidance="cfg"))
-    assert "tiny-non-commercial" in licence
-
-
-def test_nothing_is_said_of_a_model_that_is_not_used(flux: Path) -> None:
-    assert notes_of(configured(flux, images="my-images", upscale={"method": "lanczos"})) == ()
-    assert len(notes_of(configured(flux, upscale={"method": "lanczos"}))) == 2, "it draws the low-res images"
+def test_a_non_commercial_licence_is_said(flux: Path, sdxl: Path) -> None:
+    said = f"licence of the base model {flux}: tiny-non-commercial, which does not allow commercial use of the model"
+    assert list(notes_of(configured(flux))) == [said]
+    assert list(notes_of(configured(flux, upscale={"method": "lanczos"}))) == [said], "it draws the low-res images"
+    assert list(notes_of(configured(flux, upscale={"method": "lanczos"}, images="my-images"))) == []
+    assert list(notes_of(configured(sdxl))) == list(notes_of(configured("picturebook"))) == []
 
 
 def held(pipe: Any) -> dict[str, int]:
@@ -156,7 +144,6 @@ def test_plan_prints_notes_and_memory(flux: Path, tmp_path: Path, capsys: pytest
     assert main(["plan", str(tmp_path / "demo.yaml"), "--estimate"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "note: licence of the base model" in out
-    assert "note: negative prompts have no effect" in out
     assert "while texts are encoded" in out
     assert "model.offload: text; bfloat16: " in out
     assert "low_res, captions, high_res, quality: time: not known; build a few shards first" in out

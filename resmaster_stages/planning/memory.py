@@ -1,23 +1,18 @@
-"""Says what a user should know of the models of a dataset before anything runs: licences, ignored settings, memory.
-
-Of models, JSON files and the headers of weights are read. Nothing is refused here: `planning.checks` does that.
-"""
+"""Finds out how much memory the weights of a base model take on a GPU, from the headers of its files."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Literal
 
-from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError, first_line
 from resmaster_stages.models.bases import family_of
 from resmaster_stages.models.files import DIFFUSERS, TRANSFORMERS, NotOnThisMachine, folder_with, weight_files
-from resmaster_stages.models.licences import licences_of, uses_base_model
 from resmaster_stages.models.places import ModelFiles
 
 TEXT_ENCODER = re.compile(r"text_encoder(_\d)?")
@@ -25,19 +20,6 @@ PARTS = re.compile(rf"unet|transformer|vae|image_encoder|{TEXT_ENCODER.pattern}"
 """Parts of a pipeline that have weights and are loaded."""
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """Number formats, as safetensors names them, that are converted to the number format of the configuration."""
-
-
-def notes_of(config: DatasetConfig) -> tuple[str, ...]:
-    """What is to be known of a configuration that has no mistakes, one line each."""
-    return tuple(_notes(config))
-
-
-def _notes(config: DatasetConfig) -> Iterator[str]:
-    for each in licences_of(config):
-        if each.licence.non_commercial:
-            yield f"licence of the {each.part} {each.model}: {each.licence.sentence()}"
-    if uses_base_model(config) and family_of(config.model).sampling(config.model).kind != "cfg":
-        yield f"negative prompts have no effect on {config.model.id}, because its guidance was distilled into it"
 
 
 @dataclass(frozen=True)
