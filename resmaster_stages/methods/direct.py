@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from resmaster_stages.config.method import register
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid
-from resmaster_stages.methods.settings import FromNoise, LateGuidance, MicroConditioned, area
+from resmaster_stages.methods.settings import FromNoise, LateGuidance, MicroConditioned, area, timing_of
+from resmaster_stages.models.bases.base import Timing
 
 if TYPE_CHECKING:
     from resmaster_stages.diffusion.guidance import Guidance
@@ -32,6 +33,10 @@ class Direct(FromNoise, LateGuidance, MicroConditioned):
     def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
         """The whole canvas at every step."""
         yield UnetWork(self.rows(self.left(self.start, course), course), area(grid.height, grid.width, grid))
+
+    def timing(self, grid: Grid) -> Timing:
+        """That of an image of the canvas's size, or of the native size if the canvas is larger."""
+        return timing_of(self.time_shift, grid, min(grid.height * grid.width, grid.window**2))
 
     def compose(self, request: Request) -> Composition:
         """One view: the whole canvas."""

@@ -16,7 +16,7 @@ from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.memory import view_limit
 from resmaster_stages.diffusion.views import Grid, canvas_size, view_grid, whole_canvas
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.methods.settings import Diffusion, timing_of
+from resmaster_stages.methods.settings import Diffusion
 from resmaster_stages.models.parts import Models
 from resmaster_stages.models.schedule import Course, Step, course_of
 
@@ -78,8 +78,7 @@ class Request:
     @cached_property
     def path(self) -> tuple[Step, ...]:
         """The steps of the noise schedule. Raises ConfigError for a schedule that is not supported."""
-        timing = timing_of(self.config.time_shift, self.views())
-        return self.models.base.path(self.config.steps, timing)
+        return self.models.base.path(self.config.steps, self.config.timing(self.views()))
 
     @cached_property
     def course(self) -> Course:

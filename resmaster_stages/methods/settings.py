@@ -51,9 +51,8 @@ def area(height: int, width: int, grid: Grid) -> float:
     return height * width / grid.window**2
 
 
-def timing_of(time_shift: str | float, grid: Grid) -> Timing:
-    """What the path of a canvas with the views of `grid` depends on, by the setting `time_shift`."""
-    cells = grid.window_height * grid.window_width
+def timing_of(time_shift: str | float, grid: Grid, cells: int) -> Timing:
+    """What the path of the canvas of `grid` depends on, by the setting `time_shift`, if a view has the area `cells`."""
     if time_shift == "sqrt":
         return Timing(cells, growth=(grid.height * grid.width / cells) ** 0.5)
     return Timing(cells, shift=time_shift if isinstance(time_shift, (int, float)) else None)
@@ -131,6 +130,10 @@ class Diffusion(Method):
     def needs(self) -> Mapping[Ability, str]:
         """Ability that the base model's family must have -> the method or setting that needs it, for messages."""
         return {}
+
+    def timing(self, grid: Grid) -> Timing:
+        """What the path of a canvas with the views of `grid` depends on: the size of a view."""
+        return timing_of(self.time_shift, grid, grid.window_height * grid.window_width)
 
     def branches(self, done: float, course: Course) -> int:
         """The number of guidance branches of a step before which the fraction `done` of the path lies."""

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from math import exp, log
+from math import exp, isfinite, log
 from typing import Any
 
 import numpy as np
 
+from resmaster_stages.config.part import LONGEST_SHOWN
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases.base import Timing
 from resmaster_stages.models.schedule import Step
@@ -39,21 +40,76 @@ def flow_path(levels: Sequence[float], times: Sequence[float] | None = None) -> 
 
 def image_shift(config: Mapping[str, Any], tokens: int) -> float:
     """The time shift of an image of `tokens` tokens by a scheduler with dynamic shifting: its exponent is linear in the
-    number of tokens (FLUX.1, Qwen-Image)."""
-    least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return exp(low + (high - low) * (tokens - least) / (most - least))
+    number of tokens (FLUX.1, Qwen-Image). Raises ConfigError."""
+    least, most = _number(config, "base_image_seq_len", 256), _number(config, "max_image_seq_len", 4096)
+    low, high = _number(config, "base_shift", 0.5), _number(config, "max_shift", 1.15)
+    if most <= least:
+        raise ConfigError(f"{SCHEDULER}: max_image_seq_len must be greater than base_image_seq_len; {_AGAIN}")
+    return _grown(low + (high - low) * (tokens - least) / (most - least))
+
+
+def empirical_shift(tokens: int, count: int) -> float:
+    """The time shift of an image of `tokens` tokens in `count` steps that FLUX.2 was given.
+
+    Its exponent is linear in the number of tokens, and up to 4300 tokens also in the number of steps.
+    """
+    many = 0.00016927 * tokens + 0.45666666  # at 200 steps
+    few = 8.73809524e-05 * tokens + 1.89833333  # at 10 steps
+    return _grown(many if tokens > 4300 else many + (many - few) / 190 * (count - 200))
+
+
+_AGAIN = "download the model again, or mend scheduler_config.json"
+
+
+def _number(config: Mapping[str, Any], key: str, default: float) -> float:
+    """A finite number of a scheduler configuration. Raises ConfigError."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        raise ConfigError(f"{SCHEDULER}: {key} is {repr(value)[:LONGEST_SHOWN]} and must be a number; {_AGAIN}")
+    return value
+
+
+def _grown(exponent: float) -> float:
+    """The time shift with an exponent. Raises ConfigError if it is beyond all use."""
+    if abs(exponent) > 50:
+        raise ConfigError(f"{SCHEDULER}: a time shift of exp({exponent:.3g}) leaves no noise levels; {_AGAIN}")
+    return exp(exponent)
+
+
+_NOT_SUPPORTED = (
+    "invert_sigmas",
+    "stochastic_sampling",
+    "use_beta_sigmas",
+    "use_exponential_sigmas",
+    "use_karras_sigmas",
+)
+"""Wishes of a scheduler configuration that are not fulfilled. How noise is drawn anew is the setting `stepper`."""
 
 
 def require_flow(config: Mapping[str, Any], count: int) -> None:
     """Raise ConfigError unless a diffusers scheduler configuration describes a flow path that can be taken in `count`
-    steps."""
+    steps. What diffusers' scheduler does not read, such as a `prediction_type`, is not read here either."""
     name = str(config.get("_class_name", "scheduler"))
     if name != SCHEDULER:
-        raise ConfigError(f"{name}: is not the scheduler of a flow-matching model; use a model folder with {SCHEDULER}")
-    for wish in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"):
+        raise ConfigError(
+            f"{name}: is not the scheduler of a flow-matching model; use a model with {SCHEDULER}, and for "
+            "DPM-Solver++ upscale.stepper: dpmpp_2m"
+        )
+    for wish in _NOT_SUPPORTED:
         if config.get(wish):
             raise ConfigError(f"{name}: {wish} is not supported; set it to false in scheduler_config.json")
+    if _number(config, "num_train_timesteps", 1000) != 1000:
+        raise ConfigError(f"{name}: num_train_timesteps other than 1000 is not supported; use another model")
+    kind = config.get("time_shift_type", "exponential")
+    if kind not in ("exponential", "linear"):
+        raise ConfigError(f"{name}: time_shift_type {kind!r} is not known; use exponential or linear")
+    if not config.get("use_dynamic_shifting") and _number(config, "shift", 1.0) <= 0:
+        raise ConfigError(f"{name}: shift is {config['shift']} and must be greater than 0; {_AGAIN}")
+    last = 0 if config.get("shift_terminal") is None else _number(config, "shift_terminal", 0)
+    if not 0 <= last < 1:
+        raise ConfigError(f"{name}: shift_terminal is {last} and must be from 0 to 1; {_AGAIN}")
+    if last and count < 2:
+        raise ConfigError(f"steps: {name} with shift_terminal needs at least 2; use more")
     if count > 1000:
         raise ConfigError(f"steps: {count} is more than the 1000 steps that the model was trained with; use fewer")
 
@@ -65,7 +121,7 @@ def flow_schedule(
 
     shift: the time shift of an image of the view's size, for schedulers with dynamic shifting. spaced: whether the
     family's pipeline gives the scheduler evenly spaced levels, as most do, or only their number (Stable Diffusion 3).
-    Raises ConfigError as `require_flow` does.
+    Raises ConfigError as `require_flow` does, and if the levels do not fall.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -74,14 +130,23 @@ def flow_schedule(
     own = shift if dynamic else config.get("shift", 1.0)
     assert own is not None, "a scheduler with dynamic shifting needs the shift of the view's size"
     wanted = timing.shift if timing.shift is not None else own * timing.growth
-    values = {key: value for key, value in config.items() if not key.startswith("_")}
-    if not dynamic:
-        values["shift"] = wanted
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(values)
-    mu = log(wanted) if dynamic and config.get("time_shift_type", "exponential") == "exponential" else wanted
+    kind = config.get("time_shift_type", "exponential")
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=1.0 if dynamic else wanted,
+        use_dynamic_shifting=dynamic,
+        time_shift_type=kind,
+        shift_terminal=config.get("shift_terminal"),
+    )
+    mu = log(wanted) if kind == "exponential" else wanted
     scheduler.set_timesteps(
         num_inference_steps=count,
         sigmas=[float(level) for level in np.linspace(1.0, 1 / count, count)] if spaced else None,
         mu=mu if dynamic else None,
     )
-    return flow_path([float(level) for level in scheduler.sigmas], [float(t) for t in scheduler.timesteps])
+    levels = [min(1.0, float(level)) for level in scheduler.sigmas]  # rounding can raise the first one above 1
+    if any(here <= after for here, after in pairwise(levels)):
+        raise ConfigError(
+            f"{SCHEDULER}: with a time shift of {wanted:.4g}, {count} steps have no {count} noise levels; use fewer "
+            "steps, or a time_shift nearer to 1"
+        )
+    return flow_path(levels, [float(t) for t in scheduler.timesteps])

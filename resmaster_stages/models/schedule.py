@@ -6,7 +6,8 @@ At every step z = alpha * x0 + sigma * eps. Two kinds of paths are known. On a f
 These are variance preserving: alpha^2 + sigma^2 = 1, alpha^2 = cumulative product of (1 - beta). An Euler scheduler
 describes the same path in other units (z / alpha), so its configuration can be used too. These parts of a diffusers
 scheduler configuration are used: betas, zero-SNR rescaling, prediction type, timestep spacing, steps offset, and the
-`set_alpha_to_one` of DDIM and PNDM. These are ignored: Karras, exponential or beta sigmas, thresholding, higher orders.
+`set_alpha_to_one` of DDIM and PNDM. The scheduler's class decides between two rules of spacing (`_ONE_MORE`). These are
+ignored: Karras, exponential or beta sigmas, Lu's lambdas, thresholding, higher orders.
 
 Invariants:
 - Timesteps fall. The last step ends at alpha = 1, or at the first training timestep if a DDIM or PNDM configuration
@@ -135,17 +136,39 @@ def sdxl_timestep(alpha: float, sigma: float) -> float:
     return float(np.interp(level, levels[::-1], np.arange(999.0, -1.0, -1.0)))
 
 
-def timesteps(count: int, train_steps: int, spacing: str, offset: int) -> list[int]:
-    """`count` falling training timesteps, spaced as in diffusers' DDIM scheduler."""
+_ONE_MORE = (
+    "DPMSolverMultistepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "SASolverScheduler",
+)
+"""Schedulers that space `leading` and `linspace` timesteps as for one step more, and leave out the last of these."""
+
+
+def _spacing(config: Mapping[str, Any]) -> tuple[str, bool]:
+    """The timestep spacing of a diffusers scheduler configuration, and whether it is as for one step more."""
+    name = config.get("_class_name")
+    if name == "DPMSolverSinglestepScheduler":
+        return "linspace", True  # it reads no timestep_spacing
+    one_more = name in _ONE_MORE
+    return str(config.get("timestep_spacing", "linspace" if one_more else "leading")), one_more
+
+
+def timesteps(count: int, train_steps: int, spacing: str, offset: int, one_more: bool = False) -> list[int]:
+    """`count` falling training timesteps, spaced as in diffusers' DDIM scheduler, or as in its DPM-Solver (`one_more`).
+
+    Raises ConfigError.
+    """
+    points = count + one_more
     if spacing == "leading":
-        chosen = np.arange(count, dtype=float)[::-1] * (train_steps // count) + offset
+        chosen = np.arange(points, dtype=float)[::-1] * (train_steps // points) + offset
     elif spacing == "trailing":
         chosen = np.round(train_steps - np.arange(count) * (train_steps / count)) - 1
     elif spacing == "linspace":
-        chosen = np.linspace(0, train_steps - 1, count).round()[::-1]
+        chosen = np.linspace(0, train_steps - 1, points).round()[::-1]
     else:
         raise ConfigError(f"scheduler: unknown timestep_spacing {spacing!r}; use leading, trailing or linspace")
-    return [int(t) for t in chosen.clip(0, train_steps - 1)]
+    return [int(t) for t in chosen[:count].clip(0, train_steps - 1)]
 
 
 def require_path(scheduler_config: Mapping[str, Any], count: int) -> None:
@@ -155,6 +178,7 @@ def require_path(scheduler_config: Mapping[str, Any], count: int) -> None:
     """
     config, name = scheduler_config, scheduler_config.get("_class_name", "scheduler")
     prediction_type, train_steps = config.get("prediction_type", "epsilon"), config.get("num_train_timesteps", 1000)
+    (spacing, one_more), offset = _spacing(config), config.get("steps_offset", 0)
     if "beta_start" not in config and config.get("trained_betas") is None:
         raise ConfigError(
             f"{name}: not a variance-preserving scheduler (no betas); use an SDXL or Stable Diffusion model with a "
@@ -162,13 +186,16 @@ def require_path(scheduler_config: Mapping[str, Any], count: int) -> None:
         )
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ConfigError(f"{name}: prediction_type {prediction_type!r} is not supported; use epsilon or v_prediction")
+    if config.get("use_flow_sigmas"):
+        raise ConfigError(f"{name}: use_flow_sigmas goes with no {prediction_type} prediction; set it to false")
     if not isinstance(train_steps, int):
         raise ConfigError(f"{name}: num_train_timesteps is no whole number; download the model again")
-    if count > train_steps:
-        raise ConfigError(
-            f"steps: {count} is more than the {train_steps} steps that the model was trained with; use fewer"
-        )
-    timesteps(count, train_steps, str(config.get("timestep_spacing", "leading")), 0)  # raises for an unknown spacing
+    if not isinstance(offset, int | float) or offset % 1:
+        raise ConfigError(f"{name}: steps_offset is no whole number; download the model again")
+    most = train_steps - (one_more and spacing != "trailing")
+    if count > most:
+        raise ConfigError(f"steps: {count} is more than the {most} steps that the model was trained with; use fewer")
+    timesteps(count, train_steps, spacing, 0)  # raises for an unknown spacing
 
 
 def make_schedule(scheduler_config: Mapping[str, Any], count: int) -> tuple[Step, ...]:
@@ -189,9 +216,8 @@ def make_schedule(scheduler_config: Mapping[str, Any], count: int) -> tuple[Step
     keeps_first = name in ("DDIMScheduler", "PNDMScheduler") and not config.get(
         "set_alpha_to_one", name == "DDIMScheduler"
     )
-    chosen = timesteps(
-        count, train_steps, str(config.get("timestep_spacing", "leading")), int(config.get("steps_offset", 0))
-    )
+    spacing, one_more = _spacing(config)
+    chosen = timesteps(count, train_steps, spacing, int(config.get("steps_offset", 0)), one_more)
     signal = [float(products[t]) for t in chosen] + [float(products[0]) if keeps_first else 1.0]
     return tuple(
         Step(

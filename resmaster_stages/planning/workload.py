@@ -15,7 +15,7 @@ from resmaster_stages.config.method import Method
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import target_size, view_grid
-from resmaster_stages.methods.settings import Diffusion, timing_of
+from resmaster_stages.methods.settings import Diffusion
 from resmaster_stages.models.bases import family_of
 from resmaster_stages.models.bases.base import Geometry, Timing
 from resmaster_stages.models.schedule import Course, even_course
@@ -51,7 +51,7 @@ def high_res_work(config: Method, base: Denoising, height: int, width: int) -> t
     if isinstance(config, Diffusion):
         for scale, own in zip((*config.via, config.scale), config.way()):
             grid = view_grid(base.geometry, *target_size(height, width, scale), own.view_stride)
-            course = base.course(own.steps, timing_of(own.time_shift, grid))
+            course = base.course(own.steps, own.timing(grid))
             work += own.work(grid, replace(course, guided=base.guided))
     return tuple(work)
 

@@ -3,7 +3,14 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,6 +66,30 @@ def test_timesteps_are_those_of_diffusers(spacing, count):
     scheduler.set_timesteps(count)
     chosen = [step.t for step in make_schedule({"_class_name": "DDIMScheduler", **scheduler.config}, count)]
     assert chosen == scheduler.timesteps.clamp(max=999).tolist()
+
+
+@pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("count", [1, 7, 10, 20, 25, 50, 200, 999])
+def test_timesteps_of_dpm_solvers_are_those_of_diffusers(kind, spacing, count):
+    scheduler = kind(**{**SCHEDULER, "timestep_spacing": spacing})
+    scheduler.set_timesteps(count)
+    chosen = [step.t for step in make_schedule({"_class_name": kind.__name__, **scheduler.config}, count)]
+    # with `trailing`, rounding gives diffusers one step too many at 999
+    assert chosen == scheduler.timesteps[:count].clamp(max=999).tolist()
+
+
+@pytest.mark.parametrize("count", [1, 10, 25])
+def test_dpm_solvers_leave_out_the_end_of_their_spacing(count):
+    """PixArt's configuration names no spacing."""
+    config = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 1000}
+    for kind in (DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler):
+        scheduler = kind(**config)
+        scheduler.set_timesteps(count)
+        chosen = [step.t for step in make_schedule({"_class_name": kind.__name__, **config}, count)]
+        assert chosen == scheduler.timesteps.tolist()
+    if count == 10:
+        assert (chosen[0], chosen[1], chosen[-1]) == (999, 899, 100)
 
 
 @pytest.mark.parametrize("stepper", [ddim_keep, ddim_implied])
@@ -150,6 +181,12 @@ def test_an_edited_x0_tells_the_steppers_apart():
         (euler_config(prediction_type="sample"), "epsilon or v_prediction"),
         (euler_config(timestep_spacing="random"), "leading, trailing or linspace"),
         (euler_config(num_train_timesteps=10), "use fewer"),
+        (euler_config(num_train_timesteps=20, _class_name="DPMSolverMultistepScheduler"), "more than the 19 steps"),
+        (euler_config(use_flow_sigmas=True), "use_flow_sigmas goes with no epsilon prediction; set it to false"),
+        (euler_config(prediction_type="flow_prediction", use_flow_sigmas=True), "epsilon or v_prediction"),
+        (euler_config(steps_offset="one"), "steps_offset is no whole number; download"),
+        (euler_config(steps_offset=None), "steps_offset is no whole number; download"),
+        (euler_config(steps_offset=float("inf")), "steps_offset is no whole number; download"),
     ],
 )
 def test_schedulers_that_do_not_fit_are_refused(config, words):
@@ -209,6 +246,13 @@ def test_the_first_step_of_dpmpp_2m_is_ddim_and_so_is_every_first_step_of_a_pass
     stepper = make_stepper("dpmpp_2m")
     stepper(z, x0, x0, schedule[0], never)
     assert (stepper(z, -x0, x0, schedule[1], never) - ddim_implied(z, -x0, x0, schedule[1], never)).abs().max() > 0.01
+
+
+def test_a_timestep_that_is_visited_twice_does_not_stop_dpmpp_2m():
+    """As the first one of 1000 steps with an offset of 1 is."""
+    schedule = make_schedule(euler_config(), 1000)
+    assert [step.t for step in schedule[:3]] == [999, 999, 998]
+    assert torch.isfinite(run(make_stepper("dpmpp_2m"), schedule[:4], torch.randn(1, 4, 8, 8))).all()
 
 
 def even(count, low=-4.0, high=3.0):

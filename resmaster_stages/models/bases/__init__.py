@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.bases import flux, pixart, sd3, unet
+from resmaster_stages.models.bases import chroma, flux, pixart, sd3, unet
 from resmaster_stages.models.bases.base import Ability, Family
 from resmaster_stages.models.places import ModelFiles
 
@@ -15,6 +15,7 @@ FAMILIES: list[Family] = [
     unet.SDXL,
     unet.STABLE_DIFFUSION,
     flux.FLUX,
+    chroma.CHROMA,
     sd3.SD3,
     pixart.PIXART_SIGMA,
     pixart.PIXART_ALPHA,

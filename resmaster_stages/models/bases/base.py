@@ -38,6 +38,9 @@ Layers = Literal["sdxl", "sd1", "sd2"]
 TokenCounter = Callable[[str], int]
 """A text -> the number of its content tokens."""
 
+CLIP_TOKENS = 75
+"""Content tokens that CLIP's text encoders read: 77 less the begin and end marks."""
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -161,6 +164,8 @@ class Family:
     base: Callable[[Any, ModelConfig], Base]
     """Gives the parts of a loaded pipeline, which may be a user's own. Of the configuration, it reads `native_px` and
     `guidance`. Raises ConfigError if the pipeline cannot be used."""
+    content_tokens: Callable[[ModelConfig], int] = lambda config: CLIP_TOKENS
+    """The most tokens of a text that a model reads, as the counter counts. Raises ConfigError."""
     checks: Callable[[ModelConfig, Demand], Iterable[Check]] = lambda config, demand: ()
     """Gives what can be checked of a model before its weights are loaded. Downloads nothing."""
     sampling: Callable[[ModelConfig], Sampling] = lambda config: Sampling()

@@ -37,23 +37,17 @@ def path(facts: Facts, steps: int, timing: Timing) -> tuple[Step, ...]:
 
 
 @lru_cache(maxsize=32)
-def image_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def image_ids(height: int, width: int, device: torch.device) -> Tensor:
     """Position (0, row, column) of each token of a view of `height` x `width` latents: [h / 2 * w / 2, 3]."""
     import torch
 
     rows, cols = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, cols], dim=-1).reshape(-1, 3).to(device, dtype)
+    return torch.stack([torch.zeros_like(rows), rows, cols], dim=-1).reshape(-1, 3).to(device, torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class Flux(Transformer):
     """A loaded model."""
-
-    @property
-    def tokens(self) -> int:
-        """512, or what T5's tokenizer is limited to; 256 for schnell."""
-        longest = 512 if self.facts.transformer.get("guidance_embeds") or self.facts.guidance == "cfg" else 256
-        return min(longest, self.pipe.tokenizer_2.model_max_length)
 
     def encode(self, prompts: list[str], negative: bool, device: torch.device) -> Texts:
         """T5's states, padding included, and CLIP's pooled text."""
@@ -64,20 +58,26 @@ class Flux(Transformer):
         """The velocity eps - x0."""
         height, width = sample.shape[-2:]
         tokens = packed(sample)
-        scale = None
-        if self.facts.transformer.get("guidance_embeds"):
-            scale = timestep.new_full((len(tokens),), rows.guidance_scale)
         output = self.denoiser.network(
             hidden_states=tokens,
             timestep=timestep.to(tokens.dtype).expand(len(tokens)) / 1000,
-            guidance=scale,
-            pooled_projections=rows.pooled,
             encoder_hidden_states=rows.states,
-            txt_ids=tokens.new_zeros(rows.states.shape[1], 3),
-            img_ids=image_ids(height, width, tokens.device, tokens.dtype),
+            txt_ids=timestep.new_zeros(rows.states.shape[1], 3),
+            img_ids=image_ids(height, width, tokens.device),
             return_dict=False,
+            **self.conditions(tokens, rows),
         )[0]
         return unpacked(output, height, width)
+
+    def conditions(self, tokens: Tensor, rows: Rows) -> dict[str, Any]:
+        """What the transformer is told of the rows beside T5's states: CLIP's pooled text and the guidance scale.
+
+        tokens: the packed views.
+        """
+        scale = None
+        if self.facts.transformer.get("guidance_embeds"):
+            scale = tokens.new_full((len(tokens),), rows.guidance_scale)
+        return {"pooled_projections": rows.pooled, "guidance": scale}
 
 
 def _flux(pipe: Any, facts: Facts, geometry: Geometry) -> Base:
@@ -96,6 +96,7 @@ KIND = Kind(
     path=path,
     base=_flux,
     tokenizer="tokenizer_2",
+    tokens=lambda facts: 256 if sampling(facts).kind == "none" else 512,
     parts=("image_encoder", "feature_extractor"),
 )
 

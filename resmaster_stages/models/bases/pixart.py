@@ -8,9 +8,9 @@ used. PixArt-alpha at 1024 px also reads a size and an aspect ratio.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
-from resmaster_stages.models.bases.base import Base, Geometry, Rows, Sampling, Texts, Timing
+from resmaster_stages.models.bases.base import Rows, Sampling, Texts, Timing
 from resmaster_stages.models.bases.transformer import Transformer
 from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind
 from resmaster_stages.models.schedule import Step, make_schedule
@@ -41,15 +41,7 @@ def path(facts: Facts, steps: int, timing: Timing) -> tuple[Step, ...]:
 
 @dataclass(frozen=True, eq=False)
 class PixArt(Transformer):
-    """A loaded PixArt-Sigma."""
-
-    longest: ClassVar[int] = 300
-    """Tokens that the model was trained with."""
-
-    @property
-    def tokens(self) -> int:
-        """`longest`, or what T5's tokenizer is limited to."""
-        return min(self.longest, self.pipe.tokenizer.model_max_length)
+    """A loaded model."""
 
     def encode(self, prompts: list[str], negative: bool, device: torch.device) -> Texts:
         """T5's states and which of them are text."""
@@ -75,21 +67,7 @@ class PixArt(Transformer):
         return output[:, : sample.shape[1]]
 
 
-class PixArtAlpha(PixArt):
-    """A loaded PixArt-alpha."""
-
-    longest: ClassVar[int] = 120
-
-
-def _sigma(pipe: Any, facts: Facts, geometry: Geometry) -> Base:
-    return PixArt.of(SIGMA, pipe, facts, geometry)
-
-
-def _alpha(pipe: Any, facts: Facts, geometry: Geometry) -> Base:
-    return PixArtAlpha.of(ALPHA, pipe, facts, geometry)
-
-
-SIGMA = Kind(
+SIGMA: Kind = Kind(
     name="PixArt-Sigma",
     pipelines="PixArtSigma(PAG)?Pipeline",
     pipeline="PixArtSigmaPipeline",
@@ -100,14 +78,20 @@ SIGMA = Kind(
     in_channels=lambda transformer: transformer.get("in_channels", 4),
     sampling=sampling,
     path=path,
-    base=_sigma,
+    base=lambda pipe, facts, geometry: PixArt.of(SIGMA, pipe, facts, geometry),
+    tokens=lambda facts: 300,
     abilities=frozenset({"attention"}),
     shifted=False,
     native_px=lambda facts, factor: facts.transformer["sample_size"] * factor,
 )
 
-ALPHA = replace(
-    SIGMA, name="PixArt-alpha", pipelines="PixArtAlphaPipeline", pipeline="PixArtAlphaPipeline", base=_alpha
+ALPHA: Kind = replace(
+    SIGMA,
+    name="PixArt-alpha",
+    pipelines="PixArtAlphaPipeline",
+    pipeline="PixArtAlphaPipeline",
+    base=lambda pipe, facts, geometry: PixArt.of(ALPHA, pipe, facts, geometry),
+    tokens=lambda facts: 120,
 )
 
 PIXART_SIGMA, PIXART_ALPHA = family_of_kind(SIGMA), family_of_kind(ALPHA)

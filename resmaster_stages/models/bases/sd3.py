@@ -8,11 +8,11 @@ from whose middle a view takes its own size, so a view has at most the table's s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from resmaster_stages.models.bases.base import Base, Geometry, Rows, Sampling, Texts, Timing, require_readable
+from resmaster_stages.models.bases.base import Rows, Sampling, Texts, Timing, require_readable
 from resmaster_stages.models.bases.transformer import Transformer
-from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind
+from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind, tokenizer_of
 from resmaster_stages.models.flow import flow_schedule, image_shift
 from resmaster_stages.models.schedule import Step
 
@@ -37,6 +37,11 @@ def path(facts: Facts, steps: int, timing: Timing) -> tuple[Step, ...]:
     return flow_schedule(facts.scheduler, steps, timing, shift=shift, spaced=False)
 
 
+def tokens(facts: Facts) -> int:
+    """T5's. Without T5 CLIP's 77, of which `Kind.marks` counts one mark too few."""
+    return T5_TOKENS if tokenizer_of(KIND, facts) == KIND.tokenizer else 76
+
+
 def largest_px(facts: Facts, factor: int) -> int | None:
     """The size of the table of positions. Positions of a model without one are computed for any size."""
     table = facts.transformer.get("pos_embed_max_size", 96)
@@ -46,13 +51,6 @@ def largest_px(facts: Facts, factor: int) -> int | None:
 @dataclass(frozen=True, eq=False)
 class StableDiffusion3(Transformer):
     """A loaded model."""
-
-    @property
-    def tokens(self) -> int:
-        """T5's: 256, or what its tokenizer is limited to. CLIP's without T5."""
-        if self.pipe.text_encoder_3 is None:
-            return int(self.pipe.tokenizer.model_max_length)
-        return min(T5_TOKENS, self.pipe.tokenizer_3.model_max_length)
 
     def encode(self, prompts: list[str], negative: bool, device: torch.device) -> Texts:
         """The states of CLIP and T5 one after the other, padding included, and CLIP's pooled texts."""
@@ -80,11 +78,7 @@ class StableDiffusion3(Transformer):
         )[0]
 
 
-def _sd3(pipe: Any, facts: Facts, geometry: Geometry) -> Base:
-    return StableDiffusion3.of(KIND, pipe, facts, geometry)
-
-
-KIND = Kind(
+KIND: Kind = Kind(
     name="Stable Diffusion 3",
     pipelines="StableDiffusion3(Img2Img|Inpaint|Inpainting|ControlNet|PAG)*Pipeline",
     pipeline="StableDiffusion3Pipeline",
@@ -94,8 +88,9 @@ KIND = Kind(
     in_channels=lambda transformer: transformer["in_channels"],
     sampling=sampling,
     path=path,
-    base=_sd3,
+    base=lambda pipe, facts, geometry: StableDiffusion3.of(KIND, pipe, facts, geometry),
     tokenizer="tokenizer_3",
+    tokens=tokens,
     largest_px=largest_px,
     parts=("image_encoder", "feature_extractor"),
 )

@@ -22,7 +22,7 @@ from resmaster_stages.models.bases.base import (
     Timing,
     guide,
 )
-from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind
+from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind, tokenizer_of
 
 if TYPE_CHECKING:
     import torch
@@ -101,19 +101,22 @@ class Transformer:
         """The output [N, C, h, w] for latents [N, C, h, w] in the transformer's number format, at one timestep []."""
         raise NotImplementedError
 
+    # ------------------------------------------------------------------------------------------------- shared
+
+    @property
+    def tokenizer(self) -> Any:
+        """The one that counts tokens."""
+        return getattr(self.pipe, tokenizer_of(self.kind, self.facts))
+
     @property
     def tokens(self) -> int:
-        """Tokens that the text encoders read. Further tokens of a prompt are lost."""
-        raise NotImplementedError
+        """What the family reads, or what the tokenizer is limited to."""
+        return int(min(self.kind.tokens(self.facts), self.tokenizer.model_max_length))
 
     def count(self, prompts: Sequence[str]) -> list[int]:
-        """The number of tokens of each prompt."""
-        tokenizer = getattr(self.pipe, self.kind.tokenizer)
-        if tokenizer is None:
-            tokenizer = self.pipe.tokenizer
-        return [len(ids) for ids in tokenizer(list(prompts), truncation=False, verbose=False).input_ids]
-
-    # ------------------------------------------------------------------------------------------------- shared
+        """The number of tokens of each prompt, with those that are added."""
+        ids = self.tokenizer(list(prompts), add_special_tokens=False, truncation=False, verbose=False).input_ids
+        return [len(each) + self.kind.marks for each in ids]
 
     @property
     def family(self) -> Family:

@@ -97,6 +97,10 @@ class Kind:
     """Name that diffusers' denoiser had when the first models were published."""
     tokenizer: str = "tokenizer"
     """Folder of the tokenizer that counts a caption's tokens. Models without it count with `tokenizer`."""
+    tokens: Callable[[Facts], int] = lambda facts: 512
+    """Tokens that the text encoder reads, `marks` included."""
+    marks: int = 1
+    """Tokens that are added to every text: T5's end mark, or a chat template."""
     abilities: frozenset[Ability] = field(default_factory=frozenset)
     factor: Callable[[Mapping[str, Any]], int] = lambda vae: 2 ** (len(vae["block_out_channels"]) - 1)
     """Pixels per latent along one axis, from the VAE's configuration."""
@@ -190,6 +194,7 @@ def family_of_kind(kind: Kind) -> Family:
         abilities=kind.abilities,
         geometry=lambda config: sizes(kind, facts_of(config), config),
         token_counter=partial(_token_counter, kind),
+        content_tokens=partial(_content_tokens, kind),
         load=partial(_load, kind),
         base=partial(_base, kind),
         checks=partial(_checks, kind),
@@ -205,10 +210,23 @@ def _course(kind: Kind, config: ModelConfig, steps: int, timing: Timing) -> Cour
     return course_of(kind.path(facts, steps, timing), kind.sampling(facts).kind == "cfg")
 
 
+def tokenizer_of(kind: Kind, facts: Facts) -> str:
+    """Name of the tokenizer that counts a caption's tokens."""
+    return kind.tokenizer if _has(facts.index, kind.tokenizer) else "tokenizer"
+
+
+def _content_tokens(kind: Kind, config: ModelConfig) -> int:
+    facts = facts_of(config)
+    tokenizer = ModelFiles(config.id, config.revision).json(f"{tokenizer_of(kind, facts)}/tokenizer_config.json")
+    limit = tokenizer.get("model_max_length")
+    read = kind.tokens(facts)
+    return (min(read, int(limit)) if isinstance(limit, int | float) else read) - kind.marks
+
+
 def _token_counter(kind: Kind, config: ModelConfig) -> TokenCounter:
     from transformers import AutoTokenizer
 
-    folder = kind.tokenizer if _has(facts_of(config).index, kind.tokenizer) else "tokenizer"
+    folder = tokenizer_of(kind, facts_of(config))
     with loading(config.id, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             location(config.id), subfolder=folder, revision=config.revision or "main"

@@ -4,12 +4,14 @@ import pytest
 
 import resmaster_stages as rm
 from resmaster_stages.config.load import parse_config
+from resmaster_stages.diffusion.text import truncated
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.settings import timing_of
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.bases.base import Geometry, Timing
+from resmaster_stages.models.captioner import content_tokens
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
 from resmaster_stages.planning.preview import preview
@@ -158,3 +160,17 @@ def test_the_time_shift_is_that_of_a_view():
     assert shift(view) == pytest.approx(2.71828**1.15, rel=1e-4), "as for 1024 px, not as for 4096"
     assert shift(timing_of("sqrt", grid)) == pytest.approx(4 * 2.71828**1.15, rel=1e-4)
     assert shift(timing_of(6.0, grid)) == pytest.approx(6.0, rel=1e-5)
+
+
+def test_captions_may_be_as_long_as_the_text_encoder_reads(folders):
+    dev, schnell = (parse_config({"name": "d", "model": {"id": str(folders / name)}}).model for name in GOOD)
+    assert content_tokens(dev) == 47, "the tokenizer's 48, less the end mark"
+    path = folders / "schnell" / "tokenizer_2" / "tokenizer_config.json"
+    kept = path.read_text()
+    path.write_text(kept.replace('"model_max_length": 48', '"model_max_length": 1000'))
+    assert content_tokens(schnell) == 255
+    path.write_text(kept)
+    assert content_tokens(parse_config({"name": "d"}).model) == 75
+    models = load_models(dev)
+    load_models.cache_clear()
+    assert truncated(models, ["a" * 47, "a" * 48]) == [False, True]
