@@ -8,9 +8,9 @@ used. PixArt-alpha at 1024 px also reads a size and an aspect ratio.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from resmaster_stages.models.bases.base import Rows, Sampling, Texts, Timing
+from resmaster_stages.models.bases.base import Base, Geometry, Rows, Sampling, Texts, Timing
 from resmaster_stages.models.bases.transformer import Transformer
 from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind
 from resmaster_stages.models.schedule import Step, make_schedule
@@ -67,7 +67,15 @@ class PixArt(Transformer):
         return output[:, : sample.shape[1]]
 
 
-SIGMA: Kind = Kind(
+def _sigma(pipe: Any, facts: Facts, geometry: Geometry) -> Base:
+    return PixArt.of(SIGMA, pipe, facts, geometry)
+
+
+def _alpha(pipe: Any, facts: Facts, geometry: Geometry) -> Base:
+    return PixArt.of(ALPHA, pipe, facts, geometry)
+
+
+SIGMA = Kind(
     name="PixArt-Sigma",
     pipelines="PixArtSigma(PAG)?Pipeline",
     pipeline="PixArtSigmaPipeline",
@@ -78,20 +86,20 @@ SIGMA: Kind = Kind(
     in_channels=lambda transformer: transformer.get("in_channels", 4),
     sampling=sampling,
     path=path,
-    base=lambda pipe, facts, geometry: PixArt.of(SIGMA, pipe, facts, geometry),
+    base=_sigma,
     tokens=lambda facts: 300,
     abilities=frozenset({"attention"}),
     shifted=False,
     native_px=lambda facts, factor: facts.transformer["sample_size"] * factor,
 )
 
-ALPHA: Kind = replace(
+ALPHA = replace(
     SIGMA,
     name="PixArt-alpha",
     pipelines="PixArtAlphaPipeline",
     pipeline="PixArtAlphaPipeline",
-    base=lambda pipe, facts, geometry: PixArt.of(ALPHA, pipe, facts, geometry),
     tokens=lambda facts: 120,
+    base=_alpha,
 )
 
 PIXART_SIGMA, PIXART_ALPHA = family_of_kind(SIGMA), family_of_kind(ALPHA)

@@ -8,11 +8,20 @@ from whose middle a view takes its own size, so a view has at most the table's s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from resmaster_stages.models.bases.base import Rows, Sampling, Texts, Timing, require_readable
+from resmaster_stages.models.bases.base import (
+    CLIP_TOKENS,
+    Base,
+    Geometry,
+    Rows,
+    Sampling,
+    Texts,
+    Timing,
+    require_readable,
+)
 from resmaster_stages.models.bases.transformer import Transformer
-from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind, tokenizer_of
+from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind, has
 from resmaster_stages.models.flow import flow_schedule, image_shift
 from resmaster_stages.models.schedule import Step
 
@@ -35,11 +44,6 @@ def path(facts: Facts, steps: int, timing: Timing) -> tuple[Step, ...]:
     """The scheduler's own levels, which it shifts twice towards noise: at its making and for a number of steps."""
     shift = image_shift(facts.scheduler, timing.cells // 4)
     return flow_schedule(facts.scheduler, steps, timing, shift=shift, spaced=False)
-
-
-def tokens(facts: Facts) -> int:
-    """T5's. Without T5 CLIP's 77, of which `Kind.marks` counts one mark too few."""
-    return T5_TOKENS if tokenizer_of(KIND, facts) == KIND.tokenizer else 76
 
 
 def largest_px(facts: Facts, factor: int) -> int | None:
@@ -78,7 +82,11 @@ class StableDiffusion3(Transformer):
         )[0]
 
 
-KIND: Kind = Kind(
+def _sd3(pipe: Any, facts: Facts, geometry: Geometry) -> Base:
+    return StableDiffusion3.of(KIND, pipe, facts, geometry)
+
+
+KIND = Kind(
     name="Stable Diffusion 3",
     pipelines="StableDiffusion3(Img2Img|Inpaint|Inpainting|ControlNet|PAG)*Pipeline",
     pipeline="StableDiffusion3Pipeline",
@@ -88,9 +96,9 @@ KIND: Kind = Kind(
     in_channels=lambda transformer: transformer["in_channels"],
     sampling=sampling,
     path=path,
-    base=lambda pipe, facts, geometry: StableDiffusion3.of(KIND, pipe, facts, geometry),
+    base=_sd3,
     tokenizer="tokenizer_3",
-    tokens=tokens,
+    tokens=lambda facts: T5_TOKENS if has(facts.index, "tokenizer_3") else CLIP_TOKENS + 2,
     largest_px=largest_px,
     parts=("image_encoder", "feature_extractor"),
 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from resmaster_stages.config.model import ModelConfig
@@ -29,6 +29,7 @@ from resmaster_stages.models.bases.base import (
     Sampling,
     Timing,
     TokenCounter,
+    network_of,
     require_readable,
     require_sampling,
     sized,
@@ -95,12 +96,19 @@ class Kind:
     """(pipeline, facts, sizes) -> its loaded parts."""
     older: str = ""
     """Name that diffusers' denoiser had when the first models were published."""
+    require: Callable[[Facts], None] = lambda facts: None
+    """Raises ConfigError for variants that the engine cannot use and that no other field recognises."""
+    vae_channels: Callable[[Mapping[str, Any]], int | None] = lambda vae: vae.get("latent_channels")
+    """Channels of the VAE's latents, from its configuration."""
     tokenizer: str = "tokenizer"
     """Folder of the tokenizer that counts a caption's tokens. Models without it count with `tokenizer`."""
+    plain_tokenizer: bool = False
+    """Whether a model's tokenizer may lie inside a processor of texts and images. Only the tokenizer is loaded then,
+    because such a processor needs torchvision."""
     tokens: Callable[[Facts], int] = lambda facts: 512
-    """Tokens that the text encoder reads, `marks` included."""
-    marks: int = 1
-    """Tokens that are added to every text: T5's end mark, or a chat template."""
+    """Tokens that the text encoder reads, with marks and template."""
+    template: int = 0
+    """Tokens of the chat template that is put around every text."""
     abilities: frozenset[Ability] = field(default_factory=frozenset)
     factor: Callable[[Mapping[str, Any]], int] = lambda vae: 2 ** (len(vae["block_out_channels"]) - 1)
     """Pixels per latent along one axis, from the VAE's configuration."""
@@ -124,15 +132,16 @@ def facts_of(config: ModelConfig) -> Facts:
     """The facts of a model's files. Raises ConfigError."""
     files = ModelFiles(config.id, config.revision)
     index = files.json("model_index.json")
-    scheduler = index.get("scheduler")
-    kind = scheduler[1] if isinstance(scheduler, list) and len(scheduler) == 2 else "scheduler"
+    scheduler, named = files.json("scheduler/scheduler_config.json"), index.get("scheduler")
+    if isinstance(named, list) and len(named) == 2:  # diffusers goes by the index
+        scheduler = {**scheduler, "_class_name": named[1]}
     vae = ModelFiles(config.vae).json("config.json") if config.vae else files.json("vae/config.json")
     return Facts(
         name=config.id,
         index=index,
         transformer=files.json("transformer/config.json"),
         vae=vae,
-        scheduler={"_class_name": kind, **files.json("scheduler/scheduler_config.json")},
+        scheduler=scheduler,
         guidance=config.guidance,
     )
 
@@ -141,13 +150,20 @@ def facts_of_pipeline(pipe: Any, config: ModelConfig) -> Facts:
     """The facts of a loaded pipeline."""
     index = dict(pipe.config)
     return Facts(
-        name=str(index.get("_name_or_path") or config.id),
+        name=config.id if "id" in config.model_fields_set else str(index.get("_name_or_path") or config.id),
         index=index,
-        transformer=dict(pipe.transformer.config),
-        vae=dict(pipe.vae.config),
+        transformer=_config_of(pipe.transformer),
+        vae=_config_of(pipe.vae),
         scheduler={**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__},
         guidance=config.guidance,
     )
+
+
+def _config_of(part: Any) -> dict[str, Any]:
+    """A part's configuration, with the class of diffusers that it is or comes from."""
+    classes = type(network_of(part)).__mro__
+    name = next((each.__name__ for each in classes if each.__module__.startswith("diffusers.")), classes[0].__name__)
+    return {**part.config, "_class_name": name}
 
 
 def sizes(kind: Kind, facts: Facts, config: ModelConfig) -> Geometry:
@@ -173,17 +189,19 @@ def require_kind(kind: Kind, facts: Facts) -> None:
     name = facts.transformer.get("_class_name", kind.transformer)
     if name not in (kind.transformer, kind.older):
         raise ConfigError(f"its transformer is a {name}, not a {kind.transformer}; give a base model")
+    if (vae := facts.vae.get("_class_name", kind.vae)) != kind.vae:
+        raise ConfigError(f"its VAE is {vae!r}, not an {kind.vae}; give another VAE, or null")
     try:
         channels = kind.in_channels(facts.transformer)
     except (LookupError, TypeError) as error:
         raise ConfigError(f"transformer/config.json lacks {error}; download the model again") from None
-    if channels != kind.channels and channels != facts.vae.get("latent_channels"):
+    made = kind.vae_channels(facts.vae)
+    if channels != made:
         raise ConfigError(
-            f"its transformer reads {channels} channels, and its VAE makes {facts.vae.get('latent_channels')}; it is "
+            f"its transformer reads {channels} channels, and its VAE makes {made}; it is "
             "an inpainting, editing or control variant; give a plain base model"
         )
-    if (made := facts.vae.get("_class_name", kind.vae)) != kind.vae:
-        raise ConfigError(f"its VAE is {made!r}, not an {kind.vae}; give another VAE, or null")
+    kind.require(facts)
 
 
 def family_of_kind(kind: Kind) -> Family:
@@ -210,28 +228,40 @@ def _course(kind: Kind, config: ModelConfig, steps: int, timing: Timing) -> Cour
     return course_of(kind.path(facts, steps, timing), kind.sampling(facts).kind == "cfg")
 
 
-def tokenizer_of(kind: Kind, facts: Facts) -> str:
-    """Name of the tokenizer that counts a caption's tokens."""
-    return kind.tokenizer if _has(facts.index, kind.tokenizer) else "tokenizer"
+@lru_cache(maxsize=4)
+def _tokenizer(kind: Kind, config: ModelConfig) -> Any:
+    """The tokenizer that counts a caption's tokens. Raises ConfigError."""
+    from transformers import AutoTokenizer
 
-
-def _content_tokens(kind: Kind, config: ModelConfig) -> int:
-    facts = facts_of(config)
-    tokenizer = ModelFiles(config.id, config.revision).json(f"{tokenizer_of(kind, facts)}/tokenizer_config.json")
-    limit = tokenizer.get("model_max_length")
-    read = kind.tokens(facts)
-    return (min(read, int(limit)) if isinstance(limit, int | float) else read) - kind.marks
+    folder = kind.tokenizer if has(facts_of(config).index, kind.tokenizer) else "tokenizer"
+    with loading(config.id, "its tokenizer"):
+        return AutoTokenizer.from_pretrained(location(config.id), subfolder=folder, revision=config.revision or "main")
 
 
 def _token_counter(kind: Kind, config: ModelConfig) -> TokenCounter:
-    from transformers import AutoTokenizer
+    tokenizer = _tokenizer(kind, config)
+    return lambda text: len(content(tokenizer, [text])[0])
 
-    folder = tokenizer_of(kind, facts_of(config))
-    with loading(config.id, "its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            location(config.id), subfolder=folder, revision=config.revision or "main"
-        )
-    return lambda text: len(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+
+def _content_tokens(kind: Kind, config: ModelConfig) -> int:
+    tokenizer = _tokenizer(kind, config)
+    return longest(kind, facts_of(config), tokenizer) - added(kind, tokenizer)
+
+
+def content(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The tokens of each text, without marks."""
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False).input_ids
+    return ids
+
+
+def added(kind: Kind, tokenizer: Any) -> int:
+    """The number of tokens that are added to every text: marks and a template."""
+    return len(tokenizer("").input_ids) + kind.template
+
+
+def longest(kind: Kind, facts: Facts, tokenizer: Any) -> int:
+    """The tokens that are read: what the text encoder reads, or what the tokenizer is limited to."""
+    return int(min(kind.tokens(facts), tokenizer.model_max_length))
 
 
 def _load(kind: Kind, config: ModelConfig, dtype: torch.dtype) -> Any:
@@ -239,7 +269,7 @@ def _load(kind: Kind, config: ModelConfig, dtype: torch.dtype) -> Any:
     import diffusers
 
     kinds: dict[str, Any] = {"default": dtype, "vae": vae_dtype(dtype)}
-    extra: dict[str, Any] = dict.fromkeys(kind.parts)
+    extra: dict[str, Any] = dict.fromkeys((*kind.parts, kind.tokenizer) if kind.plain_tokenizer else kind.parts)
     if config.vae:
         with loading(config.vae, "the VAE"):
             extra["vae"] = getattr(diffusers, kind.vae).from_pretrained(
@@ -254,6 +284,8 @@ def _load(kind: Kind, config: ModelConfig, dtype: torch.dtype) -> Any:
             use_safetensors=True,
             **extra,
         )
+    if kind.plain_tokenizer:
+        pipe.register_modules(**{kind.tokenizer: _tokenizer(kind, config)})
     if config.ip_adapter is not None and kind.load_adapter is not None:
         kind.load_adapter(pipe, config, dtype)
     return pipe
@@ -302,7 +334,7 @@ def _refuse(message: str) -> None:
     raise ConfigError(message)
 
 
-def _has(index: Mapping[str, Any], part: str) -> bool:
+def has(index: Mapping[str, Any], part: str) -> bool:
     """Whether a pipeline has a part, by its index."""
     kind = index.get(part)
     return isinstance(kind, list | tuple) and None not in kind
@@ -310,8 +342,12 @@ def _has(index: Mapping[str, Any], part: str) -> bool:
 
 def _check_parts(config: ModelConfig, index: Mapping[str, Any]) -> None:
     """That the weights and tokenizers of all parts are there and whole."""
+    for part in ("transformer", "vae", "scheduler", "text_encoder", "tokenizer"):
+        named = index.get(part)
+        if not isinstance(named, list) or len(named) != 2 or not all(isinstance(word, str) for word in named):
+            raise ConfigError(f"model_index.json names no {part}; download the model again")
     folder = folder_with(config.id, "model_index.json", config.revision)
-    for part in (part for part in index if _has(index, part)):
+    for part in (part for part in index if has(index, part)):
         if part == "transformer" or (part == "vae" and config.vae is None):
             require_weights(config.id, folder / part, DIFFUSERS, config.variant)
         elif re.fullmatch(r"text_encoder(_\d)?", part):
