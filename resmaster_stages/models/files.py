@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from resmaster_stages.config.part import LONGEST_SHOWN
 from resmaster_stages.errors import ConfigError, first_line
 from resmaster_stages.models.identity import NetworkFile, own_network
 from resmaster_stages.models.places import at_hub, location
@@ -146,3 +147,10 @@ def require_tokenizer(model_id: str, folder: Path) -> None:
     `require_weights` does."""
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
         say_missing(model_id, f"{folder} has no tokenizer.json or vocab.json")
+    if (settings := folder / "tokenizer_config.json").is_file():
+        longest = object_in(settings).get("model_max_length", 1)
+        if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest >= 1:
+            raise ConfigError(
+                f"{settings}: model_max_length is {repr(longest)[:LONGEST_SHOWN]} and must be a number from 1; "
+                "download the model again"
+            )
