@@ -4,6 +4,7 @@ A cache of the hub is made that holds the JSON files of each model, as far as th
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
