@@ -143,7 +143,7 @@ def sizes(kind: Kind, facts: Facts, config: ModelConfig) -> Geometry:
     try:
         factor = int(kind.factor(facts.vae))
         native = int(kind.native_px(facts, factor) or NATIVE_PX)
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, OverflowError, TypeError, ValueError) as error:
         raise ConfigError(
             f"model {facts.name!r}: its configuration does not tell its sizes ({type(error).__name__}: {error}); "
             "download the model again, or use another"
@@ -161,7 +161,8 @@ def require_kind(kind: Kind, facts: Facts) -> None:
     try:
         channels = kind.in_channels(facts.transformer)
     except (LookupError, TypeError) as error:
-        raise ConfigError(f"transformer/config.json lacks {error}; download the model again") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"transformer/config.json tells no channels ({reason}); download the model again") from None
     if channels != kind.channels and channels != facts.vae.get("latent_channels"):
         raise ConfigError(
             f"its transformer reads {channels} channels, and its VAE makes {facts.vae.get('latent_channels')}; it is "
