@@ -11,7 +11,7 @@ Invariants:
 - If there is a CLIP model, every caption is checked. A caption that fits its patch clearly worse than a neighbour's
   caption does is replaced by that one, with status `replaced`. The global prompt never replaces a caption: it names
   objects of other patches, which would then be drawn again.
-- A caption has at most 75 tokens. `truncated` says whether it was cut.
+- A caption has at most as many tokens as the base model reads (75 for CLIP). `truncated` says whether it was cut.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from resmaster_stages.metrics.clip_score import load_clip
 from resmaster_stages.metrics.luminance import luminance
 from resmaster_stages.models.bases.base import TokenCounter
 from resmaster_stages.models.captioner import (
-    MAX_TOKENS,
     Captioner,
     clean_caption,
+    content_tokens,
     load_captioner,
     shorten,
     style_suffix,
@@ -71,6 +71,8 @@ class Writer:
     captioner: Captioner | None
     """None: every row holds the global prompt (status `fallback`)."""
     count: TokenCounter
+    limit: int
+    """The most tokens of a caption."""
     suffix: str = ""
     """The style, appended to every caption; made by `style_suffix`."""
     clip: Embedder | None = None
@@ -86,6 +88,7 @@ def load_writer(config: DatasetConfig) -> Writer:
         config=config.captions,
         captioner=load_captioner(config.captions, config.model.device),
         count=count,
+        limit=content_tokens(config.model),
         suffix=suffix,
         clip=load_clip(*judge, config.quality.device) if judge else None,
     )
@@ -109,10 +112,10 @@ def caption_rows(image: Image.Image, prompt: str, grid: Grid, writer: Writer) ->
         view = choice.view if choice else number
         if number in captions:
             status = "ok" if view == number else "replaced"
-            caption, tokens, truncated = shorten(captions[view], writer.count, MAX_TOKENS, writer.suffix)
+            caption, tokens, truncated = shorten(captions[view], writer.count, writer.limit, writer.suffix)
         else:
             status = "empty" if number in answers else "fallback"
-            caption, tokens, truncated = shorten(prompt, writer.count, MAX_TOKENS)
+            caption, tokens, truncated = shorten(prompt, writer.count, writer.limit)
         rows.append(
             {
                 "grid": grid.name,

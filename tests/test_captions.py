@@ -201,7 +201,7 @@ def rows_of(
     values = CaptionsConfig(grid=grid, **config)  # type: ignore[arg-type]
     dataset = parse_config({"name": "t", "captions": {"grid": grid}})
     patches = patch_grid(dataset, Geometry(32, 8), image.height * 4, image.width * 4)
-    writer = Writer(values, captioner, words, style_suffix(values.style, words), clip)
+    writer = Writer(values, captioner, words, 75, style_suffix(values.style, words), clip)
     return caption_rows(image, prompt, patches, writer)
 
 
@@ -308,7 +308,7 @@ def test_a_margin_beyond_reach_replaces_nothing_but_scores_all() -> None:
 
 def test_a_single_view_keeps_its_caption() -> None:
     grid = view_grid(Geometry(32, 8), 32, 32, 0.5)
-    (row,) = caption_rows(BLUE, "blue", grid, Writer(CaptionsConfig(), Echo(lambda _: "red"), words, "", Colours()))
+    (row,) = caption_rows(BLUE, "blue", grid, Writer(CaptionsConfig(), Echo(lambda _: "red"), words, 75, "", Colours()))
     assert (row["caption"], row["status"], row["fit"]) == ("red", "ok", 0.0)
 
 

@@ -22,7 +22,7 @@ from resmaster_flows.cli.main import VERBS, parser
 from resmaster_stages.config.dataset import QualityConfig
 from resmaster_stages.config.load import load_config
 from resmaster_stages.models.bases.base import Geometry
-from resmaster_stages.planning.workload import high_res_work
+from resmaster_stages.planning.workload import Denoising, high_res_work
 from tests.checkout import PYTHONPATH, ROOT
 from tests.test_infra import ELSEWHERE
 
@@ -430,6 +430,9 @@ def test_the_thresholds_of_the_flags_are_those_of_the_settings() -> None:
 
 def test_the_demo_takes_the_rows_that_its_pages_name() -> None:
     demo = ROOT / "deployments" / "datasets" / "picturebook.yaml"
-    rows = sum(part.rows * part.area for part in high_res_work(load_config(demo).upscale, Geometry(128, 8), 128, 128))
+    rows = sum(
+        part.rows * part.area
+        for part in high_res_work(load_config(demo).upscale, Denoising(Geometry(128, 8)), 128, 128)
+    )
     assert f"{rows:.0f} rows an image" in demo.read_text()
     assert f"{rows:.0f} rows an image" in (ROOT / "docs" / "speed.md").read_text()

@@ -212,9 +212,17 @@ def test_half_precision_draws_nearly_the_same_image(dtype):
     assert 0 < np.abs(np.asarray(half).astype(int) - np.asarray(whole).astype(int)).mean() < 4
 
 
-def test_offloaded_parts_are_on_the_device_only_while_they_work():
+@pytest.mark.parametrize(
+    ("offload", "moved"),
+    [
+        ("model", {"unet", "vae", "text_encoder", "text_encoder_2", "image_encoder"}),
+        ("text", {"text_encoder", "text_encoder_2"}),
+        ("none", set()),
+    ],
+)
+def test_offloaded_parts_are_on_the_device_only_while_they_work(offload, moved):
     pipe = make_adapted_pipeline()
-    ours = Models.from_pipeline(pipe, offload="model")
+    ours = Models.from_pipeline(pipe, offload=offload)
     places = {}
 
     def watch(name, module):
@@ -230,7 +238,7 @@ def test_offloaded_parts_are_on_the_device_only_while_they_work():
     for name in ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder"):
         watch(name, getattr(pipe, name))
     upscale_image(ours, some_image(), "a cat", config=settings(steps=1))
-    assert set(places) == {"unet", "vae", "text_encoder", "text_encoder_2", "image_encoder"}
+    assert set(places) == moved
     for moves in places.values():
         assert moves[::2] == [ours.device] * (len(moves) // 2)
         assert moves[1::2] == ["cpu"] * (len(moves) // 2)

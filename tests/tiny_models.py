@@ -226,13 +226,14 @@ def save(folder: Path) -> Path:
 
 @contextmanager
 def counted(unet: Any) -> Iterator[list[tuple[int, ...]]]:
-    """Shapes of the UNet's calls within the block."""
+    """Shapes of the calls of a UNet or a transformer within the block."""
     shapes: list[tuple[int, ...]] = []
     original = unet.forward
 
-    def forward(sample: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        sample = args[0] if args else kwargs["hidden_states"]
         shapes.append(tuple(sample.shape))
-        return original(sample, *args, **kwargs)
+        return original(*args, **kwargs)
 
     unet.forward = forward
     try:

@@ -5,7 +5,8 @@ A prompt with more tokens than the text encoders take loses its end. `truncated`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,6 +38,23 @@ def truncated(models: Models, prompts: Sequence[str]) -> list[bool]:
     return [count > models.base.tokens for count in models.base.count(prompts)]
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within the block, libraries do not warn of long prompts, of which `truncated` tells."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    libraries = (of_diffusers, of_transformers)
+    before = [library.get_verbosity() for library in libraries]
+    try:
+        for library in libraries:
+            library.set_verbosity_error()
+        yield
+    finally:
+        for library, level in zip(libraries, before):
+            library.set_verbosity(level)
+
+
 def encode_prompts(models: Models, prompts: Sequence[str], *, negative: bool = False) -> TextEmbeddings:
     """Embeddings of `prompts`, one item each.
 
@@ -44,7 +62,7 @@ def encode_prompts(models: Models, prompts: Sequence[str], *, negative: bool = F
     """
     base, distinct = models.base, list(dict.fromkeys(prompts))
     batches = [distinct[i : i + _BATCH] for i in range(0, len(distinct), _BATCH)]
-    with torch.inference_mode(), models.using(*base.text_encoders):
+    with torch.inference_mode(), models.using(*base.text_encoders), _quiet():
         parts = [base.encode(batch, negative, models.device) for batch in batches]
     longest = max(part.states.shape[1] for part in parts)
     parts = [part.padded(longest) for part in parts]

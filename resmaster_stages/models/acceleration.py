@@ -39,10 +39,9 @@ _NOT_IN_FP8 = (
     "embed",
     "norm",
     "modulation",
-    "proj_out",
 )
-"""Parts of the names of layers that stay as they are: embeddings, text and image projections. They cost nothing, and
-their errors reach every pixel."""
+"""Parts of the names of layers that stay as they are: embeddings, modulations, text and image projections. They cost
+nothing, and their errors reach every pixel. The same is true of layers outside of all blocks."""
 
 
 def can_compile(device: torch.device) -> bool:
@@ -108,7 +107,7 @@ def changed_blocks_uncompiled(unet: Any) -> Iterator[None]:
 def takes_fp8(module: nn.Module, name: str, least_width: int = FP8_LEAST_WIDTH) -> bool:
     """Whether a layer of a UNet shall compute in 8 bits: a wide linear layer of its blocks with widths divisible by
     16."""
-    if not isinstance(module, nn.Linear) or any(part in name for part in _NOT_IN_FP8):
+    if not isinstance(module, nn.Linear) or "." not in name or any(part in name for part in _NOT_IN_FP8):
         return False
     widths = (module.in_features, module.out_features)
     return min(widths) >= least_width and not any(width % 16 for width in widths)

@@ -45,11 +45,8 @@ from resmaster_stages.models.files import TRANSFORMERS, folder_with, object_in, 
 from resmaster_stages.models.identity import PICTUREBOOK, model_identity
 from resmaster_stages.models.places import location, reason_of, resolve_device, whole_weights
 
-MAX_TOKENS = 75
-"""Content tokens that CLIP's text encoders take: 77 minus the begin and end marks."""
 MAX_STYLE_TOKENS = 40
 """A longer style would leave no room for the caption."""
-
 
 OTHER_CAPTIONERS = (
     "`picturebook`, a folder or hub id of a Transformers image-text-to-text model with safetensors weights, or "
@@ -60,7 +57,7 @@ OTHER_CAPTIONERS = (
 ANSWER_BYTES = 1 << 20
 """Longest answer of a server, with its headers. A sentence takes some hundred bytes."""
 CAPTION_CHARACTERS = 4000
-"""Of a server's sentence, without its thoughts, so much is looked at. `MAX_TOKENS` are far less."""
+"""Of a server's sentence, without its thoughts, so much is looked at. A caption is far shorter."""
 
 
 class Captioner(Protocol):
@@ -113,7 +110,7 @@ def clean_caption(text: str) -> str:
     return text if any(c.isalnum() for c in text) else ""
 
 
-def shorten(text: str, count: TokenCounter, limit: int = MAX_TOKENS, suffix: str = "") -> tuple[str, int, bool]:
+def shorten(text: str, count: TokenCounter, limit: int, suffix: str = "") -> tuple[str, int, bool]:
     """Drop words from the end of `text` until `text` + `suffix` fits: (shortened text, its tokens, truncated).
 
     The suffix is kept. A text without blanks is cut between characters. The result has at most `limit` tokens, unless
@@ -162,6 +159,11 @@ def token_counter(model: ModelConfig) -> TokenCounter:
     Raises ConfigError.
     """
     return family_of(model).token_counter(model)
+
+
+def content_tokens(model: ModelConfig) -> int:
+    """The most content tokens of a text that the base model reads. Raises ConfigError."""
+    return family_of(model).content_tokens(model)
 
 
 # ---------------------------------------------------------------------------------------------------- captioners

@@ -58,10 +58,13 @@ class Models:
     @property
     def resident(self) -> tuple[Any, ...]:
         """The modules that stay on the device."""
-        if self.offload == "model":
-            return ()
-        away = self.base.text_encoders if self.offload == "text" else ()
-        return tuple(part for part in self.parts if not any(part is each for each in away))
+        return tuple(part for part in self.parts if not self._visits(part))
+
+    def _visits(self, module: Any) -> bool:
+        """Whether a module is on the device only while it works."""
+        if self.offload == "text":
+            return any(module is encoder for encoder in self.base.text_encoders)
+        return self.offload == "model"
 
     def come(self) -> None:
         """Moves the captioner off the device and the parts that stay on the device to it.
@@ -75,8 +78,7 @@ class Models:
     def using(self, *modules: Any) -> Iterator[None]:
         """Within the block, `modules` are on the device. Those that are offloaded go back to the CPU afterwards."""
         self.come()
-        resident = self.resident
-        visitors = [module for module in modules if not any(module is part for part in resident)]
+        visitors = [module for module in modules if self._visits(module)]
         try:
             for module in visitors:
                 module.to(self.device)

@@ -106,8 +106,8 @@ def test_what_cannot_be_loaded_is_named_in_one_line(copy, tmp_path):
     broken.mkdir()
     (broken / "model_index.json").write_text("{")
     assert "cannot read model_index.json" in refused(ModelConfig(id=str(broken)))
-    (broken / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    for name in ("FluxPipeline", "SDXL", "Stable Diffusion 1.x and 2.x"):
+    (broken / "model_index.json").write_text('{"_class_name": "AuraFlowPipeline"}')
+    for name in ("AuraFlowPipeline", "SDXL", "Stable Diffusion 1.x and 2.x"):
         assert name in refused(ModelConfig(id=str(broken)))
     assert "no device" in refused(ModelConfig(id=str(copy), device="tpu9"))
     assert "cuda:99" in refused(ModelConfig(id=str(copy), device="cuda:99"))

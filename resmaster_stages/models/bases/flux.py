@@ -51,12 +51,6 @@ def image_ids(height: int, width: int, device: torch.device) -> Tensor:
 class Flux(Transformer):
     """A loaded model."""
 
-    @property
-    def tokens(self) -> int:
-        """512, or what T5's tokenizer is limited to; 256 for schnell."""
-        longest = 512 if self.facts.transformer.get("guidance_embeds") or self.facts.guidance == "cfg" else 256
-        return min(longest, self.pipe.tokenizer_2.model_max_length)
-
     def encode(self, prompts: list[str], negative: bool, device: torch.device) -> Texts:
         """T5's states, padding included, and CLIP's pooled text."""
         states, pooled, _ = self.pipe.encode_prompt(prompts, prompts, device=device, max_sequence_length=self.tokens)
@@ -129,6 +123,7 @@ KIND = Kind(
     path=path,
     base=_flux,
     tokenizer="tokenizer_2",
+    tokens=lambda facts: 256 if sampling(facts).kind == "none" else 512,
     abilities=frozenset({"image_prompts"}),
     adapter_checks=flux_files.checks,
     load_adapter=flux_files.load,

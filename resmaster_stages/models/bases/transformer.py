@@ -22,7 +22,7 @@ from resmaster_stages.models.bases.base import (
     Timing,
     guide,
 )
-from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind
+from resmaster_stages.models.bases.transformer_files import Facts, Kind, added, content, family_of_kind, longest
 
 if TYPE_CHECKING:
     import torch
@@ -101,17 +101,22 @@ class Transformer:
         """The output [N, C, h, w] for latents [N, C, h, w] in the transformer's number format, at one timestep []."""
         raise NotImplementedError
 
+    # ------------------------------------------------------------------------------------------------- shared
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the text encoder that reads the longest text."""
+        return getattr(self.pipe, self.kind.tokenizer, None) or self.pipe.tokenizer
+
     @property
     def tokens(self) -> int:
-        """Tokens that the text encoders read. Further tokens of a prompt are lost."""
-        raise NotImplementedError
+        """What the family reads, or what the tokenizer is limited to."""
+        return longest(self.kind, self.facts, self.tokenizer)
 
     def count(self, prompts: Sequence[str]) -> list[int]:
-        """The number of tokens of each prompt."""
-        tokenizer = getattr(self.pipe, self.kind.tokenizer)
-        return [len(ids) for ids in tokenizer(list(prompts), truncation=False, verbose=False).input_ids]
-
-    # ------------------------------------------------------------------------------------------------- shared
+        """The number of tokens of each prompt, with those that are added."""
+        more = added(self.kind, self.tokenizer)
+        return [len(ids) + more for ids in content(self.tokenizer, list(prompts))]
 
     @property
     def family(self) -> Family:
