@@ -40,6 +40,11 @@ class ReduxEncoder(nn.Module):
         return self.vision.config
 
     @property
+    def device(self) -> torch.device:
+        """SigLIP's."""
+        return next(self.vision.parameters()).device
+
+    @property
     def dtype(self) -> torch.dtype:
         """SigLIP's."""
         return next(self.vision.parameters()).dtype

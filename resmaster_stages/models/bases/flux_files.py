@@ -72,12 +72,14 @@ def require_encoder_fit(
     tensors: Mapping[str, tuple[int, ...]], adapter: IpAdapterConfig, encoder: Mapping[str, Any]
 ) -> None:
     """Raise ConfigError unless an adapter reads what an image encoder with the configuration `encoder` makes."""
-    vision = encoder.get("vision_config")
+    vision = encoder.get("vision_config", encoder)  # a whole CLIP or SigLIP, or its image encoder alone
+    if not isinstance(vision, dict):
+        raise ConfigError(f"{adapter.encoder_place()[0]} is no image encoder; set model.ip_adapter.image_encoder")
     if kind_of(tensors, adapter) == "redux":
-        read, made = tensors["redux_up.weight"][1], (vision if isinstance(vision, dict) else encoder).get("hidden_size")
+        read, made = tensors["redux_up.weight"][1], vision.get("hidden_size")
     else:
         name = next(name for name in tensors if name.endswith("proj.weight") and name.count(".") == 2)
-        read, made = tensors[name][1], encoder.get("projection_dim")
+        read, made = tensors[name][1], vision.get("projection_dim")
     if read != made:
         raise ConfigError(
             f"{adapter.weight_name} of {adapter.id} reads {read} numbers of an image, and the image encoder of "
