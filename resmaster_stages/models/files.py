@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from resmaster_stages.config.part import LONGEST_SHOWN
 from resmaster_stages.errors import ConfigError, first_line
 from resmaster_stages.models.identity import NetworkFile, own_network
 from resmaster_stages.models.places import at_hub, location
@@ -100,10 +101,8 @@ def require_weights(model_id: str, folder: Path, stem: str, variant: str | None 
     variant: part of the names, such as `fp16`; files without the part are used where none has it. Raises
     NotOnThisMachine if the model is at the hub and its weights are still to be downloaded.
     """
-    endings = [f".{variant}", ""] if variant else [""]
-    for ending in endings:
-        shape = re.compile(rf"{re.escape(stem + ending)}(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-        names = {path.name for path in folder.iterdir() if shape.fullmatch(path.name)} if folder.is_dir() else set()
+    for ending in _endings(variant):
+        names = _named(folder, stem + ending)
         indices = {name for name in names if name.endswith(".json")}
         for name in sorted(indices):
             listed = object_in(folder / name).get("weight_map")
@@ -114,6 +113,24 @@ def require_weights(model_id: str, folder: Path, stem: str, variant: str | None 
         if names - indices:
             return
     say_missing(model_id, f"{folder} has no file {stem}.safetensors")
+
+
+def weight_files(folder: Path, stem: str, variant: str | None = None) -> list[Path]:
+    """The files that `require_weights` finds, without indices; empty if there are none."""
+    for ending in _endings(variant):
+        if found := [folder / name for name in sorted(_named(folder, stem + ending)) if not name.endswith(".json")]:
+            return found
+    return []
+
+
+def _endings(variant: str | None) -> list[str]:
+    return [f".{variant}", ""] if variant else [""]
+
+
+def _named(folder: Path, stem: str) -> set[str]:
+    """Names of the safetensors and their indices in `folder` that begin with `stem`."""
+    shape = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+    return {path.name for path in folder.iterdir() if shape.fullmatch(path.name)} if folder.is_dir() else set()
 
 
 def say_missing(model_id: str, what: str) -> NoReturn:
@@ -130,3 +147,10 @@ def require_tokenizer(model_id: str, folder: Path) -> None:
     `require_weights` does."""
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
         say_missing(model_id, f"{folder} has no tokenizer.json or vocab.json")
+    if (settings := folder / "tokenizer_config.json").is_file():
+        longest = object_in(settings).get("model_max_length", 1)
+        if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest >= 1:
+            raise ConfigError(
+                f"{settings}: model_max_length is {repr(longest)[:LONGEST_SHOWN]} and must be a number from 1; "
+                "download the model again"
+            )
