@@ -12,8 +12,8 @@ from resmaster_stages.diffusion.reference import pad_to_multiple, to_image, to_t
 from resmaster_stages.diffusion.text import encode_prompts, truncated
 from resmaster_stages.diffusion.views import Grid, view_grid
 from resmaster_stages.errors import ConfigError
+from resmaster_stages.models.bases.adapter_files import CLIP_MEAN, CLIP_STD
 from resmaster_stages.models.bases.base import Geometry
-from resmaster_stages.models.bases.unet import CLIP_MEAN, CLIP_STD
 from resmaster_stages.models.ip_adapter import adapter_scale, preprocess
 from resmaster_stages.models.parts import Models
 from resmaster_stages.models.schedule import make_schedule

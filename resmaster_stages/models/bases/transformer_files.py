@@ -13,9 +13,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from resmaster_stages.config.model import ModelConfig
+from resmaster_stages.config.part import LONGEST_SHOWN
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases.base import (
     NO_ADAPTER,
@@ -172,7 +174,7 @@ def sizes(kind: Kind, facts: Facts, config: ModelConfig) -> Geometry:
         factor = int(kind.factor(facts.vae))
         native = int(kind.native_px(facts, factor) or NATIVE_PX)
         largest = kind.largest_px(facts, factor)
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, OverflowError, TypeError, ValueError) as error:
         raise ConfigError(
             f"model {facts.name!r}: its configuration does not tell its sizes ({type(error).__name__}: {error}); "
             "download the model again, or use another"
@@ -194,14 +196,22 @@ def require_kind(kind: Kind, facts: Facts) -> None:
     try:
         channels = kind.in_channels(facts.transformer)
     except (LookupError, TypeError) as error:
-        raise ConfigError(f"transformer/config.json lacks {error}; download the model again") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"transformer/config.json tells no channels ({reason}); download the model again") from None
     made = kind.vae_channels(facts.vae)
     if channels != made:
         raise ConfigError(
             f"its transformer reads {channels} channels, and its VAE makes {made}; it is "
             "an inpainting, editing or control variant; give a plain base model"
         )
+    for name in ("scaling_factor", "shift_factor"):
+        if (value := facts.vae.get(name)) is not None and not _is_number(value):
+            raise ConfigError(f"vae/config.json: {name} is {str(value)[:LONGEST_SHOWN]}, no number; download it again")
     kind.require(facts)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and isfinite(value)
 
 
 def family_of_kind(kind: Kind) -> Family:
