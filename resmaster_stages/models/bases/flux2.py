@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_TOKENS = 512
 _CFG, _DISTILLED = Sampling("cfg", 50, 4.0), Sampling("none", 4, 1.0, most_steps=16)
 
 
@@ -78,10 +77,9 @@ class Flux2(Transformer):
     """A loaded model, with a Mistral as its language model."""
 
     @property
-    def tokens(self) -> int:
-        """512, or what the tokenizer is limited to. The words of the chat template are among them."""
-        tokenizer = getattr(self.pipe.tokenizer, "tokenizer", self.pipe.tokenizer)  # a user's may be a processor
-        return min(_TOKENS, tokenizer.model_max_length)
+    def tokenizer(self) -> Any:
+        """The tokenizer, which a user's own pipeline may have inside a processor of texts and images."""
+        return getattr(self.pipe.tokenizer, "tokenizer", self.pipe.tokenizer)
 
     def count(self, prompts: Sequence[str]) -> list[int]:
         """The number of tokens of each prompt in the chat template."""
@@ -141,14 +139,13 @@ class Klein(Flux2):
 
     def count(self, prompts: Sequence[str]) -> list[int]:
         """The number of tokens of each prompt in the chat template."""
-        tokenizer = self.pipe.tokenizer
         texts = [
-            tokenizer.apply_chat_template(
+            self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
             )
             for prompt in prompts
         ]
-        return [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False).input_ids]
+        return [len(ids) for ids in self.tokenizer(texts, truncation=False, verbose=False).input_ids]
 
 
 def _dev(pipe: Any, facts: Facts, geometry: Geometry) -> Base:
@@ -172,6 +169,7 @@ DEV = Kind(
     base=_dev,
     require=require,
     plain_tokenizer=True,
+    template=48,  # the system message takes most of them
 )
 
 KLEIN = replace(
@@ -182,6 +180,7 @@ KLEIN = replace(
     sampling=klein_sampling,
     base=_klein,
     plain_tokenizer=False,
+    template=12,
 )
 
 FLUX_2, FLUX_2_KLEIN = family_of_kind(DEV), family_of_kind(KLEIN)

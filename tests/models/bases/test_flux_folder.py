@@ -92,9 +92,7 @@ def built(config: DatasetConfig) -> Dataset:
     return dataset
 
 
-def test_all_stages_of_a_folder_twice_with_the_same_bytes(
-    name: str, folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_all_stages_of_a_folder_twice_with_the_same_bytes(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     images = []
     for run in ("first", "second"):
         dataset = built(configured(tmp_path / run, folders[name], SCALE[name]))
@@ -158,7 +156,9 @@ def test_guidance_that_has_no_effect_is_refused_with_the_recommended_pair(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     config = configured(tmp_path, folders["schnell"], 7.5)
-    assert mistakes(config)[0].endswith("set low_res.steps: 4 and low_res.guidance_scale: 1, which are recommended for it")
+    assert mistakes(config)[0].endswith(
+        "set low_res.steps: 4 and low_res.guidance_scale: 1, which are recommended for it"
+    )
     unwritten = {"low_res": {"steps": 3, "height": 48, "width": 64}}
     (line,) = mistakes(configured(tmp_path, folders["dev"], 3.5, **unwritten))
     assert line.startswith("low_res.guidance_scale: 7.5 was chosen for SDXL")
