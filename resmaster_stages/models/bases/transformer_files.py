@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from resmaster_stages.config.model import ModelConfig
@@ -178,7 +179,22 @@ def require_kind(kind: Kind, facts: Facts) -> None:
             f"its transformer reads {channels} channels, and its VAE makes {made}; it is "
             "an inpainting, editing or control variant; give a plain base model"
         )
+    _require_affine(facts.vae)
     kind.require(facts)
+
+
+def _require_affine(vae: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a damaged scale or shift of a VAE's latents."""
+    scale, shift = vae.get("scaling_factor", 1.0), vae.get("shift_factor")
+    if not is_number(scale) or scale <= 0:
+        raise ConfigError(f"vae/config.json: scaling_factor is {scale!r}, not a number above 0; download it again")
+    if shift is not None and not is_number(shift):
+        raise ConfigError(f"vae/config.json: shift_factor is {shift!r}, not a number; download it again")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of a configuration is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def family_of_kind(kind: Kind) -> Family:
