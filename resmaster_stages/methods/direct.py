@@ -7,7 +7,7 @@ and layouts collapse. Every tuning-free method is measured against this baseline
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from resmaster_stages.config.method import register
 from resmaster_stages.diffusion.cost import UnetWork
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 @register
 class Direct(FromNoise, LateGuidance, MicroConditioned):
     """The whole canvas at once: for the native size, and as a baseline."""
+
+    in_one_piece: ClassVar[bool] = True
 
     method: Literal["direct"] = "direct"
 

@@ -78,6 +78,8 @@ class Diffusion(Method):
     """A method that denoises with the base model, in one or several passes of the canvas engine."""
 
     base_model: ClassVar[bool] = True
+    in_one_piece: ClassVar[bool] = False
+    """Whether the base model reads the whole canvas as one view."""
 
     via: tuple[float, ...] = ()
     """Intermediate scales at which the image is finished, e.g. [4] for scale 8. Each intermediate image becomes the

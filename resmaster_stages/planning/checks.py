@@ -20,10 +20,11 @@ from resmaster_stages.config.dataset import DatasetConfig, LowResConfig
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.dataset.dataset import Dataset, find_dataset
 from resmaster_stages.dataset.stages import stage_hashes, stages_of
+from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.errors import ConfigError, UserError
 from resmaster_stages.methods.settings import Diffusion
 from resmaster_stages.models.bases import family_of, require
-from resmaster_stages.models.bases.base import Ability, Asked, Demand
+from resmaster_stages.models.bases.base import Ability, Asked, Demand, require_readable
 from resmaster_stages.models.files import Check, NotOnThisMachine
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.places import require_device_name, resolve_device
@@ -115,7 +116,7 @@ def checks_of(config: DatasetConfig, stages: Collection[str], here: bool) -> Ite
     """What can be checked of a configuration for `stages`."""
     yield "model.id", lambda: geometry_of(config.model)
     if not config.images and _is_known(config.model):
-        yield "low_res", lambda: check_sizes(config)
+        yield "low_res", lambda: check_pieces(config, *check_sizes(config))
     yield from _of_base_model(config, stages)
     if "captions" in stages:
         yield from _of_captions(config, here)
@@ -248,6 +249,16 @@ def check_sizes(config: DatasetConfig) -> tuple[int, int]:
             f"model {config.model.id} is made for; use smaller sizes, and enlarge them by upscale.scale"
         )
     return height, width
+
+
+def check_pieces(config: DatasetConfig, height: int, width: int) -> None:
+    """Raise ConfigError if the base model cannot read what is drawn in one piece: low-res images of `height` x `width`
+    px and, by some methods, their high-res images."""
+    geometry, method = geometry_of(config.model), config.upscale
+    require_readable(geometry, height, width, "low_res", "use smaller sizes, and enlarge them by upscale.scale")
+    if isinstance(method, Diffusion) and method.in_one_piece:
+        target = target_size(height, width, method.scale)
+        require_readable(geometry, *target, "upscale", "use a method of views, such as resmaster, or a smaller scale")
 
 
 def check_root(root: Folder) -> None:

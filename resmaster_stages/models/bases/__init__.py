@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.bases import chroma, flux, qwen_image, unet, z_image
+from resmaster_stages.models.bases import chroma, flux, pixart, qwen_image, sd3, unet, z_image
 from resmaster_stages.models.bases.base import Ability, Family
 from resmaster_stages.models.places import ModelFiles
 
@@ -16,6 +16,9 @@ FAMILIES: list[Family] = [
     unet.STABLE_DIFFUSION,
     flux.FLUX,
     chroma.CHROMA,
+    sd3.SD3,
+    pixart.PIXART_SIGMA,
+    pixart.PIXART_ALPHA,
     z_image.Z_IMAGE,
     qwen_image.QWEN_IMAGE,
 ]

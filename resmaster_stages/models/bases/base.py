@@ -29,6 +29,9 @@ IP-Adapter."""
 NO_ADAPTER = "model {}: image prompts need an IP-Adapter; set model.ip_adapter, or upscale.image_prompt.enabled: false"
 """What is said of a model without an IP-Adapter where image prompts are asked for."""
 
+NO_TIME_SHIFT = "upscale.time_shift: only flow-matching models have one, and {} is none; leave it out"
+"""What is said of a model with another path where a time shift is asked for."""
+
 Layers = Literal["sdxl", "sd1", "sd2"]
 """UNets for whose layers some papers give settings."""
 
@@ -49,6 +52,8 @@ class Geometry:
     """Pixels per latent along one axis (8 for SDXL)."""
     multiple: int = 1
     """Sides of canvases and views are multiples of this many latents: 2 for a transformer with patches of 2 x 2."""
+    largest_px: int | None = None
+    """The longest side of a view that the model can read. None: any."""
 
     @property
     def step_px(self) -> int:
@@ -59,6 +64,18 @@ class Geometry:
     def native(self) -> int:
         """`native_px` in latents."""
         return self.native_px // self.latent_factor
+
+
+def require_readable(geometry: Geometry, height: int, width: int, setting: str, way_out: str) -> None:
+    """Raise ConfigError if the model cannot read a view of `height` x `width` px.
+
+    setting: what asks for the view. way_out: what to do instead.
+    """
+    if geometry.largest_px is not None and max(height, width) > geometry.largest_px:
+        raise ConfigError(
+            f"{setting}: the model reads at most {geometry.largest_px} px a side in one piece, and this is {width} x "
+            f"{height} px; {way_out}"
+        )
 
 
 def sized(config: ModelConfig, native_px: int, step_px: int) -> int:

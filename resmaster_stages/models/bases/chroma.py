@@ -29,11 +29,6 @@ def sampling(facts: Facts) -> Sampling:
 class Chroma(flux.Flux):
     """A loaded model."""
 
-    @property
-    def tokens(self) -> int:
-        """512, or what T5's tokenizer is limited to."""
-        return min(512, self.pipe.tokenizer.model_max_length)
-
     def encode(self, prompts: list[str], negative: bool, device: torch.device) -> Texts:
         """T5's states, and the mask of the words and the first pad token."""
         states, _, mask, *_ = self.pipe.encode_prompt(

@@ -22,7 +22,7 @@ from resmaster_stages.models.bases.base import (
     Timing,
     guide,
 )
-from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind
+from resmaster_stages.models.bases.transformer_files import Facts, Kind, added, content, family_of_kind, longest
 
 if TYPE_CHECKING:
     import torch
@@ -104,15 +104,19 @@ class Transformer:
     # ------------------------------------------------------------------------------------------------- shared
 
     @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the text encoder that reads the longest text."""
+        return getattr(self.pipe, self.kind.tokenizer, None) or self.pipe.tokenizer
+
+    @property
     def tokens(self) -> int:
         """What the family reads, or what the tokenizer is limited to."""
-        return int(min(self.kind.tokens(self.facts), getattr(self.pipe, self.kind.tokenizer).model_max_length))
+        return longest(self.kind, self.facts, self.tokenizer)
 
     def count(self, prompts: Sequence[str]) -> list[int]:
         """The number of tokens of each prompt, with those that are added."""
-        tokenizer = getattr(self.pipe, self.kind.tokenizer)
-        ids = tokenizer(list(prompts), add_special_tokens=False, truncation=False, verbose=False).input_ids
-        return [len(each) + self.kind.marks for each in ids]
+        more = added(self.kind, self.tokenizer)
+        return [len(ids) + more for ids in content(self.tokenizer, list(prompts))]
 
     @property
     def family(self) -> Family:

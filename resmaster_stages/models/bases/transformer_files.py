@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases.base import (
     NO_ADAPTER,
+    NO_TIME_SHIFT,
     Ability,
     Asked,
     Base,
@@ -29,6 +30,7 @@ from resmaster_stages.models.bases.base import (
     Sampling,
     Timing,
     TokenCounter,
+    require_readable,
     require_sampling,
     sized,
 )
@@ -92,21 +94,27 @@ class Kind:
     """(facts, steps, timing) -> the steps. Raises ConfigError."""
     base: Callable[[Any, Facts, Geometry], Base]
     """(pipeline, facts, sizes) -> its loaded parts."""
+    older: str = ""
+    """Name that diffusers' denoiser had when the first models were published."""
     require: Callable[[Facts], None] = lambda facts: None
     """Raises ConfigError for variants that the engine cannot use and that no other field recognises."""
     vae_channels: Callable[[Mapping[str, Any]], int | None] = lambda vae: vae.get("latent_channels")
     """Channels of the VAE's latents, from its configuration."""
     tokenizer: str = "tokenizer"
-    """Folder of the tokenizer that counts a caption's tokens."""
+    """Folder of the tokenizer that counts a caption's tokens. Models without it count with `tokenizer`."""
     tokens: Callable[[Facts], int] = lambda facts: 512
-    """Tokens that the text encoder reads, `marks` included."""
-    marks: int = 1
-    """Tokens that are added to every text: T5's end mark, or a chat template."""
+    """Tokens that the text encoder reads, with marks and template."""
+    template: int = 0
+    """Tokens of the chat template that is put around every text."""
     abilities: frozenset[Ability] = field(default_factory=frozenset)
     factor: Callable[[Mapping[str, Any]], int] = lambda vae: 2 ** (len(vae["block_out_channels"]) - 1)
     """Pixels per latent along one axis, from the VAE's configuration."""
     multiple: int = 2
     """As `Geometry.multiple`."""
+    largest_px: Callable[[Facts, int], int | None] = lambda facts, factor: None
+    """(facts, px per latent) -> `Geometry.largest_px`."""
+    shifted: bool = True
+    """Whether the path can have a time shift."""
     native_px: Callable[[Facts, int], int | None] = lambda facts, factor: facts.vae.get("sample_size")
     """(facts, px per latent) -> native size. None: `NATIVE_PX`."""
     parts: tuple[str, ...] = ()
@@ -152,20 +160,23 @@ def sizes(kind: Kind, facts: Facts, config: ModelConfig) -> Geometry:
     try:
         factor = int(kind.factor(facts.vae))
         native = int(kind.native_px(facts, factor) or NATIVE_PX)
+        largest = kind.largest_px(facts, factor)
     except (LookupError, TypeError, ValueError) as error:
         raise ConfigError(
             f"model {facts.name!r}: its configuration does not tell its sizes ({type(error).__name__}: {error}); "
             "download the model again, or use another"
         ) from None
-    if factor < 1 or native < factor:
+    if factor < 1 or native < factor or (largest is not None and largest < factor):
         raise ConfigError(f"model {facts.name!r}: its configuration has impossible sizes; download the model again")
-    return Geometry(sized(config, native, factor * kind.multiple), factor, kind.multiple)
+    geometry = Geometry(sized(config, native, factor * kind.multiple), factor, kind.multiple, largest)
+    require_readable(geometry, geometry.native_px, geometry.native_px, "model.native_px", f"set it to {largest}")
+    return geometry
 
 
 def require_kind(kind: Kind, facts: Facts) -> None:
     """Raise ConfigError for variants that the engine cannot use."""
     name = facts.transformer.get("_class_name", kind.transformer)
-    if name != kind.transformer:
+    if name not in (kind.transformer, kind.older):
         raise ConfigError(f"its transformer is a {name}, not a {kind.transformer}; give a base model")
     if (vae := facts.vae.get("_class_name", kind.vae)) != kind.vae:
         raise ConfigError(f"its VAE is {vae!r}, not an {kind.vae}; give another VAE, or null")
@@ -221,21 +232,40 @@ def _course(kind: Kind, config: ModelConfig, steps: int, timing: Timing) -> Cour
     return course_of(kind.path(facts, steps, timing), kind.sampling(facts).kind == "cfg")
 
 
-def _content_tokens(kind: Kind, config: ModelConfig) -> int:
-    tokenizer = ModelFiles(config.id, config.revision).json(f"{kind.tokenizer}/tokenizer_config.json")
-    limit = tokenizer.get("model_max_length")
-    read = kind.tokens(facts_of(config))
-    return (min(read, int(limit)) if isinstance(limit, int | float) else read) - kind.marks
+@lru_cache(maxsize=4)
+def _tokenizer(kind: Kind, config: ModelConfig) -> Any:
+    """The tokenizer that counts a caption's tokens. Raises ConfigError."""
+    from transformers import AutoTokenizer
+
+    folder = kind.tokenizer if has(facts_of(config).index, kind.tokenizer) else "tokenizer"
+    with loading(config.id, "its tokenizer"):
+        return AutoTokenizer.from_pretrained(location(config.id), subfolder=folder, revision=config.revision or "main")
 
 
 def _token_counter(kind: Kind, config: ModelConfig) -> TokenCounter:
-    from transformers import AutoTokenizer
+    tokenizer = _tokenizer(kind, config)
+    return lambda text: len(content(tokenizer, [text])[0])
 
-    with loading(config.id, "its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            location(config.id), subfolder=kind.tokenizer, revision=config.revision or "main"
-        )
-    return lambda text: len(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+
+def _content_tokens(kind: Kind, config: ModelConfig) -> int:
+    tokenizer = _tokenizer(kind, config)
+    return longest(kind, facts_of(config), tokenizer) - added(kind, tokenizer)
+
+
+def content(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The tokens of each text, without marks."""
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False).input_ids
+    return ids
+
+
+def added(kind: Kind, tokenizer: Any) -> int:
+    """The number of tokens that are added to every text: marks and a template."""
+    return len(tokenizer("").input_ids) + kind.template
+
+
+def longest(kind: Kind, facts: Facts, tokenizer: Any) -> int:
+    """The tokens that are read: what the text encoder reads, or what the tokenizer is limited to."""
+    return int(min(kind.tokens(facts), tokenizer.model_max_length))
 
 
 def _load(kind: Kind, config: ModelConfig, dtype: torch.dtype) -> Any:
@@ -283,6 +313,8 @@ def _checks(kind: Kind, config: ModelConfig, demand: Demand) -> Iterator[Check]:
         yield from kind.adapter_checks(config)
     elif demand.image_prompts:
         yield "model.ip_adapter", partial(_refuse, NO_ADAPTER.format(config.id))
+    if demand.time_shift and not kind.shifted:
+        yield "upscale.time_shift", partial(_refuse, NO_TIME_SHIFT.format(config.id))
     for asked in demand.sampling:
         yield asked.part, partial(_check_sampling, kind, config, asked)
         yield f"{asked.part}.steps", partial(_check_path, kind, config, asked.steps)
@@ -304,12 +336,16 @@ def _refuse(message: str) -> None:
     raise ConfigError(message)
 
 
+def has(index: Mapping[str, Any], part: str) -> bool:
+    """Whether a pipeline has a part, by its index."""
+    kind = index.get(part)
+    return isinstance(kind, list | tuple) and None not in kind
+
+
 def _check_parts(config: ModelConfig, index: Mapping[str, Any]) -> None:
     """That the weights and tokenizers of all parts are there and whole."""
     folder = folder_with(config.id, "model_index.json", config.revision)
-    for part, kind in index.items():
-        if not isinstance(kind, list) or None in kind:
-            continue
+    for part in (part for part in index if has(index, part)):
         if part == "transformer" or (part == "vae" and config.vae is None):
             require_weights(config.id, folder / part, DIFFUSERS, config.variant)
         elif re.fullmatch(r"text_encoder(_\d)?", part):

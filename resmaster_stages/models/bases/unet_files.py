@@ -12,7 +12,7 @@ from typing import Any
 
 from resmaster_stages.config.model import IpAdapterConfig, ModelConfig
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.bases.base import NO_ADAPTER, Demand
+from resmaster_stages.models.bases.base import NO_ADAPTER, NO_TIME_SHIFT, Demand
 from resmaster_stages.models.files import (
     DIFFUSERS,
     TRANSFORMERS,
@@ -75,6 +75,8 @@ def checks(told_sizes: bool, config: ModelConfig, demand: Demand) -> Iterator[Ch
         yield "model.ip_adapter", partial(_check_encoder, config, adapter)
     elif demand.image_prompts:
         yield "model.ip_adapter", partial(_refuse, NO_ADAPTER.format(config.id))
+    if demand.time_shift:
+        yield "upscale.time_shift", partial(_refuse, NO_TIME_SHIFT.format(config.id))
     for asked in demand.sampling:
         yield f"{asked.part}.steps", partial(_check_path, config, asked.steps)
 

@@ -8,7 +8,6 @@ from resmaster_stages.diffusion.text import truncated
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.generate import generate
-from resmaster_stages.methods.settings import timing_of
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.bases.base import Geometry, Timing
 from resmaster_stages.models.captioner import content_tokens
@@ -147,19 +146,25 @@ def test_the_native_size_can_be_said(folders):
 def test_the_time_shift_is_that_of_a_view():
     base = Models.from_pipeline(make_flux()).base
     grid = view_grid(Geometry(1024, 8, 2), 4096, 4096, 0.5)
-    view = timing_of("view", grid)
+
+    def timing_of(time_shift):
+        return settings("multidiffusion", time_shift=time_shift).timing(grid)
+
+    view = timing_of("view")
     assert view == Timing(128 * 128)
-    assert timing_of("sqrt", grid) == Timing(128 * 128, growth=4.0)
-    assert timing_of(6.0, grid) == Timing(128 * 128, shift=6.0)
+    assert timing_of("sqrt") == Timing(128 * 128, growth=4.0)
+    assert timing_of(6.0) == Timing(128 * 128, shift=6.0)
 
     def shift(timing):
         first, second = base.path(2, timing)
         assert first.sigma == 1
         return second.sigma / (1 - second.sigma)  # of the level 0.5
 
+    assert settings("direct").timing(grid) == Timing(128 * 128), "a large canvas has the shift of the native size"
+    assert settings("direct").timing(view_grid(Geometry(1024, 8, 2), 512, 1024, 0.5)) == Timing(64 * 128)
     assert shift(view) == pytest.approx(2.71828**1.15, rel=1e-4), "as for 1024 px, not as for 4096"
-    assert shift(timing_of("sqrt", grid)) == pytest.approx(4 * 2.71828**1.15, rel=1e-4)
-    assert shift(timing_of(6.0, grid)) == pytest.approx(6.0, rel=1e-5)
+    assert shift(timing_of("sqrt")) == pytest.approx(4 * 2.71828**1.15, rel=1e-4)
+    assert shift(timing_of(6.0)) == pytest.approx(6.0, rel=1e-5)
 
 
 def test_captions_may_be_as_long_as_the_text_encoder_reads(folders):
