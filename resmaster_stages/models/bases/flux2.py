@@ -21,7 +21,7 @@ from resmaster_stages.config.part import LONGEST_SHOWN
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases.base import Base, Geometry, Rows, Sampling, Texts, Timing
 from resmaster_stages.models.bases.transformer import Transformer, packed, unpacked
-from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind
+from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind, is_number
 from resmaster_stages.models.flow import empirical_shift, flow_schedule
 from resmaster_stages.models.schedule import Step
 
@@ -50,7 +50,7 @@ def klein_sampling(facts: Facts) -> Sampling:
 def require(facts: Facts) -> None:
     """Raise ConfigError unless the VAE's batch norm is as the engine computes it."""
     least, patch = facts.vae.get("batch_norm_eps", 1e-4), facts.vae.get("patch_size", [2, 2])
-    if isinstance(least, bool) or not isinstance(least, int | float) or not 0 <= least < 1:
+    if not is_number(least) or not 0 <= least < 1:
         said = f"batch_norm_eps is {repr(least)[:LONGEST_SHOWN]} and must be a small number"
     elif patch not in ([2, 2], (2, 2)):
         said = f"patch_size is {repr(patch)[:LONGEST_SHOWN]} and must be [2, 2]"

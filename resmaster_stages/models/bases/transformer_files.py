@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from resmaster_stages.config.model import ModelConfig
@@ -96,6 +97,10 @@ class Kind:
     """(pipeline, facts, sizes) -> its loaded parts."""
     older: str = ""
     """Name that diffusers' denoiser had when the first models were published."""
+    require: Callable[[Facts], None] = lambda facts: None
+    """Raises ConfigError for variants that the engine cannot use and that no other field recognises."""
+    vae_channels: Callable[[Mapping[str, Any]], int | None] = lambda vae: vae.get("latent_channels")
+    """Channels of the VAE's latents, from its configuration."""
     tokenizer: str = "tokenizer"
     """Folder of the tokenizer that counts a caption's tokens. Models without it count with `tokenizer`."""
     plain_tokenizer: bool = False
@@ -116,8 +121,6 @@ class Kind:
     """Whether the path can have a time shift."""
     native_px: Callable[[Facts, int], int | None] = lambda facts, factor: facts.vae.get("sample_size")
     """(facts, px per latent) -> native size. None: `NATIVE_PX`."""
-    require: Callable[[Facts], None] = lambda facts: None
-    """Raises ConfigError if a model cannot be used for a reason that only this family knows."""
     parts: tuple[str, ...] = ()
     """Parts of the pipeline that are loaded as None: safety checkers and the like."""
     adapter_checks: Callable[[ModelConfig], Iterator[Check]] = lambda config: iter(())
@@ -148,7 +151,7 @@ def facts_of_pipeline(pipe: Any, config: ModelConfig) -> Facts:
     """The facts of a loaded pipeline."""
     index = dict(pipe.config)
     return Facts(
-        name=str(index.get("_name_or_path") or config.id),
+        name=config.id if "id" in config.model_fields_set else str(index.get("_name_or_path") or config.id),
         index=index,
         transformer=_config_of(pipe.transformer),
         vae=_config_of(pipe.vae),
@@ -187,18 +190,34 @@ def require_kind(kind: Kind, facts: Facts) -> None:
     name = facts.transformer.get("_class_name", kind.transformer)
     if name not in (kind.transformer, kind.older):
         raise ConfigError(f"its transformer is a {name}, not a {kind.transformer}; give a base model")
-    if (made := facts.vae.get("_class_name", kind.vae)) != kind.vae:
-        raise ConfigError(f"its VAE is {made!r}, not an {kind.vae}; give another VAE, or null")
+    if (vae := facts.vae.get("_class_name", kind.vae)) != kind.vae:
+        raise ConfigError(f"its VAE is {vae!r}, not an {kind.vae}; give another VAE, or null")
     try:
         channels = kind.in_channels(facts.transformer)
     except (LookupError, TypeError) as error:
         raise ConfigError(f"transformer/config.json lacks {error}; download the model again") from None
-    if channels != kind.channels and channels != facts.vae.get("latent_channels"):
+    made = kind.vae_channels(facts.vae)
+    if channels != made:
         raise ConfigError(
-            f"its transformer reads {channels} channels, and its VAE makes {facts.vae.get('latent_channels')}; it is "
+            f"its transformer reads {channels} channels, and its VAE makes {made}; it is "
             "an inpainting, editing or control variant; give a plain base model"
         )
+    _require_affine(facts.vae)
     kind.require(facts)
+
+
+def _require_affine(vae: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a damaged scale or shift of a VAE's latents."""
+    scale, shift = vae.get("scaling_factor", 1.0), vae.get("shift_factor")
+    if not is_number(scale) or scale <= 0:
+        raise ConfigError(f"vae/config.json: scaling_factor is {scale!r}, not a number above 0; download it again")
+    if shift is not None and not is_number(shift):
+        raise ConfigError(f"vae/config.json: shift_factor is {shift!r}, not a number; download it again")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of a configuration is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def family_of_kind(kind: Kind) -> Family:
