@@ -18,7 +18,7 @@ from resmaster_stages.config.load import parse_config
 from resmaster_stages.config.method import DEFAULT, with_method
 from resmaster_stages.config.model import SDXL, ModelConfig
 from resmaster_stages.errors import ConfigError, SampleError, UserError
-from resmaster_stages.models.identity import PICTUREBOOK
+from resmaster_stages.models.identity import PACK_MODELS, PICTUREBOOK
 from resmaster_stages.storage.filesystem import open_regular
 from resmaster_stages.storage.images import convert_image, decode_image
 from resmaster_stages.storage.sources import MAX_FILE_BYTES
@@ -66,7 +66,7 @@ def upscale(
     models = None if isinstance(model, str | Path) else as_models(model)
     name = models.identity.partition("@")[0] if models else str(model)
     captioner = captions if isinstance(captions, str) else "prompt"
-    if models and name != PICTUREBOOK and captioner not in ("auto", "prompt"):
+    if models and name not in PACK_MODELS and captioner not in ("auto", "prompt"):
         raise ConfigError(
             f"captions: the captioner {captioner!r} needs a model that is given by name; give one caption per view "
             "instead"
@@ -210,7 +210,7 @@ def single(model: str, captioner: str = "auto", adapter: bool = False) -> dict[s
 
     captioner: as `captions` in `upscale`. adapter: whether a model that is already loaded has an IP-Adapter.
     """
-    picturebook, sdxl = model == PICTUREBOOK, model == SDXL["id"]
+    picturebook, sdxl = model in PACK_MODELS, model == SDXL["id"]
     if captioner == "auto":
         captioner = PICTUREBOOK if picturebook else "prompt"
     upscale = dict(PICTUREBOOK_UPSCALE) if picturebook else {}

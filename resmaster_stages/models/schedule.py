@@ -72,6 +72,13 @@ class Step:
         """`x0` with the noise level of this step."""
         return self.alpha * x0 + self.sigma * noise
 
+    def pure(self, noise: Tensor) -> Tensor:
+        """What a path begins with at this step: `noise` with the spread that latents of variance 1 have here.
+
+        A flow path usually begins at sigma = 1, where this is `noise` itself.
+        """
+        return (self.alpha**2 + self.sigma**2) ** 0.5 * noise if self.prediction_type == "flow" else noise
+
     def split(self, z: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """(x0, eps) from the model's `output` for `z`; all of one shape."""
         if self.prediction_type == "epsilon":
@@ -107,7 +114,8 @@ def even_course(count: int, guided: bool = True) -> Course:
 
 def course_of(path: Sequence[Step], guided: bool) -> Course:
     """The course of a path."""
-    return Course(tuple(step.done for step in path), guided, even=path[0].prediction_type != "flow")
+    even = all(step.done == step.index / step.count for step in path)
+    return Course(tuple(step.done for step in path), guided, even)
 
 
 _FIRST = 981
@@ -124,16 +132,12 @@ def _sdxl_levels() -> np.ndarray[Any, Any]:
 
 @lru_cache(maxsize=4096)
 def sdxl_timestep(alpha: float, sigma: float) -> float:
-    """SDXL's timestep with the signal-to-noise ratio alpha^2 / sigma^2, from 0 to 1000. Between timesteps the logarithm
+    """SDXL's timestep with the signal-to-noise ratio alpha^2 / sigma^2, from 0 to 999. Between timesteps the logarithm
     of the ratio is taken as linear."""
-    if alpha <= 0:
-        return 1000.0
-    if sigma <= 0:
-        return 0.0
-    levels, level = _sdxl_levels(), 2 * log(alpha / sigma)
-    if level < levels[-1]:
-        return 1000.0
-    return float(np.interp(level, levels[::-1], np.arange(999.0, -1.0, -1.0)))
+    if alpha <= 0 or sigma <= 0:
+        return 999.0 if alpha <= 0 else 0.0
+    levels = _sdxl_levels()
+    return float(np.interp(2 * log(alpha / sigma), levels[::-1], np.arange(999.0, -1.0, -1.0)))
 
 
 _ONE_MORE = (

@@ -20,7 +20,7 @@ from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import patch_grid, target_size
 from resmaster_stages.errors import UserError
 from resmaster_stages.models.geometry import geometry_of
-from resmaster_stages.models.identity import PICTUREBOOK
+from resmaster_stages.models.identity import PACK_MODELS, PICTUREBOOK
 from resmaster_stages.planning.preview import Preview, StagePreview
 from resmaster_stages.planning.workload import stage_work
 from resmaster_stages.storage.filesystem import open_root
@@ -191,7 +191,7 @@ def _device(receipt: Receipt) -> str:
 
 
 def _rates(config: DatasetConfig) -> Rates | None:
-    if config.model.id == PICTUREBOOK:
+    if config.model.id in PACK_MODELS:
         return PICTUREBOOK_RATES
     return SDXL_RATES if geometry_of(config.model).native_px == SDXL_NATIVE_PX else None
 

@@ -399,7 +399,8 @@ def test_the_cosine_is_that_of_sdxls_timestep_with_the_noise_level(sigma, t, cos
 
 
 def test_the_ends_of_the_path():
-    assert (at(1.0).done, at(1.0).cosine) == (0, 1)
+    assert at(1.0).done == 0
+    assert 0.99999 < at(1.0).cosine < 1  # no part of a method is left out
     assert at(1e-6).done == pytest.approx(0.981)
     assert at(1e-6).cosine == pytest.approx(0, abs=1e-6)
     path = flow_schedule(STATIC, 20, NATIVE)
