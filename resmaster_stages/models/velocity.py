@@ -11,6 +11,8 @@ from torch import Tensor, nn
 class VelocityOfNoise(nn.Module):
     """Predicts eps - x0 with a UNet that predicts eps."""
 
+    levels: Tensor
+
     def __init__(self, network: Any, levels: Tensor) -> None:
         """levels: the noise level on the flow path of each of the UNet's timesteps, rising: [timesteps]."""
         super().__init__()
