@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from resmaster_stages.config.part import LONGEST_SHOWN
 from resmaster_stages.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -171,7 +172,9 @@ def timesteps(count: int, train_steps: int, spacing: str, offset: int, one_more:
     elif spacing == "linspace":
         chosen = np.linspace(0, train_steps - 1, points).round()[::-1]
     else:
-        raise ConfigError(f"scheduler: unknown timestep_spacing {spacing!r}; use leading, trailing or linspace")
+        raise ConfigError(
+            f"scheduler: unknown timestep_spacing {spacing[:LONGEST_SHOWN]!r}; use leading, trailing or linspace"
+        )
     return [int(t) for t in chosen[:count].clip(0, train_steps - 1)]
 
 
@@ -180,7 +183,7 @@ def require_path(scheduler_config: Mapping[str, Any], count: int) -> None:
 
     Refused are schedulers without betas (flow matching), and predictions other than epsilon and v.
     """
-    config, name = scheduler_config, scheduler_config.get("_class_name", "scheduler")
+    config, name = scheduler_config, str(scheduler_config.get("_class_name", "scheduler"))[:LONGEST_SHOWN]
     prediction_type, train_steps = config.get("prediction_type", "epsilon"), config.get("num_train_timesteps", 1000)
     (spacing, one_more), offset = _spacing(config), config.get("steps_offset", 0)
     if "beta_start" not in config and config.get("trained_betas") is None:
@@ -189,13 +192,14 @@ def require_path(scheduler_config: Mapping[str, Any], count: int) -> None:
             "DDIM or Euler one"
         )
     if prediction_type not in ("epsilon", "v_prediction"):
-        raise ConfigError(f"{name}: prediction_type {prediction_type!r} is not supported; use epsilon or v_prediction")
+        shown = repr(prediction_type)[:LONGEST_SHOWN]
+        raise ConfigError(f"{name}: prediction_type {shown} is not supported; use epsilon or v_prediction")
     if config.get("use_flow_sigmas"):
         raise ConfigError(f"{name}: use_flow_sigmas goes with no {prediction_type} prediction; set it to false")
-    if not isinstance(train_steps, int):
-        raise ConfigError(f"{name}: num_train_timesteps is no whole number; download the model again")
-    if not isinstance(offset, int | float) or offset % 1:
-        raise ConfigError(f"{name}: steps_offset is no whole number; download the model again")
+    if not isinstance(train_steps, int) or train_steps > 1_000_000:
+        raise ConfigError(f"{name}: num_train_timesteps is no whole number up to 1,000,000; download the model again")
+    if not isinstance(offset, int | float) or offset % 1 or abs(offset) > 1_000_000:
+        raise ConfigError(f"{name}: steps_offset is no whole number up to 1,000,000; download the model again")
     most = train_steps - (one_more and spacing != "trailing")
     if count > most:
         raise ConfigError(f"steps: {count} is more than the {most} steps that the model was trained with; use fewer")
