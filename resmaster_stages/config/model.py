@@ -61,7 +61,8 @@ class ModelConfig(Part):
     places: ClassVar[tuple[str, ...]] = ("id", "revision", "variant", "vae")
 
     id: str = "picturebook"
-    """`picturebook` (the embedded pack), a hub id such as `stabilityai/stable-diffusion-xl-base-1.0`, or a folder."""
+    """`picturebook` (the embedded pack), a hub id such as `stabilityai/stable-diffusion-xl-base-1.0`, or a folder.
+    `picturebook-as-flow` is the pack's UNet on a flow-matching path: the same images, to try that path."""
     revision: str | None = None
     """Commit or tag at the hub. It should be given, because it is part of the dataset's identity."""
     variant: str | None = None
