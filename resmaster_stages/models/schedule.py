@@ -91,6 +91,8 @@ class Course:
     """Whether a guidance scale other than 1 takes an unconditional branch."""
     even: bool = True
     """Whether `done` is the number of the step over the number of steps."""
+    cosine: tuple[float, ...] = ()
+    """`Step.cosine` of each step of a flow path, where it can be 0 or 1. Empty for other paths."""
 
     def first(self, fraction: float) -> int:
         """Index of the first step when the fraction `fraction` of the path is left out; at most the last index."""
@@ -107,7 +109,9 @@ def even_course(count: int, guided: bool = True) -> Course:
 
 def course_of(path: Sequence[Step], guided: bool) -> Course:
     """The course of a path."""
-    return Course(tuple(step.done for step in path), guided, even=path[0].prediction_type != "flow")
+    done, cosine = tuple(step.done for step in path), tuple(step.cosine for step in path)
+    flow = path[0].prediction_type == "flow"
+    return Course(done, guided, even=not flow, cosine=cosine if flow else ())
 
 
 _FIRST = 981
