@@ -77,14 +77,13 @@ class DemoFusion(Views):
         return phase_sizes(grid.height, grid.width, scales, grid.multiple)
 
     def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
-        """The local and the dilated views of every phase, of the steps at which they have a share."""
-        left = self.left(self.start, course)
-        share = {index: course.cosine[index] ** self.cosine_scale_2 if course.cosine else 0.5 for index in left}
-        rows = self.rows((index for index in left if share[index] < 1), course)
-        dilated = self.rows((index for index in left if share[index] > 0), course)
+        """The local and the dilated views of every phase."""
+        left, share = self.left(self.start, course), [each**self.cosine_scale_2 for each in course.decay]
+        local = self.rows((index for index in left if not share or share[index] < 1), course)
+        dilated = self.rows((index for index in left if not share or share[index] > 0), course)
         for scale, height, width in self.canvases(grid):
             phase, factor = Grid(height, width, grid.window, grid.stride), max(1, round(scale))
-            yield UnetWork(rows * len(phase), area(*phase.window_size, grid))
+            yield UnetWork(local * len(phase), area(*phase.window_size, grid))
             yield UnetWork(dilated * factor**2, area(*interleaved_size(height, width, factor, grid.multiple), grid))
 
     def passes(self, request: Request) -> tuple[Pass, ...]:

@@ -17,7 +17,8 @@ import yaml
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.identity import PICTUREBOOK, as_folder
+from resmaster_stages.models.identity import pack_folder
+from resmaster_stages.models.places import at_hub, location
 from resmaster_stages.redaction import holds_credentials
 from resmaster_stages.storage.filesystem import open_regular
 
@@ -139,15 +140,13 @@ def uses_base_model(config: DatasetConfig) -> bool:
 
 
 def licence_of(model: str, revision: str | None = None) -> Licence:
-    """The licence of the model `model`: `picturebook`, a hub id or a folder."""
-    if model == PICTUREBOOK:
-        return OWN
+    """The licence of a model: of the embedded pack, a hub id or a folder."""
     try:
-        folder = as_folder(model)
+        folder = None if at_hub(model) else Path(location(model))
     except ConfigError:  # a folder of another machine, where the images were made
         return Licence(None)
     if folder is not None:
-        return _stated(folder / "README.md", None) or Licence(None)
+        return OWN if folder == pack_folder() else _stated(folder / "README.md", None) or Licence(None)
     page = f"{HUB}{model}"
     card = _cached_card(model, revision)
     if card is not None and (found := _stated(card, f"{page}/blob/{revision or 'main'}/")):

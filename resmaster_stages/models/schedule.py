@@ -91,8 +91,8 @@ class Course:
     """Whether a guidance scale other than 1 takes an unconditional branch."""
     even: bool = True
     """Whether `done` is the number of the step over the number of steps."""
-    cosine: tuple[float, ...] = ()
-    """`Step.cosine` of each step of a flow path, where it can be 0 or 1. Empty for other paths."""
+    decay: tuple[float, ...] = ()
+    """`Step.cosine` of each step. Empty: not known, but above 0 and below 1 at all of them."""
 
     def first(self, fraction: float) -> int:
         """Index of the first step when the fraction `fraction` of the path is left out; at most the last index."""
@@ -109,9 +109,8 @@ def even_course(count: int, guided: bool = True) -> Course:
 
 def course_of(path: Sequence[Step], guided: bool) -> Course:
     """The course of a path."""
-    done, cosine = tuple(step.done for step in path), tuple(step.cosine for step in path)
-    flow = path[0].prediction_type == "flow"
-    return Course(done, guided, even=not flow, cosine=cosine if flow else ())
+    even = path[0].prediction_type != "flow"
+    return Course(tuple(step.done for step in path), guided, even, tuple(step.cosine for step in path))
 
 
 _FIRST = 981

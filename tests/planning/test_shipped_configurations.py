@@ -14,7 +14,7 @@ from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import load_config
 from resmaster_stages.diffusion.views import target_size, view_grid
 from resmaster_stages.methods.settings import Diffusion
-from resmaster_stages.models.bases import FAMILIES, family_of
+from resmaster_stages.models.bases import family_of
 from resmaster_stages.models.places import _read_json
 from resmaster_stages.planning.checks import check
 from resmaster_stages.planning.workload import denoising_of, stage_work
@@ -83,11 +83,8 @@ MODELS: dict[str, dict[str, Any]] = {
 """Configuration -> its model's files. The sizes are the published models'."""
 
 
-def is_known(pipeline: str) -> bool:
-    return any(re.fullmatch(family.pipelines, pipeline) for family in FAMILIES)
-
-
-KNOWN = [name for name, model in MODELS.items() if is_known(model["pipeline"])]
+TEXT_ENCODERS = {"flux-4k": 2, "sd35-4k": 3}
+"""The number of text encoders, where it is not one."""
 
 
 def put(folder: Path, name: str, values: dict[str, Any]) -> None:
@@ -107,6 +104,9 @@ def config(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     scheduler, path = model["scheduler"]
     parts = {part: ["diffusers", model[part]["_class_name"]] for part in ("transformer", "vae")}
     index = {"_class_name": model["pipeline"], "scheduler": ["diffusers", scheduler], **parts}
+    for number in range(TEXT_ENCODERS.get(request.param, 1)):
+        ending = f"_{number + 1}" if number else ""
+        index[f"text_encoder{ending}"] = index[f"tokenizer{ending}"] = ["transformers", "T5"]
     put(folder, "model_index.json", index)
     put(folder, "scheduler/scheduler_config.json", path)
     for part in parts:
@@ -118,10 +118,9 @@ def config(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 def test_the_configurations_for_transformers_are_all_looked_at() -> None:
     shipped = {path.stem for path in (ROOT / "deployments" / "datasets").glob("*.yaml")}
     assert {name for name in shipped if not name.startswith(("picturebook", "sdxl"))} == MODELS.keys()
-    assert "flux-4k" in KNOWN
 
 
-@pytest.mark.parametrize("config", KNOWN, indirect=True)
+@pytest.mark.parametrize("config", MODELS, indirect=True)
 def test_only_what_is_not_downloaded_yet_stays_unchecked(config: DatasetConfig) -> None:
     checked = check(config)
     assert f"model.id: {config.model.id}, which is not on this machine yet" in checked.unchecked
@@ -130,7 +129,7 @@ def test_only_what_is_not_downloaded_yet_stays_unchecked(config: DatasetConfig) 
     assert any("does not allow commercial use" in note for note in checked.notes) is (config.name == "flux-4k")
 
 
-@pytest.mark.parametrize("config", KNOWN, indirect=True)
+@pytest.mark.parametrize("config", MODELS, indirect=True)
 def test_sampling_is_as_the_family_recommends(config: DatasetConfig) -> None:
     sampling = family_of(config.model).sampling(config.model)
     upscale = config.upscale
@@ -140,7 +139,7 @@ def test_sampling_is_as_the_family_recommends(config: DatasetConfig) -> None:
     assert upscale.steps <= max(25, sampling.steps)
 
 
-@pytest.mark.parametrize("config", KNOWN, indirect=True)
+@pytest.mark.parametrize("config", MODELS, indirect=True)
 def test_the_size_and_work_of_an_image(config: DatasetConfig) -> None:
     base = denoising_of(config.model)
     native = base.geometry.native_px
@@ -153,3 +152,5 @@ def test_the_size_and_work_of_an_image(config: DatasetConfig) -> None:
     rows = sum(each.rows for each in work["high_res"])
     assert rows < 0.5 * config.upscale.steps * branches * views, "less than half of what `preset: exact` takes"
     assert sum(each.rows for each in work["low_res"]) == config.low_res.steps * branches
+    page = (ROOT / "docs" / "bases.md").read_text(encoding="utf-8")
+    assert re.search(rf"^\| `{config.name}\.yaml` \| [^|]+ \| {rows} \|$", page, re.MULTILINE), rows

@@ -18,17 +18,14 @@ from resmaster_stages.models.parts import Models
 from resmaster_stages.planning.checks import check
 from tests.methods.common import difference, settings, some_image
 from tests.models.bases.common import engine, relative, start
+from tests.models.bases.folders import VALUES, built, configured, copied, fresh, spoiled
 from tests.models.bases.whole import (
     CONVOLUTIONS,
     METHODS,
-    built,
-    changed,
     counted_and_forecast,
-    dataset_of,
     drawn,
-    forget,
     is_visible,
-    refusal,
+    refusals,
     rows_of,
     some_views,
 )
@@ -36,7 +33,13 @@ from tests.tiny_sd3 import make_sd3
 
 PROMPTS = ("a cat", "a big house, red, of old stones and wood and glass")
 NEGATIVE = ("blurry", "")
+UPSCALE = {"method": "resmaster", "steps": 2, "scale": 2, "image_prompt": {"enabled": False}}
 VARIANTS = {"3.5": ("3.5", True), "3": ("3", True), "without T5": ("3.5", False)}
+
+
+def stored(receipts):
+    """Stage -> sha256 of its objects."""
+    return {receipt.stage: [each.sha256 for each in receipt.objects] for receipt in receipts}
 
 
 @pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS)
@@ -53,8 +56,17 @@ def models():
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("sd3") / "stable-diffusion-3.5-medium"
     make_sd3().save_pretrained(place)
-    yield place
-    forget()
+    return place
+
+
+def planned(config):
+    """What planning says against a configuration, in one string; "" if nothing."""
+    try:
+        with fresh():
+            check(config)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def theirs(pipe, noise, steps, scale, **more):
@@ -155,7 +167,7 @@ def test_tokens_are_counted_by_t5_if_there_is_one(pipe, tmp_path):
     assert base.count(["a cat"]) == [6]  # four letters, and a space and an end mark, or a begin and an end mark
     assert content_tokens(config) == base.tokens - (1 if t5 else 2)
     assert token_counter(config)("a cat") == base.count(["a cat"])[0] - (1 if t5 else 2)
-    check(dataset_of(tmp_path, "root", {"id": config.id}))
+    assert planned(configured(tmp_path / "data", tmp_path / "model")) == ""
 
 
 # ---------------------------------------------------------------------------------------------------------- rows
@@ -182,19 +194,19 @@ def test_a_row_does_not_depend_on_the_other_rows(models):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_methods_draw_what_is_asked_for(models, method):
+def test_methods_draw_what_is_asked_for(models, folder, method):
     image = drawn(models, method, guidance_scale=5.0)
     assert image.size == (112, 80)
     assert is_visible(image)
     assert difference(image, drawn(models, method, PROMPTS[1], guidance_scale=5.0)) > 0
-    counted, forecast = counted_and_forecast(models, models.base.pipe, method, guidance_scale=5.0)
+    counted, forecast = counted_and_forecast(ModelConfig(id=str(folder), device="cpu"), method, guidance_scale=5.0)
     assert counted == forecast
 
 
-def test_views_without_a_share_of_a_step_are_not_counted(models):
+def test_views_without_a_share_of_a_step_are_not_counted(folder):
     """At pure noise the dilated views have all of it, and at the last level, shifted twice, none."""
     for values in ({"start": 0.0}, {"start": 0.0, "cosine_scale_2": 0.0}, {"start": 0.0, "steps": 7}):
-        counted, forecast = counted_and_forecast(models, models.base.pipe, "demofusion", **values)
+        counted, forecast = counted_and_forecast(ModelConfig(id=str(folder), device="cpu"), "demofusion", **values)
         assert counted == forecast
 
 
@@ -216,16 +228,14 @@ def test_a_view_beyond_the_table_of_positions_is_refused(models, folder, tmp_pat
     assert upscale_image(models, some_image(64, 32), "a cat", config=settings("multidiffusion", scale=4)).size[0] == 256
 
     def said(**values):
-        return refusal(dataset_of(tmp_path, "root", {"id": str(folder), **values.pop("model", {})}, **values))
+        return planned(configured(tmp_path / "data", folder, **values))
 
     assert said(model={"native_px": 200}).startswith("model.native_px: the model reads at most 192 px a side")
     assert said(model={"native_px": 192}) == ""
     assert said(low_res={"height": 64, "width": 256}).startswith("low_res: the model reads at most 192 px a side")
-    assert said(upscale={"scale": 3}) == said(upscale={"scale": 4}) == "", "views"
-    config = dataset_of(tmp_path, "root", {"id": str(folder)})
-    direct = [config.model_copy(update={"upscale": settings("direct", scale=scale)}) for scale in (3, 4)]
-    assert refusal(direct[0]) == ""
-    line = refusal(direct[1])
+    assert said(upscale={"method": "multidiffusion", "scale": 4}) == ""
+    assert said(upscale={"method": "direct", "scale": 3}) == ""
+    line = said(upscale={"method": "direct", "scale": 4})
     assert line.startswith(
         "upscale.method: the model reads at most 192 px a side in one piece, and this is 256 x 256 px"
     )
@@ -257,27 +267,26 @@ def test_turbo_has_no_guidance(tmp_path, name, guidance, version, expected):
     config = ModelConfig(id=str(tmp_path / name), device="cpu", guidance=guidance)
     sampling = load_models(config).base.sampling
     assert (sampling.kind, sampling.steps, sampling.guidance_scale) == expected
-    dataset = dataset_of(tmp_path, "root", config.model_dump(exclude_unset=True), low_res={"guidance_scale": 4.0})
+    said = planned(configured(tmp_path / "data", tmp_path / name, model={"guidance": guidance}))
     if expected[0] == "cfg":
-        check(dataset)
-        return
-    with pytest.raises(ConfigError, match=r"guidance_scale: 4 has no effect on .*; set low_res.steps: 4 and"):
-        check(dataset)
+        assert said == ""
+    else:
+        assert "guidance_scale: 3 has no effect on " in said
+        assert "set low_res.steps: 4 and low_res.guidance_scale: 1" in said
 
 
 # ------------------------------------------------------------------------------------------------------- folders
 
 
 def test_a_folder_goes_through_all_stages(folder, tmp_path):
-    config = dataset_of(tmp_path, "one", {"id": str(folder)})
+    config = configured(tmp_path / "one", folder)
     assert (geometry_of(config.model).native_px, geometry_of(config.model).step_px) == (64, 8)
     check(config)
     first = built(config)
-    forget()
-    assert built(dataset_of(tmp_path, "two", {"id": str(folder)})) == first
-    other = built(dataset_of(tmp_path, "three", {"id": str(folder)}, upscale={"time_shift": 6.0}))
-    assert other["low_res"] == first["low_res"]
-    assert other["high_res"] != first["high_res"]
+    assert [(receipt.samples_ok, receipt.samples_failed) for receipt in first] == [(2, 0)] * 4
+    assert stored(built(configured(tmp_path / "two", folder))) == stored(first)
+    other = stored(built(configured(tmp_path / "three", folder, upscale=UPSCALE | {"time_shift": 6.0})))
+    assert (other["low_res"], other["high_res"] == stored(first)["high_res"]) == (stored(first)["low_res"], False)
 
 
 def test_a_loaded_folder_draws_as_the_pipeline_does(folder, models):
@@ -309,55 +318,46 @@ REFUSED = [
 
 @pytest.mark.parametrize(("file", "values", "message"), REFUSED, ids=lambda value: str(value)[:40])
 def test_variants_are_refused_at_planning(folder, tmp_path, file, values, message):
-    with changed(folder / file, **values), pytest.raises(ConfigError, match=message):
-        check(dataset_of(tmp_path, "root", {"id": str(folder)}))
+    ((key, value),) = values.items()
+    with spoiled(folder, file, key, value):
+        assert message in planned(configured(tmp_path, folder))
 
 
 def test_variants_are_refused_in_the_same_words_when_loaded(models, folder, tmp_path):
     instruct = make_sd3(in_channels=32)
     with pytest.raises(ConfigError, match="reads 32 channels, and its VAE makes 16; it is an inpainting") as loaded:
         Models.from_pipeline(instruct)
-    with changed(folder / "transformer/config.json", in_channels=32):
-        assert refusal(dataset_of(tmp_path, "root", {"id": str(folder)})).endswith(str(loaded.value).split(": ", 1)[1])
+    with spoiled(folder, "transformer/config.json", "in_channels", 32):
+        assert planned(configured(tmp_path, folder)).endswith(str(loaded.value).split(": ", 1)[1])
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "text_encoder_3", "tokenizer", "tokenizer_3"])
 def test_missing_parts_are_refused_at_planning(folder, tmp_path, part):
-    model = shutil.copytree(folder, tmp_path / "model")
+    model = copied(folder, tmp_path)
     shutil.rmtree(model / part)
-    (line,) = refusal(dataset_of(tmp_path, "root", {"id": str(model)})).splitlines()
+    (line,) = planned(configured(tmp_path / "data", model)).splitlines()
     assert line.startswith("model.id: ")
     assert part in line
     assert "download the model again" in line or "give the top folder of a model" in line
 
 
 DAMAGES = [
-    (file, name, value)
-    for file, names in {
+    (file, key)
+    for file, keys in {
         "model_index.json": ("_class_name", "scheduler", "transformer", "text_encoder", "text_encoder_3", "tokenizer"),
         "transformer/config.json": ("in_channels", "pos_embed_max_size", "patch_size", "qk_norm"),
         "vae/config.json": ("latent_channels", "block_out_channels", "sample_size", "scaling_factor", "shift_factor"),
         "scheduler/scheduler_config.json": ("shift", "use_dynamic_shifting", "num_train_timesteps", "max_shift"),
     }.items()
-    for name in names
-    for value in (..., None, "x", 0, -3, 10**9, [])
+    for key in keys
 ]
 
 
-def said_when_loaded(config):
-    """The line that refuses a model; "" if it is taken. Other errors than ConfigError are raised."""
-    try:
-        load_models(config)
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
-@pytest.mark.parametrize(("file", "name", "value"), DAMAGES, ids=lambda value: str(value).rpartition("/")[2])
-def test_a_damage_is_one_line(folder, tmp_path, file, name, value):
-    """It is refused at planning or when the model is loaded, or it has no effect on either."""
-    with changed(folder / file, **{name: value}):
-        lines = refusal(dataset_of(tmp_path, "root", {"id": str(folder)})).splitlines()
-        lines = lines or said_when_loaded(ModelConfig(id=str(folder), device="cpu")).splitlines()
-        assert all(": " in line for line in lines)
-        assert len(lines) == len(set(lines)) <= 3
+@pytest.mark.parametrize(("file", "key"), DAMAGES, ids=lambda value: value.rpartition("/")[2])
+def test_a_damage_is_told_in_lines_or_has_no_effect(folder, tmp_path, file, key):
+    """At planning, when the model is loaded, or when it draws."""
+    for value in (..., *VALUES):
+        with spoiled(folder, file, key, value):
+            lines = refusals(configured(tmp_path, folder))
+            assert all(": " in line and "\n" not in line for line in lines)
+            assert len(lines) <= 3
