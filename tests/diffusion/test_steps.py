@@ -187,6 +187,14 @@ def test_an_edited_x0_tells_the_steppers_apart():
         (euler_config(steps_offset="one"), "steps_offset is no whole number; download"),
         (euler_config(steps_offset=None), "steps_offset is no whole number; download"),
         (euler_config(steps_offset=float("inf")), "steps_offset is no whole number; download"),
+        (euler_config(num_train_timesteps=10**9), "num_train_timesteps is 1000000000 and must be from 1 to 100000"),
+        (euler_config(num_train_timesteps=-1), "num_train_timesteps is -1 and must be from 1"),
+        (euler_config(beta_start=None), "its betas .* describe no path"),
+        (euler_config(beta_end="x"), "its betas .* describe no path"),
+        (euler_config(beta_end=10**9), "its betas .* describe no path"),
+        (euler_config(beta_end=float("nan")), "its betas .* describe no path"),
+        (euler_config(beta_schedule="x"), "its betas .* describe no path"),
+        (euler_config(trained_betas=[]), "its betas .* describe no path"),
     ],
 )
 def test_schedulers_that_do_not_fit_are_refused(config, words):
