@@ -35,8 +35,8 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextM
 from resmaster_stages.config.method import Method, methods, with_method
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.diffusion.cost import UnetCost, counting
-from resmaster_stages.diffusion.patches import bare
 from resmaster_stages.methods.upscale import upscale_image
+from resmaster_stages.models.bases.base import network_of
 from resmaster_stages.models.identity import pack_folder
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
@@ -214,7 +214,7 @@ class Clock:
 def parts_of(models: Models) -> dict[str, list[Any]]:
     """What is timed of a model."""
     return {
-        "UNet": [bare(models.base.denoiser)],
+        "UNet": [network_of(models.base.denoiser)],
         "VAE encoder": [models.base.vae.encoder],
         "VAE decoder": [models.base.vae.decoder],
         "text": list(models.base.text_encoders),

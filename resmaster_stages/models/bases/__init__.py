@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.bases import chroma, flux, pixart, qwen_image, sd3, unet, z_image
+from resmaster_stages.models.bases import chroma, flux, flux2, pixart, qwen_image, sd3, unet, z_image
 from resmaster_stages.models.bases.base import Ability, Family
 from resmaster_stages.models.places import ModelFiles
 
@@ -21,6 +21,8 @@ FAMILIES: list[Family] = [
     pixart.PIXART_ALPHA,
     z_image.Z_IMAGE,
     qwen_image.QWEN_IMAGE,
+    flux2.FLUX_2,
+    flux2.FLUX_2_KLEIN,
 ]
 
 

@@ -30,6 +30,7 @@ from resmaster_stages.models.bases.base import (
     Sampling,
     Timing,
     TokenCounter,
+    network_of,
     require_readable,
     require_sampling,
     sized,
@@ -102,6 +103,9 @@ class Kind:
     """Channels of the VAE's latents, from its configuration."""
     tokenizer: str = "tokenizer"
     """Folder of the tokenizer that counts a caption's tokens. Models without it count with `tokenizer`."""
+    plain_tokenizer: bool = False
+    """Whether a model's tokenizer may lie inside a processor of texts and images. Only the tokenizer is loaded then,
+    because such a processor needs torchvision."""
     tokens: Callable[[Facts], int] = lambda facts: 512
     """Tokens that the text encoder reads, with marks and template."""
     template: int = 0
@@ -129,15 +133,16 @@ def facts_of(config: ModelConfig) -> Facts:
     """The facts of a model's files. Raises ConfigError."""
     files = ModelFiles(config.id, config.revision)
     index = files.json("model_index.json")
-    scheduler = index.get("scheduler")
-    kind = scheduler[1] if isinstance(scheduler, list) and len(scheduler) == 2 else "scheduler"
+    scheduler, named = files.json("scheduler/scheduler_config.json"), index.get("scheduler")
+    if isinstance(named, list) and len(named) == 2:  # diffusers goes by the index
+        scheduler = {**scheduler, "_class_name": named[1]}
     vae = ModelFiles(config.vae).json("config.json") if config.vae else files.json("vae/config.json")
     return Facts(
         name=config.id,
         index=index,
         transformer=files.json("transformer/config.json"),
         vae=vae,
-        scheduler={"_class_name": kind, **files.json("scheduler/scheduler_config.json")},
+        scheduler=scheduler,
         guidance=config.guidance,
     )
 
@@ -148,11 +153,18 @@ def facts_of_pipeline(pipe: Any, config: ModelConfig) -> Facts:
     return Facts(
         name=config.id if "id" in config.model_fields_set else str(index.get("_name_or_path") or config.id),
         index=index,
-        transformer=dict(pipe.transformer.config),
-        vae=dict(pipe.vae.config),
+        transformer=_config_of(pipe.transformer),
+        vae=_config_of(pipe.vae),
         scheduler={**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__},
         guidance=config.guidance,
     )
+
+
+def _config_of(part: Any) -> dict[str, Any]:
+    """A part's configuration, with the class of diffusers that it is or comes from."""
+    classes = type(network_of(part)).__mro__
+    name = next((each.__name__ for each in classes if each.__module__.startswith("diffusers.")), classes[0].__name__)
+    return {**part.config, "_class_name": name}
 
 
 def sizes(kind: Kind, facts: Facts, config: ModelConfig) -> Geometry:
@@ -161,7 +173,7 @@ def sizes(kind: Kind, facts: Facts, config: ModelConfig) -> Geometry:
         factor = int(kind.factor(facts.vae))
         native = int(kind.native_px(facts, factor) or NATIVE_PX)
         largest = kind.largest_px(facts, factor)
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, OverflowError, TypeError, ValueError) as error:
         raise ConfigError(
             f"model {facts.name!r}: its configuration does not tell its sizes ({type(error).__name__}: {error}); "
             "download the model again, or use another"
@@ -183,7 +195,8 @@ def require_kind(kind: Kind, facts: Facts) -> None:
     try:
         channels = kind.in_channels(facts.transformer)
     except (LookupError, TypeError) as error:
-        raise ConfigError(f"transformer/config.json lacks {error}; download the model again") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"transformer/config.json tells no channels ({reason}); download the model again") from None
     made = kind.vae_channels(facts.vae)
     if channels != made:
         raise ConfigError(
@@ -273,7 +286,7 @@ def _load(kind: Kind, config: ModelConfig, dtype: torch.dtype) -> Any:
     import diffusers
 
     kinds: dict[str, Any] = {"default": dtype, "vae": vae_dtype(dtype)}
-    extra: dict[str, Any] = dict.fromkeys(kind.parts)
+    extra: dict[str, Any] = dict.fromkeys((*kind.parts, kind.tokenizer) if kind.plain_tokenizer else kind.parts)
     if config.vae:
         with loading(config.vae, "the VAE"):
             extra["vae"] = getattr(diffusers, kind.vae).from_pretrained(
@@ -288,6 +301,8 @@ def _load(kind: Kind, config: ModelConfig, dtype: torch.dtype) -> Any:
             use_safetensors=True,
             **extra,
         )
+    if kind.plain_tokenizer:
+        pipe.register_modules(**{kind.tokenizer: _tokenizer(kind, config)})
     if config.ip_adapter is not None and kind.load_adapter is not None:
         kind.load_adapter(pipe, config, dtype)
     return pipe
@@ -344,6 +359,10 @@ def has(index: Mapping[str, Any], part: str) -> bool:
 
 def _check_parts(config: ModelConfig, index: Mapping[str, Any]) -> None:
     """That the weights and tokenizers of all parts are there and whole."""
+    for part in ("transformer", "vae", "scheduler", "text_encoder", "tokenizer"):
+        named = index.get(part)
+        if not isinstance(named, list) or len(named) != 2 or not all(isinstance(word, str) for word in named):
+            raise ConfigError(f"model_index.json names no {part}; download the model again")
     folder = folder_with(config.id, "model_index.json", config.revision)
     for part in (part for part in index if has(index, part)):
         if part == "transformer" or (part == "vae" and config.vae is None):

@@ -71,14 +71,12 @@ class ZImage(Transformer):
         """The velocity eps - x0. Raises ConfigError for views that are larger than the table of positions."""
         import torch
 
-        assert rows.mask is not None, "captions of Z-Image have lengths"
         height, width = (side * self.geometry.latent_factor for side in sample.shape[-2:])
         require_readable(self.geometry, height, width, "a view", "use a method of views, such as resmaster")
-        lengths = rows.mask.sum(dim=1).tolist()
         outputs = self.denoiser.network(
             list(sample.unsqueeze(2)),  # [C, 1, h, w] each
             ((1000 - timestep) / 1000).expand(len(sample)),
-            [states[:length] for states, length in zip(rows.states, lengths)],
+            [states[:length] for states, length in zip(rows.states, rows.lengths)],
             return_dict=False,
         )[0]
         return -torch.stack(outputs).squeeze(2)
