@@ -238,7 +238,7 @@ def test_methods_of_unets_are_refused(models):
 def test_a_folder_goes_through_all_stages(folder, tmp_path):
     config = configured(tmp_path / "one", folder, model=NATIVE)
     assert (geometry_of(config.model).native_px, geometry_of(config.model).step_px) == (64, 8)
-    assert geometry_of(ModelConfig(id=str(folder))).native_px == 1024
+    assert geometry_of(ModelConfig(id=str(folder))).native_px == 1328
     assert check(config).notes == ()
     first, second = built(config), built(configured(tmp_path / "two", folder, model=NATIVE))
     assert [(each.samples_ok, each.samples_failed) for each in first] == [(2, 0)] * 4
