@@ -181,6 +181,7 @@ KIND = Kind(
     channels=16,
     in_channels=lambda transformer: transformer["in_channels"] // 4,
     vae_channels=lambda vae: vae.get("z_dim"),
+    abilities=frozenset({"positions"}),
     template=5,
     require=require_plain,
     sampling=sampling,

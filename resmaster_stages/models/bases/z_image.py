@@ -96,6 +96,7 @@ KIND = Kind(
     vae="AutoencoderKL",
     channels=16,
     in_channels=lambda transformer: transformer["in_channels"],
+    abilities=frozenset({"positions"}),
     template=8,
     largest_px=largest_px,
     require=require_plain,
