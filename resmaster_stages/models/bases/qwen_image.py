@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases.base import Base, Geometry, Rows, Sampling, Texts, Timing, guide
 from resmaster_stages.models.bases.transformer import Transformer, packed, unpacked
-from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind
+from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind, is_number
 from resmaster_stages.models.flow import flow_schedule, image_shift
 from resmaster_stages.models.schedule import Step
 
@@ -63,14 +63,10 @@ def require_plain(facts: Facts) -> None:
     channels = facts.vae.get("z_dim")
     for name in ("latents_mean", "latents_std"):
         values = facts.vae.get(name)
-        if not isinstance(values, list | tuple) or len(values) != channels or not all(map(_is_number, values)):
+        if not isinstance(values, list | tuple) or len(values) != channels or not all(map(is_number, values)):
             raise ConfigError(f"vae/config.json: {name} is no list of {channels} numbers; download the model again")
     if any(value <= 0 for value in facts.vae["latents_std"]):
         raise ConfigError("vae/config.json: latents_std has numbers below or equal to 0; download the model again")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class StillVae:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from resmaster_stages.config.model import ModelConfig
@@ -172,7 +173,7 @@ def sizes(kind: Kind, facts: Facts, config: ModelConfig) -> Geometry:
         factor = int(kind.factor(facts.vae))
         native = int(kind.native_px(facts, factor) or NATIVE_PX)
         largest = kind.largest_px(facts, factor)
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, OverflowError, TypeError, ValueError) as error:
         raise ConfigError(
             f"model {facts.name!r}: its configuration does not tell its sizes ({type(error).__name__}: {error}); "
             "download the model again, or use another"
@@ -194,14 +195,30 @@ def require_kind(kind: Kind, facts: Facts) -> None:
     try:
         channels = kind.in_channels(facts.transformer)
     except (LookupError, TypeError) as error:
-        raise ConfigError(f"transformer/config.json lacks {error}; download the model again") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"transformer/config.json tells no channels ({reason}); download the model again") from None
     made = kind.vae_channels(facts.vae)
     if channels != made:
         raise ConfigError(
             f"its transformer reads {channels} channels, and its VAE makes {made}; it is "
             "an inpainting, editing or control variant; give a plain base model"
         )
+    _require_affine(facts.vae)
     kind.require(facts)
+
+
+def _require_affine(vae: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a damaged scale or shift of a VAE's latents."""
+    scale, shift = vae.get("scaling_factor", 1.0), vae.get("shift_factor")
+    if not is_number(scale) or scale <= 0:
+        raise ConfigError(f"vae/config.json: scaling_factor is {scale!r}, not a number above 0; download it again")
+    if shift is not None and not is_number(shift):
+        raise ConfigError(f"vae/config.json: shift_factor is {shift!r}, not a number; download it again")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of a configuration is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def family_of_kind(kind: Kind) -> Family:

@@ -22,7 +22,8 @@ from resmaster_stages.diffusion.cost import counting
 from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, DenoiserCall
 from resmaster_stages.diffusion.loop import predict, static_batches
 from resmaster_stages.diffusion.views import view_grid
-from resmaster_stages.errors import ConfigError
+from resmaster_stages.errors import ConfigError, SampleError
+from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models import captioner, places
 from resmaster_stages.models.bases import family_of_pipeline
@@ -162,10 +163,18 @@ def changed(file: Path, **values: Any) -> Iterator[None]:
         forget()
 
 
-def refusal(config: DatasetConfig) -> str:
-    """What planning says against a dataset; "" if nothing. Other errors than ConfigError are raised."""
+def refusals(config: DatasetConfig) -> tuple[str, ...]:
+    """What planning, loading or drawing says against a dataset's model; nothing if it draws. Other errors are
+    raised."""
     try:
         check(config)
     except ConfigError as error:
-        return str(error)
-    return ""
+        return error.mistakes
+    try:
+        models, asked = load_models(config.model), config.low_res
+        scale = asked.guidance_scale
+        (image,) = generate(models, ["a cat"], [""], [0], 32, 32, asked.steps, scale, 1)
+    except ConfigError as error:
+        return error.mistakes
+    assert isinstance(image, Image.Image | SampleError)
+    return ()
