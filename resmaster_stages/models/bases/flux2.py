@@ -169,6 +169,7 @@ DEV = Kind(
     base=_dev,
     require=require,
     plain_tokenizer=True,
+    abilities=frozenset({"positions"}),
     template=48,  # the system message takes most of them
 )
 
