@@ -35,8 +35,8 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextM
 from resmaster_stages.config.method import Method, methods, with_method
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.diffusion.cost import UnetCost, counting
-from resmaster_stages.diffusion.patches import bare
 from resmaster_stages.methods.upscale import upscale_image
+from resmaster_stages.models.bases.base import network_of
 from resmaster_stages.models.identity import pack_folder
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
@@ -47,14 +47,14 @@ STEPS = 20
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def random_vae(shrink: int, **values: Any) -> AutoencoderKL:
+def random_vae(shrink: int, latent_channels: int = 4, **values: Any) -> AutoencoderKL:
     """Stable Diffusion's VAE (also SDXL's) with random weights, its channels divided by `shrink`."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=tuple(channels // shrink for channels in (128, 256, 512, 512)),
         layers_per_block=2,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=max(1, 32 // shrink),
         **values,
     )
@@ -214,7 +214,7 @@ class Clock:
 def parts_of(models: Models) -> dict[str, list[Any]]:
     """What is timed of a model."""
     return {
-        "UNet": [bare(models.base.denoiser)],
+        "UNet": [network_of(models.base.denoiser)],
         "VAE encoder": [models.base.vae.encoder],
         "VAE decoder": [models.base.vae.decoder],
         "text": list(models.base.text_encoders),
