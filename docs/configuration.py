@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from inspect import get_annotations
 from pathlib import Path
 from types import NoneType, UnionType
@@ -199,18 +199,26 @@ def _inner(field: FieldInfo) -> type[Part] | None:
 
 def _kind(field: FieldInfo) -> str:
     """Type or choices, with bounds."""
+    return _bounded(_type(field.annotation), field.metadata)
+
+
+def _bounded(kind: str, metadata: Iterable[Any]) -> str:
+    """A type with the bounds among `metadata`, before "or null"."""
     bounds = [
         f"{sign} {_plain(getattr(each, attribute))}"
-        for each in field.metadata
-        for kind, attribute, sign in ((Ge, "ge", "≥"), (Gt, "gt", ">"), (Le, "le", "≤"), (Lt, "lt", "<"))
-        if isinstance(each, kind)
+        for each in metadata
+        for bound, attribute, sign in ((Ge, "ge", "≥"), (Gt, "gt", ">"), (Le, "le", "≤"), (Lt, "lt", "<"))
+        if isinstance(each, bound)
     ]
-    kind, null = _type(field.annotation), f" or {NAMES[NoneType]}"
+    null = f" or {NAMES[NoneType]}"
     ending = null if kind.endswith(null) else ""
     return " ".join([kind.removesuffix(ending), *([", ".join(bounds)] if bounds else [])]) + ending
 
 
 def _type(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        kind, field = get_args(annotation)
+        return _bounded(_type(kind), field.metadata)
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     if get_origin(annotation) in (Union, UnionType):

@@ -24,7 +24,7 @@ SDXL: dict[str, Any] = {
 class IpAdapterConfig(Part):
     """The source of the IP-Adapter and its image encoder."""
 
-    places: ClassVar[tuple[str, ...]] = ("id", "weight_name", "revision")
+    places: ClassVar[tuple[str, ...]] = ("id", "weight_name", "image_encoder", "revision")
 
     id: str
     """Hub id or folder, e.g. `h94/IP-Adapter`."""
@@ -33,9 +33,26 @@ class IpAdapterConfig(Part):
     weight_name: str
     """File of the adapter's weights, e.g. `ip-adapter_sdxl_vit-h.safetensors`."""
     image_encoder_folder: str = "image_encoder"
-    """Folder of the CLIP image encoder inside the repository or folder `id`, e.g. `models/image_encoder`."""
+    """Folder of the image encoder inside the repository or folder `id`, e.g. `models/image_encoder`."""
+    image_encoder: str | None = None
+    """Hub id or folder of the image encoder, e.g. `openai/clip-vit-large-patch14`. null: the encoder is in
+    `image_encoder_folder`."""
     revision: str | None = None
     """Commit or tag at the hub."""
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that change the result. `image_encoder: null` is left out, so older datasets keep their
+        identity."""
+        values = super().identity()
+        if self.image_encoder is None:
+            del values["image_encoder"]
+        return values
+
+    def encoder_place(self) -> tuple[str, str, str | None]:
+        """Hub id or folder of the image encoder, its folder inside, and its commit or tag."""
+        if self.image_encoder is not None:
+            return self.image_encoder, "", None
+        return self.id, self.image_encoder_folder, self.revision
 
 
 class ModelConfig(Part):

@@ -1,23 +1,35 @@
 """Structural guidance (ResMaster eq. 5 and 6): the low frequencies of x0 are taken from the reference.
 
-The filter is the Gaussian of FreeInit, G(f) = exp(-|f|^2 / (2 sigma_f^2)), with frequencies in units of the Nyquist
-frequency. The swap is linear, so IFFT(G FFT(ref) + (1 - G) FFT(x0)) = x0 + G * (ref - x0), which is one blur. G is
-separable, so the blur is two one-dimensional convolutions. They use reflect padding (no wrap-around at the borders).
-The tests compare the result with the FFT form.
+The swap is linear, so IFFT(G FFT(ref) + (1 - G) FFT(x0)) = x0 + G * (ref - x0): one low-pass of the difference. Three
+filters G are known, with frequencies in units of the Nyquist frequency. None of them wraps around at the borders.
 
-This module does not deal with models. Of the steps it uses only how far each of them is.
+- gaussian (FreeInit's): exp(-|f|^2 / (2 sigma_f^2)). It is separable, so it is two one-dimensional convolutions, with
+  reflect padding.
+- butterworth (HiFlow's): 1 / (1 + (|f| / cutoff)^8). It is not separable and its impulse response is long, so it is a
+  product in the cosine domain, which is two matrix products there and two back. That is the Fourier form on a canvas
+  that is mirrored at its borders.
+- haar (I-Max's): the low band of a Haar wavelet of level 1, which is the means of 2 x 2 latents. Its blocks do not
+  overlap, so borders do not matter. At an odd border a block is cut.
+
+The tests compare each with its closed form. This module does not deal with models. Of the steps it uses only how far
+each of them is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from math import cos, pi
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from resmaster_stages.config.structure import StructureConfig
+from resmaster_stages.models.schedule import even_course
+
+LowPass = Callable[[Tensor], Tensor]
+"""A low-pass filter of canvases [B, C, H, W]."""
 
 _RADIUS = 32
 """Longest kernel radius in cells. Kernels are cut where their values fall below a millionth of the peak."""
@@ -65,29 +77,87 @@ def low_pass(x: Tensor, sigma_f: float) -> Tensor:
     return _blur_axis(_blur_axis(x, sigma_f, 2), sigma_f, 3)
 
 
-def swap_low_frequencies(x0: Tensor, reference: Tensor, sigma_f: float, weight: float = 1.0) -> Tensor:
+def block_means(x: Tensor) -> Tensor:
+    """`x` [B, C, H, W] with every block of 2 x 2 replaced by its mean: the low band of a Haar wavelet, level 1.
+
+    If a side is odd, its last blocks are cut, and have the mean of what is left of them.
+    """
+    height, width = x.shape[-2:]
+    means = F.avg_pool2d(x, 2, ceil_mode=True)
+    return means.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)[..., :height, :width]
+
+
+_ORDER = 4
+"""HiFlow's order of the Butterworth filter."""
+
+
+@lru_cache(maxsize=16)
+def _cosines(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The orthonormal cosine transform (DCT-II) [frequency, place] of `length` values; its transpose is its inverse.
+
+    Row k has the frequency k / length.
+    """
+    place = torch.arange(length, dtype=torch.float64)
+    rows = torch.cos(torch.pi / length * (place + 0.5) * place[:, None]) * (2 / length) ** 0.5
+    rows[0] /= 2**0.5
+    return rows.to(device, dtype)
+
+
+@lru_cache(maxsize=16)
+def _butterworth_gain(height: int, width: int, cutoff: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Gain of the filter [height, width] at the frequencies of `_cosines`."""
+    y, x = (torch.arange(length, dtype=torch.float64) / length for length in (height, width))
+    squared = (y[:, None] ** 2 + x**2) / cutoff**2
+    return (1 / (1 + squared**_ORDER)).to(device, dtype)
+
+
+def butterworth(x: Tensor, cutoff: float) -> Tensor:
+    """`x` [B, C, H, W] through a Butterworth low-pass of order 4 that halves the frequency `cutoff` (Nyquist = 1), with
+    mirrored borders."""
+    height, width = x.shape[-2:]
+    down, across = (_cosines(length, x.device, x.dtype) for length in (height, width))
+    spectrum = down @ x @ across.T
+    return down.T @ (spectrum * _butterworth_gain(height, width, cutoff, x.device, x.dtype)) @ across
+
+
+def low_pass_of(config: StructureConfig, scale: float) -> LowPass:
+    """The filter that the configuration names, for a reference enlarged `scale` times."""
+    if config.filter == "haar":
+        return block_means
+    cutoff = canvas_cutoff(config, scale)
+    return partial(butterworth, cutoff=cutoff) if config.filter == "butterworth" else partial(low_pass, sigma_f=cutoff)
+
+
+def swap_low_frequencies(x0: Tensor, reference: Tensor, low: LowPass, weight: float = 1.0) -> Tensor:
     """x0 with its low frequencies (times `weight`) replaced by those of `reference`; all [B, C, H, W]."""
-    return x0 + weight * low_pass(reference - x0, sigma_f)
+    return x0 + weight * low(reference - x0)
 
 
-def cutoff_sigma(config: StructureConfig, scale: float) -> float:
-    """The cutoff as sigma_f, in units of the canvas's Nyquist frequency, for a reference enlarged `scale` times."""
+def canvas_cutoff(config: StructureConfig, scale: float) -> float:
+    """The cutoff in units of the canvas's Nyquist frequency, for a reference enlarged `scale` times."""
     return config.cutoff / scale if config.cutoff_units == "lr_nyquist" else config.cutoff
+
+
+def _decay(kind: str, place: float) -> float:
+    """Weight at `place` in the window, from 0 at its first step to 1 after its last."""
+    if kind == "linear_decay":
+        return 1 - place
+    return (1 + cos(pi * place)) / 2 if kind == "cosine_decay" else 1.0
 
 
 def swap_weights(config: StructureConfig, course: Sequence[float]) -> tuple[float, ...]:
     """Weight of the swap at each step; 0 outside the window from `start` to `stop`.
 
-    course: the fraction of the path before each step (`Step.done`).
+    course: the fraction of the path before each step (`Step.done`). Weights decay with the steps, as in the papers:
+    step i of the n in the window is at the place i / n. On a path with even fractions the place is exactly that of the
+    fraction between `start` and `stop`.
     """
-    weights = []
-    for done in course:
-        if not config.start <= done < config.stop:
-            weights.append(0.0)
-        elif config.weight == "linear_decay":
-            weights.append(1 - (done - config.start) / (config.stop - config.start))
-        else:
-            weights.append(1.0)
+    window = [index for index, done in enumerate(course) if config.acts(done)]
+    even = tuple(course) == even_course(len(course)).done
+    weights = [0.0] * len(course)
+    for number, index in enumerate(window):
+        fraction = (course[index] - config.start) / (config.stop - config.start)
+        weights[index] = config.strength * _decay(config.weight, fraction if even else number / len(window))
     return tuple(weights)
 
 

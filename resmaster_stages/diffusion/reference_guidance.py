@@ -6,12 +6,12 @@ influence one another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from resmaster_stages.config.structure import StructureConfig
-from resmaster_stages.diffusion.frequency import cutoff_sigma, swap_low_frequencies, swap_weights
+from resmaster_stages.diffusion.frequency import low_pass_of, swap_low_frequencies, swap_weights
 from resmaster_stages.diffusion.loop import LatentHook, X0Hook
 from resmaster_stages.models.schedule import Step
 
@@ -37,16 +37,17 @@ def match_moments(z: Tensor, like: Tensor) -> Tensor:
     return (z - mean) / std * like.std(dims, keepdim=True) + like.mean(dims, keepdim=True)
 
 
-def structural_guidance(reference: Tensor, config: StructureConfig, scale: float, course: Sequence[float]) -> X0Hook:
-    """The hook that replaces the low frequencies of x0 by those of `reference` [B, C, H, W].
+def structural_guidance(
+    anchor: Callable[[Step], Tensor], config: StructureConfig, scale: float, course: Sequence[float]
+) -> X0Hook:
+    """The hook that replaces the low frequencies of x0 by those of `anchor` [B, C, H, W] of the step.
 
-    scale: how many times the low-res image was enlarged to give the reference. course: `Step.done` of each step.
+    scale: how many times the low-res image was enlarged to give the anchor. course: `Step.done` of each step.
     """
-    sigma_f = cutoff_sigma(config, scale)
-    weights = swap_weights(config, course)
+    low, weights = low_pass_of(config, scale), swap_weights(config, course)
 
     def swap(x0: Tensor, step: Step) -> Tensor:
         weight = weights[step.index]
-        return swap_low_frequencies(x0, reference, sigma_f, weight) if weight else x0
+        return swap_low_frequencies(x0, anchor(step), low, weight) if weight else x0
 
     return swap

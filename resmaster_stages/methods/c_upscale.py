@@ -13,7 +13,8 @@ notes give. Preset `faithful` is the same as `default`, because nothing more fai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -56,14 +57,12 @@ class CUpscale(Steered):
         return {"attention": "upscale.share"} if self.share else {}
 
     def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
-        """The views and, with a composer, the low-res image by one branch."""
+        """The views and, with a composer, the low-res image by one branch; with a time-matched anchor once more."""
         left = self.left(self.start, course)
         yield UnetWork(self.rows(left, course) * len(grid), area(*grid.window_size, grid))
         if self.share:
-            height, width = (
-                max(1, round(side / grid.multiple / self.scale)) * grid.multiple for side in (grid.height, grid.width)
-            )
-            yield UnetWork(len(left), area(height, width, grid))
+            yield UnetWork(len(left), self.small_area(grid))
+        yield from self.anchor_work(left, grid, course)
 
     def passes(self, request: Request) -> tuple[Pass, ...]:
         """One pass that starts from the noised reference."""
@@ -85,11 +84,12 @@ class CUpscale(Steered):
         models, grid, reference = request.models, request.views(), request.required_reference()
         look: tuple[LatentHook, ...] = ()
         patches: tuple[Patch, ...] = ()
+        apart: Callable[[], AbstractContextManager[None]] = nullcontext
         if self.share:
             small = reference.small_latents.shape[-2:]
             composer = Composer(grid, small, self.share, models.device)
             look = (whole_image(request, composer, noise.resized(*small)()),)
-            patches = (composer.patch,)
+            patches, apart = (composer.patch,), composer.capturing
         conditions = make_conditions(
             models,
             grid,
@@ -103,7 +103,7 @@ class CUpscale(Steered):
             groups=(ViewGroup(always(views, conditions), self.guidance(request.models)),),
             stepper=make_stepper(self.stepper),
             latent_hooks=look,
-            x0_hooks=self.structural_guidance(request),
+            x0_hooks=self.structural_guidance(request, noise, apart),
             patches=patches,
         )
 
@@ -113,30 +113,14 @@ def whole_image(request: Request, composer: Composer, draw: Tensor) -> LatentHoo
 
     The composer keeps the attention maps of these predictions.
     """
-    import torch
+    from resmaster_stages.diffusion.guidance import ClassifierFree
+    from resmaster_stages.methods.small_image import predictor
 
-    from resmaster_stages.diffusion.conditions import make_conditions
-    from resmaster_stages.diffusion.guidance import TEXT
-    from resmaster_stages.diffusion.loop import predict, static_batches
-
-    models, reference = request.models, request.required_reference()
-    size = tuple(reference.small.shape[-2:])
-    conditions = make_conditions(
-        models,
-        request.canvas(),
-        request.prompts,
-        (),
-        guidance_scale=request.config.guidance_scale,
-        sizes=[(*size, 0, 0, *size)] * len(request.prompts),
-    )
-    batches = static_batches(len(conditions), request.view_limit, models.device)
+    small = predictor(request, draw, ClassifierFree(1.0))
 
     def look(z: Tensor, step: Step) -> Tensor:
-        small = step.noised(reference.small_latents, draw)
-        call = composer.call
-        call.step, call.branches = step, (TEXT,)
         with composer.capturing():
-            predict(models.base, small, torch.full((), step.t, device=models.device), conditions, call, batches)
+            small(step, composer.call)
         return z
 
     return look

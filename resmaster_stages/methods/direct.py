@@ -2,12 +2,15 @@
 
 At the model's native size this is plain SDXL. Low-res images are made this way. Beyond the native size, objects repeat
 and layouts collapse. Every tuning-free method is measured against this baseline.
+
+Transformers with rotary positions can be told that the canvas is larger than what they were trained on: `positions` and
+`attention`, as I-Max and HiFlow do beside their guidance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from resmaster_stages.config.method import register
 from resmaster_stages.diffusion.cost import UnetWork
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from resmaster_stages.diffusion.guidance import Guidance
     from resmaster_stages.diffusion.loop import Composition, LatentHook, Patch
     from resmaster_stages.methods.request import Request
+    from resmaster_stages.models.bases.base import Ability
     from resmaster_stages.models.schedule import Course
 
 
@@ -29,6 +33,27 @@ class Direct(FromNoise, LateGuidance, MicroConditioned):
     in_one_piece: ClassVar[bool] = True
 
     method: Literal["direct"] = "direct"
+    positions: Literal["own", "ntk", "yarn"] = "own"
+    """Rotary positions of a transformer on a canvas beyond its native size. `own`: counted on. `ntk`: NTK scaling with
+    a floor (I-Max). `yarn`: YaRN by parts, with its temperature of attention. UNets have no such positions."""
+    attention: Literal["plain", "proportional"] = "plain"
+    """`proportional`: attention is sharpened by the number of tokens of the canvas (I-Max), instead of by YaRN's
+    temperature. Only for transformers with rotary positions."""
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that change the result. `positions` and `attention` are left out at their default, so older
+        datasets keep their identity."""
+        values = super().identity()
+        for name in ("positions", "attention"):
+            if values[name] == type(self).model_fields[name].default:
+                del values[name]
+        return values
+
+    def needs(self) -> Mapping[Ability, str]:
+        """Rotary positions, where they are changed."""
+        if self.positions != "own":
+            return {"positions": "upscale.positions"}
+        return {"positions": "upscale.attention"} if self.attention != "plain" else {}
 
     def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
         """The whole canvas at every step."""
@@ -41,8 +66,29 @@ class Direct(FromNoise, LateGuidance, MicroConditioned):
     def compose(self, request: Request) -> Composition:
         """One view: the whole canvas."""
         return whole_canvas_composition(
-            request, self.guidance(request.models), micro_conditioning=self.micro_conditioning
+            request,
+            self.guidance(request.models),
+            patches=self._patches(request),
+            micro_conditioning=self.micro_conditioning,
         )
+
+    def _patches(self, request: Request) -> tuple[Patch, ...]:
+        """The patch that scales positions and attention, if one of them is to be changed."""
+        from resmaster_stages.diffusion.positions import Scaling, scaled_positions
+
+        if not self.needs():
+            return ()
+        geometry = request.models.geometry
+        height, width = (side // geometry.multiple for side in request.canvas_size)
+        scaling = Scaling(
+            self.positions,
+            self.attention,
+            height,
+            width,
+            native=geometry.native // geometry.multiple,
+            text=request.models.base.tokens,
+        )
+        return (lambda denoiser, call: scaled_positions(denoiser, scaling),)
 
 
 def whole_canvas_composition(

@@ -13,19 +13,26 @@ step is deterministic unless `stepper: posterior` asks for eq. 7. The swap ends 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from resmaster_stages.config.method import Source, register
 from resmaster_stages.config.part import Part
+from resmaster_stages.diffusion.cost import UnetWork
+from resmaster_stages.diffusion.views import Grid
+from resmaster_stages.methods.passes import Pass
 from resmaster_stages.methods.settings import MovingViews, Steered
 
 if TYPE_CHECKING:
-    from resmaster_stages.diffusion.loop import Composition
+    from torch import Tensor
+
+    from resmaster_stages.diffusion.loop import CanvasNoise, Composition
     from resmaster_stages.methods.request import Request
     from resmaster_stages.models.bases.base import Ability
+    from resmaster_stages.models.schedule import Course, Step
 
 
 class ImagePromptConfig(Part):
@@ -98,8 +105,23 @@ class ResMaster(MovingViews, Steered):
         }
         return f"{self.method} ({', '.join(name for name, on in parts.items() if on) or 'no guidance'})"
 
+    def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
+        """The views and, with a time-matched anchor, the low-res image."""
+        yield from super().work(grid, course)
+        yield from self.anchor_work(self.left(self.start, course), grid, course)
+
+    def passes(self, request: Request) -> tuple[Pass, ...]:
+        """One pass, with structural guidance by the reference."""
+        (free,) = super().passes(request)
+
+        def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
+            z, composition = free.begin(previous, noise, step)
+            return z, replace(composition, x0_hooks=self.structural_guidance(request, noise))
+
+        return (replace(free, begin=begin),)
+
     def compose(self, request: Request) -> Composition:
-        """A grid of views, each with its own crop and caption, with structural guidance by the reference."""
+        """A grid of views, each with its own crop and caption."""
         from resmaster_stages.diffusion.conditions import make_conditions
         from resmaster_stages.diffusion.image_prompts import embed_crops
         from resmaster_stages.diffusion.loop import Composition, ViewGroup
@@ -107,7 +129,6 @@ class ResMaster(MovingViews, Steered):
 
         models, grid, reference = request.models, request.views(), request.required_reference()
         image = embed_crops(models, reference.pixels, grid.canvas_boxes) if self.image_scale else None
-        hooks = self.structural_guidance(request)
         conditions = make_conditions(
             models,
             grid,
@@ -120,6 +141,5 @@ class ResMaster(MovingViews, Steered):
         return Composition(
             groups=(ViewGroup(self.placed(grid, conditions, models.device), self.guidance(request.models)),),
             stepper=make_stepper(self.stepper),
-            x0_hooks=hooks,
             image_scale=self.image_scale,
         )

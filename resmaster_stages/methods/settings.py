@@ -7,7 +7,8 @@ module does not import torch before an image is made, so that a configuration is
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -24,14 +25,13 @@ from resmaster_stages.models.bases.base import Timing
 from resmaster_stages.models.schedule import Course
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import torch
     from PIL import Image
+    from torch import Tensor
 
     from resmaster_stages.diffusion.conditions import Conditions
     from resmaster_stages.diffusion.guidance import ClassifierFree
-    from resmaster_stages.diffusion.loop import Composition, Progress, X0Hook
+    from resmaster_stages.diffusion.loop import CanvasNoise, Composition, Progress, X0Hook
     from resmaster_stages.diffusion.loop import Views as CutViews
     from resmaster_stages.methods.request import Request
     from resmaster_stages.models.bases.base import Ability
@@ -290,11 +290,49 @@ class Steered(Views):
         """Whether the result depends on `what`."""
         return what in self.reads and (what != "captions" or self.text_prompt.enabled)
 
-    def structural_guidance(self, request: Request) -> tuple[X0Hook, ...]:
-        """The hook that swaps low frequencies, or none if structural guidance is off."""
+    def structural_guidance(
+        self,
+        request: Request,
+        noise: CanvasNoise,
+        within: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> tuple[X0Hook, ...]:
+        """The hook that swaps low frequencies, or none if structural guidance is off.
+
+        noise: of the pass. It is drawn from if the low-res image is predicted at every step. within: a context for
+        these predictions.
+        """
         from resmaster_stages.diffusion.reference_guidance import structural_guidance
 
         if not self.structure.enabled:
             return ()
+        anchor = self._anchor(request, noise, within)
+        scale = request.required_reference().scale
+        return (structural_guidance(anchor, self.structure, scale, request.course.done),)
+
+    def _anchor(
+        self, request: Request, noise: CanvasNoise, within: Callable[[], AbstractContextManager[None]]
+    ) -> Callable[[Step], Tensor]:
+        """The latents [B, C, H, W] whose low frequencies a step takes."""
+        from resmaster_stages.methods.small_image import time_matched
+
         reference = request.required_reference()
-        return (structural_guidance(reference.latents, self.structure, reference.scale, request.course.done),)
+        if self.structure.anchor == "time_matched":
+            draw = noise.resized(*reference.small_latents.shape[-2:])()
+            return time_matched(request, draw, self.guidance(request.models), within)
+        latents = reference.latents
+        return lambda step: latents
+
+    def anchor_work(self, steps: Iterable[int], grid: Grid, course: Course) -> Iterator[UnetWork]:
+        """The predictions of the low-res image that structural guidance takes over the steps with the indices
+        `steps`."""
+        if self.structure.anchor == "time_matched":
+            acting = [index for index in steps if self.structure.acts(course.done[index])]
+            yield UnetWork(self.rows(acting, course), self.small_area(grid))
+
+    def small_area(self, grid: Grid) -> float:
+        """Area of the low-res image (`Reference.small`) of a canvas with the views of `grid`, in units of the native
+        area."""
+        height, width = (
+            max(1, round(side / grid.multiple / self.scale)) * grid.multiple for side in (grid.height, grid.width)
+        )
+        return area(height, width, grid)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from resmaster_stages.config.part import LONGEST_SHOWN
 from resmaster_stages.errors import ConfigError, first_line
 from resmaster_stages.models.identity import NetworkFile, own_network
-from resmaster_stages.models.places import at_hub, location
+from resmaster_stages.models.places import SENTENCEPIECE, at_hub, location, why_unreadable_tokenizer
 
 Check = tuple[str, Callable[[], object]]
 """A setting, and a function that raises ConfigError if what the setting names cannot be used. The function raises
@@ -101,10 +101,8 @@ def require_weights(model_id: str, folder: Path, stem: str, variant: str | None 
     variant: part of the names, such as `fp16`; files without the part are used where none has it. Raises
     NotOnThisMachine if the model is at the hub and its weights are still to be downloaded.
     """
-    endings = [f".{variant}", ""] if variant else [""]
-    for ending in endings:
-        shape = re.compile(rf"{re.escape(stem + ending)}(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-        names = {path.name for path in folder.iterdir() if shape.fullmatch(path.name)} if folder.is_dir() else set()
+    for ending in _endings(variant):
+        names = _named(folder, stem + ending)
         indices = {name for name in names if name.endswith(".json")}
         for name in sorted(indices):
             listed = object_in(folder / name).get("weight_map")
@@ -117,6 +115,24 @@ def require_weights(model_id: str, folder: Path, stem: str, variant: str | None 
     say_missing(model_id, f"{folder} has no file {stem}.safetensors")
 
 
+def weight_files(folder: Path, stem: str, variant: str | None = None) -> list[Path]:
+    """The files that `require_weights` finds, without indices; empty if there are none."""
+    for ending in _endings(variant):
+        if found := [folder / name for name in sorted(_named(folder, stem + ending)) if not name.endswith(".json")]:
+            return found
+    return []
+
+
+def _endings(variant: str | None) -> list[str]:
+    return [f".{variant}", ""] if variant else [""]
+
+
+def _named(folder: Path, stem: str) -> set[str]:
+    """Names of the safetensors and their indices in `folder` that begin with `stem`."""
+    shape = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+    return {path.name for path in folder.iterdir() if shape.fullmatch(path.name)} if folder.is_dir() else set()
+
+
 def say_missing(model_id: str, what: str) -> NoReturn:
     """Raise ConfigError about a file that a model lacks, or NotOnThisMachine if the file is still to be downloaded."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -127,10 +143,13 @@ def say_missing(model_id: str, what: str) -> NoReturn:
 
 
 def require_tokenizer(model_id: str, folder: Path) -> None:
-    """Raise ConfigError unless `folder` of a model holds the files of a tokenizer. Raises NotOnThisMachine as
-    `require_weights` does."""
-    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-        say_missing(model_id, f"{folder} has no tokenizer.json or vocab.json")
+    """Raise ConfigError unless `folder` of a model holds the files of a tokenizer, which can be read here. Raises
+    NotOnThisMachine as `require_weights` does."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        if not (folder / SENTENCEPIECE).is_file():
+            say_missing(model_id, f"{folder} has no tokenizer.json, vocab.json or {SENTENCEPIECE}")
+        if line := why_unreadable_tokenizer():
+            raise ConfigError(line)
     if (settings := folder / "tokenizer_config.json").is_file():
         longest = object_in(settings).get("model_max_length", 1)
         if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest >= 1:

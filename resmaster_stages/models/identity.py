@@ -117,6 +117,8 @@ def model_identity(config: ModelConfig) -> str:
         where = json.dumps([adapter.subfolder, adapter.weight_name, adapter.image_encoder_folder])
         name = hashlib.sha256(where.encode()).hexdigest()[:8]
         parts.append(f"ip_adapter={_source_identity(adapter.id, adapter.revision)}#{name}")
+        if adapter.image_encoder:
+            parts.append("image_encoder=" + _source_identity(adapter.image_encoder, None))
     return "+".join(parts)
 
 

@@ -27,6 +27,7 @@ from resmaster_stages.models.bases import family_of, require
 from resmaster_stages.models.bases.base import Ability, Asked, Demand, require_readable
 from resmaster_stages.models.files import Check, NotOnThisMachine
 from resmaster_stages.models.geometry import geometry_of
+from resmaster_stages.models.licences import licences_of
 from resmaster_stages.models.places import require_device_name, resolve_device
 from resmaster_stages.planning.drafts import why_too_large
 from resmaster_stages.storage.filesystem import Folder, open_root
@@ -132,6 +133,9 @@ def checks_of(config: DatasetConfig, stages: Collection[str], here: bool) -> Ite
 
 def notes_of(config: DatasetConfig) -> Iterator[str]:
     """What a user should know of a configuration that has no mistakes."""
+    for each in licences_of(config):
+        if each.licence.non_commercial:
+            yield f"licence of the {each.part} {each.model}: {each.licence.sentence()}"
     written = {asked.part: _negative_prompt(config, asked.part) for asked in sampling_of(config, stages_of(config))}
     settings = [f"{part}.negative_prompt" for part, text in written.items() if text]
     if settings and not reads_negative_prompts(config):

@@ -19,6 +19,8 @@ from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import patch_grid, target_size
 from resmaster_stages.errors import UserError
+from resmaster_stages.models.bases import family_of
+from resmaster_stages.models.bases.unet import SDXL
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.identity import PICTUREBOOK
 from resmaster_stages.planning.preview import Preview, StagePreview
@@ -191,9 +193,11 @@ def _device(receipt: Receipt) -> str:
 
 
 def _rates(config: DatasetConfig) -> Rates | None:
+    """The speed of a base model; None for all but picturebook and SDXL."""
     if config.model.id == PICTUREBOOK:
         return PICTUREBOOK_RATES
-    return SDXL_RATES if geometry_of(config.model).native_px == SDXL_NATIVE_PX else None
+    like_sdxl = family_of(config.model).name == SDXL.name and geometry_of(config.model).native_px == SDXL_NATIVE_PX
+    return SDXL_RATES if like_sdxl else None
 
 
 def _from_table(look: Preview, stage: str) -> tuple[float | None, str]:

@@ -7,7 +7,8 @@ Invariants:
 - Every key occurs at most once.
 - Only shards that are committed in every stage, and not marked as damaged, are published. The card says how many shards
   are missing.
-- Equal commits give equal files: no time or host is in them.
+- Equal commits give equal files: no time or host is in them. Only the licences in the card depend on which models' own
+  cards lie on the machine.
 - Rows, records and the index are written to disk as they come. Memory grows by 26 to 35 bytes per sample, and by the
   names in listings per shard (docs/scale.md has numbers).
 """

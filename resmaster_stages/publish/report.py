@@ -24,6 +24,7 @@ from resmaster_stages.dataset.reading import shard_samples
 from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.inspection.explain import explain_command
 from resmaster_stages.metrics.flags import badness, badness_columns
+from resmaster_stages.models.licences import licences_of, uses_base_model
 from resmaster_stages.publish.page import ReportSample, choose, render_report
 from resmaster_stages.publish.sheets import contact_sheets
 from resmaster_stages.storage.tables import decode_table, rows_at
@@ -89,7 +90,8 @@ def facts(config: DatasetConfig, manifest: pa.Table) -> dict[str, Any]:
         "samples": manifest.num_rows,
         "sizes": first + (f" and {len(sizes) - 1} more" if len(sizes) > 1 else ""),
         "method": upscale.label(),
-        "model": config.model.id,
+        **({"model": config.model.id} if uses_base_model(config) else {}),
+        **{f"licence of the {each.part}": each.licence.sentence() for each in licences_of(config)},
         **upscale.facts(),
         "seed": config.seed,
     }

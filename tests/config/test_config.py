@@ -34,7 +34,17 @@ def test_shipped_configurations_are_valid(path: Path) -> None:
 
 
 def test_the_configurations_that_are_shipped() -> None:
-    assert {path.stem for path in DATASETS} == {"picturebook", "picturebook-evaluation", "sdxl-2k", "sdxl-4k"}
+    assert {path.stem for path in DATASETS} == {
+        "picturebook",
+        "picturebook-evaluation",
+        "sdxl-2k",
+        "sdxl-4k",
+        "flux-4k",
+        "z-image-4k",
+        "sd35-4k",
+        "pixart-4k",
+        "qwen-4k",
+    }
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from resmaster_stages.diffusion.reference import pad_to_multiple, to_image, to_t
 from resmaster_stages.diffusion.text import encode_prompts, truncated
 from resmaster_stages.diffusion.views import Grid, view_grid
 from resmaster_stages.errors import ConfigError
+from resmaster_stages.models.bases.adapter_files import CLIP_MEAN, CLIP_STD
 from resmaster_stages.models.bases.base import Geometry
-from resmaster_stages.models.bases.unet import CLIP_MEAN, CLIP_STD
 from resmaster_stages.models.ip_adapter import adapter_scale, preprocess
 from resmaster_stages.models.parts import Models
 from resmaster_stages.models.schedule import make_schedule
@@ -193,8 +193,10 @@ def test_batch_size_does_not_matter():
 )
 def test_batches_are_static_even_and_complete(items, largest, shapes):
     batches = static_batches(items, largest)
-    assert [len(batch) for batch in batches] == shapes
-    assert torch.cat(batches)[:items].tolist() == list(range(items))
+    assert [len(batch.items) for batch in batches] == shapes
+    assert torch.cat([batch.items for batch in batches])[:items].tolist() == list(range(items))
+    for batch in batches:
+        assert batch.items.tolist() == list(batch.numbers)
 
 
 def test_reference_is_clamped_and_padded_by_its_border():

@@ -23,6 +23,7 @@ from resmaster_stages.planning.preview import preview
 from resmaster_stages.runner.run import run_stage
 from tests.fake_stages import FAKES, config_at, planned
 from tests.tiny_models import save
+from tests.tiny_transformers import make_flux
 
 
 def stage_of(found: Estimate, name: str) -> StageEstimate:
@@ -89,6 +90,25 @@ def test_a_model_of_another_size_has_no_table(tmp_path: Path) -> None:
     places._read_json.cache_clear()
     assert set(estimate(preview(config)).unknown) == {"low_res", "captions", "high_res", "quality"}
     places._read_json.cache_clear()
+
+
+def test_a_model_of_another_family_has_no_table(tmp_path: Path) -> None:
+    """Also if its native size is SDXL's: a row of a transformer takes another time."""
+    folder = tmp_path / "flux"
+    make_flux().save_pretrained(folder)
+    edit_json(folder / "vae" / "config.json", sample_size=1024)
+    values = {
+        "prompts": sdxl(tmp_path).prompts,
+        "model": {"id": str(folder)},
+        "low_res": {"guidance_scale": 3.5},
+        "upscale": {"guidance_scale": 3.5, "image_prompt": {"enabled": False}},
+        "quality": {"clip": None},
+    }
+    config = config_at(tmp_path / "out", **values)
+    found = estimate(preview(config))
+    assert set(found.unknown) == {"low_res", "captions", "high_res", "quality"}
+    assert "build a few shards first" in stage_of(found, "high_res").seconds_source
+    assert found.device_hours == 0
 
 
 def test_commits_of_the_same_stage_count_more_than_any_table(tmp_path: Path) -> None:

@@ -60,6 +60,19 @@ def test_moving_windows() -> None:
     assert sum(each.rows for each in work) == counted.rows
 
 
+@pytest.mark.parametrize("method", ["resmaster", "c_upscale"])
+@pytest.mark.parametrize("values", [{}, {"guidance_stop": 0.7}, {"guidance_scale": 1.0}], ids=str)
+def test_a_reference_that_keeps_pace(method: str, values: dict) -> None:
+    structure = {"preset": "hiflow", "start": 0.2, "stop": 0.9}
+    config = settings(method, scale=3, steps=10, structure=structure, view_batch=1, **values)
+    models = adapted()
+    with counting() as counted:
+        upscale_image(models, some_image(48, 32), "a cat", config=config)
+    work = high_res_work(config, Denoising(models.geometry), 32, 48)
+    assert sum(each.rows for each in work) == counted.rows
+    assert sum(each.rows * each.area for each in work) == pytest.approx(counted.native_rows)
+
+
 def test_low_res_images() -> None:
     models = adapted()
     with counting() as counted:

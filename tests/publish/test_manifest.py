@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.load import parse_config
+from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.plan import Plan, read_plan
@@ -150,6 +152,42 @@ def test_the_cards_header_and_its_code_work(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.split("\n")[:-1] == ["(64, 64) a", "(64, 64) b", "(64, 64) c"]
+
+
+def licences(dataset: Dataset) -> dict[str, str]:
+    """Part -> licence, by the table of the card."""
+    card = dataset.folder.read("README.md").decode()
+    return dict(re.findall(r"^\| (base model|VAE|IP-Adapter|captioner) \| `.*` \| (.*) \|$", card, re.MULTILINE))
+
+
+def test_the_card_states_the_licences_of_the_models(tmp_path: Path) -> None:
+    dataset = build(tmp_path, tmp_path, shards=[])
+    write_manifest(dataset)
+    assert licences(dataset) == {"base model": "apache-2.0", "captioner": "apache-2.0"}
+
+    model = tmp_path / "model"
+    model.mkdir()
+    for card, stated in (
+        (b"---\nlicense: cc-by-nc-4.0\n---\n", "cc-by-nc-4.0, which does not allow commercial use of the model"),
+        (b"---\nlicense: [x | y](https://example.org)\n---\n", "not stated; read the model's page"),
+        (b"---\nlicense: \xff", "not stated; read the model's page"),
+    ):
+        (model / "README.md").write_bytes(card)
+        other = replace(dataset, config=dataset.config.model_copy(update={"model": ModelConfig(id=str(model))}))
+        write_manifest(other)
+        assert licences(other)["base model"] == stated
+
+
+def test_a_dataset_without_a_base_model_names_none(tmp_path: Path) -> None:
+    dataset = build(tmp_path, tmp_path, shards=[])
+    config = parse_config({**dataset.config.model_dump(), "upscale": {"method": "lanczos"}})
+    for images, named in (("my-images", False), (None, True)):
+        some = replace(dataset, config=config.model_copy(update={"images": images}))
+        write_manifest(some)
+        card = some.folder.read("README.md").decode()
+        assert ("Licences of the models" in card) is named
+        assert ("picturebook" in card) is named
+        assert "| Upscaled by | `lanczos`, scale 4 |" in card
 
 
 def configs(dataset: Dataset) -> dict[str, list[str]]:

@@ -58,6 +58,14 @@ def test_all_committed_and_nothing_published(dataset: Dataset, capsys: pytest.Ca
         assert "the publication" not in shown.out + shown.err
 
 
+def test_the_report_states_the_licences_of_the_models(dataset: Dataset) -> None:
+    publish(dataset)
+    page = dataset.folder.read("report/index.html").decode()
+    assert "licence of the base model" in page
+    assert "licence of the captioner" in page
+    assert "licence of the VAE" not in page
+
+
 def test_repair_publishes_where_only_that_is_missing(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["repair", dataset.url]) == 0
     assert "its publication is missing; nothing else to repair" in capsys.readouterr().err

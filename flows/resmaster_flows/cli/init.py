@@ -15,10 +15,19 @@ from resmaster_stages.redaction import quoted
 
 HELP = "write configurations and prompts to start from"
 DESCRIPTION = (
-    "Write a configuration of the demo (picturebook.yaml), two for SDXL, and a file of prompts, to be changed as you "
-    "like. Overwrites nothing."
+    "Write a configuration of the demo (picturebook.yaml), some for SDXL, FLUX.1 and other base models, and a file of "
+    "prompts, to be changed as you like. Overwrites nothing."
 )
-CONFIGURATIONS = ("picturebook.yaml", "sdxl-2k.yaml", "sdxl-4k.yaml")
+CONFIGURATIONS = (
+    "picturebook.yaml",
+    "sdxl-2k.yaml",
+    "sdxl-4k.yaml",
+    "flux-4k.yaml",
+    "z-image-4k.yaml",
+    "sd35-4k.yaml",
+    "pixart-4k.yaml",
+    "qwen-4k.yaml",
+)
 """Those of the examples that a user starts from; the first one is the demo."""
 PROMPTS_OF_EXAMPLES = f"../../resmaster_stages/picturebook/{PROMPTS.name}"
 """The prompts as the examples name them in a checkout."""

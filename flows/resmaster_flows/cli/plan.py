@@ -11,7 +11,9 @@ from resmaster_flows.cli.arguments import add_source, config_of
 from resmaster_flows.watch.pace import spell_seconds
 from resmaster_flows.watch.terminal import SafeConsole, say
 from resmaster_stages.errors import UserError
+from resmaster_stages.models.licences import uses_base_model
 from resmaster_stages.planning.estimate import Estimate
+from resmaster_stages.planning.memory import Memory, memory_of
 from resmaster_stages.publish.card import spell_bytes
 
 HELP = "say what `run` would do; change nothing"
@@ -51,14 +53,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
             say(out, f"{one}: {each}")
         if more := inputs.count - len(inputs.first):
             say(out, f"... and {more} more {many}")
-    for each in look.notes:
-        say(out, f"note: {each}")
     for each in look.unchecked:
         say(out, f"not checked: {each}")
+    for each in look.notes:
+        say(out, f"note: {each}")
     if args.estimate:
         from resmaster_stages.planning.estimate import estimate
 
         _print_estimate(estimate(look, workers=args.workers, price=args.price), out)
+        if uses_base_model(config):
+            say(out, f"memory: {_spell_memory(memory_of(config.model))}")
     elif args.workers != 1 or args.price is not None:
         raise UserError("--workers and --price are of --estimate; add --estimate")
     return 0
@@ -90,3 +94,16 @@ def _print_estimate(found: Estimate, out: Console) -> None:
         sources.setdefault(f"bytes: {stage.bytes_source}", []).append(stage.stage)
     for source, stages in sources.items():
         say(out, f"{', '.join(stages)}: {source}")
+
+
+def _spell_memory(memory: Memory | None) -> str:
+    """The memory of a base model's weights in one line."""
+    if memory is None:
+        return "not known, because the base model's weights are not on this machine"
+    once, drawing = spell_bytes(memory.encoding), spell_bytes(memory.drawing)
+    sizes = once if memory.encoding == memory.drawing else f"{once} while texts are encoded, {drawing} afterwards"
+    parts = ", ".join(f"{part} {spell_bytes(size)}" for part, size in memory.parts.items())
+    return (
+        f"the base model's weights take {sizes} on a GPU, and views take more (model.offload: {memory.offload}; "
+        f"{memory.number_format}: {parts})"
+    )

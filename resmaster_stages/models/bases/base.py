@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from resmaster_stages.models.schedule import Step
 
-Ability = Literal["convolutions", "attention", "image_prompts"]
-"""What a method may need of a family: convolutions or attentions under the names of diffusers' UNets, or an
-IP-Adapter."""
+Ability = Literal["convolutions", "attention", "image_prompts", "positions"]
+"""What a method may need of a family: convolutions or attentions under the names of diffusers' UNets, an IP-Adapter, or
+rotary positions that `diffusion.positions` can scale."""
 
 NO_ADAPTER = "model {}: image prompts need an IP-Adapter; set model.ip_adapter, or upscale.image_prompt.enabled: false"
 """What is said of a model without an IP-Adapter where image prompts are asked for."""
@@ -193,6 +193,8 @@ class Rows:
     """Original height and width, crop top and left, target height and width, all in px."""
     image: Tensor | None = None  # [rows, 1, ...]
     """Image prompts, as `ImageAdapter` makes them."""
+    lengths: tuple[int, ...] = ()
+    """With a mask: how many states of each row are read."""
 
 
 @dataclass(frozen=True)

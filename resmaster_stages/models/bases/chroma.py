@@ -36,13 +36,13 @@ class Chroma(flux.Flux):
         )
         return Texts(states, states.new_zeros(len(states), 0), mask.bool())
 
-    def conditions(self, tokens: Tensor, rows: Rows) -> dict[str, Any]:
+    def conditions(self, tokens: Tensor, states: Tensor, rows: Rows) -> dict[str, Any]:
         """The mask over text and image, of truth values. As numbers, as diffusers' `encode_prompt` gives the text's, it
         would be added to the scores, and hide nothing."""
         import torch
 
         assert rows.mask is not None
-        image = rows.mask.new_ones(tokens.shape[:2])
+        image = rows.mask.new_ones(len(tokens), states.shape[1] - rows.mask.shape[1] + tokens.shape[1])
         return {"attention_mask": torch.cat([rows.mask, image], dim=1)}
 
 
@@ -59,6 +59,7 @@ KIND = replace(
     sampling=sampling,
     base=_chroma,
     tokenizer="tokenizer",
+    tokens=lambda facts: 512,
 )
 
 CHROMA = family_of_kind(KIND)

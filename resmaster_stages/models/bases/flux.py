@@ -7,11 +7,13 @@ schnell has none.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from resmaster_stages.models.bases.base import Base, Geometry, Rows, Sampling, Texts, Timing
+from resmaster_stages.models.bases import adapter_files, flux_files
+from resmaster_stages.models.bases.base import Base, Geometry, ImageAdapter, Rows, Sampling, Texts, Timing
 from resmaster_stages.models.bases.transformer import Transformer, packed, unpacked
 from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind
 from resmaster_stages.models.flow import flow_schedule, image_shift
@@ -54,23 +56,48 @@ class Flux(Transformer):
         states, pooled, _ = self.pipe.encode_prompt(prompts, prompts, device=device, max_sequence_length=self.tokens)
         return Texts(states, pooled)
 
+    def image_adapter(self) -> ImageAdapter | None:
+        """The IP-Adapter or Redux, if one is loaded. Raises ConfigError for an unsupported kind."""
+        from resmaster_stages.models.flux_adapters import flux_adapter_of
+
+        processor = getattr(self.pipe, "feature_extractor", None)
+        mean = tuple(getattr(processor, "image_mean", None) or adapter_files.CLIP_MEAN)
+        std = tuple(getattr(processor, "image_std", None) or adapter_files.CLIP_STD)
+        return flux_adapter_of(self.denoiser.network, self.image_encoder, mean, std)
+
+    def image_scale(self, scale: float) -> AbstractContextManager[None]:
+        """Sets the weight of the IP-Adapter or Redux, if one is loaded."""
+        from resmaster_stages.models.flux_adapters import flux_adapter_scale
+
+        return flux_adapter_scale(self.denoiser.network, self.image_encoder, scale)
+
     def predict(self, sample: Tensor, timestep: Tensor, rows: Rows) -> Tensor:
         """The velocity eps - x0."""
         height, width = sample.shape[-2:]
-        tokens = packed(sample)
+        tokens, states = packed(sample), self.states(rows)
+        ip_adapter = None if rows.image is None or rows.image.ndim > 3 else {"ip_adapter_image_embeds": [rows.image]}
         output = self.denoiser.network(
             hidden_states=tokens,
             timestep=timestep.to(tokens.dtype).expand(len(tokens)) / 1000,
-            encoder_hidden_states=rows.states,
-            txt_ids=timestep.new_zeros(rows.states.shape[1], 3),
+            encoder_hidden_states=states,
+            txt_ids=timestep.new_zeros(states.shape[1], 3),
             img_ids=image_ids(height, width, tokens.device),
+            joint_attention_kwargs=ip_adapter,
             return_dict=False,
-            **self.conditions(tokens, rows),
+            **self.conditions(tokens, states, rows),
         )[0]
         return unpacked(output, height, width)
 
-    def conditions(self, tokens: Tensor, rows: Rows) -> dict[str, Any]:
-        """What the transformer is told of the rows beside T5's states: CLIP's pooled text and the guidance scale.
+    def states(self, rows: Rows) -> Tensor:
+        """T5's states, and after them Redux' tokens [rows, 1, tokens, D] of image prompts: [rows, L, D]."""
+        import torch
+
+        if rows.image is None or rows.image.ndim == 3:
+            return rows.states
+        return torch.cat([rows.states, self.pipe.image_encoder.scale * rows.image[:, 0]], dim=1)
+
+    def conditions(self, tokens: Tensor, states: Tensor, rows: Rows) -> dict[str, Any]:
+        """What the transformer is told of the rows beside `states`: CLIP's pooled text and the guidance scale.
 
         tokens: the packed views.
         """
@@ -97,7 +124,9 @@ KIND = Kind(
     base=_flux,
     tokenizer="tokenizer_2",
     tokens=lambda facts: 256 if sampling(facts).kind == "none" else 512,
-    parts=("image_encoder", "feature_extractor"),
+    abilities=frozenset({"image_prompts"}),
+    adapter_checks=flux_files.checks,
+    load_adapter=flux_files.load,
 )
 
 FLUX = family_of_kind(KIND)

@@ -173,7 +173,7 @@ def sizes(kind: Kind, facts: Facts, config: ModelConfig) -> Geometry:
         factor = int(kind.factor(facts.vae))
         native = int(kind.native_px(facts, factor) or NATIVE_PX)
         largest = kind.largest_px(facts, factor)
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, OverflowError, TypeError, ValueError) as error:
         raise ConfigError(
             f"model {facts.name!r}: its configuration does not tell its sizes ({type(error).__name__}: {error}); "
             "download the model again, or use another"
@@ -195,7 +195,8 @@ def require_kind(kind: Kind, facts: Facts) -> None:
     try:
         channels = kind.in_channels(facts.transformer)
     except (LookupError, TypeError) as error:
-        raise ConfigError(f"transformer/config.json lacks {error}; download the model again") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"transformer/config.json tells no channels ({reason}); download the model again") from None
     made = kind.vae_channels(facts.vae)
     if channels != made:
         raise ConfigError(

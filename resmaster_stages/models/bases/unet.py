@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from resmaster_stages.config.model import IpAdapterConfig, ModelConfig
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.bases import unet_files
+from resmaster_stages.models.bases import adapter_files, unet_files
 from resmaster_stages.models.bases.base import (
     Family,
     Geometry,
@@ -35,12 +35,6 @@ if TYPE_CHECKING:
 
     from resmaster_stages.models.ip_adapter import IpAdapter
     from resmaster_stages.models.schedule import Step
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-"""Mean of RGB in [0, 1] that is subtracted for a CLIP image encoder if nothing else is configured."""
-
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Standard deviation of RGB that goes with `CLIP_MEAN`."""
 
 _FEED_FORWARD = 21
 """Values that are live at once, per value of the feed-forward's input: both halves of its gate (8), the gate (4),
@@ -115,21 +109,11 @@ def load(pipeline: str, more: Mapping[str, Any], config: ModelConfig, dtype: tor
 
 def _load_adapter(pipe: Any, adapter: IpAdapterConfig, dtype: torch.dtype) -> None:
     """Loads the image encoder and the IP-Adapter's weights into `pipe`."""
-    from transformers import CLIPVisionModelWithProjection
-
-    unet_files.require_safetensors(adapter)
+    adapter_files.require_safetensors(adapter)
     place = location(adapter.id)
     if pipe.image_encoder is None:
-        with loading(adapter.id, "the image encoder of the IP-Adapter"):
-            pipe.register_modules(
-                image_encoder=CLIPVisionModelWithProjection.from_pretrained(
-                    place,
-                    subfolder=adapter.image_encoder_folder,
-                    revision=adapter.revision,
-                    dtype=dtype,
-                    use_safetensors=True,
-                )
-            )
+        encoder = adapter_files.load_encoder("CLIPVisionModelWithProjection", adapter, dtype)
+        pipe.register_modules(image_encoder=encoder)
     with loading(adapter.id, "the IP-Adapter"):
         pipe.load_ip_adapter(
             place,
@@ -314,8 +298,8 @@ def base(told_sizes: bool, pipe: Any, config: ModelConfig) -> Unet:
         text_encoders=(encoder, second) if told_sizes else (encoder,),
         tokenizers=(pipe.tokenizer, pipe.tokenizer_2) if told_sizes else (pipe.tokenizer,),
         image_encoder=getattr(pipe, "image_encoder", None),
-        image_mean=tuple(getattr(processor, "image_mean", None) or CLIP_MEAN),
-        image_std=tuple(getattr(processor, "image_std", None) or CLIP_STD),
+        image_mean=tuple(getattr(processor, "image_mean", None) or adapter_files.CLIP_MEAN),
+        image_std=tuple(getattr(processor, "image_std", None) or adapter_files.CLIP_STD),
         scheduler_config={"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config},
         told_sizes=told_sizes,
         zeros_for_empty_prompt=bool(getattr(pipe.config, "force_zeros_for_empty_prompt", False)),

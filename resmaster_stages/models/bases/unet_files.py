@@ -12,6 +12,7 @@ from typing import Any
 
 from resmaster_stages.config.model import IpAdapterConfig, ModelConfig
 from resmaster_stages.errors import ConfigError
+from resmaster_stages.models.bases import adapter_files
 from resmaster_stages.models.bases.base import NO_ADAPTER, NO_TIME_SHIFT, Demand
 from resmaster_stages.models.files import (
     DIFFUSERS,
@@ -23,7 +24,6 @@ from resmaster_stages.models.files import (
     require_tokenizer,
     require_weights,
     say_missing,
-    tensors_of,
 )
 from resmaster_stages.models.identity import PICTUREBOOK
 from resmaster_stages.models.schedule import require_path
@@ -54,14 +54,6 @@ def require_plain(told_sizes: bool, unet: Mapping[str, Any], latent_channels: An
         raise ConfigError(f"its UNet reads {unet.get('addition_embed_type')}; give a plain base model")
     if unet.get("in_channels", 4) != latent_channels or unet.get("time_cond_proj_dim") is not None:
         raise ConfigError("it is an inpainting, editing or LCM variant; give a plain base model")
-
-
-def require_safetensors(adapter: IpAdapterConfig) -> None:
-    """Raise ConfigError if the IP-Adapter's weights are pickled."""
-    if not adapter.weight_name.endswith(".safetensors"):
-        raise ConfigError(
-            f"model.ip_adapter.weight_name: {adapter.weight_name} is not a .safetensors file; choose one that is"
-        )
 
 
 def checks(told_sizes: bool, config: ModelConfig, demand: Demand) -> Iterator[Check]:
@@ -138,9 +130,7 @@ def _check_vae(config: ModelConfig) -> None:
 
 
 def _check_adapter(adapter: IpAdapterConfig) -> None:
-    require_safetensors(adapter)
-    name = (Path(adapter.subfolder) / adapter.weight_name).as_posix()
-    tensors = tensors_of(folder_with(adapter.id, name, adapter.revision) / name)
+    tensors = adapter_files.tensors(adapter)
     if not all(any(tensor.startswith(part) for tensor in tensors) for part in ("image_proj.", "ip_adapter.")):
         raise ConfigError(f"{adapter.weight_name} of {adapter.id} holds no IP-Adapter; choose another weight_name")
     if "image_proj.proj.weight" not in tensors and any(tensor.startswith(OTHER_ADAPTERS) for tensor in tensors):
@@ -151,9 +141,7 @@ def _check_encoder(config: ModelConfig, adapter: IpAdapterConfig) -> None:
     if _json_of(config, "model_index.json").get("image_encoder") not in (None, [None, None]):
         require_weights(config.id, _folder(config) / "image_encoder", TRANSFORMERS, config.variant)
         return
-    name = (Path(adapter.image_encoder_folder) / "config.json").as_posix()
-    folder = folder_with(adapter.id, name, adapter.revision) / adapter.image_encoder_folder
-    require_weights(adapter.id, folder, TRANSFORMERS)
+    adapter_files.require_encoder(adapter)
 
 
 def _check_path(config: ModelConfig, steps: int) -> None:

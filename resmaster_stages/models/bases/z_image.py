@@ -65,7 +65,6 @@ class ZImage(Transformer):
         """The velocity eps - x0. Raises ConfigError for views that are larger than the table of positions."""
         import torch
 
-        assert rows.mask is not None, "captions of Z-Image have lengths"
         height, width = sample.shape[-2:]
         _, most_rows, most_columns = self.facts.transformer["axes_lens"]
         if height > 2 * most_rows or width > 2 * most_columns:
@@ -74,11 +73,10 @@ class ZImage(Transformer):
                 f"a view of {height * factor} x {width * factor} px is larger than the {2 * most_rows * factor} x "
                 f"{2 * most_columns * factor} px that Z-Image has positions for; use a method with views"
             )
-        lengths = rows.mask.sum(dim=1).tolist()
         outputs = self.denoiser.network(
             list(sample.unsqueeze(2)),  # [C, 1, h, w] each
             ((1000 - timestep) / 1000).expand(len(sample)),
-            [states[:length] for states, length in zip(rows.states, lengths)],
+            [states[:length] for states, length in zip(rows.states, rows.lengths)],
             return_dict=False,
         )[0]
         return -torch.stack(outputs).squeeze(2)

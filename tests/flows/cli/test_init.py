@@ -11,7 +11,17 @@ from resmaster_flows.home import EXAMPLES
 from resmaster_stages.config.load import load_config
 from resmaster_stages.planning.preview import preview
 
-FILES = ["picturebook.yaml", "prompts.txt", "sdxl-2k.yaml", "sdxl-4k.yaml"]
+FILES = [
+    "flux-4k.yaml",
+    "picturebook.yaml",
+    "pixart-4k.yaml",
+    "prompts.txt",
+    "qwen-4k.yaml",
+    "sd35-4k.yaml",
+    "sdxl-2k.yaml",
+    "sdxl-4k.yaml",
+    "z-image-4k.yaml",
+]
 
 
 def test_what_it_writes_can_be_planned(

@@ -22,6 +22,7 @@ from resmaster_stages.library import read_samples
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models import places
 from resmaster_stages.models.bases import family_of
+from resmaster_stages.models.bases.base import Timing
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
@@ -122,8 +123,8 @@ def test_what_is_known_before_loading_is_what_is_loaded(name: str, folders: dict
 def test_methods_draw_any_size_with_the_rows_that_were_forecast(
     name: str, method: str, width: int, height: int, scale: float, folders: dict[str, Path]
 ) -> None:
-    values = {"steps": 3, "scale": scale, "guidance_scale": SCALE[name], "view_batch": 1, **METHODS[method]}
-    config = Method.model_validate(with_method(values, method))
+    values = {"steps": 3, "scale": scale, "guidance_scale": SCALE[name], "view_batch": 1}
+    config = Method.model_validate({**with_method(values, method), **METHODS[method]})
     model = ModelConfig(id=str(folders[name]), device="cpu")
     images = []
     for prompt in ("a red house", "a boat on a lake"):
@@ -161,7 +162,7 @@ def test_guidance_that_has_no_effect_is_refused_with_the_recommended_pair(
     )
     unwritten = {"low_res": {"steps": 3, "height": 48, "width": 64}}
     (line,) = mistakes(configured(tmp_path, folders["dev"], 3.5, **unwritten))
-    assert line.startswith("low_res.guidance_scale: 7.5 was chosen for SDXL")
+    assert line.startswith("low_res.guidance_scale: 5 was chosen for SDXL")
     assert "set low_res.steps: 28 and low_res.guidance_scale: 3.5" in line
     guided = {"model": {"id": str(folders["dev"]), "device": "cpu", "guidance": "cfg"}}
     assert check(configured(tmp_path, folders["dev"], 3.5, **guided)).notes == ()
@@ -246,7 +247,7 @@ def test_a_half_precision_transformer_computes_in_half_precision(name: str, fold
     assert {p.dtype for p in models.base.denoiser.parameters()} == {torch.bfloat16}
     assert next(models.base.vae.parameters()).dtype == torch.float32
     config = Method.model_validate(
-        with_method({"steps": 2, "scale": 1, "guidance_scale": SCALE[name], **OFF}, "resmaster")
+        with_method({"preset": "exact", "steps": 2, "scale": 1, "guidance_scale": SCALE[name], **OFF}, "resmaster")
     )
     seen = []
     hook = models.base.denoiser.network.register_forward_pre_hook(
@@ -259,11 +260,5 @@ def test_a_half_precision_transformer_computes_in_half_precision(name: str, fold
     hook.remove()
     assert np.asarray(image).std() > 1
     assert {each[:2] for each in seen} == {(torch.bfloat16, torch.bfloat16)}
-    rounded = {float((torch.tensor(step.t).bfloat16() / 1000) * 1000) for step in models.base.path(2, _timing())}
-    assert {each[2] for each in seen} == rounded
-
-
-def _timing() -> Any:
-    from resmaster_stages.models.bases.base import Timing
-
-    return Timing(16 * 16)
+    path = models.base.path(2, Timing(16 * 16))
+    assert {each[2] for each in seen} == {float((torch.tensor(step.t).bfloat16() / 1000) * 1000) for step in path}
