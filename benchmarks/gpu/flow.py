@@ -42,8 +42,11 @@ class Bench:
 
     run: Run
     shape: shapes.Shape
-    operations: int
-    """Of one view."""
+
+    @property
+    def operations(self) -> int:
+        """Of one view."""
+        return shapes.operations_per_view(self.shape, self.run.rehearse)
 
     def made(self) -> Models:
         """The model on the device."""
@@ -133,14 +136,13 @@ def measure(run: Run) -> None:
     """Both models eager, then both compiled. A model that cannot be made costs itself alone."""
     run.record.put("dtype", str(shapes.DTYPE).removeprefix("torch."))
     run.record.put("text_tokens", {shape.name: shape.states[0] for shape in shapes.SHAPES})
-    benches = [Bench(run, shape, shapes.operations_per_view(shape, run.rehearse)) for shape in shapes.SHAPES]
     for part in (Bench.eager, Bench.compiled):
-        for bench in benches:
-            labels = {"what": bench.shape.name, "variant": part.__name__}
+        for shape in shapes.SHAPES:
+            labels = {"what": shape.name, "variant": part.__name__}
             if run.skip("models", BUILDING_SECONDS, **labels):
                 continue
             try:
-                part(bench)
+                part(Bench(run, shape))
             except Exception as error:
                 run.record.add("models", {**labels, "error": trace(error)})
             torch.compiler.reset()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,7 @@ from resmaster_stages.models.parts import Models
 DTYPE = torch.bfloat16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shape:
     """A published model, as far as speed and memory depend on it."""
 
@@ -107,7 +108,7 @@ class RandomTexts:
         generator = torch.Generator().manual_seed(0)
         states = torch.randn(1, length, width, generator=generator).expand(count, -1, -1).to(device, DTYPE)
         pooled = torch.randn(1, self._pooled, generator=generator).expand(count, -1).to(device, DTYPE)
-        return Texts(states, pooled, torch.ones(count, length, dtype=torch.bool) if self._masked else None)
+        return Texts(states, pooled, states.new_ones(count, length, dtype=torch.bool) if self._masked else None)
 
 
 @contextmanager
@@ -165,6 +166,7 @@ def forward(models: Models, views: int) -> Callable[[], Any]:
         pooled=texts.pooled,
         guidance_scale=base.sampling.guidance_scale,
         sizes=torch.zeros(views, 6, device=device),
+        lengths=() if texts.mask is None else (texts.states.shape[1],) * views,
     )
     sample = torch.randn(views, base.latent_channels, native, native, device=device, dtype=DTYPE)
     time, arguments = torch.tensor(600.0, device=device), base.arguments(rows)
@@ -176,6 +178,7 @@ def forward(models: Models, views: int) -> Callable[[], Any]:
     return call
 
 
+@cache
 def operations_per_view(shape: Shape, toy: bool) -> int:
     """Floating-point operations of one native view through the transformer, counted without computing them."""
     call = forward(whole(shape, torch.device("meta"), toy), 1)
