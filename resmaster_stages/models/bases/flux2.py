@@ -170,6 +170,7 @@ DEV = Kind(
     row_values=21.3,
     require=require,
     plain_tokenizer=True,
+    abilities=frozenset({"positions"}),
     template=48,  # the system message takes most of them
 )
 

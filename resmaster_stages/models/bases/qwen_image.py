@@ -56,10 +56,18 @@ def factor(vae: Mapping[str, Any]) -> int:
 
 
 def require_plain(facts: Facts) -> None:
-    """Raise ConfigError for transformers of other tasks, and for a VAE without its channels' means and spreads."""
+    """Raise ConfigError for transformers of other tasks, and for damages that loading does not find."""
     for switch, meaning in VARIANTS.items():
         if facts.transformer.get(switch):
             raise ConfigError(f"its transformer ({switch}) {meaning}; give a plain base model")
+    parts, width = (
+        facts.transformer.get("axes_dims_rope", (16, 56, 56)),
+        facts.transformer.get("attention_head_dim", 128),
+    )
+    if not isinstance(parts, list | tuple) or not all(map(is_number, parts)) or sum(parts) != width:
+        raise ConfigError(
+            f"transformer/config.json: axes_dims_rope do not sum up to {width!r}; download the model again"
+        )
     channels = facts.vae.get("z_dim")
     for name in ("latents_mean", "latents_std"):
         values = facts.vae.get(name)
@@ -170,6 +178,7 @@ KIND = Kind(
     channels=16,
     in_channels=lambda transformer: transformer["in_channels"] // 4,
     vae_channels=lambda vae: vae.get("z_dim"),
+    abilities=frozenset({"positions"}),
     template=5,
     require=require_plain,
     sampling=sampling,

@@ -18,15 +18,12 @@ from resmaster_stages.models.parts import Models
 from resmaster_stages.planning.checks import check
 from tests.methods.common import difference, settings, some_image
 from tests.models.bases.common import engine, relative, start
+from tests.models.bases.folders import built, configured, fresh, spoiled
 from tests.models.bases.whole import (
     CONVOLUTIONS,
     METHODS,
-    built,
-    changed,
     counted_and_forecast,
-    dataset_of,
     drawn,
-    forget,
     is_visible,
     refusals,
     rows_of,
@@ -58,8 +55,8 @@ def models(pipe):
 def folder(pipe, tmp_path_factory):
     place = tmp_path_factory.mktemp("qwen") / "Qwen-Image"
     pipe.save_pretrained(place)
-    yield place
-    forget()
+    with fresh():
+        yield place
 
 
 def theirs(pipe, noise, steps, scale, **more):
@@ -104,11 +101,8 @@ def test_tokens_keep_the_norm_of_their_conditional_prediction(models):
     ours = models.base.guide(negative, text, 4.0)
     norms = packed(ours).norm(dim=-1)
     assert torch.allclose(norms, packed(text).norm(dim=-1), rtol=1e-5)
-    assert torch.allclose(
-        packed(ours) / norms[..., None],
-        torch.nn.functional.normalize(packed(guide(negative, text, 4.0)), dim=-1),
-        atol=1e-6,
-    )
+    plain = packed(guide(negative, text, 4.0))
+    assert torch.allclose(packed(ours) / norms[..., None], plain / plain.norm(dim=-1, keepdim=True), atol=1e-6)
     assert relative(ours, guide(negative, text, 4.0)) > 0.1
 
 
@@ -211,12 +205,22 @@ def test_the_end_of_the_chat_template_is_counted_and_its_beginning_is_not(models
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_methods_draw_what_is_asked_for(models, pipe, method):
+def test_methods_draw_what_is_asked_for(models, folder, method):
     image = drawn(models, method, guidance_scale=4.0)
     assert image.size == (112, 80)
     assert is_visible(image)
     assert difference(image, drawn(models, method, "a big house, red and very old", guidance_scale=4.0)) > 0
-    counted, forecast = counted_and_forecast(models, pipe, method, guidance_scale=4.0)
+    counted, forecast = counted_and_forecast(
+        ModelConfig(id=str(folder), device="cpu", **NATIVE), method, guidance_scale=4.0
+    )
+    assert counted == forecast
+
+
+@pytest.mark.parametrize("values", [{"start": 0}, {"cosine_scale_2": 0}, {"start": 0, "cosine_scale_2": 2, "steps": 5}])
+def test_groups_of_views_without_weight_are_not_forecast(folder, values):
+    """At the first step, which is pure noise, only dilated views count, and at the last one only local views."""
+    model = ModelConfig(id=str(folder), device="cpu", **NATIVE)
+    counted, forecast = counted_and_forecast(model, "demofusion", guidance_scale=4.0, **values)
     assert counted == forecast
 
 
@@ -232,13 +236,13 @@ def test_methods_of_unets_are_refused(models):
 
 
 def test_a_folder_goes_through_all_stages(folder, tmp_path):
-    config = dataset_of(tmp_path, "one", {"id": str(folder), **NATIVE})
+    config = configured(tmp_path / "one", folder, model=NATIVE)
     assert (geometry_of(config.model).native_px, geometry_of(config.model).step_px) == (64, 8)
     assert geometry_of(ModelConfig(id=str(folder))).native_px == 1024
-    check(config)
-    first = built(config)
-    forget()
-    assert built(dataset_of(tmp_path, "two", {"id": str(folder), **NATIVE})) == first
+    assert check(config).notes == ()
+    first, second = built(config), built(configured(tmp_path / "two", folder, model=NATIVE))
+    assert [(each.samples_ok, each.samples_failed) for each in first] == [(2, 0)] * 4
+    assert [each.objects[0].sha256 for each in first] == [each.objects[0].sha256 for each in second]
 
 
 def test_a_loaded_folder_draws_as_the_pipeline_does(folder, models):
@@ -285,19 +289,19 @@ def test_transformers_of_other_tasks_are_refused_in_the_same_words(folder, tmp_p
     expected = rf"its transformer \({switch}\) .*; give a plain base model"
     with pytest.raises(ConfigError, match=expected):
         Models.from_pipeline(make_qwen_image(**{switch: True}))
-    with changed(folder / "transformer/config.json", **{switch: True}), pytest.raises(ConfigError, match=expected):
-        check(dataset_of(tmp_path, "root", {"id": str(folder), **NATIVE}))
+    with spoiled(folder, "transformer/config.json", switch, True), pytest.raises(ConfigError, match=expected):
+        check(configured(tmp_path, folder, model=NATIVE))
 
 
 def test_another_vae_is_refused(folder, tmp_path):
-    for values, message in (
-        ({"z_dim": 64}, "reads 16 channels, and its VAE makes 64"),
-        ({"_class_name": "AutoencoderKLQwenImage21"}, "its VAE is 'AutoencoderKLQwenImage21'"),
-        ({"latents_std": [1.0] * 15}, "latents_std is no list of 16 numbers"),
-        ({"latents_std": [1.0] * 15 + [0.0]}, "latents_std has numbers below or equal to 0"),
+    for key, value, message in (
+        ("z_dim", 64, "reads 16 channels, and its VAE makes 64"),
+        ("_class_name", "AutoencoderKLQwenImage21", "its VAE is 'AutoencoderKLQwenImage21'"),
+        ("latents_std", [1.0] * 15, "latents_std is no list of 16 numbers"),
+        ("latents_std", [1.0] * 15 + [0.0], "latents_std has numbers below or equal to 0"),
     ):
-        with changed(folder / "vae/config.json", **values), pytest.raises(ConfigError, match=message):
-            check(dataset_of(tmp_path, "root", {"id": str(folder), **NATIVE}))
+        with spoiled(folder, "vae/config.json", key, value), pytest.raises(ConfigError, match=message):
+            check(configured(tmp_path, folder, model=NATIVE))
     pipe = make_qwen_image()
     pipe.register_modules(vae=video_vae(z_dim=8, latents_mean=[0.0] * 8, latents_std=[1.0] * 8))
     with pytest.raises(ConfigError, match="reads 16 channels, and its VAE makes 8"):
@@ -320,7 +324,7 @@ DAMAGES = [
 @pytest.mark.parametrize(("file", "name", "value"), DAMAGES, ids=lambda value: str(value).rpartition("/")[2])
 def test_a_damaged_number_is_one_line(folder, tmp_path, file, name, value):
     """A damage is refused in one line, at planning or when the model is loaded, or the model still draws."""
-    with changed(folder / file, **{name: value}):
-        for line in refusals(dataset_of(tmp_path, "root", {"id": str(folder), **NATIVE})):
+    with spoiled(folder, file, name, value):
+        for line in refusals(configured(tmp_path, folder, model=NATIVE)):
             assert "\n" not in line
             assert "; " in line
