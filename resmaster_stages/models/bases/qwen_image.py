@@ -184,6 +184,7 @@ KIND = Kind(
     sampling=sampling,
     path=path,
     base=_qwen_image,
+    row_values=14.1,
     factor=factor,
     native_px=lambda facts, factor: None,
 )
