@@ -122,6 +122,7 @@ KIND = Kind(
     sampling=sampling,
     path=path,
     base=_flux,
+    row_values=17.1,
     tokenizer="tokenizer_2",
     tokens=lambda facts: 256 if sampling(facts).kind == "none" else 512,
     abilities=frozenset({"image_prompts", "positions"}),

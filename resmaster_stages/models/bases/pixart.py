@@ -87,6 +87,7 @@ SIGMA = Kind(
     sampling=sampling,
     path=path,
     base=_sigma,
+    row_values=11.4,
     tokens=lambda facts: 300,
     abilities=frozenset({"attention"}),
     shifted=False,

@@ -117,6 +117,8 @@ class Kind:
     """Pixels per latent along one axis, from the VAE's configuration."""
     multiple: int = 2
     """As `Geometry.multiple`."""
+    row_values: float | None = None
+    """Numbers that a row holds at its peak, for each token and each channel of the transformer. None: not known."""
     largest_px: Callable[[Facts, int], int | None] = lambda facts, factor: None
     """(facts, px per latent) -> `Geometry.largest_px`."""
     shifted: bool = True
