@@ -56,6 +56,11 @@ class Flux(Transformer):
         states, pooled, _ = self.pipe.encode_prompt(prompts, prompts, device=device, max_sequence_length=self.tokens)
         return Texts(states, pooled)
 
+    @property
+    def context_tokens(self) -> int:
+        """T5's, and Redux' if it is loaded."""
+        return self.tokens + getattr(self.image_encoder, "tokens", 0)
+
     def image_adapter(self) -> ImageAdapter | None:
         """The IP-Adapter or Redux, if one is loaded. Raises ConfigError for an unsupported kind."""
         from resmaster_stages.models.flux_adapters import flux_adapter_of
@@ -122,6 +127,7 @@ KIND = Kind(
     sampling=sampling,
     path=path,
     base=_flux,
+    live=17.1,
     tokenizer="tokenizer_2",
     tokens=lambda facts: 256 if sampling(facts).kind == "none" else 512,
     abilities=frozenset({"image_prompts"}),

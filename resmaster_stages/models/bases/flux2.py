@@ -170,6 +170,7 @@ DEV = Kind(
     sampling=dev_sampling,
     path=path,
     base=_dev,
+    live=21.3,
     require=require,
     template=64,  # the system message and the marks of a chat have about 50
     plain_tokenizer=True,

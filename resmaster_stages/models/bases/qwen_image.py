@@ -179,6 +179,7 @@ KIND = Kind(
     sampling=sampling,
     path=path,
     base=_qwen_image,
+    live=14.1,
     factor=factor,
     native_px=lambda facts, factor: None,
 )

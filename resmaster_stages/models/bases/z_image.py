@@ -103,6 +103,7 @@ KIND = Kind(
     sampling=sampling,
     path=path,
     base=_z_image,
+    live=15.8,
 )
 
 Z_IMAGE = family_of_kind(KIND)
