@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from typing import Any
 
@@ -21,28 +22,11 @@ CHAT = (
 
 
 MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-WORDS = [
-    "system",
-    "user",
-    "assistant",
-    "Describe",
-    "the",
-    "image",
-    "by",
-    "detailing",
-    "color",
-    "shape",
-    "size",
-    "texture",
-    "quantity",
-    "text",
-    "spatial",
-    "relationships",
-    "of",
-    "objects",
-    "and",
-    "background",
-]
+WORDS = re.findall(
+    r"\w+",
+    "system user assistant Describe the image by detailing color shape size texture quantity text spatial "
+    "relationships of objects and background",
+)
 """The words of the templates of Z-Image and Qwen-Image. Each is one token, as in Qwen's own tokenizer."""
 VOCABULARY = 128
 

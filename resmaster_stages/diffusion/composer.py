@@ -29,10 +29,15 @@ from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.models.bases.base import network_of
 
 
-def attention_map(query: Tensor, key: Tensor, heads: int) -> Tensor:
-    """[N, T, C] and [N, S, C] -> attention of every token to every word [N, T, S], averaged over heads."""
+def attention_map(query: Tensor, key: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+    """[N, T, C] and [N, S, C] -> attention of every token to every word [N, T, S], averaged over heads.
+
+    bias: [N, 1, S], added to the scores; it takes padding out of attention (PixArt). None: every word is read.
+    """
     split = [each.unflatten(2, (heads, -1)).transpose(1, 2) for each in (query, key)]  # [N, heads, T or S, C / heads]
     scores = split[0] @ split[1].transpose(2, 3) / split[0].shape[-1] ** 0.5
+    if bias is not None:
+        scores = scores + bias[:, None]
     return scores.softmax(dim=-1).mean(dim=1)
 
 
@@ -92,8 +97,8 @@ class Composer:
             self._places[tokens] = (torch.stack([x, y], dim=-1) * 2 - 1).to(self.device)
         return self._places[tokens]
 
-    def _keep(self, name: str, attention: Any, x: Tensor, text: Tensor) -> None:
-        words = attention_map(attention.to_q(x), attention.to_k(text), attention.heads)
+    def _keep(self, name: str, attention: Any, x: Tensor, text: Tensor, bias: Tensor | None) -> None:
+        words = attention_map(attention.to_q(x), attention.to_k(text), attention.heads, bias)
         size = level_size(*self.small, x.shape[1])
         self.maps.setdefault(name, []).append(words.float().transpose(1, 2).unflatten(2, size))
         self.values.setdefault(name, []).append(attention.to_v(text))
@@ -114,7 +119,7 @@ class Composer:
         def forward(x: Tensor, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any) -> Tensor:
             y = plain(x, encoder_hidden_states, *args, **kwargs)
             if self._capturing:
-                self._keep(name, attention, x, _text(encoder_hidden_states))
+                self._keep(name, attention, x, _text(encoder_hidden_states), kwargs.get("attention_mask"))
                 return y
             return self._compose(name, attention, y)
 

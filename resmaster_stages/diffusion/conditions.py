@@ -37,12 +37,18 @@ class Conditions:
         return len(self.sizes)
 
     def take(self, items: Tensor) -> Conditions:
-        """The conditions of `items` [M] (long), in the order of `items`."""
-        text, negative = self.text, self.negative
+        """The conditions of `items` [M] (long, on the CPU), in the order of `items`."""
+        numbers = items.tolist()
+        items = items.to(self.sizes.device, non_blocking=True)
+
+        def taken(text: TextEmbeddings) -> TextEmbeddings:
+            lengths = tuple(text.lengths[number] for number in numbers) if text.lengths else ()
+            return replace(text, index=text.index[items], lengths=lengths)
+
         return replace(
             self,
-            text=replace(text, index=text.index[items]),
-            negative=None if negative is None else replace(negative, index=negative.index[items]),
+            text=taken(self.text),
+            negative=None if self.negative is None else taken(self.negative),
             sizes=self.sizes[items],
             image=None if self.image is None else self.image[items],
             negative_image=None if self.negative_image is None else self.negative_image[items],
@@ -55,12 +61,20 @@ class Conditions:
         assert len(rows) == len(branches), "an unconditional branch without negative conditions"
         return rows
 
-    def rows(self, items: Tensor, branches: Branches = (NEGATIVE, TEXT)) -> Rows:
-        """The denoiser's rows for `items` [n] (long), branch by branch. An unconditional branch needs `negative`."""
+    def rows(self, items: Tensor, branches: Branches = (NEGATIVE, TEXT), numbers: Sequence[int] | None = None) -> Rows:
+        """The denoiser's rows for `items` [n] (long), branch by branch. An unconditional branch needs `negative`.
+
+        numbers: `items` as Python has them. None: they are read from the device.
+        """
         images = [self.image if branch.conditional else self.negative_image for branch in branches]
         texts = self.texts(items, branches)
         masks = [text.mask[i] for text, i in texts if text.mask is not None]
+        lengths: tuple[int, ...] = ()
+        if masks:
+            numbers = items.tolist() if numbers is None else numbers
+            lengths = tuple(text.lengths[number] for text, _ in texts for number in numbers)
         return Rows(
+            lengths=lengths,
             states=torch.cat([text.states[i] for text, i in texts]),
             mask=torch.cat(masks) if masks else None,
             guidance_scale=self.guidance_scale,

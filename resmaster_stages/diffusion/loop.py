@@ -103,13 +103,23 @@ def batch_size(items: int, largest: int) -> int:
     return min(range(largest, largest // 4, -1), key=lambda size: -items % size)
 
 
-def static_batches(items: int, largest: int, device: torch.device | str = "cpu") -> list[Tensor]:
-    """Item numbers [n] of each call. All calls have `batch_size` items, so that they have one shape.
+@dataclass(frozen=True)
+class Batch:
+    """The items of one denoiser call, for the device and for Python, which must not wait for the device."""
+
+    items: Tensor  # [n], long
+    numbers: tuple[int, ...]
+
+
+def static_batches(items: int, largest: int, device: torch.device | str = "cpu") -> list[Batch]:
+    """The items of each call. All calls have `batch_size` items, so that they have one shape.
 
     A last call that would be shorter repeats the last item, and the results for the repeats are dropped.
     """
     size = batch_size(items, largest)
-    return list(torch.arange(items + -items % size, device=device).clamp(max=items - 1).split(size))
+    parts = torch.arange(items + -items % size, device=device).clamp(max=items - 1).split(size)
+    numbers = [min(number, items - 1) for number in range(items + -items % size)]
+    return [Batch(part, tuple(numbers[place * size :][:size])) for place, part in enumerate(parts)]
 
 
 def _rows(views: Tensor, items: Tensor, branches: int, dtype: torch.dtype) -> Tensor:
@@ -132,13 +142,14 @@ def predict(
     timestep: Tensor,
     conditions: Conditions,
     call: DenoiserCall,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
 ) -> list[Tensor]:
     """Predict all views: one tensor [N, C, h, w] in float32 per branch of `call`. One denoiser call per batch."""
     outputs, branches, denoiser = [], call.branches, base.denoiser
-    for items in batches:
+    for batch in batches:
+        items = batch.items
         sample = _rows(views, items, len(branches), denoiser.dtype)
-        rows = conditions.rows(items, branches)
+        rows = conditions.rows(items, branches, batch.numbers)
         call.items, call.states = items, rows.states
         call.texts = conditions.texts(items, branches)
         count_call(len(sample), sample[0, 0].numel() / base.geometry.native**2)

@@ -65,6 +65,6 @@ def placed(
         there = replace(moving, shift=(y, x))
         near = nearest_views(there, grid)
         items = torch.tensor([sample * len(grid) + view for sample in range(samples) for view in near])
-        return Fuser(there, fuse, device), conditions.take(items.to(device, non_blocking=True))
+        return Fuser(there, fuse, device), conditions.take(items)
 
     return lambda step: moved(*shift_at(step.index, moving.stride)) if step.done < stop else still

@@ -26,6 +26,8 @@ class TextEmbeddings:
     pooled: Tensor  # [U, P]; P = 0 where nothing pooled is read
     index: Tensor  # [N], long: item -> prompt
     mask: Tensor | None = None  # [U, L], bool: which states are read; None: all
+    lengths: tuple[int, ...] = ()
+    """With a mask: the number of states of each item that are read."""
 
     def padded(self, length: int) -> TextEmbeddings:
         """With `length` states per prompt, of which no further one is read."""
@@ -71,4 +73,8 @@ def encode_prompts(models: Models, prompts: Sequence[str], *, negative: bool = F
     masks = [part.mask for part in parts if part.mask is not None]
     places = {prompt: place for place, prompt in enumerate(distinct)}
     index = torch.tensor([places[prompt] for prompt in prompts], device=models.device)
-    return TextEmbeddings(states, pooled, index, torch.cat(masks) if masks else None)
+    if not masks:
+        return TextEmbeddings(states, pooled, index)
+    mask = torch.cat(masks)
+    read = mask.sum(dim=1).tolist()
+    return TextEmbeddings(states, pooled, index, mask, tuple(read[places[prompt]] for prompt in prompts))

@@ -78,11 +78,13 @@ class DemoFusion(Views):
 
     def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
         """The local and the dilated views of every phase."""
-        rows = self.rows(self.left(self.start, course), course)
+        left, share = self.left(self.start, course), [each**self.cosine_scale_2 for each in course.decay]
+        local = self.rows((index for index in left if not share or share[index] < 1), course)
+        dilated = self.rows((index for index in left if not share or share[index] > 0), course)
         for scale, height, width in self.canvases(grid):
             phase, factor = Grid(height, width, grid.window, grid.stride), max(1, round(scale))
-            yield UnetWork(rows * len(phase), area(*phase.window_size, grid))
-            yield UnetWork(rows * factor**2, area(*interleaved_size(height, width, factor, grid.multiple), grid))
+            yield UnetWork(local * len(phase), area(*phase.window_size, grid))
+            yield UnetWork(dilated * factor**2, area(*interleaved_size(height, width, factor, grid.multiple), grid))
 
     def passes(self, request: Request) -> tuple[Pass, ...]:
         """One pass per phase. The result of each pass is brought to the mean and standard deviation of the low-res

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from resmaster_stages.config.part import LONGEST_SHOWN
 from resmaster_stages.errors import ConfigError, first_line
 from resmaster_stages.models.identity import NetworkFile, own_network
-from resmaster_stages.models.places import at_hub, location
+from resmaster_stages.models.places import SENTENCEPIECE, at_hub, location, why_unreadable_tokenizer
 
 Check = tuple[str, Callable[[], object]]
 """A setting, and a function that raises ConfigError if what the setting names cannot be used. The function raises
@@ -143,10 +143,13 @@ def say_missing(model_id: str, what: str) -> NoReturn:
 
 
 def require_tokenizer(model_id: str, folder: Path) -> None:
-    """Raise ConfigError unless `folder` of a model holds the files of a tokenizer. Raises NotOnThisMachine as
-    `require_weights` does."""
-    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-        say_missing(model_id, f"{folder} has no tokenizer.json or vocab.json")
+    """Raise ConfigError unless `folder` of a model holds the files of a tokenizer, which can be read here. Raises
+    NotOnThisMachine as `require_weights` does."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        if not (folder / SENTENCEPIECE).is_file():
+            say_missing(model_id, f"{folder} has no tokenizer.json, vocab.json or {SENTENCEPIECE}")
+        if line := why_unreadable_tokenizer():
+            raise ConfigError(line)
     if (settings := folder / "tokenizer_config.json").is_file():
         longest = object_in(settings).get("model_max_length", 1)
         if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest >= 1:

@@ -99,10 +99,30 @@ def loading(model_id: str, what: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:  # loaders raise many kinds of errors; the user's remedy is the same
+        if "tiktoken" in str(error) and (line := why_unreadable_tokenizer()):  # what Transformers tries in the end
+            raise ConfigError(f"model {model_id}: {line}") from error
         raise ConfigError(
             f"model {model_id}: cannot load {what} ({reason_of(error, model_id)}); check the name, give a folder "
             "with safetensors, or set HF_HOME to a cache that has it"
         ) from error
+
+
+SENTENCEPIECE = "spiece.model"
+"""File of a T5 tokenizer in models that were published without `tokenizer.json` (PixArt)."""
+
+
+def why_unreadable_tokenizer() -> str:
+    """Why `SENTENCEPIECE` cannot be read on this machine; "" if it can."""
+    from transformers.utils import is_protobuf_available, is_sentencepiece_available
+
+    here = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+    missing = [package for package, found in here.items() if not found]
+    if not missing:
+        return ""
+    return (
+        f"its tokenizer is a {SENTENCEPIECE}, and reading that needs {' and '.join(missing)}; install with: pip "
+        f"install {' '.join(missing)}"
+    )
 
 
 class _Reports(logging.Handler):

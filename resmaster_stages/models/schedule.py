@@ -91,6 +91,8 @@ class Course:
     """Whether a guidance scale other than 1 takes an unconditional branch."""
     even: bool = True
     """Whether `done` is the number of the step over the number of steps."""
+    decay: tuple[float, ...] = ()
+    """`Step.cosine` of each step. Empty: not known, but above 0 and below 1 at all of them."""
 
     def first(self, fraction: float) -> int:
         """Index of the first step when the fraction `fraction` of the path is left out; at most the last index."""
@@ -107,7 +109,8 @@ def even_course(count: int, guided: bool = True) -> Course:
 
 def course_of(path: Sequence[Step], guided: bool) -> Course:
     """The course of a path."""
-    return Course(tuple(step.done for step in path), guided, even=path[0].prediction_type != "flow")
+    even = path[0].prediction_type != "flow"
+    return Course(tuple(step.done for step in path), guided, even, tuple(step.cosine for step in path))
 
 
 _FIRST = 981

@@ -193,8 +193,10 @@ def test_batch_size_does_not_matter():
 )
 def test_batches_are_static_even_and_complete(items, largest, shapes):
     batches = static_batches(items, largest)
-    assert [len(batch) for batch in batches] == shapes
-    assert torch.cat(batches)[:items].tolist() == list(range(items))
+    assert [len(batch.items) for batch in batches] == shapes
+    assert torch.cat([batch.items for batch in batches])[:items].tolist() == list(range(items))
+    for batch in batches:
+        assert batch.items.tolist() == list(batch.numbers)
 
 
 def test_reference_is_clamped_and_padded_by_its_border():

@@ -4,6 +4,7 @@ A cache of the hub is made that holds the JSON files of each model, as far as th
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,5 @@ def test_the_size_and_work_of_an_image(config: DatasetConfig) -> None:
     rows = sum(each.rows for each in work["high_res"])
     assert rows < 0.5 * config.upscale.steps * branches * views, "less than half of what `preset: exact` takes"
     assert sum(each.rows for each in work["low_res"]) == config.low_res.steps * branches
+    page = (ROOT / "docs" / "bases.md").read_text(encoding="utf-8")
+    assert re.search(rf"^\| `{config.name}\.yaml` \| [^|]+ \| {rows} \|$", page, re.MULTILINE), rows

@@ -193,6 +193,8 @@ class Rows:
     """Original height and width, crop top and left, target height and width, all in px."""
     image: Tensor | None = None  # [rows, 1, ...]
     """Image prompts, as `ImageAdapter` makes them."""
+    lengths: tuple[int, ...] = ()
+    """With a mask: how many states of each row are read."""
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ KIND = Kind(
     live=17.1,
     tokenizer="tokenizer_2",
     tokens=lambda facts: 256 if sampling(facts).kind == "none" else 512,
-    abilities=frozenset({"image_prompts"}),
+    abilities=frozenset({"image_prompts", "positions"}),
     adapter_checks=flux_files.checks,
     load_adapter=flux_files.load,
 )

@@ -21,7 +21,7 @@ from resmaster_stages.config.part import LONGEST_SHOWN
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases.base import Base, Geometry, Rows, Sampling, Texts, Timing
 from resmaster_stages.models.bases.transformer import Transformer, packed, unpacked
-from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind
+from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind, is_number
 from resmaster_stages.models.flow import empirical_shift, flow_schedule
 from resmaster_stages.models.schedule import Step
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_TOKENS = 512
 _CFG, _DISTILLED = Sampling("cfg", 50, 4.0), Sampling("none", 4, 1.0, most_steps=16)
 
 
@@ -51,7 +50,7 @@ def klein_sampling(facts: Facts) -> Sampling:
 def require(facts: Facts) -> None:
     """Raise ConfigError unless the VAE's batch norm is as the engine computes it."""
     least, patch = facts.vae.get("batch_norm_eps", 1e-4), facts.vae.get("patch_size", [2, 2])
-    if isinstance(least, bool) or not isinstance(least, int | float) or not 0 <= least < 1:
+    if not is_number(least) or not 0 <= least < 1:
         said = f"batch_norm_eps is {repr(least)[:LONGEST_SHOWN]} and must be a small number"
     elif patch not in ([2, 2], (2, 2)):
         said = f"patch_size is {repr(patch)[:LONGEST_SHOWN]} and must be [2, 2]"
@@ -78,10 +77,9 @@ class Flux2(Transformer):
     """A loaded model, with a Mistral as its language model."""
 
     @property
-    def tokens(self) -> int:
-        """512, or what the tokenizer is limited to. The words of the chat template are among them."""
-        tokenizer = getattr(self.pipe.tokenizer, "tokenizer", self.pipe.tokenizer)  # a user's may be a processor
-        return min(_TOKENS, tokenizer.model_max_length)
+    def tokenizer(self) -> Any:
+        """The tokenizer, which a user's own pipeline may have inside a processor of texts and images."""
+        return getattr(self.pipe.tokenizer, "tokenizer", self.pipe.tokenizer)
 
     def count(self, prompts: Sequence[str]) -> list[int]:
         """The number of tokens of each prompt in the chat template."""
@@ -141,14 +139,13 @@ class Klein(Flux2):
 
     def count(self, prompts: Sequence[str]) -> list[int]:
         """The number of tokens of each prompt in the chat template."""
-        tokenizer = self.pipe.tokenizer
         texts = [
-            tokenizer.apply_chat_template(
+            self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
             )
             for prompt in prompts
         ]
-        return [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False).input_ids]
+        return [len(ids) for ids in self.tokenizer(texts, truncation=False, verbose=False).input_ids]
 
 
 def _dev(pipe: Any, facts: Facts, geometry: Geometry) -> Base:
@@ -172,8 +169,9 @@ DEV = Kind(
     base=_dev,
     live=21.3,
     require=require,
-    template=64,  # the system message and the marks of a chat have about 50
     plain_tokenizer=True,
+    abilities=frozenset({"positions"}),
+    template=48,  # the system message takes most of them
 )
 
 KLEIN = replace(
@@ -183,8 +181,8 @@ KLEIN = replace(
     pipeline="Flux2KleinPipeline",
     sampling=klein_sampling,
     base=_klein,
-    template=16,  # the marks of a chat have about 13
     plain_tokenizer=False,
+    template=12,
 )
 
 FLUX_2, FLUX_2_KLEIN = family_of_kind(DEV), family_of_kind(KLEIN)

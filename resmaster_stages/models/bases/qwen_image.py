@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases.base import Base, Geometry, Rows, Sampling, Texts, Timing, guide
 from resmaster_stages.models.bases.transformer import Transformer, packed, unpacked
-from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind
+from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind, is_number
 from resmaster_stages.models.flow import flow_schedule, image_shift
 from resmaster_stages.models.schedule import Step
 
@@ -56,21 +56,25 @@ def factor(vae: Mapping[str, Any]) -> int:
 
 
 def require_plain(facts: Facts) -> None:
-    """Raise ConfigError for transformers of other tasks, and for a VAE without its channels' means and spreads."""
+    """Raise ConfigError for transformers of other tasks, and for damages that loading does not find."""
     for switch, meaning in VARIANTS.items():
         if facts.transformer.get(switch):
             raise ConfigError(f"its transformer ({switch}) {meaning}; give a plain base model")
+    parts, width = (
+        facts.transformer.get("axes_dims_rope", (16, 56, 56)),
+        facts.transformer.get("attention_head_dim", 128),
+    )
+    if not isinstance(parts, list | tuple) or not all(map(is_number, parts)) or sum(parts) != width:
+        raise ConfigError(
+            f"transformer/config.json: axes_dims_rope do not sum up to {width!r}; download the model again"
+        )
     channels = facts.vae.get("z_dim")
     for name in ("latents_mean", "latents_std"):
         values = facts.vae.get(name)
-        if not isinstance(values, list | tuple) or len(values) != channels or not all(map(_is_number, values)):
+        if not isinstance(values, list | tuple) or len(values) != channels or not all(map(is_number, values)):
             raise ConfigError(f"vae/config.json: {name} is no list of {channels} numbers; download the model again")
     if any(value <= 0 for value in facts.vae["latents_std"]):
         raise ConfigError("vae/config.json: latents_std has numbers below or equal to 0; download the model again")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class StillVae:
@@ -174,6 +178,7 @@ KIND = Kind(
     channels=16,
     in_channels=lambda transformer: transformer["in_channels"] // 4,
     vae_channels=lambda vae: vae.get("z_dim"),
+    abilities=frozenset({"positions"}),
     template=5,
     require=require_plain,
     sampling=sampling,

@@ -17,7 +17,6 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from resmaster_stages.config.model import ModelConfig
-from resmaster_stages.config.part import LONGEST_SHOWN
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases.base import (
     NO_ADAPTER,
@@ -207,14 +206,22 @@ def require_kind(kind: Kind, facts: Facts) -> None:
             f"its transformer reads {channels} channels, and its VAE makes {made}; it is "
             "an inpainting, editing or control variant; give a plain base model"
         )
-    for name in ("scaling_factor", "shift_factor"):
-        if (value := facts.vae.get(name)) is not None and not _is_number(value):
-            raise ConfigError(f"vae/config.json: {name} is {str(value)[:LONGEST_SHOWN]}, no number; download it again")
+    _require_affine(facts.vae)
     kind.require(facts)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and isfinite(value)
+def _require_affine(vae: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a damaged scale or shift of a VAE's latents."""
+    scale, shift = vae.get("scaling_factor", 1.0), vae.get("shift_factor")
+    if not is_number(scale) or scale <= 0:
+        raise ConfigError(f"vae/config.json: scaling_factor is {scale!r}, not a number above 0; download it again")
+    if shift is not None and not is_number(shift):
+        raise ConfigError(f"vae/config.json: shift_factor is {shift!r}, not a number; download it again")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of a configuration is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def family_of_kind(kind: Kind) -> Family:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.bases.base import Base, Geometry, Rows, Sampling, Texts, Timing
+from resmaster_stages.models.bases.base import Base, Geometry, Rows, Sampling, Texts, Timing, require_readable
 from resmaster_stages.models.bases.transformer import Transformer
 from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind
 from resmaster_stages.models.flow import flow_schedule, image_shift
@@ -36,6 +36,12 @@ def sampling(facts: Facts) -> Sampling:
 def path(facts: Facts, steps: int, timing: Timing) -> tuple[Step, ...]:
     """Evenly spaced levels with the scheduler's own time shift, which is the same for all sizes."""
     return flow_schedule(facts.scheduler, steps, timing, shift=image_shift(facts.scheduler, timing.cells // 4))
+
+
+def largest_px(facts: Facts, factor: int) -> int:
+    """The longest side of a view: the transformer's table of positions ends there."""
+    _, rows, columns = facts.transformer.get("axes_lens", (1024, 512, 512))
+    return 2 * factor * int(min(rows, columns))
 
 
 def require_plain(facts: Facts) -> None:
@@ -65,20 +71,12 @@ class ZImage(Transformer):
         """The velocity eps - x0. Raises ConfigError for views that are larger than the table of positions."""
         import torch
 
-        assert rows.mask is not None, "captions of Z-Image have lengths"
-        height, width = sample.shape[-2:]
-        _, most_rows, most_columns = self.facts.transformer["axes_lens"]
-        if height > 2 * most_rows or width > 2 * most_columns:
-            factor = self.geometry.latent_factor
-            raise ConfigError(
-                f"a view of {height * factor} x {width * factor} px is larger than the {2 * most_rows * factor} x "
-                f"{2 * most_columns * factor} px that Z-Image has positions for; use a method with views"
-            )
-        lengths = rows.mask.sum(dim=1).tolist()
+        height, width = (side * self.geometry.latent_factor for side in sample.shape[-2:])
+        require_readable(self.geometry, height, width, "a view", "use a method of views, such as resmaster")
         outputs = self.denoiser.network(
             list(sample.unsqueeze(2)),  # [C, 1, h, w] each
             ((1000 - timestep) / 1000).expand(len(sample)),
-            [states[:length] for states, length in zip(rows.states, lengths)],
+            [states[:length] for states, length in zip(rows.states, rows.lengths)],
             return_dict=False,
         )[0]
         return -torch.stack(outputs).squeeze(2)
@@ -98,7 +96,9 @@ KIND = Kind(
     vae="AutoencoderKL",
     channels=16,
     in_channels=lambda transformer: transformer["in_channels"],
+    abilities=frozenset({"positions"}),
     template=8,
+    largest_px=largest_px,
     require=require_plain,
     sampling=sampling,
     path=path,

@@ -12,7 +12,6 @@ from typing import Any
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.dataset.commit import Receipt
-from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.models import captioner, places
 from resmaster_stages.models.load import load_models
 from resmaster_stages.prompts import ingest
@@ -22,7 +21,7 @@ VALUES: tuple[Any, ...] = (None, -1, 0, 3, 10**9, "x", [], {}, True, float("nan"
 """What stands in a damaged file where a number or a name should be."""
 
 
-def configured(folder: Path, model: Path, **values: Any) -> DatasetConfig:
+def configured(folder: Path, model: Path, /, **values: Any) -> DatasetConfig:
     """The configuration of a dataset of two prompts in `folder`, with a model's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prompts.txt").write_text("a red house, of old stones\na cat\n")
@@ -53,7 +52,7 @@ def built(config: DatasetConfig) -> list[Receipt]:
     """The receipts of all stages of the dataset's one shard."""
     with fresh():
         dataset = ingest(config)
-        return [run_stage(dataset, stage, 0) for stage in STAGES]
+        return [run_stage(dataset, stage, 0) for stage in dataset.hashes]
 
 
 @contextmanager

@@ -1,11 +1,8 @@
-"""What every family of transformers must do beyond its parity: rows, methods, folders, datasets and refusals."""
+"""What every family of transformers must do beyond its parity: independent rows, methods, and refusals in one line."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,24 +11,19 @@ from PIL import Image
 from torch import Tensor
 
 from resmaster_stages.config.dataset import DatasetConfig
-from resmaster_stages.config.load import parse_config
-from resmaster_stages.dataset.dataset import Dataset
-from resmaster_stages.dataset.stages import STAGES
+from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.diffusion.conditions import make_conditions
 from resmaster_stages.diffusion.cost import counting
 from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, DenoiserCall
 from resmaster_stages.diffusion.loop import predict, static_batches
 from resmaster_stages.diffusion.views import view_grid
-from resmaster_stages.errors import ConfigError
+from resmaster_stages.errors import ConfigError, SampleError
+from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.upscale import upscale_image
-from resmaster_stages.models import captioner, places
-from resmaster_stages.models.bases import family_of_pipeline
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
 from resmaster_stages.planning.checks import check
-from resmaster_stages.planning.workload import Denoising, high_res_work
-from resmaster_stages.prompts import ingest
-from resmaster_stages.runner.run import run_stage
+from resmaster_stages.planning.workload import denoising_of, high_res_work
 from tests.methods.common import settings, some_image
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -44,13 +36,6 @@ METHODS: dict[str, dict[str, Any]] = {
 """The methods that need neither convolutions nor attentions of UNets, and their settings."""
 
 CONVOLUTIONS = ("scalecrafter", "fouriscale", "freescale")
-
-
-def forget() -> None:
-    """Drops what is kept of models' files."""
-    places._read_json.cache_clear()
-    captioner.token_counter.cache_clear()
-    load_models.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------------- rows
@@ -84,23 +69,13 @@ def drawn(models: Models, method: str, prompt: str = "a cat", **values: Any) -> 
     return upscale_image(models, some_image(56, 40), prompt, config=config, seed=2)
 
 
-def counted_and_forecast(models: Models, pipe: Any, method: str, **values: Any) -> tuple[int, int]:
-    """Rows that a method computes, and the rows that are forecast from the sizes and the course of the model."""
+def counted_and_forecast(model: ModelConfig, method: str, **values: Any) -> tuple[int, int]:
+    """Rows that a method computes with the model in a folder, and the rows that are forecast from the folder."""
     config = settings(method, **METHODS[method], view_batch=1, **values)
     with counting() as counted:
-        upscale_image(models, some_image(56, 40), "a cat", config=config)
-    base, guided = models.base, models.base.sampling.kind == "cfg"
-    course: Callable[..., Any] = lambda steps, timing: course_of_path(base, steps, timing)  # noqa: E731
-    work = high_res_work(config, Denoising(models.geometry, guided, course), 40, 56)
-    assert family_of_pipeline(pipe, "m").name == base.family.name
+        upscale_image(load_models(model), some_image(56, 40), "a cat", config=config)
+    work = high_res_work(config, denoising_of(model), 40, 56)
     return counted.rows, sum(each.rows for each in work)
-
-
-def course_of_path(base: Any, steps: int, timing: Any) -> Any:
-    """The course of a loaded model's path."""
-    from resmaster_stages.models.schedule import course_of
-
-    return course_of(base.path(steps, timing), base.sampling.kind == "cfg")
 
 
 def is_visible(image: Image.Image) -> bool:
@@ -108,64 +83,18 @@ def is_visible(image: Image.Image) -> bool:
     return float(np.asarray(image).std()) > 1
 
 
-# ------------------------------------------------------------------------------------------------------- folders
-
-
-def dataset_of(folder: Path, root: str, model: dict[str, Any], **values: Any) -> DatasetConfig:
-    """A dataset of two images of 64 px, enlarged to twice their size by resmaster."""
-    (folder / "prompts.txt").write_text("a cat\na big house, red and old\n")
-    scale = values.pop("guidance_scale", 4.0)
-    base: dict[str, Any] = {
-        "name": "d",
-        "root": str(folder / root),
-        "prompts": str(folder / "prompts.txt"),
-        "model": {"device": "cpu", **model},
-        "low_res": {"steps": 2, "guidance_scale": scale, "height": 64, "width": 64},
-        "captions": {"model": "picturebook"},
-        "upscale": {
-            "method": "resmaster",
-            "scale": 2,
-            "steps": 2,
-            "guidance_scale": scale,
-            "image_prompt": {"enabled": False},
-        },
-        "quality": {"clip": None},
-    }
-    for name, value in values.items():
-        base[name] = {**base.get(name, {}), **value}
-    return parse_config(base)
-
-
-def built(config: DatasetConfig) -> dict[str, str]:
-    """Runs all stages over the one shard. Stage -> sha256 of its object."""
-    dataset: Dataset = ingest(config)
-    found = {}
-    for stage in STAGES:
-        receipt = run_stage(dataset, stage, 0)
-        assert (receipt.samples_ok, receipt.samples_failed) == (2, 0), stage
-        (stored,) = receipt.objects
-        found[stage] = stored.sha256
-    return found
-
-
-@contextmanager
-def changed(file: Path, **values: Any) -> Iterator[None]:
-    """Within the block, a JSON file has other values. A value of `...` is left out."""
-    before = file.read_bytes()
-    found = {**json.loads(before), **values}
-    file.write_text(json.dumps({name: value for name, value in found.items() if value is not ...}))
-    forget()
-    try:
-        yield
-    finally:
-        file.write_bytes(before)
-        forget()
-
-
-def refusal(config: DatasetConfig) -> str:
-    """What planning says against a dataset; "" if nothing. Other errors than ConfigError are raised."""
+def refusals(config: DatasetConfig) -> tuple[str, ...]:
+    """What planning, loading or drawing says against a dataset's model; nothing if it draws. Other errors are
+    raised."""
     try:
         check(config)
     except ConfigError as error:
-        return str(error)
-    return ""
+        return error.mistakes
+    try:
+        models, asked = load_models(config.model), config.low_res
+        scale = asked.guidance_scale
+        (image,) = generate(models, ["a cat"], [""], [0], 32, 32, asked.steps, scale, 1)
+    except ConfigError as error:
+        return error.mistakes
+    assert isinstance(image, Image.Image | SampleError)
+    return ()
