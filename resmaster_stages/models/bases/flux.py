@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases import adapter_files, flux_files
 from resmaster_stages.models.bases.base import Base, Geometry, ImageAdapter, Rows, Sampling, Texts, Timing
 from resmaster_stages.models.bases.transformer import Transformer, packed, unpacked
@@ -36,6 +37,17 @@ def sampling(facts: Facts) -> Sampling:
 def path(facts: Facts, steps: int, timing: Timing) -> tuple[Step, ...]:
     """Evenly spaced levels, moved as for an image of the view's size."""
     return flow_schedule(facts.scheduler, steps, timing, shift=image_shift(facts.scheduler, timing.cells // 4))
+
+
+def require_positions(facts: Facts) -> None:
+    """Raise ConfigError unless three axes of positions share the values of an attention head."""
+    axes = facts.transformer.get("axes_dims_rope", (16, 56, 56))
+    whole = isinstance(axes, list | tuple) and len(axes) == 3 and all(type(each) is int and each > 0 for each in axes)
+    if not whole or sum(axes) != facts.transformer.get("attention_head_dim", 128):
+        raise ConfigError(
+            "transformer/config.json: axes_dims_rope are not three numbers with the sum attention_head_dim; download "
+            "the model again"
+        )
 
 
 @lru_cache(maxsize=32)
@@ -126,6 +138,7 @@ KIND = Kind(
     in_channels=lambda transformer: transformer["in_channels"] // 4,
     sampling=sampling,
     path=path,
+    require=require_positions,
     base=_flux,
     live=17.1,
     tokenizer="tokenizer_2",

@@ -74,9 +74,10 @@ def test_a_row_needs_what_it_allocates_within_a_tenth(
     base = kind.base(pipe, facts, Geometry(1024, 8, 2))
     with torch.inference_mode():
         half = {"dtype": torch.bfloat16, "device": "meta"}
-        mask = torch.ones(rows, tokens, dtype=torch.bool, device="cpu" if case == "Z-Image" else "meta")
+        mask = torch.ones(rows, tokens, dtype=torch.bool, device="meta")
         texts = (torch.empty(rows, tokens, states, **half), mask, torch.empty(rows, pooled, **half))
-        told = Rows(*texts, guidance_scale=3.5, sizes=torch.empty(rows, 6, device="meta"))
+        sizes = torch.empty(rows, 6, device="meta")
+        told = Rows(*texts, guidance_scale=3.5, sizes=sizes, lengths=(tokens,) * rows)
         sample = torch.empty(rows, base.latent_channels, height, width, **half)
         found = Allocations()
         there = (*made.parameters(), *made.buffers(), sample, texts[0])
