@@ -41,7 +41,7 @@ class LowResConfig(Part):
     negative_prompt: str = ""
     """Used for prompts that have no negative prompt of their own."""
     batch_size: int = Operational(8, ge=1, le=10_000)
-    """Prompts per UNet call."""
+    """Prompts per call of the denoiser."""
 
 
 class CaptionCheckConfig(Part):

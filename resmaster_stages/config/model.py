@@ -62,7 +62,8 @@ class ModelConfig(Part):
     places: ClassVar[tuple[str, ...]] = ("id", "revision", "variant", "vae")
 
     id: str = "picturebook"
-    """`picturebook` (the embedded pack), a hub id such as `stabilityai/stable-diffusion-xl-base-1.0`, or a folder."""
+    """`picturebook` (the embedded pack), a hub id such as `stabilityai/stable-diffusion-xl-base-1.0`, or a folder.
+    `picturebook-as-flow` is the pack's UNet on a flow-matching path: the same images, to try that path."""
     revision: str | None = None
     """Commit or tag at the hub. It should be given, because it is part of the dataset's identity."""
     variant: str | None = None
@@ -87,14 +88,14 @@ class ModelConfig(Part):
     """`model`: only the model part at work is on the GPU. This is slower and needs less GPU memory. `text`: the text
     encoders are on the GPU only while they work. `auto`: `text` for models with large text encoders, else `none`."""
     compile: Literal["auto", "blocks", "off"] = Operational("auto")
-    """`blocks`: the UNet's transformer blocks are compiled at first use, once for each shape (about a minute). Blocks
-    that a method changes run uncompiled. `auto`: `blocks` on CUDA, `off` elsewhere."""
+    """`blocks`: the denoiser's transformer blocks are compiled at first use, once for each shape (about a minute).
+    Blocks that a method changes run uncompiled. `auto`: `blocks` on CUDA, `off` elsewhere."""
     exactness: Literal["bytes", "fast"] = Operational("bytes")
     """`bytes`: a re-run on the same kind of machine gives the same bytes. `fast`: cuDNN chooses convolutions by timing
     them, so bytes may differ by rounding. Commit records hold this value."""
     quantise: Literal["none", "fp8"] = "none"
-    """`fp8`: the UNet's large linear layers compute in 8 bits and are compiled. Needs CUDA with compute capability 8.9
-    or higher, and the extra `fp8`."""
+    """`fp8`: the denoiser's large linear layers compute in 8 bits and are compiled. Needs CUDA with compute capability
+    8.9 or higher, and the extra `fp8`."""
 
     def identity(self) -> dict[str, Any]:
         """The fields that change the result. Fields that older datasets do not have are left out at their default, so

@@ -46,9 +46,9 @@ def generate(
 ) -> Iterator[Image.Image | SampleError]:
     """Yield an image of `height` x `width` px for each prompt, in order, or a SampleError in its place.
 
-    At the native size, the image is the one that diffusers' StableDiffusionXLPipeline draws for the same seed (one CPU
-    generator per image) with DDIM, eta = 0, or Euler. Raises ConfigError if a side is not a multiple of
-    `Geometry.step_px`, or if the model cannot use the sampling.
+    At the native size, the image is the one that the model's own pipeline in diffusers draws from the same noise with
+    DDIM (eta = 0) or Euler. For UNets the noise is that of the same seed too (one CPU generator per image). Raises
+    ConfigError if a side is not a multiple of `Geometry.step_px`, or if the model cannot use the sampling.
     """
 
     check_size(height, width, models.geometry.step_px)

@@ -99,8 +99,8 @@ class Diffusion(Method):
     size. `sqrt`: by the square root of the canvas's area in views more. A number: by this factor (1: not at all). Other
     models have no time shift."""
     view_batch: int | None = Operational(None, ge=1, le=10_000)
-    """The most views per UNet call. With guidance each view is two rows of the call, at some steps three. null: as many
-    as the device's memory allows, and 16 on CPUs. Other numbers give the same image up to rounding."""
+    """The most views per call of the denoiser. With guidance each view is two rows of the call, at some steps three.
+    null: as many as the device's memory allows, and 16 on CPUs. Other numbers give the same image up to rounding."""
 
     @model_validator(mode="after")
     def _check_via(self) -> Self:
@@ -140,7 +140,7 @@ class Diffusion(Method):
         return 2 if course.guided and self.guidance_scale > 1 else 1
 
     def rows(self, indices: Iterable[int], course: Course) -> int:
-        """UNet evaluations of one view over the steps `indices`."""
+        """Denoiser evaluations of one view over the steps `indices`."""
         return sum(self.branches(course.done[index], course) for index in indices)
 
     def left(self, start: float, course: Course) -> range:
@@ -149,7 +149,8 @@ class Diffusion(Method):
 
     @abstractmethod
     def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
-        """Forecast of the UNet's work for an image with the views of `grid`, from the settings and the model's course.
+        """Forecast of the denoiser's work for an image with the views of `grid`, from the settings and the model's
+        course.
 
         A test compares the numbers with what the engine counts.
         """

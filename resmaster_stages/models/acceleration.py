@@ -1,4 +1,4 @@
-"""Makes the UNet faster as a whole: compiles its transformer blocks and computes large linear layers in 8 bits.
+"""Makes a denoiser faster as a whole: compiles its transformer blocks and computes large linear layers in 8 bits.
 
 Invariants:
 - Compiled blocks give the same results up to rounding. A machine that cannot compile runs the blocks uncompiled and
@@ -94,7 +94,7 @@ def changed_blocks_uncompiled(unet: Any) -> Iterator[None]:
     """Within the block, compiled blocks with a replaced layer (`patches.replaced_forward`) run uncompiled."""
     changed = [(block, block._compiled_call_impl) for block in compiled_blocks(unet) if _is_changed(block)]
     if changed:
-        emit(Note(f"{len(changed)} of the UNet's blocks run uncompiled: the method changes layers of theirs"))
+        emit(Note(f"{len(changed)} of the model's blocks run uncompiled: the method changes layers of theirs"))
     try:
         for block, _ in changed:
             block._compiled_call_impl = None
@@ -105,7 +105,7 @@ def changed_blocks_uncompiled(unet: Any) -> Iterator[None]:
 
 
 def takes_fp8(module: nn.Module, name: str, least_width: int = FP8_LEAST_WIDTH) -> bool:
-    """Whether a layer of a UNet shall compute in 8 bits: a wide linear layer of its blocks with widths divisible by
+    """Whether a layer of a denoiser shall compute in 8 bits: a wide linear layer of its blocks with widths divisible by
     16."""
     if not isinstance(module, nn.Linear) or "." not in name or any(part in name for part in _NOT_IN_FP8):
         return False

@@ -86,7 +86,7 @@ def test_blocks_whose_layers_a_method_changes_run_as_they_are_and_one_line_says_
         assert difference(draw(models, method), plain) <= 1
     assert graphs == []
     assert set(notes.lines) == {
-        f"{len(compiled)} of the UNet's blocks run uncompiled: the method changes layers of theirs"
+        f"{len(compiled)} of the model's blocks run uncompiled: the method changes layers of theirs"
     }
     assert [block._compiled_call_impl for block in compiled_blocks(models.base.denoiser)] == compiled
     draw(models, "multidiffusion")
