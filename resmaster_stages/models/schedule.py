@@ -205,9 +205,9 @@ def require_path(scheduler_config: Mapping[str, Any], count: int) -> None:
     if not isinstance(train_steps, int):
         raise ConfigError(f"{name}: num_train_timesteps is no whole number; download the model again")
     if not 1 <= train_steps <= MOST_TRAIN_STEPS:
+        shown = str(train_steps) if abs(train_steps) < 10**12 else "too large"
         raise ConfigError(
-            f"{name}: num_train_timesteps is {train_steps} and must be from 1 to {MOST_TRAIN_STEPS}; download the "
-            "model again"
+            f"{name}: num_train_timesteps is {shown} and must be from 1 to {MOST_TRAIN_STEPS}; download the model again"
         )
     if not isinstance(offset, int | float) or offset % 1 or abs(offset) > MOST_TRAIN_STEPS:
         raise ConfigError(f"{name}: steps_offset is no whole number up to {MOST_TRAIN_STEPS}; download the model again")

@@ -187,7 +187,7 @@ KIND = Kind(
     sampling=sampling,
     path=path,
     base=_qwen_image,
-    row_values=14.1,
+    live=14.1,
     factor=factor,
     native_px=lambda facts, factor: NATIVE_PX,
 )

@@ -105,7 +105,7 @@ KIND = Kind(
     sampling=sampling,
     path=path,
     base=_z_image,
-    row_values=15.9,
+    live=15.8,
 )
 
 Z_IMAGE = family_of_kind(KIND)
