@@ -19,8 +19,7 @@ import numpy as np
 
 from resmaster_stages.config.part import LONGEST_SHOWN
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.bases.base import Timing
-from resmaster_stages.models.schedule import Step
+from resmaster_stages.models.schedule import Step, Timing
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 

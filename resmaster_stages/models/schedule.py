@@ -90,6 +90,18 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """What a flow path depends on beside the number of steps. Other paths do not read it."""
+
+    cells: int
+    """Area of a view, in latents. Some models move their steps to more noise for larger images."""
+    growth: float = 1.0
+    """Factor on the time shift of such a view."""
+    shift: float | None = None
+    """The time shift itself. None: the model's own."""
+
+
+@dataclass(frozen=True)
 class Course:
     """As much of a path as a forecast of the work needs."""
 

@@ -1,6 +1,7 @@
 """The embedded UNet as a flow-matching model draws what the UNet draws, by every method and every rule of stepping."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,10 +15,10 @@ from resmaster_stages.diffusion.loop import CanvasNoise, denoise
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.evaluation.variants import variants
 from resmaster_stages.library import single
-from resmaster_stages.methods.settings import timing_of
+from resmaster_stages.models.acceleration import has_blocks
 from resmaster_stages.models.bases import family_of
 from resmaster_stages.models.bases.as_flow import AsFlowPipeline, as_flow
-from resmaster_stages.models.bases.base import Demand, Timing
+from resmaster_stages.models.bases.base import Asked, Demand, Timing
 from resmaster_stages.models.captioner import token_counter
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.identity import PICTUREBOOK_AS_FLOW, model_identity
@@ -81,6 +82,9 @@ SHARP = 0.001
         ("demofusion", {"sigma": SHARP, "preset": "faithful", "stepper": "posterior", "refine": True}),
         ("c_upscale", {}),
         ("c_upscale", {"stepper": "posterior", "start": 0.3}),
+        ("scalecrafter", {}),
+        ("fouriscale", {}),
+        ("freescale", {}),
     ],
     ids=str,
 )
@@ -123,9 +127,8 @@ def test_the_path_has_the_levels_and_fractions_of_the_unets_own(config: dict, co
         assert (flow.done, flow.cosine, flow.index, flow.count) == (step.done, step.cosine, step.index, step.count)
         assert flow.t == pytest.approx(1000 * flow.sigma)
     assert (flow.alpha_next, flow.sigma_next) == (1, 0)
-    assert (
-        course_of([as_flow(step) for step in path], guided=True) == course_of(path, guided=True) == even_course(count)
-    )
+    courses = [replace(course_of(steps, guided=True), decay=()) for steps in (path, [as_flow(step) for step in path])]
+    assert courses == [even_course(count)] * 2
 
 
 def test_pure_noise_has_the_spread_that_it_has_for_the_unet() -> None:
@@ -186,10 +189,7 @@ def test_it_is_planned_as_the_pack(tmp_path: Any) -> None:
         return preview(parse_config({**values, "model": {"id": PICTUREBOOK_AS_FLOW}, "upscale": upscale}))
 
     assert look().samples == 1
-    for method in ("scalecrafter", "fouriscale", "freescale"):
-        with pytest.raises(ConfigError, match=rf"method {method}: needs convolutions, which model picturebook-as-flow"):
-            look(method=method)
-    for method in ("resmaster", "demofusion", "c_upscale"):
+    for method in ("resmaster", "demofusion", "c_upscale", "scalecrafter", "fouriscale", "freescale"):
         config = settings(method, scale=4, steps=10)
         assert high_res_work(config, denoising_of(FLOW), 128, 128) == high_res_work(
             config, denoising_of(ModelConfig()), 128, 128
@@ -200,15 +200,14 @@ def test_a_time_shift_is_refused(both: tuple[Models, Models], image: Image.Image
     for shift in (2.0, "sqrt"):
         with pytest.raises(ConfigError, match=r"upscale\.time_shift: this model has no time shift; leave it out"):
             drawn(both[1], image, "multidiffusion", time_shift=shift)
-    checks = dict(family_of(FLOW).checks(FLOW, Demand(True, {"upscale.steps": 5}, time_shift=True)))
+    asked = (Asked("upscale", 5, 2.0),)
+    checks = dict(family_of(FLOW).checks(FLOW, Demand(True, asked, time_shift=True)))
     with pytest.raises(ConfigError, match=r"upscale\.time_shift: this model has no time shift"):
         checks["upscale.time_shift"]()
-    assert "upscale.time_shift" not in dict(family_of(FLOW).checks(FLOW, Demand(True, {"upscale.steps": 5})))
+    assert "upscale.time_shift" not in dict(family_of(FLOW).checks(FLOW, Demand(True, asked)))
     views = request(both[1], settings("multidiffusion"), image).views()
-    assert len(both[1].base.path(5, timing_of("view", views))) == 5
+    assert len(both[1].base.path(5, settings("multidiffusion").timing(views))) == 5
 
 
-def test_its_blocks_are_not_compiled() -> None:
-    load_models.cache_clear()
-    with pytest.raises(ConfigError, match=r"a VelocityOfNoise has none; set model\.compile: off"):
-        load_models(FLOW.model_copy(update={"compile": "blocks"}))
+def test_its_blocks_can_be_compiled(both: tuple[Models, Models]) -> None:
+    assert all(has_blocks(models.base.denoiser) for models in both)

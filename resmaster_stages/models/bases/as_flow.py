@@ -10,8 +10,6 @@ Invariants:
 - The path has the noise levels of the UNet's own path, and the UNet sees its own timesteps. There is no time shift.
 - A fraction of the path in settings is a fraction of the steps, as for the UNet, and not a noise level of SDXL
   (`FlowStep`). Otherwise settings would mean different steps in the two descriptions.
-- The UNet's layers lie one level deeper than methods that change convolutions look for them. So the family lacks that
-  ability. Attention layers are found at any depth.
 """
 
 from __future__ import annotations
@@ -138,7 +136,7 @@ def _refuse_shift() -> None:
 AS_FLOW = Family(
     name="SDXL as a flow-matching model",
     pipelines="AsFlowPipeline",
-    abilities=frozenset({"attention", "image_prompts"}),
+    abilities=unet.SDXL.abilities,
     geometry=unet.geometry,
     token_counter=unet.token_counter,
     load=_load,

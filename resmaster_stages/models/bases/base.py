@@ -15,6 +15,7 @@ from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.files import Check
 from resmaster_stages.models.schedule import Course, even_course
+from resmaster_stages.models.schedule import Timing as Timing
 
 if TYPE_CHECKING:
     import torch
@@ -124,18 +125,6 @@ class Asked:
     guidance_scale: float
     written: frozenset[str] = frozenset({"steps", "guidance_scale"})
     """The settings that a user chose. The others have this project's defaults, which were chosen for SDXL."""
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What a flow path depends on beside the number of steps. Other paths do not read it."""
-
-    cells: int
-    """Area of a view, in latents. Some models move their steps to more noise for larger images."""
-    growth: float = 1.0
-    """Factor on the time shift of such a view."""
-    shift: float | None = None
-    """The time shift itself. None: the model's own."""
 
 
 @dataclass(frozen=True)
