@@ -21,6 +21,7 @@ from resmaster_stages.models.bases.base import (
     Texts,
     Timing,
     guide,
+    require_unshifted,
 )
 from resmaster_stages.models.bases.transformer_files import Facts, Kind, added, content, family_of_kind, longest
 
@@ -156,6 +157,8 @@ class Transformer:
 
     def path(self, steps: int, timing: Timing) -> tuple[Step, ...]:
         """The path that the scheduler's configuration describes."""
+        if not self.kind.shifted:
+            require_unshifted(timing, self.kind.name)
         return self.kind.path(self.facts, steps, timing)
 
     def guide(self, unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
@@ -184,18 +187,26 @@ class Transformer:
         """Nothing to do without an image adapter."""
         return nullcontext()
 
-    def row_bytes(self, height: int, width: int) -> int | None:
-        """Peak memory in bytes of one row of `height` x `width` latents with the longest text.
+    @property
+    def context_tokens(self) -> int:
+        """The most tokens of a row beside those of its view."""
+        return self.tokens
 
-        The peak is in a feed-forward or where queries, keys and values are made, and grows with the number of tokens. A
-        test checks that it is within 10 % of what is allocated step by step, for the published sizes of each family.
-        """
-        if self.kind.row_values is None:
-            return None
-        config = self.facts.transformer
-        channels = config.get("dim") or config["num_attention_heads"] * config["attention_head_dim"]
-        tokens = height * width // self.kind.multiple**2 + self.kind.tokens(self.facts)
-        return int(self.kind.row_values * tokens * channels * self.denoiser.dtype.itemsize)
+    def row_bytes(self, height: int, width: int) -> int:
+        """The estimate of `row_bytes`."""
+        tokens = height * width // self.geometry.multiple**2 + self.context_tokens
+        return row_bytes(self.denoiser, tokens, self.kind.live)
+
+
+def row_bytes(denoiser: Velocity, tokens: int, live: float) -> int:
+    """Peak memory in bytes that one row of `tokens` tokens holds while `denoiser` computes it.
+
+    live: values in memory at once, per value of the tokens (`Kind.live`). The peak is the same in every block, so the
+    number of blocks does not matter.
+    """
+    config = denoiser.config
+    width = config.get("dim") or config["num_attention_heads"] * config["attention_head_dim"]
+    return int(live * tokens * width * denoiser.dtype.itemsize)
 
 
 def packed(latents: Tensor) -> Tensor:
