@@ -110,6 +110,7 @@ def test_the_rehearsal_does_every_step(rehearsal: Path) -> None:
         for variant in ("eager", "compiled blocks")
         for views in (1, 2, 4, 8)
     }
+    assert all(each["row_bytes_expected"] > 0 for each in flow["views"])
     assert [each["reckoned"]["steps"] for each in flow["images"]] == [28, 8]
     assert all(each["rows"] == 9 * each["steps_measured"] for each in flow["images"])
     memory = report["steps"]["truth"]["found"]["out_of_memory"][0]
@@ -312,6 +313,7 @@ def test_a_transformer_is_made_in_bfloat16_with_texts_of_its_shape() -> None:
         models = whole(shape, torch.device("cpu"), toy=True)
         assert {p.dtype for p in models.base.denoiser.parameters()} == {torch.bfloat16}
         assert {p.dtype for p in models.base.vae.parameters()} == {torch.float32}
+        assert models.base.row_bytes(8, 8) > 0
         drawn = forward(models, 3)()
         assert drawn.shape == (3, 16, 8, 8)
         assert drawn.isfinite().all()

@@ -151,7 +151,8 @@ def whole(shape: Shape, device: torch.device, toy: bool) -> Models:
         vae=dict(vae.config),
         scheduler={"_class_name": SCHEDULER, **shape.scheduler},
     )
-    pipe = SimpleNamespace(transformer=transformer, vae=vae, tokenizer=SimpleNamespace(chat_template=""))
+    tokenizer = SimpleNamespace(chat_template="", model_max_length=shape.states[0])
+    pipe = SimpleNamespace(transformer=transformer, vae=vae, tokenizer=tokenizer)
     base = RandomTexts(shape.kind.base(pipe, facts, Geometry(1024 // shrink, 8, 2)), shape, toy)
     return Models(base=base, device=device, dtype=DTYPE)
 

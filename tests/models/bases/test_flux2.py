@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import Flux2KleinInpaintPipeline
 
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.config.method import methods
@@ -384,6 +385,17 @@ def edited(path, change):
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_a_pipeline_that_inpaints_has_the_same_transformer(distilled):
+    """A user's own pipeline is of the class that the user needs elsewhere. Its parts draw the same."""
+    name = "klein" if distilled else "klein-base"
+    pipe = Flux2KleinInpaintPipeline(**made(name).components, is_distilled=distilled)
+    models, noise = Models.from_pipeline(pipe), start(models_of(name), 64, 64)
+    drawn = [engine(each, noise, PROMPTS[:1], steps=2, guidance_scale=4.0) for each in (models, models_of(name))]
+    assert models.base.sampling == models_of(name).base.sampling
+    assert torch.equal(*drawn)
 
 
 VARIANTS = {
