@@ -185,7 +185,7 @@ def test_a_view_beyond_the_table_of_positions_is_refused(folder, tmp_path):
     direct = {"method": "direct", "steps": 2, "scale": 2}
     with spoiled(folder, "transformer/config.json", "axes_lens", [256, 8, 12]):
         with pytest.raises(
-            ConfigError, match=r"upscale: .* at most 64 px a side .* 128 x 128 px; use a method of views"
+            ConfigError, match=r"upscale.method: .* at most 64 px a side .* 128 x 128 px; use a method of views"
         ):
             check(configured(tmp_path, folder, upscale=direct))
         check(configured(tmp_path, folder))
