@@ -19,7 +19,7 @@ from resmaster_stages.config.method import DEFAULT, with_method
 from resmaster_stages.config.model import SDXL, ModelConfig
 from resmaster_stages.errors import ConfigError, SampleError, UserError
 from resmaster_stages.models.bases.base import Sampling
-from resmaster_stages.models.identity import PICTUREBOOK
+from resmaster_stages.models.identity import PACK_MODELS, PICTUREBOOK
 from resmaster_stages.storage.filesystem import open_regular
 from resmaster_stages.storage.images import convert_image, decode_image
 from resmaster_stages.storage.sources import MAX_FILE_BYTES
@@ -67,7 +67,7 @@ def upscale(
     models = None if isinstance(model, str | Path) else as_models(model)
     name = models.identity.partition("@")[0] if models else str(model)
     captioner = captions if isinstance(captions, str) else "prompt"
-    if models and name != PICTUREBOOK and captioner not in ("auto", "prompt"):
+    if models and name not in PACK_MODELS and captioner not in ("auto", "prompt"):
         raise ConfigError(
             f"captions: the captioner {captioner!r} needs a model that is given by name; give one caption per view "
             "instead"
@@ -212,7 +212,7 @@ def single(model: str, captioner: str = "auto", models: Models | None = None) ->
 
     captioner: as `captions` in `upscale`. models: the model, if it is already loaded. Raises ConfigError.
     """
-    picturebook, sdxl = model == PICTUREBOOK, model == SDXL["id"]
+    picturebook, sdxl = model in PACK_MODELS, model == SDXL["id"]
     if captioner == "auto":
         captioner = PICTUREBOOK if picturebook else "prompt"
     upscale = dict(PICTUREBOOK_UPSCALE) if picturebook else {}

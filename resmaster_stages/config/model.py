@@ -22,7 +22,7 @@ SDXL: dict[str, Any] = {
 
 
 class IpAdapterConfig(Part):
-    """The source of the IP-Adapter and its image encoder."""
+    """The source of the adapter for image prompts and of its image encoder."""
 
     places: ClassVar[tuple[str, ...]] = ("id", "weight_name", "image_encoder", "revision")
 
@@ -31,7 +31,8 @@ class IpAdapterConfig(Part):
     subfolder: str = ""
     """Folder of the adapter's weights inside the repository or folder `id`, e.g. `sdxl_models`."""
     weight_name: str
-    """File of the adapter's weights, e.g. `ip-adapter_sdxl_vit-h.safetensors`."""
+    """File of the adapter's weights, e.g. `ip-adapter_sdxl_vit-h.safetensors`. Redux is recognised by its weights: id
+    `black-forest-labs/FLUX.1-Redux-dev`, subfolder `image_embedder`, file `diffusion_pytorch_model.safetensors`."""
     image_encoder_folder: str = "image_encoder"
     """Folder of the image encoder inside the repository or folder `id`, e.g. `models/image_encoder`."""
     image_encoder: str | None = None
@@ -61,7 +62,8 @@ class ModelConfig(Part):
     places: ClassVar[tuple[str, ...]] = ("id", "revision", "variant", "vae")
 
     id: str = "picturebook"
-    """`picturebook` (the embedded pack), a hub id such as `stabilityai/stable-diffusion-xl-base-1.0`, or a folder."""
+    """`picturebook` (the embedded pack), a hub id such as `stabilityai/stable-diffusion-xl-base-1.0`, or a folder.
+    `picturebook-as-flow` is the pack's UNet on a flow-matching path: the same images, to try that path."""
     revision: str | None = None
     """Commit or tag at the hub. It should be given, because it is part of the dataset's identity."""
     variant: str | None = None
@@ -69,7 +71,8 @@ class ModelConfig(Part):
     vae: str | None = None
     """Hub id or folder of another VAE, e.g. `madebyollin/sdxl-vae-fp16-fix`."""
     ip_adapter: IpAdapterConfig | None = None
-    """The adapter for image prompts. The picturebook pack has its own adapter and needs no entry here."""
+    """The adapter for image prompts: an IP-Adapter, or Redux for FLUX.1. The picturebook pack has its own adapter and
+    needs no entry here."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: on CUDA float16 for UNets and bfloat16 for transformers, float32 elsewhere. With `bfloat16` the VAE stays
     in float32."""

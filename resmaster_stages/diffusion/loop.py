@@ -71,7 +71,11 @@ class ViewGroup:
     """Weight of this group's prediction. The weights of all groups sum to one at every step. Weight 0 skips the
     group."""
     prepare: LatentHook = lambda z, step: z
-    """Gives the latents that the group's views are cut from, instead of z. The step is still taken from z."""
+    """Gives the latents that the group's views are cut from, instead of z.
+
+    The step is still taken from z: the prediction is read as if it were made for z. So with r = z less these latents,
+    x0 is greater than that of the views by r on a flow path, and by r / alpha where noise is predicted.
+    """
 
 
 def always(views: Views, conditions: Conditions) -> Callable[[Step], tuple[Views, Conditions]]:

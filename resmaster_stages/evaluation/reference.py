@@ -15,7 +15,7 @@ from resmaster_stages.keys import digest, image_key
 from resmaster_stages.metrics.features import image_features
 from resmaster_stages.metrics.repeats import mentions, surplus
 from resmaster_stages.models.geometry import geometry_of
-from resmaster_stages.models.identity import PICTUREBOOK
+from resmaster_stages.models.identity import PACK_MODELS, PICTUREBOOK
 from resmaster_stages.planning.checks import check_sizes
 from resmaster_stages.planning.drafts import draft_samples
 from resmaster_stages.storage.arrays import Arrays, decode_arrays, encode_arrays
@@ -123,7 +123,7 @@ def true_features(config: DatasetConfig, height: int, width: int, cache: Folder)
 def object_counter(config: DatasetConfig) -> Callable[[Image.Image], Mapping[str, int]] | None:
     """A function that counts objects with picturebook's captioner, tile by tile. None for other base models, whose
     objects the captioner does not know."""
-    if config.model.id != PICTUREBOOK:
+    if config.model.id not in PACK_MODELS:
         return None
     from resmaster_stages.models.captioner import load_captioner
     from resmaster_stages.picturebook.counting import count_objects

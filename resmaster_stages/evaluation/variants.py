@@ -16,7 +16,7 @@ from resmaster_stages.config.method import methods, with_method
 from resmaster_stages.errors import ConfigError, did_you_mean
 from resmaster_stages.keys import digest
 from resmaster_stages.models.geometry import geometry_of
-from resmaster_stages.models.identity import PICTUREBOOK
+from resmaster_stages.models.identity import PACK_MODELS
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _with_method(config: DatasetConfig, text: str, scale: str) -> DatasetConfig:
     if len(label) > room:
         mark = digest(text)[:8]
         label = f"{label[: max(0, room - len(mark) - 1)]}-{mark}"
-    own = "picturebook" if config.model.id == PICTUREBOOK else "clip"
+    own = "picturebook" if config.model.id in PACK_MODELS else "clip"
     quality = {"features": own} if config.quality.features == "none" else {}
     named_config = config.model_copy(update={"name": f"{config.name}-{label}-{scale}"})
     return _changed(named_config, f"--methods {text}", upscale, {}, quality)

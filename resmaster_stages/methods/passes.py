@@ -44,7 +44,7 @@ def from_noise(request: Request, compose: Callable[[Request], Composition], firs
     def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
         composition, z = compose(request), noise()
         if first is None:
-            return z, composition
+            return step.pure(z), composition
         if request.reference is None:
             raise ConfigError("init noised_lr starts from a low-res image, and there is none; use init noise")
         return step.noised(request.reference.latents, z), composition

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from math import exp, isfinite, log
+from math import exp, log
 from typing import Any
 
 import numpy as np
@@ -64,9 +64,14 @@ _AGAIN = "download the model again, or mend scheduler_config.json"
 def _number(config: Mapping[str, Any], key: str, default: float) -> float:
     """A finite number of a scheduler configuration. Raises ConfigError."""
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-        raise ConfigError(f"{SCHEDULER}: {key} is {repr(value)[:LONGEST_SHOWN]} and must be a number; {_AGAIN}")
-    return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+        raise ConfigError(f"{SCHEDULER}: {key} is {_short(value)} and must be a number; {_AGAIN}")
+    return float(value)
+
+
+def _short(value: object) -> str:
+    """A value for a message."""
+    return repr(value)[:LONGEST_SHOWN]
 
 
 def _grown(exponent: float) -> float:
@@ -89,7 +94,7 @@ _NOT_SUPPORTED = (
 def require_flow(config: Mapping[str, Any], count: int) -> None:
     """Raise ConfigError unless a diffusers scheduler configuration describes a flow path that can be taken in `count`
     steps. What diffusers' scheduler does not read, such as a `prediction_type`, is not read here either."""
-    name = str(config.get("_class_name", "scheduler"))
+    name = str(config.get("_class_name", "scheduler"))[:LONGEST_SHOWN]
     if name != SCHEDULER:
         raise ConfigError(
             f"{name}: is not the scheduler of a flow-matching model; use a model with {SCHEDULER}, and for "
@@ -102,10 +107,13 @@ def require_flow(config: Mapping[str, Any], count: int) -> None:
         raise ConfigError(f"{name}: num_train_timesteps other than 1000 is not supported; use another model")
     kind = config.get("time_shift_type", "exponential")
     if kind not in ("exponential", "linear"):
-        raise ConfigError(f"{name}: time_shift_type {kind!r} is not known; use exponential or linear")
-    if not config.get("use_dynamic_shifting") and _number(config, "shift", 1.0) <= 0:
-        raise ConfigError(f"{name}: shift is {config['shift']} and must be greater than 0; {_AGAIN}")
-    last = 0 if config.get("shift_terminal") is None else _number(config, "shift_terminal", 0)
+        raise ConfigError(f"{name}: time_shift_type {_short(kind)} is not known; use exponential or linear")
+    dynamic = config.get("use_dynamic_shifting")
+    if dynamic not in (True, False, None):
+        raise ConfigError(f"{name}: use_dynamic_shifting is {_short(dynamic)} and must be true or false; {_AGAIN}")
+    if not dynamic and _number(config, "shift", 1.0) <= 0:
+        raise ConfigError(f"{name}: shift is {_short(config['shift'])} and must be greater than 0; {_AGAIN}")
+    last = 0.0 if config.get("shift_terminal") is None else _number(config, "shift_terminal", 0)
     if not 0 <= last < 1:
         raise ConfigError(f"{name}: shift_terminal is {last} and must be from 0 to 1; {_AGAIN}")
     if last and count < 2:
@@ -127,7 +135,7 @@ def flow_schedule(
 
     require_flow(config, count)
     dynamic = bool(config.get("use_dynamic_shifting", False))
-    own = shift if dynamic else config.get("shift", 1.0)
+    own = shift if dynamic else _number(config, "shift", 1.0)
     assert own is not None, "a scheduler with dynamic shifting needs the shift of the view's size"
     wanted = timing.shift if timing.shift is not None else own * timing.growth
     kind = config.get("time_shift_type", "exponential")

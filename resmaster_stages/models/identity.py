@@ -19,6 +19,12 @@ from resmaster_stages.errors import ConfigError, first_line
 PICTUREBOOK = "picturebook"
 """The id of the embedded model pack."""
 
+PICTUREBOOK_AS_FLOW = "picturebook-as-flow"
+"""The id of the pack's base model as a flow-matching model (`models.bases.as_flow`)."""
+
+PACK_MODELS = (PICTUREBOOK, PICTUREBOOK_AS_FLOW)
+"""The ids of base models whose files are the pack's."""
+
 PACK_NETWORKS = ("captioner", "classifier", "clip", "super_resolution")
 """Folders of the pack that do not belong to its diffusion pipeline. Each is a separate model with its own identity."""
 
@@ -95,8 +101,8 @@ def _folder_digest(folder: Path) -> str:
 
 def _source_identity(source: str, revision: str | None, network: str | None = None) -> str:
     """Name of the weights at `source`. `network`: which model of the embedded pack (default: its pipeline)."""
-    if source == PICTUREBOOK:
-        return f"{PICTUREBOOK}@{_pack_digest(pack_folder(), network)[:16]}"
+    if source in PACK_MODELS:
+        return f"{source}@{_pack_digest(pack_folder(), network)[:16]}"
     folder = as_folder(source)
     if folder is not None:
         return f"{folder.name}@{_folder_digest(folder)[:16]}"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.config.part import LONGEST_SHOWN
 from resmaster_stages.errors import ConfigError, first_line
-from resmaster_stages.models.identity import PICTUREBOOK, as_folder, pack_folder
+from resmaster_stages.models.identity import PACK_MODELS, as_folder, pack_folder
 
 if TYPE_CHECKING:
     import torch
@@ -29,14 +29,14 @@ def location(identifier: str, subfolder: str = "") -> str:
 
     Raises ConfigError for a path that is not a folder, and if the pack is not installed.
     """
-    if identifier == PICTUREBOOK:
+    if identifier in PACK_MODELS:
         return str(pack_folder() / subfolder)
     return str(as_folder(identifier) or identifier)
 
 
 def at_hub(identifier: str) -> bool:
     """Whether `identifier` is a hub id. Raises ConfigError for a path that is not a folder."""
-    return identifier != PICTUREBOOK and as_folder(identifier) is None
+    return identifier not in PACK_MODELS and as_folder(identifier) is None
 
 
 def to_be_downloaded(model: ModelConfig) -> bool:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from resmaster_stages.config.part import LONGEST_SHOWN
 from resmaster_stages.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,6 +73,13 @@ class Step:
         """`x0` with the noise level of this step."""
         return self.alpha * x0 + self.sigma * noise
 
+    def pure(self, noise: Tensor) -> Tensor:
+        """What a path begins with at this step: `noise` with the spread that latents of variance 1 have here.
+
+        A flow path usually begins at sigma = 1, where this is `noise` itself.
+        """
+        return (self.alpha**2 + self.sigma**2) ** 0.5 * noise if self.prediction_type == "flow" else noise
+
     def split(self, z: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """(x0, eps) from the model's `output` for `z`; all of one shape."""
         if self.prediction_type == "epsilon":
@@ -109,7 +117,7 @@ def even_course(count: int, guided: bool = True) -> Course:
 
 def course_of(path: Sequence[Step], guided: bool) -> Course:
     """The course of a path."""
-    even = path[0].prediction_type != "flow"
+    even = all(step.done == step.index / step.count for step in path)
     return Course(tuple(step.done for step in path), guided, even, tuple(step.cosine for step in path))
 
 
@@ -127,16 +135,12 @@ def _sdxl_levels() -> np.ndarray[Any, Any]:
 
 @lru_cache(maxsize=4096)
 def sdxl_timestep(alpha: float, sigma: float) -> float:
-    """SDXL's timestep with the signal-to-noise ratio alpha^2 / sigma^2, from 0 to 1000. Between timesteps the logarithm
+    """SDXL's timestep with the signal-to-noise ratio alpha^2 / sigma^2, from 0 to 999. Between timesteps the logarithm
     of the ratio is taken as linear."""
-    if alpha <= 0:
-        return 1000.0
-    if sigma <= 0:
-        return 0.0
-    levels, level = _sdxl_levels(), 2 * log(alpha / sigma)
-    if level < levels[-1]:
-        return 1000.0
-    return float(np.interp(level, levels[::-1], np.arange(999.0, -1.0, -1.0)))
+    if alpha <= 0 or sigma <= 0:
+        return 999.0 if alpha <= 0 else 0.0
+    levels = _sdxl_levels()
+    return float(np.interp(2 * log(alpha / sigma), levels[::-1], np.arange(999.0, -1.0, -1.0)))
 
 
 _ONE_MORE = (
@@ -170,7 +174,9 @@ def timesteps(count: int, train_steps: int, spacing: str, offset: int, one_more:
     elif spacing == "linspace":
         chosen = np.linspace(0, train_steps - 1, points).round()[::-1]
     else:
-        raise ConfigError(f"scheduler: unknown timestep_spacing {spacing!r}; use leading, trailing or linspace")
+        raise ConfigError(
+            f"scheduler: unknown timestep_spacing {spacing[:LONGEST_SHOWN]!r}; use leading, trailing or linspace"
+        )
     return [int(t) for t in chosen[:count].clip(0, train_steps - 1)]
 
 
@@ -183,7 +189,7 @@ def require_path(scheduler_config: Mapping[str, Any], count: int) -> None:
 
     Refused are schedulers without betas (flow matching), and predictions other than epsilon and v.
     """
-    config, name = scheduler_config, scheduler_config.get("_class_name", "scheduler")
+    config, name = scheduler_config, str(scheduler_config.get("_class_name", "scheduler"))[:LONGEST_SHOWN]
     prediction_type, train_steps = config.get("prediction_type", "epsilon"), config.get("num_train_timesteps", 1000)
     (spacing, one_more), offset = _spacing(config), config.get("steps_offset", 0)
     if "beta_start" not in config and config.get("trained_betas") is None:
@@ -192,18 +198,19 @@ def require_path(scheduler_config: Mapping[str, Any], count: int) -> None:
             "DDIM or Euler one"
         )
     if prediction_type not in ("epsilon", "v_prediction"):
-        raise ConfigError(f"{name}: prediction_type {prediction_type!r} is not supported; use epsilon or v_prediction")
+        shown = repr(prediction_type)[:LONGEST_SHOWN]
+        raise ConfigError(f"{name}: prediction_type {shown} is not supported; use epsilon or v_prediction")
     if config.get("use_flow_sigmas"):
         raise ConfigError(f"{name}: use_flow_sigmas goes with no {prediction_type} prediction; set it to false")
     if not isinstance(train_steps, int):
         raise ConfigError(f"{name}: num_train_timesteps is no whole number; download the model again")
     if not 1 <= train_steps <= MOST_TRAIN_STEPS:
+        shown = str(train_steps) if abs(train_steps) < 10**12 else "too large"
         raise ConfigError(
-            f"{name}: num_train_timesteps is {train_steps} and must be from 1 to {MOST_TRAIN_STEPS}; download the "
-            "model again"
+            f"{name}: num_train_timesteps is {shown} and must be from 1 to {MOST_TRAIN_STEPS}; download the model again"
         )
-    if not isinstance(offset, int | float) or offset % 1:
-        raise ConfigError(f"{name}: steps_offset is no whole number; download the model again")
+    if not isinstance(offset, int | float) or offset % 1 or abs(offset) > MOST_TRAIN_STEPS:
+        raise ConfigError(f"{name}: steps_offset is no whole number up to {MOST_TRAIN_STEPS}; download the model again")
     most = train_steps - (one_more and spacing != "trailing")
     if count > most:
         raise ConfigError(f"steps: {count} is more than the {most} steps that the model was trained with; use fewer")

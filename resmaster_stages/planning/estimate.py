@@ -22,7 +22,7 @@ from resmaster_stages.errors import UserError
 from resmaster_stages.models.bases import family_of
 from resmaster_stages.models.bases.unet import SDXL
 from resmaster_stages.models.geometry import geometry_of
-from resmaster_stages.models.identity import PICTUREBOOK
+from resmaster_stages.models.identity import PACK_MODELS, PICTUREBOOK
 from resmaster_stages.planning.preview import Preview, StagePreview
 from resmaster_stages.planning.workload import stage_work
 from resmaster_stages.storage.filesystem import open_root
@@ -194,7 +194,7 @@ def _device(receipt: Receipt) -> str:
 
 def _rates(config: DatasetConfig) -> Rates | None:
     """The speed of a base model; None for all but picturebook and SDXL."""
-    if config.model.id == PICTUREBOOK:
+    if config.model.id in PACK_MODELS:
         return PICTUREBOOK_RATES
     like_sdxl = family_of(config.model).name == SDXL.name and geometry_of(config.model).native_px == SDXL_NATIVE_PX
     return SDXL_RATES if like_sdxl else None

@@ -25,7 +25,7 @@ from resmaster_stages.diffusion.steppers import (
 )
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.schedule import Step, make_schedule
+from resmaster_stages.models.schedule import Step, make_schedule, require_path
 from tests.tiny_models import SCHEDULER
 
 
@@ -184,9 +184,9 @@ def test_an_edited_x0_tells_the_steppers_apart():
         (euler_config(num_train_timesteps=20, _class_name="DPMSolverMultistepScheduler"), "more than the 19 steps"),
         (euler_config(use_flow_sigmas=True), "use_flow_sigmas goes with no epsilon prediction; set it to false"),
         (euler_config(prediction_type="flow_prediction", use_flow_sigmas=True), "epsilon or v_prediction"),
-        (euler_config(steps_offset="one"), "steps_offset is no whole number; download"),
-        (euler_config(steps_offset=None), "steps_offset is no whole number; download"),
-        (euler_config(steps_offset=float("inf")), "steps_offset is no whole number; download"),
+        (euler_config(steps_offset="one"), "steps_offset is no whole number up to 100000; download"),
+        (euler_config(steps_offset=None), "steps_offset is no whole number up to 100000; download"),
+        (euler_config(steps_offset=float("inf")), "steps_offset is no whole number up to 100000; download"),
         (euler_config(num_train_timesteps=10**9), "num_train_timesteps is 1000000000 and must be from 1 to 100000"),
         (euler_config(num_train_timesteps=-1), "num_train_timesteps is -1 and must be from 1"),
         (euler_config(beta_start=None), "its betas .* describe no path"),
@@ -200,6 +200,23 @@ def test_an_edited_x0_tells_the_steppers_apart():
 def test_schedulers_that_do_not_fit_are_refused(config, words):
     with pytest.raises(ConfigError, match=words):
         make_schedule(config, 20)
+
+
+ODD = (None, True, "x", "9" * 5000, [], {}, [1.5], -1, 0, 0.5, 10**30, 10**400, 1e308, math.nan, math.inf, -math.inf)
+
+
+@pytest.mark.parametrize("key", ["num_train_timesteps", "timestep_spacing", "steps_offset", "prediction_type"])
+def test_odd_values_of_a_scheduler_are_refused_in_one_line_or_give_a_path(key):
+    said = []
+    for value in ODD:
+        try:
+            require_path(euler_config(**{key: value}), 5)
+        except ConfigError as error:
+            said.append(str(error))
+        else:
+            assert len(make_schedule(euler_config(**{key: value}), 5)) == 5
+    assert said
+    assert all(len(line) < 300 and "\n" not in line for line in said)
 
 
 def test_zero_terminal_snr_starts_without_division_by_zero():

@@ -1,5 +1,7 @@
 """What is estimated of a method's work is what the engine counts when it does it."""
 
+from dataclasses import dataclass, fields, replace
+
 import pytest
 
 from resmaster_stages.config.dataset import LowResConfig
@@ -8,7 +10,10 @@ from resmaster_stages.diffusion.cost import UnetWork, counting
 from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.methods.upscale import upscale_image
-from resmaster_stages.models.bases.base import Geometry
+from resmaster_stages.models.bases.base import Geometry, Sampling
+from resmaster_stages.models.bases.unet import Unet
+from resmaster_stages.models.flow import SCHEDULER, flow_schedule
+from resmaster_stages.models.schedule import course_of
 from resmaster_stages.planning.workload import Denoising, high_res_work, low_res_work
 from tests.methods.common import DIFFUSION_METHODS, adapted, settings, some_image
 
@@ -131,3 +136,71 @@ def test_guidance_that_ends_earlier(method: str) -> None:
     assert counted.rows < sum(
         each.rows for each in high_res_work(settings(method, scale=2, steps=10), Denoising(models.geometry), 32, 32)
     )
+
+
+SHIFTED = {"_class_name": SCHEDULER, "shift": 3.0}
+
+
+@dataclass(frozen=True, eq=False)
+class OnFlow(Unet):
+    """A UNet whose output is read as the velocity of a flow path, on which steps are not even in noise level."""
+
+    kind: str
+
+    @property
+    def sampling(self):
+        return Sampling(self.kind)
+
+    def path(self, steps, timing):
+        return flow_schedule(SHIFTED, steps, timing)
+
+
+def on_flow(kind: str):
+    """The model, and what its forecast needs."""
+    models = adapted()
+    known = {field.name: getattr(models.base, field.name) for field in fields(models.base)}
+    models = replace(models, base=OnFlow(**known, kind=kind))
+    guided = kind == "cfg"
+    return models, Denoising(
+        models.geometry, guided, lambda steps, timing: course_of(flow_schedule(SHIFTED, steps, timing), guided)
+    )
+
+
+FLOW_CASES = [
+    ("direct", {}),
+    ("direct", {"init": "noised_lr", "start": 0.5}),
+    ("multidiffusion", {}),
+    ("multidiffusion", {"init": "noised_lr", "start": 0.35, "shift": "every_step"}),
+    ("resmaster", {"image_prompt": {"enabled": False}}),
+    ("resmaster", {"image_prompt": {"enabled": False}, "preset": "exact"}),
+    ("resmaster", {"image_prompt": {"enabled": False}, "preset": "faithful"}),
+    ("demofusion", {}),
+    ("demofusion", {"preset": "faithful"}),
+    ("c_upscale", {"share": 0}),
+    ("c_upscale", {"share": 0, "start": 0.9}),
+]
+
+
+@pytest.mark.parametrize(("method", "values"), FLOW_CASES, ids=str)
+@pytest.mark.parametrize("kind", ["cfg", "none", "embedded"])
+@pytest.mark.parametrize("more", [{}, {"time_shift": "sqrt"}, {"time_shift": 0.5, "guidance_stop": 0.6}], ids=str)
+def test_flow_paths_do_the_work_that_is_estimated(method: str, values: dict, kind: str, more: dict) -> None:
+    config = settings(method, **{"scale": 2.5, "steps": 12, "view_batch": 1, **values, **more})
+    models, denoising = on_flow(kind)
+    with counting() as counted:
+        upscale_image(models, some_image(48, 32), "a cat", config=config)
+    work = high_res_work(config, denoising, 32, 48)
+    assert sum(each.rows for each in work) == counted.rows
+    assert sum(each.rows * each.area for each in work) == pytest.approx(counted.native_rows)
+
+
+def test_flow_paths_end_guidance_and_begin_at_the_noise_level_and_not_at_the_step() -> None:
+    """Shifted paths spend more steps on much noise."""
+    sizes = (Denoising(Geometry(64, 4)), 64, 64)
+    later = (on_flow("cfg")[1], 64, 64)
+    begun = {"scale": 2, "steps": 20, "init": "noised_lr", "start": 0.5}
+    rows = [sum(each.rows for each in high_res_work(settings("direct", **begun), *each)) for each in (sizes, later)]
+    assert rows == [20, 12]
+    stopped = {"scale": 2, "steps": 20, "guidance_stop": 0.5}
+    rows = [sum(each.rows for each in high_res_work(settings("direct", **stopped), *each)) for each in (sizes, later)]
+    assert rows == [30, 34]

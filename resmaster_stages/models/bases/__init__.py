@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.bases import chroma, flux, flux2, pixart, qwen_image, sd3, unet, z_image
+from resmaster_stages.models.bases import as_flow, chroma, flux, flux2, pixart, qwen_image, sd3, unet, z_image
 from resmaster_stages.models.bases.base import Ability, Family
+from resmaster_stages.models.identity import PICTUREBOOK_AS_FLOW
 from resmaster_stages.models.places import ModelFiles
 
 FAMILIES: list[Family] = [
@@ -28,6 +29,8 @@ FAMILIES: list[Family] = [
 
 def family_of(config: ModelConfig) -> Family:
     """The family of the model that `config` names, found by its `model_index.json`. Raises ConfigError."""
+    if config.id == PICTUREBOOK_AS_FLOW:
+        return as_flow.AS_FLOW
     name = ModelFiles(config.id, config.revision).json("model_index.json").get("_class_name")
     if not isinstance(name, str):
         raise ConfigError(f"model {config.id!r}: model_index.json names no pipeline class; download the model again")
@@ -56,7 +59,7 @@ def require(family: Family, model: str, needs: Mapping[Ability, str]) -> None:
 def _family(classes: tuple[str, ...], model: str) -> Family:
     """The family for the first name in `classes` that belongs to a known family. Raises ConfigError."""
     for name in classes:
-        for family in FAMILIES:
+        for family in (*FAMILIES, as_flow.AS_FLOW):  # which no model's files name
             if re.fullmatch(family.pipelines, name):
                 return family
     known = ", ".join(family.name for family in FAMILIES)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases import adapter_files, flux_files
 from resmaster_stages.models.bases.base import Base, Geometry, ImageAdapter, Rows, Sampling, Texts, Timing
 from resmaster_stages.models.bases.transformer import Transformer, packed, unpacked
@@ -38,6 +39,17 @@ def path(facts: Facts, steps: int, timing: Timing) -> tuple[Step, ...]:
     return flow_schedule(facts.scheduler, steps, timing, shift=image_shift(facts.scheduler, timing.cells // 4))
 
 
+def require_positions(facts: Facts) -> None:
+    """Raise ConfigError unless three axes of positions share the values of an attention head."""
+    axes = facts.transformer.get("axes_dims_rope", (16, 56, 56))
+    whole = isinstance(axes, list | tuple) and len(axes) == 3 and all(type(each) is int and each > 0 for each in axes)
+    if not whole or sum(axes) != facts.transformer.get("attention_head_dim", 128):
+        raise ConfigError(
+            "transformer/config.json: axes_dims_rope are not three numbers with the sum attention_head_dim; download "
+            "the model again"
+        )
+
+
 @lru_cache(maxsize=32)
 def image_ids(height: int, width: int, device: torch.device) -> Tensor:
     """Position (0, row, column) of each token of a view of `height` x `width` latents: [h / 2 * w / 2, 3]."""
@@ -55,6 +67,11 @@ class Flux(Transformer):
         """T5's states, padding included, and CLIP's pooled text."""
         states, pooled, _ = self.pipe.encode_prompt(prompts, prompts, device=device, max_sequence_length=self.tokens)
         return Texts(states, pooled)
+
+    @property
+    def context_tokens(self) -> int:
+        """T5's, and Redux' if it is loaded."""
+        return self.tokens + getattr(self.image_encoder, "tokens", 0)
 
     def image_adapter(self) -> ImageAdapter | None:
         """The IP-Adapter or Redux, if one is loaded. Raises ConfigError for an unsupported kind."""
@@ -121,7 +138,9 @@ KIND = Kind(
     in_channels=lambda transformer: transformer["in_channels"] // 4,
     sampling=sampling,
     path=path,
+    require=require_positions,
     base=_flux,
+    live=17.1,
     tokenizer="tokenizer_2",
     tokens=lambda facts: 256 if sampling(facts).kind == "none" else 512,
     abilities=frozenset({"image_prompts", "positions"}),

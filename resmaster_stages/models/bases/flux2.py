@@ -167,6 +167,7 @@ DEV = Kind(
     sampling=dev_sampling,
     path=path,
     base=_dev,
+    live=21.3,
     require=require,
     plain_tokenizer=True,
     abilities=frozenset({"positions"}),

@@ -30,12 +30,16 @@ _KEYS = re.compile(
 """Names of the tensors that make an image's keys, by XLabs and by diffusers. The number is that of the block."""
 
 
+_IMAGE = ("ip_adapter_proj_model.proj.weight", "image_proj.proj.weight")
+"""Names of the tensor that reads an image's embedding."""
+
+
 def kind_of(tensors: Mapping[str, tuple[int, ...]], adapter: IpAdapterConfig) -> AdapterKind:
     """The kind of an adapter with `tensors` (name -> shape). Raises ConfigError for other kinds."""
-    if {"redux_up.weight", "redux_down.weight"} <= tensors.keys():
+    matrices = [name for name, shape in tensors.items() if len(shape) == 2]
+    if {"redux_up.weight", "redux_down.weight"} <= set(matrices):
         return "redux"
-    plain = {"ip_adapter_proj_model.proj.weight", "image_proj.proj.weight"} & tensors.keys()
-    if plain and any(_KEYS.fullmatch(name) for name in tensors):
+    if not set(matrices).isdisjoint(_IMAGE) and any(_KEYS.fullmatch(name) for name in matrices):
         return "plain"
     raise ConfigError(
         f"{adapter.weight_name} of {adapter.id} is no IP-Adapter that FLUX.1 can use; choose a plain one, such as "
@@ -50,21 +54,21 @@ def require_fit(
 
     Raises ConfigError for other kinds, and for adapters of another base model.
     """
-    if kind_of(tensors, adapter) == "redux":
-        made, read = tensors["redux_down.weight"][0], transformer.get("joint_attention_dim")
-        _require_equal(adapter, "makes tokens of width", made, read)
-        return "redux"
-    keys = [shape for name, shape in tensors.items() if _KEYS.fullmatch(name)]
-    _require_equal(adapter, "is for a number of double blocks of", len(keys), transformer.get("num_layers"))
-    _require_equal(adapter, "reads tokens of width", keys[0][1], transformer.get("joint_attention_dim"))
-    return "plain"
+    kind, read = kind_of(tensors, adapter), transformer.get("joint_attention_dim")
+    if kind == "redux":
+        _require_equal(adapter, "numbers per text token", tensors["redux_down.weight"][0], read)
+        return kind
+    keys = [shape for name, shape in tensors.items() if _KEYS.fullmatch(name) and len(shape) == 2]
+    _require_equal(adapter, "double blocks", len(keys), transformer.get("num_layers"))
+    _require_equal(adapter, "numbers per text token", keys[0][1], read)
+    return kind
 
 
 def _require_equal(adapter: IpAdapterConfig, what: str, found: int, needed: Any) -> None:
     if found != needed:
         raise ConfigError(
-            f"{adapter.weight_name} of {adapter.id} {what} {found}, and the transformer has {needed}; choose the "
-            "adapter of this base model"
+            f"{adapter.weight_name} of {adapter.id} is for a transformer with {found} {what}, and this one has "
+            f"{needed}; choose the adapter of this base model"
         )
 
 
@@ -76,10 +80,10 @@ def require_encoder_fit(
     if not isinstance(vision, dict):
         raise ConfigError(f"{adapter.encoder_place()[0]} is no image encoder; set model.ip_adapter.image_encoder")
     if kind_of(tensors, adapter) == "redux":
-        read, made = tensors["redux_up.weight"][1], vision.get("hidden_size")
+        read, made = tensors["redux_up.weight"][1], vision.get("hidden_size", 768)
     else:
-        name = next(name for name in tensors if name.endswith("proj.weight") and name.count(".") == 2)
-        read, made = tensors[name][1], vision.get("projection_dim")
+        read = next(shape[1] for name, shape in tensors.items() if name in _IMAGE and len(shape) == 2)
+        made = vision.get("projection_dim", 512)
     if read != made:
         raise ConfigError(
             f"{adapter.weight_name} of {adapter.id} reads {read} numbers of an image, and the image encoder of "

@@ -87,6 +87,7 @@ SIGMA = Kind(
     sampling=sampling,
     path=path,
     base=_sigma,
+    live=11.3,
     tokens=lambda facts: 300,
     abilities=frozenset({"attention"}),
     shifted=False,

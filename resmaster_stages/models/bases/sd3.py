@@ -113,6 +113,7 @@ KIND = Kind(
     sampling=sampling,
     path=path,
     base=_sd3,
+    live=12.7,
     tokenizer="tokenizer_3",
     tokens=lambda facts: T5_TOKENS if has(facts.index, "tokenizer_3") else CLIP_TOKENS + 2,
     largest_px=largest_px,

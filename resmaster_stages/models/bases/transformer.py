@@ -187,9 +187,26 @@ class Transformer:
         """Nothing to do without an image adapter."""
         return nullcontext()
 
-    def row_bytes(self, height: int, width: int) -> int | None:
-        """Not known."""
-        return None
+    @property
+    def context_tokens(self) -> int:
+        """The most tokens of a row beside those of its view."""
+        return self.tokens
+
+    def row_bytes(self, height: int, width: int) -> int:
+        """The estimate of `row_bytes`."""
+        tokens = height * width // self.geometry.multiple**2 + self.context_tokens
+        return row_bytes(self.denoiser, tokens, self.kind.live)
+
+
+def row_bytes(denoiser: Velocity, tokens: int, live: float) -> int:
+    """Peak memory in bytes that one row of `tokens` tokens holds while `denoiser` computes it.
+
+    live: values in memory at once, per value of the tokens (`Kind.live`). The peak is the same in every block, so the
+    number of blocks does not matter.
+    """
+    config = denoiser.config
+    width = config.get("dim") or config["num_attention_heads"] * config["attention_head_dim"]
+    return int(live * tokens * width * denoiser.dtype.itemsize)
 
 
 def packed(latents: Tensor) -> Tensor:

@@ -149,9 +149,14 @@ class Unet:
     """Whether the empty negative prompt is all zeros, as the model was trained (`force_zeros_for_empty_prompt`)."""
 
     @property
+    def network(self) -> Any:
+        """The UNet2DConditionModel."""
+        return self.denoiser
+
+    @property
     def layers(self) -> Layers:
         """Found by the UNet's depth and the width of its text. A UNet without four levels counts as SDXL's."""
-        config = self.denoiser.config
+        config = self.network.config
         if len(config.block_out_channels) != 4:
             return "sdxl"
         return "sd2" if config.cross_attention_dim == 1024 else "sd1"
@@ -246,17 +251,17 @@ class Unet:
 
         if self.image_encoder is None:
             return None
-        return adapter_of(self.denoiser, self.image_encoder, self.image_mean, self.image_std)
+        return adapter_of(self.network, self.image_encoder, self.image_mean, self.image_std)
 
     def image_scale(self, scale: float) -> AbstractContextManager[None]:
         """Sets the weight of the UNet's IP-Adapters, if there are any."""
         from resmaster_stages.models.ip_adapter import adapter_scale
 
-        return adapter_scale(self.denoiser, scale)
+        return adapter_scale(self.network, scale)
 
     def row_bytes(self, height: int, width: int) -> int | None:
         """The estimate of `row_bytes`."""
-        return row_bytes(self.denoiser, height, width)
+        return row_bytes(self.network, height, width)
 
 
 def row_bytes(unet: Any, height: int, width: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ from torch import Tensor
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.diffusion.autoencoder import decode
 from resmaster_stages.diffusion.conditions import make_conditions
+from resmaster_stages.diffusion.guidance import TEXT
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.generate import generate
+from resmaster_stages.models.bases import family_of_pipeline
 from resmaster_stages.models.bases.base import Timing
 from resmaster_stages.models.bases.transformer import packed, unpacked
 from resmaster_stages.models.parts import Models
@@ -143,8 +146,6 @@ def predicted(case: Case, prompts: tuple[str, ...], order: list[int], image: Ten
         image=None if image is None else (image, image),
     )
     views = start(models, 64, 64, batch=len(prompts))
-    from resmaster_stages.diffusion.guidance import TEXT
-
     rows = conditions.rows(torch.tensor(order), (TEXT,))
     with torch.inference_mode():
         return models.base.denoiser(
@@ -177,9 +178,45 @@ def test_pads_are_read_by_flux_and_hidden_from_chroma(case: Case) -> None:
         assert texts.pooled.shape == (1, 0)
 
 
-def test_the_pipelines_of_other_tasks_are_refused_in_one_line() -> None:
-    from resmaster_stages.models.bases import family_of_pipeline
+class Stored(torch.nn.Module):
+    """A linear layer whose weights are stored in 8 bits, as quantised transformers have them."""
 
+    def __init__(self, plain: torch.nn.Linear) -> None:
+        super().__init__()
+        low, high = float(plain.weight.min()), float(plain.weight.max())
+        self.low, self.step, self.bias = low, (high - low) / 255, plain.bias
+        stored = ((plain.weight.float() - low) / self.step).round().to(torch.uint8)
+        self.weight = torch.nn.Parameter(stored, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (self.weight.float() * self.step + self.low).to(x.dtype)
+        return torch.nn.functional.linear(x, weight, self.bias)
+
+
+@pytest.mark.parametrize("told", ["compute_dtype", "bnb_4bit_compute_dtype", None])
+def test_a_users_quantised_transformer_gets_rows_in_the_format_that_it_computes_in(told: str | None) -> None:
+    plain, pipe = make_flux().to(torch.bfloat16), make_flux().to(torch.bfloat16)
+    network = pipe.transformer
+    for block in (*network.transformer_blocks, *network.single_transformer_blocks):
+        for name in ("to_q", "to_k", "to_v"):
+            setattr(block.attn, name, Stored(getattr(block.attn, name)))
+    network.x_embedder = Stored(network.x_embedder)
+    quantizer = SimpleNamespace(quantization_config=SimpleNamespace())
+    if told == "compute_dtype":
+        quantizer.compute_dtype = torch.bfloat16
+    elif told:
+        setattr(quantizer.quantization_config, told, torch.bfloat16)
+    network.hf_quantizer = quantizer
+    models = Models.from_pipeline(pipe)
+    assert models.dtype == models.base.denoiser.dtype == torch.bfloat16
+    noise = start(models, 48, 64)
+    made, expected = (
+        engine(each, noise, PROMPTS[:1], steps=3, guidance_scale=3.5) for each in (models, Models.from_pipeline(plain))
+    )
+    assert 0 < relative(made, expected) < 0.05
+
+
+def test_the_pipelines_of_other_tasks_are_refused_in_one_line() -> None:
     for name in ("Control", "ControlInpaint", "ControlImg2Img", "Fill", "Kontext", "KontextInpaint", "PriorRedux"):
         pipe = type(f"Flux{name}Pipeline", (), {})()
         with pytest.raises(ConfigError, match=f"model m: is a Flux{name}Pipeline, and the known families .* give a"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,6 +39,8 @@ from resmaster_stages.planning.checks import check
 from tests.methods.common import some_image
 from tests.models.bases.common import relative, start
 from tests.models.bases.test_flux_folder import built, configured, mistakes
+from tests.models.test_damaged_weights import DAMAGES
+from tests.planning.test_any_configuration import refusal
 from tests.tiny_flux import CLIP_VISION, clip_vision, make_chroma, redux, save_adapters, siglip_vision, with_adapter
 from tests.tiny_models import adapter_state as unet_adapter_state
 from tests.tiny_models import make_pipeline
@@ -331,14 +334,14 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] =
         lambda state: {f"x.{key}": value for key, value in state.items()},
         "is no IP-Adapter that FLUX.1 can use",
     ),
-    "of SDXL": (of_sdxl, "is for a number of double blocks of 4, and the transformer has 1"),
+    "of SDXL": (of_sdxl, "is for a transformer with 4 double blocks, and this one has 1"),
     "of more blocks": (
         lambda state: {**state, **{key.replace(".0.", ".1."): value for key, value in state.items()}},
-        "is for a number of double blocks of 2, and the transformer has 1",
+        "is for a transformer with 2 double blocks, and this one has 1",
     ),
     "of another width": (
         lambda state: {key: value[:, :16] if "_k_proj.weight" in key else value for key, value in state.items()},
-        "reads tokens of width 16, and the transformer has 32",
+        "is for a transformer with 16 numbers per text token, and this one has 32",
     ),
     "of another encoder": (
         lambda state: {
@@ -390,3 +393,22 @@ def test_image_prompts_without_an_adapter_are_refused_with_the_ways_out(folder: 
     upscale = {"method": "resmaster", "scale": 2, "steps": 2, "guidance_scale": 3.5}
     (line,) = mistakes(configured(tmp_path, folder, 3.5, upscale=upscale))
     assert "set model.ip_adapter, or upscale.image_prompt.enabled: false" in line
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_adapters_are_one_line(kind: str, folder: Path, adapters: Path, tmp_path: Path) -> None:
+    """Files of an adapter and of its image encoder, damaged by a drawn rule: refused in words, or used."""
+    values, draw, told = KINDS[kind], random.Random(kind), 0
+    encoder = values.get("image_encoder_folder", "image_encoder")
+    weights = Path(values.get("subfolder", "")) / values["weight_name"]
+    for name in (weights, Path(encoder) / "config.json", Path(encoder) / "model.safetensors") * 6:
+        spoilt = shutil.copytree(adapters, tmp_path / "spoilt")
+        file = spoilt / name
+        file.write_bytes(draw.choice(DAMAGES[file.suffix])(file.read_bytes(), draw))
+        config = configured(tmp_path, folder, 3.5, model=prompted(folder, spoilt, **values))
+        said = refusal(check, config) + refusal(load_models, config.model)
+        told += len(said)
+        assert all("\n" not in line and len(line) < 800 for line in said)
+        load_models.cache_clear()
+        shutil.rmtree(spoilt)
+    assert told > 15
