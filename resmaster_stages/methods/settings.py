@@ -184,7 +184,7 @@ class MicroConditioned(Diffusion):
 
     micro_conditioning: Literal["canvas", "native"] = "canvas"
     """SDXL's conditions of size and crop. `canvas`: the size of the canvas and the view's place in it. `native`: those
-    of a native-size image."""
+    of a native-size image. PixArt-alpha at 1024 px reads the size alone."""
 
 
 class FromNoise(Diffusion):

@@ -7,13 +7,16 @@ from whose middle a view takes its own size, so a view has at most the table's s
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from resmaster_stages.models.bases import sd3_files
 from resmaster_stages.models.bases.base import (
     CLIP_TOKENS,
     Base,
     Geometry,
+    ImageAdapter,
     Rows,
     Sampling,
     Texts,
@@ -69,6 +72,18 @@ class StableDiffusion3(Transformer):
         )
         return Texts(states, pooled)
 
+    def image_adapter(self) -> ImageAdapter | None:
+        """The IP-Adapter, if one is loaded with its image encoder."""
+        from resmaster_stages.models.sd3_adapter import adapter_of
+
+        return adapter_of(self.denoiser.network, self.image_encoder)
+
+    def image_scale(self, scale: float) -> AbstractContextManager[None]:
+        """Sets the weight of the IP-Adapter, if one is loaded."""
+        from resmaster_stages.models.sd3_adapter import adapter_scale
+
+        return adapter_scale(self.denoiser.network, scale)
+
     def predict(self, sample: Tensor, timestep: Tensor, rows: Rows) -> Tensor:
         """The velocity eps - x0. Raises ConfigError for a view larger than the table of positions."""
         height, width = (side * self.geometry.latent_factor for side in sample.shape[-2:])
@@ -78,6 +93,7 @@ class StableDiffusion3(Transformer):
             timestep=timestep.expand(len(sample)),
             encoder_hidden_states=rows.states,
             pooled_projections=rows.pooled,
+            joint_attention_kwargs=None if rows.image is None else {"ip_adapter_image_embeds": rows.image[:, 0]},
             return_dict=False,
         )[0]
 
@@ -101,7 +117,9 @@ KIND = Kind(
     tokenizer="tokenizer_3",
     tokens=lambda facts: T5_TOKENS if has(facts.index, "tokenizer_3") else CLIP_TOKENS + 2,
     largest_px=largest_px,
-    parts=("image_encoder", "feature_extractor"),
+    abilities=frozenset({"image_prompts"}),
+    adapter_checks=sd3_files.checks,
+    load_adapter=sd3_files.load,
 )
 
 SD3 = family_of_kind(KIND)

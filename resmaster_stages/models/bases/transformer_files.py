@@ -49,6 +49,9 @@ from resmaster_stages.models.schedule import Course, Step, course_of
 if TYPE_CHECKING:
     import torch
 
+MOST_PX = 65_536
+"""Larger than any model's views, as `model.native_px` has it."""
+
 NATIVE_PX = 1024
 """Native size of a model whose files do not tell it."""
 
@@ -183,7 +186,7 @@ def sizes(kind: Kind, facts: Facts, config: ModelConfig) -> Geometry:
             f"model {facts.name!r}: its configuration does not tell its sizes ({type(error).__name__}: {error}); "
             "download the model again, or use another"
         ) from None
-    if factor < 1 or native < factor or (largest is not None and largest < factor):
+    if factor < 1 or not all(factor <= side <= MOST_PX for side in (native, native if largest is None else largest)):
         raise ConfigError(f"model {facts.name!r}: its configuration has impossible sizes; download the model again")
     geometry = Geometry(sized(config, native, factor * kind.multiple), factor, kind.multiple, largest)
     require_readable(geometry, geometry.native_px, geometry.native_px, "model.native_px", f"set it to {largest}")

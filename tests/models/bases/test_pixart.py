@@ -194,7 +194,7 @@ def test_a_row_does_not_depend_on_the_other_rows(models):
 
 
 def test_only_alpha_at_1024_px_is_told_sizes():
-    """`upscale.micro_conditioning` says which. Views of 512 px of a canvas of 1024 x 512 px."""
+    """`upscale.micro_conditioning` says which. Two views of 512 px of a canvas of 520 x 512 px."""
 
     def draw(told, **values):
         models = Models.from_pipeline(make_pixart(True, sample_size=128, told=told))
@@ -202,14 +202,14 @@ def test_only_alpha_at_1024_px_is_told_sizes():
         heard, network = [], models.base.denoiser.network
         plain = network.forward
         network.forward = lambda *args, **kwargs: heard.append(kwargs["added_cond_kwargs"]) or plain(*args, **kwargs)
-        upscale_image(models, some_image(512, 256), "a cat", config=config)
+        upscale_image(models, some_image(260, 256), "a cat", config=config)
         return [(each["resolution"], each["aspect_ratio"]) for each in heard]
 
     assert draw(False) == [(None, None)]
-    for micro, size in (("canvas", [512.0, 1024.0]), ("native", [512.0, 512.0])):
+    for micro, size in (("canvas", [512.0, 520.0]), ("native", [512.0, 512.0])):
         ((resolution, aspect),) = draw(None, micro_conditioning=micro)
         assert resolution.tolist() == [size] * 4  # two views, each with two branches
-        assert aspect.tolist() == [[size[0] / size[1]]] * 4
+        assert torch.equal(aspect, torch.full((4, 1), size[0] / size[1]))
 
 
 # ------------------------------------------------------------------------------------------------------- methods
