@@ -47,14 +47,14 @@ STEPS = 20
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def random_vae(shrink: int, **values: Any) -> AutoencoderKL:
+def random_vae(shrink: int, latent_channels: int = 4, **values: Any) -> AutoencoderKL:
     """Stable Diffusion's VAE (also SDXL's) with random weights, its channels divided by `shrink`."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=tuple(channels // shrink for channels in (128, 256, 512, 512)),
         layers_per_block=2,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=max(1, 32 // shrink),
         **values,
     )

@@ -35,8 +35,8 @@ import importlib
 for name in (
     "resmaster_stages.runner.compute", "resmaster_stages.methods.render", "resmaster_stages.picturebook.training.train",
     "resmaster_stages.picturebook.training.evaluate", "benchmarks.gpu.__main__", "benchmarks.gpu.ceilings",
-    "benchmarks.gpu.rows", "benchmarks.gpu.image", "benchmarks.gpu.truth", "benchmarks.gpu.training",
-    "tests.conftest", "tests.test_gpu",
+    "benchmarks.gpu.rows", "benchmarks.gpu.image", "benchmarks.gpu.flow", "benchmarks.gpu.truth",
+    "benchmarks.gpu.training", "tests.conftest", "tests.test_gpu",
 ):
     importlib.import_module(name)
 from PIL import Image
@@ -103,6 +103,15 @@ def test_the_rehearsal_does_every_step(rehearsal: Path) -> None:
     assert {each["what"] for each in methods} == set(programme_methods())
     shares = [each["shares"] for each in report["steps"]["rows"]["found"]["profiles"]]
     assert all(sum(each.values()) == pytest.approx(1) for each in shares)
+    flow = report["steps"]["flow"]["found"]
+    assert {(each["what"], each["variant"], each["views"]) for each in flow["views"]} == {
+        (model, variant, views)
+        for model in ("FLUX.1-dev", "Z-Image-Turbo")
+        for variant in ("eager", "compiled blocks")
+        for views in (1, 2, 4, 8)
+    }
+    assert [each["reckoned"]["steps"] for each in flow["images"]] == [28, 8]
+    assert all(each["rows"] == 9 * each["steps_measured"] for each in flow["images"])
     memory = report["steps"]["truth"]["found"]["out_of_memory"][0]
     assert memory["tried"] == [9, 4]
     assert memory["greatest_levels"] == 0
@@ -256,6 +265,57 @@ def test_what_travels_and_what_is_there_are_all_that_is_needed() -> None:
 
 def _name(requirement: str) -> str:
     return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
+
+
+def blocks_operations(blocks: int, tokens: int, width: int, weights: int) -> float:
+    """Operations of transformer blocks on `tokens` tokens: `weights` of a block are multiplied with each token, and
+    attention compares all tokens with each other and mixes them."""
+    return blocks * (2 * weights * tokens + 4 * tokens**2 * width)
+
+
+def test_a_view_of_a_transformer_is_counted() -> None:
+    """As the blocks' sizes say, by hand: attention of 4 and a feed-forward of 8 squares of the width (FLUX.1), and a
+    gated one of 8/3 times the width (Z-Image). What is beside the blocks takes less than half a percent."""
+    from benchmarks.gpu.flow_models import FLUX, Z_IMAGE, operations_per_view
+
+    image, page = 64 * 64, (ROOT / "docs" / "gpu.md").read_text()
+    flux = blocks_operations(19 + 38, image + 512, 3072, 12 * 3072**2)
+    block = 4 * 3840**2 + 3 * 3840 * 10_240
+    z_image = sum(
+        blocks_operations(blocks, tokens, 3840, block) for blocks, tokens in ((30, image + 128), (2, image), (2, 128))
+    )
+    for shape, expected in ((FLUX, flux), (Z_IMAGE, z_image)):
+        counted = operations_per_view(shape, toy=False)
+        assert counted == pytest.approx(expected, rel=0.005)
+        assert f"| {shape.name}, {shape.states[0]} text tokens |" in page
+        assert f" | {counted / 1e12:.1f} | not measured yet |" in page
+
+
+def test_the_page_tells_the_size_of_transformers() -> None:
+    import torch
+
+    from benchmarks.gpu.flow_models import SHAPES, network
+
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    for shape in SHAPES:
+        count = sum(p.numel() for p in network(shape, torch.device("meta"), toy=False).parameters())
+        assert f"| {count / 1e9:.1f} billion | {2 * count / 1e9:.1f} GB |" in page
+
+
+def test_a_transformer_is_made_in_bfloat16_with_texts_of_its_shape() -> None:
+    """Both can be made and called without a GPU, and leave the process's number format as it was."""
+    import torch
+
+    from benchmarks.gpu.flow_models import SHAPES, forward, whole
+
+    for shape in SHAPES:
+        models = whole(shape, torch.device("cpu"), toy=True)
+        assert {p.dtype for p in models.base.denoiser.parameters()} == {torch.bfloat16}
+        assert {p.dtype for p in models.base.vae.parameters()} == {torch.float32}
+        drawn = forward(models, 3)()
+        assert drawn.shape == (3, 16, 8, 8)
+        assert drawn.isfinite().all()
+        assert torch.get_default_dtype() == torch.float32
 
 
 def test_a_row_is_counted() -> None:

@@ -21,6 +21,7 @@ from resmaster_flows.watch.terminal import SafeConsole, say
 from resmaster_stages.dataset import layout
 from resmaster_stages.inspection.openmetrics import openmetrics
 from resmaster_stages.inspection.status import status
+from resmaster_stages.models.licences import Licence, Licensed
 from resmaster_stages.progress import ShardFailed, emit, listening
 from resmaster_stages.publish import sheets
 from resmaster_stages.publish.manifest import write_manifest
@@ -109,6 +110,7 @@ def test_the_dataset_card() -> None:
         "size_category": "",
         "data_files": {FOREIGN: [FOREIGN]},
         "facts": {FOREIGN: FOREIGN},
+        "licences": [Licensed(FOREIGN, FOREIGN, Licence(FOREIGN, FOREIGN))],
     }
     card = fill("card.md", **facts, listed=1, captions=True, features=FOREIGN, columns=[], flags=[])
     assert not unseen(card)

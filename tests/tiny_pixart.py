@@ -13,11 +13,13 @@ BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "num
 """Of the scheduler of both models."""
 
 
-def make_pixart(alpha: bool = False, told: bool | None = None, scheduler: Any = None, seed: int = 0) -> Any:
-    """A fresh pipeline. told: whether the transformer reads sizes; None: as `sample_size` says, which is not 128."""
+def make_pixart(
+    alpha: bool = False, told: bool | None = None, scheduler: Any = None, sample_size: int = 16, seed: int = 0
+) -> Any:
+    """A fresh pipeline. told: whether the transformer reads sizes; None: if `sample_size` is 128."""
     torch.manual_seed(seed)
     transformer = PixArtTransformer2DModel(
-        sample_size=16,
+        sample_size=sample_size,
         num_layers=2,
         attention_head_dim=12,
         num_attention_heads=4,

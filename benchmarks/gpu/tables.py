@@ -17,7 +17,7 @@ BEGIN, END = "<!-- GPU tables: begin -->", "<!-- GPU tables: end -->"
 Entry = dict[str, Any]
 Column = tuple[str, Callable[[Entry], str]]
 
-LABELS = ("variant", "what", "dtype", "rows", "pack", "part")
+LABELS = ("variant", "what", "dtype", "rows", "views", "pack", "part")
 """What names an entry."""
 
 
@@ -114,6 +114,34 @@ TABLES: dict[str, dict[str, tuple[str, tuple[Column, ...]]]] = {
                 ("PNG, MB", _number("png_bytes", "{:.1f}", 1e-6)),
             ),
         ),
+    },
+    "flow": {
+        "models": (
+            "Transformers with random weights, in bfloat16, with a VAE in float32",
+            (
+                ("model", _text("what")),
+                ("billions of parameters", _number("parameters", "{:.1f}", 1e-9)),
+                ("GB, VAE included", _number("bytes", "{:.1f}", 1e-9)),
+                ("TFLOP a view", _number("tflop_per_view")),
+                ("made in s", _number("seconds")),
+            ),
+        ),
+        "views": (
+            "Their native views of 1024 px",
+            (
+                ("model", _text("what")),
+                ("variant", _text("variant")),
+                ("views a call", _text("views")),
+                ("ms a view", _number("ms_per_view")),
+                ("TFLOP/s", _number("tflops", "{:.0f}")),
+                ("of the matrix product's", _number("share_of_matmul_ceiling", "{:.0f} %", 100)),
+                ("peak GB", _number("peak_bytes", "{:.1f}", 1e-9)),
+                ("GB a view", _number("row_bytes", "{:.2f}", 1e-9)),
+                ("expected GB a view", _number("row_bytes_expected", "{:.2f}", 1e-9)),
+                ("first call, s", _number("first_call_seconds")),
+            ),
+        ),
+        "images": ("ResMaster without image prompts, exact path", (("model", _text("what")), *IMAGE)),
     },
     "truth": {
         "formats": (

@@ -15,7 +15,8 @@ from torch import Tensor
 from resmaster_stages.models.bases.base import Texts
 from resmaster_stages.models.parts import Models
 
-_BATCH = 32
+_BATCH, _LARGE_BATCH = 32, 8
+"""Texts at once, and for large text encoders, of which some pipelines take the states of all layers."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def encode_prompts(models: Models, prompts: Sequence[str], *, negative: bool = F
     A text may be embedded differently as a `negative` prompt than as a prompt.
     """
     base, distinct = models.base, list(dict.fromkeys(prompts))
-    batches = [distinct[i : i + _BATCH] for i in range(0, len(distinct), _BATCH)]
+    size = _LARGE_BATCH if base.family.large_text else _BATCH
+    batches = [distinct[i : i + size] for i in range(0, len(distinct), size)]
     with torch.inference_mode(), models.using(*base.text_encoders), _quiet():
         parts = [base.encode(batch, negative, models.device) for batch in batches]
     longest = max(part.states.shape[1] for part in parts)

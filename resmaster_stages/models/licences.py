@@ -93,6 +93,7 @@ KNOWN: dict[str, str] = {
     "stabilityai/stable-diffusion-3.5-large-turbo": _STABILITY,
     "black-forest-labs/flux.1-dev": _FLUX_1,
     "black-forest-labs/flux.1-krea-dev": _FLUX_1,
+    "black-forest-labs/flux.1-redux-dev": _FLUX_1,
     "black-forest-labs/flux.1-schnell": "apache-2.0",
     "black-forest-labs/flux.2-dev": _FLUX_2,
     "black-forest-labs/flux.2-klein-4b": "apache-2.0",

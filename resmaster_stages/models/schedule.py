@@ -180,6 +180,10 @@ def timesteps(count: int, train_steps: int, spacing: str, offset: int, one_more:
     return [int(t) for t in chosen[:count].clip(0, train_steps - 1)]
 
 
+MOST_TRAIN_STEPS = 100_000
+"""Far more training timesteps than any model has."""
+
+
 def require_path(scheduler_config: Mapping[str, Any], count: int) -> None:
     """Raise ConfigError unless a diffusers scheduler configuration describes a path that can be taken in `count` steps.
 
@@ -198,31 +202,52 @@ def require_path(scheduler_config: Mapping[str, Any], count: int) -> None:
         raise ConfigError(f"{name}: prediction_type {shown} is not supported; use epsilon or v_prediction")
     if config.get("use_flow_sigmas"):
         raise ConfigError(f"{name}: use_flow_sigmas goes with no {prediction_type} prediction; set it to false")
-    if not isinstance(train_steps, int) or train_steps > 1_000_000:
-        raise ConfigError(f"{name}: num_train_timesteps is no whole number up to 1,000,000; download the model again")
-    if not isinstance(offset, int | float) or offset % 1 or abs(offset) > 1_000_000:
-        raise ConfigError(f"{name}: steps_offset is no whole number up to 1,000,000; download the model again")
+    if not isinstance(train_steps, int):
+        raise ConfigError(f"{name}: num_train_timesteps is no whole number; download the model again")
+    if not 1 <= train_steps <= MOST_TRAIN_STEPS:
+        shown = str(train_steps) if abs(train_steps) < 10**12 else "too large"
+        raise ConfigError(
+            f"{name}: num_train_timesteps is {shown} and must be from 1 to {MOST_TRAIN_STEPS}; download the model again"
+        )
+    if not isinstance(offset, int | float) or offset % 1 or abs(offset) > MOST_TRAIN_STEPS:
+        raise ConfigError(f"{name}: steps_offset is no whole number up to {MOST_TRAIN_STEPS}; download the model again")
     most = train_steps - (one_more and spacing != "trailing")
     if count > most:
         raise ConfigError(f"steps: {count} is more than the {most} steps that the model was trained with; use fewer")
     timesteps(count, train_steps, spacing, 0)  # raises for an unknown spacing
 
 
+def _signal(config: dict[str, Any], name: str) -> Tensor:
+    """alpha^2 at each training timestep, float64. Raises ConfigError."""
+    from diffusers import DDIMScheduler
+
+    try:
+        products = DDIMScheduler.from_config(config).alphas_cumprod.double()
+        falls = len(products) >= config.get("num_train_timesteps", 1000) and bool(
+            ((products >= 0) & (products <= 1)).all()
+        )
+    except (ArithmeticError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        falls = False
+    if not falls:
+        raise ConfigError(
+            f"{name}: its betas (beta_start, beta_end, beta_schedule, trained_betas) describe no path; download the "
+            "model again"
+        )
+    # Zero terminal SNR: keep the last alpha above zero, as diffusers' Euler scheduler does.
+    return products.clamp(min=2.0**-24)
+
+
 def make_schedule(scheduler_config: Mapping[str, Any], count: int) -> tuple[Step, ...]:
     """The path in `count` steps that a diffusers scheduler configuration describes.
 
-    Raises ConfigError as `require_path` does.
+    Raises ConfigError as `require_path` does, and for betas that describe no path.
     """
-    from diffusers import DDIMScheduler
-
     require_path(scheduler_config, count)
     config = dict(scheduler_config)
     name = str(config.get("_class_name", "scheduler"))
     prediction_type: Literal["epsilon", "v_prediction"] = config.get("prediction_type", "epsilon")
     train_steps = int(config.get("num_train_timesteps", 1000))
-    ddim = DDIMScheduler.from_config(config)
-    # Zero terminal SNR: keep the last alpha above zero, as diffusers' Euler scheduler does.
-    products = ddim.alphas_cumprod.double().clamp(min=2.0**-24)
+    products = _signal(config, name)
     keeps_first = name in ("DDIMScheduler", "PNDMScheduler") and not config.get(
         "set_alpha_to_one", name == "DDIMScheduler"
     )

@@ -262,7 +262,9 @@ def check_pieces(config: DatasetConfig, height: int, width: int) -> None:
     require_readable(geometry, height, width, "low_res", "use smaller sizes, and enlarge them by upscale.scale")
     if isinstance(method, Diffusion) and method.in_one_piece:
         target = target_size(height, width, method.scale)
-        require_readable(geometry, *target, "upscale", "use a method of views, such as resmaster, or a smaller scale")
+        require_readable(
+            geometry, *target, "upscale.method", "use a method of views, such as resmaster, or a smaller scale"
+        )
 
 
 def check_root(root: Folder) -> None:

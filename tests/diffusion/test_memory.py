@@ -1,8 +1,13 @@
 """What a UNet call needs of memory, against what it allocates step by step; and what is said and done about it."""
 
+import re
 import weakref
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,10 +21,13 @@ from resmaster_stages.diffusion.memory import CPU_VIEWS, Need, preflight, view_l
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import OutOfMemory
 from resmaster_stages.methods.upscale import upscale_image
-from resmaster_stages.models.bases.base import Geometry
+from resmaster_stages.models.bases import chroma, flux, flux2, pixart, qwen_image, sd3, z_image
+from resmaster_stages.models.bases.base import Geometry, Rows
+from resmaster_stages.models.bases.transformer_files import Facts, Kind
 from resmaster_stages.models.bases.unet import Unet, row_bytes
 from resmaster_stages.models.faults import device_faults
 from resmaster_stages.progress import Note, listening
+from tests.checkout import ROOT
 from tests.methods.common import adapted, plain, request, settings, some_image
 from tests.tiny_models import counted, with_base
 
@@ -78,29 +86,116 @@ class Allocations(TorchDispatchMode):
         return output
 
 
+@contextmanager
+def without_values(dtype):
+    """Within the block, tensors in `dtype` have shapes alone, and attention no matrix of scores, as on every GPU."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with pytest.MonkeyPatch.context() as patch, torch.device("meta"), torch.inference_mode():
+            patch.setattr(F, "scaled_dot_product_attention", lambda query, *args, **kwargs: torch.empty_like(query))
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.parametrize(
     ("shape", "height", "width"),
     [(SDXL, 128, 128), (SDXL, 96, 168), (SDXL, 256, 256), (SD15, 64, 64), (PICTUREBOOK, 16, 16)],
 )
-def test_a_row_needs_what_it_allocates_within_a_tenth(monkeypatch, shape, height, width):
-    # attention without a matrix of its scores, as on every GPU
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda query, *args, **kwargs: torch.empty_like(query))
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float16)
-    try:
-        with torch.device("meta"), torch.inference_mode():  # shapes without values
-            unet, rows = UNet2DConditionModel(**shape), 2
-            added = {
-                "text_embeds": torch.empty(rows, shape.get("projection_class_embeddings_input_dim", 1536) - 1536),
-                "time_ids": torch.empty(rows, 6),
-            }
-            latents = torch.empty(rows, 4, height, width)
-            states = torch.empty(rows, 77, shape["cross_attention_dim"])
-            with Allocations() as found:
-                unet(latents, torch.tensor(9), encoder_hidden_states=states, added_cond_kwargs=added, return_dict=False)
-    finally:
-        torch.set_default_dtype(before)
+def test_a_row_needs_what_it_allocates_within_a_tenth(shape, height, width):
+    with without_values(torch.float16):
+        unet, rows = UNet2DConditionModel(**shape), 2
+        added = {
+            "text_embeds": torch.empty(rows, shape.get("projection_class_embeddings_input_dim", 1536) - 1536),
+            "time_ids": torch.empty(rows, 6),
+        }
+        latents = torch.empty(rows, 4, height, width)
+        states = torch.empty(rows, 77, shape["cross_attention_dim"])
+        with Allocations() as found:
+            unet(latents, torch.tensor(9), encoder_hidden_states=states, added_cond_kwargs=added, return_dict=False)
     assert row_bytes(unet, height, width) == pytest.approx(found.peak / rows, rel=0.1)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A transformer as it is published, and the texts that it reads."""
+
+    kind: Kind
+    network: type
+    values: dict[str, Any]
+    width: int
+    """Numbers of a text state."""
+    pooled: int = 0
+    masked: bool = False
+
+
+_KLEIN = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
+_LARGE = {"num_layers": 38, "attention_head_dim": 64, "num_attention_heads": 38, "caption_projection_dim": 2432}
+_TABLE = {"sample_size": 128, "out_channels": 16, "pos_embed_max_size": 192, "qk_norm": "rms_norm"}
+_PIXART = {"sample_size": 128, "num_attention_heads": 16, "attention_head_dim": 72, "caption_channels": 4096}
+PUBLISHED = {
+    "FLUX.1-dev": Published(flux.KIND, diffusers.FluxTransformer2DModel, {"guidance_embeds": True}, 4096, 768),
+    "Chroma": Published(chroma.KIND, diffusers.ChromaTransformer2DModel, {}, 4096, masked=True),
+    "FLUX.2-dev": Published(flux2.DEV, diffusers.Flux2Transformer2DModel, {}, 15_360),
+    "FLUX.2-klein-4B": Published(
+        flux2.KLEIN, diffusers.Flux2Transformer2DModel, {**_KLEIN, "guidance_embeds": False}, 7680
+    ),
+    "Z-Image": Published(z_image.KIND, diffusers.ZImageTransformer2DModel, {}, 2560, masked=True),
+    "Qwen-Image": Published(qwen_image.KIND, diffusers.QwenImageTransformer2DModel, {}, 3584, masked=True),
+    "Stable Diffusion 3.5 Large": Published(
+        sd3.KIND, diffusers.SD3Transformer2DModel, {**_LARGE, **_TABLE}, 4096, 2048
+    ),
+    "PixArt-Sigma": Published(
+        pixart.SIGMA,
+        diffusers.PixArtTransformer2DModel,
+        {**_PIXART, "use_additional_conditions": False},
+        4096,
+        masked=True,
+    ),
+}
+
+
+def base_of(name):
+    """A published model's parts, as the engine sees them."""
+    given = PUBLISHED[name]
+    network = given.network(**given.values).eval()
+    pipe = SimpleNamespace(transformer=network, vae=None, tokenizer=SimpleNamespace(chat_template=""))
+    index = {"tokenizer_3": ["transformers", "T5TokenizerFast"]}
+    return given.kind.base(pipe, Facts(name, index, dict(network.config), {}, {}), Geometry(1024, 8, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "height", "width"), [*((name, 128, 128) for name in PUBLISHED), ("FLUX.1-dev", 96, 168)]
+)
+def test_a_row_of_a_transformer_needs_what_it_allocates_within_a_tenth(name, height, width):
+    """With the longest text, in calls of as many rows as a card of 80 GB takes."""
+    given, rows = PUBLISHED[name], 32
+    with without_values(torch.bfloat16):
+        base = base_of(name)
+        length = given.kind.tokens(base.facts)
+        conditions = Rows(
+            states=torch.empty(rows, length, given.width),
+            mask=torch.ones(rows, length, dtype=torch.bool) if given.masked else None,
+            pooled=torch.empty(rows, given.pooled),
+            guidance_scale=4.0,
+            sizes=torch.zeros(rows, 6),
+            lengths=(length,) * rows,
+        )
+        latents = torch.empty(rows, base.latent_channels, height, width)
+        with Allocations() as found:
+            base.denoiser(latents, torch.tensor(600.0), return_dict=False, **base.arguments(conditions))
+    assert base.row_bytes(height, width) == pytest.approx(found.peak / rows, rel=0.1)
+
+
+def test_the_page_on_base_models_tells_what_a_view_takes():
+    page = " ".join((ROOT / "docs" / "bases.md").read_text().split())
+    sizes = re.findall(r"([\d.]+) GB \(([^)]+)\)", page.partition("is reckoned to take")[2].partition(". ")[0])
+    told = {name: size for size, names in sizes for name in names.split(", ")}
+    assert len(told) == 4
+    for name, size in told.items():
+        with without_values(torch.bfloat16):
+            assert f"{base_of(name).row_bytes(128, 128) / 1e9:.1f}" == size
 
 
 def test_the_views_of_a_call_follow_from_the_size_of_the_device(monkeypatch):

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from resmaster_stages.config.dataset import DatasetConfig
-from resmaster_stages.config.load import load_config
+from resmaster_stages.config.load import load_config, parse_config
 from resmaster_stages.diffusion.views import target_size, view_grid
 from resmaster_stages.methods.settings import Diffusion
 from resmaster_stages.models.bases import family_of
+from resmaster_stages.models.licences import licences_of
 from resmaster_stages.models.places import _read_json
 from resmaster_stages.planning.checks import check
 from resmaster_stages.planning.workload import denoising_of, stage_work
@@ -154,3 +156,14 @@ def test_the_size_and_work_of_an_image(config: DatasetConfig) -> None:
     assert sum(each.rows for each in work["low_res"]) == config.low_res.steps * branches
     page = (ROOT / "docs" / "bases.md").read_text(encoding="utf-8")
     assert re.search(rf"^\| `{config.name}\.yaml` \| [^|]+ \| {rows} \|$", page, re.MULTILINE), rows
+
+
+def test_the_adapter_that_flux_has_as_a_comment_can_be_used() -> None:
+    """It is read, and both its licence and that of the base model are told."""
+    text = (ROOT / "deployments" / "datasets" / "flux-4k.yaml").read_text(encoding="utf-8")
+    used = re.sub(r"^  # (?=ip_adapter|  \w)", "  ", text, flags=re.MULTILINE)
+    config = parse_config(yaml.safe_load(used.replace("enabled: false", "enabled: true")))
+    assert config.model.ip_adapter is not None
+    assert config.model.ip_adapter.image_encoder == "openai/clip-vit-large-patch14"
+    told = {each.part: each.licence.non_commercial for each in licences_of(config)}
+    assert told == {"base model": True, "IP-Adapter": True, "captioner": False}

@@ -66,6 +66,12 @@ class Geometry:
         return self.native_px // self.latent_factor
 
 
+def require_unshifted(timing: Timing, model: str) -> None:
+    """Raise ConfigError if a time shift is asked of a model whose path has none."""
+    if timing.shift is not None or timing.growth != 1:
+        raise ConfigError(NO_TIME_SHIFT.format(model))
+
+
 def require_readable(geometry: Geometry, height: int, width: int, setting: str, way_out: str) -> None:
     """Raise ConfigError if the model cannot read a view of `height` x `width` px.
 

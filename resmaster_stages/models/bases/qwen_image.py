@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+NATIVE_PX = 1328
+"""Edge of square images of the sizes that the model was trained on, which its files do not tell."""
+
 VARIANTS = {
     "guidance_embeds": "has distilled guidance, which diffusers cannot call",
     "zero_cond_t": "is one of Qwen-Image-Edit",
@@ -186,7 +189,7 @@ KIND = Kind(
     base=_qwen_image,
     live=14.1,
     factor=factor,
-    native_px=lambda facts, factor: None,
+    native_px=lambda facts, factor: NATIVE_PX,
 )
 
 QWEN_IMAGE = family_of_kind(KIND)

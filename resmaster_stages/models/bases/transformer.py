@@ -21,6 +21,7 @@ from resmaster_stages.models.bases.base import (
     Texts,
     Timing,
     guide,
+    require_unshifted,
 )
 from resmaster_stages.models.bases.transformer_files import Facts, Kind, added, content, family_of_kind, longest
 
@@ -156,6 +157,8 @@ class Transformer:
 
     def path(self, steps: int, timing: Timing) -> tuple[Step, ...]:
         """The path that the scheduler's configuration describes."""
+        if not self.kind.shifted:
+            require_unshifted(timing, self.kind.name)
         return self.kind.path(self.facts, steps, timing)
 
     def guide(self, unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:

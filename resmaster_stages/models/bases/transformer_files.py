@@ -113,6 +113,8 @@ class Kind:
     """Tokens that the text encoder reads, with marks and template."""
     template: int = 0
     """Tokens of the chat template that is put around every text."""
+    chat: bool = False
+    """Whether this is the chat template of the tokenizer, without which no text can be encoded."""
     abilities: frozenset[Ability] = field(default_factory=frozenset)
     factor: Callable[[Mapping[str, Any]], int] = lambda vae: 2 ** (len(vae["block_out_channels"]) - 1)
     """Pixels per latent along one axis, from the VAE's configuration."""
@@ -315,13 +317,15 @@ def _base(kind: Kind, pipe: Any, config: ModelConfig) -> Base:
     """The parts of a loaded pipeline. Raises ConfigError for variants that the engine cannot use."""
     facts = facts_of_pipeline(pipe, config)
     require_kind(kind, facts)
+    if kind.chat:
+        _require_chat(pipe.tokenizer)
     return kind.base(pipe, facts, sizes(kind, facts, config))
 
 
 def _checks(kind: Kind, config: ModelConfig, demand: Demand) -> Iterator[Check]:
     """What can be checked of a model before its weights are loaded."""
     yield "model.id", lambda: require_kind(kind, facts_of(config))
-    yield "model.id", partial(_check_parts, config, facts_of(config).index)
+    yield "model.id", partial(_check_parts, kind, config, facts_of(config).index)
     if config.vae is not None:
         yield (
             "model.vae",
@@ -360,7 +364,7 @@ def has(index: Mapping[str, Any], part: str) -> bool:
     return isinstance(kind, list | tuple) and None not in kind
 
 
-def _check_parts(config: ModelConfig, index: Mapping[str, Any]) -> None:
+def _check_parts(kind: Kind, config: ModelConfig, index: Mapping[str, Any]) -> None:
     """That the weights and tokenizers of all parts are there and whole."""
     for part in ("transformer", "vae", "scheduler", "text_encoder", "tokenizer"):
         named = index.get(part)
@@ -374,3 +378,11 @@ def _check_parts(config: ModelConfig, index: Mapping[str, Any]) -> None:
             require_weights(config.id, folder / part, TRANSFORMERS, config.variant)
         elif re.fullmatch(r"tokenizer(_\d)?", part):
             require_tokenizer(config.id, folder / part)
+    if kind.chat:
+        _require_chat(_tokenizer(kind, config))
+
+
+def _require_chat(tokenizer: Any) -> None:
+    """Raise ConfigError for a tokenizer without a chat template."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ConfigError("its tokenizer has no chat template; download the model again")

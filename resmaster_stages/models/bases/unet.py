@@ -25,6 +25,7 @@ from resmaster_stages.models.bases.base import (
     Timing,
     TokenCounter,
     guide,
+    require_unshifted,
     sized,
 )
 from resmaster_stages.models.places import ModelFiles, loading, location, vae_dtype
@@ -174,6 +175,7 @@ class Unet:
         """The path that the scheduler's configuration describes."""
         from resmaster_stages.models.schedule import make_schedule
 
+        require_unshifted(timing, self.family.name)
         return make_schedule(self.scheduler_config, steps)
 
     def count(self, prompts: Sequence[str]) -> list[int]:

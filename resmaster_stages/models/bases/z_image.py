@@ -6,6 +6,9 @@ template. It takes 1 - sigma as time and predicts x0 - eps.
 Guidance scales are counted as everywhere in this project: 1 is no guidance. diffusers' ZImagePipeline counts one less,
 so its `guidance_scale=4` is 5 here, and its 0 is 1. Turbo's guidance is distilled: Turbo takes one branch, few steps
 and no negative prompt.
+
+The transformer pads captions to multiples of 32 tokens, and a batch to its longest one. So the calls of one image may
+have two or three lengths, each of which compiled blocks are compiled for.
 """
 
 from __future__ import annotations
@@ -83,8 +86,6 @@ class ZImage(Transformer):
 
 
 def _z_image(pipe: Any, facts: Facts, geometry: Geometry) -> Base:
-    if getattr(pipe.tokenizer, "chat_template", None) is None:
-        raise ConfigError("its tokenizer has no chat template; download the model again")
     return ZImage.of(KIND, pipe, facts, geometry)
 
 
@@ -98,6 +99,7 @@ KIND = Kind(
     in_channels=lambda transformer: transformer["in_channels"],
     abilities=frozenset({"positions"}),
     template=8,
+    chat=True,
     largest_px=largest_px,
     require=require_plain,
     sampling=sampling,

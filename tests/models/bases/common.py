@@ -29,7 +29,7 @@ def engine(
 ) -> Tensor:
     """The latents [B, C, h, w] that the engine draws from `noise` on one view, the whole canvas."""
     factor = models.geometry.latent_factor
-    config = Direct(stepper="ddim_keep", **values)
+    config = Direct(**{"stepper": "ddim_keep", **values})
     height, width = noise.shape[-2] * factor, noise.shape[-1] * factor
     request = Request(models, config, height, width, prompts, negative_prompts or ("",) * len(prompts))
     (stage,) = config.passes(request)

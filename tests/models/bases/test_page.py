@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -16,6 +17,8 @@ from resmaster_stages.models.bases import FAMILIES
 from resmaster_stages.models.bases.base import Family
 from resmaster_stages.models.licences import KNOWN
 from tests.checkout import ROOT
+from tests.methods.common import some_image
+from tests.tiny_transformers import make_flux
 
 PAGE, METHODS = ((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("bases", "methods"))
 DIFFUSERS = [name for name in dir(diffusers) if name.endswith("Pipeline")]
@@ -96,10 +99,7 @@ def test_settings_are_those_that_a_family_recommends(row: dict[str, str], tmp_pa
     if name == "SDXL":  # the defaults of the configuration
         return
     pipeline, transformer, index = PUBLISHED[name]
-    family = next((each for each in OURS.values() if re.fullmatch(each.pipelines, pipeline)), None)
-    if family is None:
-        assert "Flux2" in pipeline
-        return
+    family = next(each for each in OURS.values() if re.fullmatch(each.pipelines, pipeline))
     folder = tmp_path / name
     for file, values in (
         ("model_index.json", {"_class_name": pipeline, **index}),
@@ -111,3 +111,21 @@ def test_settings_are_those_that_a_family_recommends(row: dict[str, str], tmp_pa
         (folder / file).write_text(json.dumps(values))
     sampling = family.sampling(ModelConfig(id=str(folder)))
     assert (str(sampling.steps), f"{sampling.guidance_scale:g}") == (row["steps"], row["guidance_scale"])
+
+
+def test_the_pipeline_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands, but with a tiny model, on a CPU, in two steps."""
+    (block,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    make_flux().save_pretrained(tmp_path / "flux")
+    some_image(64, 64).save(tmp_path / "photo.png")
+    asked: list[str] = []
+    monkeypatch.setattr(diffusers.FluxPipeline, "load_lora_weights", lambda pipe, name: asked.append(name))
+    monkeypatch.chdir(tmp_path)
+    smaller = {"black-forest-labs/FLUX.1-dev": "flux", '"cuda"': '"cpu"', "steps=28": "steps=2", "scale=4": "scale=2"}
+    for before, after in smaller.items():
+        assert before in block
+        block = block.replace(before, after)
+    names: dict[str, Any] = {}
+    exec(compile(block, "docs/bases.md", "exec"), names)
+    assert names["image"].size == (128, 128)
+    assert asked == ["my-lora.safetensors"]

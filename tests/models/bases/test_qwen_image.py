@@ -18,7 +18,7 @@ from resmaster_stages.models.parts import Models
 from resmaster_stages.planning.checks import check
 from tests.methods.common import difference, settings, some_image
 from tests.models.bases.common import engine, relative, start
-from tests.models.bases.folders import built, configured, fresh, spoiled
+from tests.models.bases.folders import built, configured, copied, fresh, spoiled
 from tests.models.bases.whole import (
     CONVOLUTIONS,
     METHODS,
@@ -238,7 +238,7 @@ def test_methods_of_unets_are_refused(models):
 def test_a_folder_goes_through_all_stages(folder, tmp_path):
     config = configured(tmp_path / "one", folder, model=NATIVE)
     assert (geometry_of(config.model).native_px, geometry_of(config.model).step_px) == (64, 8)
-    assert geometry_of(ModelConfig(id=str(folder))).native_px == 1024
+    assert geometry_of(ModelConfig(id=str(folder))).native_px == 1328
     assert check(config).notes == ()
     first, second = built(config), built(configured(tmp_path / "two", folder, model=NATIVE))
     assert [(each.samples_ok, each.samples_failed) for each in first] == [(2, 0)] * 4
@@ -279,6 +279,31 @@ def test_pipelines_of_the_same_weights_are_taken_and_others_refused(pipe):
     for other in (edit, QwenImageInpaintPipeline(**parts)):
         with pytest.raises(ConfigError, match=rf"is a {type(other).__name__}, and the known .* give a base model"):
             Models.from_pipeline(other)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "QwenImage21Pipeline",
+        "QwenImageControlNetPipeline",
+        "QwenImageEditInpaintPipeline",
+        "QwenImageEditPlusPipeline",
+        "QwenImageLayeredPipeline",
+    ],
+)
+def test_pipelines_of_other_tasks_are_refused_at_planning(folder, tmp_path, name):
+    with spoiled(folder, "model_index.json", "_class_name", name):
+        assert refusals(configured(tmp_path, folder, model=NATIVE))[0].endswith("; give a base model of one of them")
+
+
+def test_a_missing_file_is_named_at_planning(folder, tmp_path):
+    for number, file in enumerate(
+        ("transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "vae/config.json")
+    ):
+        place = copied(folder, tmp_path / f"{number}")
+        (place / file).unlink()
+        with fresh(), pytest.raises(ConfigError, match=file.rpartition("/")[2]):
+            check(configured(tmp_path, place, model=NATIVE))
 
 
 SWITCHES = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")

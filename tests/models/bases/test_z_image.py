@@ -6,6 +6,7 @@ import torch
 from diffusers import ZImageImg2ImgPipeline, ZImageOmniPipeline
 
 from resmaster_stages.config.model import ModelConfig
+from resmaster_stages.diffusion.text import encode_prompts
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.upscale import upscale_image
@@ -16,7 +17,7 @@ from resmaster_stages.models.parts import Models
 from resmaster_stages.planning.checks import check
 from tests.methods.common import difference, settings, some_image
 from tests.models.bases.common import engine, relative, start
-from tests.models.bases.folders import built, configured, fresh, spoiled
+from tests.models.bases.folders import built, configured, copied, fresh, spoiled
 from tests.models.bases.whole import (
     CONVOLUTIONS,
     METHODS,
@@ -160,6 +161,13 @@ def test_methods_draw_what_is_asked_for(models, folder, method):
     assert counted == forecast
 
 
+@pytest.mark.parametrize("shift", ["sqrt", 6.0])
+def test_the_time_shift_is_the_configurations(models, shift):
+    plain, moved = (drawn(models, "multidiffusion", guidance_scale=5.0, time_shift=each) for each in ("view", shift))
+    assert is_visible(moved)
+    assert difference(plain, moved) > 0
+
+
 def test_methods_of_unets_are_refused(models):
     for method in CONVOLUTIONS:
         with pytest.raises(ConfigError, match=rf"method {method}: needs convolutions.*\(Z-Image\)"):
@@ -209,6 +217,24 @@ def test_turbo_has_no_guidance(folder, tmp_path, name, guidance, expected):
         check(dataset)
 
 
+def test_turbo_computes_one_branch_and_reads_no_negative_prompt(folder, tmp_path):
+    (tmp_path / "z-image-turbo").symlink_to(folder, target_is_directory=True)
+    turbo, plain = (ModelConfig(id=str(place), device="cpu") for place in (tmp_path / "z-image-turbo", folder))
+    counted, forecast = counted_and_forecast(turbo, "multidiffusion", guidance_scale=1.0)
+    assert counted == forecast
+    assert counted_and_forecast(plain, "multidiffusion", guidance_scale=5.0) == (2 * counted, 2 * counted)
+    sampling = {"steps": 2, "guidance_scale": 1.0}
+    config = configured(
+        tmp_path,
+        tmp_path / "z-image-turbo",
+        low_res={**sampling, "negative_prompt": "ugly"},
+        upscale={"method": "multidiffusion", "scale": 2, **sampling},
+    )
+    (note,) = check(config).notes
+    assert note.startswith("low_res.negative_prompt: not read")
+    assert [each.samples_ok for each in built(config)] == [2] * len(built(config))
+
+
 # ------------------------------------------------------------------------------------------------------- folders
 
 
@@ -253,6 +279,44 @@ def test_pipelines_of_the_same_weights_are_taken_and_others_refused(pipe):
             Models.from_pipeline(pipe)
     finally:
         pipe.tokenizer.chat_template = template
+
+
+@pytest.mark.parametrize(
+    "name", ["ZImageControlNetPipeline", "ZImageControlNetInpaintPipeline", "ZImageInpaintPipeline"]
+)
+def test_pipelines_of_other_tasks_are_refused_at_planning(folder, tmp_path, name):
+    with spoiled(folder, "model_index.json", "_class_name", name):
+        assert refusals(configured(tmp_path, folder))[0].endswith("; give a base model of one of them")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("transformer/diffusion_pytorch_model.safetensors", "has no file diffusion_pytorch_model.safetensors"),
+        ("vae/config.json", "vae/config.json"),
+        ("text_encoder/model.safetensors", "has no file model.safetensors"),
+        ("tokenizer/tokenizer.json", "has no tokenizer.json, vocab.json"),
+        ("tokenizer/chat_template.jinja", "its tokenizer has no chat template"),
+        ("scheduler/scheduler_config.json", "scheduler/scheduler_config.json"),
+    ],
+)
+def test_a_missing_file_is_named_at_planning(folder, tmp_path, file, message):
+    place = copied(folder, tmp_path)
+    (place / file).unlink()
+    with fresh(), pytest.raises(ConfigError, match=message):
+        check(configured(tmp_path, place))
+
+
+def test_large_text_encoders_get_few_texts_at_once(models, monkeypatch):
+    calls = []
+    encode = models.base.pipe.encode_prompt
+    monkeypatch.setattr(
+        models.base.pipe, "encode_prompt", lambda texts, *a, **k: calls.append(len(texts)) or encode(texts, *a, **k)
+    )
+    texts = encode_prompts(models, ["a" * number for number in range(1, 12)])
+    assert calls == [8, 3]
+    assert texts.lengths == tuple(range(9, 20))
+    assert texts.states.shape[:2] == (11, 19)
 
 
 VARIANTS = [
