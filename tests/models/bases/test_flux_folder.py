@@ -199,6 +199,21 @@ def test_variants_are_refused_at_planning_in_the_words_of_loading(
     assert words in line
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+def test_a_pipeline_without_a_text_encoder_is_refused(
+    name: str, part: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    pipe = MAKERS[name]()
+    if not hasattr(pipe, part):
+        return
+    setattr(pipe, part, None)
+    with pytest.raises(ConfigError, match=f"model pipeline: it has no {part}, which its text needs; give a whole"):
+        Models.from_pipeline(pipe)
+    folder = shutil.copytree(folders[name], tmp_path / "model")
+    edit(folder / "model_index.json", **{part: [None, None]})
+    assert any(f"it has no {part}" in line for line in mistakes(configured(tmp_path, folder, SCALE[name])))
+
+
 ODD: list[Any] = [None, "x", -1, 0, 0.5, 10**15, float("nan"), float("inf"), [], {}, [1, 2], True, "../../x"]
 FILES = ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 
