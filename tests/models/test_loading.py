@@ -76,6 +76,15 @@ def test_an_adapter_brings_its_own_image_encoder(copy, saved):
     assert (
         load_models(ModelConfig(id=str(copy), ip_adapter=adapter(saved), device="cpu")).base.image_adapter() is not None
     )
+    weights = copy / "ip_adapter"
+    elsewhere = IpAdapterConfig(
+        id=str(weights), weight_name="ip-adapter.safetensors", image_encoder=str(saved / "image_encoder")
+    )
+    models = load_models(ModelConfig(id=str(copy), ip_adapter=elsewhere, device="cpu"))
+    assert models.base.image_adapter() is not None
+    assert "image_encoder=image_encoder@" in models.identity
+    missing = elsewhere.model_copy(update={"image_encoder": "/nowhere/at/all"})
+    assert "no such folder" in refused(ModelConfig(id=str(copy), ip_adapter=missing, device="cpu"))
 
 
 def test_picturebook_is_the_pack_with_its_adapter(saved, monkeypatch):

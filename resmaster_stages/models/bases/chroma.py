@@ -7,6 +7,7 @@ classifier-free, except in Flash, which has none.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from resmaster_stages.models.bases import flux
@@ -57,6 +58,7 @@ KIND = replace(
     pipeline="ChromaPipeline",
     transformer="ChromaTransformer2DModel",
     sampling=sampling,
+    require=partial(flux.require, ("tokenizer", "text_encoder")),
     base=_chroma,
     tokenizer="tokenizer",
     tokens=lambda facts: 512,

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases import adapter_files, flux_files
 from resmaster_stages.models.bases.base import Base, Geometry, ImageAdapter, Rows, Sampling, Texts, Timing
 from resmaster_stages.models.bases.transformer import Transformer, packed, unpacked
-from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind
+from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind, has
 from resmaster_stages.models.flow import flow_schedule, image_shift
 from resmaster_stages.models.schedule import Step
 
@@ -39,8 +39,12 @@ def path(facts: Facts, steps: int, timing: Timing) -> tuple[Step, ...]:
     return flow_schedule(facts.scheduler, steps, timing, shift=image_shift(facts.scheduler, timing.cells // 4))
 
 
-def require_positions(facts: Facts) -> None:
-    """Raise ConfigError unless three axes of positions share the values of an attention head."""
+def require(parts: tuple[str, ...], facts: Facts) -> None:
+    """Raise ConfigError unless the `parts` that encode text are there, and three axes of positions share the values of
+    an attention head."""
+    for part in parts:
+        if not has(facts.index, part):
+            raise ConfigError(f"it has no {part}, which its text needs; give a whole pipeline")
     axes = facts.transformer.get("axes_dims_rope", (16, 56, 56))
     whole = isinstance(axes, list | tuple) and len(axes) == 3 and all(type(each) is int and each > 0 for each in axes)
     if not whole or sum(axes) != facts.transformer.get("attention_head_dim", 128):
@@ -138,7 +142,7 @@ KIND = Kind(
     in_channels=lambda transformer: transformer["in_channels"] // 4,
     sampling=sampling,
     path=path,
-    require=require_positions,
+    require=partial(require, ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")),
     base=_flux,
     live=17.1,
     tokenizer="tokenizer_2",

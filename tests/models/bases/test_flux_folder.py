@@ -175,19 +175,43 @@ def edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+VARIANTS: tuple[tuple[str, dict[str, Any], str], ...] = (
+    ("transformer", {"in_channels": 384}, "inpainting, editing or control variant; give a plain base model"),  # Fill
+    ("transformer", {"in_channels": 128}, "inpainting, editing or control variant; give a plain base model"),  # Control
+    ("transformer", {"axes_dims_rope": [4, 4]}, "axes_dims_rope are not three numbers"),
+    ("vae", {"scaling_factor": "x"}, "scaling_factor is 'x', not a number"),
+    ("vae", {"shift_factor": float("inf")}, "shift_factor is inf, not a number"),
+)
+
+
+@pytest.mark.parametrize(("part", "changes", "words"), VARIANTS)
 def test_variants_are_refused_at_planning_in_the_words_of_loading(
-    name: str, folders: dict[str, Path], tmp_path: Path
+    name: str, part: str, changes: dict[str, Any], words: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    for channels in (384, 128):  # Fill and Control
-        folder = shutil.copytree(folders[name], tmp_path / f"{channels}")
-        edit(folder / "transformer" / "config.json", in_channels=channels)
-        (line,) = mistakes(configured(tmp_path, folder, SCALE[name]))
-        pipe = MAKERS[name]()
-        pipe.transformer.register_to_config(in_channels=channels)
-        with pytest.raises(ConfigError) as caught:
-            Models.from_pipeline(pipe)
-        assert str(caught.value).removeprefix("model pipeline: ") == line.removeprefix("model.id: ")
-        assert "inpainting, editing or control variant; give a plain base model" in line
+    folder = shutil.copytree(folders[name], tmp_path / "model")
+    edit(folder / part / "config.json", **changes)
+    (line,) = mistakes(configured(tmp_path, folder, SCALE[name]))
+    pipe = MAKERS[name]()
+    getattr(pipe, part).register_to_config(**changes)
+    with pytest.raises(ConfigError) as caught:
+        Models.from_pipeline(pipe)
+    assert str(caught.value).removeprefix("model pipeline: ") == line.removeprefix("model.id: ")
+    assert words in line
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+def test_a_pipeline_without_a_text_encoder_is_refused(
+    name: str, part: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    pipe = MAKERS[name]()
+    if not hasattr(pipe, part):
+        return
+    setattr(pipe, part, None)
+    with pytest.raises(ConfigError, match=f"model pipeline: it has no {part}, which its text needs; give a whole"):
+        Models.from_pipeline(pipe)
+    folder = shutil.copytree(folders[name], tmp_path / "model")
+    edit(folder / "model_index.json", **{part: [None, None]})
+    assert any(f"it has no {part}" in line for line in mistakes(configured(tmp_path, folder, SCALE[name])))
 
 
 ODD: list[Any] = [None, "x", -1, 0, 0.5, 10**15, float("nan"), float("inf"), [], {}, [1, 2], True, "../../x"]
