@@ -80,14 +80,12 @@ def _grown(exponent: float) -> float:
     return exp(exponent)
 
 
-_NOT_SUPPORTED = (
-    "invert_sigmas",
-    "stochastic_sampling",
-    "use_beta_sigmas",
-    "use_exponential_sigmas",
-    "use_karras_sigmas",
-)
+_NOT_SUPPORTED = ("invert_sigmas", "stochastic_sampling")
 """Wishes of a scheduler configuration that are not fulfilled. How noise is drawn anew is the setting `stepper`."""
+
+
+_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+"""Wishes of which at most one can be fulfilled: the levels between the first and the last are spaced in another way."""
 
 
 def require_flow(config: Mapping[str, Any], count: int) -> None:
@@ -102,6 +100,11 @@ def require_flow(config: Mapping[str, Any], count: int) -> None:
     for wish in _NOT_SUPPORTED:
         if config.get(wish):
             raise ConfigError(f"{name}: {wish} is not supported; set it to false in scheduler_config.json")
+    for wish in _SPACINGS:
+        if config.get(wish) not in (True, False, None):
+            raise ConfigError(f"{name}: {wish} is {_short(config[wish])} and must be true or false; {_AGAIN}")
+    if sum(bool(config.get(wish)) for wish in _SPACINGS) > 1:
+        raise ConfigError(f"{name}: only one of {', '.join(_SPACINGS)} can be true; {_AGAIN}")
     if _number(config, "num_train_timesteps", 1000) != 1000:
         raise ConfigError(f"{name}: num_train_timesteps other than 1000 is not supported; use another model")
     kind = config.get("time_shift_type", "exponential")
@@ -143,6 +146,7 @@ def flow_schedule(
         use_dynamic_shifting=dynamic,
         time_shift_type=kind,
         shift_terminal=config.get("shift_terminal"),
+        **{wish: bool(config.get(wish)) for wish in _SPACINGS},
     )
     mu = log(wanted) if kind == "exponential" else wanted
     scheduler.set_timesteps(

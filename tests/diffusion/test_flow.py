@@ -98,6 +98,15 @@ def test_levels_of_z_image_and_of_stable_diffusion_3(count):
     require_same(flow_schedule(STATIC, count, NATIVE, spaced=False), scheduler_of(STATIC, count, spaced=False))
 
 
+@pytest.mark.parametrize("wish", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
+@pytest.mark.parametrize("count", [4, 20])
+def test_levels_that_are_spaced_in_another_way(wish, count):
+    config = {**STATIC, wish: True}
+    path = flow_schedule(config, count, NATIVE)
+    require_same(path, scheduler_of(config, count))
+    assert path != flow_schedule(STATIC, count, NATIVE)
+
+
 def test_stable_diffusion_3_applies_its_shift_twice_to_the_last_level():
     assert flow_schedule(STATIC, 28, NATIVE, spaced=False)[-1].sigma == pytest.approx(0.0089, abs=5e-5)
     assert flow_schedule(STATIC, 28, NATIVE)[-1].sigma == pytest.approx(0.1, abs=5e-3)
@@ -151,11 +160,10 @@ def test_rounding_puts_no_level_above_one(shift, stepper):
             "not the scheduler of a flow-matching model.*use a model with",
         ),
         ({"_class_name": "EulerDiscreteScheduler"}, "not the scheduler of a flow-matching model"),
-        ({"use_karras_sigmas": True}, "use_karras_sigmas is not supported; set it to false"),
-        ({"use_exponential_sigmas": True}, "use_exponential_sigmas is not supported"),
-        ({"use_beta_sigmas": True}, "use_beta_sigmas is not supported"),
-        ({"invert_sigmas": True}, "invert_sigmas is not supported"),
+        ({"invert_sigmas": True}, "invert_sigmas is not supported; set it to false"),
         ({"stochastic_sampling": True}, "stochastic_sampling is not supported"),
+        ({"use_beta_sigmas": True, "use_karras_sigmas": True}, "only one of use_karras_sigmas, .* can be true"),
+        ({"use_beta_sigmas": "yes"}, "use_beta_sigmas is 'yes' and must be true or false"),
         ({"num_train_timesteps": 500}, "num_train_timesteps other than 1000"),
         ({"num_train_timesteps": "1000"}, "num_train_timesteps is '1000' and must be a number"),
         ({"time_shift_type": "sudden"}, "time_shift_type 'sudden' is not known; use exponential or linear"),

@@ -27,6 +27,14 @@ FAMILIES: list[Family] = [
 ]
 
 
+_WAYS_OUT = {
+    "upscale.image_prompt.enabled": "set it to false, which leaves structural guidance and captions (upscale.init: "
+    "noised_lr with a higher start then holds the image closer)",
+    "model.ip_adapter": "set it to null",
+}
+"""What to do about a setting that needs an ability, where there is more to say than to choose another."""
+
+
 def family_of(config: ModelConfig) -> Family:
     """The family of the model that `config` names, found by its `model_index.json`. Raises ConfigError."""
     if config.id == PICTUREBOOK_AS_FLOW:
@@ -52,7 +60,7 @@ def require(family: Family, model: str, needs: Mapping[Ability, str]) -> None:
             known = ", ".join(each.name for each in FAMILIES if ability in each.abilities)
             raise ConfigError(
                 f"{whose}: needs {ability.replace('_', ' ')}, which model {model} ({family.name}) has not; "
-                f"choose another setting, or a base model of: {known}"
+                f"{_WAYS_OUT.get(whose, 'choose another setting')}, or a base model of: {known}"
             )
 
 

@@ -408,7 +408,7 @@ VARIANTS = {
     "editing": ("transformer/config.json", {"in_channels": 64}, "an inpainting, editing or control variant"),
     "other VAE": ("vae/config.json", {"_class_name": "AutoencoderKL"}, "its VAE is 'AutoencoderKL'"),
     "other scheduler": ("model_index.json", {"scheduler": ["diffusers", "DDIMScheduler"]}, "DDIMScheduler"),
-    "Karras": ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas is not supported"),
+    "inverted": ("scheduler/scheduler_config.json", {"invert_sigmas": True}, "invert_sigmas is not supported"),
 }
 
 

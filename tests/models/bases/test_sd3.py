@@ -307,7 +307,7 @@ REFUSED = [
     ("transformer/config.json", {"in_channels": 32}, "reads 32 channels, and its VAE makes 16"),
     ("transformer/config.json", {"_class_name": "SD3ControlNetModel"}, "its transformer is a SD3ControlNetModel"),
     ("vae/config.json", {"_class_name": "AutoencoderDC"}, "its VAE is 'AutoencoderDC', not an AutoencoderKL"),
-    ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas is not supported"),
+    ("scheduler/scheduler_config.json", {"invert_sigmas": True}, "invert_sigmas is not supported"),
     (
         "model_index.json",
         {"scheduler": ["diffusers", "DDIMScheduler"]},

@@ -324,7 +324,7 @@ VARIANTS = [
     ("transformer/config.json", "in_channels", 33, "reads 33 channels, and its VAE makes 16"),
     ("transformer/config.json", "_class_name", "ZImageControlNetModel", "its transformer is a ZImageControlNetModel"),
     ("vae/config.json", "_class_name", "AutoencoderDC", "its VAE is 'AutoencoderDC', not an AutoencoderKL"),
-    ("scheduler/scheduler_config.json", "use_karras_sigmas", True, "use_karras_sigmas is not supported"),
+    ("scheduler/scheduler_config.json", "invert_sigmas", True, "invert_sigmas is not supported"),
 ]
 
 
