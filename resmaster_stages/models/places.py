@@ -120,8 +120,8 @@ def why_unreadable_tokenizer() -> str:
     if not missing:
         return ""
     return (
-        f"its tokenizer is a {SENTENCEPIECE}, and reading that needs {' and '.join(missing)}; install with: pip "
-        f"install {' '.join(missing)}"
+        f"its tokenizer is a {SENTENCEPIECE}, and reading that needs {' and '.join(missing)}; pip install "
+        "'resmaster-pipeline[t5]'"
     )
 
 

@@ -375,8 +375,8 @@ def test_a_tokenizer_that_cannot_be_read_names_what_is_missing(with_spiece, tmp_
         assert said == "", "nothing is known of the file itself"
         return
     line = (
-        f"its tokenizer is a spiece.model, and reading that needs {' and '.join(missing)}; install with: pip install "
-        f"{' '.join(missing)}"
+        f"its tokenizer is a spiece.model, and reading that needs {' and '.join(missing)}; pip install "
+        "'resmaster-pipeline[t5]'"
     )
     assert said == f"model.id: {line}"
     config = ModelConfig(id=str(with_spiece), device="cpu")
