@@ -150,3 +150,18 @@ def test_the_decoder_trains_further_and_latents_stay(tmp_path: Path) -> None:
     ), "another VAE's decoder is left alone"
     with pytest.raises(SystemExit, match="belongs to an earlier VAE"):
         train_decoder.train(tmp_path, Budget(steps=4), recipe)
+
+
+def test_muon_leaves_parts_that_took_no_part_in_a_step() -> None:
+    used, idle = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    optim = muon([used, idle], 1e-2)
+    for part in (used, idle):
+        part(torch.ones(1, 4)).sum().backward()
+    optim.step()
+    before = used.weight.clone(), idle.weight.clone()
+    for part in (used, idle):
+        part.zero_grad(set_to_none=True)
+    used(torch.ones(1, 4)).sum().backward()
+    optim.step()
+    assert not used.weight.equal(before[0])
+    assert idle.weight.equal(before[1])

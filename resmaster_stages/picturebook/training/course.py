@@ -268,8 +268,8 @@ class _Muon(torch.optim.Muon):
 
     def step(self, closure: Any = None) -> Any:
         for source, matrix in zip(self.sources, self.param_groups[0]["params"]):
-            if source.grad is not None:
-                matrix.grad = self._matrix(source.grad.contiguous(memory_format=_layout(source)))
+            grad = source.grad  # none for parts that took no part in this step, which then stay as they are
+            matrix.grad = None if grad is None else self._matrix(grad.contiguous(memory_format=_layout(source)))
         return super().step(closure)
 
 
