@@ -103,8 +103,12 @@ class Course:
         return state
 
     def start(self) -> None:
-        if self.step == 0 and self.stop_file is not None and self.stop_file.exists():
+        """The clock begins. Without its stop file a decay that it had started is over, and the course goes on."""
+        stopped = self.stop_file is not None and self.stop_file.exists()
+        if self.step == 0 and stopped:
             raise SystemExit(f"{self.stop_file} is left from an earlier training: remove it first.")
+        if not stopped:
+            self.stopping_since = None
         self._tick = self.last_save = time.monotonic()
 
 

@@ -462,8 +462,8 @@ def train(
     compiled: bool = False,
 ) -> None:
     """Train until the budget is spent, or decay early once `work`/STOP-FLOW exists; checkpoint in `work`/flow.pt. A
-    larger budget later goes on from there. Randomness depends on the step only, so an interrupted training ends with
-    the bytes of one that was not."""
+    larger budget later goes on from there. Randomness depends on the step only, so with a budget of steps an
+    interrupted training ends with the bytes of one that was not."""
     recipe = recipe or FlowRecipe()
     seed_work(work, pack_folder)
     teacher, scaling = load_teacher(pack_folder)
