@@ -16,9 +16,9 @@ from diffusers import DDPMScheduler, FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from resmaster_stages.picturebook.training import data, export_flow, train_flow, train_unet
+from resmaster_stages.picturebook.training import data, evaluate, export_flow, train_flow, train_unet
 from resmaster_stages.picturebook.training.course import Budget, Course
-from resmaster_stages.picturebook.training.evaluate import paint
+from resmaster_stages.picturebook.training.evaluate import Amounts, paint
 from resmaster_stages.picturebook.training.export import PACK
 from resmaster_stages.picturebook.training.train_flow import Batch, FlowPainter, FlowRecipe
 
@@ -333,3 +333,14 @@ def test_the_flow_base_paints_at_its_native_size_with_and_without_guidance(work:
     assert guided[0].tobytes() != plain[0].tobytes()
     alone = paint(pipe, prompts, steps=2, guidance=4.0, batch=1)
     assert max(abs(a - b) for a, b in zip(alone[1].tobytes(), guided[1].tobytes())) <= 2, "seeds go by place"
+
+
+def test_a_flow_base_is_measured_by_its_scenes_and_held_to_its_own_aims(work: Path, tmp_path: Path) -> None:
+    export_flow.export(work, tmp_path / "pack_flow")
+    found = {m.name: m for m in evaluate.evaluate(tmp_path / "pack_flow", Amounts(scenes=2, guidance=1.0))}
+    assert found["pairs found in generated scenes"].aim == 0.6
+    assert found["pairs found in generated scenes"].met is False, "it was hardly trained"
+    assert found["pairs found in real drawings of the prompts"].value > 0.7
+    assert found["FID of 2 generated scenes against 8 real"].value > found["FID of 2 real scenes against 8 real"].value
+    assert found["image-prompt agreement, text dropped (generated / real)"].aim is None
+    assert set(evaluate.FLOW_AIMS) == {"pairs found in generated scenes", "FID of 96 generated scenes against 384 real"}
