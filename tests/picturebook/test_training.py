@@ -125,6 +125,28 @@ def test_a_checkpoint_that_cannot_be_trained_further_is_refused(
     assert course.resume() == {**state, "step": 0, "elapsed": 0.0, "stopping_since": None}
 
 
+def test_a_course_that_was_stopped_goes_on_once_its_stop_file_is_gone(tmp_path: Path) -> None:
+    stop = tmp_path / "STOP"
+
+    def resumed() -> Course:
+        course = Course(Budget(steps=100, warmup_steps=1, decay_seconds_on_stop=1e-9), tmp_path / "x.pt", stop)
+        course.resume()
+        course.start()
+        return course
+
+    course = resumed()
+    assert course.advance()
+    stop.touch()
+    course.advance()
+    assert not course.advance(), "the decay is over"
+    course.save({})
+    assert resumed().rate() == 0.0, "still there: ended"
+    stop.unlink()
+    again = resumed()
+    assert (again.step, again.rate()) == (3, 1.0)
+    assert again.advance()
+
+
 def test_the_decoder_trains_further_and_latents_stay(tmp_path: Path) -> None:
     data.draw_photos(tmp_path / "photos", 4, 1, data.TRAIN_SEED, shard=4)
     data.draw_photos(tmp_path / "held-out", 4, 1, data.HELD_OUT_SEED, shard=4)
@@ -150,3 +172,18 @@ def test_the_decoder_trains_further_and_latents_stay(tmp_path: Path) -> None:
     ), "another VAE's decoder is left alone"
     with pytest.raises(SystemExit, match="belongs to an earlier VAE"):
         train_decoder.train(tmp_path, Budget(steps=4), recipe)
+
+
+def test_muon_leaves_parts_that_took_no_part_in_a_step() -> None:
+    used, idle = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    optim = muon([used, idle], 1e-2)
+    for part in (used, idle):
+        part(torch.ones(1, 4)).sum().backward()
+    optim.step()
+    before = used.weight.clone(), idle.weight.clone()
+    for part in (used, idle):
+        part.zero_grad(set_to_none=True)
+    used(torch.ones(1, 4)).sum().backward()
+    optim.step()
+    assert not used.weight.equal(before[0])
+    assert idle.weight.equal(before[1])

@@ -103,8 +103,12 @@ class Course:
         return state
 
     def start(self) -> None:
-        if self.step == 0 and self.stop_file is not None and self.stop_file.exists():
+        """The clock begins. Without its stop file a decay that it had started is over, and the course goes on."""
+        stopped = self.stop_file is not None and self.stop_file.exists()
+        if self.step == 0 and stopped:
             raise SystemExit(f"{self.stop_file} is left from an earlier training: remove it first.")
+        if not stopped:
+            self.stopping_since = None
         self._tick = self.last_save = time.monotonic()
 
 
@@ -268,8 +272,8 @@ class _Muon(torch.optim.Muon):
 
     def step(self, closure: Any = None) -> Any:
         for source, matrix in zip(self.sources, self.param_groups[0]["params"]):
-            if source.grad is not None:
-                matrix.grad = self._matrix(source.grad.contiguous(memory_format=_layout(source)))
+            grad = source.grad  # none for parts that took no part in this step, which then stay as they are
+            matrix.grad = None if grad is None else self._matrix(grad.contiguous(memory_format=_layout(source)))
         return super().step(closure)
 
 

@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, FluxPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
 from transformers import GitForCausalLM, ResNetForImageClassification
@@ -52,6 +52,9 @@ from resmaster_stages.picturebook.training.train_clip import small_pixels
 SCENE_SEED = 950_000_000
 """Where the seeds of evaluation scenes start; training never reaches them."""
 
+
+Painting: TypeAlias = StableDiffusionXLPipeline | FluxPipeline
+"""Pipelines of the two bases."""
 
 PARTS = ("vae", "clip", "captioner", "classifier", "super_resolution", "scenes", "repeats", "paired")
 """Groups of measures."""
@@ -169,9 +172,20 @@ def captioner_measures(captioner: GitForCausalLM, photos: PhotoSet) -> list[Meas
     return out
 
 
+def _call(pipe: Painting, count: int, guidance: float) -> dict[str, Any]:
+    """How a pipeline is told to guide `count` images. FLUX's guides by an empty negative prompt, knows no native size
+    in pixels, and reads the tokens that its encoder was trained on."""
+    if not isinstance(pipe, FluxPipeline):
+        return {"guidance_scale": guidance}
+    tokens: int = pipe.tokenizer_2.model_max_length
+    size = pipe.vae.config.sample_size
+    told = {"negative_prompt": [""] * count, "true_cfg_scale": guidance, "max_sequence_length": tokens}
+    return {**told, "height": size, "width": size}
+
+
 @torch.no_grad()
 def paint(
-    pipe: StableDiffusionXLPipeline,
+    pipe: Painting,
     prompts: list[str],
     seed: int = 0,
     steps: int = 20,
@@ -187,10 +201,10 @@ def paint(
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        more: dict[str, Any] = {}
+        more = _call(pipe, len(part), guidance)
         if image_prompts:
             more["ip_adapter_image"] = image_prompts[start]
-        images += pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=generators, **more).images
+        images += pipe(part, num_inference_steps=steps, generator=generators, **more).images
     return images
 
 
@@ -232,10 +246,11 @@ def pair_score(
 
 
 def scene_measures(
-    pack: Path, pipe: StableDiffusionXLPipeline, captioner: GitForCausalLM, count: int, guidance: float
+    pack: Path, pipe: Painting, captioner: GitForCausalLM, judges: Path, amounts: Amounts
 ) -> list[Measure]:
-    """Generated scenes against real drawings of the same scenes: pairs found by the captioner, and FID. `pipe` is
-    `pack`'s."""
+    """Generated scenes against real drawings of the same scenes: pairs found by the captioner, and FID by the
+    classifier of the pack `judges`. `pipe` is `pack`'s."""
+    count, guidance = amounts.scenes, amounts.guidance
     shown = square_scenes(count, SCENE_SEED)
     prompts = [captions.caption(scene) for scene in shown]
     wanted = [captions.pairs_in(scene) for scene in shown]
@@ -251,7 +266,7 @@ def scene_measures(
     pipe.unload_ip_adapter()
     by_image, _ = pair_score(captioner, prompted, wanted)
 
-    extractor = load_classifier(pack, str(pipe.device))
+    extractor = load_classifier(judges, str(pipe.device))
     sets = [drawn(square_scenes(4 * count, SCENE_SEED + 1_000_000)), truth_drawn, painted]
     reference, truth, made = (FeatureStatistics.of(extractor.extract(images).features) for images in sets)
     distance, floor = frechet_distance(made, reference), frechet_distance(truth, reference)
@@ -414,11 +429,30 @@ def sharpness_measures(vae: AutoencoderKL, classifier: ResNetForImageClassificat
     ]
 
 
+FLOW_AIMS = {
+    "pairs found in generated scenes": (0.6, False),
+    "FID of 96 generated scenes against 384 real": (32.7, True),
+}
+"""What a flow base must reach before it is shipped. The UNet reaches 0.92 and 25.3."""
+
+
+def flow_measures(pack: Path, amounts: Amounts, device: str = "cpu", judges: Path = PACK) -> list[Measure]:
+    """The measures of a flow base's generated scenes, judged by the captioner and the classifier of `judges`."""
+    pipe = FluxPipeline.from_pretrained(pack, local_files_only=True).to(device, torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    captioner = GitForCausalLM.from_pretrained(judges / "captioner", local_files_only=True).to(device).float().eval()
+    found = scene_measures(pack, pipe, captioner, judges, amounts)
+    aims = {m.name: FLOW_AIMS.get(m.name, (None, False)) for m in found}
+    return [Measure(m.name, m.value, *aims[m.name]) for m in found]
+
+
 def evaluate(
     pack: Path = PACK, amounts: Amounts | None = None, device: str = "cpu", parts: Sequence[str] = PARTS
 ) -> list[Measure]:
-    """The measures of a pack on disk, those of `parts`, in float32."""
+    """The measures of a pack on disk, those of `parts`, in float32. Of a flow base the generated scenes only."""
     amounts = amounts or Amounts()
+    if json.loads((pack / "model_index.json").read_text())["_class_name"] == "FluxPipeline":
+        return flow_measures(pack, amounts, device)
     pipe = StableDiffusionXLPipeline.from_pretrained(pack, local_files_only=True).to(device, torch.float32)
     pipe.set_progress_bar_config(disable=True)
     captioner = GitForCausalLM.from_pretrained(pack / "captioner", local_files_only=True).to(device).float().eval()
@@ -441,7 +475,7 @@ def evaluate(
     if "super_resolution" in parts:
         out += super_resolution_measures(pack, min(amounts.photos, 64))
     if "scenes" in parts:
-        out += scene_measures(pack, pipe, captioner, amounts.scenes, amounts.guidance)
+        out += scene_measures(pack, pipe, captioner, pack, amounts)
     if "repeats" in parts:
         out += repeat_measures(pack, captioner, amounts.repeats)
     if "paired" in parts:
