@@ -64,7 +64,7 @@ def test_presets_side_by_side_and_where_the_time_goes(capsys: pytest.CaptureFixt
     table, parts = lines[:4], lines[4:]
     rows = [dict(zip(table[0], cells)) for cells in table[2:]]
     assert [row["native rows, 1.25x"] for row in rows] == ["160", str(11 * 4 * 2 + 7 * 4)]
-    assert parts[0] == ["method", "scale", "image prompts", "VAE encoder", "text", "UNet", "VAE decoder", "rest"]
+    assert parts[0] == ["method", "scale", "image prompts", "text", "VAE encoder", "UNet", "VAE decoder", "rest"]
     for cells, row in zip(parts[2:], rows):
         shares = [float(cell.rstrip("%")) for cell in cells[2:]]
         assert sum(shares) == pytest.approx(100, abs=0.5)

@@ -34,6 +34,7 @@ DRAWING = """
 import importlib
 for name in (
     "resmaster_stages.runner.compute", "resmaster_stages.methods.render", "resmaster_stages.picturebook.training.train",
+    "resmaster_stages.picturebook.training.train_flow", "resmaster_stages.picturebook.training.export_flow",
     "resmaster_stages.picturebook.training.evaluate", "benchmarks.gpu.__main__", "benchmarks.gpu.ceilings",
     "benchmarks.gpu.rows", "benchmarks.gpu.image", "benchmarks.gpu.flow", "benchmarks.gpu.truth",
     "benchmarks.gpu.training", "tests.conftest", "tests.test_gpu",
