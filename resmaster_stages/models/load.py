@@ -39,7 +39,8 @@ def _no_bars() -> Iterator[None]:
         diffusers.utils.logging.enable_progress_bar()
 
 
-def _offload(config: ModelConfig, device: torch.device) -> Offload:
+def offload_of(config: ModelConfig, device: torch.device) -> Offload:
+    """The modules that are on `device` only while they work."""
     if device.type == "cpu":
         return "none"
     if config.offload == "auto":
@@ -66,7 +67,7 @@ def load_models(config: ModelConfig) -> Models:
     models = replace(
         Models.from_pipeline(pipe, identity=model_identity(config), config=config),
         device=device,
-        offload=_offload(config, device),
+        offload=offload_of(config, device),
         gives_way=True,
         same_bytes=config.exactness == "bytes",
     )

@@ -1,22 +1,30 @@
 """What a model without classifier-free guidance is asked for is refused, recommended or noted."""
 
+import logging
+
 import pytest
+import torch
 
 import resmaster_stages as rm
 from resmaster_stages.config.load import parse_config
-from resmaster_stages.diffusion.text import truncated
+from resmaster_stages.config.model import ModelConfig
+from resmaster_stages.diffusion.text import encode_prompts, truncated
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.upscale import upscale_image
+from resmaster_stages.models import load
+from resmaster_stages.models.bases import family_of
 from resmaster_stages.models.bases.base import Geometry, Timing
 from resmaster_stages.models.captioner import content_tokens
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
+from resmaster_stages.models.places import resolve_dtype
 from resmaster_stages.planning.preview import preview
 from tests.methods.common import difference, settings, some_image
 from tests.tiny_models import counted
 from tests.tiny_transformers import make_flux
+from tests.tiny_z_image import make_z_image
 
 WITHOUT_PROMPTS = {"image_prompt": {"enabled": False}}
 
@@ -179,3 +187,39 @@ def test_captions_may_be_as_long_as_the_text_encoder_reads(folders):
     models = load_models(dev)
     load_models.cache_clear()
     assert truncated(models, ["a" * 47, "a" * 48]) == [False, True]
+
+
+def test_half_precision_and_the_place_of_text_encoders_on_a_gpu_follow_from_the_family(folders):
+    cuda = torch.device("cuda")
+    transformer, unet = ModelConfig(id=str(folders / "dev")), ModelConfig()
+    assert [family_of(each).half for each in (transformer, unet)] == ["bfloat16", "float16"]
+    assert resolve_dtype("auto", cuda, "bfloat16") is torch.bfloat16
+    assert resolve_dtype("auto", torch.device("cpu"), "bfloat16") is torch.float32
+    assert resolve_dtype("float16", cuda, "bfloat16") is torch.float16
+    assert [load.offload_of(each, cuda) for each in (transformer, unet)] == ["text", "none"]
+    assert load.offload_of(transformer, torch.device("cpu")) == "none"
+    assert load.offload_of(ModelConfig(id=transformer.id, offload="model"), cuda) == "model"
+
+
+def test_libraries_are_quiet_only_while_texts_are_encoded():
+    models = Models.from_pipeline(make_flux())
+    of_transformers = logging.getLogger("transformers")
+    before, seen = (of_transformers.level, logging.getLogger("diffusers").level), []
+    encode = models.base.pipe.encode_prompt
+
+    def heard(*args, **kwargs):
+        seen.append((of_transformers.level, logging.getLogger("diffusers").level))
+        return encode(*args, **kwargs)
+
+    models.base.pipe.encode_prompt = heard
+    encode_prompts(models, ["a long prompt " * 20])
+    assert seen == [(logging.ERROR, logging.ERROR)]
+    assert (of_transformers.level, logging.getLogger("diffusers").level) == before
+
+
+def test_image_prompts_are_refused_with_the_ways_out(folders, tmp_path):
+    with pytest.raises(ConfigError) as found:
+        plan(folders, tmp_path, "dev", GOOD["dev"], {**GOOD["dev"], "image_prompt": {"enabled": True}})
+    assert "set model.ip_adapter, or upscale.image_prompt.enabled: false" in str(found.value)
+    with pytest.raises(ConfigError, match=r"set it to false, which leaves structural guidance and captions .*SDXL"):
+        upscale_image(Models.from_pipeline(make_z_image()), some_image(), "a cat", config=settings("resmaster"))
