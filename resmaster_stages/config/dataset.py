@@ -20,7 +20,7 @@ from pydantic import (
 
 from resmaster_stages.config.method import AnyMethod, Method
 from resmaster_stages.config.model import ModelConfig
-from resmaster_stages.config.part import GREATEST_INTEGER, Operational, Part, check_length
+from resmaster_stages.config.part import GREATEST_INTEGER, Later, Operational, Part, check_length
 
 LONGEST_NAME = 100
 """Maximum length of a dataset's name, in characters."""
@@ -136,7 +136,7 @@ class QualityConfig(Part):
     """Largest difference of colour (Oklab times 100) in the worst place. A sample above it is flagged `colour`."""
     max_clipped: float = 0.25
     """Largest share of pure black or white pixels. A sample above it is flagged `clipped`."""
-    features: Literal["none", "clip", "inception", "picturebook"] = "none"
+    features: Literal["none", "clip", "inception", "picturebook"] = Later("none")
     """Stores feature vectors of every image and of 10 crops, for FID and KID of any subset. `clip`: of the model in
     `clip`; `inception`: of the Inception network of 2015 (needs the extra `inception`); `picturebook`: of the embedded
     pack's classifier (only for its own world)."""
@@ -148,13 +148,6 @@ class QualityConfig(Part):
         if self.features == "clip" and self.clip is None:
             raise ValueError("features: clip needs a model; name one in clip, or set features: none")
         return self
-
-    def identity(self) -> dict[str, Any]:
-        """The fields that change the result. `features: none` is left out, so older datasets keep their identity."""
-        values = super().identity()
-        if self.features == "none":
-            del values["features"]
-        return values
 
 
 class DispatchConfig(Part):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
-
-from resmaster_stages.config.part import Operational, Part
+from resmaster_stages.config.part import Later, Operational, Part
 
 SDXL: dict[str, Any] = {
     "id": "stabilityai/stable-diffusion-xl-base-1.0",
@@ -35,19 +33,11 @@ class IpAdapterConfig(Part):
     `black-forest-labs/FLUX.1-Redux-dev`, subfolder `image_embedder`, file `diffusion_pytorch_model.safetensors`."""
     image_encoder_folder: str = "image_encoder"
     """Folder of the image encoder inside the repository or folder `id`, e.g. `models/image_encoder`."""
-    image_encoder: str | None = None
+    image_encoder: str | None = Later(None)
     """Hub id or folder of the image encoder, e.g. `openai/clip-vit-large-patch14`. null: the encoder is in
     `image_encoder_folder`."""
     revision: str | None = None
     """Commit or tag at the hub."""
-
-    def identity(self) -> dict[str, Any]:
-        """The fields that change the result. `image_encoder: null` is left out, so older datasets keep their
-        identity."""
-        values = super().identity()
-        if self.image_encoder is None:
-            del values["image_encoder"]
-        return values
 
     def encoder_place(self) -> tuple[str, str, str | None]:
         """Hub id or folder of the image encoder, its folder inside, and its commit or tag."""
@@ -76,9 +66,9 @@ class ModelConfig(Part):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: on CUDA float16 for UNets and bfloat16 for transformers, float32 elsewhere. With `bfloat16` the VAE stays
     in float32."""
-    native_px: int | None = Field(default=None, ge=16, le=65_536)
+    native_px: int | None = Later(None, ge=16, le=65_536)
     """Edge of the square images that the model was trained on, and of its views. null: as the model's files say."""
-    guidance: Literal["auto", "cfg", "none"] = "auto"
+    guidance: Literal["auto", "cfg", "none"] = Later("auto")
     """What the guidance scale of a flow-matching model does. `cfg`: it takes an unconditional branch (checkpoints of
     FLUX.1 whose distilled guidance was trained away). `none`: nothing (models distilled to few steps). `auto`: what the
     model's files and name say."""
@@ -93,15 +83,6 @@ class ModelConfig(Part):
     exactness: Literal["bytes", "fast"] = Operational("bytes")
     """`bytes`: a re-run on the same kind of machine gives the same bytes. `fast`: cuDNN chooses convolutions by timing
     them, so bytes may differ by rounding. Commit records hold this value."""
-    quantise: Literal["none", "fp8"] = "none"
+    quantise: Literal["none", "fp8"] = Later("none")
     """`fp8`: the denoiser's large linear layers compute in 8 bits and are compiled. Needs CUDA with compute capability
     8.9 or higher, and the extra `fp8`."""
-
-    def identity(self) -> dict[str, Any]:
-        """The fields that change the result. Fields that older datasets do not have are left out at their default, so
-        those keep their identity."""
-        values = super().identity()
-        for name in ("quantise", "native_px", "guidance"):
-            if values[name] == type(self).model_fields[name].default:
-                del values[name]
-        return values

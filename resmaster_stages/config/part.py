@@ -36,6 +36,11 @@ def Operational(default: Any, **kwargs: Any) -> Any:
     return Field(default=default, json_schema_extra={"operational": True}, **kwargs)
 
 
+def Later(default: Any, **kwargs: Any) -> Any:
+    """A field that older datasets do not have. `identity()` leaves it out at its default, so they keep theirs."""
+    return Field(default=default, json_schema_extra={"later": True}, **kwargs)
+
+
 def known_name(what: str, name: Any, known: Collection[str]) -> str:
     """`name`, if it is one of the known names of a `what`. Raises ValueError."""
     if not isinstance(name, str):
@@ -123,8 +128,9 @@ class Part(BaseModel):
         values: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
             extra = field.json_schema_extra
-            if isinstance(extra, dict) and extra.get("operational"):
-                continue
             value = getattr(self, name)
+            marks = extra if isinstance(extra, dict) else {}
+            if marks.get("operational") or (marks.get("later") and value == field.default):
+                continue
             values[name] = value.identity() if isinstance(value, Part) else value
         return values

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from resmaster_stages.config.part import Part, known_name, offer_preset
+from resmaster_stages.config.part import Later, Part, known_name, offer_preset
 
 STRUCTURE_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -29,8 +29,6 @@ HiFlow (2025), the latter from 1024 to 2048 px. Explicit fields beside a preset 
 chosen by measurement (docs/evaluation-results.md)."""
 
 _CUTOFF = ("cutoff", "cutoff_units")
-_SINCE = ("filter", "strength", "anchor")
-"""Fields that older datasets do not have."""
 
 
 class StructureConfig(Part):
@@ -51,7 +49,7 @@ class StructureConfig(Part):
     cutoff_units: Literal["lr_nyquist", "hr_nyquist"] = "hr_nyquist"
     """The unit of `cutoff`: the Nyquist frequency of the low-res reference (the filter then passes the same image
     content at any scale) or of the canvas (the paper's literal wording)."""
-    filter: Literal["gaussian", "haar", "butterworth"] = "gaussian"
+    filter: Literal["gaussian", "haar", "butterworth"] = Later("gaussian")
     """What counts as low frequencies. `gaussian`: a Gaussian blur (ResMaster). `haar`: the means of 2 x 2 latents, the
     low band of a Haar wavelet (I-Max). `butterworth`: a Butterworth filter of order 4, which falls more steeply
     (HiFlow)."""
@@ -62,9 +60,9 @@ class StructureConfig(Part):
     weight: Literal["constant", "linear_decay", "cosine_decay"] = "constant"
     """How the weight of the swap changes over its steps. `linear_decay`: it falls from 1 to 0. `cosine_decay`: it falls
     from 1 to 0 by half a cosine, slowly at both ends (I-Max)."""
-    strength: float = Field(default=1.0, gt=0, le=1)
+    strength: float = Later(1.0, gt=0, le=1)
     """Factor on the weight of the swap. 1: the low frequencies are replaced. 0.25: they move a quarter of the way."""
-    anchor: Literal["final", "time_matched"] = "final"
+    anchor: Literal["final", "time_matched"] = Later("final")
     """Where the low frequencies come from. `final`: the enlarged low-res image. `time_matched`: what the model predicts
     for the low-res image at the same noise level, enlarged as latents (HiFlow). This takes one prediction of the
     low-res image at each step of the swap."""
@@ -96,13 +94,3 @@ class StructureConfig(Part):
     def acts(self, done: float) -> bool:
         """Whether the swap acts at a step before which the fraction `done` of the path lies."""
         return self.enabled and self.start <= done < self.stop
-
-    def identity(self) -> dict[str, Any]:
-        """The fields that change the result. Fields that older datasets do not have are left out at their default, so
-        those keep their identity."""
-        values = super().identity()
-        return {
-            name: value
-            for name, value in values.items()
-            if name not in _SINCE or value != type(self).model_fields[name].default
-        }

@@ -10,13 +10,14 @@ Transformers with rotary positions can be told that the canvas is larger than wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from resmaster_stages.config.method import register
+from resmaster_stages.config.part import Later
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.methods.settings import FromNoise, LateGuidance, MicroConditioned, area, timing_of
-from resmaster_stages.models.bases.base import Timing
+from resmaster_stages.models.schedule import Timing
 
 if TYPE_CHECKING:
     from resmaster_stages.diffusion.guidance import Guidance
@@ -33,21 +34,12 @@ class Direct(FromNoise, LateGuidance, MicroConditioned):
     in_one_piece: ClassVar[bool] = True
 
     method: Literal["direct"] = "direct"
-    positions: Literal["own", "ntk", "yarn"] = "own"
+    positions: Literal["own", "ntk", "yarn"] = Later("own")
     """Rotary positions of a transformer on a canvas beyond its native size. `own`: counted on. `ntk`: NTK scaling with
     a floor (I-Max). `yarn`: YaRN by parts, with its temperature of attention. UNets have no such positions."""
-    attention: Literal["plain", "proportional"] = "plain"
+    attention: Literal["plain", "proportional"] = Later("plain")
     """`proportional`: attention is sharpened by the number of tokens of the canvas (I-Max), instead of by YaRN's
     temperature. Only for transformers with rotary positions."""
-
-    def identity(self) -> dict[str, Any]:
-        """The fields that change the result. `positions` and `attention` are left out at their default, so older
-        datasets keep their identity."""
-        values = super().identity()
-        for name in ("positions", "attention"):
-            if values[name] == type(self).model_fields[name].default:
-                del values[name]
-        return values
 
     def needs(self) -> Mapping[Ability, str]:
         """Rotary positions, where they are changed."""

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from resmaster_stages.config.method import Method, OnlyWith, Source
-from resmaster_stages.config.part import Operational, Part
+from resmaster_stages.config.part import Later, Operational, Part
 from resmaster_stages.config.structure import StructureConfig
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid, stride_of
 from resmaster_stages.methods.passes import Pass, from_noise
-from resmaster_stages.models.bases.base import Timing
-from resmaster_stages.models.schedule import Course
+from resmaster_stages.models.schedule import Course, Timing
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +93,7 @@ class Diffusion(Method):
     """How z_{t-1} follows from the edited x0. `ddim_implied` and `ddim_keep` are deterministic, with the noise that the
     edited x0 implies or with the predicted noise. `posterior` is ResMaster's stochastic eq. 7. `ddim_ancestral` is DDIM
     with eta = 1. `dpmpp_2m` is DPM-Solver++(2M), which needs about half the steps."""
-    time_shift: Literal["view", "sqrt"] | Annotated[float, Field(gt=0, le=1000)] = "view"
+    time_shift: Literal["view", "sqrt"] | Annotated[float, Field(gt=0, le=1000)] = Later("view")
     """How far the steps of a flow-matching model are moved towards more noise. `view`: as for an image of a view's
     size. `sqrt`: by the square root of the canvas's area in views more. A number: by this factor (1: not at all). Other
     models have no time shift."""
@@ -110,13 +109,6 @@ class Diffusion(Method):
         if self.via and not all(a < b for a, b in pairwise(path)):
             raise ValueError(f"via {list(self.via)}: give rising scales between 1 and the scale ({self.scale:g})")
         return self
-
-    def identity(self) -> dict[str, Any]:
-        """The fields that change the result. `time_shift: view` is left out, so older datasets keep their identity."""
-        values = super().identity()
-        if self.time_shift == "view":
-            del values["time_shift"]
-        return values
 
     def way(self) -> tuple[Self, ...]:
         """The settings for each finished image on the way (`Method.way`), without `via`."""

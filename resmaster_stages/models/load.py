@@ -22,10 +22,10 @@ import torch
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError, OutOfMemory
 from resmaster_stages.models.acceleration import can_compile, compile_blocks, has_blocks, quantise_fp8, require_fp8
-from resmaster_stages.models.bases import family_of
+from resmaster_stages.models.bases import family_of, offload_of
 from resmaster_stages.models.faults import device_faults
 from resmaster_stages.models.identity import model_identity
-from resmaster_stages.models.parts import Models, Offload
+from resmaster_stages.models.parts import Models
 from resmaster_stages.models.places import resolve_device, resolve_dtype
 
 
@@ -37,15 +37,6 @@ def _no_bars() -> Iterator[None]:
         yield
     finally:
         diffusers.utils.logging.enable_progress_bar()
-
-
-def offload_of(config: ModelConfig, device: torch.device) -> Offload:
-    """The modules that are on `device` only while they work."""
-    if device.type == "cpu":
-        return "none"
-    if config.offload == "auto":
-        return "text" if family_of(config).large_text else "none"
-    return config.offload
 
 
 def load_pipeline(config: ModelConfig) -> Any:
@@ -67,7 +58,7 @@ def load_models(config: ModelConfig) -> Models:
     models = replace(
         Models.from_pipeline(pipe, identity=model_identity(config), config=config),
         device=device,
-        offload=offload_of(config, device),
+        offload="none" if device.type == "cpu" else offload_of(config),
         gives_way=True,
         same_bytes=config.exactness == "bytes",
     )

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases import family_of_pipeline
-from resmaster_stages.models.bases.base import Base, Geometry
+from resmaster_stages.models.bases.base import Base, Geometry, Offload
 from resmaster_stages.models.occupancy import occupy
-
-Offload = Literal["none", "text", "model"]
-"""The modules that are on the device only while they work: none, the text encoders, or all."""
 
 
 @dataclass(frozen=True, eq=False)

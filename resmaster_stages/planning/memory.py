@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Literal
 
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError, first_line
-from resmaster_stages.models.bases import family_of
+from resmaster_stages.models.bases import family_of, offload_of
+from resmaster_stages.models.bases.base import Offload
 from resmaster_stages.models.files import DIFFUSERS, TRANSFORMERS, NotOnThisMachine, folder_with, weight_files
 from resmaster_stages.models.places import ModelFiles
 
@@ -29,7 +29,7 @@ class Memory:
     parts: Mapping[str, int]
     """Part -> its weights. An IP-Adapter from elsewhere is not counted."""
     number_format: str
-    offload: Literal["none", "text", "model"]
+    offload: Offload
 
     @property
     def texts(self) -> int:
@@ -52,9 +52,8 @@ def memory_of(model: ModelConfig) -> Memory | None:
     """The memory that the weights of a model take. None if the weights are not on this machine."""
     family = family_of(model)
     number_format = family.half if model.dtype == "auto" else model.dtype
-    offload = model.offload if model.offload != "auto" else "text" if family.large_text else "none"
     try:
-        return Memory(_weights(model, number_format), number_format, offload)
+        return Memory(_weights(model, number_format), number_format, offload_of(model))
     except NotOnThisMachine:
         return None
 

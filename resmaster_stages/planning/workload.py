@@ -17,8 +17,8 @@ from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import target_size, view_grid
 from resmaster_stages.methods.settings import Diffusion
 from resmaster_stages.models.bases import family_of
-from resmaster_stages.models.bases.base import Geometry, Timing
-from resmaster_stages.models.schedule import Course, even_course
+from resmaster_stages.models.bases.base import Geometry
+from resmaster_stages.models.schedule import Course, Timing, even_course
 
 
 @dataclass(frozen=True)

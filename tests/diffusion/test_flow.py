@@ -27,9 +27,8 @@ from resmaster_stages.diffusion.steppers import (
 from resmaster_stages.diffusion.text import TextEmbeddings
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.bases.base import Timing
 from resmaster_stages.models.flow import SCHEDULER, empirical_shift, flow_path, flow_schedule, image_shift
-from resmaster_stages.models.schedule import Step, course_of, make_schedule
+from resmaster_stages.models.schedule import Step, Timing, course_of, make_schedule
 from tests.methods.common import plain
 from tests.tiny_models import SCHEDULER as BETAS
 from tests.tiny_models import with_base

@@ -9,9 +9,9 @@ import torch
 from resmaster_stages.diffusion.loop import CanvasNoise, denoise
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.upscale import upscale_image
-from resmaster_stages.models.bases.base import Timing
 from resmaster_stages.models.bases.unet import SDXL
 from resmaster_stages.models.flow import SCHEDULER, flow_schedule
+from resmaster_stages.models.schedule import Timing
 from tests.methods.common import plain, request, schedule, settings, some_image
 from tests.tiny_models import with_base
 

@@ -18,13 +18,13 @@ from resmaster_stages.library import single
 from resmaster_stages.models.acceleration import has_blocks
 from resmaster_stages.models.bases import family_of
 from resmaster_stages.models.bases.as_flow import AsFlowPipeline, as_flow
-from resmaster_stages.models.bases.base import Asked, Demand, Timing
+from resmaster_stages.models.bases.base import Asked, Demand
 from resmaster_stages.models.captioner import token_counter
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.identity import PICTUREBOOK_AS_FLOW, model_identity
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
-from resmaster_stages.models.schedule import course_of, even_course, make_schedule
+from resmaster_stages.models.schedule import Timing, course_of, even_course, make_schedule
 from resmaster_stages.picturebook.truth import true_image
 from resmaster_stages.planning.preview import preview
 from resmaster_stages.planning.workload import denoising_of, high_res_work

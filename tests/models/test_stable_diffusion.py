@@ -10,11 +10,11 @@ from resmaster_stages.diffusion.loop import CanvasNoise, denoise
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.upscale import upscale_image
-from resmaster_stages.models.bases.base import Geometry, Timing
+from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
-from resmaster_stages.models.schedule import make_schedule
+from resmaster_stages.models.schedule import Timing, make_schedule
 from tests.methods.common import DIFFUSION_METHODS, difference, forwards, request, settings, some_image
 from tests.tiny_models import SCHEDULER, counted, make_pipeline, make_stable_diffusion
 

@@ -17,10 +17,10 @@ from resmaster_stages.config.load import parse_config
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.metrics.clip_score import load_clip
-from resmaster_stages.models.bases.base import Timing
 from resmaster_stages.models.identity import pack_folder
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
+from resmaster_stages.models.schedule import Timing
 from resmaster_stages.planning.checks import Around, check, check_stages
 from resmaster_stages.planning.preview import preview
 from resmaster_stages.prompts import ingest

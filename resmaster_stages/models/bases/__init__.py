@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases import as_flow, chroma, flux, flux2, pixart, qwen_image, sd3, unet, z_image
-from resmaster_stages.models.bases.base import Ability, Family
+from resmaster_stages.models.bases.base import Ability, Family, Offload
 from resmaster_stages.models.identity import PICTUREBOOK_AS_FLOW
 from resmaster_stages.models.places import ModelFiles
 
@@ -43,6 +43,13 @@ def family_of(config: ModelConfig) -> Family:
     if not isinstance(name, str):
         raise ConfigError(f"model {config.id!r}: model_index.json names no pipeline class; download the model again")
     return _family((name,), config.id)
+
+
+def offload_of(config: ModelConfig) -> Offload:
+    """The modules of the model that `config` names that are on a GPU only while they work. Raises ConfigError."""
+    if config.offload == "auto":
+        return "text" if family_of(config).large_text else "none"
+    return config.offload
 
 
 def family_of_pipeline(pipe: object, model: str) -> Family:

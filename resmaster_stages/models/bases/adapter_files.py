@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resmaster_stages.config.model import IpAdapterConfig
+from resmaster_stages.config.model import IpAdapterConfig, ModelConfig
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.files import TRANSFORMERS, folder_with, object_in, require_weights, tensors_of
-from resmaster_stages.models.places import at_hub, loading, location
+from resmaster_stages.models.files import TRANSFORMERS, Check, folder_with, object_in, require_weights, tensors_of
+from resmaster_stages.models.places import ModelFiles, at_hub, loading, location
 
 if TYPE_CHECKING:
     import torch
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Name -> shape of the tensors of a file."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 """Mean of RGB in [0, 1] that is subtracted for a CLIP image encoder if nothing else is configured."""
@@ -38,6 +42,28 @@ def weights_file(adapter: IpAdapterConfig) -> Path:
 def tensors(adapter: IpAdapterConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of each tensor of the adapter. Raises ConfigError and NotOnThisMachine."""
     return tensors_of(weights_file(adapter))
+
+
+def checks_of(
+    fits: Callable[[Shapes, IpAdapterConfig, Mapping[str, Any]], object],
+    encoder_fits: Callable[[Shapes, IpAdapterConfig, Mapping[str, Any]], object],
+    config: ModelConfig,
+) -> Iterator[Check]:
+    """What can be checked of `model.ip_adapter` of a transformer before anything is loaded.
+
+    fits: (tensors, adapter, the transformer's configuration) raises ConfigError unless they fit each other.
+    encoder_fits: (tensors, adapter, the image encoder's configuration) does so for these. It gets tensors that fit.
+    """
+    adapter = config.ip_adapter
+    assert adapter is not None
+
+    def fitting() -> Shapes:
+        found = tensors(adapter)
+        fits(found, adapter, ModelFiles(config.id, config.revision).json("transformer/config.json"))
+        return found
+
+    yield "model.ip_adapter", fitting
+    yield "model.ip_adapter", lambda: encoder_fits(fitting(), adapter, require_encoder(adapter))
 
 
 def downloaded(adapter: IpAdapterConfig) -> dict[str, tuple[int, ...]]:

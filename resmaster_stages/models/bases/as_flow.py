@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases import unet
-from resmaster_stages.models.bases.base import Demand, Family, Timing
+from resmaster_stages.models.bases.base import Demand, Family
 from resmaster_stages.models.files import Check
 from resmaster_stages.models.identity import PICTUREBOOK
-from resmaster_stages.models.schedule import Step, make_schedule
+from resmaster_stages.models.schedule import Step, Timing, make_schedule
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.files import Check
-from resmaster_stages.models.schedule import Course, even_course
-from resmaster_stages.models.schedule import Timing as Timing
+from resmaster_stages.models.schedule import Course, Timing, even_course
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +34,9 @@ NO_TIME_SHIFT = "upscale.time_shift: only flow-matching models have one, and {} 
 
 Layers = Literal["sdxl", "sd1", "sd2"]
 """UNets for whose layers some papers give settings."""
+
+Offload = Literal["none", "text", "model"]
+"""The modules that are on the device only while they work: none, the text encoders, or all."""
 
 TokenCounter = Callable[[str], int]
 """A text -> the number of its content tokens."""

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases import adapter_files, flux_files
-from resmaster_stages.models.bases.base import Base, Geometry, ImageAdapter, Rows, Sampling, Texts, Timing
+from resmaster_stages.models.bases.base import Base, Geometry, ImageAdapter, Rows, Sampling, Texts
 from resmaster_stages.models.bases.transformer import Transformer, packed, unpacked
 from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind, has
 from resmaster_stages.models.flow import flow_schedule, image_shift
-from resmaster_stages.models.schedule import Step
+from resmaster_stages.models.schedule import Step, Timing
 
 if TYPE_CHECKING:
     import torch

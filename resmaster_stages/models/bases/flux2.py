@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from resmaster_stages.config.part import LONGEST_SHOWN
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.bases.base import Base, Geometry, Rows, Sampling, Texts, Timing
+from resmaster_stages.models.bases.base import Base, Geometry, Rows, Sampling, Texts
 from resmaster_stages.models.bases.transformer import Transformer, packed, unpacked
 from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind, is_number
 from resmaster_stages.models.flow import empirical_shift, flow_schedule
-from resmaster_stages.models.schedule import Step
+from resmaster_stages.models.schedule import Step, Timing
 
 if TYPE_CHECKING:
     import torch

@@ -9,15 +9,14 @@ Invariant: what is refused here is refused, in the same words, when the model is
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from resmaster_stages.config.model import IpAdapterConfig, ModelConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases import adapter_files
-from resmaster_stages.models.files import Check
-from resmaster_stages.models.places import ModelFiles, loading, location
+from resmaster_stages.models.places import loading, location
 
 if TYPE_CHECKING:
     import torch
@@ -92,20 +91,8 @@ def require_encoder_fit(
         )
 
 
-def checks(config: ModelConfig) -> Iterator[Check]:
-    """What can be checked of `model.ip_adapter` before anything is loaded."""
-    assert config.ip_adapter is not None
-    yield "model.ip_adapter", partial(_check_adapter, config, config.ip_adapter)
-    yield "model.ip_adapter", partial(_check_encoder, config.ip_adapter)
-
-
-def _check_adapter(config: ModelConfig, adapter: IpAdapterConfig) -> None:
-    transformer = ModelFiles(config.id, config.revision).json("transformer/config.json")
-    require_fit(adapter_files.tensors(adapter), adapter, transformer)
-
-
-def _check_encoder(adapter: IpAdapterConfig) -> None:
-    require_encoder_fit(adapter_files.tensors(adapter), adapter, adapter_files.require_encoder(adapter))
+checks = partial(adapter_files.checks_of, require_fit, require_encoder_fit)
+"""What can be checked of `model.ip_adapter` before anything is loaded."""
 
 
 def load(pipe: Any, config: ModelConfig, dtype: torch.dtype) -> None:

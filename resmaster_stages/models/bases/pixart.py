@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from resmaster_stages.models.bases.base import Base, Geometry, Rows, Sampling, Texts, Timing
+from resmaster_stages.models.bases.base import Base, Geometry, Rows, Sampling, Texts
 from resmaster_stages.models.bases.transformer import Transformer
 from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind
-from resmaster_stages.models.schedule import Step, make_schedule
+from resmaster_stages.models.schedule import Step, Timing, make_schedule
 
 if TYPE_CHECKING:
     import torch

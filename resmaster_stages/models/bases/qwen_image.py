@@ -13,11 +13,11 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.bases.base import Base, Geometry, Rows, Sampling, Texts, Timing, guide
+from resmaster_stages.models.bases.base import Base, Geometry, Rows, Sampling, Texts, guide
 from resmaster_stages.models.bases.transformer import Transformer, packed, unpacked
 from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind, is_number
 from resmaster_stages.models.flow import flow_schedule, image_shift
-from resmaster_stages.models.schedule import Step
+from resmaster_stages.models.schedule import Step, Timing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

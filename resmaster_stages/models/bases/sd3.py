@@ -20,13 +20,12 @@ from resmaster_stages.models.bases.base import (
     Rows,
     Sampling,
     Texts,
-    Timing,
     require_readable,
 )
 from resmaster_stages.models.bases.transformer import Transformer
 from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind, has
 from resmaster_stages.models.flow import flow_schedule, image_shift
-from resmaster_stages.models.schedule import Step
+from resmaster_stages.models.schedule import Step, Timing
 
 if TYPE_CHECKING:
     import torch

@@ -6,20 +6,17 @@ Invariant: what is refused here is refused, in the same words, when the model is
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from resmaster_stages.config.model import IpAdapterConfig, ModelConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases import adapter_files
-from resmaster_stages.models.files import Check
-from resmaster_stages.models.places import ModelFiles, loading, location
+from resmaster_stages.models.places import loading, location
 
 if TYPE_CHECKING:
     import torch
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 _PARTS = (
     "image_proj.proj_in.weight",
@@ -32,7 +29,7 @@ _PARTS = (
 """Tensors that only an adapter of this kind has."""
 
 
-def require_fit(tensors: Shapes, adapter: IpAdapterConfig, transformer: Mapping[str, Any]) -> None:
+def require_fit(tensors: adapter_files.Shapes, adapter: IpAdapterConfig, transformer: Mapping[str, Any]) -> None:
     """Raise ConfigError unless an adapter with `tensors` (name -> shape) fits a transformer with the configuration
     `transformer`."""
     if not all(part in tensors for part in _PARTS):
@@ -54,7 +51,7 @@ def require_fit(tensors: Shapes, adapter: IpAdapterConfig, transformer: Mapping[
         )
 
 
-def require_encoder_fit(tensors: Shapes, adapter: IpAdapterConfig, encoder: Mapping[str, Any]) -> None:
+def require_encoder_fit(tensors: adapter_files.Shapes, adapter: IpAdapterConfig, encoder: Mapping[str, Any]) -> None:
     """Raise ConfigError unless an adapter reads what an image encoder with the configuration `encoder` makes."""
     vision = encoder.get("vision_config", encoder)  # a whole SigLIP, or its image encoder alone
     made = vision.get("hidden_size") if isinstance(vision, dict) else None
@@ -67,21 +64,8 @@ def require_encoder_fit(tensors: Shapes, adapter: IpAdapterConfig, encoder: Mapp
         )
 
 
-def checks(config: ModelConfig) -> Iterator[Check]:
-    """What can be checked of `model.ip_adapter` before anything is loaded."""
-    assert config.ip_adapter is not None
-    yield "model.ip_adapter", partial(_check_adapter, config, config.ip_adapter)
-    yield "model.ip_adapter", partial(_check_encoder, config, config.ip_adapter)
-
-
-def _check_adapter(config: ModelConfig, adapter: IpAdapterConfig) -> None:
-    transformer = ModelFiles(config.id, config.revision).json("transformer/config.json")
-    require_fit(adapter_files.tensors(adapter), adapter, transformer)
-
-
-def _check_encoder(config: ModelConfig, adapter: IpAdapterConfig) -> None:
-    _check_adapter(config, adapter)
-    require_encoder_fit(adapter_files.tensors(adapter), adapter, adapter_files.require_encoder(adapter))
+checks = partial(adapter_files.checks_of, require_fit, require_encoder_fit)
+"""What can be checked of `model.ip_adapter` before anything is loaded."""
 
 
 def load(pipe: Any, config: ModelConfig, dtype: torch.dtype) -> None:

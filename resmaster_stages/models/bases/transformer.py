@@ -7,6 +7,7 @@ same shape out. Views keep their own positions, counted from 0, because a transf
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,11 +20,11 @@ from resmaster_stages.models.bases.base import (
     Rows,
     Sampling,
     Texts,
-    Timing,
     guide,
     require_unshifted,
 )
 from resmaster_stages.models.bases.transformer_files import Facts, Kind, added, content, family_of_kind, longest
+from resmaster_stages.models.schedule import Timing
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +78,7 @@ def compute_dtype(network: Any) -> torch.dtype:
 
 
 @dataclass(frozen=True, eq=False)
-class Transformer:
+class Transformer(ABC):
     """A loaded model. Each family has a class of its own, with `encode` and `predict`."""
 
     kind: Kind
@@ -94,13 +95,13 @@ class Transformer:
 
     # ------------------------------------------------------------------------------------- of each family's own
 
+    @abstractmethod
     def encode(self, prompts: list[str], negative: bool, device: torch.device) -> Texts:
         """Prompts or negative prompts as the transformer reads them, by the pipeline's own `encode_prompt`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, sample: Tensor, timestep: Tensor, rows: Rows) -> Tensor:
         """The output [N, C, h, w] for latents [N, C, h, w] in the transformer's number format, at one timestep []."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------------- shared
 

@@ -28,7 +28,6 @@ from resmaster_stages.models.bases.base import (
     Family,
     Geometry,
     Sampling,
-    Timing,
     TokenCounter,
     network_of,
     require_readable,
@@ -44,7 +43,7 @@ from resmaster_stages.models.files import (
     require_weights,
 )
 from resmaster_stages.models.places import ModelFiles, loading, location, vae_dtype
-from resmaster_stages.models.schedule import Course, Step, course_of
+from resmaster_stages.models.schedule import Course, Step, Timing, course_of
 
 if TYPE_CHECKING:
     import torch

@@ -22,13 +22,13 @@ from resmaster_stages.models.bases.base import (
     Rows,
     Sampling,
     Texts,
-    Timing,
     TokenCounter,
     guide,
     require_unshifted,
     sized,
 )
 from resmaster_stages.models.places import ModelFiles, loading, location, vae_dtype
+from resmaster_stages.models.schedule import Timing
 
 if TYPE_CHECKING:
     import torch

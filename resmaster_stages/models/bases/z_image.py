@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.bases.base import Base, Geometry, Rows, Sampling, Texts, Timing, require_readable
+from resmaster_stages.models.bases.base import Base, Geometry, Rows, Sampling, Texts, require_readable
 from resmaster_stages.models.bases.transformer import Transformer
 from resmaster_stages.models.bases.transformer_files import Facts, Kind, family_of_kind
 from resmaster_stages.models.flow import flow_schedule, image_shift
-from resmaster_stages.models.schedule import Step
+from resmaster_stages.models.schedule import Step, Timing
 
 if TYPE_CHECKING:
     import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from typing import Any
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.dataset.commit import Receipt
+from resmaster_stages.errors import ConfigError
 from resmaster_stages.models import captioner, places
 from resmaster_stages.models.load import load_models
+from resmaster_stages.planning.checks import check
 from resmaster_stages.prompts import ingest
 from resmaster_stages.runner.run import run_stage
 
@@ -46,6 +48,21 @@ def fresh() -> Iterator[None]:
         yield
     finally:
         load_models.cache_clear()
+
+
+def planned(config: DatasetConfig) -> str:
+    """What planning says against a configuration, in one string; "" if nothing."""
+    try:
+        with fresh():
+            check(config)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def stored(receipts: Iterable[Receipt]) -> dict[str, list[str]]:
+    """Stage -> sha256 of its objects."""
+    return {receipt.stage: [each.sha256 for each in receipt.objects] for receipt in receipts}
 
 
 def built(config: DatasetConfig) -> list[Receipt]:

@@ -19,9 +19,9 @@ from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.generate import generate
 from resmaster_stages.models.bases import family_of_pipeline
-from resmaster_stages.models.bases.base import Timing
 from resmaster_stages.models.bases.transformer import packed, unpacked
 from resmaster_stages.models.parts import Models
+from resmaster_stages.models.schedule import Timing
 from tests.models.bases.common import engine, relative, start
 from tests.tiny_flux import make_chroma
 from tests.tiny_transformers import make_flux

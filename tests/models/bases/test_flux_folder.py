@@ -22,10 +22,10 @@ from resmaster_stages.library import read_samples
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models import places
 from resmaster_stages.models.bases import family_of
-from resmaster_stages.models.bases.base import Timing
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
+from resmaster_stages.models.schedule import Timing
 from resmaster_stages.planning.checks import check
 from resmaster_stages.planning.workload import denoising_of, high_res_work
 from resmaster_stages.prompts import ingest

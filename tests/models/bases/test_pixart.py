@@ -13,15 +13,16 @@ from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.upscale import upscale_image
-from resmaster_stages.models.bases.base import Texts, Timing
+from resmaster_stages.models.bases.base import Texts
 from resmaster_stages.models.captioner import content_tokens, token_counter
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
+from resmaster_stages.models.schedule import Timing
 from resmaster_stages.planning.checks import check
 from tests.methods.common import difference, forwards, settings, some_image
 from tests.models.bases.common import engine, relative, start
-from tests.models.bases.folders import VALUES, built, configured, copied, fresh, spoiled
+from tests.models.bases.folders import VALUES, built, configured, copied, fresh, planned, spoiled, stored
 from tests.models.bases.whole import (
     CONVOLUTIONS,
     METHODS,
@@ -59,16 +60,6 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("pixart") / "PixArt-Sigma"
     make_pixart().save_pretrained(place)
     return place
-
-
-def planned(config):
-    """What planning says against a configuration, in one string; "" if nothing."""
-    try:
-        with fresh():
-            check(config)
-    except ConfigError as error:
-        return str(error)
-    return ""
 
 
 def theirs(pipe, noise, steps, scale, **more):
@@ -302,11 +293,6 @@ def test_lcm_has_no_guidance(folder, tmp_path, name, guidance, expected):
 
 
 # ------------------------------------------------------------------------------------------------------- folders
-
-
-def stored(receipts):
-    """Stage -> sha256 of its objects."""
-    return {receipt.stage: [each.sha256 for each in receipt.objects] for receipt in receipts}
 
 
 @pytest.mark.parametrize("upscale", [{"method": "c_upscale"}, {"method": "multidiffusion", "stepper": "dpmpp_2m"}])

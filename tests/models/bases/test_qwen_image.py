@@ -10,11 +10,12 @@ from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.upscale import upscale_image
-from resmaster_stages.models.bases.base import Timing, guide
+from resmaster_stages.models.bases.base import guide
 from resmaster_stages.models.bases.transformer import packed, unpacked
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
+from resmaster_stages.models.schedule import Timing
 from resmaster_stages.planning.checks import check
 from tests.methods.common import difference, settings, some_image
 from tests.models.bases.common import engine, relative, start

@@ -13,13 +13,13 @@ from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.upscale import upscale_image
-from resmaster_stages.models import load
-from resmaster_stages.models.bases import family_of
-from resmaster_stages.models.bases.base import Geometry, Timing
+from resmaster_stages.models.bases import family_of, offload_of
+from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.models.captioner import content_tokens
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
 from resmaster_stages.models.places import resolve_dtype
+from resmaster_stages.models.schedule import Timing
 from resmaster_stages.planning.preview import preview
 from tests.methods.common import difference, settings, some_image
 from tests.tiny_models import counted
@@ -196,9 +196,10 @@ def test_half_precision_and_the_place_of_text_encoders_on_a_gpu_follow_from_the_
     assert resolve_dtype("auto", cuda, "bfloat16") is torch.bfloat16
     assert resolve_dtype("auto", torch.device("cpu"), "bfloat16") is torch.float32
     assert resolve_dtype("float16", cuda, "bfloat16") is torch.float16
-    assert [load.offload_of(each, cuda) for each in (transformer, unet)] == ["text", "none"]
-    assert load.offload_of(transformer, torch.device("cpu")) == "none"
-    assert load.offload_of(ModelConfig(id=transformer.id, offload="model"), cuda) == "model"
+    assert [offload_of(each) for each in (transformer, unet)] == ["text", "none"]
+    assert offload_of(ModelConfig(id=transformer.id, offload="model")) == "model"
+    assert load_models(ModelConfig(id=transformer.id, device="cpu")).offload == "none"
+    load_models.cache_clear()
 
 
 def test_libraries_are_quiet_only_while_texts_are_encoded():

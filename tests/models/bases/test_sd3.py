@@ -10,15 +10,15 @@ from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.upscale import upscale_image
-from resmaster_stages.models.bases.base import Timing
 from resmaster_stages.models.captioner import content_tokens, token_counter
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
+from resmaster_stages.models.schedule import Timing
 from resmaster_stages.planning.checks import check
 from tests.methods.common import difference, settings, some_image
 from tests.models.bases.common import engine, relative, start
-from tests.models.bases.folders import VALUES, built, configured, copied, fresh, spoiled
+from tests.models.bases.folders import VALUES, built, configured, copied, planned, spoiled, stored
 from tests.models.bases.whole import (
     CONVOLUTIONS,
     METHODS,
@@ -37,11 +37,6 @@ UPSCALE = {"method": "resmaster", "steps": 2, "scale": 2, "image_prompt": {"enab
 VARIANTS = {"3.5": ("3.5", True), "3": ("3", True), "without T5": ("3.5", False)}
 
 
-def stored(receipts):
-    """Stage -> sha256 of its objects."""
-    return {receipt.stage: [each.sha256 for each in receipt.objects] for receipt in receipts}
-
-
 @pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS)
 def pipe(request):
     return make_sd3(*request.param)
@@ -57,16 +52,6 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("sd3") / "stable-diffusion-3.5-medium"
     make_sd3().save_pretrained(place)
     return place
-
-
-def planned(config):
-    """What planning says against a configuration, in one string; "" if nothing."""
-    try:
-        with fresh():
-            check(config)
-    except ConfigError as error:
-        return str(error)
-    return ""
 
 
 def theirs(pipe, noise, steps, scale, **more):

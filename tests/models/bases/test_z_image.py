@@ -10,10 +10,10 @@ from resmaster_stages.diffusion.text import encode_prompts
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.generate import generate
 from resmaster_stages.methods.upscale import upscale_image
-from resmaster_stages.models.bases.base import Timing
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
+from resmaster_stages.models.schedule import Timing
 from resmaster_stages.planning.checks import check
 from tests.methods.common import difference, settings, some_image
 from tests.models.bases.common import engine, relative, start
