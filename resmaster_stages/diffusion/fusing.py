@@ -16,11 +16,19 @@ from torch import Tensor
 
 from resmaster_stages.diffusion.views import Grid
 
+WEIGHTS = ("uniform", "linear", "gaussian", "narrow", "cosine", "feather")
+"""The kinds of weights."""
+
+_SPREADS = {"gaussian": 1 / 4, "narrow": 1 / 10}
+"""Standard deviation of Gaussian weights, as a fraction of the window."""
+
 
 def window_weights(kind: str, length: int, overlap: int) -> Tensor:
     """Weight of each of `length` cells of a window along one axis: [length], float64, positive.
 
     uniform: 1 (MultiDiffusion). linear: ramps of `overlap` cells at both ends. gaussian: standard deviation length / 4.
+    narrow: standard deviation length / 10 (Mixture of Diffusers, variance 0.01 of the squared length). cosine: half a
+    wave. feather: 1, blurred with zeros beyond both ends, standard deviation length / 16 (PixelRush).
     """
     position = torch.arange(length, dtype=torch.float64) + 0.5
     to_edge = torch.minimum(position, length - position)
@@ -28,9 +36,16 @@ def window_weights(kind: str, length: int, overlap: int) -> Tensor:
         return torch.ones(length, dtype=torch.float64)
     if kind == "linear":
         return (to_edge / overlap).clamp(max=1.0) if overlap > 0 else torch.ones(length, dtype=torch.float64)
-    if kind == "gaussian":
-        return torch.exp(-0.5 * ((position - length / 2) / (length / 4)) ** 2)
-    raise ValueError(f"unknown weights {kind!r}; known: uniform, linear, gaussian")
+    if kind in _SPREADS:
+        return torch.exp(-0.5 * ((position - length / 2) / (length * _SPREADS[kind])) ** 2)
+    if kind == "cosine":
+        return torch.cos(torch.pi * (position - length / 2) / length)
+    if kind == "feather":
+        reach = round(2.5 * length / 16)
+        taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=torch.float64) / (length / 16)) ** 2)
+        inside = torch.ones(1, 1, length, dtype=torch.float64)
+        return torch.nn.functional.conv1d(inside, (taps / taps.sum())[None, None], padding=reach)[0, 0]
+    raise ValueError(f"unknown weights {kind!r}; known: {', '.join(WEIGHTS)}")
 
 
 def _shares(origins: tuple[int, ...], window: Tensor, length: int) -> Tensor:

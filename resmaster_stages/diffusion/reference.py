@@ -35,7 +35,13 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 def upsample(image: Image.Image, height: int, width: int) -> Tensor:
     """`image` enlarged to `height` x `width` px: [1, 3, height, width] in [-1, 1]; bicubic, align_corners=False."""
-    return F.interpolate(to_tensor(image), size=(height, width), mode="bicubic", align_corners=False).clamp(-1, 1)
+    return enlarged(to_tensor(image), height, width)
+
+
+def enlarged(pixels: Tensor, height: int, width: int, how: str = "bicubic") -> Tensor:
+    """Images [B, 3, h, w] at `height` x `width` px, clamped to [-1, 1]. how: `bicubic`, `bilinear` or `nearest`."""
+    corners = None if how == "nearest" else False
+    return F.interpolate(pixels, size=(height, width), mode=how, align_corners=corners).clamp(-1, 1)
 
 
 def pad_to_multiple(pixels: Tensor, multiple: int) -> Tensor:

@@ -10,6 +10,8 @@ With a, b = alpha, sigma of the step and a', b' those of the next step:
     dpmpp_2m        z' = b' / b z - a' (e^-h - 1) D                        DPM-Solver++(2M), Lu et al. 2022, Algorithm
     2:
                            D = x0 + (x0 - x0 before) h / (2 h before)      h = log(a' / b') - log(a / b)
+    renoise         z' = a' x0 + b' noise                                  Consistency models, LCM (Luo et al. 2023,
+                                                                           Algorithm 3), DMD2: fresh noise at every step
 
 `ddim_keep` and `ddim_implied` differ only if x0 was edited. Both are Euler's method for the probability-flow ODE in
 units of z / a. `posterior` and `ddim_ancestral` are the same if x0 was not edited. ScaleCrafter and FouriScale sample
@@ -22,7 +24,7 @@ flow path (a = 1 - b), `ddim_keep` is the Euler step of the flow-matching schedu
 
 Invariants:
 - Every rule acts on the whole canvas. Noise is drawn once for the canvas, because noise per view would average away
-  where views overlap. Only `posterior` and `ddim_ancestral` call `noise`.
+  where views overlap. Only `posterior`, `ddim_ancestral` and `renoise` call `noise`.
 """
 
 from __future__ import annotations
@@ -84,6 +86,13 @@ def ddim_ancestral(z: Tensor, x0: Tensor, eps: Tensor, step: Step, noise: Noise)
     return step.alpha_next * x0 + kept**0.5 * eps + variance**0.5 * noise()
 
 
+def renoise(z: Tensor, x0: Tensor, eps: Tensor, step: Step, noise: Noise) -> Tensor:
+    """x0 with fresh noise. The last step draws none."""
+    if step.sigma_next == 0:
+        return step.alpha_next * x0
+    return step.alpha_next * x0 + step.sigma_next * noise()
+
+
 class Dpmpp2M:
     """DPM-Solver++(2M) for x0: it uses the straight line through the last two x0 instead of the last x0 alone.
 
@@ -111,6 +120,7 @@ STEPPERS: dict[str, Stepper] = {
     "ddim_implied": ddim_implied,
     "posterior": posterior,
     "ddim_ancestral": ddim_ancestral,
+    "renoise": renoise,
 }
 """The steppers without memory, by the names that the setting `stepper` of a method takes."""
 

@@ -108,18 +108,16 @@ class FreeScale(LateGuidance):
 
     def beginning(self, request: Request, scale: float, rows: int, cols: int) -> Begin:
         """The start of the pass of `rows` x `cols` latents: the image of the pass before, enlarged and noised."""
-        import torch.nn.functional as F
-
         from resmaster_stages.diffusion import autoencoder
+        from resmaster_stages.diffusion.reference import enlarged
 
-        models, reference = request.models, request.required_reference()
+        models = request.models
         factor = models.geometry.latent_factor
         here = replace(request, height=rows * factor, width=cols * factor)
 
         def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
-            pixels = reference.small if previous is None else autoencoder.decode(models, previous).clamp(-1, 1)
-            large = F.interpolate(pixels, size=(here.height, here.width), mode="bicubic", align_corners=False)
-            x0, draw = autoencoder.encode(models, large.clamp(-1, 1)), noise()
+            large = enlarged(request.image_before(previous), here.height, here.width)
+            x0, draw = autoencoder.encode(models, large), noise()
             return step.noised(x0, draw), self.compose(here, scale, x0, noise, draw)
 
         return begin

@@ -32,18 +32,18 @@ def render(request: Request, seeds: Sequence[int], progress: Progress | None = N
     require(models.base.family, models.identity, config.needs())
     advice = "lower upscale.view_batch or low_res.batch_size, or set model.offload: model"
     with busy(), device_faults(advice, batch_size(len(request.prompts) * len(request.views()), request.view_limit)):
-        schedule = request.path
         passes = config.passes(request)
+        paths = [(request.path if each.path is None else each.path)[each.first :] for each in passes]
         noise = CanvasNoise(seeds, models.base.latent_channels, *request.canvas_size, models.device)
-        done, total = count(1), sum(len(schedule) - each.first for each in passes)
+        done, total = count(1), sum(map(len, paths))
 
         def tick() -> None:
             if progress:
                 progress(next(done), total)
 
         z = None
-        for each in passes:
-            path, draw = schedule[each.first :], noise.resized(each.height, each.width)
+        for each, path in zip(passes, paths):
+            draw = noise.resized(each.height, each.width)
             z, composition = each.begin(z, draw, path[0])  # [B, C, h, w]
             z = denoise(models, composition, path, z, draw, view_batch=request.view_limit, progress=tick)
             z = each.finish(z)

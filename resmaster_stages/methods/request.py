@@ -105,6 +105,13 @@ class Request:
             )
         return self.reference
 
+    def image_before(self, previous: Tensor | None) -> Tensor:
+        """The images that a pass enlarges, [B, 3, h, w] in [-1, 1]: those of the clean latents `previous` of the pass
+        before, or the low-res images if there was none. Raises ConfigError if there are no low-res images."""
+        if previous is None:
+            return self.required_reference().small
+        return autoencoder.decode(self.models, previous).clamp(-1, 1)
+
     def views(self) -> Grid:
         """The grid of native-size views."""
         return view_grid(self.models.geometry, self.height, self.width, self.config.view_stride)

@@ -89,10 +89,11 @@ class Diffusion(Method):
     """Classifier-free guidance scale."""
     negative_prompt: str = NEGATIVE_PROMPT
     """Negative prompt for prompts without one of their own."""
-    stepper: Literal["ddim_implied", "ddim_keep", "posterior", "ddim_ancestral", "dpmpp_2m"] = "ddim_implied"
+    stepper: Literal["ddim_implied", "ddim_keep", "posterior", "ddim_ancestral", "dpmpp_2m", "renoise"] = "ddim_implied"
     """How z_{t-1} follows from the edited x0. `ddim_implied` and `ddim_keep` are deterministic, with the noise that the
     edited x0 implies or with the predicted noise. `posterior` is ResMaster's stochastic eq. 7. `ddim_ancestral` is DDIM
-    with eta = 1. `dpmpp_2m` is DPM-Solver++(2M), which needs about half the steps."""
+    with eta = 1. `dpmpp_2m` is DPM-Solver++(2M), which needs about half the steps. `renoise` draws all noise anew at
+    every step, for few-step checkpoints of the kinds LCM and DMD2."""
     time_shift: Literal["view", "sqrt"] | Annotated[float, Field(gt=0, le=1000)] = Later("view")
     """How far the steps of a flow-matching model are moved towards more noise. `view`: as for an image of a view's
     size. `sqrt`: by the square root of the canvas's area in views more. A number: by this factor (1: not at all). Other
@@ -210,8 +211,10 @@ class Views(LateGuidance, MicroConditioned):
 
     stride: float = Field(default=0.5, gt=0, le=1)
     """Distance of neighbouring views, as a fraction of the window (the model's native size)."""
-    fuse: Literal["uniform", "linear", "gaussian"] = "uniform"
-    """Weight of a view's pixels where views overlap."""
+    fuse: Literal["uniform", "linear", "gaussian", "narrow", "cosine", "feather"] = "uniform"
+    """Weight of a view's pixels where views overlap. `uniform`: all alike. `linear`: ramps over the overlap.
+    `gaussian`: a bell with a standard deviation of a quarter of the view. `narrow`: a tenth (Mixture of Diffusers).
+    `cosine`: half a wave. `feather`: blurred borders (PixelRush)."""
 
     @property
     def view_stride(self) -> float:

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from math import cos, log, pi
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -91,7 +92,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Timing:
-    """What a flow path depends on beside the number of steps. Other paths do not read it."""
+    """What a path depends on beside the number of steps. Only flow paths read the area and the time shift."""
 
     cells: int
     """Area of a view, in latents. Some models move their steps to more noise for larger images."""
@@ -99,6 +100,9 @@ class Timing:
     """Factor on the time shift of such a view."""
     shift: float | None = None
     """The time shift itself. None: the model's own."""
+    timesteps: tuple[int, ...] = ()
+    """The timesteps that the path visits, falling, from 0 to 999. The path ends clean. Empty: as the model's scheduler
+    spaces them."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,13 @@ def timesteps(count: int, train_steps: int, spacing: str, offset: int, one_more:
     return [int(t) for t in chosen[:count].clip(0, train_steps - 1)]
 
 
+def require_falling(visited: Sequence[float], train_steps: int) -> None:
+    """Raise ConfigError unless timesteps fall and lie below `train_steps`."""
+    if any(a <= b for a, b in pairwise(visited)) or not all(0 <= t < train_steps for t in visited):
+        shown = str(list(visited))[:LONGEST_SHOWN]
+        raise ConfigError(f"timesteps: {shown} must fall and be from 0 to {train_steps - 1}; correct them")
+
+
 MOST_TRAIN_STEPS = 100_000
 """Far more training timesteps than any model has."""
 
@@ -249,10 +260,12 @@ def _signal(config: dict[str, Any], name: str) -> Tensor:
     return products.clamp(min=2.0**-24)
 
 
-def make_schedule(scheduler_config: Mapping[str, Any], count: int) -> tuple[Step, ...]:
+def make_schedule(scheduler_config: Mapping[str, Any], count: int, visited: Sequence[int] = ()) -> tuple[Step, ...]:
     """The path in `count` steps that a diffusers scheduler configuration describes.
 
-    Raises ConfigError as `require_path` does, and for betas that describe no path.
+    visited: the timesteps themselves, falling. The path then ends at alpha = 1, whatever the configuration says. Empty:
+    as the configuration spaces them. Raises ConfigError as `require_path` does, for betas that describe no path, and
+    for timesteps that do not fall or that the model does not have.
     """
     require_path(scheduler_config, count)
     config = dict(scheduler_config)
@@ -264,12 +277,16 @@ def make_schedule(scheduler_config: Mapping[str, Any], count: int) -> tuple[Step
         "set_alpha_to_one", name == "DDIMScheduler"
     )
     spacing, one_more = _spacing(config)
-    chosen = timesteps(count, train_steps, spacing, int(config.get("steps_offset", 0)), one_more)
+    if visited:
+        require_falling(visited, train_steps)
+        chosen, keeps_first = list(visited), False
+    else:
+        chosen = timesteps(count, train_steps, spacing, int(config.get("steps_offset", 0)), one_more)
     signal = [float(products[t]) for t in chosen] + [float(products[0]) if keeps_first else 1.0]
     return tuple(
         Step(
             index=i,
-            count=count,
+            count=len(chosen),
             t=t,
             alpha=signal[i] ** 0.5,
             sigma=(1 - signal[i]) ** 0.5,

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 
@@ -14,7 +15,7 @@ from diffusers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resmaster_stages.diffusion.fusing import Fuser
+from resmaster_stages.diffusion.fusing import WEIGHTS, Fuser
 from resmaster_stages.diffusion.steppers import (
     STEPPERS,
     ddim_ancestral,
@@ -22,6 +23,7 @@ from resmaster_stages.diffusion.steppers import (
     ddim_keep,
     make_stepper,
     posterior,
+    renoise,
 )
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.errors import ConfigError
@@ -126,7 +128,7 @@ def test_fifty_steps_equal_diffusers_euler_in_its_own_units():
     st.integers(4, 20),
     st.integers(2, 9),
     st.integers(0, 19),
-    st.sampled_from(["uniform", "linear", "gaussian"]),
+    st.sampled_from(WEIGHTS),
     st.sampled_from(["ddim_keep", "ddim_implied"]),
     st.data(),
 )
@@ -140,6 +142,47 @@ def test_fuse_then_step_equals_step_then_fuse(height, width, window, index, kind
     fused = stepper(z, *step.split(z, fuser.fuse(outputs)), step, never)
     stepped = fuser.fuse(stepper(views, *step.split(views, outputs), step, never))
     torch.testing.assert_close(fused, stepped, atol=1e-5, rtol=1e-5)
+
+
+def test_a_path_through_given_timesteps_has_their_noise_levels_and_ends_clean():
+    every = {step.t: step for step in make_schedule(euler_config(timestep_spacing="trailing"), 1000)}
+    path = make_schedule(euler_config(), 4, (999, 749, 499, 249))
+    assert [step.t for step in path] == [999, 749, 499, 249]
+    assert [step.alpha for step in path] == [every[t].alpha for t in (999, 749, 499, 249)]
+    assert all(a.alpha_next == b.alpha and a.sigma_next == b.sigma for a, b in itertools.pairwise(path))
+    assert (path[-1].alpha_next, path[-1].sigma_next) == (1.0, 0.0)
+    assert [(step.index, step.count) for step in path] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    keeps = {**SCHEDULER, "_class_name": "DDIMScheduler", "set_alpha_to_one": False}
+    assert make_schedule(keeps, 1, (399,))[0].alpha_next == 1.0
+    for wrong in ((249, 499), (499, 499), (1000, 3), (3, -1)):
+        with pytest.raises(ConfigError, match="must fall and be from 0 to 999"):
+            make_schedule(euler_config(), 2, wrong)
+
+
+def test_a_truncated_path_hands_over_x0():
+    step = make_schedule(euler_config(), 20)[7]
+    last = dataclasses.replace(step, alpha_next=1.0, sigma_next=0.0)
+    z, output = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    x0, eps = last.split(z, output)
+    for name in STEPPERS:
+        torch.testing.assert_close(STEPPERS[name](z, x0, eps, last, never), x0)
+
+
+def test_a_step_from_clean_latents_inverts():
+    """One step up with the predicted noise, and one step down with the same prediction, gives the latents back."""
+    down = make_schedule(euler_config(), 1, (249,))[0]
+    up = dataclasses.replace(down, t=0, alpha=1.0, sigma=0.0, alpha_next=down.alpha, sigma_next=down.sigma)
+    clean, output = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    z = ddim_keep(clean, *up.split(clean, output), up, never)
+    torch.testing.assert_close(z, down.alpha * clean + down.sigma * output)
+    torch.testing.assert_close(ddim_keep(z, *down.split(z, output), down, never), clean, atol=1e-5, rtol=1e-5)
+
+
+def test_renoise_draws_all_noise_anew():
+    step = make_schedule(euler_config(), 4, (999, 749, 499, 249))[1]
+    z, x0, eps, fresh = torch.randn(4, 1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    expected = step.alpha_next * x0 + step.sigma_next * fresh
+    assert torch.equal(renoise(z, x0, eps, step, lambda: fresh), expected)
 
 
 def test_posterior_noise_per_view_would_lose_variance_where_views_overlap():

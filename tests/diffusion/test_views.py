@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resmaster_stages.diffusion.fusing import Fuser, window_weights
+from resmaster_stages.diffusion.fusing import WEIGHTS, Fuser, window_weights
 from resmaster_stages.diffusion.views import Grid, view_grid, whole_canvas
 from resmaster_stages.models.bases.base import Geometry
 
@@ -63,7 +63,7 @@ def test_whole_canvas_is_one_view():
     st.integers(1, 24),
     st.integers(1, 24),
     st.integers(1, 9),
-    st.sampled_from(["uniform", "linear", "gaussian"]),
+    st.sampled_from(WEIGHTS),
     st.data(),
 )
 def test_fusing_what_was_cut_gives_the_canvas_back(height, width, window, kind, data):
@@ -81,7 +81,7 @@ def test_fusing_what_was_cut_gives_the_canvas_back(height, width, window, kind, 
     torch.testing.assert_close(by_rows, canvas, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["uniform", "linear", "gaussian"])
+@pytest.mark.parametrize("kind", WEIGHTS)
 def test_fusing_is_the_weighted_average_of_the_views(kind):
     grid = Grid(11, 14, 6, 3)
     fuser = Fuser(grid, kind)
@@ -102,9 +102,26 @@ def test_fusing_is_the_weighted_average_of_the_views(kind):
 
 def test_a_single_view_is_fused_without_rounding():
     canvas = torch.randn(1, 4, 9, 5)
-    for kind in ("uniform", "linear", "gaussian"):
+    for kind in WEIGHTS:
         fuser = Fuser(Grid(9, 5, 9, 9), kind)
         assert torch.equal(fuser.fuse(fuser.cut(canvas)), canvas)
+
+
+def test_weights_of_a_window_are_those_of_the_papers():
+    """Mixture of Diffusers: exp(-(x - m)^2 / (2 * 0.01 * W^2)), m = (W - 1) / 2. PixelRush: a box blurred with sigma 8
+    and 41 taps, zeros beyond."""
+    place = torch.arange(128, dtype=torch.float64)
+    middle = (128 - 1) / 2
+    expected = torch.exp(-((place - middle) ** 2) / (2 * 0.01 * 128**2))
+    torch.testing.assert_close(window_weights("narrow", 128, 64), expected)
+    torch.testing.assert_close(window_weights("cosine", 128, 64), torch.cos(torch.pi * (place - middle) / 128))
+    taps = torch.exp(-0.5 * (torch.arange(-20, 21, dtype=torch.float64) / 8) ** 2)
+    padded = torch.nn.functional.pad(torch.ones(128, dtype=torch.float64), (20, 20))
+    blurred = torch.stack([(padded[x : x + 41] * taps / taps.sum()).sum() for x in range(128)])
+    torch.testing.assert_close(window_weights("feather", 128, 64), blurred)
+    for kind in WEIGHTS:
+        torch.testing.assert_close(window_weights(kind, 31, 8), window_weights(kind, 31, 8).flip(0))
+    assert window_weights("feather", 2, 1).tolist() == [1.0, 1.0]  # too short for a blur
 
 
 def test_unknown_weights_are_refused():

@@ -311,7 +311,9 @@ class Base(Protocol):
         """What can be asked of the sampling."""
 
     def path(self, steps: int, timing: Timing) -> tuple[Step, ...]:
-        """The steps of the noise schedule. Raises ConfigError for a schedule that is not supported."""
+        """The steps of the noise schedule: `steps` of the model's own, or through `timing.timesteps`.
+
+        Raises ConfigError for a schedule that is not supported."""
 
     def guide(self, unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
         """Classifier-free guidance of predictions [N, C, h, w]. Called only if the kind of guidance is `cfg`."""

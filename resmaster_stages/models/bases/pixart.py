@@ -35,8 +35,8 @@ def sampling(facts: Facts) -> Sampling:
 
 
 def path(facts: Facts, steps: int, timing: Timing) -> tuple[Step, ...]:
-    """The path that the scheduler's configuration describes."""
-    return make_schedule(facts.scheduler, steps)
+    """The path that the scheduler's configuration describes, or through the timesteps of `timing`."""
+    return make_schedule(facts.scheduler, steps, timing.timesteps)
 
 
 @dataclass(frozen=True, eq=False)

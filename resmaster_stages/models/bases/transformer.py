@@ -23,7 +23,15 @@ from resmaster_stages.models.bases.base import (
     guide,
     require_unshifted,
 )
-from resmaster_stages.models.bases.transformer_files import Facts, Kind, added, content, family_of_kind, longest
+from resmaster_stages.models.bases.transformer_files import (
+    Facts,
+    Kind,
+    added,
+    content,
+    family_of_kind,
+    longest,
+    path_of,
+)
 from resmaster_stages.models.schedule import Timing
 
 if TYPE_CHECKING:
@@ -157,10 +165,10 @@ class Transformer(ABC):
         return self.kind.sampling(self.facts)
 
     def path(self, steps: int, timing: Timing) -> tuple[Step, ...]:
-        """The path that the scheduler's configuration describes."""
+        """The path that the scheduler's configuration describes, or through the timesteps of `timing`."""
         if not self.kind.shifted:
             require_unshifted(timing, self.kind.name)
-        return self.kind.path(self.facts, steps, timing)
+        return path_of(self.kind, self.facts, steps, timing)
 
     def guide(self, unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
         """Plain classifier-free guidance."""

@@ -42,8 +42,9 @@ from resmaster_stages.models.files import (
     require_tokenizer,
     require_weights,
 )
+from resmaster_stages.models.flow import flow_path
 from resmaster_stages.models.places import ModelFiles, loading, location, vae_dtype
-from resmaster_stages.models.schedule import Course, Step, Timing, course_of
+from resmaster_stages.models.schedule import Course, Step, Timing, course_of, require_falling
 
 if TYPE_CHECKING:
     import torch
@@ -247,9 +248,18 @@ def family_of_kind(kind: Kind) -> Family:
     )
 
 
+def path_of(kind: Kind, facts: Facts, steps: int, timing: Timing) -> tuple[Step, ...]:
+    """The steps of a model's path. A flow path through timesteps has the noise levels of a thousandth of them, and no
+    time shift. Raises ConfigError."""
+    if not timing.timesteps or not kind.shifted:
+        return kind.path(facts, steps, timing)
+    require_falling(timing.timesteps, 1000)
+    return flow_path([*(t / 1000 for t in timing.timesteps), 0.0])
+
+
 def _course(kind: Kind, config: ModelConfig, steps: int, timing: Timing) -> Course:
     facts = facts_of(config)
-    return course_of(kind.path(facts, steps, timing), kind.sampling(facts).kind == "cfg")
+    return course_of(path_of(kind, facts, steps, timing), kind.sampling(facts).kind == "cfg")
 
 
 @lru_cache(maxsize=4)

@@ -172,11 +172,11 @@ class Unet:
         return Sampling()
 
     def path(self, steps: int, timing: Timing) -> tuple[Step, ...]:
-        """The path that the scheduler's configuration describes."""
+        """The path that the scheduler's configuration describes, or through the timesteps of `timing`."""
         from resmaster_stages.models.schedule import make_schedule
 
         require_unshifted(timing, self.family.name)
-        return make_schedule(self.scheduler_config, steps)
+        return make_schedule(self.scheduler_config, steps, timing.timesteps)
 
     def count(self, prompts: Sequence[str]) -> list[int]:
         """The greatest count of all tokenizers."""
