@@ -33,14 +33,14 @@ class Pass:
     begin: Begin
     first: int = 0
     """Index of the first step. The steps before it are left out."""
+    finish: Callable[[Tensor], Tensor] = lambda z: z
+    """Applied to the clean latents [B, C, H, W] at the end."""
     path: tuple[Step, ...] | None = None
     """Steps of the pass's own, of which the first `first` are left out. None: those of the request.
 
     A last step that ends at alpha = 1 hands over x0 from the middle of a path. A step from alpha = 1 to a noise level
     under `ddim_keep` inverts: it adds the noise that the model predicts.
     """
-    finish: Callable[[Tensor], Tensor] = lambda z: z
-    """Applied to the clean latents [B, C, H, W] at the end."""
 
 
 def from_noise(request: Request, compose: Callable[[Request], Composition], first: int | None) -> Pass:
