@@ -9,7 +9,7 @@ This module names only the default method. The other methods call `register`, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from inspect import get_annotations
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from pydantic import Field, GetJsonSchemaHandler, ModelWrapValidatorHandler, SerializeAsAny, model_validator
 from pydantic_core import CoreSchema
 
+from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.config.part import Part, drop_defaults, known_name
 from resmaster_stages.errors import ConfigError
 
@@ -159,6 +160,10 @@ class Method(Part):
     def weights(self) -> str | None:
         """Name of the exact weights of the method's own network; None if it has no network. Raises ConfigError."""
         return None
+
+    def notes(self, model: ModelConfig) -> Iterator[str]:
+        """What a user should know of the method with a base model, although it is no mistake."""
+        yield from ()
 
     def check_files(self) -> None:
         """Raise ConfigError if the files of the method's own network cannot be used, without loading weights."""

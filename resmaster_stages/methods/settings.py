@@ -21,6 +21,7 @@ from resmaster_stages.config.structure import StructureConfig
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid, stride_of
 from resmaster_stages.methods.passes import Pass, from_noise
+from resmaster_stages.models.bases.base import Asked
 from resmaster_stages.models.schedule import Course, Timing
 
 if TYPE_CHECKING:
@@ -123,6 +124,10 @@ class Diffusion(Method):
     def needs(self) -> Mapping[Ability, str]:
         """Ability that the base model's family must have -> the method or setting that needs it, for messages."""
         return {}
+
+    def asked(self) -> Asked:
+        """The sampling that the method asks the base model for."""
+        return Asked("upscale", self.steps, self.guidance_scale, frozenset(self.model_fields_set), self.stepper)
 
     def timing(self, grid: Grid) -> Timing:
         """What the path of a canvas with the views of `grid` depends on: the size of a view."""

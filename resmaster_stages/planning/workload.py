@@ -59,8 +59,7 @@ def high_res_work(config: Method, base: Denoising, height: int, width: int) -> t
 def stage_work(config: DatasetConfig, height: int, width: int) -> dict[str, tuple[UnetWork, ...]]:
     """Stage -> UNet work of a sample with a low-res image of `height` x `width` px. Stages without a UNet are absent,
     or empty. Raises ConfigError."""
-    base = denoising_of(config.model)
-    work = {"high_res": high_res_work(config.upscale, base, height, width)}
+    work = {"high_res": high_res_work(config.upscale, denoising_of(config.model), height, width)}
     if not config.images:
-        work["low_res"] = low_res_work(config.low_res, base, height, width)
+        work["low_res"] = low_res_work(config.low_res, denoising_of(config.model.base), height, width)
     return work
