@@ -5,16 +5,17 @@ Each phase enlarges the image of the phase before in RGB and encodes it. Then, o
   `noised_to`;
 - one step of few-step weights from there to the clean image. Before the step, the predicted noise is turned towards
   random noise by spherical interpolation (`keep`), which brings detail;
-- predictions are fused with feathered weights, without guidance.
+- predictions are fused, in preset `faithful` with feathered weights; there is no guidance.
 
-From the authors' paper (there is no code): all of the above, timestep 249, and the number 0.95. The paper does not say
-of which noise 0.95 is the share. As a share of the random noise it would add more noise than the step takes away, so
-here it is that of the predicted noise. The width of the feathers is from a reimplementation.
+From the authors' paper (there is no code): all of the above, timestep 249, the number 0.95, and preset `faithful`. The
+paper does not say of which noise 0.95 is the share. As a share of the random noise it would add more noise than the
+step takes away, so here it is that of the predicted noise. The width of the feathers is from a reimplementation.
 
 Ours: random noise is drawn once for the canvas instead of for each view, because noise per view would average away
 where views overlap. The inverting predictions are fused like the others. Interpolation is over the whole canvas of a
-sample. More steps than one are possible. Without `model.few_step` the base model itself takes the step, which the plan
-says; the authors always have few-step weights.
+sample. More steps than one are possible. Preset `default` fuses with linear weights, because under feathered ones
+borders of views show in flat areas. Without `model.few_step` the base model itself takes the step, which the plan says;
+the authors always have few-step weights.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 class PixelRush(MicroConditioned):
     """Two evaluations of a view for every doubling: very fast, made for few-step weights (`model.few_step`)."""
 
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}, "faithful": {}}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}, "faithful": {"fuse": "feather"}}
     reads: ClassVar[tuple[Source, ...]] = ("reference",)
 
     method: Literal["pixelrush"] = "pixelrush"
@@ -67,8 +68,9 @@ class PixelRush(MicroConditioned):
     """There is no guidance."""
     stride: float = Field(default=0.5, gt=0, le=1)
     """Distance of neighbouring views, as a fraction of the window (the model's native size)."""
-    fuse: Literal["uniform", "linear", "gaussian", "narrow", "cosine", "feather"] = "feather"
-    """Weight of a view's pixels where views overlap, as in other methods of views. The paper has `feather`."""
+    fuse: Literal["uniform", "linear", "gaussian", "narrow", "cosine", "feather"] = "linear"
+    """Weight of a view's pixels where views overlap, as in other methods of views. The paper has `feather`, which keeps
+    half a view's weight at its border."""
 
     @property
     def view_stride(self) -> float:
@@ -179,16 +181,14 @@ def slerp(start: Tensor, end: Tensor, share: float) -> Tensor:
     [B, C, H, W]. Lengths are not changed beside."""
     import torch
 
-    flat = [each.flatten(1) for each in (start, end)]
-    lengths = [each.norm(dim=1).clamp(min=torch.finfo(each.dtype).tiny) for each in flat]
-    cosine = ((flat[0] * flat[1]).sum(1) / (lengths[0] * lengths[1])).clamp(-1, 1)
-    angle = torch.acos(cosine)
+    cosine = torch.cosine_similarity(start.flatten(1), end.flatten(1), dim=1)
+    angle = torch.acos(cosine.clamp(-1, 1))
     sine = torch.sin(angle)
     straight = sine < NEARLY_STRAIGHT
     safe = sine.masked_fill(straight, 1.0)
-    weights = (
-        torch.where(straight, 1 - share, torch.sin((1 - share) * angle) / safe),
-        torch.where(straight, share, torch.sin(share * angle) / safe),
-    )
-    first, second = (each.view(-1, 1, 1, 1).to(start.dtype) for each in weights)
-    return first * start + second * end
+
+    def weight(part: float) -> Tensor:
+        found = torch.where(straight, part, torch.sin(part * angle) / safe)
+        return found.view(-1, 1, 1, 1).to(start.dtype)
+
+    return weight(1 - share) * start + weight(share) * end

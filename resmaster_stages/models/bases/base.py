@@ -232,7 +232,9 @@ def require_sampling(sampling: Sampling, asked: Asked, model: str) -> None:
     """
     values = {"guidance_scale": f"{sampling.guidance_scale:g}"}
     if asked.steps is not None:
-        values = {"steps": str(sampling.steps), **values, **{"stepper": each for each in sampling.steppers[:1]}}
+        values = {"steps": str(sampling.steps), **values}
+        if sampling.steppers:
+            values["stepper"] = sampling.steppers[0]
     *others, last = (f"{asked.part}.{name}: {value}" for name, value in values.items())
     good = f"set {' and '.join(filter(None, (', '.join(others), last)))}, which are recommended for it"
     scale, steps = asked.guidance_scale, asked.steps

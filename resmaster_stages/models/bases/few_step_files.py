@@ -129,8 +129,8 @@ def require_unet(found: Shapes, unet: Shapes, name: str, model: str) -> None:
 def _require_shape(found: tuple[int, ...], wanted: tuple[int, ...], what: str, model: str) -> None:
     if found != wanted:
         raise ConfigError(
-            f"model.few_step: {what} is {spell(found)}, and {spell(wanted)} in {model}; give weights that were made for "
-            "this model"
+            f"model.few_step: {what} is {spell(found)}, and {spell(wanted)} in {model}; give weights that were made "
+            "for this model"
         )
 
 
@@ -145,9 +145,8 @@ def lora_layers(found: Shapes, unet: Shapes, name: str, model: str) -> dict[str,
     found, unet: the shapes of the LoRA's and the UNet's tensors. name, model: of both, for messages.
     """
     layers = [tensor.removesuffix(".weight") for tensor in unet if tensor.endswith(".weight")]
-    known = {
-        each: layer for layer in layers for each in (f"unet.{layer}", layer, f"lora_unet_{layer.replace('.', '_')}")
-    }
+    known = {each: layer for layer in layers for each in (layer, f"unet.{layer}")}
+    known |= {f"lora_unet_{layer.replace('.', '_')}": layer for layer in layers}
     parts: dict[str, dict[str, str]] = {}
     for tensor in found:
         match = _PART.fullmatch(tensor)
