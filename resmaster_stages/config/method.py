@@ -247,5 +247,5 @@ def with_method(values: Mapping[str, Any], method: Any) -> dict[str, Any]:
 
 
 def _defined_in(method: type[Method], name: str) -> type | None:
-    """The most basic class that defines the field."""
-    return next((base for base in reversed(method.__mro__) if name in get_annotations(base)), None)
+    """The class whose definition of the field counts."""
+    return next((base for base in method.__mro__ if name in get_annotations(base)), None)

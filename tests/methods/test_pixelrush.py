@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from resmaster_stages.config.load import parse_config
+from resmaster_stages.config.method import with_method
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.cost import counting
 from resmaster_stages.diffusion.loop import CanvasNoise, denoise
@@ -133,7 +134,7 @@ def test_more_noise_than_the_step_takes_away_would_be_added_if_the_share_were_of
 def test_4096_px_take_116_evaluations() -> None:
     """Two doublings of 1024 px, of 9 and 49 views, each twice."""
     sizes = (Denoising(Geometry(1024, 8)), 1024, 1024)
-    work = high_res_work(settings("pixelrush", steps=1, scale=4), *sizes)
+    work = high_res_work(settings("pixelrush", scale=4), *sizes)
     assert [each.rows for each in work] == [2 * 9, 2 * 49]
     assert sum(each.rows for each in high_res_work(settings("pixelrush", steps=2, scale=4), *sizes)) == 3 * (9 + 49)
 
@@ -198,3 +199,13 @@ def test_the_plan_says_that_few_step_weights_are_missing() -> None:
 def test_there_is_no_guidance() -> None:
     with pytest.raises(ConfigError, match="guidance_scale"):
         parse_config({"name": "d", "upscale": {"method": "pixelrush", "guidance_scale": 5}})
+
+
+def test_steps_and_guidance_of_another_method_are_not_taken_over() -> None:
+    """They count a whole path."""
+    before = {"method": "resmaster", "steps": 20, "guidance_scale": 4.0, "micro_conditioning": "native"}
+    assert with_method(before, "pixelrush") == {"method": "pixelrush", "micro_conditioning": "native"}
+    assert with_method({**before, "method": "pixelrush", "steps": 1, "guidance_scale": 1}, "resmaster") == {
+        "method": "resmaster",
+        "micro_conditioning": "native",
+    }

@@ -151,7 +151,7 @@ class Unet:
     """Whether the UNet reads pooled text and numbers of size and crop (SDXL)."""
     zeros_for_empty_prompt: bool
     """Whether the empty negative prompt is all zeros, as the model was trained (`force_zeros_for_empty_prompt`)."""
-    few_step: few_step.FewStep | None = None
+    few_step: few_step.FewStep | None
     """The few-step weights that the denoiser has. None: its own."""
 
     @property
