@@ -6,8 +6,8 @@ four.
 eight DDIM steps, and the second is the LoRA of eight steps. The student's one step, in one row and without guidance,
 must land where two steps of its teacher land. Times are trailing: the only ones that the LoRA knows.
 
-A LoRA here is a product of two thin matrices for every linear layer and convolution, beside the IP-Adapter's, which
-stay as they are and take part in a share of the steps. Photos, text and images come from the caches of `train_flow`.
+A LoRA here is a product of two thin matrices for every linear layer and convolution. The IP-Adapter takes no part.
+Photos and texts come from the caches of `train_flow`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from resmaster_stages.models.bases.few_step import trailing
 from resmaster_stages.picturebook.training import data, train_flow, train_unet
 from resmaster_stages.picturebook.training.course import (
     Budget,
@@ -41,13 +42,13 @@ from resmaster_stages.picturebook.training.export import PACK
 
 STAGES = (8, 4)
 """Steps of the students, in the order of training: each but the first halves the one before."""
-RECIPE = Budget(seconds=2400, decay=0.4, decay_seconds_on_stop=300)
+RECIPE = Budget(seconds=6000, decay=0.4, decay_seconds_on_stop=300)
 """How long each stage trains: wall-clock seconds, on a CPU core of its own."""
 
 
 @dataclass(frozen=True)
 class FewRecipe:
-    """Shares of texts and images are probabilities per sample, `adapter_share` per step."""
+    """How a stage is trained."""
 
     rank: int = 6
     batch: int = 32
@@ -55,10 +56,8 @@ class FewRecipe:
     ema: float = 0.998
     guidance: float = 4.0
     """Of the first teacher, folded into the student."""
-    adapter_share: float = 0.25
     text_dropped: float = 0.05
-    text_dropped_with_adapter: float = 0.3
-    image_dropped: float = 0.1
+    """Share of the samples without text."""
     max_weight: float = 5.0
     """The error of the clean image weighs as much as the signal-to-noise ratio, between one and this."""
 
@@ -77,15 +76,14 @@ class LowRank(nn.Module):
 
 
 def attach_lora(unet: UNet2DConditionModel, rank: int) -> nn.ModuleDict:
-    """Give every linear layer and convolution but the IP-Adapter's a LoRA, and freeze the rest. Returns the LoRA's
-    layers under the names of theirs, with `/` for dots."""
+    """Give every linear layer and convolution a LoRA, and freeze the rest. Returns the LoRA's layers under the names of
+    theirs, with `/` for dots."""
     unet.requires_grad_(False)
     layers = [(n, m) for n, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     found = nn.ModuleDict()
     for name, layer in layers:
-        if "processor" not in name and "encoder_hid_proj" not in name:
-            found[name.replace(".", "/")] = low_rank = LowRank(layer.weight, rank)
-            parametrize.register_parametrization(layer, "weight", low_rank)
+        found[name.replace(".", "/")] = low_rank = LowRank(layer.weight, rank)
+        parametrize.register_parametrization(layer, "weight", low_rank)
     return found
 
 
@@ -96,22 +94,20 @@ def fuse(unet: UNet2DConditionModel) -> None:
             parametrize.remove_parametrizations(module, "weight")
 
 
-def trailing(steps: int) -> Tensor:
+def path_times(steps: int) -> Tensor:
     """The times of so many trailing steps, falling, with -1 (clean) at the end: [steps + 1]."""
-    return torch.tensor([round(1000 * (steps - i) / steps) - 1 for i in range(steps + 1)])
+    return torch.tensor([*trailing(steps), -1])
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents z [N, C, h, w] at step `index` [N] of the student, and what the UNet reads; no `view`: no adapter."""
+    """Latents z [N, C, h, w] at step `index` [N] of the student, and the text and sizes that the UNet reads."""
 
     z: Tensor
     index: Tensor
     context: Tensor
     vector: Tensor
     time_ids: Tensor
-    view: Tensor
-    adapter: bool
 
 
 class Walk:
@@ -144,20 +140,13 @@ class Walk:
 
 
 def draw_batch(cache: train_flow.Cache, recipe: FewRecipe, steps: int, rng: Random) -> Batch:
-    """The photos, texts, image prompts and noise of one training step; the first step starts from noise alone."""
+    """The photos, texts and noise of one training step; the first step of a path starts from noise alone."""
     n = recipe.batch
     pick = torch.tensor(rng.sample(range(len(cache.ids)), n))
     index = (torch.randperm(n) * steps) // n
-    adapter = rng.random() < recipe.adapter_share
-
-    def chosen(share: float) -> Tensor:
-        return torch.tensor([rng.random() < share for _ in range(n)])
-
-    no_image = chosen(recipe.image_dropped)
-    keep = (~chosen(recipe.text_dropped_with_adapter if adapter else recipe.text_dropped)).float()
-    views = torch.where(chosen(0.5)[:, None], cache.images[0][pick], cache.images[1][pick]).float()
+    keep = torch.tensor([float(rng.random() >= recipe.text_dropped) for _ in range(n)])
     noise = torch.randn(cache.latents[pick].shape)
-    alpha, sigma = Walk().levels(trailing(steps)[index])
+    alpha, sigma = Walk().levels(path_times(steps)[index])
     noised = alpha * cache.latents[pick].float() + sigma * noise
     return Batch(
         z=torch.where((index == 0)[:, None, None, None], noise, noised),
@@ -165,8 +154,6 @@ def draw_batch(cache: train_flow.Cache, recipe: FewRecipe, steps: int, rng: Rand
         context=cache.context[pick].float() * keep[:, None, None],
         vector=cache.vector[pick].float() * keep[:, None],
         time_ids=cache.time_ids[pick],
-        view=views.masked_fill(no_image[:, None], 0.0),
-        adapter=adapter,
     )
 
 
@@ -177,14 +164,10 @@ def said_noise(unet: UNet2DConditionModel, batch: Batch, z: Tensor, times: Tenso
     def rows(values: Tensor) -> Tensor:
         return values if branches == 1 else torch.cat([values, torch.zeros_like(values)])
 
-    added: dict[str, Any] = {"text_embeds": rows(batch.vector), "time_ids": batch.time_ids.repeat(branches, 1)}
-    added["image_embeds"] = [rows(batch.view)[:, None]]
-    train_unet.set_adapter_scale(unet, 1.0 if batch.adapter else 0.0)
+    added = {"text_embeds": rows(batch.vector), "time_ids": batch.time_ids.repeat(branches, 1)}
     with torch.autocast(z.device.type, torch.bfloat16):
-        said = unet(
-            z.repeat(branches, 1, 1, 1), times.repeat(branches), rows(batch.context), added_cond_kwargs=added
-        ).sample
-    noise: Tensor = said.float()
+        noisy, at = z.repeat(branches, 1, 1, 1), times.repeat(branches)
+        noise: Tensor = unet(noisy, at, rows(batch.context), added_cond_kwargs=added).sample.float()
     if branches == 2:
         with_text, without = noise.chunk(2)
         noise = without + guidance * (with_text - without)
@@ -201,7 +184,7 @@ class Teacher:
     @torch.no_grad()
     def end(self, batch: Batch, steps: int) -> Tensor:
         """Where its two steps land that begin at a student's step of each sample."""
-        times, walk, z = trailing(2 * steps), Walk(), batch.z
+        times, walk, z = path_times(2 * steps), Walk(), batch.z
         for half in (0, 1):
             now, after = times[2 * batch.index + half], times[2 * batch.index + half + 1]
             z = walk.step(z, said_noise(self.unet, batch, z, now, self.guidance), now, after)
@@ -210,7 +193,7 @@ class Teacher:
 
 def few_loss(student: UNet2DConditionModel, teacher: Teacher, batch: Batch, steps: int, max_weight: float) -> Tensor:
     """The weighted error of the student's clean latents against those that land where the teacher lands."""
-    walk, times = Walk(), trailing(steps)
+    walk, times = Walk(), path_times(steps)
     now, after = times[batch.index], times[batch.index + 1]
     wanted = walk.landed(batch.z, teacher.end(batch, steps), now, after)
     clean = walk.clean(batch.z, said_noise(student, batch, batch.z, now, 1.0), now)
@@ -229,6 +212,11 @@ def load(work: Path, steps: int) -> dict[str, Tensor]:
     state: dict[str, Any] = torch.load(checkpoint_of(work, steps), map_location="cpu", weights_only=True)
     found: dict[str, Tensor] = state["ema"]
     return found
+
+
+def unet_of(pack_folder: Path) -> UNet2DConditionModel:
+    """The pack's UNet, without IP-Adapter."""
+    return UNet2DConditionModel.from_pretrained(pack_folder, subfolder="unet", local_files_only=True).float()
 
 
 def prepare(work: Path, steps: int, unet: UNet2DConditionModel, recipe: FewRecipe) -> tuple[Teacher, nn.ModuleDict]:
@@ -263,7 +251,7 @@ def train(
     course = Course(budget, checkpoint_of(work, steps), work / "STOP-FEW")
     state = course.resume("lora", "ema", "optim")
     torch.manual_seed(11)
-    student = painter.unet
+    student = unet_of(pack_folder)
     teacher, lora = prepare(work, steps, student, recipe)
     optim, ema = optimiser([lora], recipe.rate), Ema(lora, recipe.ema)
     if state:
