@@ -307,6 +307,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=RECIPE.seconds, help="of each stage's training, over all runs")
     parser.add_argument("--steps", type=int, default=None, help="of each stage's training, instead of seconds")
     parser.add_argument("--stages", type=int, nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--to", type=Path, help="write the last stage's LoRA to this .safetensors file")
     parser.add_argument("--compile", action="store_true", help="torch.compile: a minute first, then twice as fast")
     args = parser.parse_args()
     if args.threads:
@@ -315,6 +316,8 @@ def main() -> None:
     budget = replace(RECIPE, seconds=args.seconds, steps=args.steps)
     for stage in args.stages:
         train(args.work, stage, budget, pack_folder=args.pack, compiled=args.compile)
+    if args.to:
+        print(f"few: {export(args.work, args.stages[-1], args.to) / 1e6:.2f} MB in {args.to}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -10,15 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from resmaster_stages import high_res, library, low_res
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.config.model import FewStepConfig, ModelConfig
+from resmaster_stages.dataset.sample import EncodedImage, Sample
 from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.diffusion.cost import counting
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.bases import few_step_files
 from resmaster_stages.models.bases.few_step import FewStep, Kind, few_step_of
+from resmaster_stages.models.identity import few_step_identity
 from resmaster_stages.models.licences import licences_of
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.schedule import Timing
@@ -484,3 +488,37 @@ def test_a_damaged_configuration_of_a_folder_is_one_line(saved: Path, tmp_path: 
     (folder / "unet" / "config.json").write_text(json.dumps([]))
     with pytest.raises(ConfigError, match=r"config.json is not a JSON object"):
         few_step_files.check(model(saved, FewStepConfig(id=str(folder), subfolder="unet")))
+
+
+@pytest.mark.parametrize(("kind", "stepper"), [("lightning", "ddim_keep"), ("lcm", "renoise")])
+def test_the_library_takes_the_sampling_of_loaded_weights(saved: Path, tmp_path: Path, kind: str, stepper: str) -> None:
+    tensors = low_rank(unet_weights(saved), underscored=True)[0]
+    models = load_models(model(saved, few(tmp_path, tensors, kind=kind, steps=4)))
+    taken = library.single("tiny", "prompt", models)["upscale"]
+    assert {name: taken[name] for name in ("steps", "guidance_scale", "stepper")} == {
+        "steps": 4,
+        "guidance_scale": 1.0,
+        "stepper": stepper,
+    }
+    with counting() as counted:
+        (low_res,) = library.generate("a cat", model=models)
+    assert counted.rows == 4
+    assert library.upscale(low_res, "a cat", model=models, scale=2).size == (128, 128)
+    assert library.upscale(low_res, "a cat", model=models, scale=2, method="pixelrush").size == (128, 128)
+
+
+def test_a_process_makes_low_res_images_by_the_base_model_and_high_res_ones_by_the_weights(
+    saved: Path, tmp_path: Path
+) -> None:
+    """Both stages in one process, one after the other."""
+    own = few(tmp_path, low_rank(unet_weights(saved), underscored=True)[0], steps=8)
+    config = dataset(saved, tmp_path, own, steps=8, init="noised_lr", start=0.5)
+    sample = Sample("k" * 32, 0, "a cat", "", 64, 64, 0)
+    (small,) = (each.finished() for each in low_res.process(config, [sample]))
+    (plain,) = (each.finished() for each in low_res.process(dataset(saved, tmp_path, None), [sample]))
+    assert small.files == plain.files
+    drawn = replace(sample, low_res=EncodedImage(small.files["webp"], "webp", {}))
+    (large,) = (each.finished() for each in high_res.process(config, [drawn]))
+    names = [json.loads(each.files["json"])["model"] for each in (small, large)]
+    assert "few_step" not in names[0]
+    assert names[1] == f"{names[0]}+few_step={few_step_identity(own)}"
