@@ -512,13 +512,14 @@ def test_a_process_makes_low_res_images_by_the_base_model_and_high_res_ones_by_t
 ) -> None:
     """Both stages in one process, one after the other."""
     own = few(tmp_path, low_rank(unet_weights(saved), underscored=True)[0], steps=8)
-    config = dataset(saved, tmp_path, own, steps=8, init="noised_lr", start=0.5)
+    config = dataset(saved, tmp_path, own, steps=8, init="noised_lr", start=0.5, text_prompt={"enabled": False})
     sample = Sample("k" * 32, 0, "a cat", "", 64, 64, 0)
     (small,) = (each.finished() for each in low_res.process(config, [sample]))
     (plain,) = (each.finished() for each in low_res.process(dataset(saved, tmp_path, None), [sample]))
     assert small.files == plain.files
     drawn = replace(sample, low_res=EncodedImage(small.files["webp"], "webp", {}))
     (large,) = (each.finished() for each in high_res.process(config, [drawn]))
+    assert (small.error, large.error) == (None, None)
     names = [json.loads(each.files["json"])["model"] for each in (small, large)]
     assert "few_step" not in names[0]
     assert names[1] == f"{names[0]}+few_step={few_step_identity(own)}"
