@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +20,11 @@ from resmaster_stages.methods.pixelrush import Rushed, slerp
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.models.parts import Models
-from resmaster_stages.planning.checks import notes_of
+from resmaster_stages.planning.checks import Findings, checks_of, notes_of
 from resmaster_stages.planning.workload import Denoising, high_res_work
 from tests.methods.common import forwards, plain, request, schedule, settings, some_image
 from tests.tiny_models import with_base
+from tests.tiny_qwen_image import make_qwen_image
 from tests.tiny_transformers import make_flux
 
 NOISE = torch.Generator().manual_seed(0)
@@ -209,3 +211,15 @@ def test_steps_and_guidance_of_another_method_are_not_taken_over() -> None:
         "method": "resmaster",
         "micro_conditioning": "native",
     }
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "flux"])
+def test_the_plan_takes_its_own_steps_on_transformers(name: str, tmp_path: Path) -> None:
+    """Also where the model's own path needs two steps."""
+    make = {"qwen_image": make_qwen_image, "flux": make_flux}[name]
+    make().save_pretrained(tmp_path / name)
+    values = {"name": "d", "model": {"id": str(tmp_path / name)}, "upscale": {"method": "pixelrush", "scale": 2}}
+    config = parse_config({**values, "low_res": {"steps": 4, "guidance_scale": 1}, "quality": {"clip": None}})
+    mistakes = Findings()
+    mistakes.look(checks_of(config, ("high_res",), here=False))
+    mistakes.tell()

@@ -128,7 +128,7 @@ class Asked:
     part: str
     """Name of the part in a configuration, for messages: `low_res` or `upscale`."""
     steps: int | None
-    """None: the steps are a method's own, and only one of them need be possible."""
+    """None: the steps are a method's own, and the number that the model recommends does not bind them."""
     guidance_scale: float
     written: frozenset[str] = frozenset({"steps", "guidance_scale"})
     """The settings that a user chose. The others have this project's defaults, which were chosen for SDXL."""

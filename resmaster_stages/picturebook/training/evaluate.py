@@ -253,11 +253,11 @@ def scene_measures(
 ) -> list[Measure]:
     """Generated scenes against real drawings of the same scenes: pairs found by the captioner, and FID by the
     classifier of the pack `judges`. `pipe` is `pack`'s."""
-    count, sampling = amounts.scenes, {"guidance": amounts.guidance, "steps": amounts.steps}
+    count, steps, guidance = amounts.scenes, amounts.steps, amounts.guidance
     shown = square_scenes(count, SCENE_SEED)
     prompts = [captions.caption(scene) for scene in shown]
     wanted = [captions.pairs_in(scene) for scene in shown]
-    truth_drawn, painted = drawn(shown), paint(pipe, prompts, seed=100, **sampling)
+    truth_drawn, painted = drawn(shown), paint(pipe, prompts, 100, steps, guidance)
     real, real_precision = pair_score(captioner, truth_drawn, wanted)
     generated, precision = pair_score(captioner, painted, wanted)
 
@@ -265,7 +265,7 @@ def scene_measures(
         str(pack), subfolder="ip_adapter", weight_name="ip-adapter.safetensors", image_encoder_folder=None
     )
     pipe.set_ip_adapter_scale(1.0)
-    prompted = paint(pipe, [""] * count, seed=200, image_prompts=truth_drawn, **sampling)
+    prompted = paint(pipe, [""] * count, 200, steps, guidance, image_prompts=truth_drawn)
     pipe.unload_ip_adapter()
     by_image, _ = pair_score(captioner, prompted, wanted)
 
