@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import floor, log10
+from math import floor, log10, prod
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -23,6 +23,8 @@ LONGEST_LABEL = 34
 NONE = 0.5
 """Where methods without rows stand on the axis of rows, in units of the fewest rows of the others."""
 UNIT = "rows per image (native-size views, guidance included)"
+LEAST = 0.01
+"""The smallest value that is drawn. Distances of equal sets are 0, which no logarithmic axis has."""
 BEST, OTHER, INK, FAINT = "#b3261e", "#1d5fa8", "#333333", "#d9d9d9"
 
 BOTH = "both"
@@ -44,19 +46,20 @@ class Point:
     value: float
 
 
-def value_of(row: Mapping[str, Any], column: str) -> float:
-    """What a row of the table has in a panel. 0 if nothing."""
-    if column == BOTH:
-        return float(max(0.0, row.get("fid_r") or 0) * max(0.0, row.get("fid_c") or 0)) ** 0.5
-    return float(row.get(column) or 0)
+def value_of(row: Mapping[str, Any], column: str) -> float | None:
+    """What a row of the table has in a panel, at least `LEAST`. None if nothing."""
+    found = [row.get(name) for name in (("fid_r", "fid_c") if column == BOTH else (column,))]
+    values = [max(LEAST, float(value)) for value in found if value is not None]
+    return float(prod(values) ** (1 / len(values))) if len(values) == len(found) else None
 
 
 def points(rows: Iterable[Mapping[str, Any]], column: str) -> list[Point]:
     """The methods that have a value in a panel. Methods without base model have 0 rows."""
+    values = [(row, value_of(row, column)) for row in rows if row.get("dataset")]
     return [
-        Point(_short(str(row["method"])), row.get("unet_native_rows") or 0.0, value_of(row, column))
-        for row in rows
-        if row.get("dataset") and value_of(row, column) > 0
+        Point(_short(str(row["method"])), row.get("unet_native_rows") or 0.0, value)
+        for row, value in values
+        if value is not None
     ]
 
 
@@ -86,7 +89,7 @@ def chart(title: str, rows: Sequence[Mapping[str, Any]]) -> str | None:
         _text(LEFT_PX, 16, title, INK, size=14),
     ]
     for (column, found), place in zip(panels.items(), _places(len(panels))):
-        real = next((value_of(row, column) for row in rows if not row.get("dataset")), 0.0)
+        real = next((value_of(row, column) for row in rows if not row.get("dataset")), None)
         axes = Axes.around(found, real, place)
         parts += [*_frame(axes, PANELS[column]), *_real(axes, real), *_marks(axes, found)]
     return "\n".join([*parts, "</svg>", ""])
@@ -127,10 +130,10 @@ class Axes:
     """Where methods without rows stand. None: there are none."""
 
     @classmethod
-    def around(cls, found: Sequence[Point], real: float, place: Place) -> Axes:
+    def around(cls, found: Sequence[Point], real: float | None, place: Place) -> Axes:
         """The axes that hold all points."""
         some = [point.rows for point in found if point.rows > 0] or [1.0]
-        values = [*(point.value for point in found), *([real] if real else ())]
+        values = [*(point.value for point in found), *(() if real is None else (real,))]
         without = min(some) * NONE if any(point.rows == 0 for point in found) else None
         low = min(some) * 0.8 if without is None else without * 0.8
         return cls(place, (low, max(some) * 1.6), (min(values) * 0.85, max(values) * 1.15), without)
@@ -174,9 +177,9 @@ def _frame(axes: Axes, title: str) -> Iterator[str]:
     yield _text((place.left + place.right) / 2, place.bottom + 32, UNIT, INK, "middle")
 
 
-def _real(axes: Axes, real: float) -> Iterator[str]:
+def _real(axes: Axes, real: float | None) -> Iterator[str]:
     """The line of real images."""
-    if real:
+    if real is not None:
         yield _line(axes.place.left, axes.y(real), axes.place.right, axes.y(real), INK, dashes="4 3")
         yield _text(axes.place.right, axes.y(real) - 4, "real images", INK, "end")
 

@@ -85,6 +85,9 @@ def test_names_of_crowded_points_do_not_cover_one_another() -> None:
 def test_without_distances_there_is_no_chart() -> None:
     assert chart("t", [row("direct", 10.0, None, None)]) is None
     assert chart("t", []) is None
+    equal = chart("t", [row("direct", 10.0, 0.0, None)])
+    assert equal is not None
+    assert equal.count("<circle") == 1
 
 
 def test_ticks_are_one_two_and_five() -> None:
