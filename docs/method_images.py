@@ -1,4 +1,4 @@
-"""Cuts an image per method for docs/methods.md from the sheet of a comparison of all methods (the page has the command).
+"""Cuts an image per method for docs/methods.md from the sheet of a comparison of all methods (see that page).
 
 python docs/method_images.py out/strip/picturebook-compare/sheet-4x4.png
 """
