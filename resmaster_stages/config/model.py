@@ -54,7 +54,8 @@ class FewStepConfig(Part):
     places: ClassVar[tuple[str, ...]] = ("id", "weight_name", "revision")
 
     id: str
-    """Hub id or folder, e.g. `ByteDance/SDXL-Lightning`."""
+    """Hub id or folder, e.g. `ByteDance/SDXL-Lightning`. `picturebook`: the embedded pack's LoRA, which needs no other
+    key here."""
     subfolder: str = ""
     """Folder of the weights inside the repository or folder `id`, e.g. `unet`."""
     weight_name: str | None = None

@@ -22,6 +22,7 @@ from typing import Literal, TypeAlias
 from resmaster_stages.config.model import FewStepConfig, ModelConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases.base import Asked, Sampling, require_sampling
+from resmaster_stages.models.identity import PICTUREBOOK
 
 Kind: TypeAlias = Literal["lightning", "hyper", "lcm", "dmd2", "turbo"]
 
@@ -38,6 +39,9 @@ MADE_FOR: dict[Kind, tuple[int, ...]] = {
 
 ANY_OF_THEM: frozenset[Kind] = frozenset({"lcm", "turbo"})
 """Kinds whose weights take all these numbers of steps. Weights of the other kinds take their own number only."""
+
+PACK_WEIGHTS = "8-step-lora.safetensors"
+"""The file of the embedded pack's few-step weights, in its folder `few_step`."""
 
 DETERMINISTIC = ("ddim_keep", "ddim_implied", "renoise")
 RENOISED = ("renoise",)
@@ -82,8 +86,16 @@ def trailing(count: int) -> tuple[int, ...]:
     return tuple(round(1000 * (count - place) / count) - 1 for place in range(count))
 
 
+def resolved(config: FewStepConfig) -> FewStepConfig:
+    """The place of few-step weights, with the file and kind of those of the embedded pack."""
+    if config.id != PICTUREBOOK:
+        return config
+    return config.model_copy(update={"subfolder": "", "weight_name": PACK_WEIGHTS, "kind": "lightning"})
+
+
 def few_step_of(config: FewStepConfig) -> FewStep:
     """What a configuration says of few-step weights. Raises ConfigError."""
+    config = resolved(config)
     name = "/".join(filter(None, (config.id, config.subfolder, config.weight_name)))
     kind = _kind(config, name)
     steps = config.steps or _steps_in(config) or 4

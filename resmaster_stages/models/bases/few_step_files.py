@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from resmaster_stages.config.model import FewStepConfig, ModelConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases.adapter_files import Shapes
-from resmaster_stages.models.bases.few_step import few_step_of
+from resmaster_stages.models.bases.few_step import few_step_of, resolved
 from resmaster_stages.models.files import (
     DIFFUSERS,
     NotOnThisMachine,
@@ -58,8 +58,7 @@ def check(config: ModelConfig) -> None:
 
     Raises NotOnThisMachine if one of the two is still to be downloaded.
     """
-    own = config.few_step
-    assert own is not None
+    own = _own(config)
     few_step_of(own)
     found = _shapes(config, own)
     folder = folder_with(config.id, "model_index.json", config.revision) / "unet"
@@ -70,6 +69,12 @@ def check(config: ModelConfig) -> None:
         lora_layers(found, unet, _name(own), config.id)
     else:
         require_unet(found, unet, _name(own), config.id)
+
+
+def _own(config: ModelConfig) -> FewStepConfig:
+    """The place of a model's few-step weights."""
+    assert config.few_step is not None
+    return resolved(config.few_step)
 
 
 def _name(config: FewStepConfig) -> str:
@@ -90,7 +95,7 @@ def _shapes(config: ModelConfig, own: FewStepConfig) -> Shapes:
     """Name -> shape of each tensor of the weights. Raises ConfigError and NotOnThisMachine."""
     if own.weight_name is not None:
         name = _file(own)
-        return tensors_of(folder_with(own.id, name, own.revision) / name)
+        return tensors_of(folder_with(own.id, name, own.revision, "few_step") / name)
     name = (Path(own.subfolder) / "config.json").as_posix()
     folder = folder_with(own.id, name, own.revision) / own.subfolder
     if object_in(folder / "config.json").get("time_cond_proj_dim") is not None:
@@ -186,15 +191,14 @@ def _downloaded(config: FewStepConfig) -> Path:
 
         with loading(config.id, "the few-step weights"):
             huggingface_hub.hf_hub_download(config.id, name, revision=config.revision)
-    return folder_with(config.id, name, config.revision) / name
+    return folder_with(config.id, name, config.revision, "few_step") / name
 
 
 def load_unet(config: ModelConfig, dtype: torch.dtype) -> Any | None:
     """The whole UNet that `model.few_step` names, on the CPU. None if it names a LoRA. Raises ConfigError."""
     import diffusers
 
-    own = config.few_step
-    assert own is not None
+    own = _own(config)
     few_step_of(own)
     kind = diffusers.UNet2DConditionModel
     if own.weight_name is None:
@@ -244,8 +248,7 @@ def fuse_lora(unet: Any, config: ModelConfig) -> None:
     import torch
     from safetensors.torch import load_file
 
-    own = config.few_step
-    assert own is not None
+    own = _own(config)
     tensors = load_file(_downloaded(own))
     with torch.no_grad():
         for layer, low in lora_layers(shapes_in(tensors), shapes_in(unet.state_dict()), _name(own), config.id).items():

@@ -22,7 +22,7 @@ from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.bases import few_step_files
 from resmaster_stages.models.bases.few_step import FewStep, Kind, few_step_of
-from resmaster_stages.models.identity import few_step_identity
+from resmaster_stages.models.identity import few_step_identity, model_identity, pack_folder
 from resmaster_stages.models.licences import licences_of
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.schedule import Timing
@@ -523,3 +523,24 @@ def test_a_process_makes_low_res_images_by_the_base_model_and_high_res_ones_by_t
     names = [json.loads(each.files["json"])["model"] for each in (small, large)]
     assert "few_step" not in names[0]
     assert names[1] == f"{names[0]}+few_step={few_step_identity(own)}"
+
+
+def test_the_packs_own_weights_need_only_their_name() -> None:
+    """In the durable stages: a part of its own, so the base model keeps its identity."""
+    own = FewStepConfig(id="picturebook")
+    found = few_step_of(own)
+    assert (found.kind, found.steps) == ("lightning", 8)
+    config = ModelConfig(device="cpu", few_step=own)
+    few_step_files.check(config)
+    models = load_models(config)
+    base, _, weights = models.identity.partition("+")
+    assert base == model_identity(ModelConfig())
+    assert weights.startswith("few_step=picturebook@")
+    assert models.base.image_adapter() is not None
+    size = (pack_folder() / "few_step" / "8-step-lora.safetensors").stat().st_size
+    assert size < 1_550_000
+    values = {"preset": "exact", "steps": 8, "guidance_scale": 1, "stepper": "ddim_keep"}
+    dataset = parse_config({"name": "d", "model": {"few_step": {"id": "picturebook"}}, "upscale": values})
+    told = {each.part: each.licence.name for each in licences_of(dataset)}
+    assert told["few-step weights"] == "apache-2.0"
+    assert not [note for note in check(dataset).notes if "few" in note]
