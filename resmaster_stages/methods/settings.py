@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -153,7 +154,36 @@ class Diffusion(Method):
         """The passes of the denoising loop, in order. The canvas of the last one has the requested size."""
 
 
-class LateGuidance(Diffusion):
+class GuidedByBand(Diffusion):
+    """Guidance with another scale for low frequencies."""
+
+    guidance_low: float | None = Later(None, ge=1)
+    """Guidance scale of low frequencies, which are those of a wavelet's low band (sym4). HiWave has 1, beside 7.5 for
+    high ones. null: `guidance_scale`, as for high ones."""
+
+    @model_validator(mode="after")
+    def _check_low(self) -> Self:
+        if self.guidance_low is not None and self.guidance_low > 1 and self.guidance_scale == 1:
+            raise ValueError(
+                f"guidance_low {self.guidance_low:g} needs an unconditional branch, and guidance_scale is 1; raise "
+                "guidance_scale, or drop guidance_low"
+            )
+        return self
+
+    def guided_by_band(self, models: Models, scale: float, stop: float = 1.0) -> ClassifierFree:
+        """The guidance rule with `scale` for high frequencies, up to the fraction `stop` of the path."""
+        from resmaster_stages.diffusion.guidance import ByBand, ClassifierFree
+        from resmaster_stages.diffusion.wavelets import low_band
+
+        mix, low = models.base.guide, self.guidance_low
+        if not models.guided(scale):
+            return ClassifierFree(1.0, stop, mix)
+        if low is None or low == scale:
+            return ClassifierFree(scale, stop, mix)
+        return ByBand(scale, stop, mix, low, partial(low_band, wavelet="sym4"))
+
+
+class LateGuidance(GuidedByBand):
     """Guidance that may end before the last step."""
 
     guidance_stop: float = Field(default=1.0, gt=0, le=1)
@@ -166,10 +196,7 @@ class LateGuidance(Diffusion):
 
     def guidance(self, models: Models) -> ClassifierFree:
         """The guidance rule: without an unconditional branch if the model has none."""
-        from resmaster_stages.diffusion.guidance import ClassifierFree
-
-        scale = self.guidance_scale if models.guided(self.guidance_scale) else 1.0
-        return ClassifierFree(scale, self.guidance_stop, models.base.guide)
+        return self.guided_by_band(models, self.guidance_scale, self.guidance_stop)
 
 
 class MicroConditioned(Diffusion):

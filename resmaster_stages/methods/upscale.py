@@ -13,7 +13,7 @@ from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.keys import digest
 from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.methods.settings import Diffusion, Enlargement
-from resmaster_stages.models.bases.base import Asked, require_sampling
+from resmaster_stages.models.bases.base import asked_of, require_sampling
 from resmaster_stages.progress import Note, emit
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ def upscale_image(
     if isinstance(config, Enlargement):
         return enlarge_image(image, config, models.device, models.dtype, progress)
     assert isinstance(config, Diffusion)
-    asked = Asked("upscale", config.steps, config.guidance_scale, frozenset(config.model_fields_set))
-    require_sampling(models.base.sampling, asked, models.identity)
+    require_sampling(models.base.sampling, asked_of("upscale", config), models.identity)
     negative_prompt = config.negative_prompt if negative_prompt is None else negative_prompt
     latest = image
     for number, (scale, own) in enumerate(zip((*config.via, config.scale), config.way())):

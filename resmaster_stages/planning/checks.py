@@ -24,7 +24,7 @@ from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.errors import ConfigError, UserError
 from resmaster_stages.methods.settings import Diffusion
 from resmaster_stages.models.bases import family_of, require
-from resmaster_stages.models.bases.base import Ability, Asked, Demand, require_readable
+from resmaster_stages.models.bases.base import Ability, Asked, Demand, asked_of, require_readable
 from resmaster_stages.models.files import Check, NotOnThisMachine
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.licences import licences_of
@@ -162,9 +162,7 @@ def sampling_of(config: DatasetConfig, stages: Collection[str]) -> tuple[Asked, 
         parts["low_res"] = config.low_res
     if "high_res" in stages and isinstance(config.upscale, Diffusion):
         parts["upscale"] = config.upscale
-    return tuple(
-        Asked(name, part.steps, part.guidance_scale, frozenset(part.model_fields_set)) for name, part in parts.items()
-    )
+    return tuple(asked_of(name, part) for name, part in parts.items())
 
 
 def _of_base_model(config: DatasetConfig, stages: Collection[str]) -> Iterator[Check]:

@@ -60,9 +60,7 @@ def by_loops(values, taps):
     """The published definition, one value at a time, with half-sample symmetric borders."""
     n = len(values)
     mirror = [*values, *values[::-1]]
-    return [
-        sum(taps[j] * mirror[(2 * k + 1 - j) % (2 * n)] for j in range(8)) for k in range((n + 7) // 2)
-    ]
+    return [sum(taps[j] * mirror[(2 * k + 1 - j) % (2 * n)] for j in range(8)) for k in range((n + 7) // 2)]
 
 
 @pytest.mark.parametrize("wavelet", ["db4", "sym4"])
