@@ -48,6 +48,9 @@ if TYPE_CHECKING:
     from resmaster_stages.models.parts import Models
     from resmaster_stages.models.schedule import Step
 
+LARGE = 2.5
+"""How many times the native size a canvas is whose attention is limited, if nothing else is said."""
+
 Share = Annotated[float, Field(gt=0, le=1)]
 Scale = Annotated[float, Field(ge=1)]
 Exponent = Annotated[float, Field(ge=0, le=10)]
@@ -65,6 +68,10 @@ def at_scale(value: float | tuple[float, float], scale: float) -> float:
 def between(low: float, high: float, place: float, exponent: float) -> float:
     """RectifiedHR's rule from `low` at place 0 to `high` at place 1. With exponent 0, it is `high` beyond place 0."""
     return round(low + (high - low) * place**exponent, 9) if place else low
+
+
+AUTHORS: dict[str, Any] = {"first": "noise", "neighbourhood": False}
+"""What the authors of all presets do."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class Cascade(GuidedByBand, MicroConditioned):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
         "rectifiedhr": {
-            "first": "noise",
+            **AUTHORS,
             "leave": (0.6, 0.8),
             "exponent": 0.5,
             "restart": None,
@@ -96,7 +103,7 @@ class Cascade(GuidedByBand, MicroConditioned):
             "guidance_exponent": 0.5,
         },
         "frecas": {
-            "first": "noise",
+            **AUTHORS,
             "phases": "doubling",
             "leave": (0.8, 0.6),
             "exponent": 1.0,
@@ -111,7 +118,7 @@ class Cascade(GuidedByBand, MicroConditioned):
             "micro_conditioning": "native",
         },
         "diffusehigh": {
-            "first": "noise",
+            **AUTHORS,
             "phases": "every",
             "leave": 1.0,
             "restart": 0.7,
@@ -123,7 +130,7 @@ class Cascade(GuidedByBand, MicroConditioned):
             "micro_conditioning": "native",
         },
         "megafusion": {
-            "first": "noise",
+            **AUTHORS,
             "phases": "doubling",
             "leave": 0.8,
             "exponent": 1.0,
@@ -173,9 +180,10 @@ class Cascade(GuidedByBand, MicroConditioned):
     which costs nothing."""
     swap_until: float = Field(default=0.33, ge=0, le=1)
     """With a swap, the fraction of a size's steps that have one."""
-    neighbourhood: bool = False
-    """Self-attention sees the native-size neighbourhood of each place alone, at sizes beyond the native one
-    (ScaleDiff). Large canvases are computed much faster, and objects repeat less. Only for UNets."""
+    neighbourhood: bool | None = None
+    """Self-attention sees the native-size neighbourhood of each place alone (ScaleDiff). Large canvases are then
+    computed much faster, and objects repeat less. Only for UNets. null: on canvases of at least 2.5 x 2.5 times the
+    native size, if the model is a UNet."""
 
     @model_validator(mode="after")
     def _check_path(self) -> Self:
@@ -188,20 +196,12 @@ class Cascade(GuidedByBand, MicroConditioned):
             raise ValueError("gamma is set, but is read only with restart: null; set that too, or drop gamma")
         return self
 
-    @model_validator(mode="after")
-    def _check_guidance_last(self) -> Self:
-        if (self.guidance_low or 1) > 1 and self.guidance_last is not None and self._last_scale() == 1:
-            raise ValueError(
-                "guidance_low needs an unconditional branch, and guidance_last is 1; raise it"
-            )
-        return self
-
     def uses(self, what: Source) -> bool:
         """Whether the result depends on `what`."""
         return super().uses(what) and self.first == "low_res"
 
     def needs(self) -> Mapping[Ability, str]:
-        """Neighbourhoods change self-attention."""
+        """Neighbourhoods change self-attention, where they are asked for."""
         return {"attention": "upscale.neighbourhood"} if self.neighbourhood else {}
 
     def timing(self, grid: Grid) -> Timing:
@@ -347,17 +347,21 @@ class Leg:
 
     def compose(self, x0_hooks: tuple[X0Hook, ...] = ()) -> Composition:
         """The whole canvas as one view."""
+        factor = self.request.models.geometry.latent_factor
+        native = self.settings.micro_conditioning == "native"
+        size = [side * factor for side in self.canvases[0]] if native else None
+        composition = whole_canvas_composition(self.request, self.guidance(), patches=self.patches(), size=size)
+        return replace(composition, x0_hooks=x0_hooks)
+
+    def patches(self) -> tuple[Patch, ...]:
+        """The patch that limits self-attention, where it is to be limited."""
         from resmaster_stages.diffusion.neighbourhood import Tiles, neighbourhood
 
-        request, geometry = self.request, self.request.models.geometry
-        patches: tuple[Patch, ...] = ()
-        if self.settings.neighbourhood:
-            tiles = Tiles(*self.canvases[-1], geometry.native, jitter=True)
-            patches = (partial(neighbourhood, tiles=tiles),)
-        native = self.settings.micro_conditioning == "native"
-        size = [side * geometry.latent_factor for side in self.canvases[0]] if native else None
-        composition = whole_canvas_composition(request, self.guidance(), patches=patches, size=size)
-        return replace(composition, x0_hooks=x0_hooks)
+        base, (rows, cols) = self.request.models.base, self.canvases[-1]
+        limited, native = self.settings.neighbourhood, base.geometry.native
+        if limited is None:
+            limited = "attention" in base.family.abilities and rows * cols >= (LARGE * native) ** 2
+        return (partial(neighbourhood, tiles=Tiles(rows, cols, native, jitter=True)),) if limited else ()
 
     def guidance(self) -> ClassifierFree:
         """The guidance rule of this size."""

@@ -159,16 +159,7 @@ class GuidedByBand(Diffusion):
 
     guidance_low: float | None = Later(None, ge=1)
     """Guidance scale of low frequencies, which are those of a wavelet's low band (sym4). HiWave has 1, beside 7.5 for
-    high ones. null: `guidance_scale`, as for high ones."""
-
-    @model_validator(mode="after")
-    def _check_low(self) -> Self:
-        if self.guidance_low is not None and self.guidance_low > 1 and self.guidance_scale == 1:
-            raise ValueError(
-                f"guidance_low {self.guidance_low:g} needs an unconditional branch, and guidance_scale is 1; raise "
-                "guidance_scale, or drop guidance_low"
-            )
-        return self
+    high ones. null: `guidance_scale`, as for high ones. Without guidance (`guidance_scale: 1`) it is not read."""
 
     def guided_by_band(self, models: Models, scale: float, stop: float = 1.0) -> ClassifierFree:
         """The guidance rule with `scale` for high frequencies, up to the fraction `stop` of the path."""
