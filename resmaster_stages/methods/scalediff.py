@@ -63,7 +63,8 @@ class ScaleDiff(LateGuidance, MicroConditioned):
     low-res image."""
     enlargement: Literal["mixed", "pixels", "latents"] = "mixed"
     """How a pass enlarges the result of the one before. `pixels`: as an image, which keeps high frequencies sharp but
-    makes surfaces smooth. `latents`: as latents. `mixed`: high frequencies of the image, low ones of the latents."""
+    makes surfaces smooth. `latents`: as latents, which leaves a woven texture. `mixed`: high frequencies of the image,
+    low ones of the latents."""
     mix_cutoff: float = OnlyWith("enlargement", "mixed", 0.125, gt=0, le=1)
     """With `enlargement: mixed`, where low frequencies end: the size to which latents are reduced, as a fraction."""
     structure_weight: float = Field(default=1.0, ge=0, le=1)
