@@ -87,6 +87,15 @@ def block_means(x: Tensor) -> Tensor:
     return means.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)[..., :height, :width]
 
 
+def resampled(x: Tensor, fraction: float) -> Tensor:
+    """`x` [B, C, H, W] bilinearly reduced to `fraction` of its sides, antialiased, and enlarged again: ScaleDiff's
+    low-pass. The reduced sides are rounded down, and are at least one cell."""
+    size = x.shape[-2:]
+    small = [max(1, int(side * fraction)) for side in size]
+    x = F.interpolate(x, size=small, mode="bilinear", align_corners=False, antialias=True)
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
 _ORDER = 4
 """HiFlow's order of the Butterworth filter."""
 

@@ -98,8 +98,8 @@ class Level:
         at_once = max(1, tokens // self.keys.shape[1])
         parts = []
         for asked, seen in zip(self.queries.split(at_once), self.keys.split(at_once)):
-            cut = (each[:, index].flatten(0, 1) for each, index in ((query, asked), (key, seen), (value, seen)))
-            parts.append(attend(*cut, heads).unflatten(0, (rows, -1)))  # [N, tiles of the part, t, C]
+            q, k, v = (each[:, index].flatten(0, 1) for each, index in ((query, asked), (key, seen), (value, seen)))
+            parts.append(attend(q, k, v, heads).unflatten(0, (rows, -1)))  # [N, tiles of the part, t, C]
         return torch.cat(parts, dim=1).flatten(1, 2)[:, self.back]
 
 

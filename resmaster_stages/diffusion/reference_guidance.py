@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from resmaster_stages.config.structure import StructureConfig
-from resmaster_stages.diffusion.frequency import low_pass_of, swap_low_frequencies, swap_weights
+from resmaster_stages.diffusion.frequency import LowPass, low_pass_of, swap_low_frequencies, swap_weights
 from resmaster_stages.diffusion.loop import LatentHook, X0Hook
 from resmaster_stages.models.schedule import Step
 
@@ -51,3 +51,19 @@ def structural_guidance(
         return swap_low_frequencies(x0, anchor(step), low, weight) if weight else x0
 
     return swap
+
+
+def fading_guidance(reference: Tensor, low: LowPass, weight: float, first: Step) -> X0Hook:
+    """The hook that pulls the low frequencies of x0 to those of `reference` [B, C, H, W]: by `weight` at the step
+    `first`, and less and less as the share of noise in the latents falls (ScaleDiff).
+
+    The share of noise is 1 - abar on a variance-preserving path, and the same at the same noise level on any other.
+    """
+
+    def share(step: Step) -> float:
+        return step.sigma**2 / (step.alpha**2 + step.sigma**2)
+
+    def pull(x0: Tensor, step: Step) -> Tensor:
+        return swap_low_frequencies(x0, reference, low, weight * share(step) / share(first))
+
+    return pull

@@ -104,8 +104,8 @@ def interleaved(
     for y in range(min(every[0], size[0])):
         for x in range(min(every[1], size[1])):
             part = (slice(None), slice(y, None, every[0]), slice(x, None, every[1]))
-            near = attend(*(grid[part].flatten(1, 2) for grid in grids), heads)
-            out[part] = near.unflatten(1, out[part].shape[1:3])
+            q, k, v = (grid[part].flatten(1, 2) for grid in grids)
+            out[part] = attend(q, k, v, heads).unflatten(1, out[part].shape[1:3])
     return out.flatten(1, 2)
 
 

@@ -182,8 +182,8 @@ class Cascade(GuidedByBand, MicroConditioned):
     """With a swap, the fraction of a size's steps that have one."""
     neighbourhood: bool | None = None
     """Self-attention sees the native-size neighbourhood of each place alone (ScaleDiff). Large canvases are then
-    computed much faster, and objects repeat less. Only for UNets. null: on canvases of at least 2.5 x 2.5 times the
-    native size, if the model is a UNet."""
+    computed much faster, and objects repeat less. Only for UNets and PixArt. null: on canvases of at least 2.5 x 2.5
+    times the native size, if the model is one of these."""
 
     @model_validator(mode="after")
     def _check_path(self) -> Self:

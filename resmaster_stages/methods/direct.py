@@ -21,7 +21,7 @@ from resmaster_stages.models.schedule import Timing
 
 if TYPE_CHECKING:
     from resmaster_stages.diffusion.guidance import Guidance
-    from resmaster_stages.diffusion.loop import Composition, LatentHook, Patch
+    from resmaster_stages.diffusion.loop import Composition, LatentHook, Patch, X0Hook
     from resmaster_stages.methods.request import Request
     from resmaster_stages.models.bases.base import Ability
     from resmaster_stages.models.schedule import Course
@@ -88,6 +88,7 @@ def whole_canvas_composition(
     guidance: Guidance,
     *,
     latent_hooks: tuple[LatentHook, ...] = (),
+    x0_hooks: tuple[X0Hook, ...] = (),
     patches: tuple[Patch, ...] = (),
     freeu: bool = False,
     micro_conditioning: str = "canvas",
@@ -117,5 +118,6 @@ def whole_canvas_composition(
         groups=(ViewGroup(always(Fuser(grid, "uniform", request.models.device), conditions), guidance),),
         stepper=make_stepper(request.config.stepper),
         latent_hooks=latent_hooks,
+        x0_hooks=x0_hooks,
         patches=(*patches, lambda denoiser, call: freeu_on(denoiser)) if freeu else patches,
     )

@@ -79,7 +79,7 @@ class FreeScale(LateGuidance):
     `alpha`. Samples without a mask have `alpha` everywhere. The authors use `alpha` 3 and 0.5 elsewhere."""
     dilate_until: float = Field(default=0.7, ge=0, le=1)
     """Fraction of the steps with dilated convolutions."""
-    fusion: bool | Literal["fast", "neighbourhood"] = True
+    fusion: Literal[True, False, "fast", "neighbourhood"] = True
     """Scale fusion. `false`: none, which takes about a quarter less time (by the authors' times), but objects may
     repeat. `fast`: global attention is among every n-th token of the canvas, in n x n parts at n times the native size
     (the authors' fast mode). `neighbourhood`: instead of scale fusion, each place attends to the native-size window

@@ -146,7 +146,9 @@ def test_automatic_batches_repeat_no_view(method: str, values: dict, width: int,
         assert counted.rows == sum(each.rows for each in work)
 
 
-@pytest.mark.parametrize("method", ["direct", "multidiffusion", "resmaster", "demofusion", "freescale", "c_upscale"])
+@pytest.mark.parametrize(
+    "method", ["direct", "multidiffusion", "resmaster", "demofusion", "freescale", "scalediff", "c_upscale"]
+)
 def test_guidance_that_ends_earlier(method: str) -> None:
     config = settings(method, scale=2, steps=10, guidance_stop=0.5, view_batch=1)
     models = adapted()
@@ -197,6 +199,8 @@ FLOW_CASES = [
     ("resmaster", {"image_prompt": {"enabled": False}, "preset": "faithful"}),
     ("demofusion", {}),
     ("demofusion", {"preset": "faithful"}),
+    ("scalediff", {}),
+    ("scalediff", {"start": 0.9}),
     ("c_upscale", {"share": 0}),
     ("c_upscale", {"share": 0, "start": 0.9}),
 ]
