@@ -138,6 +138,21 @@ def test_each_mistake_is_one_line_with_its_setting(
     assert len(line) < 600
 
 
+@pytest.mark.parametrize("method", ["scalecrafter", "fouriscale", "freescale"])
+def test_freeu_on_a_model_that_it_was_not_chosen_for_is_noted(method: str, saved: Path, tmp_path: Path) -> None:
+    faithful = {"method": method, "preset": "faithful"}
+    for model in ("picturebook", str(saved)):
+        (note,) = preview(configured(tmp_path, model={"id": model}, upscale=faithful)).notes
+        assert note == (
+            f"upscale.freeu: the strengths of FreeU were chosen for SDXL, and {model} is another model, whose images "
+            "it may darken and discolour; set freeu: false"
+        )
+    assert not preview(configured(tmp_path, upscale={**faithful, "freeu": False})).notes
+    assert not preview(configured(tmp_path, upscale={"method": method})).notes
+    sdxl = {"id": str(saved), "native_px": 1024}
+    assert not preview(configured(tmp_path, model=sdxl, upscale={**faithful, "scale": 1})).notes
+
+
 def test_all_mistakes_are_told_at_once_with_those_of_the_server(tmp_path: Path) -> None:
     found = mistakes(
         tmp_path,
