@@ -27,7 +27,7 @@ import time
 import unicodedata
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
@@ -40,7 +40,7 @@ from resmaster_stages.config.dataset import CaptionsConfig
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError, SampleError, UserError, first_line
 from resmaster_stages.models.bases import family_of
-from resmaster_stages.models.bases.base import TokenCounter
+from resmaster_stages.models.bases.base import Ability, TokenCounter
 from resmaster_stages.models.files import TRANSFORMERS, folder_with, object_in, require_weights
 from resmaster_stages.models.identity import PICTUREBOOK, model_identity
 from resmaster_stages.models.places import location, reason_of, resolve_device, whole_weights
@@ -150,6 +150,11 @@ def _longest(prefix: Callable[[int], str], size: int, count: TokenCounter, limit
         if text and tokens <= limit:
             return text, tokens
     return "", count(suffix.lstrip(" ,"))
+
+
+def needs(config: CaptionsConfig) -> Mapping[Ability, str]:
+    """What captions need of the base model's family, and the setting that needs it (`models.bases.require`)."""
+    return {"attention": "captions.source: attention"} if config.source == "attention" else {}
 
 
 @lru_cache(maxsize=4)

@@ -195,8 +195,10 @@ def _is_known(model: ModelConfig) -> bool:
 
 def _of_captions(config: DatasetConfig, here: bool) -> Iterator[Check]:
     from resmaster_stages.metrics.clip_score import check_clip
-    from resmaster_stages.models.captioner import check_captioner, style_suffix, token_counter
+    from resmaster_stages.models.captioner import check_captioner, needs, style_suffix, token_counter
 
+    if _is_known(config.model):
+        yield "captions.source", partial(require, family_of(config.model), config.model.id, needs(config.captions))
     setting = "captions.base_url" if config.captions.source == "server" else "captions.model"
     yield setting, partial(check_captioner, config.captions, here)
     if config.captions.style:
