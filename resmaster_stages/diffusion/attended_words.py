@@ -77,6 +77,8 @@ def words_of(prompt: str, count: Callable[[Sequence[str]], Sequence[int]], token
     tokens of a word follow from the counts before and after it.
     """
     spans = _spans(prompt)[:tokens]  # every word has a token
+    if not spans:
+        return []
     cores = [_core(prompt, *span) for span in spans]
     counts = count([prompt[:place].lower() for core in cores for place in core])  # the text encoders read small letters
     words = []

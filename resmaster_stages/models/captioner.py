@@ -1,7 +1,8 @@
 """Captioners write one sentence per image: a local Transformers model or an OpenAI-compatible server.
 
-With `source: prompt` there is no captioner. The functions that clean and shorten a captioner's answers are here too.
-This module does not deal with patches, prompts or tables. The captions stage decides what an empty answer means.
+With `source: attention` and `source: prompt` there is no captioner. The functions that clean and shorten a captioner's
+answers are here too. This module does not deal with patches, prompts or tables. The captions stage decides what an
+empty answer means.
 
 Invariants:
 - Decoding is greedy (temperature 0 at a server), so the same images in the same batch give the same sentences.
@@ -485,11 +486,11 @@ def check_captioner(config: CaptionsConfig, here: bool) -> None:
 
 
 def load_captioner(config: CaptionsConfig, device: str = "auto") -> Captioner | None:
-    """The captioner that `config` names, or None for `source: prompt`. A local model stays loaded until another one is.
+    """The captioner that `config` names, or None if it names none. A local model stays loaded until another one is.
 
     Raises ConfigError, in one line, if a model cannot be loaded or the server's address is missing.
     """
-    if config.source == "prompt":
+    if config.source in ("attention", "prompt"):
         return None
     if config.source == "server":
         return ServerCaptioner(

@@ -25,6 +25,7 @@ from resmaster_stages.planning.checks import Around, check, check_stages
 from resmaster_stages.planning.preview import preview
 from resmaster_stages.prompts import ingest
 from tests.tiny_models import make_pipeline, make_stable_diffusion, save
+from tests.tiny_transformers import make_flux
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,19 @@ def test_each_mistake_is_one_line_with_its_setting(
     assert reason in line
     assert "\n" not in line
     assert len(line) < 600
+
+
+def test_words_by_attention_need_a_model_with_cross_attention(tmp_path: Path) -> None:
+    make_flux().save_pretrained(tmp_path / "flux")
+    values = {
+        "model": {"id": str(tmp_path / "flux")},
+        "low_res": {"guidance_scale": 3.5},
+        "upscale": {"guidance_scale": 3.5, "image_prompt": {"enabled": False}, "scale": 3.5},
+    }
+    (line,) = mistakes(tmp_path, captions={"source": "attention"}, **values)
+    assert line.startswith("captions.source: attention: needs attention, which model ")
+    assert "set it to model, server or prompt, or a base model of: SDXL" in line
+    assert check(configured(tmp_path, captions={"source": "attention"})).unchecked == ()
 
 
 @pytest.mark.parametrize("method", ["scalecrafter", "fouriscale", "freescale"])
