@@ -93,6 +93,8 @@ def _captions_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any
         "weights": weights.captioner,
         "tokenizer": weights.model,
     }
+    if config.captions.source == "attention":
+        own["model"] = _model(config, weights)
     if judge := config.caption_clip():
         own["check"] = {"clip": judge, "weights": weights.caption_check, "margin": config.captions.check.margin}
     return own

@@ -53,7 +53,7 @@ def sampled(maps: Tensor, places: Tensor) -> Tensor:
     return words / words.sum(dim=-1, keepdim=True).clamp(min=1e-6)
 
 
-def _text(states: Any) -> Tensor:
+def text_part(states: Any) -> Tensor:
     """The text part of a cross-attention layer's input, with or without an IP-Adapter."""
     return states[0] if isinstance(states, tuple) else states
 
@@ -119,7 +119,7 @@ class Composer:
         def forward(x: Tensor, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any) -> Tensor:
             y = plain(x, encoder_hidden_states, *args, **kwargs)
             if self._capturing:
-                self._keep(name, attention, x, _text(encoder_hidden_states), kwargs.get("attention_mask"))
+                self._keep(name, attention, x, text_part(encoder_hidden_states), kwargs.get("attention_mask"))
                 return y
             return self._compose(name, attention, y)
 

@@ -171,6 +171,14 @@ def whole_canvas(geometry: Geometry, height: int, width: int) -> Grid:
     return view_grid(replace(geometry, native_px=longer), height, width, 1.0)
 
 
+def native_size(geometry: Geometry, height: int, width: int) -> tuple[int, int]:
+    """(height, width) in px of an image of `height` x `width` px that is reduced to at most the native area: multiples
+    of `Geometry.step_px`."""
+    scale = min(1.0, geometry.native_px / (height * width) ** 0.5)
+    rows, cols = (max(1, round(side * scale / geometry.step_px)) * geometry.step_px for side in (height, width))
+    return rows, cols
+
+
 def patch_grid(config: DatasetConfig, geometry: Geometry, height: int, width: int) -> Grid:
     """The patches of a target of `height` x `width` px that are captioned.
 

@@ -22,6 +22,8 @@ from resmaster_stages.config.structure import StructureConfig
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid, stride_of
 from resmaster_stages.methods.passes import Pass, from_noise
+from resmaster_stages.models.bases.base import Family, Geometry
+from resmaster_stages.models.bases.unet import like_sdxl
 from resmaster_stages.models.schedule import Course, Timing
 
 if TYPE_CHECKING:
@@ -56,6 +58,18 @@ def timing_of(time_shift: str | float, grid: Grid, cells: int) -> Timing:
     if time_shift == "sqrt":
         return Timing(cells, growth=(grid.height * grid.width / cells) ** 0.5)
     return Timing(cells, shift=time_shift if isinstance(time_shift, (int, float)) else None)
+
+
+def unsuited_freeu(method: Method, family: Family, geometry: Geometry, model: str) -> Iterator[str]:
+    """Says it if `method` switches FreeU on for a base model that its strengths were not chosen for.
+
+    model: the name of the base model, for the message.
+    """
+    if getattr(method, "freeu", False) and not like_sdxl(family, geometry):
+        yield (
+            f"upscale.freeu: the strengths of FreeU were chosen for SDXL, and {model} is another model, whose images "
+            "it may darken and discolour; set freeu: false"
+        )
 
 
 class Enlargement(Method):

@@ -12,7 +12,7 @@ from resmaster_stages.diffusion.views import target_size, view_grid
 from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.keys import digest
 from resmaster_stages.methods.resmaster import ResMaster
-from resmaster_stages.methods.settings import Diffusion, Enlargement
+from resmaster_stages.methods.settings import Diffusion, Enlargement, unsuited_freeu
 from resmaster_stages.models.bases.base import asked_of, require_sampling
 from resmaster_stages.progress import Note, emit
 
@@ -59,6 +59,8 @@ def upscale_image(
         return enlarge_image(image, config, models.device, models.dtype, progress)
     assert isinstance(config, Diffusion)
     require_sampling(models.base.sampling, asked_of("upscale", config), models.identity)
+    for line in unsuited_freeu(config, models.base.family, models.geometry, models.identity):
+        emit(Note(line))
     negative_prompt = config.negative_prompt if negative_prompt is None else negative_prompt
     latest = image
     for number, (scale, own) in enumerate(zip((*config.via, config.scale), config.way())):

@@ -22,7 +22,7 @@ from resmaster_stages.dataset.dataset import Dataset, find_dataset
 from resmaster_stages.dataset.stages import stage_hashes, stages_of
 from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.errors import ConfigError, UserError
-from resmaster_stages.methods.settings import Diffusion
+from resmaster_stages.methods.settings import Diffusion, unsuited_freeu
 from resmaster_stages.models.bases import family_of, require
 from resmaster_stages.models.bases.base import Ability, Asked, Demand, asked_of, require_readable
 from resmaster_stages.models.files import Check, NotOnThisMachine
@@ -140,6 +140,7 @@ def notes_of(config: DatasetConfig) -> Iterator[str]:
     settings = [f"{part}.negative_prompt" for part, text in written.items() if text]
     if settings and not reads_negative_prompts(config):
         yield f"{' and '.join(settings)}: not read, because {config.model.id} has no unconditional branch"
+    yield from unsuited_freeu(config.upscale, family_of(config.model), geometry_of(config.model), config.model.id)
 
 
 def _negative_prompt(config: DatasetConfig, part: str) -> str:
@@ -192,8 +193,10 @@ def _is_known(model: ModelConfig) -> bool:
 
 def _of_captions(config: DatasetConfig, here: bool) -> Iterator[Check]:
     from resmaster_stages.metrics.clip_score import check_clip
-    from resmaster_stages.models.captioner import check_captioner, style_suffix, token_counter
+    from resmaster_stages.models.captioner import check_captioner, needs, style_suffix, token_counter
 
+    if _is_known(config.model):
+        yield "captions.source", partial(require, family_of(config.model), config.model.id, needs(config.captions))
     setting = "captions.base_url" if config.captions.source == "server" else "captions.model"
     yield setting, partial(check_captioner, config.captions, here)
     if config.captions.style:

@@ -245,6 +245,25 @@ def test_the_check_of_captions_is_their_identity_where_there_is_one() -> None:
     assert unread[0] == unread[1]
 
 
+def test_words_by_attention_depend_on_the_base_model_and_are_not_checked() -> None:
+    def captions_hash(**values: object) -> str:
+        return hashes(config(images="my-images", **values))["captions"]
+
+    attention = {"captions": {"source": "attention"}}
+    assert captions_hash(**attention) != captions_hash(captions={"source": "prompt"})
+    assert captions_hash(**attention, quality={"clip": None}) == captions_hash(**attention)
+    assert captions_hash(**attention, model={"dtype": "bfloat16"}) != captions_hash(**attention)
+    assert captions_hash(captions={"source": "prompt"}, model={"dtype": "bfloat16"}) == captions_hash(
+        captions={"source": "prompt"}
+    ), "the base model draws no captions there"
+    for change in ({"coverage": 0.2}, {"noise_levels": 4}):
+        assert captions_hash(captions={"source": "attention", **change}) != captions_hash(**attention)
+        with pytest.raises(ConfigError, match=r"is read only with source: attention; set that, or drop"):
+            config(captions=change)
+    named = config().captions.identity().keys()
+    assert not named & {"coverage", "noise_levels"}, "older datasets keep their identity"
+
+
 def test_a_methods_identity_is_its_own_fields_and_its_name() -> None:
     demofusion = config(upscale={"method": "demofusion", "view_batch": 3}).upscale
     unset = {"preset", "view_batch", "time_shift", "guidance_low"}
