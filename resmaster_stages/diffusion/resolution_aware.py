@@ -129,9 +129,7 @@ def whole(parts: Tensor, size: Sequence[int], moves: Sequence[int]) -> Tensor:
 def _rolled(canvas: Tensor, moves: Sequence[int], sign: int) -> Tensor:
     """Each canvas of [N, h, w, C] rolled along both axes by its move, in units of an eighth of a side."""
     units = [side // (2 * MOVES) for side in canvas.shape[1:3]]
-    return torch.stack(
-        [each.roll([sign * move * unit for unit in units], (0, 1)) for each, move in zip(canvas, moves)]
-    )
+    return torch.stack([each.roll([sign * move * unit for unit in units], (0, 1)) for each, move in zip(canvas, moves)])
 
 
 @contextmanager

@@ -190,6 +190,4 @@ def self_attentions(unet: Any, level: int) -> tuple[str, ...]:
     """Names of the self-attentions of down block `level` and of the up block beside it."""
     network = network_of(unet)
     places = (f"down_blocks.{level}.", f"up_blocks.{len(network.down_blocks) - 1 - level}.")
-    return tuple(
-        name for name, _ in network.named_modules() if name.startswith(places) and name.endswith(".attn1")
-    )
+    return tuple(name for name, _ in network.named_modules() if name.startswith(places) and name.endswith(".attn1"))
