@@ -8,11 +8,11 @@
 
 From the authors: the layers and durations for SDXL up to 4x and from there on, for SDXL Turbo, and for Stable Diffusion
 1.5 and 2.1; preset `faithful`. Their rules count latents; here they count native sizes, which is the same for their
-models and serves others. Ours: nothing is changed on a canvas that is not larger than native; the rule of SDXL Turbo is
-taken for all models like SDXL in at most 8 steps; a UNet of any depth is changed at the block above its deepest; rolls
-are drawn from the sample's own generator, and self-attention stays plain where a side is odd (the authors resize
-features). Preset `default` is deterministic, which is our choice. The reference is not read, except with `init:
-noised_lr`.
+models and serves others. Ours: nothing is changed on a canvas that is not larger than native; a UNet of any depth is
+changed at the block above its deepest; rolls are drawn from the sample's own generator, and self-attention stays plain
+where a side is odd (the authors resize features). Preset `default` takes their rule for SDXL Turbo with all models like
+SDXL, which is our choice: pooling alone keeps objects whole, and is cheaper. The reference is not read, except with
+`init: noised_lr`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from resmaster_stages.models.bases.base import Ability
     from resmaster_stages.models.schedule import Course, Step
 
+SAMPLING: dict[str, Any] = {"stepper": "ddim_ancestral"}
+
 GOOD_UP_TO = 2.0
 """The scale from which on textures become grids."""
 
@@ -50,20 +52,25 @@ GOOD_UP_TO = 2.0
 class HiDiffusion(FromNoise, LateGuidance, MicroConditioned):
     """Direct inference with deep levels of the native size: the quickest way from a prompt to 2x.
 
-    A field that is null has the value that the authors published for the canvas's size.
+    A field that is null has the value of the rule.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "default": {},
-        "faithful": {"stepper": "ddim_ancestral"},
+        "default": SAMPLING,
+        "faithful": {**SAMPLING, "rule": "sdxl"},
     }
 
     method: Literal["hidiffusion"] = "hidiffusion"
+    rule: Literal["turbo", "sdxl"] = "turbo"
+    """Durations for models like SDXL. `turbo`: features are pooled in the first half of the steps (the authors' rule
+    for SDXL Turbo). `sdxl`: those of the authors for SDXL, by the canvas's size. Stable Diffusion 1.5 and 2.1 have
+    durations of their own."""
     strided_until: float | None = Field(default=None, ge=0, le=1)
-    """Fraction of the steps in which one down-sampling goes down by 4. null: for SDXL 0.16, and 0.3 from 4x on."""
+    """Fraction of the steps in which one down-sampling goes down by 4. null: that of the rule, which is 0 for `turbo`,
+    and for `sdxl` 0.16, or 0.3 from 4x on."""
     pooled_until: float | None = Field(default=None, ge=0, le=1)
-    """Fraction of the steps until which features are pooled. null: for SDXL 0.4, and 0.7 from 4x on. Below 4x they are
-    pooled only where no down-sampling goes down by 4."""
+    """Fraction of the steps until which features are pooled. null: that of the rule, which is 0.5 for `turbo`, and for
+    `sdxl` 0.4, or 0.7 from 4x on. Below 4x they are pooled only where no down-sampling goes down by 4."""
     windows: bool = True
     """Self-attention of the finest level inside quarters of the canvas. It saves a seventh of the work at 2x."""
 
@@ -117,9 +124,7 @@ class Levels:
 LEVELS: dict[Layers, Levels] = {"sdxl": Levels(-2, -2, -2), "sd1": Levels(-4, -3, -4), "sd2": Levels(-4, -3, -4)}
 
 LARGE = 4
-"""From this scale on, of the shorter side, the authors' rule for large canvases holds."""
-FEW = 8
-"""Up to this number of steps, the rule of SDXL Turbo holds."""
+"""From this scale on, of the shorter side, the authors have durations for large canvases."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ def make_plan(scales: tuple[float, float], steps: int, settings: HiDiffusion, wh
     large = min(scales) >= LARGE
     if whose != "sdxl":
         strided, pooled = (0.7, 0.3) if large else (0.4, 0.0)
-    elif steps <= FEW:
+    elif settings.rule == "turbo":
         strided, pooled = 0.0, 0.5
     else:
         strided, pooled = (0.3, 0.7) if large else (8 / 50, 0.4)

@@ -209,7 +209,8 @@ def test_where_nothing_acts_it_is_the_plain_unet_and_failures_leave_no_trace():
 
 @pytest.mark.slow
 def test_the_work_of_sdxl_is_what_the_page_says():
-    """In rows of a native view and one branch: 3.4 a step at 2x instead of 5.3, and 13.8 at 4x instead of 42.6."""
+    """In rows of a native view and one branch: by SDXL's rule 3.4 a step at 2x instead of 5.3, and 13.8 at 4x instead
+    of 42.6; by Turbo's 3.0 at 2x."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(
             sample_size=128,
@@ -242,11 +243,12 @@ def test_the_work_of_sdxl_is_what_the_page_says():
         return counter.get_total_flops()
 
     native = flops(128, 0, Plan())
-    for scale, at, expected, mean in (
-        (2, (0, 8, 20), (1.97, 1.47, 4.55), 3.40),
-        (4, (0, 15, 35), (5.20, 7.78, 30.4), 13.8),
+    for preset, scale, at, expected, mean in (
+        ("faithful", 2, (0, 8, 20), (1.97, 1.47, 4.55), 3.40),
+        ("faithful", 4, (0, 15, 35), (5.20, 7.78, 30.4), 13.8),
+        ("default", 2, (0, 10, 25), (1.47, 1.47, 4.55), 3.01),
     ):
-        plan = make_plan((scale, scale), 50, settings("hidiffusion", preset="faithful"))
+        plan = make_plan((scale, scale), 50, settings("hidiffusion", preset=preset))
         rows = [flops(128 * scale, index, plan) / native for index in at]
         assert rows == pytest.approx(expected, rel=0.005)
         lasting = (at[1], at[2] - at[1], 50 - at[2])
@@ -267,8 +269,7 @@ FAITHFUL = {"preset": "faithful"}
         ((3.9, 9), 20, "sdxl", (range(3), range(3, 8))),
         ((4, 4), 50, "sdxl", (range(15), range(35))),
         ((1, 1), 50, "sdxl", (range(0), range(0))),
-        ((2, 2), 4, "sdxl", (range(0), range(2))),
-        ((2, 2), 1, "sdxl", (range(0), range(0))),
+        ((2, 2), 4, "sdxl", (range(0), range(1))),
         ((2, 2), 50, "sd1", (range(20), range(0))),
         ((4, 4), 50, "sd2", (range(35), range(15))),
         ((2, 2), 4, "sd1", (range(1), range(0))),
@@ -277,6 +278,15 @@ FAITHFUL = {"preset": "faithful"}
 def test_the_authors_durations(scales, steps, whose, expected):
     plan = make_plan(scales, steps, settings("hidiffusion", **FAITHFUL), whose)
     assert (plan.strided, plan.pooled) == expected
+
+
+@pytest.mark.parametrize("scales", [(2, 2), (4, 4)])
+def test_the_default_takes_the_rule_of_sdxl_turbo_for_models_like_sdxl(scales):
+    own = settings("hidiffusion")
+    assert make_plan(scales, 50, own) == Plan(range(0), range(25))
+    assert make_plan(scales, 1, own) == Plan(range(0), range(0))
+    for whose in ("sd1", "sd2"):
+        assert make_plan(scales, 50, own, whose) == make_plan(scales, 50, settings("hidiffusion", **FAITHFUL), whose)
 
 
 def test_durations_can_be_set():
@@ -299,7 +309,9 @@ def test_at_the_native_size_it_is_direct(preset, models):
     assert difference(*(upscale_image(ours, some_image(), "a cat", config=each) for each in (larger, direct))) > 0
 
 
-@pytest.mark.parametrize("change", [{"windows": False}, {"strided_until": 0.5}, {"pooled_until": 1.0}])
+@pytest.mark.parametrize(
+    "change", [{"windows": False}, {"rule": "sdxl"}, {"strided_until": 0.5}, {"pooled_until": 1.0}]
+)
 def test_every_knob_has_an_effect(change):
     ours, base = three_levels(), {"scale": 2, "steps": 10}
     plain, changed = (
