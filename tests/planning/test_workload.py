@@ -45,7 +45,9 @@ def test_images_that_are_finished_on_the_way(method: str) -> None:
     assert sum(each.rows * each.area for each in work) == pytest.approx(counted.native_rows)
 
 
-@pytest.mark.parametrize("method", ["direct", "multidiffusion", "resmaster", "scalecrafter", "fouriscale"])
+@pytest.mark.parametrize(
+    "method", ["direct", "multidiffusion", "resmaster", "scalecrafter", "fouriscale", "hidiffusion"]
+)
 @pytest.mark.parametrize("start", [0.5, 0.9])
 def test_paths_that_begin_later(method: str, start: float) -> None:
     config = settings(method, scale=4, steps=6, init="noised_lr", start=start, view_batch=1)
@@ -125,7 +127,9 @@ def test_automatic_batches_repeat_no_view(method: str, values: dict, width: int,
         assert counted.rows == sum(each.rows for each in work)
 
 
-@pytest.mark.parametrize("method", ["direct", "multidiffusion", "resmaster", "demofusion", "freescale", "c_upscale"])
+@pytest.mark.parametrize(
+    "method", ["direct", "multidiffusion", "resmaster", "demofusion", "hidiffusion", "freescale", "c_upscale"]
+)
 def test_guidance_that_ends_earlier(method: str) -> None:
     config = settings(method, scale=2, steps=10, guidance_stop=0.5, view_batch=1)
     models = adapted()
@@ -176,6 +180,7 @@ FLOW_CASES = [
     ("resmaster", {"image_prompt": {"enabled": False}, "preset": "faithful"}),
     ("demofusion", {}),
     ("demofusion", {"preset": "faithful"}),
+    ("demofusion", {"skip": "low", "shuffle": "positions"}),
     ("c_upscale", {"share": 0}),
     ("c_upscale", {"share": 0, "start": 0.9}),
 ]
