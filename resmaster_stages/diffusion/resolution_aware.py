@@ -141,10 +141,11 @@ def quartered(
     size: (height, width) of the canvas in latents. moves: as `draw_moves` gives them, for the layers in the order of
     `names`.
     """
+    height, width = size
 
     def forward_of(number: int, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            level = level_size(*size, x.shape[1])
+            level = level_size(height, width, x.shape[1])
             if any(side % 2 for side in level):
                 return plain(x, *args, **kwargs)
             samples = [0]
