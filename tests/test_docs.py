@@ -99,7 +99,7 @@ NOT_RUN = {
     },
     "methods.md": {
         "resmaster compare deployments/datasets/picturebook.yaml --n 1 --root out/strip --scales 4x4 --methods direct,"
-        "multidiffusion,resmaster,demofusion,scalecrafter,fouriscale,freescale,scalediff,c_upscale,super_resolution,"
+        "multidiffusion,resmaster,demofusion,scalecrafter,fouriscale,hidiffusion,freescale,scalediff,c_upscale,super_resolution,"
         "lanczos": "takes minutes",
     },
     "speed.md": {

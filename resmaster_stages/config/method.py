@@ -129,6 +129,10 @@ class Method(Part):
         """Whether the result depends on `what`."""
         return what in self.reads
 
+    def notes(self) -> tuple[str, ...]:
+        """Lines that a user should know of the settings, although they are no mistake."""
+        return ()
+
     def require_detail_mask(self, what: str) -> None:
         """Raise ConfigError unless the result depends on a detail mask. `what`: beginning of the message, such as
         "sample x has"."""

@@ -11,6 +11,8 @@ filters G are known, with frequencies in units of the Nyquist frequency. None of
 - haar (I-Max's): the low band of a Haar wavelet of level 1, which is the means of 2 x 2 latents. Its blocks do not
   overlap, so borders do not matter. At an odd border a block is cut.
 
+For skip residuals there is `box` (FAM Diffusion's), which ends sharply along each axis, in the same cosine domain.
+
 The tests compare each with its closed form. This module does not deal with models. Of the steps it uses only how far
 each of them is.
 """
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from math import cos, pi
+from math import ceil, cos, pi
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +129,17 @@ def butterworth(x: Tensor, cutoff: float) -> Tensor:
     down, across = (_cosines(length, x.device, x.dtype) for length in (height, width))
     spectrum = down @ x @ across.T
     return down.T @ (spectrum * _butterworth_gain(height, width, cutoff, x.device, x.dtype)) @ across
+
+
+def box(x: Tensor, cutoff: float) -> Tensor:
+    """`x` [B, C, H, W] without the frequencies from `cutoff` (Nyquist = 1) on along either axis, with mirrored borders.
+
+    The mean always stays.
+    """
+    for dim in (2, 3):
+        waves = _cosines(x.shape[dim], x.device, x.dtype)[: max(1, ceil(cutoff * x.shape[dim]))]
+        x = waves.T @ (waves @ x) if dim == 2 else (x @ waves.T) @ waves
+    return x
 
 
 def low_pass_of(config: StructureConfig, scale: float) -> LowPass:

@@ -7,11 +7,12 @@ influence one another.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import acos, pi
 
 from torch import Tensor
 
 from resmaster_stages.config.structure import StructureConfig
-from resmaster_stages.diffusion.frequency import LowPass, low_pass_of, swap_low_frequencies, swap_weights
+from resmaster_stages.diffusion.frequency import LowPass, box, low_pass_of, swap_low_frequencies, swap_weights
 from resmaster_stages.diffusion.loop import LatentHook, X0Hook
 from resmaster_stages.models.schedule import Step
 
@@ -25,6 +26,27 @@ def skip_residual(x0: Tensor, noise: Tensor, exponent: float | Tensor) -> Latent
     def pull(z: Tensor, step: Step) -> Tensor:
         weight = step.cosine**exponent
         return (1 - weight) * z + weight * step.noised(x0, noise)
+
+    return pull
+
+
+def noise_gone(step: Step) -> float:
+    """1 - t / T, from 0 at t = T to 1 at t = 0. On a flow path, t is that of the decay (`Step.cosine`)."""
+    return acos(2 * step.cosine - 1) / pi
+
+
+def low_residual(
+    x0: Tensor, noise: Tensor, cutoff: float = 0.5, weight: Callable[[Step], float] = noise_gone
+) -> LatentHook:
+    """The hook z <- z + weight * low((x0 noised by `noise`) - z): a skip residual of low frequencies (FAM Diffusion).
+
+    The band ends at `cutoff` (1 - t / T) of the Nyquist frequency along both axes. From 1 on it has all frequencies,
+    and the hook is `skip_residual` with another weight.
+    """
+
+    def pull(z: Tensor, step: Step) -> Tensor:
+        share, end, followed = weight(step), cutoff * noise_gone(step), step.noised(x0, noise)
+        return (1 - share) * z + share * followed if end >= 1 else z + share * box(followed - z, end)
 
     return pull
 

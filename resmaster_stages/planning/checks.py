@@ -133,6 +133,7 @@ def checks_of(config: DatasetConfig, stages: Collection[str], here: bool) -> Ite
 
 def notes_of(config: DatasetConfig) -> Iterator[str]:
     """What a user should know of a configuration that has no mistakes."""
+    yield from config.upscale.notes()
     for each in licences_of(config):
         if each.licence.non_commercial:
             yield f"licence of the {each.part} {each.model}: {each.licence.sentence()}"

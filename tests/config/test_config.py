@@ -266,8 +266,8 @@ def test_words_by_attention_depend_on_the_base_model_and_are_not_checked() -> No
 
 def test_a_methods_identity_is_its_own_fields_and_its_name() -> None:
     demofusion = config(upscale={"method": "demofusion", "view_batch": 3}).upscale
-    unset = {"preset", "view_batch", "time_shift", "guidance_low"}
-    assert demofusion.identity().keys() == type(demofusion).model_fields.keys() - unset
+    later = {"time_shift", "guidance_low", "skip", "shuffle", "text_prompt"}
+    assert demofusion.identity().keys() == type(demofusion).model_fields.keys() - {"preset", "view_batch", *later}
     assert config(upscale={"method": "lanczos"}).upscale.identity() == {"method": "lanczos", "scale": 4.0}
     shifted = config(upscale={"method": "demofusion", "time_shift": "sqrt"}).upscale
     assert shifted.identity() == {**demofusion.identity(), "time_shift": "sqrt"}, "only where it is not the default"
@@ -289,7 +289,7 @@ def test_method_presets_expand_and_explicit_fields_win() -> None:
     assert (faithful.start, faithful.jitter, faithful.stepper) == (0.2, "zeros", "ddim_keep")
     assert parse_config(config(upscale=faithful.model_dump()).model_dump(mode="json")).upscale == faithful
     for name, method in methods().items():
-        papers = {"rectifiedhr", "frecas", "diffusehigh", "megafusion"} if name == "cascade" else {"faithful", "exact"}
+        papers = {"rectifiedhr", "frecas", "diffusehigh", "megafusion"} if name == "cascade" else {"faithful", "exact", "accdiffusion"}
         assert {"default"} <= method.presets.keys() <= {"default"} | papers
         for preset in method.presets:
             config(upscale={"method": name, "preset": preset})
