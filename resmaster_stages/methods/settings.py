@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from resmaster_stages.config.method import Method, OnlyWith, Source
 from resmaster_stages.config.part import Later, Operational, Part
 from resmaster_stages.config.structure import StructureConfig
+from resmaster_stages.config.wrap import Axes, Wrap, wrapped_axes
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid, stride_of
 from resmaster_stages.methods.passes import Pass, from_noise
@@ -55,6 +56,11 @@ def timing_of(time_shift: str | float, grid: Grid, cells: int) -> Timing:
     if time_shift == "sqrt":
         return Timing(cells, growth=(grid.height * grid.width / cells) ** 0.5)
     return Timing(cells, shift=time_shift if isinstance(time_shift, (int, float)) else None)
+
+
+def needs_of_wrap(wrap: Wrap) -> Mapping[Ability, str]:
+    """The ability that a base model needs to draw low-res images that wrap, and the setting that needs it."""
+    return {} if wrap == "none" else {"convolutions": "low_res.wrap"}
 
 
 class Enlargement(Method):
@@ -172,6 +178,20 @@ class LateGuidance(Diffusion):
         return ClassifierFree(scale, self.guidance_stop, models.base.guide)
 
 
+class Wrapping(Diffusion):
+    """Images that continue at the opposite border."""
+
+    wrap: Wrap = Later("none")
+    """Makes an image that continues at the opposite border: `horizontal` (its right border at its left one, for
+    panoramas), `vertical`, or `both` (textures). A low-res image that is followed must continue there, too:
+    `low_res.wrap`."""
+
+    @property
+    def wraps(self) -> Axes:
+        """Whether the image continues at the opposite border, along its height and along its width."""
+        return wrapped_axes(self.wrap)
+
+
 class MicroConditioned(Diffusion):
     """SDXL's conditions of size and crop."""
 
@@ -222,7 +242,7 @@ class Views(LateGuidance, MicroConditioned):
         return self.stride
 
 
-class MovingViews(Views, FromNoise):
+class MovingViews(Views, FromNoise, Wrapping):
     """Views that can move from step to step."""
 
     shift: Literal["none", "every_step"] = "none"
@@ -238,8 +258,8 @@ class MovingViews(Views, FromNoise):
     def moving(self, grid: Grid) -> Grid | None:
         """The moving grid at shift 0. None if the views stand still.
 
-        Moving views need one more view per axis. The purpose of `shift_stride` is to need fewer views, so nothing moves
-        where it does not.
+        Moving views need one more view per axis that does not wrap. The purpose of `shift_stride` is to need fewer
+        views, so nothing moves where it does not.
         """
         if self.shift == "none":
             return None
@@ -303,7 +323,7 @@ class Steered(Views):
             return ()
         anchor = self._anchor(request, noise, within)
         scale = request.required_reference().scale
-        return (structural_guidance(anchor, self.structure, scale, request.course.done),)
+        return (structural_guidance(anchor, self.structure, scale, request.course.done, self.wraps),)
 
     def _anchor(
         self, request: Request, noise: CanvasNoise, within: Callable[[], AbstractContextManager[None]]
