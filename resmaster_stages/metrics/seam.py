@@ -4,8 +4,8 @@ A view's border lies between two pixel rows or columns. The step across each bor
 across the lines next to it. A horizon or a wall that crosses the line counts for both and cancels out. Borders lie on
 the latent grid, but this module works in pixels.
 
-If a view ends beyond the image, the image continues at the opposite border (it wraps). That border is then an inner line
-too: the image is rolled until no view ends at its border.
+If a view ends beyond the image, the image continues at the opposite border (it wraps). Then that border is an inner
+line too: the image is rolled until no view ends at its border.
 """
 
 from __future__ import annotations
