@@ -156,7 +156,7 @@ def _notes_of_wrapping(config: DatasetConfig) -> Iterator[str]:
             f"upscale.wrap: {wrap_of(high)}: low-res images do not continue at the opposite border, so large images "
             f"that follow them show a seam there; set low_res.wrap: {wrap_of(high)}"
         )
-    elif not config.images and any(low) and not any(high):
+    elif not config.images and any(low) and not any(high) and config.upscale.scale > 1:
         yield (
             f"low_res.wrap: {config.low_res.wrap}: large images do not continue at the opposite border; set "
             f"upscale.wrap: {config.low_res.wrap} too, for a method that has it"
