@@ -22,12 +22,11 @@ from resmaster_stages.diffusion.patches import replaced_forward
 from resmaster_stages.models.bases.base import network_of
 
 
-def _wrapping(conv: nn.Conv2d, rows: int, cols: int) -> Callable[[Tensor], Tensor]:
-    """`conv` with `rows` cells above and below and `cols` cells left and right that come from the opposite border.
-
-    An axis with 0 such cells has the layer's own padding.
-    """
-    own = (0 if rows else conv.padding[0], 0 if cols else conv.padding[1])
+def _wrapping(conv: nn.Conv2d, wraps: Axes) -> Callable[[Tensor], Tensor]:
+    """`conv` with the padding of the axes that wrap taken from the opposite border."""
+    padding = [int(side) for side in conv.padding]
+    rows, cols = (side if wrapped else 0 for side, wrapped in zip(padding, wraps))
+    own = [0 if wrapped else side for side, wrapped in zip(padding, wraps)]
 
     def forward(x: Tensor) -> Tensor:
         padded = F.pad(x, (cols, cols, rows, rows), mode="circular")
@@ -40,9 +39,7 @@ def _wrapping(conv: nn.Conv2d, rows: int, cols: int) -> Callable[[Tensor], Tenso
 def circular(denoiser: Any, wraps: Axes) -> Iterator[None]:
     """Within the block, the convolutions of `denoiser` (a UNet) pad the axes that wrap from the opposite border."""
     with ExitStack() as stack:
-        for module in network_of(denoiser).modules():
-            if isinstance(module, nn.Conv2d):
-                rows, cols = (side if wrapped else 0 for side, wrapped in zip(module.padding, wraps))
-                if rows or cols:
-                    stack.enter_context(replaced_forward(module, _wrapping(module, rows, cols)))
+        for module in network_of(denoiser).modules() if any(wraps) else ():
+            if isinstance(module, nn.Conv2d) and any(module.padding):
+                stack.enter_context(replaced_forward(module, _wrapping(module, wraps)))
         yield
