@@ -21,6 +21,9 @@ from torch import Tensor
 
 from resmaster_stages.config.wrap import Axes
 
+_REACH = 3
+"""Cells on each side of a place that bicubic interpolation reads at most."""
+
 
 def to_tensor(image: Image.Image) -> Tensor:
     """A PIL image as [1, 3, H, W], float32, RGB in [-1, 1]."""
@@ -70,10 +73,6 @@ def resized(
     larger = (height + 2 * down, width + 2 * across)
     y = F.interpolate(x, size=larger, mode=how, align_corners=corners, antialias=antialias)
     return y[..., down : down + height, across : across + width]
-
-
-_REACH = 3
-"""Cells on each side of a place that bicubic interpolation reads at most."""
 
 
 def continued(pixels: Tensor, boxes: Sequence[tuple[int, int, int, int]]) -> Tensor:
