@@ -6,7 +6,8 @@ attention says which words of the prompt are a patch's caption (`diffusion.atten
 storage.
 
 Invariants:
-- Boxes are half-open, in target px, in the order y0, x0, y1, x1. Rows are in row-major order of the grid.
+- Boxes are half-open, in target px, in the order y0, x0, y1, x1. Rows are in row-major order of the grid. Where the
+  image wraps, a box that ends beyond the border continues at the opposite border.
 - A row depends only on its own sample: batches never mix samples, so a sample that fails does not change others.
 - If a patch has no caption (too little detail, an empty answer, or no word), its row holds the global prompt, and
   `status` says so.
@@ -209,11 +210,10 @@ def _answers(
 
 def patches(image: Image.Image, grid: Grid) -> list[Image.Image]:
     """The crops of the reference B^L at the boxes of `grid`, row-major."""
-    from resmaster_stages.diffusion.reference import to_image, upsample
+    from resmaster_stages.diffusion.reference import continued, to_image, upsample
 
-    bottom = max(y1 for _, _, y1, _ in grid.pixel_boxes)
-    right = max(x1 for _, _, _, x1 in grid.pixel_boxes)
-    reference = to_image(upsample(image, bottom, right)[0])
+    pixels = upsample(image, *grid.size_px, grid.wraps)[0]
+    reference = to_image(continued(pixels, grid.pixel_boxes))
     return [reference.crop((x0, y0, x1, y1)) for y0, x0, y1, x1 in grid.pixel_boxes]
 
 

@@ -112,6 +112,7 @@ def generate(
         low_res.steps,
         low_res.guidance_scale,
         low_res.batch_size,
+        low_res.wrap,
     )
     return [_good(each) for each in made]
 

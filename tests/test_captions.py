@@ -217,6 +217,23 @@ def test_views_overlap_tiles_do_not_and_both_end_at_the_border() -> None:
     assert (tiles[-1]["y0"], tiles[-1]["x0"], tiles[-1]["y1"], tiles[-1]["x1"]) == (48, 96, 80, 128)
 
 
+def test_patches_beyond_a_border_that_wraps_continue_at_the_opposite_border() -> None:
+    image, captioner = gradient(16, 32), Echo()
+    grid = view_grid(Geometry(32, 8), 64, 128, 0.5, (False, True))
+    writer = Writer(CaptionsConfig(), captioner, words, 75, "", None)
+    table = caption_rows(image, "a red house", grid, writer)
+    assert {row["grid"] for row in table} == {"64x128/32/16/horizontal"}
+    assert [row["x1"] for row in table if row["row"] == 0] == [32, 48, 64, 80, 96, 112, 128, 144]
+    crops = [crop for batch in captioner.batches for crop in batch]
+    assert {crop.size for crop in crops} == {(32, 32)}
+    rolled = Image.fromarray(np.roll(np.asarray(image), 4, axis=1))  # by one stride of the views, 16 px
+    moved = captions.patches(rolled, grid)
+    for number, crop in enumerate(crops):
+        row, col = divmod(number, 8)
+        there = np.asarray(moved[row * 8 + (col + 1) % 8]).astype(int)
+        assert np.abs(np.asarray(crop).astype(int) - there).max() <= 1
+
+
 def test_each_patch_is_a_crop_of_the_bicubic_reference() -> None:
     captioner = Echo()
     image = gradient()

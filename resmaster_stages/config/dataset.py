@@ -21,6 +21,7 @@ from pydantic import (
 from resmaster_stages.config.method import AnyMethod, Method
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.config.part import GREATEST_INTEGER, Later, Operational, Part, check_length
+from resmaster_stages.config.wrap import Wrap
 
 LONGEST_NAME = 100
 """Maximum length of a dataset's name, in characters."""
@@ -40,6 +41,9 @@ class LowResConfig(Part):
     """Classifier-free guidance scale."""
     negative_prompt: str = ""
     """Used for prompts that have no negative prompt of their own."""
+    wrap: Wrap = Later("none")
+    """Makes images that continue at the opposite border: `horizontal` (panoramas), `vertical`, or `both` (textures).
+    Only for UNets."""
     batch_size: int = Operational(8, ge=1, le=10_000)
     """Prompts per call of the denoiser."""
 

@@ -18,6 +18,7 @@ from pydantic import Field, GetJsonSchemaHandler, ModelWrapValidatorHandler, Ser
 from pydantic_core import CoreSchema
 
 from resmaster_stages.config.part import Part, drop_defaults, known_name
+from resmaster_stages.config.wrap import Axes
 from resmaster_stages.errors import ConfigError
 
 DEFAULT = "resmaster"
@@ -160,6 +161,11 @@ class Method(Part):
         """Distance of neighbouring views, as a fraction of the window. Methods without views have a value too, so that
         seams are measured at the same places for all methods."""
         return 0.5
+
+    @property
+    def wraps(self) -> Axes:
+        """Whether the image continues at the opposite border, along its height and along its width."""
+        return False, False
 
     def weights(self) -> str | None:
         """Name of the exact weights of the method's own network; None if it has no network. Raises ConfigError."""

@@ -87,9 +87,12 @@ def _low_res_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]
 
 
 def _captions_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
+    views: dict[str, Any] = {"scale": config.upscale.way()[0].scale, "stride": config.upscale.view_stride}
+    if any(config.upscale.wraps):
+        views["wraps"] = config.upscale.wraps
     own: dict[str, Any] = {
         "captions": config.captions.identity(),
-        "views": {"scale": config.upscale.way()[0].scale, "stride": config.upscale.view_stride},
+        "views": views,
         "weights": weights.captioner,
         "tokenizer": weights.model,
     }

@@ -12,6 +12,7 @@ from math import acos, pi
 from torch import Tensor
 
 from resmaster_stages.config.structure import StructureConfig
+from resmaster_stages.config.wrap import Axes
 from resmaster_stages.diffusion.frequency import LowPass, box, low_pass_of, swap_low_frequencies, swap_weights
 from resmaster_stages.diffusion.loop import LatentHook, X0Hook
 from resmaster_stages.models.schedule import Step
@@ -60,13 +61,18 @@ def match_moments(z: Tensor, like: Tensor) -> Tensor:
 
 
 def structural_guidance(
-    anchor: Callable[[Step], Tensor], config: StructureConfig, scale: float, course: Sequence[float]
+    anchor: Callable[[Step], Tensor],
+    config: StructureConfig,
+    scale: float,
+    course: Sequence[float],
+    wraps: Axes = (False, False),
 ) -> X0Hook:
     """The hook that replaces the low frequencies of x0 by those of `anchor` [B, C, H, W] of the step.
 
-    scale: how many times the low-res image was enlarged to give the anchor. course: `Step.done` of each step.
+    scale: how many times the low-res image was enlarged to give the anchor. course: `Step.done` of each step. wraps:
+    whether the canvas continues at the opposite border, along its height and along its width.
     """
-    low, weights = low_pass_of(config, scale), swap_weights(config, course)
+    low, weights = low_pass_of(config, scale, wraps), swap_weights(config, course)
 
     def swap(x0: Tensor, step: Step) -> Tensor:
         weight = weights[step.index]

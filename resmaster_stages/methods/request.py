@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from resmaster_stages.config.wrap import Axes
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.memory import view_limit
+from resmaster_stages.diffusion.reference import resized
 from resmaster_stages.diffusion.views import Grid, canvas_size, view_grid, whole_canvas
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.settings import Diffusion
@@ -30,11 +31,13 @@ class Reference:
     scale: float
     low_res: Tensor
     """The low-res images themselves: [B, 3, h, w] in [-1, 1], of any size."""
+    wraps: Axes = (False, False)
+    """Whether the images continue at the opposite border, along their height and along their width."""
 
     @cached_property
     def latents(self) -> Tensor:
         """`pixels`, encoded: [B, C, H/f, W/f], float32."""
-        return autoencoder.encode(self.models, self.pixels)
+        return autoencoder.encode(self.models, self.pixels, self.wraps)
 
     @cached_property
     def small(self) -> Tensor:
@@ -48,13 +51,12 @@ class Reference:
         exact = all(side == low * self.scale for side, low in zip(self.pixels.shape[-2:], self.low_res.shape[-2:]))
         if exact and self.low_res.shape[-2:] == (height, width):
             return self.low_res
-        small = F.interpolate(self.pixels, size=(height, width), mode="bicubic", align_corners=False, antialias=True)
-        return small.clamp(-1, 1)
+        return resized(self.pixels, height, width, wraps=self.wraps, antialias=True).clamp(-1, 1)
 
     @cached_property
     def small_latents(self) -> Tensor:
         """`small`, encoded: [B, C, ~h/f, ~w/f], float32."""
-        return autoencoder.encode(self.models, self.small)
+        return autoencoder.encode(self.models, self.small, self.wraps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +116,7 @@ class Request:
 
     def views(self) -> Grid:
         """The grid of native-size views."""
-        return view_grid(self.models.geometry, self.height, self.width, self.config.view_stride)
+        return view_grid(self.models.geometry, self.height, self.width, self.config.view_stride, self.config.wraps)
 
     def canvas(self) -> Grid:
         """The grid whose only view is the whole canvas."""

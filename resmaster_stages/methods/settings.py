@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from resmaster_stages.config.method import Method, OnlyWith, Source
 from resmaster_stages.config.part import Later, Operational, Part
 from resmaster_stages.config.structure import StructureConfig
+from resmaster_stages.config.wrap import Axes, Wrap, wrapped_axes
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid, stride_of
 from resmaster_stages.methods.passes import Pass, from_noise
@@ -70,6 +71,11 @@ def unsuited_freeu(method: Method, family: Family, geometry: Geometry, model: st
             f"upscale.freeu: the strengths of FreeU were chosen for SDXL, and {model} is another model, whose images "
             "it may darken and discolour; set freeu: false"
         )
+
+
+def needs_of_wrap(wrap: Wrap) -> Mapping[Ability, str]:
+    """The ability that a base model needs to draw low-res images that wrap, and the setting that needs it."""
+    return {} if wrap == "none" else {"convolutions": "low_res.wrap"}
 
 
 class Enlargement(Method):
@@ -204,6 +210,20 @@ class LateGuidance(GuidedByBand):
         return self.guided_by_band(models, self.guidance_scale, self.guidance_stop)
 
 
+class Wrapping(Diffusion):
+    """Images that continue at the opposite border."""
+
+    wrap: Wrap = Later("none")
+    """Makes an image that continues at the opposite border: `horizontal` (its right border at its left one, for
+    panoramas), `vertical`, or `both` (textures). A low-res image that is followed must continue there, too:
+    `low_res.wrap`."""
+
+    @property
+    def wraps(self) -> Axes:
+        """Whether the image continues at the opposite border, along its height and along its width."""
+        return wrapped_axes(self.wrap)
+
+
 class MicroConditioned(Diffusion):
     """SDXL's conditions of size and crop."""
 
@@ -254,7 +274,7 @@ class Views(LateGuidance, MicroConditioned):
         return self.stride
 
 
-class MovingViews(Views, FromNoise):
+class MovingViews(Views, FromNoise, Wrapping):
     """Views that can move from step to step."""
 
     shift: Literal["none", "every_step"] = "none"
@@ -270,8 +290,8 @@ class MovingViews(Views, FromNoise):
     def moving(self, grid: Grid) -> Grid | None:
         """The moving grid at shift 0. None if the views stand still.
 
-        Moving views need one more view per axis. The purpose of `shift_stride` is to need fewer views, so nothing moves
-        where it does not.
+        Moving views need one more view per axis that does not wrap. The purpose of `shift_stride` is to need fewer
+        views, so nothing moves where it does not.
         """
         if self.shift == "none":
             return None
@@ -335,7 +355,7 @@ class Steered(Views):
             return ()
         anchor = self._anchor(request, noise, within)
         scale = request.required_reference().scale
-        return (structural_guidance(anchor, self.structure, scale, request.course.done),)
+        return (structural_guidance(anchor, self.structure, scale, request.course.done, self.wraps),)
 
     def _anchor(
         self, request: Request, noise: CanvasNoise, within: Callable[[], AbstractContextManager[None]]

@@ -18,18 +18,19 @@ from pathlib import Path
 
 from resmaster_stages.config.dataset import DatasetConfig, LowResConfig
 from resmaster_stages.config.model import ModelConfig
+from resmaster_stages.config.wrap import wrap_of, wrapped_axes
 from resmaster_stages.dataset.dataset import Dataset, find_dataset
 from resmaster_stages.dataset.stages import stage_hashes, stages_of
 from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.errors import ConfigError, UserError
-from resmaster_stages.methods.settings import Diffusion, unsuited_freeu
+from resmaster_stages.methods.settings import Diffusion, needs_of_wrap, unsuited_freeu
 from resmaster_stages.models.bases import family_of, require
 from resmaster_stages.models.bases.base import Ability, Asked, Demand, asked_of, require_readable
 from resmaster_stages.models.files import Check, NotOnThisMachine
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.licences import licences_of
 from resmaster_stages.models.places import require_device_name, resolve_device
-from resmaster_stages.planning.drafts import why_too_large
+from resmaster_stages.planning.drafts import why_too_large, why_unwrappable
 from resmaster_stages.storage.filesystem import Folder, open_root
 
 LARGEST_LOW_RES = 64
@@ -137,11 +138,31 @@ def notes_of(config: DatasetConfig) -> Iterator[str]:
     for each in licences_of(config):
         if each.licence.non_commercial:
             yield f"licence of the {each.part} {each.model}: {each.licence.sentence()}"
+    yield from _notes_of_wrapping(config)
     written = {asked.part: _negative_prompt(config, asked.part) for asked in sampling_of(config, stages_of(config))}
     settings = [f"{part}.negative_prompt" for part, text in written.items() if text]
     if settings and not reads_negative_prompts(config):
         yield f"{' and '.join(settings)}: not read, because {config.model.id} has no unconditional branch"
     yield from unsuited_freeu(config.upscale, family_of(config.model), geometry_of(config.model), config.model.id)
+
+
+def _notes_of_wrapping(config: DatasetConfig) -> Iterator[str]:
+    """What a user should know of images that continue at the opposite border."""
+    low, high = wrapped_axes(config.low_res.wrap), config.upscale.wraps
+    missing = wrap_of((high[0] and not low[0], high[1] and not low[1]))
+    follows = config.upscale.uses("reference")
+    if config.images and any(high) and follows:
+        yield f"upscale.wrap: {wrap_of(high)}: your images must themselves continue at the opposite border, or it shows"
+    elif not config.images and missing != "none" and follows:
+        yield (
+            f"upscale.wrap: {wrap_of(high)}: low-res images do not continue at the opposite border, so large images "
+            f"that follow them show a seam there; set low_res.wrap: {wrap_of(high)}"
+        )
+    elif not config.images and any(low) and not any(high) and config.upscale.scale > 1:
+        yield (
+            f"low_res.wrap: {config.low_res.wrap}: large images do not continue at the opposite border; set "
+            f"upscale.wrap: {config.low_res.wrap} too, for a method that has it"
+        )
 
 
 def _negative_prompt(config: DatasetConfig, part: str) -> str:
@@ -177,6 +198,8 @@ def _of_base_model(config: DatasetConfig, stages: Collection[str]) -> Iterator[C
     if "high_res" in stages and isinstance(method, Diffusion):
         needs, shifts = method.needs(), method.time_shift != "view"
     yield "upscale", partial(require, family, config.model.id, needs)
+    if "low_res" in stages and not config.images:
+        yield "low_res", partial(require, family, config.model.id, needs_of_wrap(config.low_res.wrap))
     if asked:
         if config.model.ip_adapter is not None:
             yield "model.ip_adapter", partial(require, family, config.model.id, {"image_prompts": "model.ip_adapter"})
@@ -247,6 +270,8 @@ def check_sizes(config: DatasetConfig) -> tuple[int, int]:
                 f"use a scale of {below / size:g} or {(below + factor) / size:g}"
             )
     height, width = sizes["height"], sizes["width"]
+    if reason := why_unwrappable(config, height, width):
+        raise ConfigError(f"upscale.wrap: {reason}")
     if reason := why_too_large(config, height, width):
         raise ConfigError(f"low_res and upscale.scale: {reason}")
     if height * width > LARGEST_LOW_RES * native**2:

@@ -50,7 +50,7 @@ def high_res_work(config: Method, base: Denoising, height: int, width: int) -> t
     work: list[UnetWork] = []
     if isinstance(config, Diffusion):
         for scale, own in zip((*config.via, config.scale), config.way()):
-            grid = view_grid(base.geometry, *target_size(height, width, scale), own.view_stride)
+            grid = view_grid(base.geometry, *target_size(height, width, scale), own.view_stride, own.wraps)
             course = base.course(own.steps, own.timing(grid))
             work += own.work(grid, replace(course, guided=base.guided))
     return tuple(work)

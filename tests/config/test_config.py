@@ -289,7 +289,11 @@ def test_method_presets_expand_and_explicit_fields_win() -> None:
     assert (faithful.start, faithful.jitter, faithful.stepper) == (0.2, "zeros", "ddim_keep")
     assert parse_config(config(upscale=faithful.model_dump()).model_dump(mode="json")).upscale == faithful
     for name, method in methods().items():
-        papers = {"rectifiedhr", "frecas", "diffusehigh", "megafusion"} if name == "cascade" else {"faithful", "exact", "accdiffusion"}
+        papers = (
+            {"rectifiedhr", "frecas", "diffusehigh", "megafusion"}
+            if name == "cascade"
+            else {"faithful", "exact", "accdiffusion"}
+        )
         assert {"default"} <= method.presets.keys() <= {"default"} | papers
         for preset in method.presets:
             config(upscale={"method": name, "preset": preset})

@@ -149,7 +149,8 @@ def test_automatic_batches_repeat_no_view(method: str, values: dict, width: int,
 
 
 @pytest.mark.parametrize(
-    "method", ["direct", "multidiffusion", "resmaster", "demofusion", "hidiffusion", "freescale", "scalediff", "c_upscale"]
+    "method",
+    ["direct", "multidiffusion", "resmaster", "demofusion", "hidiffusion", "freescale", "scalediff", "c_upscale"],
 )
 def test_guidance_that_ends_earlier(method: str) -> None:
     config = settings(method, scale=2, steps=10, guidance_stop=0.5, view_batch=1)

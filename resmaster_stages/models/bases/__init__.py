@@ -32,6 +32,8 @@ _WAYS_OUT = {
     "noised_lr with a higher start then holds the image closer)",
     "model.ip_adapter": "set it to null",
     "captions.source: attention": "set it to model, server or prompt",
+    "low_res.wrap": "set it to none (images: FOLDER takes images of your own, which may wrap)",
+    "upscale.wrap": "set upscale.method to resmaster or multidiffusion, whose views wrap",
 }
 """What to do about a setting that needs an ability, where there is more to say than to choose another."""
 
