@@ -69,7 +69,9 @@ class CUpscale(Steered):
         reference = request.required_reference()
 
         def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
-            return step.noised(reference.latents, noise()), self.compose(request, noise)
+            draw = noise()
+            x0 = request.roughened(reference.latents, noise)
+            return step.noised(x0, draw), self.compose(request, noise)
 
         return (Pass(*request.canvas_size, begin, request.course.first(self.start)),)
 

@@ -6,19 +6,26 @@ Invariants:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from resmaster_stages.config.reference import ReferenceConfig
 from resmaster_stages.diffusion import autoencoder
+from resmaster_stages.diffusion.edges import edge_density
 from resmaster_stages.diffusion.memory import view_limit
+from resmaster_stages.diffusion.reference import enlarged
 from resmaster_stages.diffusion.views import Grid, canvas_size, view_grid, whole_canvas
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.methods.settings import Diffusion
+from resmaster_stages.methods.settings import Diffusion, Following
 from resmaster_stages.models.parts import Models
 from resmaster_stages.models.schedule import Course, Step, course_of
+
+if TYPE_CHECKING:
+    from resmaster_stages.diffusion.loop import CanvasNoise
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +37,25 @@ class Reference:
     scale: float
     low_res: Tensor
     """The low-res images themselves: [B, 3, h, w] in [-1, 1], of any size."""
+    how: ReferenceConfig = field(default_factory=ReferenceConfig)
+    """How latents are enlarged, where they are."""
 
     @cached_property
     def latents(self) -> Tensor:
-        """`pixels`, encoded: [B, C, H/f, W/f], float32."""
-        return autoencoder.encode(self.models, self.pixels)
+        """The latents that the canvas follows: [B, C, H/f, W/f], float32. `pixels`, encoded, or enlarged latents."""
+        if self.how.enlarge in ("own", "image"):
+            return autoencoder.encode(self.models, self.pixels)
+        factor = self.models.geometry.latent_factor
+        height, width = (side // factor for side in self.pixels.shape[-2:])
+        return self.enlarged_latents(self.small_latents, height, width)
+
+    def enlarged_latents(self, small: Tensor, height: int, width: int) -> Tensor:
+        """Latents `small` [B, C, h, w] at `height` x `width`: by the network, or bicubically."""
+        if self.how.enlarge == "network":
+            from resmaster_stages.models.latent_enlarger_files import enlarge_latents
+
+            return enlarge_latents(self.models, small, height, width, self.how)
+        return F.interpolate(small, size=(height, width), mode="bicubic", align_corners=False)
 
     @cached_property
     def small(self) -> Tensor:
@@ -111,6 +132,31 @@ class Request:
         if previous is None:
             return self.required_reference().small
         return autoencoder.decode(self.models, previous).clamp(-1, 1)
+
+    def latents_before(self, previous: Tensor | None, height: int, width: int) -> Tensor:
+        """The latents that a pass of `height` x `width` latents begins from: those of the clean latents `previous` of
+        the pass before, or of the low-res images if there was none, enlarged as the method's settings say.
+
+        Raises ConfigError if there are no low-res images, or if the network cannot be used.
+        """
+        assert isinstance(self.config, Following)
+        reference = self.required_reference()
+        if self.config.enlargement() == "image":
+            factor = self.models.geometry.latent_factor
+            large = enlarged(self.image_before(previous), height * factor, width * factor)
+            return autoencoder.encode(self.models, large)
+        small = reference.small_latents if previous is None else previous
+        return reference.enlarged_latents(small, height, width)
+
+    def roughened(self, latents: Tensor, noise: CanvasNoise) -> Tensor:
+        """`latents` [B, C, H, W] that a pass begins from, with noise where the low-res images have edges, if the
+        settings ask for it. The noise is drawn after the pass's own, which stays the same."""
+        assert isinstance(self.config, Following)
+        low, high = self.config.reference.edge_noise
+        if high == 0:
+            return latents
+        density = edge_density(self.required_reference().small, *latents.shape[-2:]).to(latents.device)
+        return latents + (low + (high - low) * density) * noise()
 
     def views(self) -> Grid:
         """The grid of native-size views."""
