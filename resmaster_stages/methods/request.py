@@ -6,14 +6,13 @@ Invariants:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from resmaster_stages.config.reference import ReferenceConfig
 from resmaster_stages.diffusion import autoencoder
 from resmaster_stages.diffusion.edges import edge_density
 from resmaster_stages.diffusion.memory import view_limit
@@ -37,25 +36,11 @@ class Reference:
     scale: float
     low_res: Tensor
     """The low-res images themselves: [B, 3, h, w] in [-1, 1], of any size."""
-    how: ReferenceConfig = field(default_factory=ReferenceConfig)
-    """How latents are enlarged, where they are."""
 
     @cached_property
     def latents(self) -> Tensor:
-        """The latents that the canvas follows: [B, C, H/f, W/f], float32. `pixels`, encoded, or enlarged latents."""
-        if self.how.enlarge in ("own", "image"):
-            return autoencoder.encode(self.models, self.pixels)
-        factor = self.models.geometry.latent_factor
-        height, width = (side // factor for side in self.pixels.shape[-2:])
-        return self.enlarged_latents(self.small_latents, height, width)
-
-    def enlarged_latents(self, small: Tensor, height: int, width: int) -> Tensor:
-        """Latents `small` [B, C, h, w] at `height` x `width`: by the network, or bicubically."""
-        if self.how.enlarge == "network":
-            from resmaster_stages.models.latent_enlarger_files import enlarge_latents
-
-            return enlarge_latents(self.models, small, height, width, self.how)
-        return F.interpolate(small, size=(height, width), mode="bicubic", align_corners=False)
+        """`pixels`, encoded: [B, C, H/f, W/f], float32."""
+        return autoencoder.encode(self.models, self.pixels)
 
     @cached_property
     def small(self) -> Tensor:
@@ -133,6 +118,28 @@ class Request:
             return self.required_reference().small
         return autoencoder.decode(self.models, previous).clamp(-1, 1)
 
+    @cached_property
+    def followed(self) -> Tensor:
+        """The latents of the low-res images at the size of the canvas [B, C, H, W], enlarged as the method's settings
+        say.
+
+        Raises ConfigError if there are no low-res images, or if the network cannot be used.
+        """
+        assert isinstance(self.config, Following)
+        reference = self.required_reference()
+        if self.config.enlargement() == "image":
+            return reference.latents
+        return self._enlarged(reference.small_latents, *self.canvas_size)
+
+    def _enlarged(self, small: Tensor, height: int, width: int) -> Tensor:
+        """Latents [B, C, h, w] at `height` x `width`: by the network, or bicubically."""
+        assert isinstance(self.config, Following)
+        if self.config.enlargement() == "network":
+            from resmaster_stages.models.latent_enlarger_files import enlarge_latents
+
+            return enlarge_latents(self.models, small, height, width, self.config.reference)
+        return F.interpolate(small, size=(height, width), mode="bicubic", align_corners=False)
+
     def latents_before(self, previous: Tensor | None, height: int, width: int) -> Tensor:
         """The latents that a pass of `height` x `width` latents begins from: those of the clean latents `previous` of
         the pass before, or of the low-res images if there was none, enlarged as the method's settings say.
@@ -146,7 +153,7 @@ class Request:
             large = enlarged(self.image_before(previous), height * factor, width * factor)
             return autoencoder.encode(self.models, large)
         small = reference.small_latents if previous is None else previous
-        return reference.enlarged_latents(small, height, width)
+        return self._enlarged(small, height, width)
 
     def roughened(self, latents: Tensor, noise: CanvasNoise) -> Tensor:
         """`latents` [B, C, H, W] that a pass begins from, with noise where the low-res images have edges, if the

@@ -352,7 +352,7 @@ class Steered(Views, Following):
         if self.structure.anchor == "time_matched":
             draw = noise.resized(*reference.small_latents.shape[-2:])()
             return time_matched(request, draw, self.guidance(request.models), within)
-        latents = reference.latents
+        latents = request.followed
         return lambda step: latents
 
     def anchor_work(self, steps: Iterable[int], grid: Grid, course: Course) -> Iterator[UnetWork]:

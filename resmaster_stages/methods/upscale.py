@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from resmaster_stages.config.method import Method
-from resmaster_stages.config.reference import ReferenceConfig
 from resmaster_stages.diffusion.views import target_size, view_grid
 from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.keys import digest
 from resmaster_stages.methods.resmaster import ResMaster
-from resmaster_stages.methods.settings import Diffusion, Enlargement, Following
+from resmaster_stages.methods.settings import Diffusion, Enlargement
 from resmaster_stages.models.bases.base import Asked, require_sampling
 from resmaster_stages.progress import Note, emit
 
@@ -98,7 +97,6 @@ def _one_pass(
         raise ConfigError(
             f"captions: {len(captions)} given for {len(grid)} views ({grid.name}); give one per view, or none"
         )
-    how = config.reference if isinstance(config, Following) else ReferenceConfig()
     pixels = pad_to_multiple(upsample(image, height, width), models.geometry.step_px)
     request = Request(
         models=models,
@@ -108,7 +106,7 @@ def _one_pass(
         prompts=(prompt,),
         negative_prompts=(negative_prompt,),
         captions=(tuple(captions),) if captions is not None and config.uses("captions") else None,
-        reference=Reference(models, pixels, config.scale, to_tensor(image), how),
+        reference=Reference(models, pixels, config.scale, to_tensor(image)),
         detail=None if detail is None else to_mask(detail),
     )
     for line in preflight(models, config.view_batch, grid, models.branches(config.guidance_scale)):
