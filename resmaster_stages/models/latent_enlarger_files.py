@@ -76,10 +76,14 @@ def _fingerprint_of_files(config: ModelConfig) -> Tensor | None:
         return None
 
 
-def _require_same(found: Tensor, wanted: Tensor, path: Path, model: str) -> None:
+def same_vae(one: Tensor, other: Tensor) -> bool:
+    """Whether two fingerprints are of one VAE."""
+    return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=ROUNDING, atol=1e-4)
+
+
+def _require_same(one: Tensor, other: Tensor, path: Path, model: str) -> None:
     """Raise ConfigError unless two fingerprints are of one VAE."""
-    same = found.shape == wanted.shape and torch.allclose(found.float(), wanted, rtol=ROUNDING, atol=1e-4)
-    if not same:
+    if not same_vae(one, other):
         raise ConfigError(
             f"upscale.reference.model: {path} enlarges the latents of another VAE than that of model {model}; give a "
             "network that was trained for this VAE (docs/methods.md, Latent enlargement), or set "

@@ -127,7 +127,7 @@ def test_any_model_s_network_is_trained_by_the_command_resumed_and_served(
     said = capsys.readouterr().out
     assert "from step 0" in said
     assert "from step 60" in said
-    assert "PSNR of 2 held-out images: image" in said
+    assert "decoded PSNR of 2 held-out images: image" in said
     work = tmp_path / "work"
     path = work / FOLDER / "model.safetensors"
     reference = ReferenceConfig(enlarge="network", model=str(path))

@@ -31,7 +31,7 @@ from resmaster_stages.diffusion.reference import enlarged
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.latent_enlarger import FINGERPRINT, EnlargerShape, LatentEnlarger, Places, network_of
-from resmaster_stages.models.latent_enlarger_files import fingerprint_of
+from resmaster_stages.models.latent_enlarger_files import fingerprint_of, same_vae
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
 from resmaster_stages.picturebook.training import course, data
@@ -246,8 +246,21 @@ def keep(work: Path, pack: Path) -> None:
     from safetensors.torch import load_file
 
     weights = load_file(pack / FOLDER / "model.safetensors")
-    network = {name: value.float() for name, value in weights.items() if name != FINGERPRINT}
-    course.keep(work / "latent_enlarger.pt", {"ema": network})
+    require_vae(work, weights.pop(FINGERPRINT))
+    course.keep(work / "latent_enlarger.pt", {"ema": {name: value.float() for name, value in weights.items()}})
+
+
+def require_vae(work: Path, vae: Tensor) -> None:
+    """Note the fingerprint of the VAE that the latents in `work` are of. Raises SystemExit if they are of another."""
+    path = work / "latents" / "vae.pt"
+    if path.exists():
+        if not same_vae(torch.load(path, map_location="cpu", weights_only=True), vae):
+            raise SystemExit(
+                f"{path.parent} and {work / 'latent_enlarger.pt'} are of another VAE; move both away to train anew"
+            )
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(vae, path)
 
 
 @torch.no_grad()
@@ -260,33 +273,39 @@ def held_out_l1(network: LatentEnlarger, latents: dict[str, Tensor], name: str =
 
 
 @torch.no_grad()
-def held_out_psnr(network: LatentEnlarger, models: Models, images: Images, numbers: Sequence[int]) -> dict[str, float]:
-    """Mean PSNR in dB of decoded latents to the full image, from its version at a quarter of the size, by how the
-    latents were enlarged: `image` (in pixels, then encoded), `latent` (bicubic) and `network`."""
-    found: dict[str, list[float]] = {"image": [], "latent": [], "network": []}
+def held_out_measures(
+    network: LatentEnlarger, models: Models, images: Images, numbers: Sequence[int]
+) -> dict[str, float]:
+    """What enlarging images from a quarter of their size is like: `ratio` (the L1 distance of the network's latents to
+    those of the full images, over that of bicubic enlargement), and the mean PSNR in dB of decoded latents by how they
+    were enlarged: `image` (in pixels, then encoded), `latent` (bicubically) and `network`."""
+    network = network.to(models.device)
+    distances: dict[str, list[float]] = {"image": [], "latent": [], "network": []}
+    psnr: dict[str, list[float]] = {name: [] for name in distances}
     for number in numbers:
         image = images(number)
         truth, edge_px = _levels(image, image.shape[-1]), image.shape[-1]
         small = _levels(image, reduced_sizes(edge_px, models.geometry.step_px)["1/4"])
-        cells = autoencoder.encode(models, small).cpu()
-        reference = autoencoder.encode(models, enlarged(small, edge_px, edge_px)).cpu()
-        size = reference.shape[-2:]
+        cells, full = autoencoder.encode(models, small), encode_whole(models, truth)
         ways = {
-            "image": reference,
-            "latent": F.interpolate(cells, size=size, mode="bicubic", align_corners=False),
-            "network": network(cells, *size),
+            "image": autoencoder.encode(models, enlarged(small, edge_px, edge_px)),
+            "latent": F.interpolate(cells, size=full.shape[-2:], mode="bicubic", align_corners=False),
+            "network": network(cells, *full.shape[-2:]),
         }
         for name, latents in ways.items():
-            pixels = autoencoder.decode(models, latents.to(models.device)).clamp(-1, 1).cpu()
+            distances[name].append(float(F.l1_loss(latents.cpu(), full)))
+            pixels = autoencoder.decode(models, latents).clamp(-1, 1).cpu()
             error = (pixels - truth).square().mean().clamp_min(1e-10) / 4
-            found[name].append(-10 * float(error.log10()))
-    return {name: float(np.mean(each)) for name, each in found.items()}
+            psnr[name].append(-10 * float(error.log10()))
+    means = {name: float(np.mean(each)) for name, each in psnr.items()}
+    return {"ratio": float(np.mean(distances["network"]) / np.mean(distances["latent"])), **means}
 
 
 def export(work: Path, folder: Path, vae: Tensor) -> None:
     """Write the network to `folder`, float16, with the fingerprint of the VAE that it is for."""
     from safetensors.torch import save_file
 
+    require_vae(work, vae)
     network = load(work)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.half().contiguous() for name, value in network.state_dict().items()}
@@ -298,6 +317,7 @@ def export(work: Path, folder: Path, vae: Tensor) -> None:
 def train(work: Path, budget: Budget, recipe: LatentRecipe, lesson: Lesson, device: str = "cpu") -> None:
     """Train until the budget is spent; latents in `work`/latents, checkpoint in `work`/latent_enlarger.pt."""
     torch.manual_seed(12)
+    require_vae(work, fingerprint_of(lesson.models()))
     cache = LatentCache(work / "latents", lesson.models, recipe.edge_px)
     held_out = cache.latents(lesson.images, lesson.measured)
     latents = cache.latents(lesson.images, lesson.learned)
@@ -312,6 +332,15 @@ def train(work: Path, budget: Budget, recipe: LatentRecipe, lesson: Lesson, devi
     for step in fit(network, optim, Ema(network, recipe.ema), losses, way, seed=13_000):
         ours, theirs = held_out_l1(load(work), held_out)
         print(f"latent_enlarger: step {step} held-out L1 {ours:.4f}, bicubic {theirs:.4f}", flush=True)
+
+
+def train_own(work: Path, budget: Budget, device: str = "cpu") -> None:
+    """Train the picturebook's own network on the VAE whose checkpoints are in `work`."""
+    from resmaster_stages.picturebook.training.export import assemble
+
+    recipe = LatentRecipe()
+    models = lru_cache(lambda: Models.from_pipeline(assemble(work)[0].to(device)))
+    train(work, budget, recipe, own_lesson(models, recipe), device)
 
 
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
@@ -365,13 +394,15 @@ def main(words: Sequence[str] | None = None) -> None:
             raise SystemExit(f"--edge-px: {recipe.edge_px} is no multiple of {step_px} px")
         lesson = lesson_of(args.images, models, recipe) if args.images else own_lesson(models, recipe)
         train(args.work, replace(BUDGET, seconds=args.seconds, steps=args.steps), recipe, lesson, args.device)
-        psnr = held_out_psnr(load(args.work), models(), lesson.images, lesson.measured[:MEASURED])
+        found = held_out_measures(load(args.work), models(), lesson.images, lesson.measured[:MEASURED])
         export(args.work, out, fingerprint_of(models()))
     except ConfigError as error:
         raise SystemExit(str(error)) from None
-    shown = ", ".join(f"{name} {value:.2f} dB" for name, value in psnr.items())
+    shown = ", ".join(f"{name} {found[name]:.2f} dB" for name in ("image", "latent", "network"))
     print(
-        f"latent_enlarger: PSNR of {len(lesson.measured[:MEASURED])} held-out images: {shown}; wrote {out}", flush=True
+        f"latent_enlarger: L1 distance (network / bicubic) {found['ratio']:.2f}; decoded PSNR of "
+        f"{len(lesson.measured[:MEASURED])} held-out images: {shown}; wrote {out}",
+        flush=True,
     )
 
 
