@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.config.reference import ReferenceConfig
-from resmaster_stages.models.latent_enlarger import LatentEnlarger
+from resmaster_stages.models.latent_enlarger import FINGERPRINT, LatentEnlarger
 from resmaster_stages.models.latent_enlarger_files import check_latent_enlarger, enlarge_latents
 from resmaster_stages.models.load import load_models
 from resmaster_stages.picturebook.training import data
@@ -27,7 +28,9 @@ from resmaster_stages.picturebook.training.train_latent_enlarger import (
     begin_at_bicubic,
     block_loss,
     crops_of,
+    export,
     held_out_l1,
+    keep,
     lesson_of,
     load,
     own_lesson,
@@ -138,6 +141,26 @@ def test_any_model_s_network_is_trained_by_the_command_resumed_and_served(
     cached = LatentCache(work / "latents", lesson.models, 64)
     ours, bicubic = held_out_l1(load(work), cached.latents(lesson.images, lesson.learned))
     assert ours < bicubic
+
+
+def test_latents_and_networks_of_another_vae_are_not_gone_on_with(tmp_path: Path) -> None:
+    vae, shape = torch.randn(20), TINY.shape(4)
+    network = begin_at_bicubic(LatentEnlarger(shape))
+    pack, work = tmp_path / "pack", tmp_path / "work"
+    pack_of(network, vae, pack)
+    keep(work, pack)
+    export(work, tmp_path / "again", vae * 1.001)
+    state = load_file(tmp_path / "again" / "model.safetensors")
+    assert torch.equal(state["first.weight"], network.first.weight.half())
+    with pytest.raises(SystemExit, match=r"latents and .*latent_enlarger\.pt are of another VAE; move both away"):
+        export(work, tmp_path / "again", vae + 1)
+
+
+def pack_of(network: LatentEnlarger, vae: torch.Tensor, pack: Path) -> None:
+    """Write a pack that has a latent enlarger and nothing else."""
+    (pack / FOLDER).mkdir(parents=True)
+    state = {name: value.half() for name, value in network.state_dict().items()}
+    save_file({**state, FINGERPRINT: vae}, pack / FOLDER / "model.safetensors")
 
 
 @pytest.mark.parametrize(
