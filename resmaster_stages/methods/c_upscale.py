@@ -66,6 +66,7 @@ class CUpscale(Steered):
 
     def passes(self, request: Request) -> tuple[Pass, ...]:
         """One pass that starts from the noised reference."""
+        request.required_reference()
 
         def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
             draw = noise()
