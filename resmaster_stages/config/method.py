@@ -45,8 +45,7 @@ class Method(Part):
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
     """Name -> fields. `default`: recommended settings, used if no preset is given. `faithful`: the settings that the
-    authors published. `exact`: also computes the rows that `default` leaves out (docs/speed.md). Other names: settings
-    of the method in another paper."""
+    authors published. `exact`: also computes the rows that `default` leaves out (docs/speed.md)."""
     base_model: ClassVar[bool] = False
     """Whether the result depends on the base model."""
     reads: ClassVar[tuple[Source, ...]] = ()

@@ -23,9 +23,9 @@ class ReferenceConfig(Part):
     """`image`: the pixels are enlarged bicubically and encoded. `latent`: the latents are enlarged bicubically.
     `network`: the latents are enlarged by a network that was trained for the model's VAE (LSRNA). `own`: as the
     method's authors do (DemoFusion `latent`, all others `image`)."""
-    model: str = Later("picturebook")
-    """With `enlarge: network`, the network: `picturebook` (the embedded pack's, for its own VAE), a file of weights
-    such as model.safetensors, or a hub id together with `weight_name`."""
+    model: str | None = Later(None)
+    """With `enlarge: network`, the network: a file of weights such as model.safetensors, which `train_latent_enlarger`
+    wrote for the model's VAE, or a hub id together with `weight_name`."""
     weight_name: str | None = Later(None)
     """File of the weights on the hub."""
     revision: str | None = Later(None)
@@ -48,8 +48,13 @@ class ReferenceConfig(Part):
         for name in ("model", "weight_name", "revision"):
             if self.enlarge != "network" and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is set, but is read only with enlarge: network; set that too, or drop {name}")
+        if self.enlarge == "network" and self.model is None:
+            raise ValueError(
+                "enlarge: network needs a network; set model to a file that was trained for the model's VAE "
+                "(docs/methods.md, Latent enlargement), or set enlarge: image"
+            )
         file = self.weight_name or self.model
-        if self.model != "picturebook" and not file.endswith(".safetensors"):
+        if file is not None and not file.endswith(".safetensors"):
             raise ValueError(f"{file} is not a .safetensors file; choose one that is")
         return self
 

@@ -48,13 +48,6 @@ class DemoFusion(Views, Following):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
         "faithful": {"stepper": "ddim_keep", "start": 0.0, "jitter": "zeros"},
-        "lsrna": {
-            "stepper": "ddim_keep",
-            "phases": "last",
-            "start": 0.4,
-            "jitter": "zeros",
-            "reference": {"enlarge": "network", "edge_noise": (0.0, 1.2)},
-        },
     }
     reads: ClassVar[tuple[Source, ...]] = ("reference",)
     own_way: ClassVar[Literal["image", "latent"]] = "latent"

@@ -26,7 +26,7 @@ PICTUREBOOK_AS_FLOW = "picturebook-as-flow"
 PACK_MODELS = (PICTUREBOOK, PICTUREBOOK_AS_FLOW)
 """The ids of base models whose files are the pack's."""
 
-PACK_NETWORKS = ("captioner", "classifier", "clip", "latent_enlarger", "super_resolution")
+PACK_NETWORKS = ("captioner", "classifier", "clip", "super_resolution")
 """Folders of the pack that do not belong to its diffusion pipeline. Each is a separate model with its own identity."""
 
 
@@ -139,15 +139,16 @@ class NetworkFile:
     """File on the hub."""
     revision: str | None = None
     """Commit or tag on the hub."""
-    pack: str = "super_resolution"
-    """Folder of the pack's network."""
     setting: str = "upscale.model"
     """The setting that names the place, for messages."""
+    in_pack: bool = True
+    """Whether the pack has a network of this kind."""
 
 
 def latent_network(config: ReferenceConfig) -> NetworkFile:
-    """The place of the weights of the network that enlarges latents."""
-    return NetworkFile(config.model, config.weight_name, config.revision, "latent_enlarger", "upscale.reference.model")
+    """The place of the weights of the network that enlarges latents, which must be given."""
+    assert config.model is not None
+    return NetworkFile(config.model, config.weight_name, config.revision, "upscale.reference.model", in_pack=False)
 
 
 def own_network(config: NetworkFile) -> Path | None:
@@ -155,15 +156,15 @@ def own_network(config: NetworkFile) -> Path | None:
 
     Raises ConfigError if there is no such file.
     """
-    if config.model == PICTUREBOOK:
-        return pack_folder() / config.pack / "model.safetensors"
+    if config.in_pack and config.model == PICTUREBOOK:
+        return pack_folder() / "super_resolution" / "model.safetensors"
     path = _path_of(config.model)
     if path is not None and path.is_file():
         return path.resolve()
     if config.weight_name is None:
         raise ConfigError(
-            f"{config.setting}: {config.model} is no file; give picturebook, a file of weights, or a hub id and "
-            "weight_name"
+            f"{config.setting}: {config.model} is no file; give {'picturebook, ' if config.in_pack else ''}a file of "
+            "weights, or a hub id and weight_name"
         )
     return None
 
@@ -195,8 +196,8 @@ def network_identity(config: NetworkFile) -> str:
 
     Raises ConfigError.
     """
-    if config.model == PICTUREBOOK:
-        return _source_identity(PICTUREBOOK, None, config.pack)
+    if config.in_pack and config.model == PICTUREBOOK:
+        return _source_identity(PICTUREBOOK, None, "super_resolution")
     path = own_network(config)
     if path is None:
         return f"{config.model}/{config.weight_name}@{config.revision or 'main'}"

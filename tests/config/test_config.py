@@ -270,8 +270,7 @@ def test_method_presets_expand_and_explicit_fields_win() -> None:
     assert (faithful.start, faithful.jitter, faithful.stepper) == (0.2, "zeros", "ddim_keep")
     assert parse_config(config(upscale=faithful.model_dump()).model_dump(mode="json")).upscale == faithful
     for name, method in methods().items():
-        papers = {"lsrna"} if name == "demofusion" else set()
-        assert {"default"} | papers <= method.presets.keys() <= {"default", "faithful", "exact"} | papers
+        assert {"default"} <= method.presets.keys() <= {"default", "faithful", "exact"}
         for preset in method.presets:
             config(upscale={"method": name, "preset": preset})
     part = config(upscale={"preset": "faithful", "structure": {"cutoff": 0.5}}).upscale.structure

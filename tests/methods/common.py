@@ -1,9 +1,5 @@
 """What the tests of several methods share."""
 
-import tempfile
-from functools import lru_cache
-from pathlib import Path
-
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
@@ -16,7 +12,6 @@ from resmaster_stages.methods.lanczos import Lanczos
 from resmaster_stages.methods.request import Reference, Request
 from resmaster_stages.models.parts import Models
 from resmaster_stages.models.schedule import Step, make_schedule
-from tests import latent_enlargers
 from tests.tiny_models import SCHEDULER, tiny, tiny_adapted
 
 
@@ -37,21 +32,9 @@ DIFFUSION_METHODS = tuple(name for name, each in methods().items() if each.base_
 """Methods that denoise with the base model."""
 
 
-@lru_cache
-def enlarger_file() -> str:
-    """The file of a network that enlarges latents of the tiny model."""
-    return str(latent_enlargers.save(Path(tempfile.mkdtemp()) / "net.safetensors", adapted()))
-
-
-def own_network(preset: str) -> dict:
-    """What a preset with a network needs beside it for the tiny model."""
-    return {"reference": {"model": enlarger_file()}} if preset == "lsrna" else {}
-
-
 def settings(method, **values) -> Method:
     """`values` of `method`, at 2x in few steps where it has any."""
-    own = own_network(values.get("preset", ""))
-    return Method.model_validate({**with_method({"steps": 2, "scale": 2}, method), **own, **values})
+    return Method.model_validate({**with_method({"steps": 2, "scale": 2}, method), **values})
 
 
 def lanczos(image, height, width) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from PIL import Image
 from pydantic import ValidationError
 
 from resmaster_stages.config.load import parse_config
+from resmaster_stages.config.method import Method
 from resmaster_stages.config.reference import ReferenceConfig
 from resmaster_stages.dataset.stages import hashes_of
 from resmaster_stages.diffusion import autoencoder, image_prompts
+from resmaster_stages.diffusion.cost import counting
 from resmaster_stages.diffusion.edges import edge_density
 from resmaster_stages.diffusion.loop import CanvasNoise
 from resmaster_stages.diffusion.reference import to_tensor
@@ -27,6 +31,8 @@ from resmaster_stages.models import latent_enlarger_files
 from resmaster_stages.models.identity import weights_of
 from resmaster_stages.models.parts import Models
 from resmaster_stages.planning.checks import check
+from resmaster_stages.planning.workload import Denoising, high_res_work
+from tests.checkout import ROOT
 from tests.latent_enlargers import SHAPE, network, save
 from tests.methods.common import DIFFUSION_METHODS, adapted, request, settings, some_image
 from tests.tiny_transformers import make_flux
@@ -217,6 +223,7 @@ def test_noise_at_edges_changes_the_image_and_is_drawn_by_sample(monkeypatch: py
     [
         ("resmaster", {"reference": {"edge_noise": [1, 0.5]}}, "the smaller one first"),
         ("resmaster", {"reference": {"edge_noise": [0, 40]}}, "two numbers from 0 to 4"),
+        ("resmaster", {"reference": {"enlarge": "network"}}, "needs a network; set model to a file"),
         ("resmaster", {"reference": {"model": "net.safetensors"}}, "model is set, but is read only with enlarge: netw"),
         ("resmaster", {"reference": {"enlarge": "network", "model": "net.pth"}}, r"not a \.safetensors file"),
         ("resmaster", {"reference": {"enlarge": "pixels"}}, "'own', 'image', 'latent' or 'network'"),
@@ -234,15 +241,23 @@ def test_settings_that_do_not_fit_are_refused(method: str, values: dict, why: st
         settings(method, **values)
 
 
-def test_the_settings_of_lsrna() -> None:
-    preset = settings("demofusion", preset="lsrna", steps=50)
-    assert preset.reference == ReferenceConfig(enlarge="network", edge_noise=(0.0, 1.2))
-    assert (preset.phases, preset.stepper, preset.jitter) == ("last", "ddim_keep", "zeros")
-    asked = request(adapted(), preset)
-    (only,) = preset.passes(asked)
+def test_the_settings_of_lsrna_on_the_page_of_methods(file: str) -> None:
+    page = (ROOT / "docs" / "methods.md").read_text()
+    (written,) = re.findall(r"\*\*LSRNA itself\*\* is `upscale: (\{.*\})`", page)
+    values = yaml.safe_load(written)
+    values["reference"]["model"] = file
+    config = Method.model_validate(values)
+    assert config.reference == ReferenceConfig(enlarge="network", model=file, edge_noise=(0.0, 1.2))
+    assert (config.phases, config.stepper, config.jitter, config.steps) == ("last", "ddim_keep", "zeros", 50)
+    asked = request(adapted(), config)
+    (only,) = config.passes(asked)
     assert len(asked.path[only.first :]) == 30
-    other = settings("demofusion", preset="lsrna", reference={"edge_noise": [0, 0.5]})
-    assert other.reference == ReferenceConfig(enlarge="network", edge_noise=(0.0, 0.5))
+    small = config.model_copy(update={"steps": 5, "scale": 2})
+    with counting() as counted:
+        drawn(small)
+    assert counted.rows == 3 * 2 * (9 + 4)
+    work = high_res_work(small, Denoising(adapted().geometry), 64, 64)
+    assert sum(each.rows for each in work) == counted.rows
 
 
 def test_the_identity_holds_the_weights_of_the_network_where_one_is_used(file: str, tmp_path: Path) -> None:

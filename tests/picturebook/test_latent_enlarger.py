@@ -1,4 +1,4 @@
-"""The pack's latent enlarger: its lesson, its training, and what it is good for. Other models' are trained alike."""
+"""The training of latent enlargers: what they learn from, by which loss, and by which command."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.config.reference import ReferenceConfig
-from resmaster_stages.models.latent_enlarger import FINGERPRINT, LatentEnlarger
-from resmaster_stages.models.latent_enlarger_files import check_latent_enlarger, enlarge_latents
+from resmaster_stages.models.latent_enlarger import LatentEnlarger
+from resmaster_stages.models.latent_enlarger_files import check_latent_enlarger, enlarge_latents, fingerprint_of
 from resmaster_stages.models.load import load_models
 from resmaster_stages.picturebook.training import data
 from resmaster_stages.picturebook.training import train_latent_enlarger as training
+from resmaster_stages.picturebook.training.course import Budget
 from resmaster_stages.picturebook.training.train_latent_enlarger import (
     FOLDER,
     FULL,
@@ -30,11 +31,11 @@ from resmaster_stages.picturebook.training.train_latent_enlarger import (
     crops_of,
     export,
     held_out_l1,
-    keep,
     lesson_of,
     load,
     own_lesson,
     reduced_sizes,
+    train,
 )
 from tests import tiny_models
 
@@ -143,24 +144,19 @@ def test_any_model_s_network_is_trained_by_the_command_resumed_and_served(
     assert ours < bicubic
 
 
-def test_latents_and_networks_of_another_vae_are_not_gone_on_with(tmp_path: Path) -> None:
-    vae, shape = torch.randn(20), TINY.shape(4)
-    network = begin_at_bicubic(LatentEnlarger(shape))
-    pack, work = tmp_path / "pack", tmp_path / "work"
-    pack_of(network, vae, pack)
-    keep(work, pack)
-    export(work, tmp_path / "again", vae * 1.001)
-    state = load_file(tmp_path / "again" / "model.safetensors")
-    assert torch.equal(state["first.weight"], network.first.weight.half())
-    with pytest.raises(SystemExit, match=r"latents and .*latent_enlarger\.pt are of another VAE; move both away"):
-        export(work, tmp_path / "again", vae + 1)
-
-
-def pack_of(network: LatentEnlarger, vae: torch.Tensor, pack: Path) -> None:
-    """Write a pack that has a latent enlarger and nothing else."""
-    (pack / FOLDER).mkdir(parents=True)
-    state = {name: value.half() for name, value in network.state_dict().items()}
-    save_file({**state, FINGERPRINT: vae}, pack / FOLDER / "model.safetensors")
+def test_latents_and_networks_of_another_vae_are_not_gone_on_with(tiny: ModelConfig, tmp_path: Path) -> None:
+    vae = fingerprint_of(load_models(tiny))
+    lesson = lesson_of(image_folder(tmp_path / "images"), lambda: load_models(tiny), TINY)
+    train(tmp_path / "work", Budget(steps=1), TINY, lesson)
+    export(tmp_path / "work", tmp_path / "out", vae * 1.001)
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(state["first.weight"], load(tmp_path / "work").first.weight.half())
+    why = r"latents and .*latent_enlarger\.pt are of another VAE; move both away"
+    with pytest.raises(SystemExit, match=why):
+        export(tmp_path / "work", tmp_path / "out", vae + 1)
+    other = replace(lesson, models=lambda: load_models(ModelConfig(device="cpu")))
+    with pytest.raises(SystemExit, match=why):
+        train(tmp_path / "work", Budget(steps=2), TINY, other)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from resmaster_stages.models.bases.unet import Unet
 from resmaster_stages.models.flow import SCHEDULER, flow_schedule
 from resmaster_stages.models.schedule import course_of
 from resmaster_stages.planning.workload import Denoising, high_res_work, low_res_work
-from tests.methods.common import DIFFUSION_METHODS, adapted, own_network, settings, some_image
+from tests.methods.common import DIFFUSION_METHODS, adapted, settings, some_image
 
 CASES = [(method, preset) for method, each in methods().items() for preset in each.presets]
 
@@ -25,8 +25,7 @@ CASES = [(method, preset) for method, each in methods().items() for preset in ea
     "values", [{"scale": 2.5}, {"scale": 4, "steps": 3}, {"scale": 2, "guidance_scale": 1.0}], ids=str
 )
 def test_every_method_does_the_work_that_is_estimated(method: str, preset: str, values: dict) -> None:
-    given = {**with_method({"steps": 2, "view_batch": 1, **values}, method), "preset": preset, **own_network(preset)}
-    config = Method.model_validate(given)
+    config = Method.model_validate({**with_method({"steps": 2, "view_batch": 1, **values}, method), "preset": preset})
     models = adapted()
     with counting() as counted:
         upscale_image(models, some_image(48, 32), "a cat", config=config)

@@ -7,8 +7,8 @@ VAE round trip (PSNR, dB); CLIP retrieval (share of photos whose own caption ran
 whether it reads the VAE's round trips as sharp); text to image (share of prompted pairs that the captioner finds in
 generated scenes, divided by the same share in real drawings of the prompts); image prompt (the same with the text
 dropped and a real drawing as image prompt); FID of generated scenes against real ones, over that of other real ones;
-repeated objects at 4x, which direct inference and MultiDiffusion must show; latents enlarged 4x against those of the
-same photos drawn large; and scenes enlarged 4x against the same scenes drawn large (`paired`).
+repeated objects at 4x, which direct inference and MultiDiffusion must show; and scenes enlarged 4x against the same
+scenes drawn large (`paired`).
 """
 
 from __future__ import annotations
@@ -24,18 +24,15 @@ from typing import Any, TypeAlias
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, StableDiffusionXLPipeline
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GitForCausalLM, ResNetForImageClassification
 
-from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.methods.generate import generate
 from resmaster_stages.metrics.features import load_classifier
 from resmaster_stages.metrics.fid import FeatureStatistics, frechet_distance
 from resmaster_stages.metrics.repeats import Counts, mentions, repeated_objects
 from resmaster_stages.models.enlarger import load_enlarger
 from resmaster_stages.models.identity import NetworkFile
-from resmaster_stages.models.latent_enlarger import FINGERPRINT, network_of
 from resmaster_stages.models.load import load_models
 from resmaster_stages.picturebook import captions, scenes
 from resmaster_stages.picturebook.counting import LEAST, count_objects
@@ -45,7 +42,6 @@ from resmaster_stages.picturebook.training import (
     train_captioner,
     train_classifier,
     train_clip,
-    train_latent_enlarger,
     train_super_resolution,
     train_vae,
 )
@@ -60,7 +56,7 @@ SCENE_SEED = 950_000_000
 Painting: TypeAlias = StableDiffusionXLPipeline | FluxPipeline
 """Pipelines of the two bases."""
 
-PARTS = ("vae", "clip", "captioner", "classifier", "super_resolution", "latent_enlarger", "scenes", "repeats", "paired")
+PARTS = ("vae", "clip", "captioner", "classifier", "super_resolution", "scenes", "repeats", "paired")
 """Groups of measures."""
 
 REPEATING = {"direct": "direct", "multidiffusion": "multidiffusion", "resmaster": "resmaster with captions"}
@@ -386,21 +382,6 @@ def super_resolution_measures(pack: Path, count: int) -> list[Measure]:
     ]
 
 
-def latent_measures(pack: Path, count: int) -> list[Measure]:
-    """What the pack's latent enlarger makes of held-out photos reduced to a quarter, beside bicubic enlargement."""
-    models = load_models(ModelConfig(id=str(pack), device="cpu"))
-    state = load_file(pack / train_latent_enlarger.FOLDER / "model.safetensors")
-    network = network_of({name: value.float() for name, value in state.items() if name != FINGERPRINT})
-    numbers = range(data.HELD_OUT_SEED, data.HELD_OUT_SEED + count)
-    found = train_latent_enlarger.held_out_measures(network, models, train_latent_enlarger.scenes, numbers)
-    return [
-        Measure("latents enlarged x4, L1 distance (network / bicubic)", found["ratio"], 0.8, at_most=True),
-        Measure("latents enlarged x4 by the network and decoded, PSNR in dB", found["network"], found["image"]),
-        Measure("latents enlarged x4 bicubically and decoded, PSNR in dB", found["latent"]),
-        Measure("pixels enlarged x4 bicubically, encoded and decoded, PSNR in dB", found["image"]),
-    ]
-
-
 def _vae_measures(vae: AutoencoderKL, photos: PhotoSet, crisp: Tensor) -> list[Measure]:
     """PSNR of round trips of the photos that are `crisp` (bool [N])."""
     kinds = (("whole scenes", photos.whole), ("close-ups", ~photos.whole))
@@ -493,8 +474,6 @@ def evaluate(
         out += sharpness_measures(pipe.vae, classifier, found.pixels[crisp])
     if "super_resolution" in parts:
         out += super_resolution_measures(pack, min(amounts.photos, 64))
-    if "latent_enlarger" in parts:
-        out += latent_measures(pack, min(amounts.photos, 32))
     if "scenes" in parts:
         out += scene_measures(pack, pipe, captioner, pack, amounts)
     if "repeats" in parts:

@@ -14,8 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, GitProcessor, ViTImageProcessorPil
 
-from resmaster_stages.models.latent_enlarger_files import fingerprint_of
-from resmaster_stages.models.parts import Models
 from resmaster_stages.picturebook import scenes
 from resmaster_stages.picturebook.training import (
     data,
@@ -23,7 +21,6 @@ from resmaster_stages.picturebook.training import (
     train_classifier,
     train_clip,
     train_decoder,
-    train_latent_enlarger,
     train_super_resolution,
     train_unet,
     train_vae,
@@ -96,7 +93,7 @@ def card_of(work: Path) -> dict[str, Any]:
     """How the checkpoints in `work` came about: data, seeds, steps and training seconds per stage, hardware, and the
     stages of the pack that they started from."""
     stages = {}
-    for stage in ("vae", "decoder", "clip", "captioner", "classifier", "super_resolution", "unet", "latent_enlarger"):
+    for stage in ("vae", "decoder", "clip", "captioner", "classifier", "super_resolution", "unet"):
         path = work / f"{stage}.pt"
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -132,7 +129,6 @@ def export(work: Path, pack: Path = PACK) -> int:
         pipe.text_encoder_2,
         pipe.image_encoder,
     )
-    vae = fingerprint_of(Models.from_pipeline(pipe))
     pipe.to(torch.float16)
     pipe.save_pretrained(partial, max_shard_size=FILE_LIMIT_BYTES * 9 // 10)  # without its header
 
@@ -162,7 +158,6 @@ def export(work: Path, pack: Path = PACK) -> int:
     )
 
     train_super_resolution.export(work, partial / train_super_resolution.FOLDER)
-    train_latent_enlarger.export(work, partial / train_latent_enlarger.FOLDER, vae)
 
     (partial / "card.json").write_text(json.dumps(card_of(work), indent=2) + "\n")
     sizes = {p.relative_to(partial): p.stat().st_size for p in partial.rglob("*") if p.is_file()}

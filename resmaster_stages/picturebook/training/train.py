@@ -1,12 +1,11 @@
 """One command trains the whole picturebook: `python -m resmaster_stages.picturebook.training.train`.
 
-Stages, in order: render, vae, decoder, clip, captioner, classifier, super_resolution, unet, latent_enlarger, export.
-Each resumes from its last checkpoint in the work folder. The defaults are the recipe of the shipped pack; budgets are
-wall-clock seconds on 2 CPU cores (or steps, if given). Where CPU cores are shared, VAE and UNet train faster as
-one-thread processes:
+Stages, in order: render, vae, decoder, clip, captioner, classifier, super_resolution, unet, export. Each resumes from
+its last checkpoint in the work folder. The defaults are the recipe of the shipped pack; budgets are wall-clock seconds
+on 2 CPU cores (or steps, if given). Where CPU cores are shared, VAE and UNet train faster as one-thread processes:
 `torchrun --nproc_per_node 2 -m resmaster_stages.picturebook.training.train --stages vae,decoder,unet --threads 1`.
-`touch WORK/STOP-UNET` (or STOP-VAE, STOP-DECODER, STOP-CLIP, STOP-CAPTIONER, STOP-CLASSIFIER, STOP-SUPER-RESOLUTION,
-STOP-LATENT-ENLARGER) starts that stage's final decay early.
+`touch WORK/STOP-UNET` (or STOP-VAE, STOP-DECODER, STOP-CLIP, STOP-CAPTIONER, STOP-CLASSIFIER, STOP-SUPER-RESOLUTION)
+starts that stage's final decay early.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from resmaster_stages.picturebook.training import (
     train_classifier,
     train_clip,
     train_decoder,
-    train_latent_enlarger,
     train_super_resolution,
     train_unet,
     train_vae,
@@ -32,24 +30,12 @@ from resmaster_stages.picturebook.training import (
 )
 from resmaster_stages.picturebook.training.course import Budget
 
-STAGES = (
-    "render",
-    "vae",
-    "decoder",
-    "clip",
-    "captioner",
-    "classifier",
-    "super_resolution",
-    "unet",
-    "latent_enlarger",
-    "export",
-)
+STAGES = ("render", "vae", "decoder", "clip", "captioner", "classifier", "super_resolution", "unet", "export")
 KEPT = {
     "clip": train_clip.keep,
     "captioner": train_captioner.keep,
     "classifier": train_classifier.keep,
     "super_resolution": train_super_resolution.keep,
-    "latent_enlarger": train_latent_enlarger.keep,
 }
 """Stages that an earlier pack can stand in for where they are not trained."""
 RECIPE: dict[str, Budget] = {
@@ -60,7 +46,6 @@ RECIPE: dict[str, Budget] = {
     "classifier": Budget(seconds=420, decay=0.6),
     "super_resolution": Budget(seconds=1200, decay=0.5),
     "unet": Budget(seconds=3560, decay=0.3),
-    "latent_enlarger": train_latent_enlarger.BUDGET,
 }
 
 
@@ -152,8 +137,6 @@ def main() -> None:
                 train_classifier.train(args.work, budget, device=args.device)
             elif stage == "super_resolution":
                 train_super_resolution.train(args.work, budget, device=args.device, processes=args.processes)
-            elif stage == "latent_enlarger":
-                train_latent_enlarger.train_own(args.work, budget, args.device)
             else:
                 train_unet.train(args.work, budget, device=args.device, pack=args.from_pack, compiled=args.compile)
 

@@ -1,4 +1,5 @@
-"""Train a latent enlarger (`models.latent_enlarger`): the picturebook's own, or one for any base model's VAE.
+"""Train a latent enlarger (`models.latent_enlarger`) for the VAE of any base model, from a folder of images or, for the
+picturebook, from its scenes.
 
 An image is encoded at its full size and at 1/4, 1/3, 1/2 and 2/3 of it, by the mode of the VAE. The network learns to
 make the latents of the full size from those of a reduced one, by the L1 distance. Encoding takes longer than training,
@@ -34,12 +35,12 @@ from resmaster_stages.models.latent_enlarger import FINGERPRINT, EnlargerShape, 
 from resmaster_stages.models.latent_enlarger_files import fingerprint_of, same_vae
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
-from resmaster_stages.picturebook.training import course, data
+from resmaster_stages.picturebook.training import data
 from resmaster_stages.picturebook.training.course import Budget, Course, Ema, fit, optimiser
 from resmaster_stages.picturebook.training.train_super_resolution import draw_large
 
 FOLDER = "latent_enlarger"
-"""Of the network in the pack: config.json and model.safetensors."""
+"""Of the network in the work folder: config.json and model.safetensors."""
 REDUCED = {"1/4": (0.25, 0.5), "1/3": (1 / 3, 0.125), "1/2": (0.5, 0.25), "2/3": (2 / 3, 0.125)}
 """Name -> (size of the reduced image as a share of the full one; share of the training steps)."""
 FULL = "1"
@@ -241,15 +242,6 @@ def load(work: Path) -> LatentEnlarger:
     return network_of(torch.load(work / "latent_enlarger.pt", map_location="cpu", weights_only=True)["ema"])
 
 
-def keep(work: Path, pack: Path) -> None:
-    """Write an earlier pack's network as this stage's checkpoint, for trainings of other stages."""
-    from safetensors.torch import load_file
-
-    weights = load_file(pack / FOLDER / "model.safetensors")
-    require_vae(work, weights.pop(FINGERPRINT))
-    course.keep(work / "latent_enlarger.pt", {"ema": {name: value.float() for name, value in weights.items()}})
-
-
 def require_vae(work: Path, vae: Tensor) -> None:
     """Note the fingerprint of the VAE that the latents in `work` are of. Raises SystemExit if they are of another."""
     path = work / "latents" / "vae.pt"
@@ -332,15 +324,6 @@ def train(work: Path, budget: Budget, recipe: LatentRecipe, lesson: Lesson, devi
     for step in fit(network, optim, Ema(network, recipe.ema), losses, way, seed=13_000):
         ours, theirs = held_out_l1(load(work), held_out)
         print(f"latent_enlarger: step {step} held-out L1 {ours:.4f}, bicubic {theirs:.4f}", flush=True)
-
-
-def train_own(work: Path, budget: Budget, device: str = "cpu") -> None:
-    """Train the picturebook's own network on the VAE whose checkpoints are in `work`."""
-    from resmaster_stages.picturebook.training.export import assemble
-
-    recipe = LatentRecipe()
-    models = lru_cache(lambda: Models.from_pipeline(assemble(work)[0].to(device)))
-    train(work, budget, recipe, own_lesson(models, recipe), device)
 
 
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
