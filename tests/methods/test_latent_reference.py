@@ -243,7 +243,7 @@ def test_settings_that_do_not_fit_are_refused(method: str, values: dict, why: st
 
 def test_the_settings_of_lsrna_on_the_page_of_methods(file: str) -> None:
     page = (ROOT / "docs" / "methods.md").read_text()
-    (written,) = re.findall(r"\*\*LSRNA itself\*\* is `upscale: (\{.*\})`", page)
+    (written,) = re.findall(r"\*\*LSRNA itself\*\* is `upscale: (\{[^`]*\})`", page)
     values = yaml.safe_load(written)
     values["reference"]["model"] = file
     config = Method.model_validate(values)
