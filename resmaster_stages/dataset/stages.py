@@ -104,10 +104,14 @@ def _captions_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any
 
 
 def _high_res_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
-    network = {"model": _model(config, weights)} if config.upscale.base_model else {"weights": weights.upscaler}
+    networks: dict[str, Any] = {}
+    if config.upscale.base_model:
+        networks["model"] = _model(config, weights)
+    if weights.upscaler or not config.upscale.base_model:
+        networks["weights"] = weights.upscaler
     return {
         "upscale": config.upscale.identity(),
-        **network,
+        **networks,
         "image_format": config.image_format,
         "webp_quality": config.webp_quality,
     }

@@ -156,7 +156,7 @@ def box(x: Tensor, cutoff: float) -> Tensor:
     The mean always stays.
     """
     for dim in (2, 3):
-        waves = _cosines(x.shape[dim], x.device, x.dtype)[: max(1, ceil(cutoff * x.shape[dim]))]
+        waves = _waves(x.shape[dim], False, x.device, x.dtype)[: max(1, ceil(cutoff * x.shape[dim]))]
         x = waves.T @ (waves @ x) if dim == 2 else (x @ waves.T) @ waves
     return x
 

@@ -66,10 +66,12 @@ class CUpscale(Steered, Wrapping):
 
     def passes(self, request: Request) -> tuple[Pass, ...]:
         """One pass that starts from the noised reference."""
-        reference = request.required_reference()
+        request.required_reference()
 
         def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
-            return step.noised(reference.latents, noise()), self.compose(request, noise)
+            draw = noise()
+            x0 = request.roughened(request.followed, noise)
+            return step.noised(x0, draw), self.compose(request, noise)
 
         return (Pass(*request.canvas_size, begin, request.course.first(self.start)),)
 

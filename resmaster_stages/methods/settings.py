@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 
 from resmaster_stages.config.method import Method, OnlyWith, Source
 from resmaster_stages.config.part import Later, Operational, Part
+from resmaster_stages.config.reference import ReferenceConfig
 from resmaster_stages.config.structure import StructureConfig
 from resmaster_stages.config.wrap import Axes, Wrap, wrapped_axes
 from resmaster_stages.diffusion.cost import UnetWork
@@ -232,7 +233,44 @@ class MicroConditioned(Diffusion):
     of a native-size image. PixArt-alpha at 1024 px reads the size alone."""
 
 
-class FromNoise(Diffusion):
+class Following(Diffusion):
+    """A method that follows the latents of the low-res image."""
+
+    own_way: ClassVar[Literal["image", "latent"]] = "image"
+    """How the method's authors enlarge the low-res image."""
+
+    reference: ReferenceConfig = Later(ReferenceConfig())
+    """How the low-res image becomes latents of the target's size."""
+
+    @model_validator(mode="after")
+    def _check_reference(self) -> Self:
+        if self.reference != ReferenceConfig() and not self.uses("reference"):
+            raise ValueError("reference is set, but is read only with init: noised_lr; set that too, or drop reference")
+        if self.reference.adds_noise and not self.begins_from_reference():
+            raise ValueError("reference.edge_noise is read only with init: noised_lr; set that too, or drop edge_noise")
+        if any(self.wraps) and (self.enlargement() == "network" or self.reference.adds_noise):
+            raise ValueError(
+                "reference.enlarge: network and reference.edge_noise do not continue at the opposite border; drop them, "
+                "or wrap"
+            )
+        return self
+
+    def begins_from_reference(self) -> bool:
+        """Whether the first pass begins from the noised latents of the low-res image."""
+        return True
+
+    def enlargement(self) -> Literal["image", "latent", "network"]:
+        """How the low-res image is enlarged."""
+        return self.own_way if self.reference.enlarge == "own" else self.reference.enlarge
+
+    def weights(self) -> str | None:
+        """The identity of the weights of the network that enlarges latents; None if none does."""
+        from resmaster_stages.models.identity import latent_network, network_identity
+
+        return network_identity(latent_network(self.reference)) if self.enlargement() == "network" else None
+
+
+class FromNoise(Following):
     """One pass that starts from noise or from the noised reference."""
 
     reads: ClassVar[tuple[Source, ...]] = ("reference",)
@@ -247,6 +285,10 @@ class FromNoise(Diffusion):
     def uses(self, what: Source) -> bool:
         """Whether the result depends on `what`."""
         return super().uses(what) and (what != "reference" or self.init == "noised_lr")
+
+    def begins_from_reference(self) -> bool:
+        """Whether the pass begins from the noised latents of the low-res image."""
+        return self.init == "noised_lr"
 
     def passes(self, request: Request) -> tuple[Pass, ...]:
         """One pass with the composition that `compose` gives."""
@@ -324,7 +366,7 @@ class TextPromptConfig(Part):
     """Off: every view gets the global prompt."""
 
 
-class Steered(Views):
+class Steered(Views, Following):
     """Views that follow the reference's low frequencies, each with its own caption."""
 
     reads: ClassVar[tuple[Source, ...]] = ("reference", "captions")
@@ -367,7 +409,7 @@ class Steered(Views):
         if self.structure.anchor == "time_matched":
             draw = noise.resized(*reference.small_latents.shape[-2:])()
             return time_matched(request, draw, self.guidance(request.models), within)
-        latents = reference.latents
+        latents = request.followed
         return lambda step: latents
 
     def anchor_work(self, steps: Iterable[int], grid: Grid, course: Course) -> Iterator[UnetWork]:

@@ -18,12 +18,13 @@ from pathlib import Path
 
 from resmaster_stages.config.dataset import DatasetConfig, LowResConfig
 from resmaster_stages.config.model import ModelConfig
+from resmaster_stages.config.reference import ReferenceConfig
 from resmaster_stages.config.wrap import wrap_of, wrapped_axes
 from resmaster_stages.dataset.dataset import Dataset, find_dataset
 from resmaster_stages.dataset.stages import stage_hashes, stages_of
 from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.errors import ConfigError, UserError
-from resmaster_stages.methods.settings import Diffusion, needs_of_wrap, unsuited_freeu
+from resmaster_stages.methods.settings import Diffusion, Following, needs_of_wrap, unsuited_freeu
 from resmaster_stages.models.bases import family_of, require
 from resmaster_stages.models.bases.base import Ability, Asked, Demand, asked_of, require_readable
 from resmaster_stages.models.files import Check, NotOnThisMachine
@@ -124,6 +125,8 @@ def checks_of(config: DatasetConfig, stages: Collection[str], here: bool) -> Ite
         yield from _of_captions(config, here)
     if "high_res" in stages:
         yield "upscale.model", config.upscale.check_files
+        if isinstance(config.upscale, Following) and config.upscale.enlargement() == "network":
+            yield "upscale.reference.model", partial(_check_enlarger, config.upscale.reference, config.model)
     if "quality" in stages:
         yield from _of_quality(config)
     for setting, name in (("model.device", config.model.device), ("quality.device", config.quality.device)):
@@ -237,6 +240,12 @@ def _of_quality(config: DatasetConfig) -> Iterator[Check]:
     if config.quality.clip is not None:
         yield "quality.clip", partial(check_clip, config.quality.clip, config.quality.clip_revision)
     yield "quality.features", partial(check_extractor, config.quality)
+
+
+def _check_enlarger(reference: ReferenceConfig, model: ModelConfig) -> None:
+    from resmaster_stages.models.latent_enlarger_files import check_latent_enlarger  # imports torch
+
+    check_latent_enlarger(reference, model)
 
 
 def _check_device(name: str, setting: str, here: bool) -> None:
