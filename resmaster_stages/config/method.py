@@ -23,9 +23,9 @@ from resmaster_stages.errors import ConfigError
 DEFAULT = "resmaster"
 """The method of a configuration without the key `method`."""
 
-Source = Literal["reference", "captions", "image_prompt", "detail_mask"]
+Source = Literal["reference", "captions", "image_prompt", "detail_mask", "control"]
 """What a method may read besides the prompt: the low-res image, a caption per view, an image prompt per view (which
-needs an IP-Adapter), or a mask of where more detail is drawn."""
+needs an IP-Adapter), a mask of where more detail is drawn, or a control image (which needs a ControlNet)."""
 
 
 def OnlyWith(other: str, value: str, default: Any, **kwargs: Any) -> Any:

@@ -46,6 +46,21 @@ class IpAdapterConfig(Part):
         return self.id, self.image_encoder_folder, self.revision
 
 
+class ControlNetConfig(Part):
+    """The source of a ControlNet for `upscale.control`."""
+
+    places: ClassVar[tuple[str, ...]] = ("id", "revision", "variant")
+
+    id: str
+    """Hub id or folder, e.g. `xinsir/controlnet-tile-sdxl-1.0`."""
+    subfolder: str = ""
+    """Folder of the net inside the repository or folder `id`."""
+    revision: str | None = None
+    """Commit or tag at the hub."""
+    variant: str | None = None
+    """Weight variant, e.g. `fp16`."""
+
+
 class ModelConfig(Part):
     """Which weights are loaded, from where, and onto which device."""
 
@@ -63,6 +78,9 @@ class ModelConfig(Part):
     ip_adapter: IpAdapterConfig | None = None
     """The adapter for image prompts: an IP-Adapter, or Redux for FLUX.1. The picturebook pack has its own adapter and
     needs no entry here."""
+    controlnet: ControlNetConfig | None = Operational(None)
+    """The ControlNet that `upscale.control` uses, for SDXL and Stable Diffusion. Only high-res images depend on it, and
+    only if `upscale.control` is on."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: on CUDA float16 for UNets and bfloat16 for transformers, float32 elsewhere. With `bfloat16` the VAE stays
     in float32."""

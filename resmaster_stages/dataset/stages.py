@@ -100,9 +100,11 @@ def _captions_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any
 
 def _high_res_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
     network = {"model": _model(config, weights)} if config.upscale.base_model else {"weights": weights.upscaler}
+    control = {"control": weights.control} if config.upscale.uses("control") else {}
     return {
         "upscale": config.upscale.identity(),
         **network,
+        **control,
         "image_format": config.image_format,
         "webp_quality": config.webp_quality,
     }

@@ -12,8 +12,11 @@ from functools import cached_property
 import torch.nn.functional as F
 from torch import Tensor
 
+from resmaster_stages.config.control import ControlImage
 from resmaster_stages.diffusion import autoencoder
+from resmaster_stages.diffusion.edges import canny
 from resmaster_stages.diffusion.memory import view_limit
+from resmaster_stages.diffusion.reference import enlarged
 from resmaster_stages.diffusion.views import Grid, canvas_size, view_grid, whole_canvas
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.settings import Diffusion
@@ -111,6 +114,19 @@ class Request:
         if previous is None:
             return self.required_reference().small
         return autoencoder.decode(self.models, previous).clamp(-1, 1)
+
+    def control_image(self, kind: ControlImage, height: int, width: int) -> Tensor:
+        """What a ControlNet is shown on a canvas of `height` x `width` px: [B, 3, height, width] in [0, 1].
+
+        tile: the low-res images, enlarged. canny: their edges, enlarged in the same way.
+        """
+        reference = self.required_reference()
+        if kind == "canny":
+            shown = canny(reference.small).expand(-1, 3, -1, -1) * 2 - 1
+        else:
+            whole = reference.pixels.shape[-2:] == (height, width)
+            shown = reference.pixels if whole else reference.small
+        return (shown if shown.shape[-2:] == (height, width) else enlarged(shown, height, width)) / 2 + 0.5
 
     def views(self) -> Grid:
         """The grid of native-size views."""

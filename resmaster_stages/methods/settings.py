@@ -7,7 +7,7 @@ module does not import torch before an image is made, so that a configuration is
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from resmaster_stages.config.control import ControlConfig, ControlImage
 from resmaster_stages.config.method import Method, OnlyWith, Source
 from resmaster_stages.config.part import Later, Operational, Part
 from resmaster_stages.config.structure import StructureConfig
-from resmaster_stages.diffusion.cost import UnetWork
+from resmaster_stages.diffusion.cost import CONTROL_SHARE, UnetWork
 from resmaster_stages.diffusion.views import Grid, stride_of
 from resmaster_stages.methods.passes import Pass, from_noise
 from resmaster_stages.models.schedule import Course, Timing
@@ -148,6 +149,14 @@ class Diffusion(Method):
         A test compares the numbers with what the engine counts.
         """
 
+    def controls(self) -> ControlImage | None:
+        """The kind of control image that a ControlNet is shown. None: the method uses no ControlNet."""
+        return None
+
+    def controlled(self, request: Request, composition: Composition, height: int, width: int) -> Composition:
+        """`composition` of a pass of `height` x `width` latents, with the ControlNet that the settings ask for."""
+        return composition
+
     @abstractmethod
     def passes(self, request: Request) -> tuple[Pass, ...]:
         """The passes of the denoising loop, in order. The canvas of the last one has the requested size."""
@@ -215,6 +224,42 @@ class Views(LateGuidance, MicroConditioned):
     """Weight of a view's pixels where views overlap. `uniform`: all alike. `linear`: ramps over the overlap.
     `gaussian`: a bell with a standard deviation of a quarter of the view. `narrow`: a tenth (Mixture of Diffusers).
     `cosine`: half a wave. `feather`: blurred borders (PixelRush)."""
+    control: ControlConfig = Later(ControlConfig())
+    """A ControlNet, which reads each view's own crop of a control image."""
+
+    def uses(self, what: Source) -> bool:
+        """Whether the result depends on `what`."""
+        if what == "control":
+            return self.control.acting
+        return super().uses(what) or (what == "reference" and self.control.acting)
+
+    def needs(self) -> Mapping[Ability, str]:
+        """A ControlNet needs a UNet."""
+        return {"control": "upscale.control.enabled"} if self.control.acting else {}
+
+    def controls(self) -> ControlImage | None:
+        """The kind of control image that a ControlNet is shown. None: the ControlNet is off."""
+        return self.control.image if self.control.acting else None
+
+    def controlled(self, request: Request, composition: Composition, height: int, width: int) -> Composition:
+        """`composition` of a pass of `height` x `width` latents, with the ControlNet if it is on."""
+        if not self.control.acting:
+            return composition
+        from resmaster_stages.diffusion.control import Control
+
+        factor = request.models.geometry.latent_factor
+        image = request.control_image(self.control.image, height * factor, width * factor)
+        return Control(request.models, image, self.control).applied(composition)
+
+    def views_work(self, steps: Sequence[int], views: int, size: float, course: Course) -> Iterator[UnetWork]:
+        """Forecast of `views` views at each of the steps with the indices `steps`, and of the ControlNet where it acts.
+
+        size: area of a view, in units of the native area.
+        """
+        yield UnetWork(self.rows(steps, course) * views, size)
+        acting = [index for index in steps if self.control.weight(course.done[index])]
+        if acting:
+            yield UnetWork(self.rows(acting, course) * views, size, CONTROL_SHARE)
 
     @property
     def view_stride(self) -> float:
@@ -260,9 +305,10 @@ class MovingViews(Views, FromNoise):
         """The views of the steps in which they stand still, and of the steps in which they move."""
         left, moving, view = self.left(self.start, course), self.moving(grid), area(*grid.window_size, grid)
         moved = [index for index in left if moving and course.done[index] < self.shift_stop]
-        yield UnetWork(self.rows(set(left) - set(moved), course) * len(grid), view)
+        still = sorted(set(left) - set(moved))
+        yield from self.views_work(still, len(grid), view, course)
         if moving:
-            yield UnetWork(self.rows(moved, course) * len(moving), view)
+            yield from self.views_work(moved, len(moving), view, course)
 
 
 class TextPromptConfig(Part):
@@ -284,6 +330,8 @@ class Steered(Views):
 
     def uses(self, what: Source) -> bool:
         """Whether the result depends on `what`."""
+        if what == "control":
+            return super().uses(what)
         return what in self.reads and (what != "captions" or self.text_prompt.enabled)
 
     def structural_guidance(

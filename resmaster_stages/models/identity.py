@@ -128,6 +128,15 @@ def model_identity(config: ModelConfig) -> str:
     return "+".join(parts)
 
 
+def control_identity(config: ModelConfig) -> str | None:
+    """Name of the ControlNet's exact weights, or None. Raises ConfigError for a folder that does not exist."""
+    net = config.controlnet
+    if net is None:
+        return None
+    inside = "#" + "/".join((net.subfolder, net.variant or "")) if net.subfolder or net.variant else ""
+    return _source_identity(net.id, net.revision) + inside
+
+
 @dataclass(frozen=True)
 class NetworkFile:
     """The place of a super-resolution network's weights."""
@@ -206,6 +215,7 @@ def weights_of(config: DatasetConfig) -> Weights:
         features=_source_identity(PICTUREBOOK, None, "classifier") if quality.features == "picturebook" else None,
         upscaler=config.upscale.weights(),
         caption_check=_source_identity(*judge, "clip") if judge else None,
+        control=control_identity(config.model) if config.upscale.uses("control") else None,
     )
 
 
@@ -225,3 +235,5 @@ class Weights:
     """The upscaling method's own network. None if it has none."""
     caption_check: str | None = None
     """The CLIP model that checks captions. None if captions are not checked."""
+    control: str | None = None
+    """The ControlNet. None if no image depends on one."""

@@ -173,14 +173,16 @@ def _of_base_model(config: DatasetConfig, stages: Collection[str]) -> Iterator[C
         return
     family, method, asked = family_of(config.model), config.upscale, sampling_of(config, stages)
     needs: Mapping[Ability, str] = {}
-    shifts = False
+    shifts, control = False, None
     if "high_res" in stages and isinstance(method, Diffusion):
-        needs, shifts = method.needs(), method.time_shift != "view"
+        needs, shifts, control = method.needs(), method.time_shift != "view", method.controls()
     yield "upscale", partial(require, family, config.model.id, needs)
     if asked:
         if config.model.ip_adapter is not None:
             yield "model.ip_adapter", partial(require, family, config.model.id, {"image_prompts": "model.ip_adapter"})
-        yield from family.checks(config.model, Demand("image_prompts" in needs, asked, shifts))
+        if config.model.controlnet is not None:
+            yield "model.controlnet", partial(require, family, config.model.id, {"control": "model.controlnet"})
+        yield from family.checks(config.model, Demand("image_prompts" in needs, asked, shifts, control))
 
 
 def _is_known(model: ModelConfig) -> bool:
