@@ -247,7 +247,12 @@ def test_the_check_of_captions_is_their_identity_where_there_is_one() -> None:
 
 def test_a_methods_identity_is_its_own_fields_and_its_name() -> None:
     demofusion = config(upscale={"method": "demofusion", "view_batch": 3}).upscale
-    assert demofusion.identity().keys() == type(demofusion).model_fields.keys() - {"preset", "view_batch", "time_shift"}
+    assert demofusion.identity().keys() == type(demofusion).model_fields.keys() - {
+        "preset",
+        "view_batch",
+        "time_shift",
+        "control",
+    }
     assert config(upscale={"method": "lanczos"}).upscale.identity() == {"method": "lanczos", "scale": 4.0}
     shifted = config(upscale={"method": "demofusion", "time_shift": "sqrt"}).upscale
     assert shifted.identity() == {**demofusion.identity(), "time_shift": "sqrt"}, "only where it is not the default"
