@@ -212,7 +212,7 @@ def train(work: Path, budget: Budget, recipe: ControlRecipe | None = None) -> No
         generator = torch.Generator().manual_seed(rng.getrandbits(40))
         return {"loss": loss_of(unet, net, views, pick, recipe)(generator)}
 
-    course = Course(budget, work / "control.pt", work / "STOP-CONTROL")
+    course = Course(budget, work / "control.pt", work / "STOP-CONTROL", save_every_seconds=600.0)
     optim = optimiser([net], recipe.rate)
     for step in fit(net, optim, Ema(net, recipe.ema), losses, course, seed=13_000):
         ours, plain = held_out_losses(unet, load(work), held_out, recipe)
