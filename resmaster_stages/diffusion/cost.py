@@ -43,8 +43,8 @@ class UnetWork:
         return self.rows * self.area * self.share
 
 
-CONTROL_SHARE = 0.43
-"""`UnetWork.share` of a ControlNet that is a copy of the UNet's encoder, as for SDXL."""
+CONTROL_SHARE = 0.44
+"""`UnetWork.share` of a ControlNet that is a copy of SDXL's encoder, whose control image is embedded already."""
 
 _counter: ContextVar[UnetCost | None] = ContextVar("unet_cost", default=None)
 

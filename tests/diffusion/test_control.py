@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -10,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    ControlNetModel,
     DDIMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLControlNetUnionPipeline,
+    UNet2DConditionModel,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 from resmaster_stages.config.control import ControlConfig
 from resmaster_stages.config.method import methods
@@ -33,6 +37,7 @@ from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.acceleration import compile_blocks
 from resmaster_stages.models.parts import Models
 from resmaster_stages.planning.workload import Denoising, high_res_work
+from tests.diffusion.test_memory import SDXL
 from tests.methods.common import adapted, difference, forwards, plain, request, settings, some_image
 from tests.models.bases.common import relative, start
 from tests.tiny_models import (
@@ -429,14 +434,33 @@ def test_the_forecast_is_what_is_counted(method: str, values: dict) -> None:
 
 
 @pytest.mark.parametrize("shift", ["none", "every_step"])
-def test_a_row_with_a_control_net_costs_1_43_rows(shift: str) -> None:
+def test_a_row_with_a_control_net_costs_1_44_rows(shift: str) -> None:
     config = settings("multidiffusion", scale=4, steps=20, shift=shift)
     sizes = (Denoising(adapted().geometry), 64, 64)
     without = sum(each.native_rows for each in high_res_work(config, *sizes))
     on = config.model_copy(update={"control": ControlConfig(**ON)})
-    assert sum(each.native_rows for each in high_res_work(on, *sizes)) == pytest.approx(1.43 * without)
+    assert sum(each.native_rows for each in high_res_work(on, *sizes)) == pytest.approx(1.44 * without)
     half = config.model_copy(update={"control": ControlConfig(**ON, stop=0.5)})
-    assert sum(each.native_rows for each in high_res_work(half, *sizes)) == pytest.approx((1 + 0.43 / 2) * without)
+    assert sum(each.native_rows for each in high_res_work(half, *sizes)) == pytest.approx((1 + 0.44 / 2) * without)
+
+
+def test_the_share_of_a_control_net_is_that_of_sdxls() -> None:
+    """Counted on shapes without values, layer by layer."""
+    with torch.device("meta"), torch.inference_mode():
+        unet = UNet2DConditionModel(**SDXL)
+        own = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
+        states, added = torch.empty(1, 77, 2048), {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
+        latents, crop = torch.empty(1, 4, 128, 128), torch.empty(1, 3, 1024, 1024)
+
+        def work(call: Callable[[], Any]) -> int:
+            with FlopCounterMode(display=False) as counted:
+                call()
+            return int(counted.get_total_flops())
+
+        own_work = work(lambda: own(latents, torch.tensor(9), states, crop, added_cond_kwargs=added))
+        embedding = work(lambda: own.controlnet_cond_embedding(crop))
+        row = work(lambda: unet(latents, torch.tensor(9), states, added_cond_kwargs=added))
+    assert (own_work - embedding) / row == pytest.approx(CONTROL_SHARE, abs=0.005)
 
 
 def test_image_prompts_and_a_control_net_add_up() -> None:
