@@ -35,6 +35,7 @@ from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.settings import Views
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.acceleration import compile_blocks
+from resmaster_stages.models.bases.as_flow import AsFlowPipeline
 from resmaster_stages.models.parts import Models
 from resmaster_stages.planning.workload import Denoising, high_res_work
 from tests.diffusion.test_memory import SDXL
@@ -490,6 +491,19 @@ def test_a_users_own_pipeline_brings_its_net() -> None:
     models = Models.from_pipeline(own)
     assert models.control_net is net()
     assert difference(draw("multidiffusion", models, control=ON), draw("multidiffusion", control=ON)) <= 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_unet_on_a_flow_path_is_controlled_in_the_same_way(method: str) -> None:
+    pipe = make_pipeline()
+    pipe.controlnet = net()
+    values = {"control": ON, "guidance_scale": 2.0, "jitter": "off"} if method == "demofusion" else {"control": ON}
+    if method == "resmaster":
+        values |= {"image_prompt": {"enabled": False}}
+    if method == "demofusion":
+        values |= {"phases": "last", "sigma": 1e-3}  # its blurred views mean something else on a flow path
+    images = [draw(method, Models.from_pipeline(each), **values) for each in (pipe, AsFlowPipeline(pipe))]
+    assert difference(*images) <= 2
 
 
 def test_a_net_of_another_model_is_refused_in_one_line() -> None:

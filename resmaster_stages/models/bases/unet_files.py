@@ -150,8 +150,8 @@ def _check_encoder(config: ModelConfig, adapter: IpAdapterConfig) -> None:
 
 def _check_control(config: ModelConfig, image: str | None) -> None:
     assert config.controlnet is not None
-    levels = _vae_config(config).get("block_out_channels")
-    if not isinstance(levels, list):  # the checks of the sizes tell of it
+    levels = _json_of(config, "vae/config.json").get("block_out_channels")
+    if not isinstance(levels, list):  # the check of the sizes tells of it
         return
     control_files.check(config.controlnet, _json_of(config, "unet/config.json"), 2 ** (len(levels) - 1), image)
 

@@ -19,6 +19,8 @@ from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.diffusion import memory
 from resmaster_stages.diffusion.memory import view_limit, weights_bytes
 from resmaster_stages.errors import ConfigError
+from resmaster_stages.inspection.explain import explain
+from resmaster_stages.library import read_samples
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models import places
 from resmaster_stages.models.bases.unet import feature_bytes, row_bytes
@@ -27,6 +29,8 @@ from resmaster_stages.models.licences import licences_of
 from resmaster_stages.models.load import load_models, load_pipeline
 from resmaster_stages.models.parts import Models
 from resmaster_stages.planning.checks import check
+from resmaster_stages.prompts import ingest
+from resmaster_stages.runner.run import run_stage
 from tests.methods.common import difference, plain, settings, some_image
 from tests.models.test_damaged_weights import DAMAGES, refusal
 from tests.tiny_models import make_control_net, make_pipeline, make_stable_diffusion, save, tiny, with_base
@@ -306,6 +310,43 @@ def test_only_high_res_images_with_control_depend_on_the_net(folders: Path, tmp_
     assert {stage for stage in used if used[stage] != changed[stage]} == {"high_res", "quality"}
     for control in ({"scale": 0.5}, {"image": "canny"}, {"start": 0.1}, {"stop": 0.9}):
         assert stage_hashes(dataset(folders, own, control={**ON, **control}))["high_res"] != used["high_res"]
+
+
+def test_a_dataset_is_built_and_its_low_res_images_serve_for_another_net(folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red house\n")
+
+    def build(control: dict[str, Any]) -> tuple[Any, bytes, bytes, dict[str, Any]]:
+        config = parse_config(
+            {
+                "name": "demo",
+                "root": str(tmp_path / "out"),
+                "prompts": str(tmp_path / "prompts.txt"),
+                "image_format": "png",
+                "model": model(folders, folders / "net"),
+                "low_res": {"steps": 2},
+                "upscale": {"method": "multidiffusion", "scale": 2, "steps": 2, "control": control},
+                "quality": {"clip": None},
+            }
+        )
+        dataset = ingest(config)
+        for stage in dataset.hashes:
+            run_stage(dataset, stage, 0)
+        ((sample, _),) = read_samples(dataset)
+        assert sample.low_res is not None
+        assert sample.high_res is not None
+        receipt = dataset.commits("high_res").read(0)
+        assert receipt is not None
+        facts = dict(explain(dataset, sample.key).stages[-2].facts)
+        return receipt, sample.low_res.data, sample.high_res.data, facts
+
+    without, low, high, facts = build({})
+    used, same_low, other_high, more = build(ON)
+    assert (low, high != other_high) == (same_low, True)
+    assert "controlnet" not in facts
+    assert more["controlnet"].startswith("net@")
+    assert more["upscale"]["control"]["enabled"]
+    cost, both = without.provenance["unet"], used.provenance["unet"]
+    assert both["native_rows"] == pytest.approx(1.44 * cost["native_rows"])
 
 
 def test_names_of_nets() -> None:
