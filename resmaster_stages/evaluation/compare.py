@@ -26,6 +26,7 @@ from resmaster_stages.dataset.reading import fetch, shard_samples
 from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.errors import PlanError
+from resmaster_stages.evaluation.chart import chart
 from resmaster_stages.evaluation.columns import compare_schema, compared_metrics
 from resmaster_stages.evaluation.drawn import DRAWN, renamed, true_enlargement, with_drawings
 from resmaster_stages.evaluation.page import SheetRow, markdown, sheet
@@ -380,7 +381,7 @@ def published(dataset: Dataset) -> bool:
 
 
 def write_comparison(folder: Folder, name: str, built: list[tuple[Variant, Dataset]], found: Compared) -> str:
-    """Write compare.parquet, compare.md and a sheet per scale. Returns the page's path or URL."""
+    """Write compare.parquet, compare.md, and a sheet and a chart per scale. Returns the page's path or URL."""
     sheets: dict[str, str] = {}
     for scale, keys in found.keys.items():
         rows: dict[str, SheetRow] = {}
@@ -397,6 +398,13 @@ def write_comparison(folder: Folder, name: str, built: list[tuple[Variant, Datas
         sheet([rows[key] for key in chosen], methods).save(buffer, "PNG", optimize=True)
         sheets[scale] = f"sheet-{scale}.png"
         folder.write(sheets[scale], buffer.getvalue())
+    charts: dict[str, str] = {}
+    for scale in found.keys:
+        own = [row for row in found.rows if row["scale"] == scale]
+        drawn = chart(f"Quality and rows of each method at {scale}, {own[0]['samples']} samples", own)
+        if drawn is not None:
+            charts[scale] = f"chart-{scale}.svg"
+            folder.write(charts[scale], drawn.encode())
     folder.write("compare.parquet", encode_table(found.rows, compare_schema()))
-    folder.write("compare.md", markdown(f"{name}: methods compared", found.rows, sheets).encode())
+    folder.write("compare.md", markdown(f"{name}: methods compared", found.rows, sheets, charts).encode())
     return folder.url_of("compare.md")

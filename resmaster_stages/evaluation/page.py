@@ -38,8 +38,10 @@ def cell(row: Mapping[str, Any], column: Column) -> str:
     return column.form.format(value) + margin
 
 
-def markdown(title: str, rows: Sequence[Mapping[str, Any]], sheets: Mapping[str, str]) -> str:
-    """The comparison as a page with one table per scale. `sheets`: scale -> file name of its sheet."""
+def markdown(
+    title: str, rows: Sequence[Mapping[str, Any]], sheets: Mapping[str, str], charts: Mapping[str, str] | None = None
+) -> str:
+    """The comparison as a page with one table per scale. sheets, charts: scale -> file name of its sheet or chart."""
     lines = [f"# {title}", ""]
     for scale in dict.fromkeys(row["scale"] for row in rows):
         group = [row for row in rows if row["scale"] == scale]
@@ -56,6 +58,7 @@ def markdown(title: str, rows: Sequence[Mapping[str, Any]], sheets: Mapping[str,
         lines += [
             "| " + " | ".join([row["method"], *(cell(row, column) for column in columns)]) + " |" for row in group
         ]
+        lines += ["", f"![quality against rows]({charts[scale]})"] if charts and scale in charts else []
         lines += ["", f"![the same samples by every method]({sheets[scale]})", ""] if scale in sheets else [""]
     lines += [
         *(f"- {column.heading}: {column.meaning}" for column in shown(rows)),

@@ -339,6 +339,8 @@ def test_a_comparison_is_datasets_a_table_a_page_and_sheets(
     assert "![" in page
     for scale in ("2x2", "4x4"):
         assert Image.open(folder / f"sheet-{scale}.png").width > 700
+        assert (folder / f"chart-{scale}.svg").read_text().startswith("<svg ")
+        assert f"(chart-{scale}.svg)" in page
     shas = set()
     for name in looks:
         dataset = open_dataset(str(tmp_path / "out" / name))
