@@ -24,6 +24,7 @@ from resmaster_stages.diffusion.views import Grid, distance, patch_grid, target_
 from resmaster_stages.errors import SampleError
 from resmaster_stages.keys import canonical_json, sample_seed
 from resmaster_stages.methods.settings import Diffusion, Enlargement
+from resmaster_stages.models.identity import control_identity
 from resmaster_stages.progress import Step, emit
 from resmaster_stages.storage.images import encode_image
 
@@ -104,6 +105,8 @@ def _diffused(
         "seed": seed,
         "model": models.identity,
     }
+    if upscale.uses("control"):
+        facts["controlnet"] = control_identity(config.model)
     return made, facts, views
 
 

@@ -25,9 +25,9 @@ from resmaster_stages.errors import ConfigError
 DEFAULT = "resmaster"
 """The method of a configuration without the key `method`."""
 
-Source = Literal["reference", "captions", "image_prompt", "detail_mask"]
+Source = Literal["reference", "captions", "image_prompt", "detail_mask", "control"]
 """What a method may read besides the prompt: the low-res image, a caption per view, an image prompt per view (which
-needs an IP-Adapter), or a mask of where more detail is drawn."""
+needs an IP-Adapter), a mask of where more detail is drawn, or a control image (which needs a ControlNet)."""
 
 
 def OnlyWith(other: str, value: str, default: Any, **kwargs: Any) -> Any:
@@ -130,10 +130,6 @@ class Method(Part):
     def uses(self, what: Source) -> bool:
         """Whether the result depends on `what`."""
         return what in self.reads
-
-    def notes(self) -> tuple[str, ...]:
-        """Lines that a user should know of the settings, although they are no mistake."""
-        return ()
 
     def require_detail_mask(self, what: str) -> None:
         """Raise ConfigError unless the result depends on a detail mask. `what`: beginning of the message, such as

@@ -22,7 +22,7 @@ class ReferenceConfig(Part):
     enlarge: Literal["own", "image", "latent", "network"] = Later("own")
     """`image`: the pixels are enlarged bicubically and encoded. `latent`: the latents are enlarged bicubically.
     `network`: the latents are enlarged by a network that was trained for the model's VAE (LSRNA). `own`: as the
-    method's authors do (DemoFusion `latent`, all others `image`)."""
+    method's authors do (DemoFusion `latent`, ScaleDiff a mixture of both, all others `image`)."""
     model: str | None = Later(None)
     """With `enlarge: network`, the network: a file of weights such as model.safetensors, which `train_latent_enlarger`
     wrote for the model's VAE, or a hub id together with `weight_name`."""

@@ -116,6 +116,8 @@ def _high_res_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any
         networks["model"] = _denoiser(config, weights)
     if weights.upscaler or not config.upscale.base_model:
         networks["weights"] = weights.upscaler
+    if config.upscale.uses("control"):
+        networks["control"] = weights.control
     return {
         "upscale": config.upscale.identity(),
         **networks,

@@ -54,12 +54,13 @@ class CUpscale(Steered, Wrapping):
 
     def needs(self) -> Mapping[Ability, str]:
         """The composer changes cross-attention."""
-        return {"attention": "upscale.share"} if self.share else {}
+        own: Mapping[Ability, str] = {"attention": "upscale.share"} if self.share else {}
+        return {**super().needs(), **own}
 
     def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
         """The views and, with a composer, the low-res image by one branch; with a time-matched anchor once more."""
         left = self.left(self.start, course)
-        yield UnetWork(self.rows(left, course) * len(grid), area(*grid.window_size, grid))
+        yield from self.views_work(left, len(grid), area(*grid.window_size, grid), course)
         if self.share:
             yield UnetWork(len(left), self.small_area(grid))
         yield from self.anchor_work(left, grid, course)

@@ -105,11 +105,11 @@ class DemoFusion(Views, Following):
     def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
         """The local and the dilated views of every phase."""
         left, share = self.left(self.start, course), [each**self.cosine_scale_2 for each in course.decay]
-        local = self.rows((index for index in left if not share or share[index] < 1), course)
+        local = [index for index in left if not share or share[index] < 1]
         dilated = self.rows((index for index in left if not share or share[index] > 0), course)
         for scale, height, width in self.canvases(grid):
             phase, factor = Grid(height, width, grid.window, grid.stride), max(1, round(scale))
-            yield UnetWork(local * len(phase), area(*phase.window_size, grid))
+            yield from self.views_work(local, len(phase), area(*phase.window_size, grid), course)
             yield UnetWork(dilated * factor**2, area(*interleaved_size(height, width, factor, grid.multiple), grid))
 
     def passes(self, request: Request) -> tuple[Pass, ...]:

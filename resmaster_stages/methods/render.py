@@ -45,6 +45,7 @@ def render(request: Request, seeds: Sequence[int], progress: Progress | None = N
         for each, path in zip(passes, paths):
             draw = noise.resized(each.height, each.width)
             z, composition = each.begin(z, draw, path[0])  # [B, C, h, w]
+            composition = config.controlled(request, composition, each.height, each.width)
             z = denoise(models, composition, path, z, draw, view_batch=request.view_limit, progress=tick)
             z = each.finish(z)
         assert z is not None

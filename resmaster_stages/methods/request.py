@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from resmaster_stages.config.control import ControlImage
 from resmaster_stages.config.wrap import Axes
 from resmaster_stages.diffusion import autoencoder
-from resmaster_stages.diffusion.edges import edge_density
+from resmaster_stages.diffusion.edges import canny, edge_density
 from resmaster_stages.diffusion.memory import view_limit
 from resmaster_stages.diffusion.reference import enlarged, resized
 from resmaster_stages.diffusion.views import Grid, canvas_size, view_grid, whole_canvas
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.methods.settings import Diffusion, Following
+from resmaster_stages.methods.settings import Diffusion, Following, Way
 from resmaster_stages.models.parts import Models
 from resmaster_stages.models.schedule import Course, Step, course_of
 
@@ -128,33 +129,35 @@ class Request:
         """
         assert isinstance(self.config, Following)
         reference = self.required_reference()
-        if self.config.enlargement() == "image":
+        way = self.config.enlargement()
+        if way == "image":
             return reference.latents
-        return self._enlarged(reference.small_latents, *self.canvas_size)
+        return self._enlarged(reference.small_latents, *self.canvas_size, way)
 
-    def _enlarged(self, small: Tensor, height: int, width: int) -> Tensor:
+    def _enlarged(self, small: Tensor, height: int, width: int, way: Way) -> Tensor:
         """Latents [B, C, h, w] at `height` x `width`: by the network, or bicubically."""
         assert isinstance(self.config, Following)
-        if self.config.enlargement() == "network":
+        if way == "network":
             from resmaster_stages.models.latent_enlarger_files import enlarge_latents
 
             return enlarge_latents(self.models, small, height, width, self.config.reference)
         return resized(small, height, width, wraps=self.config.wraps)
 
-    def latents_before(self, previous: Tensor | None, height: int, width: int) -> Tensor:
+    def latents_before(self, previous: Tensor | None, height: int, width: int, way: Way | None = None) -> Tensor:
         """The latents that a pass of `height` x `width` latents begins from: those of the clean latents `previous` of
-        the pass before, or of the low-res images if there was none, enlarged as the method's settings say.
+        the pass before, or of the low-res images if there was none, enlarged.
 
-        Raises ConfigError if there are no low-res images, or if the network cannot be used.
+        way: as the method's settings say if None. Raises ConfigError if there are no low-res images, or if the network
+        cannot be used.
         """
         assert isinstance(self.config, Following)
-        reference = self.required_reference()
-        if self.config.enlargement() == "image":
+        reference, way = self.required_reference(), way or self.config.enlargement()
+        if way == "image":
             factor = self.models.geometry.latent_factor
             large = enlarged(self.image_before(previous), height * factor, width * factor)
             return autoencoder.encode(self.models, large)
         small = reference.small_latents if previous is None else previous
-        return self._enlarged(small, height, width)
+        return self._enlarged(small, height, width, way)
 
     def roughened(self, latents: Tensor, noise: CanvasNoise) -> Tensor:
         """`latents` [B, C, H, W] that a pass begins from, with noise where the low-res images have edges, if the
@@ -165,6 +168,19 @@ class Request:
             return latents
         density = edge_density(self.required_reference().small, *latents.shape[-2:]).to(latents.device)
         return latents + (low + (high - low) * density) * noise()
+
+    def control_image(self, kind: ControlImage, height: int, width: int) -> Tensor:
+        """What a ControlNet is shown on a canvas of `height` x `width` px: [B, 3, height, width] in [0, 1].
+
+        tile: the low-res images, enlarged. canny: their edges, enlarged in the same way.
+        """
+        reference = self.required_reference()
+        if kind == "canny":
+            shown = canny(reference.small).expand(-1, 3, -1, -1) * 2 - 1
+        else:
+            whole = reference.pixels.shape[-2:] == (height, width)
+            shown = reference.pixels if whole else reference.small
+        return (shown if shown.shape[-2:] == (height, width) else enlarged(shown, height, width)) / 2 + 0.5
 
     def views(self) -> Grid:
         """The grid of native-size views."""

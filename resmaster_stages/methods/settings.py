@@ -7,7 +7,7 @@ module does not import torch before an image is made, so that a configuration is
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from resmaster_stages.config.control import ControlConfig, ControlImage
 from resmaster_stages.config.method import Method, OnlyWith, Source
 from resmaster_stages.config.part import Later, Operational, Part
 from resmaster_stages.config.reference import ReferenceConfig
 from resmaster_stages.config.structure import StructureConfig
 from resmaster_stages.config.wrap import Axes, Wrap, wrapped_axes
-from resmaster_stages.diffusion.cost import UnetWork
+from resmaster_stages.diffusion.cost import CONTROL_SHARE, UnetWork
 from resmaster_stages.diffusion.views import Grid, stride_of
 from resmaster_stages.methods.passes import Pass, from_noise
 from resmaster_stages.models.bases.base import FURTHER, Asked, Family, Geometry
@@ -176,6 +177,14 @@ class Diffusion(Method):
         A test compares the numbers with what the engine counts.
         """
 
+    def controls(self) -> ControlImage | None:
+        """The kind of control image that a ControlNet is shown. None: the method uses no ControlNet."""
+        return None
+
+    def controlled(self, request: Request, composition: Composition, height: int, width: int) -> Composition:
+        """`composition` of a pass of `height` x `width` latents, with the ControlNet that the settings ask for."""
+        return composition
+
     @abstractmethod
     def passes(self, request: Request) -> tuple[Pass, ...]:
         """The passes of the denoising loop, in order. The canvas of the last one has the requested size."""
@@ -239,10 +248,14 @@ class MicroConditioned(Diffusion):
     of a native-size image. PixArt-alpha at 1024 px reads the size alone."""
 
 
+Way = Literal["image", "latent", "mixed", "network"]
+"""How the low-res image becomes latents of the target's size."""
+
+
 class Following(Diffusion):
     """A method that follows the latents of the low-res image."""
 
-    own_way: ClassVar[Literal["image", "latent"]] = "image"
+    own_way: ClassVar[Literal["image", "latent", "mixed"]] = "image"
     """How the method's authors enlarge the low-res image."""
 
     reference: ReferenceConfig = Later(ReferenceConfig())
@@ -256,8 +269,8 @@ class Following(Diffusion):
             raise ValueError("reference.edge_noise is read only with init: noised_lr; set that too, or drop edge_noise")
         if any(self.wraps) and (self.enlargement() == "network" or self.reference.adds_noise):
             raise ValueError(
-                "reference.enlarge: network and reference.edge_noise do not continue at the opposite border; drop them, "
-                "or wrap"
+                "reference.enlarge: network and reference.edge_noise do not continue at the opposite border; drop "
+                "them, or wrap"
             )
         return self
 
@@ -265,7 +278,7 @@ class Following(Diffusion):
         """Whether the first pass begins from the noised latents of the low-res image."""
         return True
 
-    def enlargement(self) -> Literal["image", "latent", "network"]:
+    def enlargement(self) -> Way:
         """How the low-res image is enlarged."""
         return self.own_way if self.reference.enlarge == "own" else self.reference.enlarge
 
@@ -315,6 +328,42 @@ class Views(LateGuidance, MicroConditioned):
     """Weight of a view's pixels where views overlap. `uniform`: all alike. `linear`: ramps over the overlap.
     `gaussian`: a bell with a standard deviation of a quarter of the view. `narrow`: a tenth (Mixture of Diffusers).
     `cosine`: half a wave. `feather`: blurred borders (PixelRush)."""
+    control: ControlConfig = Later(ControlConfig())
+    """A ControlNet, which reads each view's own crop of a control image."""
+
+    def uses(self, what: Source) -> bool:
+        """Whether the result depends on `what`."""
+        if what == "control":
+            return self.control.acting
+        return super().uses(what) or (what == "reference" and self.control.acting)
+
+    def needs(self) -> Mapping[Ability, str]:
+        """A ControlNet needs a UNet."""
+        return {"control": "upscale.control.enabled"} if self.control.acting else {}
+
+    def controls(self) -> ControlImage | None:
+        """The kind of control image that a ControlNet is shown. None: the ControlNet is off."""
+        return self.control.image if self.control.acting else None
+
+    def controlled(self, request: Request, composition: Composition, height: int, width: int) -> Composition:
+        """`composition` of a pass of `height` x `width` latents, with the ControlNet if it is on."""
+        if not self.control.acting:
+            return composition
+        from resmaster_stages.diffusion.control import Control
+
+        factor = request.models.geometry.latent_factor
+        image = request.control_image(self.control.image, height * factor, width * factor)
+        return Control(request.models, image, self.control).applied(composition)
+
+    def views_work(self, steps: Sequence[int], views: int, size: float, course: Course) -> Iterator[UnetWork]:
+        """Forecast of `views` views at each of the steps with the indices `steps`, and of the ControlNet where it acts.
+
+        size: area of a view, in units of the native area.
+        """
+        yield UnetWork(self.rows(steps, course) * views, size)
+        acting = [index for index in steps if self.control.weight(course.done[index])]
+        if acting:
+            yield UnetWork(self.rows(acting, course) * views, size, CONTROL_SHARE)
 
     @property
     def view_stride(self) -> float:
@@ -360,9 +409,10 @@ class MovingViews(Views, FromNoise, Wrapping):
         """The views of the steps in which they stand still, and of the steps in which they move."""
         left, moving, view = self.left(self.start, course), self.moving(grid), area(*grid.window_size, grid)
         moved = [index for index in left if moving and course.done[index] < self.shift_stop]
-        yield UnetWork(self.rows(set(left) - set(moved), course) * len(grid), view)
+        still = sorted(set(left) - set(moved))
+        yield from self.views_work(still, len(grid), view, course)
         if moving:
-            yield UnetWork(self.rows(moved, course) * len(moving), view)
+            yield from self.views_work(moved, len(moving), view, course)
 
 
 class TextPromptConfig(Part):
@@ -384,6 +434,8 @@ class Steered(Views, Following):
 
     def uses(self, what: Source) -> bool:
         """Whether the result depends on `what`."""
+        if what == "control":
+            return super().uses(what)
         return what in self.reads and (what != "captions" or self.text_prompt.enabled)
 
     def structural_guidance(

@@ -144,6 +144,15 @@ def few_step_identity(config: FewStepConfig) -> str:
     return _source_identity(config.id, config.revision, "few_step") + (f"#{name}" if name else "")
 
 
+def control_identity(config: ModelConfig) -> str | None:
+    """Name of the ControlNet's exact weights, or None. Raises ConfigError for a folder that does not exist."""
+    net = config.controlnet
+    if net is None:
+        return None
+    inside = "#" + "/".join((net.subfolder, net.variant or "")) if net.subfolder or net.variant else ""
+    return _source_identity(net.id, net.revision) + inside
+
+
 @dataclass(frozen=True)
 class NetworkFile:
     """The place of the weights of a method's own network."""
@@ -233,6 +242,7 @@ def weights_of(config: DatasetConfig) -> Weights:
         upscaler=config.upscale.weights(),
         caption_check=_source_identity(*judge, "clip") if judge else None,
         few_step=few_step_identity(config.model.few_step) if config.model.few_step else None,
+        control=control_identity(config.model) if config.upscale.uses("control") else None,
     )
 
 
@@ -254,3 +264,5 @@ class Weights:
     """The CLIP model that checks captions. None if captions are not checked."""
     few_step: str | None = None
     """The few-step weights of the high_res stage. None if the base model's denoiser makes all images."""
+    control: str | None = None
+    """The ControlNet. None if no image depends on one."""

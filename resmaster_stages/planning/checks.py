@@ -137,7 +137,6 @@ def checks_of(config: DatasetConfig, stages: Collection[str], here: bool) -> Ite
 
 def notes_of(config: DatasetConfig) -> Iterator[str]:
     """What a user should know of a configuration that has no mistakes."""
-    yield from config.upscale.notes()
     for each in licences_of(config):
         if each.licence.non_commercial:
             yield f"licence of the {each.part} {each.model}: {each.licence.sentence()}"
@@ -205,9 +204,9 @@ def _of_base_model(config: DatasetConfig, stages: Collection[str]) -> Iterator[C
         return
     family, method, asked = family_of(config.model), config.upscale, sampling_of(config, stages)
     needs: Mapping[Ability, str] = {}
-    shifts = False
+    shifts, control = False, None
     if "high_res" in stages and isinstance(method, Diffusion):
-        needs, shifts = method.needs(), method.time_shift != "view"
+        needs, shifts, control = method.needs(), method.time_shift != "view", method.controls()
     yield "upscale", partial(require, family, config.model.id, needs)
     if "low_res" in stages and not config.images:
         yield "low_res", partial(require, family, config.model.id, needs_of_wrap(config.low_res.wrap))
@@ -216,7 +215,9 @@ def _of_base_model(config: DatasetConfig, stages: Collection[str]) -> Iterator[C
             yield "model.ip_adapter", partial(require, family, config.model.id, {"image_prompts": "model.ip_adapter"})
         if config.model.few_step is not None:
             yield "model.few_step", partial(require, family, config.model.id, {"few_step_weights": "model.few_step"})
-        yield from family.checks(config.model, Demand("image_prompts" in needs, asked, shifts))
+        if config.model.controlnet is not None:
+            yield "model.controlnet", partial(require, family, config.model.id, {"control": "model.controlnet"})
+        yield from family.checks(config.model, Demand("image_prompts" in needs, asked, shifts, control))
 
 
 def _is_known(model: ModelConfig) -> bool:

@@ -44,7 +44,7 @@ class Rates:
 
     def unet(self, work: Sequence[UnetWork]) -> float:
         """Seconds that `work` takes."""
-        return sum(each.rows * self.row_seconds(each.area) for each in work)
+        return sum(each.rows * each.share * self.row_seconds(each.area) for each in work)
 
     def row_seconds(self, area: float) -> float:
         """Seconds of one row with an area of `area` native views."""

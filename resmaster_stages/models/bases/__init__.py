@@ -35,6 +35,8 @@ _WAYS_OUT = {
     "low_res.wrap": "set it to none (images: FOLDER takes images of your own, which may wrap)",
     "upscale.wrap": "set upscale.method to resmaster or multidiffusion, whose views wrap",
     "model.few_step": "leave it out",
+    "upscale.control.enabled": "set it to false",
+    "model.controlnet": "set it to null",
 }
 """What to do about a setting that needs an ability, where there is more to say than to choose another."""
 

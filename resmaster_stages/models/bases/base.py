@@ -22,12 +22,16 @@ if TYPE_CHECKING:
 
     from resmaster_stages.models.schedule import Step
 
-Ability = Literal["convolutions", "attention", "image_prompts", "positions", "few_step_weights"]
+Ability = Literal["convolutions", "attention", "image_prompts", "positions", "few_step_weights", "control"]
 """What a method or setting may need of a family: convolutions or attentions under the names of diffusers' UNets, an
-IP-Adapter, rotary positions that `diffusion.positions` can scale, or weights of `model.few_step`."""
+IP-Adapter, rotary positions that `diffusion.positions` can scale, weights of `model.few_step`, or a UNet that a
+ControlNet can be added to."""
 
 NO_ADAPTER = "model {}: image prompts need an IP-Adapter; set model.ip_adapter, or upscale.image_prompt.enabled: false"
 """What is said of a model without an IP-Adapter where image prompts are asked for."""
+
+NO_CONTROL = "model {}: upscale.control needs a ControlNet; set model.controlnet, or upscale.control.enabled: false"
+"""What is said of a model without a ControlNet where one is asked for."""
 
 NO_TIME_SHIFT = "upscale.time_shift: only flow-matching models have one, and {} is none; leave it out"
 """What is said of a model with another path where a time shift is asked for."""
@@ -151,6 +155,8 @@ class Demand:
     """The sampling of each part that denoises."""
     time_shift: bool = False
     """Whether the configuration sets a time shift."""
+    control: str | None = None
+    """The kind of control image that the method shows a ControlNet. None: it uses none."""
 
 
 @dataclass(frozen=True)
