@@ -18,6 +18,7 @@ from pydantic import Field, GetJsonSchemaHandler, ModelWrapValidatorHandler, Ser
 from pydantic_core import CoreSchema
 
 from resmaster_stages.config.part import Part, drop_defaults, known_name
+from resmaster_stages.config.wrap import Axes
 from resmaster_stages.errors import ConfigError
 
 DEFAULT = "resmaster"
@@ -45,7 +46,8 @@ class Method(Part):
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
     """Name -> fields. `default`: recommended settings, used if no preset is given. `faithful`: the settings that the
-    authors published. `exact`: also computes the rows that `default` leaves out (docs/speed.md)."""
+    authors published. `exact`: also computes the rows that `default` leaves out (docs/speed.md). A method of several
+    papers has their names in the place of `faithful`."""
     base_model: ClassVar[bool] = False
     """Whether the result depends on the base model."""
     reads: ClassVar[tuple[Source, ...]] = ()
@@ -128,6 +130,10 @@ class Method(Part):
         """Whether the result depends on `what`."""
         return what in self.reads
 
+    def notes(self) -> tuple[str, ...]:
+        """Lines that a user should know of the settings, although they are no mistake."""
+        return ()
+
     def require_detail_mask(self, what: str) -> None:
         """Raise ConfigError unless the result depends on a detail mask. `what`: beginning of the message, such as
         "sample x has"."""
@@ -155,6 +161,11 @@ class Method(Part):
         """Distance of neighbouring views, as a fraction of the window. Methods without views have a value too, so that
         seams are measured at the same places for all methods."""
         return 0.5
+
+    @property
+    def wraps(self) -> Axes:
+        """Whether the image continues at the opposite border, along its height and along its width."""
+        return False, False
 
     def weights(self) -> str | None:
         """Name of the exact weights of the method's own network; None if it has no network. Raises ConfigError."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.model import ModelConfig
+from resmaster_stages.config.reference import ReferenceConfig
 from resmaster_stages.errors import ConfigError, first_line
 
 PICTUREBOOK = "picturebook"
@@ -130,7 +131,7 @@ def model_identity(config: ModelConfig) -> str:
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """The place of a super-resolution network's weights."""
+    """The place of the weights of a method's own network."""
 
     model: str
     """`picturebook` (the embedded pack's), a file, or a hub id together with `weight_name`."""
@@ -138,28 +139,38 @@ class NetworkFile:
     """File on the hub."""
     revision: str | None = None
     """Commit or tag on the hub."""
+    setting: str = "upscale.model"
+    """The setting that names the place, for messages."""
+    in_pack: bool = True
+    """Whether the pack has a network of this kind."""
+
+
+def latent_network(config: ReferenceConfig) -> NetworkFile:
+    """The place of the weights of the network that enlarges latents, which must be given."""
+    assert config.model is not None
+    return NetworkFile(config.model, config.weight_name, config.revision, "upscale.reference.model", in_pack=False)
 
 
 def own_network(config: NetworkFile) -> Path | None:
-    """The file of a super-resolution network's weights in the pack or of the user, or None for one at the hub.
+    """The file of a network's weights in the pack or of the user, or None for one at the hub.
 
     Raises ConfigError if there is no such file.
     """
-    if config.model == PICTUREBOOK:
+    if config.in_pack and config.model == PICTUREBOOK:
         return pack_folder() / "super_resolution" / "model.safetensors"
     path = _path_of(config.model)
     if path is not None and path.is_file():
         return path.resolve()
     if config.weight_name is None:
         raise ConfigError(
-            f"upscale.model: {config.model} is no file; give picturebook, a file of weights, or a hub id and "
-            "weight_name"
+            f"{config.setting}: {config.model} is no file; give {'picturebook, ' if config.in_pack else ''}a file of "
+            "weights, or a hub id and weight_name"
         )
     return None
 
 
 def network_file(config: NetworkFile) -> Path:
-    """The file of a super-resolution network's weights, downloaded from the hub if needed. Raises ConfigError."""
+    """The file of a network's weights, downloaded from the hub if needed. Raises ConfigError."""
     if (path := own_network(config)) is not None:
         return path
     assert config.weight_name is not None
@@ -169,7 +180,7 @@ def network_file(config: NetworkFile) -> Path:
         return Path(huggingface_hub.hf_hub_download(config.model, config.weight_name, revision=config.revision))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"upscale.model: cannot get {config.weight_name} of {config.model} ({first_line(error)}); "
+            f"{config.setting}: cannot get {config.weight_name} of {config.model} ({first_line(error)}); "
             "check the name, or give a file"
         ) from None
 
@@ -185,7 +196,7 @@ def network_identity(config: NetworkFile) -> str:
 
     Raises ConfigError.
     """
-    if config.model == PICTUREBOOK:
+    if config.in_pack and config.model == PICTUREBOOK:
         return _source_identity(PICTUREBOOK, None, "super_resolution")
     path = own_network(config)
     if path is None:

@@ -127,6 +127,18 @@ class Asked:
     guidance_scale: float
     written: frozenset[str] = frozenset({"steps", "guidance_scale"})
     """The settings that a user chose. The others have this project's defaults, which were chosen for SDXL."""
+    further: tuple[str, ...] = ()
+    """The settings with further guidance scales that have a value."""
+
+
+FURTHER = ("guidance_low", "guidance_last")
+"""Settings of methods with further guidance scales. The first needs an unconditional branch."""
+
+
+def asked_of(part: str, config: Any) -> Asked:
+    """What `config`, the part called `part` of a configuration, asks for."""
+    further = tuple(name for name in FURTHER if getattr(config, name, None) is not None)
+    return Asked(part, config.steps, config.guidance_scale, frozenset(config.model_fields_set), further)
 
 
 @dataclass(frozen=True)
@@ -235,6 +247,11 @@ def require_sampling(sampling: Sampling, asked: Asked, model: str) -> None:
         )
     if sampling.kind == "embedded" and scale > 1 and "guidance_scale" not in asked.written:
         raise ConfigError(f"{asked.part}.guidance_scale: {scale:g} was chosen for SDXL, not for {model}; {good}")
+    for name in asked.further:
+        if sampling.kind == "none" or (sampling.kind == "embedded" and name == FURTHER[0]):
+            raise ConfigError(
+                f"{asked.part}.{name}: has no effect on {model}, which has no unconditional branch; set it to null"
+            )
     if steps > sampling.most_steps:
         raise ConfigError(f"{asked.part}.steps: {steps} are too many for {model}, which is made for few; {good}")
 

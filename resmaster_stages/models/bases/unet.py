@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from resmaster_stages.models.ip_adapter import IpAdapter
     from resmaster_stages.models.schedule import Step
 
+SDXL_NATIVE_PX = 1024
 _FEED_FORWARD = 21
 """Values that are live at once, per value of the feed-forward's input: both halves of its gate (8), the gate (4),
 their product (4) and the layers around."""
@@ -334,3 +335,8 @@ STABLE_DIFFUSION = Family(
     base=partial(base, False),
     checks=partial(unet_files.checks, False),
 )
+
+
+def like_sdxl(family: Family, geometry: Geometry) -> bool:
+    """Whether a model is SDXL or a descendant of the same size, for which papers chose their numbers."""
+    return family.name == SDXL.name and geometry.native_px == SDXL_NATIVE_PX
