@@ -117,7 +117,7 @@ def _load_models(config: DatasetConfig) -> Models:
     from resmaster_stages.models.bases import require
     from resmaster_stages.models.load import load_models
 
-    models = load_models(config.model)
+    models = load_models(config.model.base)
     require(models.base.family, models.identity, needs(config.captions))
     return models
 

@@ -222,9 +222,12 @@ def single(model: str, captioner: str = "auto", models: Models | None = None) ->
         captioner = PICTUREBOOK if picturebook else "prompt"
     upscale = dict(PICTUREBOOK_UPSCALE) if picturebook else {}
     adapter = models is not None and models.base.image_adapter() is not None
+    few_step = models is not None and models.base.sampling.steppers
     if not (picturebook or sdxl or adapter):
         upscale["image_prompt"] = {"enabled": False}  # a bare checkpoint has no adapter
         upscale |= recommended(models.base.sampling if models else sampling_of(model))
+    if models and few_step:
+        upscale |= {**recommended(models.base.sampling), "stepper": few_step[0]}
     return {
         "name": "single",
         "model": SDXL if sdxl else {"id": model},

@@ -78,7 +78,14 @@ class Stage:
 
 
 def _model(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
-    return {**config.model.identity(), "weights": weights.model}
+    return {**config.model.base.identity(), "weights": weights.model}
+
+
+def _denoiser(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
+    """`_model`, with the few-step weights that the high_res stage uses instead of its denoiser."""
+    few_step = config.model.few_step
+    own = {} if few_step is None else {"few_step": {**few_step.identity(), "weights": weights.few_step}}
+    return {**_model(config, weights), **own}
 
 
 def _low_res_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
@@ -106,7 +113,7 @@ def _captions_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any
 def _high_res_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
     networks: dict[str, Any] = {}
     if config.upscale.base_model:
-        networks["model"] = _model(config, weights)
+        networks["model"] = _denoiser(config, weights)
     if weights.upscaler or not config.upscale.base_model:
         networks["weights"] = weights.upscaler
     return {

@@ -15,5 +15,6 @@ from resmaster_stages.methods import freescale as freescale
 from resmaster_stages.methods import scalediff as scalediff
 from resmaster_stages.methods import cascade as cascade
 from resmaster_stages.methods import c_upscale as c_upscale
+from resmaster_stages.methods import pixelrush as pixelrush
 from resmaster_stages.methods import super_resolution as super_resolution
 from resmaster_stages.methods import lanczos as lanczos

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from PIL import Image
 
@@ -57,9 +58,11 @@ def generate(
     """
 
     check_size(height, width, models.geometry.step_px)
-    require_sampling(models.base.sampling, Asked("low_res", steps, guidance_scale), models.identity)
+    sampling = models.base.sampling
+    stepper: Any = next(iter(sampling.steppers), "ddim_keep")
+    require_sampling(sampling, Asked("low_res", steps, guidance_scale, stepper=stepper), models.identity)
     require(models.base.family, models.identity, needs_of_wrap(wrap))
-    config = Direct(steps=steps, guidance_scale=guidance_scale, stepper="ddim_keep", view_batch=batch_size, wrap=wrap)
+    config = Direct(steps=steps, guidance_scale=guidance_scale, stepper=stepper, view_batch=batch_size, wrap=wrap)
     for start in range(0, len(prompts), batch_size):
         slot = slice(start, start + batch_size)
         good = [_is_text(p) and _is_text(n) for p, n in zip(prompts[slot], negative_prompts[slot])]

@@ -24,7 +24,7 @@ from resmaster_stages.config.wrap import Axes, Wrap, wrapped_axes
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid, stride_of
 from resmaster_stages.methods.passes import Pass, from_noise
-from resmaster_stages.models.bases.base import Family, Geometry
+from resmaster_stages.models.bases.base import FURTHER, Asked, Family, Geometry
 from resmaster_stages.models.bases.unet import like_sdxl
 from resmaster_stages.models.schedule import Course, Timing
 
@@ -145,6 +145,12 @@ class Diffusion(Method):
     def needs(self) -> Mapping[Ability, str]:
         """Ability that the base model's family must have -> the method or setting that needs it, for messages."""
         return {}
+
+    def asked(self) -> Asked:
+        """The sampling that the method asks the base model for."""
+        further = tuple(name for name in FURTHER if getattr(self, name, None) is not None)
+        written = frozenset(self.model_fields_set)
+        return Asked("upscale", self.steps, self.guidance_scale, written, self.stepper, further)
 
     def timing(self, grid: Grid) -> Timing:
         """What the path of a canvas with the views of `grid` depends on: the size of a view."""

@@ -14,7 +14,7 @@ from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.keys import digest
 from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.methods.settings import Diffusion, Enlargement, unsuited_freeu
-from resmaster_stages.models.bases.base import asked_of, require_sampling
+from resmaster_stages.models.bases.base import require_sampling
 from resmaster_stages.progress import Note, emit
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def upscale_image(
     if isinstance(config, Enlargement):
         return enlarge_image(image, config, models.device, models.dtype, progress)
     assert isinstance(config, Diffusion)
-    require_sampling(models.base.sampling, asked_of("upscale", config), models.identity)
+    require_sampling(models.base.sampling, config.asked(), models.identity)
     for line in unsuited_freeu(config, models.base.family, models.geometry, models.identity):
         emit(Note(line))
     negative_prompt = config.negative_prompt if negative_prompt is None else negative_prompt

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from resmaster_stages.config.dataset import DatasetConfig
-from resmaster_stages.config.model import ModelConfig
+from resmaster_stages.config.model import FewStepConfig, ModelConfig
 from resmaster_stages.config.reference import ReferenceConfig
 from resmaster_stages.errors import ConfigError, first_line
 
@@ -26,7 +26,7 @@ PICTUREBOOK_AS_FLOW = "picturebook-as-flow"
 PACK_MODELS = (PICTUREBOOK, PICTUREBOOK_AS_FLOW)
 """The ids of base models whose files are the pack's."""
 
-PACK_NETWORKS = ("captioner", "classifier", "clip", "super_resolution")
+PACK_NETWORKS = ("captioner", "classifier", "clip", "few_step", "super_resolution")
 """Folders of the pack that do not belong to its diffusion pipeline. Each is a separate model with its own identity."""
 
 
@@ -126,7 +126,22 @@ def model_identity(config: ModelConfig) -> str:
         parts.append(f"ip_adapter={_source_identity(adapter.id, adapter.revision)}#{name}")
         if adapter.image_encoder:
             parts.append("image_encoder=" + _source_identity(adapter.image_encoder, None))
+    if config.few_step:
+        parts.append("few_step=" + few_step_identity(config.few_step))
     return "+".join(parts)
+
+
+def few_step_identity(config: FewStepConfig) -> str:
+    """Name of the exact few-step weights: of a file by its content, of a folder as `model_identity` does.
+
+    Raises ConfigError for a folder that does not exist.
+    """
+    name = "/".join(filter(None, (config.subfolder, config.weight_name)))
+    folder = None if config.id in PACK_MODELS else as_folder(config.id)
+    if folder is not None and (path := folder / name).is_file():
+        found = path.stat()
+        return f"{path.name}@{_file_digest(path, found.st_size, found.st_mtime_ns)[:16]}"
+    return _source_identity(config.id, config.revision, "few_step") + (f"#{name}" if name else "")
 
 
 @dataclass(frozen=True)
@@ -211,12 +226,13 @@ def weights_of(config: DatasetConfig) -> Weights:
     local = captions.source == "model"
     judge = config.caption_clip()
     return Weights(
-        model=model_identity(config.model),
+        model=model_identity(config.model.base),
         captioner=_source_identity(captions.model, captions.revision, "captioner") if local else None,
         clip=_source_identity(quality.clip, quality.clip_revision, "clip") if quality.clip else None,
         features=_source_identity(PICTUREBOOK, None, "classifier") if quality.features == "picturebook" else None,
         upscaler=config.upscale.weights(),
         caption_check=_source_identity(*judge, "clip") if judge else None,
+        few_step=few_step_identity(config.model.few_step) if config.model.few_step else None,
     )
 
 
@@ -236,3 +252,5 @@ class Weights:
     """The upscaling method's own network. None if it has none."""
     caption_check: str | None = None
     """The CLIP model that checks captions. None if captions are not checked."""
+    few_step: str | None = None
+    """The few-step weights of the high_res stage. None if the base model's denoiser makes all images."""

@@ -22,7 +22,7 @@ import torch
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError, OutOfMemory
 from resmaster_stages.models.acceleration import can_compile, compile_blocks, has_blocks, quantise_fp8, require_fp8
-from resmaster_stages.models.bases import family_of, offload_of
+from resmaster_stages.models.bases import family_of, offload_of, require
 from resmaster_stages.models.faults import device_faults
 from resmaster_stages.models.identity import model_identity
 from resmaster_stages.models.parts import Models
@@ -46,6 +46,8 @@ def load_pipeline(config: ModelConfig) -> Any:
         raise ConfigError(
             f"model.ip_adapter: model {config.id} is a {family.name}, which takes none; set model.ip_adapter: null"
         )
+    if config.few_step is not None:
+        require(family, config.id, {"few_step_weights": "model.few_step"})
     with _no_bars():
         return family.load(config, resolve_dtype(config.dtype, resolve_device(config.device), family.half))
 
@@ -53,6 +55,8 @@ def load_pipeline(config: ModelConfig) -> Any:
 @lru_cache(maxsize=1)
 def load_models(config: ModelConfig) -> Models:
     """The model that `config` names, ready to use. The last model stays loaded. Raises ConfigError with one line."""
+    if load_models.cache_info().currsize:
+        load_models.cache_clear()  # so that the other model's memory is free before this one takes its own
     device = resolve_device(config.device)
     pipe = load_pipeline(config)
     models = replace(

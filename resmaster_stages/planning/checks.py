@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from resmaster_stages.config.dataset import DatasetConfig, LowResConfig
+from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.config.reference import ReferenceConfig
 from resmaster_stages.config.wrap import wrap_of, wrapped_axes
@@ -26,7 +26,7 @@ from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.errors import ConfigError, UserError
 from resmaster_stages.methods.settings import Diffusion, Following, needs_of_wrap, unsuited_freeu
 from resmaster_stages.models.bases import family_of, require
-from resmaster_stages.models.bases.base import Ability, Asked, Demand, asked_of, require_readable
+from resmaster_stages.models.bases.base import Ability, Asked, Demand, require_readable
 from resmaster_stages.models.files import Check, NotOnThisMachine
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.licences import licences_of
@@ -141,12 +141,15 @@ def notes_of(config: DatasetConfig) -> Iterator[str]:
     for each in licences_of(config):
         if each.licence.non_commercial:
             yield f"licence of the {each.part} {each.model}: {each.licence.sentence()}"
+    deaf = unguided(config)
+    written = [part for part in deaf if _negative_prompt(config, part)]
+    if written:
+        settings = " and ".join(f"{part}.negative_prompt" for part in written)
+        who = " and ".join(dict.fromkeys(deaf[part] for part in written))
+        yield f"{settings}: not read, because {who} has no unconditional branch"
     yield from _notes_of_wrapping(config)
-    written = {asked.part: _negative_prompt(config, asked.part) for asked in sampling_of(config, stages_of(config))}
-    settings = [f"{part}.negative_prompt" for part, text in written.items() if text]
-    if settings and not reads_negative_prompts(config):
-        yield f"{' and '.join(settings)}: not read, because {config.model.id} has no unconditional branch"
     yield from unsuited_freeu(config.upscale, family_of(config.model), geometry_of(config.model), config.model.id)
+    yield from config.upscale.notes(config.model)
 
 
 def _notes_of_wrapping(config: DatasetConfig) -> Iterator[str]:
@@ -174,21 +177,26 @@ def _negative_prompt(config: DatasetConfig, part: str) -> str:
     return found.negative_prompt if "negative_prompt" in found.model_fields_set else ""
 
 
-def reads_negative_prompts(config: DatasetConfig) -> bool:
-    """Whether the base model has an unconditional branch, if one computes at all. Raises ConfigError."""
-    if not sampling_of(config, stages_of(config)):
-        return True
-    return family_of(config.model).sampling(config.model).kind == "cfg"
+def unguided(config: DatasetConfig) -> dict[str, str]:
+    """Part of the configuration that denoises without an unconditional branch -> the name of its weights. Raises
+    ConfigError."""
+    found = {}
+    for asked in sampling_of(config, stages_of(config)):
+        model = config.model if asked.part == "upscale" else config.model.base
+        if family_of(model).sampling(model).kind != "cfg":
+            found[asked.part] = model.few_step.id if model.few_step else model.id
+    return found
 
 
 def sampling_of(config: DatasetConfig, stages: Collection[str]) -> tuple[Asked, ...]:
     """The sampling that the parts of a configuration ask the base model for."""
-    parts: dict[str, LowResConfig | Diffusion] = {}
+    asked = []
     if "low_res" in stages and not config.images:
-        parts["low_res"] = config.low_res
+        own = config.low_res
+        asked.append(Asked("low_res", own.steps, own.guidance_scale, frozenset(own.model_fields_set)))
     if "high_res" in stages and isinstance(config.upscale, Diffusion):
-        parts["upscale"] = config.upscale
-    return tuple(asked_of(name, part) for name, part in parts.items())
+        asked.append(config.upscale.asked())
+    return tuple(asked)
 
 
 def _of_base_model(config: DatasetConfig, stages: Collection[str]) -> Iterator[Check]:
@@ -206,6 +214,8 @@ def _of_base_model(config: DatasetConfig, stages: Collection[str]) -> Iterator[C
     if asked:
         if config.model.ip_adapter is not None:
             yield "model.ip_adapter", partial(require, family, config.model.id, {"image_prompts": "model.ip_adapter"})
+        if config.model.few_step is not None:
+            yield "model.few_step", partial(require, family, config.model.id, {"few_step_weights": "model.few_step"})
         yield from family.checks(config.model, Demand("image_prompts" in needs, asked, shifts))
 
 

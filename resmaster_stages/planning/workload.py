@@ -67,12 +67,15 @@ def captions_work(config: DatasetConfig, base: Denoising, height: int, width: in
 def stage_work(config: DatasetConfig, height: int, width: int) -> dict[str, tuple[UnetWork, ...]]:
     """Stage -> UNet work of a sample with a low-res image of `height` x `width` px. Stages without a UNet are absent,
     or empty. Raises ConfigError."""
-    base, method = denoising_of(config.model), config.upscale
+    base, method = denoising_of(config.model.base), config.upscale
     between = method.via if isinstance(method, Diffusion) else ()
     again = [captions_work(config, base, *target_size(height, width, scale)) for scale in between]
     work = {
         "captions": captions_work(config, base, height, width),
-        "high_res": (*high_res_work(method, base, height, width), *(each for some in again for each in some)),
+        "high_res": (
+            *high_res_work(method, denoising_of(config.model), height, width),
+            *(each for some in again for each in some),
+        ),
     }
     if not config.images:
         work["low_res"] = low_res_work(config.low_res, base, height, width)

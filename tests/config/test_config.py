@@ -39,6 +39,7 @@ def test_the_configurations_that_are_shipped() -> None:
         "picturebook-evaluation",
         "sdxl-2k",
         "sdxl-4k",
+        "sdxl-few-step-4k",
         "flux-4k",
         "z-image-4k",
         "sd35-4k",

@@ -34,6 +34,7 @@ _WAYS_OUT = {
     "captions.source: attention": "set it to model, server or prompt",
     "low_res.wrap": "set it to none (images: FOLDER takes images of your own, which may wrap)",
     "upscale.wrap": "set upscale.method to resmaster or multidiffusion, whose views wrap",
+    "model.few_step": "leave it out",
 }
 """What to do about a setting that needs an ability, where there is more to say than to choose another."""
 

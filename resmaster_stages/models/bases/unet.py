@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from resmaster_stages.config.model import IpAdapterConfig, ModelConfig
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.bases import adapter_files, unet_files
+from resmaster_stages.models.bases import adapter_files, few_step, few_step_files, unet_files
 from resmaster_stages.models.bases.base import (
     Family,
     Geometry,
@@ -95,6 +95,8 @@ def load(pipeline: str, more: Mapping[str, Any], config: ModelConfig, dtype: tor
             extra["vae"] = diffusers.AutoencoderKL.from_pretrained(
                 location(config.vae), dtype=kinds["vae"], use_safetensors=True
             )
+    if config.few_step is not None and (unet := few_step_files.load_unet(config, dtype)) is not None:
+        extra["unet"] = unet
     with loading(config.id, "it"):
         pipe = getattr(diffusers, pipeline).from_pretrained(
             location(config.id),
@@ -104,6 +106,8 @@ def load(pipeline: str, more: Mapping[str, Any], config: ModelConfig, dtype: tor
             use_safetensors=True,
             **extra,
         )
+    if config.few_step is not None and "unet" not in extra:
+        few_step_files.fuse_lora(pipe.unet, config)
     if (adapter := unet_files.configured_adapter(config)) is not None:
         _load_adapter(pipe, adapter, dtype)
     return pipe
@@ -148,6 +152,8 @@ class Unet:
     """Whether the UNet reads pooled text and numbers of size and crop (SDXL)."""
     zeros_for_empty_prompt: bool
     """Whether the empty negative prompt is all zeros, as the model was trained (`force_zeros_for_empty_prompt`)."""
+    few_step: few_step.FewStep | None
+    """The few-step weights that the denoiser has. None: its own."""
 
     @property
     def network(self) -> Any:
@@ -169,15 +175,17 @@ class Unet:
 
     @property
     def sampling(self) -> Sampling:
-        """Any steps, and guidance of any scale."""
-        return Sampling()
+        """Any steps, and guidance of any scale; with few-step weights, what they were distilled to."""
+        return Sampling() if self.few_step is None else self.few_step.sampling
 
     def path(self, steps: int, timing: Timing) -> tuple[Step, ...]:
-        """The path that the scheduler's configuration describes, or through the timesteps of `timing`."""
+        """The path that the scheduler's configuration describes, or through the timesteps of `timing`, or else through
+        those of few-step weights."""
         from resmaster_stages.models.schedule import make_schedule
 
         require_unshifted(timing, self.family.name)
-        return make_schedule(self.scheduler_config, steps, timing.timesteps)
+        visited = timing.timesteps or (() if self.few_step is None else self.few_step.timesteps(steps))
+        return make_schedule(self.scheduler_config, steps, visited)
 
     def count(self, prompts: Sequence[str]) -> list[int]:
         """The greatest count of all tokenizers."""
@@ -311,18 +319,20 @@ def base(told_sizes: bool, pipe: Any, config: ModelConfig) -> Unet:
         scheduler_config={"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config},
         told_sizes=told_sizes,
         zeros_for_empty_prompt=bool(getattr(pipe.config, "force_zeros_for_empty_prompt", False)),
+        few_step=few_step.few_step_of(config.few_step) if config.few_step else None,
     )
 
 
 SDXL = Family(
     name="SDXL",
     pipelines="StableDiffusionXL.*",
-    abilities=frozenset({"convolutions", "attention", "image_prompts"}),
+    abilities=frozenset({"convolutions", "attention", "image_prompts", "few_step_weights"}),
     geometry=geometry,
     token_counter=token_counter,
     load=partial(load, "StableDiffusionXLPipeline", {"add_watermarker": False}),
     base=partial(base, True),
     checks=partial(unet_files.checks, True),
+    sampling=few_step.sampling,
 )
 
 STABLE_DIFFUSION = Family(
@@ -334,6 +344,7 @@ STABLE_DIFFUSION = Family(
     load=partial(load, "StableDiffusionPipeline", {"safety_checker": None, "requires_safety_checker": False}),
     base=partial(base, False),
     checks=partial(unet_files.checks, False),
+    sampling=few_step.sampling,
 )
 
 
