@@ -113,7 +113,7 @@ class ScaleDiff(LateGuidance, MicroConditioned, Following):
         return begin
 
     def mixed(self, request: Request, previous: Tensor | None, rows: int, cols: int) -> Tensor:
-        """The result of the pass before, enlarged to latents [B, C, rows, cols]: high frequencies are those of the image
+        """The result of the pass before, as latents [B, C, rows, cols]: high frequencies are those of the image
         enlarged in pixels, low ones those of enlarged latents."""
         from resmaster_stages.diffusion.frequency import resampled
 

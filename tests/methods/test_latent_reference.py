@@ -80,8 +80,14 @@ def small_latents(image=None) -> torch.Tensor:
     return autoencoder.encode(adapted(), to_tensor(image or some_image()))
 
 
-def test_every_method_that_denoises_has_the_part() -> None:
-    assert set(FOLLOWING) == set(DIFFUSION_METHODS)
+def test_the_methods_that_the_page_names_have_the_part() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text()
+    named = re.search(r"\n([^.]*)read the setting, and ([^.]*)with\n`init: noised_lr`\.\n", page)
+    assert named
+    always, from_noise = (set(re.findall(r"[a-z_]+", each)) & set(DIFFUSION_METHODS) for each in named.groups())
+    assert len(always) == len(from_noise) == 4
+    assert always | from_noise <= set(FOLLOWING)
+    assert {name for name in FOLLOWING if not settings(name).uses("reference")} >= from_noise
 
 
 @pytest.mark.parametrize("method", FOLLOWING)
