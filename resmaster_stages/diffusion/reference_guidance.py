@@ -12,7 +12,8 @@ from math import acos, pi
 from torch import Tensor
 
 from resmaster_stages.config.structure import StructureConfig
-from resmaster_stages.diffusion.frequency import box, low_pass_of, swap_low_frequencies, swap_weights
+from resmaster_stages.config.wrap import Axes
+from resmaster_stages.diffusion.frequency import LowPass, box, low_pass_of, swap_low_frequencies, swap_weights
 from resmaster_stages.diffusion.loop import LatentHook, X0Hook
 from resmaster_stages.models.schedule import Step
 
@@ -60,16 +61,37 @@ def match_moments(z: Tensor, like: Tensor) -> Tensor:
 
 
 def structural_guidance(
-    anchor: Callable[[Step], Tensor], config: StructureConfig, scale: float, course: Sequence[float]
+    anchor: Callable[[Step], Tensor],
+    config: StructureConfig,
+    scale: float,
+    course: Sequence[float],
+    wraps: Axes = (False, False),
 ) -> X0Hook:
     """The hook that replaces the low frequencies of x0 by those of `anchor` [B, C, H, W] of the step.
 
-    scale: how many times the low-res image was enlarged to give the anchor. course: `Step.done` of each step.
+    scale: how many times the low-res image was enlarged to give the anchor. course: `Step.done` of each step. wraps:
+    whether the canvas continues at the opposite border, along its height and along its width.
     """
-    low, weights = low_pass_of(config, scale), swap_weights(config, course)
+    low, weights = low_pass_of(config, scale, wraps), swap_weights(config, course)
 
     def swap(x0: Tensor, step: Step) -> Tensor:
         weight = weights[step.index]
         return swap_low_frequencies(x0, anchor(step), low, weight) if weight else x0
 
     return swap
+
+
+def fading_guidance(reference: Tensor, low: LowPass, weight: float, first: Step) -> X0Hook:
+    """The hook that pulls the low frequencies of x0 to those of `reference` [B, C, H, W]: by `weight` at the step
+    `first`, and less and less as the share of noise in the latents falls (ScaleDiff).
+
+    The share of noise is 1 - abar on a variance-preserving path, and the same at the same noise level on any other.
+    """
+
+    def share(step: Step) -> float:
+        return step.sigma**2 / (step.alpha**2 + step.sigma**2)
+
+    def pull(x0: Tensor, step: Step) -> Tensor:
+        return swap_low_frequencies(x0, reference, low, weight * share(step) / share(first))
+
+    return pull

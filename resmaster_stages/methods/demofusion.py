@@ -35,7 +35,7 @@ from resmaster_stages.config.part import Later
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid, interleaved_size
 from resmaster_stages.methods.passes import Pass, phase_scales, phase_sizes
-from resmaster_stages.methods.settings import TextPromptConfig, Views, area
+from resmaster_stages.methods.settings import Following, TextPromptConfig, Views, area
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,7 @@ PUBLISHED: dict[str, Any] = {"stepper": "ddim_keep", "start": 0.0, "jitter": "ze
 
 
 @register
-class DemoFusion(Views):
+class DemoFusion(Views, Following):
     """The image grows phase by phase: much new detail, but slow."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -62,6 +62,7 @@ class DemoFusion(Views):
         "accdiffusion": {**PUBLISHED, "shuffle": "channels", "text_prompt": {"enabled": True}},
     }
     reads: ClassVar[tuple[Source, ...]] = ("reference", "captions")
+    own_way: ClassVar[Literal["image", "latent"]] = "latent"
 
     method: Literal["demofusion"] = "demofusion"
     phases: Literal["every", "doubling", "last"] = "every"
@@ -104,11 +105,11 @@ class DemoFusion(Views):
     def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
         """The local and the dilated views of every phase."""
         left, share = self.left(self.start, course), [each**self.cosine_scale_2 for each in course.decay]
-        local = self.rows((index for index in left if not share or share[index] < 1), course)
+        local = [index for index in left if not share or share[index] < 1]
         dilated = self.rows((index for index in left if not share or share[index] > 0), course)
         for scale, height, width in self.canvases(grid):
             phase, factor = Grid(height, width, grid.window, grid.stride), max(1, round(scale))
-            yield UnetWork(local * len(phase), area(*phase.window_size, grid))
+            yield from self.views_work(local, len(phase), area(*phase.window_size, grid), course)
             yield UnetWork(dilated * factor**2, area(*interleaved_size(height, width, factor, grid.multiple), grid))
 
     def passes(self, request: Request) -> tuple[Pass, ...]:
@@ -130,18 +131,15 @@ class DemoFusion(Views):
 
     def beginning(self, request: Request, scale: float, rows: int, cols: int) -> Begin:
         """The start of the phase of `rows` x `cols` latents: the latents of the phase before, enlarged and noised."""
-        import torch.nn.functional as F
-
         from resmaster_stages.diffusion.loop import Composition
         from resmaster_stages.diffusion.reference_guidance import low_residual, skip_residual
         from resmaster_stages.diffusion.steppers import make_stepper
 
-        reference, window = request.required_reference(), request.views()
+        window = request.views()
 
         def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
-            small = reference.small_latents if previous is None else previous
-            x0 = F.interpolate(small, size=(rows, cols), mode="bicubic", align_corners=False)
             draw = noise()
+            x0 = request.roughened(request.latents_before(previous, rows, cols), noise)
             grid = Grid(rows, cols, window.window, window.stride)
             low = self.skip == "low"
             return step.noised(x0, draw), Composition(

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from resmaster_stages.config.model import ModelConfig
     from resmaster_stages.diffusion.loop import CanvasNoise, Composition, Patch
     from resmaster_stages.methods.request import Request
     from resmaster_stages.models.bases.base import Ability
@@ -79,14 +80,13 @@ class HiDiffusion(FromNoise, LateGuidance, MicroConditioned):
         attention: dict[Ability, str] = {"attention": "method hidiffusion"} if self.windows else {}
         return {"convolutions": "method hidiffusion", **attention}
 
-    def notes(self) -> tuple[str, ...]:
+    def notes(self, model: ModelConfig) -> Iterator[str]:
         """A line about scales that are too large."""
-        if self.scale <= GOOD_UP_TO:
-            return ()
-        return (
-            f"upscale.scale: method hidiffusion is good up to {GOOD_UP_TO:g}x, and textures become grids at "
-            f"{self.scale:g}x; use scale: {GOOD_UP_TO:g}, or a method that follows the low-res image",
-        )
+        if self.scale > GOOD_UP_TO:
+            yield (
+                f"upscale.scale: method hidiffusion is good up to {GOOD_UP_TO:g}x, and textures become grids at "
+                f"{self.scale:g}x; use scale: {GOOD_UP_TO:g}, or a method that follows the low-res image"
+            )
 
     def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
         """The whole canvas at every step. That its deep levels are small is not counted."""
