@@ -38,7 +38,7 @@ from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.methods.direct import whole_canvas_composition
 from resmaster_stages.methods.passes import Pass, phase_scales, phase_sizes
-from resmaster_stages.methods.settings import LateGuidance, area
+from resmaster_stages.methods.settings import Following, LateGuidance, area
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 
 @register
-class FreeScale(LateGuidance):
+class FreeScale(LateGuidance, Following):
     """A cascade of whole canvases: faster than DemoFusion, with more memory."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -121,16 +121,12 @@ class FreeScale(LateGuidance):
 
     def beginning(self, request: Request, scale: float, rows: int, cols: int) -> Begin:
         """The start of the pass of `rows` x `cols` latents: the image of the pass before, enlarged and noised."""
-        from resmaster_stages.diffusion import autoencoder
-        from resmaster_stages.diffusion.reference import enlarged
-
-        models = request.models
-        factor = models.geometry.latent_factor
+        factor = request.models.geometry.latent_factor
         here = replace(request, height=rows * factor, width=cols * factor)
 
         def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
-            large = enlarged(request.image_before(previous), here.height, here.width)
-            x0, draw = autoencoder.encode(models, large), noise()
+            draw = noise()
+            x0 = request.roughened(request.latents_before(previous, rows, cols), noise)
             return step.noised(x0, draw), self.compose(here, scale, x0, noise, draw)
 
         return begin

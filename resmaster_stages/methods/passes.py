@@ -53,7 +53,7 @@ def from_noise(request: Request, compose: Callable[[Request], Composition], firs
             return step.pure(z), composition
         if request.reference is None:
             raise ConfigError("init noised_lr starts from a low-res image, and there is none; use init noise")
-        return step.noised(request.reference.latents, z), composition
+        return step.noised(request.roughened(request.followed, noise), z), composition
 
     return Pass(*request.canvas_size, begin, first or 0)
 

@@ -29,12 +29,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from resmaster_stages.config.method import OnlyWith, Source, register
+from resmaster_stages.config.method import Source, register
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.methods.direct import whole_canvas_composition
 from resmaster_stages.methods.passes import Pass, phase_scales, phase_sizes
-from resmaster_stages.methods.settings import LateGuidance, MicroConditioned, area
+from resmaster_stages.methods.settings import Following, LateGuidance, MicroConditioned, area
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,12 +47,13 @@ if TYPE_CHECKING:
 
 
 @register
-class ScaleDiff(LateGuidance, MicroConditioned):
+class ScaleDiff(LateGuidance, MicroConditioned, Following):
     """A cascade of whole canvases with local attention: fast, and close to the low-res image."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}, "faithful": {"jitter": False}}
     reads: ClassVar[tuple[Source, ...]] = ("reference",)
     in_one_piece: ClassVar[bool] = True
+    own_way: ClassVar[Literal["image", "latent", "mixed"]] = "mixed"
 
     method: Literal["scalediff"] = "scalediff"
     phases: Literal["doubling", "every", "last"] = "doubling"
@@ -61,12 +62,9 @@ class ScaleDiff(LateGuidance, MicroConditioned):
     start: float = Field(default=0.6, ge=0, lt=1)
     """Fraction of the steps that each pass leaves out at the noisy end. A higher value keeps the result closer to the
     low-res image."""
-    enlargement: Literal["mixed", "pixels", "latents"] = "mixed"
-    """How a pass enlarges the result of the one before. `pixels`: as an image, which keeps high frequencies sharp but
-    makes surfaces smooth. `latents`: as latents, which leaves a woven texture. `mixed`: high frequencies of the image,
-    low ones of the latents."""
-    mix_cutoff: float = OnlyWith("enlargement", "mixed", 0.125, gt=0, le=1)
-    """With `enlargement: mixed`, where low frequencies end: the size to which latents are reduced, as a fraction."""
+    mix_cutoff: float = Field(default=0.125, gt=0, le=1)
+    """Where the low frequencies that are taken from enlarged latents end: the size to which latents are reduced, as a
+    fraction. Read only with `reference.enlarge: own`, the mixture."""
     structure_weight: float = Field(default=1.0, ge=0, le=1)
     """Pull of low frequencies to those of the enlarged image, at the first step of a pass. The pull falls with the
     noise. 0: no pull."""
@@ -104,31 +102,24 @@ class ScaleDiff(LateGuidance, MicroConditioned):
         here = replace(request, height=rows * factor, width=cols * factor)
 
         def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
-            reference = self.reference(here, previous)
-            return step.noised(reference, noise()), self.compose(here, reference, step)
+            draw = noise()
+            if self.enlargement() == "mixed":
+                latents = self.mixed(request, previous, rows, cols)
+            else:
+                latents = request.latents_before(previous, rows, cols)
+            reference = request.roughened(latents, noise)
+            return step.noised(reference, draw), self.compose(here, reference, step)
 
         return begin
 
-    def reference(self, request: Request, previous: Tensor | None) -> Tensor:
-        """The enlarged result of the pass before, as latents [B, C, H, W] of the request's canvas."""
-        import torch.nn.functional as F
-
-        from resmaster_stages.diffusion import autoencoder
+    def mixed(self, request: Request, previous: Tensor | None, rows: int, cols: int) -> Tensor:
+        """The result of the pass before, as latents [B, C, rows, cols]: high frequencies are those of the image
+        enlarged in pixels, low ones those of enlarged latents."""
         from resmaster_stages.diffusion.frequency import resampled
-        from resmaster_stages.diffusion.reference import enlarged
 
-        def of_latents() -> Tensor:
-            small = request.required_reference().small_latents if previous is None else previous
-            return F.interpolate(small, size=request.canvas_size, mode="bicubic", align_corners=False)
-
-        def of_pixels() -> Tensor:
-            large = enlarged(request.image_before(previous), request.height, request.width)
-            return autoencoder.encode(request.models, large)
-
-        if self.enlargement != "mixed":
-            return of_pixels() if self.enlargement == "pixels" else of_latents()
-        pixels = of_pixels()
-        return pixels + resampled(of_latents() - pixels, self.mix_cutoff)
+        ways = (request.latents_before(previous, rows, cols, way) for way in ("image", "latent"))
+        pixels, latents = ways
+        return pixels + resampled(latents - pixels, self.mix_cutoff)
 
     def compose(self, request: Request, reference: Tensor, first: Step) -> Composition:
         """The pass on the request's canvas from the step `first`, which is pulled to `reference` [B, C, H, W]."""

@@ -22,7 +22,7 @@ import torch
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError, OutOfMemory
 from resmaster_stages.models.acceleration import can_compile, compile_blocks, has_blocks, quantise_fp8, require_fp8
-from resmaster_stages.models.bases import family_of, offload_of
+from resmaster_stages.models.bases import family_of, offload_of, require
 from resmaster_stages.models.faults import device_faults
 from resmaster_stages.models.identity import model_identity
 from resmaster_stages.models.parts import Models
@@ -40,12 +40,16 @@ def _no_bars() -> Iterator[None]:
 
 
 def load_pipeline(config: ModelConfig) -> Any:
-    """The pipeline that `config` names, on the CPU, with its IP-Adapter and VAE. Raises ConfigError."""
+    """The pipeline that `config` names, on the CPU, with its VAE, IP-Adapter and ControlNet. Raises ConfigError."""
     family = family_of(config)
     if config.ip_adapter is not None and "image_prompts" not in family.abilities:
         raise ConfigError(
             f"model.ip_adapter: model {config.id} is a {family.name}, which takes none; set model.ip_adapter: null"
         )
+    if config.few_step is not None:
+        require(family, config.id, {"few_step_weights": "model.few_step"})
+    if config.controlnet is not None:
+        require(family, config.id, {"control": "model.controlnet"})
     with _no_bars():
         return family.load(config, resolve_dtype(config.dtype, resolve_device(config.device), family.half))
 
@@ -53,6 +57,8 @@ def load_pipeline(config: ModelConfig) -> Any:
 @lru_cache(maxsize=1)
 def load_models(config: ModelConfig) -> Models:
     """The model that `config` names, ready to use. The last model stays loaded. Raises ConfigError with one line."""
+    if load_models.cache_info().currsize:
+        load_models.cache_clear()  # so that the other model's memory is free before this one takes its own
     device = resolve_device(config.device)
     pipe = load_pipeline(config)
     models = replace(
@@ -71,6 +77,8 @@ def load_models(config: ModelConfig) -> Models:
     if device.type == "cuda":  # convolutions in half precision prefer it; no measurable difference on CPUs
         unet.to(memory_format=torch.channels_last)
         models.base.vae.to(memory_format=torch.channels_last)
+        if models.control_net is not None:
+            models.control_net.to(memory_format=torch.channels_last)
     _accelerate(unet, config, device)
     return models
 

@@ -6,7 +6,7 @@ from resmaster_stages.config.method import Method, methods
 from resmaster_stages.diffusion.guidance import ByBand, ClassifierFree
 from resmaster_stages.methods.settings import GuidedByBand, LateGuidance
 from resmaster_stages.methods.upscale import upscale_image
-from resmaster_stages.models.bases.base import Asked, Sampling, asked_of, require_sampling
+from resmaster_stages.models.bases.base import Asked, Sampling, require_sampling
 from resmaster_stages.models.parts import Models
 from tests.methods.common import adapted, difference, plain, settings, some_image
 from tests.tiny_models import counted
@@ -86,7 +86,7 @@ def test_the_family_s_own_rule_is_that_of_both_bands():
 )
 def test_models_without_an_unconditional_branch_refuse_it(kind, values, refused):
     config = Method.model_validate({"method": "cascade", "guidance_scale": 1.0, **values})
-    asked = asked_of("upscale", config)
+    asked = config.asked()
     assert isinstance(asked, Asked)
     if refused is None:
         require_sampling(Sampling(kind), asked, "m")

@@ -117,13 +117,15 @@ def test_low_frequencies_alone_are_pulled():
 
 def parts_of(scale=2, **values):
     asked = request(plain(), settings("scalediff", scale=scale, **values), some_image())
-    config = asked.config
-    return config.reference(asked, None), asked
+    config, size = asked.config, asked.canvas_size
+    if config.enlargement() == "mixed":
+        return config.mixed(asked, None, *size), asked
+    return asked.latents_before(None, *size), asked
 
 
 def test_the_reference_has_high_frequencies_of_pixels_and_low_ones_of_latents():
     mixed, asked = parts_of(mix_cutoff=0.25)
-    pixels, latents = (parts_of(enlargement=each)[0] for each in ("pixels", "latents"))
+    pixels, latents = (parts_of(reference={"enlarge": each})[0] for each in ("image", "latent"))
     torch.testing.assert_close(pixels, asked.reference.latents)
     torch.testing.assert_close(
         latents, torch.nn.functional.interpolate(asked.reference.small_latents, scale_factor=2, mode="bicubic")
@@ -190,8 +192,9 @@ def test_unet_calls(values, shapes):
 @pytest.mark.parametrize(
     "change",
     [
-        {"enlargement": "pixels"},
-        {"enlargement": "latents"},
+        {"reference": {"enlarge": "image"}},
+        {"reference": {"enlarge": "latent"}},
+        {"reference": {"edge_noise": [0.5, 1.2]}},
         {"mix_cutoff": 0.5},
         {"structure_weight": 0.0},
         {"structure_cutoff": 0.5},

@@ -13,9 +13,13 @@ import yaml
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import load_config, parse_config
+from resmaster_stages.diffusion.cost import CONTROL_SHARE
 from resmaster_stages.diffusion.views import target_size, view_grid
+from resmaster_stages.errors import ConfigError
+from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.methods.settings import Diffusion
 from resmaster_stages.models.bases import family_of
+from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.models.licences import licences_of
 from resmaster_stages.models.places import _read_json
 from resmaster_stages.planning.checks import check
@@ -158,6 +162,65 @@ def test_the_size_and_work_of_an_image(config: DatasetConfig) -> None:
     assert re.search(rf"^\| `{config.name}\.yaml` \| [^|]+ \| {rows} \|$", page, re.MULTILINE), rows
 
 
+SDXL = {
+    "block_out_channels": [320, 640, 1280],
+    "layers_per_block": 2,
+    "in_channels": 4,
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+}
+
+
+def test_the_configuration_with_a_control_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ControlNet is one for SDXL, and the work is that of tiles at 1.44 rows each."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    name = "sdxl-controlnet-4k"
+    config = load_config(ROOT / "deployments" / "datasets" / f"{name}.yaml", root=str(tmp_path / "out"))
+    net = config.model.controlnet
+    assert net is not None
+    assert config.model.revision is not None
+    assert net.revision is not None
+
+    def folder(model: str, revision: str) -> Path:
+        return tmp_path / "hub" / f"models--{model.replace('/', '--')}" / "snapshots" / revision
+
+    base = folder(config.model.id, config.model.revision)
+    encoders = {
+        f"{part}{ending}": ["transformers", "CLIP"] for part in ("text_encoder", "tokenizer") for ending in ("", "_2")
+    }
+    scheduler = {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}
+    put(base, "model_index.json", {"_class_name": "StableDiffusionXLPipeline", **scheduler, **encoders})
+    put(base, "unet/config.json", {**SDXL, "sample_size": 128})
+    put(base, "vae/config.json", {**KL, "latent_channels": 4})
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
+    put(base, "scheduler/scheduler_config.json", {**betas, "timestep_spacing": "leading", "steps_offset": 1})
+    _read_json.cache_clear()
+    assert any(
+        line.startswith("model.controlnet: xinsir/") for line in check(config).unchecked
+    )  # still to be downloaded
+
+    for changed, fits in (({}, True), ({"cross_attention_dim": 768}, False)):
+        embedding = {"conditioning_embedding_out_channels": [16, 32, 96, 256]}
+        put(
+            folder(net.id, net.revision),
+            "config.json",
+            {"_class_name": "ControlNetModel", **SDXL, **embedding, **changed},
+        )
+        if fits:
+            assert any(line.startswith("model.controlnet: ") for line in check(config).unchecked)  # its weights
+        else:
+            with pytest.raises(ConfigError, match=r"model\.controlnet: it was made for another base model"):
+                check(config)
+
+    (unet, control) = stage_work(config, 1024, 1024)["high_res"]
+    assert (unet.rows, control.rows, control.share) == (23 * 2 * 25, unet.rows, CONTROL_SHARE)
+    told = {each.part: each.licence.name for each in licences_of(config)}
+    assert told == {"base model": "openrail++", "VAE": "mit", "ControlNet": "apache-2.0"}
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert f"{unet.native_rows + control.native_rows:,.0f} rows" in page
+
+
 def test_the_adapter_that_flux_has_as_a_comment_can_be_used() -> None:
     """It is read, and both its licence and that of the base model are told."""
     text = (ROOT / "deployments" / "datasets" / "flux-4k.yaml").read_text(encoding="utf-8")
@@ -167,3 +230,48 @@ def test_the_adapter_that_flux_has_as_a_comment_can_be_used() -> None:
     assert config.model.ip_adapter.image_encoder == "openai/clip-vit-large-patch14"
     told = {each.part: each.licence.non_commercial for each in licences_of(config)}
     assert told == {"base model": True, "IP-Adapter": True, "captioner": False}
+
+
+SDXL_FILES = {
+    "model_index.json": {
+        "_class_name": "StableDiffusionXLPipeline",
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        **{name: ["transformers", "CLIPTextModel"] for name in ("text_encoder", "text_encoder_2")},
+        **{name: ["transformers", "CLIPTokenizer"] for name in ("tokenizer", "tokenizer_2")},
+    },
+    "unet/config.json": {"sample_size": 128, "in_channels": 4, "addition_embed_type": "text_time"},
+    "vae/config.json": {**KL, "latent_channels": 4, "scaling_factor": 0.13025},
+    "scheduler/scheduler_config.json": {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "epsilon",
+    },
+}
+
+
+def test_few_step_weights_leave_196_rows_of_resmaster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """49 views in the last 4 of 8 steps, without an unconditional branch. Low-res images are SDXL's own."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    config = load_config(ROOT / "deployments" / "datasets" / "sdxl-few-step-4k.yaml", root=str(tmp_path / "out"))
+    assert config.model.revision is not None
+    folder = tmp_path / "hub" / f"models--{config.model.id.replace('/', '--')}" / "snapshots" / config.model.revision
+    for name, values in SDXL_FILES.items():
+        put(folder, name, values)
+    _read_json.cache_clear()
+    checked = check(config)
+    assert "model.few_step: ByteDance/SDXL-Lightning, which is not on this machine yet" in checked.unchecked
+    assert checked.notes == ()
+    work = stage_work(config, 1024, 1024)
+    assert sum(each.rows for each in work["high_res"]) == 49 * 4 == 196
+    assert {each.area for each in work["high_res"]} == {1.0}
+    assert sum(each.rows for each in work["low_res"]) == 50 * 2
+    upscale = config.upscale
+    assert isinstance(upscale, ResMaster)
+    grid = view_grid(Geometry(1024, 8), 4096, 4096, 0.5)
+    course = denoising_of(config.model).course(upscale.steps, upscale.timing(grid))
+    left = [course.done[index] for index in range(course.first(0.5), len(course.done))]
+    assert [upscale.structure.acts(done) for done in left] == [True, True, False, False]

@@ -45,7 +45,9 @@ def test_images_that_are_finished_on_the_way(method: str) -> None:
     assert sum(each.rows * each.area for each in work) == pytest.approx(counted.native_rows)
 
 
-@pytest.mark.parametrize("method", ["direct", "multidiffusion", "resmaster", "scalecrafter", "fouriscale"])
+@pytest.mark.parametrize(
+    "method", ["direct", "multidiffusion", "resmaster", "scalecrafter", "fouriscale", "hidiffusion"]
+)
 @pytest.mark.parametrize("start", [0.5, 0.9])
 def test_paths_that_begin_later(method: str, start: float) -> None:
     config = settings(method, scale=4, steps=6, init="noised_lr", start=start, view_batch=1)
@@ -147,7 +149,8 @@ def test_automatic_batches_repeat_no_view(method: str, values: dict, width: int,
 
 
 @pytest.mark.parametrize(
-    "method", ["direct", "multidiffusion", "resmaster", "demofusion", "freescale", "scalediff", "c_upscale"]
+    "method",
+    ["direct", "multidiffusion", "resmaster", "demofusion", "hidiffusion", "freescale", "scalediff", "c_upscale"],
 )
 def test_guidance_that_ends_earlier(method: str) -> None:
     config = settings(method, scale=2, steps=10, guidance_stop=0.5, view_batch=1)
@@ -201,6 +204,7 @@ FLOW_CASES = [
     ("demofusion", {"preset": "faithful"}),
     ("scalediff", {}),
     ("scalediff", {"start": 0.9}),
+    ("demofusion", {"skip": "low", "shuffle": "positions"}),
     ("c_upscale", {"share": 0}),
     ("c_upscale", {"share": 0, "start": 0.9}),
 ]
