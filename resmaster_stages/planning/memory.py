@@ -75,7 +75,7 @@ def _weights(model: ModelConfig, number_format: str) -> Mapping[str, int]:
     }
     if model.vae is not None:
         places["vae"] = folder_with(model.vae, "config.json")
-    variants = dict.fromkeys(places, model.variant)
+    variants: dict[str, str | None] = dict.fromkeys(places, model.variant)
     if model.vae is not None:
         variants["vae"] = None
     if (net := model.controlnet) is not None:
