@@ -107,7 +107,7 @@ def _from_prompts(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[
     from resmaster_stages.methods.generate import generate
     from resmaster_stages.models.load import load_models
 
-    models = load_models(config.model)
+    models = load_models(config.model.base)
     low_res = config.low_res
     negative_prompts = [sample.negative_prompt or low_res.negative_prompt for sample in samples]
     seeds = [sample_seed(unmasked_key(sample), config.seed, "low_res") for sample in samples]
@@ -123,6 +123,7 @@ def _from_prompts(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[
             low_res.steps,
             low_res.guidance_scale,
             low_res.batch_size,
+            low_res.wrap,
         )
         results |= dict(zip(places, images))
     for i, sample in enumerate(samples):

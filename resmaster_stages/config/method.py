@@ -9,7 +9,7 @@ This module names only the default method. The other methods call `register`, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from inspect import get_annotations
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -17,7 +17,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from pydantic import Field, GetJsonSchemaHandler, ModelWrapValidatorHandler, SerializeAsAny, model_validator
 from pydantic_core import CoreSchema
 
+from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.config.part import Part, drop_defaults, known_name
+from resmaster_stages.config.wrap import Axes
 from resmaster_stages.errors import ConfigError
 
 DEFAULT = "resmaster"
@@ -45,7 +47,8 @@ class Method(Part):
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
     """Name -> fields. `default`: recommended settings, used if no preset is given. `faithful`: the settings that the
-    authors published. `exact`: also computes the rows that `default` leaves out (docs/speed.md)."""
+    authors published. `exact`: also computes the rows that `default` leaves out (docs/speed.md). A method of several
+    papers has their names in the place of `faithful`."""
     base_model: ClassVar[bool] = False
     """Whether the result depends on the base model."""
     reads: ClassVar[tuple[Source, ...]] = ()
@@ -156,9 +159,18 @@ class Method(Part):
         seams are measured at the same places for all methods."""
         return 0.5
 
+    @property
+    def wraps(self) -> Axes:
+        """Whether the image continues at the opposite border, along its height and along its width."""
+        return False, False
+
     def weights(self) -> str | None:
         """Name of the exact weights of the method's own network; None if it has no network. Raises ConfigError."""
         return None
+
+    def notes(self, model: ModelConfig) -> Iterator[str]:
+        """What a user should know of the method with a base model, although it is no mistake."""
+        yield from ()
 
     def check_files(self) -> None:
         """Raise ConfigError if the files of the method's own network cannot be used, without loading weights."""
@@ -242,5 +254,5 @@ def with_method(values: Mapping[str, Any], method: Any) -> dict[str, Any]:
 
 
 def _defined_in(method: type[Method], name: str) -> type | None:
-    """The most basic class that defines the field."""
-    return next((base for base in reversed(method.__mro__) if name in get_annotations(base)), None)
+    """The class whose definition of the field counts."""
+    return next((base for base in method.__mro__ if name in get_annotations(base)), None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+from pydantic import Field
+
 from resmaster_stages.config.part import Later, Operational, Part
 
 SDXL: dict[str, Any] = {
@@ -46,6 +48,27 @@ class IpAdapterConfig(Part):
         return self.id, self.image_encoder_folder, self.revision
 
 
+class FewStepConfig(Part):
+    """Weights that were distilled to few steps. The high_res stage uses them instead of the base model's denoiser."""
+
+    places: ClassVar[tuple[str, ...]] = ("id", "weight_name", "revision")
+
+    id: str
+    """Hub id or folder, e.g. `ByteDance/SDXL-Lightning`."""
+    subfolder: str = ""
+    """Folder of the weights inside the repository or folder `id`, e.g. `unet`."""
+    weight_name: str | None = None
+    """File of the weights, e.g. `sdxl_lightning_8step_lora.safetensors`: a LoRA, or a whole UNet (not a single file of
+    a whole pipeline). null: `subfolder` is the folder of a whole UNet in diffusers format, as in SDXL-Turbo."""
+    revision: str | None = None
+    """Commit or tag at the hub."""
+    kind: Literal["auto", "lightning", "hyper", "lcm", "dmd2", "turbo"] = "auto"
+    """How the weights were distilled, which fixes their timesteps, guidance and stepper (docs/bases.md). `auto`: as
+    `id` and `weight_name` say."""
+    steps: int | None = Field(default=None, ge=1, le=50)
+    """The number of steps that the weights were distilled to. null: as `weight_name` says, and 4 if it says nothing."""
+
+
 class ControlNetConfig(Part):
     """The source of a ControlNet for `upscale.control`."""
 
@@ -78,6 +101,9 @@ class ModelConfig(Part):
     ip_adapter: IpAdapterConfig | None = None
     """The adapter for image prompts: an IP-Adapter, or Redux for FLUX.1. The picturebook pack has its own adapter and
     needs no entry here."""
+    few_step: FewStepConfig | None = Later(None)
+    """Weights that draw in few steps, for the high_res stage alone: SDXL-Lightning, Hyper-SD, LCM, DMD2 or SDXL-Turbo.
+    Low-res images are made by the base model all the same."""
     controlnet: ControlNetConfig | None = Operational(None)
     """The ControlNet that `upscale.control` uses, for SDXL and Stable Diffusion. Only high-res images depend on it, and
     only if `upscale.control` is on."""
@@ -104,3 +130,8 @@ class ModelConfig(Part):
     quantise: Literal["none", "fp8"] = Later("none")
     """`fp8`: the denoiser's large linear layers compute in 8 bits and are compiled. Needs CUDA with compute capability
     8.9 or higher, and the extra `fp8`."""
+
+    @property
+    def base(self) -> ModelConfig:
+        """The base model alone, without few-step weights."""
+        return self if self.few_step is None else self.model_copy(update={"few_step": None})

@@ -78,7 +78,14 @@ class Stage:
 
 
 def _model(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
-    return {**config.model.identity(), "weights": weights.model}
+    return {**config.model.base.identity(), "weights": weights.model}
+
+
+def _denoiser(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
+    """`_model`, with the few-step weights that the high_res stage uses instead of its denoiser."""
+    few_step = config.model.few_step
+    own = {} if few_step is None else {"few_step": {**few_step.identity(), "weights": weights.few_step}}
+    return {**_model(config, weights), **own}
 
 
 def _low_res_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
@@ -87,24 +94,33 @@ def _low_res_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]
 
 
 def _captions_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
+    views: dict[str, Any] = {"scale": config.upscale.way()[0].scale, "stride": config.upscale.view_stride}
+    if any(config.upscale.wraps):
+        views["wraps"] = config.upscale.wraps
     own: dict[str, Any] = {
         "captions": config.captions.identity(),
-        "views": {"scale": config.upscale.way()[0].scale, "stride": config.upscale.view_stride},
+        "views": views,
         "weights": weights.captioner,
         "tokenizer": weights.model,
     }
+    if config.captions.source == "attention":
+        own["model"] = _model(config, weights)
     if judge := config.caption_clip():
         own["check"] = {"clip": judge, "weights": weights.caption_check, "margin": config.captions.check.margin}
     return own
 
 
 def _high_res_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
-    network = {"model": _model(config, weights)} if config.upscale.base_model else {"weights": weights.upscaler}
-    control = {"control": weights.control} if config.upscale.uses("control") else {}
+    networks: dict[str, Any] = {}
+    if config.upscale.base_model:
+        networks["model"] = _denoiser(config, weights)
+    if weights.upscaler or not config.upscale.base_model:
+        networks["weights"] = weights.upscaler
+    if config.upscale.uses("control"):
+        networks["control"] = weights.control
     return {
         "upscale": config.upscale.identity(),
-        **network,
-        **control,
+        **networks,
         "image_format": config.image_format,
         "webp_quality": config.webp_quality,
     }

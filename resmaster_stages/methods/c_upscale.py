@@ -23,7 +23,7 @@ from resmaster_stages.config.method import register
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.methods.passes import Pass
-from resmaster_stages.methods.settings import Steered, area
+from resmaster_stages.methods.settings import Steered, Wrapping, area
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @register
-class CUpscale(Steered):
+class CUpscale(Steered, Wrapping):
     """Views denoised from the noised low-res image: the image changes less than by ResMaster."""
 
     # The path begins where ResMaster's swap has nearly ended, so the swap acts at every step, with the lower cutoff.
@@ -67,10 +67,12 @@ class CUpscale(Steered):
 
     def passes(self, request: Request) -> tuple[Pass, ...]:
         """One pass that starts from the noised reference."""
-        reference = request.required_reference()
+        request.required_reference()
 
         def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
-            return step.noised(reference.latents, noise()), self.compose(request, noise)
+            draw = noise()
+            x0 = request.roughened(request.followed, noise)
+            return step.noised(x0, draw), self.compose(request, noise)
 
         return (Pass(*request.canvas_size, begin, request.course.first(self.start)),)
 

@@ -13,7 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from resmaster_stages.config.dataset import DatasetConfig
-from resmaster_stages.config.model import ModelConfig
+from resmaster_stages.config.model import FewStepConfig, ModelConfig
+from resmaster_stages.config.reference import ReferenceConfig
 from resmaster_stages.errors import ConfigError, first_line
 
 PICTUREBOOK = "picturebook"
@@ -25,7 +26,7 @@ PICTUREBOOK_AS_FLOW = "picturebook-as-flow"
 PACK_MODELS = (PICTUREBOOK, PICTUREBOOK_AS_FLOW)
 """The ids of base models whose files are the pack's."""
 
-PACK_NETWORKS = ("captioner", "classifier", "clip", "super_resolution")
+PACK_NETWORKS = ("captioner", "classifier", "clip", "few_step", "super_resolution")
 """Folders of the pack that do not belong to its diffusion pipeline. Each is a separate model with its own identity."""
 
 
@@ -125,7 +126,22 @@ def model_identity(config: ModelConfig) -> str:
         parts.append(f"ip_adapter={_source_identity(adapter.id, adapter.revision)}#{name}")
         if adapter.image_encoder:
             parts.append("image_encoder=" + _source_identity(adapter.image_encoder, None))
+    if config.few_step:
+        parts.append("few_step=" + few_step_identity(config.few_step))
     return "+".join(parts)
+
+
+def few_step_identity(config: FewStepConfig) -> str:
+    """Name of the exact few-step weights: of a file by its content, of a folder as `model_identity` does.
+
+    Raises ConfigError for a folder that does not exist.
+    """
+    name = "/".join(filter(None, (config.subfolder, config.weight_name)))
+    folder = None if config.id in PACK_MODELS else as_folder(config.id)
+    if folder is not None and (path := folder / name).is_file():
+        found = path.stat()
+        return f"{path.name}@{_file_digest(path, found.st_size, found.st_mtime_ns)[:16]}"
+    return _source_identity(config.id, config.revision, "few_step") + (f"#{name}" if name else "")
 
 
 def control_identity(config: ModelConfig) -> str | None:
@@ -139,7 +155,7 @@ def control_identity(config: ModelConfig) -> str | None:
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """The place of a super-resolution network's weights."""
+    """The place of the weights of a method's own network."""
 
     model: str
     """`picturebook` (the embedded pack's), a file, or a hub id together with `weight_name`."""
@@ -147,28 +163,38 @@ class NetworkFile:
     """File on the hub."""
     revision: str | None = None
     """Commit or tag on the hub."""
+    setting: str = "upscale.model"
+    """The setting that names the place, for messages."""
+    in_pack: bool = True
+    """Whether the pack has a network of this kind."""
+
+
+def latent_network(config: ReferenceConfig) -> NetworkFile:
+    """The place of the weights of the network that enlarges latents, which must be given."""
+    assert config.model is not None
+    return NetworkFile(config.model, config.weight_name, config.revision, "upscale.reference.model", in_pack=False)
 
 
 def own_network(config: NetworkFile) -> Path | None:
-    """The file of a super-resolution network's weights in the pack or of the user, or None for one at the hub.
+    """The file of a network's weights in the pack or of the user, or None for one at the hub.
 
     Raises ConfigError if there is no such file.
     """
-    if config.model == PICTUREBOOK:
+    if config.in_pack and config.model == PICTUREBOOK:
         return pack_folder() / "super_resolution" / "model.safetensors"
     path = _path_of(config.model)
     if path is not None and path.is_file():
         return path.resolve()
     if config.weight_name is None:
         raise ConfigError(
-            f"upscale.model: {config.model} is no file; give picturebook, a file of weights, or a hub id and "
-            "weight_name"
+            f"{config.setting}: {config.model} is no file; give {'picturebook, ' if config.in_pack else ''}a file of "
+            "weights, or a hub id and weight_name"
         )
     return None
 
 
 def network_file(config: NetworkFile) -> Path:
-    """The file of a super-resolution network's weights, downloaded from the hub if needed. Raises ConfigError."""
+    """The file of a network's weights, downloaded from the hub if needed. Raises ConfigError."""
     if (path := own_network(config)) is not None:
         return path
     assert config.weight_name is not None
@@ -178,7 +204,7 @@ def network_file(config: NetworkFile) -> Path:
         return Path(huggingface_hub.hf_hub_download(config.model, config.weight_name, revision=config.revision))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"upscale.model: cannot get {config.weight_name} of {config.model} ({first_line(error)}); "
+            f"{config.setting}: cannot get {config.weight_name} of {config.model} ({first_line(error)}); "
             "check the name, or give a file"
         ) from None
 
@@ -194,7 +220,7 @@ def network_identity(config: NetworkFile) -> str:
 
     Raises ConfigError.
     """
-    if config.model == PICTUREBOOK:
+    if config.in_pack and config.model == PICTUREBOOK:
         return _source_identity(PICTUREBOOK, None, "super_resolution")
     path = own_network(config)
     if path is None:
@@ -209,12 +235,13 @@ def weights_of(config: DatasetConfig) -> Weights:
     local = captions.source == "model"
     judge = config.caption_clip()
     return Weights(
-        model=model_identity(config.model),
+        model=model_identity(config.model.base),
         captioner=_source_identity(captions.model, captions.revision, "captioner") if local else None,
         clip=_source_identity(quality.clip, quality.clip_revision, "clip") if quality.clip else None,
         features=_source_identity(PICTUREBOOK, None, "classifier") if quality.features == "picturebook" else None,
         upscaler=config.upscale.weights(),
         caption_check=_source_identity(*judge, "clip") if judge else None,
+        few_step=few_step_identity(config.model.few_step) if config.model.few_step else None,
         control=control_identity(config.model) if config.upscale.uses("control") else None,
     )
 
@@ -235,5 +262,7 @@ class Weights:
     """The upscaling method's own network. None if it has none."""
     caption_check: str | None = None
     """The CLIP model that checks captions. None if captions are not checked."""
+    few_step: str | None = None
+    """The few-step weights of the high_res stage. None if the base model's denoiser makes all images."""
     control: str | None = None
     """The ControlNet. None if no image depends on one."""

@@ -79,6 +79,9 @@ _STABILITY = "stabilityai-ai-community"
 KNOWN: dict[str, str] = {
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
     "stabilityai/sdxl-turbo": "sai-nc-community",
+    "bytedance/sdxl-lightning": "openrail++",
+    "latent-consistency/lcm-lora-sdxl": "openrail++",
+    "tianweiy/dmd2": "cc-by-nc-4.0",
     "compvis/stable-diffusion-v1-4": "creativeml-openrail-m",
     "runwayml/stable-diffusion-v1-5": "creativeml-openrail-m",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
@@ -131,6 +134,8 @@ def licences_of(config: DatasetConfig) -> tuple[Licensed, ...]:
         named.append(("base model", model.id, model.revision))
         if model.vae is not None:
             named.append(("VAE", model.vae, None))
+    if model.few_step is not None and method.base_model:
+        named.append(("few-step weights", model.few_step.id, model.few_step.revision))
     if model.ip_adapter is not None and method.uses("image_prompt"):
         named.append(("IP-Adapter", model.ip_adapter.id, model.ip_adapter.revision))
     if model.controlnet is not None and method.uses("control"):

@@ -46,6 +46,8 @@ def load_pipeline(config: ModelConfig) -> Any:
         raise ConfigError(
             f"model.ip_adapter: model {config.id} is a {family.name}, which takes none; set model.ip_adapter: null"
         )
+    if config.few_step is not None:
+        require(family, config.id, {"few_step_weights": "model.few_step"})
     if config.controlnet is not None:
         require(family, config.id, {"control": "model.controlnet"})
     with _no_bars():
@@ -55,6 +57,8 @@ def load_pipeline(config: ModelConfig) -> Any:
 @lru_cache(maxsize=1)
 def load_models(config: ModelConfig) -> Models:
     """The model that `config` names, ready to use. The last model stays loaded. Raises ConfigError with one line."""
+    if load_models.cache_info().currsize:
+        load_models.cache_clear()  # so that the other model's memory is free before this one takes its own
     device = resolve_device(config.device)
     pipe = load_pipeline(config)
     models = replace(

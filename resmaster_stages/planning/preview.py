@@ -11,8 +11,9 @@ from typing import Any
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.plan import Plan, find_plan
+from resmaster_stages.dataset.stages import stages_of
 from resmaster_stages.diffusion.views import target_size
-from resmaster_stages.planning.checks import HERE, Around, check, check_sizes, reads_negative_prompts
+from resmaster_stages.planning.checks import HERE, Around, check, check_sizes, sampling_of, unguided
 from resmaster_stages.planning.drafts import DraftReader, LeftOut
 from resmaster_stages.storage.digests import DigestSet
 from resmaster_stages.storage.filesystem import open_root
@@ -134,10 +135,10 @@ def preview(config: DatasetConfig, around: Around = HERE) -> Preview:
 
 def _unread(config: DatasetConfig, negative: int) -> Iterator[str]:
     """Says it if samples have negative prompts that the base model does not read."""
-    if negative and not reads_negative_prompts(config):
-        yield (
-            f"negative prompts of {negative} samples: not read, because {config.model.id} has no unconditional branch"
-        )
+    deaf, asked = unguided(config), sampling_of(config, stages_of(config))
+    if negative and asked and len(deaf) == len(asked):
+        who = " and ".join(dict.fromkeys(deaf.values()))
+        yield f"negative prompts of {negative} samples: not read, because {who} has no unconditional branch"
 
 
 def _spell_size(config: DatasetConfig) -> str:

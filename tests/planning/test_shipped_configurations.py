@@ -16,8 +16,10 @@ from resmaster_stages.config.load import load_config, parse_config
 from resmaster_stages.diffusion.cost import CONTROL_SHARE
 from resmaster_stages.diffusion.views import target_size, view_grid
 from resmaster_stages.errors import ConfigError
+from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.methods.settings import Diffusion
 from resmaster_stages.models.bases import family_of
+from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.models.licences import licences_of
 from resmaster_stages.models.places import _read_json
 from resmaster_stages.planning.checks import check
@@ -228,3 +230,48 @@ def test_the_adapter_that_flux_has_as_a_comment_can_be_used() -> None:
     assert config.model.ip_adapter.image_encoder == "openai/clip-vit-large-patch14"
     told = {each.part: each.licence.non_commercial for each in licences_of(config)}
     assert told == {"base model": True, "IP-Adapter": True, "captioner": False}
+
+
+SDXL_FILES = {
+    "model_index.json": {
+        "_class_name": "StableDiffusionXLPipeline",
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        **{name: ["transformers", "CLIPTextModel"] for name in ("text_encoder", "text_encoder_2")},
+        **{name: ["transformers", "CLIPTokenizer"] for name in ("tokenizer", "tokenizer_2")},
+    },
+    "unet/config.json": {"sample_size": 128, "in_channels": 4, "addition_embed_type": "text_time"},
+    "vae/config.json": {**KL, "latent_channels": 4, "scaling_factor": 0.13025},
+    "scheduler/scheduler_config.json": {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "epsilon",
+    },
+}
+
+
+def test_few_step_weights_leave_196_rows_of_resmaster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """49 views in the last 4 of 8 steps, without an unconditional branch. Low-res images are SDXL's own."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    config = load_config(ROOT / "deployments" / "datasets" / "sdxl-few-step-4k.yaml", root=str(tmp_path / "out"))
+    assert config.model.revision is not None
+    folder = tmp_path / "hub" / f"models--{config.model.id.replace('/', '--')}" / "snapshots" / config.model.revision
+    for name, values in SDXL_FILES.items():
+        put(folder, name, values)
+    _read_json.cache_clear()
+    checked = check(config)
+    assert "model.few_step: ByteDance/SDXL-Lightning, which is not on this machine yet" in checked.unchecked
+    assert checked.notes == ()
+    work = stage_work(config, 1024, 1024)
+    assert sum(each.rows for each in work["high_res"]) == 49 * 4 == 196
+    assert {each.area for each in work["high_res"]} == {1.0}
+    assert sum(each.rows for each in work["low_res"]) == 50 * 2
+    upscale = config.upscale
+    assert isinstance(upscale, ResMaster)
+    grid = view_grid(Geometry(1024, 8), 4096, 4096, 0.5)
+    course = denoising_of(config.model).course(upscale.steps, upscale.timing(grid))
+    left = [course.done[index] for index in range(course.first(0.5), len(course.done))]
+    assert [upscale.structure.acts(done) for done in left] == [True, True, False, False]

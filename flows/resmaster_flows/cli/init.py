@@ -22,6 +22,7 @@ CONFIGURATIONS = (
     "picturebook.yaml",
     "sdxl-2k.yaml",
     "sdxl-4k.yaml",
+    "sdxl-few-step-4k.yaml",
     "sdxl-controlnet-4k.yaml",
     "flux-4k.yaml",
     "z-image-4k.yaml",

@@ -136,7 +136,7 @@ def _refuse_shift() -> None:
 AS_FLOW = Family(
     name="SDXL as a flow-matching model",
     pipelines="AsFlowPipeline",
-    abilities=unet.SDXL.abilities,
+    abilities=unet.SDXL.abilities - {"few_step_weights"},
     geometry=unet.geometry,
     token_counter=unet.token_counter,
     load=_load,

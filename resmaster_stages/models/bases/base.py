@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
     from resmaster_stages.models.schedule import Step
 
-Ability = Literal["convolutions", "attention", "image_prompts", "positions", "control"]
-"""What a method may need of a family: convolutions or attentions under the names of diffusers' UNets, an IP-Adapter,
-rotary positions that `diffusion.positions` can scale, or a UNet that a ControlNet can be added to."""
+Ability = Literal["convolutions", "attention", "image_prompts", "positions", "few_step_weights", "control"]
+"""What a method or setting may need of a family: convolutions or attentions under the names of diffusers' UNets, an
+IP-Adapter, rotary positions that `diffusion.positions` can scale, weights of `model.few_step`, or a UNet that a
+ControlNet can be added to."""
 
 NO_ADAPTER = "model {}: image prompts need an IP-Adapter; set model.ip_adapter, or upscale.image_prompt.enabled: false"
 """What is said of a model without an IP-Adapter where image prompts are asked for."""
@@ -118,6 +119,10 @@ class Sampling:
     """Recommended guidance scale, as this project counts it (1: no guidance)."""
     most_steps: int = 1000
     """The most steps that the model can use. Few for models that were distilled to few steps."""
+    only_steps: tuple[int, ...] = ()
+    """The numbers of steps that the model was distilled to. Empty: any number up to `most_steps`."""
+    steppers: tuple[str, ...] = ()
+    """The values of the setting `stepper` that fit the model, the recommended one first. Empty: all."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +131,18 @@ class Asked:
 
     part: str
     """Name of the part in a configuration, for messages: `low_res` or `upscale`."""
-    steps: int
+    steps: int | None
+    """None: the steps are a method's own, and the number that the model recommends does not bind them."""
     guidance_scale: float
     written: frozenset[str] = frozenset({"steps", "guidance_scale"})
     """The settings that a user chose. The others have this project's defaults, which were chosen for SDXL."""
+    stepper: str = "ddim_keep"
+    further: tuple[str, ...] = ()
+    """The settings with further guidance scales that have a value."""
+
+
+FURTHER = ("guidance_low", "guidance_last")
+"""Settings of methods with further guidance scales. The first needs an unconditional branch."""
 
 
 @dataclass(frozen=True)
@@ -229,10 +242,13 @@ def require_sampling(sampling: Sampling, asked: Asked, model: str) -> None:
 
     model: its name, for messages.
     """
-    good = (
-        f"set {asked.part}.steps: {sampling.steps} and {asked.part}.guidance_scale: {sampling.guidance_scale:g}, which "
-        "are recommended for it"
-    )
+    values = {"guidance_scale": f"{sampling.guidance_scale:g}"}
+    if asked.steps is not None:
+        values = {"steps": str(sampling.steps), **values}
+        if sampling.steppers:
+            values["stepper"] = sampling.steppers[0]
+    *others, last = (f"{asked.part}.{name}: {value}" for name, value in values.items())
+    good = f"set {' and '.join(filter(None, (', '.join(others), last)))}, which are recommended for it"
     scale, steps = asked.guidance_scale, asked.steps
     if sampling.kind == "none" and scale != 1:
         raise ConfigError(
@@ -240,8 +256,20 @@ def require_sampling(sampling: Sampling, asked: Asked, model: str) -> None:
         )
     if sampling.kind == "embedded" and scale > 1 and "guidance_scale" not in asked.written:
         raise ConfigError(f"{asked.part}.guidance_scale: {scale:g} was chosen for SDXL, not for {model}; {good}")
+    for name in asked.further:
+        if sampling.kind == "none" or (sampling.kind == "embedded" and name == FURTHER[0]):
+            raise ConfigError(
+                f"{asked.part}.{name}: has no effect on {model}, which has no unconditional branch; set it to null"
+            )
+    if steps is None:
+        return
     if steps > sampling.most_steps:
         raise ConfigError(f"{asked.part}.steps: {steps} are too many for {model}, which is made for few; {good}")
+    if sampling.only_steps and steps not in sampling.only_steps:
+        made = " or ".join(str(each) for each in sampling.only_steps)
+        raise ConfigError(f"{asked.part}.steps: {steps} are not the {made} that {model} is made for; {good}")
+    if sampling.steppers and asked.stepper not in sampling.steppers:
+        raise ConfigError(f"{asked.part}.stepper: {asked.stepper} does not fit {model}; {good}")
 
 
 def network_of(denoiser: Any) -> Any:

@@ -351,7 +351,7 @@ def _checks(kind: Kind, config: ModelConfig, demand: Demand) -> Iterator[Check]:
         yield "upscale.time_shift", partial(_refuse, NO_TIME_SHIFT.format(config.id))
     for asked in demand.sampling:
         yield asked.part, partial(_check_sampling, kind, config, asked)
-        yield f"{asked.part}.steps", partial(_check_path, kind, config, asked.steps)
+        yield f"{asked.part}.steps", partial(_check_path, kind, config, asked.steps or 2)
 
 
 def _check_sampling(kind: Kind, config: ModelConfig, asked: Asked) -> None:

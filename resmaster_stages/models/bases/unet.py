@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from resmaster_stages.config.model import ControlNetConfig, IpAdapterConfig, ModelConfig
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.bases import adapter_files, control_files, unet_files
+from resmaster_stages.models.bases import adapter_files, control_files, few_step, few_step_files, unet_files
 from resmaster_stages.models.bases.base import (
     Family,
     Geometry,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from resmaster_stages.models.ip_adapter import IpAdapter
     from resmaster_stages.models.schedule import Step
 
+SDXL_NATIVE_PX = 1024
 _FEED_FORWARD = 21
 """Values that are live at once, per value of the feed-forward's input: both halves of its gate (8), the gate (4),
 their product (4) and the layers around."""
@@ -94,6 +95,8 @@ def load(pipeline: str, more: Mapping[str, Any], config: ModelConfig, dtype: tor
             extra["vae"] = diffusers.AutoencoderKL.from_pretrained(
                 location(config.vae), dtype=kinds["vae"], use_safetensors=True
             )
+    if config.few_step is not None and (unet := few_step_files.load_unet(config, dtype)) is not None:
+        extra["unet"] = unet
     with loading(config.id, "it"):
         pipe = getattr(diffusers, pipeline).from_pretrained(
             location(config.id),
@@ -103,6 +106,8 @@ def load(pipeline: str, more: Mapping[str, Any], config: ModelConfig, dtype: tor
             use_safetensors=True,
             **extra,
         )
+    if config.few_step is not None and "unet" not in extra:
+        few_step_files.fuse_lora(pipe.unet, config)
     if (adapter := unet_files.configured_adapter(config)) is not None:
         _load_adapter(pipe, adapter, dtype)
     if config.controlnet is not None:
@@ -168,6 +173,8 @@ class Unet:
     """Whether the UNet reads pooled text and numbers of size and crop (SDXL)."""
     zeros_for_empty_prompt: bool
     """Whether the empty negative prompt is all zeros, as the model was trained (`force_zeros_for_empty_prompt`)."""
+    few_step: few_step.FewStep | None
+    """The few-step weights that the denoiser has. None: its own."""
     control_net: Any | None
     """The ControlNet that `diffusion.control` adds to the UNet, if one is loaded."""
 
@@ -191,15 +198,17 @@ class Unet:
 
     @property
     def sampling(self) -> Sampling:
-        """Any steps, and guidance of any scale."""
-        return Sampling()
+        """Any steps, and guidance of any scale; with few-step weights, what they were distilled to."""
+        return Sampling() if self.few_step is None else self.few_step.sampling
 
     def path(self, steps: int, timing: Timing) -> tuple[Step, ...]:
-        """The path that the scheduler's configuration describes, or through the timesteps of `timing`."""
+        """The path that the scheduler's configuration describes, or through the timesteps of `timing`, or else through
+        those of few-step weights."""
         from resmaster_stages.models.schedule import make_schedule
 
         require_unshifted(timing, self.family.name)
-        return make_schedule(self.scheduler_config, steps, timing.timesteps)
+        visited = timing.timesteps or (() if self.few_step is None else self.few_step.timesteps(steps))
+        return make_schedule(self.scheduler_config, steps, visited)
 
     def count(self, prompts: Sequence[str]) -> list[int]:
         """The greatest count of all tokenizers."""
@@ -352,6 +361,7 @@ def base(told_sizes: bool, pipe: Any, config: ModelConfig) -> Unet:
         scheduler_config={"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config},
         told_sizes=told_sizes,
         zeros_for_empty_prompt=bool(getattr(pipe.config, "force_zeros_for_empty_prompt", False)),
+        few_step=few_step.few_step_of(config.few_step) if config.few_step else None,
         control_net=getattr(pipe, "controlnet", None),
     )
 
@@ -359,12 +369,13 @@ def base(told_sizes: bool, pipe: Any, config: ModelConfig) -> Unet:
 SDXL = Family(
     name="SDXL",
     pipelines="StableDiffusionXL.*",
-    abilities=frozenset({"convolutions", "attention", "image_prompts", "control"}),
+    abilities=frozenset({"convolutions", "attention", "image_prompts", "few_step_weights", "control"}),
     geometry=geometry,
     token_counter=token_counter,
     load=partial(load, "StableDiffusionXLPipeline", {"add_watermarker": False}),
     base=partial(base, True),
     checks=partial(unet_files.checks, True),
+    sampling=few_step.sampling,
 )
 
 STABLE_DIFFUSION = Family(
@@ -376,4 +387,10 @@ STABLE_DIFFUSION = Family(
     load=partial(load, "StableDiffusionPipeline", {"safety_checker": None, "requires_safety_checker": False}),
     base=partial(base, False),
     checks=partial(unet_files.checks, False),
+    sampling=few_step.sampling,
 )
+
+
+def like_sdxl(family: Family, geometry: Geometry) -> bool:
+    """Whether a model is SDXL or a descendant of the same size, for which papers chose their numbers."""
+    return family.name == SDXL.name and geometry.native_px == SDXL_NATIVE_PX

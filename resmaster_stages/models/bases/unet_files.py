@@ -12,7 +12,7 @@ from typing import Any
 
 from resmaster_stages.config.model import IpAdapterConfig, ModelConfig
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.bases import adapter_files, control_files
+from resmaster_stages.models.bases import adapter_files, control_files, few_step, few_step_files
 from resmaster_stages.models.bases.base import NO_ADAPTER, NO_CONTROL, NO_TIME_SHIFT, Demand
 from resmaster_stages.models.files import (
     DIFFUSERS,
@@ -74,7 +74,12 @@ def checks(told_sizes: bool, config: ModelConfig, demand: Demand) -> Iterator[Ch
     if demand.time_shift:
         yield "upscale.time_shift", partial(_refuse, NO_TIME_SHIFT.format(config.id))
     for asked in demand.sampling:
-        yield f"{asked.part}.steps", partial(_check_path, config, asked.steps)
+        yield f"{asked.part}.steps", partial(_check_path, config, asked.steps or 1)
+    if config.few_step is not None:
+        yield "model.few_step", partial(few_step_files.check, config)
+        for asked in demand.sampling:
+            if asked.part == "upscale":
+                yield "upscale", partial(few_step.check_sampling, config, asked)
 
 
 def _refuse(message: str) -> None:

@@ -22,15 +22,17 @@ from random import Random
 from typing import Any, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, FluxPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
 from transformers import GitForCausalLM, ResNetForImageClassification
 
+from resmaster_stages.config.model import FewStepConfig, ModelConfig
 from resmaster_stages.methods.generate import generate
 from resmaster_stages.metrics.features import load_classifier
 from resmaster_stages.metrics.fid import FeatureStatistics, frechet_distance
 from resmaster_stages.metrics.repeats import Counts, mentions, repeated_objects
+from resmaster_stages.models.bases.few_step_files import fuse_lora
 from resmaster_stages.models.enlarger import load_enlarger
 from resmaster_stages.models.identity import NetworkFile
 from resmaster_stages.models.load import load_models
@@ -82,6 +84,7 @@ class Amounts:
     paired: int = 12
     """Scenes that are enlarged 4x by every method and held against their true drawing."""
     guidance: float = 5.0
+    steps: int = 20
 
 
 @dataclass(frozen=True)
@@ -250,11 +253,11 @@ def scene_measures(
 ) -> list[Measure]:
     """Generated scenes against real drawings of the same scenes: pairs found by the captioner, and FID by the
     classifier of the pack `judges`. `pipe` is `pack`'s."""
-    count, guidance = amounts.scenes, amounts.guidance
+    count, steps, guidance = amounts.scenes, amounts.steps, amounts.guidance
     shown = square_scenes(count, SCENE_SEED)
     prompts = [captions.caption(scene) for scene in shown]
     wanted = [captions.pairs_in(scene) for scene in shown]
-    truth_drawn, painted = drawn(shown), paint(pipe, prompts, seed=100, guidance=guidance)
+    truth_drawn, painted = drawn(shown), paint(pipe, prompts, 100, steps, guidance)
     real, real_precision = pair_score(captioner, truth_drawn, wanted)
     generated, precision = pair_score(captioner, painted, wanted)
 
@@ -262,7 +265,7 @@ def scene_measures(
         str(pack), subfolder="ip_adapter", weight_name="ip-adapter.safetensors", image_encoder_folder=None
     )
     pipe.set_ip_adapter_scale(1.0)
-    prompted = paint(pipe, [""] * count, seed=200, guidance=guidance, image_prompts=truth_drawn)
+    prompted = paint(pipe, [""] * count, 200, steps, guidance, image_prompts=truth_drawn)
     pipe.unload_ip_adapter()
     by_image, _ = pair_score(captioner, prompted, wanted)
 
@@ -446,6 +449,18 @@ def flow_measures(pack: Path, amounts: Amounts, device: str = "cpu", judges: Pat
     return [Measure(m.name, m.value, *aims[m.name]) for m in found]
 
 
+def few_step_measures(lora: Path, amounts: Amounts, device: str = "cpu", pack: Path = PACK) -> list[Measure]:
+    """The measures of scenes that a pack generates with a few-step LoRA, in trailing steps. 1 is no guidance."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(pack, local_files_only=True).to(device, torch.float32)
+    own = FewStepConfig(id=str(lora.parent), weight_name=lora.name, kind="lightning", steps=amounts.steps)
+    fuse_lora(pipe.unet, ModelConfig(few_step=own))
+    spaced = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **spaced)
+    pipe.set_progress_bar_config(disable=True)
+    captioner = GitForCausalLM.from_pretrained(pack / "captioner", local_files_only=True).to(device).float().eval()
+    return scene_measures(pack, pipe, captioner, pack, amounts)
+
+
 def evaluate(
     pack: Path = PACK, amounts: Amounts | None = None, device: str = "cpu", parts: Sequence[str] = PARTS
 ) -> list[Measure]:
@@ -494,9 +509,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=16, help="prompts for the repeated-object rates at 4x")
     parser.add_argument("--paired", type=int, default=12, help="scenes to enlarge and hold against their true drawing")
     parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--steps", type=int, default=20, help="of generated scenes")
+    parser.add_argument("--few-step", type=Path, help="measure scenes of this few-step LoRA, and write nothing")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    amounts = Amounts(args.photos, args.scenes, args.repeats, args.paired, args.guidance)
+    amounts = Amounts(args.photos, args.scenes, args.repeats, args.paired, args.guidance, args.steps)
+    if args.few_step:
+        print(*few_step_measures(args.few_step, amounts, args.device, args.pack), sep="\n")
+        return
     measures = evaluate(args.pack, amounts, args.device)
     for measure in measures:
         print(measure)
@@ -509,7 +529,7 @@ def main() -> None:
         "repeat_prompts": args.repeats,
         "paired_scenes": args.paired,
         "guidance": args.guidance,
-        "steps": 20,
+        "steps": args.steps,
     }
     path.write_text(json.dumps(card, indent=2) + "\n")
     print(f"\n{measures_table(card['measures'])}")
