@@ -220,7 +220,7 @@ def _type(annotation: Any) -> str:
         kind, field = get_args(annotation)
         return _bounded(_type(kind), field.metadata)
     if get_origin(annotation) is Literal:
-        return ", ".join(f"`{value}`" for value in get_args(annotation))
+        return ", ".join(f"`{_plain(value)}`" for value in get_args(annotation))
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join(_type(each) for each in get_args(annotation))
     if get_origin(annotation) is tuple:

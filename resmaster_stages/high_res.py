@@ -20,10 +20,11 @@ from PIL import Image
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import STAGES
-from resmaster_stages.diffusion.views import Grid, patch_grid, target_size, view_grid
+from resmaster_stages.diffusion.views import Grid, distance, patch_grid, target_size, view_grid
 from resmaster_stages.errors import SampleError
 from resmaster_stages.keys import canonical_json, sample_seed
 from resmaster_stages.methods.settings import Diffusion, Enlargement
+from resmaster_stages.models.identity import control_identity
 from resmaster_stages.progress import Step, emit
 from resmaster_stages.storage.images import encode_image
 
@@ -31,18 +32,21 @@ from resmaster_stages.storage.images import encode_image
 def captions_for_views(grid: Grid, rows: Sequence[dict[str, Any]], prompt: str) -> list[str]:
     """One caption per view: the caption of the nearest box in the captions table, by distance of centres.
 
-    Rows hold half-open boxes y0, x0, y1, x1 in target px. A row without a caption of its own gives `prompt`.
+    Rows hold half-open boxes y0, x0, y1, x1 in target px. Along an axis that wraps, the distance is that of the shorter
+    way. A row without a caption of its own gives `prompt`.
     """
     from resmaster_stages.dataset.schemas import DESCRIBED
 
     if not rows:
         raise SampleError("there are no captions for this sample; run the captions stage again (resmaster repair)")
+    (height, width), (down, across) = grid.size_px, grid.wraps
     texts = []
     for y0, x0, y1, x1 in grid.pixel_boxes:
         nearest = min(
             rows,
             key=lambda row: (
-                (row["y0"] + row["y1"] - y0 - y1) ** 2 + (row["x0"] + row["x1"] - x0 - x1) ** 2,
+                distance(row["y0"] + row["y1"], y0 + y1, 2 * height, down) ** 2
+                + distance(row["x0"] + row["x1"], x0 + x1, 2 * width, across) ** 2,
                 row["y0"],
                 row["x0"],
             ),
@@ -58,7 +62,8 @@ def caption_views(config: DatasetConfig, prompt: str, image: Image.Image, height
 
     geometry = geometry_of(config.model)
     rows = caption_rows(image, prompt, patch_grid(config, geometry, height, width), load_writer(config))
-    return captions_for_views(view_grid(geometry, height, width, config.upscale.view_stride), rows, prompt)
+    upscale = config.upscale
+    return captions_for_views(view_grid(geometry, height, width, upscale.view_stride, upscale.wraps), rows, prompt)
 
 
 def _diffused(
@@ -72,12 +77,13 @@ def _diffused(
     from resmaster_stages.models.load import load_models
 
     models = load_models(config.model)
-    whole = view_grid(models.geometry, *target_size(image.height, image.width, upscale.scale), upscale.view_stride)
+    target = target_size(image.height, image.width, upscale.scale)
+    whole = view_grid(models.geometry, *target, upscale.view_stride, upscale.wraps)
     views = view_limit(models, upscale.view_batch, whole.window_size, models.branches(upscale.guidance_scale))
     captions = None
     if upscale.uses("captions"):
         size = target_size(image.height, image.width, upscale.way()[0].scale)
-        grid = view_grid(models.geometry, *size, upscale.view_stride)
+        grid = view_grid(models.geometry, *size, upscale.view_stride, upscale.wraps)
         captions = captions_for_views(grid, sample.captions, sample.prompt)
     seed = sample_seed(sample.key, config.seed, "high_res")
     negative_prompt = sample.negative_prompt or upscale.negative_prompt
@@ -99,6 +105,8 @@ def _diffused(
         "seed": seed,
         "model": models.identity,
     }
+    if upscale.uses("control"):
+        facts["controlnet"] = control_identity(config.model)
     return made, facts, views
 
 

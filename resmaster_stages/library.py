@@ -40,6 +40,9 @@ PICTUREBOOK_UPSCALE: Mapping[str, Any] = {
 }
 """Settings for the embedded model, as in deployments/datasets/picturebook.yaml."""
 
+NO_CAPTIONER = ("attention", "prompt")
+"""Sources of captions without a captioner that may stand in place of its name."""
+
 
 def upscale(
     image: str | Path | Image.Image,
@@ -56,9 +59,10 @@ def upscale(
     model: `picturebook` (the embedded model, for its own small world), a hub id such as
     `stabilityai/stable-diffusion-xl-base-1.0`, a folder, a diffusers pipeline that you have loaded, or the result of
     `load_models`. captions: one text per view, row-major; or a captioner (`picturebook`, a hub id, a folder), if the
-    model is given by name; or `prompt`: every view gets the prompt; or `auto`: picturebook uses its own captioner, and
-    other models use the prompt. settings: keys of the part `upscale` of a configuration (docs/configuration.md), such
-    as scale, method, preset, steps.
+    model is given by name; or `attention`, in the same case: every view gets the words of the prompt that the image
+    attends to there; or `prompt`: every view gets the prompt; or `auto`: picturebook uses its own captioner, and other
+    models use the prompt. settings: keys of the part `upscale` of a configuration (docs/configuration.md), such as
+    scale, method, preset, steps.
 
     Raises UserError with one line that says what to do (no such image, an unknown setting, a model that cannot be
     loaded), and SampleError if the model produced no visible image.
@@ -108,6 +112,7 @@ def generate(
         low_res.steps,
         low_res.guidance_scale,
         low_res.batch_size,
+        low_res.wrap,
     )
     return [_good(each) for each in made]
 
@@ -226,7 +231,7 @@ def single(model: str, captioner: str = "auto", models: Models | None = None) ->
     return {
         "name": "single",
         "model": SDXL if sdxl else {"id": model},
-        "captions": {"source": "prompt"} if captioner == "prompt" else {"source": "model", "model": captioner},
+        "captions": {"source": captioner} if captioner in NO_CAPTIONER else {"source": "model", "model": captioner},
         "upscale": upscale,
     }
 

@@ -123,6 +123,7 @@ def _from_prompts(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[
             low_res.steps,
             low_res.guidance_scale,
             low_res.batch_size,
+            low_res.wrap,
         )
         results |= dict(zip(places, images))
     for i, sample in enumerate(samples):

@@ -52,7 +52,8 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
             if sample.low_res is None or sample.high_res is None:
                 raise SampleError(f"{sample.key}: low-res or high-res image is missing")
             low, high = sample.low_res.open(), sample.high_res.open()
-            boxes = view_grid(geometry, high.height, high.width, config.upscale.view_stride).pixel_boxes
+            upscale = config.upscale
+            boxes = view_grid(geometry, high.height, high.width, upscale.view_stride, upscale.wraps).pixel_boxes
             row = measure(Pair(low, high, boxes, sample.prompt, scorer))
             row["flags"] = flags(row, quality)
             arrays: dict[str, NDArray[Any]] = {}

@@ -44,6 +44,8 @@ from resmaster_stages.models.captioner import (
     token_counter,
 )
 from resmaster_stages.models.geometry import geometry_of
+from tests.tiny_models import save
+from tests.tiny_transformers import make_flux
 
 
 def words(text: str) -> int:
@@ -213,6 +215,23 @@ def test_views_overlap_tiles_do_not_and_both_end_at_the_border() -> None:
     assert len(views) == 4 * 7
     assert [(r["row"], r["col"]) for r in tiles] == [(i, j) for i in range(3) for j in range(4)]
     assert (tiles[-1]["y0"], tiles[-1]["x0"], tiles[-1]["y1"], tiles[-1]["x1"]) == (48, 96, 80, 128)
+
+
+def test_patches_beyond_a_border_that_wraps_continue_at_the_opposite_border() -> None:
+    image, captioner = gradient(16, 32), Echo()
+    grid = view_grid(Geometry(32, 8), 64, 128, 0.5, (False, True))
+    writer = Writer(CaptionsConfig(), captioner, words, 75, "", None)
+    table = caption_rows(image, "a red house", grid, writer)
+    assert {row["grid"] for row in table} == {"64x128/32/16/horizontal"}
+    assert [row["x1"] for row in table if row["row"] == 0] == [32, 48, 64, 80, 96, 112, 128, 144]
+    crops = [crop for batch in captioner.batches for crop in batch]
+    assert {crop.size for crop in crops} == {(32, 32)}
+    rolled = Image.fromarray(np.roll(np.asarray(image), 4, axis=1))  # by one stride of the views, 16 px
+    moved = captions.patches(rolled, grid)
+    for number, crop in enumerate(crops):
+        row, col = divmod(number, 8)
+        there = np.asarray(moved[row * 8 + (col + 1) % 8]).astype(int)
+        assert np.abs(np.asarray(crop).astype(int) - there).max() <= 1
 
 
 def test_each_patch_is_a_crop_of_the_bicubic_reference() -> None:
@@ -417,6 +436,113 @@ def test_a_captioner_that_loses_count_is_an_error(model_folder: Path, monkeypatc
     monkeypatch.setattr(captions, "load_captioner", lambda *_: Short())
     (output,) = process(config_for(model_folder), [sample("aa", png(gradient()))])
     assert "1 captions for" in str(output.error)
+
+
+# ---------------------------------------------------------------------------------------------- words by attention
+
+
+@pytest.fixture(scope="module")
+def whole_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A whole SDXL with random weights. Native 64 px."""
+    from resmaster_stages.models.load import load_models
+
+    yield save(tmp_path_factory.mktemp("whole") / "tiny")
+    load_models.cache_clear()
+
+
+def attended(folder: Path, prompt: str, image: Image.Image | None = None, **values: Any) -> list[dict[str, Any]]:
+    config = config_for(folder, source="attention", **values)
+    (output,) = process(config, [sample("aa", png(image or gradient(48, 64)), prompt)])
+    assert output.error is None
+    return list(output.rows)
+
+
+def test_views_get_words_of_the_prompt_in_its_order(whole_model: Path) -> None:
+    prompt = "a red house, by the sea - at night"
+    rows = attended(whole_model, prompt, coverage=0.5)
+    assert len(rows) == 35
+    kept = [row["caption"] for row in rows if row["status"] == "ok"]
+    assert len(set(kept)) > 3
+    for caption in kept:
+        rest = iter(prompt.split())
+        assert all(word in rest for word in caption.split()), f"{caption!r} is not in the prompt's order"
+    assert all(row["caption"] == prompt for row in rows if row["status"] != "ok")
+    (source,) = {(row["model"], bool(row["revision"]), row["fit"]) for row in rows}
+    assert source == ("tiny", True, None)
+    assert all(row["n_tokens"] <= 75 for row in rows)
+
+
+def test_with_coverage_0_every_view_gets_the_whole_prompt(whole_model: Path) -> None:
+    prompt = "a  red house, by the sea - at night"
+    rows = attended(whole_model, prompt, coverage=0)
+    assert {(row["caption"], row["status"]) for row in rows} == {(prompt, "ok")}
+    styled = attended(whole_model, prompt, coverage=0, style="oil painting")
+    assert {row["caption"] for row in styled} == {f"{prompt}, oil painting"}
+
+
+def test_views_that_keep_no_word_get_the_whole_prompt(whole_model: Path) -> None:
+    full = attended(whole_model, "a red house", coverage=1)
+    assert {row["caption"] for row in full if row["status"] == "empty"} == {"a red house"}
+    empty = attended(whole_model, "")
+    assert {(row["caption"], row["status"]) for row in empty} == {("", "empty")}
+    flat = attended(whole_model, "a red house", Image.new("RGB", (64, 64)), min_detail=5, coverage=0)
+    assert {(row["caption"], row["status"]) for row in flat} == {("a red house", "fallback")}
+
+
+def test_a_prompt_that_is_too_long_or_of_another_script_is_cut_as_elsewhere(whole_model: Path) -> None:
+    long = " ".join(chr(97 + number % 26) for number in range(120))
+    rows = attended(whole_model, long, coverage=0)
+    assert {row["caption"] for row in rows} == {long.rsplit(" ", 45)[0]}
+    assert all(row["truncated"] and row["n_tokens"] == 75 for row in rows)
+    for prompt in ("красный дом", "一只红色的房子", "🙂", "..."):
+        captions_of = {row["caption"] for row in attended(whole_model, prompt)}
+        assert all(set(caption.split()) <= set(prompt.split()) for caption in captions_of)
+
+
+def test_words_do_not_depend_on_other_samples_and_own_images_have_any_size(whole_model: Path) -> None:
+    config = config_for(whole_model, source="attention", coverage=0.5)
+    several = [
+        sample("aa", png(gradient(300, 20)), "a red house"),
+        sample("bb", b"no image", "a dog"),
+        sample("cc", png(gradient(13, 7)), "a cat by the sea"),
+    ]
+    together = list(process(config, several))
+    assert isinstance(together[1].error, SampleError)
+    for one, output in zip(several, together):
+        (alone,) = process(config, [one])
+        assert alone.rows == output.rows
+
+
+def test_words_are_not_checked_by_clip(whole_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captions, "load_clip", lambda *_: pytest.fail("no captioner, nothing to check"))
+    assert attended(whole_model, "a red house")
+
+
+def test_a_base_model_without_cross_attention_is_refused(tmp_path: Path) -> None:
+    from resmaster_stages.models.load import load_models
+
+    make_flux().save_pretrained(tmp_path / "flux")
+    with pytest.raises(ConfigError, match=r"captions\.source: attention: needs attention, which model") as error:
+        list(process(config_for(tmp_path / "flux", source="attention"), [sample("aa", png(gradient()))]))
+    load_models.cache_clear()
+    assert "set it to model, server or prompt" in str(error.value)
+
+
+def test_images_on_the_way_get_words_of_their_own(whole_model: Path) -> None:
+    from resmaster_stages.diffusion.cost import counting
+    from resmaster_stages.library import upscale_as_configured
+    from resmaster_stages.planning.workload import stage_work
+
+    upscale = {"method": "c_upscale", "steps": 2, "scale": 3, "via": [1.5], "view_batch": 1}
+    values = {"name": "t", "model": {"id": str(whole_model)}, "captions": {"source": "attention", "noise_levels": 3}}
+    config = parse_config({**values, "upscale": upscale})
+    with counting() as cost:
+        upscale_as_configured(config, gradient(32, 64), "a red house")
+    work = stage_work(config, 32, 64)
+    assert [(each.rows, each.area) for each in work["captions"]] == [(3, 0.5)]
+    assert sum(each.rows for stage in ("captions", "high_res") for each in work[stage]) == cost.rows
+    areas = sum(each.rows * each.area for stage in ("captions", "high_res") for each in work[stage])
+    assert areas == pytest.approx(cost.native_rows)
 
 
 # ------------------------------------------------------------------------------------------------------ a local model

@@ -377,6 +377,17 @@ def test_captions_go_to_their_views_or_to_the_nearest():
         captions_for_views(grid, (), "p")
 
 
+def test_captions_of_tiles_go_to_the_nearest_view_across_the_border():
+    wraps = (False, True)
+    grid = view_grid(Geometry(64, 4), 64, 192, 0.5, wraps)
+    tiles = rows(view_grid(Geometry(64, 4), 64, 192, 1.0, wraps))
+    assert [(row["x0"], row["x1"]) for row in tiles] == [(0, 64), (64, 128), (128, 192)]
+    assert grid.cols == (0, 8, 16, 24, 32, 40)
+    # the last view, 160 to 224 px, is as near to the first tile as to the last: the first of equals
+    assert captions_for_views(grid, tiles, "p") == [f"patch {letter}" for letter in "aabbca"]
+    assert captions_for_views(replace(grid, shift=(0, 1)), tiles, "p")[0] == "patch a"  # 188 to 252 px
+
+
 def test_high_res_stage_makes_one_output_per_sample_and_a_failure_costs_one(loaded):
     grid = view_grid(Geometry(64, 4), 128, 128, 0.5)
     good = {"low_res": encoded(some_image()), "captions": rows(grid)}

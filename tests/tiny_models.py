@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
+    ControlNetUnionModel,
     DDIMScheduler,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
@@ -196,6 +198,25 @@ def make_adapted_pipeline(seed: int = 0) -> Any:
     pipe = make_pipeline(seed)
     pipe.load_ip_adapter(adapter_state(pipe.unet), subfolder="", weight_name="", image_encoder_folder=None)
     return pipe
+
+
+def make_control_net(unet: Any, union: bool = False, seed: int = 2) -> Any:
+    """A ControlNet for `unet`, a copy of its encoder, whose other weights are random and loud enough to matter."""
+    torch.manual_seed(seed)
+    net: Any = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 12, 16))
+    if union:
+        width = unet.config.block_out_channels[0]
+        sizes = {"num_control_type": 8, "num_trans_channel": width, "num_trans_head": 2, "num_proj_channel": width}
+        known = {name: value for name, value in net.config.items() if name not in ("mid_block_type",)}
+        net = ControlNetUnionModel.from_config({**known, **sizes})
+        net.load_state_dict(
+            {**net.state_dict(), **{k: v for k, v in unet.state_dict().items() if k in net.state_dict()}}
+        )
+    for layer in [net.controlnet_mid_block, *net.controlnet_down_blocks, *([net.spatial_ch_projs] if union else [])]:
+        torch.nn.init.normal_(layer.weight, std=0.3)
+        torch.nn.init.normal_(layer.bias, std=0.1)
+    torch.nn.init.normal_(net.controlnet_cond_embedding.conv_out.weight, std=3.0)
+    return net.eval().requires_grad_(False)
 
 
 @lru_cache(maxsize=1)

@@ -21,6 +21,7 @@ from pydantic import (
 from resmaster_stages.config.method import AnyMethod, Method
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.config.part import GREATEST_INTEGER, Later, Operational, Part, check_length
+from resmaster_stages.config.wrap import Wrap
 
 LONGEST_NAME = 100
 """Maximum length of a dataset's name, in characters."""
@@ -40,12 +41,15 @@ class LowResConfig(Part):
     """Classifier-free guidance scale."""
     negative_prompt: str = ""
     """Used for prompts that have no negative prompt of their own."""
+    wrap: Wrap = Later("none")
+    """Makes images that continue at the opposite border: `horizontal` (panoramas), `vertical`, or `both` (textures).
+    Only for UNets."""
     batch_size: int = Operational(8, ge=1, le=10_000)
     """Prompts per call of the denoiser."""
 
 
 class CaptionCheckConfig(Part):
-    """The check of captions: a caption that does not fit its patch, by CLIP, is replaced by a neighbour's caption."""
+    """The check of a captioner's captions: one that does not fit its patch, by CLIP, is replaced by a neighbour's."""
 
     places: ClassVar[tuple[str, ...]] = ("clip", "clip_revision")
 
@@ -74,8 +78,9 @@ class CaptionsConfig(Part):
 
     places: ClassVar[tuple[str, ...]] = ("model", "revision", "base_url")
 
-    source: Literal["model", "server", "prompt"] = "model"
-    """`model`: a local captioner; `server`: an OpenAI-compatible server; `prompt`: no captioner, every view gets the
+    source: Literal["model", "server", "attention", "prompt"] = "model"
+    """`model`: a local captioner; `server`: an OpenAI-compatible server; `attention`: no captioner, a view gets the
+    words of the prompt that the image attends to there, by the base model; `prompt`: no captioner, every view gets the
     global prompt."""
     model: str = "picturebook"
     """Captioner: `picturebook`, a hub id or folder of a Transformers image-text-to-text model, or the server's model
@@ -96,12 +101,25 @@ class CaptionsConfig(Part):
     """Text appended to each caption, e.g. `oil painting`, because patch captions otherwise lose the global style."""
     min_detail: float = Field(default=0.0, ge=0)
     """Patches whose luminance varies less than this (standard deviation, 0 to 255) get the global prompt."""
+    coverage: float = Later(0.3, ge=0, le=1)
+    """With `source: attention`, the least share of a patch that a word's place must cover. 0: every patch keeps the
+    whole prompt."""
+    noise_levels: int = Later(5, ge=1, le=100)
+    """With `source: attention`, the number of noise levels at which the base model looks at the image: one evaluation
+    of the low-res image each."""
     check: CaptionCheckConfig = CaptionCheckConfig()
     """The check of captions before they are used."""
     base_url: str | None = Operational(None)
     """Address of the OpenAI-compatible server, e.g. `http://127.0.0.1:8000/v1`; its key comes from OPENAI_API_KEY."""
     batch_size: int = Operational(16, ge=1, le=10_000)
     """Patches per captioner call."""
+
+    @model_validator(mode="after")
+    def _of_attention(self) -> CaptionsConfig:
+        for name in ("coverage", "noise_levels"):
+            if self.source != "attention" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is set, but is read only with source: attention; set that, or drop {name}")
+        return self
 
     def identity(self) -> dict[str, Any]:
         """The fields that change the result, without `check`: the CLIP model that checks may be that of the part
@@ -253,7 +271,7 @@ class DatasetConfig(Part):
     def caption_clip(self) -> tuple[str, str | None] | None:
         """The CLIP model that checks captions, and its revision. None if captions are not checked."""
         check = self.captions.check
-        if self.captions.source == "prompt" or not check.enabled:
+        if self.captions.source in ("attention", "prompt") or not check.enabled:
             return None
         if check.clip is not None:
             return check.clip, check.clip_revision

@@ -19,14 +19,15 @@ from pydantic_core import CoreSchema
 
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.config.part import Part, drop_defaults, known_name
+from resmaster_stages.config.wrap import Axes
 from resmaster_stages.errors import ConfigError
 
 DEFAULT = "resmaster"
 """The method of a configuration without the key `method`."""
 
-Source = Literal["reference", "captions", "image_prompt", "detail_mask"]
+Source = Literal["reference", "captions", "image_prompt", "detail_mask", "control"]
 """What a method may read besides the prompt: the low-res image, a caption per view, an image prompt per view (which
-needs an IP-Adapter), or a mask of where more detail is drawn."""
+needs an IP-Adapter), a mask of where more detail is drawn, or a control image (which needs a ControlNet)."""
 
 
 def OnlyWith(other: str, value: str, default: Any, **kwargs: Any) -> Any:
@@ -46,7 +47,8 @@ class Method(Part):
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
     """Name -> fields. `default`: recommended settings, used if no preset is given. `faithful`: the settings that the
-    authors published. `exact`: also computes the rows that `default` leaves out (docs/speed.md)."""
+    authors published. `exact`: also computes the rows that `default` leaves out (docs/speed.md). A method of several
+    papers has their names in the place of `faithful`."""
     base_model: ClassVar[bool] = False
     """Whether the result depends on the base model."""
     reads: ClassVar[tuple[Source, ...]] = ()
@@ -55,6 +57,9 @@ class Method(Part):
     """Short name -> field whose `enabled` it switches, for `resmaster compare` (`resmaster+sg`, `resmaster-etp`)."""
     with_detail_mask: ClassVar[Mapping[str, Any]] = {}
     """For methods that read a detail mask: an example of fields with which the mask is read."""
+
+    version: ClassVar[int] = 1
+    """Raised whenever the method makes other images from the same settings, so that old and new ones never mix."""
 
     method: str
     """Name of the method."""
@@ -125,6 +130,10 @@ class Method(Part):
             if isinstance(extra, dict) and "only_with" in extra
         }
 
+    def identity(self) -> dict[str, Any]:
+        """The fields that change the result, as JSON-ready values, and the method's version where it is not the first."""
+        return super().identity() | ({"version": self.version} if self.version > 1 else {})
+
     def uses(self, what: Source) -> bool:
         """Whether the result depends on `what`."""
         return what in self.reads
@@ -156,6 +165,11 @@ class Method(Part):
         """Distance of neighbouring views, as a fraction of the window. Methods without views have a value too, so that
         seams are measured at the same places for all methods."""
         return 0.5
+
+    @property
+    def wraps(self) -> Axes:
+        """Whether the image continues at the opposite border, along its height and along its width."""
+        return False, False
 
     def weights(self) -> str | None:
         """Name of the exact weights of the method's own network; None if it has no network. Raises ConfigError."""

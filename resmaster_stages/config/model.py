@@ -70,6 +70,21 @@ class FewStepConfig(Part):
     """The number of steps that the weights were distilled to. null: as `weight_name` says, and 4 if it says nothing."""
 
 
+class ControlNetConfig(Part):
+    """The source of a ControlNet for `upscale.control`."""
+
+    places: ClassVar[tuple[str, ...]] = ("id", "revision", "variant")
+
+    id: str
+    """Hub id or folder, e.g. `xinsir/controlnet-tile-sdxl-1.0`."""
+    subfolder: str = ""
+    """Folder of the net inside the repository or folder `id`."""
+    revision: str | None = None
+    """Commit or tag at the hub."""
+    variant: str | None = None
+    """Weight variant, e.g. `fp16`."""
+
+
 class ModelConfig(Part):
     """Which weights are loaded, from where, and onto which device."""
 
@@ -90,6 +105,9 @@ class ModelConfig(Part):
     few_step: FewStepConfig | None = Later(None)
     """Weights that draw in few steps, for the high_res stage alone: SDXL-Lightning, Hyper-SD, LCM, DMD2 or SDXL-Turbo.
     Low-res images are made by the base model all the same."""
+    controlnet: ControlNetConfig | None = Operational(None)
+    """The ControlNet that `upscale.control` uses, for SDXL and Stable Diffusion. Only high-res images depend on it, and
+    only if `upscale.control` is on."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: on CUDA float16 for UNets and bfloat16 for transformers, float32 elsewhere. With `bfloat16` the VAE stays
     in float32."""

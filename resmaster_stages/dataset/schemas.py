@@ -40,9 +40,10 @@ CAPTIONS_SCHEMA = table_schema(
         ("fit", pa.float64(), True),
     ],
 )
-"""One row per patch. `grid` is "HxW/window/stride" in px. `status` is ok, replaced (a neighbour's caption, which fits
-better), fallback or empty (the global prompt). `fit` says how well the caption fits the patch, and is null if that was
-not checked."""
+"""One row per patch. `grid` is "HxW/window/stride" in px, with "/horizontal", "/vertical" or "/both" at the end if the
+image wraps. A box that ends beyond a border that wraps continues at the opposite border. `status` is ok, replaced (a
+neighbour's caption, which fits better), fallback or empty (the global prompt). `fit` says how well the caption fits the
+patch, and is null if that was not checked."""
 
 
 DESCRIBED = ("ok", "replaced")

@@ -94,22 +94,33 @@ def _low_res_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]
 
 
 def _captions_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
+    views: dict[str, Any] = {"scale": config.upscale.way()[0].scale, "stride": config.upscale.view_stride}
+    if any(config.upscale.wraps):
+        views["wraps"] = config.upscale.wraps
     own: dict[str, Any] = {
         "captions": config.captions.identity(),
-        "views": {"scale": config.upscale.way()[0].scale, "stride": config.upscale.view_stride},
+        "views": views,
         "weights": weights.captioner,
         "tokenizer": weights.model,
     }
+    if config.captions.source == "attention":
+        own["model"] = _model(config, weights)
     if judge := config.caption_clip():
         own["check"] = {"clip": judge, "weights": weights.caption_check, "margin": config.captions.check.margin}
     return own
 
 
 def _high_res_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
-    network = {"model": _denoiser(config, weights)} if config.upscale.base_model else {"weights": weights.upscaler}
+    networks: dict[str, Any] = {}
+    if config.upscale.base_model:
+        networks["model"] = _denoiser(config, weights)
+    if weights.upscaler or not config.upscale.base_model:
+        networks["weights"] = weights.upscaler
+    if config.upscale.uses("control"):
+        networks["control"] = weights.control
     return {
         "upscale": config.upscale.identity(),
-        **network,
+        **networks,
         "image_format": config.image_format,
         "webp_quality": config.webp_quality,
     }

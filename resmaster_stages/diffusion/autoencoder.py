@@ -1,10 +1,11 @@
 """Encodes pixels to latents and decodes latents to pixels, on canvases of any size.
 
-A canvas is cut into tiles of the native size. Neighbouring tiles overlap by a quarter and are blended linearly. This
-module does not deal with prompts or denoising steps.
+A canvas is cut into tiles of the native size. Neighbouring tiles overlap by a quarter and are blended linearly. Along
+an axis that wraps, tiles cross the border too. This module does not deal with prompts or denoising steps.
 
 Invariants:
-- A canvas whose area is at most that of a native image is one tile, and is computed as diffusers computes it.
+- A canvas whose area is at most that of a native image is one tile, and is computed as diffusers computes it. If an
+  axis of it wraps, it is computed twice, begun at its border and in its middle, and blended so that no border shows.
 - A VAE in float16 that overflows there (`force_upcast`) is converted to float32 for the call and converted back
   afterwards, also after an exception. (A VAE beside a UNet in bfloat16 is loaded in float32:
   `models.places.vae_dtype`.)
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resmaster_stages.config.wrap import Axes
 from resmaster_stages.diffusion.fusing import Fuser
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.models.parts import Models
@@ -44,13 +46,13 @@ def px_at_once(device: torch.device) -> int:
     return _NATIVE_PX * min(_MOST_AT_ONCE, max(1, tiles))
 
 
-def tile_grid(height: int, width: int, native: int) -> Grid:
+def tile_grid(height: int, width: int, native: int, wraps: Axes = (False, False)) -> Grid:
     """The tiles of a canvas of `height` x `width` latents: the whole canvas, or `native`-size tiles that overlap by a
-    quarter."""
+    quarter. Tiles of the whole length of an axis that wraps overlap by a half."""
     if height * width <= native**2:
         size = max(height, width)
-        return Grid(height, width, size, size)
-    return Grid(height, width, native, max(1, native - native // 4))
+        return Grid(height, width, size, -(-size // 2) if any(wraps) else size, wraps=wraps)
+    return Grid(height, width, native, max(1, native - native // 4), wraps=wraps)
 
 
 @contextmanager
@@ -87,14 +89,15 @@ def _by_tiles(
     return result
 
 
-def encode(models: Models, pixels: Tensor) -> Tensor:
+def encode(models: Models, pixels: Tensor, wraps: Axes = (False, False)) -> Tensor:
     """Encode `pixels` [B, 3, H, W] in [-1, 1] as latents [B, C, H/f, W/f] in float32. Sides are multiples of f.
 
+    wraps: whether the image continues at the opposite border, along its height and along its width.
     The result is the mode of the VAE's distribution, not a sample: noise in a sampled reference would be swapped into
     every step.
     """
     vae, factor = models.base.vae, models.geometry.latent_factor
-    grid = tile_grid(pixels.shape[-2] // factor, pixels.shape[-1] // factor, models.geometry.native)
+    grid = tile_grid(pixels.shape[-2] // factor, pixels.shape[-1] // factor, models.geometry.native, wraps)
     cut = Fuser(grid, "linear", models.device, scale=factor)
     blend = Fuser(grid, "linear", models.device)
     with torch.inference_mode(), models.using(vae), _safe_precision(vae):
@@ -102,10 +105,11 @@ def encode(models: Models, pixels: Tensor) -> Tensor:
     return models.base.to_canvas(latents)
 
 
-def decode(models: Models, latents: Tensor) -> Tensor:
-    """Decode `latents` [B, C, h, w] to pixels [B, 3, h*f, w*f] in about [-1, 1] (not clamped), float32."""
+def decode(models: Models, latents: Tensor, wraps: Axes = (False, False)) -> Tensor:
+    """Decode `latents` [B, C, h, w] to pixels [B, 3, h*f, w*f] in about [-1, 1] (not clamped), float32. wraps: as for
+    `encode`."""
     vae, factor = models.base.vae, models.geometry.latent_factor
-    grid = tile_grid(latents.shape[-2], latents.shape[-1], models.geometry.native)
+    grid = tile_grid(latents.shape[-2], latents.shape[-1], models.geometry.native, wraps)
     cut = Fuser(grid, "linear", models.device)
     blend = Fuser(grid, "linear", models.device, scale=factor)
     z = models.base.from_canvas(latents)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from math import ceil
 
-_AT_1024 = (
+_AT_1024 = (  # the widest first
     *((512, width) for width in (2048, 1984, 1920, 1856)),
     *((576, width) for width in (1792, 1728, 1664)),
     *((640, width) for width in (1600, 1536)),
@@ -19,8 +19,8 @@ _AT_1024 = (
     *((1024, width) for width in (1024, 960)),
     *((1088, width) for width in (960, 896)),
     *((1152, width) for width in (896, 832)),
-    *((height, 768) for height in (1280, 1344)),
     (1216, 832),
+    *((height, 768) for height in (1280, 1344)),
     *((height, 704) for height in (1408, 1472)),
     *((height, 640) for height in (1536, 1600)),
     *((height, 576) for height in (1664, 1728, 1792)),
@@ -29,21 +29,24 @@ _AT_1024 = (
 
 
 def buckets(native_px: int) -> tuple[tuple[int, int], ...]:
-    """The 40 sizes, scaled to a model whose square training images have an edge of `native_px`."""
-    return tuple((round(h * native_px / 1024), round(w * native_px / 1024)) for h, w in sorted(_AT_1024))
+    """The 40 sizes, scaled to a model whose square training images have an edge of `native_px`, the widest first."""
+    return tuple((round(h * native_px / 1024), round(w * native_px / 1024)) for h, w in _AT_1024)
 
 
 def base_size(height: int, width: int, native_px: int) -> tuple[tuple[int, int], int]:
-    """The bucket whose whole multiple covers `height` x `width` px best, and that multiple (FouriScale's rule).
+    """The bucket whose whole multiple covers `height` x `width` px best, and that multiple.
 
-    Buckets that need the same multiple for both sides are preferred. Among those, the bucket with the least covered
-    area wins. If both sides never need the same multiple, the larger of the two multiples counts for both sides, and
-    again the least covered area wins.
+    FouriScale's rule: of the buckets that need the same multiple for both sides, the one that pads the two sides by the
+    least sum of px; of equal ones the widest. Our rule for canvases that have no such bucket: the larger of the two
+    multiples counts for both sides, and the bucket with the least covered area wins.
     """
 
-    def spare(size: tuple[int, int]) -> tuple[bool, int]:
-        rows, cols = ceil(height / size[0]), ceil(width / size[1])
-        return rows != cols, max(rows, cols) ** 2 * size[0] * size[1]
+    def multiple(size: tuple[int, int]) -> int:
+        return max(ceil(height / size[0]), ceil(width / size[1]))
 
-    best = min(buckets(native_px), key=spare)
-    return best, max(ceil(height / best[0]), ceil(width / best[1]))
+    sizes = buckets(native_px)
+    if even := [size for size in sizes if ceil(height / size[0]) == ceil(width / size[1])]:
+        best = min(even, key=lambda size: multiple(size) * sum(size))
+    else:
+        best = min(sizes, key=lambda size: multiple(size) ** 2 * size[0] * size[1])
+    return best, multiple(best)

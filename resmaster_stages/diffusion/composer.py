@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resmaster_stages.config.wrap import Axes
 from resmaster_stages.diffusion.guidance import TEXT, DenoiserCall
 from resmaster_stages.diffusion.patches import level_size, replaced_forward
 from resmaster_stages.diffusion.views import Grid
@@ -41,11 +42,15 @@ def attention_map(query: Tensor, key: Tensor, heads: int, bias: Tensor | None = 
     return scores.softmax(dim=-1).mean(dim=1)
 
 
-def sampled(maps: Tensor, places: Tensor) -> Tensor:
+def sampled(maps: Tensor, places: Tensor, wraps: Axes = (False, False)) -> Tensor:
     """Sample `maps` [N, S, h, w] at `places` [N, T, 2] (x, y from -1 to 1), bicubic. The words of a place sum to 1.
 
-    Returns [N, T, S].
+    Along axes that wrap, the maps are read on at the opposite border. Returns [N, T, S].
     """
+    down, across = (2 * wrapped for wrapped in wraps)
+    if down or across:
+        (height, width), maps = maps.shape[-2:], F.pad(maps, (across, across, down, down), mode="circular")
+        places = places * places.new_tensor([width / (width + 2 * across), height / (height + 2 * down)])
     words = F.grid_sample(
         maps, places[:, None].to(maps.dtype), mode="bicubic", padding_mode="border", align_corners=False
     )  # [N, S, 1, T]
@@ -53,7 +58,7 @@ def sampled(maps: Tensor, places: Tensor) -> Tensor:
     return words / words.sum(dim=-1, keepdim=True).clamp(min=1e-6)
 
 
-def _text(states: Any) -> Tensor:
+def text_part(states: Any) -> Tensor:
     """The text part of a cross-attention layer's input, with or without an IP-Adapter."""
     return states[0] if isinstance(states, tuple) else states
 
@@ -92,8 +97,8 @@ class Composer:
             across = (torch.arange(cols) + 0.5) * grid.window_width / cols
             y, x = torch.meshgrid(down, across, indexing="ij")
             origins = torch.tensor([box[:2] for box in grid.boxes])  # [views, 2]
-            y = (y.flatten() + origins[:, :1]) / grid.height
-            x = (x.flatten() + origins[:, 1:]) / grid.width
+            y = (y.flatten() + origins[:, :1]) % grid.height / grid.height
+            x = (x.flatten() + origins[:, 1:]) % grid.width / grid.width
             self._places[tokens] = (torch.stack([x, y], dim=-1) * 2 - 1).to(self.device)
         return self._places[tokens]
 
@@ -108,7 +113,8 @@ class Composer:
         items = self.call.items
         assert items is not None, "views are predicted within the denoising loop"
         sample, view = items // len(self.grid), items % len(self.grid)
-        words = sampled(torch.cat(self.maps[name])[sample], self.places(y.shape[1])[view])  # [n, T, S]
+        places = self.places(y.shape[1])[view]
+        words = sampled(torch.cat(self.maps[name])[sample], places, self.grid.wraps)  # [n, T, S]
         heard = attention.to_out[0](words.to(y.dtype) @ torch.cat(self.values[name])[sample])  # [n, T, C]
         rows = list(y.chunk(len(self.call.branches)))
         place = self.call.branches.index(TEXT)
@@ -119,7 +125,7 @@ class Composer:
         def forward(x: Tensor, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any) -> Tensor:
             y = plain(x, encoder_hidden_states, *args, **kwargs)
             if self._capturing:
-                self._keep(name, attention, x, _text(encoder_hidden_states), kwargs.get("attention_mask"))
+                self._keep(name, attention, x, text_part(encoder_hidden_states), kwargs.get("attention_mask"))
                 return y
             return self._compose(name, attention, y)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from math import ceil
 from typing import Any
@@ -38,12 +39,7 @@ class Dilated:
 
     def __call__(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         """[N, C, h, w] -> [N, C', h / stride, w / stride], rounded up."""
-        whole = ceil(self.factor)
-        if whole == self.factor:
-            return dilated(conv, x, whole)
-        size = [-(-side // stride) for side, stride in zip(x.shape[-2:], conv.stride)]
-        wide = F.interpolate(x, scale_factor=whole / self.factor, mode="bilinear", align_corners=False)
-        return F.interpolate(dilated(conv, wide, whole), size=size, mode="bilinear", align_corners=False)
+        return spread(self.factor, partial(dilated, conv), conv, x)
 
 
 @dataclass(frozen=True)
@@ -58,16 +54,29 @@ class Dispersed:
 
     def __call__(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         """[N, C, h, w] -> [N, C', h / stride, w / stride], rounded up."""
-        half = self.factor / 2
-        whole = ceil(half)
-        size = [-(-side // stride) for side, stride in zip(x.shape[-2:], conv.stride)]
-        if whole != half:
-            x = F.interpolate(x, scale_factor=whole / half, mode="bilinear", align_corners=False)
-        y = F.conv2d(x, self.weight, conv.bias, conv.stride, 2 * whole, whole)
-        return y if whole == half else F.interpolate(y, size=size, mode="bilinear", align_corners=False)
+
+        def dense(x: Tensor, whole: int) -> Tensor:
+            return F.conv2d(x, self.weight, conv.bias, conv.stride, 2 * whole, whole)
+
+        return spread(self.factor / 2, dense, conv, x)
 
 
 PLAIN = Dilated(1.0)
+
+
+def spread(factor: float, layer: Callable[[Tensor, int], Tensor], conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """`layer` of (`x`, whole factor), for a `factor` that need not be whole: the features are enlarged to fit the next
+    whole factor, and the output is reduced to the size that `conv` would give.
+
+    As in ScaleCrafter's code, the enlarged size is rounded, and samples lie evenly over it.
+    """
+    whole = ceil(factor)
+    if whole == factor:
+        return layer(x, whole)
+    enlarged = [round(side * (whole / factor)) for side in x.shape[-2:]]
+    size = [-(-side // stride) for side, stride in zip(x.shape[-2:], conv.stride)]
+    wide = F.interpolate(x, size=enlarged, mode="bilinear", align_corners=False)
+    return F.interpolate(layer(wide, whole), size=size, mode="bilinear", align_corners=False)
 
 
 def dilated(conv: nn.Conv2d, x: Tensor, factor: int) -> Tensor:

@@ -31,6 +31,18 @@ def canny(pixels: Tensor, low: float = 100.0, high: float = 200.0) -> Tensor:
     return torch.stack([_connected(each[0].numpy(), low, high) for each in ridge])[:, None]
 
 
+def edge_density(pixels: Tensor, height: int, width: int) -> Tensor:
+    """How dense the edges of images [B, 3, H, W] in [-1, 1] are: [B, 1, height, width], float32, on the CPU, from 0
+    where an image has the fewest to 1 where it has the most. 0 everywhere if they are spread evenly, as in an image of
+    one colour.
+
+    All gradients that are connected to one of 255 count (LSRNA).
+    """
+    density = F.adaptive_avg_pool2d(canny(pixels, 0.0, 255.0), (height, width))
+    least, most = density.amin((1, 2, 3), keepdim=True), density.amax((1, 2, 3), keepdim=True)
+    return (density - least) / (most - least).masked_fill(most == least, 1.0)
+
+
 def _is_ridge(gx: Tensor, gy: Tensor, size: Tensor) -> Tensor:
     """Where `size` is greatest across the edge, of the two neighbours in the direction of the gradient (one of four).
 

@@ -11,6 +11,8 @@ Invariants:
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -48,12 +50,31 @@ def window_weights(kind: str, length: int, overlap: int) -> Tensor:
     raise ValueError(f"unknown weights {kind!r}; known: {', '.join(WEIGHTS)}")
 
 
-def _shares(origins: tuple[int, ...], window: Tensor, length: int) -> Tensor:
+Place = tuple[tuple[slice, slice], ...]
+"""Where a window lies along one axis: pieces of the canvas, and of the window. A window that crosses the border has
+two pieces."""
+
+
+def _place(origin: int, window: int, length: int) -> Place:
+    """The place of a window of `window` cells that begins at the cell `origin` of an axis of `length` cells."""
+    inside = min(window, length - origin)
+    place = ((slice(origin, origin + inside), slice(0, inside)),)
+    return place if inside == window else (*place, (slice(0, window - inside), slice(inside, window)))
+
+
+def _taken(x: Tensor, place: Place, dim: int) -> Tensor:
+    """The window at `place` along the axis `dim` of `x`; a view of `x` if it does not cross the border."""
+    parts = [x.narrow(dim, there.start, there.stop - there.start) for there, _ in place]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _shares(places: tuple[Place, ...], window: Tensor, length: int) -> Tensor:
     """Each window's share of the average along one axis: [windows, window], float64."""
     total = torch.zeros(length, dtype=torch.float64)
-    for origin in origins:
-        total[origin : origin + len(window)] += window
-    return torch.stack([window / total[origin : origin + len(window)] for origin in origins])
+    for place in places:
+        for there, here in place:
+            total[there] += window[here]
+    return torch.stack([window / _taken(total, place, 0) for place in places])
 
 
 class Fuser:
@@ -64,10 +85,10 @@ class Fuser:
 
     def __init__(self, grid: Grid, kind: str, device: torch.device | str = "cpu", scale: int = 1) -> None:
         self.grid = grid
-        self.rows = tuple(y * scale for y in grid.rows)
-        self.cols = tuple(x * scale for x in grid.cols)
         self.height, self.width = grid.height * scale, grid.width * scale
         self.window_height, self.window_width = grid.window_height * scale, grid.window_width * scale
+        self.rows = tuple(_place(y * scale, self.window_height, self.height) for y in grid.rows)
+        self.cols = tuple(_place(x * scale, self.window_width, self.width) for x in grid.cols)
         overlap = (grid.window - grid.stride) * scale
         row_window = window_weights(kind, self.window_height, overlap)
         col_window = window_weights(kind, self.window_width, overlap)
@@ -76,31 +97,36 @@ class Fuser:
 
     def cut(self, canvas: Tensor) -> Tensor:
         """[B, C, H, W] -> [B * views, C, wh, ww], sample by sample, the views of a sample in row-major order."""
-        strips = torch.stack([canvas[:, :, y : y + self.window_height] for y in self.rows], dim=1)  # [B, R, C, wh, W]
-        views = torch.stack([strips[..., x : x + self.window_width] for x in self.cols], dim=2)  # [B, R, K, C, wh, ww]
+        strips = torch.stack([_taken(canvas, row, 2) for row in self.rows], dim=1)  # [B, R, C, wh, W]
+        views = torch.stack([_taken(strips, col, 4) for col in self.cols], dim=2)  # [B, R, K, C, wh, ww]
         return views.flatten(0, 2)
 
     def cut_row(self, canvas: Tensor, row: int) -> Tensor:
         """[B, C, H, W] -> [B * columns, C, wh, ww]: one row of views, for canvases too large to be cut at once."""
-        strip = canvas[:, :, self.rows[row] : self.rows[row] + self.window_height]  # [B, C, wh, W]
-        return torch.stack([strip[..., x : x + self.window_width] for x in self.cols], dim=1).flatten(0, 1)
+        strip = _taken(canvas, self.rows[row], 2)  # [B, C, wh, W]
+        return torch.stack([_taken(strip, col, 3) for col in self.cols], dim=1).flatten(0, 1)
 
     def add_row(self, canvas: Tensor, views: Tensor, row: int) -> None:
         """Adds the weighted `views` [B * columns, C, wh, ww] of one row to `canvas` [B, C, H, W], in place."""
         grouped = views.to(canvas.dtype).unflatten(0, (-1, len(self.cols)))  # [B, K, C, wh, ww]
-        target = canvas[:, :, self.rows[row] : self.rows[row] + self.window_height]
         row_share = self._row_shares[row][:, None]
-        for col, x in enumerate(self.cols):
-            target[..., x : x + self.window_width] += grouped[:, col] * (row_share * self._col_shares[col])
+        for col, place in enumerate(self.cols):
+            weighted = grouped[:, col] * (row_share * self._col_shares[col])
+            for (down, rows), (across, cols) in itertools.product(self.rows[row], place):
+                canvas[:, :, down, across] += weighted[:, :, rows, cols]
 
     def fuse(self, views: Tensor) -> Tensor:
         """[B * views, C, wh, ww] -> [B, C, H, W], the weighted average of the views, in float32."""
         grouped = views.float().unflatten(0, (-1, len(self.rows), len(self.cols)))  # [B, R, K, C, wh, ww]
-        batch, _, _, channels, window_height, window_width = grouped.shape
+        batch, _, _, channels, window_height, _ = grouped.shape
         strips = grouped.new_zeros(batch, len(self.rows), channels, window_height, self.width)  # [B, R, C, wh, W]
-        for col, x in enumerate(self.cols):
-            strips[..., x : x + window_width] += grouped[:, :, col] * self._col_shares[col]
+        for col, place in enumerate(self.cols):
+            weighted = grouped[:, :, col] * self._col_shares[col]
+            for there, here in place:
+                strips[..., there] += weighted[..., here]
         canvas = grouped.new_zeros(batch, channels, self.height, self.width)
-        for row, y in enumerate(self.rows):
-            canvas[:, :, y : y + window_height] += strips[:, row] * self._row_shares[row][:, None]
+        for row, place in enumerate(self.rows):
+            weighted = strips[:, row] * self._row_shares[row][:, None]
+            for there, here in place:
+                canvas[:, :, there] += weighted[:, :, here]
         return canvas

@@ -62,6 +62,28 @@ class ClassifierFree:
         return outputs[0] if len(outputs) == 1 else self.mix(outputs[0], outputs[1], self.scale)
 
 
+@dataclass(frozen=True)
+class ByBand(ClassifierFree):
+    """Guidance with `scale` for high frequencies and with the scale `low` for low ones (FreCaS, HiWave).
+
+    With the family's rule g and the linear filter L it is g(scale) + L(g(low) - g(scale)). Where g is plain
+    classifier-free guidance, this is each band's own guidance, added up. One branch is enough where both scales are 1.
+    """
+
+    low: float = 1.0
+    split: Callable[[Tensor], Tensor] = lambda x: x
+    """L: the low frequencies of predictions [N, C, h, w]."""
+
+    def branches(self, step: Step) -> Branches:
+        return (NEGATIVE, TEXT) if (self.scale != 1 or self.low != 1) and step.done < self.stop else (TEXT,)
+
+    def combine(self, outputs: Sequence[Tensor], step: Step) -> Tensor:
+        high = super().combine(outputs, step)
+        if len(outputs) == 1:
+            return high
+        return high + self.split(self.mix(outputs[0], outputs[1], self.low) - high)
+
+
 @dataclass
 class DenoiserCall:
     """The UNet call in progress. The loop writes it before each call, and the patches of the composition read it."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from resmaster_stages.diffusion.reference import continued
 from resmaster_stages.diffusion.views import Box
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases.base import NO_ADAPTER, ImageAdapter
@@ -26,11 +27,12 @@ def required_adapter(models: Models) -> ImageAdapter:
 def embed_crops(models: Models, pixels: Tensor, boxes: Sequence[Box]) -> tuple[Tensor, Tensor]:
     """(image, unconditional) embeddings [N, 1, ...] of the crops `boxes` of `pixels` [B, 3, H, W] in [-1, 1].
 
-    `boxes` are in px and all of one size. There is one entry per crop, sample by sample. Raises ConfigError.
+    `boxes` are in px and all of one size. A box that ends beyond the border continues at the opposite border. There is
+    one entry per crop, sample by sample. Raises ConfigError.
     """
     adapter = required_adapter(models)
     with torch.inference_mode(), models.using(adapter.encoder):
-        parts = []
+        parts, pixels = [], continued(pixels, boxes)
         crops = [image[:, y0:y1, x0:x1] for image in pixels for y0, x0, y1, x1 in boxes]  # views, not copies
         for start in range(0, len(crops), _BATCH):
             batch = torch.stack(crops[start : start + _BATCH]).to(models.device, torch.float32)

@@ -1,6 +1,6 @@
 """Views beyond the regular grid: windows that are shifted at random at every step, and interleaved (dilated) views.
 
-Both implement the loop's `Views`: they cut and fuse canvases, sample by sample, then view by view.
+All implement the loop's `Views`: they cut and fuse canvases, sample by sample, then view by view.
 
 Invariants:
 - The number of views and their size never change, so the UNet sees one static shape.
@@ -133,3 +133,33 @@ class InterleavedViews:
         k = self.factor
         cells = views.float().unflatten(0, (-1, k, k)).permute(0, 3, 4, 1, 5, 2)  # [B, C, h, k, w, k]
         return cells.flatten(4, 5).flatten(2, 3)[..., -self.height :, -self.width :]
+
+
+def shuffle_order(views: int, size: Sequence[int], generator: torch.Generator, device: torch.device | str) -> Tensor:
+    """A random order of `views` views at each cell of `size` (channels, height, width): [views, *size], long."""
+    draws = torch.rand((views, *size), generator=generator)
+    return draws.to(device).argsort(dim=0, stable=True)  # stable, so that all devices find the same order
+
+
+class Shuffled:
+    """Views that exchange their cells: view v is shown, at each cell, what view `order`[v] has there.
+
+    Fused are predictions, each of which goes back to the view that its cell came from.
+
+    order: [B, views, channels or 1, h, w], at each cell of a sample a permutation of its views.
+    """
+
+    def __init__(self, views: InterleavedViews, order: Tensor) -> None:
+        self.views, self.order = views, order
+
+    def _moved(self, cells: Tensor, order: Tensor) -> Tensor:
+        grouped = cells.unflatten(0, (-1, len(self.views)))  # [B, views, C, h, w]
+        return grouped.gather(1, order.expand_as(grouped)).flatten(0, 1)
+
+    def cut(self, canvas: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B * views, C, h, w]."""
+        return self._moved(self.views.cut(canvas), self.order)
+
+    def fuse(self, views: Tensor) -> Tensor:
+        """[B * views, C, h, w] -> [B, C, H, W], float32."""
+        return self.views.fuse(self._moved(views, self.order.argsort(dim=1)))

@@ -24,7 +24,8 @@ USABLE = 0.85
 
 def weights_bytes(models: Models) -> int:
     """Memory in bytes of the weights that are on the device while the denoiser computes."""
-    parts = (models.base.denoiser, *(part for part in models.resident if part is not models.base.denoiser))
+    working = (models.base.denoiser, models.control_net)
+    parts = [part for part in models.parts if any(part is each for each in (*working, *models.resident))]
     return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
 
 

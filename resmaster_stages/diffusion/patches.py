@@ -56,13 +56,18 @@ def chosen_layers(unet: Any, patterns: Mapping[str, float], method: str) -> dict
     return chosen
 
 
+def level_of(height: int, width: int, tokens: int) -> int:
+    """How often the UNet halved an input of `height` x `width` latents where it has `tokens` tokens."""
+    for level in range(8):
+        if -(-height // 2**level) * -(-width // 2**level) == tokens:
+            return level
+    raise ValueError(f"{tokens} tokens are no level of {height} x {width} latents")
+
+
 def level_size(height: int, width: int, tokens: int) -> tuple[int, int]:
     """(height, width) of the UNet's level with `tokens` tokens, for an input of `height` x `width` latents."""
-    for level in range(8):
-        rows, cols = -(-height // 2**level), -(-width // 2**level)
-        if rows * cols == tokens:
-            return rows, cols
-    raise ValueError(f"{tokens} tokens are no level of {height} x {width} latents")
+    factor = 2 ** level_of(height, width, tokens)
+    return -(-height // factor), -(-width // factor)
 
 
 Layer = Callable[[nn.Conv2d, Tensor], Tensor]

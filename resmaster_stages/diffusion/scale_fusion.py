@@ -2,9 +2,9 @@
 
     out = global + blur(local - global)
 
-global: attention over the whole canvas. local: attention inside overlapping windows of the native size, averaged. Both
-use the same projections, which are computed once on the canvas. All windows run as one batch. This module does not
-depend on a method.
+global: attention over the whole canvas or, in the fast form, among every n-th token of the canvas. local: attention
+inside overlapping windows of the native size, averaged. Both use the same projections, which are computed once on the
+canvas. All windows run as one batch. This module does not depend on a method.
 
 Invariants:
 - A layer whose canvas fits into one window stays plain. All layers are restored at the end of the block.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -88,6 +89,26 @@ def windowed(query: Tensor, key: Tensor, value: Tensor, heads: int, views: Scatt
     return views.fuse(local.transpose(1, 2).unflatten(2, window)).flatten(2).transpose(1, 2).to(query.dtype)
 
 
+def interleaved(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, size: tuple[int, int], every: tuple[int, int]
+) -> Tensor:
+    """Multi-head attention of [N, T, C] among every n-th token alone, n = `every` along each axis -> [N, T, C].
+
+    size: (height, width) of the T tokens. Each of the interleaved parts is computed on its own, because their sizes
+    differ where a side is no multiple of n.
+    """
+    if every == (1, 1):
+        return attend(query, key, value, heads)
+    grids = [each.unflatten(1, size) for each in (query, key, value)]  # [N, height, width, C]
+    out = torch.empty_like(grids[2])
+    for y in range(min(every[0], size[0])):
+        for x in range(min(every[1], size[1])):
+            part = (slice(None), slice(y, None, every[0]), slice(x, None, every[1]))
+            q, k, v = (grid[part].flatten(1, 2) for grid in grids)
+            out[part] = attend(q, k, v, heads).unflatten(1, out[part].shape[1:3])
+    return out.flatten(1, 2)
+
+
 def blur_features(tokens: Tensor, radius: int) -> Tensor:
     """[N, T, C] blurred along C with standard deviation 1.
 
@@ -96,37 +117,44 @@ def blur_features(tokens: Tensor, radius: int) -> Tensor:
     return gaussian_blur(tokens[:, None], radius, 1.0, axes=(3,))[:, 0]
 
 
-def _fused(
-    attention: Any, plain: Callable[..., Tensor], call: DenoiserCall, windows: Windows, radius: int, features: bool
-) -> Callable[..., Tensor]:
+@dataclass(frozen=True)
+class Fusion:
+    """How scales are fused."""
+
+    windows: Windows
+    radius: int
+    """Of the blur, in tokens. With 0 the result is the windows' attention alone."""
+    features: bool = False
+    """Blur along the feature channels too."""
+    every: tuple[int, int] = (1, 1)
+    """Along each axis, global attention is among every n-th token. 1: among all."""
+
+
+def _fused(attention: Any, plain: Callable[..., Tensor], call: DenoiserCall, fusion: Fusion) -> Callable[..., Tensor]:
+    windows = fusion.windows
+
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rows, tokens, _ = x.shape
         grid = windows.grid(tokens)
         if len(grid) == 1:
             return plain(x, *args, **kwargs)
         query, key, value = attention.to_q(x), attention.to_k(x), attention.to_v(x)
-        whole = attention.to_out[0](attend(query, key, value, attention.heads))
+        size = (grid.height, grid.width)
+        whole = attention.to_out[0](interleaved(query, key, value, attention.heads, size, fusion.every))
         local = windowed(query, key, value, attention.heads, windows.views(tokens, rows, call, x.device))
         difference = attention.to_out[0](local) - whole  # [N, T, C]
-        canvas = difference.transpose(1, 2).unflatten(2, (grid.height, grid.width))
-        coarse = gaussian_blur(canvas, radius, 1.0).flatten(2).transpose(1, 2)
-        return whole + (blur_features(coarse, radius) if features else coarse)
+        canvas = difference.transpose(1, 2).unflatten(2, size)
+        coarse = gaussian_blur(canvas, fusion.radius, 1.0).flatten(2).transpose(1, 2)
+        return whole + (blur_features(coarse, fusion.radius) if fusion.features else coarse)
 
     return forward
 
 
 @contextmanager
-def scale_fusion(
-    unet: Any, call: DenoiserCall, windows: Windows, radius: int, features: bool = False
-) -> Iterator[None]:
-    """Within the block, every self-attention of the UNet is fused.
-
-    radius: of the blur, in tokens; with 0 the result is the windows' attention alone. features: blur along the feature
-    channels too.
-    """
+def scale_fusion(unet: Any, call: DenoiserCall, fusion: Fusion) -> Iterator[None]:
+    """Within the block, every self-attention of the UNet is fused."""
     with ExitStack() as stack:
         for name, module in network_of(unet).named_modules():
             if name.endswith(".attn1"):
-                forward = _fused(module, module.forward, call, windows, radius, features)
-                stack.enter_context(replaced_forward(module, forward))
+                stack.enter_context(replaced_forward(module, _fused(module, module.forward, call, fusion)))
         yield

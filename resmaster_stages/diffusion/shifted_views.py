@@ -19,7 +19,7 @@ import torch
 from resmaster_stages.diffusion.conditions import Conditions
 from resmaster_stages.diffusion.fusing import Fuser
 from resmaster_stages.diffusion.loop import Views, always
-from resmaster_stages.diffusion.views import Grid
+from resmaster_stages.diffusion.views import Grid, distance
 from resmaster_stages.models.schedule import Step
 
 PLASTIC = 1.32471795724474602596
@@ -34,10 +34,12 @@ def shift_at(number: int, stride: int) -> tuple[int, int]:
 def nearest_views(moved: Grid, grid: Grid) -> list[int]:
     """For each view of `moved`, the number of the view of `grid` with the nearest corner (the first of equals)."""
 
-    def nearest(place: int, origins: tuple[int, ...]) -> int:
-        return min(range(len(origins)), key=lambda i: abs(origins[i] - place))
+    def nearest(place: int, origins: tuple[int, ...], length: int, wraps: bool) -> int:
+        return min(range(len(origins)), key=lambda i: distance(origins[i], place, length, wraps))
 
-    return [nearest(y, grid.rows) * len(grid.cols) + nearest(x, grid.cols) for y in moved.rows for x in moved.cols]
+    rows = [nearest(y, grid.rows, grid.height, grid.wraps[0]) for y in moved.rows]
+    cols = [nearest(x, grid.cols, grid.width, grid.wraps[1]) for x in moved.cols]
+    return [row * len(grid.cols) + col for row in rows for col in cols]
 
 
 def placed(

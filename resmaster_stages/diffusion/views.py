@@ -1,19 +1,24 @@
 """Views: overlapping windows on a canvas, in row-major order.
 
-The last window along each axis is pulled back so that it ends at the border. This module does not import torch, so that
-the captions stage and the engine can share one grid.
+The last window along each axis is pulled back so that it ends at the border. Along an axis that wraps, windows lie at
+equal distances instead, and cross the border. This module does not import torch, so that the captions stage and the
+engine can share one grid.
 
 Invariants:
-- Boxes are half-open `(y0, x0, y1, x1)`, all of one size, inside the canvas, and together they cover it.
+- Boxes are half-open `(y0, x0, y1, x1)`, all of one size, and together they cover the canvas. They begin inside the
+  canvas. They end inside it too, but along an axis that wraps: a box that ends beyond the border continues at the
+  opposite border.
 - The grid is the product of its rows and columns. View `i` is in row `i // cols` and column `i % cols`.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.wrap import Axes, wrap_of
 from resmaster_stages.models.bases.base import Geometry
 
 Box = tuple[int, int, int, int]
@@ -39,6 +44,22 @@ def shifted_origins(length: int, window: int, stride: int, shift: int) -> tuple[
     return tuple(min(max(i * stride - shift, 0), length - window) for i in range(count))
 
 
+def wrapped_origins(length: int, window: int, stride: int, shift: int = 0) -> tuple[int, ...]:
+    """Start of each window along an axis that wraps: as many as it takes at distances of at most `stride`, all at about
+    the same distance, moved back by `shift`.
+
+    An axis shorter than the window has as many windows, each of the axis's length, as an axis of the window's length.
+    """
+    count = min(length, -(-max(length, window) // stride))
+    return tuple((i * length // count - shift) % length for i in range(count))
+
+
+def distance(a: float, b: float, length: float, wraps: bool) -> float:
+    """How far two places on an axis are apart: on an axis that wraps, by the shorter way."""
+    apart = abs(a - b)
+    return min(apart, abs(length - apart)) if wraps else apart
+
+
 @dataclass(frozen=True)
 class Grid:
     """Windows of `window` x `window` units, every `stride` units, on a canvas of `height` x `width` units.
@@ -46,7 +67,8 @@ class Grid:
     An axis shorter than the window has one window of the axis's length. `unit_px` is the size of a unit in pixels
     (1, or the latent factor). `height_px` and `width_px` are the size of the image, which the canvas may exceed by
     padding. `shift` moves all windows up and left by less than a stride, inside the canvas. `multiple` is
-    `Geometry.multiple`.
+    `Geometry.multiple`. `wraps` says whether the canvas continues at the opposite border, along its height and along
+    its width. Such an axis has no padding.
     """
 
     height: int
@@ -58,6 +80,7 @@ class Grid:
     width_px: int | None = None
     shift: tuple[int, int] | None = None
     multiple: int = 1
+    wraps: Axes = (False, False)
 
     def __post_init__(self) -> None:
         if min(self.height, self.width, self.window, self.stride, self.unit_px) < 1 or self.stride > self.window:
@@ -74,6 +97,8 @@ class Grid:
         return self._origins(self.width, 1)
 
     def _origins(self, length: int, axis: int) -> tuple[int, ...]:
+        if self.wraps[axis]:
+            return wrapped_origins(length, self.window, self.stride, self.shift[axis] if self.shift else 0)
         if self.shift is None:
             return axis_origins(length, self.window, self.stride)
         return shifted_origins(length, self.window, self.stride, self.shift[axis])
@@ -106,17 +131,21 @@ class Grid:
 
     @cached_property
     def pixel_boxes(self) -> tuple[Box, ...]:
-        """`boxes` in pixels, clipped to the image, so those at the border may be smaller."""
-        bottom = self.height_px or self.height * self.unit_px
-        right = self.width_px or self.width * self.unit_px
-        return tuple((y0, x0, min(y1, bottom), min(x1, right)) for y0, x0, y1, x1 in self.canvas_boxes)
+        """`boxes` in pixels, without the canvas's padding, so those at the border may be smaller."""
+        ends = [sys.maxsize if wraps else size for wraps, size in zip(self.wraps, self.size_px)]
+        return tuple((y0, x0, min(y1, ends[0]), min(x1, ends[1])) for y0, x0, y1, x1 in self.canvas_boxes)
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """(height, width) of the image, in pixels."""
+        return self.height_px or self.height * self.unit_px, self.width_px or self.width * self.unit_px
 
     @property
     def name(self) -> str:
-        """The grid in pixels as `HxW/window/stride`, which the captions table stores."""
-        height = self.height_px or self.height * self.unit_px
-        width = self.width_px or self.width * self.unit_px
-        return f"{height}x{width}/{self.window * self.unit_px}/{self.stride * self.unit_px}"
+        """The grid in pixels as `HxW/window/stride`, which the captions table stores; with `/wrap` if it wraps."""
+        height, width = self.size_px
+        name = f"{height}x{width}/{self.window * self.unit_px}/{self.stride * self.unit_px}"
+        return f"{name}/{wrap_of(self.wraps)}" if any(self.wraps) else name
 
     def __len__(self) -> int:
         return len(self.rows) * len(self.cols)
@@ -132,11 +161,11 @@ def target_size(height: int, width: int, scale: float) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def view_grid(geometry: Geometry, height: int, width: int, stride: float) -> Grid:
+def view_grid(geometry: Geometry, height: int, width: int, stride: float, wraps: Axes = (False, False)) -> Grid:
     """The views of a target of `height` x `width` px, in latents: windows of the native size.
 
     `stride` is the distance of neighbouring windows, as a fraction of the native size. If a side of the target is not a
-    multiple of `geometry.step_px`, the canvas is padded up to the next multiple.
+    multiple of `geometry.step_px`, the canvas is padded up to the next multiple. wraps: as `Grid` has it.
     """
     rows, cols = canvas_size(geometry, height, width)
     window = max(1, geometry.native // geometry.multiple) * geometry.multiple
@@ -149,7 +178,21 @@ def view_grid(geometry: Geometry, height: int, width: int, stride: float) -> Gri
         height_px=height,
         width_px=width,
         multiple=geometry.multiple,
+        wraps=wraps,
     )
+
+
+OTHER_SIZE = "choose another size or scale, or let this axis not wrap"
+"""What to do about `why_not_wrapping`."""
+
+
+def why_not_wrapping(geometry: Geometry, height: int, width: int, wraps: Axes) -> str:
+    """Why an image of `height` x `width` px cannot continue at its opposite borders; "" if it can."""
+    step = geometry.step_px
+    for name, side, wrapped in (("height", height, wraps[0]), ("width", width, wraps[1])):
+        if wrapped and side % step:
+            return f"{name} {side} px is no multiple of {step}, so the image cannot wrap there"
+    return ""
 
 
 def canvas_size(geometry: Geometry, height: int, width: int) -> tuple[int, int]:
@@ -171,6 +214,14 @@ def whole_canvas(geometry: Geometry, height: int, width: int) -> Grid:
     return view_grid(replace(geometry, native_px=longer), height, width, 1.0)
 
 
+def native_size(geometry: Geometry, height: int, width: int) -> tuple[int, int]:
+    """(height, width) in px of an image of `height` x `width` px that is reduced to at most the native area: multiples
+    of `Geometry.step_px`."""
+    scale = min(1.0, geometry.native_px / (height * width) ** 0.5)
+    rows, cols = (max(1, round(side * scale / geometry.step_px)) * geometry.step_px for side in (height, width))
+    return rows, cols
+
+
 def patch_grid(config: DatasetConfig, geometry: Geometry, height: int, width: int) -> Grid:
     """The patches of a target of `height` x `width` px that are captioned.
 
@@ -178,4 +229,4 @@ def patch_grid(config: DatasetConfig, geometry: Geometry, height: int, width: in
     by side, where the last row and column are pulled back to end at the border.
     """
     stride = config.upscale.view_stride if config.captions.grid == "views" else 1.0
-    return view_grid(geometry, height, width, stride)
+    return view_grid(geometry, height, width, stride, config.upscale.wraps)

@@ -23,7 +23,7 @@ from resmaster_stages.config.method import register
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.methods.passes import Pass
-from resmaster_stages.methods.settings import Steered, area
+from resmaster_stages.methods.settings import Steered, Wrapping, area
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @register
-class CUpscale(Steered):
+class CUpscale(Steered, Wrapping):
     """Views denoised from the noised low-res image: the image changes less than by ResMaster."""
 
     # The path begins where ResMaster's swap has nearly ended, so the swap acts at every step, with the lower cutoff.
@@ -54,22 +54,25 @@ class CUpscale(Steered):
 
     def needs(self) -> Mapping[Ability, str]:
         """The composer changes cross-attention."""
-        return {"attention": "upscale.share"} if self.share else {}
+        own: Mapping[Ability, str] = {"attention": "upscale.share"} if self.share else {}
+        return {**super().needs(), **own}
 
     def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
         """The views and, with a composer, the low-res image by one branch; with a time-matched anchor once more."""
         left = self.left(self.start, course)
-        yield UnetWork(self.rows(left, course) * len(grid), area(*grid.window_size, grid))
+        yield from self.views_work(left, len(grid), area(*grid.window_size, grid), course)
         if self.share:
             yield UnetWork(len(left), self.small_area(grid))
         yield from self.anchor_work(left, grid, course)
 
     def passes(self, request: Request) -> tuple[Pass, ...]:
         """One pass that starts from the noised reference."""
-        reference = request.required_reference()
+        request.required_reference()
 
         def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
-            return step.noised(reference.latents, noise()), self.compose(request, noise)
+            draw = noise()
+            x0 = request.roughened(request.followed, noise)
+            return step.noised(x0, draw), self.compose(request, noise)
 
         return (Pass(*request.canvas_size, begin, request.course.first(self.start)),)
 

@@ -7,27 +7,35 @@ Each phase enlarges the latents of the phase before and follows them in three wa
 With c = (1 + cos(pi (T - t) / T)) / 2, the skip residual fades with c^`cosine_scale_1`, the weight of the dilated views
 with c^`cosine_scale_2`, and the blur with c^`cosine_scale_3`.
 
+Two later papers changed parts of it, which are settings here. AccDiffusion (Lin et al., ECCV 2024) shuffles the dilated
+views before they are predicted and gives each local view words of its own (`shuffle`, `text_prompt`, preset
+`accdiffusion`). FAM Diffusion (Yang et al., CVPR 2025) follows the enlarged latents in low frequencies alone (`skip:
+low`).
+
 From the authors: all of the above, and preset `faithful` (their published settings; windows that reach beyond the
 canvas see zeros, and crop coordinates count from that padded border). Our choice in preset `default`: windows stay
 inside the canvas, and their crop coordinates are their true places; the first tenth of each phase, which mostly copies
 the noised reference, is left out. Any scale is possible, not only whole numbers. Different from the authors in both
 presets: the first phase is the project's low-res image, encoded, and was generated with its own size as size condition
-instead of the target's.
+instead of the target's. Different from the authors of AccDiffusion in preset `accdiffusion`: captions are those of the
+dataset, local views move at every step instead of once per phase, and all dilated views of an image are shuffled
+together, however many are in one call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from resmaster_stages.config.method import Source, register
+from resmaster_stages.config.part import Later
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid, interleaved_size
 from resmaster_stages.methods.passes import Pass, phase_scales, phase_sizes
-from resmaster_stages.methods.settings import Views, area
+from resmaster_stages.methods.settings import Following, TextPromptConfig, Views, area
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,15 +49,20 @@ if TYPE_CHECKING:
     from resmaster_stages.models.schedule import Course, Step
 
 
+PUBLISHED: dict[str, Any] = {"stepper": "ddim_keep", "start": 0.0, "jitter": "zeros"}
+
+
 @register
-class DemoFusion(Views):
+class DemoFusion(Views, Following):
     """The image grows phase by phase: much new detail, but slow."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
-        "faithful": {"stepper": "ddim_keep", "start": 0.0, "jitter": "zeros"},
+        "faithful": PUBLISHED,
+        "accdiffusion": {**PUBLISHED, "shuffle": "channels", "text_prompt": {"enabled": True}},
     }
-    reads: ClassVar[tuple[Source, ...]] = ("reference",)
+    reads: ClassVar[tuple[Source, ...]] = ("reference", "captions")
+    own_way: ClassVar[Literal["image", "latent"]] = "latent"
 
     method: Literal["demofusion"] = "demofusion"
     phases: Literal["every", "doubling", "last"] = "every"
@@ -70,6 +83,19 @@ class DemoFusion(Views):
     jitter: Literal["clamped", "zeros", "off"] = "clamped"
     """Random shifts of local views. `clamped`: inside the canvas. `zeros`: also beyond its border, where views see
     zeros (the authors). `off`: no shifts."""
+    skip: Literal["all", "low"] = Later("all")
+    """What the skip residual pulls. `all`: whole latents, less and less. `low`: their low frequencies, more and more of
+    them (FAM Diffusion). Then `cosine_scale_1` is not read."""
+    shuffle: Literal["none", "channels", "positions"] = Later("none")
+    """At every step, dilated views exchange their latents at random before they are predicted, and take their own
+    predictions back (AccDiffusion). `channels`: at each position and channel anew (the authors' code). `positions`: at
+    each position, all channels together (their paper). `none`: they do not."""
+    text_prompt: TextPromptConfig = Later(TextPromptConfig(enabled=False))
+    """Each local view's own caption. Off by default here: every view gets the global prompt."""
+
+    def uses(self, what: Source) -> bool:
+        """Whether the result depends on `what`."""
+        return super().uses(what) and (what != "captions" or self.text_prompt.enabled)
 
     def canvases(self, grid: Grid) -> tuple[tuple[float, int, int], ...]:
         """(scale, rows, columns) of each phase on the way to the canvas of `grid`."""
@@ -79,11 +105,11 @@ class DemoFusion(Views):
     def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
         """The local and the dilated views of every phase."""
         left, share = self.left(self.start, course), [each**self.cosine_scale_2 for each in course.decay]
-        local = self.rows((index for index in left if not share or share[index] < 1), course)
+        local = [index for index in left if not share or share[index] < 1]
         dilated = self.rows((index for index in left if not share or share[index] > 0), course)
         for scale, height, width in self.canvases(grid):
             phase, factor = Grid(height, width, grid.window, grid.stride), max(1, round(scale))
-            yield UnetWork(local * len(phase), area(*phase.window_size, grid))
+            yield from self.views_work(local, len(phase), area(*phase.window_size, grid), course)
             yield UnetWork(dilated * factor**2, area(*interleaved_size(height, width, factor, grid.multiple), grid))
 
     def passes(self, request: Request) -> tuple[Pass, ...]:
@@ -105,26 +131,24 @@ class DemoFusion(Views):
 
     def beginning(self, request: Request, scale: float, rows: int, cols: int) -> Begin:
         """The start of the phase of `rows` x `cols` latents: the latents of the phase before, enlarged and noised."""
-        import torch.nn.functional as F
-
         from resmaster_stages.diffusion.loop import Composition
-        from resmaster_stages.diffusion.reference_guidance import skip_residual
+        from resmaster_stages.diffusion.reference_guidance import low_residual, skip_residual
         from resmaster_stages.diffusion.steppers import make_stepper
 
-        reference, window = request.required_reference(), request.views()
+        window = request.views()
 
         def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
-            small = reference.small_latents if previous is None else previous
-            x0 = F.interpolate(small, size=(rows, cols), mode="bicubic", align_corners=False)
             draw = noise()
+            x0 = request.roughened(request.latents_before(previous, rows, cols), noise)
             grid = Grid(rows, cols, window.window, window.stride)
+            low = self.skip == "low"
             return step.noised(x0, draw), Composition(
                 groups=(
                     _local_views(request, self, grid, noise),
-                    _dilated_views(request, self, rows, cols, max(1, round(scale))),
+                    _dilated_views(request, self, (rows, cols, max(1, round(scale))), noise),
                 ),
                 stepper=make_stepper(self.stepper),
-                latent_hooks=(skip_residual(x0, draw, self.cosine_scale_1),),
+                latent_hooks=(low_residual(x0, draw) if low else skip_residual(x0, draw, self.cosine_scale_1),),
             )
 
         return begin
@@ -144,8 +168,13 @@ def dilated_input(factor: int, settings: DemoFusion) -> LatentHook:
     return blur
 
 
-def _conditions(request: Request, settings: DemoFusion, grid: Grid, origins: list[Origins]) -> Conditions:
-    """Conditions of the windows at each sample's `origins`. In every phase, the sizes are those of the final image."""
+def _conditions(
+    request: Request, settings: DemoFusion, grid: Grid, origins: list[Origins], texts: list[str] | None = None
+) -> Conditions:
+    """Conditions of the windows at each sample's `origins`. In every phase, the sizes are those of the final image.
+
+    texts: one per window, sample by sample. None: the prompts.
+    """
     from resmaster_stages.diffusion.conditions import make_conditions
 
     factor, (height, width) = request.models.geometry.latent_factor, request.canvas_size
@@ -157,11 +186,32 @@ def _conditions(request: Request, settings: DemoFusion, grid: Grid, origins: lis
     return make_conditions(
         request.models,
         grid,
-        [text for text in request.prompts for _ in range(views)],
+        texts or [text for text in request.prompts for _ in range(views)],
         [text for text in request.negative_prompts for _ in range(views)],
         guidance_scale=request.config.guidance_scale,
         sizes=sizes,
     )
+
+
+def nearest_captions(grid: Grid, origins: list[Origins], captioned: Grid) -> list[int]:
+    """For each window of `grid` at each sample's `origins`, the item (sample * views + view) of the view of `captioned`
+    whose centre is nearest, in parts of the image. The two grids may have canvases of different sizes."""
+
+    def centres(starts: Iterable[int], side: int, length: int) -> list[float]:
+        return [(start + side / 2) / length for start in starts]
+
+    def nearest(places: list[float], among: list[float]) -> list[int]:
+        return [min(range(len(among)), key=lambda i: abs(among[i] - place)) for place in places]
+
+    rows = centres(captioned.rows, captioned.window_height, captioned.height)
+    cols = centres(captioned.cols, captioned.window_width, captioned.width)
+    items = []
+    for sample, each in enumerate(origins):
+        y, x = (list(axis) for axis in zip(*each))
+        down = nearest(centres(y, grid.window_height, grid.height), rows)
+        across = nearest(centres(x, grid.window_width, grid.width), cols)
+        items += [sample * len(captioned) + row * len(cols) + col for row, col in zip(down, across)]
+    return items
 
 
 def _local_views(request: Request, settings: DemoFusion, grid: Grid, noise: CanvasNoise) -> ViewGroup:
@@ -171,10 +221,15 @@ def _local_views(request: Request, settings: DemoFusion, grid: Grid, noise: Canv
     from resmaster_stages.diffusion.irregular_views import ScatteredViews, clamped, jitter_reach, jittered
     from resmaster_stages.diffusion.loop import ViewGroup
 
-    device, zeros = request.models.device, settings.jitter == "zeros"
+    device, zeros, samples = request.models.device, settings.jitter == "zeros", len(request.prompts)
     border = jitter_reach(grid) if zeros else 0
-    regular = [[(y, x) for y in grid.rows for x in grid.cols]] * len(request.prompts)
-    conditions = _conditions(request, settings, grid, regular)
+    regular = [[(y, x) for y in grid.rows for x in grid.cols]] * samples
+    captioned = request.views() if settings.text_prompt.enabled and request.captions is not None else None
+    if captioned is None:
+        conditions = _conditions(request, settings, grid, regular)
+    else:
+        corners = [[box[:2] for box in captioned.boxes]] * samples
+        conditions = _conditions(request, settings, captioned, corners, request.view_texts(captioned))
     factor = request.models.geometry.latent_factor
 
     def at(step: Step) -> tuple[CutViews, Conditions]:
@@ -184,13 +239,15 @@ def _local_views(request: Request, settings: DemoFusion, grid: Grid, noise: Canv
             origins = [jittered(grid, generator) for generator in noise.generators]
         if not zeros:
             origins = [clamped(grid, each) for each in origins]
-        views = ScatteredViews(grid, origins, settings.fuse, device)
+        views, own = ScatteredViews(grid, origins, settings.fuse, device), conditions
+        if captioned is not None:
+            own = conditions.take(torch.tensor(nearest_captions(grid, origins, captioned)))
         if settings.micro_conditioning == "native":
-            return views, conditions
+            return views, own
         crops = [((y + border) * factor, (x + border) * factor) for each in origins for y, x in each]
-        sizes = conditions.sizes.clone()
+        sizes = own.sizes.clone()
         sizes[:, 2:4] = torch.tensor(crops, dtype=sizes.dtype).to(device, non_blocking=True)
-        return views, replace(conditions, sizes=sizes)
+        return views, replace(own, sizes=sizes)
 
     return ViewGroup(
         at,
@@ -199,18 +256,31 @@ def _local_views(request: Request, settings: DemoFusion, grid: Grid, noise: Canv
     )
 
 
-def _dilated_views(request: Request, settings: DemoFusion, height: int, width: int, factor: int) -> ViewGroup:
-    """Interleaved samples of the whole canvas. All have the crop coordinates of the canvas's corner."""
-    from resmaster_stages.diffusion.irregular_views import InterleavedViews
-    from resmaster_stages.diffusion.loop import ViewGroup, always
+def _dilated_views(
+    request: Request, settings: DemoFusion, canvas: tuple[int, int, int], noise: CanvasNoise
+) -> ViewGroup:
+    """Interleaved samples of the whole canvas (height, width, samples per axis). All have the crop coordinates of the
+    canvas's corner."""
+    import torch
 
-    multiple = request.models.geometry.multiple
+    from resmaster_stages.diffusion.irregular_views import InterleavedViews, Shuffled, shuffle_order
+    from resmaster_stages.diffusion.loop import ViewGroup
+
+    (height, width, factor), multiple = canvas, request.models.geometry.multiple
     views = InterleavedViews(height, width, factor, multiple)
     size = interleaved_size(height, width, factor, multiple)
     grid = Grid(*size, max(size), max(size))
     conditions = _conditions(request, settings, grid, [[(0, 0)] * len(views)] * len(request.prompts))
+    channels, device = noise.shape[1] if settings.shuffle == "channels" else 1, request.models.device
+
+    def at(step: Step) -> tuple[CutViews, Conditions]:
+        if settings.shuffle == "none" or factor == 1:
+            return views, conditions
+        orders = [shuffle_order(len(views), (channels, *size), generator, device) for generator in noise.generators]
+        return Shuffled(views, torch.stack(orders)), conditions
+
     return ViewGroup(
-        always(views, conditions),
+        at,
         settings.guidance(request.models),
         weight=lambda step: step.cosine**settings.cosine_scale_2,
         prepare=dilated_input(factor, settings),

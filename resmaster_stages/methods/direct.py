@@ -4,7 +4,8 @@ At the model's native size this is plain SDXL. Low-res images are made this way.
 and layouts collapse. Every tuning-free method is measured against this baseline.
 
 Transformers with rotary positions can be told that the canvas is larger than what they were trained on: `positions` and
-`attention`, as I-Max and HiFlow do beside their guidance.
+`attention`, as I-Max and HiFlow do beside their guidance. An image that wraps is drawn by circular convolutions, which
+only UNets have.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from resmaster_stages.config.method import register
 from resmaster_stages.config.part import Later
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid
-from resmaster_stages.methods.settings import FromNoise, LateGuidance, MicroConditioned, area, timing_of
+from resmaster_stages.methods.settings import FromNoise, LateGuidance, MicroConditioned, Wrapping, area, timing_of
 from resmaster_stages.models.schedule import Timing
 
 if TYPE_CHECKING:
     from resmaster_stages.diffusion.guidance import Guidance
-    from resmaster_stages.diffusion.loop import Composition, LatentHook, Patch
+    from resmaster_stages.diffusion.loop import Composition, LatentHook, Patch, X0Hook
     from resmaster_stages.methods.request import Request
     from resmaster_stages.models.bases.base import Ability
     from resmaster_stages.models.schedule import Course
 
 
 @register
-class Direct(FromNoise, LateGuidance, MicroConditioned):
+class Direct(FromNoise, LateGuidance, MicroConditioned, Wrapping):
     """The whole canvas at once: for the native size, and as a baseline."""
 
     in_one_piece: ClassVar[bool] = True
@@ -42,10 +43,16 @@ class Direct(FromNoise, LateGuidance, MicroConditioned):
     temperature. Only for transformers with rotary positions."""
 
     def needs(self) -> Mapping[Ability, str]:
-        """Rotary positions, where they are changed."""
-        if self.positions != "own":
-            return {"positions": "upscale.positions"}
-        return {"positions": "upscale.attention"} if self.attention != "plain" else {}
+        """Rotary positions, where they are changed, and convolutions, where the image wraps."""
+        needs: dict[Ability, str] = {"convolutions": "upscale.wrap"} if any(self.wraps) else {}
+        if self.scales_positions:
+            needs["positions"] = "upscale.positions" if self.positions != "own" else "upscale.attention"
+        return needs
+
+    @property
+    def scales_positions(self) -> bool:
+        """Whether a transformer is told that the canvas is larger than what it was trained on."""
+        return self.positions != "own" or self.attention != "plain"
 
     def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
         """The whole canvas at every step."""
@@ -65,10 +72,13 @@ class Direct(FromNoise, LateGuidance, MicroConditioned):
         )
 
     def _patches(self, request: Request) -> tuple[Patch, ...]:
-        """The patch that scales positions and attention, if one of them is to be changed."""
+        """The patches that make the image wrap, or that scale positions and attention, where that is asked for."""
+        from resmaster_stages.diffusion.circular import circular
         from resmaster_stages.diffusion.positions import Scaling, scaled_positions
 
-        if not self.needs():
+        if any(self.wraps):
+            return (lambda denoiser, call: circular(denoiser, self.wraps),)
+        if not self.scales_positions:
             return ()
         geometry = request.models.geometry
         height, width = (side // geometry.multiple for side in request.canvas_size)
@@ -88,6 +98,7 @@ def whole_canvas_composition(
     guidance: Guidance,
     *,
     latent_hooks: tuple[LatentHook, ...] = (),
+    x0_hooks: tuple[X0Hook, ...] = (),
     patches: tuple[Patch, ...] = (),
     freeu: bool = False,
     micro_conditioning: str = "canvas",
@@ -117,5 +128,6 @@ def whole_canvas_composition(
         groups=(ViewGroup(always(Fuser(grid, "uniform", request.models.device), conditions), guidance),),
         stepper=make_stepper(request.config.stepper),
         latent_hooks=latent_hooks,
+        x0_hooks=x0_hooks,
         patches=(*patches, lambda denoiser, call: freeu_on(denoiser)) if freeu else patches,
     )

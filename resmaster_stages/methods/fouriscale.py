@@ -9,8 +9,9 @@ out.
 From the authors: all of the above, the SDXL settings, and a floor of 0 for Stable Diffusion 1.5 and 2.1. For these, the
 layers at the same places of the deeper UNet are our choice. The authors apply the filter to the spectrum. Here it is
 two products with the circulant matrix of its impulse response (the same numbers, without transforms). Our filter is
-symmetric in frequency. The authors' mask is off by one bin between positive and negative frequencies. In preset
-`default` FreeU is off. The reference is not read, except with `init: noised_lr`.
+symmetric in frequency. The authors' mask is off by one bin between positive and negative frequencies. On SDXL the
+authors' last step leaves a little noise, ours none. In preset `default` FreeU is off. The reference is not read, except
+with `init: noised_lr`.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class FouriScale(FromNoise):
         "default": SAMPLING,
         "faithful": {**SAMPLING, "negative_prompt": "", "freeu": True},
     }
+    version: ClassVar[int] = 2
 
     method: Literal["fouriscale"] = "fouriscale"
     full_until: float = Field(default=0.4, ge=0, le=1)

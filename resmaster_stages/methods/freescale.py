@@ -5,12 +5,23 @@ Each pass decodes, enlarges in RGB, encodes, adds noise up to step 15 of 50 and 
 - scale fusion: every self-attention takes its coarse part from windows of the native size (`scale_fusion`);
 - detail control: every noisy latent is pulled to that of the enlarged image, by cosine ** `alpha`.
 
-From the authors: all of the above, and preset `faithful` (FreeU; windows that see zero tokens beyond the canvas; a blur
-that also mixes neighbouring feature channels, as their kernel does although their paper does not say so). Preset
-`default` has none of these three, which is our choice. Different from the authors in both presets: the encoder's mode
-instead of a sample; square windows also if the image is not square; window places drawn once per step and level instead
-of once per layer. Detail control by region (`alpha_elsewhere` and a mask of the image) is the authors'. The user
-provides the mask. Windows run as one batch on projections that are computed once.
+From the authors:
+- all of the above, and `fusion: fast`, which is their fast mode;
+- preset `faithful`: FreeU; windows that see zero tokens beyond the canvas; a blur that also mixes neighbouring feature
+  channels, as their kernel does although their paper does not say so. Preset `default` has none of these three, which
+  is our choice;
+- detail control by region (`alpha_elsewhere` and a mask of the image). The user provides the mask.
+
+Different from the authors in both presets:
+- Images between two passes are clamped to [-1, 1], decoded and encoded in blended tiles, and encoded to the mode
+  instead of a sample.
+- Convolutions are dilated by the longer side over the native size. Theirs take the width, so theirs dilate tall images
+  less.
+- Windows are square also if the image is not square. Their places are drawn once per step and level instead of once per
+  layer.
+- In the fast mode, sides need not be multiples of the native size, nor the image square.
+
+Ours: `fusion: neighbourhood`, which takes ScaleDiff's attention (`diffusion.neighbourhood`) instead of scale fusion.
 """
 
 from __future__ import annotations
@@ -27,7 +38,7 @@ from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.methods.direct import whole_canvas_composition
 from resmaster_stages.methods.passes import Pass, phase_scales, phase_sizes
-from resmaster_stages.methods.settings import LateGuidance, area
+from resmaster_stages.methods.settings import Following, LateGuidance, area
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +53,7 @@ if TYPE_CHECKING:
 
 
 @register
-class FreeScale(LateGuidance):
+class FreeScale(LateGuidance, Following):
     """A cascade of whole canvases: faster than DemoFusion, with more memory."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -68,15 +79,17 @@ class FreeScale(LateGuidance):
     `alpha`. Samples without a mask have `alpha` everywhere. The authors use `alpha` 3 and 0.5 elsewhere."""
     dilate_until: float = Field(default=0.7, ge=0, le=1)
     """Fraction of the steps with dilated convolutions."""
-    fusion: bool = True
-    """Scale fusion. Without it, a pass takes about a quarter less time (by the authors' times), but objects may
-    repeat."""
+    fusion: Literal[True, False, "fast", "neighbourhood"] = True
+    """Scale fusion. `false`: none, which takes about a quarter less time (by the authors' times), but objects may
+    repeat. `fast`: global attention is among every n-th token of the canvas, in n x n parts at n times the native size
+    (the authors' fast mode). `neighbourhood`: instead of scale fusion, each place attends to the native-size window
+    around it alone, as in ScaleDiff (ours)."""
     blur: Literal["canvas", "features"] = "canvas"
     """The blur that separates coarse from fine. `canvas`: over the canvas (the paper). `features`: over the feature
     channels too (the authors' code)."""
     jitter: Literal["clamped", "zeros", "off"] = "clamped"
     """Random shifts of attention windows. `clamped`: inside the canvas. `zeros`: also beyond its border, where windows
-    see zeros (the authors). `off`: no shifts."""
+    see zeros (the authors). `off`: no shifts. With `fusion: neighbourhood`, only `off` differs from the others."""
     freeu: bool = False
     """FreeU, which the authors' programs switch on."""
 
@@ -108,16 +121,12 @@ class FreeScale(LateGuidance):
 
     def beginning(self, request: Request, scale: float, rows: int, cols: int) -> Begin:
         """The start of the pass of `rows` x `cols` latents: the image of the pass before, enlarged and noised."""
-        from resmaster_stages.diffusion import autoencoder
-        from resmaster_stages.diffusion.reference import enlarged
-
-        models = request.models
-        factor = models.geometry.latent_factor
+        factor = request.models.geometry.latent_factor
         here = replace(request, height=rows * factor, width=cols * factor)
 
         def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
-            large = enlarged(request.image_before(previous), here.height, here.width)
-            x0, draw = autoencoder.encode(models, large), noise()
+            draw = noise()
+            x0 = request.roughened(request.latents_before(previous, rows, cols), noise)
             return step.noised(x0, draw), self.compose(here, scale, x0, noise, draw)
 
         return begin
@@ -126,17 +135,11 @@ class FreeScale(LateGuidance):
         """The pass at `scale` times the low-res size, which is pulled to `x0` [B, C, h, w] noised by `draw`."""
         from resmaster_stages.diffusion.convolutions import changed_layers
         from resmaster_stages.diffusion.reference_guidance import skip_residual
-        from resmaster_stages.diffusion.scale_fusion import Windows, scale_fusion
 
         models, reference = request.models, request.required_reference()
         factor = max(1, max(request.height, request.width) // models.geometry.native_px)
         rules = layer_rules(models.base.denoiser, factor, round(self.dilate_until * self.steps))
-        patches: tuple[Patch, ...] = (partial(changed_layers, rules=rules),)
-        if self.fusion:
-            windows = Windows(*request.canvas_size, models.geometry.native, self.jitter, noise.generators)
-            radius = max(1, round(scale)) - 1
-            fusion = partial(scale_fusion, windows=windows, radius=radius, features=self.blur == "features")
-            patches = (*patches, fusion)
+        patches: tuple[Patch, ...] = (partial(changed_layers, rules=rules), *self._attention(request, scale, noise))
         return whole_canvas_composition(
             request,
             self.guidance(request.models),
@@ -145,6 +148,21 @@ class FreeScale(LateGuidance):
             freeu=self.freeu,
             size=reference.small.shape[-2:],
         )
+
+    def _attention(self, request: Request, scale: float, noise: CanvasNoise) -> tuple[Patch, ...]:
+        """The patch that changes self-attention, or none."""
+        from resmaster_stages.diffusion.neighbourhood import Tiles, neighbourhood
+        from resmaster_stages.diffusion.scale_fusion import Fusion, Windows, scale_fusion
+
+        canvas, geometry = request.canvas_size, request.models.geometry
+        if not self.fusion:
+            return ()
+        if self.fusion == "neighbourhood":
+            return (partial(neighbourhood, tiles=Tiles(*canvas, geometry.native, self.jitter != "off")),)
+        windows = Windows(*canvas, geometry.native, self.jitter, noise.generators)
+        down, across = (max(1, side // geometry.native) if self.fusion == "fast" else 1 for side in canvas)
+        fusion = Fusion(windows, max(1, round(scale)) - 1, self.blur == "features", (down, across))
+        return (partial(scale_fusion, fusion=fusion),)
 
 
 DILATED = ("down_blocks.-2.downsamplers", "down_blocks.-1.resnets", "mid_block.resnets")

@@ -7,10 +7,13 @@ from typing import Any
 
 from PIL import Image
 
+from resmaster_stages.config.wrap import Wrap
 from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.methods.direct import Direct
 from resmaster_stages.methods.render import render
 from resmaster_stages.methods.request import Request
+from resmaster_stages.methods.settings import needs_of_wrap
+from resmaster_stages.models.bases import require
 from resmaster_stages.models.bases.base import Asked, require_sampling
 from resmaster_stages.models.parts import Models
 
@@ -44,19 +47,22 @@ def generate(
     steps: int,
     guidance_scale: float,
     batch_size: int,
+    wrap: Wrap = "none",
 ) -> Iterator[Image.Image | SampleError]:
     """Yield an image of `height` x `width` px for each prompt, in order, or a SampleError in its place.
 
     At the native size, the image is the one that the model's own pipeline in diffusers draws from the same noise with
-    DDIM (eta = 0) or Euler. For UNets the noise is that of the same seed too (one CPU generator per image). Raises
-    ConfigError if a side is not a multiple of `Geometry.step_px`, or if the model cannot use the sampling.
+    DDIM (eta = 0) or Euler. For UNets the noise is that of the same seed too (one CPU generator per image). wrap: along
+    which axes the images continue at the opposite border. Raises ConfigError if a side is not a multiple of
+    `Geometry.step_px`, or if the model cannot use the sampling, or cannot wrap.
     """
 
     check_size(height, width, models.geometry.step_px)
     sampling = models.base.sampling
     stepper: Any = next(iter(sampling.steppers), "ddim_keep")
     require_sampling(sampling, Asked("low_res", steps, guidance_scale, stepper=stepper), models.identity)
-    config = Direct(steps=steps, guidance_scale=guidance_scale, stepper=stepper, view_batch=batch_size)
+    require(models.base.family, models.identity, needs_of_wrap(wrap))
+    config = Direct(steps=steps, guidance_scale=guidance_scale, stepper=stepper, view_batch=batch_size, wrap=wrap)
     for start in range(0, len(prompts), batch_size):
         slot = slice(start, start + batch_size)
         good = [_is_text(p) and _is_text(n) for p, n in zip(prompts[slot], negative_prompts[slot])]

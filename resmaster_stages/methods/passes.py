@@ -53,14 +53,14 @@ def from_noise(request: Request, compose: Callable[[Request], Composition], firs
             return step.pure(z), composition
         if request.reference is None:
             raise ConfigError("init noised_lr starts from a low-res image, and there is none; use init noise")
-        return step.noised(request.reference.latents, z), composition
+        return step.noised(request.roughened(request.followed, noise), z), composition
 
     return Pass(*request.canvas_size, begin, first or 0)
 
 
 def phase_scales(scale: float, phases: str, refine: bool) -> tuple[float, ...]:
-    """Scale of each phase relative to the low-res image: 2, 3, ... (every), 2, 4, ... (doubling) or none of these
-    (last), and finally `scale`.
+    """Scale of each phase relative to the low-res image: 2, 3, ... (every), 2, 4, ... (doubling), from 2.5x on the size
+    halfway (halfway) or none of these (last), and finally `scale`.
 
     A `scale` that lies between two such scales replaces the nearer one. `refine` adds a first phase at scale 1.
     """
@@ -69,6 +69,8 @@ def phase_scales(scale: float, phases: str, refine: bool) -> tuple[float, ...]:
         scales += [float(k) for k in range(2, round(scale))]
     elif phases == "doubling":
         scales += [2.0**k for k in range(1, 7) if 1.5 * 2**k <= scale]
+    elif phases == "halfway" and scale >= 2.5:
+        scales += [(1 + scale) / 2]
     return tuple(dict.fromkeys([*scales, scale]))
 
 

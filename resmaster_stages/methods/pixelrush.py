@@ -30,7 +30,7 @@ from resmaster_stages.config.method import Source, register
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.methods.passes import Pass, phase_scales, phase_sizes
-from resmaster_stages.methods.settings import MicroConditioned, area
+from resmaster_stages.methods.settings import Following, MicroConditioned, area
 from resmaster_stages.models.schedule import Step, Timing
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 @register
-class PixelRush(MicroConditioned):
+class PixelRush(MicroConditioned, Following):
     """Two evaluations of a view for every doubling: very fast, made for few-step weights (`model.few_step`)."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}, "faithful": {"fuse": "feather"}}
@@ -118,15 +118,12 @@ class PixelRush(MicroConditioned):
 
     def beginning(self, request: Request, rows: int, cols: int) -> Begin:
         """The start of the pass of `rows` x `cols` latents: the image of the pass before, enlarged and encoded."""
-        from resmaster_stages.diffusion import autoencoder
-        from resmaster_stages.diffusion.reference import enlarged
-
         factor = request.models.geometry.latent_factor
         here = replace(request, height=rows * factor, width=cols * factor)
 
         def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
-            large = enlarged(request.image_before(previous), here.height, here.width)
-            return autoencoder.encode(request.models, large), self.compose(here)
+            latents = request.latents_before(previous, rows, cols)
+            return request.roughened(latents, noise), self.compose(here)
 
         return begin
 

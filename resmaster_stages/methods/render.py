@@ -45,10 +45,11 @@ def render(request: Request, seeds: Sequence[int], progress: Progress | None = N
         for each, path in zip(passes, paths):
             draw = noise.resized(each.height, each.width)
             z, composition = each.begin(z, draw, path[0])  # [B, C, h, w]
+            composition = config.controlled(request, composition, each.height, each.width)
             z = denoise(models, composition, path, z, draw, view_batch=request.view_limit, progress=tick)
             z = each.finish(z)
         assert z is not None
-        pixels = autoencoder.decode(models, z)[..., : request.height, : request.width]
+        pixels = autoencoder.decode(models, z, config.wraps)[..., : request.height, : request.width]
         finite = torch.isfinite(pixels).flatten(1).all(dim=1).tolist()
     return [_checked(image) if ok else _not_finite(config.steps) for image, ok in zip(pixels, finite)]
 

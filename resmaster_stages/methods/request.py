@@ -8,17 +8,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from resmaster_stages.config.control import ControlImage
+from resmaster_stages.config.wrap import Axes
 from resmaster_stages.diffusion import autoencoder
+from resmaster_stages.diffusion.edges import canny, edge_density
 from resmaster_stages.diffusion.memory import view_limit
+from resmaster_stages.diffusion.reference import enlarged, resized
 from resmaster_stages.diffusion.views import Grid, canvas_size, view_grid, whole_canvas
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.methods.settings import Diffusion
+from resmaster_stages.methods.settings import Diffusion, Following, Way
 from resmaster_stages.models.parts import Models
 from resmaster_stages.models.schedule import Course, Step, course_of
+
+if TYPE_CHECKING:
+    from resmaster_stages.diffusion.loop import CanvasNoise
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +37,13 @@ class Reference:
     scale: float
     low_res: Tensor
     """The low-res images themselves: [B, 3, h, w] in [-1, 1], of any size."""
+    wraps: Axes = (False, False)
+    """Whether the images continue at the opposite border, along their height and along their width."""
 
     @cached_property
     def latents(self) -> Tensor:
         """`pixels`, encoded: [B, C, H/f, W/f], float32."""
-        return autoencoder.encode(self.models, self.pixels)
+        return autoencoder.encode(self.models, self.pixels, self.wraps)
 
     @cached_property
     def small(self) -> Tensor:
@@ -48,13 +57,12 @@ class Reference:
         exact = all(side == low * self.scale for side, low in zip(self.pixels.shape[-2:], self.low_res.shape[-2:]))
         if exact and self.low_res.shape[-2:] == (height, width):
             return self.low_res
-        small = F.interpolate(self.pixels, size=(height, width), mode="bicubic", align_corners=False, antialias=True)
-        return small.clamp(-1, 1)
+        return resized(self.pixels, height, width, wraps=self.wraps, antialias=True).clamp(-1, 1)
 
     @cached_property
     def small_latents(self) -> Tensor:
         """`small`, encoded: [B, C, ~h/f, ~w/f], float32."""
-        return autoencoder.encode(self.models, self.small)
+        return autoencoder.encode(self.models, self.small, self.wraps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,9 +120,71 @@ class Request:
             return self.required_reference().small
         return autoencoder.decode(self.models, previous).clamp(-1, 1)
 
+    @cached_property
+    def followed(self) -> Tensor:
+        """The latents of the low-res images at the size of the canvas [B, C, H, W], enlarged as the method's settings
+        say.
+
+        Raises ConfigError if there are no low-res images, or if the network cannot be used.
+        """
+        assert isinstance(self.config, Following)
+        reference = self.required_reference()
+        way = self.config.enlargement()
+        if way == "image":
+            return reference.latents
+        return self._enlarged(reference.small_latents, *self.canvas_size, way)
+
+    def _enlarged(self, small: Tensor, height: int, width: int, way: Way) -> Tensor:
+        """Latents [B, C, h, w] at `height` x `width`: by the network, or bicubically."""
+        assert isinstance(self.config, Following)
+        if way == "network":
+            from resmaster_stages.models.latent_enlarger_files import enlarge_latents
+
+            return enlarge_latents(self.models, small, height, width, self.config.reference)
+        return resized(small, height, width, wraps=self.config.wraps)
+
+    def latents_before(self, previous: Tensor | None, height: int, width: int, way: Way | None = None) -> Tensor:
+        """The latents that a pass of `height` x `width` latents begins from: those of the clean latents `previous` of
+        the pass before, or of the low-res images if there was none, enlarged.
+
+        way: as the method's settings say if None. Raises ConfigError if there are no low-res images, or if the network
+        cannot be used.
+        """
+        assert isinstance(self.config, Following)
+        reference, way = self.required_reference(), way or self.config.enlargement()
+        if way == "image":
+            factor = self.models.geometry.latent_factor
+            large = enlarged(self.image_before(previous), height * factor, width * factor)
+            return autoencoder.encode(self.models, large)
+        small = reference.small_latents if previous is None else previous
+        return self._enlarged(small, height, width, way)
+
+    def roughened(self, latents: Tensor, noise: CanvasNoise) -> Tensor:
+        """`latents` [B, C, H, W] that a pass begins from, with noise where the low-res images have edges, if the
+        settings ask for it. The noise is drawn after the pass's own, which stays the same."""
+        assert isinstance(self.config, Following)
+        low, high = self.config.reference.edge_noise
+        if high == 0:
+            return latents
+        density = edge_density(self.required_reference().small, *latents.shape[-2:]).to(latents.device)
+        return latents + (low + (high - low) * density) * noise()
+
+    def control_image(self, kind: ControlImage, height: int, width: int) -> Tensor:
+        """What a ControlNet is shown on a canvas of `height` x `width` px: [B, 3, height, width] in [0, 1].
+
+        tile: the low-res images, enlarged. canny: their edges, enlarged in the same way.
+        """
+        reference = self.required_reference()
+        if kind == "canny":
+            shown = canny(reference.small).expand(-1, 3, -1, -1) * 2 - 1
+        else:
+            whole = reference.pixels.shape[-2:] == (height, width)
+            shown = reference.pixels if whole else reference.small
+        return (shown if shown.shape[-2:] == (height, width) else enlarged(shown, height, width)) / 2 + 0.5
+
     def views(self) -> Grid:
         """The grid of native-size views."""
-        return view_grid(self.models.geometry, self.height, self.width, self.config.view_stride)
+        return view_grid(self.models.geometry, self.height, self.width, self.config.view_stride, self.config.wraps)
 
     def canvas(self) -> Grid:
         """The grid whose only view is the whole canvas."""

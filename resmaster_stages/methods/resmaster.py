@@ -94,7 +94,8 @@ class ResMaster(MovingViews, Steered):
 
     def needs(self) -> Mapping[Ability, str]:
         """Image prompts need an IP-Adapter."""
-        return {"image_prompts": "upscale.image_prompt.enabled"} if self.image_scale else {}
+        own: Mapping[Ability, str] = {"image_prompts": "upscale.image_prompt.enabled"} if self.image_scale else {}
+        return {**super().needs(), **own}
 
     def label(self) -> str:
         """The method's name and the parts that are on."""
@@ -102,6 +103,7 @@ class ResMaster(MovingViews, Steered):
             "structure": self.structure.enabled,
             "image prompts": self.image_prompt.enabled,
             "patch captions": self.text_prompt.enabled,
+            "ControlNet": self.control.acting,
         }
         return f"{self.method} ({', '.join(name for name, on in parts.items() if on) or 'no guidance'})"
 

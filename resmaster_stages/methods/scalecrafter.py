@@ -11,7 +11,8 @@ layers, which their settings name but no published run switches on; preset `fait
 px is the authors' list for tests, the only list at hand. Our choice: the rules that extend these settings to any size;
 in preset `default`, no FreeU, and below 3x the deepest down block is dilated too (the authors' list names a block that
 SDXL does not have). Only the unconditional half runs through the weak network here. The authors' code computes both
-halves and drops one. The reference is not read, except with `init: noised_lr`.
+halves and drops one. On SDXL the authors' last step leaves a little noise, ours none. The reference is not read, except
+with `init: noised_lr`.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class ScaleCrafter(FromNoise, MicroConditioned):
         "default": SAMPLING,
         "faithful": {**SAMPLING, "negative_prompt": "", "down": False, "freeu": True},
     }
+    version: ClassVar[int] = 2
 
     method: Literal["scalecrafter"] = "scalecrafter"
     dilate_until: float | None = Field(default=None, ge=0, le=1)

@@ -7,21 +7,26 @@ module does not import torch before an image is made, so that a configuration is
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from resmaster_stages.config.control import ControlConfig, ControlImage
 from resmaster_stages.config.method import Method, OnlyWith, Source
 from resmaster_stages.config.part import Later, Operational, Part
+from resmaster_stages.config.reference import ReferenceConfig
 from resmaster_stages.config.structure import StructureConfig
-from resmaster_stages.diffusion.cost import UnetWork
+from resmaster_stages.config.wrap import Axes, Wrap, wrapped_axes
+from resmaster_stages.diffusion.cost import CONTROL_SHARE, UnetWork
 from resmaster_stages.diffusion.views import Grid, stride_of
 from resmaster_stages.methods.passes import Pass, from_noise
-from resmaster_stages.models.bases.base import Asked
+from resmaster_stages.models.bases.base import FURTHER, Asked, Family, Geometry
+from resmaster_stages.models.bases.unet import like_sdxl
 from resmaster_stages.models.schedule import Course, Timing
 
 if TYPE_CHECKING:
@@ -56,6 +61,23 @@ def timing_of(time_shift: str | float, grid: Grid, cells: int) -> Timing:
     if time_shift == "sqrt":
         return Timing(cells, growth=(grid.height * grid.width / cells) ** 0.5)
     return Timing(cells, shift=time_shift if isinstance(time_shift, (int, float)) else None)
+
+
+def unsuited_freeu(method: Method, family: Family, geometry: Geometry, model: str) -> Iterator[str]:
+    """Says it if `method` switches FreeU on for a base model that its strengths were not chosen for.
+
+    model: the name of the base model, for the message.
+    """
+    if getattr(method, "freeu", False) and not like_sdxl(family, geometry):
+        yield (
+            f"upscale.freeu: the strengths of FreeU were chosen for SDXL, and {model} is another model, whose images "
+            "it may darken and discolour; set freeu: false"
+        )
+
+
+def needs_of_wrap(wrap: Wrap) -> Mapping[Ability, str]:
+    """The ability that a base model needs to draw low-res images that wrap, and the setting that needs it."""
+    return {} if wrap == "none" else {"convolutions": "low_res.wrap"}
 
 
 class Enlargement(Method):
@@ -127,7 +149,9 @@ class Diffusion(Method):
 
     def asked(self) -> Asked:
         """The sampling that the method asks the base model for."""
-        return Asked("upscale", self.steps, self.guidance_scale, frozenset(self.model_fields_set), self.stepper)
+        further = tuple(name for name in FURTHER if getattr(self, name, None) is not None)
+        written = frozenset(self.model_fields_set)
+        return Asked("upscale", self.steps, self.guidance_scale, written, self.stepper, further)
 
     def timing(self, grid: Grid) -> Timing:
         """What the path of a canvas with the views of `grid` depends on: the size of a view."""
@@ -153,12 +177,40 @@ class Diffusion(Method):
         A test compares the numbers with what the engine counts.
         """
 
+    def controls(self) -> ControlImage | None:
+        """The kind of control image that a ControlNet is shown. None: the method uses no ControlNet."""
+        return None
+
+    def controlled(self, request: Request, composition: Composition, height: int, width: int) -> Composition:
+        """`composition` of a pass of `height` x `width` latents, with the ControlNet that the settings ask for."""
+        return composition
+
     @abstractmethod
     def passes(self, request: Request) -> tuple[Pass, ...]:
         """The passes of the denoising loop, in order. The canvas of the last one has the requested size."""
 
 
-class LateGuidance(Diffusion):
+class GuidedByBand(Diffusion):
+    """Guidance with another scale for low frequencies."""
+
+    guidance_low: float | None = Later(None, ge=1)
+    """Guidance scale of low frequencies, which are those of a wavelet's low band (sym4). HiWave has 1, beside 7.5 for
+    high ones. null: `guidance_scale`, as for high ones. Without guidance (`guidance_scale: 1`) it is not read."""
+
+    def guided_by_band(self, models: Models, scale: float, stop: float = 1.0) -> ClassifierFree:
+        """The guidance rule with `scale` for high frequencies, up to the fraction `stop` of the path."""
+        from resmaster_stages.diffusion.guidance import ByBand, ClassifierFree
+        from resmaster_stages.diffusion.wavelets import low_band
+
+        mix, low = models.base.guide, self.guidance_low
+        if not models.guided(scale):
+            return ClassifierFree(1.0, stop, mix)
+        if low is None or low == scale:
+            return ClassifierFree(scale, stop, mix)
+        return ByBand(scale, stop, mix, low, partial(low_band, wavelet="sym4"))
+
+
+class LateGuidance(GuidedByBand):
     """Guidance that may end before the last step."""
 
     guidance_stop: float = Field(default=1.0, gt=0, le=1)
@@ -171,10 +223,21 @@ class LateGuidance(Diffusion):
 
     def guidance(self, models: Models) -> ClassifierFree:
         """The guidance rule: without an unconditional branch if the model has none."""
-        from resmaster_stages.diffusion.guidance import ClassifierFree
+        return self.guided_by_band(models, self.guidance_scale, self.guidance_stop)
 
-        scale = self.guidance_scale if models.guided(self.guidance_scale) else 1.0
-        return ClassifierFree(scale, self.guidance_stop, models.base.guide)
+
+class Wrapping(Diffusion):
+    """Images that continue at the opposite border."""
+
+    wrap: Wrap = Later("none")
+    """Makes an image that continues at the opposite border: `horizontal` (its right border at its left one, for
+    panoramas), `vertical`, or `both` (textures). A low-res image that is followed must continue there, too:
+    `low_res.wrap`."""
+
+    @property
+    def wraps(self) -> Axes:
+        """Whether the image continues at the opposite border, along its height and along its width."""
+        return wrapped_axes(self.wrap)
 
 
 class MicroConditioned(Diffusion):
@@ -185,7 +248,48 @@ class MicroConditioned(Diffusion):
     of a native-size image. PixArt-alpha at 1024 px reads the size alone."""
 
 
-class FromNoise(Diffusion):
+Way = Literal["image", "latent", "mixed", "network"]
+"""How the low-res image becomes latents of the target's size."""
+
+
+class Following(Diffusion):
+    """A method that follows the latents of the low-res image."""
+
+    own_way: ClassVar[Literal["image", "latent", "mixed"]] = "image"
+    """How the method's authors enlarge the low-res image."""
+
+    reference: ReferenceConfig = Later(ReferenceConfig())
+    """How the low-res image becomes latents of the target's size."""
+
+    @model_validator(mode="after")
+    def _check_reference(self) -> Self:
+        if self.reference != ReferenceConfig() and not self.uses("reference"):
+            raise ValueError("reference is set, but is read only with init: noised_lr; set that too, or drop reference")
+        if self.reference.adds_noise and not self.begins_from_reference():
+            raise ValueError("reference.edge_noise is read only with init: noised_lr; set that too, or drop edge_noise")
+        if any(self.wraps) and (self.enlargement() == "network" or self.reference.adds_noise):
+            raise ValueError(
+                "reference.enlarge: network and reference.edge_noise do not continue at the opposite border; drop "
+                "them, or wrap"
+            )
+        return self
+
+    def begins_from_reference(self) -> bool:
+        """Whether the first pass begins from the noised latents of the low-res image."""
+        return True
+
+    def enlargement(self) -> Way:
+        """How the low-res image is enlarged."""
+        return self.own_way if self.reference.enlarge == "own" else self.reference.enlarge
+
+    def weights(self) -> str | None:
+        """The identity of the weights of the network that enlarges latents; None if none does."""
+        from resmaster_stages.models.identity import latent_network, network_identity
+
+        return network_identity(latent_network(self.reference)) if self.enlargement() == "network" else None
+
+
+class FromNoise(Following):
     """One pass that starts from noise or from the noised reference."""
 
     reads: ClassVar[tuple[Source, ...]] = ("reference",)
@@ -200,6 +304,10 @@ class FromNoise(Diffusion):
     def uses(self, what: Source) -> bool:
         """Whether the result depends on `what`."""
         return super().uses(what) and (what != "reference" or self.init == "noised_lr")
+
+    def begins_from_reference(self) -> bool:
+        """Whether the pass begins from the noised latents of the low-res image."""
+        return self.init == "noised_lr"
 
     def passes(self, request: Request) -> tuple[Pass, ...]:
         """One pass with the composition that `compose` gives."""
@@ -220,6 +328,42 @@ class Views(LateGuidance, MicroConditioned):
     """Weight of a view's pixels where views overlap. `uniform`: all alike. `linear`: ramps over the overlap.
     `gaussian`: a bell with a standard deviation of a quarter of the view. `narrow`: a tenth (Mixture of Diffusers).
     `cosine`: half a wave. `feather`: blurred borders (PixelRush)."""
+    control: ControlConfig = Later(ControlConfig())
+    """A ControlNet, which reads each view's own crop of a control image."""
+
+    def uses(self, what: Source) -> bool:
+        """Whether the result depends on `what`."""
+        if what == "control":
+            return self.control.acting
+        return super().uses(what) or (what == "reference" and self.control.acting)
+
+    def needs(self) -> Mapping[Ability, str]:
+        """A ControlNet needs a UNet."""
+        return {"control": "upscale.control.enabled"} if self.control.acting else {}
+
+    def controls(self) -> ControlImage | None:
+        """The kind of control image that a ControlNet is shown. None: the ControlNet is off."""
+        return self.control.image if self.control.acting else None
+
+    def controlled(self, request: Request, composition: Composition, height: int, width: int) -> Composition:
+        """`composition` of a pass of `height` x `width` latents, with the ControlNet if it is on."""
+        if not self.control.acting:
+            return composition
+        from resmaster_stages.diffusion.control import Control
+
+        factor = request.models.geometry.latent_factor
+        image = request.control_image(self.control.image, height * factor, width * factor)
+        return Control(request.models, image, self.control).applied(composition)
+
+    def views_work(self, steps: Sequence[int], views: int, size: float, course: Course) -> Iterator[UnetWork]:
+        """Forecast of `views` views at each of the steps with the indices `steps`, and of the ControlNet where it acts.
+
+        size: area of a view, in units of the native area.
+        """
+        yield UnetWork(self.rows(steps, course) * views, size)
+        acting = [index for index in steps if self.control.weight(course.done[index])]
+        if acting:
+            yield UnetWork(self.rows(acting, course) * views, size, CONTROL_SHARE)
 
     @property
     def view_stride(self) -> float:
@@ -227,7 +371,7 @@ class Views(LateGuidance, MicroConditioned):
         return self.stride
 
 
-class MovingViews(Views, FromNoise):
+class MovingViews(Views, FromNoise, Wrapping):
     """Views that can move from step to step."""
 
     shift: Literal["none", "every_step"] = "none"
@@ -243,8 +387,8 @@ class MovingViews(Views, FromNoise):
     def moving(self, grid: Grid) -> Grid | None:
         """The moving grid at shift 0. None if the views stand still.
 
-        Moving views need one more view per axis. The purpose of `shift_stride` is to need fewer views, so nothing moves
-        where it does not.
+        Moving views need one more view per axis that does not wrap. The purpose of `shift_stride` is to need fewer
+        views, so nothing moves where it does not.
         """
         if self.shift == "none":
             return None
@@ -265,9 +409,10 @@ class MovingViews(Views, FromNoise):
         """The views of the steps in which they stand still, and of the steps in which they move."""
         left, moving, view = self.left(self.start, course), self.moving(grid), area(*grid.window_size, grid)
         moved = [index for index in left if moving and course.done[index] < self.shift_stop]
-        yield UnetWork(self.rows(set(left) - set(moved), course) * len(grid), view)
+        still = sorted(set(left) - set(moved))
+        yield from self.views_work(still, len(grid), view, course)
         if moving:
-            yield UnetWork(self.rows(moved, course) * len(moving), view)
+            yield from self.views_work(moved, len(moving), view, course)
 
 
 class TextPromptConfig(Part):
@@ -277,7 +422,7 @@ class TextPromptConfig(Part):
     """Off: every view gets the global prompt."""
 
 
-class Steered(Views):
+class Steered(Views, Following):
     """Views that follow the reference's low frequencies, each with its own caption."""
 
     reads: ClassVar[tuple[Source, ...]] = ("reference", "captions")
@@ -289,6 +434,8 @@ class Steered(Views):
 
     def uses(self, what: Source) -> bool:
         """Whether the result depends on `what`."""
+        if what == "control":
+            return super().uses(what)
         return what in self.reads and (what != "captions" or self.text_prompt.enabled)
 
     def structural_guidance(
@@ -308,7 +455,7 @@ class Steered(Views):
             return ()
         anchor = self._anchor(request, noise, within)
         scale = request.required_reference().scale
-        return (structural_guidance(anchor, self.structure, scale, request.course.done),)
+        return (structural_guidance(anchor, self.structure, scale, request.course.done, self.wraps),)
 
     def _anchor(
         self, request: Request, noise: CanvasNoise, within: Callable[[], AbstractContextManager[None]]
@@ -320,7 +467,7 @@ class Steered(Views):
         if self.structure.anchor == "time_matched":
             draw = noise.resized(*reference.small_latents.shape[-2:])()
             return time_matched(request, draw, self.guidance(request.models), within)
-        latents = reference.latents
+        latents = request.followed
         return lambda step: latents
 
     def anchor_work(self, steps: Iterable[int], grid: Grid, course: Course) -> Iterator[UnetWork]:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from resmaster_stages.config.method import Method
-from resmaster_stages.diffusion.views import target_size, view_grid
+from resmaster_stages.config.wrap import wrap_of
+from resmaster_stages.diffusion.views import OTHER_SIZE, target_size, view_grid, why_not_wrapping
 from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.keys import digest
 from resmaster_stages.methods.resmaster import ResMaster
-from resmaster_stages.methods.settings import Diffusion, Enlargement
+from resmaster_stages.methods.settings import Diffusion, Enlargement, unsuited_freeu
 from resmaster_stages.models.bases.base import require_sampling
 from resmaster_stages.progress import Note, emit
 
@@ -49,8 +50,8 @@ def upscale_image(
     progress: called with (steps done, steps in all) of each pass.
 
     Raises ConfigError (wrong number of captions, a mask that is not read, image prompts without an IP-Adapter, a
-    scheduler that does not fit, sampling that the model cannot use, too little memory) and SampleError (the model
-    produced nothing that can be seen).
+    scheduler that does not fit, sampling that the model cannot use, a size that cannot wrap, too little memory) and
+    SampleError (the model produced nothing that can be seen).
     """
     config = config or ResMaster()
     if detail is not None:
@@ -59,6 +60,8 @@ def upscale_image(
         return enlarge_image(image, config, models.device, models.dtype, progress)
     assert isinstance(config, Diffusion)
     require_sampling(models.base.sampling, config.asked(), models.identity)
+    for line in unsuited_freeu(config, models.base.family, models.geometry, models.identity):
+        emit(Note(line))
     negative_prompt = config.negative_prompt if negative_prompt is None else negative_prompt
     latest = image
     for number, (scale, own) in enumerate(zip((*config.via, config.scale), config.way())):
@@ -91,12 +94,14 @@ def _one_pass(
     from resmaster_stages.methods.render import render
     from resmaster_stages.methods.request import Reference, Request
 
-    grid = view_grid(models.geometry, height, width, config.view_stride)
+    if reason := why_not_wrapping(models.geometry, height, width, config.wraps):
+        raise ConfigError(f"upscale.wrap: {wrap_of(config.wraps)}: {reason}; {OTHER_SIZE}")
+    grid = view_grid(models.geometry, height, width, config.view_stride, config.wraps)
     if captions is not None and len(captions) != len(grid):
         raise ConfigError(
             f"captions: {len(captions)} given for {len(grid)} views ({grid.name}); give one per view, or none"
         )
-    pixels = pad_to_multiple(upsample(image, height, width), models.geometry.step_px)
+    pixels = pad_to_multiple(upsample(image, height, width, config.wraps), models.geometry.step_px)
     request = Request(
         models=models,
         config=config,
@@ -105,7 +110,7 @@ def _one_pass(
         prompts=(prompt,),
         negative_prompts=(negative_prompt,),
         captions=(tuple(captions),) if captions is not None and config.uses("captions") else None,
-        reference=Reference(models, pixels, config.scale, to_tensor(image)),
+        reference=Reference(models, pixels, config.scale, to_tensor(image), config.wraps),
         detail=None if detail is None else to_mask(detail),
     )
     for line in preflight(models, config.view_batch, grid, models.branches(config.guidance_scale)):

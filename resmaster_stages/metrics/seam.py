@@ -3,6 +3,9 @@
 A view's border lies between two pixel rows or columns. The step across each border line is compared with the steps
 across the lines next to it. A horizon or a wall that crosses the line counts for both and cancels out. Borders lie on
 the latent grid, but this module works in pixels.
+
+If a view ends beyond the image, the image continues at the opposite border (it wraps). Then that border is an inner
+line too: the image is rolled until no view ends at its border.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ def seam_ratio(image: Image.Image | Array, boxes: Sequence[tuple[int, int, int, 
     y = luminance(image)
     ratios: list[float] = []
     for axis, size in ((0, y.shape[0]), (1, y.shape[1])):
-        lines = {box[axis] for box in boxes} | {box[axis + 2] for box in boxes}
+        lines, roll = border_lines(boxes, axis, size)
+        y = np.roll(y, roll, axis) if roll else y
         inner = sorted(line for line in lines if 0 < line < size)
         if not inner:
             continue
@@ -63,6 +67,20 @@ def seam_ratio(image: Image.Image | Array, boxes: Sequence[tuple[int, int, int, 
     return float(np.mean(ratios)) if ratios else 1.0
 
 
+def border_lines(
+    boxes: Sequence[tuple[int, int, int, int]], axis: int, size: int, unit: float = 1
+) -> tuple[set[int], int]:
+    """(the lines along `axis` where views begin or end, how far an image of `size` px is rolled so that no such line
+    is its border). The roll is 0 unless the image wraps. It is a multiple of `unit`, rounded to whole px."""
+    lines = {box[axis] for box in boxes} | {box[axis + 2] for box in boxes}
+    if max(lines, default=0) <= size:
+        return lines, 0
+    lines = {line % size for line in lines}
+    first, second, *_ = (*sorted(lines), size)
+    roll = -round(round((first + second) / 2 / unit) * unit)
+    return {(line + roll) % size for line in lines}, roll
+
+
 def seam_worst(
     high_res: Image.Image | Array, low_res: Image.Image | Array, boxes: Sequence[tuple[int, int, int, int]]
 ) -> float:
@@ -76,10 +94,13 @@ def seam_worst(
     stretch while a contour crosses it or bends away.
     """
     values, origin = rgb(high_res), rgb(low_res)
-    lines = [
-        sorted({box[axis] for box in boxes} | {box[axis + 2] for box in boxes} | {0, values.shape[axis]})
-        for axis in (0, 1)
-    ]
+    lines = []
+    for axis, size in enumerate(values.shape[:2]):
+        unit = size / origin.shape[axis]
+        found, roll = border_lines(boxes, axis, size, unit)
+        if roll:
+            values, origin = np.roll(values, roll, axis), np.roll(origin, round(roll / unit), axis)
+        lines.append(sorted(found | {0, size}))
     worst = 0.0
     for axis in (0, 1):
         turned, source = (values, origin) if axis == 0 else (values.swapaxes(0, 1), origin.swapaxes(0, 1))

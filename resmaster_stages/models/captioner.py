@@ -1,7 +1,8 @@
 """Captioners write one sentence per image: a local Transformers model or an OpenAI-compatible server.
 
-With `source: prompt` there is no captioner. The functions that clean and shorten a captioner's answers are here too.
-This module does not deal with patches, prompts or tables. The captions stage decides what an empty answer means.
+With `source: attention` and `source: prompt` there is no captioner. The functions that clean and shorten a captioner's
+answers are here too. This module does not deal with patches, prompts or tables. The captions stage decides what an
+empty answer means.
 
 Invariants:
 - Decoding is greedy (temperature 0 at a server), so the same images in the same batch give the same sentences.
@@ -27,7 +28,7 @@ import time
 import unicodedata
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
@@ -40,7 +41,7 @@ from resmaster_stages.config.dataset import CaptionsConfig
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError, SampleError, UserError, first_line
 from resmaster_stages.models.bases import family_of
-from resmaster_stages.models.bases.base import TokenCounter
+from resmaster_stages.models.bases.base import Ability, TokenCounter
 from resmaster_stages.models.files import TRANSFORMERS, folder_with, object_in, require_weights
 from resmaster_stages.models.identity import PICTUREBOOK, model_identity
 from resmaster_stages.models.places import location, reason_of, resolve_device, whole_weights
@@ -150,6 +151,11 @@ def _longest(prefix: Callable[[int], str], size: int, count: TokenCounter, limit
         if text and tokens <= limit:
             return text, tokens
     return "", count(suffix.lstrip(" ,"))
+
+
+def needs(config: CaptionsConfig) -> Mapping[Ability, str]:
+    """What captions need of the base model's family, and the setting that needs it (`models.bases.require`)."""
+    return {"attention": "captions.source: attention"} if config.source == "attention" else {}
 
 
 @lru_cache(maxsize=4)
@@ -480,11 +486,11 @@ def check_captioner(config: CaptionsConfig, here: bool) -> None:
 
 
 def load_captioner(config: CaptionsConfig, device: str = "auto") -> Captioner | None:
-    """The captioner that `config` names, or None for `source: prompt`. A local model stays loaded until another one is.
+    """The captioner that `config` names, or None if it names none. A local model stays loaded until another one is.
 
     Raises ConfigError, in one line, if a model cannot be loaded or the server's address is missing.
     """
-    if config.source == "prompt":
+    if config.source in ("attention", "prompt"):
         return None
     if config.source == "server":
         return ServerCaptioner(

@@ -64,7 +64,7 @@ def folder_with(model_id: str, name: str, revision: str | None = None, subfolder
 
 
 def find_network(config: NetworkFile) -> Path:
-    """The file on this machine of a super-resolution network's weights. Raises ConfigError and NotOnThisMachine."""
+    """The file on this machine of a network's weights. Raises ConfigError and NotOnThisMachine."""
     path = own_network(config)
     if path is not None:
         return path

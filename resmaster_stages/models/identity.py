@@ -14,6 +14,7 @@ from pathlib import Path
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.model import FewStepConfig, ModelConfig
+from resmaster_stages.config.reference import ReferenceConfig
 from resmaster_stages.errors import ConfigError, first_line
 
 PICTUREBOOK = "picturebook"
@@ -143,9 +144,18 @@ def few_step_identity(config: FewStepConfig) -> str:
     return _source_identity(config.id, config.revision, "few_step") + (f"#{name}" if name else "")
 
 
+def control_identity(config: ModelConfig) -> str | None:
+    """Name of the ControlNet's exact weights, or None. Raises ConfigError for a folder that does not exist."""
+    net = config.controlnet
+    if net is None:
+        return None
+    inside = "#" + "/".join((net.subfolder, net.variant or "")) if net.subfolder or net.variant else ""
+    return _source_identity(net.id, net.revision) + inside
+
+
 @dataclass(frozen=True)
 class NetworkFile:
-    """The place of a super-resolution network's weights."""
+    """The place of the weights of a method's own network."""
 
     model: str
     """`picturebook` (the embedded pack's), a file, or a hub id together with `weight_name`."""
@@ -153,28 +163,38 @@ class NetworkFile:
     """File on the hub."""
     revision: str | None = None
     """Commit or tag on the hub."""
+    setting: str = "upscale.model"
+    """The setting that names the place, for messages."""
+    in_pack: bool = True
+    """Whether the pack has a network of this kind."""
+
+
+def latent_network(config: ReferenceConfig) -> NetworkFile:
+    """The place of the weights of the network that enlarges latents, which must be given."""
+    assert config.model is not None
+    return NetworkFile(config.model, config.weight_name, config.revision, "upscale.reference.model", in_pack=False)
 
 
 def own_network(config: NetworkFile) -> Path | None:
-    """The file of a super-resolution network's weights in the pack or of the user, or None for one at the hub.
+    """The file of a network's weights in the pack or of the user, or None for one at the hub.
 
     Raises ConfigError if there is no such file.
     """
-    if config.model == PICTUREBOOK:
+    if config.in_pack and config.model == PICTUREBOOK:
         return pack_folder() / "super_resolution" / "model.safetensors"
     path = _path_of(config.model)
     if path is not None and path.is_file():
         return path.resolve()
     if config.weight_name is None:
         raise ConfigError(
-            f"upscale.model: {config.model} is no file; give picturebook, a file of weights, or a hub id and "
-            "weight_name"
+            f"{config.setting}: {config.model} is no file; give {'picturebook, ' if config.in_pack else ''}a file of "
+            "weights, or a hub id and weight_name"
         )
     return None
 
 
 def network_file(config: NetworkFile) -> Path:
-    """The file of a super-resolution network's weights, downloaded from the hub if needed. Raises ConfigError."""
+    """The file of a network's weights, downloaded from the hub if needed. Raises ConfigError."""
     if (path := own_network(config)) is not None:
         return path
     assert config.weight_name is not None
@@ -184,7 +204,7 @@ def network_file(config: NetworkFile) -> Path:
         return Path(huggingface_hub.hf_hub_download(config.model, config.weight_name, revision=config.revision))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"upscale.model: cannot get {config.weight_name} of {config.model} ({first_line(error)}); "
+            f"{config.setting}: cannot get {config.weight_name} of {config.model} ({first_line(error)}); "
             "check the name, or give a file"
         ) from None
 
@@ -200,7 +220,7 @@ def network_identity(config: NetworkFile) -> str:
 
     Raises ConfigError.
     """
-    if config.model == PICTUREBOOK:
+    if config.in_pack and config.model == PICTUREBOOK:
         return _source_identity(PICTUREBOOK, None, "super_resolution")
     path = own_network(config)
     if path is None:
@@ -222,6 +242,7 @@ def weights_of(config: DatasetConfig) -> Weights:
         upscaler=config.upscale.weights(),
         caption_check=_source_identity(*judge, "clip") if judge else None,
         few_step=few_step_identity(config.model.few_step) if config.model.few_step else None,
+        control=control_identity(config.model) if config.upscale.uses("control") else None,
     )
 
 
@@ -243,3 +264,5 @@ class Weights:
     """The CLIP model that checks captions. None if captions are not checked."""
     few_step: str | None = None
     """The few-step weights of the high_res stage. None if the base model's denoiser makes all images."""
+    control: str | None = None
+    """The ControlNet. None if no image depends on one."""

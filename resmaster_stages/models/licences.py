@@ -115,6 +115,9 @@ KNOWN: dict[str, str] = {
     "tongyi-mai/z-image-turbo": "apache-2.0",
     "madebyollin/sdxl-vae-fp16-fix": "mit",
     "h94/ip-adapter": "apache-2.0",
+    "xinsir/controlnet-tile-sdxl-1.0": "apache-2.0",
+    "xinsir/controlnet-union-sdxl-1.0": "apache-2.0",
+    "diffusers/controlnet-canny-sdxl-1.0": "openrail++",
     "xlabs-ai/flux-ip-adapter": _FLUX_1,
     "xlabs-ai/flux-ip-adapter-v2": _FLUX_1,
     "salesforce/blip-image-captioning-large": "bsd-3-clause",
@@ -135,6 +138,8 @@ def licences_of(config: DatasetConfig) -> tuple[Licensed, ...]:
         named.append(("few-step weights", model.few_step.id, model.few_step.revision))
     if model.ip_adapter is not None and method.uses("image_prompt"):
         named.append(("IP-Adapter", model.ip_adapter.id, model.ip_adapter.revision))
+    if model.controlnet is not None and method.uses("control"):
+        named.append(("ControlNet", model.controlnet.id, model.controlnet.revision))
     if method.uses("captions") and captions.source == "model":
         named.append(("captioner", captions.model, captions.revision))
     return tuple(Licensed(part, name, licence_of(name, revision)) for part, name, revision in named)

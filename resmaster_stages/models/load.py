@@ -40,7 +40,7 @@ def _no_bars() -> Iterator[None]:
 
 
 def load_pipeline(config: ModelConfig) -> Any:
-    """The pipeline that `config` names, on the CPU, with its IP-Adapter and VAE. Raises ConfigError."""
+    """The pipeline that `config` names, on the CPU, with its VAE, IP-Adapter and ControlNet. Raises ConfigError."""
     family = family_of(config)
     if config.ip_adapter is not None and "image_prompts" not in family.abilities:
         raise ConfigError(
@@ -48,6 +48,8 @@ def load_pipeline(config: ModelConfig) -> Any:
         )
     if config.few_step is not None:
         require(family, config.id, {"few_step_weights": "model.few_step"})
+    if config.controlnet is not None:
+        require(family, config.id, {"control": "model.controlnet"})
     with _no_bars():
         return family.load(config, resolve_dtype(config.dtype, resolve_device(config.device), family.half))
 
@@ -75,6 +77,8 @@ def load_models(config: ModelConfig) -> Models:
     if device.type == "cuda":  # convolutions in half precision prefer it; no measurable difference on CPUs
         unet.to(memory_format=torch.channels_last)
         models.base.vae.to(memory_format=torch.channels_last)
+        if models.control_net is not None:
+            models.control_net.to(memory_format=torch.channels_last)
     _accelerate(unet, config, device)
     return models
 

@@ -45,12 +45,16 @@ class Models:
         return 2 if self.guided(guidance_scale) else 1
 
     @property
+    def control_net(self) -> Any | None:
+        """The ControlNet that is loaded with the model. None if there is none; only UNets can have one."""
+        return getattr(self.base, "control_net", None)
+
+    @property
     def parts(self) -> tuple[Any, ...]:
         """All modules of the model."""
         base = self.base
-        return tuple(
-            part for part in (base.denoiser, base.vae, *base.text_encoders, base.image_encoder) if part is not None
-        )
+        parts = (base.denoiser, base.vae, *base.text_encoders, base.image_encoder, self.control_net)
+        return tuple(part for part in parts if part is not None)
 
     @property
     def resident(self) -> tuple[Any, ...]:

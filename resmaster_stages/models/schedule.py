@@ -159,6 +159,21 @@ def sdxl_timestep(alpha: float, sigma: float) -> float:
     return float(np.interp(2 * log(alpha / sigma), levels[::-1], np.arange(999.0, -1.0, -1.0)))
 
 
+def noisier(timestep: int, ratio: float) -> int:
+    """The first of SDXL's timesteps whose signal-to-noise ratio is at most `ratio` times that of `timestep`; at most
+    999.
+
+    In alpha^2 =: s this is s' <= r s / (1 + (r - 1) s).
+    """
+    levels = _sdxl_levels()
+    return min(999, int(np.searchsorted(-levels, -(levels[timestep] + log(ratio)))))
+
+
+def flow_level(timestep: float) -> float:
+    """The noise level (sigma) of a flow path with the signal-to-noise ratio of SDXL's `timestep`."""
+    return float(1 / (1 + np.exp(np.interp(timestep, np.arange(1000.0), _sdxl_levels()) / 2)))
+
+
 _ONE_MORE = (
     "DPMSolverMultistepScheduler",
     "DEISMultistepScheduler",

@@ -18,18 +18,20 @@ from pathlib import Path
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.model import ModelConfig
+from resmaster_stages.config.reference import ReferenceConfig
+from resmaster_stages.config.wrap import wrap_of, wrapped_axes
 from resmaster_stages.dataset.dataset import Dataset, find_dataset
 from resmaster_stages.dataset.stages import stage_hashes, stages_of
 from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.errors import ConfigError, UserError
-from resmaster_stages.methods.settings import Diffusion
+from resmaster_stages.methods.settings import Diffusion, Following, needs_of_wrap, unsuited_freeu
 from resmaster_stages.models.bases import family_of, require
 from resmaster_stages.models.bases.base import Ability, Asked, Demand, require_readable
 from resmaster_stages.models.files import Check, NotOnThisMachine
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.licences import licences_of
 from resmaster_stages.models.places import require_device_name, resolve_device
-from resmaster_stages.planning.drafts import why_too_large
+from resmaster_stages.planning.drafts import why_too_large, why_unwrappable
 from resmaster_stages.storage.filesystem import Folder, open_root
 
 LARGEST_LOW_RES = 64
@@ -123,6 +125,8 @@ def checks_of(config: DatasetConfig, stages: Collection[str], here: bool) -> Ite
         yield from _of_captions(config, here)
     if "high_res" in stages:
         yield "upscale.model", config.upscale.check_files
+        if isinstance(config.upscale, Following) and config.upscale.enlargement() == "network":
+            yield "upscale.reference.model", partial(_check_enlarger, config.upscale.reference, config.model)
     if "quality" in stages:
         yield from _of_quality(config)
     for setting, name in (("model.device", config.model.device), ("quality.device", config.quality.device)):
@@ -142,7 +146,28 @@ def notes_of(config: DatasetConfig) -> Iterator[str]:
         settings = " and ".join(f"{part}.negative_prompt" for part in written)
         who = " and ".join(dict.fromkeys(deaf[part] for part in written))
         yield f"{settings}: not read, because {who} has no unconditional branch"
+    yield from _notes_of_wrapping(config)
+    yield from unsuited_freeu(config.upscale, family_of(config.model), geometry_of(config.model), config.model.id)
     yield from config.upscale.notes(config.model)
+
+
+def _notes_of_wrapping(config: DatasetConfig) -> Iterator[str]:
+    """What a user should know of images that continue at the opposite border."""
+    low, high = wrapped_axes(config.low_res.wrap), config.upscale.wraps
+    missing = wrap_of((high[0] and not low[0], high[1] and not low[1]))
+    follows = config.upscale.uses("reference")
+    if config.images and any(high) and follows:
+        yield f"upscale.wrap: {wrap_of(high)}: your images must themselves continue at the opposite border, or it shows"
+    elif not config.images and missing != "none" and follows:
+        yield (
+            f"upscale.wrap: {wrap_of(high)}: low-res images do not continue at the opposite border, so large images "
+            f"that follow them show a seam there; set low_res.wrap: {wrap_of(high)}"
+        )
+    elif not config.images and any(low) and not any(high) and config.upscale.scale > 1:
+        yield (
+            f"low_res.wrap: {config.low_res.wrap}: large images do not continue at the opposite border; set "
+            f"upscale.wrap: {config.low_res.wrap} too, for a method that has it"
+        )
 
 
 def _negative_prompt(config: DatasetConfig, part: str) -> str:
@@ -179,16 +204,20 @@ def _of_base_model(config: DatasetConfig, stages: Collection[str]) -> Iterator[C
         return
     family, method, asked = family_of(config.model), config.upscale, sampling_of(config, stages)
     needs: Mapping[Ability, str] = {}
-    shifts = False
+    shifts, control = False, None
     if "high_res" in stages and isinstance(method, Diffusion):
-        needs, shifts = method.needs(), method.time_shift != "view"
+        needs, shifts, control = method.needs(), method.time_shift != "view", method.controls()
     yield "upscale", partial(require, family, config.model.id, needs)
+    if "low_res" in stages and not config.images:
+        yield "low_res", partial(require, family, config.model.id, needs_of_wrap(config.low_res.wrap))
     if asked:
         if config.model.ip_adapter is not None:
             yield "model.ip_adapter", partial(require, family, config.model.id, {"image_prompts": "model.ip_adapter"})
         if config.model.few_step is not None:
             yield "model.few_step", partial(require, family, config.model.id, {"few_step_weights": "model.few_step"})
-        yield from family.checks(config.model, Demand("image_prompts" in needs, asked, shifts))
+        if config.model.controlnet is not None:
+            yield "model.controlnet", partial(require, family, config.model.id, {"control": "model.controlnet"})
+        yield from family.checks(config.model, Demand("image_prompts" in needs, asked, shifts, control))
 
 
 def _is_known(model: ModelConfig) -> bool:
@@ -202,8 +231,10 @@ def _is_known(model: ModelConfig) -> bool:
 
 def _of_captions(config: DatasetConfig, here: bool) -> Iterator[Check]:
     from resmaster_stages.metrics.clip_score import check_clip
-    from resmaster_stages.models.captioner import check_captioner, style_suffix, token_counter
+    from resmaster_stages.models.captioner import check_captioner, needs, style_suffix, token_counter
 
+    if _is_known(config.model):
+        yield "captions.source", partial(require, family_of(config.model), config.model.id, needs(config.captions))
     setting = "captions.base_url" if config.captions.source == "server" else "captions.model"
     yield setting, partial(check_captioner, config.captions, here)
     if config.captions.style:
@@ -220,6 +251,12 @@ def _of_quality(config: DatasetConfig) -> Iterator[Check]:
     if config.quality.clip is not None:
         yield "quality.clip", partial(check_clip, config.quality.clip, config.quality.clip_revision)
     yield "quality.features", partial(check_extractor, config.quality)
+
+
+def _check_enlarger(reference: ReferenceConfig, model: ModelConfig) -> None:
+    from resmaster_stages.models.latent_enlarger_files import check_latent_enlarger  # imports torch
+
+    check_latent_enlarger(reference, model)
 
 
 def _check_device(name: str, setting: str, here: bool) -> None:
@@ -253,6 +290,8 @@ def check_sizes(config: DatasetConfig) -> tuple[int, int]:
                 f"use a scale of {below / size:g} or {(below + factor) / size:g}"
             )
     height, width = sizes["height"], sizes["width"]
+    if reason := why_unwrappable(config, height, width):
+        raise ConfigError(f"upscale.wrap: {reason}")
     if reason := why_too_large(config, height, width):
         raise ConfigError(f"low_res and upscale.scale: {reason}")
     if height * width > LARGEST_LOW_RES * native**2:

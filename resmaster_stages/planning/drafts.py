@@ -10,9 +10,10 @@ from typing import Any, Generic, TypeVar
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.plan import Duplicate, Rejected, SampleSpec
-from resmaster_stages.diffusion.views import target_size
+from resmaster_stages.diffusion.views import OTHER_SIZE, target_size, why_not_wrapping
 from resmaster_stages.errors import PlanError, SampleError
 from resmaster_stages.keys import image_key, masked_key, normalise_prompt, prompt_key
+from resmaster_stages.methods.settings import Diffusion
 from resmaster_stages.planning.prompt_files import read_prompts
 from resmaster_stages.redaction import one_line, printable, without_credentials
 from resmaster_stages.storage.digests import DigestSet
@@ -167,7 +168,7 @@ def _specs_of_images(
         except SampleError as error:
             rejected.add(_rejection(image.source, "", str(error).removeprefix(f"{image.source}: ")))
             continue
-        if reason := why_too_large(config, height, width):
+        if reason := why_too_large(config, height, width) or why_unwrappable(config, height, width):
             rejected.add(_rejection(image.source, "", reason))
             continue
         prompt = normalise_prompt(image.prompt)
@@ -206,6 +207,21 @@ def why_too_large(config: DatasetConfig, height: int, width: int) -> str:
         return reason
     enlarged = why_unstorable(*target_size(height, width, config.upscale.scale), config.image_format)
     return enlarged and f"its high-res image: {enlarged}"
+
+
+def why_unwrappable(config: DatasetConfig, height: int, width: int) -> str:
+    """Why the large images of a low-res image of `height` x `width` px cannot continue at their opposite borders, as
+    `upscale.wrap` asks; "" if they can, or need not."""
+    method = config.upscale
+    if not isinstance(method, Diffusion) or not any(method.wraps):
+        return ""
+    from resmaster_stages.models.geometry import geometry_of
+
+    geometry = geometry_of(config.model)
+    for scale in (*method.via, method.scale):
+        if reason := why_not_wrapping(geometry, *target_size(height, width, scale), method.wraps):
+            return f"at {scale:g}x its {reason}; {OTHER_SIZE}"
+    return ""
 
 
 def why_unusable(text: Any, may_be_empty: bool = False) -> str | None:

@@ -20,7 +20,7 @@ from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import patch_grid, target_size
 from resmaster_stages.errors import UserError
 from resmaster_stages.models.bases import family_of
-from resmaster_stages.models.bases.unet import SDXL
+from resmaster_stages.models.bases.unet import like_sdxl
 from resmaster_stages.models.geometry import geometry_of
 from resmaster_stages.models.identity import PACK_MODELS, PICTUREBOOK
 from resmaster_stages.planning.preview import Preview, StagePreview
@@ -44,7 +44,7 @@ class Rates:
 
     def unet(self, work: Sequence[UnetWork]) -> float:
         """Seconds that `work` takes."""
-        return sum(each.rows * self.row_seconds(each.area) for each in work)
+        return sum(each.rows * each.share * self.row_seconds(each.area) for each in work)
 
     def row_seconds(self, area: float) -> float:
         """Seconds of one row with an area of `area` native views."""
@@ -72,7 +72,6 @@ SDXL_RATES = Rates(
     "min); UNet only",
     row=((1.0, 0.061), (4.0, 0.39), (16.0, 3.275)),
 )
-SDXL_NATIVE_PX = 1024
 
 BYTES_PER_PIXEL = {"webp": 0.15, "png": 0.85, "lossless webp": 1.0}
 BYTES_SOURCE = (
@@ -196,8 +195,7 @@ def _rates(config: DatasetConfig) -> Rates | None:
     """The speed of a base model; None for all but picturebook and SDXL."""
     if config.model.id in PACK_MODELS:
         return PICTUREBOOK_RATES
-    like_sdxl = family_of(config.model).name == SDXL.name and geometry_of(config.model).native_px == SDXL_NATIVE_PX
-    return SDXL_RATES if like_sdxl else None
+    return SDXL_RATES if like_sdxl(family_of(config.model), geometry_of(config.model)) else None
 
 
 def _from_table(look: Preview, stage: str) -> tuple[float | None, str]:

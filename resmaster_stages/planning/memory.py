@@ -18,6 +18,8 @@ from resmaster_stages.models.places import ModelFiles
 TEXT_ENCODER = re.compile(r"text_encoder(_\d)?")
 PARTS = re.compile(rf"unet|transformer|vae|image_encoder|{TEXT_ENCODER.pattern}")
 """Parts of a pipeline that have weights and are loaded."""
+CONTROL_NET = "controlnet"
+"""The part that `model.controlnet` names."""
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """Number formats, as safetensors names them, that are converted to the number format of the configuration."""
 
@@ -44,8 +46,11 @@ class Memory:
     @property
     def drawing(self) -> int:
         """While images are made."""
-        others = [size for part, size in self.parts.items() if not TEXT_ENCODER.fullmatch(part)]
-        return max(others) if self.offload == "model" else sum(others) + (self.texts if self.offload == "none" else 0)
+        others = {part: size for part, size in self.parts.items() if not TEXT_ENCODER.fullmatch(part)}
+        if self.offload == "model":
+            beside = others.pop(CONTROL_NET, 0)  # it is there together with the UNet
+            return max(size + (beside if part == "unet" else 0) for part, size in others.items())
+        return sum(others.values()) + (self.texts if self.offload == "none" else 0)
 
 
 def memory_of(model: ModelConfig) -> Memory | None:
@@ -70,9 +75,16 @@ def _weights(model: ModelConfig, number_format: str) -> Mapping[str, int]:
     }
     if model.vae is not None:
         places["vae"] = folder_with(model.vae, "config.json")
+    variants: dict[str, str | None] = dict.fromkeys(places, model.variant)
+    if model.vae is not None:
+        variants["vae"] = None
+    if (net := model.controlnet) is not None:
+        name = (Path(net.subfolder) / "config.json").as_posix()
+        places[CONTROL_NET] = folder_with(net.id, name, net.revision) / net.subfolder
+        variants[CONTROL_NET] = net.variant
     found = {}
     for part, place in places.items():
-        variant = None if part == "vae" and model.vae else model.variant
+        variant = variants[part]
         files = weight_files(place, DIFFUSERS, variant) or weight_files(place, TRANSFORMERS, variant)
         if not files:
             raise NotOnThisMachine(model.id)

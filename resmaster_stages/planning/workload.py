@@ -14,7 +14,7 @@ from resmaster_stages.config.dataset import DatasetConfig, LowResConfig
 from resmaster_stages.config.method import Method
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.diffusion.cost import UnetWork
-from resmaster_stages.diffusion.views import target_size, view_grid
+from resmaster_stages.diffusion.views import native_size, target_size, view_grid
 from resmaster_stages.methods.settings import Diffusion
 from resmaster_stages.models.bases import family_of
 from resmaster_stages.models.bases.base import Geometry
@@ -50,16 +50,33 @@ def high_res_work(config: Method, base: Denoising, height: int, width: int) -> t
     work: list[UnetWork] = []
     if isinstance(config, Diffusion):
         for scale, own in zip((*config.via, config.scale), config.way()):
-            grid = view_grid(base.geometry, *target_size(height, width, scale), own.view_stride)
+            grid = view_grid(base.geometry, *target_size(height, width, scale), own.view_stride, own.wraps)
             course = base.course(own.steps, own.timing(grid))
             work += own.work(grid, replace(course, guided=base.guided))
     return tuple(work)
 
 
+def captions_work(config: DatasetConfig, base: Denoising, height: int, width: int) -> tuple[UnetWork, ...]:
+    """The UNet work to choose the words of an image of `height` x `width` px. Empty if a captioner writes captions."""
+    if config.captions.source != "attention" or not config.upscale.uses("captions"):
+        return ()
+    rows, cols = native_size(base.geometry, height, width)
+    return (UnetWork(config.captions.noise_levels, rows * cols / base.geometry.native_px**2),)
+
+
 def stage_work(config: DatasetConfig, height: int, width: int) -> dict[str, tuple[UnetWork, ...]]:
     """Stage -> UNet work of a sample with a low-res image of `height` x `width` px. Stages without a UNet are absent,
     or empty. Raises ConfigError."""
-    work = {"high_res": high_res_work(config.upscale, denoising_of(config.model), height, width)}
+    base, method = denoising_of(config.model.base), config.upscale
+    between = method.via if isinstance(method, Diffusion) else ()
+    again = [captions_work(config, base, *target_size(height, width, scale)) for scale in between]
+    work = {
+        "captions": captions_work(config, base, height, width),
+        "high_res": (
+            *high_res_work(method, denoising_of(config.model), height, width),
+            *(each for some in again for each in some),
+        ),
+    }
     if not config.images:
-        work["low_res"] = low_res_work(config.low_res, denoising_of(config.model.base), height, width)
+        work["low_res"] = low_res_work(config.low_res, base, height, width)
     return work

@@ -15,6 +15,7 @@ import base64
 import hashlib
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -198,19 +199,27 @@ def data_url(image: Image.Image, share_bytes: float, sides: Sequence[int]) -> st
 
 def _captions(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The patch captions with their places, and how many are the global prompt or a neighbour's caption."""
-    height, width = max((int(row["y1"]) for row in rows), default=0), max((int(row["x1"]) for row in rows), default=0)
+    height, width = _captioned_size(rows)
     statuses = [str(row.get("status", "ok")) for row in rows]
     patches = []
     for row, status in zip(rows, statuses):
         notes = [] if status == "ok" else [CAPTION_NOTES.get(status, status)]
         notes += ["shortened"] if row.get("truncated") else []
-        box = (int(row["y0"]), int(row["x0"]), int(row["y1"]), int(row["x1"]))
+        box = (int(row["y0"]), int(row["x0"]), min(int(row["y1"]), height), min(int(row["x1"]), width))
         patches.append({**row, "notes": notes, "place": _place(box, height, width)})
     return {
         "patches": patches,
         "fallbacks": sum(status not in DESCRIBED for status in statuses),
         "replaced": statuses.count("replaced"),
     }
+
+
+def _captioned_size(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """(height, width) in px of the image that captions describe: where the last boxes end. If the image wraps, boxes
+    end beyond it, and the grid's name holds its size."""
+    if rows and (wrapping := re.fullmatch(r"(\d+)x(\d+)/\d+/\d+/[a-z]+", str(rows[0].get("grid")))):
+        return int(wrapping[1]), int(wrapping[2])
+    return max((int(row["y1"]) for row in rows), default=0), max((int(row["x1"]) for row in rows), default=0)
 
 
 def _place(box: Box, height: int, width: int) -> str:

@@ -40,6 +40,7 @@ def test_the_configurations_that_are_shipped() -> None:
         "sdxl-2k",
         "sdxl-4k",
         "sdxl-few-step-4k",
+        "sdxl-controlnet-4k",
         "flux-4k",
         "z-image-4k",
         "sd35-4k",
@@ -246,9 +247,29 @@ def test_the_check_of_captions_is_their_identity_where_there_is_one() -> None:
     assert unread[0] == unread[1]
 
 
+def test_words_by_attention_depend_on_the_base_model_and_are_not_checked() -> None:
+    def captions_hash(**values: object) -> str:
+        return hashes(config(images="my-images", **values))["captions"]
+
+    attention = {"captions": {"source": "attention"}}
+    assert captions_hash(**attention) != captions_hash(captions={"source": "prompt"})
+    assert captions_hash(**attention, quality={"clip": None}) == captions_hash(**attention)
+    assert captions_hash(**attention, model={"dtype": "bfloat16"}) != captions_hash(**attention)
+    assert captions_hash(captions={"source": "prompt"}, model={"dtype": "bfloat16"}) == captions_hash(
+        captions={"source": "prompt"}
+    ), "the base model draws no captions there"
+    for change in ({"coverage": 0.2}, {"noise_levels": 4}):
+        assert captions_hash(captions={"source": "attention", **change}) != captions_hash(**attention)
+        with pytest.raises(ConfigError, match=r"is read only with source: attention; set that, or drop"):
+            config(captions=change)
+    named = config().captions.identity().keys()
+    assert not named & {"coverage", "noise_levels"}, "older datasets keep their identity"
+
+
 def test_a_methods_identity_is_its_own_fields_and_its_name() -> None:
     demofusion = config(upscale={"method": "demofusion", "view_batch": 3}).upscale
-    assert demofusion.identity().keys() == type(demofusion).model_fields.keys() - {"preset", "view_batch", "time_shift"}
+    later = {"time_shift", "guidance_low", "reference", "control", "skip", "shuffle", "text_prompt"}
+    assert demofusion.identity().keys() == type(demofusion).model_fields.keys() - {"preset", "view_batch", *later}
     assert config(upscale={"method": "lanczos"}).upscale.identity() == {"method": "lanczos", "scale": 4.0}
     shifted = config(upscale={"method": "demofusion", "time_shift": "sqrt"}).upscale
     assert shifted.identity() == {**demofusion.identity(), "time_shift": "sqrt"}, "only where it is not the default"
@@ -256,6 +277,16 @@ def test_a_methods_identity_is_its_own_fields_and_its_name() -> None:
         assert method.model_fields["method"].default == name
         changed = config(upscale={"method": name, "scale": 2})
         assert hashes(config(upscale={"method": name}))["high_res"] != hashes(changed)["high_res"]
+
+
+def test_a_method_that_makes_other_images_than_before_has_another_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = config(upscale={"method": "direct"}).upscale
+    first = before.identity()
+    assert "version" not in first
+    monkeypatch.setattr(type(before), "version", 2)
+    assert before.identity() == {**first, "version": 2}
+    for name in ("scalecrafter", "fouriscale"):
+        assert config(upscale={"method": name}).upscale.identity()["version"] == 2
 
 
 def test_a_field_of_the_same_name_belongs_to_its_method() -> None:
@@ -270,7 +301,12 @@ def test_method_presets_expand_and_explicit_fields_win() -> None:
     assert (faithful.start, faithful.jitter, faithful.stepper) == (0.2, "zeros", "ddim_keep")
     assert parse_config(config(upscale=faithful.model_dump()).model_dump(mode="json")).upscale == faithful
     for name, method in methods().items():
-        assert {"default"} <= method.presets.keys() <= {"default", "faithful", "exact"}
+        papers = (
+            {"rectifiedhr", "frecas", "diffusehigh", "megafusion"}
+            if name == "cascade"
+            else {"faithful", "exact", "accdiffusion"}
+        )
+        assert {"default"} <= method.presets.keys() <= {"default"} | papers
         for preset in method.presets:
             config(upscale={"method": name, "preset": preset})
     part = config(upscale={"preset": "faithful", "structure": {"cutoff": 0.5}}).upscale.structure

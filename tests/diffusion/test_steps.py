@@ -27,7 +27,7 @@ from resmaster_stages.diffusion.steppers import (
 )
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.schedule import Step, make_schedule, require_path
+from resmaster_stages.models.schedule import Step, flow_level, make_schedule, noisier, require_path, sdxl_timestep
 from tests.tiny_models import SCHEDULER
 
 
@@ -157,6 +157,24 @@ def test_a_path_through_given_timesteps_has_their_noise_levels_and_ends_clean():
     for wrong in ((249, 499), (499, 499), (1000, 3), (3, -1)):
         with pytest.raises(ConfigError, match="must fall and be from 0 to 999"):
             make_schedule(euler_config(), 2, wrong)
+
+
+@pytest.mark.parametrize(("timestep", "ratio"), [(200, 0.5**1.5), (400, 0.25), (200, 0.25), (281, 1.0), (998, 0.1)])
+def test_a_noisier_timestep_has_a_fraction_of_the_signal_to_noise_ratio(timestep, ratio):
+    """By diffusers' products of SDXL's schedule."""
+    products = DDIMScheduler.from_config({**SCHEDULER, "_class_name": "DDIMScheduler"}).alphas_cumprod.double()
+    signal = products / (1 - products)
+    below = (signal <= ratio * signal[timestep] * (1 + 1e-9)).nonzero()
+    assert noisier(timestep, ratio) == (int(below[0]) if len(below) else 999)
+
+
+def test_a_flow_level_has_the_signal_to_noise_ratio_of_sdxls_timestep():
+    for timestep in (0, 1, 343, 500, 999):
+        sigma = flow_level(timestep)
+        assert sdxl_timestep(1 - sigma, sigma) == pytest.approx(timestep, abs=1e-6)
+    # FreCaS has for flow models t' = s t / (1 + (s - 1) t) with s the root of the ratio of sizes
+    sigma, s = flow_level(400), 2**0.5
+    assert flow_level(noisier(400, 1 / 2)) == pytest.approx(s * sigma / (1 + (s - 1) * sigma), abs=1e-3)
 
 
 def test_a_truncated_path_hands_over_x0():

@@ -201,7 +201,7 @@ def test_images_come_out_of_it_and_follow_the_prompt(config):
 @pytest.mark.usefixtures("registered")
 def test_what_it_cannot_do_is_refused_before_anything_is_drawn(config):
     models = load_models(config)
-    for method in ("scalecrafter", "fouriscale", "freescale"):
+    for method in ("scalecrafter", "fouriscale", "hidiffusion", "freescale"):
         with pytest.raises(ConfigError, match=rf"method {method}: needs convolutions.*\(tiny flow\).*of: SDXL, Stable"):
             upscale_image(models, some_image(), "a cat", config=settings(method))
     with pytest.raises(ConfigError, match=r"upscale.share: needs attention"):
@@ -221,7 +221,7 @@ def test_what_it_cannot_do_is_refused_at_plan_in_the_same_words(config, tmp_path
 
     (tmp_path / "prompts.txt").write_text("a cat\n")
     monkeypatch.setattr(load, "load_pipeline", lambda config: pytest.fail("weights were loaded"))
-    for method in ("scalecrafter", "fouriscale", "freescale"):
+    for method in ("scalecrafter", "fouriscale", "hidiffusion", "freescale"):
         with pytest.raises(ConfigError, match=rf"method {method}: needs convolutions.*\(tiny flow\).*of: SDXL, Stable"):
             plan(method=method)
     with pytest.raises(ConfigError, match=r"upscale.share: needs attention"):

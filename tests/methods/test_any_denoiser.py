@@ -111,7 +111,7 @@ def test_images_come_out_of_it():
     result = upscale_image(models, some_image(40, 56), "a cat", config=settings("multidiffusion", steps=3))
     assert result.size == (80, 112)
     assert len(np.unique(np.asarray(result))) > 10
-    for method in ("scalecrafter", "fouriscale", "freescale", "c_upscale"):
+    for method in ("scalecrafter", "fouriscale", "hidiffusion", "freescale", "scalediff", "c_upscale"):
         with pytest.raises(
             ConfigError, match=r"(convolutions|attention), which model pipeline \(ideal\) has not.*SDXL"
         ):

@@ -6,12 +6,20 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from resmaster_stages.diffusion.frequency import gaussian_blur
-from resmaster_stages.diffusion.irregular_views import InterleavedViews, ScatteredViews, clamped, jitter_reach, jittered
+from resmaster_stages.diffusion.frequency import box, gaussian_blur
+from resmaster_stages.diffusion.irregular_views import (
+    InterleavedViews,
+    ScatteredViews,
+    Shuffled,
+    clamped,
+    jitter_reach,
+    jittered,
+    shuffle_order,
+)
 from resmaster_stages.diffusion.loop import CanvasNoise, denoise
-from resmaster_stages.diffusion.reference_guidance import match_moments, skip_residual
+from resmaster_stages.diffusion.reference_guidance import low_residual, match_moments, noise_gone, skip_residual
 from resmaster_stages.diffusion.views import Grid
-from resmaster_stages.methods.demofusion import dilated_input
+from resmaster_stages.methods.demofusion import DemoFusion, dilated_input, nearest_captions
 from resmaster_stages.methods.passes import phase_scales
 from resmaster_stages.methods.upscale import upscale_image
 from tests.methods.common import adapted, difference, request, schedule, settings, some_image
@@ -105,6 +113,9 @@ def test_the_blur_before_dilated_views_keeps_moments_and_fades():
         (4.0, "doubling", False, (2, 4)),
         (8.0, "doubling", True, (1, 2, 4, 8)),
         (4.0, "last", False, (4,)),
+        (4.0, "halfway", False, (2.5, 4)),
+        (2.5, "halfway", False, (1.75, 2.5)),
+        (2.4, "halfway", False, (2.4,)),
         (2.3, "every", False, (2.3,)),
         (2.6, "every", False, (2, 2.6)),
         (1.0, "every", True, (1,)),
@@ -154,7 +165,16 @@ def test_without_dilated_views_it_is_multidiffusion_with_the_skip_residual():
 
 @pytest.mark.parametrize(
     "change",
-    [{"cosine_scale_1": 1.0}, {"cosine_scale_2": 3.0}, {"cosine_scale_3": 9.0}, {"sigma": 3.0}, {"jitter": "zeros"}],
+    [
+        {"cosine_scale_1": 1.0},
+        {"cosine_scale_2": 3.0},
+        {"cosine_scale_3": 9.0},
+        {"sigma": 3.0},
+        {"jitter": "zeros"},
+        {"skip": "low"},
+        {"shuffle": "channels"},
+        {"shuffle": "positions"},
+    ],
 )
 def test_every_knob_has_an_effect(change):
     base = {"start": 0.0}
@@ -175,3 +195,159 @@ def test_a_seed_decides_the_image_whatever_the_batch_and_the_reference_is_follow
     held = {"cosine_scale_1": 0.0, "start": 0.0}  # every latent is the noised reference: the last step starts from it
     a, b = (make(**held, image=some_image(seed=s)) for s in (1, 2))
     assert difference(a, b) > 10
+
+
+# ------------------------------------------------------------------------------- shuffled views (AccDiffusion)
+
+
+def orders(views, size, *seeds):
+    return torch.stack([shuffle_order(views, size, torch.Generator().manual_seed(seed), "cpu") for seed in seeds])
+
+
+@given(st.integers(3, 20), st.integers(3, 20), st.integers(1, 4), st.sampled_from([1, 3]))
+@examples(max_examples=25, deadline=None)
+def test_cut_then_fuse_with_shuffle_is_the_identity(height, width, factor, channels):
+    plain, canvas = InterleavedViews(height, width, factor), torch.randn(2, 3, height, width)
+    size = (-(-height // factor), -(-width // factor))
+    views = Shuffled(plain, orders(factor**2, (channels, *size), 1, 2))
+    cut = views.cut(canvas)
+    assert torch.equal(views.fuse(cut), canvas)
+    straight = plain.cut(canvas)
+    assert cut.shape == straight.shape
+    for sample in (slice(0, factor**2), slice(factor**2, None)):  # at each cell the same values, none of a neighbour's
+        assert torch.equal(cut[sample].sort(0).values, straight[sample].sort(0).values)
+    if factor == 1:
+        assert torch.equal(cut, straight)
+
+
+def test_a_prediction_goes_back_to_where_its_cell_came_from():
+    plain, canvas = InterleavedViews(8, 12, 2), torch.randn(1, 4, 8, 12)
+    order = orders(4, (4, 4, 6), 3)
+    views = Shuffled(plain, order)
+    straight, cut = plain.cut(canvas), views.cut(canvas)
+    for view, channel, row, col in ((0, 0, 0, 0), (3, 2, 1, 5), (2, 3, 3, 0)):
+        assert cut[view, channel, row, col] == straight[order[0, view, channel, row, col], channel, row, col]
+    torch.testing.assert_close(views.fuse(cut**2 + 1), canvas**2 + 1)
+    assert (views.fuse(cut + torch.arange(4.0).view(4, 1, 1, 1)) - canvas).std() > 0.5
+
+
+def test_every_position_and_channel_has_an_order_of_its_own_or_channels_share_one():
+    order = orders(9, (4, 8, 8), 1)[0]
+    assert torch.equal(order.sort(0).values, torch.arange(9).view(9, 1, 1, 1).expand(9, 4, 8, 8))
+    assert len({tuple(each.tolist()) for each in order.flatten(1).T}) > 200
+    plain, canvas = InterleavedViews(24, 24, 3), torch.arange(2.0).view(1, 2, 1, 1) * 1000 + torch.randn(1, 1, 24, 24)
+    together = Shuffled(plain, orders(9, (1, 8, 8), 1)).cut(canvas)
+    torch.testing.assert_close(together[:, 1] - together[:, 0], torch.full((9, 8, 8), 1000.0))
+    apart = Shuffled(plain, orders(9, (2, 8, 8), 1)).cut(canvas)
+    assert (apart[:, 1] - apart[:, 0]).std() > 0.5
+
+
+def test_shuffling_is_drawn_anew_at_every_step_and_changes_nothing_where_there_is_one_view():
+    ours, config = adapted(), settings("demofusion", steps=3, shuffle="channels", **STILL)
+    asked = request(ours, config)
+    (only,) = config.passes(asked)
+    noise = CanvasNoise([5], 4, 32, 32, ours.device)
+    _, composition = only.begin(None, noise, schedule(3)[0])
+    canvas = torch.randn(1, 4, 32, 32)
+    first, second = (composition.groups[1].at(step)[0].cut(canvas) for step in schedule(3)[:2])
+    assert not torch.equal(first, second)
+    one = {"scale": 1, "refine": True, "steps": 3}
+    assert make(**one).tobytes() == make(**one, shuffle="channels").tobytes()
+
+
+# ------------------------------------------------------------------------------------ low frequencies (FAM Diffusion)
+
+
+def test_a_box_keeps_the_waves_within_it_and_drops_the_others():
+    place = (torch.arange(32, dtype=torch.float64) + 0.5) / 32
+    wave = {k: torch.cos(torch.pi * k * place) for k in (0, 3, 7, 8, 20)}
+
+    def of(down, across):
+        return (wave[down][:, None] * wave[across])[None, None]
+
+    for down, across in ((0, 0), (3, 7), (7, 0)):
+        torch.testing.assert_close(box(of(down, across), 0.25), of(down, across))
+    for down, across in ((8, 0), (3, 20), (20, 20)):
+        assert box(of(down, across), 0.25).abs().max() < 1e-9
+    x = torch.randn(2, 3, 20, 32)
+    torch.testing.assert_close(box(x, 1.0), x)
+    torch.testing.assert_close(box(box(x, 0.3), 0.3), box(x, 0.3))
+    torch.testing.assert_close(box(x, 0.0), x.mean((2, 3), keepdim=True).expand_as(x))
+
+
+def test_with_all_frequencies_it_is_the_skip_residual():
+    x0, noise, z = torch.randn(3, 1, 4, 16, 16)
+    everything = low_residual(x0, noise, cutoff=float("inf"), weight=lambda step: step.cosine**3)
+    for step in schedule()[::7]:
+        assert torch.equal(everything(z, step), skip_residual(x0, noise, 3.0)(z, step))
+
+
+def test_the_band_and_the_weight_grow_as_noise_goes():
+    x0, noise, z = torch.randn(3, 1, 4, 16, 16)
+    for step in schedule()[::9]:
+        gone = 1 - step.t / 1000
+        assert noise_gone(step) == pytest.approx(gone)
+        pulled = low_residual(x0, noise)(z, step)
+        torch.testing.assert_close(pulled, z + gone * box(step.noised(x0, noise) - z, 0.5 * gone), atol=1e-5, rtol=0)
+        assert box(pulled - z, 0.5 * gone).allclose(pulled - z, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------- captions of local views
+
+
+def test_a_window_has_the_caption_of_the_nearest_view_of_the_final_image():
+    final = Grid(64, 48, 16, 8)
+    assert nearest_captions(final, [[box_[:2] for box_ in final.boxes]] * 2, final) == list(range(2 * len(final)))
+    phase = Grid(32, 24, 16, 8)
+    windows = [(0, 0), (8, 4), (16, 8)]
+    centres = [((y + 8) / 32, (x + 8) / 24) for y, x in windows]
+
+    def nearest(centre):
+        places = [((y + 8) / 64, (x + 8) / 48) for y, x, _, _ in final.boxes]
+        return min(range(len(places)), key=lambda i: sum(abs(a - b) for a, b in zip(places[i], centre)))
+
+    assert nearest_captions(phase, [windows], final) == [nearest(each) for each in centres]
+    beyond = nearest_captions(final, [[(-2, -2), (50, 34)]], final)
+    assert beyond == [0, len(final) - 1], "windows beyond the border have a caption too"
+
+
+def captioned(**values):
+    texts = [chr(97 + number) * 3 for number in range(9)]
+    config = settings("demofusion", text_prompt={"enabled": True}, **values)
+    return upscale_image(adapted(), some_image(), "a cat", config=config, captions=texts, seed=3)
+
+
+def test_captions_are_read_where_they_are_switched_on():
+    assert not settings("demofusion").uses("captions")
+    assert settings("demofusion", preset="accdiffusion").uses("captions")
+    prompts = upscale_image(
+        adapted(),
+        some_image(),
+        "a cat",
+        config=settings("demofusion", text_prompt={"enabled": True}),
+        captions=["a cat"] * 9,
+        seed=3,
+    )
+    assert difference(prompts, make()) <= 1
+    assert difference(captioned(), prompts) > 0
+    assert difference(captioned(jitter="off", phases="last"), captioned(phases="last")) > 0
+    assert captioned(scale=2, micro_conditioning="native").size == (128, 128)
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def test_what_older_datasets_do_not_have_stays_out_of_their_identity():
+    values = {"skip": "all", "shuffle": "none", "text_prompt": {"enabled": False}}
+    assert settings("demofusion", **values).identity() == settings("demofusion").identity()
+    assert not settings("demofusion").identity().keys() & values.keys()
+    assert make(**values).tobytes() == make().tobytes()
+    assert {"skip", "shuffle"} <= settings("demofusion", skip="low", shuffle="channels").identity().keys()
+
+
+def test_the_preset_of_accdiffusion_is_the_authors_with_shuffled_views_and_captions():
+    ours, authors = (DemoFusion(preset=preset) for preset in ("accdiffusion", "faithful"))
+    assert (ours.shuffle, ours.text_prompt.enabled) == ("channels", True)
+    assert authors.model_copy(update={"shuffle": "channels", "text_prompt": ours.text_prompt}) == ours.model_copy(
+        update={"preset": "faithful"}
+    )

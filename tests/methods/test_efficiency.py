@@ -140,6 +140,8 @@ class Waits(TorchDispatchMode):
         ("multidiffusion", {"shift": "every_step", "stepper": "dpmpp_2m", "guidance_stop": 0.5}),
         ("c_upscale", {}),
         ("direct", {}),
+        ("direct", {"guidance_low": 1.0}),
+        ("cascade", {"phases": "last", "swap": "pixels", "guidance_low": 2.0}),
         ("scalecrafter", {}),
         ("fouriscale", {}),
     ],

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -45,6 +47,48 @@ def test_there_are_forty_buckets_of_about_native_area():
 )
 def test_the_base_is_the_bucket_that_the_canvas_is_a_multiple_of(height, width, native, expected):
     assert base_size(height, width, native) == expected
+
+
+def authors_base(height: int, width: int) -> tuple[int, int] | None:
+    """What the authors' program chooses for SDXL, walking its list from the widest to the highest bucket."""
+    best, least = None, float("inf")
+    for size in sorted(buckets(1024), key=lambda size: size[0] / size[1]):
+        counts = [math.ceil(side / own) for side, own in zip((height, width), size)]
+        padding = sum(count * own - side for count, own, side in zip(counts, size, (height, width)))
+        if counts[0] == counts[1] and padding < least:
+            best, least = size, padding
+    return best
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [
+        (2048, 3072, ((832, 1152), 3)),
+        (2048, 2048, ((1024, 1024), 2)),
+        (2560, 2560, ((896, 1088), 3)),
+        (3072, 3072, ((1024, 1024), 3)),
+        (4096, 4096, ((1024, 1024), 4)),
+        (4096, 2048, ((1408, 704), 3)),
+        (2048, 4096, ((704, 1408), 3)),
+        (2160, 3840, ((768, 1280), 3)),
+    ],
+)
+def test_the_base_is_that_of_the_authors_program(height, width, expected):
+    assert base_size(height, width, 1024) == expected
+    assert authors_base(height, width) == expected[0]
+    assert base_size(height // 8, width // 8, 128) == ((expected[0][0] // 8, expected[0][1] // 8), expected[1])
+
+
+def test_of_1681_sizes_the_authors_program_has_no_base_for_87_and_ours_is_theirs_for_all_others():
+    sides = range(1024, 6145, 128)
+    theirs = {(height, width): authors_base(height, width) for height in sides for width in sides}
+    assert len(theirs) == 1681
+    assert sum(base is None for base in theirs.values()) == 87
+    for (height, width), base in theirs.items():
+        ours, factor = base_size(height, width, 1024)
+        assert base in (ours, None), (height, width)
+        assert ours[0] * factor >= height
+        assert ours[1] * factor >= width
 
 
 @given(st.integers(8, 400), st.integers(8, 400))

@@ -5,10 +5,19 @@ import pytest
 import torch
 from PIL import Image
 
+from resmaster_stages.diffusion.frequency import gaussian_blur
 from resmaster_stages.diffusion.guidance import TEXT, DenoiserCall
 from resmaster_stages.diffusion.reference import to_mask
 from resmaster_stages.diffusion.reference_guidance import skip_residual
-from resmaster_stages.diffusion.scale_fusion import Windows, attend, blur_features, scale_fusion, windowed
+from resmaster_stages.diffusion.scale_fusion import (
+    Fusion,
+    Windows,
+    attend,
+    blur_features,
+    interleaved,
+    scale_fusion,
+    windowed,
+)
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.freescale import detail_control, layer_rules
 from resmaster_stages.methods.upscale import upscale_image
@@ -76,11 +85,43 @@ def test_batched_windows_equal_a_loop_over_them(jitter):
 def test_one_window_without_jitter_is_plain_attention():
     unet = sdxl_shaped()
     base = run_unet(unet)
-    with scale_fusion(unet, a_call(), windows(window=32), radius=1):
+    with scale_fusion(unet, a_call(), Fusion(windows(window=32), 1)):
         assert torch.equal(run_unet(unet), base)
     query, key, value = torch.randn(3, 2, 16 * 16, 8)
     views = windows(16, 16, 16).views(256, 2, a_call(), query.device)
     torch.testing.assert_close(windowed(query, key, value, 2, views), attend(query, key, value, 2))
+
+
+@pytest.mark.parametrize(("size", "every"), [((8, 12), (2, 3)), ((9, 7), (2, 2)), ((4, 5), (1, 2)), ((2, 6), (3, 3))])
+def test_the_fast_form_attends_among_every_nth_token(size, every):
+    """Each token to those at distances of a multiple of n along both axes, also where a side is no multiple of n."""
+    query, key, value = torch.randn(3, 2, size[0] * size[1], 4)
+    fast = interleaved(query, key, value, 1, size, every)
+    y, x = (each.flatten() for each in torch.meshgrid(*(torch.arange(side) for side in size), indexing="ij"))
+    seen = ((y[:, None] - y) % every[0] == 0) & ((x[:, None] - x) % every[1] == 0)
+    scores = (query @ key.transpose(1, 2) / 2).masked_fill(~seen, -torch.inf)
+    torch.testing.assert_close(fast, scores.softmax(dim=-1) @ value, atol=1e-5, rtol=1e-4)
+
+
+def test_with_every_token_the_fast_form_is_attention_to_the_canvas():
+    query, key, value = torch.randn(3, 2, 6 * 4, 8)
+    assert torch.equal(interleaved(query, key, value, 2, (6, 4), (1, 1)), attend(query, key, value, 2))
+
+
+def test_the_fast_form_takes_its_detail_from_every_nth_token():
+    unet = sdxl_shaped()
+    layer = unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1
+    x = torch.randn(1, 16 * 16, 16)
+    query, key, value = (project(x) for project in (layer.to_q, layer.to_k, layer.to_v))
+    whole = layer.to_out[0](interleaved(query, key, value, layer.heads, (16, 16), (2, 2)))
+    views = windows().views(256, 1, a_call(), x.device)
+    local = layer.to_out[0](windowed(query, key, value, layer.heads, views))
+    with scale_fusion(unet, a_call(), Fusion(windows(), 1, every=(2, 2))):
+        fast = layer(x)
+    coarse = gaussian_blur((local - whole).transpose(1, 2).unflatten(2, (16, 16)), 1, 1.0).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(fast, whole + coarse, atol=1e-5, rtol=1e-4)
+    with scale_fusion(unet, a_call(), Fusion(windows(), 1)):
+        assert (layer(x) - fast).abs().max() > 1e-4
 
 
 def test_the_fused_layer_is_the_plain_one_where_local_and_global_agree():
@@ -90,14 +131,14 @@ def test_the_fused_layer_is_the_plain_one_where_local_and_global_agree():
     layer = unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1
     x = torch.ones(2, 16 * 16, 16)
     expected = layer(x)
-    with scale_fusion(unet, a_call(), windows(), radius=1):
+    with scale_fusion(unet, a_call(), Fusion(windows(), 1)):
         torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-4)
         noisy = torch.randn(2, 16 * 16, 16)
         fused = layer(noisy)
     whole = layer(noisy)
     assert (fused - whole).abs().max() > 1e-4
     # blur(global) + detail(global) = global: the fused layer's own detail is the global one's.
-    with scale_fusion(unet, a_call(), windows(), radius=0):
+    with scale_fusion(unet, a_call(), Fusion(windows(), 0)):
         local = layer(noisy)
     blurred = torch.nn.functional.conv2d(
         (local - whole).transpose(1, 2).unflatten(2, (16, 16)),
@@ -129,7 +170,7 @@ def test_places_are_new_at_every_step_and_the_same_for_all_layers_of_a_level():
 def test_fusion_is_undone_after_exceptions():
     unet = sdxl_shaped()
     base = run_unet(unet)
-    with pytest.raises(RuntimeError, match="boom"), scale_fusion(unet, a_call(), windows(jitter="zeros"), 1):  # noqa: PT012
+    with pytest.raises(RuntimeError, match="boom"), scale_fusion(unet, a_call(), Fusion(windows(jitter="zeros"), 1)):  # noqa: PT012
         assert (run_unet(unet) - base).abs().max() > 1e-5
         raise RuntimeError("boom")
     assert torch.equal(run_unet(unet), base)
@@ -154,6 +195,37 @@ def test_unet_calls(values, shapes):
     assert forwards(ours.base.denoiser) == {}
 
 
+@pytest.mark.parametrize("fusion", [False, True, "fast", "neighbourhood"])
+def test_at_the_native_size_no_fusion_changes_attention(fusion):
+    whole = make(scale=1, fusion=False)
+    assert make(scale=1, fusion=fusion).tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize("fusion", ["fast", "neighbourhood"])
+@pytest.mark.parametrize("size", [(72, 40), (40, 112)])
+def test_other_attention_takes_canvases_of_any_shape(fusion, size):
+    ours = plain()
+    config = settings("freescale", fusion=fusion, scale=2.5)
+    result = upscale_image(ours, some_image(*size), "a cat", config=config)
+    assert result.size == (size[0] * 2.5, size[1] * 2.5)
+    assert forwards(ours.base.denoiser) == {}
+
+
+def test_a_jittered_neighbourhood_moves_its_tiles():
+    near = {"fusion": "neighbourhood", "steps": 3}
+    assert make(**near, jitter="zeros").tobytes() == make(**near).tobytes()
+    assert difference(make(**near, jitter="off"), make(**near)) > 0
+
+
+def test_booleans_mean_what_they_meant():
+    """Words are no booleans, and datasets that exist keep their identity."""
+    identities = [settings("freescale", fusion=value).identity()["fusion"] for value in (True, False)]
+    assert identities == [True, False]
+    assert settings("freescale").identity() == settings("freescale", fusion=True).identity()
+    with pytest.raises(ValueError, match="fusion"):
+        settings("freescale", fusion="slow")
+
+
 def make(image=None, seed=0, **values):
     return upscale_image(
         adapted(), image or some_image(), "a cat", config=settings(**{"method": "freescale", **values}), seed=seed
@@ -166,6 +238,8 @@ def make(image=None, seed=0, **values):
         {"alpha": 0.5},
         {"dilate_until": 0.0},
         {"fusion": False},
+        {"fusion": "fast"},
+        {"fusion": "neighbourhood"},
         {"blur": "features"},
         {"jitter": "zeros"},
         {"freeu": True},

@@ -26,7 +26,7 @@ from resmaster_stages.storage.images import encode_image
 from tests.methods.common import DIFFUSION_METHODS, adapted, difference, request, settings, some_image
 from tests.tiny_models import counted
 
-SINGLE = ("direct", "multidiffusion", "resmaster", "scalecrafter", "fouriscale")
+SINGLE = ("direct", "multidiffusion", "resmaster", "scalecrafter", "fouriscale", "hidiffusion")
 
 
 @pytest.mark.parametrize("method", DIFFUSION_METHODS)

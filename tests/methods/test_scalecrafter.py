@@ -1,3 +1,4 @@
+import math
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+from resmaster_flows.watch.progress import notes
 from resmaster_stages.diffusion.convolutions import PLAIN, Dilated, Dispersed, changed_layers, dilated
 from resmaster_stages.diffusion.freeu import backbone_channels, freeu, modulated
 from resmaster_stages.diffusion.guidance import NEGATIVE, TEXT, DenoiserCall
@@ -15,6 +17,7 @@ from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.scalecrafter import WEAK, NoiseDamped, layer_rules, make_plan, moderate, strong
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.parts import Models
+from resmaster_stages.progress import listening
 from tests.methods.common import (
     adapted,
     difference,
@@ -194,6 +197,76 @@ def test_a_dilated_layer_sees_an_enlarged_pattern_as_the_plain_one_sees_the_smal
         )
 
 
+def bilinear(length: int, size: int) -> torch.Tensor:
+    """The matrix [size, length] of bilinear interpolation from `length` to `size` cells over the same line."""
+    matrix = torch.zeros(size, length, dtype=torch.float64)
+    for row in range(size):
+        place = min(max((row + 0.5) * length / size - 0.5, 0), length - 1)
+        below = min(int(place), length - 2)
+        matrix[row, below] += 1 - (place - below)
+        matrix[row, below + 1] += place - below
+    return matrix
+
+
+def resized(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    return bilinear(x.shape[-2], height) @ x @ bilinear(x.shape[-1], width).T
+
+
+def redilated(weight: torch.Tensor, x: torch.Tensor, factor: float, stride: int = 1) -> torch.Tensor:
+    """The authors' rule: sides become round(side * whole / factor), taps lie `whole` cells apart, and the output
+    becomes the size of the plain one."""
+    whole, reach = math.ceil(factor), weight.shape[-1] // 2
+    wide = resized(x, *(round(side * whole / factor) for side in x.shape[-2:]))
+    y = torch.nn.functional.conv2d(wide, weight, None, stride, reach * whole, whole)
+    return resized(y, *(side // stride for side in x.shape[-2:]))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    ("height", "width", "factor"),
+    [(36, 36, 2.5), (44, 44, 2.5), (40, 40, 1.5), (80, 80, 1.5), (40, 40, 2.25), (80, 80, 2.25), (80, 64, 2.5)],
+)
+def test_dilation_by_no_whole_number_is_the_authors_rule(height, width, factor, stride):
+    conv = torch.nn.Conv2d(2, 3, 3, stride=stride, padding=1, bias=False).double()
+    x = torch.randn(1, 2, height, width, dtype=torch.float64)
+    expected = redilated(conv.weight, x, factor, stride)
+    torch.testing.assert_close(Dilated(factor)(conv, x), expected, atol=1e-10, rtol=0)
+    kernel = torch.randn(3, 2, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(
+        Dispersed(2 * factor, kernel)(conv, x), redilated(kernel, x, factor, stride), atol=1e-10, rtol=0
+    )
+
+
+def test_on_an_odd_side_a_strided_layer_keeps_the_size_of_the_plain_one():
+    """The authors' code would give 16 cells."""
+    conv, x = torch.nn.Conv2d(2, 3, 3, stride=2, padding=1), torch.randn(1, 2, 33, 33)
+    assert Dilated(2.5)(conv, x).shape[-2:] == conv(x).shape[-2:] == (17, 17)
+    plain = torch.nn.Conv2d(2, 3, 3, padding=1, bias=False).double()
+    torch.testing.assert_close(
+        Dilated(2.5)(plain, x.double()), redilated(plain.weight, x.double(), 2.5), atol=1e-10, rtol=0
+    )
+
+
+@pytest.mark.parametrize("factor", [1.25, 1.5, 2.25, 2.5, 3.2])
+@pytest.mark.parametrize("side", [33, 36, 40, 44, 80])
+def test_features_do_not_drift(side, factor):
+    """A layer whose kernel is its middle tap alone gives a slope back, but for the borders."""
+    conv = torch.nn.Conv2d(1, 1, 3, padding=1, bias=False)
+    conv.weight.data.zero_()[..., 1, 1] = 1
+    slope = torch.arange(float(side)).expand(1, 1, side, side)
+    seen = Dilated(factor)(conv, slope)
+    torch.testing.assert_close(seen[..., 2:-2], slope[..., 2:-2], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3, 4])
+def test_dilation_by_a_whole_number_resizes_nothing(factor):
+    conv, x = torch.nn.Conv2d(3, 5, 3, padding=1), torch.randn(2, 3, 33, 44)
+    assert torch.equal(Dilated(float(factor))(conv, x), dilated(conv, x, factor))
+    kernel = torch.randn(5, 3, 5, 5)
+    plain = torch.nn.functional.conv2d(x, kernel, conv.bias, 1, 2 * factor, factor)
+    assert torch.equal(Dispersed(2.0 * factor, kernel)(conv, x), plain)
+
+
 def run_unet(unet, rows=2):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, 4, 32, 32, generator=generator).repeat(rows, 1, 1, 1)
@@ -306,6 +379,17 @@ def test_without_dilation_it_is_direct_inference():
 def test_every_knob_has_an_effect(change):
     scale = 2.5
     assert difference(make(scale=scale), make(scale=scale, **change)) > 0
+
+
+def test_a_run_with_freeu_on_another_model_says_so_once():
+    said = []
+    with listening(notes(said.append)):
+        make()
+        assert not said
+        make(freeu=True)
+        make(freeu=True)
+    (line,) = said
+    assert line.startswith("upscale.freeu: the strengths of FreeU were chosen for SDXL, and ")
 
 
 def test_large_canvases_scale_every_group():

@@ -18,7 +18,7 @@ from resmaster_stages.metrics.exposure import exposure
 from resmaster_stages.metrics.luminance import luminance, rgb
 from resmaster_stages.metrics.phash import distance, phash
 from resmaster_stages.metrics.resize import resize
-from resmaster_stages.metrics.seam import seam_ratio
+from resmaster_stages.metrics.seam import seam_ratio, seam_worst
 from resmaster_stages.models.bases.base import Geometry
 
 rng = np.random.default_rng(7)
@@ -160,6 +160,25 @@ def test_seams_are_found_and_smooth_images_have_none() -> None:
     tiles = (np.indices((128, 128)) // 32).sum(axis=0) % 2 * 8.0
     assert seam_ratio(smooth, BOXES) == pytest.approx(1.0, abs=0.15)
     assert seam_ratio(smooth + tiles[:, :, None], BOXES) > 2.0
+
+
+def test_the_border_of_an_image_that_wraps_is_a_border_of_views() -> None:
+    boxes = view_grid(Geometry(32, 8), 128, 128, 0.5, (False, True)).pixel_boxes
+    assert max(x1 for _, _, _, x1 in boxes) > 128
+    across = np.arange(128) * 2 * np.pi / 128
+    down = np.sin(np.arange(128) / 9)[:, None] * 30
+    seamless = np.repeat((120 + 40 * np.cos(across) + 5 * np.cos(3 * across) + down)[:, :, None], 3, axis=2)
+    small = seamless[::4, ::4]
+    assert seam_ratio(seamless, boxes) < 1.1
+    assert seam_worst(seamless, small, boxes) < 1
+    ramp = seamless + np.linspace(-20, 20, 128)[None, :, None]  # smooth inside, with a step where it wraps
+    assert seam_worst(ramp, small, boxes) > 20
+    assert seam_worst(ramp, small, view_grid(Geometry(32, 8), 128, 128, 0.5).pixel_boxes) < 1
+    for lines in (1, 16, 64):  # the place of the border does not matter
+        moved = [(y0, (x0 + lines) % 128, y1, (x0 + lines) % 128 + 32) for y0, x0, y1, x1 in boxes]
+        assert seam_worst(np.roll(ramp, lines, 1), np.roll(small, lines // 4, 1), moved) > 20
+    two = view_grid(Geometry(128, 8), 128, 128, 0.5, (False, True)).pixel_boxes
+    assert seam_ratio(ramp, two) > 2 * seam_ratio(seamless, two)
 
 
 def test_seams_in_noise_are_not_invented() -> None:

@@ -77,7 +77,7 @@ def test_compiled_blocks_draw_the_same_image_and_are_traced_once_per_shape(model
     assert len(graphs) == seen
 
 
-@pytest.mark.parametrize("method", ["c_upscale", "freescale"])
+@pytest.mark.parametrize("method", ["c_upscale", "freescale", "scalediff"])
 def test_blocks_whose_layers_a_method_changes_run_as_they_are_and_one_line_says_so(models, graphs, method):
     plain, notes = draw(models, method), Notes()
     compile_blocks(models.base.denoiser)

@@ -85,6 +85,8 @@ SHARP = 0.001
         ("scalecrafter", {}),
         ("fouriscale", {}),
         ("freescale", {}),
+        ("scalediff", {}),
+        ("scalediff", {"start": 0.3, "stepper": "posterior"}),
     ],
     ids=str,
 )
@@ -189,7 +191,16 @@ def test_it_is_planned_as_the_pack(tmp_path: Any) -> None:
         return preview(parse_config({**values, "model": {"id": PICTUREBOOK_AS_FLOW}, "upscale": upscale}))
 
     assert look().samples == 1
-    for method in ("resmaster", "demofusion", "c_upscale", "scalecrafter", "fouriscale", "freescale"):
+    for method in (
+        "resmaster",
+        "demofusion",
+        "c_upscale",
+        "scalecrafter",
+        "fouriscale",
+        "hidiffusion",
+        "freescale",
+        "scalediff",
+    ):
         config = settings(method, scale=4, steps=10)
         assert high_res_work(config, denoising_of(FLOW), 128, 128) == high_res_work(
             config, denoising_of(ModelConfig()), 128, 128

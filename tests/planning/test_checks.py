@@ -25,6 +25,7 @@ from resmaster_stages.planning.checks import Around, check, check_stages
 from resmaster_stages.planning.preview import preview
 from resmaster_stages.prompts import ingest
 from tests.tiny_models import make_pipeline, make_stable_diffusion, save
+from tests.tiny_transformers import make_flux
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,34 @@ def test_each_mistake_is_one_line_with_its_setting(
     assert reason in line
     assert "\n" not in line
     assert len(line) < 600
+
+
+def test_words_by_attention_need_a_model_with_cross_attention(tmp_path: Path) -> None:
+    make_flux().save_pretrained(tmp_path / "flux")
+    values = {
+        "model": {"id": str(tmp_path / "flux")},
+        "low_res": {"guidance_scale": 3.5},
+        "upscale": {"guidance_scale": 3.5, "image_prompt": {"enabled": False}, "scale": 3.5},
+    }
+    (line,) = mistakes(tmp_path, captions={"source": "attention"}, **values)
+    assert line.startswith("captions.source: attention: needs attention, which model ")
+    assert "set it to model, server or prompt, or a base model of: SDXL" in line
+    assert check(configured(tmp_path, captions={"source": "attention"})).unchecked == ()
+
+
+@pytest.mark.parametrize("method", ["scalecrafter", "fouriscale", "freescale"])
+def test_freeu_on_a_model_that_it_was_not_chosen_for_is_noted(method: str, saved: Path, tmp_path: Path) -> None:
+    faithful = {"method": method, "preset": "faithful"}
+    for model in ("picturebook", str(saved)):
+        (note,) = preview(configured(tmp_path, model={"id": model}, upscale=faithful)).notes
+        assert note == (
+            f"upscale.freeu: the strengths of FreeU were chosen for SDXL, and {model} is another model, whose images "
+            "it may darken and discolour; set freeu: false"
+        )
+    assert not preview(configured(tmp_path, upscale={**faithful, "freeu": False})).notes
+    assert not preview(configured(tmp_path, upscale={"method": method})).notes
+    sdxl = {"id": str(saved), "native_px": 1024}
+    assert not preview(configured(tmp_path, model=sdxl, upscale={**faithful, "scale": 1})).notes
 
 
 def test_all_mistakes_are_told_at_once_with_those_of_the_server(tmp_path: Path) -> None:

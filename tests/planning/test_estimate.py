@@ -68,6 +68,8 @@ def test_without_commits_the_table_speaks_and_says_what_it_does_not_know(
     assert stage_of(unchecked, "captions").seconds_per_sample == pytest.approx(49 * 0.008)
     judged = estimate(preview(sdxl(tmp_path, captions={"check": {"clip": "someone/else"}})))
     assert judged.unknown == ("captions",), "its speed is not known"
+    attended = sdxl(tmp_path, captions={"source": "attention", "noise_levels": 4})
+    assert stage_of(estimate(preview(attended)), "captions").seconds_per_sample == pytest.approx(4 / 2 * 0.122)
     assert found.unknown == ()
     assert found.cost == pytest.approx(2.0 * found.device_hours)
     assert found.wall_seconds == pytest.approx(found.device_hours * 3600 / 8), "16 shards in two rounds of eight"

@@ -17,7 +17,7 @@ from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.load import load_pipeline
 from resmaster_stages.planning.checks import notes_of
 from resmaster_stages.planning.memory import memory_of
-from tests.tiny_models import save
+from tests.tiny_models import make_control_net, save, tiny
 from tests.tiny_transformers import make_flux, vae
 
 FLUX_PARTS = {"transformer", "vae", "text_encoder", "text_encoder_2"}
@@ -64,6 +64,23 @@ def test_the_weights_are_those_that_are_loaded(model: str, dtype: Any, request: 
     memory = memory_of(config)
     assert memory is not None
     assert memory.parts == held(load_pipeline(config))
+
+
+@pytest.mark.parametrize("subfolder", ["", "tile"])
+def test_a_control_net_is_one_of_the_parts(sdxl: Path, tmp_path: Path, subfolder: str) -> None:
+    net = make_control_net(tiny().unet)
+    net.half().save_pretrained(tmp_path / subfolder, variant="fp16")
+    own = {"id": str(tmp_path), "subfolder": subfolder, "variant": "fp16"}
+    plain, both = (ModelConfig(id=str(sdxl), dtype="float32", offload="model", controlnet=each) for each in (None, own))
+    before, after = memory_of(plain), memory_of(both)
+    assert before is not None
+    assert after is not None
+    size = sum(p.numel() * 4 for p in net.parameters())
+    assert after.parts == {**before.parts, "controlnet": size}
+    assert before.drawing == max(size for part, size in before.parts.items() if "text" not in part)
+    assert after.drawing == max(before.drawing, before.parts["unet"] + size)
+    assert after.encoding == before.encoding
+    assert next(load_pipeline(both).controlnet.parameters()).element_size() == 4
 
 
 def test_offloading_decides_what_is_on_the_gpu(flux: Path, sdxl: Path) -> None:

@@ -13,7 +13,9 @@ import yaml
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import load_config, parse_config
+from resmaster_stages.diffusion.cost import CONTROL_SHARE
 from resmaster_stages.diffusion.views import target_size, view_grid
+from resmaster_stages.errors import ConfigError
 from resmaster_stages.methods.resmaster import ResMaster
 from resmaster_stages.methods.settings import Diffusion
 from resmaster_stages.models.bases import family_of
@@ -158,6 +160,65 @@ def test_the_size_and_work_of_an_image(config: DatasetConfig) -> None:
     assert sum(each.rows for each in work["low_res"]) == config.low_res.steps * branches
     page = (ROOT / "docs" / "bases.md").read_text(encoding="utf-8")
     assert re.search(rf"^\| `{config.name}\.yaml` \| [^|]+ \| {rows} \|$", page, re.MULTILINE), rows
+
+
+SDXL = {
+    "block_out_channels": [320, 640, 1280],
+    "layers_per_block": 2,
+    "in_channels": 4,
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+}
+
+
+def test_the_configuration_with_a_control_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ControlNet is one for SDXL, and the work is that of tiles at 1.44 rows each."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    name = "sdxl-controlnet-4k"
+    config = load_config(ROOT / "deployments" / "datasets" / f"{name}.yaml", root=str(tmp_path / "out"))
+    net = config.model.controlnet
+    assert net is not None
+    assert config.model.revision is not None
+    assert net.revision is not None
+
+    def folder(model: str, revision: str) -> Path:
+        return tmp_path / "hub" / f"models--{model.replace('/', '--')}" / "snapshots" / revision
+
+    base = folder(config.model.id, config.model.revision)
+    encoders = {
+        f"{part}{ending}": ["transformers", "CLIP"] for part in ("text_encoder", "tokenizer") for ending in ("", "_2")
+    }
+    scheduler = {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}
+    put(base, "model_index.json", {"_class_name": "StableDiffusionXLPipeline", **scheduler, **encoders})
+    put(base, "unet/config.json", {**SDXL, "sample_size": 128})
+    put(base, "vae/config.json", {**KL, "latent_channels": 4})
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
+    put(base, "scheduler/scheduler_config.json", {**betas, "timestep_spacing": "leading", "steps_offset": 1})
+    _read_json.cache_clear()
+    assert any(
+        line.startswith("model.controlnet: xinsir/") for line in check(config).unchecked
+    )  # still to be downloaded
+
+    for changed, fits in (({}, True), ({"cross_attention_dim": 768}, False)):
+        embedding = {"conditioning_embedding_out_channels": [16, 32, 96, 256]}
+        put(
+            folder(net.id, net.revision),
+            "config.json",
+            {"_class_name": "ControlNetModel", **SDXL, **embedding, **changed},
+        )
+        if fits:
+            assert any(line.startswith("model.controlnet: ") for line in check(config).unchecked)  # its weights
+        else:
+            with pytest.raises(ConfigError, match=r"model\.controlnet: it was made for another base model"):
+                check(config)
+
+    (unet, control) = stage_work(config, 1024, 1024)["high_res"]
+    assert (unet.rows, control.rows, control.share) == (23 * 2 * 25, unet.rows, CONTROL_SHARE)
+    told = {each.part: each.licence.name for each in licences_of(config)}
+    assert told == {"base model": "openrail++", "VAE": "mit", "ControlNet": "apache-2.0"}
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert f"{unet.native_rows + control.native_rows:,.0f} rows" in page
 
 
 def test_the_adapter_that_flux_has_as_a_comment_can_be_used() -> None:

@@ -45,7 +45,9 @@ def test_images_that_are_finished_on_the_way(method: str) -> None:
     assert sum(each.rows * each.area for each in work) == pytest.approx(counted.native_rows)
 
 
-@pytest.mark.parametrize("method", ["direct", "multidiffusion", "resmaster", "scalecrafter", "fouriscale"])
+@pytest.mark.parametrize(
+    "method", ["direct", "multidiffusion", "resmaster", "scalecrafter", "fouriscale", "hidiffusion"]
+)
 @pytest.mark.parametrize("start", [0.5, 0.9])
 def test_paths_that_begin_later(method: str, start: float) -> None:
     config = settings(method, scale=4, steps=6, init="noised_lr", start=start, view_batch=1)
@@ -54,6 +56,27 @@ def test_paths_that_begin_later(method: str, start: float) -> None:
         upscale_image(models, some_image(32, 32), "a cat", config=config)
     work = high_res_work(config, Denoising(models.geometry), 32, 32)
     assert sum(each.rows for each in work) == counted.rows
+
+
+@pytest.mark.parametrize("preset", ["default", "rectifiedhr", "frecas", "diffusehigh", "megafusion"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"scale": 3.5, "steps": 9},
+        {"scale": 4, "steps": 1},
+        {"scale": 8, "steps": 20, "guidance_scale": 1.0, "guidance_last": 9.0},
+        {"scale": 3, "steps": 7, "first": "low_res", "guidance_low": 1.0},
+    ],
+    ids=str,
+)
+def test_cascades_of_any_scale(preset: str, values: dict) -> None:
+    config = settings("cascade", preset=preset, view_batch=1, **values)
+    models = adapted()
+    with counting() as counted:
+        upscale_image(models, some_image(40, 24), "a cat", config=config)
+    work = high_res_work(config, Denoising(models.geometry), 24, 40)
+    assert sum(each.rows for each in work) == counted.rows
+    assert sum(each.rows * each.area for each in work) == pytest.approx(counted.native_rows)
 
 
 def test_moving_windows() -> None:
@@ -125,7 +148,10 @@ def test_automatic_batches_repeat_no_view(method: str, values: dict, width: int,
         assert counted.rows == sum(each.rows for each in work)
 
 
-@pytest.mark.parametrize("method", ["direct", "multidiffusion", "resmaster", "demofusion", "freescale", "c_upscale"])
+@pytest.mark.parametrize(
+    "method",
+    ["direct", "multidiffusion", "resmaster", "demofusion", "hidiffusion", "freescale", "scalediff", "c_upscale"],
+)
 def test_guidance_that_ends_earlier(method: str) -> None:
     config = settings(method, scale=2, steps=10, guidance_stop=0.5, view_batch=1)
     models = adapted()
@@ -176,6 +202,9 @@ FLOW_CASES = [
     ("resmaster", {"image_prompt": {"enabled": False}, "preset": "faithful"}),
     ("demofusion", {}),
     ("demofusion", {"preset": "faithful"}),
+    ("scalediff", {}),
+    ("scalediff", {"start": 0.9}),
+    ("demofusion", {"skip": "low", "shuffle": "positions"}),
     ("c_upscale", {"share": 0}),
     ("c_upscale", {"share": 0, "start": 0.9}),
 ]
@@ -187,6 +216,29 @@ FLOW_CASES = [
 def test_flow_paths_do_the_work_that_is_estimated(method: str, values: dict, kind: str, more: dict) -> None:
     sampling = {"steps": 12, "guidance_scale": 1.0 if kind == "none" else 4.0}
     config = settings(method, **{"scale": 2.5, "view_batch": 1, **sampling, **values, **more})
+    models, denoising = on_flow(kind)
+    with counting() as counted:
+        upscale_image(models, some_image(48, 32), "a cat", config=config)
+    work = high_res_work(config, denoising, 32, 48)
+    assert sum(each.rows for each in work) == counted.rows
+    assert sum(each.rows * each.area for each in work) == pytest.approx(counted.native_rows)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"first": "noise", "leave": 0.6, "restart": None},
+        {"first": "noise", "leave": [0.8, 0.6], "restart": None, "gamma": [1.5, 2], "middle": 0.1},
+        {"leave": 0.9, "phases": "every", "scale": 3.4},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["cfg", "none", "embedded"])
+@pytest.mark.parametrize("more", [{}, {"time_shift": "sqrt"}, {"time_shift": 0.5}], ids=str)
+def test_cascades_along_flow_paths(values: dict, kind: str, more: dict) -> None:
+    sampling = {"steps": 12, "guidance_scale": 1.0 if kind == "none" else 4.0}
+    config = settings("cascade", **{"scale": 2.5, "view_batch": 1, **sampling, **values, **more})
     models, denoising = on_flow(kind)
     with counting() as counted:
         upscale_image(models, some_image(48, 32), "a cat", config=config)

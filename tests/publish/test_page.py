@@ -231,6 +231,12 @@ def test_captions_that_are_not_the_captioners_are_marked() -> None:
     assert "neighbour" not in parsed.text
 
 
+def test_patches_beyond_a_border_that_wraps_are_marked_up_to_the_border() -> None:
+    wide = [{**row, "x0": 96, "x1": 160} for row in rows(["a house"], grid="64x128/64/32/horizontal")]
+    (patch,) = page(sample(captions=wide)).all("li")[:1]
+    assert patch["data-box"] == "left:75.000%;top:0.000%;width:25.000%;height:100.000%"
+
+
 def test_captions_of_neighbours_are_marked_and_counted_apart() -> None:
     captions = [*rows(["a house"], status="fallback"), *rows(["bricks"], status="replaced"), *rows(["bricks"])]
     parsed = page(sample(captions=captions))

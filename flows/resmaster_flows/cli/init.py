@@ -23,6 +23,7 @@ CONFIGURATIONS = (
     "sdxl-2k.yaml",
     "sdxl-4k.yaml",
     "sdxl-few-step-4k.yaml",
+    "sdxl-controlnet-4k.yaml",
     "flux-4k.yaml",
     "z-image-4k.yaml",
     "sd35-4k.yaml",

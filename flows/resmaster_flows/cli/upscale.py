@@ -57,7 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default=SDXL["id"], metavar="ID", help=f"picturebook, a hub id, or a folder (default: {SDXL['id']})"
     )
     parser.add_argument(
-        "--captioner", metavar="ID", help="caption each patch with this model (default: picturebook's own, else none)"
+        "--captioner",
+        metavar="ID",
+        help="caption each patch with this model, or with the words of the prompt that are seen there: attention "
+        "(default: picturebook's own, else none)",
     )
     parser.add_argument("--config", metavar="CONFIG", help="take model, captioner and settings from this file instead")
     parser.add_argument("--steps", type=int, help="denoising steps")

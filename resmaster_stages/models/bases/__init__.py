@@ -31,7 +31,12 @@ _WAYS_OUT = {
     "upscale.image_prompt.enabled": "set it to false, which leaves structural guidance and captions (upscale.init: "
     "noised_lr with a higher start then holds the image closer)",
     "model.ip_adapter": "set it to null",
+    "captions.source: attention": "set it to model, server or prompt",
+    "low_res.wrap": "set it to none (images: FOLDER takes images of your own, which may wrap)",
+    "upscale.wrap": "set upscale.method to resmaster or multidiffusion, whose views wrap",
     "model.few_step": "leave it out",
+    "upscale.control.enabled": "set it to false",
+    "model.controlnet": "set it to null",
 }
 """What to do about a setting that needs an ability, where there is more to say than to choose another."""
 

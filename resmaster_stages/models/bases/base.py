@@ -22,12 +22,16 @@ if TYPE_CHECKING:
 
     from resmaster_stages.models.schedule import Step
 
-Ability = Literal["convolutions", "attention", "image_prompts", "positions", "few_step_weights"]
+Ability = Literal["convolutions", "attention", "image_prompts", "positions", "few_step_weights", "control"]
 """What a method or setting may need of a family: convolutions or attentions under the names of diffusers' UNets, an
-IP-Adapter, rotary positions that `diffusion.positions` can scale, or weights of `model.few_step`."""
+IP-Adapter, rotary positions that `diffusion.positions` can scale, weights of `model.few_step`, or a UNet that a
+ControlNet can be added to."""
 
 NO_ADAPTER = "model {}: image prompts need an IP-Adapter; set model.ip_adapter, or upscale.image_prompt.enabled: false"
 """What is said of a model without an IP-Adapter where image prompts are asked for."""
+
+NO_CONTROL = "model {}: upscale.control needs a ControlNet; set model.controlnet, or upscale.control.enabled: false"
+"""What is said of a model without a ControlNet where one is asked for."""
 
 NO_TIME_SHIFT = "upscale.time_shift: only flow-matching models have one, and {} is none; leave it out"
 """What is said of a model with another path where a time shift is asked for."""
@@ -133,6 +137,12 @@ class Asked:
     written: frozenset[str] = frozenset({"steps", "guidance_scale"})
     """The settings that a user chose. The others have this project's defaults, which were chosen for SDXL."""
     stepper: str = "ddim_keep"
+    further: tuple[str, ...] = ()
+    """The settings with further guidance scales that have a value."""
+
+
+FURTHER = ("guidance_low", "guidance_last")
+"""Settings of methods with further guidance scales. The first needs an unconditional branch."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +155,8 @@ class Demand:
     """The sampling of each part that denoises."""
     time_shift: bool = False
     """Whether the configuration sets a time shift."""
+    control: str | None = None
+    """The kind of control image that the method shows a ControlNet. None: it uses none."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +256,11 @@ def require_sampling(sampling: Sampling, asked: Asked, model: str) -> None:
         )
     if sampling.kind == "embedded" and scale > 1 and "guidance_scale" not in asked.written:
         raise ConfigError(f"{asked.part}.guidance_scale: {scale:g} was chosen for SDXL, not for {model}; {good}")
+    for name in asked.further:
+        if sampling.kind == "none" or (sampling.kind == "embedded" and name == FURTHER[0]):
+            raise ConfigError(
+                f"{asked.part}.{name}: has no effect on {model}, which has no unconditional branch; set it to null"
+            )
     if steps is None:
         return
     if steps > sampling.most_steps:

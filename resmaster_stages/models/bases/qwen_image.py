@@ -100,6 +100,10 @@ class StillVae:
         """The VAE's."""
         return self.network.parameters()
 
+    def state_dict(self) -> dict[str, Any]:
+        """The VAE's."""
+        return self.network.state_dict()
+
     def to(self, *args: Any, memory_format: object = None, **kwargs: Any) -> StillVae:
         """Moves the VAE. Weights of convolutions over time have five axes, which fit no `memory_format` of images."""
         if args or kwargs:

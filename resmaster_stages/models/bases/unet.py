@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from resmaster_stages.config.model import IpAdapterConfig, ModelConfig
+from resmaster_stages.config.model import ControlNetConfig, IpAdapterConfig, ModelConfig
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.bases import adapter_files, few_step, few_step_files, unet_files
+from resmaster_stages.models.bases import adapter_files, control_files, few_step, few_step_files, unet_files
 from resmaster_stages.models.bases.base import (
     Family,
     Geometry,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from resmaster_stages.models.ip_adapter import IpAdapter
     from resmaster_stages.models.schedule import Step
 
+SDXL_NATIVE_PX = 1024
 _FEED_FORWARD = 21
 """Values that are live at once, per value of the feed-forward's input: both halves of its gate (8), the gate (4),
 their product (4) and the layers around."""
@@ -109,6 +110,8 @@ def load(pipeline: str, more: Mapping[str, Any], config: ModelConfig, dtype: tor
         few_step_files.fuse_lora(pipe.unet, config)
     if (adapter := unet_files.configured_adapter(config)) is not None:
         _load_adapter(pipe, adapter, dtype)
+    if config.controlnet is not None:
+        pipe.controlnet = _load_control(config.controlnet, dtype)
     return pipe
 
 
@@ -126,6 +129,25 @@ def _load_adapter(pipe: Any, adapter: IpAdapterConfig, dtype: torch.dtype) -> No
             weight_name=adapter.weight_name,
             image_encoder_folder=None,
             revision=adapter.revision,
+        )
+
+
+def _load_control(net: ControlNetConfig, dtype: torch.dtype) -> Any:
+    """The ControlNet on the CPU."""
+    import diffusers
+
+    try:
+        kind = control_files.kind_of(control_files.configuration(net))
+    except ConfigError as error:
+        raise ConfigError(f"model.controlnet: {error}") from None
+    with loading(net.id, "the ControlNet"):
+        return getattr(diffusers, kind).from_pretrained(
+            location(net.id),
+            subfolder=net.subfolder or None,
+            revision=net.revision,
+            variant=net.variant,
+            dtype=dtype,
+            use_safetensors=True,
         )
 
 
@@ -153,6 +175,8 @@ class Unet:
     """Whether the empty negative prompt is all zeros, as the model was trained (`force_zeros_for_empty_prompt`)."""
     few_step: few_step.FewStep | None
     """The few-step weights that the denoiser has. None: its own."""
+    control_net: Any | None
+    """The ControlNet that `diffusion.control` adds to the UNet, if one is loaded."""
 
     @property
     def network(self) -> Any:
@@ -268,8 +292,33 @@ class Unet:
         return adapter_scale(self.network, scale)
 
     def row_bytes(self, height: int, width: int) -> int | None:
-        """The estimate of `row_bytes`."""
-        return row_bytes(self.network, height, width)
+        """The estimate of `row_bytes`, and with a ControlNet its features, which wait while the UNet computes."""
+        features = 0 if self.control_net is None else feature_bytes(self.network, height, width)
+        return row_bytes(self.network, height, width) + features
+
+
+def feature_bytes(unet: Any, height: int, width: int) -> int:
+    """Memory in bytes of the feature maps of one row of `height` x `width` latents for the skip connections of the up
+    blocks of `unet`, and of its middle block."""
+    deepest = unet.config.block_out_channels[-1] * _area(height, width, len(unet.config.block_out_channels) - 1)
+    return int((_waiting(unet, height, width) + deepest) * unet.dtype.itemsize)
+
+
+def _area(height: int, width: int, level: int) -> int:
+    """Cells of a level of a UNet."""
+    return -(-height // 2**level) * -(-width // 2**level)
+
+
+def _waiting(unet: Any, height: int, width: int) -> int:
+    """Values of the feature maps of one row that wait for the up blocks."""
+    channels, per_block = unet.config.block_out_channels, unet.config.layers_per_block
+    waiting = channels[0] * height * width  # of conv_in
+    for level in range(len(channels)):
+        layers = per_block if isinstance(per_block, int) else per_block[level]
+        waiting += layers * channels[level] * _area(height, width, level)
+        if level + 1 < len(channels):
+            waiting += channels[level] * _area(height, width, level + 1)
+    return int(waiting)
 
 
 def row_bytes(unet: Any, height: int, width: int) -> int:
@@ -279,19 +328,13 @@ def row_bytes(unet: Any, height: int, width: int) -> int:
     connections of the up blocks, and about 21 times the values of that level's tokens. A test checks that the estimate
     is within 10 % of what is allocated step by step, for the shapes of SDXL, Stable Diffusion 1.5 and picturebook.
     """
-    config = unet.config
-    channels, per_block = config.block_out_channels, config.layers_per_block
-    waiting = channels[0] * height * width  # of conv_in
-    finest = 0
-    for level, kind in enumerate(config.down_block_types):
-        area = -(-height // 2**level) * -(-width // 2**level)
-        layers = per_block if isinstance(per_block, int) else per_block[level]
-        waiting += layers * channels[level] * area
-        if level + 1 < len(channels):
-            waiting += channels[level] * -(-height // 2 ** (level + 1)) * -(-width // 2 ** (level + 1))
-        if "CrossAttn" in kind:
-            finest = max(finest, channels[level] * area)
-    return int((waiting + _FEED_FORWARD * finest) * unet.dtype.itemsize)
+    attending = [
+        unet.config.block_out_channels[level] * _area(height, width, level)
+        for level, kind in enumerate(unet.config.down_block_types)
+        if "CrossAttn" in kind
+    ]
+    live = _waiting(unet, height, width) + _FEED_FORWARD * max(attending, default=0)
+    return int(live * unet.dtype.itemsize)
 
 
 def base(told_sizes: bool, pipe: Any, config: ModelConfig) -> Unet:
@@ -319,13 +362,14 @@ def base(told_sizes: bool, pipe: Any, config: ModelConfig) -> Unet:
         told_sizes=told_sizes,
         zeros_for_empty_prompt=bool(getattr(pipe.config, "force_zeros_for_empty_prompt", False)),
         few_step=few_step.few_step_of(config.few_step) if config.few_step else None,
+        control_net=getattr(pipe, "controlnet", None),
     )
 
 
 SDXL = Family(
     name="SDXL",
     pipelines="StableDiffusionXL.*",
-    abilities=frozenset({"convolutions", "attention", "image_prompts", "few_step_weights"}),
+    abilities=frozenset({"convolutions", "attention", "image_prompts", "few_step_weights", "control"}),
     geometry=geometry,
     token_counter=token_counter,
     load=partial(load, "StableDiffusionXLPipeline", {"add_watermarker": False}),
@@ -345,3 +389,8 @@ STABLE_DIFFUSION = Family(
     checks=partial(unet_files.checks, False),
     sampling=few_step.sampling,
 )
+
+
+def like_sdxl(family: Family, geometry: Geometry) -> bool:
+    """Whether a model is SDXL or a descendant of the same size, for which papers chose their numbers."""
+    return family.name == SDXL.name and geometry.native_px == SDXL_NATIVE_PX

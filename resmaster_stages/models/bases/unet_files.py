@@ -12,8 +12,8 @@ from typing import Any
 
 from resmaster_stages.config.model import IpAdapterConfig, ModelConfig
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.models.bases import adapter_files, few_step, few_step_files
-from resmaster_stages.models.bases.base import NO_ADAPTER, NO_TIME_SHIFT, Demand
+from resmaster_stages.models.bases import adapter_files, control_files, few_step, few_step_files
+from resmaster_stages.models.bases.base import NO_ADAPTER, NO_CONTROL, NO_TIME_SHIFT, Demand
 from resmaster_stages.models.files import (
     DIFFUSERS,
     TRANSFORMERS,
@@ -67,6 +67,10 @@ def checks(told_sizes: bool, config: ModelConfig, demand: Demand) -> Iterator[Ch
         yield "model.ip_adapter", partial(_check_encoder, config, adapter)
     elif demand.image_prompts:
         yield "model.ip_adapter", partial(_refuse, NO_ADAPTER.format(config.id))
+    if config.controlnet is not None:
+        yield "model.controlnet", partial(_check_control, config, demand.control)
+    elif demand.control is not None:
+        yield "model.controlnet", partial(_refuse, NO_CONTROL.format(config.id))
     if demand.time_shift:
         yield "upscale.time_shift", partial(_refuse, NO_TIME_SHIFT.format(config.id))
     for asked in demand.sampling:
@@ -147,6 +151,14 @@ def _check_encoder(config: ModelConfig, adapter: IpAdapterConfig) -> None:
         require_weights(config.id, _folder(config) / "image_encoder", TRANSFORMERS, config.variant)
         return
     adapter_files.require_encoder(adapter)
+
+
+def _check_control(config: ModelConfig, image: str | None) -> None:
+    assert config.controlnet is not None
+    levels = _json_of(config, "vae/config.json").get("block_out_channels")
+    if not isinstance(levels, list):  # the check of the sizes tells of it
+        return
+    control_files.check(config.controlnet, _json_of(config, "unet/config.json"), 2 ** (len(levels) - 1), image)
 
 
 def _check_path(config: ModelConfig, steps: int) -> None:

@@ -144,13 +144,21 @@ def mistakes(config: DatasetConfig) -> tuple[str, ...]:
     return caught.value.mistakes
 
 
-@pytest.mark.parametrize("method", ["scalecrafter", "fouriscale", "freescale"])
-def test_methods_that_change_convolutions_are_refused_in_one_line(
-    name: str, method: str, folders: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("method", "layers"),
+    [
+        ("scalecrafter", "convolutions"),
+        ("fouriscale", "convolutions"),
+        ("freescale", "convolutions"),
+        ("scalediff", "attention"),
+    ],
+)
+def test_methods_that_change_layers_are_refused_in_one_line(
+    name: str, method: str, layers: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     upscale = {"method": method, "scale": 2, "steps": 3, "guidance_scale": SCALE[name]}
     (line,) = mistakes(configured(tmp_path, folders[name], SCALE[name], upscale=upscale))
-    assert "needs convolutions, which model" in line
+    assert f"method {method}: needs {layers}, which model" in line
 
 
 def test_guidance_that_has_no_effect_is_refused_with_the_recommended_pair(

@@ -229,6 +229,17 @@ def test_c_upscale_is_whole(models, folder, monkeypatch):
     assert difference(image, drawn(models, "c_upscale", guidance_scale=5.0, steps=4)) > 0
 
 
+def test_scalediff_is_whole(models, folder, monkeypatch):
+    monkeypatch.setitem(METHODS, "scalediff", {})
+    image = drawn(models, "scalediff", guidance_scale=5.0, steps=5)
+    assert is_visible(image)
+    assert forwards(models.base.denoiser.network) == {}
+    config = ModelConfig(id=str(folder), device="cpu")
+    counted, forecast = counted_and_forecast(config, "scalediff", guidance_scale=5.0, steps=5)
+    assert counted == forecast
+    assert difference(image, drawn(models, "scalediff", guidance_scale=5.0, steps=5, jitter=False)) > 0
+
+
 def test_the_composer_gives_padding_no_weight(models):
     """The map of the whole image is that of its words alone, and its views hear only these."""
     network, text = models.base.denoiser.network, models.base.encode(["a cat"], False, torch.device("cpu"))

@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """The methods that need neither convolutions nor attentions of UNets, and their settings."""
 
-CONVOLUTIONS = ("scalecrafter", "fouriscale", "freescale")
+CONVOLUTIONS = ("scalecrafter", "fouriscale", "hidiffusion", "freescale")
 
 
 # ---------------------------------------------------------------------------------------------------------- rows
