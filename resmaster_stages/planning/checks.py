@@ -183,7 +183,7 @@ def unguided(config: DatasetConfig) -> dict[str, str]:
     for asked in sampling_of(config, stages_of(config)):
         model = config.model if asked.part == "upscale" else config.model.base
         if family_of(model).sampling(model).kind != "cfg":
-            found[asked.part] = model.few_step.id if model.few_step else model.id
+            found[asked.part] = f"model.few_step {model.few_step.id}" if model.few_step else model.id
     return found
 
 

@@ -447,7 +447,7 @@ def test_the_plan_says_that_the_high_res_stage_reads_no_negative_prompts(saved: 
     own = few(tmp_path, low_rank(unet_weights(saved), underscored=True)[0], steps=8)
     config = dataset(saved, tmp_path, own, steps=8, negative_prompt="blurry")
     (note,) = [each for each in notes_of(config) if "not read" in each]
-    assert note == f"upscale.negative_prompt: not read, because {own.id} has no unconditional branch"
+    assert note == f"upscale.negative_prompt: not read, because model.few_step {own.id} has no unconditional branch"
     assert not [each for each in notes_of(dataset(saved, tmp_path, None, negative_prompt="x")) if "not read" in each]
 
 
