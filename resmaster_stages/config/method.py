@@ -58,6 +58,9 @@ class Method(Part):
     with_detail_mask: ClassVar[Mapping[str, Any]] = {}
     """For methods that read a detail mask: an example of fields with which the mask is read."""
 
+    version: ClassVar[int] = 1
+    """Raised whenever the method makes other images from the same settings, so that old and new ones never mix."""
+
     method: str
     """Name of the method."""
     preset: str = Field(default="default", json_schema_extra={"operational": True})
@@ -126,6 +129,10 @@ class Method(Part):
             for name, extra in extras.items()
             if isinstance(extra, dict) and "only_with" in extra
         }
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that change the result, as JSON-ready values, and the method's version where it is not the first."""
+        return super().identity() | ({"version": self.version} if self.version > 1 else {})
 
     def uses(self, what: Source) -> bool:
         """Whether the result depends on `what`."""

@@ -53,6 +53,7 @@ class FouriScale(FromNoise):
         "default": SAMPLING,
         "faithful": {**SAMPLING, "negative_prompt": "", "freeu": True},
     }
+    version: ClassVar[int] = 2
 
     method: Literal["fouriscale"] = "fouriscale"
     full_until: float = Field(default=0.4, ge=0, le=1)

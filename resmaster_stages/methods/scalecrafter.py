@@ -57,6 +57,7 @@ class ScaleCrafter(FromNoise, MicroConditioned):
         "default": SAMPLING,
         "faithful": {**SAMPLING, "negative_prompt": "", "down": False, "freeu": True},
     }
+    version: ClassVar[int] = 2
 
     method: Literal["scalecrafter"] = "scalecrafter"
     dilate_until: float | None = Field(default=None, ge=0, le=1)

@@ -279,6 +279,16 @@ def test_a_methods_identity_is_its_own_fields_and_its_name() -> None:
         assert hashes(config(upscale={"method": name}))["high_res"] != hashes(changed)["high_res"]
 
 
+def test_a_method_that_makes_other_images_than_before_has_another_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = config(upscale={"method": "direct"}).upscale
+    first = before.identity()
+    assert "version" not in first
+    monkeypatch.setattr(type(before), "version", 2)
+    assert before.identity() == {**first, "version": 2}
+    for name in ("scalecrafter", "fouriscale"):
+        assert config(upscale={"method": name}).upscale.identity()["version"] == 2
+
+
 def test_a_field_of_the_same_name_belongs_to_its_method() -> None:
     """`start` of the phases of DemoFusion is not that of one path from the reference."""
     late = {"method": "direct", "init": "noised_lr", "start": 0.65}

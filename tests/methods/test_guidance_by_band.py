@@ -44,7 +44,7 @@ def test_guidance_ends_as_without_it(method):
     for values in ({}, {"guidance_low": 1.0}):
         models = adapted()
         with counted(models.base.denoiser) as shapes:
-            config = settings(method, steps=4, guidance_stop=0.5, **values)
+            config = settings(method, steps=10, guidance_stop=0.8, **values)
             upscale_image(models, some_image(), "a cat", config=config)
         calls.append(shapes)
     assert calls[0] == calls[1]

@@ -1,7 +1,5 @@
 """ScaleDiff: a mixed reference, a pull that fades, attention to neighbourhoods, and passes of doubling sizes."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -149,13 +147,12 @@ def test_a_later_pass_enlarges_the_one_before():
     before = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(2))
     z, _ = second.begin(before, CanvasNoise([0], 4, 64, 64, asked.models.device), schedule(2)[1])
     draw = CanvasNoise([0], 4, 64, 64, asked.models.device)()
-    here = replace(asked, height=256, width=256)
-    torch.testing.assert_close(z, schedule(2)[1].noised(config.reference(here, before), draw))
+    torch.testing.assert_close(z, schedule(2)[1].noised(config.mixed(asked, before, 64, 64), draw))
     image = autoencoder.decode(asked.models, before).clamp(-1, 1)
     large = torch.nn.functional.interpolate(image, scale_factor=2, mode="bicubic").clamp(-1, 1)
     pixels = autoencoder.encode(asked.models, large)
     latents = torch.nn.functional.interpolate(before, scale_factor=2, mode="bicubic")
-    torch.testing.assert_close(config.reference(here, before), pixels + resampled(latents - pixels, 0.125))
+    torch.testing.assert_close(config.mixed(asked, before, 64, 64), pixels + resampled(latents - pixels, 0.125))
 
 
 # ----------------------------------------------------------------------------------------------------------- runs
