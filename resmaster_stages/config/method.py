@@ -131,7 +131,7 @@ class Method(Part):
         }
 
     def identity(self) -> dict[str, Any]:
-        """The fields that change the result, as JSON-ready values, and the method's version where it is not the first."""
+        """The fields that change the result, as JSON-ready values, and the version where it is not the first."""
         return super().identity() | ({"version": self.version} if self.version > 1 else {})
 
     def uses(self, what: Source) -> bool:

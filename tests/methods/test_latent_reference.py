@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from resmaster_stages.config.load import parse_config
-from resmaster_stages.config.method import Method
+from resmaster_stages.config.method import Method, methods
 from resmaster_stages.config.reference import ReferenceConfig
 from resmaster_stages.dataset.stages import hashes_of
 from resmaster_stages.diffusion import autoencoder, image_prompts
@@ -45,6 +45,7 @@ VALUES = {
     "direct": {"init": "noised_lr", "start": 0.3},
     "scalecrafter": {"init": "noised_lr"},
     "fouriscale": {"init": "noised_lr"},
+    "hidiffusion": {"init": "noised_lr"},
 }
 """Settings with which a method begins from the low-res image."""
 OWN = {"demofusion": "latent", "scalediff": "mixed"}
@@ -68,7 +69,7 @@ def begun(method: str, reference: dict | None = None, image: Image.Image | None 
     asked = request(adapted(), configured(method, reference, **values), image)
     first = asked.config.passes(asked)[0]
     noise, again = (CanvasNoise([1], 4, first.height, first.width, asked.models.device) for _ in range(2))
-    step = asked.path[first.first]
+    step = (first.path or asked.path)[first.first]
     z, _ = first.begin(None, noise, step)
     return (z - step.sigma * again()) / step.alpha
 
@@ -83,12 +84,11 @@ def small_latents(image=None) -> torch.Tensor:
 
 def test_the_methods_that_the_page_names_have_the_part() -> None:
     page = (ROOT / "docs" / "methods.md").read_text()
-    named = re.search(r"\n([^.]*)read the setting, and ([^.]*)with\n`init: noised_lr`\.\n", page)
+    named = re.search(r"All methods but ([^.]*) have the setting\. ([^.]*) read it with `init: noised_lr`\.", page)
     assert named
-    always, from_noise = (set(re.findall(r"[a-z_]+", each)) & set(DIFFUSION_METHODS) for each in named.groups())
-    assert len(always) == len(from_noise) == 4
-    assert always | from_noise <= set(FOLLOWING)
-    assert {name for name in FOLLOWING if not settings(name).uses("reference")} >= from_noise
+    without, from_noise = (set(re.findall(r"[a-z_]+", each)) & set(methods()) for each in named.groups())
+    assert set(methods()) - without == set(FOLLOWING)
+    assert {name for name in FOLLOWING if not settings(name).uses("reference")} == from_noise
 
 
 @pytest.mark.parametrize("method", FOLLOWING)
@@ -99,8 +99,10 @@ def test_a_pass_begins_from_latents_that_were_enlarged_as_the_settings_say(metho
         "latent": F.interpolate(small_latents(), size=SIZE, mode="bicubic", align_corners=False),
         "network": network()(small_latents(), *SIZE),
     }
-    mixed = ways["image"] + resampled(ways["latent"] - ways["image"], 0.125)
-    ways["own"] = {**ways, "mixed": mixed}[OWN.get(method, "image")]
+    pixels, latents = ways["image"], ways["latent"]
+    ways["mixed"] = pixels + resampled(latents - pixels, getattr(settings(method), "mix_cutoff", 1.0))
+    ways["own"] = ways[OWN.get(method, "image")]
+    del ways["mixed"]
     assert (ways["image"] - ways["latent"]).abs().max() > 0.05
     assert (ways["network"] - ways["latent"]).abs().max() > 0.05
     for way, latents in ways.items():
@@ -116,11 +118,11 @@ def test_without_the_part_identity_and_bytes_are_what_they_were(method: str) -> 
     same = configured(method, {"enlarge": "own", "edge_noise": [0, 0]})
     assert same.identity() == plain.identity()
     assert (drawn(same) == drawn(plain)).all()
-    if OWN.get(method) == "mixed":  # a mixture has no other name
-        return
-    explicit = configured(method, {"enlarge": OWN.get(method, "image")})
-    assert explicit.identity()["reference"] == {"enlarge": OWN.get(method, "image")}
-    assert (drawn(explicit) == drawn(plain)).all()
+    own = OWN.get(method, "image")
+    if own != "mixed":
+        explicit = configured(method, {"enlarge": own})
+        assert explicit.identity()["reference"] == {"enlarge": own}
+        assert (drawn(explicit) == drawn(plain)).all()
 
 
 def test_structural_guidance_takes_the_low_frequencies_of_the_enlarged_latents(file: str) -> None:
@@ -148,7 +150,7 @@ def test_image_prompts_still_see_the_enlarged_pixels(file: str, monkeypatch: pyt
     assert torch.equal(*seen)
 
 
-@pytest.mark.parametrize("method", ["demofusion", "freescale"])
+@pytest.mark.parametrize("method", ["demofusion", "freescale", "scalediff", "pixelrush"])
 def test_every_phase_enlarges_the_latents_of_the_one_before_by_the_network(
     method: str, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,7 +214,8 @@ def test_noise_at_edges_is_drawn_after_the_noise_of_the_pass_and_has_the_asked_s
     image, (low, high) = half_striped(), (0.25, 1.5)
     added = begun(method, {"edge_noise": [low, high]}, image) - begun(method, image=image)
     noise = CanvasNoise([1], 4, *SIZE, torch.device("cpu"))
-    noise()
+    if method != "pixelrush":  # which inverts the image instead of noising it
+        noise()
     spread = low + (high - low) * edge_density(to_tensor(image), *SIZE)
     assert (spread.min(), spread.max()) == (low, high)
     torch.testing.assert_close(added, spread * noise(), atol=5e-3, rtol=0)

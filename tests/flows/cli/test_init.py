@@ -20,8 +20,8 @@ FILES = [
     "sd35-4k.yaml",
     "sdxl-2k.yaml",
     "sdxl-4k.yaml",
-    "sdxl-few-step-4k.yaml",
     "sdxl-controlnet-4k.yaml",
+    "sdxl-few-step-4k.yaml",
     "z-image-4k.yaml",
 ]
 
