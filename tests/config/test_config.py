@@ -37,6 +37,7 @@ def test_the_configurations_that_are_shipped() -> None:
     assert {path.stem for path in DATASETS} == {
         "picturebook",
         "picturebook-evaluation",
+        "picturebook-few-step",
         "sdxl-2k",
         "sdxl-4k",
         "sdxl-few-step-4k",
