@@ -101,6 +101,8 @@ NOT_RUN = {
         "resmaster compare deployments/datasets/picturebook.yaml --n 1 --root out/strip --scales 4x4 --methods direct,"
         "multidiffusion,resmaster,demofusion,scalecrafter,fouriscale,hidiffusion,freescale,scalediff,"
         "cascade,c_upscale,pixelrush,super_resolution,lanczos": "takes minutes",
+        "python docs/method_images.py out/strip/picturebook-compare/sheet-4x4.png": "needs the sheet of the command "
+        "before; tests/evaluation/test_method_images.py cuts a sheet",
         "python -m resmaster_stages.picturebook.training.train_latent_enlarger --model "
         "stabilityai/stable-diffusion-xl-base-1.0 --images photos --edge-px 1024 --count 100000 --work train-sdxl "
         "--steps 100000 --batch 32 --rate 0.0002 --dim 60 --depths 6 6 6 6 --heads 6 --hidden 256 --layers 4": (
