@@ -70,8 +70,11 @@ def test_links_and_images_are_there() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", page):
             if "://" not in target:
                 assert (ROOT / "docs" / target).is_file(), target
-    with Image.open(ROOT / "docs" / "images" / "methods.jpg") as image:
-        assert image.width > 1000
+    for method in methods():
+        path = f"images/methods/{method}.jpg"
+        assert f"({path})" in SECTIONS[method]
+        with Image.open(ROOT / "docs" / path) as image:
+            assert image.width > 700
 
 
 def test_the_speed_table_has_every_method() -> None:
