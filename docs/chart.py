@@ -20,10 +20,11 @@ TITLE = "Picturebook, 128 to 512 px, 64 prompts: quality and work of each method
 
 
 def table(page: str) -> list[dict[str, str]]:
-    """The first table of the section "All methods": heading -> cell, for each row. Marks of emphasis are left out."""
+    """The first table of the section "All methods": heading -> cell, for each row, as plain text."""
     section = page.partition("## All methods\n")[2]
+    section = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", section.replace("**", ""))
     lines = re.findall(r"^\|(.*)\|$", section.partition("\n\n2x4")[0], flags=re.MULTILINE)
-    heads, _, *rows = ([cell.strip() for cell in line.replace("**", "").split("|")] for line in lines)
+    heads, _, *rows = ([cell.strip() for cell in line.split("|")] for line in lines)
     return [dict(zip(heads, row)) for row in rows]
 
 

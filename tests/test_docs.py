@@ -66,6 +66,12 @@ NOT_RUN = {
                 "--n 32 --reference picturebook --scales 2x2,2x4",
                 "direct,super_resolution,multidiffusion,resmaster:steps=25,c_upscale,demofusion,freescale,scalecrafter,fouriscale",
             ),
+            ("--n 64 --reference picturebook --scales 4x4", "scalediff,cascade,pixelrush,hidiffusion"),
+            (
+                "--n 32 --reference picturebook --scales 2x2",
+                "hidiffusion,hidiffusion:preset=faithful,scalediff,cascade,cascade:preset=rectifiedhr,cascade:preset=frecas,"
+                "cascade:preset=diffusehigh,cascade:preset=megafusion,pixelrush",
+            ),
             (
                 "--n 64 --reference picturebook --scales 4x4",
                 "multidiffusion,resmaster-sg-tip-etp:steps=25,resmaster+sg:steps=25,resmaster+sg+tip:steps=25,resmaster:steps=25",
@@ -78,6 +84,11 @@ NOT_RUN = {
                 "c_upscale,resmaster:steps=25,resmaster:steps=14:shift_stop=0.7",
             ),
         )
+    }
+    | {
+        "resmaster compare deployments/datasets/picturebook-few-step.yaml --n 64 --reference picturebook --scales 4x4 "
+        "--methods resmaster,pixelrush": "takes minutes",
+        "python docs/chart.py": "writes into the checkout; tests/evaluation/test_chart.py compares what it draws",
     }
     | {"python benchmarks/flags.py --seed 2": "takes minutes; tests/test_benchmarks.py runs it on less"}
     | {

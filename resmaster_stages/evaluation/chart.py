@@ -14,9 +14,10 @@ from math import floor, log10, prod
 from typing import Any
 from xml.sax.saxutils import escape
 
-WIDTH_PX, HEIGHT_PX = 920, 800
-LEFT_PX, TOP_PX, BOTTOM_PX, GAP_PX = 44, 62, 44, 64
-"""Left and upper border of the first panel, the lower border of a panel, and the distance of panels side by side."""
+WIDTH_PX, PANEL_PX, HEAD_PX = 920, 340, 26
+"""Width of the chart, height of a panel with what is below it, and height of the title."""
+LEFT_PX, TOP_PX, BOTTOM_PX, GAP_PX = 44, 36, 44, 64
+"""What is left of, above, below and right of a panel."""
 TEXT_PX, LETTER_PX = 11, 6.1
 """Size of text, and about the width of a letter."""
 LONGEST_LABEL = 34
@@ -81,11 +82,12 @@ def chart(title: str, rows: Sequence[Mapping[str, Any]]) -> str | None:
     panels = {column: found for column in PANELS if (found := points(rows, column))}
     if not panels:
         return None
+    height = HEAD_PX + len(panels) * (TOP_PX + PANEL_PX)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH_PX} {HEIGHT_PX}" width="{WIDTH_PX}" '
-        f'height="{HEIGHT_PX}" font-family="sans-serif" font-size="{TEXT_PX}" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH_PX} {height}" width="{WIDTH_PX}" '
+        f'height="{height}" font-family="sans-serif" font-size="{TEXT_PX}" role="img">',
         f"<title>{escape(title)}</title>",
-        f'<rect width="{WIDTH_PX}" height="{HEIGHT_PX}" fill="white"/>',
+        f'<rect width="{WIDTH_PX}" height="{height}" fill="white"/>',
         _text(LEFT_PX, 16, title, INK, size=14),
     ]
     for (column, found), place in zip(panels.items(), _places(len(panels))):
@@ -106,16 +108,11 @@ class Place:
 
 
 def _places(count: int) -> list[Place]:
-    """One large panel and, with three, two below."""
-    right, middle = WIDTH_PX - GAP_PX, TOP_PX + (HEIGHT_PX - TOP_PX) * 0.58
-    if count == 1:
-        return [Place(LEFT_PX, TOP_PX, right, HEIGHT_PX - BOTTOM_PX)]
-    half = (right - LEFT_PX - GAP_PX) / 2
-    below = middle + TOP_PX * 0.5
+    """Panels of one size, one below the other."""
+    step = TOP_PX + PANEL_PX
     return [
-        Place(LEFT_PX, TOP_PX, right, middle - BOTTOM_PX),
-        Place(LEFT_PX, below, LEFT_PX + half, HEIGHT_PX - BOTTOM_PX),
-        Place(LEFT_PX + half + GAP_PX, below, right, HEIGHT_PX - BOTTOM_PX),
+        Place(LEFT_PX, top, WIDTH_PX - GAP_PX, top + PANEL_PX - BOTTOM_PX)
+        for top in (TOP_PX + HEAD_PX + number * step for number in range(count))
     ]
 
 

@@ -1,12 +1,15 @@
 """The chart of quality against rows."""
 
+import importlib.util
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
+from resmaster_stages.config.method import methods
 from resmaster_stages.evaluation.chart import BEST, BOTH, OTHER, Point, chart, front, points, ticks
 from resmaster_stages.evaluation.page import markdown
+from tests.checkout import ROOT
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -92,6 +95,19 @@ def test_without_distances_there_is_no_chart() -> None:
 
 def test_ticks_are_one_two_and_five() -> None:
     assert ticks(3, 120) == [5, 10, 20, 50, 100]
+
+
+def test_the_chart_of_the_docs_is_that_of_the_table_of_results() -> None:
+    spec = importlib.util.spec_from_file_location("chart_of_docs", ROOT / "docs" / "chart.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.CHART.read_text() == script.drawn(), "run python docs/chart.py"
+    rows = script.rows_of(script.PAGE.read_text())
+    names = {row["method"].split(",")[0] for row in rows}
+    assert set(methods()) <= names, "every method is on the chart"
+    assert "](" not in "".join(names)
 
 
 def test_the_page_shows_the_chart_of_its_scale() -> None:
