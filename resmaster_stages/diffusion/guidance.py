@@ -104,3 +104,10 @@ class DenoiserCall:
         """Number of the step, from 0."""
         assert self.step is not None, "patches act within the denoising loop"
         return self.step.index
+
+    def canvases(self, count: int) -> list[int]:
+        """Numbers of the batch's samples, of `count` in all, where every sample is one view: its whole canvas."""
+        if count == 1:
+            return [0]
+        assert self.items is not None, "canvases are predicted within the denoising loop"
+        return list(self.items.tolist())  # this waits for the device, so a single sample does without

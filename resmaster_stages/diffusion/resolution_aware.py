@@ -148,10 +148,7 @@ def quartered(
             level = level_size(height, width, x.shape[1])
             if any(side % 2 for side in level):
                 return plain(x, *args, **kwargs)
-            samples = [0]
-            if len(moves) > 1:
-                assert call.items is not None, "canvases are predicted within the denoising loop"
-                samples = call.items.tolist()  # this waits for the device, so a single sample does without
+            samples = call.canvases(len(moves))
             drawn = [moves[sample][call.index][number] for sample in samples] * (len(x) // len(samples))
             return whole(plain(quarters(x, level, drawn), *args, **kwargs), level, drawn)
 

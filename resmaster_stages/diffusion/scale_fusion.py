@@ -62,10 +62,7 @@ class Windows:
     def views(self, tokens: int, rows: int, call: DenoiserCall, device: torch.device) -> ScatteredViews:
         """The windows at the step of `call`, for its `rows` canvases of `tokens` tokens each, branch by branch."""
         origins = self._places(tokens, call.index)
-        samples = [0]
-        if len(origins) > 1:
-            assert call.items is not None, "canvases are predicted within the denoising loop"
-            samples = call.items.tolist()  # this waits for the device, so a single sample does without
+        samples = call.canvases(len(origins))
         return ScatteredViews(
             self.grid(tokens), [origins[sample] for sample in samples] * (rows // len(samples)), "uniform", device
         )

@@ -89,8 +89,8 @@ def calls_of(module: Any):
 # ------------------------------------------------------------------------------------------- beside diffusers
 
 
-def latents(models: Models, noise: torch.Tensor, control: ControlConfig, picture: torch.Tensor) -> torch.Tensor:
-    """What the engine draws from `noise` on one view, with the control image `picture` [B, 3, H, W] in [0, 1]."""
+def latents(models: Models, noise: torch.Tensor, control: ControlConfig, shown: torch.Tensor) -> torch.Tensor:
+    """What the engine draws from `noise` on one view, with the control image `shown` [B, 3, H, W] in [0, 1]."""
     height, width = (side * LATENT_FACTOR for side in noise.shape[-2:])
     config = settings("multidiffusion", stepper="ddim_keep", steps=4, guidance_scale=5.0, micro_conditioning="native")
     asked = replace(
@@ -100,7 +100,7 @@ def latents(models: Models, noise: torch.Tensor, control: ControlConfig, picture
         prompts=("a cat",) * len(noise),
         negative_prompts=("ugly",) * len(noise),
     )
-    composition = Control(models, picture, control).applied(config.compose(asked))
+    composition = Control(models, shown, control).applied(config.compose(asked))
     draw = CanvasNoise([0], 4, *noise.shape[-2:], models.device)
     return denoise(models, composition, asked.path, noise, draw, view_batch=16)
 
@@ -115,15 +115,15 @@ def test_one_view_is_what_diffusers_draws(kind: str, union: bool, image: str) ->
     pipe.scheduler = DDIMScheduler(**SCHEDULER, clip_sample=False, set_alpha_to_one=False)
     models = Models.from_pipeline(pipe)
     noise = start(models, 64, 48, batch=2)
-    picture = torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(3))
-    ours = latents(with_base(models, control_net=own), noise, ControlConfig(**ON, image=image), picture)
+    shown = torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(3))
+    ours = latents(with_base(models, control_net=own), noise, ControlConfig(**ON, image=image), shown)
 
-    theirs: dict[str, Any] = {"image": picture}
+    theirs: dict[str, Any] = {"image": shown}
     if kind == "sd":
         there: Any = StableDiffusionControlNetPipeline
     elif union:
         there = StableDiffusionXLControlNetUnionPipeline
-        theirs = {"control_image": [picture], "control_mode": [{"tile": 6, "canny": 3}[image]]}
+        theirs = {"control_image": [shown], "control_mode": [{"tile": 6, "canny": 3}[image]]}
     else:
         there = StableDiffusionXLControlNetPipeline
     parts = {name: part for name, part in pipe.components.items() if name not in ("image_encoder",)}
@@ -142,7 +142,7 @@ def test_one_view_is_what_diffusers_draws(kind: str, union: bool, image: str) ->
         **theirs,
     ).images
     assert relative(ours, expected) <= 1e-5
-    without = latents(with_base(models, control_net=own), noise, ControlConfig(enabled=True, scale=1e-3), picture)
+    without = latents(with_base(models, control_net=own), noise, ControlConfig(enabled=True, scale=1e-3), shown)
     assert relative(without, expected) > 0.01  # the net matters
 
 
@@ -210,19 +210,19 @@ def crop(image: torch.Tensor, y: int, x: int, height: int, width: int) -> torch.
 
 def test_each_view_has_its_own_crop() -> None:
     grid = Grid(26, 21, 16, 8)
-    picture = numbered(grid, LATENT_FACTOR)
-    control = Control(controlled(), picture, ControlConfig(**ON))
+    shown = numbered(grid, LATENT_FACTOR)
+    control = Control(controlled(), shown, ControlConfig(**ON))
     for there in (grid, replace(grid, shift=(3, 5))):
-        expected = [crop(picture[0], y0 * 4, x0 * 4, (y1 - y0) * 4, (x1 - x0) * 4) for y0, x0, y1, x1 in there.boxes]
+        expected = [crop(shown[0], y0 * 4, x0 * 4, (y1 - y0) * 4, (x1 - x0) * 4) for y0, x0, y1, x1 in there.boxes]
         torch.testing.assert_close(control.crops(Fuser(there, "uniform")), torch.stack(expected))
 
 
 def test_beyond_the_canvas_a_crop_is_black() -> None:
     grid = Grid(24, 24, 16, 8)
-    picture = numbered(grid, LATENT_FACTOR)
-    control = Control(controlled(), picture, ControlConfig(**ON))
+    shown = numbered(grid, LATENT_FACTOR)
+    control = Control(controlled(), shown, ControlConfig(**ON))
     origins = [[(-2, 1), (8, 10), (10, -1)]]  # a window may be shifted by 2
-    expected = torch.stack([crop(picture[0], y * 4, x * 4, 64, 64) for y, x in origins[0]])
+    expected = torch.stack([crop(shown[0], y * 4, x * 4, 64, 64) for y, x in origins[0]])
     torch.testing.assert_close(control.crops(ScatteredViews(grid, origins, "uniform")), expected)
 
 
@@ -243,9 +243,9 @@ def test_every_row_reads_the_embedding_of_its_own_view_and_both_branches_see_it(
     image = some_image(48, 40, seed=7)
     config = settings("multidiffusion", steps=1, control=ON)
     asked = request(controlled(), config, image)
-    picture = asked.control_image("tile", 80, 96)
+    shown = asked.control_image("tile", 80, 96)
     expected = [
-        net().controlnet_cond_embedding(crop(picture[0], *box[:2], box[2] - box[0], box[3] - box[1])[None])[0]
+        net().controlnet_cond_embedding(crop(shown[0], *box[:2], box[2] - box[0], box[3] - box[1])[None])[0]
         for box in asked.views().canvas_boxes
     ]
     assert len(expected) == 4
