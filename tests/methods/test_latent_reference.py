@@ -236,6 +236,12 @@ def test_noise_at_edges_changes_the_image_and_is_drawn_by_sample(monkeypatch: py
     [
         ("resmaster", {"reference": {"edge_noise": [1, 0.5]}}, "the smaller one first"),
         ("resmaster", {"reference": {"edge_noise": [0, 40]}}, "two numbers from 0 to 4"),
+        ("resmaster", {"wrap": "both", "reference": {"edge_noise": [0, 1]}}, "do not continue at the opposite border"),
+        (
+            "c_upscale",
+            {"wrap": "horizontal", "reference": {"enlarge": "network", "model": "n.safetensors"}},
+            "do not continue at the opposite border",
+        ),
         ("resmaster", {"reference": {"enlarge": "network"}}, "needs a network; set model to a file"),
         ("resmaster", {"reference": {"model": "net.safetensors"}}, "model is set, but is read only with enlarge: netw"),
         ("resmaster", {"reference": {"enlarge": "network", "model": "net.pth"}}, r"not a \.safetensors file"),
