@@ -22,7 +22,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ from resmaster_stages.diffusion.conditions import make_conditions
 from resmaster_stages.diffusion.fusing import Fuser
 from resmaster_stages.diffusion.guidance import ClassifierFree, DenoiserCall
 from resmaster_stages.diffusion.loop import CanvasNoise, Composition, ViewGroup, always, denoise
-from resmaster_stages.diffusion.patches import level_size, replaced_forward
+from resmaster_stages.diffusion.patches import layers_named, level_size, replaced_forwards
 from resmaster_stages.diffusion.reference import to_tensor
 from resmaster_stages.diffusion.steppers import make_stepper
 from resmaster_stages.diffusion.views import Grid, native_size, whole_canvas
@@ -124,7 +124,7 @@ def layers(network: Any, native: int) -> dict[str, Any]:
     native: the native side in latents. Where a quarter of it is fewer than `FEWEST_TOKENS`, the level is a finer one.
     """
     wanted = min(LEVEL, max(0, (native // FEWEST_TOKENS).bit_length() - 1))
-    found = {name: module for name, module in network.named_modules() if name.endswith(".attn2")}
+    found = dict(layers_named(network, ".attn2"))
     levels = {name: level for name in found if (level := _level(name, network)) is not None}
     nearest = min(levels.values(), key=lambda level: (abs(level - wanted), level))
     return {name: found[name] for name, level in levels.items() if level == nearest}
@@ -167,9 +167,8 @@ class Maps:
     @contextmanager
     def patch(self, denoiser: Any, call: DenoiserCall) -> Iterator[None]:
         """Within the block, the chosen layers of `denoiser` are looked at. What they compute stays as it is."""
-        with ExitStack() as stack:
-            for module in layers(network_of(denoiser), self.native).values():
-                stack.enter_context(replaced_forward(module, self._layer(module, module.forward)))
+        chosen = layers(network_of(denoiser), self.native).items()
+        with replaced_forwards(chosen, lambda name, module: self._layer(module, module.forward)):
             yield
 
     def mean(self) -> Floats:

@@ -11,18 +11,18 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resmaster_stages.config.wrap import Axes
-from resmaster_stages.diffusion.patches import replaced_forward
+from resmaster_stages.diffusion.patches import replaced_forwards
 from resmaster_stages.models.bases.base import network_of
 
 
-def _wrapping(conv: nn.Conv2d, wraps: Axes) -> Callable[[Tensor], Tensor]:
+def _wrapping(conv: Any, wraps: Axes) -> Callable[[Tensor], Tensor]:
     """`conv` with the padding of the axes that wrap taken from the opposite border."""
     padding = [int(side) for side in conv.padding]
     rows, cols = (side if wrapped else 0 for side, wrapped in zip(padding, wraps))
@@ -38,8 +38,7 @@ def _wrapping(conv: nn.Conv2d, wraps: Axes) -> Callable[[Tensor], Tensor]:
 @contextmanager
 def circular(denoiser: Any, wraps: Axes) -> Iterator[None]:
     """Within the block, the convolutions of `denoiser` (a UNet) pad the axes that wrap from the opposite border."""
-    with ExitStack() as stack:
-        for module in network_of(denoiser).modules() if any(wraps) else ():
-            if isinstance(module, nn.Conv2d) and any(module.padding):
-                stack.enter_context(replaced_forward(module, _wrapping(module, wraps)))
+    every = network_of(denoiser).named_modules() if any(wraps) else ()
+    padded = ((name, each) for name, each in every if isinstance(each, nn.Conv2d) and any(each.padding))
+    with replaced_forwards(padded, lambda name, module: _wrapping(module, wraps)):
         yield

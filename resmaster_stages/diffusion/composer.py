@@ -16,7 +16,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,9 +25,8 @@ from torch import Tensor
 
 from resmaster_stages.config.wrap import Axes
 from resmaster_stages.diffusion.guidance import TEXT, DenoiserCall
-from resmaster_stages.diffusion.patches import level_size, replaced_forward
+from resmaster_stages.diffusion.patches import layers_named, level_size, replaced_forwards
 from resmaster_stages.diffusion.views import Grid
-from resmaster_stages.models.bases.base import network_of
 
 
 def attention_map(query: Tensor, key: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
@@ -135,8 +134,9 @@ class Composer:
     def patch(self, unet: Any, call: DenoiserCall) -> Iterator[None]:
         """Within the block, every cross-attention of `unet` is composed, or captured inside `capturing`."""
         self.call = call
-        with ExitStack() as stack:
-            for name, module in network_of(unet).named_modules():
-                if name.endswith(".attn2"):
-                    stack.enter_context(replaced_forward(module, self._layer(name, module, module.forward)))
+
+        def forward_of(name: str, module: Any) -> Callable[..., Tensor]:
+            return self._layer(name, module, module.forward)
+
+        with replaced_forwards(layers_named(unet, ".attn2"), forward_of):
             yield

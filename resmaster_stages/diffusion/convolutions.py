@@ -12,7 +12,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resmaster_stages.diffusion.guidance import Branch, DenoiserCall
-from resmaster_stages.diffusion.patches import Layer, replaced_forward
+from resmaster_stages.diffusion.patches import Layer, replaced_forwards
 from resmaster_stages.models.bases.base import network_of
 
 
@@ -111,8 +111,9 @@ def _by_branch(
 @contextmanager
 def changed_layers(unet: Any, call: DenoiserCall, rules: Mapping[str, LayerRule]) -> Iterator[None]:
     """Within the block, each convolution that `rules` names is computed by its rule at each step, branch by branch."""
-    with ExitStack() as stack:
-        for name, rule in rules.items():
-            conv = network_of(unet).get_submodule(name)
-            stack.enter_context(replaced_forward(conv, _by_branch(conv, conv.forward, rule, call)))
+
+    def forward_of(name: str, conv: Any) -> Callable[..., Tensor]:
+        return _by_branch(conv, conv.forward, rules[name], call)
+
+    with replaced_forwards([(name, network_of(unet).get_submodule(name)) for name in rules], forward_of):
         yield

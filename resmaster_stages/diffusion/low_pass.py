@@ -7,7 +7,7 @@ does not decide which layers are filtered at which steps.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from resmaster_stages.diffusion.convolutions import dilated
 from resmaster_stages.diffusion.guidance import TEXT, Branch, DenoiserCall
-from resmaster_stages.diffusion.patches import replaced_forward
-from resmaster_stages.models.bases.base import network_of
+from resmaster_stages.diffusion.patches import layers_named, replaced_forwards
 
 
 def mask(length: int, factor: float, weak: bool, floor: float) -> Tensor:
@@ -88,8 +87,6 @@ def shared_attention(unet: Any, call: DenoiserCall, branch: Branch) -> Iterator[
 
         return forward
 
-    with ExitStack() as stack:
-        for name, module in network_of(unet).named_modules():
-            if name.endswith((".attn1.to_q", ".attn1.to_k")):
-                stack.enter_context(replaced_forward(module, like_text(module.forward)))
+    queries_and_keys = layers_named(unet, ".attn1.to_q", ".attn1.to_k")
+    with replaced_forwards(queries_and_keys, lambda name, module: like_text(module.forward)):
         yield

@@ -24,7 +24,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -33,10 +33,9 @@ import torch
 from torch import Tensor
 
 from resmaster_stages.diffusion.guidance import DenoiserCall
-from resmaster_stages.diffusion.patches import level_of, replaced_forward
+from resmaster_stages.diffusion.patches import layers_named, level_of, replaced_forwards
 from resmaster_stages.diffusion.scale_fusion import attend
 from resmaster_stages.diffusion.shifted_views import shift_at
-from resmaster_stages.models.bases.base import network_of
 
 
 @dataclass(frozen=True)
@@ -158,8 +157,9 @@ def _layer(attention: Any, plain: Callable[..., Tensor], call: DenoiserCall, til
 @contextmanager
 def neighbourhood(unet: Any, call: DenoiserCall, tiles: Tiles) -> Iterator[None]:
     """Within the block, every self-attention of the UNet sees the neighbourhood of each place alone."""
-    with ExitStack() as stack:
-        for name, module in network_of(unet).named_modules():
-            if name.endswith(".attn1"):
-                stack.enter_context(replaced_forward(module, _layer(module, module.forward, call, tiles)))
+
+    def forward_of(name: str, module: Any) -> Callable[..., Tensor]:
+        return _layer(module, module.forward, call, tiles)
+
+    with replaced_forwards(layers_named(unet, ".attn1"), forward_of):
         yield

@@ -10,8 +10,8 @@ Invariants:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,6 +32,23 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             object.__delattr__(module, "forward")
         else:
             object.__setattr__(module, "forward", before)
+
+
+@contextmanager
+def replaced_forwards(
+    layers: Iterable[tuple[str, nn.Module]], forward_of: Callable[[str, nn.Module], Callable[..., Any]]
+) -> Iterator[None]:
+    """Within the block, each of `layers` (name, module) computes what `forward_of` gives for it."""
+    with ExitStack() as stack:
+        for name, module in layers:
+            stack.enter_context(replaced_forward(module, forward_of(name, module)))
+        yield
+
+
+def layers_named(unet: Any, *endings: str) -> list[tuple[str, nn.Module]]:
+    """(name, module) of each layer of the UNet whose name ends so: `.attn1` is self-attention, `.attn2`
+    cross-attention."""
+    return [(name, module) for name, module in network_of(unet).named_modules() if name.endswith(endings)]
 
 
 def chosen_layers(unet: Any, patterns: Mapping[str, float], method: str) -> dict[str, float]:

@@ -15,7 +15,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resmaster_stages.diffusion.guidance import DenoiserCall
-from resmaster_stages.diffusion.patches import level_size, replaced_forward
+from resmaster_stages.diffusion.patches import level_size, replaced_forward, replaced_forwards
 from resmaster_stages.models.bases.base import network_of
 
 MOVES = 4
@@ -143,7 +143,9 @@ def quartered(
     """
     height, width = size
 
-    def forward_of(number: int, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def forward_of(name: str, layer: Any) -> Callable[..., Tensor]:
+        number, plain = names.index(name), layer.forward
+
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             level = level_size(height, width, x.shape[1])
             if any(side % 2 for side in level):
@@ -154,8 +156,5 @@ def quartered(
 
         return forward
 
-    with ExitStack() as stack:
-        for number, name in enumerate(names):
-            layer = network_of(unet).get_submodule(name)
-            stack.enter_context(replaced_forward(layer, forward_of(number, layer.forward)))
+    with replaced_forwards([(name, network_of(unet).get_submodule(name)) for name in names], forward_of):
         yield

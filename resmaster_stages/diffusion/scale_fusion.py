@@ -14,7 +14,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -26,9 +26,8 @@ from torch import Tensor
 from resmaster_stages.diffusion.frequency import gaussian_blur
 from resmaster_stages.diffusion.guidance import DenoiserCall
 from resmaster_stages.diffusion.irregular_views import Origins, ScatteredViews, clamped, jittered
-from resmaster_stages.diffusion.patches import level_size, replaced_forward
+from resmaster_stages.diffusion.patches import layers_named, level_size, replaced_forwards
 from resmaster_stages.diffusion.views import Grid
-from resmaster_stages.models.bases.base import network_of
 
 
 class Windows:
@@ -150,8 +149,9 @@ def _fused(attention: Any, plain: Callable[..., Tensor], call: DenoiserCall, fus
 @contextmanager
 def scale_fusion(unet: Any, call: DenoiserCall, fusion: Fusion) -> Iterator[None]:
     """Within the block, every self-attention of the UNet is fused."""
-    with ExitStack() as stack:
-        for name, module in network_of(unet).named_modules():
-            if name.endswith(".attn1"):
-                stack.enter_context(replaced_forward(module, _fused(module, module.forward, call, fusion)))
+
+    def forward_of(name: str, module: Any) -> Callable[..., Tensor]:
+        return _fused(module, module.forward, call, fusion)
+
+    with replaced_forwards(layers_named(unet, ".attn1"), forward_of):
         yield

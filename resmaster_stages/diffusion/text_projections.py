@@ -13,14 +13,14 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from resmaster_stages.diffusion.guidance import DenoiserCall
-from resmaster_stages.diffusion.patches import replaced_forward
+from resmaster_stages.diffusion.patches import layers_named, replaced_forwards
 from resmaster_stages.models.bases.base import network_of
 
 
@@ -44,8 +44,7 @@ def _once(plain: Callable[[Tensor], Tensor], call: DenoiserCall) -> Callable[[Te
 @contextmanager
 def text_projected_once(unet: Any, call: DenoiserCall) -> Iterator[None]:
     """Within the block, the cross-attentions of `unet` project every text of `call` once."""
-    with ExitStack() as stack:
-        for name, module in network_of(unet).named_modules() if isinstance(network_of(unet), nn.Module) else ():
-            if name.endswith((".attn2.to_k", ".attn2.to_v")):
-                stack.enter_context(replaced_forward(module, _once(module.forward, call)))
+    is_module = isinstance(network_of(unet), nn.Module)
+    projections = layers_named(unet, ".attn2.to_k", ".attn2.to_v") if is_module else []
+    with replaced_forwards(projections, lambda name, module: _once(module.forward, call)):
         yield

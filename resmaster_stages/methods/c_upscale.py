@@ -79,7 +79,6 @@ class CUpscale(Steered, Wrapping):
     def compose(self, request: Request, noise: CanvasNoise) -> Composition:
         """A grid of views, each with its caption, and a composer for their cross-attention."""
         from resmaster_stages.diffusion.composer import Composer
-        from resmaster_stages.diffusion.conditions import make_conditions
         from resmaster_stages.diffusion.fusing import Fuser
         from resmaster_stages.diffusion.loop import Composition, ViewGroup, always
         from resmaster_stages.diffusion.steppers import make_stepper
@@ -93,14 +92,7 @@ class CUpscale(Steered, Wrapping):
             composer = Composer(grid, small, self.share, models.device)
             look = (whole_image(request, composer, noise.resized(*small)()),)
             patches, apart = (composer.patch,), composer.capturing
-        conditions = make_conditions(
-            models,
-            grid,
-            request.view_texts(grid),
-            request.per_view(request.negative_prompts, grid),
-            guidance_scale=request.config.guidance_scale,
-            micro_conditioning=self.micro_conditioning,
-        )
+        conditions = request.view_conditions(self.micro_conditioning)
         views = Fuser(grid, self.fuse, models.device)
         return Composition(
             groups=(ViewGroup(always(views, conditions), self.guidance(request.models)),),

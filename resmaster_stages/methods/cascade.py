@@ -292,9 +292,7 @@ class Cascade(GuidedByBand, MicroConditioned):
         for number in drawn:
             (rows, cols), path = canvases[number], self.path(request, number)
             own = self.model_copy(update={"guidance_scale": self.phases_of()[number].guidance})
-            here = replace(
-                request, config=own, height=rows * geometry.latent_factor, width=cols * geometry.latent_factor
-            )
+            here = replace(request.sized(rows, cols), config=own)
             leg = Leg(here, own, path, tuple(canvases[: number + 1]))
             begin = leg.from_noise if self.first == "noise" and number == drawn[0] else leg.from_image
             passes.append(Pass(rows, cols, begin, path=path))

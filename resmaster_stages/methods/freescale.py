@@ -27,7 +27,6 @@ Ours: `fusion: neighbourhood`, which takes ScaleDiff's attention (`diffusion.nei
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -121,8 +120,7 @@ class FreeScale(LateGuidance, Following):
 
     def beginning(self, request: Request, scale: float, rows: int, cols: int) -> Begin:
         """The start of the pass of `rows` x `cols` latents: the image of the pass before, enlarged and noised."""
-        factor = request.models.geometry.latent_factor
-        here = replace(request, height=rows * factor, width=cols * factor)
+        here = request.sized(rows, cols)
 
         def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
             draw = noise()

@@ -24,19 +24,10 @@ class MultiDiffusion(MovingViews):
 
     def compose(self, request: Request) -> Composition:
         """A grid of views that all have the global prompt."""
-        from resmaster_stages.diffusion.conditions import make_conditions
         from resmaster_stages.diffusion.loop import Composition, ViewGroup
         from resmaster_stages.diffusion.steppers import make_stepper
 
-        grid = request.views()
-        conditions = make_conditions(
-            request.models,
-            grid,
-            request.per_view(request.prompts, grid),
-            request.per_view(request.negative_prompts, grid),
-            guidance_scale=request.config.guidance_scale,
-            micro_conditioning=self.micro_conditioning,
-        )
+        grid, conditions = request.views(), request.view_conditions(self.micro_conditioning)
         return Composition(
             groups=(ViewGroup(self.placed(grid, conditions, request.models.device), self.guidance(request.models)),),
             stepper=make_stepper(self.stepper),

@@ -30,8 +30,8 @@ from resmaster_stages.config.method import Source, register
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.methods.passes import Pass, phase_scales, phase_sizes
-from resmaster_stages.methods.settings import Following, MicroConditioned, area
-from resmaster_stages.models.schedule import Step, Timing
+from resmaster_stages.methods.settings import Following, Fuse, MicroConditioned, area
+from resmaster_stages.models.schedule import Step, Timing, timesteps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +68,7 @@ class PixelRush(MicroConditioned, Following):
     """There is no guidance."""
     stride: float = Field(default=0.5, gt=0, le=1)
     """Distance of neighbouring views, as a fraction of the window (the model's native size)."""
-    fuse: Literal["uniform", "linear", "gaussian", "narrow", "cosine", "feather"] = "linear"
+    fuse: Fuse = "linear"
     """Weight of a view's pixels where views overlap, as in other methods of views. The paper has `feather`, which keeps
     half a view's weight at its border."""
 
@@ -102,8 +102,8 @@ class PixelRush(MicroConditioned, Following):
     def path(self, request: Request) -> tuple[Step, ...]:
         """The inverting step from the clean image, and the steps back to it."""
         cells = request.views().window_height * request.views().window_width
-        times = tuple(round((self.noised_to + 1) * (self.steps - i) / self.steps) - 1 for i in range(self.steps))
-        down = request.models.base.path(self.steps, Timing(cells, timesteps=times))
+        times = timesteps(self.steps, self.noised_to + 1, "trailing", 0)
+        down = request.models.base.path(self.steps, Timing(cells, timesteps=tuple(times)))
         first, count = down[0], len(down) + 1
         up = replace(first, t=0, alpha=1.0, sigma=0.0, alpha_next=first.alpha, sigma_next=first.sigma)
         return tuple(replace(step, index=index, count=count) for index, step in enumerate((up, *down)))
@@ -118,8 +118,7 @@ class PixelRush(MicroConditioned, Following):
 
     def beginning(self, request: Request, rows: int, cols: int) -> Begin:
         """The start of the pass of `rows` x `cols` latents: the image of the pass before, enlarged and encoded."""
-        factor = request.models.geometry.latent_factor
-        here = replace(request, height=rows * factor, width=cols * factor)
+        here = request.sized(rows, cols)
 
         def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
             latents = request.latents_before(previous, rows, cols)
@@ -129,22 +128,13 @@ class PixelRush(MicroConditioned, Following):
 
     def compose(self, request: Request) -> Composition:
         """A grid of views that all have the global prompt."""
-        from resmaster_stages.diffusion.conditions import make_conditions
         from resmaster_stages.diffusion.fusing import Fuser
         from resmaster_stages.diffusion.guidance import ClassifierFree
         from resmaster_stages.diffusion.loop import Composition, ViewGroup, always
         from resmaster_stages.diffusion.steppers import make_stepper
 
-        grid = request.views()
-        conditions = make_conditions(
-            request.models,
-            grid,
-            request.per_view(request.prompts, grid),
-            request.per_view(request.negative_prompts, grid),
-            guidance_scale=self.guidance_scale,
-            micro_conditioning=self.micro_conditioning,
-        )
-        views = Fuser(grid, self.fuse, request.models.device)
+        conditions = request.view_conditions(self.micro_conditioning)
+        views = Fuser(request.views(), self.fuse, request.models.device)
         return Composition(
             groups=(ViewGroup(always(views, conditions), ClassifierFree(self.guidance_scale)),),
             stepper=Rushed(self.keep, make_stepper(self.stepper)),

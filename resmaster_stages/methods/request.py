@@ -6,7 +6,7 @@ Invariants:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from resmaster_stages.config.control import ControlImage
 from resmaster_stages.config.wrap import Axes
 from resmaster_stages.diffusion import autoencoder
+from resmaster_stages.diffusion.conditions import Conditions, make_conditions
 from resmaster_stages.diffusion.edges import canny, edge_density
 from resmaster_stages.diffusion.memory import view_limit
 from resmaster_stages.diffusion.reference import enlarged, resized
@@ -189,6 +190,27 @@ class Request:
     def canvas(self) -> Grid:
         """The grid whose only view is the whole canvas."""
         return whole_canvas(self.models.geometry, self.height, self.width)
+
+    def sized(self, rows: int, cols: int) -> Request:
+        """The same request for a canvas of `rows` x `cols` latents."""
+        factor = self.models.geometry.latent_factor
+        return replace(self, height=rows * factor, width=cols * factor)
+
+    def view_conditions(self, micro_conditioning: str, image: tuple[Tensor, Tensor] | None = None) -> Conditions:
+        """The conditions of all views: each has its caption or, without captions, the prompt of its sample.
+
+        image: as `make_conditions` takes it.
+        """
+        grid = self.views()
+        return make_conditions(
+            self.models,
+            grid,
+            self.view_texts(grid),
+            self.per_view(self.negative_prompts, grid),
+            guidance_scale=self.config.guidance_scale,
+            micro_conditioning=micro_conditioning,
+            image=image,
+        )
 
     def view_texts(self, grid: Grid) -> list[str]:
         """Each view's caption or, without captions, the prompt of its sample."""

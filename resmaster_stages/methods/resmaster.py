@@ -124,22 +124,13 @@ class ResMaster(MovingViews, Steered):
 
     def compose(self, request: Request) -> Composition:
         """A grid of views, each with its own crop and caption."""
-        from resmaster_stages.diffusion.conditions import make_conditions
         from resmaster_stages.diffusion.image_prompts import embed_crops
         from resmaster_stages.diffusion.loop import Composition, ViewGroup
         from resmaster_stages.diffusion.steppers import make_stepper
 
         models, grid, reference = request.models, request.views(), request.required_reference()
         image = embed_crops(models, reference.pixels, grid.canvas_boxes) if self.image_scale else None
-        conditions = make_conditions(
-            models,
-            grid,
-            request.view_texts(grid),
-            request.per_view(request.negative_prompts, grid),
-            guidance_scale=request.config.guidance_scale,
-            micro_conditioning=self.micro_conditioning,
-            image=image,
-        )
+        conditions = request.view_conditions(self.micro_conditioning, image)
         return Composition(
             groups=(ViewGroup(self.placed(grid, conditions, models.device), self.guidance(request.models)),),
             stepper=make_stepper(self.stepper),

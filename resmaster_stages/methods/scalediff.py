@@ -23,7 +23,6 @@ tiles, and encoded to the mode instead of a sample.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -98,8 +97,7 @@ class ScaleDiff(LateGuidance, MicroConditioned, Following):
 
     def beginning(self, request: Request, rows: int, cols: int) -> Begin:
         """The start of the pass of `rows` x `cols` latents: the result of the pass before, enlarged and noised."""
-        factor = request.models.geometry.latent_factor
-        here = replace(request, height=rows * factor, width=cols * factor)
+        here = request.sized(rows, cols)
 
         def begin(previous: Tensor | None, noise: CanvasNoise, step: Step) -> tuple[Tensor, Composition]:
             draw = noise()
@@ -117,8 +115,7 @@ class ScaleDiff(LateGuidance, MicroConditioned, Following):
         enlarged in pixels, low ones those of enlarged latents."""
         from resmaster_stages.diffusion.frequency import resampled
 
-        ways = (request.latents_before(previous, rows, cols, way) for way in ("image", "latent"))
-        pixels, latents = ways
+        pixels, latents = (request.latents_before(previous, rows, cols, way) for way in ("image", "latent"))
         return pixels + resampled(latents - pixels, self.mix_cutoff)
 
     def compose(self, request: Request, reference: Tensor, first: Step) -> Composition:

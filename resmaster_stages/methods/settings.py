@@ -319,12 +319,16 @@ class FromNoise(Following):
         """The composition of the pass."""
 
 
+Fuse = Literal["uniform", "linear", "gaussian", "narrow", "cosine", "feather"]
+"""Weight of a view's pixels where views overlap."""
+
+
 class Views(LateGuidance, MicroConditioned):
     """Overlapping views of the native size."""
 
     stride: float = Field(default=0.5, gt=0, le=1)
     """Distance of neighbouring views, as a fraction of the window (the model's native size)."""
-    fuse: Literal["uniform", "linear", "gaussian", "narrow", "cosine", "feather"] = "uniform"
+    fuse: Fuse = "uniform"
     """Weight of a view's pixels where views overlap. `uniform`: all alike. `linear`: ramps over the overlap.
     `gaussian`: a bell with a standard deviation of a quarter of the view. `narrow`: a tenth (Mixture of Diffusers).
     `cosine`: half a wave. `feather`: blurred borders (PixelRush)."""

@@ -23,6 +23,7 @@ from resmaster_stages.config.model import FewStepConfig, ModelConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases.base import Asked, Sampling, require_sampling
 from resmaster_stages.models.identity import PICTUREBOOK
+from resmaster_stages.models.schedule import timesteps
 
 Kind: TypeAlias = Literal["lightning", "hyper", "lcm", "dmd2", "turbo"]
 
@@ -78,12 +79,7 @@ class FewStep:
             return tuple(999 - 20 * int(place * 50 / count) for place in range(count))
         if count == 1 and self.kind in ("hyper", "dmd2"):
             return (800,) if self.kind == "hyper" else (399,)
-        return trailing(count)
-
-
-def trailing(count: int) -> tuple[int, ...]:
-    """`count` even timesteps from 999 on, as diffusers' spacing `trailing`."""
-    return tuple(round(1000 * (count - place) / count) - 1 for place in range(count))
+        return tuple(timesteps(count, 1000, "trailing", 0))
 
 
 def resolved(config: FewStepConfig) -> FewStepConfig:

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from resmaster_stages.models.bases.few_step import trailing
+from resmaster_stages.models.schedule import timesteps
 from resmaster_stages.picturebook.training import data, train_flow, train_unet
 from resmaster_stages.picturebook.training.course import (
     Budget,
@@ -96,7 +96,7 @@ def fuse(unet: UNet2DConditionModel) -> None:
 
 def path_times(steps: int) -> Tensor:
     """The times of so many trailing steps, falling, with -1 (clean) at the end: [steps + 1]."""
-    return torch.tensor([*trailing(steps), -1])
+    return torch.tensor([*timesteps(steps, 1000, "trailing", 0), -1])
 
 
 @dataclass(frozen=True)
