@@ -36,8 +36,8 @@ from resmaster_stages.config.method import Source, register
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.methods.direct import whole_canvas_composition
-from resmaster_stages.methods.passes import Pass, phase_scales, phase_sizes
-from resmaster_stages.methods.settings import Following, LateGuidance, area
+from resmaster_stages.methods.passes import Pass
+from resmaster_stages.methods.settings import Following, InPhases, LateGuidance, area
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 
 @register
-class FreeScale(LateGuidance, Following):
+class FreeScale(LateGuidance, Following, InPhases):
     """A cascade of whole canvases: faster than DemoFusion, with more memory."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -63,9 +63,6 @@ class FreeScale(LateGuidance, Following):
     with_detail_mask: ClassVar[Mapping[str, Any]] = {"alpha": 3, "alpha_elsewhere": 0.5}
 
     method: Literal["freescale"] = "freescale"
-    phases: Literal["doubling", "every", "last"] = "doubling"
-    """Sizes on the way to the target. `doubling`: 2, 4, ... times the low-res size (the paper). `every`: 2, 3, 4, ...
-    `last`: the target at once."""
     start: float = Field(default=0.3, ge=0, lt=1)
     """Fraction of the steps that each pass leaves out at the noisy end. A higher value keeps the result closer to the
     low-res image."""
@@ -100,13 +97,9 @@ class FreeScale(LateGuidance, Following):
         """Convolutions are dilated, and scales are fused in self-attention."""
         return {"convolutions": "method freescale", "attention": "method freescale"}
 
-    def canvases(self, height: int, width: int) -> tuple[tuple[float, int, int], ...]:
-        """(scale, rows, columns) of each pass on the way to `height` x `width` latents."""
-        return phase_sizes(height, width, phase_scales(self.scale, self.phases, refine=False), 1)
-
     def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
         """The whole canvas of every pass."""
-        for _, height, width in self.canvases(grid.height, grid.width):
+        for _, height, width in self.canvases(grid):
             yield UnetWork(self.rows(self.left(self.start, course), course), area(height, width, grid))
 
     def passes(self, request: Request) -> tuple[Pass, ...]:
@@ -115,7 +108,7 @@ class FreeScale(LateGuidance, Following):
         first = request.course.first(self.start)
         return tuple(
             Pass(rows, cols, self.beginning(request, scale, rows, cols), first)
-            for scale, rows, cols in self.canvases(*request.canvas_size)
+            for scale, rows, cols in self.canvases(request.views())
         )
 
     def beginning(self, request: Request, scale: float, rows: int, cols: int) -> Begin:

@@ -29,8 +29,8 @@ from pydantic import Field
 from resmaster_stages.config.method import Source, register
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid
-from resmaster_stages.methods.passes import Pass, phase_scales, phase_sizes
-from resmaster_stages.methods.settings import Following, Fuse, MicroConditioned, area
+from resmaster_stages.methods.passes import Pass
+from resmaster_stages.methods.settings import Following, Fuse, InPhases, MicroConditioned, area
 from resmaster_stages.models.schedule import Step, Timing, timesteps
 
 if TYPE_CHECKING:
@@ -46,16 +46,13 @@ if TYPE_CHECKING:
 
 
 @register
-class PixelRush(MicroConditioned, Following):
+class PixelRush(MicroConditioned, Following, InPhases):
     """Two evaluations of a view for every doubling: very fast, made for few-step weights (`model.few_step`)."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}, "faithful": {"fuse": "feather"}}
     reads: ClassVar[tuple[Source, ...]] = ("reference",)
 
     method: Literal["pixelrush"] = "pixelrush"
-    phases: Literal["doubling", "every", "last"] = "doubling"
-    """Sizes on the way to the target. `doubling`: 2, 4, ... times the low-res size (the paper). `every`: 2, 3, 4, ...
-    `last`: the target at once."""
     noised_to: int = Field(default=249, ge=1, le=998)
     """The timestep (of 1000) to whose noise level each phase goes back. A higher value draws more anew. 249 is the last
     of four trailing steps, and a step of weights for 4 or 8 steps."""
@@ -88,10 +85,6 @@ class PixelRush(MicroConditioned, Following):
                 "method pixelrush: model.few_step names no few-step weights, so the base model takes its one step; the "
                 "paper's quality needs such weights"
             )
-
-    def canvases(self, grid: Grid) -> tuple[tuple[float, int, int], ...]:
-        """(scale, rows, columns) of each phase on the way to the canvas of `grid`."""
-        return phase_sizes(grid.height, grid.width, phase_scales(self.scale, self.phases, refine=False), grid.multiple)
 
     def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
         """The views of every phase, once to invert and once for every step."""

@@ -32,8 +32,8 @@ from resmaster_stages.config.method import Source, register
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import Grid
 from resmaster_stages.methods.direct import whole_canvas_composition
-from resmaster_stages.methods.passes import Pass, phase_scales, phase_sizes
-from resmaster_stages.methods.settings import Following, LateGuidance, MicroConditioned, area
+from resmaster_stages.methods.passes import Pass
+from resmaster_stages.methods.settings import Following, InPhases, LateGuidance, MicroConditioned, area
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 @register
-class ScaleDiff(LateGuidance, MicroConditioned, Following):
+class ScaleDiff(LateGuidance, MicroConditioned, Following, InPhases):
     """A cascade of whole canvases with local attention: fast, and close to the low-res image."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}, "faithful": {"jitter": False}}
@@ -55,9 +55,6 @@ class ScaleDiff(LateGuidance, MicroConditioned, Following):
     own_way: ClassVar[Literal["image", "latent", "mixed"]] = "mixed"
 
     method: Literal["scalediff"] = "scalediff"
-    phases: Literal["doubling", "every", "last"] = "doubling"
-    """Sizes on the way to the target. `doubling`: 2, 4, ... times the low-res size (the paper). `every`: 2, 3, 4, ...
-    `last`: the target at once."""
     start: float = Field(default=0.6, ge=0, lt=1)
     """Fraction of the steps that each pass leaves out at the noisy end. A higher value keeps the result closer to the
     low-res image."""
@@ -75,11 +72,6 @@ class ScaleDiff(LateGuidance, MicroConditioned, Following):
     def needs(self) -> Mapping[Ability, str]:
         """Self-attention is replaced."""
         return {"attention": "method scalediff"}
-
-    def canvases(self, grid: Grid) -> tuple[tuple[float, int, int], ...]:
-        """(scale, rows, columns) of each pass on the way to the canvas of `grid`."""
-        scales = phase_scales(self.scale, self.phases, refine=False)
-        return phase_sizes(grid.height, grid.width, scales, grid.multiple)
 
     def work(self, grid: Grid, course: Course) -> Iterator[UnetWork]:
         """The whole canvas of every pass."""

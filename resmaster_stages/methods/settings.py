@@ -24,7 +24,7 @@ from resmaster_stages.config.structure import StructureConfig
 from resmaster_stages.config.wrap import Axes, Wrap, wrapped_axes
 from resmaster_stages.diffusion.cost import CONTROL_SHARE, UnetWork
 from resmaster_stages.diffusion.views import Grid, stride_of
-from resmaster_stages.methods.passes import Pass, from_noise
+from resmaster_stages.methods.passes import Pass, from_noise, phase_scales, phase_sizes
 from resmaster_stages.models.bases.base import FURTHER, Asked, Family, Geometry
 from resmaster_stages.models.bases.unet import like_sdxl
 from resmaster_stages.models.schedule import Course, Timing
@@ -287,6 +287,19 @@ class Following(Diffusion):
         from resmaster_stages.models.identity import latent_network, network_identity
 
         return network_identity(latent_network(self.reference)) if self.enlargement() == "network" else None
+
+
+class InPhases(Diffusion):
+    """An image that grows in phases, from the low-res size to the target."""
+
+    phases: Literal["doubling", "every", "last"] = "doubling"
+    """Sizes on the way to the target. `doubling`: 2, 4, ... times the low-res size (the papers). `every`: 2, 3, 4, ...
+    `last`: the target at once."""
+
+    def canvases(self, grid: Grid) -> tuple[tuple[float, int, int], ...]:
+        """(scale, rows, columns) of each phase on the way to the canvas of `grid`."""
+        scales = phase_scales(self.scale, self.phases, refine=False)
+        return phase_sizes(grid.height, grid.width, scales, grid.multiple)
 
 
 class FromNoise(Following):
