@@ -22,9 +22,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from resmaster_stages.config.method import Source, register
 from resmaster_stages.diffusion.cost import UnetWork
@@ -68,6 +68,15 @@ class PixelRush(MicroConditioned, Following, InPhases):
     fuse: Fuse = "linear"
     """Weight of a view's pixels where views overlap, as in other methods of views. The paper has `feather`, which keeps
     half a view's weight at its border."""
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        if self.steps > self.noised_to + 1:
+            raise ValueError(
+                f"steps {self.steps} are more than the {self.noised_to + 1} timesteps below noised_to "
+                f"({self.noised_to}); use fewer, or a higher noised_to"
+            )
+        return self
 
     @property
     def view_stride(self) -> float:

@@ -59,6 +59,14 @@ def test_noise_that_is_kept_and_constant_gives_back_the_enlarged_image() -> None
     assert begun.abs().max() > 0.1
 
 
+@pytest.mark.parametrize("noised_to", [1, 9])
+def test_there_are_no_more_steps_than_timesteps(noised_to):
+    config = settings("pixelrush", noised_to=noised_to, steps=noised_to + 1)
+    assert upscale_image(plain(), some_image(), "a cat", config=config).size == (128, 128)
+    with pytest.raises(ValueError, match=f"more than the {noised_to + 1} timesteps"):
+        settings("pixelrush", noised_to=noised_to, steps=noised_to + 2)
+
+
 def test_random_noise_brings_detail_and_more_of_it_with_less_kept() -> None:
     models = with_base(plain(), denoiser=Always())
     added = []
