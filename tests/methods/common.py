@@ -10,9 +10,10 @@ from resmaster_stages.diffusion.reference import pad_to_multiple, to_tensor, ups
 from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.methods.lanczos import Lanczos
 from resmaster_stages.methods.request import Reference, Request
+from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.parts import Models
 from resmaster_stages.models.schedule import Step, make_schedule
-from tests.tiny_models import SCHEDULER, tiny, tiny_adapted
+from tests.tiny_models import SCHEDULER, counted, tiny, tiny_adapted
 
 
 def adapted() -> Models:
@@ -78,3 +79,12 @@ def sdxl_shaped(channels=(8, 16, 32)) -> UNet2DConditionModel:
 def forwards(unet) -> dict:
     """The forward that each module carries itself, by name: what patches put there."""
     return {name: module.__dict__["forward"] for name, module in unet.named_modules() if "forward" in module.__dict__}
+
+
+def calls_of(method, **values) -> list[tuple[int, ...]]:
+    """Shapes of the UNet's inputs, call by call, for an image by `method`. Everything that was replaced is restored."""
+    ours = plain()
+    with counted(ours.base.denoiser) as calls:
+        upscale_image(ours, some_image(), "a cat", config=settings(method, **values))
+    assert forwards(ours.base.denoiser) == {}
+    return calls

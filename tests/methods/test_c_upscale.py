@@ -10,15 +10,14 @@ from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.schedule import even_course
 from tests.methods.common import (
     adapted,
+    calls_of,
     difference,
     forwards,
-    plain,
     schedule,
     sdxl_shaped,
     settings,
     some_image,
 )
-from tests.tiny_models import counted
 
 OFF = {"structure": {"enabled": False}, "text_prompt": {"enabled": False}}
 
@@ -141,11 +140,7 @@ def test_capturing_and_patches_end_with_exceptions():
     ],
 )
 def test_unet_calls(values, shapes):
-    ours = plain()
-    with counted(ours.base.denoiser) as calls:
-        upscale_image(ours, some_image(), "a cat", config=settings("c_upscale", **values))
-    assert calls == shapes
-    assert forwards(ours.base.denoiser) == {}
+    assert calls_of("c_upscale", **values) == shapes
 
 
 @pytest.mark.parametrize("preset", ["default", "faithful"])

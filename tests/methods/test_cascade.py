@@ -24,8 +24,8 @@ from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.models.parts import Models
 from resmaster_stages.models.schedule import even_course
-from tests.methods.common import adapted, difference, forwards, plain, request, schedule, settings, some_image
-from tests.tiny_models import SCHEDULER, counted
+from tests.methods.common import adapted, calls_of, difference, plain, request, schedule, settings, some_image
+from tests.tiny_models import SCHEDULER
 from tests.tiny_transformers import make_flux
 
 PRESETS = tuple(Cascade.presets)
@@ -232,11 +232,7 @@ def test_one_size_is_direct_inference():
     ids=str,
 )  # fmt: skip
 def test_unet_calls(values, shapes):
-    ours = plain()
-    with counted(ours.base.denoiser) as calls:
-        upscale_image(ours, some_image(), "a cat", config=settings("cascade", **values))
-    assert calls == shapes
-    assert forwards(ours.base.denoiser) == {}
+    assert calls_of("cascade", **values) == shapes
 
 
 @pytest.mark.parametrize("preset", AUTHORS)

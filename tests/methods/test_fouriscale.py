@@ -14,15 +14,14 @@ from resmaster_stages.methods.fouriscale import DETAIL, DetailGuidance, layer_ru
 from resmaster_stages.methods.upscale import upscale_image
 from tests.methods.common import (
     adapted,
+    calls_of,
     difference,
     forwards,
-    plain,
     schedule,
     sdxl_shaped,
     settings,
     some_image,
 )
-from tests.tiny_models import counted
 
 OWN = settings("fouriscale")
 CPU = torch.device("cpu")
@@ -218,11 +217,7 @@ def test_guidance_goes_to_the_detail_branch_and_may_be_amplified():
     ],
 )
 def test_unet_calls(values, shapes):
-    ours = plain()
-    with counted(ours.base.denoiser) as calls:
-        upscale_image(ours, some_image(), "a cat", config=settings("fouriscale", **values))
-    assert calls == shapes
-    assert forwards(ours.base.denoiser) == {}
+    assert calls_of("fouriscale", **values) == shapes
 
 
 def make(**values):

@@ -20,15 +20,15 @@ from resmaster_stages.models.parts import Models
 from resmaster_stages.progress import listening
 from tests.methods.common import (
     adapted,
+    calls_of,
     difference,
     forwards,
-    plain,
     schedule,
     sdxl_shaped,
     settings,
     some_image,
 )
-from tests.tiny_models import counted, make_stable_diffusion
+from tests.tiny_models import make_stable_diffusion
 
 
 def published(*places):
@@ -353,11 +353,7 @@ def test_freeu_differs_from_diffusers_in_the_two_layers_of_the_channel_rule():
     ],
 )
 def test_unet_calls(values, shapes):
-    ours = plain()
-    with counted(ours.base.denoiser) as calls:
-        upscale_image(ours, some_image(), "a cat", config=settings("scalecrafter", **values))
-    assert calls == shapes
-    assert forwards(ours.base.denoiser) == {}
+    assert calls_of("scalecrafter", **values) == shapes
 
 
 def make(**values):

@@ -22,6 +22,7 @@ from resmaster_stages.models.parts import Models
 from resmaster_stages.planning.workload import Denoising, high_res_work
 from tests.methods.common import (
     adapted,
+    calls_of,
     difference,
     forwards,
     plain,
@@ -30,7 +31,6 @@ from tests.methods.common import (
     settings,
     some_image,
 )
-from tests.tiny_models import counted
 from tests.tiny_pixart import make_pixart
 from tests.tiny_transformers import make_flux
 
@@ -179,11 +179,7 @@ def test_without_its_parts_it_is_direct_inference_from_the_noised_reference(pres
     ],
 )
 def test_unet_calls(values, shapes):
-    ours = plain()
-    with counted(ours.base.denoiser) as calls:
-        upscale_image(ours, some_image(), "a cat", config=settings("scalediff", **values))
-    assert calls == shapes
-    assert forwards(ours.base.denoiser) == {}
+    assert calls_of("scalediff", **values) == shapes
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,20 @@ def require_encoder(adapter: IpAdapterConfig) -> dict[str, Any]:
     return object_in(folder / "config.json")
 
 
+def load_weights(pipe: Any, adapter: IpAdapterConfig, encoder_option: str = "image_encoder_folder") -> None:
+    """Load the adapter's weights into `pipe`, which has its image encoder.
+
+    encoder_option: what the pipeline's loader calls the place of an image encoder, of which it shall load none.
+    """
+    pipe.load_ip_adapter(
+        location(adapter.id),
+        subfolder=adapter.subfolder,
+        weight_name=adapter.weight_name,
+        revision=adapter.revision,
+        **{encoder_option: None},
+    )
+
+
 def load_encoder(kind: str, adapter: IpAdapterConfig, dtype: torch.dtype) -> Any:
     """The adapter's image encoder on the CPU. kind: its class in Transformers. Raises ConfigError."""
     import transformers

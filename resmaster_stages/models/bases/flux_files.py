@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from resmaster_stages.config.model import IpAdapterConfig, ModelConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases import adapter_files
-from resmaster_stages.models.places import loading, location
+from resmaster_stages.models.places import loading
 
 if TYPE_CHECKING:
     import torch
@@ -109,13 +109,7 @@ def load(pipe: Any, config: ModelConfig, dtype: torch.dtype) -> None:
         encoder = adapter_files.load_encoder("CLIPVisionModelWithProjection", adapter, dtype)
         require_encoder_fit(tensors, adapter, encoder.config.to_dict())
         pipe.register_modules(image_encoder=encoder)
-        pipe.load_ip_adapter(
-            location(adapter.id),
-            subfolder=adapter.subfolder,
-            weight_name=adapter.weight_name,
-            revision=adapter.revision,
-            image_encoder_pretrained_model_name_or_path=None,
-        )
+        adapter_files.load_weights(pipe, adapter, "image_encoder_pretrained_model_name_or_path")
 
 
 def _load_redux(pipe: Any, adapter: IpAdapterConfig, dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from resmaster_stages.config.model import IpAdapterConfig, ModelConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.bases import adapter_files
-from resmaster_stages.models.places import loading, location
+from resmaster_stages.models.places import loading
 
 if TYPE_CHECKING:
     import torch
@@ -79,10 +79,4 @@ def load(pipe: Any, config: ModelConfig, dtype: torch.dtype) -> None:
         encoder = adapter_files.load_encoder("SiglipVisionModel", adapter, dtype)
         require_encoder_fit(tensors, adapter, encoder.config.to_dict())
         pipe.register_modules(image_encoder=encoder)
-        pipe.load_ip_adapter(
-            location(adapter.id),
-            subfolder=adapter.subfolder,
-            weight_name=adapter.weight_name,
-            revision=adapter.revision,
-            image_encoder_folder=None,
-        )
+        adapter_files.load_weights(pipe, adapter)

@@ -118,18 +118,11 @@ def load(pipeline: str, more: Mapping[str, Any], config: ModelConfig, dtype: tor
 def _load_adapter(pipe: Any, adapter: IpAdapterConfig, dtype: torch.dtype) -> None:
     """Loads the image encoder and the IP-Adapter's weights into `pipe`."""
     adapter_files.require_safetensors(adapter)
-    place = location(adapter.id)
     if pipe.image_encoder is None:
         encoder = adapter_files.load_encoder("CLIPVisionModelWithProjection", adapter, dtype)
         pipe.register_modules(image_encoder=encoder)
     with loading(adapter.id, "the IP-Adapter"):
-        pipe.load_ip_adapter(
-            place,
-            subfolder=adapter.subfolder,
-            weight_name=adapter.weight_name,
-            image_encoder_folder=None,
-            revision=adapter.revision,
-        )
+        adapter_files.load_weights(pipe, adapter)
 
 
 def _load_control(net: ControlNetConfig, dtype: torch.dtype) -> Any:
