@@ -33,6 +33,7 @@ class Direct(FromNoise, LateGuidance, MicroConditioned, Wrapping):
     """The whole canvas at once: for the native size, and as a baseline."""
 
     in_one_piece: ClassVar[bool] = True
+    version: ClassVar[int] = 2
 
     method: Literal["direct"] = "direct"
     positions: Literal["own", "ntk", "yarn"] = Later("own")
@@ -106,22 +107,25 @@ def whole_canvas_composition(
 ) -> Composition:
     """A composition with the whole canvas as its one view, for methods that change how the UNet computes it.
 
-    size: (height, width) in px for the UNet's size conditions, instead of those that `micro_conditioning` gives.
+    size: (height, width) in px for the UNet's size conditions, instead of those that `micro_conditioning` gives: the
+    canvas, or the native size for its shape.
     """
     from resmaster_stages.diffusion.conditions import make_conditions
     from resmaster_stages.diffusion.freeu import freeu as freeu_on
     from resmaster_stages.diffusion.fusing import Fuser
     from resmaster_stages.diffusion.loop import Composition, ViewGroup, always
     from resmaster_stages.diffusion.steppers import make_stepper
+    from resmaster_stages.diffusion.views import native_size
 
     grid = request.canvas()
+    if size is None and micro_conditioning == "native":
+        size = native_size(request.models.geometry, request.height, request.width)
     conditions = make_conditions(
         request.models,
         grid,
         request.prompts,
         request.negative_prompts,
         guidance_scale=request.config.guidance_scale,
-        micro_conditioning=micro_conditioning,
         sizes=[(*size, 0, 0, *size)] * len(request.prompts) if size else None,
     )
     return Composition(

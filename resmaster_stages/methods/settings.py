@@ -245,7 +245,8 @@ class MicroConditioned(Diffusion):
 
     micro_conditioning: Literal["canvas", "native"] = "canvas"
     """SDXL's conditions of size and crop. `canvas`: the size of the canvas and the view's place in it. `native`: those
-    of a native-size image. PixArt-alpha at 1024 px reads the size alone."""
+    of a native-size image, in the shape of the canvas where it is drawn whole. PixArt-alpha at 1024 px reads the size
+    alone."""
 
 
 Way = Literal["image", "latent", "mixed", "network"]

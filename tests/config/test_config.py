@@ -219,7 +219,7 @@ def test_known_hashes_stand() -> None:
     weights = Weights("m", "c", "q")
     for upscale, expected in (
         ({"preset": "exact"}, "c51ea8c68266bc07"),
-        ({"method": "direct"}, "cf20959b5e27d35f"),
+        ({"method": "direct"}, "ee1c36ec1462f09e"),
         ({"method": "lanczos", "scale": 2.0}, "3211641cd0633ccf"),
     ):
         unchecked = config(upscale=upscale, captions={"check": {"enabled": False}})
@@ -281,12 +281,12 @@ def test_a_methods_identity_is_its_own_fields_and_its_name() -> None:
 
 
 def test_a_method_that_makes_other_images_than_before_has_another_identity(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = config(upscale={"method": "direct"}).upscale
+    before = config(upscale={"method": "multidiffusion"}).upscale
     first = before.identity()
     assert "version" not in first
     monkeypatch.setattr(type(before), "version", 2)
     assert before.identity() == {**first, "version": 2}
-    for name in ("scalecrafter", "fouriscale"):
+    for name in ("direct", "scalecrafter", "fouriscale"):
         assert config(upscale={"method": name}).upscale.identity()["version"] == 2
 
 
