@@ -21,6 +21,7 @@ import torch
 
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError, OutOfMemory
+from resmaster_stages.models import occupancy
 from resmaster_stages.models.acceleration import can_compile, compile_blocks, has_blocks, quantise_fp8, require_fp8
 from resmaster_stages.models.bases import family_of, offload_of, require
 from resmaster_stages.models.faults import device_faults
@@ -54,12 +55,36 @@ def load_pipeline(config: ModelConfig) -> Any:
         return family.load(config, resolve_dtype(config.dtype, resolve_device(config.device), family.half))
 
 
-@lru_cache(maxsize=1)
+_last: ModelConfig | None = None
+"""The model that was loaded last."""
+
+
+def _take_turns(one: ModelConfig, other: ModelConfig | None, device: torch.device) -> bool:
+    """Whether two models are a base model and itself with few-step weights, of which one can wait in the CPU's memory.
+
+    The stages of a shard use the one and then the other.
+    """
+    return other is not None and (one.base == other or other.base == one) and occupancy.has_own_memory(device)
+
+
+@lru_cache(maxsize=2)
 def load_models(config: ModelConfig) -> Models:
-    """The model that `config` names, ready to use. The last model stays loaded. Raises ConfigError with one line."""
-    if load_models.cache_info().currsize:
-        load_models.cache_clear()  # so that the other model's memory is free before this one takes its own
+    """The model that `config` names, ready to use. Raises ConfigError with one line.
+
+    The last model stays loaded. Where the device has memory of its own, so does the base model of one with few-step
+    weights, in the CPU's memory.
+    """
+    global _last
     device = resolve_device(config.device)
+    loaded = load_models.cache_info().currsize
+    if loaded > 1 or (loaded == 1 and not _take_turns(config, _last, device)):
+        load_models.cache_clear()  # so that the other models' memory is free before this one takes its own
+    models = _loaded(config, device)
+    _last = config
+    return models
+
+
+def _loaded(config: ModelConfig, device: torch.device) -> Models:
     pipe = load_pipeline(config)
     models = replace(
         Models.from_pipeline(pipe, identity=model_identity(config), config=config),

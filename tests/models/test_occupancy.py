@@ -27,6 +27,10 @@ from tests.tiny_models import make_pipeline
 
 DEVICE = torch.device("cpu", 0)
 UPSCALE = {"steps": 1, "scale": 2, "via": [1.25, 1.5], "micro_conditioning": "native", "preset": "exact"}
+FEW_STEPS: dict[str, Any] = {
+    "model": {"few_step": {"id": "picturebook"}},
+    "upscale": {"steps": 8, "guidance_scale": 1, "stepper": "ddim_keep", "scale": 2, "init": "noised_lr", "start": 0.9},
+}
 
 
 def configured(device: str, **values: Any) -> DatasetConfig:
@@ -123,6 +127,14 @@ def without_moving() -> list[Output]:
     return built(configured("cpu"))
 
 
+@pytest.fixture(scope="module")
+def few_steps_without_moving() -> list[Output]:
+    """The same with few-step weights."""
+    outputs = built(configured("cpu", **FEW_STEPS))
+    assert load.load_models.cache_info().currsize == 1, "one model at a time, where they would share the memory"
+    return outputs
+
+
 def test_they_take_turns_through_all_stages_and_passes_and_are_loaded_once(
     diary: Diary, without_moving: list[Output]
 ) -> None:
@@ -131,6 +143,19 @@ def test_they_take_turns_through_all_stages_and_passes_and_are_loaded_once(
     assert diary.loaded == ["base", "captioner"]
     stages, passes = ["UNe", "Git"], ["UNe", "Git", "UNe", "Git"]  # a sample's last pass is followed by a first one
     assert diary.turns() == [*stages, *passes * len(SAMPLES), "UNe"]
+
+
+def test_a_base_model_waits_for_its_few_step_weights_and_is_loaded_once_for_all_shards(
+    few_steps_without_moving: list[Output], diary: Diary
+) -> None:
+    for _ in range(2):  # shards
+        outputs = built(configured("cpu:0", **FEW_STEPS))
+        assert [output.files["png"] for output in outputs] == [
+            output.files["png"] for output in few_steps_without_moving
+        ]
+    assert diary.loaded == ["base", "captioner", "base"]
+    load.load_models(configured("cpu:0", model={"dtype": "bfloat16"}).model)
+    assert load.load_models.cache_info().currsize == 1
 
 
 def test_on_a_cpu_nothing_moves(monkeypatch: pytest.MonkeyPatch, without_moving: list[Output]) -> None:
