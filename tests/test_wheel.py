@@ -35,7 +35,7 @@ def test_it_takes_no_common_name_carries_what_is_no_code_and_leaves_the_training
     }
     assert templates <= names
     deployed = {f"resmaster_flows/{path.relative_to(ROOT)}" for path in (ROOT / "deployments").rglob("*.yaml")}
-    assert len(deployed) == 15
+    assert len(deployed) == 16
     assert deployed <= names
     assert {f"resmaster_flows/infra/{kind}/job-template.yaml" for kind in ("docker", "kubernetes")} <= names
     assert HOME == ROOT, "the checkout keeps no copies"

@@ -76,13 +76,19 @@ class ControlNetConfig(Part):
     places: ClassVar[tuple[str, ...]] = ("id", "revision", "variant")
 
     id: str
-    """Hub id or folder, e.g. `xinsir/controlnet-tile-sdxl-1.0`."""
+    """Hub id or folder, e.g. `xinsir/controlnet-tile-sdxl-1.0`. `picturebook`: the embedded pack's tile ControlNet,
+    which needs no other key here."""
     subfolder: str = ""
     """Folder of the net inside the repository or folder `id`."""
     revision: str | None = None
     """Commit or tag at the hub."""
     variant: str | None = None
     """Weight variant, e.g. `fp16`."""
+
+    @property
+    def folder(self) -> str:
+        """`subfolder`, or the folder of the embedded pack's net."""
+        return self.subfolder or ("control_net" if self.id == "picturebook" else "")
 
 
 class ModelConfig(Part):

@@ -26,7 +26,7 @@ PICTUREBOOK_AS_FLOW = "picturebook-as-flow"
 PACK_MODELS = (PICTUREBOOK, PICTUREBOOK_AS_FLOW)
 """The ids of base models whose files are the pack's."""
 
-PACK_NETWORKS = ("captioner", "classifier", "clip", "few_step", "super_resolution")
+PACK_NETWORKS = ("captioner", "classifier", "clip", "control_net", "few_step", "super_resolution")
 """Folders of the pack that do not belong to its diffusion pipeline. Each is a separate model with its own identity."""
 
 
@@ -150,7 +150,7 @@ def control_identity(config: ModelConfig) -> str | None:
     if net is None:
         return None
     inside = "#" + "/".join((net.subfolder, net.variant or "")) if net.subfolder or net.variant else ""
-    return _source_identity(net.id, net.revision) + inside
+    return _source_identity(net.id, net.revision, "control_net") + inside
 
 
 @dataclass(frozen=True)

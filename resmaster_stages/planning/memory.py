@@ -79,8 +79,8 @@ def _weights(model: ModelConfig, number_format: str) -> Mapping[str, int]:
     if model.vae is not None:
         variants["vae"] = None
     if (net := model.controlnet) is not None:
-        name = (Path(net.subfolder) / "config.json").as_posix()
-        places[CONTROL_NET] = folder_with(net.id, name, net.revision) / net.subfolder
+        name = (Path(net.folder) / "config.json").as_posix()
+        places[CONTROL_NET] = folder_with(net.id, name, net.revision) / net.folder
         variants[CONTROL_NET] = net.variant
     found = {}
     for part, place in places.items():

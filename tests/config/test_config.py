@@ -38,6 +38,7 @@ def test_the_configurations_that_are_shipped() -> None:
         "picturebook",
         "picturebook-evaluation",
         "picturebook-few-step",
+        "picturebook-controlnet",
         "sdxl-2k",
         "sdxl-4k",
         "sdxl-few-step-4k",

@@ -7,7 +7,16 @@ from resmaster_stages.config.load import parse_config
 from resmaster_stages.models import identity
 from resmaster_stages.models.identity import weights_of
 
-PARTS = ("model_index.json", "card.json", "unet/w", "captioner/w", "clip/w", "classifier/w", "super_resolution/w")
+PARTS = (
+    "model_index.json",
+    "card.json",
+    "unet/w",
+    "captioner/w",
+    "clip/w",
+    "classifier/w",
+    "super_resolution/w",
+    "control_net/w",
+)
 
 
 @pytest.fixture
@@ -26,6 +35,7 @@ def pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("captioner/w", {"captioner"}),
         ("clip/w", {"clip", "caption_check"}),
         ("classifier/w", {"features"}),
+        ("control_net/w", set()),
         ("card.json", set()),
     ],
 )
@@ -45,6 +55,17 @@ def test_a_change_of_one_network_of_the_pack_renames_that_one_only(pack: Path, c
     names = ("model", "captioner", "clip", "features", "caption_check")
     assert {name for name in names if getattr(before, name) != getattr(after, name)} == affects
     assert all(getattr(after, name) for name in names)
+
+
+def test_the_packs_control_net_has_a_name_of_its_own(pack: Path) -> None:
+    model = parse_config({"name": "d", "model": {"controlnet": {"id": "picturebook"}}}, "test").model
+    before = identity.control_identity(model)
+    (pack / "unet/w").write_text("other")
+    identity._pack_digest.cache_clear()
+    assert identity.control_identity(model) == before
+    (pack / "control_net/w").write_text("other")
+    identity._pack_digest.cache_clear()
+    assert identity.control_identity(model) != before
 
 
 def test_the_model_that_checks_captions_has_a_name_where_captions_are_checked(pack: Path) -> None:

@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import ControlNetModel
+from PIL import Image
 
+from resmaster_stages.config.load import parse_config
+from resmaster_stages.config.method import Method
+from resmaster_stages.methods.upscale import upscale_image
+from resmaster_stages.metrics.agreement import psnr
+from resmaster_stages.models.load import load_models
+from resmaster_stages.models.parts import Models
 from resmaster_stages.picturebook.training import data
 from resmaster_stages.picturebook.training.course import Budget
 from resmaster_stages.picturebook.training.train_control import (
@@ -14,9 +21,12 @@ from resmaster_stages.picturebook.training.train_control import (
     enlarged_again,
     export,
     frozen_unet,
+    held_out_losses,
+    make_views,
     new_net,
     train,
 )
+from resmaster_stages.picturebook.training.train_super_resolution import draw_large
 
 pytest.importorskip("resvg_py")
 
@@ -65,3 +75,28 @@ def test_training_resumes_and_exports_what_diffusers_loads(tmp_path: Path, capsy
     assert export(tmp_path, tmp_path / "net") < 8_000_000
     net = ControlNetModel.from_pretrained(tmp_path / "net")
     assert net.controlnet_down_blocks[1].weight.any()  # no longer zero
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    """The pack with its net."""
+    return load_models(parse_config({"name": "d", "model": {"controlnet": {"id": "picturebook"}}}).model)
+
+
+def test_the_packs_net_knows_what_views_show_that_it_was_not_trained_on(models: Models, tmp_path: Path) -> None:
+    views = make_views(tmp_path / "views.pt", data.HELD_OUT_SEED, 4, 4)
+    ours, plain = held_out_losses(frozen_unet(), models.control_net, views, ControlRecipe())
+    assert ours < 0.85 * plain
+
+
+def test_with_the_packs_net_tiles_stay_what_the_low_res_image_shows(models: Models) -> None:
+    low_res = Image.fromarray(draw_large(data.HELD_OUT_SEED)).resize((128, 128), Image.Resampling.BICUBIC)
+    text = data.make_photo(data.HELD_OUT_SEED).caption
+
+    def agreement(enabled: bool) -> float:
+        values = {"scale": 2, "steps": 6, "init": "noised_lr", "start": 0.35, "micro_conditioning": "native"}
+        control = {"enabled": enabled, "scale": 1.0}
+        config = Method.model_validate({"method": "multidiffusion", **values, "stride": 0.75, "control": control})
+        return psnr(upscale_image(models, low_res, text, config=config).resize((128, 128)), low_res)
+
+    assert agreement(True) > agreement(False) + 1

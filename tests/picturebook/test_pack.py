@@ -54,6 +54,8 @@ def test_the_pack_is_small_and_complete() -> None:
         "captioner/config.json",
         "clip/config.json",
         "classifier/config.json",
+        "control_net/config.json",
+        "few_step/8-step-lora.safetensors",
     ):
         assert (PACK / name).is_file()
 

@@ -97,7 +97,7 @@ def check(config: ControlNetConfig, unet: Mapping[str, Any], latent_factor: int,
     """Raise ConfigError unless the net's files are whole and fit the UNet, and NotOnThisMachine if they are at the
     hub."""
     name = _name(config)
-    folder = folder_with(config.id, name, config.revision) / config.subfolder
+    folder = folder_with(config.id, name, config.revision) / config.folder
     require_fit(object_in(folder / "config.json"), unet, latent_factor, image)
     if config.variant and not any(folder.glob(f"{DIFFUSERS}*.{config.variant}*.safetensors")):
         say_missing(config.id, f"no weights in {folder} are of the variant {config.variant!r}")
@@ -110,4 +110,4 @@ def configuration(config: ControlNetConfig) -> dict[str, Any]:
 
 
 def _name(config: ControlNetConfig) -> str:
-    return (Path(config.subfolder) / "config.json").as_posix()
+    return (Path(config.folder) / "config.json").as_posix()

@@ -136,7 +136,7 @@ def _load_control(net: ControlNetConfig, dtype: torch.dtype) -> Any:
     with loading(net.id, "the ControlNet"):
         return getattr(diffusers, kind).from_pretrained(
             location(net.id),
-            subfolder=net.subfolder or None,
+            subfolder=net.folder or None,
             revision=net.revision,
             variant=net.variant,
             dtype=dtype,

@@ -29,7 +29,7 @@ from resmaster_stages.picturebook.training.tokens import make_tokenizer
 from resmaster_stages.picturebook.training.warm_start import START
 
 PACK = Path(__file__).parents[1] / "pack"
-FILE_LIMIT_BYTES, PACK_LIMIT_BYTES = 15_000_000, 45_000_000
+FILE_LIMIT_BYTES, PACK_LIMIT_BYTES = 15_000_000, 50_000_000
 
 
 def image_processor() -> CLIPImageProcessorPil:
