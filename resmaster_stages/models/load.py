@@ -62,9 +62,10 @@ _last: ModelConfig | None = None
 def _take_turns(one: ModelConfig, other: ModelConfig | None, device: torch.device) -> bool:
     """Whether two models are a base model and itself with few-step weights, of which one can wait in the CPU's memory.
 
-    The stages of a shard use the one and then the other.
+    The stages of a shard use the one and then the other. On a Mac both would be in one memory.
     """
-    return other is not None and (one.base == other or other.base == one) and occupancy.has_own_memory(device)
+    can_wait = occupancy.has_own_memory(device) and device.type != "mps"
+    return can_wait and other is not None and (one.base == other or other.base == one)
 
 
 @lru_cache(maxsize=2)
