@@ -1,6 +1,8 @@
-"""Cuts an image per method for docs/methods.md from the sheet of a comparison of all methods (see that page).
+"""Cuts an image per method for docs/methods.md from the sheet of a comparison (see that page).
 
 python docs/method_images.py out/strip/picturebook-compare/sheet-4x4.png
+
+The sheet shows all methods, or what is named after it, in this order.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def write(sheet: Image.Image, names: Sequence[str], folder: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2:
         sys.exit(__doc__)
-    for path in write(Image.open(sys.argv[1]).convert("RGB"), list(methods()), FOLDER):
+    for path in write(Image.open(sys.argv[1]).convert("RGB"), sys.argv[2:] or list(methods()), FOLDER):
         print(f"wrote {path}")

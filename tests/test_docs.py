@@ -66,12 +66,20 @@ NOT_RUN = {
                 "--n 32 --reference picturebook --scales 2x2,2x4",
                 "direct,super_resolution,multidiffusion,resmaster:steps=25,c_upscale,demofusion,freescale,scalecrafter,fouriscale",
             ),
-            ("--n 64 --reference picturebook --scales 4x4", "scalediff,cascade,pixelrush,hidiffusion"),
+            (
+                "--n 64 --reference picturebook --scales 4x4",
+                "scalediff,cascade,pixelrush,hidiffusion,cascade:preset=diffusehigh,cascade:preset=megafusion,"
+                "cascade:preset=rectifiedhr,cascade:preset=frecas,cascade:preset=rectifiedhr:guidance_last=7.5,"
+                "cascade:preset=frecas:guidance_last=7.5,freescale:fusion=fast,freescale:fusion=neighbourhood,"
+                "resmaster:steps=25:guidance_low=1,multidiffusion:init=noised_lr:start=0.65:stride=0.75:fuse=cosine",
+            ),
+            ("--n 32 --reference picturebook --scales 2x2,2x4", "scalediff,cascade,pixelrush,hidiffusion"),
             (
                 "--n 32 --reference picturebook --scales 2x2",
-                "hidiffusion,hidiffusion:preset=faithful,scalediff,cascade,cascade:preset=rectifiedhr,cascade:preset=frecas,"
-                "cascade:preset=diffusehigh,cascade:preset=megafusion,pixelrush",
+                "hidiffusion:preset=faithful,cascade:preset=rectifiedhr,cascade:preset=frecas,"
+                "cascade:preset=diffusehigh,cascade:preset=megafusion",
             ),
+            ("--n 64 --reference picturebook --low-res drawn --scales 4x4", "scalediff,cascade,pixelrush"),
             (
                 "--n 64 --reference picturebook --scales 4x4",
                 "multidiffusion,resmaster-sg-tip-etp:steps=25,resmaster+sg:steps=25,resmaster+sg+tip:steps=25,resmaster:steps=25",
@@ -87,7 +95,10 @@ NOT_RUN = {
     }
     | {
         "resmaster compare deployments/datasets/picturebook-few-step.yaml --n 64 --reference picturebook --scales 4x4 "
-        "--methods resmaster,pixelrush": "takes minutes",
+        "--methods resmaster,pixelrush,resmaster:start=0.25,resmaster:stepper=renoise": "takes minutes",
+        "resmaster compare deployments/datasets/picturebook-controlnet.yaml --n 64 --reference picturebook --scales "
+        "4x4 --methods multidiffusion:control.enabled=false,multidiffusion,multidiffusion:init=noise:start=0": "takes "
+        "minutes",
         "python docs/chart.py": "writes into the checkout; tests/evaluation/test_chart.py compares what it draws",
     }
     | {"python benchmarks/flags.py --seed 2": "takes minutes; tests/test_benchmarks.py runs it on less"}
@@ -112,6 +123,11 @@ NOT_RUN = {
         "resmaster compare deployments/datasets/picturebook.yaml --n 1 --root out/strip --scales 4x4 --methods direct,"
         "multidiffusion,resmaster,demofusion,scalecrafter,fouriscale,hidiffusion,freescale,scalediff,"
         "cascade,c_upscale,pixelrush,super_resolution,lanczos": "takes minutes",
+        "resmaster compare deployments/datasets/picturebook-controlnet.yaml --n 4 --root out/strip --scales 4x4 "
+        "--methods multidiffusion:control.enabled=false,multidiffusion,multidiffusion:init=noise:start=0": "takes "
+        "minutes",
+        "python docs/method_images.py out/strip/picturebook-controlnet-compare/sheet-4x4.png tiled_img2img controlnet "
+        "controlnet_from_noise": "needs the sheet of the command before",
         "python docs/method_images.py out/strip/picturebook-compare/sheet-4x4.png": "needs the sheet of the command "
         "before; tests/evaluation/test_method_images.py cuts a sheet",
         "python -m resmaster_stages.picturebook.training.train_latent_enlarger --model "

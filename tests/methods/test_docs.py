@@ -50,16 +50,22 @@ def test_the_table_of_uses_names_every_method() -> None:
     assert set(re.findall(r"\*\*([a-z_]+)\*\*", PAGE[: PAGE.index("## direct")])) == set(methods())
 
 
+CONTROLLED = (":control.enabled=false", "", ":init=noise:start=0")
+"""What the images of the section on ControlNets show, as `compare` takes it after the method."""
+
+
 def test_settings_and_commands_are_understood() -> None:
     (snippet,) = re.findall(r"^```yaml\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
     Method.model_validate(yaml.safe_load(snippet)["upscale"])
     for command in re.findall(r"`(resmaster upscale .*?)`", PAGE):
         if "..." not in command and command.count(".png") > 1:
             parser().parse_args(shlex.split(command)[1:])
-    (command,) = lines(PAGE, "resmaster compare ")
-    args = parser().parse_args(shlex.split(command)[1:])
-    found = variants(load_config(ROOT / args.config), args.methods, args.scales)
-    assert [variant.method for variant in found] == list(methods())
+    shown = []
+    for command in lines(PAGE, "resmaster compare "):
+        args = parser().parse_args(shlex.split(command)[1:])
+        found = variants(load_config(ROOT / args.config), args.methods, args.scales)
+        shown.append([variant.method for variant in found])
+    assert shown == [list(methods()), [f"multidiffusion{which}" for which in CONTROLLED]]
     for command in lines(SPEED, "python benchmarks/methods.py"):
         options().parse_args(shlex.split(command)[2:])
     assert len(lines(SPEED, "python benchmarks/methods.py")) == 2
