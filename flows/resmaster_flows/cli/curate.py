@@ -52,7 +52,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         write_choice_file(args.export, read_choices(dataset.folder).values())
         say(console, f"{args.export}: {len(read_choices(dataset.folder))} choices written")
         return 0
-    if new := _new_choices(dataset, args):
+    if new := _new_choices(dataset, args, console):
         from resmaster_stages.dataset.curation import Session
 
         Session(dataset.folder).add(new)
@@ -62,8 +62,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _new_choices(dataset: Dataset, args: argparse.Namespace) -> list[Choice]:
-    """The choices that the arguments make. Raises UserError if they make none, though they ask for some."""
+def _new_choices(dataset: Dataset, args: argparse.Namespace, console: Console) -> list[Choice]:
+    """The choices that the arguments make; none without an option. Raises UserError for a bad expression or file."""
     from resmaster_stages.dataset.curation import Choice, Verdict, now
     from resmaster_stages.inspection.choice_files import read_choice_file
     from resmaster_stages.inspection.query import Query, sample_table
@@ -75,9 +75,11 @@ def _new_choices(dataset: Dataset, args: argparse.Namespace) -> list[Choice]:
     for verdict, where in verdicts.items():
         if where is None:
             continue
+        if not where.strip():
+            raise UserError("the expression is empty; write `true` for all samples")
         with sample_table(dataset) as table:
             keys = table.keys(Query(where=where))
-        if not where.strip() or not keys:
-            raise UserError(f"{where!r} holds for no sample; nothing was chosen")
+        if not keys:
+            say(console, f"{where!r} holds for no sample; nothing was chosen")
         return [Choice(key, verdict, None, args.reason, who, when) for key in keys]
     return []

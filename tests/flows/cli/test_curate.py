@@ -60,11 +60,15 @@ def test_by_expressions(dataset: Dataset, capsys: Said) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "said"),
-    [("agreement > 1", "agreement_psnr"), ("index > 9", "holds for no sample"), ("", "nothing was chosen")],
+    ("where", "said", "status"),
+    [
+        ("agreement > 1", "agreement_psnr", 2),
+        ("index > 9", "holds for no sample; nothing was chosen", 0),
+        (" ", "the expression is empty; write `true` for all samples", 2),
+    ],
 )
-def test_an_expression_that_chooses_nothing(dataset: Dataset, capsys: Said, where: str, said: str) -> None:
-    assert resmaster("curate", dataset.url, "--reject", where) == 2
+def test_an_expression_that_chooses_nothing(dataset: Dataset, capsys: Said, where: str, said: str, status: int) -> None:
+    assert resmaster("curate", dataset.url, "--reject", where) == status
     error = capsys.readouterr().err
     assert said in error
     assert "Traceback" not in error
