@@ -20,7 +20,7 @@ from pydantic import (
 
 from resmaster_stages.config.method import AnyMethod, Method
 from resmaster_stages.config.model import ModelConfig
-from resmaster_stages.config.part import GREATEST_INTEGER, Later, Operational, Part, check_length
+from resmaster_stages.config.part import GREATEST_INTEGER, Later, OfPublication, Operational, Part, check_length
 from resmaster_stages.config.wrap import Wrap
 
 LONGEST_NAME = 100
@@ -158,6 +158,12 @@ class QualityConfig(Part):
     """Stores feature vectors of every image and of 10 crops, for FID and KID of any subset. `clip`: of the model in
     `clip`; `inception`: of the Inception network of 2015 (needs the extra `inception`); `picturebook`: of the embedded
     pack's classifier (only for its own world)."""
+    near_duplicate_bits: int = OfPublication(4, ge=0, le=8)
+    """Number of bits by which the perceptual hashes (64 bits) of two images may differ if the later image is to be
+    flagged `near_duplicate`."""
+    near_duplicate_cosine: float | None = OfPublication(None, gt=0, le=1)
+    """Least cosine of the CLIP features of two images if the later image is to be flagged `near_duplicate`. Needs
+    `features: clip`. The value depends on the model. null: hashes alone are compared."""
     device: str = Operational("auto")
     """Device on which metrics are computed and captions are checked."""
 
@@ -165,6 +171,8 @@ class QualityConfig(Part):
     def _features_have_a_model(self) -> QualityConfig:
         if self.features == "clip" and self.clip is None:
             raise ValueError("features: clip needs a model; name one in clip, or set features: none")
+        if self.near_duplicate_cosine is not None and self.features != "clip":
+            raise ValueError("near_duplicate_cosine needs features: clip; set that, or drop near_duplicate_cosine")
         return self
 
 

@@ -116,6 +116,7 @@ under one configuration."""
 def manifest_schema() -> pa.Schema:
     """One row per finished sample.
 
+    `near_duplicate_of` is the key of the first sample that looks nearly the same. It is null if there is none.
     Objects are relative to the dataset. Offset and bytes are those of the image file in the tar, so that one range
     request fetches the file. `height` and `width` are those of the high-res image.
     """
@@ -141,6 +142,7 @@ def manifest_schema() -> pa.Schema:
             ("low_res_width", pa.int32(), False),
             ("captions_object", pa.string(), True),
             *[(field.name, field.type, field.nullable) for field in quality_schema() if field.name != "key"],
+            ("near_duplicate_of", pa.string(), True),
             ("low_res_hash", pa.string(), False),
             ("captions_hash", pa.string(), True),
             ("high_res_hash", pa.string(), False),

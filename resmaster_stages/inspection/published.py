@@ -1,5 +1,5 @@
-"""Tells whether the publication is there, whole and made from the commits that count now. Tells what the publication
-leads readers to. Changes nothing."""
+"""Tells whether the publication is there, whole and made from the commits and settings that count now. Tells what the
+publication leads readers to. Changes nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Published:
     """The state of a dataset's publication."""
 
     problem: Literal["", "missing", "stale", "damaged"] = ""
-    """`stale`: made from other commits; "": none, also while there is nothing to publish."""
+    """`stale`: made from other commits or settings; "": none, also while there is nothing to publish."""
     files: tuple[str, ...] = ()
     """The files that are not as they were published, if damaged."""
 
@@ -30,13 +30,13 @@ class Published:
         """The problem in a few words, after the word "publication"; "" if there is none."""
         if self.problem == "damaged":
             return f"is damaged ({', '.join(self.files)})"
-        return {"": "", "missing": "is missing", "stale": "was made from other commits"}[self.problem]
+        return {"": "", "missing": "is missing", "stale": "was made from other commits or settings"}[self.problem]
 
 
 def published(folder: Folder, commits: str, ready: bool) -> Published:
     """The state of the publication, by the names and sizes of its files.
 
-    commits: digest of the commits that a publication made now would hold. ready: whether it would hold a shard.
+    commits: `CommitsDigest` that a publication made now would hold. ready: whether it would hold a shard.
     """
     if damaged := _wrong(folder, lambda file: folder.size(file.name) != file.bytes):
         return Published("damaged", damaged)

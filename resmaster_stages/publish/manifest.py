@@ -1,14 +1,14 @@
 """Writes the manifest, the index of shards and the dataset card, from the plan, commit records and quality tables.
 
-Metrics and flags come from the tables of the quality stage. Only the flag `near_duplicate` is added here, because it
-needs the whole dataset.
+Metrics and flags come from the tables of the quality stage. Only the flag `near_duplicate` is added (by
+`near_duplicates.py`), because it needs the whole dataset.
 
 Invariants:
 - Every key occurs at most once.
 - Only shards that are committed in every stage, and not marked as damaged, are published. The card says how many shards
   are missing.
-- Equal commits give equal files: no time or host is in them. Only the licences in the card depend on which models' own
-  cards lie on the machine.
+- Equal commits and settings give equal files: no time or host is in them. Only the licences in the card depend on which
+  models' own cards lie on the machine.
 - Rows, records and the index are written to disk as they come. Memory grows by 26 to 35 bytes per sample, and by the
   names in listings per shard (docs/scale.md has numbers).
 """
@@ -36,8 +36,8 @@ from resmaster_stages.dataset.schemas import manifest_schema, quality_schema
 from resmaster_stages.errors import ShardError
 from resmaster_stages.keys import digest_of_keys
 from resmaster_stages.publish.card import Publication, dataset_card
+from resmaster_stages.publish.near_duplicates import flag_near_duplicates
 from resmaster_stages.redaction import quoted
-from resmaster_stages.storage.digests import DigestSet, digest_of
 from resmaster_stages.storage.scratch import scratch_folder
 from resmaster_stages.storage.shards import Member, parse_image
 from resmaster_stages.storage.tables import TableWriter, decode_table
@@ -52,19 +52,20 @@ def write_manifest(dataset: Dataset) -> Publication:
     failures: dict[str, int] = dict.fromkeys(dataset.hashes, 0)
     sizes: set[tuple[int, int]] = set()
     prints = array("Q")
-    looks = DigestSet()
     published_tars: dict[str, list[StoredObject]] = {"high_res": [], "low_res": []}
     tars = frozenset(name for stage in published_tars for name in dataset.folder.names(stage))
-    digest = CommitsDigest(dataset.hashes)
+    digest = CommitsDigest(dataset.hashes, config.quality.publication())
     complete = flagged = 0
     with scratch_folder() as scratch:
         local, local_index = scratch / layout.MANIFEST, scratch / layout.INDEX
         with TableWriter(local, manifest_schema()) as table, local_index.open("w", encoding="utf-8") as index:
             head = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": config.name}
             index.write(json.dumps(head)[:-1] + ', "shardlist": [')
-            for shard, chain, tables in _complete_chains(dataset):
-                rows = list(_manifest_rows(dataset, shard, chain, tables, tars))
-                _flag_duplicates(rows, looks)
+            found = (
+                (chain, list(_manifest_rows(dataset, shard, chain, tables, tars)))
+                for shard, chain, tables in _complete_chains(dataset)
+            )
+            for chain, rows in flag_near_duplicates(dataset, found, scratch):
                 table.write(rows)
                 prints.extend(int(row["key"][:16], 16) for row in rows)
                 sizes.update((row["height"], row["width"]) for row in rows)
@@ -160,14 +161,6 @@ def _manifest_rows(
             "high_res_hash": high_res.stage_hash,
             "quality_hash": quality.stage_hash,
         }
-
-
-def _flag_duplicates(rows: Sequence[dict[str, Any]], looks: DigestSet) -> None:
-    """Flag rows with the pHash of an earlier sample as `near_duplicate`. looks: digests of the pHashes so far."""
-    for row in rows:
-        flags = list(row["flags"])
-        if row["phash"] and "blank" not in flags and not looks.add(digest_of(row["phash"])):
-            row["flags"] = [*flags, "near_duplicate"]
 
 
 def _image_places(dataset: Dataset, receipt: Receipt, keys: Sequence[str], tars: frozenset[str]) -> dict[str, Member]:
