@@ -58,7 +58,10 @@ def write_manifest(dataset: Dataset) -> Publication:
     complete = flagged = 0
     with scratch_folder() as scratch:
         local, local_index = scratch / layout.MANIFEST, scratch / layout.INDEX
-        with TableWriter(local, manifest_schema()) as table, local_index.open("w", encoding="utf-8") as index:
+        with (
+            TableWriter(local, manifest_schema(config.quality)) as table,
+            local_index.open("w", encoding="utf-8") as index,
+        ):
             head = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": config.name}
             index.write(json.dumps(head)[:-1] + ', "shardlist": [')
             found = (
@@ -184,7 +187,7 @@ def _quality_rows(dataset: Dataset, receipt: Receipt, tables: dict[str, bytes]) 
     name = receipt.objects[0].name
     if name not in tables:
         raise ShardError(_gone(dataset, receipt))
-    rows: list[dict[str, Any]] = decode_table(tables[name], quality_schema(), name).to_pylist()
+    rows: list[dict[str, Any]] = decode_table(tables[name], quality_schema(dataset.config.quality), name).to_pylist()
     return rows
 
 

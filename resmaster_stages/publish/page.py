@@ -26,7 +26,7 @@ from PIL import Image
 
 from resmaster_stages.dataset.schemas import DESCRIBED
 from resmaster_stages.errors import SampleError
-from resmaster_stages.metrics import shown_columns
+from resmaster_stages.metrics import filled_columns, shown_columns
 from resmaster_stages.metrics.detail import Box, most_detailed
 from resmaster_stages.metrics.flags import badness, known_flags
 from resmaster_stages.publish.template import fill, verbatim
@@ -119,7 +119,7 @@ def render_report(
         cards=cards,
         failures=failures,
         total=total,
-        columns=shown_columns(),
+        columns=filled_columns([sample.quality for sample in samples]),
         flags={name: flag.meaning for name, flag in known_flags().items()},
         spelled=_spelled,
         plain=_plain,
