@@ -52,10 +52,10 @@ def shown_columns() -> list[Column]:
 
 
 def filled_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
-    """`shown_columns` without those of metrics that not every dataset has and that have no value in `rows`."""
+    """All columns, without those of metrics that not every dataset has and that have no value in `rows`."""
     always = metric_columns(QualityConfig())
     return [
         column
-        for column in shown_columns()
+        for column in metric_columns()
         if column in always or any(row.get(column.name) is not None for row in rows)
     ]
