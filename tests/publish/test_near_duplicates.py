@@ -19,6 +19,7 @@ from resmaster_stages.dataset.dataset import Dataset, planned_dataset
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.errors import ShardError
+from resmaster_stages.evaluation.compare import published as is_published
 from resmaster_stages.inspection.status import status
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.publish import near_duplicates
@@ -278,6 +279,7 @@ def test_other_limits_need_no_stage_but_another_publication(tmp_path: Path) -> N
     assert other.hashes == dataset.hashes
     state = status(other)
     assert (state.complete, state.published.problem) == (True, "stale")
+    assert (is_published(dataset), is_published(other)) == (True, False), "a comparison publishes it again"
     assert "made from other commits or settings" in state.publication_line(other.url)
     publish(other)
     assert status(other).published.problem == ""
