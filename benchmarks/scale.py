@@ -136,6 +136,7 @@ def fill(folder: Path, root: str, samples: int) -> None:
     from resmaster_stages.storage.tables import encode_table
 
     dataset = open_dataset(root)
+    columns = quality_schema(dataset.config.quality)
     tiny = folder / "tiny"
     tiny.write_bytes(b"0")
     images = tuple(f"{512 * (1 + 6 * number)}+1.png" for number in range(samples))
@@ -143,7 +144,7 @@ def fill(folder: Path, root: str, samples: int) -> None:
     def add(shard: int) -> None:
         keys = [sample.key for sample in dataset.plan.read(shard)]
         quality = folder / f"quality-{shard}"
-        quality.write_bytes(encode_table([{"key": key, **row_of("quality", key)} for key in keys], quality_schema()))
+        quality.write_bytes(encode_table([{"key": key, **row_of("quality", key)} for key in keys], columns))
         for stage, own_hash in dataset.hashes.items():
             attempt = new_attempt()
             receipt = Receipt(

@@ -60,8 +60,9 @@ an error that lists the known ones.
 ```yaml
 {EXAMPLE}```
 
-Keys marked with ° change no result: they say how fast or where a result is computed. All other keys are part of a
-stage's identity. When such a key changes, the stages that depend on it are done anew, and all others are kept.
+Keys marked with ° change no result: they say how fast or where a result is computed. Keys marked with † are read when
+the dataset is published: they change no result of a stage. All other keys are part of a stage's identity. When such a
+key changes, the stages that depend on it are done anew, and all others are kept.
 `name`, `seed`, `replicas`, `samples_per_shard`, the kind of source and the size of `low_res` fix which samples there
 are. They cannot change under a dataset that exists.
 
@@ -173,7 +174,8 @@ def _rows(part: type[Part], fields: list[str], prefix: str = "") -> list[tuple[s
     for name in fields:
         field = part.model_fields[name]
         marks = field.json_schema_extra
-        mark = "°" if isinstance(marks, dict) and marks.get("operational") else ""
+        kinds = marks if isinstance(marks, dict) else {}
+        mark = "°" if kinds.get("operational") else "†" if kinds.get("publication") else ""
         inner = _inner(field)
         kind = _kind(field)
         if inner is StructureConfig:

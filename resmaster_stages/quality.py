@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.dataset import SCORES, DatasetConfig, QualityConfig
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import SampleError
-from resmaster_stages.metrics import METRICS
+from resmaster_stages.metrics import metrics_of
 from resmaster_stages.metrics.features import image_features
 from resmaster_stages.metrics.flags import flags
 from resmaster_stages.metrics.metric import Pair
+from resmaster_stages.metrics.score_models import load_score
 from resmaster_stages.models.geometry import geometry_of
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
     """Yield one Output per sample, in order, with one row of the quality table, without the key.
 
-    Raises ConfigError if the CLIP model cannot be loaded. An error of one sample becomes its Output's error.
+    Raises ConfigError if a model cannot be loaded. An error of one sample becomes its Output's error.
     """
     quality = config.quality
     scorer = None
@@ -46,6 +47,7 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
         from resmaster_stages.metrics.features import load_extractor
 
         extractor = load_extractor(quality)
+    score_models = {name: load_score(name, quality) for name in SCORES if getattr(quality, name) is not None}
     geometry = geometry_of(config.model)
     for sample in samples:
         try:
@@ -54,7 +56,7 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
             low, high = sample.low_res.open(), sample.high_res.open()
             upscale = config.upscale
             boxes = view_grid(geometry, high.height, high.width, upscale.view_stride, upscale.wraps).pixel_boxes
-            row = measure(Pair(low, high, boxes, sample.prompt, scorer))
+            row = measure(Pair(low, high, boxes, sample.prompt, scorer, score_models), quality)
             row["flags"] = flags(row, quality)
             arrays: dict[str, NDArray[Any]] = {}
             if extractor is not None:
@@ -66,9 +68,9 @@ def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
             yield Output(key=sample.key, error=error)
 
 
-def measure(pair: Pair) -> dict[str, Any]:
-    """The row of the quality table for one sample, without key and flags."""
+def measure(pair: Pair, config: QualityConfig | None = None) -> dict[str, Any]:
+    """The row of the quality table for one sample, without key and flags. config: default: that of a new dataset."""
     row: dict[str, Any] = {"width": pair.high.width, "height": pair.high.height}
-    for metric in METRICS:
+    for metric in metrics_of(config or QualityConfig()):
         row |= metric.measure(pair)
     return row

@@ -160,6 +160,11 @@ NOT_RUN = {
         "make soak MINUTES=10": "tests/durability/test_soak.py plays every scene once",
         "make soak KILLS=1000 SEED=1": "takes an hour; tests/durability/test_soak.py plays every scene once",
     },
+    "scores.md": {
+        "RESMASTER_PLUGINS=my_package.colourful,my_package.snowy resmaster run my-dataset.yaml": (
+            "test_the_scores_of_the_page_are_measured runs it with the page's modules"
+        ),
+    },
     "storage.md": dict.fromkeys(
         (
             "infra/seaweedfs.sh start",
@@ -445,6 +450,70 @@ def test_a_dataset_is_made_with_the_four_examples_of_extending(tmp_path: Path) -
     python("-c", BUILT_WITH_EXTENSIONS)
     error = python(*verb, plugins="my_package.tinted, my_package.gone", status=2)
     assert re.fullmatch(r"resmaster: RESMASTER_PLUGINS: cannot import my_package.gone \(ModuleNotFound.*\n", error)
+
+
+def test_the_scores_of_the_page_are_measured(tmp_path: Path) -> None:
+    """By the command of the page, with the modules of the reader's own; and the head of the page has LAION's layers."""
+    import torch
+    from PIL import Image
+
+    from resmaster_stages.metrics.score_models import head_layers
+
+    page = ROOT / "docs" / "scores.md"
+    convert, colourful, snowy = blocks(page, "python")
+    package, images = tmp_path / "my_package", tmp_path / "images"
+    package.mkdir()
+    images.mkdir()
+    (package / "colourful.py").write_text(colourful)
+    (package / "snowy.py").write_text(snowy)
+    for name, colour in (("grey", (90, 90, 90)), ("blue", (0, 0, 255))):
+        image = Image.new("RGB", (32, 32), (90, 90, 90))
+        image.paste(colour, (0, 0, 32, 16))
+        image.save(images / f"{name}.png")
+    quality = {"clip": "picturebook", "device": "cpu"}
+    config = {"name": "d", "images": "images", "upscale": {"method": "lanczos", "scale": 2}, "quality": quality}
+    (tmp_path / "my-dataset.yaml").write_text(yaml.safe_dump(config))
+    (command,) = commands(page)
+    plugins, program, *words = shlex.split(command)
+    assert program == "resmaster"
+    variable, _, modules = plugins.partition("=")
+    environment = {**os.environ, variable: modules, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PYTHONPATH}"}
+    environment.pop("PREFECT_API_URL", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "resmaster_flows.cli.main", *words],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {
+        row["source"].rpartition("/")[2]: row for row in pq.read_table(tmp_path / "out/d/manifest.parquet").to_pylist()
+    }
+    assert rows["grey.png"]["colourfulness"] == pytest.approx(0, abs=1e-3)
+    assert "grey" in rows["grey.png"]["flags"]
+    # half of it blue: a is 0; b is 0 or -255, so its deviation is 127.5 and its mean -127.5
+    assert rows["blue.png"]["colourfulness"] == pytest.approx(127.5 * 1.3, rel=0.1), "less where Lanczos blurs"
+    assert all(0 < row["snowy"] < 1 for row in rows.values())
+
+    sizes = [768, 1024, 128, 64, 16, 1]
+    layers = {number: torch.nn.Linear(*sizes[at : at + 2]) for at, number in enumerate((0, 2, 4, 6, 7))}
+    state = {
+        f"layers.{number}.{name}": value
+        for number, layer in layers.items()
+        for name, value in layer.state_dict().items()
+    }
+    torch.save(state, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
+    subprocess.run([sys.executable, "-c", convert], cwd=tmp_path, check=True)
+    assert head_layers(tmp_path / "aesthetic-head.safetensors", 768) == [f"layers.{number}." for number in layers]
+
+
+def test_the_settings_of_the_page_on_scores_can_be_set() -> None:
+    for block in blocks(ROOT / "docs" / "scores.md", "yaml"):
+        values = yaml.safe_load(block)["quality"]
+        set_ = QualityConfig(**values).model_fields_set
+        assert set_ == values.keys()
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)

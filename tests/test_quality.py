@@ -68,7 +68,7 @@ def flags_of(output: Output) -> list[str]:
 def test_a_faithful_result_has_one_finite_row_without_flags(config: Any) -> None:
     (output,) = process(config, [pair("aa", scene())])
     (row,) = output.rows
-    assert set(row) == set(quality_schema().names) - {"key"}
+    assert set(row) == set(quality_schema(config.quality).names) - {"key"}
     assert (row["width"], row["height"]) == (128, 128)
     assert row["clip_score"] is None
     assert row["flags"] == []
@@ -120,7 +120,9 @@ def test_each_flag_is_raised_by_its_defect(config: Any) -> None:
     assert ("lost" in found[8], "added" in found[8]) == (True, False)
     assert ("lost" in found[9], "added" in found[9]) == (False, True)
     assert found[10] == ["structure", "colour"]
-    assert {flag for output in outputs for flag in flags_of(output)} == set(known_flags()) - {"near_duplicate"}
+    assert {flag for output in outputs for flag in flags_of(output)} == set(known_flags(config.quality)) - {
+        "near_duplicate"
+    }
     assert outputs[4].rows[0]["phash"] == outputs[5].rows[0]["phash"], "by which it does"
 
 

@@ -20,7 +20,7 @@ from pydantic import (
 
 from resmaster_stages.config.method import AnyMethod, Method
 from resmaster_stages.config.model import ModelConfig
-from resmaster_stages.config.part import GREATEST_INTEGER, Later, Operational, Part, check_length
+from resmaster_stages.config.part import GREATEST_INTEGER, Later, OfPublication, Operational, Part, check_length
 from resmaster_stages.config.wrap import Wrap
 
 LONGEST_NAME = 100
@@ -129,6 +129,38 @@ class CaptionsConfig(Part):
         return values
 
 
+class ScoreConfig(Part):
+    """A model that gives every large image a score: an image classifier with `label`, or a CLIP model with `head`."""
+
+    places: ClassVar[tuple[str, ...]] = ("model", "revision", "label", "head")
+
+    model: str
+    """Hub id or folder of an image classifier or CLIP model of Transformers with safetensors weights."""
+    revision: str | None = None
+    """Commit or tag at the hub."""
+    label: str | None = None
+    """Label of the image classifier. The score is the label's probability, from 0 to 1."""
+    head: str | None = None
+    """File of linear layers, as safetensors. The score is their output for the CLIP model's image embedding, which is
+    scaled to unit length first (docs/scores.md)."""
+    activation: Literal["none", "relu"] = "none"
+    """The function between the layers of `head`."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> ScoreConfig:
+        if (self.label is None) == (self.head is None):
+            raise ValueError(
+                "give label (an image classifier's) or head (a file of layers for a CLIP model), and one only"
+            )
+        if self.activation != "none" and self.head is None:
+            raise ValueError("activation is that of head; give head, or drop activation")
+        return self
+
+
+SCORES = {"aesthetic": "min_aesthetic", "safety": "max_unsafe", "watermark": "max_watermark"}
+"""The fields of `QualityConfig` that name a model for a score -> the fields with the limits of their flags."""
+
+
 class QualityConfig(Part):
     """Stage 5: metrics and flags per image. Flags never delete an image."""
 
@@ -154,10 +186,30 @@ class QualityConfig(Part):
     """Largest difference of colour (Oklab times 100) in the worst place. A sample above it is flagged `colour`."""
     max_clipped: float = 0.25
     """Largest share of pure black or white pixels. A sample above it is flagged `clipped`."""
+    aesthetic: ScoreConfig | None = Later(None)
+    """Model for the column `aesthetic_score`; null: no such column. docs/scores.md names models for this and the next
+    two scores."""
+    min_aesthetic: float = Later(0.0)
+    """Least aesthetic score. A sample below it is flagged `unaesthetic`. The scale is the model's own."""
+    safety: ScoreConfig | None = Later(None)
+    """Model for the column `unsafe_score`, which is high for images that are not safe for work; null: no such
+    column."""
+    max_unsafe: float = Later(0.5)
+    """Largest unsafe score. A sample above it is flagged `unsafe`."""
+    watermark: ScoreConfig | None = Later(None)
+    """Model for the column `watermark_score`, which is high for images with a watermark; null: no such column."""
+    max_watermark: float = Later(0.5)
+    """Largest watermark score. A sample above it is flagged `watermark`."""
     features: Literal["none", "clip", "inception", "picturebook"] = Later("none")
     """Stores feature vectors of every image and of 10 crops, for FID and KID of any subset. `clip`: of the model in
     `clip`; `inception`: of the Inception network of 2015 (needs the extra `inception`); `picturebook`: of the embedded
     pack's classifier (only for its own world)."""
+    near_duplicate_bits: int = OfPublication(4, ge=0, le=8)
+    """Number of bits by which the perceptual hashes (64 bits) of two images may differ if the later image is to be
+    flagged `near_duplicate`."""
+    near_duplicate_cosine: float | None = OfPublication(None, gt=0, le=1)
+    """Least cosine of the CLIP features of two images if the later image is to be flagged `near_duplicate`. Needs
+    `features: clip`. The value depends on the model. null: hashes alone are compared."""
     device: str = Operational("auto")
     """Device on which metrics are computed and captions are checked."""
 
@@ -165,6 +217,15 @@ class QualityConfig(Part):
     def _features_have_a_model(self) -> QualityConfig:
         if self.features == "clip" and self.clip is None:
             raise ValueError("features: clip needs a model; name one in clip, or set features: none")
+        if self.near_duplicate_cosine is not None and self.features != "clip":
+            raise ValueError("near_duplicate_cosine needs features: clip; set that, or drop near_duplicate_cosine")
+        return self
+
+    @model_validator(mode="after")
+    def _limits_have_a_model(self) -> QualityConfig:
+        for name, limit in SCORES.items():
+            if getattr(self, name) is None and getattr(self, limit) != type(self).model_fields[limit].default:
+                raise ValueError(f"{limit} is set, but there is no model in {name}; name one, or drop {limit}")
         return self
 
 

@@ -41,6 +41,11 @@ def Later(default: Any, **kwargs: Any) -> Any:
     return Field(default=default, json_schema_extra={"later": True}, **kwargs)
 
 
+def OfPublication(default: Any, **kwargs: Any) -> Any:
+    """A field that only publishing reads. `identity()` leaves it out, because no stage's result depends on it."""
+    return Field(default=default, json_schema_extra={"publication": True}, **kwargs)
+
+
 def known_name(what: str, name: Any, known: Collection[str]) -> str:
     """`name`, if it is one of the known names of a `what`. Raises ValueError."""
     if not isinstance(name, str):
@@ -130,7 +135,17 @@ class Part(BaseModel):
             extra = field.json_schema_extra
             value = getattr(self, name)
             marks = extra if isinstance(extra, dict) else {}
-            if marks.get("operational") or (marks.get("later") and value == field.default):
+            if marks.get("operational") or marks.get("publication") or (marks.get("later") and value == field.default):
                 continue
             values[name] = value.identity() if isinstance(value, Part) else value
         return values
+
+    def publication(self) -> dict[str, Any]:
+        """The fields that only publishing reads, as JSON-ready values, without those at their defaults."""
+        return {
+            name: getattr(self, name)
+            for name, field in type(self).model_fields.items()
+            if isinstance(field.json_schema_extra, dict)
+            and field.json_schema_extra.get("publication")
+            and getattr(self, name) != field.default
+        }

@@ -1,15 +1,16 @@
-"""The record of the publication: the files that readers get, and the commits that the files were made from.
+"""The record of the publication: the files that readers get, and the commits and settings that they were made from.
 
 Invariants:
 - The record is written after all files that it names. A publication that was interrupted does not fit its record.
-- Equal commits give an equal record: no time or host is in it.
+- Equal commits and settings of publishing give an equal record: no time or host is in it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import ConfigDict, with_config
 
@@ -17,6 +18,7 @@ from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import Receipt, StoredObject
 from resmaster_stages.dataset.records import parse_record, record_text
 from resmaster_stages.errors import ShardError, UserError
+from resmaster_stages.keys import canonical_json
 from resmaster_stages.storage.filesystem import Folder
 
 
@@ -26,7 +28,7 @@ class PublicationRecord:
     """The content of the record."""
 
     commits: str
-    """Digest (`CommitsDigest`) of the commits of the published shards."""
+    """Digest (`CommitsDigest`) of the commits of the published shards and of the settings of publishing."""
     files: tuple[StoredObject, ...]
     config: StoredObject
     """The configuration that counted. It is no part of the publication, and never changes."""
@@ -46,8 +48,10 @@ class PublicationRecord:
 class CommitsDigest:
     """Builds one digest of the commits of all published shards. Memory does not grow with their number."""
 
-    def __init__(self, stages: Iterable[str]) -> None:
+    def __init__(self, stages: Iterable[str], settings: Mapping[str, Any]) -> None:
+        """settings: those that only publishing reads, without those at their defaults (`Part.publication`)."""
         self._hashes = {stage: hashlib.sha256(stage.encode()) for stage in stages}
+        self._settings = canonical_json(settings).encode() if settings else b""
 
     def add(self, receipt: Receipt) -> None:
         """Add a commit. The commits of one stage must come in the order of the shards."""
@@ -55,7 +59,8 @@ class CommitsDigest:
 
     def hexdigest(self) -> str:
         """The digest of what was added so far."""
-        return hashlib.sha256(b"".join(each.digest() for each in self._hashes.values())).hexdigest()
+        commits = b"".join(each.digest() for each in self._hashes.values())
+        return hashlib.sha256(commits + self._settings).hexdigest()
 
 
 def read_publication(folder: Folder) -> PublicationRecord | None:

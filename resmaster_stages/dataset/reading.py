@@ -171,14 +171,14 @@ def chosen_samples(
 def committed_outputs(dataset: Dataset, receipt: Receipt) -> Iterator[Outputs]:
     """The verified outputs in a commit, usable within the block. Raises ShardError if an object is gone or damaged."""
     with scratch_folder() as scratch, ExitStack() as files:
-        name, schema = receipt.objects[0].name, STAGES[receipt.stage].schema
+        name, stage = receipt.objects[0].name, STAGES[receipt.stage]
         path = fetch(dataset, receipt, receipt.objects[0], scratch)
-        if schema is None:
+        if stage.schema is None:
             tar = files.enter_context(path.open("rb"))
             yield Outputs(tar, {entry.key: entry for entry in read_index(tar, name)}, {})
             return
         rows: dict[str, Rows] = {}
-        for row in decode_table(path, schema(), name).to_pylist():
+        for row in decode_table(path, stage.columns(dataset.config), name).to_pylist():
             rows.setdefault(row.pop("key"), []).append(row)
         yield Outputs(None, {}, rows, lambda: committed_arrays(dataset, receipt))
 

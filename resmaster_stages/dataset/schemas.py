@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
+from resmaster_stages.config.dataset import QualityConfig
 from resmaster_stages.metrics import metric_columns
 
 
@@ -50,15 +51,15 @@ DESCRIBED = ("ok", "replaced")
 """Statuses of captions that describe a patch. With any other status the row holds the global prompt."""
 
 
-def quality_schema() -> pa.Schema:
-    """One row per image."""
+def quality_schema(config: QualityConfig | None = None) -> pa.Schema:
+    """One row per image. config: only the columns of metrics that a dataset asks for; None: all that may be there."""
     return table_schema(
         "quality",
         [
             ("key", pa.string(), False),
             ("width", pa.int32(), False),
             ("height", pa.int32(), False),
-            *[(column.name, pa.type_for_alias(column.kind), True) for column in metric_columns()],
+            *[(column.name, pa.type_for_alias(column.kind), True) for column in metric_columns(config)],
             ("flags", pa.list_(pa.string()), False),
         ],
     )
@@ -129,9 +130,10 @@ CURATION_SCHEMA = table_schema(
 time in UTC, and `take` counts how often the sample had been made anew."""
 
 
-def manifest_schema() -> pa.Schema:
-    """One row per finished sample.
+def manifest_schema(config: QualityConfig | None = None) -> pa.Schema:
+    """One row per finished sample. config: as in `quality_schema`.
 
+    `near_duplicate_of` is the key of the first sample that looks nearly the same. It is null if there is none.
     Objects are relative to the dataset. Offset and bytes are those of the image file in the tar, so that one range
     request fetches the file. `height` and `width` are those of the high-res image.
     """
@@ -156,7 +158,8 @@ def manifest_schema() -> pa.Schema:
             ("low_res_height", pa.int32(), False),
             ("low_res_width", pa.int32(), False),
             ("captions_object", pa.string(), True),
-            *[(field.name, field.type, field.nullable) for field in quality_schema() if field.name != "key"],
+            *[(field.name, field.type, field.nullable) for field in quality_schema(config) if field.name != "key"],
+            ("near_duplicate_of", pa.string(), True),
             ("verdict", pa.string(), True),
             ("rating", pa.int8(), True),
             ("low_res_hash", pa.string(), False),

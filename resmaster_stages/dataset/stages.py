@@ -53,6 +53,8 @@ class Stage:
     """The stages whose outputs `process` sees."""
     schema: Callable[[], pa.Schema] | None = None
     """Gives the columns of the stage's table. None: the stage makes images, which are kept in a tar."""
+    written: Callable[[DatasetConfig], pa.Schema] | None = None
+    """Gives the columns of `schema` that a dataset's tables have. None: all of them."""
     needed: Callable[[DatasetConfig], bool] = _always
     """Whether a dataset needs the stage."""
     batch: tuple[str, str] | None = None
@@ -67,6 +69,11 @@ class Stage:
     def extension(self) -> Literal["tar", "parquet"]:
         """Extension of its objects: images are in a WebDataset tar, rows are in Parquet."""
         return "tar" if self.schema is None else "parquet"
+
+    def columns(self, config: DatasetConfig) -> pa.Schema:
+        """The columns of the table of a stage that makes rows."""
+        assert self.schema is not None
+        return self.written(config) if self.written else self.schema()
 
     def function(self) -> Process:
         """The function `process`, imported if need be."""
@@ -131,7 +138,8 @@ def _quality_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]
         "quality": config.quality.identity(),
         "weights": weights.clip,
         "features": weights.features,
-        "columns": [column.name for column in metric_columns()],
+        "columns": [column.name for column in metric_columns(config.quality)],
+        **({"scores": dict(weights.scores)} if weights.scores else {}),
     }
 
 
@@ -141,10 +149,10 @@ def _captions_schema() -> pa.Schema:
     return CAPTIONS_SCHEMA
 
 
-def _quality_schema() -> pa.Schema:
+def _quality_schema(config: DatasetConfig | None = None) -> pa.Schema:
     from resmaster_stages.dataset.schemas import quality_schema
 
-    return quality_schema()
+    return quality_schema(config.quality if config else None)
 
 
 STAGES: dict[str, Stage] = {}
@@ -198,6 +206,7 @@ register(
         version=3,
         reads=("low_res", "high_res"),
         schema=_quality_schema,
+        written=_quality_schema,
     )
 )
 

@@ -371,13 +371,15 @@ SHEET_SAMPLES = 4
 
 
 def published(dataset: Dataset) -> bool:
-    """Whether the manifest and the report exist and the manifest matches the commits of the current configuration."""
+    """Whether the manifest and the report exist and match the commits and settings of the current configuration."""
     if not dataset.folder.exists(layout.REPORT_PAGE) or not dataset.folder.exists(layout.MANIFEST):
         return False
     table = decode_table(dataset.folder.read(layout.MANIFEST), manifest_schema(), layout.MANIFEST)
     own_hash = dataset.hashes["quality"]
-    finished = status(dataset).stages[-1].samples_ok
-    return len(table) == finished and all(found == own_hash for found in table["quality_hash"].to_pylist())
+    now = status(dataset)
+    if now.published.problem == "stale" or len(table) != now.stages[-1].samples_ok:
+        return False
+    return all(found == own_hash for found in table["quality_hash"].to_pylist())
 
 
 def write_comparison(folder: Folder, name: str, built: list[tuple[Variant, Dataset]], found: Compared) -> str:

@@ -1,5 +1,5 @@
-"""Tells whether the publication is there, whole and made from the commits that count now. Tells what the publication
-leads readers to. Changes nothing."""
+"""Tells whether the publication is there, whole and made from the commits and settings that count now. Tells what the
+publication leads readers to. Changes nothing."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Published:
     """The state of a dataset's publication."""
 
     problem: Literal["", "missing", "stale", "other choices", "damaged"] = ""
-    """`stale`: made from other commits; `other choices`: of the commits that count, and people have chosen since; "":
-    none, also while there is nothing to publish."""
+    """`stale`: made from other commits or settings; `other choices`: not stale, and people have chosen since; "": none,
+    also while there is nothing to publish."""
     files: tuple[str, ...] = ()
     """The files that are not as they were published, if damaged."""
 
@@ -35,20 +35,20 @@ class Published:
         return {
             "": "",
             "missing": "is missing",
-            "stale": "was made from other commits",
+            "stale": "was made from other commits or settings",
             "other choices": "does not honour the latest choices",
         }[self.problem]
 
     @property
     def of_the_commits(self) -> bool:
-        """Whether the publication is whole and made from the commits that count."""
+        """Whether the publication is whole and made from the commits and settings that count."""
         return self.problem in ("", "other choices")
 
 
 def published(folder: Folder, commits: str, ready: bool) -> Published:
     """The state of the publication, by the names and sizes of its files.
 
-    commits: digest of the commits that a publication made now would hold. ready: whether it would hold a shard.
+    commits: `CommitsDigest` that a publication made now would hold. ready: whether it would hold a shard.
     """
     if damaged := _wrong(folder, lambda file: folder.size(file.name) != file.bytes):
         return Published("damaged", damaged)

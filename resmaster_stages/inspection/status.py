@@ -112,7 +112,7 @@ def status(dataset: Dataset) -> Status:
     marked = {stage: dataset.commits(stage).marked() for stage in dataset.hashes}
     plan.require(max((shard + 1 for numbers in committed.values() for shard in numbers), default=0))
     ready = _ready(plan.shards, committed, marked)
-    digest = CommitsDigest(dataset.hashes)
+    digest = CommitsDigest(dataset.hashes, dataset.config.quality.publication())
     stages = []
     for stage, own_hash in dataset.hashes.items():
         commits, numbers = dataset.commits(stage), committed[stage]

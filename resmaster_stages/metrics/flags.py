@@ -14,15 +14,18 @@ UNKNOWN_BADNESS = 0.5
 """What a column without a value adds to badness."""
 
 
-def known_flags() -> dict[str, Flag]:
-    """Every flag by its name, in the order of the metrics' columns. A sample's flags are in this order."""
-    return {column.flag.name: column.flag for column in metric_columns() if column.flag}
+def known_flags(config: QualityConfig | None = None) -> dict[str, Flag]:
+    """Every flag that a dataset may have, by its name, in the order of the metrics' columns. None: of all datasets. A
+    sample's flags are in this order."""
+    return {column.flag.name: column.flag for column in metric_columns(config) if column.flag}
 
 
 def flags(row: Mapping[str, Any], config: QualityConfig) -> list[str]:
     """Names of the flags that a row raises by the thresholds of `config`, in the order of `known_flags`."""
     return [
-        column.flag.name for column in metric_columns() if column.flag and column.flag.raised(row[column.name], config)
+        column.flag.name
+        for column in metric_columns(config)
+        if column.flag and column.flag.raised(row[column.name], config)
     ]
 
 

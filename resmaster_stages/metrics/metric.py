@@ -9,8 +9,8 @@ transformers, scipy) inside the functions that use them, and none of the files n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +22,7 @@ from resmaster_stages.metrics.luminance import Array, rgb
 
 if TYPE_CHECKING:
     from resmaster_stages.metrics.clip_score import ClipScorer
+    from resmaster_stages.metrics.score_models import ScoreModel
 
 Value = float | str | None
 """The content of a cell of the quality table. None: the metric cannot measure the sample."""
@@ -38,6 +39,8 @@ class Pair:
     prompt: str = ""
     clip: ClipScorer | None = None
     """The model that `quality.clip` names. None if it names none."""
+    score_models: Mapping[str, ScoreModel] = field(default_factory=dict)
+    """The models that `quality.aesthetic`, `quality.safety` and `quality.watermark` name, by these fields."""
 
     @cached_property
     def low_rgb(self) -> Array:
@@ -110,6 +113,13 @@ class Metric:
     compute: Callable[[Pair], Sequence[Value]]
     """Gives the values of a sample, one per column, in order."""
     columns: tuple[Column, ...]
+    setting: str = ""
+    """The field of `QualityConfig` that names the model of the metric. A dataset that names none has no such columns.
+    "": every dataset has them."""
+
+    def asked(self, config: QualityConfig) -> bool:
+        """Whether a dataset has the metric's columns."""
+        return not self.setting or getattr(config, self.setting) is not None
 
     def measure(self, pair: Pair) -> dict[str, Value]:
         """Column name -> value. Raises ValueError if `compute` does not give one value per column."""

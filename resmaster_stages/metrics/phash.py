@@ -40,7 +40,7 @@ METRIC = Metric(
             "perceptual hash, 16 hex digits",
             kind="string",
             # raised at publishing, which knows all samples
-            flag=Flag("near_duplicate", "looks the same as an earlier sample of the dataset"),
+            flag=Flag("near_duplicate", "looks nearly the same as an earlier sample of the dataset"),
         ),
     ),
 )

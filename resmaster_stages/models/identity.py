@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.dataset import SCORES, DatasetConfig, ScoreConfig
 from resmaster_stages.config.model import FewStepConfig, ModelConfig
 from resmaster_stages.config.reference import ReferenceConfig
 from resmaster_stages.errors import ConfigError, first_line
@@ -229,6 +229,28 @@ def network_identity(config: NetworkFile) -> str:
     return f"{path.name}@{_file_digest(path, found.st_size, found.st_mtime_ns)[:16]}"
 
 
+def score_identity(config: ScoreConfig) -> str:
+    """Name of the exact weights of a score's model and head. A head is named by its content.
+
+    Raises ConfigError for a folder or file that does not exist.
+    """
+    if config.head is None:
+        return _source_identity(config.model, config.revision, "classifier")
+    path = head_file(config)
+    found = path.stat()
+    head = f"{path.name}@{_file_digest(path, found.st_size, found.st_mtime_ns)[:16]}"
+    return f"{_source_identity(config.model, config.revision, 'clip')}+head={head}"
+
+
+def head_file(config: ScoreConfig) -> Path:
+    """The file of a score's head, which must be given. Raises ConfigError if there is no such file."""
+    assert config.head is not None
+    path = _path_of(config.head)
+    if path is None or not path.is_file():
+        raise ConfigError(f"head: {config.head} is no file; give a file of linear layers as safetensors")
+    return path.resolve()
+
+
 def weights_of(config: DatasetConfig) -> Weights:
     """The names of all weights that a dataset is made with. Raises ConfigError for a folder that does not exist."""
     captions, quality = config.captions, config.quality
@@ -243,6 +265,7 @@ def weights_of(config: DatasetConfig) -> Weights:
         caption_check=_source_identity(*judge, "clip") if judge else None,
         few_step=few_step_identity(config.model.few_step) if config.model.few_step else None,
         control=control_identity(config.model) if config.upscale.uses("control") else None,
+        scores=tuple((name, score_identity(score)) for name in SCORES if (score := getattr(quality, name)) is not None),
     )
 
 
@@ -266,3 +289,5 @@ class Weights:
     """The few-step weights of the high_res stage. None if the base model's denoiser makes all images."""
     control: str | None = None
     """The ControlNet. None if no image depends on one."""
+    scores: tuple[tuple[str, str], ...] = ()
+    """(field of `QualityConfig`, model with its head) of each score that the quality stage computes by a model."""

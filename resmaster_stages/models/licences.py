@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.dataset import SCORES, DatasetConfig
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.models.identity import pack_folder
 from resmaster_stages.models.places import at_hub, location
@@ -122,12 +122,17 @@ KNOWN: dict[str, str] = {
     "xlabs-ai/flux-ip-adapter-v2": _FLUX_1,
     "salesforce/blip-image-captioning-large": "bsd-3-clause",
     "qwen/qwen3-vl-4b-instruct": "apache-2.0",
+    "falconsai/nsfw_image_detection": "apache-2.0",
+    "adamcodd/vit-base-nsfw-detector": "apache-2.0",
+    "amrul-hzz/watermark_detector": "apache-2.0",
+    "cafeai/cafe_aesthetic": "agpl-3.0",
 }
 """Hub id in small letters -> licence, as the models' pages had it in 2026. A model's own card counts more."""
 
 
 def licences_of(config: DatasetConfig) -> tuple[Licensed, ...]:
-    """The models that a dataset's images are made with, each with its licence. Models of a server are not known."""
+    """The models that a dataset's images are made or scored with, each with its licence. Models of a server are not
+    known."""
     model, method, captions = config.model, config.upscale, config.captions
     named: list[tuple[str, str, str | None]] = []
     if uses_base_model(config):
@@ -142,6 +147,9 @@ def licences_of(config: DatasetConfig) -> tuple[Licensed, ...]:
         named.append(("ControlNet", model.controlnet.id, model.controlnet.revision))
     if method.uses("captions") and captions.source == "model":
         named.append(("captioner", captions.model, captions.revision))
+    for name in SCORES:
+        if (score := getattr(config.quality, name)) is not None:
+            named.append((f"{name} score", score.model, score.revision))
     return tuple(Licensed(part, name, licence_of(name, revision)) for part, name, revision in named)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.dataset import SCORES, DatasetConfig
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.config.reference import ReferenceConfig
 from resmaster_stages.config.wrap import wrap_of, wrapped_axes
@@ -247,10 +247,14 @@ def _of_captions(config: DatasetConfig, here: bool) -> Iterator[Check]:
 def _of_quality(config: DatasetConfig) -> Iterator[Check]:
     from resmaster_stages.metrics.clip_score import check_clip
     from resmaster_stages.metrics.features import check_extractor
+    from resmaster_stages.metrics.score_models import check_score
 
     if config.quality.clip is not None:
         yield "quality.clip", partial(check_clip, config.quality.clip, config.quality.clip_revision)
     yield "quality.features", partial(check_extractor, config.quality)
+    for name in SCORES:
+        if getattr(config.quality, name) is not None:
+            yield f"quality.{name}", partial(check_score, getattr(config.quality, name))
 
 
 def _check_enlarger(reference: ReferenceConfig, model: ModelConfig) -> None:

@@ -76,8 +76,8 @@ def dataset_card(
         licences=licences_of(config),
         captions=config.upscale.uses("captions"),
         features=config.quality.features,
-        columns=metric_columns(),
-        flags=known_flags().values(),
+        columns=metric_columns(config.quality),
+        flags=known_flags(config.quality).values(),
     )
 
 

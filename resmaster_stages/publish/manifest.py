@@ -1,15 +1,15 @@
 """Writes the manifest, the index of shards and the dataset card, from the plan, commit records and quality tables.
 
-Metrics and flags come from the tables of the quality stage. Only the flag `near_duplicate` is added here, because it
-needs the whole dataset.
+Metrics and flags come from the tables of the quality stage. Only the flag `near_duplicate` is added (by
+`near_duplicates.py`), because it needs the whole dataset.
 
 Invariants:
 - Every key occurs at most once.
 - Only shards that are committed in every stage, and not marked as damaged, are published. The card says how many shards
   are missing.
-- Equal commits give equal files: no time or host is in them. Only the licences in the card depend on which models' own
-  cards lie on the machine.
-- Rows, records and the index are written to disk as they come. Memory grows by 26 to 35 bytes per sample, and by the
+- Equal commits and settings give equal files: no time or host is in them. Only the licences in the card depend on which
+  models' own cards lie on the machine.
+- Rows, records and the index are written to disk as they come. Memory grows by 50 to 65 bytes per sample, and by the
   names in listings per shard (docs/scale.md has numbers).
 """
 
@@ -39,8 +39,8 @@ from resmaster_stages.errors import ShardError
 from resmaster_stages.keys import digest_of_keys
 from resmaster_stages.publish.card import Publication, dataset_card
 from resmaster_stages.publish.curated import write_curated
+from resmaster_stages.publish.near_duplicates import flag_near_duplicates
 from resmaster_stages.redaction import quoted
-from resmaster_stages.storage.digests import DigestSet, digest_of
 from resmaster_stages.storage.scratch import scratch_folder
 from resmaster_stages.storage.shards import Member, parse_image
 from resmaster_stages.storage.tables import TableWriter, decode_table
@@ -59,20 +59,24 @@ def write_manifest(
     failures: dict[str, int] = dict.fromkeys(dataset.hashes, 0)
     sizes: set[tuple[int, int]] = set()
     prints = array("Q")
-    looks = DigestSet()
     published_tars: dict[str, list[StoredObject]] = {"high_res": [], "low_res": []}
     tars = frozenset(name for stage in published_tars for name in dataset.folder.names(stage))
-    digest = CommitsDigest(dataset.hashes)
+    digest = CommitsDigest(dataset.hashes, config.quality.publication())
     complete = flagged = 0
     chosen: list[Choice] = []
     with scratch_folder() as scratch:
         local, local_index = scratch / layout.MANIFEST, scratch / layout.INDEX
-        with TableWriter(local, manifest_schema()) as table, local_index.open("w", encoding="utf-8") as index:
+        with (
+            TableWriter(local, manifest_schema(config.quality)) as table,
+            local_index.open("w", encoding="utf-8") as index,
+        ):
             head = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": config.name}
             index.write(json.dumps(head)[:-1] + ', "shardlist": [')
-            for shard, chain, tables in _complete_chains(dataset):
-                rows = list(_manifest_rows(dataset, shard, chain, tables, tars))
-                _flag_duplicates(rows, looks)
+            found = (
+                (chain, list(_manifest_rows(dataset, shard, chain, tables, tars)))
+                for shard, chain, tables in _complete_chains(dataset)
+            )
+            for chain, rows in flag_near_duplicates(dataset, found, scratch):
                 chosen += _add_choices(rows, choices)
                 table.write(rows)
                 prints.extend(int(row["key"][:16], 16) for row in rows)
@@ -190,14 +194,6 @@ def _add_choices(rows: Sequence[dict[str, Any]], choices: Mapping[str, Choice]) 
     return found
 
 
-def _flag_duplicates(rows: Sequence[dict[str, Any]], looks: DigestSet) -> None:
-    """Flag rows with the pHash of an earlier sample as `near_duplicate`. looks: digests of the pHashes so far."""
-    for row in rows:
-        flags = list(row["flags"])
-        if row["phash"] and "blank" not in flags and not looks.add(digest_of(row["phash"])):
-            row["flags"] = [*flags, "near_duplicate"]
-
-
 def _image_places(dataset: Dataset, receipt: Receipt, keys: Sequence[str], tars: frozenset[str]) -> dict[str, Member]:
     """Key -> place of its image in a committed tar with the samples `keys`, from the commit record."""
     name = receipt.objects[0].name
@@ -219,7 +215,7 @@ def _quality_rows(dataset: Dataset, receipt: Receipt, tables: dict[str, bytes]) 
     name = receipt.objects[0].name
     if name not in tables:
         raise ShardError(_gone(dataset, receipt))
-    rows: list[dict[str, Any]] = decode_table(tables[name], quality_schema(), name).to_pylist()
+    rows: list[dict[str, Any]] = decode_table(tables[name], quality_schema(dataset.config.quality), name).to_pylist()
     return rows
 
 

@@ -26,9 +26,9 @@ from PIL import Image
 
 from resmaster_stages.dataset.schemas import DESCRIBED
 from resmaster_stages.errors import SampleError
-from resmaster_stages.metrics import shown_columns
+from resmaster_stages.metrics import filled_columns, shown_columns
 from resmaster_stages.metrics.detail import Box, most_detailed
-from resmaster_stages.metrics.flags import badness, known_flags
+from resmaster_stages.metrics.flags import badness
 from resmaster_stages.publish.template import fill, verbatim
 from resmaster_stages.storage.images import decode_image
 
@@ -110,6 +110,7 @@ def render_report(
     """
     cards = [_card(sample, index, BUDGET_BYTES / len(samples)) for index, sample in enumerate(samples)]
     cards.sort(key=lambda card: math.inf if card["bad"] is None else -card["bad"])
+    columns = filled_columns([sample.quality for sample in samples])
     script = verbatim("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return fill(
@@ -119,8 +120,8 @@ def render_report(
         cards=cards,
         failures=failures,
         total=total,
-        columns=shown_columns(),
-        flags={name: flag.meaning for name, flag in known_flags().items()},
+        columns=[column for column in columns if column.label],
+        flags={column.flag.name: column.flag.meaning for column in columns if column.flag},
         spelled=_spelled,
         plain=_plain,
         style=verbatim("page.css"),

@@ -166,7 +166,7 @@ def _write(made: Made, outputs: Iterator[Output], work: Work, most: int, earlier
     if work.stage.schema is None:
         made.images = tuple(spell_image(entry) for entry in validate(made.target, made.good))
     else:
-        schema = work.stage.schema()
+        schema = work.stage.columns(work.dataset.config)
         with explained(str(made.target.parent)):
             made.target.write_bytes(encode_table(rows, schema, facts))
         keys = list(dict.fromkeys(decode_table(made.target, schema, made.target.name)["key"].to_pylist()))

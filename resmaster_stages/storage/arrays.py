@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -57,10 +57,16 @@ def encode_arrays(keys: Sequence[str], samples: Sequence[Arrays], metadata: Mapp
     return sink.getvalue()
 
 
-def decode_arrays(source: bytes | Path, name: str) -> dict[str, Arrays]:
-    """The inverse of `encode_arrays`: key -> arrays, in order. Raises ShardError, naming `name`, for other files."""
+def decode_arrays(source: bytes | Path | IO[bytes], name: str, only: Sequence[str] | None = None) -> dict[str, Arrays]:
+    """The inverse of `encode_arrays`: key -> arrays, in order. only: read these arrays alone.
+
+    Raises ShardError, naming `name`, for other files and if one of `only` is missing.
+    """
     try:
-        table = pq.read_table(BytesIO(source) if isinstance(source, bytes) else source)
+        file = pq.ParquetFile(BytesIO(source) if isinstance(source, bytes) else source)
+        table = file.read(None if only is None else ["key", *only])
+        if missing := set(only or ()) - set(table.column_names):
+            raise ShardError(f"{name}: lacks the array {min(missing)}; it was written by another version")
         arrays: dict[str, NDArray[Any]] = {}
         for field in table.schema:
             if field.name != "key":

@@ -6,10 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from resmaster_stages.config.dataset import QualityConfig
 from resmaster_stages.dataset.schemas import CAPTIONS_SCHEMA, REJECTED_SCHEMA, quality_schema
 from resmaster_stages.errors import ShardError
 from resmaster_stages.storage import tables
 from resmaster_stages.storage.tables import TableWriter, decode_table, encode_table, rows_at
+
+SCHEMA = quality_schema(QualityConfig())
+"""The columns that every dataset has."""
 
 ROW = {
     "key": "k",
@@ -61,7 +65,7 @@ def test_round_trip(rows: list[dict]) -> None:
 
 
 def test_plain_pyarrow_reads_it(tmp_path) -> None:
-    (tmp_path / "t.parquet").write_bytes(encode_table([ROW], quality_schema()))
+    (tmp_path / "t.parquet").write_bytes(encode_table([ROW], SCHEMA))
     table = pq.read_table(tmp_path / "t.parquet")
     assert table.to_pylist() == [ROW]
     assert table.schema.metadata[b"schema_version"] == b"1"
@@ -79,18 +83,18 @@ def test_plain_pyarrow_reads_it(tmp_path) -> None:
 )
 def test_rows_that_do_not_fit(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        encode_table([{**ROW, **change}], quality_schema())
+        encode_table([{**ROW, **change}], SCHEMA)
     without = {name: value for name, value in ROW.items() if name != "key"}
     with pytest.raises(ValueError, match="'key' is missing"):
-        encode_table([without], quality_schema())
+        encode_table([without], SCHEMA)
 
 
 def test_schemas_only_grow() -> None:
-    grown = quality_schema().append(pa.field("new", pa.float64()))
-    old, new = encode_table([ROW], quality_schema()), encode_table([{**ROW, "new": 1.0}], grown)
+    grown = SCHEMA.append(pa.field("new", pa.float64()))
+    old, new = encode_table([ROW], SCHEMA), encode_table([{**ROW, "new": 1.0}], grown)
     assert decode_table(old, grown, "x").to_pylist() == [{**ROW, "new": None}]
-    assert decode_table(new, quality_schema(), "x").to_pylist() == [ROW]
-    must = quality_schema().append(pa.field("must", pa.float64(), nullable=False))
+    assert decode_table(new, SCHEMA, "x").to_pylist() == [ROW]
+    must = SCHEMA.append(pa.field("must", pa.float64(), nullable=False))
     with pytest.raises(ShardError, match="x: has no column 'must'"):
         decode_table(old, must, "x")
 
@@ -98,7 +102,7 @@ def test_schemas_only_grow() -> None:
 @pytest.mark.parametrize("data", [b"", b"PAR1", b"hello" * 100])
 def test_damaged_files_are_named(data: bytes) -> None:
     with pytest.raises(ShardError, match=r"t\.parquet: not a readable Parquet file"):
-        decode_table(data, quality_schema(), "t.parquet")
+        decode_table(data, SCHEMA, "t.parquet")
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [3], [2, 3, 4], [1] * 9, [10, 0, 1]])
@@ -137,6 +141,6 @@ def test_a_row_that_does_not_fit_ends_the_writing(tmp_path: Path) -> None:
 
 def test_rows_are_found_across_row_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "ROW_GROUP_ROWS", 2)
-    data = encode_table([{**ROW, "width": number} for number in range(5)], quality_schema())
+    data = encode_table([{**ROW, "width": number} for number in range(5)], SCHEMA)
     for positions in ([0, 2, 4], [1, 2], [3], [4], []):
-        assert [row["width"] for row in rows_at(data, quality_schema(), "t", positions)] == positions
+        assert [row["width"] for row in rows_at(data, SCHEMA, "t", positions)] == positions
