@@ -270,7 +270,7 @@ def test_words_by_attention_depend_on_the_base_model_and_are_not_checked() -> No
 
 def test_a_methods_identity_is_its_own_fields_and_its_name() -> None:
     demofusion = config(upscale={"method": "demofusion", "view_batch": 3}).upscale
-    later = {"time_shift", "guidance_low", "reference", "control", "skip", "shuffle", "text_prompt"}
+    later = {"time_shift", "guidance_low", "reference", "control", "skip", "shuffle", "text_prompt", "colour_match"}
     assert demofusion.identity().keys() == type(demofusion).model_fields.keys() - {"preset", "view_batch", *later}
     assert config(upscale={"method": "lanczos"}).upscale.identity() == {"method": "lanczos", "scale": 4.0}
     shifted = config(upscale={"method": "demofusion", "time_shift": "sqrt"}).upscale
