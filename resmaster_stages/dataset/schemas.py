@@ -46,6 +46,21 @@ neighbour's caption, which fits better), fallback or empty (the global prompt). 
 patch, and is null if that was not checked."""
 
 
+RECAPTIONS_SCHEMA = table_schema(
+    "recaptions",
+    [
+        ("key", pa.string(), False),
+        ("style", pa.string(), False),
+        ("caption", pa.string(), True),
+        ("model", pa.string(), False),
+        ("revision", pa.string(), False),
+        ("status", pa.string(), False),
+    ],
+)
+"""One row per finished image and style. `status` is ok, or empty if the captioner said nothing; then `caption` is
+null."""
+
+
 DESCRIBED = ("ok", "replaced")
 """Statuses of captions that describe a patch. With any other status the row holds the global prompt."""
 
@@ -113,6 +128,10 @@ LEDGER_SCHEMA = table_schema(
 under one configuration."""
 
 
+RECAPTIONS = pa.list_(pa.struct([pa.field("style", pa.string(), nullable=False), pa.field("caption", pa.string())]))
+"""The manifest's captions of an image by style, sorted by style."""
+
+
 def manifest_schema() -> pa.Schema:
     """One row per finished sample.
 
@@ -140,10 +159,13 @@ def manifest_schema() -> pa.Schema:
             ("low_res_height", pa.int32(), False),
             ("low_res_width", pa.int32(), False),
             ("captions_object", pa.string(), True),
+            ("recaptions_object", pa.string(), True),
+            ("recaptions", RECAPTIONS, True),
             *[(field.name, field.type, field.nullable) for field in quality_schema() if field.name != "key"],
             ("low_res_hash", pa.string(), False),
             ("captions_hash", pa.string(), True),
             ("high_res_hash", pa.string(), False),
             ("quality_hash", pa.string(), False),
+            ("recaptions_hash", pa.string(), True),
         ],
     )

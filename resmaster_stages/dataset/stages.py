@@ -135,6 +135,19 @@ def _quality_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]
     }
 
 
+def _recaptions_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
+    captioner = config.recaptioner()
+    return {
+        "styles": config.recaption.styles,
+        "source": captioner.source,
+        "model": captioner.model,
+        "revision": captioner.revision,
+        "max_new_tokens": config.recaption.max_new_tokens,
+        "longest_px": config.recaption.longest_px,
+        "weights": weights.recaptioner,
+    }
+
+
 def _captions_schema() -> pa.Schema:
     from resmaster_stages.dataset.schemas import CAPTIONS_SCHEMA
 
@@ -145,6 +158,12 @@ def _quality_schema() -> pa.Schema:
     from resmaster_stages.dataset.schemas import quality_schema
 
     return quality_schema()
+
+
+def _recaptions_schema() -> pa.Schema:
+    from resmaster_stages.dataset.schemas import RECAPTIONS_SCHEMA
+
+    return RECAPTIONS_SCHEMA
 
 
 STAGES: dict[str, Stage] = {}
@@ -198,6 +217,17 @@ register(
         version=3,
         reads=("low_res", "high_res"),
         schema=_quality_schema,
+    )
+)
+register(
+    Stage(
+        "recaptions",
+        process="resmaster_stages.recaptions:process",
+        identity=_recaptions_identity,
+        doing="captioning large images",
+        reads=("high_res",),
+        schema=_recaptions_schema,
+        needed=lambda config: bool(config.recaption.styles),
     )
 )
 

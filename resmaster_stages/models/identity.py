@@ -243,7 +243,15 @@ def weights_of(config: DatasetConfig) -> Weights:
         caption_check=_source_identity(*judge, "clip") if judge else None,
         few_step=few_step_identity(config.model.few_step) if config.model.few_step else None,
         control=control_identity(config.model) if config.upscale.uses("control") else None,
+        recaptioner=_recaptioner_identity(config),
     )
+
+
+def _recaptioner_identity(config: DatasetConfig) -> str | None:
+    captioner = config.recaptioner()
+    if not config.recaption.styles or captioner.source != "model":
+        return None
+    return _source_identity(captioner.model, captioner.revision, "captioner")
 
 
 @dataclass(frozen=True)
@@ -266,3 +274,5 @@ class Weights:
     """The few-step weights of the high_res stage. None if the base model's denoiser makes all images."""
     control: str | None = None
     """The ControlNet. None if no image depends on one."""
+    recaptioner: str | None = None
+    """The captioner of finished images. None if no model describes them."""

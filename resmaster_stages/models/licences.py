@@ -142,6 +142,9 @@ def licences_of(config: DatasetConfig) -> tuple[Licensed, ...]:
         named.append(("ControlNet", model.controlnet.id, model.controlnet.revision))
     if method.uses("captions") and captions.source == "model":
         named.append(("captioner", captions.model, captions.revision))
+    recaptioner = config.recaptioner()
+    if config.recaption.styles and recaptioner.source == "model":
+        named.append(("captioner of large images", recaptioner.model, recaptioner.revision))
     return tuple(Licensed(part, name, licence_of(name, revision)) for part, name, revision in named)
 
 

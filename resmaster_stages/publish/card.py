@@ -72,6 +72,7 @@ def dataset_card(
         facts=facts,
         licences=licences_of(config),
         captions=config.upscale.uses("captions"),
+        recaptions=", ".join(f"`{style}`" for style in sorted(config.recaption.styles)),
         features=config.quality.features,
         columns=metric_columns(),
         flags=known_flags().values(),
