@@ -23,6 +23,7 @@ from resmaster_stages.config.dataset import (
     DispatchConfig,
     LowResConfig,
     QualityConfig,
+    RecaptionConfig,
 )
 from resmaster_stages.config.method import DEFAULT, Method, methods
 from resmaster_stages.config.model import ModelConfig
@@ -76,7 +77,11 @@ SECTIONS: tuple[tuple[str, type[Part]], ...] = (
 )
 """The parts that stand before `upscale`."""
 
-SECTIONS_AFTER: tuple[tuple[str, type[Part]], ...] = (("quality", QualityConfig), ("dispatch", DispatchConfig))
+SECTIONS_AFTER: tuple[tuple[str, type[Part]], ...] = (
+    ("quality", QualityConfig),
+    ("recaption", RecaptionConfig),
+    ("dispatch", DispatchConfig),
+)
 
 NAMES = {int: "integer", float: "number", bool: "`true` or `false`", str: "text", NoneType: "`null`"}
 
@@ -225,6 +230,8 @@ def _type(annotation: Any) -> str:
         return ", ".join(f"`{_plain(value)}`" for value in get_args(annotation))
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join(_type(each) for each in get_args(annotation))
+    if get_origin(annotation) is dict:
+        return "texts by name"
     if get_origin(annotation) is tuple:
         inside = [_type(each) for each in get_args(annotation) if each is not Ellipsis]
         return f"list of {inside[0]}s"

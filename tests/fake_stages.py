@@ -1,4 +1,4 @@
-"""Stand-ins for the four stages that need no model: tiny, deterministic, and failing where they are told to."""
+"""Stand-ins for the stages that need no model: tiny, deterministic, and failing where they are told to."""
 
 from __future__ import annotations
 
@@ -127,6 +127,18 @@ def quality(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
         yield Output(sample.key, rows=[row])
 
 
+def recaptions(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
+    for sample in samples:
+        assert sample.high_res is not None
+        assert sample.high_res.open().size == (64, 64)
+        if _fails(sample, "recaptions"):
+            yield Output(sample.key, error=SampleError("told to fail"))
+        else:
+            row = {"model": "fake", "revision": "1", "status": "ok"}
+            texts = {style: f"{style} of {sample.prompt}" for style in sorted(config.recaption.styles)}
+            yield Output(sample.key, rows=[{**row, "style": style, "caption": text} for style, text in texts.items()])
+
+
 def _batch_facts(samples: Sequence[Sample], place: int, size: int) -> dict[str, int]:
     """What the bytes of a sample may depend on beside the sample: its slot, its place there, and the device's batch."""
     return {"slot": len(samples), "place": place, "batch": size, "call": min(size, len(samples) - place // size * size)}
@@ -169,6 +181,8 @@ def batch_dependent_high_res(device_views: int) -> Process:
 
 
 FAKES: dict[str, Process] = {"low_res": low_res, "captions": captions, "high_res": high_res, "quality": quality}
+"""Of the stages that every dataset needs if its method reads captions."""
+EVERY_FAKE: dict[str, Process] = {**FAKES, "recaptions": recaptions}
 BATCH_DEPENDENT: dict[str, Process] = {
     "low_res": batch_dependent,
     "captions": batch_dependent_captions,

@@ -7,7 +7,6 @@ import pytest
 from resmaster_flows.cli.main import main
 from resmaster_stages.dataset.dataset import Dataset, create_or_open, open_dataset
 from resmaster_stages.dataset.plan import read_plan
-from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.inspection.status import pending, status
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.prompts import ingest
@@ -24,7 +23,7 @@ def fake_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def work(dataset: Dataset) -> dict[str, list[int]]:
     """Do all that is pending; returns it."""
     todo = pending(dataset)
-    for stage in STAGES:
+    for stage in dataset.hashes:
         for shard in todo[stage]:
             run_stage(dataset, stage, shard, process=FAKES[stage])
     return {stage: shards for stage, shards in todo.items() if shards}
@@ -34,7 +33,7 @@ def test_settings_change_prompts_are_added_and_everything_is_found_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = planned(tmp_path, ["a", "b", "c"], tmp_path)
-    assert work(first) == {stage: [0, 1] for stage in STAGES}
+    assert work(first) == {stage: [0, 1] for stage in FAKES}
     was = first.hashes
     assert (status(first).config, status(first).generations) == ("config.json", 1)
     assert [stage.others for stage in status(first).stages] == [{}] * 4
@@ -43,7 +42,7 @@ def test_settings_change_prompts_are_added_and_everything_is_found_again(
     second = create_or_open(first.config.model_copy(update={"upscale": steps}))
     assert work(second) == {"high_res": [0, 1], "quality": [0, 1]}, "what comes before is used again"
     now = second.hashes
-    assert [now[stage] == was[stage] for stage in STAGES] == [True, True, False, False]
+    assert [now[stage] == was[stage] for stage in FAKES] == [True, True, False, False]
     found = status(open_dataset(second.url))
     assert found.config == "configs/0001.json"
     assert [(stage.namespace, stage.others) for stage in found.stages] == [
@@ -56,7 +55,7 @@ def test_settings_change_prompts_are_added_and_everything_is_found_again(
     (tmp_path / "prompts.txt").write_text("a\nb\nc\nd\n")
     ingest(second.config)
     second = open_dataset(second.url)
-    assert work(second) == {stage: [2] for stage in STAGES}, "only what is new"
+    assert work(second) == {stage: [2] for stage in FAKES}, "only what is new"
     assert status(second).generations == 2
     assert read_plan(second.folder).read(2)[0].prompt == "d"
 

@@ -25,6 +25,8 @@ from resmaster_stages.config.wrap import Wrap
 
 LONGEST_NAME = 100
 """Maximum length of a dataset's name, in characters."""
+MOST_STYLES = 20
+"""Maximum number of captions of one image."""
 
 
 class LowResConfig(Part):
@@ -159,6 +161,54 @@ class ScoreConfig(Part):
 
 SCORES = {"aesthetic": "min_aesthetic", "safety": "max_unsafe", "watermark": "max_watermark"}
 """The fields of `QualityConfig` that name a model for a score -> the fields with the limits of their flags."""
+
+
+class RecaptionConfig(Part):
+    """After the other stages, if it has styles: captions of the finished image as a whole, one for each style."""
+
+    places: ClassVar[tuple[str, ...]] = ("model", "revision", "base_url")
+
+    styles: dict[str, str] = Field(default_factory=dict)
+    """Name of a style -> the instruction to the captioner, e.g. `{short: Describe this image in at most ten words.,
+    tags: List what is visible as comma-separated tags.}`. Captioners that take no instruction write one style only.
+    Without styles nothing is recaptioned."""
+    source: Literal["model", "server"] | None = None
+    """Where `model` is: `model`: a local captioner; `server`: an OpenAI-compatible server. null: `model`."""
+    model: str | None = None
+    """Captioner: `picturebook`, a hub id or folder of a Transformers image-text-to-text model, or the server's model
+    name. null: the captioner of the part `captions`."""
+    revision: str | None = None
+    """Commit or tag at the hub."""
+    max_new_tokens: int = Field(default=150, ge=4, le=4096)
+    """Maximum length of a caption, in the captioner's tokens. Captions are not shortened to what the base model
+    reads."""
+    longest_px: int = Field(default=1024, ge=16, le=8192)
+    """The image is reduced until its longer side has this many px, before the captioner sees it."""
+    base_url: str | None = Operational(None)
+    """Address of the server. null: `captions.base_url`."""
+
+    @field_validator("styles")
+    @classmethod
+    def _named(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, instruction in value.items():
+            if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,39}", name):
+                raise ValueError(
+                    f"style {name[:40]!r}: use 1 to 40 small letters, digits, dashes and underscores, starting with a "
+                    "letter or digit"
+                )
+            if not instruction.strip():
+                raise ValueError(f"style {name}: has no instruction; write what the captioner is asked")
+            cls._check_text(instruction)
+        if len(value) > MOST_STYLES:
+            raise ValueError(f"has {len(value)} styles; give at most {MOST_STYLES}")
+        return value
+
+    @model_validator(mode="after")
+    def _of_something(self) -> RecaptionConfig:
+        for name in ("source", "revision", "base_url"):
+            if getattr(self, name) is not None and self.model is None:
+                raise ValueError(f"{name} needs a captioner in model beside it; name one, or drop {name}")
+        return self
 
 
 class QualityConfig(Part):
@@ -300,6 +350,8 @@ class DatasetConfig(Part):
     """Stage 4."""
     quality: QualityConfig = QualityConfig()
     """Stage 5."""
+    recaption: RecaptionConfig = RecaptionConfig()
+    """Stage 6, if it has styles."""
     dispatch: DispatchConfig = DispatchConfig()
     """How the work is distributed over workers."""
 
@@ -328,6 +380,26 @@ class DatasetConfig(Part):
         if self.prompts and self.images:
             raise ValueError("give prompts or images, not both (prompts for your images go beside them as .txt files)")
         return self
+
+    @model_validator(mode="after")
+    def _recaptioned_by_something(self) -> DatasetConfig:
+        source = self.captions.source
+        if self.recaption.styles and self.recaption.model is None and source in ("attention", "prompt"):
+            raise ValueError(
+                f"recaption.model: is missing, and captions.source: {source} has no captioner to describe images; name "
+                "one, e.g. recaption.model: picturebook"
+            )
+        return self
+
+    def recaptioner(self) -> CaptionsConfig:
+        """The captioner of finished images: that of the part `recaption` or, if it names none, of `captions`."""
+        own = self.recaption
+        changes: dict[str, Any] = {"max_new_tokens": own.max_new_tokens}
+        if own.model is not None:
+            changes |= {"source": own.source or "model", "model": own.model, "revision": own.revision}
+        if own.base_url is not None:
+            changes["base_url"] = own.base_url
+        return self.captions.model_copy(update=changes)
 
     def caption_clip(self) -> tuple[str, str | None] | None:
         """The CLIP model that checks captions, and its revision. None if captions are not checked."""

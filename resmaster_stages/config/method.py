@@ -18,7 +18,7 @@ from pydantic import Field, GetJsonSchemaHandler, ModelWrapValidatorHandler, Ser
 from pydantic_core import CoreSchema
 
 from resmaster_stages.config.model import ModelConfig
-from resmaster_stages.config.part import Part, drop_defaults, known_name
+from resmaster_stages.config.part import Later, Part, drop_defaults, known_name
 from resmaster_stages.config.wrap import Axes
 from resmaster_stages.errors import ConfigError
 
@@ -28,6 +28,9 @@ DEFAULT = "resmaster"
 Source = Literal["reference", "captions", "image_prompt", "detail_mask", "control"]
 """What a method may read besides the prompt: the low-res image, a caption per view, an image prompt per view (which
 needs an IP-Adapter), a mask of where more detail is drawn, or a control image (which needs a ControlNet)."""
+
+ColourMatch = Literal["none", "mean_std", "wavelet"]
+"""How an image gets the colours of its low-res image."""
 
 
 def OnlyWith(other: str, value: str, default: Any, **kwargs: Any) -> Any:
@@ -69,6 +72,10 @@ class Method(Part):
     scale: float = Field(default=4.0, ge=1, le=64)
     """Target size divided by low-res size. The target size of generated images must be a multiple of the latent factor
     (8)."""
+    colour_match: ColourMatch = Later("none")
+    """Gives the finished image the colours of the low-res image. `mean_std`: the mean and the standard deviation of
+    each channel, over the whole image. `wavelet`: the colours of all that is wider than about 8 px of the low-res
+    image, place by place; finer detail stays. `none`: the method's own colours."""
 
     @model_validator(mode="wrap")
     @classmethod

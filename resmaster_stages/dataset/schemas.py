@@ -47,6 +47,21 @@ neighbour's caption, which fits better), fallback or empty (the global prompt). 
 patch, and is null if that was not checked."""
 
 
+RECAPTIONS_SCHEMA = table_schema(
+    "recaptions",
+    [
+        ("key", pa.string(), False),
+        ("style", pa.string(), False),
+        ("caption", pa.string(), True),
+        ("model", pa.string(), False),
+        ("revision", pa.string(), False),
+        ("status", pa.string(), False),
+    ],
+)
+"""One row per finished image and style. `status` is ok, or empty if the captioner said nothing; then `caption` is
+null."""
+
+
 DESCRIBED = ("ok", "replaced")
 """Statuses of captions that describe a patch. With any other status the row holds the global prompt."""
 
@@ -129,6 +144,9 @@ CURATION_SCHEMA = table_schema(
 """One row per sample about which somebody chose: `verdict` is kept, rejected or none, `rating` is 1 to 5, `when` is the
 time in UTC, and `take` counts how often the sample had been made anew."""
 
+RECAPTIONS = pa.list_(pa.struct([pa.field("style", pa.string(), nullable=False), pa.field("caption", pa.string())]))
+"""The manifest's captions of an image by style, sorted by style."""
+
 
 def manifest_schema(config: QualityConfig | None = None) -> pa.Schema:
     """One row per finished sample. config: as in `quality_schema`.
@@ -158,6 +176,8 @@ def manifest_schema(config: QualityConfig | None = None) -> pa.Schema:
             ("low_res_height", pa.int32(), False),
             ("low_res_width", pa.int32(), False),
             ("captions_object", pa.string(), True),
+            ("recaptions_object", pa.string(), True),
+            ("recaptions", RECAPTIONS, True),
             *[(field.name, field.type, field.nullable) for field in quality_schema(config) if field.name != "key"],
             ("near_duplicate_of", pa.string(), True),
             ("verdict", pa.string(), True),
@@ -166,5 +186,6 @@ def manifest_schema(config: QualityConfig | None = None) -> pa.Schema:
             ("captions_hash", pa.string(), True),
             ("high_res_hash", pa.string(), False),
             ("quality_hash", pa.string(), False),
+            ("recaptions_hash", pa.string(), True),
         ],
     )

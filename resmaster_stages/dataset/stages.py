@@ -143,6 +143,19 @@ def _quality_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]
     }
 
 
+def _recaptions_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
+    captioner = config.recaptioner()
+    return {
+        "styles": config.recaption.styles,
+        "source": captioner.source,
+        "model": captioner.model,
+        "revision": captioner.revision,
+        "max_new_tokens": config.recaption.max_new_tokens,
+        "longest_px": config.recaption.longest_px,
+        "weights": weights.recaptioner,
+    }
+
+
 def _captions_schema() -> pa.Schema:
     from resmaster_stages.dataset.schemas import CAPTIONS_SCHEMA
 
@@ -153,6 +166,12 @@ def _quality_schema(config: DatasetConfig | None = None) -> pa.Schema:
     from resmaster_stages.dataset.schemas import quality_schema
 
     return quality_schema(config.quality if config else None)
+
+
+def _recaptions_schema() -> pa.Schema:
+    from resmaster_stages.dataset.schemas import RECAPTIONS_SCHEMA
+
+    return RECAPTIONS_SCHEMA
 
 
 STAGES: dict[str, Stage] = {}
@@ -207,6 +226,17 @@ register(
         reads=("low_res", "high_res"),
         schema=_quality_schema,
         written=_quality_schema,
+    )
+)
+register(
+    Stage(
+        "recaptions",
+        process="resmaster_stages.recaptions:process",
+        identity=_recaptions_identity,
+        doing="captioning large images",
+        reads=("high_res",),
+        schema=_recaptions_schema,
+        needed=lambda config: bool(config.recaption.styles),
     )
 )
 

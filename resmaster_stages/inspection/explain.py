@@ -407,6 +407,8 @@ def _row_line(stage: str, row: dict[str, Any]) -> str:
         notes += [f"fit {row['fit']:.1f}"] if row.get("fit") is not None else []
         note = f" ({', '.join(notes)})" if notes else ""
         return _line("patch", f"{row['row']},{row['col']} ({box}): {row['caption']}{note}", 2)
+    if stage == "recaptions":
+        return _line("caption", f"{row['style']}: {row['caption'] or '(none)'}", 2)
     measures = [
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in row.items()

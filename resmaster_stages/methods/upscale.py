@@ -72,6 +72,7 @@ def upscale_image(
         latest = _one_pass(
             models, latest, height, width, prompt, negative_prompt, captions, detail, own, draw, progress
         )
+        latest = _with_colours_of(image, latest, own)
     return latest
 
 
@@ -129,4 +130,12 @@ def enlarge_image(
     progress: Callable[[int, int], None] | None = None,
 ) -> Image.Image:
     """`upscale_image` for a method without base model. `progress` is called with (parts done, parts in all)."""
-    return config.enlarge(image, *target_size(image.height, image.width, config.scale), device, dtype, progress)
+    size = target_size(image.height, image.width, config.scale)
+    return _with_colours_of(image, config.enlarge(image, *size, device, dtype, progress), config)
+
+
+def _with_colours_of(low_res: Image.Image, made: Image.Image, config: Method) -> Image.Image:
+    """`made`, with the colours of `low_res` if the settings ask for it."""
+    from resmaster_stages.diffusion.colour_match import colour_matched
+
+    return colour_matched(made, low_res, config.colour_match, config.wraps)

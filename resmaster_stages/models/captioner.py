@@ -28,16 +28,18 @@ import time
 import unicodedata
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from copy import copy
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from PIL import Image
 
-from resmaster_stages.config.dataset import CaptionsConfig
+from resmaster_stages.config.dataset import CaptionsConfig, RecaptionConfig
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError, SampleError, UserError, first_line
 from resmaster_stages.models.bases import family_of
@@ -49,11 +51,33 @@ from resmaster_stages.models.places import location, reason_of, resolve_device, 
 MAX_STYLE_TOKENS = 40
 """A longer style would leave no room for the caption."""
 
-OTHER_CAPTIONERS = (
-    "`picturebook`, a folder or hub id of a Transformers image-text-to-text model with safetensors weights, or "
-    "captions.source: server or prompt"
-)
-"""What to give instead of a captioner that cannot be used."""
+
+@dataclass(frozen=True)
+class Told:
+    """The settings that a captioner's messages name."""
+
+    part: str = "captions"
+    """The part of the configuration that names the captioner."""
+    less: str = "lower captions.batch_size"
+    """What to do if too much is asked at once."""
+
+    @property
+    def others(self) -> str:
+        """What to give instead of a captioner that cannot be used."""
+        sources = "server or prompt" if self.part == "captions" else "server"
+        return (
+            "`picturebook`, a folder or hub id of a Transformers image-text-to-text model with safetensors weights, or "
+            f"{self.part}.source: {sources}"
+        )
+
+
+CAPTIONS = Told()
+
+
+def told_of(config: RecaptionConfig) -> Told:
+    """The settings that messages about the captioner of finished images name."""
+    return Told("captions" if config.model is None else "recaption", "lower recaption.longest_px")
+
 
 ANSWER_BYTES = 1 << 20
 """Longest answer of a server, with its headers. A sentence takes some hundred bytes."""
@@ -179,18 +203,36 @@ class LocalCaptioner:
     """A Transformers image-text-to-text model: plain captioners (BLIP, GIT) and chat models (Qwen-VL, LLaVA,
     SmolVLM)."""
 
+    told = CAPTIONS
+
     def __init__(self, model: Any, processor: Any, *, name: str, revision: str, instruction: str, max_new_tokens: int):
         self.model, self.processor = model, processor
         self.device = model.device  # where it runs; while the base model is there, the captioner is on the CPU
         self.name, self.revision = name, revision
-        self.instruction, self.max_new_tokens = instruction, max_new_tokens
         tokenizer = getattr(processor, "tokenizer", None)
         self._chat = bool(getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None))
         if self._chat and tokenizer is not None:
             tokenizer.padding_side = "left"  # a decoder continues at the right end
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.ask(instruction, max_new_tokens)
+
+    def ask(self, instruction: str, max_new_tokens: int) -> None:
+        """Ask for this from now on."""
+        self.instruction, self.max_new_tokens = instruction, max_new_tokens
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if positions and not self._chat:  # small captioners have few positions; the begin mark takes one
             self.max_new_tokens = min(max_new_tokens, positions - 1)
+
+    def asked(self, instruction: str, max_new_tokens: int, told: Told) -> LocalCaptioner:
+        """The same model, asked for something else. told: the settings that its messages name."""
+        other = copy(self)
+        other.told = told
+        other.ask(instruction, max_new_tokens)
+        return other
+
+    @property
+    def takes_instructions(self) -> bool:
+        """Whether what it writes depends on the instruction."""
+        return self._chat
 
     def caption(self, images: Sequence[Image.Image]) -> list[str]:
         """One sentence per image, in one `generate` call."""
@@ -203,7 +245,7 @@ class LocalCaptioner:
         if not images:
             return []
         inputs = self._chat_inputs(images) if self._chat else self.processor(images=list(images), return_tensors="pt")
-        with busy(), torch.inference_mode(), device_faults("lower captions.batch_size"):
+        with busy(), torch.inference_mode(), device_faults(self.told.less):
             occupy(self.device, self.model)
             inputs = {
                 key: value.to(self.device, self.model.dtype if value.is_floating_point() else None)
@@ -240,25 +282,25 @@ class LocalCaptioner:
         )
 
 
-def server_address(base_url: str | None) -> str:
-    """`captions.base_url`. Raises ConfigError if it is missing, or no address of a server."""
+def server_address(base_url: str | None, part: str = "captions") -> str:
+    """`base_url` of a part of the configuration. Raises ConfigError if it is missing, or no address of a server."""
     if not base_url:
         raise ConfigError(
-            "captions.source is `server` but captions.base_url is missing; set it, e.g. http://127.0.0.1:8000/v1"
+            f"{part}.source is `server` but {part}.base_url is missing; set it, e.g. http://127.0.0.1:8000/v1"
         )
     example = "give one such as http://127.0.0.1:8000/v1"
     if not base_url.startswith(("http://", "https://")):
-        raise ConfigError(f"captions.base_url {base_url!r} is not an http:// or https:// address; {example}")
+        raise ConfigError(f"{part}.base_url {base_url!r} is not an http:// or https:// address; {example}")
     try:
         parts = urlsplit(base_url)
         host, port = parts.hostname or "", parts.port
         host.encode("idna")
     except ValueError as error:  # UnicodeError, of a label that no name of a host may have, is one too
-        raise ConfigError(f"captions.base_url {base_url!r} is no address ({first_line(error)}); {example}") from None
+        raise ConfigError(f"{part}.base_url {base_url!r} is no address ({first_line(error)}); {example}") from None
     if "?" in base_url or "#" in base_url:
-        raise ConfigError(f"captions.base_url {base_url!r}: leave out what follows the path, from ? or # on; {example}")
+        raise ConfigError(f"{part}.base_url {base_url!r}: leave out what follows the path, from ? or # on; {example}")
     if not host or port == 0 or not base_url.isascii() or any(each.isspace() for each in base_url):
-        raise ConfigError(f"captions.base_url {base_url!r} names no host that can be reached; {example}")
+        raise ConfigError(f"{part}.base_url {base_url!r} names no host that can be reached; {example}")
     return base_url
 
 
@@ -287,8 +329,10 @@ class ServerCaptioner:
         max_new_tokens: int,
         concurrency: int = 8,
         sleep: Callable[[float], None] = time.sleep,
+        told: Told = CAPTIONS,
     ):
-        self.url = server_address(base_url).rstrip("/") + "/chat/completions"
+        self.url = server_address(base_url, told.part).rstrip("/") + "/chat/completions"
+        self._told = told
         self.name, self.revision = model, ""
         self.instruction, self.max_new_tokens = instruction, max_new_tokens
         self.concurrency, self._sleep = concurrency, sleep
@@ -323,9 +367,9 @@ class ServerCaptioner:
         if reason.startswith(("HTTP 5", "malformed")):
             raise SampleError(
                 f"caption server {self.url}: {reason}, {self.attempts} times for one image; "
-                "look at the server, and check captions.base_url"
+                f"look at the server, and check {self._told.part}.base_url"
             )
-        hint = "lower captions.batch_size or raise its rate limit" if reason == "HTTP 429" else "is it running?"
+        hint = f"{self._told.less} or raise its rate limit" if reason == "HTTP 429" else "is it running?"
         raise UserError(f"caption server {self.url} cannot be used ({reason}, {self.attempts} attempts); {hint}")
 
     def _request(self, image: Image.Image) -> dict[str, Any]:
@@ -374,7 +418,7 @@ class ServerCaptioner:
             raise ConfigError(f"caption server {self.url}: HTTP {code}; set OPENAI_API_KEY to a valid key")
         if code == 404:
             raise ConfigError(
-                f"caption server {self.url}: HTTP 404; check captions.base_url (it usually ends in /v1) "
+                f"caption server {self.url}: HTTP 404; check {self._told.part}.base_url (it usually ends in /v1) "
                 f"and that the server knows the model {self.name!r}"
             )
         if 300 <= code < 400:
@@ -461,14 +505,14 @@ def _retry_after(error: urllib.error.HTTPError, longest: float) -> float:
 # ------------------------------------------------------------------------------------------------------- loading
 
 
-def check_captioner(config: CaptionsConfig, here: bool) -> None:
+def check_captioner(config: CaptionsConfig, here: bool, told: Told = CAPTIONS) -> None:
     """Raise ConfigError if the captioner that `config` names cannot be used, as far as its files say. Loads nothing.
 
     here: whether this process would ask a server, with the key in its environment. Raises NotOnThisMachine for a model
     that is at the hub only.
     """
     if config.source == "server":
-        server_address(config.base_url)
+        server_address(config.base_url, told.part)
         if here:
             server_key()
     if config.source != "model":
@@ -480,12 +524,38 @@ def check_captioner(config: CaptionsConfig, here: bool) -> None:
 
         if kind not in KINDS:
             raise ConfigError(
-                f"captions.model: {config.model} is {kind!r}, no image-text-to-text model; give {OTHER_CAPTIONERS}"
+                f"{told.part}.model: {config.model} is {kind!r}, no image-text-to-text model; give {told.others}"
             )
     require_weights(config.model, folder, TRANSFORMERS)
 
 
-def load_captioner(config: CaptionsConfig, device: str = "auto") -> Captioner | None:
+def takes_instructions(config: CaptionsConfig) -> bool:
+    """Whether an instruction changes what the captioner that `config` names writes, as far as its files say.
+
+    Raises NotOnThisMachine for a model that is at the hub only.
+    """
+    if config.source == "server":
+        return True
+    folder = folder_with(config.model, "config.json", config.revision, "captioner")
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    files = (folder / name for name in ("processor_config.json", "tokenizer_config.json"))
+    return any(bool(object_in(path).get("chat_template")) for path in files if path.is_file())
+
+
+def require_instructions(name: str, styles: Collection[str], taken: bool) -> None:
+    """Raise ConfigError if the captioner `name` is asked for several styles and takes no instructions.
+
+    taken: whether it takes instructions.
+    """
+    if len(styles) > 1 and not taken:
+        raise ConfigError(
+            f"recaption.styles: the captioner {name} takes no instruction, so {' and '.join(sorted(styles))} would be "
+            "the same caption; keep one style, or name a chat model in recaption.model"
+        )
+
+
+def load_captioner(config: CaptionsConfig, device: str = "auto", told: Told = CAPTIONS) -> Captioner | None:
     """The captioner that `config` names, or None if it names none. A local model stays loaded until another one is.
 
     Raises ConfigError, in one line, if a model cannot be loaded or the server's address is missing.
@@ -499,46 +569,43 @@ def load_captioner(config: CaptionsConfig, device: str = "auto") -> Captioner | 
             instruction=config.instruction,
             max_new_tokens=config.max_new_tokens,
             concurrency=config.batch_size,
+            told=told,
         )
-    return _load_local(config.model_copy(update={"batch_size": 1}), device)  # another batch size needs no other model
+    place = location(config.model, "captioner")
+    resolve_device(device)
+    try:
+        loaded = _load_local(config.model, config.revision, device)
+    except Exception as error:  # loaders raise many kinds of errors; the user's remedy is the same
+        raise ConfigError(
+            f"{told.part}.model {config.model!r} cannot be loaded ({reason_of(error, place)}); give {told.others}"
+        ) from None
+    return loaded.asked(config.instruction, config.max_new_tokens, told)
 
 
 @lru_cache(maxsize=1)
-def _load_local(config: CaptionsConfig, device: str) -> LocalCaptioner:
+def _load_local(name: str, revision: str | None, device: str) -> LocalCaptioner:
+    """The captioner `name`, without an instruction."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from resmaster_stages.models.occupancy import occupy
 
-    resolved = resolve_device(device)
-    embedded = config.model == PICTUREBOOK
+    resolved, place = resolve_device(device), location(name, "captioner")
+    embedded = name == PICTUREBOOK
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": embedded}
-    if config.revision:
-        options["revision"] = config.revision
-    place = location(config.model, "captioner")
-    try:
-        processor = AutoProcessor.from_pretrained(place, **options)
-        with whole_weights(place):
-            model = AutoModelForImageTextToText.from_pretrained(
-                place,
-                use_safetensors=True,
-                # the checkpoint's own precision on GPUs; CPUs are slow or wrong in half precision
-                dtype=torch.float32 if resolved.type == "cpu" else "auto",
-                **options,
-            )
-        occupy(resolved, model.eval())
-    except Exception as error:  # loaders raise many kinds of errors; the user's remedy is the same
-        raise ConfigError(
-            f"captions.model {config.model!r} cannot be loaded ({reason_of(error, place)}); give {OTHER_CAPTIONERS}"
-        ) from None
-    revision = config.revision or getattr(model.config, "_commit_hash", None) or ""
+    if revision:
+        options["revision"] = revision
+    processor = AutoProcessor.from_pretrained(place, **options)
+    with whole_weights(place):
+        model = AutoModelForImageTextToText.from_pretrained(
+            place,
+            use_safetensors=True,
+            # the checkpoint's own precision on GPUs; CPUs are slow or wrong in half precision
+            dtype=torch.float32 if resolved.type == "cpu" else "auto",
+            **options,
+        )
+    occupy(resolved, model.eval())
+    revision = revision or getattr(model.config, "_commit_hash", None) or ""
     if embedded:
         revision = model_identity(ModelConfig()).partition("@")[2]
-    return LocalCaptioner(
-        model,
-        processor,
-        name=config.model,
-        revision=revision,
-        instruction=config.instruction,
-        max_new_tokens=config.max_new_tokens,
-    )
+    return LocalCaptioner(model, processor, name=name, revision=revision, instruction="", max_new_tokens=1)

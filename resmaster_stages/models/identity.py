@@ -266,7 +266,15 @@ def weights_of(config: DatasetConfig) -> Weights:
         few_step=few_step_identity(config.model.few_step) if config.model.few_step else None,
         control=control_identity(config.model) if config.upscale.uses("control") else None,
         scores=tuple((name, score_identity(score)) for name in SCORES if (score := getattr(quality, name)) is not None),
+        recaptioner=_recaptioner_identity(config),
     )
+
+
+def _recaptioner_identity(config: DatasetConfig) -> str | None:
+    captioner = config.recaptioner()
+    if not config.recaption.styles or captioner.source != "model":
+        return None
+    return _source_identity(captioner.model, captioner.revision, "captioner")
 
 
 @dataclass(frozen=True)
@@ -291,3 +299,5 @@ class Weights:
     """The ControlNet. None if no image depends on one."""
     scores: tuple[tuple[str, str], ...] = ()
     """(field of `QualityConfig`, model with its head) of each score that the quality stage computes by a model."""
+    recaptioner: str | None = None
+    """The captioner of finished images. None if no model describes them."""

@@ -150,6 +150,9 @@ def licences_of(config: DatasetConfig) -> tuple[Licensed, ...]:
     for name in SCORES:
         if (score := getattr(config.quality, name)) is not None:
             named.append((f"{name} score", score.model, score.revision))
+    recaptioner = config.recaptioner()
+    if config.recaption.styles and recaptioner.source == "model":
+        named.append(("captioner of large images", recaptioner.model, recaptioner.revision))
     return tuple(Licensed(part, name, licence_of(name, revision)) for part, name, revision in named)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ LARGEST_LOW_RES = 64
 """Largest area of a generated low-res image, in native areas of the base model. It is drawn in one piece, and the work
 of attention grows with the square of the area."""
 
-NAMED = re.compile(r"(model|low_res|captions|upscale|quality)\.\w+(\.\w+)*[: ]|low_res[: ]")
+NAMED = re.compile(r"(model|low_res|captions|upscale|quality|recaption)\.\w+(\.\w+)*[: ]|low_res[: ]")
 """The beginning of a message that names its setting itself."""
 
 
@@ -129,6 +130,8 @@ def checks_of(config: DatasetConfig, stages: Collection[str], here: bool) -> Ite
             yield "upscale.reference.model", partial(_check_enlarger, config.upscale.reference, config.model)
     if "quality" in stages:
         yield from _of_quality(config)
+    if "recaptions" in stages:
+        yield from _of_recaptions(config, here)
     for setting, name in (("model.device", config.model.device), ("quality.device", config.quality.device)):
         yield setting, partial(_check_device, name, setting, here)
     if config.model.quantise == "fp8" and here:
@@ -149,6 +152,20 @@ def notes_of(config: DatasetConfig) -> Iterator[str]:
     yield from _notes_of_wrapping(config)
     yield from unsuited_freeu(config.upscale, family_of(config.model), geometry_of(config.model), config.model.id)
     yield from config.upscale.notes(config.model)
+    yield from _notes_of_recaptions(config)
+
+
+def _notes_of_recaptions(config: DatasetConfig) -> Iterator[str]:
+    """What a user should know of captions of finished images."""
+    from resmaster_stages.models.captioner import takes_instructions
+
+    captioner = config.recaptioner()
+    with suppress(NotOnThisMachine):
+        if config.recaption.styles and not takes_instructions(captioner):
+            yield (
+                f"recaption.styles: the captioner {captioner.model} takes no instruction, so "
+                f"{' and '.join(sorted(config.recaption.styles))} is the caption that it writes of any image"
+            )
 
 
 def _notes_of_wrapping(config: DatasetConfig) -> Iterator[str]:
@@ -242,6 +259,19 @@ def _of_captions(config: DatasetConfig, here: bool) -> Iterator[Check]:
     if judge := config.caption_clip():
         own = config.captions.check.clip is not None
         yield "captions.check.clip" if own else "quality.clip", partial(check_clip, *judge)
+
+
+def _of_recaptions(config: DatasetConfig, here: bool) -> Iterator[Check]:
+    from resmaster_stages.models.captioner import check_captioner, require_instructions, takes_instructions, told_of
+
+    captioner, told = config.recaptioner(), told_of(config.recaption)
+    setting = f"{told.part}.base_url" if captioner.source == "server" else f"{told.part}.model"
+
+    def look() -> None:
+        check_captioner(captioner, here, told)
+        require_instructions(captioner.model, config.recaption.styles, takes_instructions(captioner))
+
+    yield setting, look
 
 
 def _of_quality(config: DatasetConfig) -> Iterator[Check]:

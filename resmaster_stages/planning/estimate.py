@@ -63,6 +63,10 @@ CAPTION_SECONDS = 0.008
 """Time to caption one patch by picturebook's captioner, from the same run."""
 CHECK_SECONDS = 0.0027
 """Time to check one caption by picturebook's CLIP: a third of the time of captioning, both measured in sequence."""
+RECAPTION_SECONDS = 0.05
+"""Time to caption one whole image by picturebook's captioner, which is asked about one image at a time."""
+REDUCING_SECONDS = 0.035
+"""Time to decode and to reduce an image before that, per megapixel; both on images of 512 and 2048 px."""
 QUALITY_SECONDS = 0.75
 """Time of the quality stage per megapixel, with picturebook's CLIP, from the same run."""
 SDXL_RATES = Rates(
@@ -78,8 +82,8 @@ BYTES_SOURCE = (
     "measured on 13 photographs (Debian's lomiri-wallpapers-16.04, 2048 px, WebP of quality 95; low-res 512 px "
     "without loss); busy images take several times as much"
 )
-ROW_BYTES = {"captions": 48, "quality": 1200}
-"""Parquet bytes per patch and per sample, measured on picturebook in shards of four."""
+ROW_BYTES = {"captions": 48, "quality": 1200, "recaptions": 640}
+"""Parquet bytes per patch and, in the other tables, per sample, measured on picturebook in shards of four."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +227,12 @@ def _from_table(look: Preview, stage: str) -> tuple[float | None, str]:
             return None, nothing
         each = CAPTION_SECONDS + (CHECK_SECONDS if judge else 0.0)
         return each * _patches(config, height, width), measured
+    if stage == "recaptions":
+        captioner = config.recaptioner()
+        if captioner.source != "model" or captioner.model != PICTUREBOOK:
+            return None, nothing
+        seconds = len(config.recaption.styles) * RECAPTION_SECONDS + REDUCING_SECONDS * _megapixels(look)
+        return seconds, f"measured by this project on picturebook; on {PICTUREBOOK_RATES.device}"
     known = config.quality.clip == PICTUREBOOK and config.quality.features in ("none", "picturebook")
     return (QUALITY_SECONDS * _megapixels(look), measured) if known else (None, nothing)
 
@@ -243,7 +253,7 @@ def _size_from_table(look: Preview, stage: str) -> float:
     config, (height, width) = look.config, look.typical_px
     if stage == "captions":
         return ROW_BYTES[stage] * _patches(config, height, width)
-    if stage == "quality":
+    if stage in ("quality", "recaptions"):
         return ROW_BYTES[stage]
     if stage == "low_res":
         return height * width * BYTES_PER_PIXEL["png" if config.image_format == "png" else "lossless webp"]

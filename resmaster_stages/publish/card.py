@@ -75,6 +75,7 @@ def dataset_card(
         facts=facts,
         licences=licences_of(config),
         captions=config.upscale.uses("captions"),
+        recaptions=", ".join(f"`{style}`" for style in sorted(config.recaption.styles)),
         features=config.quality.features,
         columns=metric_columns(config.quality),
         flags=known_flags(config.quality).values(),

@@ -34,7 +34,8 @@ from resmaster_stages.dataset.commit import Receipt, StoredObject, describe
 from resmaster_stages.dataset.curation import Choice, count
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.publication import CommitsDigest
-from resmaster_stages.dataset.schemas import manifest_schema, quality_schema
+from resmaster_stages.dataset.schemas import manifest_schema
+from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import ShardError
 from resmaster_stages.keys import digest_of_keys
 from resmaster_stages.publish.card import Publication, dataset_card
@@ -44,6 +45,9 @@ from resmaster_stages.redaction import quoted
 from resmaster_stages.storage.scratch import scratch_folder
 from resmaster_stages.storage.shards import Member, parse_image
 from resmaster_stages.storage.tables import TableWriter, decode_table
+
+TABLES = ("quality", "recaptions")
+"""The stages whose rows are in the manifest."""
 
 
 def write_manifest(
@@ -116,7 +120,7 @@ def _uploaded(dataset: Dataset, name: str, path: Path) -> StoredObject:
 
 
 def _complete_chains(dataset: Dataset) -> Iterator[tuple[int, Chain, dict[str, bytes]]]:
-    """Yield (shard, its commits, quality tables) in order, for shards committed in every stage and not damaged.
+    """Yield (shard, its commits, its tables of TABLES) in order, for shards committed in every stage and not damaged.
 
     The tables (name -> content) are fetched for many shards together. Missing tables are absent.
     """
@@ -127,7 +131,9 @@ def _complete_chains(dataset: Dataset) -> Iterator[tuple[int, Chain, dict[str, b
         if shard not in damaged and chain.complete
     )
     while batch := list(itertools.islice(chains, CHUNK_SHARDS)):
-        tables = dataset.folder.read_many([chain.committed["quality"].objects[0].name for _, chain in batch])
+        needed = [stage for stage in TABLES if stage in dataset.hashes]
+        names = [chain.committed[stage].objects[0].name for _, chain in batch for stage in needed]
+        tables = dataset.folder.read_many(names)
         for shard, chain in batch:
             yield shard, chain, tables
 
@@ -137,7 +143,7 @@ def _manifest_rows(
 ) -> Iterator[dict[str, Any]]:
     """The manifest's rows of one shard, in the plan's order.
 
-    tables: name -> content of quality tables. tars: names of the tars that exist.
+    tables: name -> content of tables. tars: names of the tars that exist.
     """
     receipts = chain.committed
     low_res, high_res, quality = (receipts[name] for name in ("low_res", "high_res", "quality"))
@@ -146,13 +152,22 @@ def _manifest_rows(
         _image_places(dataset, receipt, [each.key for each in planned if each.key not in lost], tars)
         for receipt, lost in ((each, {*each.lost_keys, *each.failed_keys}) for each in (low_res, high_res))
     )
-    rows = {row["key"]: row for row in _quality_rows(dataset, quality, tables)}
+    rows = {row["key"]: row for row in _rows_of(dataset, quality, tables)}
+    recaptions = receipts.get("recaptions")
+    described: dict[str, list[dict[str, str]]] = {}
+    for row in _rows_of(dataset, recaptions, tables) if recaptions else ():
+        described.setdefault(row["key"], []).append({"style": row["style"], "caption": row["caption"]})
     lost = chain.lost()
     for sample in planned:
         if sample.key in lost:
             continue
-        for found, receipt in ((low_entries, low_res), (high_entries, high_res), (rows, quality)):
-            if sample.key not in found:
+        for found, receipt in (
+            (low_entries, low_res),
+            (high_entries, high_res),
+            (rows, quality),
+            (described, recaptions),
+        ):
+            if receipt and sample.key not in found:
                 raise ShardError(
                     f"{receipt.objects[0].name}: lacks sample {sample.key}, which its commit record counts"
                 )
@@ -177,10 +192,13 @@ def _manifest_rows(
             "low_res_height": sample.height,
             "low_res_width": sample.width,
             "captions_object": captions.objects[0].name if captions else None,
+            "recaptions_object": recaptions.objects[0].name if recaptions else None,
+            "recaptions": described.get(sample.key),
             "low_res_hash": low_res.stage_hash,
             "captions_hash": captions.stage_hash if captions else None,
             "high_res_hash": high_res.stage_hash,
             "quality_hash": quality.stage_hash,
+            "recaptions_hash": recaptions.stage_hash if recaptions else None,
         }
 
 
@@ -211,11 +229,12 @@ def _image_places(dataset: Dataset, receipt: Receipt, keys: Sequence[str], tars:
         ) from error
 
 
-def _quality_rows(dataset: Dataset, receipt: Receipt, tables: dict[str, bytes]) -> list[dict[str, Any]]:
+def _rows_of(dataset: Dataset, receipt: Receipt, tables: dict[str, bytes]) -> list[dict[str, Any]]:
     name = receipt.objects[0].name
     if name not in tables:
         raise ShardError(_gone(dataset, receipt))
-    rows: list[dict[str, Any]] = decode_table(tables[name], quality_schema(dataset.config.quality), name).to_pylist()
+    schema = STAGES[receipt.stage].columns(dataset.config)
+    rows: list[dict[str, Any]] = decode_table(tables[name], schema, name).to_pylist()
     return rows
 
 

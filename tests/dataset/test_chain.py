@@ -18,7 +18,6 @@ from resmaster_stages.dataset.ledger import ledger_rows
 from resmaster_stages.dataset.reading import committed_outputs, shard_samples
 from resmaster_stages.dataset.retry import Retries, number_of, part_of, retries_of
 from resmaster_stages.dataset.sample import Output, Sample
-from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.inspection.explain import explain
 from resmaster_stages.inspection.status import pending, status
 from resmaster_stages.models.identity import Weights
@@ -64,7 +63,7 @@ class Mended:
 def work(dataset: Dataset, mended: Mended | None = None, retries: Retries | None = None) -> list[Receipt]:
     """Do all that is pending, stage by stage."""
     receipts = []
-    for stage in STAGES:
+    for stage in dataset.hashes:
         for shard in pending(dataset, stages=[stage], retries=retries)[stage]:
 
             def process(config: DatasetConfig, samples: Sequence[Sample], stage: str = stage) -> Iterator[Output]:
@@ -112,7 +111,7 @@ def key_of(dataset: Dataset, prompt: str) -> str:
 def test_what_failed_gets_the_next_attempt_and_nothing_else_changes(dataset: Dataset) -> None:
     write_manifest(dataset)
     before = snapshot(dataset)
-    made = {(stage, shard): outputs(dataset, stage, shard) for stage in STAGES for shard in (0, 1)}
+    made = {(stage, shard): outputs(dataset, stage, shard) for stage in dataset.hashes for shard in (0, 1)}
     assert not any(pending(dataset).values()), "a failed sample is no reason to work"
     retries, samples = retries_of(dataset)
     assert (retries, samples) == ({"low_res": {"0": 2}, "high_res": {"1": 2}}, 2)
@@ -142,14 +141,14 @@ def test_what_failed_gets_the_next_attempt_and_nothing_else_changes(dataset: Dat
 
     keys = [sample.key for shard in (0, 1) for sample in dataset.plan.read(shard)]
     published = write_manifest(dataset)
-    assert (published.samples, published.failures) == (6, dict.fromkeys(STAGES, 0))
+    assert (published.samples, published.failures) == (6, dict.fromkeys(FAKES, 0))
     rows = pq.read_table(dataset.folder.open(layout.MANIFEST)).to_pylist()
     assert [row["key"] for row in rows] == keys, "in the plan's order"
     for row in rows:
         data = dataset.folder.read(row["high_res_object"])
         assert data[row["high_res_offset"] :].startswith(b"\x89PNG")
     for shard in (0, 1):
-        with shard_samples(dataset, shard, list(STAGES)) as found:
+        with shard_samples(dataset, shard, list(dataset.hashes)) as found:
             assert [sample.key for sample in found] == keys[3 * shard : 3 * shard + 3]
             assert all(s.high_res and s.high_res.open().size == (64, 64) and len(s.captions) == 4 for s in found)
     stages = {each.stage: (each.samples_ok, each.samples_failed, each.retried) for each in status(dataset).stages}

@@ -14,7 +14,6 @@ import s3fs
 from resmaster_flows.cli.main import main
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
-from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import UserError
 from resmaster_stages.inspection.status import pending
 from resmaster_stages.models.identity import Weights
@@ -41,7 +40,7 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def build(root: str, folder: Path) -> Dataset:
     folder.mkdir()
     dataset = planned(root, ["a", "b", "bad high_res"], folder, samples_per_shard=3, spill_seconds=0)
-    for stage in STAGES:
+    for stage in dataset.hashes:
         for shard in pending(dataset)[stage]:
             run_stage(dataset, stage, shard, process=FAKES[stage])
     write_manifest(dataset)

@@ -14,7 +14,7 @@ from resmaster_stages.config.dataset import QualityConfig
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.schemas import manifest_schema, quality_schema
-from resmaster_stages.dataset.stages import STAGES, stage_hashes
+from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.evaluation.columns import compare_schema
 from resmaster_stages.evaluation.compare import compare_datasets, write_comparison
 from resmaster_stages.evaluation.variants import Variant
@@ -72,7 +72,7 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dataset
     settings = {"quality": {"clip": None, "features": "inception"}, "model": {"id": "tiny"}}
     dataset = planned(tmp_path / "out", ["a", "b"], tmp_path, **settings)
     with redness_listed():
-        for stage in STAGES:
+        for stage in dataset.hashes:
             run_stage(dataset, stage, 0, process={**FAKES, "quality": quality.process}[stage])
         write_manifest(dataset)
         write_report(dataset)

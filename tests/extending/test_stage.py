@@ -63,7 +63,7 @@ def colours(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def dataset(colours: None, tmp_path: Path) -> Dataset:
     """Two shards, built."""
     dataset = planned(tmp_path / "root", ["a", "b", "c"], tmp_path)
-    for stage in STAGES:
+    for stage in dataset.hashes:
         for shard in pending(dataset, stages=[stage])[stage]:
             run_stage(dataset, stage, shard, process=FAKES.get(stage))
     return dataset
@@ -94,7 +94,7 @@ def test_its_settings_and_what_it_reads_decide_whether_it_is_done_again(colours:
 def test_every_room_shows_it(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parser().parse_args(["repair", "--help"])
-    assert "quality,colours" in capsys.readouterr().out
+    assert "recaptions,colours" in capsys.readouterr().out
     assert status(dataset).stages[-1].samples_ok == 3
     assert 'resmaster_shards{dataset="demo",stage="colours",state="committed"} 2' in openmetrics(dataset)
     key = dataset.plan.read(0)[0].key
@@ -116,6 +116,6 @@ def test_what_it_loses_is_not_published(colours: None, tmp_path: Path) -> None:
             error = ValueError("not this one") if sample.prompt == "b" else None
             yield Output(sample.key, rows=[] if error else [{"red": 1}], error=error)
 
-    for stage in STAGES:
+    for stage in dataset.hashes:
         run_stage(dataset, stage, 0, process={**FAKES, "colours": picky}[stage])
     assert write_manifest(dataset).samples == 1

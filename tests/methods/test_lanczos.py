@@ -71,5 +71,5 @@ def test_a_dataset_needs_no_network_and_its_identity_names_none(monkeypatch):
 
 def test_what_it_does_not_read_is_refused():
     for values in ({"via": (2.0,)}, {"tile": 64}, {"steps": 7}):
-        with pytest.raises(ConfigError, match=r"method lanczos knows: method, preset, scale$"):
+        with pytest.raises(ConfigError, match=r"method lanczos knows: method, preset, scale, colour_match$"):
             config_of(**values)

@@ -48,7 +48,7 @@ def run(dataset: Dataset, stage: str, shard: int, **options) -> Receipt:
 
 def run_all(dataset: Dataset) -> dict[tuple[str, int], Receipt]:
     shards = range(read_plan(dataset.folder).shards)
-    return {(stage, shard): run(dataset, stage, shard) for shard in shards for stage in STAGES}
+    return {(stage, shard): run(dataset, stage, shard) for shard in shards for stage in dataset.hashes}
 
 
 def test_all_stages(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def test_all_stages(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.Monkey
         (3, 0, 0, 4, 0),
     ]
     assert json.loads(json.dumps(found.to_json()))["stages"][2]["samples_failed"] == 1
-    with shard_samples(dataset, 1, STAGES) as samples:
+    with shard_samples(dataset, 1, list(dataset.hashes)) as samples:
         assert [sample.prompt for sample in samples] == ["c"]
         assert samples[0].high_res is not None
         assert samples[0].high_res.open().size == (64, 64)

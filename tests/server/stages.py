@@ -16,14 +16,14 @@ from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import Process
 from resmaster_stages.errors import SampleError, ShardError
-from tests.fake_stages import FAKES
+from tests.fake_stages import EVERY_FAKE
 
 LONGEST_WAIT_SECONDS = 150
 
 
 def stand_in(stage: str) -> Process:
     def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
-        for output, sample in zip(FAKES[stage](config, samples), samples, strict=True):
+        for output, sample in zip(EVERY_FAKE[stage](config, samples), samples, strict=True):
             if stage == "high_res":
                 if found := re.search(r"until (\S+)", sample.prompt):
                     wait_for(Path(found[1]))
@@ -52,4 +52,4 @@ def begun_by(path: Path) -> set[int]:
     return {int(found.name.rpartition("-")[2]) for found in path.parent.glob(f"{path.name}.begun-*")}
 
 
-low_res, captions, high_res, quality = (stand_in(stage) for stage in ("low_res", "captions", "high_res", "quality"))
+low_res, captions, high_res, quality, recaptions = (stand_in(stage) for stage in EVERY_FAKE)

@@ -31,7 +31,6 @@ from prefect.states import AwaitingRetry, Cancelling, Crashed, Running
 
 from resmaster_flows.outcome import INCOMPLETE
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
-from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.inspection.status import pending
 from resmaster_stages.runner.run import run_stage
 from tests.checkout import ROOT
@@ -162,7 +161,7 @@ def test_kill_9_of_a_worker_and_its_run_costs_nothing_but_time(workers: Stack, t
     reference = planned(tmp_path / "reference", prompts, tmp_path, samples_per_shard=1)
     gate.touch()
     for shard in (0, 1):
-        for stage in STAGES:
+        for stage in reference.hashes:
             run_stage(reference, stage, shard, process=stand_in(stage))
     gate.unlink()
     for begun in tmp_path.glob("gate.begun-*"):
@@ -220,7 +219,7 @@ def test_a_suspended_build_keeps_what_is_done_and_goes_on_when_it_is_resumed(wor
     assert sorted(wait(lambda: table(workers, build)).values()) == ["Cancelled", *["at work when the build ended"] * 2]
     gate.touch()
     dataset = open_dataset(str(tmp_path / "out"))
-    wait(lambda: sum(map(len, pending(dataset).values())) == len(STAGES))
+    wait(lambda: sum(map(len, pending(dataset).values())) == len(dataset.hashes))
     assert state(workers.read(build)) == ("PAUSED", "Suspended")
 
     wait(lambda: not descendants(workers.processes["builds"].pid))  # else the worker may end: docs/deploying.md

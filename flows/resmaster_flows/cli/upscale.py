@@ -7,7 +7,7 @@ import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from PIL import Image
 from rich.console import Console
@@ -17,7 +17,7 @@ from resmaster_flows.watch.progress import notes
 from resmaster_flows.watch.terminal import say, steps
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import load_config, parse_config
-from resmaster_stages.config.method import methods, with_method
+from resmaster_stages.config.method import ColourMatch, methods, with_method
 from resmaster_stages.config.model import SDXL, ModelConfig
 from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.errors import UserError
@@ -64,6 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", metavar="CONFIG", help="take model, captioner and settings from this file instead")
     parser.add_argument("--steps", type=int, help="denoising steps")
+    parser.add_argument(
+        "--colour-match",
+        choices=get_args(ColourMatch),
+        help="give the result the colours of INPUT: mean_std (over the whole image) or wavelet (place by place)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
 
 
@@ -78,6 +83,8 @@ def settings(args: argparse.Namespace) -> DatasetConfig:
         upscale["preset"] = args.preset
     if args.steps is not None:
         upscale["steps"] = args.steps
+    if args.colour_match is not None:
+        upscale["colour_match"] = args.colour_match
     return parse_config({**base, "seed": args.seed, "upscale": upscale}, f"--scale {args.scale} --method {args.method}")
 
 
