@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.image_format import lossless_format
 from resmaster_stages.dataset.plan import Duplicate, Rejected, SampleSpec
 from resmaster_stages.diffusion.views import OTHER_SIZE, target_size, why_not_wrapping
 from resmaster_stages.errors import PlanError, SampleError
@@ -203,7 +204,7 @@ def _base_size(config: DatasetConfig) -> tuple[int, int]:
 
 def why_too_large(config: DatasetConfig, height: int, width: int) -> str:
     """Why a dataset cannot hold a low-res image of `height` x `width` px and its high-res image; "" if it can."""
-    if reason := why_unstorable(height, width, config.image_format):
+    if reason := why_unstorable(height, width, lossless_format(config.image_format)):
         return reason
     enlarged = why_unstorable(*target_size(height, width, config.upscale.scale), config.image_format)
     return enlarged and f"its high-res image: {enlarged}"

@@ -101,6 +101,7 @@ def preview(config: DatasetConfig, around: Around = HERE) -> Preview:
     """
     checked = check(config, around)
     dataset = checked.dataset
+    config = config.keeping(dataset.config) if dataset else config
     planned = Dataset(open_root(config.root).sub(config.name), config)
     plan = find_plan(planned.folder) if dataset else Plan(planned.folder, ())
     draft, known = DraftReader(config), DigestSet(map(bytes.fromhex, plan.keys()))
