@@ -28,6 +28,8 @@ from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import SampleError
 from resmaster_stages.keys import canonical_json, image_key, masked_key, sample_seed
+from resmaster_stages.storage.credentials import embedded_credentials
+from resmaster_stages.storage.generation import read_generation
 from resmaster_stages.storage.images import decode_image, encode_image
 from resmaster_stages.storage.labels import Label
 from resmaster_stages.storage.masks import read_mask, read_mask_beside
@@ -90,6 +92,21 @@ def _files_of_prompt(
     return _files(config, sample, image, facts, _mask_of_prompt(sample), label)
 
 
+def _said_by(data: bytes) -> dict[str, Any]:
+    """What is kept of what the user's image file says: its seed, and that it has content credentials."""
+    said: dict[str, Any] = {}
+    generation = read_generation(data)
+    if generation is not None and generation.seed is not None:
+        said["seed"] = generation.seed
+    if credentials := embedded_credentials(data):
+        said["credentials"] = {
+            "standard": "C2PA",
+            "bytes": len(credentials),
+            "sha256": hashlib.sha256(credentials).hexdigest(),
+        }
+    return said
+
+
 def _from_image(config: DatasetConfig, sample: Sample) -> Output:
     assert sample.source is not None
     try:
@@ -108,7 +125,10 @@ def _from_image(config: DatasetConfig, sample: Sample) -> Output:
                 ) from error
             _check_unchanged(sample, key, mask)
         image = decode_image(data, sample.source)
-        facts = {"negative_prompt": sample.negative_prompt, "source_sha256": hashlib.sha256(data).hexdigest()}
+        digest = hashlib.sha256(data).hexdigest()
+        facts: dict[str, Any] = {"negative_prompt": sample.negative_prompt, "source_sha256": digest}
+        if config.image_metadata != "none" and (said := _said_by(data)):
+            facts["source_metadata"] = said
         return Output(key=sample.key, finish=partial(_files, config, sample, image, facts, mask))
     except SampleError as error:
         return Output(key=sample.key, error=error)

@@ -18,7 +18,10 @@ from resmaster_stages.dataset.stages import hashes_of
 from resmaster_stages.models.identity import Weights
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.samplers import sampler_name
+from resmaster_stages.planning.drafts import draft_samples
 from resmaster_stages.planning.preview import preview
+from resmaster_stages.storage.images import encode_image
+from resmaster_stages.storage.labels import Label, parameters
 from tests.storage.test_labels import said, text_of, xmp_of
 from tests.test_image_formats import configuration, members, photos
 
@@ -145,12 +148,11 @@ def test_the_field_is_no_part_of_an_older_identity():
         config = parse_config({"name": "d", "prompts": "p.txt", "upscale": {"method": "multidiffusion"}, **values})
         return hashes_of(config, Weights("m"))
 
-    values = {each: hashes(image_metadata=each) for each in ("none", "source", "full")}
-    assert hashes() == values["full"]
-    for stage in ("low_res", "high_res", "quality"):
-        assert len({found[stage] for found in values.values()}) == 3
-    own = [hashes(images="in", prompts=None, image_metadata=each)["low_res"] for each in values]
-    assert own[0] == own[1] == own[2], "own images say nothing, whatever is asked for"
+    for source in ({}, {"images": "in", "prompts": None}):
+        values = {each: hashes(image_metadata=each, **source) for each in ("none", "source", "full")}
+        assert hashes(**source) == values["full"]
+        for stage in ("low_res", "high_res", "quality"):
+            assert len({found[stage] for found in values.values()}) == 3
 
 
 def parts(part: type[Part]) -> set[type[Part]]:
@@ -189,3 +191,61 @@ def test_samplers_have_the_names_of_other_programs():
     }
     assert names["picturebook"] == ["DDIM", "DDIM", "DPM++ 2M", "LCM", "posterior"]
     assert names["picturebook-as-flow"] == ["Euler", "DPM++ 2M"]
+
+
+def own_images(folder: Path) -> None:
+    """Images of the user's that say their prompts themselves, in several ways."""
+    folder.mkdir()
+
+    def save(name: str, number: int, text: str) -> None:
+        label = Label("trainedAlgorithmicMedia", parameters=text)
+        (folder / name).write_bytes(encode_image(Image.new("RGB", (32, 32), (number, 9, 9)), "png", 100, label))
+
+    save("said.png", 1, parameters("a red barn", "fog", {"Steps": 3, "Seed": 77}))
+    save("text.png", 2, parameters("a red barn", "fog", {"Steps": 3, "Seed": 78}))
+    (folder / "text.txt").write_text("a blue boat")
+    save("blank.png", 3, parameters("a red barn", "fog", {"Steps": 3, "Seed": 79}))
+    (folder / "blank.txt").write_text(" \n")
+    save("long.png", 4, parameters("barn " * 500, "", {"Steps": 3, "Seed": 80}))
+    save("bell.png", 5, parameters("a \x07 barn", "", {"Steps": 3, "Seed": 81}))
+
+
+def test_prompts_are_read_from_own_images_unless_a_text_is_beside_them(tmp_path, capsys):
+    own_images(tmp_path / "in")
+    path = configuration(tmp_path, images=str(tmp_path / "in"))
+    draft = draft_samples(load_config(path))
+    found = {Path(sample.source).name: (sample.prompt, sample.negative_prompt) for sample in draft.samples}
+    assert found == {
+        "said.png": ("a red barn", "fog"),
+        "text.png": ("a blue boat", ""),
+        "blank.png": ("", ""),
+        "long.png": ("", ""),
+        "bell.png": ("", ""),
+    }
+    assert not draft.rejected
+    told = "1 image has a prompt that is read from the image file; 2 images have a prompt in the image file that cannot"
+    for verb in ("plan", "run"):
+        assert main([verb, str(path)]) == 0
+        out, err = capsys.readouterr()
+        assert told in " ".join((out + err).split())
+    facts = [json.loads(data) for name, data in members(tmp_path, "low_res").items() if name.endswith(".json")]
+    assert {each["prompt"]: each["negative_prompt"] for each in facts} == {
+        "a red barn": "fog",
+        "a blue boat": "",
+        "": "",
+    }
+    assert sorted(each["source_metadata"]["seed"] for each in facts) == [77, 78, 79, 80, 81]
+
+
+def test_an_older_dataset_of_own_images_reads_nothing_from_them(tmp_path):
+    """Else the same run would plan every image once more, under its prompt."""
+    own_images(tmp_path / "in")
+    assert main(["run", str(configuration(tmp_path, image_metadata="none"))]) == 0
+    without_the_field(tmp_path / "out" / "d")
+    before = open_dataset(str(tmp_path / "out" / "d")).plan.samples
+    look = preview(load_config(configuration(tmp_path)))
+    assert (look.new_samples, look.noticed) == (0, "")
+    assert main(["run", str(configuration(tmp_path))]) == 0
+    assert open_dataset(str(tmp_path / "out" / "d")).plan.samples == before == 5
+    facts = [json.loads(data) for name, data in members(tmp_path, "low_res").items() if name.endswith(".json")]
+    assert not any("source_metadata" in each or each["prompt"] == "a red barn" for each in facts)

@@ -231,7 +231,8 @@ class DatasetConfig(Part):
     image_metadata: Literal["full", "source", "none"] = LaterOn("full", before="none")
     """What image files say of themselves (docs/provenance.md). `source`: that a model made them (IPTC digital source
     type) and its name. `full`: also the prompt and the generation parameters, as A1111 and ComfyUI read them. `none`:
-    nothing. A dataset keeps what it was made with until this is set. Your own low-res images say nothing."""
+    nothing is written, and nothing is read from your own images either, whose files may hold prompts. A dataset keeps
+    what it was made with until this is set."""
     max_failure_ratio: float = Field(default=0.02, ge=0, le=1)
     """A shard with a greater share of failed samples is not committed. One failed sample of a shard is always
     tolerated. A build with a greater share of failed samples ends with exit status 1."""

@@ -90,10 +90,8 @@ def _denoiser(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
 
 def _low_res_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
     own: dict[str, Any] = {"plan": config.plan_identity(), "image_format": config.image_format}
-    if config.images:
-        return own
-    drawn = {"low_res": config.low_res.identity(), "model": _model(config, weights)}
-    return {**own, **drawn, **_metadata_of_images(config)}
+    own |= _metadata_of_images(config)
+    return own if config.images else {**own, "low_res": config.low_res.identity(), "model": _model(config, weights)}
 
 
 def _captions_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
@@ -138,7 +136,7 @@ def _quality_of_images(config: DatasetConfig) -> dict[str, int]:
 
 
 def _metadata_of_images(config: DatasetConfig) -> dict[str, str]:
-    """What image files say of themselves, if they say anything. In the first datasets they did not."""
+    """What image files say of themselves, and whether samples tell what yours say. In the first datasets, neither."""
     return {} if config.image_metadata == "none" else {"image_metadata": config.image_metadata}
 
 

@@ -150,6 +150,14 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
         return (image.width, image.height) if swapped else (image.height, image.width)
 
 
+@contextmanager
+def open_header(data: bytes, name: str) -> Iterator[Image.Image]:
+    """An image file as Pillow opens it, for what it says beside its pixels. Errors of the block, too, become
+    SampleErrors, because metadata is as untrusted as pixels are."""
+    with _explained(name):
+        yield _opened(data)
+
+
 class _Unfit(Exception):
     """Why an image that could be decoded is not used, and what to do."""
 
