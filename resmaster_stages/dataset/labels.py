@@ -31,6 +31,11 @@ class Drawing:
     negative_prompt: str
 
 
+def source_type_of(config: DatasetConfig, weights: str) -> str:
+    """IPTC's term for an image that a stage made. weights: identity of the model that made it; "" if none did."""
+    return GENERATED if not config.images else ALTERED if weights else ENHANCED
+
+
 def label_of(
     config: DatasetConfig, sample: Sample, weights: str, drawing: Drawing | None, scale: float | None = None
 ) -> Label | None:
@@ -41,8 +46,7 @@ def label_of(
     """
     if config.image_metadata == "none":
         return None
-    model = weights.partition("@")[0]
-    kind = GENERATED if not config.images else ALTERED if model else ENHANCED
+    model, kind = weights.partition("@")[0], source_type_of(config, weights)
     if config.image_metadata == "source":
         return Label(kind, model)
     if drawing is None:

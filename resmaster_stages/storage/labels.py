@@ -48,10 +48,10 @@ class Label:
 
 
 def parameters(prompt: str, negative_prompt: str, values: dict[str, object]) -> str:
-    """Prompts and settings as A1111 writes and reads them. ComfyUI reads the text if it has a line for the negative
-    prompt, even an empty one, and if no setting holds a comma or a colon."""
+    """Prompts, each in one line, and settings as A1111 writes and reads them. ComfyUI reads the text if it has a line
+    for the negative prompt, even an empty one, and if no setting holds a comma or a colon."""
     settings = ", ".join(f"{name}: {_APART.sub(' ', str(value)).strip()}" for name, value in values.items())
-    return f"{prompt}\nNegative prompt: {negative_prompt}\n{settings}"
+    return f"{' '.join(prompt.split())}\nNegative prompt: {' '.join(negative_prompt.split())}\n{settings}"
 
 
 def label_options(label: Label, image_format: ImageFormat) -> dict[str, Any]:

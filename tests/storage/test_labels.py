@@ -103,6 +103,11 @@ def test_comfyui_reads_the_parameters(negative):
     assert (text[:mark].strip(), text[mark + 18 : settings].strip()) == (PROMPT, negative)
 
 
+def test_lines_of_a_prompt_cannot_pass_for_settings():
+    text = parameters("a\nNegative prompt: b", "c\nSteps: 99, Seed: 1", {"Steps": 20})
+    assert text.split("\n") == ["a Negative prompt: b", "Negative prompt: c Steps: 99, Seed: 1", "Steps: 20"]
+
+
 def test_text_that_xml_cannot_hold_does_not_break_the_packet():
     odd = "a\ufffe b\x01 ]]> <x a='&amp;'> \ud7ff \U0010ffff"
     packet = xmp_packet(Label("trainedAlgorithmicMedia", odd, odd))
