@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeGuard
 
 from PIL import Image
@@ -24,10 +25,12 @@ from resmaster_stages.storage.images import open_header
 MAX_TEXT_CHARACTERS = 2**20
 """Longer texts in an image file are not read."""
 LONGEST_SEED = 2**64
-MOST_STEPS = 1_000
-"""How many nodes of a graph are looked at for one text."""
+MOST_SAMPLERS, MOST_STEPS = 20, 1_000
+"""How many samplers of a graph are looked at, and how many nodes for each text."""
 
 _EXIF_IFD, _USER_COMMENT, _MAKE, _MODEL = 0x8769, 0x9286, 0x010F, 0x0110
+_MARKS = (b"UNICODE\0", b"ASCII\0\0\0", bytes(8))
+"""What says how a UserComment is written. Some programs leave it out."""
 _SETTINGS = re.compile(r"(?:^|\n)Steps: \d+(?:,|\n|$)")
 _NEGATIVE = re.compile(r"(?:^|\n)Negative prompt:")
 _SEED = re.compile(r"\bSeed: (\d{1,20})\b")
@@ -50,10 +53,9 @@ def read_generation(data: bytes) -> Generation | None:
     """What an image file says of the prompt that it was made from. None if it says nothing that is understood."""
     try:
         with open_header(data, "image") as image:
-            found = next(_found_in(image), None)
+            return next((found for found in _found_in(image) if found.prompt.strip()), None)
     except SampleError:  # whoever decodes the image will say what is wrong
         return None
-    return found if found and found.prompt.strip() else None
 
 
 def _found_in(image: Image.Image) -> Iterator[Generation]:
@@ -80,7 +82,7 @@ def _spellings(comment: Any) -> Iterator[str]:
         return
     codes = ("utf-16-be", "utf-16-le") if comment.startswith(b"UNICODE\0") else ("utf-8",)
     for code in codes:
-        yield comment[8:].decode(code, "replace")
+        yield (comment[8:] if comment.startswith(_MARKS) else comment).decode(code, "replace")
 
 
 def _of_a1111(text: str) -> Generation | None:
@@ -128,13 +130,9 @@ def _seed(value: Any) -> int | None:
 def _of_comfyui(text: str) -> Generation | None:
     """The prompts and the seed of the first sampler with a prompt in the graph that ComfyUI writes (`prompt`)."""
     graph = _Graph(_json_object(text))
-    for node in graph.nodes:
-        inputs = graph.inputs(node)
-        # the newer samplers are several nodes: the prompts are at the guider, and the seed is at the noise
-        guider, noise = graph.inputs(inputs.get("guider")), graph.inputs(inputs.get("noise"))
+    for inputs, guider, noise in islice(graph.samplers(), MOST_SAMPLERS):
         for each in (inputs, guider):
-            prompt = graph.text(each.get("positive", guider.get("conditioning")), "positive")
-            if prompt and ("seed" in inputs or "noise_seed" in inputs or noise):
+            if prompt := graph.text(each.get("positive", guider.get("conditioning")), "positive"):
                 seed = next((graph.seed(own[name]) for own in (inputs, noise) for name in _SEEDS if name in own), None)
                 return Generation(prompt, graph.text(each.get("negative"), "negative"), seed)
     return None
@@ -148,7 +146,15 @@ class _Graph:
 
     def __init__(self, nodes: Mapping[str, Any]) -> None:
         self._nodes = nodes
-        self.nodes = [[name, 0] for name in nodes]
+
+    def samplers(self) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]]:
+        """The inputs of each node that samples, of its guider and of its noise. Newer samplers are several nodes: the
+        prompts are at the guider, and the seed is at the noise."""
+        for name in self._nodes:
+            inputs = self.inputs([name])
+            guider, noise = self.inputs(inputs.get("guider")), self.inputs(inputs.get("noise"))
+            if ("positive" in inputs or guider) and ("seed" in inputs or "noise_seed" in inputs or noise):
+                yield inputs, guider, noise
 
     def inputs(self, link: Any) -> Mapping[str, Any]:
         """The inputs of the node that a link leads to; {} if it leads nowhere."""

@@ -74,7 +74,8 @@ def test_the_text_of_a1111_in_exif(kind, code):
     """piexif, and so A1111, writes big-endian; other programs write in the order of the file."""
     data = with_exif(kind, b"UNICODE\0" + A1111.encode(code))
     assert read_generation(data) == EXPECTED
-    assert read_generation(with_exif(kind, b"ASCII\0\0\0" + A1111.encode())) == EXPECTED
+    for mark in (b"ASCII\0\0\0", bytes(8), b""):
+        assert read_generation(with_exif(kind, mark + A1111.encode())) == EXPECTED
 
 
 @pytest.mark.parametrize("image_format", ["png", "webp", "avif", "jxl"])
@@ -197,6 +198,21 @@ def test_a_long_way_through_a_graph_ends():
     chain = {str(number): node(conditioning=[str(number + 1), 0]) for number in range(10, 5_000)}
     data = png(prompt=json.dumps({"3": node(seed=1, positive=["10", 0]), **chain, "5000": node(text="far")}))
     assert read_generation(data) is None
+
+
+def test_many_samplers_with_long_ways_cost_little(monkeypatch):
+    looks = []
+    real = module._Graph.inputs
+    monkeypatch.setattr(module._Graph, "inputs", lambda graph, link: looks.append(1) or real(graph, link))
+    chain = {str(number): node(conditioning=[str(number + 1), 0]) for number in range(2_000)}
+    samplers = {f"s{number}": node(seed=1, positive=["0", 0]) for number in range(2_000)}
+    assert read_generation(png(prompt=json.dumps({**samplers, **chain}))) is None
+    assert len(looks) < 2 * module.MOST_SAMPLERS * (module.MOST_STEPS + 10)
+
+
+def test_the_first_that_holds_a_prompt_counts():
+    data = png(parameters="\nNegative prompt: fog\nSteps: 20, Seed: 1", prompt=json.dumps(graph()))
+    assert read_generation(data) == Generation("a red barn", "fog", 42)
 
 
 def test_long_texts_are_not_read(monkeypatch):
