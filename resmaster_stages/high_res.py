@@ -18,6 +18,7 @@ from typing import Any
 from PIL import Image
 
 from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.dataset.labels import Drawing, label_of
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.diffusion.views import Grid, distance, patch_grid, target_size, view_grid
@@ -27,6 +28,7 @@ from resmaster_stages.methods.settings import Diffusion, Enlargement
 from resmaster_stages.models.identity import control_identity
 from resmaster_stages.progress import Step, emit
 from resmaster_stages.storage.images import encode_image
+from resmaster_stages.storage.labels import Label
 
 
 def captions_for_views(grid: Grid, rows: Sequence[dict[str, Any]], prompt: str) -> list[str]:
@@ -68,13 +70,14 @@ def caption_views(config: DatasetConfig, prompt: str, image: Image.Image, height
 
 def _diffused(
     config: DatasetConfig, upscale: Diffusion, sample: Sample, image: Image.Image
-) -> tuple[Image.Image, dict[str, Any], int]:
-    """Make the high-res image with the base model. Returns the image, facts for the sample's JSON, and the most views
-    per call."""
+) -> tuple[Image.Image, dict[str, Any], int, Drawing]:
+    """Make the high-res image with the base model. Returns the image, facts for the sample's JSON, the most views per
+    call, and how the image was drawn."""
     from resmaster_stages.diffusion.memory import view_limit
     from resmaster_stages.diffusion.text import truncated
     from resmaster_stages.methods.upscale import upscale_image
     from resmaster_stages.models.load import load_models
+    from resmaster_stages.models.samplers import sampler_name
 
     models = load_models(config.model)
     target = target_size(image.height, image.width, upscale.scale)
@@ -107,7 +110,9 @@ def _diffused(
     }
     if upscale.uses("control"):
         facts["controlnet"] = control_identity(config.model)
-    return made, facts, views
+    sampler = sampler_name(models.base, upscale.stepper, upscale.steps)
+    drawing = Drawing(sampler, upscale.steps, upscale.guidance_scale, seed, negative_prompt)
+    return made, facts, views, drawing
 
 
 def _enlarged(config: DatasetConfig, upscale: Enlargement, image: Image.Image) -> tuple[Image.Image, dict[str, Any]]:
@@ -131,19 +136,28 @@ def _make(config: DatasetConfig, sample: Sample) -> Output:
     image, upscale = sample.low_res.open(), config.upscale
     if sample.detail_mask:
         upscale.require_detail_mask(f"sample {sample.key} has")
-    views = None
+    views = drawing = None
     if isinstance(upscale, Enlargement):
         made, facts = _enlarged(config, upscale, image)
     else:
         assert isinstance(upscale, Diffusion)
-        made, facts, views = _diffused(config, upscale, sample, image)
-    return Output(sample.key, batch_size=views, finish=partial(_files, config, sample, image.size, made, facts))
+        made, facts, views, drawing = _diffused(config, upscale, sample, image)
+    weights = facts.get("model") or sample.low_res.meta.get("model", "")  # whose image was enlarged without a model
+    label = label_of(config, sample, weights, drawing, upscale.scale)
+    finish = partial(_files, config, sample, image.size, made, facts, label)
+    return Output(sample.key, batch_size=views, finish=finish)
 
 
 def _files(
-    config: DatasetConfig, sample: Sample, low_res: tuple[int, int], image: Image.Image, facts: dict[str, Any]
+    config: DatasetConfig,
+    sample: Sample,
+    low_res: tuple[int, int],
+    image: Image.Image,
+    facts: dict[str, Any],
+    label: Label | None,
 ) -> dict[str, bytes]:
-    """The sample's files by extension, in the order of the tar's members. low_res: (width, height) in px."""
+    """The sample's files by extension, in the order of the tar's members. low_res: (width, height) in px. label: what
+    the image says of itself."""
     assert sample.low_res is not None
     upscale = config.upscale
     facts = {
@@ -164,7 +178,7 @@ def _files(
     if sample.detail_mask:
         facts["detail_mask"] = {"sha256": hashlib.sha256(sample.detail_mask.data).hexdigest()}
     return {
-        config.image_format: encode_image(image, config.image_format, config.webp_quality),
+        config.image_format: encode_image(image, config.image_format, config.image_quality, label),
         "json": canonical_json(facts).encode(),
         "txt": sample.prompt.encode(),
     }

@@ -21,12 +21,17 @@ from typing import Any
 from PIL import Image
 
 from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.image_format import lossless_format
+from resmaster_stages.dataset.labels import Drawing, label_of
 from resmaster_stages.dataset.plan import unmasked_key
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import SampleError
 from resmaster_stages.keys import canonical_json, image_key, masked_key, sample_seed
+from resmaster_stages.storage.credentials import embedded_credentials
+from resmaster_stages.storage.generation import read_generation
 from resmaster_stages.storage.images import decode_image, encode_image
+from resmaster_stages.storage.labels import Label
 from resmaster_stages.storage.masks import read_mask, read_mask_beside
 from resmaster_stages.storage.sources import MASK_EXTENSION, read_image
 
@@ -46,9 +51,15 @@ def _mask_of_prompt(sample: Sample) -> bytes | None:
 
 
 def _files(
-    config: DatasetConfig, sample: Sample, image: Image.Image, facts: dict[str, Any], mask: bytes | None
+    config: DatasetConfig,
+    sample: Sample,
+    image: Image.Image,
+    facts: dict[str, Any],
+    mask: bytes | None,
+    label: Label | None = None,
 ) -> dict[str, bytes]:
-    """The sample's files by extension, in the order of the tar's members. mask: content of the user's mask file."""
+    """The sample's files by extension, in the order of the tar's members. mask: content of the user's mask file. label:
+    what the image says of itself."""
     beside = {}
     if mask is not None:
         grey = decode_image(mask, f"the detail mask of {sample.source}").convert("L")
@@ -63,8 +74,9 @@ def _files(
         "stage_version": STAGES["low_res"].version,
         **facts,
     }
+    image_format = lossless_format(config.image_format)
     return {
-        config.image_format: encode_image(image, config.image_format),
+        image_format: encode_image(image, image_format, 100, label),
         "json": canonical_json(facts).encode(),
         "txt": sample.prompt.encode(),
         **beside,
@@ -72,9 +84,27 @@ def _files(
 
 
 def _files_of_prompt(
-    config: DatasetConfig, sample: Sample, image: Image.Image, facts: dict[str, Any]
+    config: DatasetConfig, sample: Sample, image: Image.Image, facts: dict[str, Any], sampler: str
 ) -> dict[str, bytes]:
-    return _files(config, sample, image, facts, _mask_of_prompt(sample))
+    own = config.low_res
+    drawing = Drawing(sampler, own.steps, own.guidance_scale, facts["seed"], facts["negative_prompt"])
+    label = label_of(config, sample, facts["model"], drawing)
+    return _files(config, sample, image, facts, _mask_of_prompt(sample), label)
+
+
+def _said_by(data: bytes) -> dict[str, Any]:
+    """What is kept of what the user's image file says: its seed, and that it has content credentials."""
+    said: dict[str, Any] = {}
+    generation = read_generation(data)
+    if generation is not None and generation.seed is not None:
+        said["seed"] = generation.seed
+    if credentials := embedded_credentials(data):
+        said["credentials"] = {
+            "standard": "C2PA",
+            "bytes": len(credentials),
+            "sha256": hashlib.sha256(credentials).hexdigest(),
+        }
+    return said
 
 
 def _from_image(config: DatasetConfig, sample: Sample) -> Output:
@@ -95,7 +125,10 @@ def _from_image(config: DatasetConfig, sample: Sample) -> Output:
                 ) from error
             _check_unchanged(sample, key, mask)
         image = decode_image(data, sample.source)
-        facts = {"negative_prompt": sample.negative_prompt, "source_sha256": hashlib.sha256(data).hexdigest()}
+        digest = hashlib.sha256(data).hexdigest()
+        facts: dict[str, Any] = {"negative_prompt": sample.negative_prompt, "source_sha256": digest}
+        if config.image_metadata != "none" and (said := _said_by(data)):
+            facts["source_metadata"] = said
         return Output(key=sample.key, finish=partial(_files, config, sample, image, facts, mask))
     except SampleError as error:
         return Output(key=sample.key, error=error)
@@ -104,11 +137,13 @@ def _from_image(config: DatasetConfig, sample: Sample) -> Output:
 def _from_prompts(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
     """The Outputs of one slot. The samples go through the model `batch_size` at a time."""
     from resmaster_stages.diffusion.text import truncated
-    from resmaster_stages.methods.generate import generate
+    from resmaster_stages.methods.generate import generate, low_res_stepper
     from resmaster_stages.models.load import load_models
+    from resmaster_stages.models.samplers import sampler_name
 
     models = load_models(config.model.base)
     low_res = config.low_res
+    sampler = sampler_name(models.base, low_res_stepper(models), low_res.steps)
     negative_prompts = [sample.negative_prompt or low_res.negative_prompt for sample in samples]
     seeds = [sample_seed(unmasked_key(sample), config.seed, "low_res") for sample in samples]
     results: dict[int, Image.Image | SampleError] = {}
@@ -138,7 +173,7 @@ def _from_prompts(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[
             "model": models.identity,
             "low_res": low_res.identity(),
         }
-        yield Output(key=sample.key, finish=partial(_files_of_prompt, config, sample, result, facts))
+        yield Output(key=sample.key, finish=partial(_files_of_prompt, config, sample, result, facts, sampler))
 
 
 def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:

@@ -35,6 +35,7 @@ def ingest(config: DatasetConfig, around: Around = HERE) -> Dataset:
     Raises UserError for a wrong configuration or source; then nothing has been written.
     """
     existing = check(config, around).dataset
+    config = config.keeping(existing.config) if existing else config
     folder = existing.folder if existing else open_root(config.root).sub(config.name)
     for _ in range(RACES):
         plan = find_plan(folder) if existing else Plan(folder, ())
@@ -62,6 +63,7 @@ def ingest(config: DatasetConfig, around: Around = HERE) -> Dataset:
                     duplicates=Few.of(draft.duplicates),
                     rejected=Few.of(draft.rejected),
                     lone_texts=str(draft.lone_texts),
+                    noticed=str(draft.noticed),
                 )
                 emit(Planned(intake.headline()))
                 return dataset

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from benchmarks import flags, methods, peers, true_scenes
+from benchmarks import flags, image_formats, methods, peers, true_scenes
 from resmaster_stages.config import method
 from resmaster_stages.config.load import load_config
 from resmaster_stages.diffusion.views import view_grid
@@ -25,6 +25,7 @@ from resmaster_stages.picturebook.scenes import drawing
 from resmaster_stages.picturebook.training.evaluate import square_scenes
 from resmaster_stages.planning.checks import check_sizes
 from resmaster_stages.quality import measure
+from resmaster_stages.storage.images import encode_image
 from tests.checkout import ROOT
 
 Run = Callable[..., list[dict[str, str]]]
@@ -195,3 +196,14 @@ def test_true_captions_are_for_methods_that_read_captions(tmp_path: Path) -> Non
     for text, message in (("lanczos@true", "reads no captions"), ("resmaster@best", "write @true")):
         with pytest.raises(SystemExit, match=message):
             true_scenes.main(["--n", "1", "--out", str(tmp_path), "--methods", text])
+
+
+def test_what_image_formats_cost(run: Run, tmp_path: Path) -> None:
+    image = Image.merge("RGB", [Image.effect_noise((64, 48), 60) for _ in range(3)]).resize((256, 192))
+    image.save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("no image")
+    rows = {row["format and quality"]: row for row in run(str(tmp_path), "--edge-px", "128", main=image_formats.main)}
+    assert {name for name, row in rows.items() if row["PSNR"] == "none"} == {"PNG", "WebP 100", "JPEG XL 100"}
+    assert all(int(row["greatest error of 255"]) > 0 for row in rows.values() if row["PSNR"] != "none")
+    small = image.resize((128, 96), Image.Resampling.LANCZOS)
+    assert float(rows["PNG"]["bytes per px"]) == pytest.approx(len(encode_image(small, "png")) / (128 * 96), abs=1e-3)

@@ -18,9 +18,18 @@ from pydantic import (
     model_validator,
 )
 
+from resmaster_stages.config.image_format import ImageFormat
 from resmaster_stages.config.method import AnyMethod, Method
 from resmaster_stages.config.model import ModelConfig
-from resmaster_stages.config.part import GREATEST_INTEGER, Later, OfPublication, Operational, Part, check_length
+from resmaster_stages.config.part import (
+    GREATEST_INTEGER,
+    Later,
+    LaterOn,
+    OfPublication,
+    Operational,
+    Part,
+    check_length,
+)
 from resmaster_stages.config.wrap import Wrap
 
 LONGEST_NAME = 100
@@ -329,10 +338,20 @@ class DatasetConfig(Part):
     """Images per prompt."""
     samples_per_shard: int = Field(default=64, ge=1, le=100_000)
     """Samples per WebDataset shard."""
-    image_format: Literal["webp", "png"] = "webp"
-    """File format of images in the tars. Low-res images are always lossless."""
+    image_format: ImageFormat = "webp"
+    """File format of images in the tars. `jxl` (JPEG XL) needs the extra `jxl`. Low-res images are always lossless:
+    with `avif`, which cannot be lossless here, they are WebP."""
     webp_quality: int = Field(default=95, ge=1, le=100)
     """WebP quality of high-res images; 100 is lossless."""
+    avif_quality: int = Field(default=90, ge=1, le=100)
+    """AVIF quality of high-res images. Their colours have full resolution (4:4:4). No quality is lossless."""
+    jxl_quality: int = Field(default=95, ge=1, le=100)
+    """JPEG XL quality of high-res images; 100 is lossless."""
+    image_metadata: Literal["full", "source", "none"] = LaterOn("full", before="none")
+    """What image files say of themselves (docs/provenance.md). `source`: that a model made them (IPTC digital source
+    type) and its name. `full`: also the prompt and the generation parameters, as A1111 and ComfyUI read them. `none`:
+    nothing is written, and nothing is read from your own images either, whose files may hold prompts. A dataset keeps
+    what it was made with until this is set."""
     max_failure_ratio: float = Field(default=0.02, ge=0, le=1)
     """A shard with a greater share of failed samples is not committed. One failed sample of a shard is always
     tolerated. A build with a greater share of failed samples ends with exit status 1."""
@@ -354,6 +373,13 @@ class DatasetConfig(Part):
     """Stage 6, if it has styles."""
     dispatch: DispatchConfig = DispatchConfig()
     """How the work is distributed over workers."""
+
+    @property
+    def image_quality(self) -> int:
+        """The quality of high-res images in their format."""
+        return {"webp": self.webp_quality, "png": 100, "avif": self.avif_quality, "jxl": self.jxl_quality}[
+            self.image_format
+        ]
 
     def tolerated(self, samples: int) -> int:
         """How many of `samples` samples may fail."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     ValidationInfo,
     field_validator,
 )
+from pydantic_core import CoreSchema
 
 from resmaster_stages.errors import did_you_mean
 from resmaster_stages.redaction import holds_credentials
@@ -44,6 +46,15 @@ def Later(default: Any, **kwargs: Any) -> Any:
 def OfPublication(default: Any, **kwargs: Any) -> Any:
     """A field that only publishing reads. `identity()` leaves it out, because no stage's result depends on it."""
     return Field(default=default, json_schema_extra={"publication": True}, **kwargs)
+
+
+def LaterOn(default: Any, before: Any, **kwargs: Any) -> Any:
+    """A field that older datasets do not have, and whose default would change them: they have the value `before`.
+
+    A dataset keeps the value that it was made with until a configuration names another. Only for fields of the whole
+    configuration (`DatasetConfig`).
+    """
+    return Field(default=default, json_schema_extra={"before": before}, **kwargs)
 
 
 def known_name(what: str, name: Any, known: Collection[str]) -> str:
@@ -127,6 +138,26 @@ class Part(BaseModel):
             )
         if UNFIT.search(value):
             raise ValueError("holds a character that no file can hold (NUL, or half of a surrogate pair); leave it out")
+
+    @classmethod
+    def before(cls) -> dict[str, Any]:
+        """Field made by `LaterOn` -> its value in datasets from before the field."""
+        marks = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
+        return {name: extra["before"] for name, extra in marks.items() if isinstance(extra, dict) and "before" in extra}
+
+    def keeping(self, stored: Self) -> Self:
+        """This configuration of a dataset that has `stored`: fields made by `LaterOn` stay unless they are set."""
+        kept = {name: getattr(stored, name) for name in self.before() if name not in self.model_fields_set}
+        return self.model_copy(update=kept)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The JSON schema, without the defaults of fields made by `LaterOn`: forms send defaults along as values."""
+        made = handler(schema)
+        inner = handler.resolve_ref_schema(made)
+        for name in cls.before():
+            inner["properties"][name].pop("default", None)
+        return made
 
     def identity(self) -> dict[str, Any]:
         """The fields that change the result, as JSON-ready values."""

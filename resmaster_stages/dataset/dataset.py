@@ -4,7 +4,8 @@ This module loads no model and reads no objects of stages.
 
 Invariants:
 - `config.json` is written once. The fields that fix keys and their order never change. The configuration of stages may
-  change: each change is appended as `configs/0001.json`, `configs/0002.json`, ..., and the last one counts.
+  change: each change is appended as `configs/0001.json`, `configs/0002.json`, ..., and the last one counts. Fields made
+  by `config.part.LaterOn` change only if they are set.
 - No credential is ever written. A configuration that holds one is refused, and any that remain are cut out of URLs.
 """
 
@@ -82,7 +83,7 @@ def create_or_open(config: DatasetConfig, found: Dataset | None = None) -> Datas
     with _usable(config.root):
         if not config.allow_overwriting_store:
             require_one_winner(folder)
-        if found and _dump(found.config) == _dump(config):
+        if found and _dump(found.config) == _dump(config.keeping(found.config)):
             return found
         with suppress(FileExistsError):
             folder.create(layout.CONFIG, _dump(config))
@@ -148,6 +149,7 @@ def _adopt(folder: Folder, config: DatasetConfig) -> Dataset:
     for _ in range(RACES):
         number, stored = _current(folder)
         _check_plan_identity(folder, stored, config)
+        config = config.keeping(stored)
         text = _dump(config)
         if _dump(stored) == text:
             return Dataset(folder, config)
@@ -198,7 +200,7 @@ def _current(folder: Folder) -> tuple[int, DatasetConfig]:
         raise ConfigError(
             f"{place}: damaged ({error}); restore it, or delete it and run the same configuration again"
         ) from error
-    config = parse_config(values, place)
+    config = parse_config({**DatasetConfig.before(), **values}, place)
     parent = folder.path.rpartition("/")[0]
     return number, config.model_copy(update={"root": Folder(folder.fs, parent).url})
 

@@ -21,7 +21,7 @@ class EncodedImage:
 
     data: bytes
     extension: str
-    """webp, png or jpg."""
+    """One of `storage.shards.IMAGE_EXTENSIONS`."""
     meta: dict[str, Any]
     """The content of the sample's JSON file."""
     _decoded: list[Image.Image] = field(default_factory=list, compare=False, repr=False)

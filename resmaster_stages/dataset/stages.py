@@ -97,6 +97,7 @@ def _denoiser(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
 
 def _low_res_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]:
     own: dict[str, Any] = {"plan": config.plan_identity(), "image_format": config.image_format}
+    own |= _metadata_of_images(config)
     return own if config.images else {**own, "low_res": config.low_res.identity(), "model": _model(config, weights)}
 
 
@@ -129,8 +130,21 @@ def _high_res_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any
         "upscale": config.upscale.identity(),
         **networks,
         "image_format": config.image_format,
-        "webp_quality": config.webp_quality,
+        **_quality_of_images(config),
+        **_metadata_of_images(config),
     }
+
+
+def _quality_of_images(config: DatasetConfig) -> dict[str, int]:
+    """The setting that says how large images are encoded. That of PNG, which has none, is WebP's since the first
+    datasets."""
+    name = f"{config.image_format}_quality" if config.image_format in ("avif", "jxl") else "webp_quality"
+    return {name: getattr(config, name)}
+
+
+def _metadata_of_images(config: DatasetConfig) -> dict[str, str]:
+    """What image files say of themselves, and whether samples tell what yours say. In the first datasets, neither."""
+    return {} if config.image_metadata == "none" else {"image_metadata": config.image_metadata}
 
 
 def _quality_identity(config: DatasetConfig, weights: Weights) -> dict[str, Any]:

@@ -234,7 +234,7 @@ def compare_datasets(
     common: dict[str, list[str]] = {}
     for scale in dict.fromkeys(variant.scale for variant, _ in built):
         group = [(variant, dataset, _manifest(dataset)) for variant, dataset in built if variant.scale == scale]
-        asked = [sample.key for sample in draft_samples(group[0][0].config).samples]
+        asked = [sample.key for sample in draft_samples(group[0][0].config.keeping(group[0][1].config)).samples]
         keys = [key for key in asked if all(key in manifest for _, _, manifest in group)]
         if not keys:
             raise PlanError(f"scale {scale}: no sample was made by all methods; run: resmaster status on each dataset")

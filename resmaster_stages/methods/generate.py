@@ -37,6 +37,11 @@ def _is_text(prompt: str) -> bool:
     return True
 
 
+def low_res_stepper(models: Models) -> Any:
+    """The stepper that draws low-res images."""
+    return next(iter(models.base.sampling.steppers), "ddim_keep")
+
+
 def generate(
     models: Models,
     prompts: Sequence[str],
@@ -59,7 +64,7 @@ def generate(
 
     check_size(height, width, models.geometry.step_px)
     sampling = models.base.sampling
-    stepper: Any = next(iter(sampling.steppers), "ddim_keep")
+    stepper = low_res_stepper(models)
     require_sampling(sampling, Asked("low_res", steps, guidance_scale, stepper=stepper), models.identity)
     require(models.base.family, models.identity, needs_of_wrap(wrap))
     config = Direct(steps=steps, guidance_scale=guidance_scale, stepper=stepper, view_batch=batch_size, wrap=wrap)

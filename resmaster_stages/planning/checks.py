@@ -34,6 +34,7 @@ from resmaster_stages.models.licences import licences_of
 from resmaster_stages.models.places import require_device_name, resolve_device
 from resmaster_stages.planning.drafts import why_too_large, why_unwrappable
 from resmaster_stages.storage.filesystem import Folder, open_root
+from resmaster_stages.storage.images import require_writable
 
 LARGEST_LOW_RES = 64
 """Largest area of a generated low-res image, in native areas of the base model. It is drawn in one piece, and the work
@@ -118,6 +119,7 @@ def check_stages(config: DatasetConfig, stages: Collection[str], *, here: bool) 
 
 def checks_of(config: DatasetConfig, stages: Collection[str], here: bool) -> Iterator[Check]:
     """What can be checked of a configuration for `stages`."""
+    yield "image_format", partial(require_writable, config.image_format)
     yield "model.id", lambda: geometry_of(config.model)
     if not config.images and _is_known(config.model):
         yield "low_res", lambda: check_pieces(config, *check_sizes(config))

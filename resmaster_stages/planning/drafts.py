@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.image_format import lossless_format
 from resmaster_stages.dataset.plan import Duplicate, Rejected, SampleSpec
 from resmaster_stages.diffusion.views import OTHER_SIZE, target_size, why_not_wrapping
 from resmaster_stages.errors import PlanError, SampleError
@@ -16,7 +17,9 @@ from resmaster_stages.keys import image_key, masked_key, normalise_prompt, promp
 from resmaster_stages.methods.settings import Diffusion
 from resmaster_stages.planning.prompt_files import read_prompts
 from resmaster_stages.redaction import one_line, printable, without_credentials
+from resmaster_stages.storage.credentials import embedded_credentials
 from resmaster_stages.storage.digests import DigestSet
+from resmaster_stages.storage.generation import Generation
 from resmaster_stages.storage.images import image_size, why_unstorable
 from resmaster_stages.storage.masks import check_mask, mask_of_row
 from resmaster_stages.storage.sources import LoneTexts, find_images
@@ -55,6 +58,28 @@ class LeftOut(Generic[T]):
             self.also(item)
 
 
+@dataclass
+class Noticed:
+    """What is to be said of images that are used: how many said something themselves."""
+
+    prompts: int = 0
+    """Images whose prompt is read from the image file."""
+    unusable: int = 0
+    """Images whose file holds a prompt that cannot be used, so that they have none."""
+    credentials: int = 0
+    """Images with content credentials."""
+
+    def __str__(self) -> str:
+        lines = {
+            "a prompt that is read from the image file": self.prompts,
+            "a prompt in the image file that cannot be used": self.unusable,
+            "content credentials (C2PA), which results do not carry": self.credentials,
+        }
+        return "; ".join(
+            f"{count} {'images have' if count > 1 else 'image has'} {what}" for what, count in lines.items() if count
+        )
+
+
 class DraftReader:
     """Iterates once over the samples that a configuration asks for, each once and in order, as they are read.
 
@@ -77,10 +102,12 @@ class DraftReader:
         """Inputs so far that equal an earlier input."""
         self.lone_texts = LoneTexts()
         """Texts so far that lie beside images, but belong to no image."""
+        self.noticed = Noticed()
+        """What images so far said themselves."""
         self._config = config
         require_source(config)
         if config.images:
-            self._specs = _specs_of_images(config, self.rejected, self.lone_texts)
+            self._specs = _specs_of_images(config, self)
         else:
             self._specs = _specs_of_prompts(config, self.rejected)
 
@@ -150,12 +177,10 @@ def _specs_of_prompts(config: DatasetConfig, rejected: LeftOut[Rejected]) -> Ite
         yield raw.source, _replicas(spec, keys, mask)
 
 
-def _specs_of_images(
-    config: DatasetConfig, rejected: LeftOut[Rejected], lone_texts: LoneTexts
-) -> Iterator[tuple[str, Iterator[SampleSpec]]]:
-    """(place, replicas) of each usable image. Unusable images are added to `rejected`, and texts without image to
-    `lone_texts`."""
-    for image in find_images(str(config.images), lone_texts):
+def _specs_of_images(config: DatasetConfig, reader: DraftReader) -> Iterator[tuple[str, Iterator[SampleSpec]]]:
+    """(place, replicas) of each usable image. What else is found is added to the lists of `reader`."""
+    rejected, noticed = reader.rejected, reader.noticed
+    for image in find_images(str(config.images), reader.lone_texts):
         if image.problem:
             rejected.add(_rejection(image.source, "", image.problem))
             continue
@@ -171,7 +196,10 @@ def _specs_of_images(
         if reason := why_too_large(config, height, width) or why_unwrappable(config, height, width):
             rejected.add(_rejection(image.source, "", reason))
             continue
-        prompt = normalise_prompt(image.prompt)
+        prompt, negative = normalise_prompt(image.prompt), ""
+        if image.generation is not None and config.image_metadata != "none":
+            prompt, negative = _prompts_of(image.generation, noticed)
+        noticed.credentials += bool(embedded_credentials(image.data))
         if image.mask is not None:
             config.upscale.require_detail_mask(f"{image.source}: has beside it")
             try:
@@ -180,8 +208,25 @@ def _specs_of_images(
                 rejected.add(_rejection(image.source, image.prompt, f"its detail mask: {error}"))
                 continue
         keys = map(partial(image_key, image.data, prompt), range(config.replicas))
-        spec = partial(SampleSpec, prompt=prompt, negative_prompt="", height=height, width=width, source=image.source)
+        spec = partial(
+            SampleSpec,
+            prompt=prompt,
+            negative_prompt=negative,
+            height=height,
+            width=width,
+            source=image.source,
+        )
         yield image.source, _replicas(spec, keys, image.mask)
+
+
+def _prompts_of(generation: Generation, noticed: Noticed) -> tuple[str, str]:
+    """The prompt and negative prompt that an image file says. Those that cannot be used are none, because the image can
+    be used all the same."""
+    if why_unusable(generation.prompt) or why_unusable(generation.negative_prompt, may_be_empty=True):
+        noticed.unusable += 1
+        return "", ""
+    noticed.prompts += 1
+    return normalise_prompt(generation.prompt), normalise_prompt(generation.negative_prompt)
 
 
 def _replicas(spec: Callable[..., SampleSpec], keys: Iterable[str], mask: bytes | None) -> Iterator[SampleSpec]:
@@ -203,7 +248,7 @@ def _base_size(config: DatasetConfig) -> tuple[int, int]:
 
 def why_too_large(config: DatasetConfig, height: int, width: int) -> str:
     """Why a dataset cannot hold a low-res image of `height` x `width` px and its high-res image; "" if it can."""
-    if reason := why_unstorable(height, width, config.image_format):
+    if reason := why_unstorable(height, width, lossless_format(config.image_format)):
         return reason
     enlarged = why_unstorable(*target_size(height, width, config.upscale.scale), config.image_format)
     return enlarged and f"its high-res image: {enlarged}"

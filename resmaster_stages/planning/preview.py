@@ -62,6 +62,8 @@ class Intake:
     """Inputs that cannot be used: place, reason, text."""
     lone_texts: str
     """What is to be said of texts that belong to no image; "" if there are none."""
+    noticed: str
+    """What is to be said of what images say themselves; "" if nothing."""
 
     def headline(self) -> str:
         """The intake in one line."""
@@ -72,8 +74,7 @@ class Intake:
             notes.append(f"{repeated} duplicate{'s' if repeated > 1 else ''} left out")
         if self.rejected.count:
             notes.append(f"{self.rejected.count} rejected")
-        if self.lone_texts:
-            notes.append(self.lone_texts)
+        notes += filter(None, (self.lone_texts, self.noticed))
         return f"{self.config.name}: {self.samples} samples in {self.shards} shards ({'; '.join(notes)}) at {self.url}"
 
 
@@ -101,6 +102,7 @@ def preview(config: DatasetConfig, around: Around = HERE) -> Preview:
     """
     checked = check(config, around)
     dataset = checked.dataset
+    config = config.keeping(dataset.config) if dataset else config
     planned = Dataset(open_root(config.root).sub(config.name), config)
     plan = find_plan(planned.folder) if dataset else Plan(planned.folder, ())
     draft, known = DraftReader(config), DigestSet(map(bytes.fromhex, plan.keys()))
@@ -126,6 +128,7 @@ def preview(config: DatasetConfig, around: Around = HERE) -> Preview:
         duplicates=Few.of(draft.duplicates),
         rejected=Few.of(draft.rejected),
         lone_texts=str(draft.lone_texts),
+        noticed=str(draft.noticed),
         typical_px=_middle(sizes),
         stages=tuple(stages),
         unchecked=checked.unchecked,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.image_format import ImageFormat, lossless_format
 from resmaster_stages.dataset.commit import StoredObject
 from resmaster_stages.dataset.curation import Chosen
 from resmaster_stages.dataset.plan import Plan
@@ -74,12 +75,22 @@ def dataset_card(
         listed=LISTED_TARS,
         facts=facts,
         licences=licences_of(config),
+        images=_images(config.image_format),
+        further=config.image_format if config.image_format in ("avif", "jxl") else "",
         captions=config.upscale.uses("captions"),
         recaptions=", ".join(f"`{style}`" for style in sorted(config.recaption.styles)),
         features=config.quality.features,
         columns=metric_columns(config.quality),
         flags=known_flags(config.quality).values(),
     )
+
+
+def _images(image_format: ImageFormat) -> str:
+    """The names of images in tars, as the card says them."""
+    low = lossless_format(image_format)
+    if image_format in ("webp", "png"):
+        return "`KEY.webp` or `KEY.png`"
+    return f"`KEY.{image_format}`" if low == image_format else f"`KEY.{image_format}` (low-resolution `KEY.{low}`)"
 
 
 def data_files(stage: str, names: Sequence[str]) -> Sequence[str]:

@@ -19,7 +19,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import (
@@ -33,7 +33,9 @@ from PIL import (
     features,
 )
 
-from resmaster_stages.errors import SampleError
+from resmaster_stages.config.image_format import ImageFormat
+from resmaster_stages.errors import ConfigError, SampleError
+from resmaster_stages.storage.labels import Label, label_options
 
 _SUFFIXES_OF = {
     "PNG": (".png", ".apng"),
@@ -46,8 +48,8 @@ _SUFFIXES_OF = {
     "JXL": (".jxl",),
 }
 """Format of Pillow that may be decoded -> suffixes of its files."""
-with suppress(ImportError):  # the plugin of Pillow for JPEG XL, if the user has installed it
-    import pillow_jxl  # type: ignore[import-not-found]  # noqa: F401
+with suppress(ImportError):  # the plugin of Pillow for JPEG XL (extra `jxl`), if it is installed
+    import pillow_jxl  # noqa: F401
 _MISSING = {name for name, there in (("AVIF", features.check("avif")), ("JXL", "JXL" in Image.OPEN)) if not there}
 FORMATS = tuple(name for name in _SUFFIXES_OF if name not in _MISSING)
 """Formats that are decoded here. Pillow has dozens of other decoders; one of them (EPS) starts another program."""
@@ -64,6 +66,8 @@ KNOWN_UNREAD = (
 )
 """Endings of names, in lower case, of well-known kinds of images that are not read."""
 _NAMES = {"WEBP": "WebP", "JXL": "JPEG XL"}
+JXL_EXTRA = "pip install 'resmaster-pipeline[jxl]'"
+"""How JPEG XL is installed."""
 FORMATS_READ = ", ".join(_NAMES.get(name, name) for name in FORMATS)
 """The formats that are decoded here, as users read them."""
 
@@ -99,8 +103,8 @@ _SAME_LEVELS = 2
 """A profile that changes no colour of a probe by more levels is taken as sRGB, and the pixels stay as they are."""
 _ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "GIF": b";", "WEBP": b"", "PNG": b""}
 """Format -> the end of a whole file. A WebP that was cut off cannot be opened. A PNG is decoded for its orientation."""
-WEBP_PX = 16383
-"""The longest side that WebP can hold."""
+LONGEST_PX = {"WEBP": 16383, "JPEG": 65500, "AVIF": 32768}
+"""The longest side, in px, of a format that has a limit: what its files can hold, or what the decoder takes (AVIF)."""
 
 # What Pillow warns of (odd metadata, many pixels) is either harmless or an error here. The filter is set once, because
 # threads share the filters.
@@ -146,6 +150,14 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
         return (image.width, image.height) if swapped else (image.height, image.width)
 
 
+@contextmanager
+def open_header(data: bytes, name: str) -> Iterator[Image.Image]:
+    """An image file as Pillow opens it, for what it says beside its pixels. Errors of the block, too, become
+    SampleErrors, because metadata is as untrusted as pixels are."""
+    with _explained(name):
+        yield _opened(data)
+
+
 class _Unfit(Exception):
     """Why an image that could be decoded is not used, and what to do."""
 
@@ -174,6 +186,8 @@ def _explained(name: str) -> Iterator[None]:
 
 def _opened(data: bytes) -> Image.Image:
     """Open an image file and read its header. Raises DecompressionBombError for too many pixels, and _Unfit."""
+    if "JXL" in FORMATS:
+        _check_jxl(data)
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     _check_pixels(image)
     tags = getattr(image, "tag_v2", {})
@@ -208,6 +222,57 @@ def _check_pixels(image: Image.Image) -> None:
         raise Image.DecompressionBombError
     if image.mode in ("I", "F"):
         raise _Unfit(_NUMBERS)
+
+
+_JXL_CODESTREAM, _JXL_CONTAINER = b"\xff\x0a", b"\x00\x00\x00\x0cJXL \r\n\x87\n"
+_JXL_HEADER_BYTES = 16
+"""Enough of a codestream to tell the size: at most 68 bits after the mark."""
+_JXL_RATIOS = (None, (1, 1), (6, 5), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
+"""Width to height, by the number that stands for it in a JPEG XL."""
+
+
+def _check_jxl(data: bytes) -> None:
+    """Raise DecompressionBombError if a JPEG XL says that it has too many pixels. Its decoder decodes when it opens."""
+    if not data.startswith((_JXL_CODESTREAM, _JXL_CONTAINER)):
+        return
+    height, width = _jxl_size(_jxl_codestream(data))
+    if Image.MAX_IMAGE_PIXELS and height * width > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError
+
+
+def _jxl_codestream(data: bytes) -> bytes:
+    """The beginning of the codestream of a JPEG XL, which a container may hold in several boxes."""
+    if data.startswith(_JXL_CODESTREAM):
+        return data[:_JXL_HEADER_BYTES]
+    found, place = b"", len(_JXL_CONTAINER)
+    while place + 8 <= len(data) and len(found) < _JXL_HEADER_BYTES:
+        size, kind, head = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8], 8
+        if size == 1:
+            size, head = int.from_bytes(data[place + 8 : place + 16], "big"), 16
+        end = len(data) if size < head else place + size  # 0: the box goes to the end of the file
+        if kind in (b"jxlc", b"jxlp"):
+            first = place + head + (4 if kind == b"jxlp" else 0)
+            found += data[first : min(end, first + _JXL_HEADER_BYTES)]
+        place = end
+    return found[:_JXL_HEADER_BYTES]
+
+
+def _jxl_size(codestream: bytes) -> tuple[int, int]:
+    """(height, width) in px from the beginning of a codestream. Bits are read from the lowest on."""
+    bits = int.from_bytes(codestream[len(_JXL_CODESTREAM) :], "little")
+
+    def take(count: int) -> int:
+        nonlocal bits
+        value, bits = bits & (1 << count) - 1, bits >> count
+        return value
+
+    small = take(1)
+
+    def side() -> int:
+        return 8 * (1 + take(5)) if small else 1 + take((9, 13, 18, 30)[take(2)])
+
+    height, ratio = side(), _JXL_RATIOS[take(3)]
+    return height, side() if ratio is None else height * ratio[0] // ratio[1]
 
 
 def _orientation(image: Image.Image) -> int:
@@ -313,23 +378,57 @@ def _is_grey(image: Image.Image) -> bool:
     return red == green == blue
 
 
-def why_unstorable(height: int, width: int, image_format: Literal["webp", "png"]) -> str:
+def why_unstorable(height: int, width: int, image_format: ImageFormat) -> str:
     """Why an image of `height` x `width` px cannot be stored, or not be read again; "" if it can."""
-    if image_format == "webp" and max(height, width) > WEBP_PX:
-        return f"WebP holds at most {WEBP_PX} px a side, this is {width}x{height}; set image_format: png"
+    name = image_format.upper()
+    limit = LONGEST_PX.get(name)
+    if limit is not None and max(height, width) > limit:
+        shown = _NAMES.get(name, name)
+        return f"{shown} holds at most {limit} px a side, this is {width}x{height}; set image_format: png"
     if Image.MAX_IMAGE_PIXELS and height * width > Image.MAX_IMAGE_PIXELS:
-        limit = f"{Image.MAX_IMAGE_PIXELS:,}"
-        return f"{width}x{height} px are too many pixels (more than {limit}); enlarge it less, or begin with less"
+        most = f"{Image.MAX_IMAGE_PIXELS:,}"
+        return f"{width}x{height} px are too many pixels (more than {most}); enlarge it less, or begin with less"
     return ""
 
 
-def encode_image(image: Image.Image, image_format: Literal["webp", "png"], quality: int = 100) -> bytes:
-    """Encode `image`. PNG, and WebP of quality 100, are lossless. Raises SampleError if it is too large."""
+def require_writable(image_format: ImageFormat) -> None:
+    """Raise ConfigError if this installation cannot write and read the format."""
+    name = image_format.upper()
+    if name not in FORMATS:
+        remedy = JXL_EXTRA if name == "JXL" else "pip install --upgrade pillow"
+        raise ConfigError(f"{_NAMES.get(name, name)} is not installed; {remedy}, or choose another format")
+
+
+def encode_image(
+    image: Image.Image, image_format: ImageFormat, quality: int = 100, label: Label | None = None
+) -> bytes:
+    """Encode `image`, with what it says of itself. PNG, and WebP and JPEG XL of quality 100, are lossless. AVIF never
+    is. Raises SampleError if the image is too large.
+
+    The same pixels and label give the same bytes on any number of cores.
+    """
     if problem := why_unstorable(image.height, image.width, image_format):
         raise SampleError(problem)
     buffer = io.BytesIO()
-    if image_format == "png":
-        image.save(buffer, "PNG", compress_level=6)
-    else:
-        image.save(buffer, "WEBP", lossless=quality == 100, quality=quality, method=4, exact=False)
+    said = {} if label is None else label_options(label, image_format)
+    image.save(buffer, image_format.upper(), **encoder_options(image_format, quality), **said)
     return buffer.getvalue()
+
+
+def encoder_options(image_format: ImageFormat, quality: int) -> dict[str, Any]:
+    """How an image of a format is encoded, as Pillow takes it."""
+    if image_format == "png":
+        return {"compress_level": 6}
+    if image_format == "webp":
+        return {"lossless": quality == 100, "quality": quality, "method": 4, "exact": False}
+    if image_format == "jxl":
+        return {"lossless": quality == 100, "quality": quality, "effort": 7 if quality == 100 else 5}
+    # 4:4:4: training sets need the colours of fine detail. Threads and tiles change the bytes, so both are fixed.
+    return {
+        "quality": quality,
+        "subsampling": "4:4:4",
+        "speed": 8,
+        "codec": "aom",
+        "max_threads": 4,
+        "autotiling": False,
+    }

@@ -22,7 +22,7 @@ from typing import IO
 from resmaster_stages.errors import ShardError
 from resmaster_stages.storage.store_errors import explained
 
-IMAGE_EXTENSIONS = ("webp", "png", "jpg")
+IMAGE_EXTENSIONS = ("webp", "png", "avif", "jxl", "jpg")
 """Extensions that a sample's image may have. A sample has exactly one image."""
 
 BAD_TAR = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError)

@@ -27,6 +27,7 @@ from typing import Any
 from resmaster_stages.errors import PlanError, SampleError
 from resmaster_stages.redaction import one_line
 from resmaster_stages.storage.filesystem import Folder, open_file, open_folder, refuse_credentials
+from resmaster_stages.storage.generation import Generation, read_generation
 from resmaster_stages.storage.images import FORMATS, KNOWN_UNREAD, SUFFIXES
 from resmaster_stages.storage.listings import (
     Entry,
@@ -71,6 +72,8 @@ class FoundImage:
     prompt: Any = ""
     mask: bytes | None = None
     problem: str = ""
+    generation: Generation | None = None
+    """What the file itself says of its prompt. None if there is a text beside it, which counts even if it is blank."""
 
 
 @dataclass
@@ -98,8 +101,9 @@ def find_images(url: str, lone: LoneTexts | None = None) -> Iterator[FoundImage]
     The prompt of `a.png` is in the first of these texts that holds one: `a.png.txt`, `a.txt`, then the same with
     `.caption`, then with `.json` (there it is the value of `prompt`, `caption` or `text`). A text without words, null
     and NaN hold none. In a tar, where WebDataset takes `s0` for the key of `s0.input.jpg`, such an image without a text
-    of its name has the text of its key (`s0.txt`, `s0.outputs.txt`), unless several images share the key. The detail
-    mask of `a.png` is `a.detail_mask.png` (`masks_beside`). Texts that belong to no image are counted in `lone`.
+    of its name has the text of its key (`s0.txt`, `s0.outputs.txt`), unless several images share the key. An image
+    without any text may say its prompt itself (`FoundImage.generation`). The detail mask of `a.png` is
+    `a.detail_mask.png` (`masks_beside`). Texts that belong to no image are counted in `lone`.
 
     An image, archive or link to a folder that cannot be used costs only itself, and so does a tar in a folder. Raises
     PlanError if there is nothing else.
@@ -341,9 +345,11 @@ def _image(listing: FolderListing | TarListing, name: str, beside: _Beside) -> F
     """An image with what lies beside it, or the reason why it cannot be used."""
     source, mask = listing.source(name), beside.mask_of.get(name)
     try:
-        prompt = _prompt_in(listing, beside.texts_of(name))
+        texts = beside.texts_of(name)
+        prompt = _prompt_in(listing, texts)
         mask_data = _content(listing, mask, MAX_FILE_BYTES, beside=True) if mask else None
-        return FoundImage(source, _content(listing, name, MAX_FILE_BYTES), prompt, mask_data)
+        data = _content(listing, name, MAX_FILE_BYTES)
+        return FoundImage(source, data, prompt, mask_data, generation=None if texts else read_generation(data))
     except SampleError as error:
         return FoundImage(source, problem=str(error))
 

@@ -16,15 +16,16 @@ from resmaster_flows.cli.execute import hide_bars
 from resmaster_flows.watch.progress import notes
 from resmaster_flows.watch.terminal import say, steps
 from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.image_format import ImageFormat
 from resmaster_stages.config.load import load_config, parse_config
 from resmaster_stages.config.method import ColourMatch, methods, with_method
 from resmaster_stages.config.model import SDXL, ModelConfig
 from resmaster_stages.diffusion.views import target_size
-from resmaster_stages.errors import UserError
+from resmaster_stages.errors import ConfigError, UserError
 from resmaster_stages.library import open_image, single, upscale_as_configured
 from resmaster_stages.models.places import at_hub, to_be_downloaded
 from resmaster_stages.progress import listening
-from resmaster_stages.storage.images import WEBP_PX
+from resmaster_stages.storage.images import LONGEST_PX, encoder_options, require_writable
 
 HELP = "upscale one image of your own"
 DESCRIPTION = "Upscale one image. With ResMaster it keeps the image's structure and regenerates its detail."
@@ -32,15 +33,17 @@ DESCRIPTION = "Upscale one image. With ResMaster it keeps the image's structure 
 SDXL_GB = 17
 """What is downloaded for `SDXL`: UNet 10.3 GB, text encoders 3.3, image encoder 2.5, IP-Adapter 0.7, VAE 0.3."""
 
-FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
-LARGEST_PX = {"WEBP": WEBP_PX, "JPEG": 65500}
-"""The longest side that a format can hold."""
+FORMATS = {".png": "PNG", ".webp": "WEBP", ".avif": "AVIF", ".jxl": "JXL", ".jpg": "JPEG", ".jpeg": "JPEG"}
+_FURTHER: dict[str, ImageFormat] = {".avif": "avif", ".jxl": "jxl"}
+"""Suffixes of the formats that are written as in a dataset."""
+QUALITY = 95
+"""The quality of formats that have one."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument("input", metavar="INPUT", help="image file")
-    parser.add_argument("output", metavar="OUTPUT", help="image file to write (.png, .webp or .jpg)")
+    parser.add_argument("output", metavar="OUTPUT", help="image file to write (.png, .webp, .avif, .jxl or .jpg)")
     parser.add_argument("--force", action="store_true", help="overwrite OUTPUT if it is there already")
     parser.add_argument("--scale", type=float, default=4.0, help="target size over input size (default: 4)")
     parser.add_argument("--method", default="resmaster", help=f"one of: {', '.join(methods())} (default: resmaster)")
@@ -95,6 +98,11 @@ def check_output(path: Path, inputs: Sequence[Path], force: bool) -> None:
     """
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"{path}: unknown image format {path.suffix!r}; use one of {', '.join(FORMATS)}")
+    if name := _FURTHER.get(path.suffix.lower()):
+        try:
+            require_writable(name)
+        except ConfigError as error:
+            raise UserError(f"{path}: {error}") from None
     if not os.path.isdir(path.parent):
         raise UserError(f"{path}: there is no folder {path.parent}; make it first")
     there = os.path.exists(path)
@@ -114,7 +122,7 @@ def check_output(path: Path, inputs: Sequence[Path], force: bool) -> None:
 
 def check_size(path: Path, size: tuple[int, int]) -> None:
     """Raise UserError for an image of `size` px that is too large for the format of the output file."""
-    limit = LARGEST_PX.get(FORMATS[path.suffix.lower()])
+    limit = LONGEST_PX.get(FORMATS[path.suffix.lower()])
     if limit is not None and max(size) > limit:
         raise UserError(f"{path}: the format holds at most {limit} px a side, not {max(size)}; write a .png file")
 
@@ -164,9 +172,11 @@ def save(image: Image.Image, path: Path, force: bool) -> None:
     result.
     """
     part = path.with_name(f"resmaster-{uuid.uuid4().hex[:8]}{path.suffix}")
+    suffix = path.suffix.lower()
+    options = encoder_options(_FURTHER[suffix], QUALITY) if suffix in _FURTHER else {"quality": QUALITY}
     try:
         with part.open("xb") as file:
-            image.save(file, format=FORMATS[path.suffix.lower()], quality=95)
+            image.save(file, format=FORMATS[suffix], **options)
         _rename(part, path, force)
     except FileExistsError:
         raise UserError(f"{path}: has appeared meanwhile, and is kept; the result is in {part}") from None
