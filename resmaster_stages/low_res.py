@@ -61,6 +61,7 @@ def _files(
         "width": image.width,
         "height": image.height,
         "stage_version": STAGES["low_res"].version,
+        **({"take": sample.take} if sample.take else {}),
         **facts,
     }
     return {
@@ -110,7 +111,7 @@ def _from_prompts(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[
     models = load_models(config.model.base)
     low_res = config.low_res
     negative_prompts = [sample.negative_prompt or low_res.negative_prompt for sample in samples]
-    seeds = [sample_seed(unmasked_key(sample), config.seed, "low_res") for sample in samples]
+    seeds = [sample_seed(unmasked_key(sample), config.seed, "low_res", sample.take) for sample in samples]
     results: dict[int, Image.Image | SampleError] = {}
     for size in dict.fromkeys((sample.height, sample.width) for sample in samples):
         places = [i for i, sample in enumerate(samples) if (sample.height, sample.width) == size]

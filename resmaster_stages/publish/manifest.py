@@ -125,9 +125,9 @@ def _manifest_rows(
         for receipt, lost in ((each, {*each.lost_keys, *each.failed_keys}) for each in (low_res, high_res))
     )
     rows = {row["key"]: row for row in _quality_rows(dataset, quality, tables)}
-    lost = chain.lost()
+    unfinished = chain.unfinished()
     for sample in planned:
-        if sample.key in lost:
+        if sample.key in unfinished:
             continue
         for found, receipt in ((low_entries, low_res), (high_entries, high_res), (rows, quality)):
             if sample.key not in found:
