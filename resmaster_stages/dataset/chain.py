@@ -89,6 +89,13 @@ class Chain:
             raise_to(takes, receipt.takes)
         return takes
 
+    def known(self) -> dict[str, int]:
+        """Sample -> the highest take that a stage holds or that was asked for. Samples of take 0 are absent."""
+        takes = self.made()
+        for asked in self.asked.values():
+            raise_to(takes, asked)
+        return takes
+
     def unfinished(self) -> frozenset[str]:
         """The samples that a stage has lost, or holds in an earlier take than a stage before it."""
         behind: set[str] = set()

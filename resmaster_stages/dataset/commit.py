@@ -112,7 +112,7 @@ class Receipt:
     batches: Annotated[tuple[Batch, ...], AfterValidator(unambiguous)] = ()
     """How the good samples were computed, the most frequent batch first."""
     takes: dict[str, PositiveInt] = field(default_factory=dict, metadata=NOT_IF_EMPTY)
-    """Sample -> its take, for the samples that were made again with a new seed (`redo`). The take of all others is 0."""
+    """Sample -> its take, for samples that were made again with a new seed (`redo`). The take of all others is 0."""
 
 
 def discard(folder: Folder, names: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
 """Requests to make chosen samples again with a new seed, and the takes that they ask for.
 
 The take of a sample is 0 at first. Each request gives its samples their next takes: 1, 2, ... A take holds in the stage
-from which the sample is made again and in all stages after it, and is a part of the sample's seeds there. Commit records
-say which takes they hold.
+from which the sample is made again and in all stages after it, and is a part of the sample's seeds there. Commit
+records say which takes they hold.
 
 Invariants:
 - A request is a record in the dataset before any of its samples is made, so that every run of the dataset fulfils it.
