@@ -64,6 +64,11 @@ class Redos:
         return found
 
     @property
+    def last(self) -> int:
+        """Number of the last request; 0 if there is none."""
+        return max((request.number for request in self.requests), default=0)
+
+    @property
     def shards(self) -> frozenset[int]:
         """The shards of all samples that were ever asked for again."""
         return frozenset(self._by_shard)

@@ -10,7 +10,7 @@ from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.chain import read_chains, redo_left
 from resmaster_stages.dataset.dataset import RACES, Dataset
 from resmaster_stages.dataset.records import record_text
-from resmaster_stages.dataset.redo import RedoRequest, Redos, request_names
+from resmaster_stages.dataset.redo import RedoRequest, Redos
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import PlanError, UserError
 from resmaster_stages.inspection.key_lists import KeyList, planned_keys, read_key_list
@@ -128,9 +128,8 @@ def _next_request(dataset: Dataset, wanted: Wish) -> RedoRequest:
     known = {shard: chain.known() for shard, chain in read_chains(dataset, sorted(set(wanted.keys.values())))}
     for key, shard in wanted.keys.items():
         takes.setdefault(str(shard), {})[key] = known.get(shard, {}).get(key, 0) + 1
-    numbers = [layout.number_of(name) or 0 for name in request_names(dataset.folder)]
     return RedoRequest(
-        number=max(numbers, default=0) + 1,
+        number=dataset.redos.last + 1,  # of the same reading, so that a request in between is noticed
         stage=wanted.stage,
         takes=takes,
         asked_at=datetime.now(UTC).isoformat(timespec="microseconds"),

@@ -35,6 +35,7 @@ from tests.durability.injection import attempts, everything
 from tests.fake_stages import FAKES, planned
 from tests.runner.test_resume import in_child, killed_at, spills
 
+SINGLY = {"height": 16, "width": 16, "batch_size": 1}
 PROMPTS = ["a", "b", "bad high_res", "c", "d", "e"]
 
 
@@ -534,9 +535,7 @@ def test_a_waiting_sample_does_not_hold_up_the_others() -> None:
 
 
 def test_a_spilled_sample_of_another_take_is_not_used(tmp_path: Path) -> None:
-    dataset = planned(
-        tmp_path / "out", ["a", "b", "c"], tmp_path, samples_per_shard=3, spill_seconds=0, allow_overwriting_store=True
-    )
+    dataset = planned(tmp_path / "out", ["a", "b", "c"], tmp_path, samples_per_shard=3, spill_seconds=0, low_res=SINGLY)
     assert in_child(dataset, "low_res", killed_at("c", "low_res", tmp_path / "log")) == -9
     assert len(spills(dataset)) == 2
     redo(dataset, "a")
