@@ -53,7 +53,7 @@ def read_key_list(text: str, option: str) -> KeyList:
     suffix = Path(text).suffix.lower()
     place = without_credentials(text)
     if suffix not in SUFFIXES:
-        if "://" in text or Path(text).exists():
+        if suffix or "://" in text:
             raise UserError(f"{option} {place}: unknown kind of list; known: {', '.join(SUFFIXES)}")
         keys = _keys(text.split(","), option)
         return _not_empty(KeyList(option, option, keys))
@@ -179,7 +179,7 @@ def _csv_rows(data: bytes, place: str) -> list[dict[str, Any]]:
         _require_key(reader.fieldnames or (), place)
         return [{name: row[name] for name in COLUMNS if name in row} for row in reader]
     except csv.Error as error:
-        raise UserError(f"{place}: line {reader.line_num}: not valid CSV ({error})") from None
+        raise UserError(f"{place}: not valid CSV ({error}); write it again") from None
 
 
 def _parquet_rows(data: bytes, place: str) -> list[dict[str, Any]]:

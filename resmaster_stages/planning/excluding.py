@@ -41,10 +41,7 @@ class Excluding:
     def require(self) -> None:
         """Raise UserError, which names the first, if a member of the list means none or several of the samples."""
         if self._finder:
-            hint = (
-                "a key fits only inputs of the same prompt, low-res size and replica; resmaster plan lists what is new"
-            )
-            self._finder.require("no input", hint)
+            self._finder.require("no input", "a key is of one prompt or image, low-res size and replica")
 
     def keep(self) -> None:
         """Keep the list in the dataset, for all later runs."""
