@@ -146,6 +146,7 @@ def _batch_facts(samples: Sequence[Sample], place: int, size: int) -> dict[str, 
 def _in_batch(sample: Sample, size: int, facts: dict[str, int]) -> dict[str, bytes]:
     """The files of an image of `size` px in which `facts` can be seen."""
     color = bytes.fromhex(sample.key)[0], facts["slot"] % 16 * 16 + facts["place"] % 16, facts["batch"] % 256
+    facts = {**facts, "take": sample.take} if sample.take else facts
     image = {"png": png(color, (size, size)), "json": canonical_json({"key": sample.key, **facts}).encode()}
     return {**files_of(sample, size), **image}
 
