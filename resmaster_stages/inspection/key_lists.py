@@ -11,7 +11,7 @@ import csv
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,28 +50,33 @@ def read_key_list(text: str, option: str) -> KeyList:
 
     option: the option that gave `text`, for messages.
     """
-    suffix = Path(text).suffix.lower()
-    place = without_credentials(text)
+    suffix, place = Path(text).suffix.lower(), without_credentials(text)
+    if suffix not in SUFFIXES and (suffix or "://" in text):
+        raise UserError(f"{option} {place}: unknown kind of list; known: {', '.join(SUFFIXES)}")
     if suffix not in SUFFIXES:
-        if suffix or "://" in text:
-            raise UserError(f"{option} {place}: unknown kind of list; known: {', '.join(SUFFIXES)}")
-        keys = _keys(text.split(","), option)
-        return _not_empty(KeyList(option, option, keys))
-    data = _content(text, option)
-    if suffix == ".txt":
-        keys = _keys(_decoded(data, place).splitlines(), f"{option}: {place}")
-        return _not_empty(KeyList(option, Path(place).name, keys))
-    rows = _csv_rows(data, place) if suffix == ".csv" else _parquet_rows(data, place)
-    chosen = [row for row in rows if not is_absent(row["key"])]
-    keys = _keys([row["key"] for row in chosen], f"{option}: {place}")
-    when: dict[str, str] = {}
-    if chosen and "verdict" in chosen[0]:
-        last = {_bare(row["key"]): row for row in sorted(chosen, key=_moment)}
-        keys = tuple(key for key in keys if last[key]["verdict"] == REJECTED)
-        if not keys:
-            raise UserError(f"{option}: {place}: none of its choices is {REJECTED!r}")
-        when = {key: str(last[key]["when"]) for key in keys if not is_absent(last[key].get("when"))}
-    return _not_empty(KeyList(option, Path(place).name, keys, when))
+        found = KeyList(option, option, _keys(text.split(","), option))
+    elif suffix == ".txt":
+        lines = _decoded(_content(text, option), place).splitlines()
+        found = KeyList(option, Path(place).name, _keys(lines, f"{option} {place}"))
+    else:
+        read = _csv_rows if suffix == ".csv" else _parquet_rows
+        rows = [row for row in read(_content(text, option), place) if not is_absent(row["key"])]
+        found = KeyList(option, Path(place).name, _keys([row["key"] for row in rows], f"{option} {place}"))
+        if rows and "verdict" in rows[0]:
+            found = _rejected(found, rows)
+    if not found.keys:
+        known = ", ".join(SUFFIXES)
+        raise UserError(f"{place or option}: holds no key; give keys, or a file of keys ({known})")
+    return found
+
+
+def _rejected(found: KeyList, rows: Sequence[Mapping[str, Any]]) -> KeyList:
+    """The samples that choices reject. Raises UserError if there are none."""
+    last = {_bare(row["key"]): row for row in sorted(rows, key=_moment)}
+    keys = tuple(key for key in found.keys if last[key]["verdict"] == REJECTED)
+    if not keys:
+        raise UserError(f"{found.option}: {found.name}: none of its choices is {REJECTED!r}")
+    return replace(found, keys=keys, when={key: when for key in keys if (when := _moment(last[key]))})
 
 
 class Finder:
@@ -118,14 +123,6 @@ def planned_keys(dataset: Dataset, wanted: KeyList) -> dict[str, int]:
     finder = Finder(wanted)
     found = {key: shard for key, shard in dataset.plan.places() if finder.means(key)}
     finder.require(f"{dataset.url}: no sample", where_keys_are(dataset))
-    return found
-
-
-def _not_empty(found: KeyList) -> KeyList:
-    if not found.keys:
-        raise UserError(
-            f"{found.option}: {found.name} holds no key; give keys, or a file of keys ({', '.join(SUFFIXES)})"
-        )
     return found
 
 

@@ -22,8 +22,8 @@ def test_keys_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     assert read(f" {FULL[0].upper()} ,CC,, {FULL[0]}").keys == (FULL[0], "cc")
     for text, message in (
-        ("", "--redo holds no key"),
-        (" , ", "--redo holds no key"),
+        ("", "--redo: holds no key"),
+        (" , ", "holds no key; give keys"),
         ("00112233445566778899aabbc", "is no key: give up to 24 hex digits"),
         ("aa,xyz,uvw", "'xyz' is no key"),
         ("x" * 1000, r"\.\.\.' is no key"),
@@ -64,7 +64,7 @@ def test_of_choices_the_rejected_ones_are_meant_by_the_last_word_on_each(tmp_pat
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("k.txt", b"", "k.txt holds no key"),
+        ("k.txt", b"", "k.txt: holds no key"),
         ("k.txt", b"aa\nnot a key\n", "'not a key' is no key"),
         ("k.txt", b"\xff", "not UTF-8 text"),
         ("k.csv", b"keys\naa\n", "has no column 'key'"),
