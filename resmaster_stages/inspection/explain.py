@@ -365,6 +365,8 @@ def _shard_lines(explanation: ShardExplanation) -> Iterator[str]:
     for trace in explanation.stages:
         yield ""
         yield from _stage_lines(trace)
+        if trace.receipt and trace.receipt.takes:
+            yield _line("take", ", ".join(f"{key} {take}" for key, take in trace.receipt.takes.items()), 2)
         if trace.receipt and trace.receipt.failed_keys:
             yield _line("failed", ", ".join(trace.receipt.failed_keys), 2)
     yield ""

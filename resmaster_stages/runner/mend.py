@@ -34,13 +34,21 @@ def mend(work: Work, receipt: Receipt) -> None:
 
 
 def _as_read(work: Work, receipt: Receipt) -> Chain:
-    """The commits of the shard; of earlier stages of which samples were made again since, those that were read."""
+    """The commits of the shard; of earlier stages of which samples were made again since, those that were read.
+
+    Raises ShardError if what was read is gone.
+    """
     receipts = dict(work.chain.receipts)
     for stage, attempt in receipt.upstream.items():
         now = read = receipts.get(stage)
         while read is not None and read.attempt != attempt:
             read = work.dataset.commits(stage).attempt(work.shard, read.number - 1) if read.number > 1 else None
         if now is not None and read is not None and read.takes != now.takes:
+            if not work.dataset.folder.exists(name := read.objects[0].name):
+                raise ShardError(
+                    f"{work.place}: was made from {name}, which is gone since samples of it were made again; "
+                    f"{_replaced(work)}"
+                )
             receipts[stage] = read
     return replace(work.chain, receipts=receipts)
 

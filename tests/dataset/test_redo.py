@@ -1,6 +1,7 @@
 """`repair --redo`: chosen samples get another draw; every other sample stays the same to the byte."""
 
 import json
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -20,7 +21,7 @@ from resmaster_stages.dataset.redo import read_redos
 from resmaster_stages.dataset.retry import number_of, retries_of
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import STAGES
-from resmaster_stages.errors import PlanError, SampleError, UserError
+from resmaster_stages.errors import PlanError, SampleError, ShardError, UserError
 from resmaster_stages.inspection.explain import explain, spelled
 from resmaster_stages.inspection.leftovers import find_leftovers
 from resmaster_stages.inspection.status import pending, status
@@ -317,6 +318,57 @@ def test_damage_in_any_state_of_a_redo_is_mended_to_the_same_bytes(
     assert {record.name for record in verify(other).damage} == set()
     finish(other)
     assert everything(other.url) | attempts(other.url) == everything(dataset.url) | attempts(dataset.url)
+
+
+def test_what_was_made_from_deleted_objects_is_given_up_and_made_anew(dataset: Dataset, tmp_path: Path) -> None:
+    """Half of a redo was done, then `gc` ran, then an object was damaged."""
+    redo(dataset, "b")
+    finish(dataset)
+    other = made(tmp_path / "other")
+    redo(other, "b")
+    finish(other, "low_res")
+    first, captions = other.commits("low_res").attempt(0, 1), other.commits("captions").read(0)
+    assert first
+    assert captions
+    other.folder.remove(first.objects[0].name)
+    other.folder.write(captions.objects[0].name, b"damaged")
+    note(other, verify(other))
+    with pytest.raises(ShardError, match=r"captions of shard 000000: was made from .* is gone .* --replace"):
+        finish(other)
+    give_up_damaged(other)
+    finish(other)
+    assert everything(other.url) == everything(dataset.url)
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_whatever_happens_in_whatever_order_the_requests_alone_decide(tmp_path: Path, number: int) -> None:
+    """Requests, stages that run in any order in processes that know more or fewer requests, damage, and repairs."""
+    chance = random.Random(number)
+    dataset = made(tmp_path / "one")
+    known = [open_dataset(dataset.url)]
+    names = [prompt for prompt in PROMPTS if "bad" not in prompt]
+    for _ in range(12):
+        step, stage, shard = chance.random(), chance.choice(list(STAGES)), chance.randrange(2)
+        if step < 0.35:
+            redo(dataset, *chance.sample(names, chance.randint(1, 3)), stage=chance.choice(["low_res", "high_res"]))
+            known.append(open_dataset(dataset.url))
+        elif step < 0.85:
+            run_stage(chance.choice(known), stage, shard)
+        else:
+            receipt = dataset.commits(stage).read(shard)
+            assert receipt
+            dataset.folder.write(receipt.objects[0].name, b"damaged")
+            note(dataset, verify(dataset))
+            run_stage(chance.choice(known), stage, shard)
+            assert verify(dataset).damage == ()
+    finish(dataset)
+    assert finish(dataset) == []
+    calm = planned(tmp_path / "calm", PROMPTS, tmp_path, samples_per_shard=3, allow_overwriting_store=True)
+    for name in dataset.folder.names(layout.REDO):
+        calm.folder.create(name, dataset.folder.read(name))
+    finish(calm)
+    assert read_chain(calm, 0).committed["quality"].number == 1
+    assert everything(calm.url) == everything(dataset.url)
 
 
 def test_what_was_given_up_is_made_in_its_last_take(dataset: Dataset) -> None:
