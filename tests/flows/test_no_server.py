@@ -23,6 +23,7 @@ from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import ShardError
 from resmaster_stages.keys import prompt_key
+from resmaster_stages.planning.redoing import asked
 from resmaster_tasks import policy
 from tests.checkout import PYTHONPATH
 from tests.fake_stages import FAKES, config_at
@@ -221,6 +222,8 @@ def test_chosen_samples_are_made_again_and_excluded_ones_never(
     assert (after[0].number, after[0].takes) == (2, {b: 1})
     assert "take 1, from low_res on" in said("explain", root, b[:10])
     assert "nothing to repair" in said("repair", root)
+    asked(open_dataset(root), d, "high_res")
+    assert "to make again: high_res of 1 samples, quality of 1 samples; go on: resmaster repair" in said("status", root)
     said("repair", root, "--redo", d, "--from", "high_res")
     assert [dataset.commits(stage).read_all()[1].number for stage in dataset.hashes] == [1, 1, 2, 2]
     said("verify", root)

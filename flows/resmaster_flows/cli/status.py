@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -76,10 +75,9 @@ def _print(dataset: Dataset, found: Status) -> None:
             say(
                 out, f"damaged: {stage.stage} of shards {shards}; put them back: resmaster repair {quoted(dataset.url)}"
             )
-    for stage in found.stages:
-        if stage.redo_samples:
-            samples = f"{stage.redo_samples} samples in shards {_some(stage.redo_shards)}"
-            say(out, f"to make again: {stage.stage} of {samples}; go on: resmaster repair {quoted(dataset.url)}")
+    redo = [f"{stage.stage} of {stage.redo_samples} samples" for stage in found.stages if stage.redo_samples]
+    if redo:
+        say(out, f"to make again: {', '.join(redo)}; go on: resmaster repair {quoted(dataset.url)}")
     if publication := found.publication_line(dataset.url):
         say(out, publication)
     added = f", prompts in {found.generations} generations" if found.generations > 1 else ""
@@ -89,19 +87,16 @@ def _print(dataset: Dataset, found: Status) -> None:
             say(out, f"kept of another one: {stage.stage}-{namespace}, {count} shards")
 
 
-def _some(shards: Sequence[int]) -> str:
-    """A list of shards, cut off if it is long."""
-    spelled = spell_shards(shards)
-    return spelled if len(spelled) <= SHARDS_CHARACTERS else f"{spelled[:SHARDS_CHARACTERS].rpartition(',')[0]},..."
-
-
 def _error(stage: str, error: StageError) -> str:
     """The failed shards of a stage with errors of one class, in one line."""
     last = error.last
     reason = f"{error.error_class}: {last.message}" if last.message else error.error_class
     if len(reason) > MESSAGE_CHARACTERS:
         reason = f"{reason[:MESSAGE_CHARACTERS]}..."
-    count = f"{len(error.shards)} shards ({_some(error.shards)})"
+    spelled = spell_shards(error.shards)
+    if len(spelled) > SHARDS_CHARACTERS:
+        spelled = f"{spelled[:SHARDS_CHARACTERS].rpartition(',')[0]},..."
+    count = f"{len(error.shards)} shards ({spelled})"
     run = f"in run {last.flow_run_name} " if last.flow_run_name else ""
     return f"failed: {stage} of {count}: {reason} (last {last.failed_at} {run}on {last.host})"
 
