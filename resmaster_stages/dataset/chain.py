@@ -118,15 +118,19 @@ class Chain:
 
 
 def read_chain(
-    dataset: Dataset, shard: int, last: str | None = None, known: Mapping[str, Receipt] | None = None
+    dataset: Dataset,
+    shard: int,
+    last: str | None = None,
+    known: Mapping[str, Receipt] | None = None,
+    redone: bool = True,
 ) -> Chain:
     """The records of one shard up to the stage `last`. Records in `known` are not read again.
 
-    Raises ShardError if a record is damaged.
+    redone: whether samples may have been made again. Raises ShardError if a record is damaged.
     """
     receipts: dict[str, Receipt | None] = {}
     for stage in dataset.hashes:
-        receipts[stage] = (known or {}).get(stage) or dataset.commits(stage).read(shard)
+        receipts[stage] = (known or {}).get(stage) or dataset.commits(stage).read(shard, redone)
         if stage == last:
             break
     return Chain(receipts, _asked(dataset, shard))

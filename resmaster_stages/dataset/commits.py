@@ -38,10 +38,17 @@ class Commits:
     stage: str
     stage_hash: str
 
-    def read(self, shard: int) -> Receipt | None:
-        """The record of the last attempt, which counts, or None. Raises ShardError if it is damaged."""
-        receipt = None
-        while later := self.attempt(shard, receipt.number + 1 if receipt else 1):
+    def read(self, shard: int, redone: bool = True) -> Receipt | None:
+        """The record of the last attempt, which counts, or None. Raises ShardError if it is damaged.
+
+        redone: whether samples may have been made again. If not, there is a later attempt only where samples failed or
+        were lost, so that one read is mostly enough.
+        """
+        receipt = self.attempt(shard, 1)
+        while receipt and (redone or receipt.failed_keys or receipt.lost_keys):
+            later = self.attempt(shard, receipt.number + 1)
+            if later is None:
+                break
             receipt = later
         return receipt
 

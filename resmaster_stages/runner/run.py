@@ -69,10 +69,12 @@ def ensure_stage(
     samples = dataset.plan.size(shard)  # an unplanned shard or stage is the caller's mistake, and no attempt
     commits, facts, attempt = dataset.commits(stage), provenance or {}, new_attempt()
     try:
-        chain = read_chain(dataset, shard, stage, known)
+        chain = read_chain(dataset, shard, stage, known, redone=shard in dataset.redos.shards)
+        worked = chain.receipts[stage] is not None and commits.is_marked(shard)
+        if worked:  # of damage, all attempts are looked at, also those for which the request is lost
+            chain = read_chain(dataset, shard, stage)
         work = Work(dataset, STAGES[stage], shard, chain, process or STAGES[stage].function(), chain.takes(stage))
         receipt = chain.receipts[stage]
-        worked = receipt is not None and commits.is_marked(shard)
         if receipt and worked:
             mend(work, receipt)
             commits.unmark(shard)

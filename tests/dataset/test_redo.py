@@ -481,6 +481,13 @@ def test_a_lost_request_takes_nothing_back_and_verify_names_it(dataset: Dataset)
         assert (damage.name, damage.what, damage.mend) == (layout.redo(number), "gone", REQUEST_GONE)
         assert finish(dataset) == []
         assert everything(dataset.url) == expected
+        for stage in STAGES:
+            receipt = dataset.commits(stage).read(0)
+            assert receipt
+            dataset.folder.write(receipt.objects[0].name, b"damaged")
+        note(dataset, verify(dataset))
+        assert finish(dataset) == [(stage, 0) for stage in STAGES], "it is mended"
+        assert everything(dataset.url) == expected
         dataset.folder.create(layout.redo(number), text)
     dataset.folder.remove(layout.redo(2))
     assert redo(dataset, "b").endswith("(redo/0002.json)")
