@@ -88,7 +88,7 @@ def _diffused(
         size = target_size(image.height, image.width, upscale.way()[0].scale)
         grid = view_grid(models.geometry, *size, upscale.view_stride, upscale.wraps)
         captions = captions_for_views(grid, sample.captions, sample.prompt)
-    seed = sample_seed(sample.key, config.seed, "high_res")
+    seed = sample_seed(sample.key, config.seed, "high_res", sample.take)
     negative_prompt = sample.negative_prompt or upscale.negative_prompt
     made = upscale_image(
         models,
@@ -173,6 +173,7 @@ def _files(
         "method": upscale.method,
         "upscale": upscale.identity(),
         "stage_version": STAGES["high_res"].version,
+        **({"take": sample.take} if sample.take else {}),
         **facts,
     }
     if sample.detail_mask:

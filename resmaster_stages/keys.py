@@ -2,7 +2,8 @@
 
 Invariants:
 - A key is lower-case hex without dots, because WebDataset splits a member's name at its first dot.
-- Keys and seeds do not depend on batch, worker, order or retry, so a re-run gives the same bytes.
+- Keys and seeds do not depend on batch, worker, order or retry, so a re-run gives the same bytes. A seed depends on the
+  sample's take, which is 0 until somebody asks for another draw of the sample (`dataset.redo`).
 """
 
 from __future__ import annotations
@@ -53,9 +54,10 @@ def masked_key(key: str, mask: bytes) -> str:
     return _key("detail_mask", key, mask)
 
 
-def sample_seed(key: str, base_seed: int, stage: str) -> int:
-    """Seed (63 bits) of a sample in a stage, from the sample's key, the dataset's base seed and the stage."""
-    data = hashlib.blake2b(f"{key}/{base_seed}/{stage}/-1/-1".encode(), digest_size=8).digest()
+def sample_seed(key: str, base_seed: int, stage: str, take: int = 0) -> int:
+    """Seed (63 bits) of a sample in a stage, from the sample's key and take, the dataset's base seed and the stage."""
+    text = f"{key}/{base_seed}/{stage}/-1/-1" + (f"/{take}" if take else "")
+    data = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(data, "big") & (2**63 - 1)
 
 

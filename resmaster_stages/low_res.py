@@ -72,6 +72,7 @@ def _files(
         "width": image.width,
         "height": image.height,
         "stage_version": STAGES["low_res"].version,
+        **({"take": sample.take} if sample.take else {}),
         **facts,
     }
     image_format = lossless_format(config.image_format)
@@ -145,7 +146,7 @@ def _from_prompts(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[
     low_res = config.low_res
     sampler = sampler_name(models.base, low_res_stepper(models), low_res.steps)
     negative_prompts = [sample.negative_prompt or low_res.negative_prompt for sample in samples]
-    seeds = [sample_seed(unmasked_key(sample), config.seed, "low_res") for sample in samples]
+    seeds = [sample_seed(unmasked_key(sample), config.seed, "low_res", sample.take) for sample in samples]
     results: dict[int, Image.Image | SampleError] = {}
     for size in dict.fromkeys((sample.height, sample.width) for sample in samples):
         places = [i for i, sample in enumerate(samples) if (sample.height, sample.width) == size]

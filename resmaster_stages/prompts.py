@@ -5,7 +5,8 @@ The input is a .txt file (one prompt per line), a .csv, .jsonl or .parquet file 
 
 Invariants:
 - A file that cannot be read raises a UserError that names file and line. A single bad prompt is rejected with a reason.
-- The same prompts give the same keys in the same order, whatever was planned before. Planned samples stay planned.
+- The same prompts give the same keys in the same order, whatever was planned before. Planned samples stay planned, and
+  excluded ones are never planned.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.dataset import RACES, Dataset, create_or_open
 from resmaster_stages.dataset.plan import GenerationWriter, Plan, find_plan
 from resmaster_stages.errors import PlanError
+from resmaster_stages.inspection.key_lists import KeyList
 from resmaster_stages.planning.checks import HERE, Around, check
 from resmaster_stages.planning.drafts import DraftReader
+from resmaster_stages.planning.excluding import Excluding
 from resmaster_stages.planning.preview import Few, Intake
 from resmaster_stages.progress import Planned, emit
 from resmaster_stages.storage.digests import DigestSet
@@ -26,12 +29,13 @@ from resmaster_stages.storage.filesystem import open_root
 log = logging.getLogger(__name__)
 
 
-def ingest(config: DatasetConfig, around: Around = HERE) -> Dataset:
+def ingest(config: DatasetConfig, around: Around = HERE, exclude: KeyList | None = None) -> Dataset:
     """Create or open the dataset of `config`, and plan all samples that `config` asks for.
 
     Emits one line (`progress.Planned`) about what was planned. A second call changes nothing. Samples that the source
     no longer gives stay planned.
-    around: what is around the run.
+    around: what is around the run. exclude: samples that are not planned now and never will be; the dataset keeps the
+    list.
     Raises UserError for a wrong configuration or source; then nothing has been written.
     """
     existing = check(config, around).dataset
@@ -42,8 +46,9 @@ def ingest(config: DatasetConfig, around: Around = HERE) -> Dataset:
         if plan.generations and not config.prompts and not config.images:
             return create_or_open(config, existing)
         known, kept = DigestSet(map(bytes.fromhex, plan.keys())), 0
+        excluding = Excluding(folder, known, exclude)
         with GenerationWriter(plan, config.samples_per_shard) as writer:
-            draft = DraftReader(config, writer.reject, writer.repeat)
+            draft = DraftReader(config, writer.reject, writer.repeat, excluding.reason)
             for sample in draft:
                 if bytes.fromhex(sample.key) in known:
                     kept += 1
@@ -51,7 +56,9 @@ def ingest(config: DatasetConfig, around: Around = HERE) -> Dataset:
                     writer.add(sample)
             if gone := len(known) - kept:
                 log.warning("%s: %d planned samples are no longer asked for; the plan keeps them", folder.url, gone)
+            excluding.require()
             dataset = create_or_open(config, existing)  # after the whole source was read without an error
+            excluding.keep()
             if not writer.samples or writer.commit():
                 intake = Intake(
                     config=config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import Process
 from resmaster_stages.diffusion.cost import count_call
 from resmaster_stages.errors import SampleError
-from resmaster_stages.keys import canonical_json
+from resmaster_stages.keys import canonical_json, sample_seed
 from resmaster_stages.models.bases.unet import SDXL
 from resmaster_stages.prompts import ingest
 
@@ -50,10 +51,19 @@ def png(color: tuple[int, int, int], size: tuple[int, int] = (16, 16)) -> bytes:
 
 
 def files_of(sample: Sample, size: int) -> dict[str, bytes]:
+    """An image of the key's colour, or of the colour of the sample's seed if the sample is made again; a large image
+    shows the seed of the small one, too."""
     color = tuple(bytes.fromhex(sample.key)[:3])
+    facts: dict[str, Any] = {"key": sample.key, "size": size}
+    if sample.take:
+        seed = sample_seed(sample.key, 0, str(size), sample.take)
+        color = (seed % 256, seed // 256 % 256, seed // 65536 % 256)
+        facts |= {"take": sample.take, "seed": seed}
+    if sample.low_res and "seed" in sample.low_res.meta:
+        facts["low_res_seed"] = sample.low_res.meta["seed"]
     return {
         "png": png((color[0], color[1], color[2]), (size, size)),
-        "json": canonical_json({"key": sample.key, "size": size}).encode(),
+        "json": canonical_json(facts).encode(),
         "txt": sample.prompt.encode(),
     }
 
@@ -74,9 +84,10 @@ def captions(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Outpu
     for sample in samples:
         assert sample.low_res is not None
         assert sample.low_res.open().size == (16, 16)
+        seen = f" (seed {sample.low_res.meta['seed']})" if "seed" in sample.low_res.meta else ""
         row = {
             "grid": "64x64/32/32",
-            "caption": sample.prompt,
+            "caption": sample.prompt + seen,
             "n_tokens": 3,
             "truncated": False,
             "model": "fake",
@@ -119,7 +130,7 @@ def quality(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output
             "added_worst": 0.2,
             "colour_worst": 2.0,
             "clipped": 0.0,
-            "phash": sample.key[:16],
+            "phash": hashlib.sha256(sample.high_res.data).hexdigest()[:16] if sample.take else sample.key[:16],
             "luminance_mean": 100.0,
             "luminance_std": 10.0,
             "flags": [],
@@ -147,6 +158,7 @@ def _batch_facts(samples: Sequence[Sample], place: int, size: int) -> dict[str, 
 def _in_batch(sample: Sample, size: int, facts: dict[str, int]) -> dict[str, bytes]:
     """The files of an image of `size` px in which `facts` can be seen."""
     color = bytes.fromhex(sample.key)[0], facts["slot"] % 16 * 16 + facts["place"] % 16, facts["batch"] % 256
+    facts = {**facts, "take": sample.take} if sample.take else facts
     image = {"png": png(color, (size, size)), "json": canonical_json({"key": sample.key, **facts}).encode()}
     return {**files_of(sample, size), **image}
 

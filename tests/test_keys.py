@@ -47,3 +47,8 @@ def test_canonical_json_ignores_order() -> None:
         == canonical_json({"a": [1.5, None], "b": 1})
         == '{"a":[1.5,null],"b":1}'
     )
+
+
+def test_take_0_has_the_seed_of_always_and_each_take_another_one() -> None:
+    assert sample_seed("00ff", 0, "high_res", 0) == sample_seed("00ff", 0, "high_res")
+    assert len({sample_seed("00ff", 0, stage, take) for stage in ("low_res", "high_res") for take in range(100)}) == 200

@@ -47,6 +47,7 @@ from resmaster_stages.dataset.retry import Retries, retries_of
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.inspection.status import pending, pending_samples, status
 from resmaster_stages.planning.checks import Around, check_stages
+from resmaster_stages.planning.redoing import asked
 from resmaster_stages.progress import emit, listening
 from resmaster_stages.prompts import ingest
 from resmaster_stages.publish import publish as publishing
@@ -184,6 +185,8 @@ def repair(
     stages: list[StageName] | None = None,
     retry_errors: bool = False,
     replace: bool = False,
+    redo: str | None = None,
+    redo_from: StageName | None = None,
 ) -> BuildResult | State[BuildResult]:
     """Process only what is missing, failed or marked as damaged in a dataset, then publish it again.
 
@@ -194,6 +197,10 @@ def repair(
         retry_errors: also give the failed samples of committed shards another attempt.
         replace: compute damaged shards, and everything made from them, anew with new bytes. If off, a damaged object
             is restored only if it can be made again with the recorded bytes.
+        redo: make these samples again with a new seed: keys or their beginnings with commas between them, or the path
+            or URL of a .txt, .csv or .parquet file of keys.
+        redo_from: with `redo`: the first stage that makes them again; `high_res` keeps the low-res images. Default:
+            the first stage that draws by a seed.
     """
     dataset = open_dataset(dataset_url)
     numbers = None if shards is None else parse_numbers(shards, dataset.plan.shards)
@@ -201,6 +208,9 @@ def repair(
     if whole and (other := other_build(dataset.config.dispatch, dataset.url)):
         return skipped(other)
     restore_plan(dataset.folder)
+    if redo is not None:
+        get_run_logger().info(asked(dataset, redo, redo_from))
+        dataset = open_dataset(dataset_url)
     retries = retries_of(dataset, numbers, stages)[0] if retry_errors else None
     if not dataset.config.allow_overwriting_store:
         require_one_winner(dataset.folder)

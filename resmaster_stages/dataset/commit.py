@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, with_config
 
 from resmaster_stages.dataset.batches import Batch, unambiguous
+from resmaster_stages.dataset.records import NOT_IF_EMPTY
 from resmaster_stages.errors import UserError
 from resmaster_stages.storage.filesystem import Folder, is_outside, sha256_of
 from resmaster_stages.storage.store_errors import is_damage
@@ -110,6 +111,8 @@ class Receipt:
     tar."""
     batches: Annotated[tuple[Batch, ...], AfterValidator(unambiguous)] = ()
     """How the good samples were computed, the most frequent batch first."""
+    takes: dict[str, PositiveInt] = field(default_factory=dict, metadata=NOT_IF_EMPTY)
+    """Sample -> its take, for samples that were made again with a new seed (`redo`). The take of all others is 0."""
 
 
 def discard(folder: Folder, names: Sequence[str]) -> None:

@@ -3,8 +3,9 @@
 The protocol: produce locally, validate, upload under attempt-unique names, then ONE conditional create of the record.
 Readers follow records and ignore every object that no record names.
 
-A record `000123.json` makes a shard's first attempt visible. A later attempt at its failed samples starts from the
-outputs of the first one, and becomes visible by a record of its own, `000123.2.json`. The highest number counts.
+A record `000123.json` makes a shard's first attempt visible. A later attempt, at failed samples or at samples that are
+made again with a new seed, starts from the outputs of the first one, and becomes visible by a record of its own,
+`000123.2.json`. The highest number counts.
 
 Invariants:
 - A record is created by exactly one writer and never changed. It names all its objects with sha256 and size.
@@ -37,11 +38,14 @@ class Commits:
     stage: str
     stage_hash: str
 
-    def read(self, shard: int) -> Receipt | None:
-        """The record of the last attempt, which counts, or None. Raises ShardError if it is damaged."""
+    def read(self, shard: int, redone: bool = True) -> Receipt | None:
+        """The record of the last attempt, which counts, or None. Raises ShardError if it is damaged.
+
+        redone: whether samples may have been made again. If not, there is a later attempt only where samples failed or
+        were lost, so that one read is mostly enough.
+        """
         receipt = self.attempt(shard, 1)
-        # There is a later attempt only if samples failed or were lost, so that one read is mostly enough.
-        while receipt and (receipt.failed_keys or receipt.lost_keys):
+        while receipt and (redone or receipt.failed_keys or receipt.lost_keys):
             later = self.attempt(shard, receipt.number + 1)
             if later is None:
                 break

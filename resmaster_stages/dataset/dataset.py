@@ -24,6 +24,7 @@ from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.dataset.plan import Plan, read_plan
 from resmaster_stages.dataset.records import signed, unsigned
+from resmaster_stages.dataset.redo import Redos, read_redos
 from resmaster_stages.dataset.stages import stage_hashes
 from resmaster_stages.errors import ConfigError, PlanError, UserError
 from resmaster_stages.redaction import one_line, without_credentials
@@ -59,6 +60,14 @@ class Dataset:
         Raises PlanError if there is no plan.
         """
         return read_plan(self.folder)
+
+    @cached_property
+    def redos(self) -> Redos:
+        """The requests to make samples again, read at the first use and then kept.
+
+        Raises PlanError if one cannot be read.
+        """
+        return read_redos(self.folder)
 
     def commits(self, stage: str) -> Commits:
         """The commits of a stage. Raises PlanError for a stage that the dataset does not need."""

@@ -4,6 +4,8 @@ Names are relative to the dataset's folder, with forward slashes:
 
     config.json                                what was asked for, written once
     configs/0001.json                          later changes of stages that come after the plan
+    redo/0001.json                             requests to make samples again with a new seed
+    excluded/0001.json                         keys that are never planned
     plan/gen-0000/part-00000-{attempt}.parquet, rejected-{attempt}.parquet, duplicates-{attempt}.parquet, _PLAN.json
     low_res|high_res/000123-{attempt}.tar
     captions|quality/000123-{attempt}.parquet
@@ -11,7 +13,7 @@ Names are relative to the dataset's folder, with forward slashes:
     errors/{stage}/000123-{attempt}.parquet
     attempts/{stage}-{hash8}/000123-{time}-{attempt}-{error class}.json     attempts that ended by an error
     commits/{stage}-{hash8}/000123.json        the truth
-    commits/{stage}-{hash8}/000123.2.json      a later attempt, at what failed in the first; the highest number counts
+    commits/{stage}-{hash8}/000123.2.json      a later attempt, at what failed or is made again; the highest counts
     cache/{stage}-{hash8}-000123/{key}.sample  finished samples of a shard that is not committed yet
     cache/{stage}-{hash8}-000123/at.json       its breadcrumb: the samples at work
     damaged/{stage}-{hash8}/000123.json        objects of a committed shard that are known to be gone or changed
@@ -33,6 +35,8 @@ from resmaster_stages.dataset.stages import STAGES
 
 CONFIG = "config.json"
 CONFIGS = "configs"
+REDO = "redo"
+EXCLUDED = "excluded"
 PLAN = "plan"
 COMMITS = "commits"
 ATTEMPTS = "attempts"
@@ -71,6 +75,16 @@ def contact_sheet(number: int) -> str:
 def changed_config(number: int) -> str:
     """The `number`th changed configuration (1, 2, ...). The first configuration is `config.json`."""
     return f"{CONFIGS}/{number:04d}.json"
+
+
+def redo(number: int) -> str:
+    """The `number`th request (1, 2, ...) to make samples again with a new seed."""
+    return f"{REDO}/{number:04d}.json"
+
+
+def excluded(number: int) -> str:
+    """The `number`th list (1, 2, ...) of keys that are never planned."""
+    return f"{EXCLUDED}/{number:04d}.json"
 
 
 def generation(number: int) -> str:
@@ -214,7 +228,8 @@ def breadcrumb(stage: str, stage_hash: str, shard: int) -> str:
 
 
 def number_of(name: str) -> int | None:
-    """The number in the name of a damage mark or changed configuration; None for any other name."""
+    """The number in the name of a damage mark, a changed configuration, a request to make samples again or a list of
+    excluded keys; None for any other name."""
     found = _NUMBERED.fullmatch(name)
     return int(found[1]) if found else None
 

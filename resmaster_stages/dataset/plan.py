@@ -199,6 +199,13 @@ class Plan:
         found = (table.filter(pc.starts_with(table["key"], prefix)) for table in tables)
         return [PlannedSample(**row) for table in found for row in table.to_pylist()]
 
+    def places(self) -> Iterator[tuple[str, int]]:
+        """The key and the shard of all samples, in order."""
+        for generation in self.generations:
+            for part in generation.parts:
+                table = _read_part(self.folder, part.stored)
+                yield from zip(table["key"].to_pylist(), table["shard"].to_pylist())
+
     def keys(self) -> Iterator[str]:
         """The keys of all samples, in order."""
         for generation in self.generations:

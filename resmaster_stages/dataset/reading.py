@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, overload
 
 from resmaster_stages.dataset import layout
@@ -86,11 +87,15 @@ class ShardSamples(Sequence[Sample]):
     """Samples of a shard in the plan's order, with the outputs of stages. Images are read when they are used."""
 
     def __init__(
-        self, planned: Sequence[PlannedSample], outputs: Mapping[str, Outputs], without: Collection[str] = ()
+        self,
+        planned: Sequence[PlannedSample],
+        outputs: Mapping[str, Outputs],
+        without: Collection[str] = (),
+        takes: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
-        """without: keys of planned samples that are left out."""
+        """without: keys of planned samples that are left out. takes: key -> take, if it is not 0."""
         self.planned, self.without = planned, frozenset(without)
-        self._outputs = outputs
+        self._outputs, self._takes = outputs, takes
 
     def __len__(self) -> int:
         return len(self.planned)
@@ -119,6 +124,7 @@ class ShardSamples(Sequence[Sample]):
             detail_mask=low_res.mask(planned.key) if low_res else None,
             captions=tuple(sorted(self.rows("captions", planned.key), key=lambda row: (row["row"], row["col"]))),
             high_res=high_res.image(planned.key) if high_res else None,
+            take=self._takes.get(planned.key, 0),
         )
 
     def keys(self) -> list[str]:
@@ -134,22 +140,28 @@ class ShardSamples(Sequence[Sample]):
 def shard_samples(dataset: Dataset, shard: int, stages: Sequence[str]) -> Iterator[ShardSamples]:
     """The samples of a shard with the verified outputs of `stages`, usable within the block.
 
-    Samples that one of the stages, or a stage before them, has lost are left out. Raises PlanError if one of the stages
-    is not committed, and ShardError if an object is gone or damaged.
+    Samples that one of the stages, or a stage before them, has lost are left out, and so are those that were made again
+    in some of these stages only. Raises PlanError if one of the stages is not committed, and ShardError if an object is
+    gone or damaged.
     """
     last = max(stages, key=list(dataset.hashes).index, default=None)
     chain = read_chain(dataset, shard, last) if last else Chain({})
-    with chosen_samples(dataset, shard, chain, stages, without=chain.lost()) as samples:
+    with chosen_samples(dataset, shard, chain, stages, chain.unfinished(), chain.made()) as samples:
         yield samples
 
 
 @contextmanager
 def chosen_samples(
-    dataset: Dataset, shard: int, chain: Chain, stages: Sequence[str], without: Collection[str]
+    dataset: Dataset,
+    shard: int,
+    chain: Chain,
+    stages: Sequence[str],
+    without: Collection[str],
+    takes: Mapping[str, int],
 ) -> Iterator[ShardSamples]:
     """The planned samples of a shard, except the keys in `without`, with the verified outputs of `stages`.
 
-    Raises the same errors as `shard_samples`.
+    takes: key -> take, if it is not 0. Raises the same errors as `shard_samples`.
     """
     planned = [sample for sample in dataset.plan.read(shard) if sample.key not in without]
     outputs: dict[str, Outputs] = {}
@@ -164,22 +176,26 @@ def chosen_samples(
             outputs[stage] = files.enter_context(committed_outputs(dataset, receipt))
             if missing := [sample.key for sample in planned if sample.key not in outputs[stage]]:
                 raise ShardError(_damaged(dataset, receipt, f"lacks {len(missing)} samples, {missing[0]} first"))
-        yield ShardSamples(planned, outputs, without)
+        yield ShardSamples(planned, outputs, without, takes)
 
 
 @contextmanager
-def committed_outputs(dataset: Dataset, receipt: Receipt) -> Iterator[Outputs]:
-    """The verified outputs in a commit, usable within the block. Raises ShardError if an object is gone or damaged."""
+def committed_outputs(dataset: Dataset, receipt: Receipt, without: Collection[str] = ()) -> Iterator[Outputs]:
+    """The verified outputs in a commit, except the keys in `without`, usable within the block.
+
+    Raises ShardError if an object is gone or damaged.
+    """
     with scratch_folder() as scratch, ExitStack() as files:
         name, stage = receipt.objects[0].name, STAGES[receipt.stage]
         path = fetch(dataset, receipt, receipt.objects[0], scratch)
         if stage.schema is None:
             tar = files.enter_context(path.open("rb"))
-            yield Outputs(tar, {entry.key: entry for entry in read_index(tar, name)}, {})
+            yield Outputs(tar, {entry.key: entry for entry in read_index(tar, name) if entry.key not in without}, {})
             return
         rows: dict[str, Rows] = {}
         for row in decode_table(path, stage.columns(dataset.config), name).to_pylist():
-            rows.setdefault(row.pop("key"), []).append(row)
+            if (key := row.pop("key")) not in without:
+                rows.setdefault(key, []).append(row)
         yield Outputs(None, {}, rows, lambda: committed_arrays(dataset, receipt))
 
 

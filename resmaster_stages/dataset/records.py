@@ -12,13 +12,17 @@ import functools
 import hashlib
 import json
 import re
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 Record = TypeVar("Record")
 
+NOT_IF_EMPTY: Mapping[str, bool] = MappingProxyType({"not if empty": True})
+"""Metadata of a field that is not written while it is empty, so that records without it stay as they were."""
 CHANGED = "sha256: differs, so the file was changed since it was written"
 NO_DIGEST = "sha256: is not at the end, so the file was cut off, or changed since it was written"
 _SIGNED = re.compile(rb'(.*),\n +"sha256": "([0-9a-f]{64})"\n\}\n', re.DOTALL)
@@ -26,7 +30,8 @@ _SIGNED = re.compile(rb'(.*),\n +"sha256": "([0-9a-f]{64})"\n\}\n', re.DOTALL)
 
 def record_text(record: Any) -> bytes:
     """A record as sorted, indented JSON that ends with a newline."""
-    return signed(asdict(record), indent=1)
+    empty = {each.name for each in fields(record) if each.metadata == NOT_IF_EMPTY and not getattr(record, each.name)}
+    return signed({name: value for name, value in asdict(record).items() if name not in empty}, indent=1)
 
 
 def signed(values: dict[str, Any], indent: int) -> bytes:

@@ -63,6 +63,8 @@ class Sample:
     captions: tuple[dict[str, Any], ...] = ()
     """Rows of the captions table, by (row, col)."""
     high_res: EncodedImage | None = None
+    take: int = 0
+    """How often the sample was asked for again with a new seed, up to this stage; a part of `sample_seed`."""
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,7 @@ def manifest_schema(config: QualityConfig | None = None) -> pa.Schema:
             ("index", pa.int64(), False),
             ("shard", pa.int32(), False),
             ("replica", pa.int32(), False),
+            ("take", pa.int32(), True),
             ("prompt", pa.string(), False),
             ("negative_prompt", pa.string(), False),
             ("source", pa.string(), True),

@@ -31,6 +31,10 @@ def _always(config: DatasetConfig) -> bool:
     return True
 
 
+def _never(config: DatasetConfig) -> bool:
+    return False
+
+
 def _one(config: DatasetConfig) -> int:
     return 1
 
@@ -57,6 +61,8 @@ class Stage:
     """Gives the columns of `schema` that a dataset's tables have. None: all of them."""
     needed: Callable[[DatasetConfig], bool] = _always
     """Whether a dataset needs the stage."""
+    seeded: Callable[[DatasetConfig], bool] = _never
+    """Whether the result depends on `Sample.take`, by a seed. Only from such a stage on, samples can be made again."""
     batch: tuple[str, str] | None = None
     """Part and field of the configuration that hold the batch size on the device. None: one image at a time."""
     slot: Callable[[DatasetConfig], int] = _one
@@ -204,6 +210,7 @@ register(
         identity=_low_res_identity,
         doing="drawing low-res images",
         version=2,
+        seeded=lambda config: not config.images,
         batch=("low_res", "batch_size"),
         slot=lambda config: 1 if config.images else config.low_res.batch_size,
     )
@@ -227,6 +234,7 @@ register(
         identity=_high_res_identity,
         doing="upscaling",
         reads=("low_res", "captions"),
+        seeded=lambda config: config.upscale.base_model,
         batch=("upscale", "view_batch"),
     )
 )

@@ -70,6 +70,10 @@ class StageTrace:
     """The content of the sample's JSON in the tar: seed, model, method and settings, sizes, digests."""
     rows: tuple[dict[str, Any], ...] = ()
     """The sample's rows of the stage's table: captions by patch, or quality."""
+    take: int = 0
+    """The sample's take in the stage: how often the sample was made again with a new seed."""
+    take_due: int = 0
+    """The take that was asked for. If it is higher, it is still to be made."""
     failures: tuple[dict[str, Any], ...] = ()
     """The sample's rows in the stage's ledger under the current configuration, by attempt."""
     attempts: tuple[FailedAttempt, ...] = ()
@@ -86,6 +90,18 @@ class StageTrace:
 
 
 @dataclass(frozen=True)
+class Redo:
+    """A request to make the sample again."""
+
+    record: str
+    """Path or URL of the request."""
+    stage: str
+    """The first stage that makes the sample again."""
+    take: int
+    asked_at: str
+
+
+@dataclass(frozen=True)
 class Explanation:
     """All that is known of one sample."""
 
@@ -97,6 +113,8 @@ class Explanation:
     base_seed: int
     seeds: dict[str, int]
     """Stage -> seed of the sample."""
+    redos: tuple[Redo, ...]
+    """The requests to make the sample again, in order."""
     models: dict[str, str]
     """Part -> name of its exact weights."""
     stages: tuple[StageTrace, ...]
@@ -136,11 +154,11 @@ def find_sample(dataset: Dataset, prefix: str) -> PlannedSample:
     if not re.fullmatch(rf"[0-9a-f]{{1,{KEY_CHARACTERS}}}", text):
         raise UserError(
             f"{prefix!r} is no key and no shard: give up to {KEY_CHARACTERS} hex digits of a key; "
-            f"{_where_keys_are(dataset)}"
+            f"{where_keys_are(dataset)}"
         )
     found = dataset.plan.find(text)
     if not found:
-        raise UserError(f"{dataset.url}: no sample's key begins with {text}; {_where_keys_are(dataset)}")
+        raise UserError(f"{dataset.url}: no sample's key begins with {text}; {where_keys_are(dataset)}")
     if len(found) > 1:
         keys = [sample.key for sample in found]
         shown = ", ".join(keys[:SHOWN_MATCHES]) + (", ..." if len(keys) > SHOWN_MATCHES else "")
@@ -148,7 +166,7 @@ def find_sample(dataset: Dataset, prefix: str) -> PlannedSample:
     return found[0]
 
 
-def _where_keys_are(dataset: Dataset) -> str:
+def where_keys_are(dataset: Dataset) -> str:
     """Where a user finds keys."""
     published = "keys are in the report and manifest.parquet, and " if dataset.folder.exists(layout.MANIFEST) else ""
     shards = f"0 to {dataset.plan.shards - 1}" if dataset.plan.shards > 1 else "0"
@@ -196,9 +214,13 @@ def explain(dataset: Dataset, prefix: str) -> Explanation:
     sample = find_sample(dataset, prefix)
     config, weights = dataset.config, asdict(weights_of(dataset.config))
     traces: list[StageTrace] = []
+    asked, due = dataset.redos.asked(sample.shard), 0
     for stage in dataset.hashes:
         lost = any(trace.state in ("failed", "left out") for trace in traces)
-        traces.append(_trace(dataset, stage, sample, lost))
+        trace = _trace(dataset, stage, sample, lost)
+        take = trace.receipt.takes.get(sample.key, 0) if trace.receipt else 0
+        due = max(due, take, asked.get(stage, {}).get(sample.key, 0))
+        traces.append(replace(trace, take=take, take_due=due))
     return Explanation(
         dataset=dataset.url,
         sample=sample,
@@ -206,10 +228,15 @@ def explain(dataset: Dataset, prefix: str) -> Explanation:
         config=dataset.folder.url_of(current_config(dataset.folder)),
         base_seed=config.seed,
         seeds={
-            stage: sample_seed(unmasked_key(sample) if stage == "low_res" else sample.key, config.seed, stage)
-            for stage in ("low_res", "high_res")
-            if stage == "high_res" or not config.images
+            stage: sample_seed(unmasked_key(sample) if stage == "low_res" else sample.key, config.seed, stage, take)
+            for stage, take in ((each.stage, each.take if each.receipt else each.take_due) for each in traces)
+            if stage == "high_res" or (stage == "low_res" and not config.images)
         },
+        redos=tuple(
+            Redo(dataset.folder.url_of(layout.redo(request.number)), request.stage, takes[sample.key], request.asked_at)
+            for request in dataset.redos.requests
+            if sample.key in (takes := request.takes.get(str(sample.shard), {}))
+        ),
         models={part: name for part, name in weights.items() if name},
         stages=tuple(traces),
     )
@@ -321,6 +348,8 @@ def _lines(explanation: Explanation) -> Iterator[str]:
         yield _line("source", sample.source)
     seeds = [f"base {explanation.base_seed}", *(f"{stage} {seed}" for stage, seed in explanation.seeds.items())]
     yield _line("seeds", ", ".join(seeds))
+    for redo in explanation.redos:
+        yield _line("redo", f"take {redo.take}, from {redo.stage} on, asked for at {redo.asked_at} ({redo.record})")
     for part, name in explanation.models.items():
         yield _line(part, name)
     yield _line("config", explanation.config)
@@ -336,6 +365,8 @@ def _shard_lines(explanation: ShardExplanation) -> Iterator[str]:
     for trace in explanation.stages:
         yield ""
         yield from _stage_lines(trace)
+        if trace.receipt and trace.receipt.takes:
+            yield _line("take", ", ".join(f"{key} {take}" for key, take in trace.receipt.takes.items()), 2)
         if trace.receipt and trace.receipt.failed_keys:
             yield _line("failed", ", ".join(trace.receipt.failed_keys), 2)
     yield ""
@@ -347,6 +378,10 @@ def _stage_lines(trace: StageTrace, key: str | None = None) -> Iterator[str]:
     """The lines about a stage of a shard or, with `key`, of one of its samples."""
     receipt = trace.receipt
     facts: list[str] = [trace.state]
+    if trace.take and receipt:
+        facts.append(f"take {trace.take}")
+    if trace.take < trace.take_due:
+        facts.append(f"take {trace.take_due} is still to be made")
     if receipt:
         share = trace.seconds_per_sample
         facts += [

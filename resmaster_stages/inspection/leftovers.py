@@ -9,9 +9,9 @@ Invariants:
 - Never removed are objects that a valid commit or a plan record names, of any configuration; records, configurations
   and ledgers; and the cache of a shard that is not committed yet.
 - Never removed is what a lost record may have named: objects that the manifest leads to; objects of a stage of a shard
-  that is not committed; objects of published shards, and of shards with failed or lost samples, while no whole
-  publication is of the commits that are there; and the files of a generation of the plan whose record is gone or cannot
-  be read.
+  that is not committed; objects of published shards, and of shards with samples that failed, were lost or were asked
+  for again, while no whole publication is of the commits that are there; and the files of a generation of the plan
+  whose record is gone or cannot be read.
 - Objects of a replaced attempt are removed only if the manifest was written after the later attempt, and is itself
   older than the limit. So readers of an older manifest had the grace period to finish.
 - Files are listed before the records are read, so records name all objects committed in between. Objects that are
@@ -204,6 +204,8 @@ class _Vouched:
         publication = _publication(folder)
         if publication is None or not _fits(dataset):
             self._doubt(folder, publication)
+            for shards in self._shards.values():
+                shards -= dataset.redos.shards
         plan, lost = survey(folder)
         there = {layout.plan_record(generation.number) for generation in plan.generations}
         there -= {record.name for record in lost}
@@ -217,7 +219,7 @@ class _Vouched:
 
     def _doubt(self, folder: Folder, publication: PublicationRecord | None) -> None:
         """Take out shards of which a later attempt may have lost its record: those that are published, and those whose
-        last record left samples out."""
+        last record left samples out. (Those with requests to make samples again are taken out too.)"""
         if publication:
             published = {shard.number for shard in published_shards(folder, publication)}
             for shards in self._shards.values():

@@ -198,7 +198,8 @@ def _fill(connection: duckdb.DuckDBPyConnection, manifest: Path, choices: Mappin
         connection.execute(f"set {setting}")
 
 
-_SAME = "m.key = c.key"
+_SAME = "m.key = c.key and coalesce(m.take, 0) = c.take"
+"""A choice is about one take of a sample."""
 
 
 def _columns() -> Iterator[str]:

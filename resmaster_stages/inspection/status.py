@@ -13,7 +13,7 @@ from typing import Any
 
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.attempts import FailedAttempt, failed_names, read_failures
-from resmaster_stages.dataset.chain import chunks, read_chains
+from resmaster_stages.dataset.chain import chunks, read_chains, redo_left
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.dataset.dataset import Dataset, current_config
@@ -62,6 +62,10 @@ class StageStatus:
     """Namespace of another configuration -> number of shards that are committed there."""
     errors: tuple[StageError, ...] = ()
     """Why the failed shards failed, by class of the error, the most frequent first."""
+    redo_shards: tuple[int, ...] = ()
+    """Committed shards with samples that are to be made again and are not yet."""
+    redo_samples: int = 0
+    """Number of these samples."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,10 @@ class Status:
 
     @property
     def complete(self) -> bool:
-        """Whether every stage of every shard is committed and not known to be damaged."""
+        """Whether every stage of every shard is committed, not known to be damaged, and has nothing to make again."""
         return not self.unreadable and all(
-            stage.committed == self.shards and not stage.damaged_shards for stage in self.stages
+            stage.committed == self.shards and not stage.damaged_shards and not stage.redo_shards
+            for stage in self.stages
         )
 
     @property
@@ -113,6 +118,7 @@ def status(dataset: Dataset) -> Status:
     plan.require(max((shard + 1 for numbers in committed.values() for shard in numbers), default=0))
     ready = _ready(plan.shards, committed, marked)
     digest = CommitsDigest(dataset.hashes, dataset.config.quality.publication())
+    left = redo_left(dataset)
     stages = []
     for stage, own_hash in dataset.hashes.items():
         commits, numbers = dataset.commits(stage), committed[stage]
@@ -129,6 +135,7 @@ def status(dataset: Dataset) -> Status:
         }
         found = replace(found, namespace=own_hash[:8], damaged_shards=tuple(marked[stage]), others=others)
         found = replace(found, committed=found.committed + len(unreadable), unreadable=unreadable)
+        found = replace(found, redo_shards=tuple(left[stage]), redo_samples=sum(left[stage].values()))
         stages.append(replace(found, errors=_errors(commits, failed.values())))
     current = current_config(dataset.folder)
     state = published(dataset.folder, digest.hexdigest(), bool(ready))
@@ -216,11 +223,11 @@ def pending(
 ) -> dict[str, list[int]]:
     """Stage -> shards with work left, among `shards` and `stages` (default: all).
 
-    A shard has work left if it has no commit, is marked as damaged, has samples that became good upstream, or lacks an
-    attempt of `retries`.
+    A shard has work left if it has no commit, is marked as damaged, has samples that became good upstream or are to be
+    made again, or lacks an attempt of `retries`.
 
-    Lists names, and reads records only of shards with several attempts. Raises PlanError for unplanned shards, and if
-    there are commits of such.
+    Lists names, and reads records only of shards with several attempts or samples to make again. Raises PlanError for
+    unplanned shards, and if there are commits of such.
     """
     wanted = list(range(dataset.plan.shards)) if shards is None else sorted(set(shards))
     for shard in wanted:
@@ -228,6 +235,8 @@ def pending(
     numbers = {stage: dataset.commits(stage).numbers() for stage in dataset.hashes}
     dataset.plan.require(max((shard + 1 for found in numbers.values() for shard in found), default=0))
     several = {shard for found in numbers.values() for shard, number in found.items() if number > 1}
+    several |= dataset.redos.shards
+    ahead = list(dataset.hashes) if stages is None else stages
     chains = dict(read_chains(dataset, [shard for shard in wanted if shard in several])) if several else {}
     todo: dict[str, list[int]] = {}
     for stage, found in numbers.items():
@@ -238,7 +247,7 @@ def pending(
                 for shard in wanted
                 if shard in marked
                 or found.get(shard, 0) < number_of(retries, stage, shard)
-                or (shard in chains and chains[shard].due(stage))
+                or (shard in chains and chains[shard].due(stage, ahead=ahead))
             ]
     return todo
 

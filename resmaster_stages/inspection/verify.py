@@ -5,7 +5,8 @@ Invariants:
 - Every object is hashed completely, in pieces, several objects at a time. Only a few pieces of each are in memory.
 - `verify` writes nothing. Only `note` writes: damage marks, which a repair reads and removes.
 - Each damage says what mends it (`Damage.mend`). What a repair cannot mend is reported too (`BY_HAND`).
-- A lost commit record is noticed by what was published of its shard.
+- A lost commit record is noticed by what was published of its shard. A lost request to make samples again is noticed by
+  the commits that fulfilled it.
 - Records of failed attempts are not checked. They are notes, and no data depends on them.
 """
 
@@ -14,17 +15,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from typing import Literal
 
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import Receipt, StoredObject, difference
 from resmaster_stages.dataset.commits import Record, all_records
 from resmaster_stages.dataset.dataset import Dataset, config_values, current_config
+from resmaster_stages.dataset.exclusions import exclusion_names, parse_exclusion
 from resmaster_stages.dataset.ledger import ledger_is_whole
 from resmaster_stages.dataset.lost_plan import PLAN_GONE, LostRecord, survey
 from resmaster_stages.dataset.plan import Plan, fits
 from resmaster_stages.dataset.publication import PublicationRecord, read_publication
+from resmaster_stages.dataset.redo import parse_request, raise_to, request_names
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import PlanError, ShardError, UserError
 from resmaster_stages.inspection.published import published_shards
@@ -36,7 +39,7 @@ THREADS = 8
 WINDOW = 64 * THREADS
 """Number of objects handled at a time, so that the list of all objects is never in memory."""
 What = Literal["gone", "cut off", "changed", "unreadable", "of other samples than the plan's", "named by no commit"]
-CONFIGURATION, PLAN, PUBLICATION = "configuration", "plan", "publication"
+CONFIGURATION, PLAN, REQUESTS, PUBLICATION = "configuration", "plan", "requests", "publication"
 """Stand in the place of the stage for files that are of no stage."""
 
 AGAIN = "repair makes it again"
@@ -47,7 +50,9 @@ RECORD_OF_PLAN = "repair puts it together again from the plan's files"
 CONFIG_GONE = "restore it from a copy; without one, delete it and run the same configuration again"
 CONTRADICTION = "restore plan/ or this record from a copy, whichever is not of this dataset"
 UNNAMED = "restore its commit record from a copy, or repair publishes what is committed"
-BY_HAND = (PLAN_GONE, CONFIG_GONE, CONTRADICTION, OLDER)
+REQUEST_GONE = "restore it from a copy; without one, delete it and ask for its samples again, with repair --redo"
+EXCLUSION_GONE = "restore it from a copy; without one, delete it and exclude its samples again, with run --exclude"
+BY_HAND = (PLAN_GONE, CONFIG_GONE, CONTRADICTION, OLDER, REQUEST_GONE, EXCLUSION_GONE)
 """What `repair` does not mend."""
 
 
@@ -97,19 +102,19 @@ def verify(dataset: Dataset) -> Verification:
     Damage is reported, not raised. Raises only errors that keep the store from being read.
     """
     damage: list[Damage] = []
-    count = size = 0
+    objects = size = 0
     with ThreadPoolExecutor(THREADS) as pool:
         stream = _named(dataset, damage)
         while window := list(islice(stream, WINDOW)):
             for named, found in zip(window, pool.map(lambda named: _check(dataset.folder, named), window)):
-                count += 1
+                objects += 1
                 size += named.stored.bytes
                 if found is not None:
                     damage.append(Damage(named.stage, named.shard, named.stored.name, found, named.current, named.mend))
-    order = {stage: number for number, stage in enumerate((CONFIGURATION, PLAN, *STAGES, PUBLICATION))}
+    order = {stage: number for number, stage in enumerate((CONFIGURATION, PLAN, REQUESTS, *STAGES, PUBLICATION))}
     by_name = {found.name: found for found in damage}
     damage = sorted(by_name.values(), key=lambda found: (order[found.stage], found.shard or 0, found.name))
-    return Verification(count, size, tuple(damage))
+    return Verification(objects, size, tuple(damage))
 
 
 def note(dataset: Dataset, found: Verification) -> None:
@@ -140,6 +145,8 @@ def _named(dataset: Dataset, damage: list[Damage]) -> Iterator[_Named]:
     damage += (_lost(record) for record in lost)
     for generation in plan.generations:
         yield from (_Named(PLAN, None, stored, True) for stored in generation.objects)
+    requests = _Requests(folder)
+    damage += requests.damage
     current = {layout.commit_folder(stage, own_hash) for stage, own_hash in dataset.hashes.items()}
     known = _Known()
     for record in all_records(folder):
@@ -148,6 +155,7 @@ def _named(dataset: Dataset, damage: list[Damage]) -> Iterator[_Named]:
             damage += _unreadable(record, current)
             continue
         damage += _contradiction(plan, record.name, record.receipt)
+        damage += requests.lost(record.receipt)
         if record.successor is None:
             yield from _objects(record.receipt, record.name.rpartition("/")[0] in current)
     try:
@@ -201,6 +209,36 @@ def _contradiction(plan: Plan, name: str, receipt: Receipt) -> Iterator[Damage]:
     except PlanError:  # a file of the plan is damaged, which is reported already
         return
     yield Damage(receipt.stage, None, name, "of other samples than the plan's", mend=CONTRADICTION)
+
+
+class _Requests:
+    """The requests to make samples again, and the lists of keys that are never planned."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.damage: list[Damage] = []
+        """The records that cannot be read."""
+        self._takes: dict[str, int] = {}
+        requests = request_names(folder)
+        for names, parse, mend in (
+            (requests, self._add, REQUEST_GONE),
+            (exclusion_names(folder), parse_exclusion, EXCLUSION_GONE),
+        ):
+            found = folder.read_many(names, lenient=True)
+            for name in names:
+                try:
+                    parse(name, found.get(name, b""))
+                except ValueError:
+                    self.damage.append(Damage(REQUESTS, None, name, "unreadable", mend=mend))
+        self._gone = next(name for name in map(layout.redo, count(1)) if name not in requests)
+
+    def _add(self, name: str, data: bytes) -> None:
+        for takes in parse_request(name, data).takes.values():
+            raise_to(self._takes, takes)
+
+    def lost(self, receipt: Receipt) -> Iterator[Damage]:
+        """The damage that a request is gone which a commit has fulfilled. Not told while another cannot be read."""
+        if not self.damage and any(self._takes.get(key, 0) < take for key, take in receipt.takes.items()):
+            yield Damage(REQUESTS, None, self._gone, "gone", mend=REQUEST_GONE)
 
 
 class _Known:

@@ -86,7 +86,7 @@ class DraftReader:
     Memory holds a 12-byte digest per sample and the source of each image.
     Raises UserError for a source that cannot be read, at the latest at the place that cannot be read; ConfigError if
     the source gives detail masks that the configuration does not read; and PlanError at the end if the source gave no
-    usable sample.
+    usable sample. An excluded input counts for the limit, so that others do not take its place.
     """
 
     def __init__(
@@ -94,8 +94,9 @@ class DraftReader:
         config: DatasetConfig,
         reject: Callable[[Rejected], object] | None = None,
         repeat: Callable[[Duplicate], object] | None = None,
+        excluded: Callable[[str], str] = lambda key: "",
     ) -> None:
-        """reject, repeat: get each input that is left out, as soon as it is."""
+        """reject, repeat: get each input that is left out, as soon as it is. excluded: why a key is left out, or ""."""
         self.rejected = LeftOut[Rejected](reject)
         """Inputs rejected so far."""
         self.duplicates = LeftOut[Duplicate](repeat)
@@ -104,7 +105,7 @@ class DraftReader:
         """Texts so far that lie beside images, but belong to no image."""
         self.noticed = Noticed()
         """What images so far said themselves."""
-        self._config = config
+        self._config, self._excluded = config, excluded
         require_source(config)
         if config.images:
             self._specs = _specs_of_images(config, self)
@@ -112,7 +113,7 @@ class DraftReader:
             self._specs = _specs_of_prompts(config, self.rejected)
 
     def __iter__(self) -> Iterator[SampleSpec]:
-        config, seen, inputs = self._config, DigestSet(), 0
+        config, seen, inputs, samples = self._config, DigestSet(), 0, 0
         images: dict[str, str] = {}  # key -> source
         for place, replicas in self._specs:
             if config.limit is not None and inputs >= config.limit:
@@ -120,15 +121,21 @@ class DraftReader:
             first, fresh = "", False
             for spec in replicas:
                 first = first or spec.key
-                if seen.add(bytes.fromhex(spec.key)):
-                    fresh = True
+                if not seen.add(bytes.fromhex(spec.key)):
+                    continue
+                fresh = True
+                if reason := self._excluded(spec.key):
+                    which = f"replica {spec.replica}: " if config.replicas > 1 else ""
+                    self.rejected.add(_rejection(place, spec.prompt, which + reason))
+                else:
+                    samples += 1
                     yield spec
             inputs += fresh
             if not fresh:
                 self.duplicates.add(Duplicate(printable(place), first, images.get(first)))
             elif config.images:
                 images[first] = place
-        if not inputs:
+        if not samples:
             first = f"; first: {self.rejected.first[0]}" if self.rejected.count else ""
             source = str(config.images or config.prompts)
             raise PlanError(f"{without_credentials(source)}: nothing usable in it{first}")

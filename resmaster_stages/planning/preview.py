@@ -9,12 +9,15 @@ from itertools import accumulate
 from typing import Any
 
 from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.dataset.chain import redo_left
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.plan import Plan, find_plan
 from resmaster_stages.dataset.stages import stages_of
 from resmaster_stages.diffusion.views import target_size
+from resmaster_stages.inspection.key_lists import KeyList
 from resmaster_stages.planning.checks import HERE, Around, check, check_sizes, sampling_of, unguided
 from resmaster_stages.planning.drafts import DraftReader, LeftOut
+from resmaster_stages.planning.excluding import Excluding
 from resmaster_stages.storage.digests import DigestSet
 from resmaster_stages.storage.filesystem import open_root
 
@@ -95,29 +98,34 @@ class Preview(Intake):
         return {stage.stage: stage.samples_pending for stage in self.stages}
 
 
-def preview(config: DatasetConfig, around: Around = HERE) -> Preview:
+def preview(config: DatasetConfig, around: Around = HERE, exclude: KeyList | None = None) -> Preview:
     """What a run of `config` would do. Raises UserError for mistakes in the configuration or its input.
 
-    around: what is around the run.
+    around: what is around the run. exclude: samples that are not to be planned.
     """
     checked = check(config, around)
     dataset = checked.dataset
     config = config.keeping(dataset.config) if dataset else config
     planned = Dataset(open_root(config.root).sub(config.name), config)
     plan = find_plan(planned.folder) if dataset else Plan(planned.folder, ())
-    draft, known = DraftReader(config), DigestSet(map(bytes.fromhex, plan.keys()))
+    known = DigestSet(map(bytes.fromhex, plan.keys()))
+    excluding = Excluding(planned.folder, known, exclude)
+    draft = DraftReader(config, excluded=excluding.reason)
     sizes, new, negative = Counter[tuple[int, int]](), 0, 0
     for sample in draft:
         negative += bool(sample.negative_prompt)
         sizes[sample.height, sample.width] += 1
         new += bytes.fromhex(sample.key) not in known
+    excluding.require()
     shards = plan.shards + -(-new // config.samples_per_shard)
 
-    stages = []
+    stages, left = [], redo_left(planned) if dataset and plan.generations else {}
     for stage in planned.hashes:
         committed = planned.commits(stage).numbers() if dataset else {}
         done = sum(plan.size(shard) for shard in committed)
-        stages.append(StagePreview(stage, shards - len(committed), len(committed), plan.samples + new - done))
+        redo = left.get(stage, {})
+        to_do, samples = shards - len(committed) + len(redo), plan.samples + new - done + sum(redo.values())
+        stages.append(StagePreview(stage, to_do, len(committed), samples))
     return Preview(
         config=config,
         url=planned.url,

@@ -157,9 +157,9 @@ def _manifest_rows(
     described: dict[str, list[dict[str, str]]] = {}
     for row in _rows_of(dataset, recaptions, tables) if recaptions else ():
         described.setdefault(row["key"], []).append({"style": row["style"], "caption": row["caption"]})
-    lost = chain.lost()
+    unfinished, takes = chain.unfinished(), chain.made()
     for sample in planned:
-        if sample.key in lost:
+        if sample.key in unfinished:
             continue
         for found, receipt in (
             (low_entries, low_res),
@@ -178,6 +178,7 @@ def _manifest_rows(
             "index": sample.index,
             "shard": shard,
             "replica": sample.replica,
+            "take": takes.get(sample.key, 0),
             "prompt": sample.prompt,
             "negative_prompt": sample.negative_prompt,
             "source": sample.source,
@@ -206,7 +207,8 @@ def _add_choices(rows: Sequence[dict[str, Any]], choices: Mapping[str, Choice]) 
     """Add to rows what was chosen about them. Returns these choices."""
     found = []
     for row in rows:
-        if choice := choices.get(row["key"]):
+        choice = choices.get(row["key"])
+        if choice and choice.take == row["take"]:
             row["verdict"], row["rating"] = None if choice.verdict == "none" else choice.verdict, choice.rating
             found.append(choice)
     return found

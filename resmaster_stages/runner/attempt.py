@@ -18,6 +18,7 @@ from resmaster_stages.dataset.chain import Chain
 from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.reading import chosen_samples
+from resmaster_stages.dataset.redo import Takes
 from resmaster_stages.dataset.sample import Output
 from resmaster_stages.dataset.stages import Process, Stage, reads_of
 from resmaster_stages.diffusion.cost import UnetCost, counting
@@ -26,7 +27,7 @@ from resmaster_stages.models.busy import BusyTime, timing
 from resmaster_stages.progress import SampleDone, ShardStarted, emit
 from resmaster_stages.runner.compute import compute
 from resmaster_stages.runner.quarantine import Breadcrumbs
-from resmaster_stages.runner.resume import Spill
+from resmaster_stages.runner.resume import Origins, Spill
 from resmaster_stages.storage.arrays import Arrays, encode_arrays
 from resmaster_stages.storage.scratch import scratch_folder
 from resmaster_stages.storage.shards import ShardWriter, spell_image, validate
@@ -44,6 +45,8 @@ class Work:
     chain: Chain
     """The commits of the shard up to this stage."""
     process: Process
+    takes: Takes = field(default_factory=dict)
+    """Sample -> the take that is made of it. Samples of take 0 are absent."""
 
     @property
     def commits(self) -> Commits:
@@ -111,14 +114,14 @@ def computed(
     dataset, stage, shard, config = work.dataset, work.stage, work.shard, work.dataset.config
     with (
         scratch_folder() as scratch,
-        chosen_samples(dataset, shard, work.chain, reads_of(config, stage.name), without) as samples,
+        chosen_samples(dataset, shard, work.chain, reads_of(config, stage.name), without, work.takes) as samples,
     ):
         due = samples.keys() if batches is None else batches
         emit(ShardStarted(stage.name, shard, sum(key not in earlier for key in due)))
         started = time.monotonic()
         made = Made(scratch / f"{stage.name}.{stage.extension}", scratch / f"{stage.name}.features.parquet")
         cache = dataset.folder.names(layout.spill_folder(stage.name, work.commits.stage_hash, shard))
-        spill = Spill(work.commits, shard, config.spill_seconds, cache, work.upstream)
+        spill = Spill(work.commits, shard, config.spill_seconds, cache, Origins(work.upstream, work.takes))
         breadcrumbs = Breadcrumbs(work.commits, shard, samples.keys(), cache, number)
         outputs = compute(work.process, config, stage, samples, earlier, spill, breadcrumbs, batches)
         with counting() as made.unet, timing() as made.busy, closing(outputs):

@@ -1,13 +1,17 @@
 """Computes damaged objects of a commit again, and puts them back if every byte is as recorded.
 
 A lost error ledger is made again from what its samples do now, because a commit record holds only the ledger's name.
+
+Every sample is made in the take that the record holds, from the takes that the commit read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from resmaster_stages.dataset.batches import Batch, batch_of_each
+from resmaster_stages.dataset.chain import Chain
 from resmaster_stages.dataset.commit import Receipt, StoredObject, difference
 from resmaster_stages.dataset.ledger import encode_failures, first_errors, ledger_is_whole
 from resmaster_stages.errors import SampleError, ShardError
@@ -22,11 +26,31 @@ def mend(work: Work, receipt: Receipt) -> None:
 
     Raises ShardError, and puts no object back, if the result differs from the record.
     """
-    folder = work.dataset.folder
+    folder, work = work.dataset.folder, replace(work, chain=_as_read(work, receipt), takes=receipt.takes)
     if broken := [stored for stored in receipt.objects if difference(folder, stored)]:
         _mend_objects(work, receipt, broken)
     if receipt.ledger is not None and not ledger_is_whole(folder, receipt.ledger):
         _mend_ledger(work, receipt, receipt.ledger)
+
+
+def _as_read(work: Work, receipt: Receipt) -> Chain:
+    """The commits of the shard; of earlier stages of which samples were made again since, those that were read.
+
+    Raises ShardError if what was read is gone.
+    """
+    receipts = dict(work.chain.receipts)
+    for stage, attempt in receipt.upstream.items():
+        now = read = receipts.get(stage)
+        while read is not None and read.attempt != attempt:
+            read = work.dataset.commits(stage).attempt(work.shard, read.number - 1) if read.number > 1 else None
+        if now is not None and read is not None and read.takes != now.takes:
+            if not work.dataset.folder.exists(name := read.objects[0].name):
+                raise ShardError(
+                    f"{work.place}: was made from {name}, which is gone since samples of it were made again; "
+                    f"{_replaced(work)}"
+                )
+            receipts[stage] = read
+    return replace(work.chain, receipts=receipts)
 
 
 def _mend_objects(work: Work, receipt: Receipt, broken: Sequence[StoredObject]) -> None:

@@ -5,8 +5,8 @@ one after the other. It is read back as exactly the Output that the stage gave, 
 the shard's bytes are the same, and its commit record says how they came about.
 
 Invariants:
-- A spilled sample that is torn, damaged, of another configuration or of other inputs is ignored, and the sample is
-  computed again. Inputs are others if an earlier stage was made anew.
+- A spilled sample that is torn, damaged, of another configuration, of another take or of other inputs is ignored, and
+  the sample is computed again. Inputs are others if an earlier stage was made anew.
 - Only `compute` reads spilled samples, before it computes. They are deleted when the shard is committed.
 - Finished samples wait until they represent `seconds` of work, and are then written together. So a shard of quick
   samples writes nothing.
@@ -22,12 +22,13 @@ import json
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.batches import Batch
 from resmaster_stages.dataset.commits import Commits
+from resmaster_stages.dataset.redo import Takes
 from resmaster_stages.dataset.sample import Output
 from resmaster_stages.keys import canonical_json
 from resmaster_stages.runner.quarantine import STORE_ERRORS
@@ -71,6 +72,16 @@ def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+@dataclass(frozen=True)
+class Origins:
+    """What the samples of a shard are made from."""
+
+    upstream: Mapping[str, str] = field(default_factory=dict)
+    """Earlier stage -> its attempt that is read."""
+    takes: Takes = field(default_factory=dict)
+    """Sample -> its take, if that is not 0."""
+
+
 class Spill:
     """The spilled samples of one stage of one shard. With `seconds` None, none are written or read."""
 
@@ -80,11 +91,12 @@ class Spill:
         shard: int,
         seconds: float | None,
         cache: Collection[str],
-        upstream: Mapping[str, str] | None = None,
+        origins: Origins | None = None,
     ) -> None:
-        """cache: names of the files in the shard's cache folder. upstream: earlier stage -> attempt that is read."""
+        """cache: names of the files in the shard's cache folder."""
         self.folder = commits.folder
-        self._origin = " ".join([commits.stage_hash, *(upstream or {}).values()])
+        origins = origins or Origins()
+        self._origin, self._takes = " ".join([commits.stage_hash, *origins.upstream.values()]), origins.takes
         self._place = layout.spill_folder(commits.stage, commits.stage_hash, shard)
         self._seconds = seconds
         self._cache = cache
@@ -99,14 +111,17 @@ class Spill:
         wanted = {layout.spill(self._place, key): key for key in keys}
         found = self.folder.read_many([name for name in self._cache if name in wanted], lenient=True)
         self._used = bool(found)
-        outputs = {wanted[name]: decode(data, self._origin) for name, data in found.items()}
+        outputs = {wanted[name]: decode(data, self._origin_of(wanted[name])) for name, data in found.items()}
         self._since = time.monotonic()
         return {key: output for key, output in outputs.items() if output is not None and output.key == key}
 
     def keep(self, output: Output) -> None:
         """Hold a finished sample until `flush` writes it. Samples with errors or arrays are not spilled."""
         if self._seconds is not None and output.error is None and not output.arrays:
-            self._waiting[layout.spill(self._place, output.key)] = encode(output, self._origin)
+            self._waiting[layout.spill(self._place, output.key)] = encode(output, self._origin_of(output.key))
+
+    def _origin_of(self, key: str) -> str:
+        return f"{self._origin} take {self._takes[key]}" if key in self._takes else self._origin
 
     def flush(self) -> None:
         """Write the waiting samples if `seconds` have passed since the last write."""

@@ -7,8 +7,8 @@ Invariants:
   are put back only if every byte is as recorded.
 - A failed sample gets a row in the ledger. If too many samples of a shard fail, nothing is committed, but the ledger
   rows stay.
-- A later attempt computes only the samples that the earlier attempt did not make, and copies the others byte for byte.
-  The earlier commit stays.
+- A later attempt computes only the samples that the earlier attempt did not make, or of which another take is due
+  (`redo`), and copies the others byte for byte. The earlier commit stays.
 - Upstream objects are found by their commit record, and each is checked against the sha256 in the record.
 - An attempt that ends by an error is recorded, and its error is raised unchanged.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -59,7 +59,7 @@ def ensure_stage(
     Returns the record that counts, and whether there was work.
 
     A shard that is marked as damaged is mended. Samples that failed get another attempt if fewer than `number` attempts
-    are committed, and always if samples became good upstream.
+    are committed, and always if samples became good upstream or are to be made again.
 
     known: records of earlier stages of the shard, which are not read again. process: replaces the stage's own function.
     provenance: further volatile facts for the commit record.
@@ -69,31 +69,38 @@ def ensure_stage(
     samples = dataset.plan.size(shard)  # an unplanned shard or stage is the caller's mistake, and no attempt
     commits, facts, attempt = dataset.commits(stage), provenance or {}, new_attempt()
     try:
-        chain = read_chain(dataset, shard, stage, known)
-        work = Work(dataset, STAGES[stage], shard, chain, process or STAGES[stage].function())
+        chain = read_chain(dataset, shard, stage, known, redone=shard in dataset.redos.shards)
+        worked = chain.receipts[stage] is not None and commits.is_marked(shard)
+        if worked:  # of damage, all attempts are looked at, also those for which the request is lost
+            chain = read_chain(dataset, shard, stage)
+        work = Work(dataset, STAGES[stage], shard, chain, process or STAGES[stage].function(), chain.takes(stage))
         receipt = chain.receipts[stage]
-        damaged = receipt is not None and commits.is_marked(shard)
-        if receipt and damaged:
+        if receipt and worked:
             mend(work, receipt)
             commits.unmark(shard)
-        if receipt and not chain.due(stage, number):
-            made, worked = receipt, damaged
-        else:
-            made, worked = _attempt(work, receipt, attempt, facts), True
+        while receipt is None or work.chain.due(stage, number):
+            receipt, worked = _attempt(work, receipt, attempt, facts), True
+            if receipt.attempt == attempt:
+                break
+            # the winner of the race may have known fewer requests to make samples again
+            chain = replace(work.chain, receipts={**work.chain.receipts, stage: receipt})
+            work, attempt = replace(work, chain=chain, takes=chain.takes(stage)), new_attempt()
     except Exception as error:
         record_failure(commits, shard, attempt, error, facts)
         raise
     emit(ShardDone(stage, shard, samples, cached=not worked))
-    return made, worked
+    return receipt, worked
 
 
 def _attempt(work: Work, before: Receipt | None, attempt: str, provenance: Mapping[str, Any]) -> Receipt:
-    """Compute the samples that the attempt `before` has not made, and commit them together with its outputs."""
+    """Compute the samples that the attempt `before` has not made, or not in the take that is due, and commit them
+    together with its other outputs."""
     lost = work.chain.lost(work.stage.name)
     with ExitStack() as within:
         earlier: Mapping[str, Output] = {}
         if before is not None:
-            earlier = within.enter_context(committed_outputs(work.dataset, before))
+            redone = work.chain.redone(work.stage.name)
+            earlier = within.enter_context(committed_outputs(work.dataset, before, redone))
         number = before.number + 1 if before else 1
         made = within.enter_context(computed(work, lost, number, earlier))
         ledger = None
@@ -139,6 +146,7 @@ def _receipt(work: Work, made: Made, attempt: str, provenance: Mapping[str, Any]
         keys_digest=digest_of_keys(made.good),
         images=made.images,
         batches=recorded(batches, made.good),
+        takes={key: take for key, take in work.takes.items() if key not in work.chain.lost(stage.name)},
         upstream=work.upstream,
         seconds=round(made.seconds + (before.seconds if before else 0.0), 3),
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,4 +1,4 @@
-"""A whole build of stand-in stages, another attempt at what failed in it, and faults at their steps.
+"""A whole build of stand-in stages, another attempt at what failed in it, another draw, and faults at their steps.
 
 The steps are all those that change the store.
 
@@ -28,6 +28,7 @@ from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.dataset.stages import Process
+from resmaster_stages.planning.redoing import asked
 from resmaster_stages.prompts import ingest
 from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.runner.run import run_stage
@@ -37,7 +38,7 @@ from resmaster_stages.storage.tables import decode_table
 from tests.fake_stages import BAD, FAKES, config_at
 
 Work = Callable[[str, str], None]
-"""What faults strike: `build` or `retry`, with a root and a file of prompts."""
+"""What faults strike: `build`, `retry` or `redo`, with a root and a file of prompts."""
 
 S3_CHANGES = (
     "put_object",
@@ -71,6 +72,19 @@ def retry(root: str, prompts: str) -> None:
     for stage in FAKES:
         number = 2 if stage == "low_res" else 1
         run_stage(dataset, stage, 0, number=number, process=good_later(dataset, stage, 0))
+    write_manifest(dataset)
+
+
+def redo(root: str, prompts: str) -> None:
+    """Another draw of a good sample beside a failed one: the request, all that follows from it, manifest.
+
+    Without the record of a publication, so that the request stays open and is made once, however often this runs.
+    """
+    key = open_dataset(root).plan.keys_of(0)[0]
+    asked(open_dataset(root), key)
+    dataset = open_dataset(root)
+    for stage, process in FAKES.items():
+        run_stage(dataset, stage, 0, process=process)
     write_manifest(dataset)
 
 

@@ -25,6 +25,7 @@ from resmaster_stages.errors import SampleError
 from resmaster_stages.inspection.status import pending
 from resmaster_stages.models import identity
 from resmaster_stages.models.identity import Weights
+from resmaster_stages.planning.redoing import asked
 from resmaster_stages.prompts import ingest
 from resmaster_stages.publish.publish import publish
 from resmaster_stages.runner.run import run_stage
@@ -61,7 +62,8 @@ max_failure_ratio: 0.6
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of a whole dataset: two generations of the plan, duplicates, two configurations, a sample that failed,
-    a shard with two attempts, a shard without samples, and the record of an attempt that failed."""
+    a shard with two attempts, a shard without samples, a sample that was asked for again, and the record of an attempt
+    that failed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(identity, "weights_of", lambda config: Weights(config.model.id))
         place = tmp_path_factory.mktemp("finished")
@@ -69,6 +71,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (place / "prompts.txt").write_text("a\nbad high_res\nbad low_res\nc\nd\nc\n")
         dataset = ingest(create_or_open(dataset.config.model_copy(update={"max_failure_ratio": 0.6})).config)
         record_failure(dataset.commits("captions"), 0, "0" * 8, SampleError("the server is down"), {})
+        asked(dataset, list(dataset.plan.keys())[-1])
+        dataset = open_dataset(dataset.url)
         build(dataset)
         build(dataset)
         publish(dataset)
@@ -138,7 +142,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 KINDS = [
-    *("config.json", "configs/#", "plan/gen-#/_PLAN.json", "plan/gen-#/part", "plan/gen-#/duplicates"),
+    *("config.json", "configs/#", "redo/#", "plan/gen-#/_PLAN.json", "plan/gen-#/part", "plan/gen-#/duplicates"),
     *("commits/low_res", "commits/captions", "commits/high_res-#/#.json", "commits/high_res-#/#.#.json"),
     *("commits/quality", "low_res/", "captions/", "high_res/", "quality/", "errors/high_res", "errors/low_res"),
     *("attempts/", "manifest", "index", "README", "publication", "report/index", "report/contact"),
@@ -146,6 +150,7 @@ KINDS = [
 BY_HAND = (
     "config.json",
     "configs/",
+    "redo",
     *(f"plan/gen-000{number}/{name}" for number in (0, 1) for name in ("part", "dupl")),
 )
 """What only a copy brings back."""

@@ -1,4 +1,4 @@
-"""A fault at any step of a build or of another attempt: run again, and nothing shows.
+"""A fault at any step of a build, of another attempt or of another draw: run again, and nothing shows.
 
 By exception or by kill -9, on a folder and on S3.
 
@@ -30,6 +30,7 @@ from tests.durability.injection import (
     injected,
     interrupt,
     killed,
+    redo,
     retry,
 )
 from tests.fake_stages import FAKES
@@ -83,7 +84,7 @@ class Place:
     def root_for(self, work: Work) -> str:
         """A new root, with what is there before `work` begins."""
         root = f"{self.base}/{uuid.uuid4().hex[:8]}"
-        if work is retry:
+        if work is not build:
             build(root, self.prompts)
         return root
 
@@ -126,8 +127,18 @@ def test_the_undisturbed_retry_adds_attempts_and_leaves_what_was_there(place: Pl
     assert {key: after[key] for key in kept} == {key: before[key] for key in kept}
 
 
+def test_the_undisturbed_redo_adds_attempts_and_changes_one_sample(place: Place) -> None:
+    before, after = place.undisturbed(build).result, place.undisturbed(redo)
+    assert any("/redo/0001.json" in step for step in after.steps)
+    assert {key for key in after.result if key not in before} == {(stage, 0, "attempt 2") for stage in FAKES}
+    for stage in FAKES:
+        kept, made = after.result[stage, 0, "attempt 1"], after.result[stage, 0, "attempt 2"]
+        assert kept == before[stage, 0, "attempt 1"]
+        assert (made[:4], made[-1] != kept[-1]) == (kept[:4], True), "the same samples, other bytes"
+
+
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("work", [build, retry])
+@pytest.mark.parametrize("work", [build, retry, redo])
 def test_an_exception_at_any_step(place: Place, work: Work) -> None:
     struck = 0
     undisturbed = place.undisturbed(work)
@@ -151,7 +162,7 @@ def test_an_exception_at_any_step(place: Place, work: Work) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("work", [build, retry])
+@pytest.mark.parametrize("work", [build, retry, redo])
 def test_kill_9_at_any_step(place: Place, work: Work) -> None:
     """It is done in a process of its own, which is killed at one step, and the next one goes on where it ended."""
     context = multiprocessing.get_context("forkserver")

@@ -20,10 +20,12 @@ from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.dataset.ledger import ledger_rows
 from resmaster_stages.dataset.records import record_text
 from resmaster_stages.dataset.sample import Output, Sample
+from resmaster_stages.planning.redoing import asked
+from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import open_root
-from tests.durability.injection import good_later
-from tests.fake_stages import low_res, planned
+from tests.durability.injection import everything, good_later
+from tests.fake_stages import FAKES, low_res, planned
 
 PROCESSES = 12
 
@@ -80,6 +82,55 @@ def test_twelve_processes_race_for_a_shard(
     assert kept is not None
     assert first in (None, kept), "what was committed stays as it was"
     assert [row["attempt"] for row in ledger_rows(dataset.commits("low_res"))] == [kept.attempt]
+
+
+def redo(url: str, environment: dict[str, str], keys: str, barrier: Any) -> None:
+    """What each process does: ask for samples again, and do what is due in the shard."""
+    os.environ.update(environment)
+    barrier.wait(120)
+    asked(open_dataset(url), keys)
+    dataset = open_dataset(url)
+    for stage, process in FAKES.items():
+        run_stage(dataset, stage, 0, process=process)
+
+
+@pytest.mark.parametrize("store", ["local", pytest.param("s3", marks=pytest.mark.s3)])
+def test_twelve_processes_ask_for_samples_again_and_make_them_at_once(
+    store: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Half of them want the first two samples, half the last two: each wish counts once, and none is lost."""
+    roots, environment = [str(tmp_path / name) for name in ("raced", "calm")], {}
+    if store == "s3":
+        root = request.getfixturevalue("s3_root")
+        roots, environment = [f"{root}/raced", f"{root}/calm"], request.getfixturevalue("s3_server").environment
+    raced, calm = (planned(root, ["a", "b", "c"], tmp_path, samples_per_shard=3) for root in roots)
+    for dataset in (raced, calm):
+        for stage, process in FAKES.items():
+            run_stage(dataset, stage, 0, process=process)
+    a, b, c = raced.plan.keys_of(0)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.durability.injection", "s3fs"])
+    barrier = context.Barrier(PROCESSES)
+    wishes = [f"{a},{b}", f"{b},{c}"]
+    children = [
+        context.Process(target=redo, args=(raced.url, environment, wishes[number % 2], barrier))
+        for number in range(PROCESSES)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(150)
+    assert [child.exitcode for child in children] == [0] * PROCESSES
+    assert len(open_dataset(raced.url).redos.requests) == 2
+    for wish in wishes:
+        asked(calm, wish)
+    for url in (raced.url, calm.url):
+        last = open_dataset(url)
+        for stage, process in FAKES.items():
+            receipt = run_stage(last, stage, 0, process=process)
+            assert receipt.takes == {a: 1, b: 2, c: 1}
+        write_manifest(last)
+    assert everything(raced.url) == everything(calm.url)
 
 
 def drop_again_and_again(url: str, names: list[str], started: Any) -> None:

@@ -4,13 +4,16 @@ kills."""
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from contextlib import suppress
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
@@ -60,9 +63,14 @@ def found(root: Path, pattern: str) -> list[str]:
 
 
 def kill_when(config: Path, root: Path, awaited: str) -> None:
-    """Start a build, and kill all of its processes as soon as there is a file `awaited` that was not there before."""
+    """Start a build, and kill it as soon as there is a file `awaited` that was not there before."""
+    kill_command_when(root, awaited, "run", str(config), "--root", str(root))
+
+
+def kill_command_when(root: Path, awaited: str, *words: str) -> None:
+    """Start a command, and kill all of its processes as soon as there is a new file `awaited`."""
     before = found(root, awaited)
-    process = start(config, root)
+    process = command(*words)
     deadline = time.monotonic() + 150
     while found(root, awaited) in ([], before):
         assert process.poll() is None, process.communicate()
@@ -93,6 +101,12 @@ def contents(root: Path) -> dict[tuple[str, str], str]:
         place: hashlib.sha256((root / "tiny" / record["objects"][0]["name"]).read_bytes()).hexdigest()
         for place, record in receipts(root).items()
     }
+
+
+def members(root: Path, stage: str, number: str) -> dict[str, bytes]:
+    """The files in the tar of a commit."""
+    with tarfile.open(root / "tiny" / receipts(root)[stage, number]["objects"][0]["name"]) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar.getmembers()}
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +142,39 @@ def test_killed_and_run_again_gives_the_same_bytes(uninterrupted: tuple[Path, Pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_another_draw_that_is_killed_and_repaired_gives_the_same_bytes(
+    uninterrupted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The other sample of the shard and the other shard stay as they were. `verify` and `repair` put both back."""
+    calm, killed = (shutil.copytree(uninterrupted[1], tmp_path / name) for name in ("calm", "killed"))
+    before = contents(calm)
+    key, neighbour, _ = pq.read_table(calm / "tiny" / "manifest.parquet")["key"].to_pylist()
+    finish(command("repair", str(calm), "--redo", key))
+    for awaited in ("redo/0001.json", "commits/low_res-*/000000.2.json", "commits/high_res-*/000000.2.json"):
+        words = ["--redo", key[:8]] if awaited.startswith("redo") else []
+        kill_command_when(killed, awaited, "repair", str(killed), *words)
+    finish(command("repair", str(killed)))
+    after = contents(calm)
+    assert contents(killed) == after
+    assert {place: after[place] for place in before} == before
+    assert {place[1] for place in after.keys() - before.keys()} == {"000000.2"}
+    for stage in ("low_res", "high_res"):
+        assert receipts(calm)[stage, "000000.2"]["takes"] == {key: 1}
+        old, new = (members(calm, stage, number) for number in ("000000", "000000.2"))
+        assert {name for name in new if new[name] != old[name]} == {f"{key}.png", f"{key}.json"}
+        assert any(name.startswith(neighbour) for name in new)
+    for (_, number), record in receipts(killed).items():
+        if number == "000000.2":
+            os.truncate(killed / "tiny" / record["objects"][0]["name"], 1000)
+    verified = command("verify", str(killed))
+    verified.communicate(timeout=170)
+    assert verified.returncode == 1
+    finish(command("repair", str(killed)))
+    assert contents(killed) == after
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_a_build_that_was_killed_twice_in_one_batch_is_repaired_to_its_own_bytes(tmp_path: Path) -> None:
     """On a machine with another number of cores, too."""
@@ -154,8 +201,6 @@ def test_a_build_that_was_killed_twice_in_one_batch_is_repaired_to_its_own_bytes
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_poison_sample_costs_one_ledger_row(tmp_path: Path) -> None:
-    import pyarrow.parquet as pq
-
     images = tmp_path / "images"
     images.mkdir()
     for number, colour in enumerate(["red", "blue"]):

@@ -425,6 +425,22 @@ def test_repair_gives_failed_samples_another_attempt_if_asked(stages: Stages, tm
     assert "told to fail" in page
 
 
+def test_repair_makes_samples_again_if_asked(stages: Stages, tmp_path: Path) -> None:
+    """As the form of the deployment does, which has no command line before it."""
+    url = build_dataset(config_for(tmp_path, ["a", "b", "c"])).dataset_url
+    dataset = open_dataset(url)
+    (a, b), (c,) = dataset.plan.keys_of(0), dataset.plan.keys_of(1)
+    stages.calls.clear()
+    assert repair(url, redo=f"{b},{c[:12]}").samples == 3
+    takes = {stage: {s: r.takes for s, r in dataset.commits(stage).read_all().items()} for stage in STAGES}
+    assert takes == {stage: {0: {b: 1}, 1: {c: 1}} for stage in STAGES}
+    assert repair(url, redo=a, redo_from="high_res").samples == 3
+    assert dataset.commits("high_res").read(0).takes == {a: 1, b: 1}
+    assert dataset.commits("low_res").read(0).takes == {b: 1}
+    with pytest.raises(UserError, match="no sample has a key"):
+        repair(url, redo="0" * 24)
+
+
 def test_a_dataset_that_lacks_too_many_samples_is_incomplete(stages: Stages, tmp_path: Path) -> None:
     """Though all its shards are committed, because a shard may always lose one sample."""
     config = config_for(tmp_path, ["bad low_res", "bad high_res", "c"]).model_copy(update={"samples_per_shard": 1})

@@ -18,9 +18,12 @@ import yaml
 
 from resmaster_flows.cli.main import main
 from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import ShardError
+from resmaster_stages.keys import prompt_key
+from resmaster_stages.planning.redoing import asked
 from resmaster_tasks import policy
 from tests.checkout import PYTHONPATH
 from tests.fake_stages import FAKES, config_at
@@ -188,3 +191,52 @@ def test_a_build_without_a_single_sample_does_not_end_well(
 def test_a_sample_among_several_may_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(write_config(tmp_path, ["bad low_res", "b"]))]) == 0
     assert "1 samples, 1 failed (see errors/) in " in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_chosen_samples_are_made_again_and_excluded_ones_never(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, ["a", "b", "c", "d"])
+    root = str(tmp_path / "out" / "demo")
+
+    def said(*words: str, status: int = 0) -> str:
+        assert main([str(word) for word in words]) == status, words
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return captured.out + captured.err
+
+    assert "excluded by --exclude" in said("plan", config, "--exclude", prompt_key("c", "", 16, 16))
+    said("run", config, "--exclude", prompt_key("c", "", 16, 16))
+    dataset = open_dataset(root)
+    a, b, d = dataset.plan.keys()
+    assert said("run", config).count("  shard ") == 0, "nothing is left to do"
+    before = dataset.commits("high_res").read_all()
+
+    (tmp_path / "rejects.csv").write_text(f"key,verdict\n{a},kept\n{b},rejected\n")
+    told = said("repair", root, "--redo", tmp_path / "rejects.csv")
+    assert "1 sample to make again from low_res on (redo/0001.json)" in told
+    assert "3 samples in " in told
+    after = dataset.commits("high_res").read_all()
+    assert after[1] == before[1]
+    assert (after[0].number, after[0].takes) == (2, {b: 1})
+    assert "take 1, from low_res on" in said("explain", root, b[:10])
+    assert "nothing to repair" in said("repair", root)
+    asked(open_dataset(root), d, "high_res")
+    assert "to make again: high_res of 1 samples, quality of 1 samples; go on: resmaster repair" in said("status", root)
+    said("repair", root, "--redo", d, "--from", "high_res")
+    assert [dataset.commits(stage).read_all()[1].number for stage in dataset.hashes] == [1, 1, 2, 2]
+    said("verify", root)
+
+    files = {file.name for file in dataset.folder.files()}
+    for words, message in (
+        (["repair", root, "--redo", "0" * 24], "no sample has a key that begins with 0"),
+        (["repair", root, "--redo", "no key"], "'no key' is no key"),
+        (["repair", root, "--redo", a, "--shards", "0"], "--redo and --shards exclude each other"),
+        (["repair", root, "--redo", a, "--stages", "high_res"], "--redo and --stages exclude each other"),
+        (["repair", root, "--from", "high_res"], "--from is of --redo"),
+        (["repair", root, "--redo", a, "--from", "quality"], "--from quality: no new seed"),
+        (["run", config, "--exclude", a], f"sample {a} is planned already"),
+    ):
+        assert message in said(*words, status=2)
+    assert {file.name for file in dataset.folder.files()} == files, "nothing is done"

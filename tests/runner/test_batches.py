@@ -21,7 +21,7 @@ from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.batches import MOST_THREADS, Batch, batch_of_each, recorded
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.damage import give_up_damaged
-from resmaster_stages.dataset.dataset import Dataset
+from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.dataset.ledger import ledger_rows
 from resmaster_stages.dataset.reading import committed_outputs, shard_samples
 from resmaster_stages.dataset.records import signed, unsigned
@@ -31,6 +31,7 @@ from resmaster_stages.errors import OutOfMemory, ShardError
 from resmaster_stages.inspection.explain import Explanation, ShardExplanation, explain, explain_shard, spelled
 from resmaster_stages.inspection.verify import verify
 from resmaster_stages.models.identity import Weights
+from resmaster_stages.planning.redoing import asked
 from resmaster_stages.runner.compute import with_batch
 from resmaster_stages.runner.run import run_stage
 from tests.fake_stages import BATCH_DEPENDENT, batch_dependent, batch_dependent_high_res, planned
@@ -248,6 +249,31 @@ def test_a_later_attempt_keeps_the_batches_of_the_earlier_one(tmp_path: Path, si
     assert content(dataset, "low_res") != first
     repaired(changed, process=retried)
     repaired(dataset, process=retried)
+
+
+@pytest.mark.parametrize("size", [BATCH, 3, 1])
+def test_another_draw_is_made_in_its_slot_and_keeps_the_batches_of_the_others(tmp_path: Path, size: int) -> None:
+    """In whatever batch it is made, a repair makes it in the same one, and the others in theirs."""
+    dataset = made_at(tmp_path)
+    run_stage(dataset, "low_res", 0, process=batch_dependent)
+    keys = [sample.key for sample in dataset.plan.read(0)]
+    with committed_outputs(dataset, _last(dataset)) as outputs:
+        before = {key: outputs[key] for key in outputs}
+    asked(dataset, f"{keys[1]},{keys[5]}")
+    changed = with_size(open_dataset(dataset.url), "low_res", size)
+    receipt = run_stage(changed, "low_res", 0, process=batch_dependent)
+    assert receipt.takes == {keys[1]: 1, keys[5]: 1}
+    assert batches(dataset) == dict.fromkeys(PROMPTS, (BATCH, BATCH)) | dict.fromkeys("bf", (size, size))
+    with committed_outputs(dataset, receipt) as outputs:
+        assert {key for key in keys if outputs[key] != before[key]} == {keys[1], keys[5]}
+    repaired(changed)
+    repaired(dataset)
+
+
+def _last(dataset: Dataset) -> Receipt:
+    receipt = dataset.commits("low_res").read(0)
+    assert receipt
+    return receipt
 
 
 @pytest.mark.parametrize(("stage", "size"), [("captions", 5), ("high_res", 9), ("high_res", None)])

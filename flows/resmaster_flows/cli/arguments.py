@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import load_config
 from resmaster_stages.config.part import UNFIT
 from resmaster_stages.errors import UserError
+
+if TYPE_CHECKING:
+    from resmaster_stages.inspection.key_lists import KeyList
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +35,23 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         choices=("dask", "ray"),
         help="do the shards on a cluster that is there already (DASK_SCHEDULER_ADDRESS or RAY_ADDRESS)",
     )
+
+
+def add_exclude(parser: argparse.ArgumentParser) -> None:
+    """Add `--exclude`, which `excluded_of` reads."""
+    parser.add_argument(
+        "--exclude",
+        metavar="KEYS",
+        help="never plan these samples: keys or their beginnings with commas between them, a .txt file of keys, or a "
+        ".csv or .parquet file with a column `key` (of choices: the rejected ones); the dataset keeps the list",
+    )
+
+
+def excluded_of(args: argparse.Namespace) -> KeyList | None:
+    """The list that `--exclude` gives, or None."""
+    from resmaster_stages.inspection.key_lists import read_key_list
+
+    return None if args.exclude is None else read_key_list(args.exclude, "--exclude")
 
 
 def config_of(args: argparse.Namespace) -> DatasetConfig:

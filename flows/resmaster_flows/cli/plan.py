@@ -7,7 +7,7 @@ import argparse
 from rich.console import Console
 from rich.table import Table
 
-from resmaster_flows.cli.arguments import add_source, config_of
+from resmaster_flows.cli.arguments import add_exclude, add_source, config_of, excluded_of
 from resmaster_flows.watch.pace import spell_seconds
 from resmaster_flows.watch.terminal import SafeConsole, say
 from resmaster_stages.errors import UserError
@@ -26,6 +26,7 @@ DESCRIPTION = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     add_source(parser)
+    add_exclude(parser)
     parser.add_argument(
         "--estimate",
         action="store_true",
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from resmaster_stages.planning.preview import preview
 
     config = config_of(args)
-    look = preview(config, look_around(config))
+    look = preview(config, look_around(config), excluded_of(args))
     out = SafeConsole()
     say(out, look.headline())
     table = Table("stage", "shards to do", "shards committed", "samples to do", box=None, pad_edge=False)

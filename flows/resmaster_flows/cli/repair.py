@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,15 +15,16 @@ from resmaster_flows.selection import parse_numbers, parse_stages
 from resmaster_flows.watch.terminal import say
 from resmaster_flows.workplace import computed_here
 from resmaster_stages.dataset.stages import STAGES
+from resmaster_stages.errors import UserError
 
 if TYPE_CHECKING:
     from resmaster_stages.dataset.dataset import Dataset
 
 HELP = "do only what is missing, failed or damaged"
 DESCRIPTION = (
-    "Do what is missing: shards that failed, were interrupted or lost their record. Put back what `verify` found "
-    "damaged, with the same bytes. Then publish. If only the publication is missing, damaged or made from other "
-    "commits, nothing else is done. Committed shards that are whole are left alone."
+    "Do what is missing: shards that failed, were interrupted or lost their record, and samples that were asked for "
+    "again. Put back what `verify` found damaged, with the same bytes. Then publish. If only the publication is "
+    "missing, damaged or made from other commits, nothing else is done. Committed shards that are whole are left alone."
 )
 
 
@@ -42,6 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="make damaged shards anew, and all that was made from them, where the same bytes cannot be made any more",
     )
+    parser.add_argument(
+        "--redo",
+        metavar="KEYS",
+        help="make these samples again with a new seed, and no others: keys or their beginnings with commas between "
+        "them, a .txt file of keys, or a .csv or .parquet file with a column `key` (of choices: the rejected ones)",
+    )
+    parser.add_argument(
+        "--from",
+        dest="redo_from",
+        metavar="STAGE",
+        help="with --redo: the first stage that makes them again; high_res keeps the low-res images and captions",
+    )
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -52,10 +66,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from resmaster_stages.inspection.status import pending
     from resmaster_stages.planning.checks import check_stages
 
+    _require_whole_redo(args)
     stages, dataset = parse_stages(args.stages), open_dataset(args.root)
     restored = restore_plan(dataset.folder)
     for name in restored:
         say(console, f"{dataset.url}: {name} is put together again from the plan's files")
+    if args.redo is not None:
+        dataset = _asked_again(args, console, dataset)
     shards = None if args.shards is None else parse_numbers(args.shards, dataset.plan.shards)
     retries = None
     if args.retry_errors:
@@ -75,6 +92,30 @@ def run(args: argparse.Namespace, console: Console) -> int:
     lacking = [stage for stage, numbers in todo.items() if numbers]
     check_stages(dataset.config, lacking, here=computed_here(dataset.config.dispatch))
     return execute(console, build)
+
+
+def _require_whole_redo(args: argparse.Namespace) -> None:
+    if args.redo_from is not None and args.redo is None:
+        raise UserError("--from is of --redo; add --redo KEYS, or leave it out")
+    for option in ("shards", "stages"):
+        if args.redo is not None and getattr(args, option) is not None:
+            raise UserError(
+                f"--redo and --{option} exclude each other: the keys tell the shards, and all that is made from a "
+                "sample is made again; --from says where this begins"
+            )
+
+
+def _asked_again(args: argparse.Namespace, console: Console, dataset: Dataset) -> Dataset:
+    """Ask for the samples of `--redo`, if all is there that making them needs. Returns the dataset, unread."""
+    from resmaster_stages.planning.checks import check_stages
+    from resmaster_stages.planning.redoing import asked, wish
+
+    wanted, stages = wish(dataset, args.redo, args.redo_from), list(dataset.hashes)
+    require_surroundings(dataset.config)
+    lacking = stages[stages.index(wanted.stage) :]
+    check_stages(dataset.config, lacking, here=computed_here(dataset.config.dispatch))
+    say(console, asked(dataset, args.redo, args.redo_from))
+    return replace(dataset)
 
 
 def _publish_if_needed(console: Console, dataset: Dataset, otherwise: str) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from resmaster_flows.cli.arguments import add_source, config_of
+from resmaster_flows.cli.arguments import add_exclude, add_source, config_of, excluded_of
 from resmaster_flows.cli.execute import execute, look_around
 from resmaster_flows.watch.progress import plans
 from resmaster_flows.watch.terminal import say
@@ -25,6 +25,7 @@ DESCRIPTION = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     add_source(parser)
+    add_exclude(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -34,9 +35,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     config = config_of(args)
     require_source(config)  # also where a plan exists, as `plan` does
-    around = look_around(config)
+    exclude, around = excluded_of(args), look_around(config)
     with listening(plans(partial(say, console))):
-        config = ingest(config, around).config  # with an absolute root, by which the server tells datasets apart
+        # with an absolute root, by which the server tells datasets apart
+        config = ingest(config, around, exclude).config
 
     def build() -> Any:
         from resmaster_flows.build import build_dataset

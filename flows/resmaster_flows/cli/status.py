@@ -97,6 +97,9 @@ def _print(dataset: Dataset, found: Status) -> None:
             say(
                 out, f"damaged: {stage.stage} of shards {shards}; put them back: resmaster repair {quoted(dataset.url)}"
             )
+    redo = [f"{stage.stage} of {stage.redo_samples} samples" for stage in found.stages if stage.redo_samples]
+    if redo:
+        say(out, f"to make again: {', '.join(redo)}; go on: resmaster repair {quoted(dataset.url)}")
     if publication := found.publication_line(dataset.url):
         say(out, publication)
     added = f", prompts in {found.generations} generations" if found.generations > 1 else ""

@@ -12,7 +12,17 @@ from resmaster_flows.cli.arguments import add_root
 from resmaster_flows.watch.terminal import SafeConsole, say
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.inspection.status import status
-from resmaster_stages.inspection.verify import BY_HAND, CONFIG_GONE, PLAN_GONE, Damage, Verification, note, verify
+from resmaster_stages.inspection.verify import (
+    BY_HAND,
+    CONFIG_GONE,
+    EXCLUSION_GONE,
+    PLAN_GONE,
+    REQUEST_GONE,
+    Damage,
+    Verification,
+    note,
+    verify,
+)
 from resmaster_stages.redaction import quoted
 
 HELP = "read everything back, and say what is damaged"
@@ -59,6 +69,8 @@ def _judged(dataset: Dataset, found: Verification) -> tuple[bool, str]:
         by_hand = {
             PLAN_GONE: "the plan cannot be made again: restore its folder from a copy; ",
             CONFIG_GONE: "first see to the configuration; ",
+            REQUEST_GONE: "first see to the requests; ",
+            EXCLUSION_GONE: "first see to the requests; ",
         }
         verb, first = (
             "repair",
