@@ -62,7 +62,7 @@ def write_manifest(dataset: Dataset) -> Publication:
         with TableWriter(local, manifest_schema()) as table, local_index.open("w", encoding="utf-8") as index:
             head = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": config.name}
             index.write(json.dumps(head)[:-1] + ', "shardlist": [')
-            for shard, chain, tables in _complete_chains(dataset):
+            for shard, chain, tables in _with_tables(dataset, published_chains(dataset)):
                 rows = list(_manifest_rows(dataset, shard, chain, tables, tars))
                 _flag_duplicates(rows, looks)
                 table.write(rows)
@@ -93,17 +93,21 @@ def write_manifest(dataset: Dataset) -> Publication:
     return replace(published, commits=digest.hexdigest(), files=stored)
 
 
-def _complete_chains(dataset: Dataset) -> Iterator[tuple[int, Chain, dict[str, bytes]]]:
-    """Yield (shard, its commits, quality tables) in order, for shards committed in every stage and not damaged.
-
-    The tables (name -> content) are fetched for many shards together. Missing tables are absent.
-    """
+def published_chains(dataset: Dataset) -> Iterator[tuple[int, Chain]]:
+    """Yield (shard, its commits) in order, for shards committed in every stage and not damaged."""
     damaged = {shard for stage in dataset.hashes for shard in dataset.commits(stage).marked()}
-    chains = (
-        (shard, chain)
-        for shard, chain in read_chains(dataset, range(dataset.plan.shards))
-        if shard not in damaged and chain.complete
-    )
+    for shard, chain in read_chains(dataset, range(dataset.plan.shards)):
+        if shard not in damaged and chain.complete:
+            yield shard, chain
+
+
+def _with_tables(
+    dataset: Dataset, chains: Iterator[tuple[int, Chain]]
+) -> Iterator[tuple[int, Chain, dict[str, bytes]]]:
+    """Add quality tables (name -> content) to (shard, its commits).
+
+    The tables are fetched for many shards together. Missing tables are absent.
+    """
     while batch := list(itertools.islice(chains, CHUNK_SHARDS)):
         tables = dataset.folder.read_many([chain.committed["quality"].objects[0].name for _, chain in batch])
         for shard, chain in batch:
