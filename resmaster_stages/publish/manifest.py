@@ -35,7 +35,7 @@ from resmaster_stages.dataset.publication import CommitsDigest
 from resmaster_stages.dataset.schemas import manifest_schema, quality_schema
 from resmaster_stages.errors import ShardError
 from resmaster_stages.keys import digest_of_keys
-from resmaster_stages.publish.card import Publication, dataset_card
+from resmaster_stages.publish.card import Contents, Publication, dataset_card
 from resmaster_stages.redaction import quoted
 from resmaster_stages.storage.digests import DigestSet, digest_of
 from resmaster_stages.storage.scratch import scratch_folder
@@ -56,7 +56,7 @@ def write_manifest(dataset: Dataset) -> Publication:
     published_tars: dict[str, list[StoredObject]] = {"high_res": [], "low_res": []}
     tars = frozenset(name for stage in published_tars for name in dataset.folder.names(stage))
     digest = CommitsDigest(dataset.hashes)
-    complete = flagged = 0
+    complete = flagged = prompted = 0
     with scratch_folder() as scratch:
         local, local_index = scratch / layout.MANIFEST, scratch / layout.INDEX
         with TableWriter(local, manifest_schema()) as table, local_index.open("w", encoding="utf-8") as index:
@@ -69,6 +69,7 @@ def write_manifest(dataset: Dataset) -> Publication:
                 prints.extend(int(row["key"][:16], 16) for row in rows)
                 sizes.update((row["height"], row["width"]) for row in rows)
                 flagged += sum(bool(row["flags"]) for row in rows)
+                prompted += sum(bool(row["prompt"]) for row in rows)
                 complete += 1
                 for stage, receipt in chain.committed.items():
                     failures[stage] += receipt.samples_failed
@@ -85,7 +86,8 @@ def write_manifest(dataset: Dataset) -> Publication:
             raise ShardError(f"{dataset.url}: sample {twice} occurs twice; restore the folder plan/ from a copy")
         published = Publication(table.rows, complete, plan.shards - complete, failures)
         card = scratch / layout.CARD
-        card.write_bytes(dataset_card(config, plan, published, sorted(sizes), flagged, published_tars).encode())
+        contents = Contents(sorted(sizes), flagged, prompted, published_tars)
+        card.write_bytes(dataset_card(config, plan, published, contents).encode())
         files = {layout.MANIFEST: local, layout.INDEX: local_index, layout.CARD: card}
         for name, path in files.items():
             dataset.folder.upload(name, path)

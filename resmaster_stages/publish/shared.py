@@ -10,7 +10,7 @@ commands name the place of the dataset), caches, and attempts that were replaced
 
 from __future__ import annotations
 
-import re
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from resmaster_stages.dataset.commit import StoredObject
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.publication import CommitsDigest, read_publication
 from resmaster_stages.errors import PlanError
+from resmaster_stages.publish.card import last_name, without_folders
 from resmaster_stages.publish.manifest import published_chains
 from resmaster_stages.redaction import quoted
 
@@ -60,8 +61,19 @@ def shared(dataset: Dataset) -> Shared:
             f"resmaster publish {quoted(dataset.url)}"
         )
     entries = tuple(file for file in record.files if not file.name.startswith(f"{layout.REPORT}/"))
+    known = {file.name for file in objects}
+    objects += [file for entry in entries for file in _indexed(dataset, entry) if file.name not in known]
     text: str = yaml.safe_dump(settings(dataset.config), sort_keys=False)
     return Shared(tuple(objects), entries, text.encode())
+
+
+def _indexed(dataset: Dataset, entry: StoredObject) -> list[StoredObject]:
+    """The files that a published index names with their sha256: those that no commit names, because they were made from
+    committed ones for readers."""
+    if not entry.name.endswith(".json"):
+        return []
+    items = json.loads(dataset.folder.read(entry.name))["shardlist"]
+    return [StoredObject(item["url"], item["sha256"], item["filesize"]) for item in items if "sha256" in item]
 
 
 def settings(config: DatasetConfig) -> dict[str, Any]:
@@ -75,18 +87,16 @@ def settings(config: DatasetConfig) -> dict[str, Any]:
 
 def _lasting(part: Part) -> dict[str, Any]:
     """The fields of a part that are not operational, as JSON has them."""
-    values, found = part.model_dump(mode="json"), {}
+    values = part.model_dump(mode="json")
+    found: dict[str, Any] = {}
     for name, field in type(part).model_fields.items():
         marks = field.json_schema_extra
         if not (isinstance(marks, dict) and marks.get("operational")):
             value = getattr(part, name)
-            found[name] = _lasting(value) if isinstance(value, Part) else values[name]
+            if isinstance(value, Part):
+                found[name] = _lasting(value)
+            elif isinstance(value, str) and name in (*part.places, "id"):
+                found[name] = without_folders(value)
+            else:
+                found[name] = values[name]
     return {name: value for name, value in found.items() if value != {}}
-
-
-def last_name(place: str | None) -> str:
-    """The last name in a path or URL; empty if there is none."""
-    place = place or ""
-    if "://" in place:
-        place = re.split("[?#]", place)[0]
-    return place.rstrip("/").rpartition("/")[2]

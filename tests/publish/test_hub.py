@@ -20,7 +20,9 @@ from huggingface_hub.utils import close_session
 from resmaster_flows.cli.main import main
 from resmaster_stages.config.load import load_config
 from resmaster_stages.dataset import layout
+from resmaster_stages.dataset.commit import described
 from resmaster_stages.dataset.dataset import Dataset
+from resmaster_stages.dataset.publication import read_publication, write_publication
 from resmaster_stages.dataset.retry import number_of, retries_of
 from resmaster_stages.errors import PlanError, ShardError, UserError
 from resmaster_stages.models.identity import Weights
@@ -484,6 +486,23 @@ def test_the_settings_make_the_same_stages_and_hold_no_place(tmp_path: Path) -> 
     assert replace(made, config=config).hashes == made.hashes
     assert yaml.safe_load(text)["prompts"] == "prompts.txt"
     assert not {"root", "dispatch", "limit"} & set(yaml.safe_load(text))
+
+
+def test_shards_that_an_index_names_with_their_digest_go_along(hub: Hub, dataset: Dataset) -> None:
+    """As an index of chosen samples has them: of its shards some are made from committed ones, and some are these."""
+    made = described("curated/000000-00000000.tar", b"made")
+    committed = next(file for file in shared(dataset).objects if file.name.startswith("high_res/"))
+    items = [{"url": file.name, "filesize": file.bytes, "sha256": file.sha256} for file in (made, committed)]
+    text = json.dumps({"shardlist": items}).encode()
+    dataset.folder.write(made.name, b"made")
+    dataset.folder.write("curated.json", text)
+    record = read_publication(dataset.folder)
+    assert record
+    write_publication(dataset.folder, replace(record, files=(*record.files, described("curated.json", text))))
+    push(dataset, compare(dataset, Repository(NAME)))
+    assert held(hub.repos[NAME]) == contents(dataset)
+    assert hub.repos[NAME].files[made.name] == b"made"
+    assert len(hub.repos[NAME].files) == 19
 
 
 def test_no_secret_is_told_or_logged(
