@@ -22,10 +22,12 @@ from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import StoredObject
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.publication import CommitsDigest, read_publication
+from resmaster_stages.dataset.reading import fetch
 from resmaster_stages.errors import PlanError
 from resmaster_stages.publish.card import last_name, without_folders
 from resmaster_stages.publish.manifest import published_chains
 from resmaster_stages.redaction import quoted
+from resmaster_stages.storage.scratch import scratch_folder
 
 SETTINGS = "config.yaml"
 """Name of the settings among the shared files."""
@@ -44,7 +46,10 @@ class Shared:
 
 
 def shared(dataset: Dataset) -> Shared:
-    """The files of a published dataset that readers need. Raises PlanError if the publication is not of its commits."""
+    """The files of a published dataset that readers need.
+
+    Raises PlanError if the publication is not of its commits, and ShardError if an index is gone or damaged.
+    """
     record = read_publication(dataset.folder)
     if record is None:
         raise PlanError(f"{dataset.url}: is not published; run: resmaster publish {quoted(dataset.url)}")
@@ -72,7 +77,8 @@ def _indexed(dataset: Dataset, entry: StoredObject) -> list[StoredObject]:
     committed ones for readers."""
     if not entry.name.endswith(".json"):
         return []
-    items = json.loads(dataset.folder.read(entry.name))["shardlist"]
+    with scratch_folder() as scratch:
+        items = json.loads(fetch(dataset, entry, scratch).read_bytes())["shardlist"]
     return [StoredObject(item["url"], item["sha256"], item["filesize"]) for item in items if "sha256" in item]
 
 

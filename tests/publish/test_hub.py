@@ -26,13 +26,14 @@ from resmaster_stages.dataset.publication import read_publication, write_publica
 from resmaster_stages.dataset.retry import number_of, retries_of
 from resmaster_stages.errors import PlanError, ShardError, UserError
 from resmaster_stages.models.identity import Weights
+from resmaster_stages.prompts import ingest
 from resmaster_stages.publish import hub as hub_module
 from resmaster_stages.publish.hub import Repository, compare, push, repository_of
 from resmaster_stages.publish.publish import publish
 from resmaster_stages.publish.shared import shared
 from resmaster_stages.runner.run import run_stage
 from tests.checkout import PYTHONPATH
-from tests.fake_stages import FAKES, planned
+from tests.fake_stages import FAKES, config_at, planned, png
 from tests.hub_server import READER, SIGNATURE, TOKEN, Fault, Hub, Repo, standing_in
 
 NAME = "me/demo"
@@ -503,6 +504,71 @@ def test_shards_that_an_index_names_with_their_digest_go_along(hub: Hub, dataset
     assert held(hub.repos[NAME]) == contents(dataset)
     assert hub.repos[NAME].files[made.name] == b"made"
     assert len(hub.repos[NAME].files) == 19
+
+
+def test_a_dataset_without_samples_is_not_pushed(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = planned(tmp_path / "out", ["a"], tmp_path)
+    assert main(["publish", made.url, "--to", URL]) == 1
+    assert "no sample is published, so nothing was pushed" in capsys.readouterr().err
+    assert hub.requests == []
+
+
+def test_what_is_not_finished_is_left_out(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = planned(tmp_path / "out", PROMPTS, tmp_path)
+    for stage in made.hashes:
+        run_stage(made, stage, 0, process=FAKES[stage])
+    run_stage(made, "low_res", 1, process=FAKES["low_res"])
+    assert main(["publish", made.url, "--to", URL]) == 0
+    assert "2 shards are not finished" in capsys.readouterr().err
+    assert {(layout.object_of(name) or ("", 0))[1] for name in held(hub.repos[NAME])} == {0}
+
+
+def test_the_place_of_own_images_is_not_told_unannounced(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(2):
+        (folder / f"{number}.png").write_bytes(png((number, 2, 3)))
+    (folder / "1.txt").write_text("a cat")
+    made = ingest(config_at(tmp_path / "out", images=str(folder)))
+    for stage in made.hashes:
+        run_stage(made, stage, 0, process=FAKES[stage])
+    for option in (["--dry-run"], []):
+        publish(made)
+        assert main(["publish", made.url, "--to", URL, *option]) == 0
+        shown = capsys.readouterr()
+        assert (
+            "source of manifest.parquet tells readers the path or address of each of your images"
+            in shown.out + shown.err
+        )
+    files = held(hub.repos[NAME])
+    assert "2 images of `photos`; 1 samples with a text beside the image, 1 without" in files["README.md"].decode()
+    assert [name for name, content in files.items() if str(tmp_path).encode() in content] == ["manifest.parquet"]
+
+
+def test_a_damaged_index_is_told(hub: Hub, dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset.folder.write("index.json", b"{")
+    assert main(["publish", dataset.url, "--to", URL, "--dry-run"]) == 1
+    assert "index.json is damaged (sha256 differs); run: resmaster verify" in capsys.readouterr().err
+    assert main(["publish", dataset.url, "--to", URL]) == 0
+    assert held(hub.repos[NAME]) == contents(dataset)
+
+
+def test_an_interrupted_push_says_how_to_go_on(hub: Hub, dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    """By SIGINT, while the second commit is on its way."""
+
+    def hook(method: str, path: str) -> None:
+        if path.startswith(COMMIT) and len(hub.repos[NAME].commits) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    hub.hook = hook
+    assert main(["publish", dataset.url, "--to", URL]) == 130
+    assert "what is done is kept: run the same command again to go on" in capsys.readouterr().err
+    hub.hook = lambda method, path: None
+    assert main(["publish", dataset.url, "--to", URL]) == 0
+    assert held(hub.repos[NAME]) == contents(dataset)
+    assert len(hub.uploads) == 13
 
 
 def test_no_secret_is_told_or_logged(

@@ -55,6 +55,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     published = publish_now(console, dataset)
     if repository and published.samples:
         _push(console, dataset, repository, args.public)
+    elif repository:
+        say(console, f"{dataset.url}: no sample is published, so nothing was pushed")
     return judged(console, dataset, status(dataset)) or (0 if published.samples else 1)
 
 
@@ -88,8 +90,15 @@ def _foresee(dataset: Dataset, repository: Repository) -> int:
         say(out, f"what is there already is not known: {work.unseen}")
     elif not work.exists:
         say(out, f"{repository.url}: the repository is not there, or not shown; a push makes it")
+    _warn(out, dataset)
     say(out, f"{repository.url}: nothing was sent")
     return 0
+
+
+def _warn(console: Console, dataset: Dataset) -> None:
+    """Say what others will see that a publisher may not expect."""
+    if dataset.config.images:
+        say(console, "the column source of manifest.parquet tells readers the path or address of each of your images")
 
 
 def _push(console: Console, dataset: Dataset, repository: Repository, public: bool) -> None:
@@ -101,6 +110,7 @@ def _push(console: Console, dataset: Dataset, repository: Repository, public: bo
     size = sum(file.bytes for file in work.due)
     there = f" ({len(work.there):,} are there already)" if work.there else ""
     say(console, f"{repository.url}: sending {len(work.due):,} files, {size / 1e9:,.3f} GB{there}")
+    _warn(console, dataset)
     with pushing(console, repository.url, size):
         address = push(dataset, work, public=public)
     if work.deleted:
