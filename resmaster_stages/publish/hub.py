@@ -53,7 +53,7 @@ WHOLE_BYTES = 16 << 20
 """Smaller files are held in memory. The hub keeps larger ones, of whatever kind, outside of git."""
 CONNECT_SECONDS, ANSWER_SECONDS = 30.0, 300.0
 """How long to wait for a connection, and for the next byte. By default the client would wait for ever."""
-LONGEST_CARD_BYTES = 4 << 20
+LONGEST_CARD_BYTES = 1 << 20
 LOGS = ("huggingface_hub", "httpx2", "httpcore2")
 """The logs that may hold addresses of requests."""
 

@@ -135,7 +135,7 @@ def test_a_second_push_sends_nothing(hub: Hub, dataset: Dataset, capsys: pytest.
     capsys.readouterr()
     assert main(["publish", dataset.url, "--to", URL]) == 0
     assert (len(hub.repos[NAME].commits), len(hub.uploads)) == (commits, uploads)
-    assert "sending 0 files, 0.000 GB (16 are there already)" in capsys.readouterr().err
+    assert "sending 0 files, 0 B (16 are there already)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", range(4))

@@ -104,12 +104,13 @@ def _warn(console: Console, dataset: Dataset) -> None:
 def _push(console: Console, dataset: Dataset, repository: Repository, public: bool) -> None:
     """Push a published dataset, and show how far the push is."""
     from resmaster_flows.watch.pushing import pushing
+    from resmaster_stages.publish.card import spell_bytes
     from resmaster_stages.publish.hub import compare, push
 
     work = compare(dataset, repository)
     size = sum(file.bytes for file in work.due)
     there = f" ({len(work.there):,} are there already)" if work.there else ""
-    say(console, f"{repository.url}: sending {len(work.due):,} files, {size / 1e9:,.3f} GB{there}")
+    say(console, f"{repository.url}: sending {len(work.due):,} files, {spell_bytes(size)}{there}")
     _warn(console, dataset)
     with pushing(console, repository.url, size):
         address = push(dataset, work, public=public)
