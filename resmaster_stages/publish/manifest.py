@@ -52,24 +52,25 @@ def write_manifest(dataset: Dataset) -> Publication:
     failures: dict[str, int] = dict.fromkeys(dataset.hashes, 0)
     sizes: set[tuple[int, int]] = set()
     prints = array("Q")
+    prompted = 0
     looks = DigestSet()
     published_tars: dict[str, list[StoredObject]] = {"high_res": [], "low_res": []}
     tars = frozenset(name for stage in published_tars for name in dataset.folder.names(stage))
     digest = CommitsDigest(dataset.hashes)
-    complete = flagged = prompted = 0
+    complete = flagged = 0
     with scratch_folder() as scratch:
         local, local_index = scratch / layout.MANIFEST, scratch / layout.INDEX
         with TableWriter(local, manifest_schema()) as table, local_index.open("w", encoding="utf-8") as index:
             head = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": config.name}
             index.write(json.dumps(head)[:-1] + ', "shardlist": [')
-            for shard, chain, tables in _with_tables(dataset, published_chains(dataset)):
+            for shard, chain, tables in _complete_chains(dataset):
                 rows = list(_manifest_rows(dataset, shard, chain, tables, tars))
                 _flag_duplicates(rows, looks)
                 table.write(rows)
                 prints.extend(int(row["key"][:16], 16) for row in rows)
+                prompted += sum(bool(row["prompt"]) for row in rows)
                 sizes.update((row["height"], row["width"]) for row in rows)
                 flagged += sum(bool(row["flags"]) for row in rows)
-                prompted += sum(bool(row["prompt"]) for row in rows)
                 complete += 1
                 for stage, receipt in chain.committed.items():
                     failures[stage] += receipt.samples_failed
@@ -103,13 +104,12 @@ def published_chains(dataset: Dataset) -> Iterator[tuple[int, Chain]]:
             yield shard, chain
 
 
-def _with_tables(
-    dataset: Dataset, chains: Iterator[tuple[int, Chain]]
-) -> Iterator[tuple[int, Chain, dict[str, bytes]]]:
-    """Add quality tables (name -> content) to (shard, its commits).
+def _complete_chains(dataset: Dataset) -> Iterator[tuple[int, Chain, dict[str, bytes]]]:
+    """`published_chains`, with the quality tables (name -> content).
 
     The tables are fetched for many shards together. Missing tables are absent.
     """
+    chains = published_chains(dataset)
     while batch := list(itertools.islice(chains, CHUNK_SHARDS)):
         tables = dataset.folder.read_many([chain.committed["quality"].objects[0].name for _, chain in batch])
         for shard, chain in batch:
