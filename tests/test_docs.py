@@ -115,6 +115,16 @@ NOT_RUN = {
         )
     },
     "deploying.md": ELSEWHERE,
+    "sharing.md": {
+        "hf auth login": "asks for a token of the hub",
+        "resmaster publish out/picturebook --to hf://datasets/NAMESPACE/NAME --dry-run": (
+            "tests/publish/test_hub.py does so at a stand-in of the hub"
+        ),
+        "resmaster publish out/picturebook --to hf://datasets/NAMESPACE/NAME": (
+            "tests/publish/test_hub.py does so at a stand-in of the hub"
+        ),
+        "AWS_PROFILE=hf resmaster doctor s3://BUCKET/datasets": "needs a bucket of the hub",
+    },
     "tutorial.md": {
         'export PATH="$PWD/.venv/bin:$PATH"': "the test has a path of its own",
         "mkdir -p out/first && cd out/first": "the test begins in an empty folder",

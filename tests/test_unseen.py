@@ -107,12 +107,14 @@ def test_the_report_page() -> None:
 def test_the_dataset_card() -> None:
     facts = {
         "name": FOREIGN + COMMANDS,
-        "size_category": "",
-        "data_files": {FOREIGN: [FOREIGN]},
+        "header": FOREIGN,
         "facts": {FOREIGN: FOREIGN},
         "licences": [Licensed(FOREIGN, FOREIGN, Licence(FOREIGN, FOREIGN))],
+        "provenance": [FOREIGN],
+        "source_type": FOREIGN,
     }
-    card = fill("card.md", **facts, listed=1, captions=True, features=FOREIGN, columns=[], flags=[])
+    told = {"listed": 1, "xmp": True, "signed": True, "captions": True, "features": FOREIGN, "columns": [], "flags": []}
+    card = fill("card.md", **facts, **told)
     assert not unseen(card)
     assert "\\u202e" in card
 

@@ -197,6 +197,10 @@ class Method(Part):
         """Label -> value: the settings as reports show them."""
         return {}
 
+    def networks(self) -> tuple[tuple[str, str, str | None], ...]:
+        """(part, model, revision) of each network that makes images and that the method brings itself."""
+        return ()
+
 
 M = TypeVar("M", bound=Method)
 _METHODS: dict[str, type[Method]] = {}

@@ -31,9 +31,9 @@ class Drawing:
     negative_prompt: str
 
 
-def source_type_of(config: DatasetConfig, weights: str) -> str:
-    """IPTC's term for an image that a stage made. weights: identity of the model that made it; "" if none did."""
-    return GENERATED if not config.images else ALTERED if weights else ENHANCED
+def source_type_of(config: DatasetConfig, by_model: bool) -> str:
+    """IPTC's term for an image that a stage made. by_model: whether a trained model made it."""
+    return GENERATED if not config.images else ALTERED if by_model else ENHANCED
 
 
 def label_of(
@@ -46,7 +46,7 @@ def label_of(
     """
     if config.image_metadata == "none":
         return None
-    model, kind = weights.partition("@")[0], source_type_of(config, weights)
+    model, kind = weights.partition("@")[0], source_type_of(config, bool(weights))
     if config.image_metadata == "source":
         return Label(kind, model)
     if drawing is None:

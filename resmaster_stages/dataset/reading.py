@@ -175,7 +175,9 @@ def chosen_samples(
                 )
             outputs[stage] = files.enter_context(committed_outputs(dataset, receipt))
             if missing := [sample.key for sample in planned if sample.key not in outputs[stage]]:
-                raise ShardError(_damaged(dataset, receipt, f"lacks {len(missing)} samples, {missing[0]} first"))
+                raise ShardError(
+                    _damaged(dataset, receipt.objects[0], f"lacks {len(missing)} samples, {missing[0]} first")
+                )
         yield ShardSamples(planned, outputs, without, takes)
 
 
@@ -187,7 +189,7 @@ def committed_outputs(dataset: Dataset, receipt: Receipt, without: Collection[st
     """
     with scratch_folder() as scratch, ExitStack() as files:
         name, stage = receipt.objects[0].name, STAGES[receipt.stage]
-        path = fetch(dataset, receipt, receipt.objects[0], scratch)
+        path = fetch(dataset, receipt.objects[0], scratch)
         if stage.schema is None:
             tar = files.enter_context(path.open("rb"))
             yield Outputs(tar, {entry.key: entry for entry in read_index(tar, name) if entry.key not in without}, {})
@@ -208,26 +210,25 @@ def committed_arrays(dataset: Dataset, receipt: Receipt) -> dict[str, Arrays]:
     for stored in receipt.objects[1:]:
         if stored.name == name:
             with scratch_folder() as scratch:
-                return decode_arrays(fetch(dataset, receipt, stored, scratch), name)
+                return decode_arrays(fetch(dataset, stored, scratch), name)
     return {}
 
 
-def fetch(dataset: Dataset, receipt: Receipt, stored: StoredObject, scratch: Path) -> Path:
-    """Fetch one object of a commit as a local file, and check it against its record. Raises ShardError."""
+def fetch(dataset: Dataset, stored: StoredObject, scratch: Path) -> Path:
+    """Fetch an object that a record names as a local file, and check it against the record. Raises ShardError."""
     try:
         path, sha256 = dataset.folder.download(stored.name, scratch, stored.sha256)
     except FileNotFoundError as error:
-        raise ShardError(_damaged(dataset, receipt, "is gone", stored)) from error
+        raise ShardError(_damaged(dataset, stored, "is gone")) from error
     except (OSError, UserError) as error:
         if is_damage(error):
-            raise ShardError(_damaged(dataset, receipt, "cannot be read", stored)) from error
+            raise ShardError(_damaged(dataset, stored, "cannot be read")) from error
         raise
     if sha256 != stored.sha256:
-        raise ShardError(_damaged(dataset, receipt, "is damaged (sha256 differs)", stored))
+        raise ShardError(_damaged(dataset, stored, "is damaged (sha256 differs)"))
     return path
 
 
-def _damaged(dataset: Dataset, receipt: Receipt, what: str, stored: StoredObject | None = None) -> str:
-    stored = stored or receipt.objects[0]
+def _damaged(dataset: Dataset, stored: StoredObject, what: str) -> str:
     place = quoted(dataset.url)
     return f"{stored.name} {what}; run: resmaster verify {place}, then: resmaster repair {place}"

@@ -154,7 +154,7 @@ def share_low_res(source: Dataset, target: Dataset) -> int:
             continue
         attempt = new_attempt()
         with scratch_folder() as scratch:
-            path = fetch(source, receipt, receipt.objects[0], scratch)
+            path = fetch(source, receipt.objects[0], scratch)
             own = replace(
                 receipt,
                 stage_hash=ours.stage_hash,

@@ -289,6 +289,11 @@ class Following(Diffusion):
 
         return network_identity(latent_network(self.reference)) if self.enlargement() == "network" else None
 
+    def networks(self) -> tuple[tuple[str, str, str | None], ...]:
+        """The network that enlarges latents, if one does."""
+        model = self.reference.model if self.enlargement() == "network" else None
+        return (("network that enlarges latents", model, self.reference.revision),) if model else ()
+
 
 class InPhases(Diffusion):
     """An image that grows in phases, from the low-res size to the target."""

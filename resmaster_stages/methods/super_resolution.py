@@ -94,6 +94,10 @@ class SuperResolution(Enlargement):
         """The settings that reports show."""
         return {"network": self.model}
 
+    def networks(self) -> tuple[tuple[str, str, str | None], ...]:
+        """The network."""
+        return (("super-resolution network", self.model, self.revision),)
+
     def enlarge(
         self,
         image: Image.Image,

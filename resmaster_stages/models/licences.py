@@ -145,6 +145,7 @@ def licences_of(config: DatasetConfig) -> tuple[Licensed, ...]:
         named.append(("IP-Adapter", model.ip_adapter.id, model.ip_adapter.revision))
     if model.controlnet is not None and method.uses("control"):
         named.append(("ControlNet", model.controlnet.id, model.controlnet.revision))
+    named += method.networks()
     if method.uses("captions") and captions.source == "model":
         named.append(("captioner", captions.model, captions.revision))
     for name in SCORES:

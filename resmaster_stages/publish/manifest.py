@@ -38,7 +38,7 @@ from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import ShardError
 from resmaster_stages.keys import digest_of_keys
-from resmaster_stages.publish.card import Publication, dataset_card
+from resmaster_stages.publish.card import Contents, Publication, dataset_card
 from resmaster_stages.publish.curated import write_curated
 from resmaster_stages.publish.near_duplicates import flag_near_duplicates
 from resmaster_stages.redaction import quoted
@@ -63,6 +63,7 @@ def write_manifest(
     failures: dict[str, int] = dict.fromkeys(dataset.hashes, 0)
     sizes: set[tuple[int, int]] = set()
     prints = array("Q")
+    prompted = 0
     published_tars: dict[str, list[StoredObject]] = {"high_res": [], "low_res": []}
     tars = frozenset(name for stage in published_tars for name in dataset.folder.names(stage))
     digest = CommitsDigest(dataset.hashes, config.quality.publication())
@@ -84,6 +85,7 @@ def write_manifest(
                 chosen += _add_choices(rows, choices)
                 table.write(rows)
                 prints.extend(int(row["key"][:16], 16) for row in rows)
+                prompted += sum(bool(row["prompt"]) for row in rows)
                 sizes.update((row["height"], row["width"]) for row in rows)
                 flagged += sum(bool(row["flags"]) for row in rows)
                 complete += 1
@@ -108,7 +110,8 @@ def write_manifest(
             index_object, published_tars["curated"] = write_curated(dataset, published_tars["high_res"])
             stored.append(index_object)
         card = scratch / layout.CARD
-        card.write_bytes(dataset_card(config, plan, published, sorted(sizes), flagged, published_tars).encode())
+        contents = Contents(sorted(sizes), flagged, prompted, published_tars, config.image_metadata != "none")
+        card.write_bytes(dataset_card(config, plan, published, contents).encode())
         stored.append(_uploaded(dataset, layout.CARD, card))
     return replace(published, commits=digest.hexdigest(), files=tuple(stored))
 
@@ -119,17 +122,20 @@ def _uploaded(dataset: Dataset, name: str, path: Path) -> StoredObject:
     return describe(name, path)
 
 
-def _complete_chains(dataset: Dataset) -> Iterator[tuple[int, Chain, dict[str, bytes]]]:
-    """Yield (shard, its commits, its tables of TABLES) in order, for shards committed in every stage and not damaged.
-
-    The tables (name -> content) are fetched for many shards together. Missing tables are absent.
-    """
+def published_chains(dataset: Dataset) -> Iterator[tuple[int, Chain]]:
+    """Yield (shard, its commits) in order, for shards committed in every stage and not damaged."""
     damaged = {shard for stage in dataset.hashes for shard in dataset.commits(stage).marked()}
-    chains = (
-        (shard, chain)
-        for shard, chain in read_chains(dataset, range(dataset.plan.shards))
-        if shard not in damaged and chain.complete
-    )
+    for shard, chain in read_chains(dataset, range(dataset.plan.shards)):
+        if shard not in damaged and chain.complete:
+            yield shard, chain
+
+
+def _complete_chains(dataset: Dataset) -> Iterator[tuple[int, Chain, dict[str, bytes]]]:
+    """`published_chains`, with the quality tables (name -> content).
+
+    The tables are fetched for many shards together. Missing tables are absent.
+    """
+    chains = published_chains(dataset)
     while batch := list(itertools.islice(chains, CHUNK_SHARDS)):
         needed = [stage for stage in TABLES if stage in dataset.hashes]
         names = [chain.committed[stage].objects[0].name for _, chain in batch for stage in needed]

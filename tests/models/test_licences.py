@@ -209,9 +209,19 @@ def test_only_models_that_are_used_are_named() -> None:
         "captioner"
     }
     plain = {"base model": FLUX, "VAE": "owner/vae"}
-    for method in ("direct", "lanczos", "super_resolution"):
-        assert parts(model=model, upscale={"method": method}) == plain, "it drew the low-res images"
+    network = {"super-resolution network": "picturebook"}
+    for method, own in (("direct", {}), ("lanczos", {}), ("super_resolution", network)):
+        assert parts(model=model, upscale={"method": method}) == {**plain, **own}, "the model drew the low-res images"
     assert parts(model=model, upscale={"method": "direct"}, images="my-images") == plain
-    for method in ("lanczos", "super_resolution"):
-        assert parts(model=model, upscale={"method": method}, images="my-images") == {}
+    for method, own in (("lanczos", {}), ("super_resolution", network)):
+        assert parts(model=model, upscale={"method": method}, images="my-images") == own
+    for name, licence in (("owner/network", None), ("tianweiy/DMD2", "cc-by-nc-4.0"), ("/gone/network.pth", None)):
+        upscale = {"method": "super_resolution", "model": name, "weight_name": "x.safetensors"}
+        (found,) = licences_of(parse_config({"name": "demo", "images": "my-images", "upscale": upscale}))
+        assert (found.part, found.model, found.licence.name) == ("super-resolution network", name, licence)
+    enlarger = {"enlarge": "network", "model": "owner/enlarger", "weight_name": "x.safetensors"}
+    assert parts(upscale={"method": "direct", "init": "noised_lr", "start": 0.5, "reference": enlarger}).keys() == {
+        "base model",
+        "network that enlarges latents",
+    }
     assert "IP-Adapter" not in parts(model=model, upscale={"image_prompt": {"enabled": False}})
