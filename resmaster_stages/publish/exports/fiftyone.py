@@ -1,0 +1,103 @@
+"""FiftyOne: a dataset folder with images, prompts, metrics, flags as tags, and patch captions as boxes.
+
+The folder has FiftyOne's type `LegacyFiftyOneDataset`, which any version of FiftyOne reads, because its values have no
+database types. What FiftyOne exports can be read back as choices (`choices_in`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from resmaster_stages.dataset.curation import Choice, Verdict, now
+from resmaster_stages.errors import UserError
+from resmaster_stages.publish.exports.format import Format, Item, Part, Place, Row, json_of
+
+LOW_RES = "fields/low_res"
+"""Folder of the low-res images. FiftyOne takes the value of field `low_res` for a path because of this name."""
+WHO = "fiftyone"
+TAGS: tuple[Verdict, ...] = ("kept", "rejected")
+
+
+def write(items: Iterator[Item], place: Place) -> Iterator[Row]:
+    """The images, large and small. Yields samples as FiftyOne spells them."""
+    for item in items:
+        place.write(f"data/{item.file}", item.image)
+        sample = {name: value for name, value in item.facts.items() if value is not None and name != "flags"}
+        if item.low_res:
+            sample["low_res"] = f"{LOW_RES}/{item.key}.{item.low_res.extension}"
+            place.write(sample["low_res"], item.low_res.data)
+        if item.captions:
+            sample["captions"] = {
+                "_cls": "Detections",
+                "detections": [_box(row, *item.boxes_px) for row in item.captions],
+            }
+        yield {**sample, "filepath": f"data/{item.file}", "tags": list(item.facts["flags"]), "metadata": None}
+
+
+def _box(row: Mapping[str, Any], height: int, width: int) -> Row:
+    """The caption of a patch. A box that goes on at the opposite border ends at this one."""
+    left, top = row["x0"] / width, row["y0"] / height
+    right, bottom = min(1.0, row["x1"] / width), min(1.0, row["y1"] / height)
+    box = [left, top, right - left, bottom - top]
+    return {"_cls": "Detection", "label": row["caption"], "bounding_box": box, "tags": [], "attributes": {}}
+
+
+def finish(parts: Sequence[Part], whole: Place, scratch: Path) -> Sequence[str]:
+    """The list of samples of each part."""
+    for part in parts:
+        part.place.write("metadata.json", b'{"media_type": "image"}\n')
+        part.place.write_lines("samples.json", _samples(part.rows()), scratch)
+    return ()
+
+
+def _samples(rows: Iterator[Row]) -> Iterator[str]:
+    yield '{"samples": ['
+    for number, row in enumerate(rows):
+        yield (",\n " if number else "") + json_of(row)
+    yield "]}\n"
+
+
+FORMAT = Format("fiftyone", "FiftyOne (Dataset.from_dir)", write, finish, reads=("low_res", "captions"))
+
+
+def choices_in(data: bytes, name: str = "samples.json") -> Iterator[Choice]:
+    """What was chosen in FiftyOne, from the `samples.json` that it exported (types FiftyOneDataset and
+    LegacyFiftyOneDataset). Samples without a verdict or rating give nothing.
+
+    A tag `rejected` or `kept`, which the app gives by a few keys, counts more than the field `verdict`. The fields
+    `rating` and `reason` count, too. Raises UserError, naming `name`, for any other file, and for both tags at once.
+    """
+    try:
+        samples = json.loads(data)["samples"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{name}: is no samples.json of FiftyOne; export the dataset from FiftyOne again") from error
+    when = now()
+    for number, sample in enumerate(samples):
+        try:
+            choice = _choice(sample, when)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            key = sample.get("key") if isinstance(sample, Mapping) else None
+            reason = f"has no key or is no sample ({error})" if key is None else str(error)
+            raise UserError(f"{name}: sample {key or number}: {reason}; mend that in FiftyOne") from error
+        if not choice.empty:
+            yield choice
+
+
+def _choice(sample: Mapping[str, Any], when: str) -> Choice:
+    tagged = [tag for tag in TAGS if tag in sample.get("tags", ())]
+    if len(tagged) > 1:
+        raise ValueError(f"has the tags {' and '.join(tagged)}")
+    verdict = tagged[0] if tagged else sample.get("verdict") or "none"
+    rating = sample.get("rating")
+    return Choice(
+        key=sample["key"],
+        verdict=verdict,
+        rating=int(rating) if isinstance(rating, float) and rating.is_integer() else rating,
+        reason=sample.get("reason") or "",
+        who=WHO,
+        when=when,
+        take=int(sample.get("take") or 0),
+    )
