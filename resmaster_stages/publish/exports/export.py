@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
+from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.chain import read_chain
 from resmaster_stages.dataset.curation import digest_of_choices, read_choices
 from resmaster_stages.dataset.dataset import Dataset
@@ -194,9 +195,16 @@ class _Run:
             self._target.remove(shard_name(shard))
         finished = read_export(self._target)
         if self._changed or finished is None:
+            self._tidy()
             finished = self._describe()
             write_export(self._target, finished)
         return Exported(self._samples, self._written, self._removed, finished.notes)
+
+    def _tidy(self) -> None:
+        """Remove what a killed run left of files that it was writing. Stores keep no such part."""
+        if self._target.local:
+            for file in [each.name for each in self._target.files() if layout.is_temporary(each.name)]:
+                self._target.remove(file)
 
     def _describe(self) -> ExportRecord:
         parts = [

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from resmaster_stages.dataset.curation import Choice, Verdict, now
+from resmaster_stages.dataset.curation import RATINGS, Choice, Verdict, now
 from resmaster_stages.errors import UserError
 from resmaster_stages.publish.exports.format import Format, Item, Part, Place, Row, json_of
 
@@ -71,32 +71,38 @@ def choices_in(data: bytes, name: str = "samples.json") -> Iterator[Choice]:
     `rating` and `reason` count, too. Raises UserError, naming `name`, for any other file, and for both tags at once.
     """
     try:
-        samples = json.loads(data)["samples"]
+        samples = [*json.loads(data)["samples"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{name}: is no samples.json of FiftyOne; export the dataset from FiftyOne again") from error
     when = now()
     for number, sample in enumerate(samples):
+        if not isinstance(sample, Mapping) or "key" not in sample:
+            raise UserError(f"{name}: sample {number}: has no key; export a dataset that came from `resmaster export`")
         try:
             choice = _choice(sample, when)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            key = sample.get("key") if isinstance(sample, Mapping) else None
-            reason = f"has no key or is no sample ({error})" if key is None else str(error)
-            raise UserError(f"{name}: sample {key or number}: {reason}; mend that in FiftyOne") from error
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{name}: sample {sample['key']}: {error}; mend that in FiftyOne") from error
         if not choice.empty:
             yield choice
 
 
 def _choice(sample: Mapping[str, Any], when: str) -> Choice:
-    tagged = [tag for tag in TAGS if tag in sample.get("tags", ())]
+    """The choice in a sample of FiftyOne. Raises ValueError or TypeError."""
+    if not isinstance(sample["key"], str):
+        raise ValueError("its key is no text")
+    tagged = [tag for tag in TAGS if tag in (sample.get("tags") or ())]
     if len(tagged) > 1:
         raise ValueError(f"has the tags {' and '.join(tagged)}")
-    verdict = tagged[0] if tagged else sample.get("verdict") or "none"
-    rating = sample.get("rating")
+    rating, reason = sample.get("rating"), sample.get("reason") or ""
+    if isinstance(rating, bool):
+        raise ValueError(f"rating {rating} is no number from {RATINGS[0]} to {RATINGS[-1]}")
+    if not isinstance(reason, str):
+        raise ValueError(f"reason {reason!r} is no text")
     return Choice(
         key=sample["key"],
-        verdict=verdict,
+        verdict=tagged[0] if tagged else sample.get("verdict") or "none",
         rating=int(rating) if isinstance(rating, float) and rating.is_integer() else rating,
-        reason=sample.get("reason") or "",
+        reason=reason,
         who=WHO,
         when=when,
         take=int(sample.get("take") or 0),

@@ -20,6 +20,7 @@ from typing import Any
 
 from pydantic import ConfigDict, with_config
 
+from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.records import parse_record, record_text
 from resmaster_stages.errors import UserError
@@ -98,7 +99,7 @@ def claim(folder: Folder, dataset: Dataset, options: Options) -> None:
     try:
         found = parse_record(Request, folder.read(REQUEST))
     except FileNotFoundError:
-        if folder.names(""):
+        if {*folder.names("")} - {PRIVATE} or not all(map(layout.is_temporary, folder.names(PRIVATE))):
             raise UserError(f"{folder.url}: is not empty and holds no export; choose a new or empty folder") from None
         folder.write(REQUEST, record_text(request))
         return
