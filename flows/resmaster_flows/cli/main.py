@@ -19,6 +19,7 @@ from rich.console import Console
 import resmaster_stages
 from resmaster_flows.cli import (
     compare,
+    curate,
     doctor,
     explain,
     export,
@@ -65,6 +66,7 @@ VERBS: tuple[Verb, ...] = (
     repair,
     verify,
     publish,
+    curate,
     export,
     gc,
     doctor,

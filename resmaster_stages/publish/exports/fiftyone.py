@@ -63,30 +63,31 @@ def _samples(rows: Iterator[Row]) -> Iterator[str]:
 FORMAT = Format("fiftyone", "FiftyOne (Dataset.from_dir)", write, finish, reads=("low_res", "captions"))
 
 
-def choices_in(data: bytes, name: str = "samples.json") -> Iterator[Choice]:
+def choices_in(data: bytes, name: str = "samples.json", who: str = WHO, when: str = "") -> Iterator[Choice]:
     """What was chosen in FiftyOne, from the `samples.json` that it exported (types FiftyOneDataset and
     LegacyFiftyOneDataset). Samples without a verdict or rating give nothing.
 
     A tag `rejected` or `kept`, which the app gives by a few keys, counts more than the field `verdict`. The fields
-    `rating` and `reason` count, too. Raises UserError, naming `name`, for any other file, and for both tags at once.
+    `rating` and `reason` count, too. who, when: of the choices ("": now). Raises UserError, naming `name`, for any
+    other file, and for both tags at once.
     """
     try:
         samples = [*json.loads(data)["samples"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{name}: is no samples.json of FiftyOne; export the dataset from FiftyOne again") from error
-    when = now()
+    when = when or now()
     for number, sample in enumerate(samples):
         if not isinstance(sample, Mapping) or "key" not in sample:
             raise UserError(f"{name}: sample {number}: has no key; export a dataset that came from `resmaster export`")
         try:
-            choice = _choice(sample, when)
+            choice = _choice(sample, who, when)
         except (ValueError, TypeError) as error:
             raise UserError(f"{name}: sample {sample['key']}: {error}; mend that in FiftyOne") from error
         if not choice.empty:
             yield choice
 
 
-def _choice(sample: Mapping[str, Any], when: str) -> Choice:
+def _choice(sample: Mapping[str, Any], who: str, when: str) -> Choice:
     """The choice in a sample of FiftyOne. Raises ValueError or TypeError."""
     if not isinstance(sample["key"], str):
         raise ValueError("its key is no text")
@@ -103,7 +104,7 @@ def _choice(sample: Mapping[str, Any], when: str) -> Choice:
         verdict=tagged[0] if tagged else sample.get("verdict") or "none",
         rating=int(rating) if isinstance(rating, float) and rating.is_integer() else rating,
         reason=reason,
-        who=WHO,
+        who=who,
         when=when,
         take=int(sample.get("take") or 0),
     )

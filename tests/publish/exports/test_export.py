@@ -23,7 +23,6 @@ from resmaster_stages.errors import UserError
 from resmaster_stages.prompts import ingest
 from resmaster_stages.publish.exports import FORMATS
 from resmaster_stages.publish.exports.export import Exported, export
-from resmaster_stages.publish.exports.format import Format, Part, Place
 from resmaster_stages.publish.exports.record import Options
 from resmaster_stages.publish.exports.sizes import fitted
 from resmaster_stages.runner.run import run_stage
@@ -401,28 +400,3 @@ def test_a_number_that_json_cannot_hold_is_null(dataset: Dataset, tmp_path: Path
         export(dataset, str(tmp_path / form), Options(form))
     lines = (tmp_path / "imagefolder" / "metadata.jsonl").read_text().splitlines()
     assert [json.loads(line)["agreement_psnr"] for line in lines] == [None, None, 30.0, 30.0]
-
-
-def test_a_format_that_a_module_lists_is_one_of_the_command(
-    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def write(items, place: Place):
-        for item in items:
-            place.write(f"{item.key}.prompt", item.prompt.encode())
-            yield {"prompt": item.prompt}
-
-    def finish(parts: list[Part], whole: Place, scratch: Path):
-        prompts = [row["prompt"] for part in parts for row in part.rows()]
-        whole.write("prompts.json", json.dumps(prompts).encode())
-        return (f"{len(prompts)} prompts",)
-
-    FORMATS.append(Format("prompts", "people", write, finish))
-    try:
-        assert main(["export", dataset.url, str(tmp_path / "x"), "--as", "prompts"]) == 0
-        assert "4 prompts" in capsys.readouterr().err
-        assert json.loads((tmp_path / "x" / "prompts.json").read_text()) == NAMES
-        with pytest.raises(SystemExit):
-            main(["export", "--help"])
-        assert "prompts: people" in " ".join(capsys.readouterr().out.split())
-    finally:
-        FORMATS.pop()
