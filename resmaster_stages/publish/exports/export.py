@@ -19,13 +19,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from resmaster_stages.dataset import layout
-from resmaster_stages.dataset.chain import read_chain
+from resmaster_stages.dataset.chain import Chain
+from resmaster_stages.dataset.commit import Receipt
+from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.dataset.curation import digest_of_choices, read_choices
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.publication import read_publication
 from resmaster_stages.dataset.reading import ShardSamples, chosen_samples
 from resmaster_stages.dataset.sample import EncodedImage, Sample
 from resmaster_stages.dataset.schemas import DESCRIBED
+from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import UserError
 from resmaster_stages.inspection.query import KEPT_ONLY, Query, SampleTable, sample_table
 from resmaster_stages.metrics import metric_columns
@@ -56,6 +59,7 @@ PAGE_ROWS = 10_000
 PLAIN = ("key", "prompt", "negative_prompt", "width", "height", "flags", "verdict", "rating")
 """Columns that are exported beside the metrics."""
 OBJECTS = ("high_res_object", "low_res_object", "captions_object")
+"""Columns that say what the samples' files are made from."""
 
 Progress = Callable[[int, int], None]
 """Called with (samples done, samples in all)."""
@@ -246,17 +250,21 @@ def _columns() -> list[str]:
 
 
 def _samples(dataset: Dataset, shard: int, format: Format, rows: Sequence[Row]) -> AbstractContextManager[ShardSamples]:
-    """A context with the samples of a shard. Raises UserError if the shard is not as it was published."""
-    stages = [stage for stage in dataset.hashes if stage == "high_res" or stage in format.reads]
-    chain = read_chain(dataset, shard, stages[-1])
-    for stage in stages:
-        receipt, published = chain.receipts[stage], rows[0][f"{stage}_object"]
+    """A context with the samples of a shard, as published. Raises UserError if another attempt counts by now."""
+    receipts: dict[str, Receipt | None] = {}
+    for stage in STAGES:
+        published = rows[0][f"{stage}_object"] if stage == "high_res" or stage in format.reads else None
+        if published is None:  # not wanted, or the dataset has no captions
+            continue
+        receipt = Commits(dataset.folder, stage, rows[0][f"{stage}_hash"]).read(shard)
         if receipt is None or receipt.objects[0].name != published:
             raise UserError(
                 f"{dataset.url}: shard {shard:06d} has changed since it was published; run: resmaster publish "
                 f"{quoted(dataset.url)}"
             )
-    return chosen_samples(dataset, shard, chain, stages, without=chain.lost())
+        receipts[stage] = receipt
+    chain = Chain(receipts)
+    return chosen_samples(dataset, shard, chain, list(receipts), without=chain.lost())
 
 
 def _items(samples: ShardSamples, rows: Mapping[str, Row], size: int | None) -> Iterator[Item]:

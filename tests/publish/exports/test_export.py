@@ -25,12 +25,13 @@ from resmaster_stages.publish.exports import FORMATS
 from resmaster_stages.publish.exports.export import Exported, export
 from resmaster_stages.publish.exports.record import Options
 from resmaster_stages.publish.exports.sizes import fitted
+from resmaster_stages.publish.publish import publish
 from resmaster_stages.runner.run import run_stage
 from resmaster_stages.storage.filesystem import open_root
 from resmaster_stages.storage.images import encode_image
 from resmaster_stages.storage.tables import encode_table
 from tests.durability.injection import Steps, fail, injected, interrupt, kill
-from tests.fake_stages import FAKES
+from tests.fake_stages import FAKES, planned
 from tests.publish.exports.common import (
     NAMES,
     PROMPTS,
@@ -313,6 +314,27 @@ def test_what_has_changed_since_it_was_published_is_said(dataset: Dataset, tmp_p
     refused(dataset, tmp_path / "x", "shard 000002 has changed since it was published; run: resmaster publish")
     nothing = ingest(parse_config({**dataset.config.model_dump(), "name": "nothing"}))
     refused(nothing, tmp_path / "y", "nothing is published yet")
+
+
+def test_the_publication_is_exported_whatever_the_configuration_is_now(dataset: Dataset, tmp_path: Path) -> None:
+    export(dataset, str(tmp_path / "before"), Options("fiftyone"))
+    config = parse_config({**dataset.config.model_dump(), "upscale": {"method": "lanczos"}})
+    changed = ingest(config)
+    assert changed.hashes["high_res"] != dataset.hashes["high_res"]
+    export(changed, str(tmp_path / "after"), Options("fiftyone"))
+    assert visible(tmp_path / "after") == visible(tmp_path / "before")
+    for name in visible(tmp_path / "after"):
+        assert (tmp_path / "after" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
+
+
+def test_a_dataset_without_captions(tmp_path: Path) -> None:
+    dataset = planned(tmp_path / "out", ["a", "b"], tmp_path, upscale={"method": "direct"})
+    for stage in dataset.hashes:
+        run_stage(dataset, stage, 0, process=FAKES["low_res" if stage == "high_res" else stage])
+    publish(dataset)
+    export(dataset, str(tmp_path / "x"), Options("fiftyone"))
+    found = json.loads((tmp_path / "x" / "samples.json").read_text())["samples"]
+    assert [("captions" in sample, "low_res" in sample) for sample in found] == [(False, True)] * 2
 
 
 def test_a_damaged_tar_is_named(dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
