@@ -43,7 +43,7 @@ NOT_RUN = {
     },
     "extending.md": {
         "RESMASTER_PLUGINS=my_package.tinted,my_package.redness resmaster plan my-dataset.yaml": (
-            "test_a_dataset_is_made_with_the_four_examples_of_extending runs it with the page's modules"
+            "test_a_dataset_is_made_with_the_examples_of_extending runs it with the page's modules"
         ),
     },
     "evaluation-protocol.md": {
@@ -380,7 +380,7 @@ def test_the_citation_is_of_this_version() -> None:
     assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-EXTENSIONS = ("tinted", "tiny_flow", "redness", "sharpen")
+EXTENSIONS = ("tinted", "tiny_flow", "redness", "sharpen", "sheet")
 """The modules of the reader of extending.md, in the order of the page."""
 
 KNOWN_TO_A_WORKER = """
@@ -396,11 +396,12 @@ BUILT_WITH_EXTENSIONS = """
 import io
 import tarfile
 
-import my_package.tinted, my_package.tiny_flow, my_package.redness, my_package.sharpen
+import my_package.tinted, my_package.tiny_flow, my_package.redness, my_package.sharpen, my_package.sheet
 from PIL import Image
 from resmaster_stages.config.load import load_config
 from resmaster_stages.library import read_samples
 from resmaster_stages.prompts import ingest
+from resmaster_stages.publish.publish import publish
 from resmaster_stages.runner.run import run_stage
 
 dataset = ingest(load_config("config.yaml"))
@@ -412,10 +413,11 @@ assert 0.5 < first < second < 1, "the level, moved by letters"
 with tarfile.open(fileobj=io.BytesIO(dataset.folder.read(receipts[-1].objects[0].name))) as tar:
     sizes = [Image.open(tar.extractfile(member)).size for member in tar if member.name.endswith(".png")]
 assert sizes == [(32, 32)] * 2
+assert publish(dataset).samples == 2
 """
 
 
-def test_a_dataset_is_made_with_the_four_examples_of_extending(tmp_path: Path) -> None:
+def test_a_dataset_is_made_with_the_examples_of_extending(tmp_path: Path) -> None:
     """Each in a module of the reader's own, planned by the command of the page, known to a worker, and then built."""
     import torch
     from safetensors.torch import save_file
@@ -458,6 +460,9 @@ def test_a_dataset_is_made_with_the_four_examples_of_extending(tmp_path: Path) -
     assert "sharpen" in said
     python("-c", KNOWN_TO_A_WORKER)
     python("-c", BUILT_WITH_EXTENSIONS)
+    python("-m", "resmaster_flows.cli.main", "export", "out/d", "exported", "--as", "csv", "--where", "redness > 0")
+    lines = (tmp_path / "exported" / "samples.csv").read_text().splitlines()
+    assert [line.split(",")[1] for line in lines] == ["prompt", "a cat", "zzzzzz"]
     error = python(*verb, plugins="my_package.tinted, my_package.gone", status=2)
     assert re.fullmatch(r"resmaster: RESMASTER_PLUGINS: cannot import my_package.gone \(ModuleNotFound.*\n", error)
 

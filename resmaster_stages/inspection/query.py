@@ -146,7 +146,10 @@ class SampleTable:
 
     def _require_expression(self, where: str) -> None:
         try:
+            where.encode()
             statements = self._connection.extract_statements(f"select 1 from samples where ({where}\n)")
+        except UnicodeEncodeError:
+            raise UserError(f"{where!r} is no UTF-8; {EXAMPLE}") from None
         except duckdb.Error as error:
             raise _wrong(where, error) from error
         if len(statements) != 1:

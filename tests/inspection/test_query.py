@@ -89,6 +89,7 @@ def test_expressions(table: SampleTable, where: str, found: list[str]) -> None:
         "exists (from read_csv('/etc/passwd'))",
         "no_function(index)",
         "\0",
+        "prompt = '\udcff'",
     ],
 )
 def test_a_wrong_expression_is_one_line_and_changes_nothing(table: SampleTable, where: str) -> None:

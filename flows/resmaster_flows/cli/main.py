@@ -22,6 +22,7 @@ from resmaster_flows.cli import (
     curate,
     doctor,
     explain,
+    export,
     gc,
     init,
     plan,
@@ -66,6 +67,7 @@ VERBS: tuple[Verb, ...] = (
     verify,
     publish,
     curate,
+    export,
     gc,
     doctor,
     compare,
@@ -73,7 +75,7 @@ VERBS: tuple[Verb, ...] = (
 )
 """The verbs in the order of the help."""
 
-KEEPING: tuple[Verb, ...] = (run, repair, publish, gc, compare)
+KEEPING: tuple[Verb, ...] = (run, repair, publish, export, gc, compare)
 """The verbs that keep what they have done when they are interrupted. The others write at their end, or nothing."""
 
 ENVIRONMENT = {

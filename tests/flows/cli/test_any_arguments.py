@@ -31,6 +31,8 @@ USUAL = {
     "repair": ["out/demo"],
     "verify": ["out/demo"],
     "publish": ["out/demo"],
+    "curate": ["out/demo"],
+    "export": ["out/demo", "exported", "--as", "folder"],
     "gc": ["out/demo"],
     "doctor": ["new"],
     "compare": ["c.yaml", "--methods", "lanczos"],
@@ -43,6 +45,7 @@ OPTIONS = {
     "status": ("--openmetrics", "--json"),
     "explain": ("--json",),
     "repair": ("--shards", "--stages"),
+    "export": ("--as", "--where", "--sizes", "--limit"),
     "gc": ("--older-than", "--dry-run"),
     "compare": ("--scales", "--reference", "--n", "--limit", "--methods", "--root"),
     "upscale": (
