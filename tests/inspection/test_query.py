@@ -132,7 +132,7 @@ def test_badness_is_that_of_the_report(table: SampleTable, dataset: Dataset) -> 
 
 
 def test_histograms_count_every_finite_value_once(table: SampleTable) -> None:
-    assert table.limits("agreement_psnr") == (10.0, 30.0)
+    assert table.limits(["agreement_psnr", "seam"]) == {"agreement_psnr": (10.0, 30.0), "seam": (1.0, 1.0)}
     edges = np.linspace(10, 30, 5).tolist()
     assert table.histogram("agreement_psnr", edges) == [1, 0, 1, 1]
     assert table.histogram("agreement_psnr", edges, Query(where="not near_duplicate")) == [1, 0, 0, 1]
