@@ -202,7 +202,7 @@ def test_what_does_not_unwind_is_ended_after_the_grace(tmp_path: Path) -> None:
 def test_an_interrupted_verb_says_what_is_kept(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What builds, repairs, publishes, compares, deletes or takes choices goes on where it stopped; others begin anew."""
+    """What builds, repairs, publishes, compares, deletes or takes choices goes on where it was; others begin anew."""
 
     def interrupted(args: object, console: object) -> int:
         raise KeyboardInterrupt
