@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 from resmaster_stages.dataset.curation import VERDICTS, Choice, encode_choices
 from resmaster_stages.errors import UserError, did_you_mean, first_line
 from resmaster_stages.redaction import one_line
+from resmaster_stages.storage.filesystem import open_regular
 
 COLUMNS = tuple(field.name for field in fields(Choice))
 SUFFIXES = (".csv", ".parquet")
@@ -26,23 +28,39 @@ LARGEST_BYTES = 1 << 30
 """A larger file is refused."""
 
 
-def read_choice_file(path: str, who: str, when: str, known: Collection[str]) -> list[Choice]:
-    """The choices in a file. who, when: of rows that do not say it. known: the keys that there are.
+def read_choice_file(path: str, who: str, when: str, takes: Mapping[str, int]) -> Iterator[Choice]:
+    """The choices in a table. who, when, takes (by key): of rows that do not say it.
 
-    Raises UserError, which names the row, for a file or row that cannot be used, and for an unknown key.
+    Raises UserError, which names the row, for a file or row that cannot be used.
     """
-    choices = []
-    for number, row in _rows(path):
+    suffix, data = _suffix(path), read_file(path)
+    for number, row in _of_csv(data, path) if suffix == ".csv" else _of_parquet(data, path):
         try:
-            choice = _choice(row, who, when)
+            yield _choice({"who": who, "when": when, "take": takes.get(str(row.get("key")).strip(), 0), **row})
         except ValueError as error:
             raise UserError(f"{path}, row {number}: {one_line(error)}; correct the row, or remove it") from None
+
+
+def require_known(path: str, choices: Iterable[Choice], known: Collection[str]) -> list[Choice]:
+    """The choices of a file. Raises UserError if there is none, or for a key that is not known."""
+    found = list(choices)
+    for choice in found:
         if choice.key not in known:
-            raise UserError(f"{path}, row {number}: there is no sample {choice.key!r} in this dataset; remove the row")
-        choices.append(choice)
-    if not choices:
-        raise UserError(f"{path}: has no rows; give a table with the columns key and verdict or rating")
-    return choices
+            raise UserError(f"{path}: there is no sample {choice.key!r} in this dataset; remove its row")
+    if not found:
+        raise UserError(f"{path}: holds no choice; give a table with the columns key and verdict or rating")
+    return found
+
+
+def read_file(path: str) -> bytes:
+    """The content of a file of choices. Raises UserError."""
+    try:
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > LARGEST_BYTES:
+                raise UserError(f"{path}: is larger than {LARGEST_BYTES} bytes; give a table of choices")
+            return file.read()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); give a table of choices") from error
 
 
 def write_choice_file(path: str, choices: Iterable[Choice]) -> None:
@@ -51,15 +69,20 @@ def write_choice_file(path: str, choices: Iterable[Choice]) -> None:
     if suffix == ".parquet":
         data = encode_choices(choices)
     else:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(choice) for choice in choices)
-        data = text.getvalue().encode()
+        data = encode_csv(choices)
     try:
         Path(path).write_bytes(data)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({first_line(error)}); choose another file") from error
+
+
+def encode_csv(choices: Iterable[Choice]) -> bytes:
+    """Choices as CSV in UTF-8."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(choice) for choice in choices)
+    return text.getvalue().encode()
 
 
 def _suffix(path: str) -> str:
@@ -67,18 +90,6 @@ def _suffix(path: str) -> str:
     if suffix not in SUFFIXES:
         raise UserError(f"{path}: unknown kind of file; known: {', '.join(SUFFIXES)}")
     return suffix
-
-
-def _rows(path: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """The rows of a file with their numbers as users count them."""
-    suffix = _suffix(path)
-    try:
-        if Path(path).stat().st_size > LARGEST_BYTES:
-            raise UserError(f"{path}: is larger than {LARGEST_BYTES} bytes; give a table of choices")
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)}); give a table of choices") from error
-    return _of_csv(data, path) if suffix == ".csv" else _of_parquet(data, path)
 
 
 def _of_csv(data: bytes, path: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -108,7 +119,7 @@ def _check_columns(names: Collection[str], path: str) -> None:
         raise UserError(f"{path}: lacks the columns key and verdict or rating (it has {there}); add them")
 
 
-def _choice(row: Mapping[str, Any], who: str, when: str) -> Choice:
+def _choice(row: Mapping[str, Any]) -> Choice:
     """A choice from a row without empty cells. Raises ValueError."""
     if "key" not in row:
         raise ValueError("has no key")
@@ -120,9 +131,9 @@ def _choice(row: Mapping[str, Any], who: str, when: str) -> Choice:
         verdict=verdict,
         rating=_number(row["rating"]) if "rating" in row else None,
         reason=str(row.get("reason", "")),
-        who=str(row.get("who", who)),
-        when=str(row.get("when", when)),
-        take=_number(row.get("take", 0)),
+        who=str(row["who"]),
+        when=str(row["when"]),
+        take=_number(row["take"]),
     )
 
 

@@ -57,7 +57,8 @@ def read_key_list(text: str, option: str) -> KeyList:
         found = KeyList(option, option, _keys(text.split(","), option))
     elif suffix == ".txt":
         lines = _decoded(_content(text, option), place).splitlines()
-        found = KeyList(option, Path(place).name, _keys(lines, f"{option} {place}"))
+        first = [line.partition("\t")[0] for line in lines]
+        found = KeyList(option, Path(place).name, _keys(first, f"{option} {place}"))
     else:
         read = _csv_rows if suffix == ".csv" else _parquet_rows
         rows = [row for row in read(_content(text, option), place) if not is_absent(row["key"])]

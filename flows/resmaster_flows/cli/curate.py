@@ -35,7 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="EXPRESSION",
             help=f"{what} the published samples for which it holds, e.g. \"agreement_psnr < 20 or 'seam' in flags\"",
         )
-    verdicts.add_argument("--import", dest="source", metavar="FILE", help="choices from a .csv or .parquet file")
+    verdicts.add_argument(
+        "--import",
+        dest="source",
+        metavar="FILE",
+        help="choices from a .csv or .parquet file, or from samples.json of FiftyOne",
+    )
     verdicts.add_argument("--export", metavar="FILE", help="write the choices that count to a .csv or .parquet file")
     parser.add_argument("--reason", metavar="TEXT", default="", help="why, for --keep and --reject")
     parser.add_argument("--who", metavar="NAME", help="who chooses (default: the user's name on this machine)")
@@ -65,12 +70,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def _new_choices(dataset: Dataset, args: argparse.Namespace, console: Console) -> list[Choice]:
     """The choices that the arguments make; none without an option. Raises UserError for a bad expression or file."""
     from resmaster_stages.dataset.curation import Choice, Verdict, now
-    from resmaster_stages.inspection.choice_files import read_choice_file
     from resmaster_stages.inspection.query import Query, sample_table
 
     who, when = args.who or getpass.getuser(), now()
     if args.source:
-        return read_choice_file(args.source, who, when, frozenset(dataset.plan.keys()))
+        return _of_file(dataset, args.source, who, when)
     verdicts: dict[Verdict, str | None] = {"kept": args.keep, "rejected": args.reject, "none": args.forget}
     for verdict, where in verdicts.items():
         if where is None:
@@ -78,8 +82,31 @@ def _new_choices(dataset: Dataset, args: argparse.Namespace, console: Console) -
         if not where.strip():
             raise UserError("the expression is empty; write `true` for all samples")
         with sample_table(dataset) as table:
-            keys = table.keys(Query(where=where))
-        if not keys:
+            rows = table.rows(Query(where=where), ("key", "take"))
+        if not rows:
             say(console, f"{where!r} holds for no sample; nothing was chosen")
-        return [Choice(key, verdict, None, args.reason, who, when) for key in keys]
+        return [Choice(row["key"], verdict, None, args.reason, who, when, row["take"] or 0) for row in rows]
     return []
+
+
+def _of_file(dataset: Dataset, file: str, who: str, when: str) -> list[Choice]:
+    """The choices in a file. Raises UserError, for a key that is not planned too."""
+    from resmaster_stages.inspection.choice_files import read_choice_file, read_file, require_known
+    from resmaster_stages.publish.exports.fiftyone import choices_in
+
+    takes = _takes(dataset)
+    if file.lower().endswith(".json"):
+        return require_known(file, choices_in(read_file(file), file, who, when), takes)
+    return require_known(file, read_choice_file(file, who, when, takes), takes)
+
+
+def _takes(dataset: Dataset) -> dict[str, int]:
+    """Key of each planned sample -> its published take."""
+    from resmaster_stages.dataset import layout
+    from resmaster_stages.inspection.query import sample_table
+
+    takes = dict.fromkeys(dataset.plan.keys(), 0)
+    if dataset.folder.exists(layout.MANIFEST):
+        with sample_table(dataset) as table:
+            takes |= {row["key"]: row["take"] or 0 for row in table.rows(columns=("key", "take"))}
+    return takes

@@ -32,6 +32,7 @@ from resmaster_flows.cli import (
     status,
     upscale,
     verify,
+    view,
 )
 from resmaster_flows.cli.parser import Parser
 from resmaster_flows.cli.stop import KEPT, NOTHING_WRITTEN, Terminated, exit_status, leave, stoppable
@@ -62,6 +63,7 @@ VERBS: tuple[Verb, ...] = (
     run,
     plan,
     status,
+    view,
     explain,
     repair,
     verify,
@@ -75,7 +77,7 @@ VERBS: tuple[Verb, ...] = (
 )
 """The verbs in the order of the help."""
 
-KEEPING: tuple[Verb, ...] = (run, repair, publish, export, gc, compare)
+KEEPING: tuple[Verb, ...] = (run, view, repair, publish, export, gc, compare)
 """The verbs that keep what they have done when they are interrupted. The others write at their end, or nothing."""
 
 ENVIRONMENT = {

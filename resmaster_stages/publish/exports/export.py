@@ -264,7 +264,7 @@ def _samples(dataset: Dataset, shard: int, format: Format, rows: Sequence[Row]) 
             )
         receipts[stage] = receipt
     chain = Chain(receipts)
-    return chosen_samples(dataset, shard, chain, list(receipts), without=chain.lost())
+    return chosen_samples(dataset, shard, chain, list(receipts), chain.unfinished(), chain.made())
 
 
 def _items(samples: ShardSamples, rows: Mapping[str, Row], size: int | None) -> Iterator[Item]:

@@ -1,6 +1,7 @@
 """`resmaster curate` and `resmaster status --list`: choices from the command line, names for scripts."""
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -113,21 +114,24 @@ KEY = "KEY"
         ("a.csv", "key\n" + KEY, "lacks the columns key and verdict or rating (it has 'key'); add them"),
         ("a.csv", "verdict\nkept", "lacks the columns"),
         ("a.csv", "", "it has none"),
-        ("a.csv", "key,verdict\n", "has no rows"),
+        ("a.csv", "key,verdict\n", "holds no choice"),
         (
             "a.csv",
             f"key,verdict\n{KEY},reject",
             "row 2: verdict 'reject' is none of kept, rejected, none (did you mean 'rejected'?)",
         ),
         ("a.csv", f"key,verdict\n{KEY},kept\n,kept", "row 3: has no key"),
-        ("a.csv", "key,verdict\nffff,kept", "row 2: there is no sample 'ffff' in this dataset"),
+        ("a.csv", "key,verdict\nffff,kept", "there is no sample 'ffff' in this dataset"),
         ("a.csv", f"key,rating\n{KEY},6", "row 2: rating 6 is no number from 1 to 5"),
         ("a.csv", f"key,rating\n{KEY},inf", "row 2: 'inf' is no whole number"),
         ("a.csv", f"key,rating\n{KEY},good", "row 2"),
         ("a.csv", b"key,verdict\n\xff\xfe", "no CSV in UTF-8"),
         ("a.csv", f'key,verdict\n"{KEY},kept', "no CSV"),
         ("a.parquet", b"PAR1", "not a readable Parquet file"),
-        ("a.json", "{}", "unknown kind of file; known: .csv, .parquet"),
+        ("a.xlsx", "{}", "unknown kind of file; known: .csv, .parquet"),
+        ("a.json", "{}", "is no samples.json of FiftyOne"),
+        ("a.json", '{"samples": []}', "holds no choice"),
+        ("a.json", '{"samples": [{"key": "ffff", "tags": ["kept"]}]}', "there is no sample 'ffff'"),
         ("missing.csv", None, "cannot be read"),
     ],
 )
@@ -150,6 +154,15 @@ def test_a_parquet_file_of_another_program(dataset: Dataset, tmp_path: Path) -> 
     pq.write_table(table, tmp_path / "a.parquet")
     assert resmaster("curate", dataset.url, "--import", tmp_path / "a.parquet") == 0
     assert read_choices(dataset.folder)[key_of(dataset, 0)].rating == 3
+
+
+def test_tags_of_fiftyone(dataset: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "samples.json").write_text(
+        json.dumps({"samples": [{"key": key_of(dataset, 0), "tags": ["rejected", "mine"], "reason": "hands"}]})
+    )
+    assert resmaster("curate", dataset.url, "--import", tmp_path / "samples.json", "--who", "ann") == 0
+    found = read_choices(dataset.folder)[key_of(dataset, 0)]
+    assert (found.verdict, found.reason, found.who) == ("rejected", "hands", "ann")
 
 
 def test_the_export_is_plain_csv(dataset: Dataset, tmp_path: Path) -> None:
