@@ -8,7 +8,7 @@ from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.exclusions import exclude, read_exclusions
-from resmaster_stages.dataset.plan import read_plan
+from resmaster_stages.dataset.plan import GenerationWriter, read_plan
 from resmaster_stages.dataset.schemas import REJECTED_SCHEMA
 from resmaster_stages.errors import PlanError, UserError
 from resmaster_stages.inspection.key_lists import KeyList, read_key_list
@@ -161,3 +161,18 @@ def test_lists_of_several_writers_add_up(config: DatasetConfig) -> None:
     exclude(folder, ["c", "a"], "three")
     assert read_exclusions(folder) == {"a": "one", "b": "one", "c": "two"}
     assert len(folder.names(layout.EXCLUDED)) == 2
+
+
+def test_a_run_that_is_killed_before_its_plan_counts_has_kept_the_list(
+    config: DatasetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the next run, without the option, does not plan what was to be left out."""
+
+    def killed(writer: GenerationWriter) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GenerationWriter, "commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ingest(config, exclude=listed(key_of("c")))
+    assert prompts_of(ingest(config)) == "abdefgh"
