@@ -31,9 +31,13 @@ def test_it_takes_no_common_name_carries_what_is_no_code_and_leaves_the_training
     assert tops == set(PACKAGES)
     assert "resmaster_stages/picturebook/pack/card.json" in names
     templates = {
-        f"resmaster_stages/publish/templates/{name}" for name in ("page.html", "page.css", "page.js", "card.md")
+        f"resmaster_stages/publish/templates/{name}" for name in ("page.html", "page.css", "page.js", "parts.html", "look.css", "card.md")
     }
     assert templates <= names
+    gallery = ROOT / "resmaster_stages" / "gallery"
+    loaded = {str(path.relative_to(ROOT)) for part in ("templates", "static") for path in (gallery / part).rglob("*.*")}
+    assert len(loaded) > 20
+    assert loaded <= names
     deployed = {f"resmaster_flows/{path.relative_to(ROOT)}" for path in (ROOT / "deployments").rglob("*.yaml")}
     assert len(deployed) == 16
     assert deployed <= names
