@@ -46,7 +46,7 @@ export function undo() {
 /** Whether the server lacks a choice. */
 export const unsaved = () => waiting.size > 0;
 
-/** What the server lacks, as lines of a CSV that `resmaster curate` reads. */
+/** What the server lacks, as a CSV for `resmaster curate --import`. */
 export function unsavedCsv() {
   const cell = value => `"${String(value ?? '').replaceAll('"', '""')}"`;
   const rows = [...waiting].map(([key, {verdict, rating, reason}]) => [key, verdict, rating, reason].map(cell).join(','));

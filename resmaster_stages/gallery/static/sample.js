@@ -76,7 +76,10 @@ export class SamplePage {
 
   /** Show the images as the view says: curtain or side by side, smooth or pixelated. */
   follow() {
-    one('.pair', this.element).classList.toggle('slide', this.curtained);
+    const pair = one('.pair', this.element);
+    if (pair.classList.contains('slide') !== this.curtained) {
+      this.zoom.resize(() => pair.classList.toggle('slide', this.curtained));
+    }
     one('[data-act=curtain]', this.element).setAttribute('aria-pressed', this.curtained);
     one('[data-act=smooth]', this.element).setAttribute('aria-pressed', view.scaled === 'pixels');
     this.zoom.smoothing(view.scaled !== 'pixels');

@@ -62,11 +62,11 @@ function texts() {
     make('div', {}, make('dt', {text: name}), make('dd', {text: fact}))));
   const root = quoted(dataset.url);
   one('#next-commands').replaceChildren(...[
-    ['Publish with these choices (rejected samples stay out of the curated index):', `resmaster publish ${root}`],
-    ['Make rejected samples anew, with a new seed:', `resmaster repair ${root} --redo rejected.txt`],
-    ['Names of the rejected samples:', `resmaster status ${root} --list rejected > rejected.txt`],
-    ['A new build without them:', 'resmaster run CONFIG --exclude rejected.txt'],
-    ['The kept ones as plain files:', `resmaster export ${root} --to folder:FOLDER --where kept`],
+    ['Publish, with an index and shards of what nobody rejected:', `resmaster publish ${root} --curated`],
+    ['Make the rejected samples anew, with a new seed (save choices.csv first):', `resmaster repair ${root} --redo choices.csv`],
+    ['Build from the same prompts, without the rejected samples:', 'resmaster run CONFIG --exclude choices.csv'],
+    ['Export what was kept as plain files:', `resmaster export ${root} folder FOLDER --where kept`],
+    ['List the rejected samples:', `resmaster status ${root} --list rejected`],
   ].flatMap(([words, command]) => [make('p', {text: words}), copyable(command)]));
   tally(dataset.choices);
 }

@@ -42,7 +42,7 @@ export class Zoom {
     const gestures = {clickToZoom: false, dblClickToZoom: true, flickEnabled: false};
     const viewer = OpenSeadragon({
       element: this.element.querySelector(`.${side} .viewer`), drawer: 'canvas', showNavigationControl: false,
-      autoResize: true, preserveImageSizeOnResize: true, visibilityRatio: 0.5, minZoomImageRatio: 0.8,
+      autoResize: true, visibilityRatio: 0.5, minZoomImageRatio: 0.8,
       maxZoomPixelRatio: LARGEST_PIXEL, gestureSettingsMouse: gestures, gestureSettingsPen: gestures,
       gestureSettingsTouch: {...gestures, pinchRotate: false}, zoomPerScroll: 1.25, imageLoaderLimit: 6,
       animationTime: matchMedia('(prefers-reduced-motion: reduce)').matches ? 0 : 0.4, silenceMultiImageWarnings: true,
@@ -56,7 +56,7 @@ export class Zoom {
       viewer.addHandler(name, () => { this.whole = false; });
     }
     viewer.addHandler('viewport-change', () => this.follow(viewer));
-    viewer.addHandler('resize', () => { if (this.whole) viewer.viewport.goHome(true); });
+    viewer.addHandler('resize', () => queueMicrotask(() => this.resized()));  // after the viewer's own adjustment
     viewer.addHandler('open', () => { this.say(); this.place(); });
     viewer.addHandler('tile-load-failed', () => this.told.failed(side));
     return viewer;
@@ -102,6 +102,27 @@ export class Zoom {
     this.whole = false;
     const image = this.leader.world.getItemAt(0);
     if (image) this.leader.viewport.zoomTo(image.imageToViewportZoom(1 / devicePixelRatio));
+  }
+
+  /** Call `alter`, which changes the size of both views. Their middle and their scale stay. */
+  resize(alter) {
+    this.kept = {scale: this.scale(), middle: this.viewers.high.viewport?.getCenter(true), viewers: 2};
+    alter();
+    for (const viewer of Object.values(this.viewers)) viewer.forceResize();
+  }
+
+  resized() {
+    this.leader = this.viewers.high;
+    const {world, viewport} = this.leader;
+    const image = world.getItemAt(0);
+    if (!image) return;
+    if (this.whole) viewport.goHome(true);
+    else if (this.kept?.scale) {
+      viewport.zoomTo(image.imageToViewportZoom(this.kept.scale / devicePixelRatio), null, true);
+      viewport.panTo(this.kept.middle, true);
+    }
+    if (this.kept && (this.kept.viewers -= 1) === 0) this.kept = null;
+    this.follow(this.leader);
   }
 
   /** How large a px of the high-res image is, in px of the screen; null without an image. */
