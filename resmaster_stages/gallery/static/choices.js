@@ -43,6 +43,9 @@ export function undo() {
   return step.map(([key]) => key);
 }
 
+/** Whether there is a step to take back. */
+export const undoable = () => history.length > 0;
+
 /** Whether the server lacks a choice. */
 export const unsaved = () => waiting.size > 0;
 

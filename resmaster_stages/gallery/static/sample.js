@@ -8,6 +8,7 @@ import {change, view} from './state.js';
 import {value} from './words.js';
 import {Zoom, firstTile} from './zoom.js';
 
+const WIDE = 1.8;  // wider images lie below each other, not side by side
 const NOTES = {replaced: "a neighbour's caption", fallback: 'global prompt', empty: 'no answer: global prompt'};
 
 export class SamplePage {
@@ -120,6 +121,7 @@ export class SamplePage {
     this.sample = sample;
     this.says('');
     this.point(null);
+    one('.pair', this.element).classList.toggle('stacked', sample.width > WIDE * sample.height);
     this.zoom.open(sample);
     const text = (selector, words) => { one(selector, this.element).textContent = shown(words); };
     text('.low figcaption span', `low-res, ${sample.low_width} × ${sample.low_height}`);

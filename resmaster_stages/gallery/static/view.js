@@ -1,7 +1,7 @@
 // Starts the page: its parts, its keys, and what the address says.
 
 import {get} from './api.js';
-import {choiceOf, choose, onChoice, undo, unsaved, unsavedCsv} from './choices.js';
+import {choiceOf, choose, onChoice, undo, undoable, unsaved, unsavedCsv} from './choices.js';
 import {all, copyable, make, one, shown} from './dom.js';
 import {failed} from './failed.js';
 import * as filtersPart from './filters.js';
@@ -166,7 +166,7 @@ function closed() {
   one('#lists').inert = false;
   page.close();
   list().select(list().current);
-  (opener?.isConnected ? opener : list().scroller).focus({preventScroll: true});
+  (opener?.isConnected && opener !== document.body ? opener : list().scroller).focus({preventScroll: true});
 }
 
 function close() {
@@ -223,6 +223,7 @@ async function takeBack() {
 let refreshing;
 function chosen({keys, tally: counts, state, message, saved}) {
   if (counts) tally(counts);
+  one('#undo').hidden = !undoable();
   if (state) note(state, message);
   for (const [index, element] of lists[''].drawn) {
     const sample = lists[''].known(index);
