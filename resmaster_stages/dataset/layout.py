@@ -15,8 +15,10 @@ Names are relative to the dataset's folder, with forward slashes:
     cache/{stage}-{hash8}-000123/{key}.sample  finished samples of a shard that is not committed yet
     cache/{stage}-{hash8}-000123/at.json       its breadcrumb: the samples at work
     damaged/{stage}-{hash8}/000123.json        objects of a committed shard that are known to be gone or changed
+    curation/{time}-{attempt}.parquet          what people chose about samples, a file per session
     report/  manifest.parquet  index.json  README.md
-    publication.json                           names the four above with sha256 and size; written after them
+    curation.parquet                           the choices that count; only if there are any
+    publication.json                           names the files above with sha256 and size; written after them
 
 Invariant: names that attempts may write concurrently contain the attempt id. Only the name of a record does not.
 """
@@ -41,6 +43,8 @@ CARD = "README.md"
 REPORT = "report"
 REPORT_PAGE = "report/index.html"
 PUBLICATION = "publication.json"
+CURATION = "curation"
+CURATION_TABLE = "curation.parquet"
 
 _NUMBERED = re.compile(r"(?:.*/)?(\d{4,6})\.json")
 _NAMESPACE = re.compile(r"commits/([a-z_]+)-([0-9a-f]{8})")
@@ -51,6 +55,7 @@ _PLAN_PART = re.compile(r"plan/gen-\d{4}/part-\d{5}-[0-9a-f]{8}\.parquet")
 _PLAN_FILE = re.compile(r"plan/gen-(\d{4})/(?:part-\d{5}|rejected|duplicates)-[0-9a-f]{8}\.parquet")
 _TEMPORARY = re.compile(r"(?:.*/)?\.[^/]+\.[0-9a-f]{8}\.tmp")
 _LEDGER = re.compile(r"errors/[a-z_]+/(\d{6})-[0-9a-f]{8}\.parquet")
+_CHOICES = re.compile(r"curation/\d{8}T\d{6}-[0-9a-f]{8}\.parquet")
 _FAILED_ATTEMPT = re.compile(r"attempts/[a-z_]+-[0-9a-f]{8}/(\d{6})-(\d{8}T\d{12})-([0-9a-f]{8})-(\w{1,80})\.json")
 
 
@@ -107,6 +112,16 @@ def ledger_folder(stage: str) -> str:
 def ledger(stage: str, shard: int, attempt: str) -> str:
     """The error ledger of one attempt at a shard."""
     return f"{ledger_folder(stage)}/{shard:06d}-{attempt}.parquet"
+
+
+def choices(time: str, attempt: str) -> str:
+    """The file of the choices of one session. time: UTC, as `20261128T225553`."""
+    return f"{CURATION}/{time}-{attempt}.parquet"
+
+
+def is_choices(name: str) -> bool:
+    """Whether `name` is that of a file of choices of one session."""
+    return bool(_CHOICES.fullmatch(name))
 
 
 class FailedName(NamedTuple):

@@ -113,6 +113,22 @@ LEDGER_SCHEMA = table_schema(
 under one configuration."""
 
 
+CURATION_SCHEMA = table_schema(
+    "curation",
+    [
+        ("key", pa.string(), False),
+        ("verdict", pa.string(), False),
+        ("rating", pa.int8(), True),
+        ("reason", pa.string(), False),
+        ("who", pa.string(), False),
+        ("when", pa.string(), False),
+        ("take", pa.int32(), False),
+    ],
+)
+"""One row per sample about which somebody chose: `verdict` is kept, rejected or none, `rating` is 1 to 5, `when` is the
+time in UTC, and `take` counts how often the sample had been made anew."""
+
+
 def manifest_schema() -> pa.Schema:
     """One row per finished sample.
 
@@ -141,6 +157,8 @@ def manifest_schema() -> pa.Schema:
             ("low_res_width", pa.int32(), False),
             ("captions_object", pa.string(), True),
             *[(field.name, field.type, field.nullable) for field in quality_schema() if field.name != "key"],
+            ("verdict", pa.string(), True),
+            ("rating", pa.int8(), True),
             ("low_res_hash", pa.string(), False),
             ("captions_hash", pa.string(), True),
             ("high_res_hash", pa.string(), False),

@@ -202,7 +202,7 @@ def data_url(image: Image.Image, share_bytes: float, sides: Sequence[int]) -> st
 
 def _captions(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The patch captions with their places, and how many are the global prompt or a neighbour's caption."""
-    height, width = _captioned_size(rows)
+    height, width = captioned_size(rows)
     statuses = [str(row.get("status", "ok")) for row in rows]
     patches = []
     for row, status in zip(rows, statuses):
@@ -217,7 +217,7 @@ def _captions(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _captioned_size(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+def captioned_size(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
     """(height, width) in px of the image that captions describe: where the last boxes end. If the image wraps, boxes
     end beyond it, and the grid's name holds its size."""
     if rows and (wrapping := re.fullmatch(r"(\d+)x(\d+)/\d+/\d+/[a-z]+", str(rows[0].get("grid")))):

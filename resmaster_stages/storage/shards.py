@@ -71,6 +71,20 @@ def parse_image(key: str, text: str) -> Member:
     return Member(f"{key}.{extension}", int(offset), int(size))
 
 
+def following(start: bytes, offset: int, name: str, tar: str) -> Member:
+    """The member `name` of a tar, whose header is at `offset` in the tar. start: what begins there.
+
+    Raises ShardError, naming `tar`, if another member or none is there.
+    """
+    try:
+        info = tarfile.TarInfo.frombuf(start[: tarfile.BLOCKSIZE], tarfile.ENCODING, "surrogateescape")
+    except BAD_TAR as error:
+        raise ShardError(f"{tar}: {name} is not where it should be ({error})") from error
+    if info.name != name or not info.isreg() or info.size < 0:
+        raise ShardError(f"{tar}: {name} is not where it should be; {info.name!r} is there")
+    return Member(name, offset + tarfile.BLOCKSIZE, info.size)
+
+
 class ShardWriter:
     """Writes one tar to a local file. Use as a context manager."""
 

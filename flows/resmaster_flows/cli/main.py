@@ -17,7 +17,21 @@ from typing import Protocol
 from rich.console import Console
 
 import resmaster_stages
-from resmaster_flows.cli import compare, doctor, explain, gc, init, plan, publish, repair, run, status, upscale, verify
+from resmaster_flows.cli import (
+    compare,
+    doctor,
+    explain,
+    gc,
+    init,
+    plan,
+    publish,
+    repair,
+    run,
+    status,
+    upscale,
+    verify,
+    view,
+)
 from resmaster_flows.cli.parser import Parser
 from resmaster_flows.cli.stop import KEPT, NOTHING_WRITTEN, Terminated, exit_status, leave, stoppable
 from resmaster_flows.plugins import load_plugins
@@ -42,10 +56,24 @@ class Verb(Protocol):
         """Do what the verb does, and return the exit status. `console` is standard error."""
 
 
-VERBS: tuple[Verb, ...] = (init, run, plan, status, explain, repair, verify, publish, gc, doctor, compare, upscale)
+VERBS: tuple[Verb, ...] = (
+    init,
+    run,
+    plan,
+    status,
+    view,
+    explain,
+    repair,
+    verify,
+    publish,
+    gc,
+    doctor,
+    compare,
+    upscale,
+)
 """The verbs in the order of the help."""
 
-KEEPING: tuple[Verb, ...] = (run, repair, publish, gc, compare)
+KEEPING: tuple[Verb, ...] = (run, view, repair, publish, gc, compare)
 """The verbs that keep what they have done when they are interrupted. The others write at their end, or nothing."""
 
 ENVIRONMENT = {

@@ -1,0 +1,69 @@
+"""Listens on this machine's loopback address, and gives the address with its token."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from resmaster_stages.dataset.dataset import Dataset
+from resmaster_stages.errors import UserError
+from resmaster_stages.gallery.app import Server
+from resmaster_stages.gallery.gallery import open_gallery
+from resmaster_stages.gallery.guard import Guard
+
+HOST = "127.0.0.1"
+CONNECTIONS = 200
+"""More requests at a time are refused. A browser sends six."""
+
+
+@contextmanager
+def serving(dataset: Dataset, port: int, who: str) -> Iterator[str]:
+    """Within the block, a thread answers at the yielded address. port: 0 for any free one. who: whose choices they are.
+
+    Raises UserError if the port is taken, and as `sample_table` does.
+    """
+    with _listening(port) as listener, open_gallery(dataset, who) as gallery:
+        port, token = listener.getsockname()[1], secrets.token_urlsafe(24)
+        server = Server(gallery)
+        config = uvicorn.Config(
+            Guard(server.app, token, port),
+            http="h11",
+            ws="none",
+            loop="asyncio",
+            lifespan="off",
+            log_config=None,
+            log_level="critical",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=1,
+        )
+        web = uvicorn.Server(config)
+        thread = threading.Thread(target=web.run, args=([listener],), name="view-server", daemon=True)
+        thread.start()
+        try:
+            yield f"http://{HOST}:{port}/{token}/"
+        finally:
+            web.should_exit = True
+            server.close()
+            thread.join(timeout=5)
+
+
+@contextmanager
+def _listening(port: int) -> Iterator[socket.socket]:
+    """A socket that listens. Connections wait until somebody accepts them."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"port {port} cannot be used ({reason}); choose another --port, or leave it out") from error
+        listener.listen(128)
+        yield listener
