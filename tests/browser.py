@@ -158,9 +158,10 @@ class Browser:
         self.mouse("mouseReleased", end)
 
     def until(self, condition: str, seconds: float = 60) -> Any:
-        """The value of a JavaScript expression, as soon as it is true."""
+        """The value of a JavaScript expression (true: an element), as soon as it is true."""
         deadline = time.monotonic() + seconds
-        while not (value := self.evaluate(condition)):
+        plain = f"Promise.resolve({condition}).then(value => value instanceof Node || value)"
+        while not (value := self.evaluate(plain)):
             assert time.monotonic() < deadline, f"not true after {seconds} s: {condition}\n{self.text()[:3000]}"
             time.sleep(0.05)
         return value

@@ -16,9 +16,10 @@ let inSight = new Set();
 export function setUp(dataset) {
   columns = Object.fromEntries(dataset.columns.map(column => [column.name, column]));
   flags(dataset);
-  sorts(dataset.columns);
+  const measured = dataset.columns.filter(column => typeof column.min === 'number');
+  sorts(measured);
   fields();
-  metrics(dataset);
+  metrics({...dataset, columns: measured});
   onChange(changed => {
     follow();
     if (['q', 'flag', 'verdict', 'rating', 'range', 'where', 'group'].some(name => changed.has(name))) reload();

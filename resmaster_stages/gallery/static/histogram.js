@@ -78,7 +78,7 @@ export class Histogram {
     try {
       this.show(await get('histogram', parameters, this.controller.signal));
     } catch (error) {
-      if (error.name !== 'AbortError') this.note.textContent = '';
+      if (error.name !== 'AbortError') this.note.textContent = error.message;
     }
   }
 

@@ -11,6 +11,12 @@ import {Zoom, firstTile} from './zoom.js';
 const WIDE = 1.8;  // wider images lie below each other, not side by side
 const NOTES = {replaced: "a neighbour's caption", fallback: 'global prompt', empty: 'no answer: global prompt'};
 
+function facts(values) {
+  return Object.entries(values).filter(([, fact]) => fact !== null && fact !== undefined && fact !== '')
+    .map(([name, fact]) => make('div', {}, make('dt', {text: name.replaceAll('_', ' ')}),
+      make('dd', {text: typeof fact === 'object' ? JSON.stringify(fact) : fact})));
+}
+
 export class SamplePage {
   /** element: the page's part for one sample. acts: {next, previous, close, choose(verdict), rate(rating), undo} */
   constructor(element, dataset, acts) {
@@ -136,7 +142,7 @@ export class SamplePage {
     })));
     this.metrics(sample);
     this.patches = [];
-    for (const part of ['.patches', '.facts', '.commands', '.near']) one(part, this.element).replaceChildren();
+    for (const part of ['.patches', '.of-high', '.of-low', '.commands', '.near']) one(part, this.element).replaceChildren();
     one('.caption-count', this.element).textContent = '';
     this.chosen();
   }
@@ -166,12 +172,9 @@ export class SamplePage {
   /** What only the sample's own request tells. */
   more(sample) {
     this.captions(sample);
-    const facts = {'dataset index': sample.index, shard: sample.shard, replica: sample.replica || null,
-      source: sample.source, ...sample.facts};
-    one('.facts', this.element).replaceChildren(...Object.entries(facts)
-      .filter(([, fact]) => fact !== null && fact !== undefined && fact !== '')
-      .map(([name, fact]) => make('div', {}, make('dt', {text: name.replaceAll('_', ' ')}),
-        make('dd', {text: typeof fact === 'object' ? JSON.stringify(fact) : fact}))));
+    one('.of-high', this.element).replaceChildren(...facts({'dataset index': sample.index, shard: sample.shard,
+      replica: sample.replica || null, source: sample.source, ...sample.facts}));
+    one('.of-low', this.element).replaceChildren(...facts(sample.low_facts ?? {}));
     one('.commands', this.element).replaceChildren(...Object.values(sample.commands ?? {}).map(copyable));
     const others = (sample.group ?? []).filter(key => key !== sample.key);
     one('.near', this.element).replaceChildren(...(others.length ? [make('button', {

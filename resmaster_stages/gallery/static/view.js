@@ -14,6 +14,7 @@ import {count, counted, quoted} from './words.js';
 
 const SCROLL_REST_MS = 200;
 const REFRESH_MS = 300;
+const AGAIN_MS = 5000;
 
 let dataset, lists, page;
 let opener = null;  // what had the focus before a sample was opened
@@ -47,8 +48,23 @@ async function start() {
   buttons();
   keyboard();
   show();
+  setTimeout(again, AGAIN_MS);
   await list().restart(Number(view.at) || 0);
   if (view.key) await openSample();
+}
+
+/** What the server finds out in the background: captions that can be searched, and what is wrong with the dataset. */
+async function again() {
+  const news = await get('dataset').catch(() => null);
+  if (news) notes(news);
+  if (!news || news.captions.indexed < news.captions.shards) setTimeout(again, AGAIN_MS);
+}
+
+function notes({note: stale, failed_error: unread, captions}) {
+  const {indexed, shards, error} = captions;
+  const missing = indexed < shards ? `So far, captions of ${count(indexed)} of ${counted(shards, 'shard')} are searched.` : '';
+  one('#find-note').textContent = shown(error || missing);
+  one('#notes').replaceChildren(...[stale, unread].filter(Boolean).map(text => make('p', {text})));
 }
 
 function texts() {
@@ -69,6 +85,7 @@ function texts() {
     ['List the rejected samples:', `resmaster status ${root} --list rejected`],
   ].flatMap(([words, command]) => [make('p', {text: words}), copyable(command)]));
   tally(dataset.choices);
+  notes(dataset);
 }
 
 function tally({kept, rejected, rated}) {
