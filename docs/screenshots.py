@@ -1,9 +1,12 @@
-"""Takes the images of docs/operating.md from the last build on a Prefect server.
+"""Takes the images of docs/operating.md from the last build on a Prefect server, or those of docs/curating.md from a
+published dataset.
 
     python docs/screenshots.py --url http://127.0.0.1:4200 docs/images
+    python docs/screenshots.py --view out/picturebook docs/images
 
-Needs Chromium, and PREFECT_API_URL of the same server, with PREFECT_API_AUTH_STRING if it asks for one. The images: the
-build's page, and its contact sheet.
+Needs Chromium. The images of a build are its page and its contact sheet; they need PREFECT_API_URL of the same server
+too, with PREFECT_API_AUTH_STRING if it asks for one. The images of a dataset are the page of `resmaster view`: the list
+on a wide and on a narrow screen, and one sample.
 """
 
 from __future__ import annotations
@@ -25,16 +28,47 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import get_current_settings
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from resmaster_stages.dataset.dataset import open_dataset
+from resmaster_stages.gallery.serve import serving
 from tests.browser import Browser, chromium
+
+
+def take_view(root: str, folder: Path) -> None:
+    """The images of the page over all samples. Nothing is chosen."""
+    in_sight = "[...document.querySelectorAll('#grid .high')].filter(e => e.getBoundingClientRect().top < innerHeight)"
+    loaded = f"(images => images.length && images.every(image => image.naturalWidth))({in_sight})"
+    with serving(open_dataset(root), 0, "") as url, Browser(1400, 900) as browser:
+        browser.open(url)
+        browser.until(loaded)
+        browser.until("document.querySelectorAll('.histogram canvas').length > 1")
+        browser.screenshot(folder / "view.jpg")
+        browser.resize(400, 800)
+        browser.until(loaded)
+        browser.settle()
+        browser.screenshot(folder / "view-narrow.jpg")
+        browser.resize(1400, 900)
+        browser.evaluate("document.querySelector('#grid-1').click()")
+        browser.wait_for("dataset index")
+        at = browser.place("#sample .high .viewer", 0.4, 0.45)
+        for _ in range(2):
+            browser.mouse("mouseWheel", at, deltaX=0, deltaY=-120)
+            browser.settle(1)
+        browser.mouse("mouseMoved", (at[0] + 2, at[1]))
+        browser.until("!document.querySelector('.under').hidden")
+        browser.settle()
+        browser.screenshot(folder / "view-sample.jpg")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--url", default="http://127.0.0.1:4200", help="of the UI (default: %(default)s)")
+    parser.add_argument("--view", metavar="ROOT", help="a published dataset to look through, instead of a build")
     args = parser.parse_args()
     if chromium() is None:
         sys.exit("there is no Chromium here; on Debian: apt-get install chromium")
+    if args.view:
+        return take_view(args.view, args.folder)
     with get_client(sync_client=True) as client:
         builds = client.read_flow_runs(
             flow_filter=FlowFilter(name=FlowFilterName(any_=["build-dataset"])),

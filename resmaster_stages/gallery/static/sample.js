@@ -193,9 +193,9 @@ export class SamplePage {
     for (const patch of this.patches) {
       const {row, col, caption, status, fit} = patch.row;
       const part = copyOf('patch-part');
-      const notes = [status && status !== 'ok' ? NOTES[status] ?? status : '', typeof fit === 'number' ? `fit ${fit.toFixed(1)}` : ''];
       one('span', part).textContent = shown(`${row}, ${col}`);
-      one('div', part).append(shown(caption), ' ', make('em', {text: notes.filter(Boolean).join(', ')}));
+      one('div', part).append(shown(caption), ' ', make('em', {text: status === 'ok' ? '' : NOTES[status] ?? status}));
+      part.title = typeof fit === 'number' ? `how well it fits the patch: ${fit.toFixed(1)}` : '';
       part.tabIndex = 0;
       for (const name of ['pointerenter', 'focus', 'click']) part.addEventListener(name, () => this.point(patch));
       for (const name of ['pointerleave', 'blur']) part.addEventListener(name, () => this.point(null));

@@ -74,6 +74,7 @@ function texts() {
   one('#modes [value=failed]').textContent = `Failed ${count(dataset.failed)}`;
   one('#modes [value=duplicates]').hidden = !dataset.near_duplicate_groups && view.mode !== 'duplicates';
   one('#modes [value=failed]').hidden = !dataset.failed && view.mode !== 'failed';
+  one('#modes').hidden = all('#modes button:not([hidden])').length < 2;
   one('#facts').replaceChildren(...Object.entries(dataset.facts).map(([name, fact]) =>
     make('div', {}, make('dt', {text: name}), make('dd', {text: fact}))));
   const root = quoted(dataset.url);
