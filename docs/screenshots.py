@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from prefect.client.orchestration import get_client
@@ -32,31 +34,49 @@ from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.gallery.serve import serving
 from tests.browser import Browser, chromium
 
+IN_SIGHT = "[...document.querySelectorAll('#grid .high')].filter(e => e.getBoundingClientRect().top < innerHeight)"
+LOADED = f"(images => images.length && images.every(image => image.naturalWidth))({IN_SIGHT})"
+MOUSE = "--blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4"
+"""A headless browser has no mouse, so buttons that appear under one would always be there."""
+
 
 def take_view(root: str, folder: Path) -> None:
-    """The images of the page over all samples. Nothing is chosen."""
-    in_sight = "[...document.querySelectorAll('#grid .high')].filter(e => e.getBoundingClientRect().top < innerHeight)"
-    loaded = f"(images => images.length && images.every(image => image.naturalWidth))({in_sight})"
-    with serving(open_dataset(root), 0, "") as url, Browser(1400, 900) as browser:
-        browser.open(url)
-        browser.until(loaded)
-        browser.until("document.querySelectorAll('.histogram canvas').length > 1")
-        browser.screenshot(folder / "view.jpg")
-        browser.resize(400, 800)
-        browser.until(loaded)
-        browser.settle()
-        browser.screenshot(folder / "view-narrow.jpg")
-        browser.resize(1400, 900)
-        browser.evaluate("document.querySelector('#grid-1').click()")
-        browser.wait_for("dataset index")
-        at = browser.place("#sample .high .viewer", 0.4, 0.45)
-        for _ in range(2):
-            browser.mouse("mouseWheel", at, deltaX=0, deltaY=-120)
-            browser.settle(1)
-        browser.mouse("mouseMoved", (at[0] + 2, at[1]))
-        browser.until("!document.querySelector('.under').hidden")
-        browser.settle()
-        browser.screenshot(folder / "view-sample.jpg")
+    """The images of the page over all samples. What is chosen for them is chosen in a copy."""
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copytree(root, copy, dirs_exist_ok=True)
+        shutil.rmtree(Path(copy) / "curation", ignore_errors=True)
+        with serving(open_dataset(copy), 0, "") as url:
+            with Browser(1400, 900, MOUSE) as browser:
+                take_wide(browser, url, folder)
+            with Browser(400, 800) as browser:
+                browser.open(f"{url}#sort=agreement_psnr")
+                browser.until(LOADED)
+                browser.settle()
+                browser.screenshot(folder / "view-narrow.jpg")
+
+
+def take_wide(browser: Browser, url: str, folder: Path) -> None:
+    """Choose about some samples, and take the list and one sample."""
+    browser.open(f"{url}#sort=agreement_psnr")
+    browser.until(LOADED)
+    for key in ("j", "x", "a", "j", "4"):
+        browser.key(key)
+    browser.until("document.querySelector('#saved').innerText.trim() === 'saved'")
+    browser.evaluate("document.querySelector('.threshold').scrollIntoView({block: 'center'})")
+    browser.until("document.querySelector('.threshold output').textContent.includes(' of ')")
+    browser.until("document.querySelectorAll('.histogram canvas').length > 1")
+    browser.settle()
+    browser.screenshot(folder / "view.jpg")
+    browser.evaluate("document.querySelector('#grid-2').click()")
+    browser.wait_for("dataset index")
+    at = browser.place("#sample .high .viewer", 0.4, 0.45)
+    for _ in range(2):
+        browser.mouse("mouseWheel", at, deltaX=0, deltaY=-120)
+        browser.settle(1)
+    browser.mouse("mouseMoved", (at[0] + 2, at[1]))
+    browser.until("!document.querySelector('.under').hidden")
+    browser.settle()
+    browser.screenshot(folder / "view-sample.jpg")
 
 
 def main() -> None:

@@ -43,10 +43,12 @@ def chromium() -> str | None:
 
 
 class Browser:
-    """One browser with one page of `width` x `height` CSS px. Use as a context manager."""
+    """One browser with one page of `width` x `height` CSS px. flags: further ones of the program. Use as a context
+    manager."""
 
-    def __init__(self, width: int = 1280, height: int = 900) -> None:
+    def __init__(self, width: int = 1280, height: int = 900, *flags: str) -> None:
         self._size = (width, height)
+        self._flags = flags
         self._count = 0
         self.faults: list[str] = []
         """What went wrong in pages: errors of scripts, breaches of the content security policy, failed requests."""
@@ -56,7 +58,7 @@ class Browser:
         assert program is not None
         self._profile = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
         self._process = subprocess.Popen(
-            [program, *FLAGS, f"--user-data-dir={self._profile.name}", "about:blank"],
+            [program, *FLAGS, *self._flags, f"--user-data-dir={self._profile.name}", "about:blank"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
