@@ -63,13 +63,18 @@ def take_wide(browser: Browser, url: str, folder: Path) -> None:
         browser.key(key)
     browser.until("document.querySelector('#saved').innerText.trim() === 'saved'")
     browser.evaluate("document.querySelector('.threshold').scrollIntoView({block: 'center'})")
+    set_value = "field.value = 30; field.dispatchEvent(new Event('input'))"
+    browser.evaluate(f"(field => {{ {set_value} }})(document.querySelector('.threshold input'))")
+    browser.until(
+        "document.querySelector('.threshold output').textContent.startsWith('min_agreement_psnr 30 would flag')"
+    )
     browser.until("document.querySelector('.threshold output').textContent.includes(' of ')")
     browser.until("document.querySelectorAll('.histogram canvas').length > 1")
     browser.settle()
     browser.screenshot(folder / "view.jpg")
-    browser.evaluate("document.querySelector('#grid-2').click()")
+    browser.evaluate("document.querySelector('#grid-0').click()")
     browser.wait_for("dataset index")
-    at = browser.place("#sample .high .viewer", 0.4, 0.45)
+    at = browser.place("#sample .high .viewer", 0.42, 0.6)
     for _ in range(2):
         browser.mouse("mouseWheel", at, deltaX=0, deltaY=-120)
         browser.settle(1)

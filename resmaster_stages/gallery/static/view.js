@@ -82,7 +82,7 @@ function texts() {
     ['Publish, with an index and shards of what nobody rejected:', `resmaster publish ${root} --curated`],
     ['Make the rejected samples anew, with a new seed (save choices.csv first):', `resmaster repair ${root} --redo choices.csv`],
     ['Build from the same prompts, without the rejected samples:', 'resmaster run CONFIG --exclude choices.csv'],
-    ['Export what was kept as plain files:', `resmaster export ${root} folder FOLDER --where kept`],
+    ['Export what was kept as plain files:', `resmaster export ${root} FOLDER --as folder --where kept`],
     ['List the rejected samples:', `resmaster status ${root} --list rejected`],
   ].flatMap(([words, command]) => [make('p', {text: words}), copyable(command)]));
   tally(dataset.choices);
