@@ -4,8 +4,8 @@ the final state of a flow run follow this decision."""
 from __future__ import annotations
 
 from resmaster_stages.dataset.dataset import Dataset
+from resmaster_stages.inspection.failures import failures
 from resmaster_stages.inspection.status import Status
-from resmaster_stages.publish.report import failures
 from resmaster_stages.redaction import quoted
 
 

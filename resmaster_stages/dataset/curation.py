@@ -12,6 +12,7 @@ Invariants:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -60,6 +61,24 @@ class Choice:
     def empty(self) -> bool:
         """Whether the choice only takes an earlier one back."""
         return self.verdict == "none" and self.rating is None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """How many samples people have chosen about."""
+
+    kept: int = 0
+    rejected: int = 0
+    rated: int = 0
+
+
+def count(choices: Iterable[Choice]) -> Chosen:
+    """How many of some choices keep, reject and rate."""
+    verdicts, rated = Counter[str](), 0
+    for choice in choices:
+        verdicts[choice.verdict] += 1
+        rated += choice.rating is not None
+    return Chosen(verdicts["kept"], verdicts["rejected"], rated)
 
 
 def now() -> str:

@@ -18,6 +18,7 @@ Names are relative to the dataset's folder, with forward slashes:
     curation/{time}-{attempt}.parquet          what people chose about samples, a file per session
     report/  manifest.parquet  index.json  README.md
     curation.parquet                           the choices that count; only if there are any
+    curated.json  curated/000123-{digest}.tar  index and shards without rejected samples, if they were asked for
     publication.json                           names the files above with sha256 and size; written after them
 
 Invariant: names that attempts may write concurrently contain the attempt id. Only the name of a record does not.
@@ -45,6 +46,8 @@ REPORT_PAGE = "report/index.html"
 PUBLICATION = "publication.json"
 CURATION = "curation"
 CURATION_TABLE = "curation.parquet"
+CURATED_INDEX = "curated.json"
+CURATED = "curated"
 
 _NUMBERED = re.compile(r"(?:.*/)?(\d{4,6})\.json")
 _NAMESPACE = re.compile(r"commits/([a-z_]+)-([0-9a-f]{8})")
@@ -55,6 +58,7 @@ _PLAN_PART = re.compile(r"plan/gen-\d{4}/part-\d{5}-[0-9a-f]{8}\.parquet")
 _PLAN_FILE = re.compile(r"plan/gen-(\d{4})/(?:part-\d{5}|rejected|duplicates)-[0-9a-f]{8}\.parquet")
 _TEMPORARY = re.compile(r"(?:.*/)?\.[^/]+\.[0-9a-f]{8}\.tmp")
 _LEDGER = re.compile(r"errors/[a-z_]+/(\d{6})-[0-9a-f]{8}\.parquet")
+_CURATED = re.compile(r"curated/\d{6}-[0-9a-f]{8}\.tar")
 _CHOICES = re.compile(r"curation/\d{8}T\d{6}-[0-9a-f]{8}\.parquet")
 _FAILED_ATTEMPT = re.compile(r"attempts/[a-z_]+-[0-9a-f]{8}/(\d{6})-(\d{8}T\d{12})-([0-9a-f]{8})-(\w{1,80})\.json")
 
@@ -122,6 +126,16 @@ def choices(time: str, attempt: str) -> str:
 def is_choices(name: str) -> bool:
     """Whether `name` is that of a file of choices of one session."""
     return bool(_CHOICES.fullmatch(name))
+
+
+def curated_shard(shard: int, digest: str) -> str:
+    """The copy of a shard's tar without rejected samples. digest: of what is copied."""
+    return f"{CURATED}/{shard:06d}-{digest[:8]}.tar"
+
+
+def is_curated(name: str) -> bool:
+    """Whether `name` is that of a copy of a shard without rejected samples."""
+    return bool(_CURATED.fullmatch(name))
 
 
 class FailedName(NamedTuple):

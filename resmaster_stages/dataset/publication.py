@@ -34,6 +34,13 @@ class PublicationRecord:
     """Stage -> identity of its result."""
     shards: int
     """Number of shards if all that were planned are published, else 0."""
+    choices: str = ""
+    """Digest (`curation.digest_of_choices`) of the choices that the publication honours."""
+
+    @property
+    def curated(self) -> bool:
+        """Whether a curated index is part of the publication."""
+        return any(file.name == layout.CURATED_INDEX for file in self.files)
 
 
 class CommitsDigest:

@@ -17,7 +17,7 @@ Value = TypeVar("Value")
 class Kept(Generic[Value]):
     """Values in memory, of at most `limit` bytes together; what was used last stays longest.
 
-    What several threads ask for at the same time is made once.
+    What several threads ask for at the same time is made once. A limit of 0 keeps nothing beyond that.
     """
 
     def __init__(self, limit: int, size: Callable[[Value], int] = lambda _: 1) -> None:
@@ -56,7 +56,7 @@ class Kept(Generic[Value]):
                 self.bytes -= self._size(self._values.pop(name))
             self._values[name] = value
             self.bytes += self._size(value)
-            while self.bytes > self._limit and len(self._values) > 1:
+            while self.bytes > self._limit and len(self._values) > bool(self._limit):
                 self.bytes -= self._size(self._values.popitem(last=False)[1])
 
     def peek(self, name: Hashable) -> Value | None:

@@ -5,25 +5,21 @@ Choices of other people count from the next time that the page is loaded (`read_
 
 from __future__ import annotations
 
-import csv
-import io
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from resmaster_stages.dataset.curation import RATINGS, VERDICTS, Choice, Session, now, read_choices
 from resmaster_stages.dataset.dataset import Dataset
-from resmaster_stages.dataset.schemas import CURATION_SCHEMA
 from resmaster_stages.errors import ResMasterError, UserError
 from resmaster_stages.gallery.errors import Unreadable
+from resmaster_stages.inspection.choice_files import encode_csv
 from resmaster_stages.inspection.query import Query, SampleTable
 from resmaster_stages.redaction import one_line, shortened
 
 TOGETHER = 20_000
 """At most so many choices come in one request."""
 FIELDS = {"key", "verdict", "rating", "reason"}
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""Spreadsheets take a cell that begins so for a formula."""
 
 
 class Choices:
@@ -55,25 +51,17 @@ class Choices:
     def read_again(self) -> None:
         """Let the choices count that are in the dataset now, those of other people too."""
         with self._lock:
-            try:
-                found = read_choices(self._dataset.folder)
-            except (OSError, ResMasterError) as error:
-                raise Unreadable(one_line(error)) from error
-            self._table.choose(found.values(), only=True)
+            self._table.choose(self._read().values(), only=True)
 
-    def as_csv(self) -> str:
-        """The choices that count, one a line, under the names of their columns."""
-        with self._lock:
-            try:
-                found = read_choices(self._dataset.folder)
-            except (OSError, ResMasterError) as error:
-                raise Unreadable(one_line(error)) from error
-        buffer = io.StringIO()
-        lines = csv.writer(buffer)
-        lines.writerow(CURATION_SCHEMA.names)
-        for choice in found.values():
-            lines.writerow([_cell(getattr(choice, name)) for name in CURATION_SCHEMA.names])
-        return buffer.getvalue()
+    def as_csv(self) -> bytes:
+        """The choices that count, as a CSV file that `resmaster curate --import` reads."""
+        return encode_csv(self._read().values())
+
+    def _read(self) -> dict[str, Choice]:
+        try:
+            return read_choices(self._dataset.folder)
+        except (OSError, ResMasterError) as error:
+            raise Unreadable(one_line(error)) from error
 
     def _known(self, keys: list[str]) -> dict[str, dict[str, Any]]:
         """Key -> what is chosen so far. Raises UserError if a key is of no sample."""
@@ -111,8 +99,3 @@ def _given(asked: Any) -> Iterator[dict[str, Any]]:
         except UnicodeEncodeError:
             raise UserError("a key or a reason holds half a character; send whole ones") from None
         yield each
-
-
-def _cell(value: Any) -> Any:
-    """A value for a spreadsheet."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value

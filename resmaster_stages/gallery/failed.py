@@ -7,7 +7,7 @@ from typing import Any
 
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.gallery.errors import told
-from resmaster_stages.publish.report import failures
+from resmaster_stages.inspection.failures import failures
 
 SHOWN = ("key", "stage", "error_class", "message", "attempt_number", "command")
 

@@ -37,6 +37,7 @@ class Gallery:
         self.failed = Failed(dataset)
         self._note = ""
         self._said = ""
+        self.background = threading.Thread(target=self._look_around, name="view-background", daemon=True)
 
     def about(self) -> dict[str, Any]:
         """What the page says of the whole dataset. Choices of other people count from now on."""
@@ -72,7 +73,7 @@ class Gallery:
             self._said = line
             print(f"view: {line}", file=sys.stderr, flush=True)
 
-    def look_around(self) -> None:
+    def _look_around(self) -> None:
         """What is done in the background: find out whether the publication is up to date, and read the captions."""
         try:
             if note := status(self._dataset).publication_line(self._dataset.url):
@@ -89,10 +90,9 @@ def open_gallery(dataset: Dataset, who: str) -> Iterator[Gallery]:
     """The gallery of a published dataset, usable within the block. Raises as `sample_table` does."""
     with sample_table(dataset, QUESTION_SECONDS) as table, scratch_folder() as scratch:
         gallery = Gallery(dataset, table, Images(dataset, scratch), who)
-        background = threading.Thread(target=gallery.look_around, name="view-background", daemon=True)
-        background.start()
+        gallery.background.start()
         try:
             yield gallery
         finally:
             gallery.captions.stop()
-            background.join(timeout=5)
+            gallery.background.join(timeout=5)

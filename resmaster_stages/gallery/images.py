@@ -157,7 +157,8 @@ class Images:
             except SampleError as error:
                 url = quoted(self._dataset.url)
                 mend = f"run: resmaster verify {url}, then: resmaster repair {url}"
-                raise Unreadable(f"{place.object}: {error.__cause__ or error}; {mend}") from error
+                reason = str(error).rpartition("; ")[0]  # without advice for images that a user gave
+                raise Unreadable(f"{place.object}: {reason}; {mend}") from error
         if image.size != (place.width, place.height):
             raise Unreadable(
                 f"{place.object}: {place.member} has {image.width} x {image.height} px, and its manifest says "

@@ -1,7 +1,7 @@
 """Finds and removes files that are not needed any more.
 
-These are objects that no commit names, objects that a later attempt replaced, probes, temporary files, unfinished
-uploads and caches of finished shards.
+These are objects that no commit names, objects that a later attempt replaced, curated shards that the curated index
+does not name, probes, temporary files, unfinished uploads and caches of finished shards.
 
 Invariants:
 - Only names that this project gives to attempts, probes, caches and temporary files are considered. Other files are
@@ -21,6 +21,7 @@ Invariants:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -39,7 +40,7 @@ from resmaster_stages.storage.digests import DigestSet, digest_of
 from resmaster_stages.storage.filesystem import Folder, Listed
 from resmaster_stages.storage.probe import is_probe
 
-Kind = Literal["object", "plan file", "probe", "temporary file", "cache", "unfinished upload"]
+Kind = Literal["object", "curated shard", "plan file", "probe", "temporary file", "cache", "unfinished upload"]
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,11 @@ def find_leftovers(dataset: Dataset, older_than: timedelta, now: datetime | None
             and digest not in named
             and file.name in vouched
         ]
-    unfinished = _unfinished_caches(dataset)
+    unfinished, curated = _unfinished_caches(dataset), _curated(folder, limit)
     found = [
         Leftover(kind, file)
         for file in sorted(others, key=lambda file: file.name)
-        if (kind := _kind(file.name, unfinished))
+        if file.name not in curated and (kind := _kind(file.name, unfinished))
     ]
     return found + [leftover for leftover in uploads if leftover.file.modified < limit]
 
@@ -122,6 +123,8 @@ def _kind(name: str, unfinished: Collection[str]) -> Kind | None:
         return "temporary file"
     if is_probe(name):
         return "probe"
+    if layout.is_curated(name):
+        return "curated shard"
     if layout.is_attempt(name):
         return "plan file" if name.startswith(f"{layout.PLAN}/") else "object"
     if name.startswith(f"{layout.CACHE}/"):
@@ -154,6 +157,20 @@ def _published(folder: Folder) -> Iterator[str]:
             yield from shard.objects.values()
 
 
+def _curated(folder: Folder, limit: datetime) -> set[str]:
+    """The copies of shards that readers may need: those that the curated index names, and all of them if the dataset
+    was published since `limit` or the index cannot be read."""
+    everything = {file.name for file in folder.files(layout.CURATED)}
+    if not everything or not folder.exists(layout.PUBLICATION) or folder.modified(layout.PUBLICATION) >= limit:
+        return everything
+    try:
+        return {shard["url"] for shard in json.loads(folder.read(layout.CURATED_INDEX))["shardlist"]}
+    except FileNotFoundError:
+        return set()
+    except (ValueError, TypeError, KeyError):  # damaged, which `verify` reports
+        return everything
+
+
 def _publication(folder: Folder) -> PublicationRecord | None:
     """The record of the publication; None if it is not there or cannot be read, which `verify` reports."""
     try:
@@ -165,7 +182,7 @@ def _publication(folder: Folder) -> PublicationRecord | None:
 def _fits(dataset: Dataset) -> bool:
     """Whether the publication is whole and of the commits that are there. Not so if the plan does not tell."""
     try:
-        return not status(dataset).published.problem
+        return status(dataset).published.of_the_commits
     except PlanError:
         return False
 

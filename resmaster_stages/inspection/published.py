@@ -9,6 +9,7 @@ from typing import Literal
 
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import StoredObject, difference
+from resmaster_stages.dataset.curation import digest_of_choices, read_choices
 from resmaster_stages.dataset.publication import PublicationRecord, read_publication
 from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.dataset.stages import STAGES
@@ -21,8 +22,9 @@ from resmaster_stages.storage.tables import decode_table
 class Published:
     """The state of a dataset's publication."""
 
-    problem: Literal["", "missing", "stale", "damaged"] = ""
-    """`stale`: made from other commits; "": none, also while there is nothing to publish."""
+    problem: Literal["", "missing", "stale", "other choices", "damaged"] = ""
+    """`stale`: made from other commits; `other choices`: of the commits that count, and people have chosen since; "":
+    none, also while there is nothing to publish."""
     files: tuple[str, ...] = ()
     """The files that are not as they were published, if damaged."""
 
@@ -30,7 +32,17 @@ class Published:
         """The problem in a few words, after the word "publication"; "" if there is none."""
         if self.problem == "damaged":
             return f"is damaged ({', '.join(self.files)})"
-        return {"": "", "missing": "is missing", "stale": "was made from other commits"}[self.problem]
+        return {
+            "": "",
+            "missing": "is missing",
+            "stale": "was made from other commits",
+            "other choices": "does not honour the latest choices",
+        }[self.problem]
+
+    @property
+    def of_the_commits(self) -> bool:
+        """Whether the publication is whole and made from the commits that count."""
+        return self.problem in ("", "other choices")
 
 
 def published(folder: Folder, commits: str, ready: bool) -> Published:
@@ -43,7 +55,9 @@ def published(folder: Folder, commits: str, ready: bool) -> Published:
     record = read_publication(folder)
     if record is None:
         return Published("missing" if ready else "")
-    return Published("" if record.commits == commits else "stale")
+    if record.commits != commits:
+        return Published("stale")
+    return Published("" if record.choices == digest_of_choices(read_choices(folder)) else "other choices")
 
 
 def changed_files(folder: Folder) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.commit import StoredObject
+from resmaster_stages.dataset.curation import Chosen
 from resmaster_stages.dataset.plan import Plan
 from resmaster_stages.metrics import metric_columns
 from resmaster_stages.metrics.flags import known_flags
@@ -29,6 +30,8 @@ class Publication:
     """Planned shards that are not committed in every stage, or that are damaged."""
     failures: dict[str, int]
     """Stage -> samples that failed in it, in published shards."""
+    chosen: Chosen = field(default_factory=Chosen)
+    """What people chose about these samples."""
     commits: str = field(default="", compare=False)
     """Digest of the published commits."""
     files: tuple[StoredObject, ...] = field(default=(), compare=False)

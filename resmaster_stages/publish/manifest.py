@@ -19,9 +19,10 @@ import itertools
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,14 @@ import pyarrow.parquet as pq
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.chain import CHUNK_SHARDS, Chain, read_chains
 from resmaster_stages.dataset.commit import Receipt, StoredObject, describe
+from resmaster_stages.dataset.curation import Choice, count
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.publication import CommitsDigest
 from resmaster_stages.dataset.schemas import manifest_schema, quality_schema
 from resmaster_stages.errors import ShardError
 from resmaster_stages.keys import digest_of_keys
 from resmaster_stages.publish.card import Publication, dataset_card
+from resmaster_stages.publish.curated import write_curated
 from resmaster_stages.redaction import quoted
 from resmaster_stages.storage.digests import DigestSet, digest_of
 from resmaster_stages.storage.scratch import scratch_folder
@@ -43,8 +46,12 @@ from resmaster_stages.storage.shards import Member, parse_image
 from resmaster_stages.storage.tables import TableWriter, decode_table
 
 
-def write_manifest(dataset: Dataset) -> Publication:
+def write_manifest(
+    dataset: Dataset, choices: Mapping[str, Choice] = MappingProxyType({}), curated: bool = False
+) -> Publication:
     """Write manifest.parquet, index.json and README.md from what is committed. Replaces older files.
+
+    choices: key -> what somebody chose about the sample. curated: also write the index without rejected samples.
 
     Raises ShardError if an object is gone or damaged, or if a key occurs twice.
     """
@@ -57,6 +64,7 @@ def write_manifest(dataset: Dataset) -> Publication:
     tars = frozenset(name for stage in published_tars for name in dataset.folder.names(stage))
     digest = CommitsDigest(dataset.hashes)
     complete = flagged = 0
+    chosen: list[Choice] = []
     with scratch_folder() as scratch:
         local, local_index = scratch / layout.MANIFEST, scratch / layout.INDEX
         with TableWriter(local, manifest_schema()) as table, local_index.open("w", encoding="utf-8") as index:
@@ -65,6 +73,7 @@ def write_manifest(dataset: Dataset) -> Publication:
             for shard, chain, tables in _complete_chains(dataset):
                 rows = list(_manifest_rows(dataset, shard, chain, tables, tars))
                 _flag_duplicates(rows, looks)
+                chosen += _add_choices(rows, choices)
                 table.write(rows)
                 prints.extend(int(row["key"][:16], 16) for row in rows)
                 sizes.update((row["height"], row["width"]) for row in rows)
@@ -83,14 +92,23 @@ def write_manifest(dataset: Dataset) -> Publication:
             index.write("]}\n")
         if (twice := _repeated(local, prints)) is not None:
             raise ShardError(f"{dataset.url}: sample {twice} occurs twice; restore the folder plan/ from a copy")
-        published = Publication(table.rows, complete, plan.shards - complete, failures)
+        published = Publication(table.rows, complete, plan.shards - complete, failures, count(chosen))
+        stored = [
+            _uploaded(dataset, name, path) for name, path in {layout.MANIFEST: local, layout.INDEX: local_index}.items()
+        ]
+        if curated:
+            index_object, published_tars["curated"] = write_curated(dataset, published_tars["high_res"])
+            stored.append(index_object)
         card = scratch / layout.CARD
         card.write_bytes(dataset_card(config, plan, published, sorted(sizes), flagged, published_tars).encode())
-        files = {layout.MANIFEST: local, layout.INDEX: local_index, layout.CARD: card}
-        for name, path in files.items():
-            dataset.folder.upload(name, path)
-        stored = tuple(describe(name, path) for name, path in files.items())
-    return replace(published, commits=digest.hexdigest(), files=stored)
+        stored.append(_uploaded(dataset, layout.CARD, card))
+    return replace(published, commits=digest.hexdigest(), files=tuple(stored))
+
+
+def _uploaded(dataset: Dataset, name: str, path: Path) -> StoredObject:
+    """Upload a file. Returns its description."""
+    dataset.folder.upload(name, path)
+    return describe(name, path)
 
 
 def _complete_chains(dataset: Dataset) -> Iterator[tuple[int, Chain, dict[str, bytes]]]:
@@ -160,6 +178,16 @@ def _manifest_rows(
             "high_res_hash": high_res.stage_hash,
             "quality_hash": quality.stage_hash,
         }
+
+
+def _add_choices(rows: Sequence[dict[str, Any]], choices: Mapping[str, Choice]) -> list[Choice]:
+    """Add to rows what was chosen about them. Returns these choices."""
+    found = []
+    for row in rows:
+        if choice := choices.get(row["key"]):
+            row["verdict"], row["rating"] = None if choice.verdict == "none" else choice.verdict, choice.rating
+            found.append(choice)
+    return found
 
 
 def _flag_duplicates(rows: Sequence[dict[str, Any]], looks: DigestSet) -> None:

@@ -19,10 +19,10 @@ from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import StoredObject, described
 from resmaster_stages.dataset.dataset import Dataset
-from resmaster_stages.dataset.ledger import ledger_rows
 from resmaster_stages.dataset.reading import shard_samples
 from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.inspection.explain import explain_command
+from resmaster_stages.inspection.failures import failures
 from resmaster_stages.metrics.flags import badness, badness_columns
 from resmaster_stages.models.licences import licences_of, uses_base_model
 from resmaster_stages.publish.page import ReportSample, choose, render_report
@@ -97,24 +97,3 @@ def facts(config: DatasetConfig, manifest: pa.Table) -> dict[str, Any]:
         **upscale.facts(),
         "seed": config.seed,
     }
-
-
-def failures(dataset: Dataset) -> list[dict[str, Any]]:
-    """The ledger rows of samples that are still missing under the current configuration.
-
-    Only the last attempt of each sample and stage, with a command that explains the sample.
-    """
-    last: dict[tuple[str, str], dict[str, Any]] = {}
-    for stage in dataset.hashes:
-        commits = dataset.commits(stage)
-        rows = ledger_rows(commits)
-        numbers = commits.numbers() if rows else {}
-        shards = numbers.keys() & {row["shard"] for row in rows}
-        committed = commits.read_many({shard: numbers[shard] for shard in shards})
-        for row in rows:
-            if row["shard"] in committed and row["key"] not in committed[row["shard"]].failed_keys:
-                continue
-            known = last.get((stage, row["key"]))
-            if known is None or row["attempt_number"] >= known["attempt_number"]:
-                last[stage, row["key"]] = row
-    return [{**row, "command": explain_command(dataset.url, row["key"])} for row in last.values()]

@@ -15,10 +15,11 @@ import pyarrow.compute as pc
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.schemas import manifest_schema
+from resmaster_stages.inspection.failures import failures
 from resmaster_stages.inspection.status import Status
 from resmaster_stages.metrics import shown_columns
 from resmaster_stages.metrics.flags import known_flags
-from resmaster_stages.publish.report import SIZE_COLUMNS, facts, failures
+from resmaster_stages.publish.report import SIZE_COLUMNS, facts
 from resmaster_stages.redaction import printable, quoted, without_credentials
 from resmaster_stages.storage.tables import decode_table
 

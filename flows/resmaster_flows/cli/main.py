@@ -19,6 +19,7 @@ from rich.console import Console
 import resmaster_stages
 from resmaster_flows.cli import (
     compare,
+    curate,
     doctor,
     explain,
     gc,
@@ -66,6 +67,7 @@ VERBS: tuple[Verb, ...] = (
     repair,
     verify,
     publish,
+    curate,
     gc,
     doctor,
     compare,

@@ -26,6 +26,12 @@ DESCRIPTION = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     add_root(parser)
+    parser.add_argument(
+        "--curated",
+        action=argparse.BooleanOptionalAction,
+        help="also write curated.json, an index of shards without the samples that somebody rejected; shards with "
+        "rejected samples are copied without these. A later publication does so, too, until --no-curated",
+    )
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -34,7 +40,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from resmaster_stages.inspection.status import status
 
     dataset = open_dataset(args.root)
-    published = publish_now(console, dataset)
+    published = publish_now(console, dataset, args.curated)
     return judged(console, dataset, status(dataset)) or (0 if published.samples else 1)
 
 
@@ -48,12 +54,12 @@ def judged(console: Console, dataset: Dataset, found: Status) -> int:
     return 1 if lacking else 0
 
 
-def publish_now(console: Console, dataset: Dataset) -> Publication:
-    """Publish in this process, and print what was published. Returns what was published."""
+def publish_now(console: Console, dataset: Dataset, curated: bool | None = None) -> Publication:
+    """Publish in this process (curated: as in `publish`), and print what was published. Returns what was published."""
     from resmaster_stages.dataset import layout
     from resmaster_stages.publish.publish import publish
 
-    published = publish(dataset)
+    published = publish(dataset, curated)
     say(console, f"{published.samples} samples of {published.shards} shards published in {dataset.url}")
     if published.shards_missing:
         say(

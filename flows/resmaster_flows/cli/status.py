@@ -12,7 +12,7 @@ from rich.table import Table
 from resmaster_flows.cli.arguments import add_root
 from resmaster_flows.selection import spell_shards
 from resmaster_flows.watch.terminal import SafeConsole, say
-from resmaster_stages.redaction import quoted
+from resmaster_stages.redaction import printable, quoted
 
 if TYPE_CHECKING:
     from resmaster_stages.dataset.dataset import Dataset
@@ -22,6 +22,9 @@ MESSAGE_CHARACTERS = 200
 """Longer messages are cut here; `explain` prints them whole."""
 SHARDS_CHARACTERS = 60
 """Longer lists of shards are cut here."""
+
+LISTS = ("failed", "flagged", "duplicates", "rejected", "kept", "inputs")
+"""The lists of `resmaster_stages.inspection.lists`, which is not imported for the help."""
 
 HELP = "what is committed, pending, failed"
 DESCRIPTION = (
@@ -36,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_root(parser)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument(
+        "--list",
+        dest="listed",
+        choices=LISTS,
+        metavar="WHAT",
+        help=f"print names instead, one a line, with what is known of each: {', '.join(LISTS)}",
+    )
     form.add_argument("--openmetrics", action="store_true", help="print OpenMetrics text, for Prometheus and its kin")
 
 
@@ -45,6 +55,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from resmaster_stages.inspection.status import status
 
     dataset = open_dataset(args.root)
+    if args.listed:
+        return _print_list(dataset, args.listed)
     if args.openmetrics:
         from resmaster_stages.inspection.openmetrics import openmetrics
 
@@ -58,6 +70,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
     for line in found.unreadable:
         say(console, line)
     return 1 if found.unreadable else 0
+
+
+def _print_list(dataset: Dataset, name: str) -> int:
+    """Print a list: the columns of a line are separated by tabs, and the first is the key or the input."""
+    from resmaster_stages.inspection.lists import listed
+
+    for item in listed(dataset, name):
+        values = (", ".join(value) if isinstance(value, list) else value for value in item.values())
+        print("\t".join("" if value is None else printable(" ".join(str(value).split())) for value in values))
+    return 0
 
 
 def _print(dataset: Dataset, found: Status) -> None:
