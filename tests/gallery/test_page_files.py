@@ -63,7 +63,9 @@ def test_vendored_libraries_have_their_licence(name: str) -> None:
     assert b"Permission is hereby granted" in found[0] or b"Redistribution and use" in found[0]
 
 
-@pytest.mark.parametrize("name", ["", "nothing.js", "../page.py", "vendor", "vendor/../view.js", "/etc/passwd", "look.css/"])
+@pytest.mark.parametrize(
+    "name", ["", "nothing.js", "../page.py", "vendor", "vendor/../view.js", "/etc/passwd", "look.css/"]
+)
 def test_no_other_file_is_served(name: str) -> None:
     assert static_file(name) is None
 
