@@ -80,6 +80,7 @@ export function clearAll() {
 
 function metrics(dataset) {
   one('#no-metrics').hidden = dataset.columns.length > 0;
+  one('#brush-note').hidden = !dataset.columns.length;
   const observer = new IntersectionObserver(entries => {
     for (const {target, isIntersecting} of entries) {
       const histogram = histograms.find(each => each.element === target);

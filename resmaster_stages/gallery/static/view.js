@@ -3,7 +3,7 @@
 import {get} from './api.js';
 import {choiceOf, choose, onChoice, undo, undoable, unsaved, unsavedCsv} from './choices.js';
 import {all, copyable, make, one, shown} from './dom.js';
-import {failed} from './failed.js';
+import {failed as failures} from './failed.js';
 import * as filtersPart from './filters.js';
 import {grid, mark} from './grid.js';
 import {groups} from './groups.js';
@@ -37,7 +37,7 @@ async function start() {
   lists = {
     '': grid(one('#grid'), dataset, (index, sample) => openAt(index, sample.key), common),
     duplicates: groups(one('#groups'), key => change({key}, {push: true}), common),
-    failed: failed(one('#failures'), common),
+    failed: failures(one('#failures'), common),
   };
   page = new SamplePage(one('#sample'), dataset, {
     next: () => step(1), previous: () => step(-1), close, choose: verdict => decide(verdict), rate, undo: () => takeBack(),
@@ -124,10 +124,15 @@ function said(total) {
   if (!nothing) return;
   one('#empty p').textContent = view.mode === 'failed' ? 'No sample failed.' :
     view.mode === 'duplicates' ? 'No near-duplicates were found.' :
-      dataset.samples ? 'No sample passes the filters.' : 'No sample has passed every stage yet.';
+      dataset.samples ? 'No sample passes the filters.' : nobody();
   one('#empty .clear-all').hidden = !part;
   list().clear();
   list().spread();
+}
+
+function nobody() {
+  const failed = dataset.failed ? ` ${counted(dataset.failed, 'sample')} failed.` : '';
+  return `No sample has passed every stage yet.${failed}`;
 }
 
 function refused(error) {
