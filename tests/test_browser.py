@@ -42,5 +42,10 @@ def test_the_report(browser: Browser, tmp_path: Path) -> None:
     assert "1 of 2" in browser.text()
     browser.click("Slider")
     assert browser.evaluate("document.body.classList.contains('slide')")
+    browser.evaluate("document.querySelector('article:not([hidden]) .reveal').dispatchEvent(new Event('dblclick'))")
+    assert browser.evaluate(
+        "(dialog => dialog.open && dialog.querySelector('img').naturalWidth)(document.querySelector('dialog'))"
+    )
+    browser.evaluate("document.querySelector('dialog').close()")
     browser.evaluate("document.querySelector('article .command button').click()")
     assert browser.evaluate("getSelection().toString()").startswith("resmaster explain ")

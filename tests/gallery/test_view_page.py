@@ -25,6 +25,7 @@ from resmaster_stages.dataset.sample import Output, Sample
 from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.errors import SampleError
 from resmaster_stages.gallery.serve import serving
+from resmaster_stages.inspection.choice_files import read_choice_file
 from resmaster_stages.publish.publish import publish
 from resmaster_stages.redaction import printable
 from resmaster_stages.runner.run import run_stage
@@ -428,6 +429,12 @@ def test_choices_wait_for_a_server_that_is_away_and_are_kept_over_its_restart(br
         browser.wait_for("1 choice not saved, will be tried again", "is `resmaster view` still running?")
         assert page.text("#grid-0 .badge") == "✕ rejected"
         assert list(read_choices(dataset.folder)) == []
+        page.fill("#find", "house")  # a filter that needs the server loses nothing either
+        browser.evaluate("URL.createObjectURL = blob => { window.kept = blob; return 'data:,' }")
+        browser.evaluate("document.querySelector('#unsaved-csv').click()")
+        (tmp_path / "kept.csv").write_text(browser.evaluate("window.kept.text()"))
+        (kept,) = read_choice_file(str(tmp_path / "kept.csv"), "tester", "2026-11-29T00:00:00+00:00", {key_of(0)})
+        assert (kept.key, kept.verdict, kept.rating) == (key_of(0), "rejected", None)
         browser.command("Network.emulateNetworkConditions", offline=False, **offline)
         browser.until("document.querySelector('#saved').innerText.trim() === 'saved'")
         (choice,) = read_choices(dataset.folder).values()

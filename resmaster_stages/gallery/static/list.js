@@ -180,7 +180,7 @@ export class List {
     this.frame ||= requestAnimationFrame(() => {
       this.frame = 0;
       this.draw();
-      this.options.scrolled?.(this.first());
+      if (this.total !== null && this.inside) this.options.scrolled?.(this.first());
     });
   }
 

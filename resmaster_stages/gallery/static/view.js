@@ -55,9 +55,15 @@ async function start() {
 
 /** What the server finds out in the background: captions that can be searched, and what is wrong with the dataset. */
 async function again() {
-  const news = await get('dataset').catch(() => null);
-  if (news) notes(news);
-  if (!news || news.captions.indexed < news.captions.shards) setTimeout(again, AGAIN_MS);
+  let waiting = true;
+  try {
+    const news = await get('dataset');
+    notes(news);
+    waiting = !news.captions.error && news.captions.indexed < news.captions.shards;
+  } catch (error) {
+    one('#notes').replaceChildren(make('p', {text: error.message}));
+  }
+  if (waiting) setTimeout(again, AGAIN_MS);
 }
 
 function notes({note: stale, failed_error: unread, captions}) {
@@ -77,16 +83,22 @@ function texts() {
   one('#modes').hidden = all('#modes button:not([hidden])').length < 2;
   one('#facts').replaceChildren(...Object.entries(dataset.facts).map(([name, fact]) =>
     make('div', {}, make('dt', {text: name}), make('dd', {text: fact}))));
+  tally(dataset.choices);
+  notes(dataset);
+}
+
+/** Commands to copy, for this dataset and for the expression that filters. */
+function nextSteps() {
   const root = quoted(dataset.url);
   one('#next-commands').replaceChildren(...[
     ['Publish, with an index and shards of what nobody rejected:', `resmaster publish ${root} --curated`],
     ['Make the rejected samples anew, with a new seed (save choices.csv first):', `resmaster repair ${root} --redo choices.csv`],
     ['Build from the same prompts, without the rejected samples:', 'resmaster run CONFIG --exclude choices.csv'],
     ['Export what was kept as plain files:', `resmaster export ${root} FOLDER --as folder --where kept`],
+    ...(view.where ? [['Reject all that the expression finds:',
+      `resmaster curate ${root} --reject ${quoted(view.where)}`]] : []),
     ['List the rejected samples:', `resmaster status ${root} --list rejected`],
   ].flatMap(([words, command]) => [make('p', {text: words}), copyable(command)]));
-  tally(dataset.choices);
-  notes(dataset);
 }
 
 function tally({kept, rejected, rated}) {
@@ -175,6 +187,8 @@ async function openSample() {
   if (!document.body.classList.contains('opened')) opener = document.activeElement;
   document.body.classList.add('opened');
   one('#lists').inert = true;
+  one('#sample').hidden = false;
+  one('#sample').focus({preventScroll: true});
   list().pause();
   const index = Number(view.at) || 0;
   const inGrid = !view.mode;
@@ -278,9 +292,11 @@ function buttons() {
   };
   one('#filters-button').addEventListener('click', () => fold(!document.body.classList.contains('filtering')));
   one('#filters-close').addEventListener('click', () => fold(false));
-  for (const [button, dialog] of [['#help-button', '#help'], ['#next-button', '#next']]) {
-    one(button).addEventListener('click', () => one(dialog).showModal());
-  }
+  one('#help-button').addEventListener('click', () => one('#help').showModal());
+  one('#next-button').addEventListener('click', () => {
+    nextSteps();
+    one('#next').showModal();
+  });
   for (const dialog of all('dialog')) {
     dialog.addEventListener('click', event => { if (event.target === dialog) dialog.close(); });
     one('.close', dialog).addEventListener('click', () => dialog.close());
