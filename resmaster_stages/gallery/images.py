@@ -89,7 +89,14 @@ def places(row: Mapping[str, Any]) -> dict[str, Place]:
     """The places of a sample's low-res and high-res image, by kind, from its row of the manifest."""
     sizes = {"low": (row["low_res_height"], row["low_res_width"]), "high": (row["height"], row["width"])}
     return {
-        kind: Place(*(row[f"{prefix}_{what}"] for what in ("object", "member", "offset", "bytes")), *sizes[kind])
+        kind: Place(
+            object=row[f"{prefix}_object"],
+            member=row[f"{prefix}_member"],
+            offset=row[f"{prefix}_offset"],
+            bytes=row[f"{prefix}_bytes"],
+            height=sizes[kind][0],
+            width=sizes[kind][1],
+        )
         for kind, prefix in PREFIXES.items()
     }
 
@@ -129,8 +136,7 @@ class Images:
 
     def _thumb(self, place: Place, px: int) -> bytes:
         if px != THUMB_PX[0]:
-            image = Image.open(io.BytesIO(self.thumb(place, THUMB_PX[0])))
-            image.load()
+            image = _loaded(self.thumb(place, THUMB_PX[0]))
         else:
             image = self._decoded.peek((place, place.top_level)) or self._decode(place)
         scale = min(1.0, px / max(image.size))
@@ -172,6 +178,13 @@ class Images:
             if len(data) < size:
                 raise ShardError(f"{place.object}: cut off inside {place.member}")
         return data
+
+
+def _loaded(data: bytes) -> Image.Image:
+    """A thumbnail of ours."""
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return image
 
 
 def _jpeg(image: Image.Image, quality: int) -> bytes:

@@ -63,8 +63,7 @@ class Samples:
                     "meaning": column.meaning,
                     "form": column.form,
                     "better": column.better,
-                    "min": limits[column.name][0] if limits[column.name] else None,
-                    "max": limits[column.name][1] if limits[column.name] else None,
+                    **dict(zip(("min", "max"), limits[column.name] or (None, None))),
                 }
                 for column in shown_columns()
                 if column.kind == "float64"

@@ -12,7 +12,7 @@ from resmaster_stages.dataset.curation import Choice, Session, now
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.errors import ShardError, UserError
-from resmaster_stages.inspection.query import Query, SampleTable, sample_table
+from resmaster_stages.inspection.query import Query, SampleTable, mentions, sample_table
 from resmaster_stages.metrics import metric_columns
 from resmaster_stages.metrics.flags import badness
 from resmaster_stages.publish.publish import publish
@@ -66,6 +66,11 @@ def prompts(table: SampleTable, where: str = "", **more) -> list[str]:
         ("index in (0, 4)", ["a house", "water"]),
         ("rejected or kept or rating > 3", []),
         ("(select count(*) from manifest) = 5 and index = 1", ["a <b>tree</b>"]),
+        ("agreement_psnr <= (select quantile_disc(agreement_psnr, 0.25) from samples)", ["a house"]),
+        ("lower(prompt) like 'A HOUSE' or prompt ilike 'A HOUSE'", ["a house"]),
+        ("round(abs(-agreement_psnr) / 10) * 10 = 20 and isfinite(agreement_psnr)", ["a <b>tree</b>"]),
+        ("regexp_matches(prompt, '^an? ') and not contains(prompt, 'tree')", ["a house", "an old house"]),
+        ("coalesce(rating, 0) = 0 and case when blank then true else index = 4 end", ["a house", "water"]),
     ],
 )
 def test_expressions(table: SampleTable, where: str, found: list[str]) -> None:
@@ -88,6 +93,19 @@ def test_expressions(table: SampleTable, where: str, found: list[str]) -> None:
         "key in (select content from read_text('/etc/hostname'))",
         "exists (from read_csv('/etc/passwd'))",
         "no_function(index)",
+        "1=1) order by (index",
+        "1=1) union select 1 where (true",
+        "1=1) limit (1",
+        "length(lpad(prompt, 2000000000, 'x')) > 0",
+        "length(repeat(prompt, 2000000000)) > 0",
+        "length(rpad(prompt, 2000000000, 'x')) > 0",
+        "len(range(2000000000)) > 0",
+        "prompt || prompt = ''",
+        "length(replace(prompt, '', repeat('x', 2000000000))) > 0",
+        "len([x for x in flags]) > 0",
+        "(with recursive t(n) as (select 'x' union all select n || n from t) select count(*) from t) > 1",
+        "current_setting('temp_directory') like '%'",
+        "sleep_ms(100000) is null",
         "\0",
     ],
 )
@@ -160,6 +178,55 @@ def test_choices_of_the_dataset_are_there(dataset: Dataset) -> None:
     session.add([Choice(key, "none", when=now())])
     with sample_table(dataset) as table:
         assert not table.keys(Query(where="rejected"))
+
+
+def test_choices_may_be_replaced_by_others(dataset: Dataset) -> None:
+    with sample_table(dataset) as table:
+        one, two, three, *_ = table.keys()
+        table.choose([Choice(one, "rejected"), Choice(two, "kept", 3)])
+        assert table.choice_counts() == {"kept": 1, "rejected": 1, "rated": 1}
+        table.choose([Choice(two, "rejected"), Choice(three, "kept")], only=True)
+        assert (table.keys(Query(where="rejected")), table.keys(Query(where="kept"))) == ([two], [three])
+        table.choose([], only=True)
+        assert table.choice_counts() == {"kept": 0, "rejected": 0, "rated": 0}
+
+
+def test_a_question_that_takes_too_long_is_stopped(dataset: Dataset) -> None:
+    endless = "(with recursive t(n) as (select 1 union all select n + 1 from t) select max(n) from t) > 1"
+    with sample_table(dataset, seconds=0.3) as table:
+        with pytest.raises(UserError, match=r"takes longer than 0\.3 s; ask for less"):
+            table.count(Query(where=endless))
+        assert prompts(table) == PROMPTS
+
+
+def test_what_a_question_gathers_is_bounded(dataset: Dataset) -> None:
+    gathering = "(select count(distinct a.index * b.index * c.index) from samples a, samples b, samples c) > 0"
+    with sample_table(dataset) as table:
+        assert len(table.keys(Query(where=gathering))) == 5
+        settings = dict(table._connection.execute("select name, value from duckdb_settings()").fetchall())
+        assert settings["max_temp_directory_size"] != "0 bytes"
+        assert settings["enable_external_access"] == "false"
+        assert settings["lock_configuration"] == "true"
+
+
+def test_mentions(table: SampleTable) -> None:
+    keys = table.keys()
+    table.add_texts({keys[0]: "a green door", keys[1]: "a green roof"})
+    table.add_texts({keys[4]: "nothing green"})
+
+    def said(*words: str) -> list[str]:
+        query = Query()
+        for word in words:
+            condition, parameters = mentions(word)
+            query = query.also(condition, *parameters)
+        return table.keys(query)
+
+    assert said("GREEN") == [keys[0], keys[1], keys[4]]
+    assert said("green", "house") == [keys[0]], "one word of the texts, one of the prompt"
+    assert said(keys[3][:10].upper()) == [keys[3]]
+    assert said("100%") == [keys[3]]
+    assert said("%") == [keys[3]], "no wildcard"
+    assert said("'") == [keys[3]]
 
 
 def test_nothing_published(tmp_path: Path) -> None:

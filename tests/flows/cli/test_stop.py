@@ -202,7 +202,7 @@ def test_what_does_not_unwind_is_ended_after_the_grace(tmp_path: Path) -> None:
 def test_an_interrupted_verb_says_what_is_kept(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What builds, repairs, publishes, compares or deletes goes on where it was stopped; the others begin anew."""
+    """What builds, repairs, publishes, compares, deletes or takes choices goes on where it was; others begin anew."""
 
     def interrupted(args: object, console: object) -> int:
         raise KeyboardInterrupt
@@ -214,7 +214,7 @@ def test_an_interrupted_verb_says_what_is_kept(
         True: "interrupted; what is done is kept: run the same command again to go on\n",
         False: "interrupted; nothing was written\n",
     }
-    assert capsys.readouterr().err == said[name in ("run", "repair", "publish", "gc", "compare")]
+    assert capsys.readouterr().err == said[name in ("run", "view", "repair", "publish", "gc", "compare")]
 
 
 def test_an_interrupted_upscale_leaves_nothing(
