@@ -58,6 +58,7 @@ class Page:
         self.leave()
         self.browser.open(f"{self.url}#{fragment or urlencode(view, doseq=True)}")
         self.browser.until("document.querySelector('#count')?.textContent")
+        self.browser.evaluate("performance.setResourceTimingBufferSize(10_000)")  # for `requests`
 
     def leave(self) -> None:
         """Leave the page. It asks its server for nothing from then on."""
