@@ -32,6 +32,8 @@ TUTORIAL = ROOT / "docs" / "tutorial.md"
 
 NOT_RUN = {
     "command-line.md": {
+        "resmaster view out/picturebook": "runs until Ctrl-C; tests/gallery/test_serve.py runs it",
+        "ssh -t -L 8000:127.0.0.1:8000 my-machine resmaster view out/picturebook --port 8000": "needs another machine",
         'resmaster upscale photo.png photo-4x.png --scale 4 --prompt "a red house" --model picturebook': (
             "tests/test_readme.py runs it"
         ),
