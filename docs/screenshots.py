@@ -1,16 +1,21 @@
-"""Takes the images of docs/operating.md from the last build on a Prefect server.
+"""Takes the images of docs/operating.md from the last build on a Prefect server, or those of docs/curating.md from a
+published dataset.
 
     python docs/screenshots.py --url http://127.0.0.1:4200 docs/images
+    python docs/screenshots.py --view out/picturebook docs/images
 
-Needs Chromium, and PREFECT_API_URL of the same server, with PREFECT_API_AUTH_STRING if it asks for one. The images: the
-build's page, and its contact sheet.
+Needs Chromium. The images of a build are its page and its contact sheet; they need PREFECT_API_URL of the same server
+too, with PREFECT_API_AUTH_STRING if it asks for one. The images of a dataset are the page of `resmaster view`: the list
+on a wide and on a narrow screen, and one sample.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from prefect.client.orchestration import get_client
@@ -25,16 +30,70 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import get_current_settings
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from resmaster_stages.dataset.dataset import open_dataset
+from resmaster_stages.gallery.serve import serving
 from tests.browser import Browser, chromium
+
+IN_SIGHT = "[...document.querySelectorAll('#grid .high')].filter(e => e.getBoundingClientRect().top < innerHeight)"
+LOADED = f"(images => images.length && images.every(image => image.naturalWidth))({IN_SIGHT})"
+MOUSE = "--blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4"
+"""A headless browser has no mouse, so buttons that appear under one would always be there."""
+
+
+def take_view(root: str, folder: Path) -> None:
+    """The images of the page over all samples. What is chosen for them is chosen in a copy."""
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copytree(root, copy, dirs_exist_ok=True)
+        shutil.rmtree(Path(copy) / "curation", ignore_errors=True)
+        with serving(open_dataset(copy), 0, "") as url:
+            with Browser(1400, 900, MOUSE) as browser:
+                take_wide(browser, url, folder)
+            with Browser(400, 800) as browser:
+                browser.open(f"{url}#sort=agreement_psnr")
+                browser.until(LOADED)
+                browser.settle()
+                browser.screenshot(folder / "view-narrow.jpg")
+
+
+def take_wide(browser: Browser, url: str, folder: Path) -> None:
+    """Choose about some samples, and take the list and one sample."""
+    browser.open(f"{url}#sort=agreement_psnr")
+    browser.until(LOADED)
+    for key in ("j", "x", "a", "j", "4"):
+        browser.key(key)
+    browser.until("document.querySelector('#saved').innerText.trim() === 'saved'")
+    browser.evaluate("document.querySelector('.threshold').scrollIntoView({block: 'center'})")
+    set_value = "field.value = 30; field.dispatchEvent(new Event('input'))"
+    browser.evaluate(f"(field => {{ {set_value} }})(document.querySelector('.threshold input'))")
+    browser.until(
+        "document.querySelector('.threshold output').textContent.startsWith('min_agreement_psnr 30 would flag')"
+    )
+    browser.until("document.querySelector('.threshold output').textContent.includes(' of ')")
+    browser.until("document.querySelectorAll('.histogram canvas').length > 1")
+    browser.settle()
+    browser.screenshot(folder / "view.jpg")
+    browser.evaluate("document.querySelector('#grid-0').click()")
+    browser.wait_for("dataset index")
+    at = browser.place("#sample .high .viewer", 0.42, 0.6)
+    for _ in range(2):
+        browser.mouse("mouseWheel", at, deltaX=0, deltaY=-120)
+        browser.settle(1)
+    browser.mouse("mouseMoved", (at[0] + 2, at[1]))
+    browser.until("!document.querySelector('.under').hidden")
+    browser.settle()
+    browser.screenshot(folder / "view-sample.jpg")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--url", default="http://127.0.0.1:4200", help="of the UI (default: %(default)s)")
+    parser.add_argument("--view", metavar="ROOT", help="a published dataset to look through, instead of a build")
     args = parser.parse_args()
     if chromium() is None:
         sys.exit("there is no Chromium here; on Debian: apt-get install chromium")
+    if args.view:
+        return take_view(args.view, args.folder)
     with get_client(sync_client=True) as client:
         builds = client.read_flow_runs(
             flow_filter=FlowFilter(name=FlowFilterName(any_=["build-dataset"])),

@@ -28,6 +28,7 @@ def test_the_report(browser: Browser, tmp_path: Path) -> None:
     browser.open(Path(dataset.folder.full(layout.REPORT_PAGE)).as_uri())
     key = key_of(dataset, 0)
     text = browser.wait_for("2 samples", "a house", "a <b>tree</b>", "1 failed sample", "told to fail")
+    assert f"resmaster view {dataset.url}" in text
     assert f"resmaster explain {dataset.url} {key}" in text
     images = "[...document.querySelectorAll('article img')]"
     assert browser.evaluate(f"{images}.length") == 8, "low-res, high-res and both zoomed, of two samples"
@@ -41,5 +42,10 @@ def test_the_report(browser: Browser, tmp_path: Path) -> None:
     assert "1 of 2" in browser.text()
     browser.click("Slider")
     assert browser.evaluate("document.body.classList.contains('slide')")
-    browser.evaluate("document.querySelector('.command button').click()")
+    browser.evaluate("document.querySelector('article:not([hidden]) .reveal').dispatchEvent(new Event('dblclick'))")
+    assert browser.evaluate(
+        "(dialog => dialog.open && dialog.querySelector('img').naturalWidth)(document.querySelector('dialog'))"
+    )
+    browser.evaluate("document.querySelector('dialog').close()")
+    browser.evaluate("document.querySelector('article .command button').click()")
     assert browser.evaluate("getSelection().toString()").startswith("resmaster explain ")

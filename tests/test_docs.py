@@ -43,6 +43,9 @@ NOT_RUN = {
             "needs a GPU, SDXL and a bucket"
         ),
     },
+    "curating.md": {
+        "resmaster view out/picturebook": "runs until Ctrl-C; tests/gallery looks through the page in a browser",
+    },
     "extending.md": {
         "RESMASTER_PLUGINS=my_package.tinted,my_package.redness resmaster plan my-dataset.yaml": (
             "test_a_dataset_is_made_with_the_examples_of_extending runs it with the page's modules"

@@ -30,10 +30,10 @@ def test_it_takes_no_common_name_carries_what_is_no_code_and_leaves_the_training
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == set(PACKAGES)
     assert "resmaster_stages/picturebook/pack/card.json" in names
-    templates = {
-        f"resmaster_stages/publish/templates/{name}" for name in ("page.html", "page.css", "page.js", "card.md")
-    }
-    assert templates <= names
+    pages = ("publish/templates", "gallery/templates", "gallery/static", "gallery/static/vendor")
+    loaded = {path for folder in pages for path in (ROOT / "resmaster_stages" / folder).glob("*.*")}
+    assert len(loaded) > 20
+    assert {str(path.relative_to(ROOT)) for path in loaded} <= names
     deployed = {f"resmaster_flows/{path.relative_to(ROOT)}" for path in (ROOT / "deployments").rglob("*.yaml")}
     assert len(deployed) == 16
     assert deployed <= names

@@ -1,7 +1,8 @@
 """Renders the report: one HTML file that shows each sample before and after. Pure functions.
 
-`templates/page.html`, `page.css` and `page.js` define the look of the page. This module gives them their values. It
-does not access storage: samples come as plain data, and the result is text.
+`templates/page.html`, `page.css` and `page.js` define the look of the page, with `parts.html` and `look.css`, which the
+page of `resmaster view` has too. This module gives them their values. It does not access storage: samples come as
+plain data, and the result is text.
 
 Invariants:
 - The page loads nothing from outside (a content security policy forbids it) and is readable without its script.
@@ -101,12 +102,13 @@ def render_report(
     failures: Sequence[Mapping[str, Any]] = (),
     *,
     total: int | None = None,
+    view_command: str = "",
 ) -> str:
     """Render the page, with the worst samples first.
 
     title: the dataset's name. facts: label -> value, shown in the header. failures: rows of the ledger (key, stage,
     error_class, message), each with `command` as in ReportSample. total: samples in the dataset, if only some are
-    shown.
+    shown. view_command: a command that shows all samples; "" for none.
     """
     cards = [_card(sample, index, BUDGET_BYTES / len(samples)) for index, sample in enumerate(samples)]
     cards.sort(key=lambda card: math.inf if card["bad"] is None else -card["bad"])
@@ -120,11 +122,12 @@ def render_report(
         cards=cards,
         failures=failures,
         total=total,
+        view_command=view_command,
         columns=[column for column in columns if column.label],
         flags={column.flag.name: column.flag.meaning for column in columns if column.flag},
         spelled=_spelled,
         plain=_plain,
-        style=verbatim("page.css"),
+        style=verbatim("look.css") + verbatim("page.css"),
         script=script,
         policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
     )

@@ -27,6 +27,7 @@ from resmaster_stages.metrics.flags import badness, badness_columns
 from resmaster_stages.models.licences import licences_of, uses_base_model
 from resmaster_stages.publish.page import ReportSample, choose, render_report
 from resmaster_stages.publish.sheets import contact_sheets
+from resmaster_stages.redaction import quoted
 from resmaster_stages.storage.tables import decode_table, rows_at
 
 SIZE_COLUMNS = ["low_res_width", "low_res_height", "width", "height"]
@@ -49,6 +50,7 @@ def write_report(dataset: Dataset) -> tuple[StoredObject, ...]:
         samples,
         failures(dataset),
         total=len(bad),
+        view_command=f"resmaster view {quoted(dataset.url)}",
     )
     files = [(layout.REPORT_PAGE, page.encode())]
     for number, sheet in enumerate(contact_sheets(samples, title=dataset.config.name)):

@@ -1,4 +1,4 @@
-"""Renders the files of `templates/`.
+"""Renders the files of `templates/`, and those of another package that shares them.
 
 Invariants:
 - Values are escaped in HTML, but not in Markdown.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
 from resmaster_stages.redaction import printable
@@ -38,6 +38,16 @@ _TEMPLATES = Environment(
 def fill(template: str, /, **values: Any) -> str:
     """Render the file `template` of `templates/` with `values` by name."""
     return _TEMPLATES.get_template(template).render(values)
+
+
+def fill_of(package: str, template: str, /, **values: Any) -> str:
+    """Render the file `template` of `templates/` in `package`. It may import from the files here."""
+    assert _TEMPLATES.loader is not None
+    return (
+        _TEMPLATES.overlay(loader=ChoiceLoader([PackageLoader(package), _TEMPLATES.loader]))
+        .get_template(template)
+        .render(values)
+    )
 
 
 def verbatim(name: str) -> Markup:

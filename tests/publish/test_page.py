@@ -276,6 +276,13 @@ def test_a_part_of_a_dataset_says_that_it_is_one() -> None:
     assert "are shown" not in page(sample(), total=1).text
 
 
+def test_the_command_that_shows_all_samples_is_at_the_top() -> None:
+    parsed = page(sample(), total=900, view_command="resmaster view 'my data'")
+    assert parsed.text.index("resmaster view 'my data'") < parsed.text.index("prompt of aa")
+    assert len(parsed.all("code")) == 1
+    assert "Look through all samples" not in page(sample()).text
+
+
 def test_choose_keeps_the_worst_and_spreads_the_rest() -> None:
     bad = [badness(quality(agreement_psnr=30 + i / 100, flags=["seam"] if i % 50 == 7 else [])) for i in range(200)]
     chosen = choose(bad, 20)

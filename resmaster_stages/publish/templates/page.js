@@ -63,10 +63,12 @@ if (cards.length) {
   });
 
   const dialog = one('dialog');
-  all('.high img').forEach(image => image.addEventListener('click', () => {
+  const enlarge = image => {
     one('img', dialog).src = image.src;
     dialog.showModal();
-  }));
+  };
+  all('.high img').forEach(image => image.addEventListener('click', () => enlarge(image)));
+  all('.reveal').forEach(range => range.addEventListener('dblclick', () => enlarge(one('img', range.parentElement))));
   dialog.addEventListener('click', () => dialog.close());
   show();
 }
