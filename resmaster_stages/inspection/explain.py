@@ -258,12 +258,12 @@ def _trace(dataset: Dataset, stage: str, sample: PlannedSample, lost: bool) -> S
     if sample.key in receipt.lost_keys:  # it became good upstream since
         return replace(trace, state="pending")
     trace = replace(trace, state="committed")
-    name, row_of = receipt.objects[0].name, STAGES[stage]
+    name, made_by = receipt.objects[0].name, STAGES[stage]
     try:
-        if row_of.schema is None:
+        if made_by.schema is None:
             files, facts = _in_tar(dataset.folder, name, sample.key)
             return replace(trace, files=files, facts=facts)
-        table = decode_table(dataset.folder.read(name), row_of.columns(dataset.config), name).to_pylist()
+        table = decode_table(dataset.folder.read(name), made_by.columns(dataset.config), name).to_pylist()
     except ShardError as error:
         return replace(trace, problem=str(error))
     except (OSError, UserError) as error:

@@ -9,7 +9,7 @@ Invariants:
   are missing.
 - Equal commits and settings give equal files: no time or host is in them. Only the licences in the card depend on which
   models' own cards lie on the machine.
-- Rows, records and the index are written to disk as they come. Memory grows by 50 to 65 bytes per sample, and by the
+- Rows, records and the index are written to disk as they come. Memory grows by 60 to 70 bytes per sample, and by the
   names in listings per shard (docs/scale.md has numbers).
 """
 

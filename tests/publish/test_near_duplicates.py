@@ -27,6 +27,7 @@ from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.publish.near_duplicates import HashIndex, opened, unit
 from resmaster_stages.publish.publish import publish
 from resmaster_stages.runner.run import run_stage
+from resmaster_stages.storage.arrays import decode_arrays, encode_arrays
 from tests.fake_stages import FAKES, planned
 
 
@@ -309,3 +310,10 @@ def test_limits_have_limits(values: dict[str, Any]) -> None:
 def test_a_cosine_without_features_is_one_line() -> None:
     with pytest.raises(ValidationError, match="near_duplicate_cosine needs features: clip; set that"):
         QualityConfig(near_duplicate_cosine=0.97)
+
+
+def test_features_of_another_network_are_named() -> None:
+    data = encode_arrays(["k"], [{"high_res.u": np.zeros(2, np.float16)}])
+    with pytest.raises(ShardError, match=r"f\.parquet: lacks the array high_res\.r"):
+        decode_arrays(data, "f.parquet", ("high_res.r",))
+    assert decode_arrays(data, "f.parquet", ("high_res.u",)).keys() == {"k"}
