@@ -86,6 +86,13 @@ NOT_RUN = {
             ),
             ("--n 64 --reference picturebook --low-res drawn --scales 4x4", "scalediff,cascade,pixelrush"),
             (
+                "--n 32 --reference picturebook --scales 4x4",
+                "resmaster:steps=25,resmaster:steps=25:colour_match=mean_std,resmaster:steps=25:colour_match=wavelet,"
+                "multidiffusion:init=noised_lr:start=0.65:stride=0.75:fuse=linear,"
+                "multidiffusion:init=noised_lr:start=0.65:stride=0.75:fuse=linear:colour_match=mean_std,"
+                "multidiffusion:init=noised_lr:start=0.65:stride=0.75:fuse=linear:colour_match=wavelet",
+            ),
+            (
                 "--n 64 --reference picturebook --scales 4x4",
                 "multidiffusion,resmaster-sg-tip-etp:steps=25,resmaster+sg:steps=25,resmaster+sg+tip:steps=25,resmaster:steps=25",
             ),

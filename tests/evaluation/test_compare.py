@@ -640,4 +640,5 @@ def test_the_commands_in_the_documentation_are_understood() -> None:
         (5, 64),
         (9, 64),
         (3, 64),
+        (6, 32),
     ]
