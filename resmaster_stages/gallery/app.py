@@ -47,9 +47,10 @@ Answer = Callable[[Request], Response]
 class Server:
     """Answers requests about one gallery."""
 
-    def __init__(self, gallery: Gallery) -> None:
+    def __init__(self, gallery: Gallery, name: str = "view-") -> None:
+        """name: names of the threads begin so."""
         self._gallery = gallery
-        self._threads = {name: ThreadPoolExecutor(count, f"view-{name}") for name, count in THREADS.items()}
+        self._threads = {kind: ThreadPoolExecutor(count, f"{name}{kind}") for kind, count in THREADS.items()}
         image = "/image/{key}/{kind}"
         self.app = Starlette(
             routes=[

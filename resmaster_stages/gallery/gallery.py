@@ -95,4 +95,4 @@ def open_gallery(dataset: Dataset, who: str) -> Iterator[Gallery]:
             yield gallery
         finally:
             gallery.captions.stop()
-            gallery.background.join(timeout=5)
+            gallery.background.join(timeout=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -174,7 +174,7 @@ class Samples:
             image = Member(place.member, place.offset, place.bytes)
             header_at = image.offset + -(-image.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             start = folder.read_part(place.object, header_at, META_BYTES)
-            member = following(start, header_at, f"{place.member.rpartition('.')[0]}.json", place.object)
+            member = following(start, header_at, f"{place.member.partition('.')[0]}.json", place.object)
             if member.size > LONGEST_META_BYTES:
                 raise ShardError(f"{place.object}: {member.name} is too long")
             data = start[tarfile.BLOCKSIZE :][: member.size]
@@ -189,9 +189,9 @@ class Samples:
 
 def finite(values: Any) -> Any:
     """JSON values without numbers that JSON does not have."""
-    if isinstance(values, Mapping):
+    if isinstance(values, dict):
         return {name: finite(value) for name, value in values.items()}
-    if isinstance(values, Sequence) and not isinstance(values, str):
+    if isinstance(values, list | tuple):
         return [finite(value) for value in values]
     return _finite(values)
 

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.parse import urlsplit
 
 import uvicorn
 
@@ -17,6 +18,8 @@ from resmaster_stages.gallery.gallery import open_gallery
 from resmaster_stages.gallery.guard import Guard
 
 HOST = "127.0.0.1"
+CLOSING_SECONDS = 3.0
+"""So long the threads of a server have to end."""
 CONNECTIONS = 200
 """More requests at a time are refused. A browser sends six."""
 
@@ -29,7 +32,7 @@ def serving(dataset: Dataset, port: int, who: str) -> Iterator[str]:
     """
     with _listening(port) as listener, open_gallery(dataset, who) as gallery:
         port, token = listener.getsockname()[1], secrets.token_urlsafe(24)
-        server = Server(gallery)
+        server = Server(gallery, _threads(port))
         config = uvicorn.Config(
             Guard(server.app, token, port),
             http="h11",
@@ -52,7 +55,21 @@ def serving(dataset: Dataset, port: int, who: str) -> Iterator[str]:
         finally:
             web.should_exit = True
             server.close()
-            thread.join(timeout=5)
+            thread.join(timeout=CLOSING_SECONDS)
+
+
+def at_work(address: str) -> bool:
+    """Whether a thread of the server that was at `address` still waits, for a store that does not answer. Python would
+    wait for the thread before it ends."""
+    ours = [thread for thread in threading.enumerate() if thread.name.startswith(_threads(urlsplit(address).port))]
+    for thread in ours:
+        thread.join(timeout=CLOSING_SECONDS / len(ours))
+    return any(thread.is_alive() for thread in ours)
+
+
+def _threads(port: int | None) -> str:
+    """How the names of the threads of a server begin."""
+    return f"view-{port}-"
 
 
 @contextmanager

@@ -49,17 +49,24 @@ HOSTILE = "<img src=x onerror=alert(1)> \" ' & \u202egnp </script>"
 
 def drawn(key: str, side: int) -> bytes:
     """An image of `side` px in which places can be told apart."""
-    y, x = np.mgrid[0:side, 0:side] * 256 // side
+    line = (np.arange(side) * 256 // side).astype(np.float32)
+    y, x = line[:, None], line[None, :]
     first = bytes.fromhex(key)[0]
-    rings = (np.hypot(y - 128, x - 128) // 8 % 2 * 80).astype(int)
-    pixels = np.stack([(x + first) % 256, y, (rings + first) % 256], axis=-1).astype(np.uint8)
+    pixels = np.empty((side, side, 3), np.uint8)
+    pixels[..., 0], pixels[..., 1] = (x + first) % 256, y
+    pixels[..., 2] = (np.hypot(y - 128, x - 128) // 8 % 2 * 80 + first) % 256
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "WEBP", quality=80)
     return buffer.getvalue()
 
 
+def low(side: int) -> int:
+    """The side in px of the low-res images: a quarter, as far as the model of the configuration goes."""
+    return min(side // 4, 1024)
+
+
 def stages(side: int) -> dict[str, Process]:
-    """The stand-in stages with images of `side` px, and a quarter of that before."""
+    """The stand-in stages with images of `side` px."""
 
     def images(stage: str, px: int) -> Process:
         def process(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
@@ -74,7 +81,7 @@ def stages(side: int) -> dict[str, Process]:
         yield from (Output(sample.key, rows=captions_of(sample.key, sample.prompt, side)) for sample in samples)
 
     return {
-        "low_res": images("low_res", side // 4),
+        "low_res": images("low_res", low(side)),
         "captions": captions,
         "high_res": images("high_res", side),
         "quality": FAKES["quality"],
@@ -103,7 +110,7 @@ def built(root: Path | str, folder: Path, side: int = 64) -> Dataset:
     """A published dataset with a few samples, and two that failed. folder: for its file of prompts."""
     prompts = [f"a {ADJECTIVES[number]} {THINGS[number]}" for number in range(IMAGES)]
     prompts += ["bad low_res", "bad high_res"]
-    dataset = planned(root, prompts, folder, samples_per_shard=4, low_res={"height": side // 4, "width": side // 4})
+    dataset = planned(root, prompts, folder, samples_per_shard=4, low_res={"height": low(side), "width": low(side)})
     for shard in range(dataset.plan.shards):
         for stage, process in stages(side).items():
             run_stage(dataset, stage, shard, process=process)

@@ -158,6 +158,36 @@ def test_the_verb_runs_until_a_signal(own: Dataset, stop: signal.Signals, status
     assert read_choices(own.folder)[key].who == "ann"
 
 
+STUCK = """
+import sys, threading
+from resmaster_flows.cli.main import main
+from resmaster_stages.storage.filesystem import Folder
+
+Folder.read_part = lambda *_: print("reads", flush=True) or threading.Event().wait(600)
+sys.exit(main())
+"""
+
+
+def test_a_store_that_never_answers_does_not_keep_it_alive(own: Dataset) -> None:
+    command = [sys.executable, "-c", STUCK, "view", own.url, "--no-open"]
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        address = urlsplit(process.stdout.readline().removeprefix("view: ").strip())
+        waiting = http.client.HTTPConnection(address.netloc, timeout=60)
+        waiting.request("GET", f"{address.path}image/{manifest(own)[0]['key']}/high/thumb/128")
+        assert process.stdout.readline() == "reads\n"
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=120)
+        waiting.close()
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 143
+    assert err == "interrupted; what is done is kept: run the same command again to go on\n"
+
+
 @pytest.mark.parametrize(
     ("words", "display", "opens"),
     [([], "", False), ([], ":0", True), (["--open"], "", True), (["--no-open"], ":0", False)],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import getpass
 import os
+import signal
 import sys
 import threading
 import webbrowser
@@ -12,6 +13,7 @@ import webbrowser
 from rich.console import Console
 
 from resmaster_flows.cli.arguments import add_root
+from resmaster_flows.cli.stop import KEPT, Terminated, exit_status, leave
 from resmaster_stages.errors import UserError
 
 HELP = "look through a dataset in the browser, and choose from it"
@@ -39,15 +41,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     """Serve until a signal ends the command."""
     from resmaster_stages.dataset.dataset import open_dataset
-    from resmaster_stages.gallery.serve import serving
+    from resmaster_stages.gallery.serve import at_work, serving
 
     if args.port and args.port not in PORTS:
         raise UserError(f"--port {args.port}: give a number from {PORTS[0]} to {PORTS[-1]}, or leave it out")
-    with serving(open_dataset(args.root), args.port, args.who or _user()) as address:
-        print(f"view: {address}", flush=True)
-        if _display() if args.open is None else args.open:
-            webbrowser.open(address)
-        threading.Event().wait()
+    address = ""
+    try:
+        with serving(open_dataset(args.root), args.port, args.who or _user()) as address:
+            print(f"view: {address}", flush=True)
+            if _display() if args.open is None else args.open:
+                webbrowser.open(address)
+            threading.Event().wait()
+    except (KeyboardInterrupt, Terminated) as stop:
+        if at_work(address):
+            leave(exit_status(signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT), f"{KEPT}\n")
+        raise
     raise AssertionError("only a signal ends the wait")
 
 
