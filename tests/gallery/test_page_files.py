@@ -10,6 +10,7 @@ import pytest
 from resmaster_stages.gallery.page import render_view, static_file
 from resmaster_stages.publish.page import render_report
 from resmaster_stages.publish.template import verbatim
+from tests.checkout import ROOT
 from tests.test_security import ATTACKS, elements, sample, shape
 
 
@@ -54,6 +55,15 @@ def test_every_file_that_the_page_loads_is_there_and_nothing_is_inline() -> None
         seen.add(name)
         loaded += [other for other in imports(found[0].decode()) if other not in seen]
     assert {"look.css", "view.js", "zoom.js", "vendor/openseadragon.min.js", "vendor/uplot.min.js"} <= seen
+
+
+def test_lines_fit() -> None:
+    """No formatter sees to these files."""
+    folder = ROOT / "resmaster_stages" / "gallery"
+    files = [*(folder / "static").glob("*.*"), *(folder / "templates").glob("*")]
+    assert len(files) > 15
+    lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [line for line in lines if len(line) > 120] == []
 
 
 @pytest.mark.parametrize("name", ["openseadragon", "uplot"])

@@ -18,7 +18,8 @@ async function ask(address, options) {
   }
   if (answer.ok) return answer.json();
   const said = await answer.json().catch(() => ({}));
-  throw new Refused(said.error || `the server answered ${answer.status}: open the address that it prints`, answer.status);
+  const unknown = `the server answered ${answer.status}: open the address that it prints`;
+  throw new Refused(said.error || unknown, answer.status);
 }
 
 /** GET api/NAME. parameters: a URLSearchParams or an object. */

@@ -52,7 +52,8 @@ export const unsaved = () => waiting.size > 0;
 /** What the server lacks, as a CSV for `resmaster curate --import`. */
 export function unsavedCsv() {
   const cell = value => `"${String(value ?? '').replaceAll('"', '""')}"`;
-  const rows = [...waiting].map(([key, {verdict, rating, reason}]) => [key, verdict, rating, reason].map(cell).join(','));
+  const rows = [...waiting].map(([key, choice]) =>
+    [key, choice.verdict, choice.rating, choice.reason].map(cell).join(','));
   return ['key,verdict,rating,reason', ...rows, ''].join('\n');
 }
 
@@ -94,7 +95,8 @@ function settle(batch) {
 }
 
 function later(error) {
-  tell({state: 'unsaved', message: `${counted(waiting.size, 'choice')} not saved, will be tried again: ${error.message}`});
+  const missing = `${counted(waiting.size, 'choice')} not saved, will be tried again`;
+  tell({state: 'unsaved', message: `${missing}: ${error.message}`});
   clearTimeout(timer);
   timer = setTimeout(send, pause);
   pause = Math.min(2 * pause, LONGEST_PAUSE_MS);

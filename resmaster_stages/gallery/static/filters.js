@@ -50,7 +50,8 @@ function sorts(known) {
   one('#sort').append(
     ...[['bad', 'worst first'], ['-bad', 'best first'], ['index', 'dataset order']].map(option),
     ...known.map(column => make('optgroup', {label: column.label},
-      option([column.name, `${column.label}, lowest first`]), option([`-${column.name}`, `${column.label}, highest first`]))));
+      option([column.name, `${column.label}, lowest first`]),
+      option([`-${column.name}`, `${column.label}, highest first`]))));
   one('#sort').addEventListener('change', event => change({sort: event.target.value}));
 }
 
@@ -66,7 +67,8 @@ function fields() {
   one('#verdict').append(...Object.entries(VERDICTS).map(([name, label]) =>
     make('button', {type: 'button', value: name, text: label, click: () => change({verdict: name})})));
   one('#rating').append(...['', '1', '2', '3', '4', '5'].map(least =>
-    make('button', {type: 'button', value: least, text: least ? `${least}+` : 'any', click: () => change({rating: least}),
+    make('button', {
+      type: 'button', value: least, text: least ? `${least}+` : 'any', click: () => change({rating: least}),
       'aria-label': least ? `rating at least ${least}` : 'any rating or none'})));
   for (const button of all('.clear-all')) {
     button.addEventListener('click', clearAll);
@@ -93,7 +95,8 @@ function metrics(dataset) {
     }
   });
   for (const column of dataset.columns) {
-    const histogram = new Histogram(column, dataset.thresholds.filter(each => each.column === column.name), dataset.samples);
+    const thresholds = dataset.thresholds.filter(each => each.column === column.name);
+    const histogram = new Histogram(column, thresholds, dataset.samples);
     histogram.stale = 'new';
     histograms.push(histogram);
     one('#histograms').append(histogram.element);

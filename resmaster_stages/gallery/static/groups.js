@@ -60,7 +60,8 @@ export function groups(scroller, opened, other) {
   onChoice(({keys}) => {
     for (const row of list.drawn.values()) {
       for (const element of row.querySelectorAll('.member')) {
-        if (keys.includes(element.dataset.key)) mark(element, row.samples.find(sample => sample.key === element.dataset.key));
+        const {key} = element.dataset;
+        if (keys.includes(key)) mark(element, row.samples.find(sample => sample.key === key));
       }
     }
   });

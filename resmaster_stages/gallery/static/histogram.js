@@ -14,7 +14,8 @@ const colour = name => getComputedStyle(document.documentElement).getPropertyVal
 
 /** A series of bars, each as wide as its bin. */
 function bars(name) {
-  return {fill: () => colour(name), width: 0, points: {show: false}, paths: uPlot.paths.bars({size: [1], align: 1, gap: 1})};
+  const paths = uPlot.paths.bars({size: [1], align: 1, gap: 1});
+  return {fill: () => colour(name), width: 0, points: {show: false}, paths};
 }
 
 /** Square roots: bins of a few samples stay visible beside bins of thousands. */
@@ -28,7 +29,9 @@ export class Histogram {
     this.high = this.end('most', 1);
     this.area = make('div', {class: 'plot'});
     this.note = make('p', {class: 'note'});
-    this.clear = make('button', {type: 'button', class: 'plain', text: 'Clear', click: () => setRange(column.name, null, null)});
+    this.clear = make('button', {
+      type: 'button', class: 'plain', text: 'Clear', click: () => setRange(column.name, null, null),
+    });
     this.element = make('section', {class: 'histogram', 'aria-label': `Values of ${column.label}`},
       make('header', {}, make('h3', {title: column.meaning, text: column.heading}), this.clear),
       this.area,
@@ -72,7 +75,8 @@ export class Histogram {
     this.controller?.abort();
     this.controller = new AbortController();
     const parameters = filters('range');
-    view.range.filter(each => !each.startsWith(`${this.column.name}:`)).forEach(each => parameters.append('range', each));
+    const others = view.range.filter(each => !each.startsWith(`${this.column.name}:`));
+    others.forEach(each => parameters.append('range', each));
     parameters.set('column', this.column.name);
     parameters.set('bins', BINS);
     try {
@@ -101,15 +105,20 @@ export class Histogram {
         series: [{}, bars('--bar'), bars('--accent')],
       }, data, this.area);
       matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => this.plot.redraw());
-      new ResizeObserver(() => this.area.clientWidth && this.plot.setSize({width: this.area.clientWidth, height: HEIGHT_PX}))
-        .observe(this.area);
+      new ResizeObserver(() => {
+        const width = this.area.clientWidth;
+        if (width) this.plot.setSize({width, height: HEIGHT_PX});
+      }).observe(this.area);
     }
     this.follow();
   }
 
   brush() {
     let from = null;
-    const at = event => Math.max(0, Math.min(this.plot.over.clientWidth, event.clientX - this.plot.over.getBoundingClientRect().left));
+    const at = event => {
+      const {left, width} = this.plot.over.getBoundingClientRect();
+      return Math.max(0, Math.min(width, event.clientX - left));
+    };
     this.area.addEventListener('pointerdown', event => {
       if (!this.plot || event.button !== 0) return;
       from = at(event);
@@ -138,7 +147,9 @@ export class Histogram {
     const {min, max} = this.column;
     const [low, high] = [Math.min(min ?? 0, threshold.value), Math.max(max ?? 1, threshold.value)];
     const step = 10 ** Math.floor(Math.log10((high - low || 1) / 100));
-    const input = make('input', {type: 'range', min: low, max: high, step: 'any', value: threshold.value, 'aria-label': field});
+    const input = make('input', {
+      type: 'range', min: low, max: high, step: 'any', value: threshold.value, 'aria-label': field,
+    });
     const says = make('output', {class: 'note'});
     const show = make('button', {type: 'button', class: 'plain', text: 'Show them'});
     const line = copyable('');

@@ -1,4 +1,4 @@
-// A list of any length in an element that scrolls: it draws what is in sight, and asks for pages as they come into sight.
+// A list of any length in an element that scrolls: it draws what is in sight, and asks for pages as they come there.
 
 const TALLEST_PX = 12_000_000;  // browsers cut taller elements; a longer list scrolls in proportion
 const SPARE_ROWS = 2;
@@ -174,7 +174,10 @@ export class List {
   }
 
   /** The number of the first item in sight. */
-  first() { return Math.min(Math.ceil((this.top() - 1) / this.height) * this.columns, Math.max(0, (this.total ?? 1) - 1)); }
+  first() {
+    const last = Math.max(0, (this.total ?? 1) - 1);
+    return Math.min(Math.ceil((this.top() - 1) / this.height) * this.columns, last);
+  }
 
   later() {
     this.frame ||= requestAnimationFrame(() => {

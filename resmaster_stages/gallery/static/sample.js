@@ -5,7 +5,7 @@ import {choiceOf, choose, onChoice} from './choices.js';
 import {all, copyOf, copyable, flagChips, make, one, shown} from './dom.js';
 import {mark} from './grid.js';
 import {change, view} from './state.js';
-import {value} from './words.js';
+import {count, counted, value} from './words.js';
 import {Zoom, firstTile} from './zoom.js';
 
 const WIDE = 1.8;  // wider images lie below each other, not side by side
@@ -52,7 +52,9 @@ export class SamplePage {
         this.acts.rate(choiceOf(this.sample).rating === rating ? null : rating);
       });
     }
-    one('.reason', this.element).addEventListener('change', event => choose([this.sample], {reason: event.target.value}));
+    one('.reason', this.element).addEventListener('change', event => {
+      choose([this.sample], {reason: event.target.value});
+    });
   }
 
   /** A curtain between both images, moved by its handle or by the arrow keys. */
@@ -101,7 +103,7 @@ export class SamplePage {
     this.element.hidden = false;
     this.controller?.abort();
     this.controller = new AbortController();
-    one('.place', this.element).textContent = total ? `${(number + 1).toLocaleString('en')} of ${total.toLocaleString('en')}` : '';
+    one('.place', this.element).textContent = total ? `${count(number + 1)} of ${count(total)}` : '';
     this.follow();
     if (known?.key === key) this.fill(known);
     try {
@@ -142,7 +144,9 @@ export class SamplePage {
     })));
     this.metrics(sample);
     this.patches = [];
-    for (const part of ['.patches', '.of-high', '.of-low', '.commands', '.near']) one(part, this.element).replaceChildren();
+    for (const part of ['.patches', '.of-high', '.of-low', '.commands', '.near']) {
+      one(part, this.element).replaceChildren();
+    }
     one('.caption-count', this.element).textContent = '';
     this.chosen();
   }
@@ -162,7 +166,9 @@ export class SamplePage {
     mark(this.element, this.sample);
     const {rating, reason, verdict} = choiceOf(this.sample);
     one('.reason', this.element).value = reason;
-    for (const button of all('.verdicts button', this.element)) button.setAttribute('aria-pressed', button.value === verdict);
+    for (const button of all('.verdicts button', this.element)) {
+      button.setAttribute('aria-pressed', button.value === verdict);
+    }
     for (const button of all('.rating button', this.element)) {
       button.setAttribute('aria-pressed', Number(button.value) === rating);
       button.classList.toggle('on', Number(button.value) <= (rating ?? 0));
@@ -178,7 +184,7 @@ export class SamplePage {
     one('.commands', this.element).replaceChildren(...Object.values(sample.commands ?? {}).map(copyable));
     const others = (sample.group ?? []).filter(key => key !== sample.key);
     one('.near', this.element).replaceChildren(...(others.length ? [make('button', {
-      type: 'button', class: 'plain', text: `${others.length} near-duplicate${others.length === 1 ? '' : 's'} of this image`,
+      type: 'button', class: 'plain', text: `${counted(others.length, 'near-duplicate')} of this image`,
       click: () => change({mode: '', key: '', group: sample.group[0], at: '0'}, {push: true}),
     })] : []));
   }
@@ -203,13 +209,14 @@ export class SamplePage {
     }
     one('.patches', this.element).replaceChildren(...this.patches.map(patch => patch.element));
     one('.caption-count', this.element).textContent = rows.length ?
-      `${rows.length} patch caption${rows.length === 1 ? '' : 's'} (row, column)` : 'no patch captions';
+      `${counted(rows.length, 'patch caption')} (row, column)` : 'no patch captions';
   }
 
   /** Of the patches under a place of the image (patches overlap), the one whose centre is nearest. */
   hover(x, y) {
     const distance = ({box}) => Math.hypot(box.x + box.width / 2 - x, box.y + box.height / 2 - y);
-    const under = this.patches.filter(({box}) => x >= box.x && y >= box.y && x < box.x + box.width && y < box.y + box.height);
+    const inside = ({box}) => x >= box.x && y >= box.y && x < box.x + box.width && y < box.y + box.height;
+    const under = this.patches.filter(inside);
     this.point(under.sort((a, b) => distance(a) - distance(b))[0] ?? null);
   }
 

@@ -2,8 +2,8 @@
 
 const LISTS = ['flag', 'range'];
 const TEXTS = {
-  q: '', verdict: '', rating: '', where: '', group: '', sort: 'bad', mode: '', at: '0', key: '', compare: '', scaled: '',
-  tiles: '',
+  q: '', verdict: '', rating: '', where: '', group: '', sort: 'bad', mode: '', at: '0', key: '', compare: '',
+  scaled: '',
 };
 const FILTERS = ['q', 'flag', 'verdict', 'rating', 'range', 'where', 'group'];
 const LISTED = [...FILTERS, 'sort', 'mode'];
@@ -40,7 +40,8 @@ export const followsChoices = () =>
   Boolean(view.verdict || view.rating || /\b(kept|rejected|verdict|rating)\b/.test(view.where));
 
 function tell(before) {
-  const changed = new Set([...LISTS, ...Object.keys(TEXTS)].filter(name => String(before[name]) !== String(view[name])));
+  const names = [...LISTS, ...Object.keys(TEXTS)];
+  const changed = new Set(names.filter(name => String(before[name]) !== String(view[name])));
   if (changed.size) listeners.forEach(listener => listener(changed));
 }
 

@@ -32,7 +32,7 @@ async function start() {
   }
   texts();
   const common = {
-    counted: total => said(total), failed: error => refused(error), moved: index => moved(index), scrolled: first => scrolled(first),
+    counted: said, failed: refused, moved, scrolled,
   };
   lists = {
     '': grid(one('#grid'), dataset, (index, sample) => openAt(index, sample.key), common),
@@ -40,7 +40,7 @@ async function start() {
     failed: failures(one('#failures'), common),
   };
   page = new SamplePage(one('#sample'), dataset, {
-    next: () => step(1), previous: () => step(-1), close, choose: verdict => decide(verdict), rate, undo: () => takeBack(),
+    next: () => step(1), previous: () => step(-1), close, choose: decide, rate, undo: takeBack,
   });
   filtersPart.setUp(dataset);
   onChange(follow);
@@ -68,7 +68,8 @@ async function again() {
 
 function notes({note: stale, failed_error: unread, captions}) {
   const {indexed, shards, error} = captions;
-  const missing = indexed < shards ? `So far, captions of ${count(indexed)} of ${counted(shards, 'shard')} are searched.` : '';
+  const missing = indexed < shards ?
+    `So far, captions of ${count(indexed)} of ${counted(shards, 'shard')} are searched.` : '';
   one('#find-note').textContent = shown(error || missing);
   one('#notes').replaceChildren(...[stale, unread].filter(Boolean).map(text => make('p', {text})));
 }
@@ -92,7 +93,8 @@ function nextSteps() {
   const root = quoted(dataset.url);
   one('#next-commands').replaceChildren(...[
     ['Publish, with an index and shards of what nobody rejected:', `resmaster publish ${root} --curated`],
-    ['Make the rejected samples anew, with a new seed (save choices.csv first):', `resmaster repair ${root} --redo choices.csv`],
+    ['Make the rejected samples anew, with a new seed (save choices.csv first):',
+      `resmaster repair ${root} --redo choices.csv`],
     ['Build from the same prompts, without the rejected samples:', 'resmaster run CONFIG --exclude choices.csv'],
     ['Export what was kept as plain files:', `resmaster export ${root} FOLDER --as folder --where kept`],
     ...(view.where ? [['Reject all that the expression finds:',
@@ -216,7 +218,7 @@ async function step(by) {
   if (view.mode) return undefined;
   const index = (Number(view.at) || 0) + by;
   const sample = await list().item(index);
-  if (!sample) return page.says(by > 0 ? 'This is the last sample of the list.' : 'This is the first sample of the list.');
+  if (!sample) return page.says(`This is the ${by > 0 ? 'last' : 'first'} sample of the list.`);
   list().mark(index);
   list().show(index);
   return change({key: sample.key, at: String(index)});

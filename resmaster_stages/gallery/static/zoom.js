@@ -6,7 +6,7 @@ const TILE_PX = 512;  // as the server cuts them
 const LARGEST_PIXEL = 16;  // device px that a px of the high-res image may take
 
 // OpenSeadragon adds an inline style unless it finds its mark, and the page's policy forbids inline styles. sample.css
-// holds the rule. An element of no language carries the mark, because browsers check the policy for real style elements.
+// holds the rule. An element of no language carries the mark, because browsers check real style elements.
 const styled = document.createElementNS('urn:resmaster', 'style');
 styled.setAttribute('data-openseadragon-mobile-css', 'true');
 document.head.append(styled);
@@ -161,7 +161,8 @@ export class Zoom {
       if (!this.boxed || !image) continue;
       const {height} = image.getBounds();
       const {x, y, width, height: tall} = this.boxed;
-      viewer.addOverlay({element: this.boxes[side], location: new OpenSeadragon.Rect(x, y * height, width, tall * height)});
+      const location = new OpenSeadragon.Rect(x, y * height, width, tall * height);
+      viewer.addOverlay({element: this.boxes[side], location});
     }
   }
 
@@ -170,7 +171,8 @@ export class Zoom {
     const image = viewer.world.getItemAt(0);
     if (!image || event.target.closest?.('.curtain')) return this.told.left();
     const {left, top} = viewer.element.getBoundingClientRect();
-    const point = viewer.viewport.pointFromPixel(new OpenSeadragon.Point(event.clientX - left, event.clientY - top), true);
+    const pixel = new OpenSeadragon.Point(event.clientX - left, event.clientY - top);
+    const point = viewer.viewport.pointFromPixel(pixel, true);
     return this.told.hovered(point.x, point.y / image.getBounds().height);
   }
 }
