@@ -240,7 +240,7 @@ def sampling_of(model: str) -> Sampling:
     """What can be asked of the sampling of the model with this name. Raises ConfigError."""
     from resmaster_stages.models.bases import family_of
 
-    config = ModelConfig(id=model)
+    config = parse_config({"name": "single", "model": {"id": model}}).model
     return family_of(config).sampling(config)
 
 

@@ -54,8 +54,10 @@ from resmaster_stages.redaction import quoted
 from resmaster_stages.storage.filesystem import Folder, open_root
 from resmaster_stages.storage.scratch import scratch_folder
 
-PAGE_ROWS = 10_000
+PAGE_ROWS = 5_000
 """Rows of the manifest that are held at a time."""
+HELD_BYTES = 16 << 20
+"""Files are held until they are so large together: every time that files are written, a record is written before."""
 PLAIN = ("key", "prompt", "negative_prompt", "width", "height", "flags", "verdict", "rating")
 """Columns that are exported beside the metrics."""
 OBJECTS = ("high_res_object", "low_res_object", "captions_object")
@@ -116,7 +118,8 @@ def _target(dataset: Dataset, url: str) -> Folder:
 def _rows_by_shard(table: SampleTable, query: Query, total: int) -> Iterator[tuple[int, list[Row]]]:
     """(shard, its chosen rows) in the order of the dataset. total: so many rows in all."""
     offsets = range(0, total, PAGE_ROWS)
-    pages = (table.rows(replace(query, offset=at, limit=min(PAGE_ROWS, total - at))) for at in offsets)
+    columns = ["shard", *_columns(), *(f"{name.removesuffix('_object')}_hash" for name in OBJECTS)]
+    pages = (table.rows(replace(query, offset=at, limit=min(PAGE_ROWS, total - at)), columns) for at in offsets)
     rows = itertools.chain.from_iterable(pages)
     for shard, group in itertools.groupby(rows, key=lambda row: row["shard"]):
         yield int(shard), list(group)
@@ -171,7 +174,8 @@ class _Run:
                 found = []
                 for row in self._format.write(_items(samples, chosen, size), place):
                     found.append(row)
-                    flush(place)
+                    if sum(map(len, place.held.values())) >= HELD_BYTES:
+                        flush(place)
                 flush(place)
                 given.append(tuple(found))
         self._remove(known - {*files})

@@ -56,7 +56,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Place:
-    """A folder of the export. Files that are given to it are held until `flush` writes them."""
+    """A folder of the export. It holds files until `flush` writes them."""
 
     folder: Folder
     shard: int = 0
@@ -113,8 +113,8 @@ class Format:
     """Who reads the format, as a phrase for help and pages."""
     write: Callable[[Iterator[Item], Place], Iterator[Row]]
     """Writes the files of one shard's samples in one size. Yields what `finish` needs, as values of JSON, after each
-    sample or group of samples: then their files are written. Names hold a key or the number of the shard, so that
-    shards never share a file."""
+    sample or group of samples: the memory holds the files since the last yield. Names hold a key or the number of the
+    shard, so that shards never share a file."""
     finish: Callable[[Sequence[Part], Place, Path], Sequence[str]]
     """Writes the files that describe the whole, in the parts' places or in that of the export. The last argument is a
     scratch folder. Gives lines for the user."""

@@ -111,6 +111,7 @@ def test_any_words_end_in_a_status_and_a_few_lines(
         (["plan", "c.yaml", "--limit", "1" + "0" * 30], "more than 64 bits"),
         (["upscale", "photo.png", "new.png", "--model", "picturebook", "--seed", "1" + "0" * 30], "seed: "),
         (["upscale", "photo.png", "new.png", "--method", "lanczos", "--scale", "nan"], "scale"),
+        (["upscale", "photo.png", "new.png", "--model", ""], "model.id: cannot be empty"),
         (["plan", "c.yaml", "--root", "x" * 300], "a part of 300 bytes"),
         (["plan", "c.yaml", "--root", ""], "cannot be empty"),
     ],

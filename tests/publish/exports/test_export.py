@@ -120,9 +120,12 @@ def test_the_same_again_writes_nothing_and_elsewhere_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["folder", "mds"])
-def test_a_run_that_fails_anywhere_is_completed_by_the_next(tmp_path: Path, form: str) -> None:
+@pytest.mark.parametrize(("form", "held_bytes"), [("folder", 1), ("mds", 1 << 20)])
+def test_a_run_that_fails_anywhere_is_completed_by_the_next(
+    tmp_path: Path, form: str, held_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the byte, as if nothing had happened."""
+    monkeypatch.setattr("resmaster_stages.publish.exports.export.HELD_BYTES", held_bytes)
     dataset = built(tmp_path / "out", tmp_path, ["a house", "a tree", "a boat"])
     target, options = tmp_path / "x", Options(form, sizes=(None, 32))
     recorded = Steps()
