@@ -272,7 +272,8 @@ def _same(listed: Any, file: StoredObject, dataset: Dataset, texts: Mapping[str,
 
 def _is_ours(name: str) -> bool:
     """Whether only a push of this project gives a file this name."""
-    return layout.object_of(name) is not None or layout.is_curated(name)
+    own = (layout.CURATION_TABLE, layout.CURATED_INDEX)
+    return layout.object_of(name) is not None or layout.is_curated(name) or name in own
 
 
 def _require_all(work: Push, listed: Mapping[str, Any], dataset: Dataset) -> None:

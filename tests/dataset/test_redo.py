@@ -43,8 +43,8 @@ PROMPTS = ["a", "b", "bad high_res", "c", "d", "e"]
 @pytest.fixture(autouse=True)
 def fake_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resmaster_stages.models.identity.weights_of", lambda config: Weights(config.model.id))
-    for name, stage in STAGES.items():
-        monkeypatch.setitem(STAGES, name, replace(stage, process=FAKES[name]))
+    for name, process in FAKES.items():
+        monkeypatch.setitem(STAGES, name, replace(STAGES[name], process=process))
 
 
 def made(folder: Path, **values: object) -> Dataset:

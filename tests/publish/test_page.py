@@ -166,7 +166,7 @@ def test_hostile_text_arrives_in_every_field_as_it_is_and_changes_nothing_else()
 
 
 def test_a_name_that_a_template_reads_and_nobody_gave_is_an_error() -> None:
-    with pytest.raises(UndefinedError, match="facts"):
+    with pytest.raises(UndefinedError, match="header"):
         fill("card.md", name="demo", size_category="n<1K", data_files={})
 
 

@@ -103,6 +103,10 @@ def _foresee(dataset: Dataset, repository: Repository) -> int:
 
 def _warn(console: Console, dataset: Dataset) -> None:
     """Say what others will see that a publisher may not expect."""
+    from resmaster_stages.dataset import layout
+
+    if dataset.folder.exists(layout.CURATION_TABLE):
+        say(console, "curation.parquet tells readers who chose what, and why")
     if dataset.config.images:
         say(console, "the column source of manifest.parquet tells readers the path or address of each of your images")
 
