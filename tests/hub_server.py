@@ -16,6 +16,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ class Hub:
         self.parts: dict[tuple[str, int], bytes] = {}
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
-        self.hook: Callable[[str, str], None] = lambda method, path: None
+        self.hook: Callable[[str, str], object] = lambda method, path: None
         self.lock = threading.RLock()
 
     @property
@@ -446,12 +447,19 @@ def mistakes(card: str) -> list[str]:
     return found
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # the client may be gone
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def standing_in() -> Iterator[Hub]:
     """A stand-in that answers, until the block ends."""
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
     hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()

@@ -195,7 +195,7 @@ def _provenance(config: DatasetConfig) -> list[str]:
     networks = "".join(f", {part} `{without_folders(model)}`" for part, model, _ in upscale.networks())
     base = f"the base model `{_model(config)}`" if uses_base_model(config) else ""
     made = [
-        "Low-resolution images: the publisher's input, of whose origin nothing is recorded here."
+        "Low-resolution images: the publisher's own input. Where it comes from is the publisher's to say."
         if config.images
         else f"Low-resolution images: drawn from prompts by {base}.",
         f"High-resolution images: made from the low-resolution ones by the method `{upscale.method}`"
@@ -210,7 +210,7 @@ def _provenance(config: DatasetConfig) -> list[str]:
             "attention": "words of the prompt, chosen by the attention of the base model",
             "prompt": "the prompt itself",
         }
-        made.append(f"Captions of patches: {writer[captions.source]}. No person wrote or read them.")
+        made.append(f"Captions of patches: {writer[captions.source]}. No person wrote them.")
     made.append(
         "Measures and flags: computed, as the tables below say. A flag is a hint, not the judgement of a person."
     )

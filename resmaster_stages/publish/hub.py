@@ -249,7 +249,6 @@ def _listing(api: HfApi, repository: Repository, commit: str = "") -> dict[str, 
     from huggingface_hub.errors import RepositoryNotFoundError
     from huggingface_hub.hf_api import RepoFile
 
-    _limit_waits()
     try:
         tree = api.list_repo_tree(
             repository.id, repo_type="dataset", revision=commit or repository.branch, recursive=True
@@ -407,7 +406,7 @@ def _api() -> HfApi:
 
 
 def _limit_waits() -> None:
-    """Let no request of the client wait for ever, as it would by default."""
+    """Let no upload and no commit wait for ever, as they would by default. The client's listings always do."""
     import httpx2
     from huggingface_hub.utils import get_session
 

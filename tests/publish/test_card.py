@@ -103,7 +103,7 @@ def test_the_card_says_by_what_the_images_were_made(values: dict[str, Any], term
 
 
 def test_who_wrote_the_captions() -> None:
-    assert "No person wrote or read them" in card()
+    assert "No person wrote them" in card()
     assert "captioner" in card()
     assert "the attention of the base model" in card(captions={"source": "attention"})
     assert "the prompt itself" in card(captions={"source": "prompt"})

@@ -198,6 +198,17 @@ def test_waits_that_the_hub_asks_for_are_told(
     assert {56.0, 34.0} <= set(waits)
 
 
+def test_a_hub_that_is_silent_is_not_waited_for(hub: Hub, dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "ANSWER_SECONDS", 0.2)
+    over = threading.Event()
+    hub.hook = lambda method, path: path.startswith(COMMIT) and over.wait()
+    try:
+        with pytest.raises(ConnectionError, match=r"the hub cannot be reached \(.*\); check the network"):
+            push(dataset, compare(dataset, Repository(NAME)))
+    finally:
+        over.set()
+
+
 def test_a_push_that_is_killed_goes_on(hub: Hub, dataset: Dataset, tmp_path: Path) -> None:
     """By SIGKILL, while the second commit is on its way."""
     program = (
