@@ -30,8 +30,8 @@ class Excluding:
                 place = quoted(self._folder.url)
                 raise PlanError(
                     f"{self._asked.option}: sample {key} is planned already, and a plan never changes; for another "
-                    f"draw of the sample run: resmaster repair {place} --redo {key}; to keep it from readers reject it, "
-                    f"with: resmaster view {place}"
+                    f"draw of the sample run: resmaster repair {place} --redo {key}; to keep it from readers, "
+                    f"reject it with: resmaster view {place}"
                 )
             self._found.append(key)
             return f"excluded by {self._earlier.get(key, self._asked.name)}"

@@ -110,18 +110,18 @@ def records(dataset: Dataset) -> dict[str, dict[str, int]]:
 
 
 def test_a_chosen_sample_is_another_one_and_all_others_stay_the_same_to_the_byte(dataset: Dataset) -> None:
-    before = {stage: outputs(dataset, stage) for stage in STAGES}
+    before = {stage: outputs(dataset, stage) for stage in FAKES}
     history = attempts(str(dataset.url))
     assert redo(dataset, "b").endswith("1 sample to make again from low_res on (redo/0001.json)")
-    assert finish(dataset) == [(stage, 0) for stage in STAGES]
-    for stage in STAGES:
+    assert finish(dataset) == [(stage, 0) for stage in FAKES]
+    for stage in FAKES:
         after = outputs(dataset, stage)
         assert after.keys() == before[stage].keys()
         assert {prompt for prompt in after if after[prompt] != before[stage][prompt]} == {"b"}, stage
     after = attempts(str(dataset.url))
     assert {place: after[place] for place in history} == history, "what was committed stays"
-    assert after.keys() - history.keys() == {(stage, 0, "attempt 2") for stage in STAGES}
-    assert records(dataset) == {key: {"b": 1} for key in STAGES}, "the record shows that it is the second take"
+    assert after.keys() - history.keys() == {(stage, 0, "attempt 2") for stage in FAKES}
+    assert records(dataset) == {key: {"b": 1} for key in FAKES}, "the record shows that it is the second take"
     assert json.loads(outputs(dataset, "high_res")["b"].files["json"])["take"] == 1
     assert finish(dataset) == []
 
@@ -198,7 +198,7 @@ def test_a_process_that_knows_only_the_first_request_does_no_harm(dataset: Datas
     run_stage(open_dataset(other.url), "low_res", 0)
     for stage in ("captions", "high_res", "quality"):
         run_stage(old, stage, 0)
-    assert records(other) == {stage: {"a": 1, "b": 2} for stage in STAGES}, "a stage takes what is upstream"
+    assert records(other) == {stage: {"a": 1, "b": 2} for stage in FAKES}, "a stage takes what is upstream"
     finish(other)
     assert everything(other.url) == everything(dataset.url)
 
@@ -225,7 +225,7 @@ def test_failed_samples_and_redone_ones_do_not_disturb_each_other(dataset: Datas
     retries, samples = retries_of(open_dataset(dataset.url))
     assert samples == 1
     fresh = open_dataset(dataset.url)
-    for stage in STAGES:
+    for stage in FAKES:
         run_stage(fresh, stage, 0, number=number_of(retries, stage, 0))
     assert {stage: receipt.number for stage, receipt in read_chain(fresh, 0).committed.items()} == dict.fromkeys(
         STAGES, 2
@@ -251,7 +251,7 @@ def test_a_failed_sample_can_be_drawn_again_with_another_seed(dataset: Dataset) 
         yield from FAKES["high_res"](config, [replace(each, prompt="good") if each.take else each for each in samples])
 
     fresh = open_dataset(dataset.url)
-    for stage in STAGES:
+    for stage in FAKES:
         run_stage(fresh, stage, 0, process=unlucky if stage == "high_res" else None)
     assert write_manifest(fresh).samples == 6
 
@@ -267,18 +267,18 @@ def test_a_redone_sample_that_fails_is_failed_and_nothing_of_its_old_take_is_pub
             yield Output(sample.key, error=SampleError("unlucky")) if sample.take else output
 
     fresh, key = open_dataset(dataset.url), key_of(dataset, "b")
-    for each in STAGES:
+    for each in FAKES:
         run_stage(fresh, each, 0, process=failing if each == stage else None)
     assert finish(dataset) == [], "it is tried again only if somebody asks for it"
     assert key not in everything(dataset.url)["keys"]
     chain = read_chain(fresh, 0)
-    later = list(STAGES)[list(STAGES).index(stage) + 1 :]
+    later = list(FAKES)[list(FAKES).index(stage) + 1 :]
     assert all(key in chain.committed[each].lost_keys for each in later), "no tar leads to its old image"
     retries, _ = retries_of(fresh)
-    for each in STAGES:
+    for each in FAKES:
         run_stage(fresh, each, 0, number=number_of(retries, each, 0))
     finish(dataset)
-    assert records(dataset) == {key_0: {"b": 1} for key_0 in STAGES}, "the same draw"
+    assert records(dataset) == {key_0: {"b": 1} for key_0 in FAKES}, "the same draw"
     assert key in everything(dataset.url)["keys"]
 
 
@@ -290,15 +290,15 @@ def test_a_half_redone_sample_is_not_published_and_not_read(dataset: Dataset) ->
         finish(dataset, last)
         fresh = open_dataset(dataset.url)
         assert write_manifest(fresh).samples == 4
-        with shard_samples(fresh, 0, list(STAGES)) as samples:
+        with shard_samples(fresh, 0, list(FAKES)) as samples:
             assert key not in samples.keys()  # noqa: SIM118
     finish(dataset)
-    with shard_samples(open_dataset(dataset.url), 0, list(STAGES)) as samples:
+    with shard_samples(open_dataset(dataset.url), 0, list(FAKES)) as samples:
         assert {each.key: each.take for each in samples}[key] == 1
 
 
 @pytest.mark.parametrize("last", ["low_res", "captions", "high_res", "quality"])
-@pytest.mark.parametrize("damaged", list(STAGES))
+@pytest.mark.parametrize("damaged", list(FAKES))
 def test_damage_in_any_state_of_a_redo_is_mended_to_the_same_bytes(
     dataset: Dataset, tmp_path: Path, last: str, damaged: str
 ) -> None:
@@ -348,7 +348,7 @@ def test_whatever_happens_in_whatever_order_the_requests_alone_decide(tmp_path: 
     known = [open_dataset(dataset.url)]
     names = [prompt for prompt in PROMPTS if "bad" not in prompt]
     for _ in range(12):
-        step, stage, shard = chance.random(), chance.choice(list(STAGES)), chance.randrange(2)
+        step, stage, shard = chance.random(), chance.choice(list(FAKES)), chance.randrange(2)
         if step < 0.35:
             redo(dataset, *chance.sample(names, chance.randint(1, 3)), stage=chance.choice(["low_res", "high_res"]))
             known.append(open_dataset(dataset.url))
@@ -374,13 +374,13 @@ def test_whatever_happens_in_whatever_order_the_requests_alone_decide(tmp_path: 
 def test_what_was_given_up_is_made_in_its_last_take(dataset: Dataset) -> None:
     redo(dataset, "b")
     finish(dataset)
-    expected = {stage: outputs(dataset, stage) for stage in STAGES}
+    expected = {stage: outputs(dataset, stage) for stage in FAKES}
     for receipt in dataset.commits("low_res").read_all().values():
         dataset.commits("low_res").mark(receipt.shard, [])
     give_up_damaged(dataset)
     finish(dataset)
     assert read_chain(dataset, 0).committed["low_res"].number == 1
-    assert {stage: outputs(dataset, stage) for stage in STAGES} == expected
+    assert {stage: outputs(dataset, stage) for stage in FAKES} == expected
 
 
 def test_another_configuration_keeps_the_takes(dataset: Dataset) -> None:
@@ -391,7 +391,7 @@ def test_another_configuration_keeps_the_takes(dataset: Dataset) -> None:
     finish(changed)
     assert read_chain(changed, 0).committed["high_res"].number == 1
     assert outputs(changed, "high_res") == outputs(dataset, "high_res")
-    assert records(changed) == {key: {"b": 1} for key in STAGES}
+    assert records(changed) == {key: {"b": 1} for key in FAKES}
 
 
 def test_status_plan_and_explain_tell_what_is_asked_for_and_not_made(dataset: Dataset) -> None:
@@ -404,12 +404,12 @@ def test_status_plan_and_explain_tell_what_is_asked_for_and_not_made(dataset: Da
         stages = preview(open_dataset(dataset.url).config).stages
         return {each.stage: (each.shards_pending, each.samples_pending) for each in stages}
 
-    assert left() == dict.fromkeys(STAGES, ((), 0))
-    assert to_do() == dict.fromkeys(STAGES, (0, 0))
+    assert left() == dict.fromkeys(FAKES, ((), 0))
+    assert to_do() == dict.fromkeys(FAKES, (0, 0))
     redo(dataset, "a", "b", "d")
-    assert left() == dict.fromkeys(STAGES, ((0, 1), 3))
-    assert to_do() == dict.fromkeys(STAGES, (2, 3))
-    assert pending(open_dataset(dataset.url)) == {key: [0, 1] for key in STAGES}
+    assert left() == dict.fromkeys(FAKES, ((0, 1), 3))
+    assert to_do() == dict.fromkeys(FAKES, (2, 3))
+    assert pending(open_dataset(dataset.url)) == {key: [0, 1] for key in FAKES}
     assert pending(open_dataset(dataset.url), stages=["high_res"]) == {"high_res": []}, "it waits for low_res"
     key = key_of(dataset, "b")
     told = explain(open_dataset(dataset.url), key)
@@ -420,7 +420,7 @@ def test_status_plan_and_explain_tell_what_is_asked_for_and_not_made(dataset: Da
     assert left() == {"low_res": ((), 0), **dict.fromkeys(("captions", "high_res", "quality"), ((0, 1), 3))}
     assert status(open_dataset(dataset.url)).published.problem == "stale"
     finish(dataset)
-    assert left() == dict.fromkeys(STAGES, ((), 0))
+    assert left() == dict.fromkeys(FAKES, ((), 0))
     assert status(open_dataset(dataset.url)).published.problem == ""
     told = explain(open_dataset(dataset.url), key)
     assert [(each.take, each.take_due) for each in told.stages] == [(1, 1)] * 4
@@ -481,17 +481,17 @@ def test_a_lost_request_takes_nothing_back_and_verify_names_it(dataset: Dataset)
         assert (damage.name, damage.what, damage.mend) == (layout.redo(number), "gone", REQUEST_GONE)
         assert finish(dataset) == []
         assert everything(dataset.url) == expected
-        for stage in STAGES:
+        for stage in FAKES:
             receipt = dataset.commits(stage).read(0)
             assert receipt
             dataset.folder.write(receipt.objects[0].name, b"damaged")
         note(dataset, verify(dataset))
-        assert finish(dataset) == [(stage, 0) for stage in STAGES], "it is mended"
+        assert finish(dataset) == [(stage, 0) for stage in FAKES], "it is mended"
         assert everything(dataset.url) == expected
         dataset.folder.create(layout.redo(number), text)
     dataset.folder.remove(layout.redo(2))
     assert redo(dataset, "b").endswith("(redo/0002.json)")
-    assert finish(dataset) == [(stage, 0) for stage in STAGES]
+    assert finish(dataset) == [(stage, 0) for stage in FAKES]
     assert records(dataset)["high_res"] == {"a": 1, "b": 2}, "a take is never given twice"
     assert verify(dataset).damage == ()
 
@@ -523,7 +523,7 @@ def test_gc_removes_what_was_redone_and_keeps_the_requests(dataset: Dataset) -> 
     finish(dataset)
     later = datetime.now(UTC) + timedelta(days=2)
     found = {each.file.name for each in find_leftovers(open_dataset(dataset.url), timedelta(hours=24), later)}
-    replaced = [dataset.commits(stage).attempt(0, 1) for stage in STAGES]
+    replaced = [dataset.commits(stage).attempt(0, 1) for stage in FAKES]
     assert found == {stored.name for receipt in replaced if receipt for stored in receipt.objects}
 
 
@@ -538,9 +538,9 @@ def test_a_seed_is_needed(tmp_path: Path, dataset: Dataset) -> None:
     with pytest.raises(UserError, match=r"--from captions: no new seed .* low_res, high_res"):
         redo(dataset, "a", stage="captions")
     config = dataset.config
-    assert [name for name in STAGES if STAGES[name].seeded(config)] == ["low_res", "high_res"]
+    assert [name for name in FAKES if STAGES[name].seeded(config)] == ["low_res", "high_res"]
     own = config.model_copy(update={"prompts": None, "images": "somewhere"})
-    assert [name for name in STAGES if STAGES[name].seeded(own)] == ["high_res"]
+    assert [name for name in FAKES if STAGES[name].seeded(own)] == ["high_res"]
     plain = open_dataset(dataset.url)
     lanczos = create_or_open(
         plain.config.model_copy(update={"upscale": type(plain.config).model_validate(

@@ -432,8 +432,8 @@ def test_repair_makes_samples_again_if_asked(stages: Stages, tmp_path: Path) -> 
     (a, b), (c,) = dataset.plan.keys_of(0), dataset.plan.keys_of(1)
     stages.calls.clear()
     assert repair(url, redo=f"{b},{c[:12]}").samples == 3
-    takes = {stage: {s: r.takes for s, r in dataset.commits(stage).read_all().items()} for stage in STAGES}
-    assert takes == {stage: {0: {b: 1}, 1: {c: 1}} for stage in STAGES}
+    takes = {stage: {s: r.takes for s, r in dataset.commits(stage).read_all().items()} for stage in dataset.hashes}
+    assert takes == {stage: {0: {b: 1}, 1: {c: 1}} for stage in dataset.hashes}
     assert repair(url, redo=a, redo_from="high_res").samples == 3
     assert dataset.commits("high_res").read(0).takes == {a: 1, b: 1}
     assert dataset.commits("low_res").read(0).takes == {b: 1}
