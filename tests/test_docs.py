@@ -46,6 +46,16 @@ NOT_RUN = {
     "curating.md": {
         "resmaster view out/picturebook": "runs until Ctrl-C; tests/gallery looks through the page in a browser",
     },
+    "exporting.md": {
+        "resmaster curate out/picturebook --import from-fiftyone/samples.json": (
+            "needs an export of FiftyOne; tests/publish/exports/test_page.py runs it on one of ours"
+        ),
+    },
+    "provenance.md": {
+        "resmaster export out/picturebook exports/signed --as imagefolder --sign-with chain.pem key.pem": (
+            "needs a key; tests/publish/exports/test_signing.py makes one"
+        ),
+    },
     "extending.md": {
         "RESMASTER_PLUGINS=my_package.tinted,my_package.redness resmaster plan my-dataset.yaml": (
             "test_a_dataset_is_made_with_the_examples_of_extending runs it with the page's modules"

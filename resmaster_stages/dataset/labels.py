@@ -36,6 +36,11 @@ def source_type_of(config: DatasetConfig, by_model: bool) -> str:
     return GENERATED if not config.images else ALTERED if by_model else ENHANCED
 
 
+def high_res_source_type(config: DatasetConfig) -> str:
+    """IPTC's term for the high-res images of a dataset."""
+    return source_type_of(config, by_model=config.upscale.base_model or bool(config.upscale.networks()))
+
+
 def label_of(
     config: DatasetConfig, sample: Sample, weights: str, drawing: Drawing | None, scale: float | None = None
 ) -> Label | None:

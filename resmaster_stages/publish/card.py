@@ -21,7 +21,7 @@ from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.image_format import ImageFormat, lossless_format
 from resmaster_stages.dataset.commit import StoredObject
 from resmaster_stages.dataset.curation import Chosen
-from resmaster_stages.dataset.labels import ENHANCED, source_type_of
+from resmaster_stages.dataset.labels import ENHANCED, high_res_source_type
 from resmaster_stages.dataset.plan import Plan
 from resmaster_stages.metrics import metric_columns
 from resmaster_stages.metrics.flags import known_flags
@@ -80,7 +80,7 @@ def dataset_card(config: DatasetConfig, plan: Plan, published: Publication, cont
         listed=LISTED_TARS,
         facts=_facts(config, plan, published, contents),
         licences=[replace(each, model=without_folders(each.model)) for each in licences_of(config)],
-        source_type=_source_type(config),
+        source_type=high_res_source_type(config),
         provenance=_provenance(config),
         xmp=contents.xmp,
         curated="curated" in contents.tars,
@@ -114,7 +114,7 @@ def _header(config: DatasetConfig, published: Publication, contents: Contents) -
         }
         for number, (view, names) in enumerate(listed.items())
     ]
-    generated = _source_type(config) != ENHANCED
+    generated = high_res_source_type(config) != ENHANCED
     header: dict[str, Any] = {
         "pretty_name": config.name,
         "size_categories": [_size_category(published.samples)],
@@ -182,11 +182,6 @@ def without_folders(model: str) -> str:
 
 def _chosen(chosen: Chosen) -> str:
     return f"{chosen.kept:,} kept, {chosen.rejected:,} rejected, {chosen.rated:,} rated"
-
-
-def _source_type(config: DatasetConfig) -> str:
-    """The term of IPTC's vocabulary of digital source types that fits the high-resolution images."""
-    return source_type_of(config, by_model=config.upscale.base_model or bool(config.upscale.networks()))
 
 
 def _provenance(config: DatasetConfig) -> list[str]:

@@ -228,7 +228,7 @@ def test_failed_samples_and_redone_ones_do_not_disturb_each_other(dataset: Datas
     for stage in FAKES:
         run_stage(fresh, stage, 0, number=number_of(retries, stage, 0))
     assert {stage: receipt.number for stage, receipt in read_chain(fresh, 0).committed.items()} == dict.fromkeys(
-        STAGES, 2
+        FAKES, 2
     )
     assert not any(pending(fresh, retries=retries).values()), "both wishes are fulfilled by one attempt"
     taken = outputs(dataset, "high_res")

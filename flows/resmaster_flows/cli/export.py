@@ -52,6 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"copies with at most so many px in the square, each size in a folder of its own, as {FULL},1024,2048; "
         f"{FULL} is the image as it is",
     )
+    parser.add_argument(
+        "--sign-with",
+        nargs=2,
+        metavar=("CERT", "KEY"),
+        help="sign the images with content credentials (C2PA): PEM files of the certificates and of the key; needs the "
+        "extra c2pa",
+    )
     parser.add_argument("--limit", metavar="N", type=int, help="only the first N of these samples")
 
 
@@ -65,9 +72,15 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from resmaster_stages.publish.exports.record import Options
 
     dataset = open_dataset(args.root)
-    options = Options(args.format, args.where, args.with_rejected, sizes, args.limit)
+    signer = None
+    if args.sign_with:
+        from resmaster_stages.publish.exports.signing import signer_of
+
+        signer = signer_of(*args.sign_with)
+    fingerprint = signer.fingerprint if signer else ""
+    options = Options(args.format, args.where, args.with_rejected, sizes, args.limit, fingerprint)
     with _progress(console) as progress:
-        done = export(dataset, args.folder, options, progress)
+        done = export(dataset, args.folder, options, progress, signer)
     if not done.samples:
         say(console, f"{dataset.url}: no sample is chosen; nothing is written")
         return 1

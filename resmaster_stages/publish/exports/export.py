@@ -5,7 +5,7 @@ time, and one sample in memory, or one chunk of a packed format. A run that is b
 shard. A later run of the same export writes the shards that have changed since, and removes what is not chosen now.
 
 Invariants:
-- Images without a size are the dataset's own bytes.
+- Images without a size are the dataset's own bytes, unless they are signed.
 - File names come from keys, never from prompts.
 - The order is that of the dataset.
 """
@@ -49,6 +49,7 @@ from resmaster_stages.publish.exports.record import (
     write_export,
     write_shard,
 )
+from resmaster_stages.publish.exports.signing import Signer
 from resmaster_stages.publish.exports.sizes import copied, fitted
 from resmaster_stages.redaction import quoted
 from resmaster_stages.storage.filesystem import Folder, open_root
@@ -58,7 +59,7 @@ PAGE_ROWS = 5_000
 """Rows of the manifest that are held at a time."""
 HELD_BYTES = 16 << 20
 """Files are held until they are so large together: every time that files are written, a record is written before."""
-PLAIN = ("key", "prompt", "negative_prompt", "width", "height", "flags", "verdict", "rating")
+PLAIN = ("key", "take", "prompt", "negative_prompt", "width", "height", "flags", "verdict", "rating")
 """Columns that are exported beside the metrics."""
 OBJECTS = ("high_res_object", "low_res_object", "captions_object")
 """Columns that say what the samples' files are made from."""
@@ -80,12 +81,21 @@ class Exported:
     notes: tuple[str, ...] = ()
 
 
-def export(dataset: Dataset, url: str, options: Options, progress: Progress = lambda done, total: None) -> Exported:
+def export(
+    dataset: Dataset,
+    url: str,
+    options: Options,
+    progress: Progress = lambda done, total: None,
+    signer: Signer | None = None,
+) -> Exported:
     """Export the chosen samples to the folder `url`, or complete an earlier run. If nothing is chosen, writes nothing.
 
+    signer: signs the images. Its fingerprint is part of `options`.
     Raises UserError for a folder that cannot be used, for a wrong expression, and if nothing is published; ShardError
     if an object of the dataset is gone or damaged.
     """
+    if options.signer != (signer.fingerprint if signer else ""):
+        raise ValueError("options.signer must be the fingerprint of the signer")
     target = _target(dataset, url)
     with sample_table(dataset) as table:
         query = replace(Query() if options.with_rejected else KEPT_ONLY, where=options.where)
@@ -94,9 +104,10 @@ def export(dataset: Dataset, url: str, options: Options, progress: Progress = la
         if not total:
             return Exported(0, 0, 0)
         claim(target, dataset, options)
-        run = _Run(dataset, target, options, progress, total)
+        run = _Run(dataset, target, options, signer)
         for shard, rows in _rows_by_shard(table, query, total):
             run.shard(shard, rows)
+            progress(run.samples, total)
     return run.finish()
 
 
@@ -128,13 +139,12 @@ def _rows_by_shard(table: SampleTable, query: Query, total: int) -> Iterator[tup
 class _Run:
     """One run of an export."""
 
-    def __init__(self, dataset: Dataset, target: Folder, options: Options, progress: Progress, total: int) -> None:
-        self._dataset, self._target, self._options = dataset, target, options
-        self._progress, self._total = progress, total
+    def __init__(self, dataset: Dataset, target: Folder, options: Options, signer: Signer | None) -> None:
+        self._dataset, self._target, self._options, self._signer = dataset, target, options, signer
         self._format: Format = format_of(options.format)
         self._sizes: Sequence[int | None] = options.sizes or (None,)
         self._done: list[int] = []
-        self._samples = self._written = self._removed = 0
+        self.samples = self._written = self._removed = 0
         self._changed = read_export(target) is None
 
     def shard(self, shard: int, rows: Sequence[Row]) -> None:
@@ -146,8 +156,7 @@ class _Run:
             self._write(shard, rows, content, before)
             self._written += len(rows)
         self._done.append(shard)
-        self._samples += len(rows)
-        self._progress(self._samples, self._total)
+        self.samples += len(rows)
 
     def _change(self) -> None:
         """From here on the export is not whole."""
@@ -168,11 +177,11 @@ class _Run:
             place.flush()
 
         chosen = {row["key"]: row for row in rows}
-        with _samples(self._dataset, shard, self._format, rows) as samples:
+        with _samples(self._dataset, shard, self._reads(), rows) as samples:
             for size in self._sizes:
                 place = Place(self._target, shard, self._prefix(size))
                 found = []
-                for row in self._format.write(_items(samples, chosen, size), place):
+                for row in self._format.write(self._items(samples, chosen, size), place):
                     found.append(row)
                     if sum(map(len, place.held.values())) >= HELD_BYTES:
                         flush(place)
@@ -180,6 +189,22 @@ class _Run:
                 given.append(tuple(found))
         self._remove(known - {*files})
         write_shard(self._target, shard, ShardRecord(content, len(rows), self._whole(rows), tuple(files), tuple(given)))
+
+    def _reads(self) -> set[str]:
+        """The stages whose outputs are read."""
+        own = self._signer is not None and self._dataset.config.images is not None  # it becomes part of the credentials
+        return {"high_res", *self._format.reads, *(("low_res",) if own else ())}
+
+    def _items(self, samples: ShardSamples, rows: Mapping[str, Row], size: int | None) -> Iterator[Item]:
+        """The chosen samples of a shard in one size. rows: key -> row."""
+        for position, key in enumerate(samples.keys()):
+            if key in rows:
+                item = _item(samples[position], rows[key], size)
+                if self._signer:
+                    config = self._dataset.config
+                    signed = self._signer.signed(item.image, item.extension, samples[position], config)
+                    item = replace(item, image=signed)
+                yield item
 
     def _whole(self, rows: Sequence[Row]) -> tuple[int, ...]:
         """For each size, the samples that are smaller."""
@@ -206,7 +231,7 @@ class _Run:
             self._tidy()
             finished = self._describe()
             write_export(self._target, finished)
-        return Exported(self._samples, self._written, self._removed, finished.notes)
+        return Exported(self.samples, self._written, self._removed, finished.notes)
 
     def _tidy(self) -> None:
         """Remove what a killed run left of files that it was writing. Stores keep no such part."""
@@ -228,7 +253,7 @@ class _Run:
         return ExportRecord(
             name=self._dataset.config.name,
             options=self._options,
-            samples=self._samples,
+            samples=self.samples,
             publication=publication.commits if publication else "",
             choices=digest_of_choices(read_choices(self._dataset.folder)),
             notes=(*notes, *self._smaller()),
@@ -253,11 +278,16 @@ def _columns() -> list[str]:
     return [*PLAIN, *OBJECTS, *(column.name for column in metric_columns())]
 
 
-def _samples(dataset: Dataset, shard: int, format: Format, rows: Sequence[Row]) -> AbstractContextManager[ShardSamples]:
-    """A context with the samples of a shard, as published. Raises UserError if another attempt counts by now."""
+def _samples(
+    dataset: Dataset, shard: int, reads: Collection[str], rows: Sequence[Row]
+) -> AbstractContextManager[ShardSamples]:
+    """A context with the samples of a shard, as published, with the outputs of the stages `reads`.
+
+    Raises UserError if another attempt counts by now.
+    """
     receipts: dict[str, Receipt | None] = {}
     for stage in STAGES:
-        published = rows[0][f"{stage}_object"] if stage == "high_res" or stage in format.reads else None
+        published = rows[0][f"{stage}_object"] if stage in reads else None
         if published is None:  # not wanted, or the dataset has no captions
             continue
         receipt = Commits(dataset.folder, stage, rows[0][f"{stage}_hash"]).read(shard)
@@ -269,13 +299,6 @@ def _samples(dataset: Dataset, shard: int, format: Format, rows: Sequence[Row]) 
         receipts[stage] = receipt
     chain = Chain(receipts)
     return chosen_samples(dataset, shard, chain, list(receipts), chain.unfinished(), chain.made())
-
-
-def _items(samples: ShardSamples, rows: Mapping[str, Row], size: int | None) -> Iterator[Item]:
-    """The chosen samples of a shard in one size. rows: key -> row."""
-    for position, key in enumerate(samples.keys()):
-        if key in rows:
-            yield _item(samples[position], rows[key], size)
 
 
 def _item(sample: Sample, row: Row, size: int | None) -> Item:
@@ -299,7 +322,7 @@ def _item(sample: Sample, row: Row, size: int | None) -> Item:
 
 
 def _image(image: EncodedImage, has: tuple[int, int], wanted: tuple[int, int]) -> tuple[bytes, str]:
-    """(file, extension) of an exported image. All images pass here. Sizes are (height, width) in px."""
+    """(file, extension) of an exported image. Sizes are (height, width) in px."""
     if has == wanted:
         return image.data, image.extension
     return copied(image, *wanted), "png"

@@ -47,6 +47,8 @@ class Options:
     sizes: tuple[int | None, ...] = ()
     """Sizes of copies; None for the image as it is. Each gets a sub-folder. (): the image as it is, in the folder."""
     limit: int | None = None
+    signer: str = ""
+    """The sha256 of the certificates with which images are signed; "" if they are not."""
 
 
 @with_config(ConfigDict(extra="forbid"))
