@@ -34,6 +34,8 @@ class Choices:
         """Keep the choices of a request. Returns the counts after them. Raises UserError for a wrong request, and
         Unreadable if they cannot be kept: then none of them counts."""
         given = list(_given(asked))
+        if not given:
+            return self.counts()
         with self._lock:
             known = self._known([each["key"] for each in given])
             choices = [Choice(**{**known[each["key"]], **each}, who=self.who, when=now()) for each in given]

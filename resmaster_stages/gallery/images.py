@@ -27,12 +27,16 @@ from resmaster_stages.gallery.errors import NotThere, Unreadable, told
 from resmaster_stages.redaction import quoted
 from resmaster_stages.storage.images import decode_image
 
-DECODED_BYTES = 512 << 20
-DECODING_BYTES = 512 << 20
+DECODED_BYTES = 640 << 20
+DECODING_BYTES = 1 << 30
 DISK_BYTES = 1 << 30
-DECODER_BYTES_PER_PX = 7
-"""Peak of a decoder: its own RGBA beside our RGB."""
-RGB_BYTES = 3
+PX_BYTES = 4
+"""What Pillow takes for a pixel of RGB."""
+DECODING_PX_BYTES = 16
+"""What decoding takes for a pixel at its peak, measured: the decoder's own pixels, their copy and what they become."""
+BLOCK_BYTES = 64 << 20
+"""Pillow allocates pixels in blocks of this size. The C library gives blocks beyond 32 MiB back to the system when they
+are freed. Smaller ones it keeps, so memory would grow with the number of images."""
 THUMB_PX = (512, 256, 128)
 """Longer sides of thumbnails. The smaller ones are made from the largest."""
 TILE_PX = 512
@@ -113,7 +117,8 @@ class Images:
 
     def __init__(self, dataset: Dataset, scratch: Path) -> None:
         self._dataset = dataset
-        self._decoded: Kept[Image.Image] = Kept(DECODED_BYTES, lambda image: image.width * image.height * RGB_BYTES)
+        Image.core.set_block_size(BLOCK_BYTES)
+        self._decoded: Kept[Image.Image] = Kept(DECODED_BYTES, lambda image: image.width * image.height * PX_BYTES)
         self._decoding = Budget(DECODING_BYTES)
         self._files = KeptOnDisk(scratch, DISK_BYTES)
 
@@ -156,7 +161,7 @@ class Images:
         return self._decoded.get((place, level), lambda: self._level(place, level + 1).reduce(2))
 
     def _decode(self, place: Place) -> Image.Image:
-        with self._decoding.hold(place.height * place.width * DECODER_BYTES_PER_PX + place.bytes):
+        with self._decoding.hold(place.height * place.width * DECODING_PX_BYTES + place.bytes):
             data = b"".join(self.pieces(place))
             try:
                 image = decode_image(data, place.member)

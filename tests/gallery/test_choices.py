@@ -132,6 +132,11 @@ def test_a_wrong_request_changes_nothing(own: Dataset, opened: Opener, body: str
     assert found(client, verdict="none") == [0, 1, 2, 3, 4, 5]
 
 
+def test_no_choice_writes_nothing(own: Dataset, opened: Opener) -> None:
+    assert post(opened(own)[1]).json() == {"choices": {"kept": 0, "rejected": 0, "rated": 0}}
+    assert own.folder.names(layout.CURATION) == []
+
+
 def test_too_many_choices_at_once(own: Dataset, opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices_module, "TOGETHER", 2)
     _, client = opened(own)
