@@ -112,7 +112,7 @@ def export(
 
 
 def _target(dataset: Dataset, url: str) -> Folder:
-    """The folder of an export. Raises UserError if it lies in the dataset, or holds it."""
+    """The folder of an export. Raises UserError if it lies in the dataset, or has no name that can be written down."""
     target = open_root(url)
     if target.local:
         target = Folder(target.fs, os.path.realpath(target.path))
@@ -169,12 +169,18 @@ class _Run:
         files: list[str] = []
         given: list[tuple[Row, ...]] = []
 
+        def at_work() -> None:
+            write_shard(self._target, shard, ShardRecord("", 0, (), tuple(sorted(known)), ()))
+
         def flush(place: Place) -> None:
             files.extend(place.held)
             if not known.issuperset(place.held):  # a file that no record names would never be removed
                 known.update(place.held)
-                write_shard(self._target, shard, ShardRecord("", 0, (), tuple(sorted(known)), ()))
+                at_work()
             place.flush()
+
+        if before and before.content:  # its files are not its own any more
+            at_work()
 
         chosen = {row["key"]: row for row in rows}
         with _samples(self._dataset, shard, self._reads(), rows) as samples:

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import re
+import shutil
 import sys
 import uuid
 from pathlib import Path
@@ -229,6 +230,29 @@ def test_a_broken_run_and_a_choice_between_leave_nothing_behind(dataset: Dataset
     (tmp_path / "x").rename(tmp_path / "after")
     export(dataset, target, options)
     assert content(tmp_path / "x") == content(tmp_path / "after")
+
+
+def test_a_broken_run_and_a_choice_that_is_taken_back_leave_the_first_files(dataset: Dataset, tmp_path: Path) -> None:
+    """The broken run had written some files for the choice."""
+    target, options = str(tmp_path / "x"), Options("folder")
+    export(dataset, target, options)
+    expected = {name: content(tmp_path / "x")[name] for name in visible(tmp_path / "x")}
+    choose(dataset, "a house", "kept", 5)
+    key = key_of(dataset, "a house")
+    at = Steps()
+    (tmp_path / "x").rename(tmp_path / "kept")
+    shutil.copytree(tmp_path / "kept", tmp_path / "x")
+    with injected(at, target):
+        export(dataset, target, options)
+    step = next(n for n, said in enumerate(at.seen) if said.startswith("after replace") and f"{key}.json" in said)
+    shutil.rmtree(tmp_path / "x")
+    shutil.copytree(tmp_path / "kept", tmp_path / "x")
+    with pytest.raises(OSError, match="Input/output error"), injected(Steps(step), target):
+        export(dataset, target, options)
+    assert content(tmp_path / "x")[f"{key}.json"] != expected[f"{key}.json"]
+    choose(dataset, "a house", "none")
+    export(dataset, target, options)
+    assert {name: content(tmp_path / "x")[name] for name in visible(tmp_path / "x")} == expected
 
 
 @pytest.mark.parametrize(
