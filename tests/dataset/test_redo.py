@@ -2,6 +2,7 @@
 
 import json
 import random
+import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from resmaster_flows.cli.main import main
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.chain import Chain, read_chain
 from resmaster_stages.dataset.commit import Receipt
+from resmaster_stages.dataset.curation import Choice, Session, now, read_choices
 from resmaster_stages.dataset.damage import give_up_damaged
 from resmaster_stages.dataset.dataset import Dataset, create_or_open, open_dataset
 from resmaster_stages.dataset.reading import committed_outputs, shard_samples
@@ -20,10 +23,13 @@ from resmaster_stages.dataset.records import record_text
 from resmaster_stages.dataset.redo import read_redos
 from resmaster_stages.dataset.retry import number_of, retries_of
 from resmaster_stages.dataset.sample import Output, Sample
+from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import PlanError, SampleError, ShardError, UserError
+from resmaster_stages.gallery.serve import serving
 from resmaster_stages.inspection.explain import explain, spelled
 from resmaster_stages.inspection.leftovers import find_leftovers
+from resmaster_stages.inspection.query import Query, sample_table
 from resmaster_stages.inspection.status import pending, status
 from resmaster_stages.inspection.verify import REQUEST_GONE, note, verify
 from resmaster_stages.models.identity import Weights
@@ -32,6 +38,7 @@ from resmaster_stages.planning.redoing import ask, asked, wish
 from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.publish.publish import publish
 from resmaster_stages.runner.run import ensure_stage, run_stage
+from resmaster_stages.storage.tables import decode_table
 from tests.durability.injection import attempts, everything
 from tests.fake_stages import FAKES, planned
 from tests.runner.test_resume import in_child, killed_at, spills
@@ -601,3 +608,32 @@ def test_a_spilled_sample_of_another_take_is_not_used(tmp_path: Path) -> None:
     finish(dataset, "low_res")
     assert spills(dataset) == []
     assert json.loads(outputs(dataset, "low_res")["a"].files["json"])["take"] == 1
+
+
+def test_a_choice_is_about_the_take_that_was_looked_at(dataset: Dataset, tmp_path: Path) -> None:
+    """Rejected, drawn again, looked at anew: through the table of samples, the manifest and a file of choices."""
+    b, c = key_of(dataset, "b"), key_of(dataset, "c")
+    session = Session(dataset.folder)
+    session.add([Choice(b, "rejected", when=now()), Choice(c, "kept", when=now())])
+    redo(dataset, "b")
+    finish(dataset)
+    dataset = open_dataset(dataset.url)
+    with sample_table(dataset) as table:
+        assert not table.keys(Query(where="rejected")), "nobody has looked at the new image yet"
+        assert table.keys(Query(where="kept")) == [c]
+        row = table.row(b)
+        assert row is not None
+        assert row["take"] == 1
+    rows = decode_table(dataset.folder.read(layout.MANIFEST), manifest_schema(), "manifest").to_pylist()
+    assert {row["key"]: row["verdict"] for row in rows if row["verdict"]} == {c: "kept"}
+    (tmp_path / "mine.csv").write_text(f"key,verdict\n{b},kept\n")
+    assert main(["curate", dataset.url, "--import", str(tmp_path / "mine.csv")]) == 0
+    with sample_table(dataset) as table:
+        assert table.keys(Query(where="kept", sort="key")) == sorted([b, c]), "a row without a take is of the last one"
+    with serving(dataset, 0, "me") as address:
+        body = json.dumps({"choices": [{"key": b, "verdict": "rejected"}]}).encode()
+        request = urllib.request.Request(
+            f"{address}api/choices", body, {"Content-Type": "application/json"}, method="POST"
+        )
+        urllib.request.urlopen(request).close()
+    assert read_choices(dataset.folder)[b].take == 1
