@@ -87,7 +87,7 @@ def test_a_score_is_measured_flagged_and_told_of(tmp_path: Path, safety: dict[st
     assert "| `unsafe_score` | how unsafe for work" in card
     assert "| `unsafe` | probably not safe for work |" in card
     assert "watermark" not in card
-    assert f"| safety score | `{safety['model']}` |" in card
+    assert f"| safety score | `{Path(safety['model']).name}` |" in card
     assert "| unsafe ↓ | 0." in summary(dataset, status(dataset))
     assert "unsafe 2" in summary(dataset, status(dataset))
     assert f"unsafe_score {scores[0]:.4g}" in spelled(explain(dataset, rows[0]["key"]))
@@ -112,7 +112,7 @@ def test_a_dataset_without_scores_has_no_trace_of_them(tmp_path: Path) -> None:
     said = [dataset.folder.read(name).decode() for name in ("README.md", "report/index.html")]
     said += [summary(dataset, status(dataset)), spelled(explain(dataset, next(read_samples(dataset))[0].key))]
     for text in said:
-        assert not re.search(r"aesthetic|unsafe(?!-inline)|watermark", text)
+        assert not re.search(r"aesthetic|unsafe(?!-inline| content)|watermark", text)
 
 
 @pytest.mark.parametrize("scored", [False, True])

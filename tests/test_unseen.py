@@ -112,8 +112,12 @@ def test_the_dataset_card() -> None:
         "licences": [Licensed(FOREIGN, FOREIGN, Licence(FOREIGN, FOREIGN))],
         "provenance": [FOREIGN],
         "source_type": FOREIGN,
+        "images": FOREIGN,
+        "further": FOREIGN,
+        "recaptions": FOREIGN,
     }
-    told = {"listed": 1, "xmp": True, "signed": True, "captions": True, "features": FOREIGN, "columns": [], "flags": []}
+    told = {"listed": 1, "xmp": True, "curated": True, "chosen": True, "captions": True}
+    told |= {"features": FOREIGN, "columns": [], "flags": []}
     card = fill("card.md", **facts, **told)
     assert not unseen(card)
     assert "\\u202e" in card

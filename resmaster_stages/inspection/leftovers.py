@@ -160,7 +160,7 @@ def _published(folder: Folder) -> Iterator[str]:
 def _curated(folder: Folder, limit: datetime) -> set[str]:
     """The copies of shards that readers may need: those that the curated index names, and all of them if the dataset
     was published since `limit` or the index cannot be read."""
-    everything = {file.name for file in folder.files(layout.CURATED)}
+    everything = {*folder.names(layout.CURATED)}
     if not everything or not folder.exists(layout.PUBLICATION) or folder.modified(layout.PUBLICATION) >= limit:
         return everything
     try:

@@ -130,7 +130,15 @@ def test_a_port_that_is_none(made: Dataset, capsys: pytest.CaptureFixture[str], 
 def test_the_verb_runs_until_a_signal(own: Dataset, stop: signal.Signals, status: int) -> None:
     command = [sys.executable, "-m", "resmaster_flows.cli.main", "view", own.url, "--no-open", "--who", "ann"]
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # what a shell starts in the background, tests included, ignores Ctrl-C, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()

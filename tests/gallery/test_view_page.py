@@ -434,7 +434,7 @@ def test_choices_wait_for_a_server_that_is_away_and_are_kept_over_its_restart(br
         browser.evaluate("URL.createObjectURL = blob => { window.kept = blob; return 'data:,' }")
         browser.evaluate("document.querySelector('#unsaved-csv').click()")
         (tmp_path / "kept.csv").write_text(browser.evaluate("window.kept.text()"))
-        (kept,) = read_choice_file(str(tmp_path / "kept.csv"), "tester", "2026-11-29T00:00:00+00:00", {key_of(0)})
+        (kept,) = read_choice_file(str(tmp_path / "kept.csv"), "tester", "2026-11-29T00:00:00+00:00", {})
         assert (kept.key, kept.verdict, kept.rating) == (key_of(0), "rejected", None)
         browser.command("Network.emulateNetworkConditions", offline=False, **offline)
         browser.until("document.querySelector('#saved').innerText.trim() === 'saved'")

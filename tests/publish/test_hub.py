@@ -566,6 +566,15 @@ def test_a_damaged_index_is_told(hub: Hub, dataset: Dataset, capsys: pytest.Capt
     assert held(hub.repos[NAME]) == contents(dataset)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """What a shell starts in the background, tests included, ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_push_says_how_to_go_on(hub: Hub, dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     """By SIGINT, while the second commit is on its way."""
 

@@ -202,19 +202,20 @@ def test_what_does_not_unwind_is_ended_after_the_grace(tmp_path: Path) -> None:
 def test_an_interrupted_verb_says_what_is_kept(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What builds, repairs, publishes, compares, deletes or takes choices goes on where it was; others begin anew."""
+    """What builds, repairs, publishes, exports, compares, deletes or takes choices goes on; others begin anew."""
 
     def interrupted(args: object, console: object) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(VERBS[name], "run", interrupted)
     words = {"explain": ["root", "key"], "compare": ["c.yaml", "--methods", "direct"], "upscale": ["a.png", "b.png"]}
+    words["export"] = ["root", "folder", "--as", "folder"]
     assert main([name, *words.get(name, ["root"])]) == 130
     said = {
         True: "interrupted; what is done is kept: run the same command again to go on\n",
         False: "interrupted; nothing was written\n",
     }
-    assert capsys.readouterr().err == said[name in ("run", "view", "repair", "publish", "gc", "compare")]
+    assert capsys.readouterr().err == said[name in ("run", "view", "repair", "publish", "export", "gc", "compare")]
 
 
 def test_an_interrupted_upscale_leaves_nothing(
