@@ -19,7 +19,7 @@ from resmaster_stages.gallery.filters import limit_of, number_of, numeric_column
 from resmaster_stages.gallery.images import PLACE_COLUMNS, Place, places, version
 from resmaster_stages.inspection.explain import explain_command
 from resmaster_stages.inspection.query import DUPLICATE_OF, Query, SampleTable
-from resmaster_stages.metrics import metric_columns, shown_columns
+from resmaster_stages.metrics import metric_columns
 from resmaster_stages.metrics.flags import known_flags
 from resmaster_stages.publish.report import SIZE_COLUMNS, facts
 from resmaster_stages.redaction import quoted, shortened
@@ -65,12 +65,12 @@ class Samples:
                     "better": column.better,
                     **dict(zip(("min", "max"), limits[column.name] or (None, None))),
                 }
-                for column in shown_columns()
-                if column.kind == "float64"
+                for column in metric_columns(config.quality)
+                if column.label and column.kind == "float64"
             ],
             "flags": [
                 {"name": flag.name, "meaning": flag.meaning, "count": counts.get(flag.name, 0)}
-                for flag in known_flags().values()
+                for flag in known_flags(config.quality).values()
             ],
             "thresholds": [
                 {
@@ -80,7 +80,7 @@ class Samples:
                     "value": getattr(config.quality, limit),
                     "flag": column.flag.name,
                 }
-                for column in metric_columns()
+                for column in metric_columns(config.quality)
                 if column.flag
                 for side, limit in (("below", column.flag.below), ("above", column.flag.above))
                 if isinstance(limit, str)
