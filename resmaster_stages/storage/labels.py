@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from xml.sax.saxutils import escape
 
 from PIL import PngImagePlugin
@@ -31,6 +31,8 @@ _NAMESPACES = {
     "xmp": "http://ns.adobe.com/xap/1.0/",
     "Iptc4xmpExt": "http://iptc.org/std/Iptc4xmpExt/2008-02-29/",
 }
+_BEFORE_EXIF = {"jxl": bytes(4), "jpeg": b"Exif\0\0"}
+"""What encoders leave to their callers: JPEG XL counts an offset before EXIF, and JPEG names it."""
 _EXIF_IFD, _USER_COMMENT, _LONG, _UNDEFINED = 0x8769, 0x9286, 4, 7
 
 
@@ -54,7 +56,7 @@ def parameters(prompt: str, negative_prompt: str, values: dict[str, object]) -> 
     return f"{' '.join(prompt.split())}\nNegative prompt: {' '.join(negative_prompt.split())}\n{settings}"
 
 
-def label_options(label: Label, image_format: ImageFormat) -> dict[str, Any]:
+def label_options(label: Label, image_format: ImageFormat | Literal["jpeg"]) -> dict[str, Any]:
     """What Pillow's encoder of a format takes to write a label."""
     xmp = xmp_packet(label)
     if image_format == "png":
@@ -65,9 +67,7 @@ def label_options(label: Label, image_format: ImageFormat) -> dict[str, Any]:
         return {"pnginfo": info}
     if not label.parameters:
         return {"xmp": xmp}
-    # JPEG XL counts an offset before EXIF, which its plugin leaves to its caller
-    exif = (bytes(4) if image_format == "jxl" else b"") + user_comment(label.parameters)
-    return {"xmp": xmp, "exif": exif}
+    return {"xmp": xmp, "exif": _BEFORE_EXIF.get(image_format, b"") + user_comment(label.parameters)}
 
 
 def xmp_packet(label: Label) -> bytes:

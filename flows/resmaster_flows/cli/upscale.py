@@ -7,7 +7,7 @@ import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from PIL import Image
 from rich.console import Console
@@ -20,12 +20,16 @@ from resmaster_stages.config.image_format import ImageFormat
 from resmaster_stages.config.load import load_config, parse_config
 from resmaster_stages.config.method import ColourMatch, methods, with_method
 from resmaster_stages.config.model import SDXL, ModelConfig
+from resmaster_stages.dataset.labels import ALTERED, ENHANCED
 from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.errors import ConfigError, UserError
 from resmaster_stages.library import open_image, single, upscale_as_configured
+from resmaster_stages.methods.settings import Diffusion
 from resmaster_stages.models.places import at_hub, to_be_downloaded
 from resmaster_stages.progress import listening
+from resmaster_stages.publish.card import without_folders
 from resmaster_stages.storage.images import LONGEST_PX, encoder_options, require_writable
+from resmaster_stages.storage.labels import Label, label_options, parameters
 
 HELP = "upscale one image of your own"
 DESCRIPTION = "Upscale one image. With ResMaster it keeps the image's structure and regenerates its detail."
@@ -35,6 +39,11 @@ SDXL_GB = 17
 
 FORMATS = {".png": "PNG", ".webp": "WEBP", ".avif": "AVIF", ".jxl": "JXL", ".jpg": "JPEG", ".jpeg": "JPEG"}
 _FURTHER: dict[str, ImageFormat] = {".avif": "avif", ".jxl": "jxl"}
+LABELLED: dict[str, ImageFormat | Literal["jpeg"]] = {
+    **{".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"},
+    **_FURTHER,
+}
+"""Suffix of an output -> its format, as labels know it."""
 """Suffixes of the formats that are written as in a dataset."""
 QUALITY = 95
 """The quality of formats that have one."""
@@ -144,9 +153,31 @@ def run(args: argparse.Namespace, console: Console) -> int:
         hide_bars()
     with steps(console, beginning(config)) as progress, listening(notes(lambda line: say(console, f"  {line}"))):
         result = upscale_as_configured(config, image, args.prompt, detail=detail, progress=progress)
-    save(result, target, args.force)
+    save(result, target, args.force, label_of(config, args.prompt, image.size))
     say(console, f"{source} ({image.width} x {image.height} px) -> {target} ({result.width} x {result.height} px)")
     return 0
+
+
+def label_of(config: DatasetConfig, prompt: str, size: tuple[int, int]) -> Label | None:
+    """What the result says of itself, by `image_metadata`. size: (width, height) of INPUT, in px."""
+    upscale = config.upscale
+    if config.image_metadata == "none":
+        return None
+    if not isinstance(upscale, Diffusion):
+        return Label(ALTERED if upscale.networks() else ENHANCED)
+    model = without_folders(config.model.id)
+    if config.image_metadata == "source":
+        return Label(ALTERED, model)
+    settings: dict[str, object] = {
+        "Steps": upscale.steps,
+        "CFG scale": f"{upscale.guidance_scale:g}",
+        "Seed": config.seed,
+        "Size": f"{size[0]}x{size[1]}",
+        "Model": model,
+        "Hires upscale": f"{upscale.scale:g}",
+        "Hires upscaler": upscale.method,
+    }
+    return Label(ALTERED, model, prompt, parameters(prompt, upscale.negative_prompt, settings))
 
 
 def beginning(config: DatasetConfig) -> str:
@@ -165,7 +196,7 @@ def tell_download(config: DatasetConfig, console: Console) -> None:
         say(console, f"{line}; --model picturebook needs no download")
 
 
-def save(image: Image.Image, path: Path, force: bool) -> None:
+def save(image: Image.Image, path: Path, force: bool, label: Label | None = None) -> None:
     """Write `image` under a temporary name first, so that the final name never holds a half-written file.
 
     Raises UserError. Without `force`, a file that has appeared under the final name meanwhile is kept, and so is the
@@ -174,6 +205,8 @@ def save(image: Image.Image, path: Path, force: bool) -> None:
     part = path.with_name(f"resmaster-{uuid.uuid4().hex[:8]}{path.suffix}")
     suffix = path.suffix.lower()
     options = encoder_options(_FURTHER[suffix], QUALITY) if suffix in _FURTHER else {"quality": QUALITY}
+    if label:
+        options = options | label_options(label, LABELLED[suffix])
     try:
         with part.open("xb") as file:
             image.save(file, format=FORMATS[suffix], **options)

@@ -1,6 +1,7 @@
 """`resmaster upscale`: never loses a file of the user's, and says how far it is."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from resmaster_flows.cli.main import main
 from resmaster_flows.watch.terminal import steps
 from resmaster_stages.config.model import SDXL, ModelConfig
 from resmaster_stages.models.places import to_be_downloaded
+from resmaster_stages.storage.generation import read_generation
 from tests.checkout import PYTHONPATH
 
 LANCZOS = ("--method", "lanczos", "--scale", "2")
@@ -215,3 +217,28 @@ def test_a_download_is_announced(
     for model in (ModelConfig(**SDXL), ModelConfig(id="picturebook"), ModelConfig(id=str(tmp_path))):
         assert not to_be_downloaded(model)
     assert to_be_downloaded(ModelConfig(id="a b:c")) is False
+
+
+TERM = re.compile(rb"digitalsourcetype/(\w+)<")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg", ".avif"])
+def test_the_result_says_how_it_was_made(photo: Path, suffix: str) -> None:
+    assert main(["upscale", "photo.png", f"large{suffix}", *LANCZOS]) == 0
+    data = Path(f"large{suffix}").read_bytes()
+    assert TERM.findall(data) == [b"algorithmicallyEnhanced"], "no trained model had a part in it"
+    assert read_generation(data) is None
+    words = ("--method", "multidiffusion", "--scale", "1", "--steps", "1", "--model", "picturebook", "--seed", "7")
+    Image.new("RGB", (64, 64), "navy").save("photo.png")
+    assert main(["upscale", "photo.png", f"drawn{suffix}", "--prompt", "a red house, at night", *words]) == 0
+    data = Path(f"drawn{suffix}").read_bytes()
+    assert TERM.findall(data) == [b"compositeWithTrainedAlgorithmicMedia"]
+    found = read_generation(data)
+    assert found is not None
+    assert (found.prompt, found.seed) == ("a red house, at night", 7)
+
+
+def test_a_configuration_may_ask_for_files_that_say_nothing(photo: Path) -> None:
+    Path("quiet.yaml").write_text("name: quiet\nprompts: p.txt\nimage_metadata: none\n")
+    assert main(["upscale", "photo.png", "large.png", "--config", "quiet.yaml", *LANCZOS]) == 0
+    assert b"digitalsourcetype" not in Path("large.png").read_bytes()
