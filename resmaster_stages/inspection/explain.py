@@ -332,7 +332,7 @@ def spelled(explanation: Explanation | ShardExplanation) -> str:
 
 
 def _line(label: str, text: object, indent: int = 0) -> str:
-    return f"{' ' * indent}{label:<{12 - indent}}{text}"
+    return f"{' ' * indent}{label:<{11 - indent}} {text}"
 
 
 def _lines(explanation: Explanation) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from resmaster_stages.dataset import layout
-from resmaster_stages.dataset.curation import Verdict, read_choices
+from resmaster_stages.dataset.curation import Choice, Verdict, read_choices
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.schemas import DUPLICATES_SCHEMA, REJECTED_SCHEMA, manifest_schema
 from resmaster_stages.errors import UserError
@@ -35,9 +35,18 @@ def _duplicates(dataset: Dataset) -> Iterator[Item]:
             yield {"key": row["key"], "of": row.get("near_duplicate_of")}
 
 
+def counting_choices(dataset: Dataset) -> dict[str, Choice]:
+    """Key -> the choice that counts: the latest one, unless the sample was made anew since, as far as is published."""
+    choices = read_choices(dataset.folder)
+    if not choices or not dataset.folder.exists(layout.MANIFEST):
+        return choices
+    takes = {row["key"]: row["take"] or 0 for row in _manifest(dataset, "key", "take")}
+    return {key: choice for key, choice in choices.items() if choice.take == takes.get(key, choice.take)}
+
+
 def _chosen(verdict: Verdict) -> Callable[[Dataset], Iterator[Item]]:
     def chosen(dataset: Dataset) -> Iterator[Item]:
-        for choice in read_choices(dataset.folder).values():
+        for choice in counting_choices(dataset).values():
             if choice.verdict == verdict:
                 yield {"key": choice.key, "reason": choice.reason, "who": choice.who, "when": choice.when}
 

@@ -29,6 +29,7 @@ from resmaster_stages.errors import PlanError, SampleError, ShardError, UserErro
 from resmaster_stages.gallery.serve import serving
 from resmaster_stages.inspection.explain import explain, spelled
 from resmaster_stages.inspection.leftovers import find_leftovers
+from resmaster_stages.inspection.lists import listed
 from resmaster_stages.inspection.query import Query, sample_table
 from resmaster_stages.inspection.status import pending, status
 from resmaster_stages.inspection.verify import REQUEST_GONE, note, verify
@@ -620,6 +621,8 @@ def test_a_choice_is_about_the_take_that_was_looked_at(dataset: Dataset, tmp_pat
     dataset = open_dataset(dataset.url)
     with sample_table(dataset) as table:
         assert not table.keys(Query(where="rejected")), "nobody has looked at the new image yet"
+        assert [item["key"] for item in listed(dataset, "rejected")] == []
+        assert [item["key"] for item in listed(dataset, "kept")] == [c]
         assert table.keys(Query(where="kept")) == [c]
         row = table.row(b)
         assert row is not None

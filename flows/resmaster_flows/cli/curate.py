@@ -48,21 +48,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Do what the option says, and print how many samples are chosen then."""
-    from resmaster_stages.dataset.curation import count, read_choices
+    from resmaster_stages.dataset.curation import count
     from resmaster_stages.dataset.dataset import open_dataset
     from resmaster_stages.inspection.choice_files import write_choice_file
+    from resmaster_stages.inspection.lists import counting_choices
 
     dataset = open_dataset(args.root)
     if args.export:
-        write_choice_file(args.export, read_choices(dataset.folder).values())
-        say(console, f"{args.export}: {len(read_choices(dataset.folder))} choices written")
+        choices = counting_choices(dataset)
+        write_choice_file(args.export, choices.values())
+        say(console, f"{args.export}: {len(choices)} choices written")
         return 0
     if new := _new_choices(dataset, args, console):
         from resmaster_stages.dataset.curation import Session
 
         Session(dataset.folder).add(new)
         say(console, f"{len(new)} choices added; readers get them by: resmaster publish {quoted(dataset.url)}")
-    found = count(read_choices(dataset.folder).values())
+    found = count(counting_choices(dataset).values())
     say(SafeConsole(), f"{dataset.url}: {found.kept} kept, {found.rejected} rejected, {found.rated} rated")
     return 0
 
