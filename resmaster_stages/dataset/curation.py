@@ -83,7 +83,12 @@ def count(choices: Iterable[Choice]) -> Chosen:
 
 def now() -> str:
     """The time in the form of `Choice.when`."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")
+    return in_form(datetime.now(UTC))
+
+
+def in_form(moment: datetime) -> str:
+    """A moment in the form of `Choice.when`."""
+    return moment.astimezone(UTC).isoformat(timespec="microseconds")
 
 
 class Session:

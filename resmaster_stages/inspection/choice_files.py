@@ -11,13 +11,14 @@ import io
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from resmaster_stages.dataset.curation import VERDICTS, Choice, encode_choices
+from resmaster_stages.dataset.curation import VERDICTS, Choice, encode_choices, in_form
 from resmaster_stages.errors import UserError, did_you_mean, first_line
 from resmaster_stages.redaction import one_line
 from resmaster_stages.storage.filesystem import open_regular
@@ -107,7 +108,7 @@ def _of_parquet(data: bytes, path: str) -> Iterator[tuple[int, Mapping[str, Any]
         table = pq.read_table(io.BytesIO(data))
         _check_columns(table.column_names, path)
         rows = table.select([name for name in table.column_names if name in COLUMNS]).to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
     for number, row in enumerate(rows, 1):
         yield number, {name: value for name, value in row.items() if value is not None}
@@ -132,9 +133,15 @@ def _choice(row: Mapping[str, Any]) -> Choice:
         rating=_number(row["rating"]) if "rating" in row else None,
         reason=str(row.get("reason", "")),
         who=str(row["who"]),
-        when=str(row["when"]),
+        when=_moment(row["when"]),
         take=_number(row["take"]),
     )
+
+
+def _moment(value: Any) -> str:
+    """A time in the form of `Choice.when`, by which choices sort; without a zone it is UTC. Raises ValueError."""
+    moment = datetime.fromisoformat(str(value).strip())
+    return in_form(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
 
 
 def _number(value: Any) -> int:

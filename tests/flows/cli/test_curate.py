@@ -125,6 +125,7 @@ KEY = "KEY"
         ("a.csv", f"key,rating\n{KEY},6", "row 2: rating 6 is no number from 1 to 5"),
         ("a.csv", f"key,rating\n{KEY},inf", "row 2: 'inf' is no whole number"),
         ("a.csv", f"key,rating\n{KEY},good", "row 2"),
+        ("a.csv", f"key,verdict,when\n{KEY},kept,yesterday", "row 2: Invalid isoformat string: 'yesterday'"),
         ("a.csv", b"key,verdict\n\xff\xfe", "no CSV in UTF-8"),
         ("a.csv", f'key,verdict\n"{KEY},kept', "no CSV"),
         ("a.parquet", b"PAR1", "not a readable Parquet file"),
@@ -154,6 +155,13 @@ def test_a_parquet_file_of_another_program(dataset: Dataset, tmp_path: Path) -> 
     pq.write_table(table, tmp_path / "a.parquet")
     assert resmaster("curate", dataset.url, "--import", tmp_path / "a.parquet") == 0
     assert read_choices(dataset.folder)[key_of(dataset, 0)].rating == 3
+
+
+@pytest.mark.parametrize("when", ["2026-01-02 03:04:05", "2026-01-02T04:04:05+01:00", "20260102T030405Z"])
+def test_times_of_other_programs_sort_with_ours(dataset: Dataset, tmp_path: Path, when: str) -> None:
+    (tmp_path / "a.csv").write_text(f"key,verdict,when\n{key_of(dataset, 0)},kept,{when}\n")
+    assert resmaster("curate", dataset.url, "--import", tmp_path / "a.csv") == 0
+    assert read_choices(dataset.folder)[key_of(dataset, 0)].when == "2026-01-02T03:04:05.000000+00:00"
 
 
 def test_tags_of_fiftyone(dataset: Dataset, tmp_path: Path) -> None:
