@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     try:
         with serving(open_dataset(args.root), args.port, args.who or _user()) as address:
             print(f"view: {address}", flush=True)
-            if _display() if args.open is None else args.open:
+            if display() if args.open is None else args.open:
                 webbrowser.open(address)
             threading.Event().wait()
     except (KeyboardInterrupt, Terminated) as stop:
@@ -67,6 +67,6 @@ def _user() -> str:
         return ""
 
 
-def _display() -> bool:
+def display() -> bool:
     """Whether a browser could open on this machine."""
     return sys.platform == "darwin" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
