@@ -82,6 +82,7 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
 EXTRAS = {
     "pipeline": ("prefect", "pyarrow", "duckdb", "scipy", "prometheus_client", "starlette", "uvicorn"),
     "s3": ("s3fs",),
+    "app": ("gradio", "scipy"),
 }
 """Extra of pyproject.toml -> what is imported of the packages that it brings."""
 

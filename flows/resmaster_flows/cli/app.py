@@ -12,7 +12,6 @@ from rich.console import Console
 from resmaster_flows.cli.view import PORTS, display
 from resmaster_stages.errors import UserError
 
-HELP = "upscale an image in the browser"
 DESCRIPTION = (
     "Show a page in the browser that upscales one image at a time by any method, and compares the result with the "
     "image. Only programs on this machine that know the printed address can reach it. Runs until Ctrl-C. Needs the "

@@ -86,6 +86,7 @@ VERBS: tuple[Verb, ...] = (
     Verb("doctor", "say whether a store is fit for builds"),
     Verb("compare", "build the same samples by several methods, and measure them", keeps=True),
     Verb("upscale", "upscale one image of your own", extra=None),
+    Verb("app", "upscale an image in the browser", extra="app"),
 )
 """The verbs in the order of the help."""
 
