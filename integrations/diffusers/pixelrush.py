@@ -1,0 +1,16 @@
+"""A diffusers pipeline for SDXL that enlarges images by PixelRush (arXiv 2602.12769), for few-step weights.
+
+    pipe = DiffusionPipeline.from_pretrained(MODEL, custom_pipeline="pixelrush.py", trust_remote_code=True)
+
+Needs the package resmaster-pipeline. All of a call's parameters: `resmaster_stages.library.pipelines.Upscaling`.
+"""
+
+from diffusers import StableDiffusionXLPipeline
+
+from resmaster_stages.library.pipelines import Upscaling
+
+
+class PixelRushPipeline(Upscaling, StableDiffusionXLPipeline):
+    """Enlarges an image, or one that SDXL makes from the prompt first."""
+
+    method = "pixelrush"

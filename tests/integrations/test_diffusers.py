@@ -1,0 +1,124 @@
+"""The methods as community pipelines of diffusers, loaded from their files as a user would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusionXLPipeline
+from PIL import Image
+
+import resmaster_stages as rm
+from resmaster_stages.config.method import methods
+from resmaster_stages.errors import ConfigError
+from resmaster_stages.library.pipelines import Upscaling, UpscalingOutput
+from resmaster_stages.methods.settings import Diffusion
+from tests.checkout import ROOT
+from tests.tiny_flux import tiny_flux
+
+FILES = ROOT / "integrations" / "diffusers"
+PACK = ROOT / "resmaster_stages" / "picturebook" / "pack"
+PROMPT = "a red house on a green meadow"
+QUICK: dict[str, Any] = {"scale": 2, "num_inference_steps": 3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """diffusers copies the files into a cache of modules."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
+def load(method: str) -> Any:
+    pipe = DiffusionPipeline.from_pretrained(
+        PACK, custom_pipeline=str(FILES / f"{method}.py"), trust_remote_code=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe(own_cache: Any) -> Any:
+    return load("resmaster")
+
+
+@pytest.fixture(scope="module")
+def image() -> Image.Image:
+    return rm.generate(PROMPT, steps=4)[0]
+
+
+def test_every_method_with_a_base_model_has_a_file() -> None:
+    expected = {name for name, method in methods().items() if issubclass(method, Diffusion)} - {"direct"}
+    assert {path.stem for path in FILES.glob("*.py")} == expected
+
+
+@pytest.mark.parametrize("path", sorted(FILES.glob("*.py")), ids=lambda path: path.stem)
+def test_a_file_is_loaded_by_diffusers_and_upscales(path: Path, image: Image.Image) -> None:
+    pipe = load(path.stem)
+    assert type(pipe).method == path.stem
+    assert isinstance(pipe, StableDiffusionXLPipeline)
+    result = pipe(PROMPT, image, scale=2, guidance_scale=2.0)
+    assert result.images[0].size == (256, 256)
+    assert result.images[0].tobytes() == rm.upscale(
+        image, PROMPT, model=pipe, captions="prompt", method=path.stem, scale=2, guidance_scale=2.0
+    ).tobytes()
+
+
+def test_an_image_is_made_from_the_prompt_first_by_the_base_pipeline(pipe: Any) -> None:
+    low_res = {"num_inference_steps": 4}
+    result = pipe(PROMPT, generator=torch.Generator().manual_seed(5), low_res=low_res, **QUICK)
+    plain = StableDiffusionXLPipeline(**pipe.components)
+    plain.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(5)
+    small = plain(PROMPT, generator=generator, **low_res).images[0]
+    assert result.low_res[0].tobytes() == small.tobytes()
+    again = pipe(PROMPT, small, generator=generator, **QUICK).images[0]  # goes on from where the base pipeline ended
+    assert result.images[0].tobytes() == again.tobytes()
+
+
+def test_a_callback_gets_the_pipeline_and_may_interrupt(pipe: Any, image: Image.Image) -> None:
+    seen: list[tuple[int, torch.Size]] = []
+
+    def after(given: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        assert given is pipe
+        seen.append((step, values["latents"].shape))
+        given._interrupt = step == 1
+        return values
+
+    result = pipe(PROMPT, image, scale=2, num_inference_steps=10, callback_on_step_end=after)
+    assert [step for step, _ in seen] == [0, 1]
+    assert result.images[0].size == (256, 256)
+    seen.clear()
+    pipe(PROMPT, image, scale=2, num_inference_steps=2, callback_on_step_end=lambda *a: seen.append((a[1], None)) or {})
+    assert seen  # an earlier interruption does not stop the next call
+
+
+def test_lists_forms_and_tuples(pipe: Any, image: Image.Image) -> None:
+    two = pipe([PROMPT, "a cat"], [image, np.asarray(image)], output_type="np", **QUICK)
+    assert isinstance(two, UpscalingOutput)
+    assert [each.shape for each in two.images] == [(256, 256, 3)] * 2
+    images, low_res = pipe(PROMPT, image, return_dict=False, **QUICK)
+    assert images[0].size == (256, 256)
+    assert low_res is image
+
+
+def test_a_mistake_is_one_line(pipe: Any, image: Image.Image) -> None:
+    with pytest.raises(ConfigError, match="did you mean"):
+        pipe(PROMPT, image, stepz=3)
+    with pytest.raises(ConfigError, match="captions: 2 given"):
+        pipe(PROMPT, image, captions=["a", "b"], **QUICK)
+
+
+def test_a_pipeline_of_another_family_takes_the_same_class(image: Image.Image) -> None:
+    class FluxResMasterPipeline(Upscaling, FluxPipeline):
+        method = "resmaster"
+
+    tiny = tiny_flux()
+    pipe = FluxResMasterPipeline(**tiny.components)
+    small = image.resize((tiny.transformer.config.sample_size or 64,) * 2) if False else image.resize((64, 64))
+    result = pipe("a house", small, scale=2, num_inference_steps=2, image_prompt={"enabled": False})
+    assert result.images[0].size == (128, 128)
