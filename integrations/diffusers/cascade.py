@@ -1,4 +1,6 @@
-"""A diffusers pipeline for SDXL that enlarges images by cascades of whole canvases; presets rectifiedhr, frecas, diffusehigh, megafusion.
+"""A diffusers pipeline for SDXL that enlarges images by cascades of whole canvases.
+
+Presets: rectifiedhr, frecas, diffusehigh and megafusion.
 
     pipe = DiffusionPipeline.from_pretrained(MODEL, custom_pipeline="cascade.py", trust_remote_code=True)
 

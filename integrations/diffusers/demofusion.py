@@ -1,4 +1,6 @@
-"""A diffusers pipeline for SDXL that enlarges images by DemoFusion (Du et al., CVPR 2024); with preset="accdiffusion" AccDiffusion.
+"""A diffusers pipeline for SDXL that enlarges images by DemoFusion (Du et al., CVPR 2024).
+
+With preset="accdiffusion", it is AccDiffusion (ECCV 2024).
 
     pipe = DiffusionPipeline.from_pretrained(MODEL, custom_pipeline="demofusion.py", trust_remote_code=True)
 

@@ -326,7 +326,8 @@ def _of_16_bits(image: Image.Image) -> Image.Image:
     """A 16-bit grey image as L, or as LA if one level is transparent. Pillow would clip it to white."""
     tags = getattr(image, "tag_v2", {})
     order = "I;16" if sys.byteorder == "little" else "I;16B"
-    known = Image.frombytes(order, image.size, image.tobytes()) if image.mode == "I;16N" else image  # Pillow 12 clips it
+    # Pillow 12 clips I;16N, too.
+    known = Image.frombytes(order, image.size, image.tobytes()) if image.mode == "I;16N" else image
     levels = np.asarray(known.convert("I"))
     grey = (levels >> tags.get(_BITS, (16,))[0] - 8).astype(np.uint8)  # TIFFs may have 12 bits
     result = Image.fromarray(~grey if tags.get(_PHOTOMETRIC) == 0 else grey)  # 0: the lowest level is white

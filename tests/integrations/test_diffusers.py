@@ -17,7 +17,7 @@ from resmaster_stages.errors import ConfigError
 from resmaster_stages.library.pipelines import Upscaling, UpscalingOutput
 from resmaster_stages.methods.settings import Diffusion
 from tests.checkout import ROOT
-from tests.tiny_flux import tiny_flux
+from tests.tiny_transformers import make_flux
 
 FILES = ROOT / "integrations" / "diffusers"
 PACK = ROOT / "resmaster_stages" / "picturebook" / "pack"
@@ -34,9 +34,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def load(method: str) -> Any:
-    pipe = DiffusionPipeline.from_pretrained(
-        PACK, custom_pipeline=str(FILES / f"{method}.py"), trust_remote_code=True
-    )
+    pipe = DiffusionPipeline.from_pretrained(PACK, custom_pipeline=str(FILES / f"{method}.py"), trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -63,9 +61,12 @@ def test_a_file_is_loaded_by_diffusers_and_upscales(path: Path, image: Image.Ima
     assert isinstance(pipe, StableDiffusionXLPipeline)
     result = pipe(PROMPT, image, scale=2, guidance_scale=2.0)
     assert result.images[0].size == (256, 256)
-    assert result.images[0].tobytes() == rm.upscale(
-        image, PROMPT, model=pipe, captions="prompt", method=path.stem, scale=2, guidance_scale=2.0
-    ).tobytes()
+    assert (
+        result.images[0].tobytes()
+        == rm.upscale(
+            image, PROMPT, model=pipe, captions="prompt", method=path.stem, scale=2, guidance_scale=2.0
+        ).tobytes()
+    )
 
 
 def test_an_image_is_made_from_the_prompt_first_by_the_base_pipeline(pipe: Any) -> None:
@@ -117,8 +118,7 @@ def test_a_pipeline_of_another_family_takes_the_same_class(image: Image.Image) -
     class FluxResMasterPipeline(Upscaling, FluxPipeline):
         method = "resmaster"
 
-    tiny = tiny_flux()
+    tiny = make_flux()
     pipe = FluxResMasterPipeline(**tiny.components)
-    small = image.resize((tiny.transformer.config.sample_size or 64,) * 2) if False else image.resize((64, 64))
-    result = pipe("a house", small, scale=2, num_inference_steps=2, image_prompt={"enabled": False})
+    result = pipe("a house", image.resize((64, 64)), scale=2, num_inference_steps=2)
     assert result.images[0].size == (128, 128)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
-from resmaster_flows.app.work import Asked, Made, Progress, Stopped, Work
+from resmaster_flows.app.work import Asked, Made, Work
 from resmaster_stages.config.method import DEFAULT, Method, methods
 from resmaster_stages.config.model import SDXL
 from resmaster_stages.errors import ResMasterError, UserError
@@ -124,21 +127,24 @@ def _connect(work: Work, asked: Mapping[str, Any], buttons: tuple[Any, Any, Any]
     make, stop, start = buttons
     status, slider, file, metrics = results
 
-    def upscale(*values: Any, progress: gr.Progress = gr.Progress()) -> Iterator[dict[Any, Any]]:  # noqa: B008
-        yield {stop: gr.Button(interactive=True), start: gr.Button(interactive=False), status: "loading the model"}
+    def upscale(*values: Any) -> Iterator[dict[Any, Any]]:
+        yield {stop: gr.Button(interactive=True), start: gr.Button(interactive=False), metrics: ""}
         ended = {stop: gr.Button(interactive=False), start: gr.Button(interactive=True)}
         try:
             request = _asked(dict(zip(asked, values)))
-            made = work.upscale(request, _shown(progress))
-        except Stopped:
-            yield {**ended, status: "stopped"}
+            for now in _while_at_work(work, request):
+                if isinstance(now, Made):
+                    made = now
+                else:
+                    line, preview = now
+                    yield {status: line} | ({slider: (preview, preview)} if preview else {})
         except ResMasterError as error:
             yield {**ended, status: f"**Not done:** {one_line(error)}"}
         except Exception:
             yield {**ended, status: "**Not done:** an error of the program; the terminal shows it"}
             raise
         else:
-            pair = (made.low_res.resize(made.high_res.size), made.high_res)
+            pair = (made.low_res.resize(made.high_res.size, Image.Resampling.LANCZOS), made.high_res)
             done = {slider: pair, file: gr.DownloadButton(value=str(made.file), interactive=True)}
             yield {**ended, **done, status: _line(request, made), metrics: _table(made)}
 
@@ -148,9 +154,8 @@ def _connect(work: Work, asked: Mapping[str, Any], buttons: tuple[Any, Any, Any]
         except ResMasterError as error:
             return {status: f"**Not done:** {one_line(error)}"}
 
-    start.click(
-        upscale, list(asked.values()), [stop, start, *results], concurrency_id="work", show_progress_on=[slider]
-    )
+    everything = [stop, start, *results]
+    start.click(upscale, list(asked.values()), everything, concurrency_id="work", show_progress="hidden")
     make.click(
         generate,
         [asked["prompt"], asked["model"], asked["seed"]],
@@ -182,22 +187,22 @@ def number(label: str, text: str | None, kind: type[int] | type[float]) -> Any:
         raise UserError(f"{label}: {text!r} is no number; give one, or leave the field empty") from None
 
 
-def _shown(progress: gr.Progress) -> Progress:
-    """Shows steps in the page."""
-
-    def step(done: int, total: int) -> None:
-        progress((done, total), desc="upscaling", unit="steps")
-
-    return step
+def _while_at_work(work: Work, request: Asked) -> Iterator[tuple[str, Image.Image | None] | Made]:
+    """What is done now, again and again, and the result at the end. Raises what the request raises."""
+    said: SimpleQueue[tuple[str, Image.Image | None] | None] = SimpleQueue()
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(work.upscale, request, lambda line, preview: said.put((line, preview)))
+        made.add_done_callback(lambda _: said.put(None))
+        while now := said.get():
+            yield now
+        yield made.result()
 
 
 def _line(asked: Asked, made: Made) -> str:
     """One sentence on a result."""
-    before, after = made.low_res.size, made.high_res.size
-    return (
-        f"{asked.method}: {before[0]} x {before[1]} px to {after[0]} x {after[1]} px in {made.seconds:.1f} s "
-        "(with loading the model)"
-    )
+    size = " to ".join(f"{image.width} x {image.height} px" for image in (made.low_res, made.high_res))
+    begin = "Stopped, unfinished: " if made.stopped else ""
+    return f"{begin}{asked.method}: {size} in {made.seconds:.1f} s (with loading the model)"
 
 
 def _table(made: Made) -> str:

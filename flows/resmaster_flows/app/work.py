@@ -11,21 +11,27 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from PIL import Image
 
 from resmaster_stages.config.method import methods
+from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import UserError
-from resmaster_stages.library import generate, measure, open_image, upscale
+from resmaster_stages.library.callbacks import Callback
+from resmaster_stages.library.drawing import generate, upscale
+from resmaster_stages.library.images import open_image
+from resmaster_stages.library.measuring import measure
+from resmaster_stages.models.places import to_be_downloaded
 
-Progress = Callable[[int, int], None]
-"""Called with (steps done, steps in all)."""
+if TYPE_CHECKING:
+    from resmaster_stages.diffusion.canvas import Canvas
 
-
-class Stopped(Exception):
-    """Raised within a request that was stopped."""
+Shown = Callable[[str, Image.Image | None], None]
+"""Called with what is done now, and a preview of the result if there is one."""
+PREVIEW_SECONDS = 1.0
+"""Least time between two previews. Each of them waits for the device."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ class Made:
     file: Path
     """The result as a PNG file."""
     seconds: float
+    stopped: bool
+    """Whether the request was stopped: the result is then what the last step predicted."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -89,27 +97,29 @@ class Work:
         """Stop the request that is at work, after its current step."""
         self._stop.set()
 
-    def upscale(self, asked: Asked, progress: Progress) -> Made:
-        """Upscale an image. Raises Stopped, and ResMasterError with one line that says what to do."""
+    def upscale(self, asked: Asked, show: Shown) -> Made:
+        """Upscale an image. Raises ResMasterError with one line that says what to do."""
         if not asked.image:
             raise UserError("there is no image yet; choose a file, or make one from the prompt")
         with self._alone:
             self._stop.clear()
             start = time.monotonic()
-            low_res = open_image(asked.image)
+            low_res, settings = open_image(asked.image), asked.settings()
+            show(loading(asked.model), None)
             high_res = upscale(
                 low_res,
                 asked.prompt,
                 model=asked.model,
                 captions=asked.captions,
                 seed=asked.seed,
-                progress=self._watched(progress),
-                **asked.settings(),
+                callback_on_step_end=self._after_each_step(show),
+                **settings,
             )
             seconds = time.monotonic() - start
             file = Path(self._folder.name) / f"{Path(asked.image).stem}-{asked.method}-{asked.scale:g}x.png"
             high_res.save(file)
-            return Made(low_res, high_res, file, seconds, measure(low_res, high_res, asked.prompt, model=asked.model))
+            metrics = measure(low_res, high_res, asked.prompt, model=asked.model)
+            return Made(low_res, high_res, file, seconds, self._stop.is_set(), metrics)
 
     def generate(self, prompt: str, model: str, seed: int) -> Path:
         """Make an image of the model's native size from a prompt, as a PNG file. Raises ResMasterError."""
@@ -121,15 +131,24 @@ class Work:
             image.save(file)
             return file
 
-    def _watched(self, progress: Progress) -> Progress:
-        """`progress`, which also ends a request that was stopped."""
+    def _after_each_step(self, show: Shown) -> Callback:
+        """Shows steps and previews, and ends a request that was stopped."""
+        latest = -PREVIEW_SECONDS
 
-        def step(done: int, total: int) -> None:
-            if self._stop.is_set():
-                raise Stopped
-            progress(done, total)
+        def after(canvas: Canvas, step: int, timestep: float, values: dict[str, Any]) -> None:
+            nonlocal latest
+            due = time.monotonic() - latest >= PREVIEW_SECONDS
+            show(f"step {step + 1} of {canvas.steps}", canvas.preview() if due else None)
+            latest = time.monotonic() if due else latest
+            canvas.interrupt = self._stop.is_set()
 
-        return step
+        return after
+
+
+def loading(model: str) -> str:
+    """What is done before the first step."""
+    wait = ": it is not on this machine yet, and is downloaded first" if to_be_downloaded(ModelConfig(id=model)) else ""
+    return f"loading {model}{wait}"
 
 
 def mapping_of(text: str) -> dict[str, Any]:

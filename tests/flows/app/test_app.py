@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from resmaster_flows.app.work import Asked, Stopped, Work, mapping_of
+from resmaster_flows.app.work import Asked, Work, mapping_of
 from resmaster_stages import upscale
 from resmaster_stages.config.method import methods
 from resmaster_stages.errors import ResMasterError, UserError
@@ -71,43 +72,41 @@ def address() -> Iterator[str]:
 
 
 def test_a_request_gives_what_the_library_gives(work: Work, asked: Asked, image: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    made = work.upscale(asked, lambda done, total: seen.append((done, total)))
+    seen: list[tuple[str, Image.Image | None]] = []
+    made = work.upscale(asked, lambda line, preview: seen.append((line, preview)))
     same = upscale(image, PROMPT, scale=2, steps=2)
     assert made.high_res.tobytes() == same.tobytes()
-    assert seen[-1][0] == seen[-1][1]
+    assert not made.stopped
+    assert [line for line, _ in seen] == ["loading picturebook", "step 1 of 2", "step 2 of 2"]
+    assert seen[1][1] is not None
     assert Image.open(made.file).tobytes() == same.tobytes()
     assert made.metrics["width"] == 128
 
 
 def test_a_request_can_be_stopped_and_the_next_one_is_not(work: Work, asked: Asked) -> None:
-    steps: list[int] = []
+    lines: list[str] = []
 
-    def stop(done: int, total: int) -> None:
-        steps.append(done)
+    def stop(line: str, preview: Image.Image | None) -> None:
+        lines.append(line)
+        if line.startswith("step"):
+            work.stop()
+
+    made = work.upscale(replace(asked, steps=8), stop)
+    assert lines == ["loading picturebook", "step 1 of 6"]
+    assert made.stopped
+    assert made.high_res.size == (128, 128)
+    assert not work.upscale(asked, lambda line, preview: None).stopped
+
+
+def test_a_stop_from_another_thread_reaches_the_request(work: Work, asked: Asked) -> None:
+    begun = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(
+            work.upscale, replace(asked, steps=500), lambda line, preview: "step" in line and begun.set()
+        )
+        assert begun.wait(300)
         work.stop()
-
-    with pytest.raises(Stopped):
-        work.upscale(replace(asked, steps=8), stop)
-    assert len(steps) == 1  # it stopped before the second step was told
-    assert work.upscale(asked, lambda done, total: None).high_res.size == (128, 128)
-
-
-def test_a_stop_reaches_a_request_that_waits_for_another_thread(work: Work, asked: Asked) -> None:
-    begun, raised = threading.Event(), threading.Event()
-
-    def request() -> None:
-        try:
-            work.upscale(replace(asked, steps=50), lambda done, total: begun.set())
-        except Stopped:
-            raised.set()
-
-    thread = threading.Thread(target=request)
-    thread.start()
-    assert begun.wait(300)
-    work.stop()
-    thread.join(300)
-    assert raised.is_set()
+        assert made.result(300).stopped
 
 
 @pytest.mark.parametrize(
@@ -128,7 +127,7 @@ def test_a_stop_reaches_a_request_that_waits_for_another_thread(work: Work, aske
 )
 def test_a_mistake_is_one_line(work: Work, asked: Asked, change: dict[str, Any], words: str) -> None:
     with pytest.raises(ResMasterError) as error:
-        work.upscale(replace(asked, **change), lambda done, total: None)
+        work.upscale(replace(asked, **change), lambda line, preview: None)
     assert words in str(error.value)
 
 
@@ -137,7 +136,7 @@ def test_a_file_that_is_no_image_is_told(work: Work, asked: Asked, tmp_path: Pat
     path = tmp_path / "evil.png"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"evil\.png"):
-        work.upscale(replace(asked, image=str(path)), lambda done, total: None)
+        work.upscale(replace(asked, image=str(path)), lambda line, preview: None)
 
 
 def test_further_settings_overrule_the_fields(asked: Asked) -> None:
@@ -275,7 +274,7 @@ def test_the_page_in_a_browser(address: str, image: Path, tmp_path: Path) -> Non
 
         fill(browser, "#steps input, #steps textarea", "400")
         browser.click("Upscale")
-        browser.wait_for("upscaling", seconds=300)
+        browser.wait_for("of 280", seconds=300)
         browser.click("Stop")
-        browser.wait_for("stopped", seconds=300)
+        browser.wait_for("Stopped, unfinished: resmaster", seconds=300)
         assert [fault for fault in browser.faults if "manifest.json" not in fault and "favicon" not in fault] == []
