@@ -63,7 +63,7 @@ def test_the_library_draws_and_upscales(photo: Path, tmp_path: Path) -> None:
         "assert rm.upscale(sys.argv[1], method='lanczos', scale=2).size == (256, 256)\n"
     )
     done = alone(script, str(photo), str(tmp_path / "out.png"))
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, ""), "no warnings either"
     assert Image.open(tmp_path / "out.png").size == (256, 256)
 
 
@@ -115,6 +115,20 @@ def test_each_other_verb_names_the_extra_that_it_needs() -> None:
     assert done.stderr.splitlines() == [
         line for verb in verbs for line in (f"resmaster: {verb.name} {remedy}", f"{verb.name} 2")
     ]
+
+
+def test_help_and_version_import_little() -> None:
+    script = (
+        "import sys; from resmaster_flows.cli.main import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print(*sys.modules, file=sys.stderr)\n"
+    )
+    for word in ("--help", "--version"):
+        done = alone(script, word)
+        imported = done.stderr.split()
+        assert "rich" in imported
+        assert {"torch", "diffusers", "transformers", "numpy", "PIL", "pydantic", "yaml", "fsspec"}.isdisjoint(imported)
 
 
 def test_each_verb_has_its_help() -> None:
