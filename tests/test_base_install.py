@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import resmaster_stages as rm
 from resmaster_flows.cli.main import VERBS
 from resmaster_stages.errors import EXTRAS
 from tests.base_install import PROJECT, brought, normal, other_modules
@@ -54,6 +55,48 @@ def test_the_command_upscales(photo: Path, tmp_path: Path) -> None:
     assert np.asarray(Image.open(out)).std() > 1
 
 
+def test_the_library_draws_and_upscales(photo: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys, resmaster_stages as rm\n"
+        "small, = rm.generate('a red house', steps=4)\n"
+        "rm.upscale(small, 'a red house', scale=2, steps=4).save(sys.argv[2])\n"
+        "assert rm.upscale(sys.argv[1], method='lanczos', scale=2).size == (256, 256)\n"
+    )
+    done = alone(script, str(photo), str(tmp_path / "out.png"))
+    assert (done.returncode, done.stderr) == (0, ""), "no warnings either"
+    assert Image.open(tmp_path / "out.png").size == (256, 256)
+
+
+def test_each_other_function_names_the_extra_that_it_needs() -> None:
+    script = (
+        "import json, resmaster_stages as rm\n"
+        "def said(name):\n"
+        "    try: getattr(rm, name)\n"
+        "    except rm.ResMasterError as error: return str(error)\n"
+        "print(json.dumps({name: said(name) for name in rm._HOMES}))\n"
+    )
+    done = alone(script)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {name for name, said in found.items() if said is None} >= {"ResMasterError", "generate", "upscale"}
+    remedy = "needs the extra pipeline; install it with: pip install 'resmaster-pipeline[pipeline]'"
+    assert {name: said for name, said in found.items() if said is not None} == {
+        name: f"resmaster_stages.{name} {remedy}" for name in rm._PIPELINE
+    }
+
+
+def test_a_store_names_its_extra() -> None:
+    script = (
+        "from resmaster_stages.errors import UserError\n"
+        "from resmaster_stages.storage.filesystem import open_root\n"
+        "try: open_root('s3://bucket/prefix')\n"
+        "except UserError as error: print(error)\n"
+    )
+    assert alone(script).stdout == (
+        "s3://bucket/prefix needs the extra s3; install it with: pip install 'resmaster-pipeline[s3]'\n"
+    )
+
+
 EACH = """
 import contextlib, json, sys
 from resmaster_flows.cli.main import main
@@ -72,6 +115,20 @@ def test_each_other_verb_names_the_extra_that_it_needs() -> None:
     assert done.stderr.splitlines() == [
         line for verb in verbs for line in (f"resmaster: {verb.name} {remedy}", f"{verb.name} 2")
     ]
+
+
+def test_help_and_version_import_little() -> None:
+    script = (
+        "import sys; from resmaster_flows.cli.main import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print(*sys.modules, file=sys.stderr)\n"
+    )
+    for word in ("--help", "--version"):
+        done = alone(script, word)
+        imported = done.stderr.split()
+        assert "rich" in imported
+        assert {"torch", "diffusers", "transformers", "numpy", "PIL", "pydantic", "yaml", "fsspec"}.isdisjoint(imported)
 
 
 def test_each_verb_has_its_help() -> None:
