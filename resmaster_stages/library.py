@@ -272,12 +272,12 @@ def open_image(image: str | Path | Image.Image) -> Image.Image:
     try:
         if isinstance(image, Image.Image):
             return convert_image(image, "the image")
-        return decode_image(_content(Path(image)), str(image))
+        return decode_image(read_image_file(Path(image)), str(image))
     except SampleError as error:
         raise UserError(str(error)) from None
 
 
-def _content(path: Path) -> bytes:
+def read_image_file(path: Path) -> bytes:
     """The content of an image file. Raises UserError. Only regular files are opened, because a FIFO could block."""
     try:
         with open_regular(str(path)) as file:

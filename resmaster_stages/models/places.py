@@ -15,7 +15,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.config.part import LONGEST_SHOWN
 from resmaster_stages.errors import ConfigError, first_line
 from resmaster_stages.models.identity import PACK_MODELS, as_folder, pack_folder
@@ -37,22 +36,6 @@ def location(identifier: str, subfolder: str = "") -> str:
 def at_hub(identifier: str) -> bool:
     """Whether `identifier` is a hub id. Raises ConfigError for a path that is not a folder."""
     return identifier not in PACK_MODELS and as_folder(identifier) is None
-
-
-def to_be_downloaded(model: ModelConfig) -> bool:
-    """Whether loading the model begins with a download: it is at the hub, and the local cache has no weights of it."""
-    if not at_hub(model.id):
-        return False
-    import huggingface_hub
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    if HF_HUB_OFFLINE:
-        return False
-    try:
-        found = huggingface_hub.try_to_load_from_cache(model.id, "model_index.json", revision=model.revision)
-    except ValueError:  # no valid hub id, which loading will say
-        return False
-    return not isinstance(found, str) or not any(Path(found).parent.rglob("*.safetensors"))
 
 
 @dataclass(frozen=True)

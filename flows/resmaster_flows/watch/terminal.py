@@ -5,12 +5,11 @@ If the output is not a terminal, plain lines and no bar are printed. This module
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, SpinnerColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
@@ -20,7 +19,7 @@ from resmaster_flows.watch.pace import spell_seconds
 from resmaster_flows.watch.progress import Progress, notes
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.progress import Event, Listener, ShardDone, listening
-from resmaster_stages.redaction import printable, printable_lines
+from resmaster_stages.redaction import printable_lines
 
 
 class SafeConsole(Console):
@@ -66,26 +65,6 @@ def terminal(progress: Progress, console: Console) -> Iterator[Bar]:
         listening(draw),
     ):
         yield bar
-
-
-@contextmanager
-def steps(console: Console, begin: str) -> Iterator[Callable[[int, int], None]]:
-    """Within the block, show how far one image is: by a bar on a terminal, else by a line per tenth of the steps.
-
-    begin: what is done before the first step. Yields a function that is to be called after each step with (steps done,
-    steps in all).
-    """
-    if not console.is_terminal:
-        say(console, f"  {begin}")
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(escape(printable(begin)), total=None)
-
-        def step(done: int, total: int) -> None:
-            bar.update(task, description="upscaling", completed=done, total=total)
-            if not console.is_terminal and done * 10 // total > (done - 1) * 10 // total:
-                say(console, f"  upscaling: step {done} of {total}")
-
-        yield step
 
 
 def _shown(progress: Progress) -> dict[str, Any]:
