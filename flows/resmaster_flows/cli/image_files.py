@@ -131,7 +131,7 @@ def jobs_of(wanted: Wanted) -> tuple[list[Job], int]:
     """
     if wanted.inputs.count(STREAM) > 1:
         raise UserError("- is standard input, which can be read once; give - once")
-    if _is_one(wanted):
+    if is_one(wanted.inputs, wanted.output):
         return [_one(wanted)], 0
     if wanted.output == STREAM:
         raise UserError("- as OUTPUT is standard output, which takes one image; give one INPUT, or a folder as OUTPUT")
@@ -140,13 +140,13 @@ def jobs_of(wanted: Wanted) -> tuple[list[Job], int]:
     return _many(wanted)
 
 
-def _is_one(wanted: Wanted) -> bool:
+def is_one(inputs: Sequence[str], output: str) -> bool:
     """Whether there is one image, with a file or standard output to write it to."""
-    if len(wanted.inputs) != 1:
+    if len(inputs) != 1:
         return False
-    (only,) = wanted.inputs
-    named_as_image = Path(wanted.output).suffix.lower() in FORMATS  # and so is a file, unless a slash follows
-    into_folder = wanted.output.endswith("/") or (os.path.isdir(wanted.output) and not named_as_image)
+    (only,) = inputs
+    named_as_image = Path(output).suffix.lower() in FORMATS  # and so is a file, unless a slash follows
+    into_folder = output.endswith("/") or (os.path.isdir(output) and not named_as_image)
     return only == STREAM or not (into_folder or os.path.isdir(only) or _is_pattern(only))
 
 

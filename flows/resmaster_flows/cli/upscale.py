@@ -34,7 +34,6 @@ from resmaster_stages.storage.images import decode_alpha, decode_image
 from resmaster_stages.storage.labels import Label, parameters
 from resmaster_stages.storage.sources import MAX_FILE_BYTES
 
-HELP = "upscale images of your own"
 DESCRIPTION = (
     "Upscale images. With ResMaster they keep their structure, and their detail is drawn anew. INPUT is an image file, "
     "a folder, a pattern in quotes ('photos/*.jpg'), or - for standard input. OUTPUT is a file for one image, - for "
