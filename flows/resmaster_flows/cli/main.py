@@ -22,6 +22,7 @@ from rich.console import Console
 import resmaster_stages
 from resmaster_flows.cli.parser import Parser
 from resmaster_flows.cli.stop import KEPT, NOTHING_WRITTEN, Terminated, exit_status, leave, stoppable
+from resmaster_flows.cli.telling import add_telling, log, telling
 from resmaster_flows.plugins import load_plugins
 from resmaster_flows.watch.terminal import SafeConsole, say
 from resmaster_stages.errors import ConfigError, ResMasterError, ServerLost, UserError, require_extra
@@ -62,6 +63,7 @@ class Verb:
         module = self.module()
         parser.description = module.DESCRIPTION
         module.add_arguments(parser)
+        add_telling(parser, again=True)
 
     def interrupted(self, args: argparse.Namespace) -> str:
         """What is said when the verb is interrupted."""
@@ -124,7 +126,7 @@ def parser() -> Parser:
         epilog="Start here: resmaster init demo",
     )
     top.add_argument("-V", "--version", action="version", version=f"resmaster {resmaster_stages.__version__}")
-    top.add_argument("--traceback", action="store_true", help="show Python tracebacks (for reporting a bug)")
+    add_telling(top)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for verb in VERBS:
         command = commands.add_parser(verb.name, help=verb.help, fill=verb.fill)
@@ -143,6 +145,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(console, f"resmaster: {one_line(error)}")
         return 2
     args = parser().parse_args(argv)
+    try:
+        with telling(args, sys.argv[1:] if argv is None else argv, console):
+            return _done(args, console)
+    except UserError as error:  # about the options of `telling`
+        say(console, f"resmaster: {one_line(error)}", result=True)
+        return 2
+
+
+def _done(args: argparse.Namespace, console: Console) -> int:
+    """Call the verb, and tell what went wrong. Returns the exit status."""
     interrupted = args.verb.interrupted(args)
     try:
         with stoppable(interrupted):
@@ -150,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return done
     except (KeyboardInterrupt, Terminated) as stop:
-        say(console, interrupted)
+        say(console, interrupted, result=True)
         return exit_status(signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
     except BrokenPipeError:  # the reader closed the pipe (`| head`); buffered output must not raise at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -158,8 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ResMasterError, OSError) as error:
         if args.traceback:
             raise
+        log.debug("the error in full:", exc_info=True)
         for line in error.mistakes if isinstance(error, ConfigError) else (error,):
-            say(console, f"resmaster: {one_line(line)}")
+            say(console, f"resmaster: {one_line(line)}", result=True)
         if isinstance(error, ServerLost):
             leave(1)  # Prefect would try for minutes to send what it has not sent
         return 2 if isinstance(error, UserError) else 1

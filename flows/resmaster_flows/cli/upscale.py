@@ -156,12 +156,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
                 if not many:
                     raise
                 failed += 1
-                say(console, f"resmaster: {one_line(error)}")
+                say(console, f"resmaster: {one_line(error)}", result=True)
             else:
                 say(console, done)
     if many:
         ok = len(jobs) - failed
-        say(console, f"{ok} of {len(jobs)} images upscaled{f', {failed} failed' if failed else ''}")
+        say(
+            console, f"{ok} of {len(jobs)} images upscaled{f', {failed} failed' if failed else ''}", result=bool(failed)
+        )
     return 1 if failed else 0
 
 

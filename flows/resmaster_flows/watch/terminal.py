@@ -5,7 +5,7 @@ If the output is not a terminal, plain lines and no bar are printed. This module
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,16 +25,36 @@ from resmaster_stages.redaction import printable_lines
 class SafeConsole(Console):
     """A console that shows characters which act without being seen as visible escapes, in text and tables alike."""
 
+    hushed = False
+    """Whether only results and errors are told, without bars (`say`)."""
+    log: Callable[[str], object] | None = None
+    """What also gets every text that is said here."""
+
+    @property
+    def is_terminal(self) -> bool:
+        """As Rich's. A hushed console draws no bars."""
+        return not self.hushed and super().is_terminal
+
     def render_str(self, text: str, **options: Any) -> Text:
         """As Rich's, which this console calls for every `str` that it is given."""
         return super().render_str(printable_lines(text), **options)
 
 
-def say(console: Console, text: str | Text) -> None:
+def say(console: Console, text: str | Text, *, result: bool = False) -> None:
     """Print `text` without markup (names may hold brackets) and without line breaks in paths. Bytes of names that are
-    no UTF-8 are escaped."""
+    no UTF-8 are escaped. result: it is a result or an error, which a hushed console prints as well."""
     if isinstance(text, str):
         text = text.encode("utf-8", "backslashreplace").decode()
+    if isinstance(console, SafeConsole):
+        if console.log:
+            console.log(str(text).strip())
+        if console.hushed and not result:
+            return
+    put(console, text)
+
+
+def put(console: Console, text: str | Text) -> None:
+    """Print `text` as it is, whatever the console logs."""
     console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
