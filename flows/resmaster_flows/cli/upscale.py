@@ -11,13 +11,14 @@ from typing import Any, get_args
 from PIL import Image
 from rich.console import Console
 
+from resmaster_flows.cli.arguments import add_set
 from resmaster_flows.cli.execute import hide_bars
 from resmaster_flows.cli.image_files import QUALITY, Encoding, Job, OutputFormat, Wanted, check_size, jobs_of, write
 from resmaster_flows.watch.images import Step, upscaling
 from resmaster_flows.watch.progress import notes
 from resmaster_flows.watch.terminal import say
 from resmaster_stages.config.dataset import DatasetConfig
-from resmaster_stages.config.load import load_config, parse_config
+from resmaster_stages.config.load import Lines, apply_settings, load_config, parse_config, parse_setting
 from resmaster_stages.config.method import ColourMatch, methods, with_method
 from resmaster_stages.config.model import SDXL
 from resmaster_stages.dataset.labels import ALTERED, ENHANCED
@@ -106,10 +107,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="give the result the colours of INPUT: mean_std (over the whole image) or wavelet (place by place)",
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    add_set(parser)
 
 
 def settings(args: argparse.Namespace) -> DatasetConfig:
     """The configuration that the options of `resmaster upscale` describe."""
+    added = [parse_setting(text) for text in args.settings]
     if args.config:
         base = load_config(args.config).model_dump(mode="json", exclude_unset=True)
     else:
@@ -121,7 +124,8 @@ def settings(args: argparse.Namespace) -> DatasetConfig:
         upscale["steps"] = args.steps
     if args.colour_match is not None:
         upscale["colour_match"] = args.colour_match
-    return parse_config({**base, "seed": args.seed, "upscale": upscale}, f"--scale {args.scale} --method {args.method}")
+    values = apply_settings({**base, "seed": args.seed, "upscale": upscale}, added)
+    return parse_config(values, f"--scale {args.scale} --method {args.method}", Lines(None, settings=added))
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
