@@ -99,6 +99,8 @@ VERBS: tuple[Verb, ...] = (
     Verb("doctor", "say whether a store is fit for builds"),
     Verb("compare", "build the same samples by several methods, and measure them", keeps=True),
     Verb("upscale", "upscale images of your own", keeps=_several, extra=None),
+    Verb("schema", "print the JSON schema of configurations, for editors", extra=None),
+    Verb("completion", "print a script by which a shell completes the command", extra=None),
 )
 """The verbs in the order of the help."""
 
