@@ -109,7 +109,7 @@ def _plain(description: str | None) -> str:
 
 
 def _wrapped(text: str, begin: str) -> Iterator[str]:
-    yield from textwrap.wrap(text, COLUMNS - 4, initial_indent=begin, subsequent_indent=begin, break_on_hyphens=False)
+    yield from textwrap.wrap(text, COLUMNS - 8, initial_indent=begin, subsequent_indent=begin, break_on_hyphens=False)
 
 
 def _as_yaml(value: Any) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import re
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +25,9 @@ OURS = ("resmaster", "resmaster_stages", "resmaster_tasks", "resmaster_flows")
 """The loggers of this project. The first one has what the command itself says."""
 
 log = logging.getLogger(OURS[0])
+
+_TIME, _LONGEST_TIME = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} "), 32
+"""How every log begins."""
 
 
 def add_telling(parser: argparse.ArgumentParser, *, again: bool = False) -> None:
@@ -112,8 +117,13 @@ class _Told(logging.Handler):
 
 
 def _file(name: str) -> logging.Handler:
-    """A handler that appends to a file. Raises UserError."""
+    """A handler that appends to a new file or an earlier log. Raises UserError."""
     try:
+        if os.path.isfile(name):
+            with open(name, "rb") as there:
+                begin = there.read(_LONGEST_TIME)
+            if begin and not _TIME.match(begin):
+                raise UserError(f"--log-file {name}: is there already and is no log; give another file")
         handler = logging.FileHandler(name, encoding="utf-8", errors="backslashreplace")
     except (OSError, ValueError) as error:  # ValueError: NUL in the name
         reason = getattr(error, "strerror", None) or error

@@ -110,9 +110,12 @@ def test_the_log_holds_no_credentials(
     assert "[hidden].png: no such image file" in text
 
 
-@pytest.mark.parametrize("name", ["gone/l.txt", ".", "a\0b", "photo.png/l.txt"])
+@pytest.mark.parametrize("name", ["photo.png", "mine.yaml", "gone/l.txt", ".", "a\0b", "photo.png/l.txt"])
 def test_a_log_that_cannot_be_written(name: str, photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.yaml").write_text("name: mine\n")
+    before = photo.read_bytes()
     assert main(["upscale", "photo.png", "a.png", "--log-file", name, *LANCZOS]) == 2
+    assert (photo.read_bytes(), Path("mine.yaml").read_text()) == (before, "name: mine\n")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("resmaster: --log-file ")
     assert line.endswith("; give another file")
