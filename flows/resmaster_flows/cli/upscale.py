@@ -19,13 +19,14 @@ from resmaster_flows.watch.progress import notes
 from resmaster_flows.watch.terminal import say
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import Lines, apply_settings, load_config, parse_config, parse_setting
-from resmaster_stages.config.method import ColourMatch, methods, with_method
+from resmaster_stages.config.method import ColourMatch, Method, methods, with_method
 from resmaster_stages.config.model import SDXL
 from resmaster_stages.dataset.labels import ALTERED, ENHANCED
 from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.errors import SampleError, UserError
 from resmaster_stages.library import open_image, read_image_file, single, upscale_as_configured
-from resmaster_stages.methods.settings import Diffusion
+from resmaster_stages.library.images import OutputType
+from resmaster_stages.methods.settings import Diffusion, Enlargement
 from resmaster_stages.models.downloads import downloads_of
 from resmaster_stages.models.places import at_hub
 from resmaster_stages.progress import listening
@@ -134,6 +135,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     wanted = Wanted(tuple(args.input), args.output, args.suffix, encoding_of(args), args.force, tuple(mask))
     jobs, there = jobs_of(wanted)
     config = settings(args)
+    if wanted.encoding.bits == 16:
+        require_floats(config.upscale)
     if mask:
         config.upscale.require_detail_mask("--detail-mask gives")
     if there:
@@ -206,11 +209,15 @@ class Work:
         """Upscale an image and write the result. Returns what was done, in one line. Raises UserError and
         SampleError."""
         image = given.image
-        made = upscale_as_configured(self.config, image, self.prompt, detail=self.detail, progress=step)
+        form: OutputType = "np" if self.encoding.bits == 16 else "pil"
+        made = upscale_as_configured(
+            self.config, image, self.prompt, detail=self.detail, progress=step, output_type=form
+        )
         label = label_of(self.config, self.prompt, image.size)
         write(self.encoding.encode(made, given.alpha, job.format, label), job.target, self.force)
         there = "standard output" if job.target is None else job.target
-        return f"{job.name} ({image.width} x {image.height} px) -> {there} ({made.width} x {made.height} px)"
+        height, width = target_size(image.height, image.width, self.config.upscale.scale)
+        return f"{job.name} ({image.width} x {image.height} px) -> {there} ({width} x {height} px)"
 
 
 def read_standard_input() -> bytes:
@@ -221,6 +228,16 @@ def read_standard_input() -> bytes:
     if len(data) > MAX_FILE_BYTES:
         raise UserError(f"standard input: has more than {MAX_FILE_BYTES:,} bytes; compress the image, or scale it down")
     return data
+
+
+def require_floats(method: Method) -> None:
+    """Raise UserError if the method's results have 8 bits."""
+    if method.colour_match != "none":
+        raise UserError(
+            f"--bit-depth 16: colours are matched in 8 bits; leave out colour_match ({method.colour_match})"
+        )
+    if isinstance(method, Enlargement) and not method.in_floats:
+        raise UserError(f"--bit-depth 16: method {method.method} computes in 8 bits; choose another method")
 
 
 def encoding_of(args: argparse.Namespace) -> Encoding:

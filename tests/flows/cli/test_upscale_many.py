@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -301,6 +303,73 @@ def test_transparency_is_kept_on_request(photos: Path) -> None:
 def test_an_opaque_image_has_no_transparency_to_keep(photos: Path) -> None:
     assert upscaled("photos/a.png", "out.png", "--alpha", "keep") == 0
     assert Image.open("out.png").mode == "RGB"
+
+
+def deep_pixels(path: str) -> np.ndarray:
+    """The pixels of a PNG of 16 bits, by a reader of its own: Pillow gives 8 of them."""
+    data = Path(path).read_bytes()
+    place, chunks = 8, {}
+    while place < len(data):
+        size, kind = int.from_bytes(data[place : place + 4]), data[place + 4 : place + 8]
+        body = data[place + 8 : place + 8 + size]
+        assert zlib.crc32(kind + body) == int.from_bytes(data[place + 8 + size : place + 12 + size])
+        chunks[kind] = body
+        place += 12 + size
+    width, height, bits, colours = struct.unpack(">IIBB", chunks[b"IHDR"][:10])
+    assert bits == 16
+    channels = {2: 3, 6: 4}[colours]
+    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, 1 + width * channels * 2)
+    assert set(rows[:, 0]) == {2}, "each line is stored as the difference from the one above"
+    lines = np.cumsum(rows[:, 1:], axis=0, dtype=np.uint8)
+    return lines.copy().view(">u2").reshape(height, width, channels).astype(int)
+
+
+def test_sixteen_bits_are_what_was_computed(photos: Path) -> None:
+    """A slow ramp has many more levels than 256, and lies within half a level of the result of 8 bits."""
+    ramp = np.tile(np.linspace(100, 110, 64).round(), (64, 1)).astype(np.uint8)
+    Image.fromarray(np.dstack([ramp] * 3)).save("ramp.png")
+    words = ["ramp.png", "--method", "lanczos", "--scale", "8"]
+    assert main(["upscale", *words, "deep.png", "--bit-depth", "16"]) == 0
+    assert main(["upscale", *words, "flat.png"]) == 0
+    deep, flat = deep_pixels("deep.png"), np.asarray(Image.open("flat.png"), int)
+    assert deep.shape == flat.shape == (512, 512, 3)
+    assert len(np.unique(deep)) > 4 * len(np.unique(flat))
+    assert np.abs(deep / 257 - flat).max() <= 1.1, "Pillow rounds between the axes"
+    assert np.array_equal(np.asarray(Image.open("deep.png"), int), deep >> 8), "other readers agree"
+    assert b"algorithmicallyEnhanced" in Path("deep.png").read_bytes()
+
+
+def test_sixteen_bits_of_a_model(photos: Path) -> None:
+    """The decoded floats, to the nearest of 65,536 levels."""
+    import resmaster_stages as rm
+
+    words = ["--model", "picturebook", "--method", "multidiffusion", "--scale", "1", "--steps", "2"]
+    assert main(["upscale", "photos/a.png", "deep.png", *words, "--bit-depth", "16"]) == 0
+    assert main(["upscale", "photos/a.png", "flat.png", *words]) == 0
+    deep, flat = deep_pixels("deep.png"), np.asarray(Image.open("flat.png"), int)
+    assert np.abs(deep / 257 - flat).max() <= 0.51
+    assert len(np.unique(deep % 257)) > 100, "no 8-bit image, scaled up"
+    floats = rm.upscale(
+        "photos/a.png", model="picturebook", method="multidiffusion", scale=1, steps=2, output_type="np"
+    )
+    assert np.abs(deep - floats.astype(np.float64) * 65535).max() <= 0.51
+
+
+def test_sixteen_bits_with_transparency(photos: Path) -> None:
+    image = Image.effect_noise((16, 12), 60).convert("RGB")
+    image.putalpha(Image.linear_gradient("L").resize((16, 12)))
+    image.save("a.png")
+    assert upscaled("a.png", "deep.png", "--bit-depth", "16", "--alpha", "keep") == 0
+    assert upscaled("a.png", "flat.png", "--alpha", "keep") == 0
+    deep, flat = deep_pixels("deep.png"), np.asarray(Image.open("flat.png"), int)
+    assert deep.shape == (24, 32, 4)
+    assert np.abs(deep[..., 3] / 257 - flat[..., 3]).max() <= 0.51
+
+
+def test_what_has_eight_bits_only_is_told(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert upscaled("photos/a.png", "a.png", "--bit-depth", "16", "--colour-match", "wavelet") == 2
+    assert "--bit-depth 16: colours are matched in 8 bits; leave out colour_match (wavelet)" in last(capsys)
+    assert not Path("a.png").exists()
 
 
 class Hub(BaseHTTPRequestHandler):
