@@ -73,7 +73,7 @@ def telling(args: argparse.Namespace, words: Sequence[str], console: SafeConsole
         if each.name in OURS:
             each.setLevel(logging.DEBUG)
             each.propagate = False
-    console.hushed, console.log = bool(args.quiet), log.info if args.log_file is not None else None
+    console.hushed, console.heard = bool(args.quiet), log.info if args.log_file is not None else None
     begin = time.monotonic()
     log.debug("resmaster %s: %s", resmaster_stages.__version__, shlex.join(words))
     try:
@@ -88,7 +88,7 @@ def telling(args: argparse.Namespace, words: Sequence[str], console: SafeConsole
             each.propagate = propagate
         for handler in handlers:
             handler.close()
-        console.hushed, console.log = False, None
+        console.hushed, console.heard = False, None
 
 
 def _hear(event: Event) -> None:

@@ -25,7 +25,6 @@ from resmaster_stages.dataset.labels import ALTERED, ENHANCED
 from resmaster_stages.diffusion.views import target_size
 from resmaster_stages.errors import SampleError, UserError
 from resmaster_stages.library import open_image, read_image_file, single, upscale_as_configured
-from resmaster_stages.library.images import OutputType
 from resmaster_stages.methods.settings import Diffusion, Enlargement
 from resmaster_stages.models.downloads import downloads_of
 from resmaster_stages.models.places import at_hub
@@ -209,10 +208,8 @@ class Work:
         """Upscale an image and write the result. Returns what was done, in one line. Raises UserError and
         SampleError."""
         image = given.image
-        form: OutputType = "np" if self.encoding.bits == 16 else "pil"
-        made = upscale_as_configured(
-            self.config, image, self.prompt, detail=self.detail, progress=step, output_type=form
-        )
+        deep = self.encoding.bits == 16
+        made = upscale_as_configured(self.config, image, self.prompt, detail=self.detail, progress=step, unrounded=deep)
         label = label_of(self.config, self.prompt, image.size)
         write(self.encoding.encode(made, given.alpha, job.format, label), job.target, self.force)
         there = "standard output" if job.target is None else job.target
@@ -233,9 +230,7 @@ def read_standard_input() -> bytes:
 def require_floats(method: Method) -> None:
     """Raise UserError if the method's results have 8 bits."""
     if method.colour_match != "none":
-        raise UserError(
-            f"--bit-depth 16: colours are matched in 8 bits; leave out colour_match ({method.colour_match})"
-        )
+        raise UserError(f"--bit-depth 16: colours are matched in 8 bits; leave colour_match: {method.colour_match} out")
     if isinstance(method, Enlargement) and not method.in_floats:
         raise UserError(f"--bit-depth 16: method {method.method} computes in 8 bits; choose another method")
 

@@ -27,7 +27,7 @@ class SafeConsole(Console):
 
     hushed = False
     """Whether only results and errors are told, without bars (`say`)."""
-    log: Callable[[str], object] | None = None
+    heard: Callable[[str], object] | None = None
     """What also gets every text that is said here."""
 
     @property
@@ -46,8 +46,8 @@ def say(console: Console, text: str | Text, *, result: bool = False) -> None:
     if isinstance(text, str):
         text = text.encode("utf-8", "backslashreplace").decode()
     if isinstance(console, SafeConsole):
-        if console.log:
-            console.log(str(text).strip())
+        if console.heard:
+            console.heard(str(text).strip())
         if console.hushed and not result:
             return
     put(console, text)
