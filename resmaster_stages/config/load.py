@@ -47,7 +47,7 @@ def _told(kind: str, place: tuple[Any, ...], mistake: Any, values: dict[str, Any
     where = printable(".".join(str(part)[:LONGEST_SHOWN] for part in place)) or "the file"
     if kind == "extra_forbidden":
         part = type_at(place[:-1], values)
-        names = list(part.model_fields) if part else []
+        names = [*part.model_fields, *part.further_keys] if part else []
         known = ", ".join(names)
         here = (
             f"method {part.model_fields['method'].default} knows" if part and issubclass(part, Method) else "known here"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resmaster_stages.config.part import LONGEST_SHOWN
-from resmaster_stages.errors import ConfigError, first_line
+from resmaster_stages.errors import ConfigError, did_you_mean, first_line
 from resmaster_stages.models.identity import PACK_MODELS, as_folder, pack_folder
 
 if TYPE_CHECKING:
@@ -65,8 +65,9 @@ def _read_json(identifier: str, revision: str | None, name: str) -> dict[str, An
         # OSError: no such file, no network, or not in the cache. ValueError: not JSON, or not a valid hub id.
         # RecursionError: JSON that is nested too deeply.
         raise ConfigError(
-            f"model {identifier!r}: cannot read {name} ({first_line(error)}); give the top folder of a model in "
-            "diffusers format, a hub id that is in the local cache (HF_HOME), or `picturebook`"
+            f"model {identifier!r}{did_you_mean(identifier, PACK_MODELS)}: cannot read {name} ({first_line(error)}); "
+            "give the top folder of a model in diffusers format, a hub id that is in the local cache (HF_HOME), or "
+            "`picturebook`"
         ) from None
     if not isinstance(values, dict):
         raise ConfigError(f"model {identifier!r}: {name} is not a JSON object; download the model again")

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from resmaster_stages.errors import ConfigError, UserError
+from resmaster_stages.errors import ConfigError, UserError, did_you_mean
 from resmaster_stages.redaction import LINE_CHARACTERS, printable
 from resmaster_stages.storage.deep_png import deep_levels, encode_deep_png
 from resmaster_stages.storage.images import KNOWN_UNREAD, LONGEST_PX, SUFFIXES, encoder_options, require_writable
@@ -164,8 +164,11 @@ def _one(wanted: Wanted) -> Job:
     target = Path(wanted.output)
     by_name = FORMATS.get(target.suffix.lower())
     if by_name is None and not (encoding.format and target.suffix):
+        meant = did_you_mean(target.suffix, FORMATS)
         more = "" if target.suffix else ", or give a folder that is there"
-        raise UserError(f"{target}: unknown image format {target.suffix!r}; use one of {', '.join(FORMATS)}{more}")
+        raise UserError(
+            f"{target}: unknown image format {target.suffix!r}{meant}; use one of {', '.join(FORMATS)}{more}"
+        )
     if encoding.format and by_name and encoding.format != by_name:
         raise UserError(f"{target}: its name says {by_name}, and --output-format {encoding.format}; change one of them")
     job = Job(source, target, encoding.format or by_name or "png")
