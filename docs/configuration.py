@@ -5,16 +5,11 @@ python docs/configuration.py
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from inspect import get_annotations
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
-
-from annotated_types import Ge, Gt, Le, Lt
-from pydantic.fields import FieldInfo
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from resmaster_stages.config.dataset import (
@@ -25,6 +20,7 @@ from resmaster_stages.config.dataset import (
     QualityConfig,
     RecaptionConfig,
 )
+from resmaster_stages.config.describe import default_of, kind_of, part_in, plain, plain_text
 from resmaster_stages.config.method import DEFAULT, Method, methods
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.config.part import Part
@@ -83,8 +79,6 @@ SECTIONS_AFTER: tuple[tuple[str, type[Part]], ...] = (
     ("dispatch", DispatchConfig),
 )
 
-NAMES = {int: "integer", float: "number", bool: "`true` or `false`", str: "text", NoneType: "`null`"}
-
 
 def page() -> str:
     """The whole page."""
@@ -105,7 +99,7 @@ def _upscale() -> Iterator[str]:
     """What all methods share, what several share, then each method."""
     known = methods()
     links = ", ".join(f"[{name}](#{name})" for name in known)
-    first = _text(Method.__doc__).splitlines()[0]
+    first = plain_text(Method.__doc__).splitlines()[0]
     intro = f"{first} All methods have these keys. Without `method` it is `{DEFAULT}`."
     yield _section("upscale", f"{intro}\n\nMethods: {links}.", _table(Method))
     denoising = [name for name, method in known.items() if issubclass(method, Diffusion)]
@@ -128,7 +122,7 @@ def _upscale() -> Iterator[str]:
 
 def _structure() -> str:
     presets = _presets(STRUCTURE_PRESETS)
-    return f"`upscale.structure`, of the methods that have it. {_text(StructureConfig.__doc__)}\n\n{presets}"
+    return f"`upscale.structure`, of the methods that have it. {plain_text(StructureConfig.__doc__)}\n\n{presets}"
 
 
 def _method(name: str, method: type[Method]) -> str:
@@ -136,7 +130,7 @@ def _method(name: str, method: type[Method]) -> str:
     also = [
         field for field in method.model_fields if field not in own and _owner(method, field) not in (method, Method)
     ]
-    text = f"`method: {name}`. {_text(method.__doc__)}"
+    text = f"`method: {name}`. {plain_text(method.__doc__)}"
     if also:
         text += "\n\nShared settings: " + ", ".join(f"`{field}`" for field in also) + "."
     if any(method.presets.values()):
@@ -150,17 +144,11 @@ def _presets(presets: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _settings(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"`{name}: {_plain(value)}`" for name, value in values.items()) or "the defaults below"
+    return ", ".join(f"`{name}: {plain(value)}`" for name, value in values.items()) or "the defaults below"
 
 
 def _section(title: str, text: str | None, table: str) -> str:
-    return f"## {title}\n\n{_text(text)}\n\n{table}"
-
-
-def _text(doc: str | None) -> str:
-    """A docstring, its lines joined to paragraphs; lists stay as they are."""
-    paragraphs = [part.strip() for part in (doc or "").split("\n\n")]
-    return "\n\n".join(part if part.startswith("- ") else " ".join(part.split()) for part in paragraphs)
+    return f"## {title}\n\n{plain_text(text)}\n\n{table}"
 
 
 def _table(part: type[Part], fields: list[str] | None = None) -> str:
@@ -181,11 +169,11 @@ def _rows(part: type[Part], fields: list[str], prefix: str = "") -> list[tuple[s
         marks = field.json_schema_extra
         kinds = marks if isinstance(marks, dict) else {}
         mark = "°" if kinds.get("operational") else "†" if kinds.get("publication") else ""
-        inner = _inner(field)
-        kind = _kind(field)
+        inner = part_in(field)
+        kind = kind_of(field)
         if inner is StructureConfig:
             kind = "[structure](#structure)"
-        rows.append((f"`{prefix}{name}`{mark}", kind, _default(field), _text(field.description)))
+        rows.append((f"`{prefix}{name}`{mark}", kind, default_of(field), plain_text(field.description)))
         if inner not in (None, StructureConfig):
             rows += _rows(inner, list(inner.model_fields), f"{prefix}{name}.")
     return rows
@@ -194,68 +182,8 @@ def _rows(part: type[Part], fields: list[str], prefix: str = "") -> list[tuple[s
 def _scalars(part: type[Part]) -> Iterator[str]:
     """The fields that are no parts."""
     for name, field in part.model_fields.items():
-        if _inner(field) is None:
+        if part_in(field) is None:
             yield name
-
-
-def _inner(field: FieldInfo) -> type[Part] | None:
-    """The part that a field holds, if it does."""
-    candidates = (field.annotation, *get_args(field.annotation))
-    return next((each for each in candidates if isinstance(each, type) and issubclass(each, Part)), None)
-
-
-def _kind(field: FieldInfo) -> str:
-    """Type or choices, with bounds."""
-    return _bounded(_type(field.annotation), field.metadata)
-
-
-def _bounded(kind: str, metadata: Iterable[Any]) -> str:
-    """A type with the bounds among `metadata`, before "or null"."""
-    bounds = [
-        f"{sign} {_plain(getattr(each, attribute))}"
-        for each in metadata
-        for bound, attribute, sign in ((Ge, "ge", "≥"), (Gt, "gt", ">"), (Le, "le", "≤"), (Lt, "lt", "<"))
-        if isinstance(each, bound)
-    ]
-    null = f" or {NAMES[NoneType]}"
-    ending = null if kind.endswith(null) else ""
-    return " ".join([kind.removesuffix(ending), *([", ".join(bounds)] if bounds else [])]) + ending
-
-
-def _type(annotation: Any) -> str:
-    if get_origin(annotation) is Annotated:
-        kind, field = get_args(annotation)
-        return _bounded(_type(kind), field.metadata)
-    if get_origin(annotation) is Literal:
-        return ", ".join(f"`{_plain(value)}`" for value in get_args(annotation))
-    if get_origin(annotation) in (Union, UnionType):
-        return " or ".join(_type(each) for each in get_args(annotation))
-    if get_origin(annotation) is dict:
-        return "texts by name"
-    if get_origin(annotation) is tuple:
-        inside = [_type(each) for each in get_args(annotation) if each is not Ellipsis]
-        return f"list of {inside[0]}s"
-    if isinstance(annotation, type) and issubclass(annotation, Part):
-        return "keys below"
-    if get_origin(annotation) is Annotated:
-        return _type(get_args(annotation)[0])
-    return NAMES[annotation]
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    value = field.get_default(call_default_factory=True, validated_data={})
-    return "" if isinstance(value, Part) else f"`{_plain(value)}`"
-
-
-def _plain(value: Any) -> str:
-    """A value as YAML has it."""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{name}: {_plain(each)}" for name, each in value.items()) + "}"
-    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def _owner(method: type[Method], field: str) -> type[Part]:

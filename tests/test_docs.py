@@ -37,6 +37,15 @@ NOT_RUN = {
         'resmaster upscale photo.png photo-4x.png --scale 4 --prompt "a red house" --model picturebook': (
             "tests/test_readme.py runs it"
         ),
+        **dict.fromkeys(
+            (
+                "resmaster upscale photo.png photo-4x.png --model picturebook",
+                "resmaster upscale photos large --output-format webp --quality 90",
+                "resmaster upscale a.png b.jpg 'more/*.png' large --suffix _4x",
+                "cat photo.png | resmaster upscale - - --output-format webp > photo-4x.webp",
+            ),
+            "takes minutes; tests/flows/cli/test_upscale_many.py runs the same by a method without a model",
+        ),
         "resmaster compare deployments/datasets/picturebook.yaml --methods multidiffusion,resmaster+sg,resmaster "
         "--scales 2x2,4x4 --n 4": "takes minutes; tests/evaluation/test_compare.py runs the same on less",
         "resmaster run deployments/datasets/sdxl-4k.yaml --prompts my-prompts.txt --root s3://bucket/datasets": (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from resmaster_stages.config.dataset import DatasetConfig
-from resmaster_stages.config.method import DEFAULT, Method, method_class
+from resmaster_stages.config.method import DEFAULT, Method, method_class, with_method
 from resmaster_stages.config.part import LONGEST_SHOWN, UNFIT, Part
 from resmaster_stages.errors import ConfigError, did_you_mean
 from resmaster_stages.redaction import one_line, printable, shortened
@@ -33,9 +34,9 @@ def _mistakes(error: ValidationError, values: dict[str, Any], source: str, lines
     mistakes = sorted(error.errors(include_url=False), key=lambda each: lines.of(each["loc"]) or 0)
     for mistake in mistakes[:MOST_TOLD]:
         place = mistake["loc"]
-        number = lines.of(place)
-        line = "" if number is None else f"line {number}: "
-        found.append(f"{source}: {line}{shortened(_told(mistake['type'], place, mistake, values), LONGEST_TOLD)}")
+        number, setting = lines.of(place), lines.setting_of(place)
+        begin = f"{SET} {setting.text}: " if setting else f"{source}: " + ("" if number is None else f"line {number}: ")
+        found.append(f"{begin}{shortened(_told(mistake['type'], place, mistake, values), LONGEST_TOLD)}")
     if len(mistakes) > MOST_TOLD:
         found.append(f"{source}: and {len(mistakes) - MOST_TOLD:,} more mistakes; mend these first")
     return list(dict.fromkeys(found))
@@ -46,7 +47,7 @@ def _told(kind: str, place: tuple[Any, ...], mistake: Any, values: dict[str, Any
     where = printable(".".join(str(part)[:LONGEST_SHOWN] for part in place)) or "the file"
     if kind == "extra_forbidden":
         part = type_at(place[:-1], values)
-        names = list(part.model_fields) if part else []
+        names = [*part.model_fields, *part.further_keys] if part else []
         known = ", ".join(names)
         here = (
             f"method {part.model_fields['method'].default} knows" if part and issubclass(part, Method) else "known here"
@@ -114,7 +115,7 @@ def _text_of(path: Path) -> str:
     return text
 
 
-def _from_yaml(path: Path, text: str) -> tuple[Any, yaml.Node | None]:
+def _from_yaml(path: Path | str, text: str) -> tuple[Any, yaml.Node | None]:
     """The values in a YAML text, and the node that they were made from. Raises ConfigError."""
     try:
         loader = yaml.SafeLoader(text)
@@ -147,14 +148,37 @@ def _expanded(node: yaml.Node | None, known: dict[int, int]) -> int:
 class Lines:
     """The lines of the keys in a YAML file, counted from 1."""
 
-    def __init__(self, node: yaml.Node | None, overridden: Collection[str] = ()) -> None:
-        """overridden: top-level keys whose values are not those of the file."""
+    def __init__(
+        self, node: yaml.Node | None, overridden: Collection[str] = (), settings: Sequence[Setting] = ()
+    ) -> None:
+        """overridden: top-level keys whose values are not those of the file. settings: what was set besides."""
         self._root = node
         self._overridden = overridden
+        self._settings = settings
         self._pairs: dict[int, dict[str, tuple[yaml.Node, yaml.Node]]] = {}
         self.twice: list[str] = []
         """What is to be said of keys that are given twice."""
         self._look_for_twins(node, set())
+
+    def setting_of(self, place: tuple[Any, ...]) -> Setting | None:
+        """The setting that a mistake at `place` is in, or None. The last one counts."""
+        for setting in reversed(self._settings):
+            common = min(len(place), len(setting.place))
+            if common and tuple(map(str, place[:common])) == setting.place[:common]:
+                inside = len(place) >= len(setting.place)
+                if inside or self._pairs_at(place) is None:  # else the mistake is in what the file says around it
+                    return setting
+        return None
+
+    def _pairs_at(self, place: tuple[Any, ...]) -> yaml.Node | None:
+        """The node of the value at `place` in the file, or None."""
+        node = self._root
+        for name in place:
+            found = self._pairs_of(node).get(str(name))
+            if found is None:
+                return None
+            node = found[1]
+        return node
 
     def of(self, place: tuple[Any, ...]) -> int | None:
         """The line of the key at a path such as ("upscale", "scale"), or of the nearest key above it."""
@@ -195,25 +219,91 @@ class Lines:
             self._look_for_twins(value, seen)
 
 
-def load_config(path: str | Path, **overrides: Any) -> DatasetConfig:
+SET = "--set"
+"""The option of the command line that sets a key; messages name it."""
+LONGEST_SETTING = 200
+"""Maximum number of characters of a setting that a message repeats."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A key that is set beside the file, as `upscale.steps=20`."""
+
+    text: str
+    """As it was written, for messages; a long one without its middle."""
+    place: tuple[str, ...]
+    value: Any
+
+
+def parse_setting(text: str) -> Setting:
+    """`upscale.steps=20`: a dotted key, and a value in YAML. Raises ConfigError."""
+    shown = shortened(printable(text), LONGEST_SETTING)
+    key, equals, value = text.partition("=")
+    place = tuple(key.strip().split("."))
+    if not equals or not all(place):
+        raise ConfigError(f"{SET} {shown}: write KEY=VALUE, as upscale.steps=20; dots lead into the parts")
+    return Setting(shown, place, _from_yaml(f"{SET} {shown}", value)[0])
+
+
+def apply_settings(values: dict[str, Any], settings: Sequence[Setting]) -> dict[str, Any]:
+    """A configuration's values with what is set beside them; of several settings of one key the last counts.
+
+    Another method keeps what both methods have in common (`with_method`). `prompts` and `images` replace each other,
+    and their paths are relative to the current folder. Raises ConfigError for a key inside what is no part.
+    """
+    method_first = sorted(settings, key=lambda setting: setting.place != ("upscale", "method"))
+    for setting in method_first:
+        if setting.place == ("upscale", "method") and isinstance(values.get("upscale", {}), dict):
+            values = {**values, "upscale": with_method(values.get("upscale", {}), setting.value)}
+            continue
+        if setting.place in _SOURCES:
+            values = {key: value for key, value in values.items() if (key,) not in _SOURCES}
+            values = {**values, setting.place[0]: _absolute(setting.value, Path.cwd())}
+            continue
+        values = _with(values, setting.place, setting)
+    return values
+
+
+_SOURCES = (("prompts",), ("images",))
+
+
+def _with(values: Any, place: tuple[str, ...], setting: Setting) -> dict[str, Any]:
+    """`values` with the value of the setting at `place`."""
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        inside = ".".join(setting.place[: len(setting.place) - len(place)])
+        raise ConfigError(f"{SET} {setting.text}: {inside} is no part with keys of its own; set {inside} itself")
+    first, *rest = place
+    return {**values, first: _with(values.get(first), tuple(rest), setting) if rest else setting.value}
+
+
+def _absolute(value: Any, folder: Path) -> Any:
+    """A path as the configuration holds it: absolute, relative ones in `folder`. URLs and what is no path stay."""
+    if not isinstance(value, str) or not value or "://" in value or UNFIT.search(value):
+        return value
+    own = os.path.expanduser(value)
+    return own if os.path.isabs(own) else str((folder / own).resolve())
+
+
+def load_config(path: str | Path, *, settings: Sequence[str] = (), **overrides: Any) -> DatasetConfig:
     """Read a YAML (or JSON) configuration file. Relative paths in its `prompts` and `images` are relative to the
     file, and `~` is the home folder.
 
     Overrides replace top-level keys. Overrides that are None are ignored. Their paths are relative to the current
-    folder.
+    folder. settings: keys of any depth with their values, as `upscale.steps=20`. They count more than overrides.
     """
     path = Path(path)
-    values, node = _from_yaml(path, _text_of(path))
     given = {key: value for key, value in overrides.items() if value is not None}
+    added = [parse_setting(text) for text in settings]
+    values, node = _from_yaml(path, _text_of(path))
     if isinstance(values, dict):
         for key in ("prompts", "images"):
-            value = values.get(key)
-            if isinstance(value, str) and value and "://" not in value and not UNFIT.search(value):
-                own = os.path.expanduser(value)
-                values[key] = own if os.path.isabs(own) else str((path.parent / own).resolve())
+            if key in values:
+                values[key] = _absolute(values[key], path.parent)
         if "images" in given:
             values.pop("prompts", None)
         if "prompts" in given:
             values.pop("images", None)
-        values |= given
-    return parse_config(values, str(path), Lines(node, given))
+        values = apply_settings(values | given, added)
+    return parse_config(values, str(path), Lines(node, given, added))

@@ -113,6 +113,8 @@ class Part(BaseModel):
 
     places: ClassVar[tuple[str, ...]] = ()
     """Fields that name a file, a folder, a URL or a model. They cannot be empty."""
+    further_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys that a configuration may give, and that are no fields, because they are expanded before validation."""
 
     @field_validator("*")
     @classmethod

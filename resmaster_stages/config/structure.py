@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -34,6 +34,8 @@ _CUTOFF = ("cutoff", "cutoff_units")
 class StructureConfig(Part):
     """Structural guidance (ResMaster eq. 5 to 7): swaps the low frequencies of each predicted x0 for those of the
     reference."""
+
+    further_keys: ClassVar[tuple[str, ...]] = ("preset",)
 
     model_config = ConfigDict(
         json_schema_extra=offer_preset(

@@ -4,7 +4,7 @@ The package may import every other package of `resmaster_stages`. Only the comma
 """
 
 from resmaster_stages.library.drawing import upscale_as_configured
-from resmaster_stages.library.images import open_image
+from resmaster_stages.library.images import open_image, read_image_file
 from resmaster_stages.library.models import single
 
-__all__ = ["open_image", "single", "upscale_as_configured"]
+__all__ = ["open_image", "read_image_file", "single", "upscale_as_configured"]

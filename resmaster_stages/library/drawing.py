@@ -187,17 +187,19 @@ def upscale_as_configured(
     captions: Sequence[str] | None = None,
     detail: Image.Image | None = None,
     progress: Progress | None = None,
-) -> Image.Image:
-    """Upscale `image` by `config.upscale`.
+    unrounded: bool = False,
+) -> Any:
+    """Upscale `image` by `config.upscale`. Returns an 8-bit RGB image.
 
     models: None loads the models of `config.model`. captions: one per view; None: the configured captioner writes
-    them. detail: a mask of where more detail is drawn. Raises UserError and SampleError.
+    them. detail: a mask of where more detail is drawn. unrounded: return the computed values instead,
+    [H, W, 3] from 0 to 1. Raises UserError and SampleError.
     """
     from resmaster_stages.library.engine import Subject, Wish, upscale_one
 
     subject = Subject(image, prompt, captions=captions, detail=detail)
-    made: Image.Image = upscale_one(config, subject, models, Wish(seed=config.seed, watch=Watch(progress=progress)))
-    return made
+    form: OutputType = "np" if unrounded else "pil"
+    return upscale_one(config, subject, models, Wish(form, config.seed, Watch(progress=progress), unrounded))
 
 
 def _configured(

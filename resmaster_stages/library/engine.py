@@ -37,6 +37,8 @@ class Wish:
     output_type: OutputType = "pil"
     seed: Seed = 0
     watch: Watch = field(default_factory=Watch)
+    unrounded: bool = False
+    """Whether arrays of methods without base model hold more than 8 bits, too, where the method computes more."""
 
 
 def upscale_one(config: DatasetConfig, subject: Subject, models: Models | None, wish: Wish) -> Any:
@@ -52,6 +54,10 @@ def upscale_one(config: DatasetConfig, subject: Subject, models: Models | None, 
     if isinstance(method, Enlargement):
         device = models.device if models else resolve_device(config.model.device)
         dtype = resolve_dtype(config.model.dtype, device)
+        if wish.unrounded and method.in_floats and method.colour_match == "none":
+            size = target_size(subject.image.height, subject.image.width, method.scale)
+            values = method.unrounded(subject.image, *size, device, dtype, wish.watch.progress)
+            return values.permute(1, 2, 0).cpu().numpy().copy()
         made = enlarge_image(subject.image, method, device, dtype, wish.watch.progress)
         return converted(made, wish.output_type)
     assert isinstance(method, Diffusion)

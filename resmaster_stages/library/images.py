@@ -56,7 +56,7 @@ def open_image(image: AnyImage) -> Image.Image:
     """An image as `decode_image` gives it, from a file, a PIL image, an array or a tensor. Raises UserError."""
     try:
         if isinstance(image, str | Path):
-            return decode_image(_content(Path(image)), str(image))
+            return decode_image(read_image_file(Path(image)), str(image))
         if isinstance(image, Image.Image):
             return convert_image(image, "the image")
     except SampleError as error:
@@ -116,7 +116,7 @@ def converted(image: Image.Image, output_type: OutputType) -> Any:
     return torch.from_numpy(values.transpose(2, 0, 1).copy())
 
 
-def _content(path: Path) -> bytes:
+def read_image_file(path: Path) -> bytes:
     """The content of an image file. Raises UserError. Only regular files are opened, because a FIFO could block."""
     try:
         with open_regular(str(path)) as file:

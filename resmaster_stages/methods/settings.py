@@ -83,6 +83,9 @@ def needs_of_wrap(wrap: Wrap) -> Mapping[Ability, str]:
 class Enlargement(Method):
     """A method that needs no base model."""
 
+    in_floats: ClassVar[bool] = False
+    """Whether the method has `unrounded`. Other methods compute in 8 bits."""
+
     @abstractmethod
     def enlarge(
         self,
@@ -94,6 +97,18 @@ class Enlargement(Method):
         progress: Progress | None = None,
     ) -> Image.Image:
         """`image` at `height` x `width` px, RGB. `progress` is called with (parts done, parts in all)."""
+
+    def unrounded(
+        self,
+        image: Image.Image,
+        height: int,
+        width: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """As `enlarge`, before values are rounded to 8 bits: [3, height, width], float32 from 0 to 1."""
+        raise NotImplementedError(f"{self.method} computes in 8 bits")
 
 
 class Diffusion(Method):

@@ -41,6 +41,7 @@ class SuperResolution(Enlargement):
 
     places: ClassVar[tuple[str, ...]] = ("model", "weight_name", "revision")
 
+    in_floats: ClassVar[bool] = True
     method: Literal["super_resolution"] = "super_resolution"
     model: str = "picturebook"
     """The network: `picturebook` (the embedded pack's, for its own world), a file of weights such as BSRGAN.safetensors
@@ -113,6 +114,20 @@ class SuperResolution(Enlargement):
         and GpuLost.
         """
         from resmaster_stages.diffusion.reference import to_image
+
+        return to_image(self.unrounded(image, height, width, device, dtype, progress) * 2 - 1)
+
+    def unrounded(
+        self,
+        image: Image.Image,
+        height: int,
+        width: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """As `enlarge`, before values are rounded to 8 bits: [3, height, width], float32 from 0 to 1. Raises what
+        `enlarge` raises."""
         from resmaster_stages.models.busy import busy
         from resmaster_stages.models.enlarger import load_enlarger
         from resmaster_stages.models.faults import device_faults
@@ -122,7 +137,7 @@ class SuperResolution(Enlargement):
             pixels = enlarged(enlarger, image, height, width, self, progress)
         if not pixels.isfinite().all():
             raise SampleError("the network produced NaN or infinite values; try model.dtype: float32 or bfloat16")
-        return to_image(pixels * 2 - 1)
+        return pixels.float().clamp(0, 1)
 
 
 def tile_grid(height: int, width: int, settings: SuperResolution) -> Grid:

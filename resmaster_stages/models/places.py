@@ -15,9 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.config.part import LONGEST_SHOWN
-from resmaster_stages.errors import ConfigError, first_line
+from resmaster_stages.errors import ConfigError, did_you_mean, first_line
 from resmaster_stages.models.identity import PACK_MODELS, as_folder, pack_folder
 
 if TYPE_CHECKING:
@@ -37,22 +36,6 @@ def location(identifier: str, subfolder: str = "") -> str:
 def at_hub(identifier: str) -> bool:
     """Whether `identifier` is a hub id. Raises ConfigError for a path that is not a folder."""
     return identifier not in PACK_MODELS and as_folder(identifier) is None
-
-
-def to_be_downloaded(model: ModelConfig) -> bool:
-    """Whether loading the model begins with a download: it is at the hub, and the local cache has no weights of it."""
-    if not at_hub(model.id):
-        return False
-    import huggingface_hub
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    if HF_HUB_OFFLINE:
-        return False
-    try:
-        found = huggingface_hub.try_to_load_from_cache(model.id, "model_index.json", revision=model.revision)
-    except ValueError:  # no valid hub id, which loading will say
-        return False
-    return not isinstance(found, str) or not any(Path(found).parent.rglob("*.safetensors"))
 
 
 @dataclass(frozen=True)
@@ -82,8 +65,9 @@ def _read_json(identifier: str, revision: str | None, name: str) -> dict[str, An
         # OSError: no such file, no network, or not in the cache. ValueError: not JSON, or not a valid hub id.
         # RecursionError: JSON that is nested too deeply.
         raise ConfigError(
-            f"model {identifier!r}: cannot read {name} ({first_line(error)}); give the top folder of a model in "
-            "diffusers format, a hub id that is in the local cache (HF_HOME), or `picturebook`"
+            f"model {identifier!r}{did_you_mean(identifier, PACK_MODELS)}: cannot read {name} ({first_line(error)}); "
+            "give the top folder of a model in diffusers format, a hub id that is in the local cache (HF_HOME), or "
+            "`picturebook`"
         ) from None
     if not isinstance(values, dict):
         raise ConfigError(f"model {identifier!r}: {name} is not a JSON object; download the model again")

@@ -136,6 +136,18 @@ def convert_image(image: Image.Image, name: str) -> Image.Image:
         return _converted(image)
 
 
+def decode_alpha(data: bytes, name: str) -> Image.Image | None:
+    """How opaque an image file is, as upright L of the size that `decode_image` gives. None if it is opaque throughout.
+    Raises SampleError."""
+    with _explained(name):
+        image = _opened(data)
+        _, alpha = _with_alpha(_loaded(image))
+        turn = _TURNS.get(_orientation(image))
+        if alpha is None or alpha.getextrema() == (255, 255):
+            return None
+        return alpha if turn is None else alpha.transpose(turn)
+
+
 def image_size(data: bytes, name: str) -> tuple[int, int]:
     """(height, width) in px that `decode_image` would give. Raises SampleError for a file that was cut off, too.
 
@@ -290,7 +302,17 @@ def _converted(image: Image.Image) -> Image.Image:
     """A new image: 8 bits, upright, RGB, sRGB, on white, and without any metadata."""
     loaded = _loaded(image)
     profile, turn = image.info.get("icc_profile"), _TURNS.get(_orientation(image))
-    image = loaded
+    image, alpha = _with_alpha(loaded)
+    result = _in_srgb(image, profile)
+    if alpha is not None:
+        result.putalpha(alpha)
+        result = Image.alpha_composite(Image.new("RGBA", result.size, "white"), result).convert("RGB")
+    result.info = {}
+    return result if turn is None else result.transpose(turn)
+
+
+def _with_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """A loaded image as L, RGB, CMYK or LAB of 8 bits, and how opaque it is: L, or None if its file does not say."""
     if image.mode.startswith("I;16"):
         image = _of_16_bits(image)
     elif image.mode in ("La", "RGBa"):
@@ -301,12 +323,7 @@ def _converted(image: Image.Image) -> Image.Image:
         alpha = image.getchannel("A")
     if image.mode not in ("CMYK", "LAB"):
         image = image.convert("L" if image.mode in _GREY else "RGB")
-    result = _in_srgb(image, profile)
-    if alpha is not None:
-        result.putalpha(alpha)
-        result = Image.alpha_composite(Image.new("RGBA", result.size, "white"), result).convert("RGB")
-    result.info = {}
-    return result if turn is None else result.transpose(turn)
+    return image, alpha
 
 
 def _loaded(image: Image.Image) -> Image.Image:

@@ -35,6 +35,20 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         choices=("dask", "ray"),
         help="do the shards on a cluster that is there already (DASK_SCHEDULER_ADDRESS or RAY_ADDRESS)",
     )
+    add_set(parser)
+
+
+def add_set(parser: argparse.ArgumentParser) -> None:
+    """Add `--set`, whose values `load_config` reads."""
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="set a key of the configuration, as upscale.steps=20 (may be repeated; counts more than CONFIG and the "
+        "other options)",
+    )
 
 
 def add_exclude(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +86,7 @@ def config_of(args: argparse.Namespace) -> DatasetConfig:
 
     config = load_config(
         args.config,
+        settings=args.settings,
         root=args.root,
         prompts=absolute(args.prompts),
         images=absolute(args.images),

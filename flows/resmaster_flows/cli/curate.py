@@ -56,13 +56,17 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.export:
         choices = counting_choices(dataset)
         write_choice_file(args.export, choices.values())
-        say(console, f"{args.export}: {len(choices)} choices written")
+        say(console, f"{args.export}: {len(choices)} choices written", result=True)
         return 0
     if new := _new_choices(dataset, args, console):
         from resmaster_stages.dataset.curation import Session
 
         Session(dataset.folder).add(new)
-        say(console, f"{len(new)} choices added; readers get them by: resmaster publish {quoted(dataset.url)}")
+        say(
+            console,
+            f"{len(new)} choices added; readers get them by: resmaster publish {quoted(dataset.url)}",
+            result=True,
+        )
     found = count(counting_choices(dataset).values())
     say(SafeConsole(), f"{dataset.url}: {found.kept} kept, {found.rejected} rejected, {found.rated} rated")
     return 0
@@ -85,7 +89,7 @@ def _new_choices(dataset: Dataset, args: argparse.Namespace, console: Console) -
         with sample_table(dataset) as table:
             rows = table.rows(Query(where=where), ("key", "take"))
         if not rows:
-            say(console, f"{where!r} holds for no sample; nothing was chosen")
+            say(console, f"{where!r} holds for no sample; nothing was chosen", result=True)
         return [Choice(row["key"], verdict, None, args.reason, who, when, row["take"] or 0) for row in rows]
     return []
 

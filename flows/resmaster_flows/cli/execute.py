@@ -110,15 +110,20 @@ def _settings_at_fault(error: Exception) -> str:
 
 def _finished(console: Console, result: BuildResult) -> int:
     for shard, error in result.errors.items():
-        say(console, Text.assemble((f"shard {int(shard):06d} not finished:", "red"), f" {printable(error)}"))
+        say(
+            console,
+            Text.assemble((f"shard {int(shard):06d} not finished:", "red"), f" {printable(error)}"),
+            result=True,
+        )
     failed = f", {result.samples_failed} failed (see errors/)" if result.samples_failed else ""
-    say(console, f"{result.samples} samples{failed} in {result.dataset_url}")
+    say(console, f"{result.samples} samples{failed} in {result.dataset_url}", result=True)
     if result.errors:
         say(
             console,
             f"{len(result.errors)} shards are missing; try again with: resmaster repair {quoted(result.dataset_url)}",
+            result=True,
         )
     if result.shortfall:
-        say(console, result.shortfall)
+        say(console, result.shortfall, result=True)
     print(f"report: {printable(result.report_url)}")
     return 0 if result.finished else 1

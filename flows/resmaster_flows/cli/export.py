@@ -81,12 +81,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
     with _progress(console) as progress:
         done = export(dataset, args.folder, options, progress, signer)
     if not done.samples:
-        say(console, f"{dataset.url}: no sample is chosen; nothing is written")
+        say(console, f"{dataset.url}: no sample is chosen; nothing is written", result=True)
         return 1
     for note in done.notes:
         say(console, note)
     removed = f", {done.removed:,} files removed" if done.removed else ""
-    say(console, f"{done.samples:,} samples in {args.folder}, {done.written:,} of them written now{removed}")
+    say(
+        console,
+        f"{done.samples:,} samples in {args.folder}, {done.written:,} of them written now{removed}",
+        result=True,
+    )
     return 0
 
 

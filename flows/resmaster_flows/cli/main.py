@@ -12,7 +12,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol, cast
@@ -22,6 +22,7 @@ from rich.console import Console
 import resmaster_stages
 from resmaster_flows.cli.parser import Parser
 from resmaster_flows.cli.stop import KEPT, NOTHING_WRITTEN, Terminated, exit_status, leave, stoppable
+from resmaster_flows.cli.telling import add_telling, log, telling
 from resmaster_flows.plugins import load_plugins
 from resmaster_flows.watch.terminal import SafeConsole, say
 from resmaster_stages.errors import ConfigError, ResMasterError, ServerLost, UserError, require_extra
@@ -48,7 +49,7 @@ class Verb:
     name: str
     help: str
     """A few words for the list of verbs."""
-    keeps: bool = False
+    keeps: bool | Callable[[argparse.Namespace], bool] = False
     """Whether what it has done is kept when it is interrupted. Other verbs write at their end, or nothing."""
     extra: str | None = "pipeline"
     """The extra whose packages its `run` needs; None if the base install is enough."""
@@ -62,12 +63,24 @@ class Verb:
         module = self.module()
         parser.description = module.DESCRIPTION
         module.add_arguments(parser)
+        add_telling(parser, again=True)
+
+    def interrupted(self, args: argparse.Namespace) -> str:
+        """What is said when the verb is interrupted."""
+        return KEPT if (self.keeps(args) if callable(self.keeps) else self.keeps) else NOTHING_WRITTEN
 
     def run(self, args: argparse.Namespace, console: Console) -> int:
         """Do what the verb does. Raises UserError if its packages are not installed."""
         if self.extra:
             require_extra(self.extra, self.name)
         return self.module().run(args, console)
+
+
+def _several(args: argparse.Namespace) -> bool:
+    """Whether `upscale` writes one result after the other."""
+    from resmaster_flows.cli.image_files import is_one
+
+    return not is_one(args.input, args.output)
 
 
 VERBS: tuple[Verb, ...] = (
@@ -85,8 +98,10 @@ VERBS: tuple[Verb, ...] = (
     Verb("gc", "remove what no commit names", keeps=True),
     Verb("doctor", "say whether a store is fit for builds"),
     Verb("compare", "build the same samples by several methods, and measure them", keeps=True),
-    Verb("upscale", "upscale one image of your own", extra=None),
+    Verb("upscale", "upscale images of your own", keeps=_several, extra=None),
     Verb("app", "upscale an image in the browser", extra="app"),
+    Verb("schema", "print the JSON schema of configurations, for editors", extra=None),
+    Verb("completion", "print a script by which a shell completes the command", extra=None),
 )
 """The verbs in the order of the help."""
 
@@ -114,7 +129,7 @@ def parser() -> Parser:
         epilog="Start here: resmaster init demo",
     )
     top.add_argument("-V", "--version", action="version", version=f"resmaster {resmaster_stages.__version__}")
-    top.add_argument("--traceback", action="store_true", help="show Python tracebacks (for reporting a bug)")
+    add_telling(top)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for verb in VERBS:
         command = commands.add_parser(verb.name, help=verb.help, fill=verb.fill)
@@ -133,14 +148,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(console, f"resmaster: {one_line(error)}")
         return 2
     args = parser().parse_args(argv)
-    interrupted = KEPT if args.verb.keeps else NOTHING_WRITTEN
+    try:
+        with telling(args, sys.argv[1:] if argv is None else argv, console):
+            return _done(args, console)
+    except UserError as error:  # about the options of `telling`
+        say(console, f"resmaster: {one_line(error)}", result=True)
+        return 2
+
+
+def _done(args: argparse.Namespace, console: Console) -> int:
+    """Call the verb, and tell what went wrong. Returns the exit status."""
+    interrupted = args.verb.interrupted(args)
     try:
         with stoppable(interrupted):
             done: int = args.verb.run(args, console)
             sys.stdout.flush()
             return done
     except (KeyboardInterrupt, Terminated) as stop:
-        say(console, interrupted)
+        say(console, interrupted, result=True)
         return exit_status(signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
     except BrokenPipeError:  # the reader closed the pipe (`| head`); buffered output must not raise at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -148,8 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ResMasterError, OSError) as error:
         if args.traceback:
             raise
+        log.debug("the error in full:", exc_info=True)
         for line in error.mistakes if isinstance(error, ConfigError) else (error,):
-            say(console, f"resmaster: {one_line(line)}")
+            say(console, f"resmaster: {one_line(line)}", result=True)
         if isinstance(error, ServerLost):
             leave(1)  # Prefect would try for minutes to send what it has not sent
         return 2 if isinstance(error, UserError) else 1

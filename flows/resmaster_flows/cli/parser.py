@@ -28,6 +28,8 @@ class Parser(argparse.ArgumentParser):
         if filler:
             filler(self)
 
+    _intermixed = False
+
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse's. An option that is none of this parser ends the program, as every mistake does."""
         self.fill()
@@ -36,7 +38,13 @@ class Parser(argparse.ArgumentParser):
         for option in self._options(words):
             if not any(each.startswith(option) for each in known):  # argparse takes the beginning of an option, too
                 self.error(f"unknown option {option}{did_you_mean(option, known)}; see: {self.prog} --help")
-        return super().parse_known_args(words, namespace)
+        if self._subparsers is not None or self._intermixed or "--" in words:
+            return super().parse_known_args(words, namespace)
+        self._intermixed = True  # which calls this function again
+        try:
+            return self.parse_known_intermixed_args(words, namespace)  # options may stand between several INPUTs
+        finally:
+            self._intermixed = False
 
     def _options(self, words: Sequence[str]) -> Iterator[str]:
         """The long options among the words, without those behind a verb, which are the verb's own."""

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if repository and published.samples:
         _push(console, dataset, repository, args.public)
     elif repository:
-        say(console, f"{dataset.url}: no sample is published, so nothing was pushed")
+        say(console, f"{dataset.url}: no sample is published, so nothing was pushed", result=True)
     return judged(console, dataset, status(dataset)) or (0 if published.samples else 1)
 
 
@@ -134,7 +134,7 @@ def judged(console: Console, dataset: Dataset, found: Status) -> int:
 
     lacking = shortfall(dataset, found)
     if lacking:
-        say(console, lacking)
+        say(console, lacking, result=True)
     return 1 if lacking else 0
 
 
@@ -144,7 +144,7 @@ def publish_now(console: Console, dataset: Dataset, curated: bool | None = None)
     from resmaster_stages.publish.publish import publish
 
     published = publish(dataset, curated)
-    say(console, f"{published.samples} samples of {published.shards} shards published in {dataset.url}")
+    say(console, f"{published.samples} samples of {published.shards} shards published in {dataset.url}", result=True)
     if published.shards_missing:
         say(
             console, f"{published.shards_missing} shards are not finished; next: resmaster repair {quoted(dataset.url)}"

@@ -134,8 +134,8 @@ def _publish_if_needed(console: Console, dataset: Dataset, otherwise: str) -> in
     if not published.problem and (changed := changed_files(dataset.folder)):
         published = Published("damaged", changed)
     if published.problem:
-        say(console, f"{dataset.url}: its publication {published.spelled()}; nothing else to repair")
+        say(console, f"{dataset.url}: its publication {published.spelled()}; nothing else to repair", result=True)
         publish_now(console, dataset)
     else:
-        say(console, f"{dataset.url}: {otherwise}")
+        say(console, f"{dataset.url}: {otherwise}", result=True)
     return judged(console, dataset, found)

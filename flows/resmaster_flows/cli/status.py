@@ -67,7 +67,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     else:
         _print(dataset, found)
     for line in found.unreadable:
-        say(console, line)
+        say(console, line, result=True)
     return 1 if found.unreadable else 0
 
 

@@ -1,58 +1,84 @@
-"""`resmaster upscale`: upscales one image of the user's own, by the same functions as the stages."""
+"""`resmaster upscale`: upscales images of the user's own, by the same functions as the stages."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import uuid
-from collections.abc import Sequence
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from PIL import Image
 from rich.console import Console
 
+from resmaster_flows.cli.arguments import add_set
 from resmaster_flows.cli.execute import hide_bars
+from resmaster_flows.cli.image_files import QUALITY, Encoding, Job, OutputFormat, Wanted, check_size, jobs_of, write
+from resmaster_flows.watch.images import Step, upscaling
 from resmaster_flows.watch.progress import notes
-from resmaster_flows.watch.terminal import say, steps
+from resmaster_flows.watch.terminal import say
 from resmaster_stages.config.dataset import DatasetConfig
-from resmaster_stages.config.image_format import ImageFormat
-from resmaster_stages.config.load import load_config, parse_config
-from resmaster_stages.config.method import ColourMatch, methods, with_method
-from resmaster_stages.config.model import SDXL, ModelConfig
+from resmaster_stages.config.load import Lines, apply_settings, load_config, parse_config, parse_setting
+from resmaster_stages.config.method import ColourMatch, Method, methods, with_method
+from resmaster_stages.config.model import SDXL
 from resmaster_stages.dataset.labels import ALTERED, ENHANCED
 from resmaster_stages.diffusion.views import target_size
-from resmaster_stages.errors import ConfigError, UserError
-from resmaster_stages.library import open_image, single, upscale_as_configured
-from resmaster_stages.methods.settings import Diffusion
-from resmaster_stages.models.places import at_hub, to_be_downloaded
+from resmaster_stages.errors import SampleError, UserError
+from resmaster_stages.library import open_image, read_image_file, single, upscale_as_configured
+from resmaster_stages.methods.settings import Diffusion, Enlargement
+from resmaster_stages.models.downloads import downloads_of
+from resmaster_stages.models.places import at_hub
 from resmaster_stages.progress import listening
-from resmaster_stages.publish.card import without_folders
-from resmaster_stages.storage.images import LONGEST_PX, encoder_options, require_writable
-from resmaster_stages.storage.labels import Label, label_options, parameters
+from resmaster_stages.publish.card import spell_bytes, without_folders
+from resmaster_stages.redaction import one_line
+from resmaster_stages.storage.images import decode_alpha, decode_image
+from resmaster_stages.storage.labels import Label, parameters
+from resmaster_stages.storage.sources import MAX_FILE_BYTES
 
-DESCRIPTION = "Upscale one image. With ResMaster it keeps the image's structure and regenerates its detail."
-
-SDXL_GB = 17
-"""What is downloaded for `SDXL`: UNet 10.3 GB, text encoders 3.3, image encoder 2.5, IP-Adapter 0.7, VAE 0.3."""
-
-FORMATS = {".png": "PNG", ".webp": "WEBP", ".avif": "AVIF", ".jxl": "JXL", ".jpg": "JPEG", ".jpeg": "JPEG"}
-_FURTHER: dict[str, ImageFormat] = {".avif": "avif", ".jxl": "jxl"}
-LABELLED: dict[str, ImageFormat | Literal["jpeg"]] = {
-    **{".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"},
-    **_FURTHER,
-}
-"""Suffix of an output -> its format, as labels know it."""
-"""Suffixes of the formats that are written as in a dataset."""
-QUALITY = 95
-"""The quality of formats that have one."""
+DESCRIPTION = (
+    "Upscale images. With ResMaster they keep their structure, and their detail is drawn anew. INPUT is an image file, "
+    "a folder, a pattern in quotes ('photos/*.jpg'), or - for standard input. OUTPUT is a file for one image, - for "
+    "standard output, or a folder. In a folder, results that are there already are kept, and the images they were made "
+    "of are left out."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("input", metavar="INPUT", help="image file")
-    parser.add_argument("output", metavar="OUTPUT", help="image file to write (.png, .webp, .avif, .jxl or .jpg)")
-    parser.add_argument("--force", action="store_true", help="overwrite OUTPUT if it is there already")
+    parser.add_argument("input", metavar="INPUT", nargs="+", help="image file, folder, pattern, or - (standard input)")
+    parser.add_argument(
+        "output",
+        metavar="OUTPUT",
+        help="image file to write (.png, .webp, .avif, .jxl or .jpg), folder, or - (standard output)",
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite results that are there already")
+    parser.add_argument(
+        "--output-format",
+        choices=get_args(OutputFormat),
+        help="format of results (default: as the name of OUTPUT says; in a folder, that of INPUT, or png)",
+    )
+    parser.add_argument(
+        "--quality",
+        type=int,
+        metavar="N",
+        help=f"quality of webp, jpeg, avif and jxl, 1 to 100 (default: {QUALITY}); 100 loses nothing with webp and jxl",
+    )
+    parser.add_argument(
+        "--suffix", default="", metavar="TEXT", help="for a folder: put this behind each name, as _4x in photo_4x.png"
+    )
+    parser.add_argument(
+        "--bit-depth",
+        type=int,
+        choices=(8, 16),
+        default=8,
+        help="bits per channel (default: 8); 16: png with the computed values, which are not rounded to 256 levels",
+    )
+    parser.add_argument(
+        "--alpha",
+        choices=("drop", "keep"),
+        default="drop",
+        help="transparent places become white (drop), or stay transparent (keep) (default: drop)",
+    )
     parser.add_argument("--scale", type=float, default=4.0, help="target size over input size (default: 4)")
     parser.add_argument("--method", default="resmaster", help=f"one of: {', '.join(methods())} (default: resmaster)")
     parser.add_argument(
@@ -81,10 +107,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="give the result the colours of INPUT: mean_std (over the whole image) or wavelet (place by place)",
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    add_set(parser)
 
 
 def settings(args: argparse.Namespace) -> DatasetConfig:
     """The configuration that the options of `resmaster upscale` describe."""
+    added = [parse_setting(text) for text in args.settings]
     if args.config:
         base = load_config(args.config).model_dump(mode="json", exclude_unset=True)
     else:
@@ -96,65 +124,122 @@ def settings(args: argparse.Namespace) -> DatasetConfig:
         upscale["steps"] = args.steps
     if args.colour_match is not None:
         upscale["colour_match"] = args.colour_match
-    return parse_config({**base, "seed": args.seed, "upscale": upscale}, f"--scale {args.scale} --method {args.method}")
-
-
-def check_output(path: Path, inputs: Sequence[Path], force: bool) -> None:
-    """Raise UserError for an output file that cannot be written or must not be overwritten, before minutes of work.
-
-    inputs: files that are never overwritten, by whatever name.
-    """
-    if path.suffix.lower() not in FORMATS:
-        raise UserError(f"{path}: unknown image format {path.suffix!r}; use one of {', '.join(FORMATS)}")
-    if name := _FURTHER.get(path.suffix.lower()):
-        try:
-            require_writable(name)
-        except ConfigError as error:
-            raise UserError(f"{path}: {error}") from None
-    if not os.path.isdir(path.parent):
-        raise UserError(f"{path}: there is no folder {path.parent}; make it first")
-    there = os.path.exists(path)
-    if any(there and os.path.exists(each) and path.samefile(each) for each in inputs):
-        raise UserError(f"{path}: is the input itself, which is never overwritten; choose another output file")
-    if (there and not path.is_file()) or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path}: cannot be written; choose another output file")
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another output file") from None
-    if not force:
-        raise UserError(f"{path}: is there already; choose another output file, or overwrite it with --force")
-
-
-def check_size(path: Path, size: tuple[int, int]) -> None:
-    """Raise UserError for an image of `size` px that is too large for the format of the output file."""
-    limit = LONGEST_PX.get(FORMATS[path.suffix.lower()])
-    if limit is not None and max(size) > limit:
-        raise UserError(f"{path}: the format holds at most {limit} px a side, not {max(size)}; write a .png file")
+    values = apply_settings({**base, "seed": args.seed, "upscale": upscale}, added)
+    return parse_config(values, f"--scale {args.scale} --method {args.method}", Lines(None, settings=added))
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Upscale INPUT to OUTPUT, and show how far it is."""
-    source, target = Path(args.input), Path(args.output)
+    """Upscale each INPUT, and show how far it is. Returns 1 if one of several images could not be upscaled, else 0."""
     mask = [Path(args.detail_mask)] if args.detail_mask else []
-    check_output(target, [source, *mask], args.force)
+    wanted = Wanted(tuple(args.input), args.output, args.suffix, encoding_of(args), args.force, tuple(mask))
+    jobs, there = jobs_of(wanted)
     config = settings(args)
+    if wanted.encoding.bits == 16:
+        require_floats(config.upscale)
     if mask:
         config.upscale.require_detail_mask("--detail-mask gives")
-    image = open_image(source)
-    detail = open_image(mask[0]) if mask else None
-    check_size(target, target_size(image.height, image.width, config.upscale.scale))
-    if config.upscale.base_model:
-        tell_download(config, console)
+    if there:
+        say(console, f"{there} results are there already and are kept; --force makes them anew")
+    if not jobs:
+        return 0
+    work = Work(config, args.prompt, wanted.encoding, open_image(mask[0]) if mask else None, args.force)
+    first = work.read(jobs[0]) if len(jobs) == 1 and not there else None  # one image that is unfit is said at once
+    if config.upscale.base_model or config.upscale.networks():
+        tell_downloads(config, console)
     if not (console.is_terminal and at_hub(config.model.id)):
         hide_bars()
-    with steps(console, beginning(config)) as progress, listening(notes(lambda line: say(console, f"  {line}"))):
-        result = upscale_as_configured(config, image, args.prompt, detail=detail, progress=progress)
-    save(result, target, args.force, label_of(config, args.prompt, image.size))
-    say(console, f"{source} ({image.width} x {image.height} px) -> {target} ({result.width} x {result.height} px)")
-    return 0
+    many = len(jobs) + there > 1
+    failed = 0
+    with (
+        upscaling(console, len(jobs)) as begin,
+        listening(notes(lambda line: say(console, f"  {line}"))),
+    ):
+        for job in jobs:
+            step = begin(job.name, beginning(config))
+            try:
+                done = work.do(job, first or work.read(job), step)
+            except (UserError, SampleError) as error:
+                if not many:
+                    raise
+                failed += 1
+                say(console, f"resmaster: {one_line(error)}", result=True)
+            else:
+                say(console, done)
+    if many:
+        ok = len(jobs) - failed
+        say(
+            console, f"{ok} of {len(jobs)} images upscaled{f', {failed} failed' if failed else ''}", result=bool(failed)
+        )
+    return 1 if failed else 0
+
+
+@dataclass(frozen=True)
+class Input:
+    """A decoded input."""
+
+    image: Image.Image
+    """Upright RGB, on white."""
+    alpha: Image.Image | None
+    """How opaque it is; None: throughout, or transparency is not kept."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is the same for all images of a command."""
+
+    config: DatasetConfig
+    prompt: str
+    encoding: Encoding
+    detail: Image.Image | None
+    force: bool
+
+    def read(self, job: Job) -> Input:
+        """The image of a job. Raises UserError if it cannot be read, or its result could not be written."""
+        data = read_standard_input() if job.source is None else read_image_file(job.source)
+        try:
+            image = decode_image(data, job.name)
+            alpha = decode_alpha(data, job.name) if self.encoding.alpha else None
+        except SampleError as error:
+            raise UserError(str(error)) from None
+        check_size(job, target_size(image.height, image.width, self.config.upscale.scale))
+        return Input(image, alpha)
+
+    def do(self, job: Job, given: Input, step: Step) -> str:
+        """Upscale an image and write the result. Returns what was done, in one line. Raises UserError and
+        SampleError."""
+        image = given.image
+        deep = self.encoding.bits == 16
+        made = upscale_as_configured(self.config, image, self.prompt, detail=self.detail, progress=step, unrounded=deep)
+        label = label_of(self.config, self.prompt, image.size)
+        write(self.encoding.encode(made, given.alpha, job.format, label), job.target, self.force)
+        there = "standard output" if job.target is None else job.target
+        height, width = target_size(image.height, image.width, self.config.upscale.scale)
+        return f"{job.name} ({image.width} x {image.height} px) -> {there} ({width} x {height} px)"
+
+
+def read_standard_input() -> bytes:
+    """An image file from standard input. Raises UserError."""
+    if sys.stdin.isatty():
+        raise UserError("- as INPUT: standard input is a terminal; lead an image file into it")
+    data = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise UserError(f"standard input: has more than {MAX_FILE_BYTES:,} bytes; compress the image, or scale it down")
+    return data
+
+
+def require_floats(method: Method) -> None:
+    """Raise UserError if the method's results have 8 bits."""
+    if method.colour_match != "none":
+        raise UserError(f"--bit-depth 16: colours are matched in 8 bits; leave colour_match: {method.colour_match} out")
+    if isinstance(method, Enlargement) and not method.in_floats:
+        raise UserError(f"--bit-depth 16: method {method.method} computes in 8 bits; choose another method")
+
+
+def encoding_of(args: argparse.Namespace) -> Encoding:
+    """How results are written, by the options. Raises UserError."""
+    if args.quality is not None and not 1 <= args.quality <= 100:
+        raise UserError(f"--quality {args.quality}: give a number from 1 to 100")
+    return Encoding(args.output_format, args.quality, args.bit_depth, args.alpha == "keep")
 
 
 def label_of(config: DatasetConfig, prompt: str, size: tuple[int, int]) -> Label | None:
@@ -187,48 +272,11 @@ def beginning(config: DatasetConfig) -> str:
     return f"loading {config.model.id}{', captioning patches' if captions else ''}"
 
 
-def tell_download(config: DatasetConfig, console: Console) -> None:
-    """Say it if the model is downloaded first, which may take long and fill a disk."""
-    if to_be_downloaded(config.model):
-        size = f" (some {SDXL_GB} GB)" if config.model == ModelConfig(**SDXL) else ""
-        line = f"{config.model.id} is not on this machine yet, and is downloaded first{size}"
-        say(console, f"{line}; --model picturebook needs no download")
-
-
-def save(image: Image.Image, path: Path, force: bool, label: Label | None = None) -> None:
-    """Write `image` under a temporary name first, so that the final name never holds a half-written file.
-
-    Raises UserError. Without `force`, a file that has appeared under the final name meanwhile is kept, and so is the
-    result.
-    """
-    part = path.with_name(f"resmaster-{uuid.uuid4().hex[:8]}{path.suffix}")
-    suffix = path.suffix.lower()
-    options = encoder_options(_FURTHER[suffix], QUALITY) if suffix in _FURTHER else {"quality": QUALITY}
-    if label:
-        options = options | label_options(label, LABELLED[suffix])
-    try:
-        with part.open("xb") as file:
-            image.save(file, format=FORMATS[suffix], **options)
-        _rename(part, path, force)
-    except FileExistsError:
-        raise UserError(f"{path}: has appeared meanwhile, and is kept; the result is in {part}") from None
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another output file") from None
-
-
-def _rename(part: Path, path: Path, force: bool) -> None:
-    """Rename `part` to `path`. Raises FileExistsError if `path` exists, unless `force` is set.
-
-    The name is taken by an empty file first: a hard link would do both at once, and some disks have none.
-    """
-    if not force:
-        path.touch(exist_ok=False)
-    try:
-        os.replace(part, path)
-    except BaseException:
-        if not force:
-            path.unlink()
-        raise
+def tell_downloads(config: DatasetConfig, console: Console) -> None:
+    """Say which models are fetched first, which may take long and fill a disk."""
+    found = downloads_of(config)
+    for each in found:
+        size = "size unknown" if each.bytes is None else f"some {spell_bytes(each.bytes)}"
+        say(console, f"{each.model} is not on this machine yet, and is downloaded first ({size})")
+    if found:
+        say(console, "--model picturebook needs no download")

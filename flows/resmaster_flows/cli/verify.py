@@ -47,7 +47,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         say(out, f"{dataset.url}: {size} read")
     note(dataset, found)
     whole, last = _judged(dataset, found)
-    say(console, last)
+    say(console, last, result=True)
     return 0 if whole else 1
 
 

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, SpinnerColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
@@ -19,22 +18,42 @@ from resmaster_flows.watch.events import Dispatched
 from resmaster_flows.watch.pace import spell_seconds
 from resmaster_flows.watch.progress import Progress, notes
 from resmaster_stages.progress import Event, Listener, ShardDone, listening
-from resmaster_stages.redaction import printable, printable_lines
+from resmaster_stages.redaction import printable_lines
 
 
 class SafeConsole(Console):
     """A console that shows characters which act without being seen as visible escapes, in text and tables alike."""
+
+    hushed = False
+    """Whether only results and errors are told, without bars (`say`)."""
+    heard: Callable[[str], object] | None = None
+    """What also gets every text that is said here."""
+
+    @property
+    def is_terminal(self) -> bool:
+        """As Rich's. A hushed console draws no bars."""
+        return not self.hushed and super().is_terminal
 
     def render_str(self, text: str, **options: Any) -> Text:
         """As Rich's, which this console calls for every `str` that it is given."""
         return super().render_str(printable_lines(text), **options)
 
 
-def say(console: Console, text: str | Text) -> None:
+def say(console: Console, text: str | Text, *, result: bool = False) -> None:
     """Print `text` without markup (names may hold brackets) and without line breaks in paths. Bytes of names that are
-    no UTF-8 are escaped."""
+    no UTF-8 are escaped. result: it is a result or an error, which a hushed console prints as well."""
     if isinstance(text, str):
         text = text.encode("utf-8", "backslashreplace").decode()
+    if isinstance(console, SafeConsole):
+        if console.heard:
+            console.heard(str(text).strip())
+        if console.hushed and not result:
+            return
+    put(console, text)
+
+
+def put(console: Console, text: str | Text) -> None:
+    """Print `text` as it is, whatever the console logs."""
     console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
@@ -65,26 +84,6 @@ def terminal(progress: Progress, console: Console) -> Iterator[Bar]:
         listening(draw),
     ):
         yield bar
-
-
-@contextmanager
-def steps(console: Console, begin: str) -> Iterator[Callable[[int, int], None]]:
-    """Within the block, show how far one image is: by a bar on a terminal, else by a line per tenth of the steps.
-
-    begin: what is done before the first step. Yields a function that is to be called after each step with (steps done,
-    steps in all).
-    """
-    if not console.is_terminal:
-        say(console, f"  {begin}")
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(escape(printable(begin)), total=None)
-
-        def step(done: int, total: int) -> None:
-            bar.update(task, description="upscaling", completed=done, total=total)
-            if not console.is_terminal and done * 10 // total > (done - 1) * 10 // total:
-                say(console, f"  upscaling: step {done} of {total}")
-
-        yield step
 
 
 def _shown(progress: Progress) -> dict[str, Any]:

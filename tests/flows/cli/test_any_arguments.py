@@ -21,7 +21,20 @@ WORDS = (
     *(".", "..", "~nobody", "/dev/null", "s3://", "s3:///x", "file://", "memory://x", "0-99999999", "0-1"),
     *("resmaster", "resmaster:steps=[", "resmaster+", "lanczos", "picturebook", "4x4", "0x0", "99x99", "low_res"),
     *("c.yaml", "p.txt", "photo.png", "out/demo", "new.png", "new"),
+    *(
+        "upscale.steps=3",
+        "upscale.steps",
+        "upscale.=",
+        "captions.grid=tiles",
+        "a=[",
+        "prompts=p.txt",
+        "keep",
+        "16",
+        "png",
+    ),
 )
+TELLING = ("--verbose", "--quiet", "--log-file", "--traceback=")
+"""Options of every verb."""
 USUAL = {
     "init": ["new"],
     "run": ["c.yaml"],
@@ -38,11 +51,14 @@ USUAL = {
     "doctor": ["new"],
     "compare": ["c.yaml", "--methods", "lanczos"],
     "upscale": ["photo.png", "new.png", "--method", "lanczos"],
+    "schema": [],
+    "completion": ["bash"],
 }
 """What each verb takes."""
 OPTIONS = {
-    "plan": ("--limit", "--root", "--prompts", "--images", "--workers", "--price", "--estimate"),
-    "run": ("--limit", "--root", "--prompts", "--images", "--executor"),
+    "plan": ("--limit", "--root", "--prompts", "--images", "--workers", "--price", "--estimate", "--set"),
+    "run": ("--limit", "--root", "--prompts", "--images", "--executor", "--set"),
+    "init": ("--base", "--prompts", "--images"),
     "status": ("--openmetrics", "--json"),
     "view": ("--port", "--who"),
     "explain": ("--json",),
@@ -52,7 +68,7 @@ OPTIONS = {
     "compare": ("--scales", "--reference", "--n", "--limit", "--methods", "--root"),
     "upscale": (
         *("--scale", "--preset", "--prompt", "--detail-mask", "--model", "--captioner", "--config", "--steps"),
-        *("--seed", "--method"),
+        *("--seed", "--method", "--output-format", "--quality", "--suffix", "--bit-depth", "--alpha", "--set"),
     ),
 }
 
@@ -92,6 +108,8 @@ def test_any_words_end_in_a_status_and_a_few_lines(
     words = list(USUAL[verb])
     if options := OPTIONS.get(verb):
         words += [data.draw(st.sampled_from(options)), data.draw(st.sampled_from(WORDS))]
+    if data.draw(st.integers(0, 9)) == 0:
+        words += [data.draw(st.sampled_from(TELLING)), *data.draw(st.lists(st.sampled_from(WORDS), max_size=1))]
     if data.draw(st.booleans()):
         words[data.draw(st.integers(0, len(words) - 1))] = data.draw(st.sampled_from(WORDS))
     prompts = (folder / "p.txt").read_bytes(), (folder / "photo.png").read_bytes()

@@ -17,6 +17,7 @@ FILES = [
     "pixart-4k.yaml",
     "prompts.txt",
     "qwen-4k.yaml",
+    "resmaster.schema.json",
     "sd35-4k.yaml",
     "sdxl-2k.yaml",
     "sdxl-4k.yaml",

@@ -14,9 +14,7 @@ from rich.console import Console
 
 from resmaster_flows.cli import upscale
 from resmaster_flows.cli.main import main
-from resmaster_flows.watch.terminal import steps
-from resmaster_stages.config.model import SDXL, ModelConfig
-from resmaster_stages.models.places import to_be_downloaded
+from resmaster_flows.watch.images import upscaling
 from resmaster_stages.storage.generation import read_generation
 from tests.checkout import PYTHONPATH
 
@@ -153,7 +151,7 @@ def test_a_rename_that_fails_leaves_no_empty_file(
     def fail(*names: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(upscale.os, "replace", fail)
+    monkeypatch.setattr("resmaster_flows.cli.image_files.os.replace", fail)
     assert main(["upscale", "photo.png", "out.png", *LANCZOS]) == 2
     assert "out.png: cannot be written (Input/output error)" in capsys.readouterr().err
     assert [path.name for path in photo.parent.iterdir()] == ["photo.png"]
@@ -188,35 +186,14 @@ def test_a_log_gets_some_lines_and_no_bars(photo: Path) -> None:
 
 def test_a_log_gets_a_line_per_tenth_of_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
     for total, expected in ((100, 10), (37, 10), (4, 4)):
-        with steps(Console(stderr=True), "loading x") as step:
+        with upscaling(Console(stderr=True), 1) as begin:
+            step = begin("a.png", "loading x")
             for done in range(1, total + 1):
                 step(done, total)
         first, *lines = capsys.readouterr().err.splitlines()
         assert first == "  loading x"
         assert len(lines) == expected
         assert lines[-1] == f"  upscaling: step {total} of {total}"
-
-
-def test_a_download_is_announced(
-    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As long as the cache has no weights, though it may have the configuration, which `plan` reads."""
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    index = tmp_path / "cache" / "model_index.json"
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args, **kwargs: str(index))
-    monkeypatch.setattr(upscale, "upscale_as_configured", lambda *args, **kwargs: Image.new("RGB", (8, 8)))
-    assert main(["upscale", "photo.png", "out.png"]) == 0
-    assert capsys.readouterr().err.startswith(
-        f"{SDXL['id']} is not on this machine yet, and is downloaded first (some 17 GB); --model picturebook needs no "
-        "download\n"
-    )
-    (index.parent / "unet").mkdir(parents=True)
-    (index.parent / "unet" / "weights.safetensors").touch()
-    for model in (ModelConfig(**SDXL), ModelConfig(id="picturebook"), ModelConfig(id=str(tmp_path))):
-        assert not to_be_downloaded(model)
-    assert to_be_downloaded(ModelConfig(id="a b:c")) is False
 
 
 TERM = re.compile(rb"digitalsourcetype/(\w+)<")
