@@ -321,7 +321,7 @@ class DispatchConfig(Part):
     @model_validator(mode="after")
     def _cost_has_a_price(self) -> DispatchConfig:
         if self.max_cost is not None and not self.price:
-            raise ValueError("max_cost needs a price; set price (of one worker's hour), or drop max_cost")
+            raise ValueError("max_cost needs a price; set price, of one worker's hour, or drop max_cost")
         return self
 
 

@@ -142,6 +142,13 @@ def open_dataset(url: str) -> Dataset:
     return Dataset(folder, _current(folder)[1])
 
 
+def reconfigured(dataset: Dataset, **changes: Any) -> Dataset:
+    """The dataset with other values of some fields, which become part of its current configuration."""
+    if all(getattr(dataset.config, name) == value for name, value in changes.items()):
+        return dataset
+    return _adopt(dataset.folder, dataset.config.model_copy(update=changes))
+
+
 def _has_config(folder: Folder) -> bool:
     return folder.exists(layout.CONFIG)
 

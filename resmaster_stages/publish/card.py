@@ -23,6 +23,7 @@ from resmaster_stages.dataset.commit import StoredObject
 from resmaster_stages.dataset.curation import Chosen
 from resmaster_stages.dataset.labels import ENHANCED, high_res_source_type
 from resmaster_stages.dataset.plan import Plan
+from resmaster_stages.inspection.spending import spell_cost
 from resmaster_stages.metrics import metric_columns
 from resmaster_stages.metrics.flags import known_flags
 from resmaster_stages.models.licences import licences_of, uses_base_model
@@ -69,6 +70,8 @@ class Contents:
     """Name of a view (high_res, low_res) -> its published tars that hold samples."""
     xmp: bool = False
     """Whether the image files name their digital source type in XMP."""
+    seconds: float = 0.0
+    """Device seconds in which the published shards were made."""
 
 
 def dataset_card(config: DatasetConfig, plan: Plan, published: Publication, contents: Contents) -> str:
@@ -144,6 +147,7 @@ def _facts(config: DatasetConfig, plan: Plan, published: Publication, contents: 
         "Inputs rejected or repeated": f"{rejected:,} rejected, {repeated:,} repeated (listed where the dataset was "
         "made, in `plan/`)",
         **({"Chosen by people": _chosen(published.chosen)} if published.chosen != Chosen() else {}),
+        "Computed in": f"{spell_cost(contents.seconds, None)} (by stage: `device_seconds` in `index.json`)",
         "Base seed": config.seed,
     }
 

@@ -1,7 +1,7 @@
 """The command `resmaster`: parses the arguments, calls the verb and reports errors.
 
 A user's mistake is one line on stderr and exit status 2. Exit status: 0 done, 1 something is missing, failed or
-damaged, 2 bad input, 130 interrupted (143 by SIGTERM).
+damaged, 2 bad input, 3 stopped by a limit of money or hours, 130 interrupted (143 by SIGTERM).
 Heavy imports (torch, Prefect) happen inside the commands that need them, so that `status` answers at once.
 """
 

@@ -100,6 +100,8 @@ def _print(dataset: Dataset, found: Status) -> None:
     redo = [f"{stage.stage} of {stage.redo_samples} samples" for stage in found.stages if stage.redo_samples]
     if redo:
         say(out, f"to make again: {', '.join(redo)}; go on: resmaster repair {quoted(dataset.url)}")
+    if found.spent.seconds:
+        say(out, f"cost so far: {found.spent.told()}")
     if publication := found.publication_line(dataset.url):
         say(out, publication)
     added = f", prompts in {found.generations} generations" if found.generations > 1 else ""
@@ -125,6 +127,9 @@ def _error(stage: str, error: StageError) -> str:
 
 def _table(found: Status) -> Table:
     table = Table("stage", "committed", "pending", "failed", "samples ok", "samples failed", box=None, pad_edge=False)
+    table.add_column("device time")
+    if found.spent.price is not None:
+        table.add_column("cost")
     for stage in found.stages:
         table.add_row(
             stage.stage,
@@ -133,5 +138,6 @@ def _table(found: Status) -> Table:
             str(stage.failed),
             str(stage.samples_ok),
             str(stage.samples_failed),
+            *found.spent.cells(stage.stage),
         )
     return table
