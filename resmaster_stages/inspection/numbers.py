@@ -20,8 +20,8 @@ from resmaster_stages.dataset.publication import read_publication
 from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.errors import ShardError
 from resmaster_stages.inspection.known import Failure, Known, Made
-from resmaster_stages.inspection.lists import counting_choices
 from resmaster_stages.inspection.listing import StageListing, list_stages
+from resmaster_stages.inspection.lists import counting_choices
 from resmaster_stages.redaction import one_line
 from resmaster_stages.storage.store_errors import explained
 from resmaster_stages.storage.tables import decode_table

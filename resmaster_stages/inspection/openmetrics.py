@@ -125,8 +125,8 @@ class Families:
             (self.failures, stage.failures),
             (self.gpu_seconds, stage.gpu_seconds),
         ):
-            for name, count in counts.items():
-                family.add_metric([*labels, name], count)
+            for label, amount in counts.items():
+                family.add_metric([*labels, label], amount)
         self.retries.add_metric(labels, stage.retries)
         self.seconds.add_metric(labels, stage.seconds)
         if stage.tried and stage.last_commit is not None:

@@ -1,8 +1,8 @@
 """Looks at all datasets directly below a root, and says which of them need attention first. Changes nothing.
 
-A dataset costs about ten requests, one more per thousand of its files that are listed, and at most `RECORDS` records per
-stage of its shards without failures and as many of those with. A dataset that cannot be read, and a folder that is none,
-costs a line and not the others.
+A dataset costs about ten requests, one more per thousand of its files that are listed, and at most `RECORDS` records
+per stage of its shards without failures and as many of those with. A dataset that cannot be read costs a line, and so
+does a folder that is none.
 """
 
 from __future__ import annotations
