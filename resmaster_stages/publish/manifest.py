@@ -37,7 +37,6 @@ from resmaster_stages.dataset.publication import CommitsDigest
 from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import ShardError
-from resmaster_stages.inspection.spending import SECONDS_PER_HOUR
 from resmaster_stages.keys import digest_of_keys
 from resmaster_stages.publish.card import Contents, Publication, dataset_card
 from resmaster_stages.publish.curated import write_curated
@@ -102,7 +101,8 @@ def write_manifest(
                     tar = images.objects[0]
                     item = {"url": tar.name, "nsamples": images.samples_ok, "filesize": tar.bytes}
                     index.write(",\n " * (len(published_tars["high_res"]) > 1) + json.dumps(item))
-            index.write("]" + json.dumps(_cost(seconds, config.dispatch.price)).replace("{", ", ", 1) + "\n")
+            times = {stage: round(each, 3) for stage, each in seconds.items()}
+            index.write(f'], "device_seconds": {json.dumps(times)}}}\n')
         if (twice := _repeated(local, prints)) is not None:
             raise ShardError(f"{dataset.url}: sample {twice} occurs twice; restore the folder plan/ from a copy")
         published = Publication(table.rows, complete, plan.shards - complete, failures, count(chosen))
@@ -118,15 +118,6 @@ def write_manifest(
         card.write_bytes(dataset_card(config, plan, published, contents).encode())
         stored.append(_uploaded(dataset, layout.CARD, card))
     return replace(published, commits=digest.hexdigest(), files=tuple(stored))
-
-
-def _cost(seconds: Mapping[str, float], price: float | None) -> dict[str, Any]:
-    """What the index says of the published commits: device seconds by stage, and the cost if there is a price."""
-    times = {stage: round(each, 3) for stage, each in seconds.items()}
-    if price is None:
-        return {"device_seconds": times}
-    money = {stage: round(each / SECONDS_PER_HOUR * price, 4) for stage, each in seconds.items()}
-    return {"device_seconds": times, "price_per_hour": price, "cost": money}
 
 
 def _uploaded(dataset: Dataset, name: str, path: Path) -> StoredObject:
