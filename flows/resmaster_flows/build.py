@@ -44,6 +44,7 @@ from resmaster_stages.dataset.dataset import Dataset, open_dataset, planned_data
 from resmaster_stages.dataset.lost_plan import restore_plan
 from resmaster_stages.dataset.retry import Retries, retries_of
 from resmaster_stages.dataset.stages import STAGES
+from resmaster_stages.inspection.limits import Limits, end_of_hours, left
 from resmaster_stages.inspection.shortfall import shortfall
 from resmaster_stages.inspection.status import pending, pending_samples, status
 from resmaster_stages.planning.checks import Around, check_stages
@@ -60,6 +61,8 @@ if TYPE_CHECKING:
     StageName = str
 else:
     StageName = Literal[tuple(STAGES)]  # Prefect's form for the flow's parameters then offers a choice
+
+TO_GO_ON = "run the same command again with a higher limit to go on"
 
 Todo = dict[str, list[int]]
 """Stage -> shards that have something to do."""
@@ -81,11 +84,15 @@ class BuildResult:
     """Number of each shard that could not be finished -> its first error."""
     shortfall: str = ""
     """What `resmaster_flows.shortfall` says of the dataset; "" if there are no missing shards and enough samples."""
+    limit: str = ""
+    """Which limit of money or hours ended the build, and what it left; "" if none did."""
+    spent: str = ""
+    """What the dataset has cost so far, in words."""
 
     @property
     def finished(self) -> bool:
         """Whether nothing is missing."""
-        return not self.errors and not self.shortfall
+        return not self.errors and not self.shortfall and not self.limit
 
 
 @task(name="plan", cache_policy=NO_CACHE, persist_result=False)
@@ -104,11 +111,17 @@ def publish_dataset(dataset: Dataset) -> Publication:
 
 
 def work(
-    dataset: Dataset, todo: Todo, look: Callable[[], Todo], retries: Retries | None = None, queue: str | None = None
+    dataset: Dataset,
+    todo: Todo,
+    look: Callable[[], Todo],
+    limits: Limits,
+    retries: Retries | None = None,
+    queue: str | None = None,
 ) -> dict[str, str]:
     """Process the shards in `todo` (stage -> shards), on workers, on a cluster or in this process.
 
-    look: reads from the dataset again what is to do. Returns shard number -> error, for each shard that is missing.
+    look: reads from the dataset again what is to do. Returns shard number -> error, for each shard that could not be
+    finished. Shards that are not begun because of a limit are absent.
     """
     config = dataset.config.dispatch
     shards = sorted(_lacking(todo))
@@ -121,11 +134,11 @@ def work(
             lacking = [stage for stage, missing in todo.items() if missing]
             check_stages(dataset.config, lacking, here=False)
         if config.where == "dask" or config.where == "ray":
-            return process_on_cluster(dataset, shards, stages, retries, config.where)
+            return process_on_cluster(dataset, shards, stages, retries, config.where, limits.until)
         if not on_workers(config):
-            errors: dict[str, str] = call(process_shards, dataset.url, shards, stages, retries)
+            errors: dict[str, str] = call(process_shards, dataset.url, shards, stages, retries, limits.until)
             return errors
-        runs = ServerRuns(config, dataset.url, stages, retries, queue)
+        runs = ServerRuns(config, dataset.url, stages, retries, queue, limits)
         missing = dispatch(runs, lambda: _lacking(look()), config, _lacking(todo))
     return {str(shard): error for shard, error in missing.items()}
 
@@ -135,11 +148,16 @@ def _lacking(todo: Todo) -> Counter[int]:
     return Counter(shard for missing in todo.values() for shard in missing)
 
 
-def finish(dataset: Dataset, errors: dict[str, str]) -> BuildResult | State[BuildResult]:
+def finish(dataset: Dataset, errors: dict[str, str], todo: Todo, limits: Limits) -> BuildResult | State[BuildResult]:
     """Publish what is committed and return the result. If shards or too many samples are missing, the flow run ends as
-    `Incomplete`."""
+    `Incomplete`.
+
+    errors: shard number -> error. todo: stage -> shards, of what is not done.
+    """
     published = call(publish_dataset, dataset)
     found = status(dataset)
+    not_tried = _lacking(todo).keys() - {int(shard) for shard in errors}
+    limit = limits.reached() if not_tried else ""
     show_dataset(dataset, found)
     result = BuildResult(
         dataset_url=dataset.url,
@@ -148,10 +166,12 @@ def finish(dataset: Dataset, errors: dict[str, str]) -> BuildResult | State[Buil
         samples_failed=sum(stage.samples_failed for stage in found.stages),
         errors=errors,
         shortfall="" if errors else shortfall(dataset, found),
+        limit=f"stopped: {limit}; {left(dataset, todo, found)}; {TO_GO_ON}" if limit else "",
+        spent=found.spent.line(),
     )
     if result.finished:
         return result
-    return incomplete(failures(errors) if errors else result.shortfall, result)
+    return incomplete(failures(errors) if errors else result.shortfall or result.limit, result)
 
 
 @flow(
@@ -170,12 +190,14 @@ def build_dataset(config: DatasetConfig, read_input: bool = True) -> BuildResult
         return skipped(other)
     if on_workers(config.dispatch):
         deployed(config.dispatch)  # raises before anything is planned
+    until = end_of_hours(config.dispatch)
     dataset = call(plan_dataset, config, read_input)
+    limits = Limits(dataset, until)
     try:
-        errors = work(dataset, pending(dataset), lambda: pending(dataset))
+        errors = work(dataset, pending(dataset), lambda: pending(dataset), limits)
     except Stopped:
         return Cancelled(message="its runs were cancelled")
-    return finish(dataset, errors)
+    return finish(dataset, errors, pending(dataset), limits)
 
 
 @flow(name="repair", flow_run_name="repair {dataset_url}", on_cancellation=[cancel_children])
@@ -203,6 +225,7 @@ def repair(
             the first stage that draws by a seed.
     """
     dataset = open_dataset(dataset_url)
+    limits = Limits(dataset, end_of_hours(dataset.config.dispatch))
     numbers = None if shards is None else parse_numbers(shards, dataset.plan.shards)
     whole = shards is None and stages is None
     if whole and (other := other_build(dataset.config.dispatch, dataset.url)):
@@ -222,10 +245,10 @@ def repair(
         return pending(dataset, shards=numbers, stages=stages, retries=retries)
 
     try:
-        errors = work(dataset, look(), look, retries, REPAIR_QUEUE)
+        errors = work(dataset, look(), look, limits, retries, REPAIR_QUEUE)
     except Stopped:
         return Cancelled(message="its runs were cancelled")
-    return finish(dataset, {**errors, **{str(shard): why for shard, why in hindered.items()}})
+    return finish(dataset, {**errors, **{str(shard): why for shard, why in hindered.items()}}, look(), limits)
 
 
 @flow(name="publish", flow_run_name="publish {dataset_url}")

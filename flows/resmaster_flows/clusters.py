@@ -21,13 +21,13 @@ from prefect.futures import PrefectFuture
 from prefect.settings import get_current_settings
 from prefect.task_runners import TaskRunner
 
-from resmaster_flows.outcome import incomplete, outcome
+from resmaster_flows.outcome import incomplete, limited, outcome
 from resmaster_flows.process import failures
 from resmaster_flows.watch.events import Dispatched
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.dataset.retry import Retries, part_of
 from resmaster_stages.errors import ConfigError, GpuLost, ShardError, UserError
-from resmaster_stages.progress import ShardFailed, emit
+from resmaster_stages.progress import Note, ShardFailed, emit
 from resmaster_stages.runner.shards import describe
 from resmaster_tasks.shards import process_shard
 
@@ -105,38 +105,61 @@ def process_on_cluster(
     stages: Sequence[str] | None,
     retries: Retries | None,
     executor: Executor,
+    until: str | None,
 ) -> dict[str, str]:
     """Process the shards on the cluster. Returns shard number -> error, for each shard that could not be finished."""
     run = _process.with_options(task_runner=runner(executor))
     errors: dict[str, str] = outcome(
-        run(dataset.url, list(shards), list(stages) if stages else None, retries, executor, return_state=True)
+        run(dataset.url, list(shards), list(stages) if stages else None, retries, executor, until, return_state=True)
     )
     return errors
 
 
 @flow(name="process-shards-on-cluster", validate_parameters=False)
 def _process(
-    dataset_url: str, shards: list[int], stages: list[str] | None, retries: Retries | None, executor: Executor
+    dataset_url: str,
+    shards: list[int],
+    stages: list[str] | None,
+    retries: Retries | None,
+    executor: Executor,
+    until: str | None,
 ) -> dict[str, str] | State[dict[str, str]]:
-    """Run every stage over the shards, with one task per shard and at most `dispatch.window` tasks at a time."""
+    """Run every stage over the shards, with one task per shard and at most `dispatch.window` tasks at a time.
+
+    Each task looks at the limits of the build before it begins. If one is reached, no more tasks are submitted.
+    """
     dataset = open_dataset(dataset_url)
     chosen = [stage for stage in dataset.hashes if stages is None or stage in stages]
     errors: dict[str, str] = {}
-    under_way: deque[tuple[int, PrefectFuture[int]]] = deque()
+    limit, done = "", 0
+    under_way: deque[tuple[int, PrefectFuture[str]]] = deque()
     due = deque(shards)
     with resources(executor):
         while due or under_way:
             while due and len(under_way) < dataset.config.dispatch.window:
                 shard = due.popleft()
-                under_way.append((shard, process_shard.submit(dataset_url, shard, chosen, part_of(retries, [shard]))))
+                task = process_shard.submit(dataset_url, shard, chosen, part_of(retries, [shard]), until)
+                under_way.append((shard, task))
             shard, future = under_way.popleft()
             try:
-                future.result()
+                reached = future.result()
             except (GpuLost, ConfigError):
                 raise  # the next shard would end the same way
             except Exception as error:
                 errors[str(shard)] = str(error) if isinstance(error, ShardError) else describe(error)
                 emit(ShardFailed(shard, errors[str(shard)]))
-            done = len(shards) - len(due) - len(under_way) - len(errors)
+            else:
+                if reached:
+                    limit = limit or _told(reached)
+                    due.clear()
+                done += not reached
             emit(Dispatched(done, len(shards), len(under_way), len(due)))
-    return incomplete(failures(errors), errors) if errors else errors
+    if errors:
+        return incomplete(failures(errors), errors)
+    return limited(limit, errors) if limit else errors
+
+
+def _told(limit: str) -> str:
+    """The limit that is reached, after the user was told."""
+    emit(Note(f"{limit}; no further shard is begun"))
+    return limit

@@ -8,6 +8,8 @@ Invariants:
   does not matter: a run that stays Running for ever delays the build by `stall_seconds`, but does not block it.
 - A shard is given up after `attempts` runs have broken off at it. A shard that a run tried and could not finish is
   given up at once, because the next run would fail the same way.
+- When a limit of the build is reached, no more runs are submitted, and those that wait are cancelled. Runs at work look
+  at the limit themselves, and end with the shard that they are at.
 - At most `window` runs wait at a time. A worker fetches at most 200 waiting runs, so runs behind those would starve.
 """
 
@@ -27,7 +29,7 @@ from prefect.client.schemas.objects import State
 from prefect.exceptions import Pause, TerminationSignal
 from prefect.states import Crashed
 
-from resmaster_flows.outcome import INCOMPLETE
+from resmaster_flows.outcome import INCOMPLETE, LIMITED
 from resmaster_flows.watch.events import Dispatched, RunEnded, RunSubmitted
 from resmaster_stages.config.dataset import DispatchConfig
 from resmaster_stages.progress import emit
@@ -62,6 +64,9 @@ class Runs(Protocol):
 
     def submit(self, shards: Shards, attempt: int) -> tuple[UUID, str]:
         """Start a run over the shards, or find the run that was already started for this attempt. Returns id, name."""
+
+    def limit(self) -> str:
+        """Which limit of the build is reached, in words; "" if none is."""
 
     def states(self, runs: Collection[UUID]) -> Mapping[UUID, State]:
         """Run -> state. Deleted runs are absent.
@@ -107,6 +112,8 @@ class Dispatch:
         self._clock = clock
         self.active: dict[UUID, Child] = {}
         self.errors: dict[int, str] = {}
+        self.limited = False
+        """Whether a limit of the build is reached, so that nothing more is submitted."""
         self._broken_off: Counter[int] = Counter()
         self._fruitless = 0
         begun = runs.begun()
@@ -145,6 +152,9 @@ class Dispatch:
             del self.active[run]
             emit(RunEnded(str(run), spell_state(state), finished=not unfinished))
             self._fruitless = self._fruitless + 1 if unfinished and left == child.lacking else 0
+            if state is not None and state.name == LIMITED:
+                self.limited = True
+                continue
             self.errors.update(dict.fromkeys(unfinished, f"run {child.name}: {spell_state(state)}"))
             if state is not None and not state.is_cancelled() and state.name != INCOMPLETE:
                 self._again(unfinished)
@@ -164,7 +174,11 @@ class Dispatch:
                 self.due.append((shard,))
 
     def top_up(self, todo: Mapping[int, int]) -> None:
-        """Submit due batches, as far as the window allows."""
+        """Submit due batches, as far as the window and the limits of the build allow."""
+        self.limited = self.limited or bool(self._runs.limit())
+        if self.limited:
+            self.due.clear()
+            self.cancel(self.waiting)
         if self._fruitless >= FRUITLESS_RUNS:
             reason = f"not tried: the last {self._fruitless} runs ended without a commit"
             self.errors = {**{shard: reason for batch in self.due for shard in batch}, **self.errors}
@@ -227,7 +241,8 @@ def dispatch(
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[int, str]:
-    """Have runs process every shard of `todo`. Returns shard -> reason, for the shards that are missing at the end.
+    """Have runs process every shard of `todo`. Returns shard -> reason, for the shards that are missing at the end, but
+    for those that a limit of the build left out.
 
     todo: shard -> commits that the shard lacks. look: reads the same from the store again; finished shards are absent.
     Raises Stopped or Pause (see `Runs.states`), and the server's or store's own error if it stays out of reach.
@@ -264,7 +279,8 @@ def dispatch(
     finally:
         state.count(total - len(todo), total)
         state.leave()
-    return {shard: state.errors.get(shard, "not tried") for shard in sorted(todo)}
+    missing = [shard for shard in sorted(todo) if shard in state.errors or not state.limited]
+    return {shard: state.errors.get(shard, "not tried") for shard in missing}
 
 
 def batches(shards: Sequence[int], largest: int, places: int) -> list[Shards]:

@@ -3,6 +3,8 @@
 `Incomplete`: a failed state with the result, of a run that could not finish some shards. The name lets Prefect's UI and
 the dispatcher distinguish a run that tried all its shards (it would fail the same way again) from a run that broke off.
 `Skipped`: a cancelled state, of a build that gave way to another build of the same dataset.
+`Limited`: a completed state with the result, of a run over shards that began no more of them because a limit of the
+build was reached. The build itself ends as `Incomplete`, because something is missing.
 
 This module also keeps Prefect's tracebacks out of the log of a run whose end is no surprise. The log shows the state's
 message or the error's message instead.
@@ -15,12 +17,13 @@ from typing import Any
 
 from prefect.client.schemas.objects import State
 from prefect.exceptions import CancelledRun
-from prefect.states import Cancelled, Failed
+from prefect.states import Cancelled, Completed, Failed
 
 from resmaster_stages.errors import ResMasterError, UserError
 
 INCOMPLETE = "Incomplete"
 SKIPPED = "Skipped"
+LIMITED = "Limited"
 
 
 class Unfinished(Exception):
@@ -42,6 +45,11 @@ def incomplete(message: str, result: Any) -> State[Any]:
 def skipped(message: str) -> State[Any]:
     """The state that a flow returns when it gives way to another run, which `message` names."""
     return Cancelled(name=SKIPPED, message=message)
+
+
+def limited(message: str, result: Any) -> State[Any]:
+    """The state that a run over shards returns instead of `result` when a limit, which `message` names, ended it."""
+    return Completed(name=LIMITED, message=message, data=result)
 
 
 def outcome(state: State[Any]) -> Any:

@@ -2,6 +2,7 @@
 
 Invariants:
 - A shard that fails does not stop the other shards. At the end the flow run fails and lists the failed shards.
+- A limit of the build is looked at before each shard. If one is reached, no further shard is begun.
 - A lost GPU or a wrong configuration ends the flow run at once, because every other shard would fail the same way.
 """
 
@@ -15,13 +16,14 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 
 from resmaster_flows.calls import call
-from resmaster_flows.outcome import incomplete
+from resmaster_flows.outcome import incomplete, limited
 from resmaster_flows.plugins import load_plugins
 from resmaster_flows.selection import spell_shards
 from resmaster_flows.watch.artifacts import run_page
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.dataset.retry import Retries
+from resmaster_stages.inspection.limits import Limits
 from resmaster_stages.planning.checks import check_stages
 from resmaster_stages.runner.shards import each_shard
 from resmaster_tasks.stages import stage_task
@@ -48,7 +50,11 @@ def _own_run_name() -> str:
 
 @flow(name="process-shards", flow_run_name=_own_run_name, validate_parameters=False)
 def process_shards(
-    dataset_url: str, shards: list[int], stages: list[str] | None = None, retries: Retries | None = None
+    dataset_url: str,
+    shards: list[int],
+    stages: list[str] | None = None,
+    retries: Retries | None = None,
+    until: str | None = None,
 ) -> dict[str, str] | State[dict[str, str]]:
     """Run every stage over the shards. A stage that is already committed returns at once.
 
@@ -57,19 +63,22 @@ def process_shards(
         shards: shard numbers, as in the plan.
         stages: only these stages, in pipeline order; default: all that the dataset needs.
         retries: stage -> shard -> number of the attempt that the shard's failed samples are to get.
+        until: time (ISO 8601) after which no shard is begun.
 
     Returns shard number -> first error, for each failed shard. If there are failed shards, the flow run ends as
-    `Incomplete`. Raises GpuLost and ConfigError at once.
+    `Incomplete`; if not, and a limit of the build left shards out, as `Limited`. Raises GpuLost and ConfigError at
+    once.
     """
     dataset = open_dataset(dataset_url)
     chosen = [stage for stage in dataset.hashes if stages is None or stage in stages]
     check_stages(dataset.config, chosen, here=True)  # of this machine's devices and files, before the first stage
+    limits = Limits(dataset, until)
     with run_page(dataset, dict.fromkeys(chosen, shards), part=True):
-        tried = each_shard(dataset, shards, chosen, _as_task, retries)
+        tried = each_shard(dataset, limits.within(shards), chosen, _as_task, retries)
         errors = {str(each.shard): each.error for each in tried if each.error}
     if errors:
         return incomplete(failures(errors), errors)
-    return errors
+    return limited(limits.told, errors) if limits.told else errors
 
 
 def _as_task(dataset: Dataset, stage: str, shard: int, known: Mapping[str, Receipt], number: int) -> Receipt:

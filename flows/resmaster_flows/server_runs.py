@@ -40,6 +40,7 @@ from resmaster_flows.workplace import on_workers
 from resmaster_stages.config.dataset import DatasetConfig, DispatchConfig
 from resmaster_stages.dataset.retry import Retries, part_of
 from resmaster_stages.errors import UserError
+from resmaster_stages.inspection.limits import Limits
 from resmaster_stages.keys import digest
 from resmaster_stages.storage.filesystem import open_root
 
@@ -84,13 +85,18 @@ class ServerRuns:
         stages: list[str] | None = None,
         retries: Retries | None = None,
         queue: str | None = None,
+        limits: Limits | None = None,
     ) -> None:
-        """queue: work queue; default: the deployment's. Raises UserError if server or deployment does not exist."""
+        """queue: work queue; default: the deployment's. limits: of the build.
+
+        Raises UserError if server or deployment does not exist.
+        """
         self._deployed = deployed(config)
         self._dataset_url = dataset_url
         self._stages = stages
         self._retries = retries
         self._queue = queue
+        self._limits = limits
         context = FlowRunContext.get()
         if context is None or context.flow_run is None or context.flow_run.state is None:
             raise RuntimeError("runs over shards belong to a build's flow run, and there is none")
@@ -138,6 +144,7 @@ class ServerRuns:
                 "shards": list(shards),
                 "stages": self._stages,
                 "retries": retries,
+                "until": self._limits.until if self._limits else None,
             },
             timeout=0,
             idempotency_key=f"{self._build}/{self._begun}/{batch}/{attempt}",
@@ -147,6 +154,10 @@ class ServerRuns:
         )
         assert isinstance(run, FlowRun)  # flows are synchronous here
         return run.id, run.name
+
+    def limit(self) -> str:
+        """Which limit of the build is reached, as `Runs.limit` describes."""
+        return self._limits.reached() if self._limits else ""
 
     def states(self, runs: Collection[UUID]) -> Mapping[UUID, State]:
         """The states of runs, as `Runs.states` describes. Takes one request per 200 runs, with the build's own run."""

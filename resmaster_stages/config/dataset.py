@@ -309,6 +309,20 @@ class DispatchConfig(Part):
     stall_seconds: float = Operational(7200.0, gt=0, le=31_536_000)
     """A run that commits nothing for this time is given up, and its shards are dispatched again. Must be longer than
     the slowest stage of a shard takes."""
+    price: float | None = Operational(None, ge=0, le=1_000_000)
+    """Price of one hour of one worker (a GPU, or a machine without one), in any currency. null: costs are told in
+    hours alone."""
+    max_cost: float | None = Operational(None, gt=0, le=1_000_000_000)
+    """Budget of the dataset at `price`: a build begins no shard once all builds together have spent this much. Shards
+    at work are finished. null: no limit."""
+    max_hours: float | None = Operational(None, gt=0, le=8_784)
+    """A build begins no shard once it has run for this many hours. Shards at work are finished. null: no limit."""
+
+    @model_validator(mode="after")
+    def _cost_has_a_price(self) -> DispatchConfig:
+        if self.max_cost is not None and not self.price:
+            raise ValueError("max_cost needs a price; set price, of one worker's hour, or drop max_cost")
+        return self
 
 
 class DatasetConfig(Part):

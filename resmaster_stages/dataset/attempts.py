@@ -50,6 +50,8 @@ class FailedAttempt:
     """Id of the Prefect flow run; None without Prefect."""
     flow_run_name: str | None = None
     task_run: str | None = None
+    seconds: float = 0.0
+    """How long the attempt took, without the time of samples that it saved for the next one."""
 
     def spelled(self) -> str:
         """The attempt in one line: time, class, message, run and host."""
@@ -58,10 +60,12 @@ class FailedAttempt:
         return f"{self.failed_at}: {reason} ({run}on {self.host}, attempt {self.attempt})"
 
 
-def record_failure(commits: Commits, shard: int, attempt: str, error: Exception, provenance: Mapping[str, Any]) -> None:
+def record_failure(
+    commits: Commits, shard: int, attempt: str, error: Exception, provenance: Mapping[str, Any], seconds: float = 0.0
+) -> None:
     """Record that an attempt at a shard ended by `error`. A record that cannot be written is only logged.
 
-    provenance: may hold `flow_run`, `flow_run_name` and `task_run`.
+    provenance: may hold `flow_run`, `flow_run_name` and `task_run`. seconds: that the attempt took in vain.
     """
     try:
         now = datetime.now(UTC)
@@ -74,6 +78,7 @@ def record_failure(commits: Commits, shard: int, attempt: str, error: Exception,
             message=one_line(error),
             failed_at=now.isoformat(timespec="seconds"),
             host=socket.gethostname(),
+            seconds=round(seconds, 3),
             **{name: provenance.get(name) for name in ("flow_run", "flow_run_name", "task_run")},
         )
         error_class = re.sub(r"\W", "_", failed.error_class, flags=re.ASCII)[:80]
@@ -126,4 +131,5 @@ def _parsed(commits: Commits, place: FailedName, data: bytes) -> FailedAttempt:
         flow_run=told.flow_run,
         flow_run_name=told.flow_run_name,
         task_run=told.task_run,
+        seconds=told.seconds,
     )

@@ -22,6 +22,7 @@ from resmaster_stages.dataset.ledger import ledger_rows
 from resmaster_stages.dataset.publication import CommitsDigest
 from resmaster_stages.dataset.retry import Retries, number_of
 from resmaster_stages.inspection.published import Published, published
+from resmaster_stages.inspection.spending import Spending, Spent
 from resmaster_stages.redaction import quoted
 
 
@@ -79,6 +80,8 @@ class Status:
     """Generations of the plan: one more each time that prompts or images were added."""
     config: str = layout.CONFIG
     """Name of the file in the dataset that holds the current configuration."""
+    spent: Spent = field(default_factory=Spent)
+    """What the dataset has cost so far."""
     published: Published = field(default_factory=Published)
     """Whether readers get what is committed."""
 
@@ -105,7 +108,10 @@ class Status:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return json.loads(json.dumps(asdict(self)))
+        spent = self.spent
+        totals = {"device_seconds": round(spent.seconds, 3), "cost": spent.cost(spent.seconds)}
+        values = asdict(self) | {"spent": asdict(spent) | totals}
+        return json.loads(json.dumps(values))
 
 
 def status(dataset: Dataset) -> Status:
@@ -139,7 +145,14 @@ def status(dataset: Dataset) -> Status:
         stages.append(replace(found, errors=_errors(commits, failed.values())))
     current = current_config(dataset.folder)
     state = published(dataset.folder, digest.hexdigest(), bool(ready))
-    return Status(plan.shards, plan.samples, tuple(stages), len(plan.generations), current, state)
+    spent = spent_on(dataset, stages)
+    return Status(plan.shards, plan.samples, tuple(stages), len(plan.generations), current, spent, state)
+
+
+def spent_on(dataset: Dataset, stages: Iterable[StageStatus]) -> Spent:
+    """What a dataset has cost so far. stages: their status."""
+    own = {each.stage: (each.namespace, each.seconds) for each in stages}
+    return Spent(Spending(dataset.folder).by_stage(own), dataset.config.dispatch.price)
 
 
 def _ready(

@@ -21,6 +21,7 @@ from resmaster_stages.dataset.chain import Chain, read_chain
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.errors import ConfigError, ResMasterError
+from resmaster_stages.inspection.limits import Limits, end_of_hours, left
 from resmaster_stages.inspection.shortfall import shortfall
 from resmaster_stages.inspection.status import pending, pending_samples, status
 from resmaster_stages.library.callbacks import Progress
@@ -81,8 +82,9 @@ def build(
     Prefect is neither used nor started. A KeyboardInterrupt (the stop button of a notebook) and an error of a callback
     end the build at once, and what is done is kept: the same call goes on.
 
-    Raises ConfigError for a wrong configuration before anything is written, and BuildIncomplete, which names the shards
-    that could not be finished, after all others are done and published.
+    Raises ConfigError for a wrong configuration before anything is written, and BuildIncomplete after all that could be
+    done is published: it names the shards that could not be finished, or the limit that ended the build
+    (`dispatch.max_cost`, `dispatch.max_hours`).
     """
     dataset = ingest(_config_of(config, overrides))
     opened, todo = OpenedDataset(dataset), pending(dataset)
@@ -90,8 +92,9 @@ def build(
     check_stages(dataset.config, [stage for stage, missing in todo.items() if missing], here=True)
     tally = _Tally(progress, dataset, todo)
     errors: dict[int, str] = {}
+    limits = Limits(dataset, end_of_hours(dataset.config.dispatch))
     with listening(tally.hear), tally.raising():
-        for tried in each_shard(dataset, shards, list(dataset.hashes), _ensure):
+        for tried in each_shard(dataset, limits.within(shards), list(dataset.hashes), _ensure):
             if tried.error:
                 errors[tried.shard] = tried.error
             chain = read_chain(dataset, tried.shard, known=tried.receipts)
@@ -101,7 +104,7 @@ def build(
             if on_shard:
                 on_shard(_built(dataset, tried, chain))
     publish(dataset)
-    if message := _lacking(dataset, errors):
+    if message := _lacking(dataset, errors, limits.told):
         raise BuildIncomplete(message, opened, errors)
     return opened
 
@@ -132,8 +135,11 @@ def _built(dataset: Dataset, tried: TriedShard, chain: Chain) -> BuiltShard:
     return BuiltShard(tried.shard, samples, ok, seconds, tried.error)
 
 
-def _lacking(dataset: Dataset, errors: Mapping[int, str]) -> str:
-    """What is missing after a build, and what to do; "" if nothing is."""
+def _lacking(dataset: Dataset, errors: Mapping[int, str], limit: str) -> str:
+    """What is missing after a build, and what to do; "" if nothing is. limit: what ended the build early, or ""."""
+    if limit and not errors:
+        rest = left(dataset, pending(dataset), status(dataset))
+        return f"stopped: {limit}; {rest}; call build() again with a higher limit to go on"
     if not errors:
         return shortfall(dataset, status(dataset))
     first, numbers = next(iter(errors.items())), sorted(errors)

@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.dataset import DatasetConfig, DispatchConfig
 from resmaster_stages.config.image_format import ImageFormat, lossless_format
 from resmaster_stages.dataset.commit import Receipt
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.diffusion.cost import UnetWork
 from resmaster_stages.diffusion.views import patch_grid, target_size
 from resmaster_stages.errors import UserError
+from resmaster_stages.inspection.spending import SECONDS_PER_HOUR, Spending, spell_money, spell_time
 from resmaster_stages.models.bases import family_of
 from resmaster_stages.models.bases.unet import like_sdxl
 from resmaster_stages.models.geometry import geometry_of
@@ -111,6 +112,8 @@ class Estimate:
     """Price of a worker's hour, in any currency."""
     shards: int
     """Shards with work left in some stage."""
+    spent_seconds: float = 0.0
+    """Device seconds that the dataset has cost so far."""
 
     @property
     def unknown(self) -> tuple[str, ...]:
@@ -128,6 +131,30 @@ class Estimate:
         return None if self.price is None else self.device_hours * self.price
 
     @property
+    def spent(self) -> float | None:
+        """What the dataset has cost so far; None without a price."""
+        return None if self.price is None else self.spent_seconds / SECONDS_PER_HOUR * self.price
+
+    def warnings(self, limits: DispatchConfig) -> list[str]:
+        """Which limits of a build are lower than the estimate, in words. Stages whose time is not known count nothing,
+        so the estimate may be too low, but a limit that it passes is passed."""
+        found = []
+        if limits.max_cost is not None and self.cost is not None and self.spent is not None:
+            total = self.spent + self.cost
+            if self.shards and total > limits.max_cost:
+                end = _part(limits.max_cost - self.spent, self.cost)
+                found.append(
+                    f"above the budget: {spell_money(self.spent)} spent and {spell_money(self.cost)} to come make "
+                    f"{spell_money(total)}, and max_cost is {spell_money(limits.max_cost)}: the build will stop {end}"
+                )
+        if limits.max_hours is not None and self.wall_seconds > limits.max_hours * 3600:
+            found.append(
+                f"longer than allowed: {spell_time(self.wall_seconds)}, and max_hours is {limits.max_hours:g}: the "
+                f"build will stop {_part(limits.max_hours * 3600, self.wall_seconds)}"
+            )
+        return found
+
+    @property
     def bytes(self) -> float:
         """Bytes written."""
         return sum(stage.bytes for stage in self.stages)
@@ -141,6 +168,11 @@ class Estimate:
         return rounds * self.device_hours * 3600 / self.shards
 
 
+def _part(allowed: float, needed: float) -> str:
+    """Where a build that needs more than is allowed will stop."""
+    return "before its first shard" if allowed <= 0 else f"after about {allowed / needed:.0%} of its work"
+
+
 def estimate(look: Preview, *, workers: int = 1, price: float | None = None) -> Estimate:
     """Estimate the work that is left in `look`, with one device per worker. Raises UserError for invalid numbers."""
     if workers < 1:
@@ -148,7 +180,13 @@ def estimate(look: Preview, *, workers: int = 1, price: float | None = None) -> 
     if price is not None and not (math.isfinite(price) and price >= 0):
         raise UserError(f"--price {price}: give the price of one worker's hour, such as 2.5")
     stages = tuple(_stage(look, stage) for stage in look.stages)
-    return Estimate(stages, workers, price, max((stage.shards for stage in stages), default=0))
+    shards = max((stage.shards for stage in stages), default=0)
+    return Estimate(stages, workers, price, shards, _spent_seconds(look))
+
+
+def _spent_seconds(look: Preview) -> float:
+    """Device seconds that the dataset has cost so far."""
+    return Spending(open_root(look.config.root).sub(look.config.name)).seconds() if look.exists else 0.0
 
 
 def _stage(look: Preview, todo: StagePreview) -> StageEstimate:

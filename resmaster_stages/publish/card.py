@@ -71,6 +71,8 @@ class Contents:
     """Name of a view (high_res, low_res) -> its published tars that hold samples."""
     xmp: bool = False
     """Whether the image files name their digital source type in XMP."""
+    seconds: float = 0.0
+    """Device seconds in which the published shards were made."""
 
 
 def dataset_card(config: DatasetConfig, plan: Plan, published: Publication, contents: Contents) -> str:
@@ -130,6 +132,8 @@ def _header(config: DatasetConfig, published: Publication, contents: Contents) -
 
 def _facts(config: DatasetConfig, plan: Plan, published: Publication, contents: Contents) -> dict[str, Any]:
     """Label -> value, for the table at the top."""
+    from resmaster_stages.inspection.spending import spell_cost  # not for those who need one name of this module
+
     total_bytes = sum(tar.bytes for tar in contents.tars["high_res"])
     missing = f" ({published.shards_missing:,} still missing)" if published.shards_missing else ""
     rejected = sum(generation.rejected_count for generation in plan.generations)
@@ -146,6 +150,7 @@ def _facts(config: DatasetConfig, plan: Plan, published: Publication, contents: 
         "Inputs rejected or repeated": f"{rejected:,} rejected, {repeated:,} repeated (listed where the dataset was "
         "made, in `plan/`)",
         **({"Chosen by people": _chosen(published.chosen)} if published.chosen != Chosen() else {}),
+        "Computed in": f"{spell_cost(contents.seconds, None)} (by stage: `device_seconds` in `index.json`)",
         "Base seed": config.seed,
     }
 

@@ -61,6 +61,7 @@ def write_manifest(
     """
     config, plan = dataset.config, dataset.plan
     failures: dict[str, int] = dict.fromkeys(dataset.hashes, 0)
+    seconds: dict[str, float] = dict.fromkeys(dataset.hashes, 0.0)
     sizes: set[tuple[int, int]] = set()
     prints = array("Q")
     prompted = 0
@@ -91,6 +92,7 @@ def write_manifest(
                 complete += 1
                 for stage, receipt in chain.committed.items():
                     failures[stage] += receipt.samples_failed
+                    seconds[stage] += receipt.seconds
                     digest.add(receipt)
                     if stage in published_tars and receipt.samples_ok:  # readers may fail at an empty tar
                         published_tars[stage].append(receipt.objects[0])
@@ -99,7 +101,8 @@ def write_manifest(
                     tar = images.objects[0]
                     item = {"url": tar.name, "nsamples": images.samples_ok, "filesize": tar.bytes}
                     index.write(",\n " * (len(published_tars["high_res"]) > 1) + json.dumps(item))
-            index.write("]}\n")
+            times = {stage: round(each, 3) for stage, each in seconds.items()}
+            index.write(f'], "device_seconds": {json.dumps(times)}}}\n')
         if (twice := _repeated(local, prints)) is not None:
             raise ShardError(f"{dataset.url}: sample {twice} occurs twice; restore the folder plan/ from a copy")
         published = Publication(table.rows, complete, plan.shards - complete, failures, count(chosen))
@@ -110,7 +113,8 @@ def write_manifest(
             index_object, published_tars["curated"] = write_curated(dataset, published_tars["high_res"])
             stored.append(index_object)
         card = scratch / layout.CARD
-        contents = Contents(sorted(sizes), flagged, prompted, published_tars, config.image_metadata != "none")
+        xmp = config.image_metadata != "none"
+        contents = Contents(sorted(sizes), flagged, prompted, published_tars, xmp, sum(seconds.values()))
         card.write_bytes(dataset_card(config, plan, published, contents).encode())
         stored.append(_uploaded(dataset, layout.CARD, card))
     return replace(published, commits=digest.hexdigest(), files=tuple(stored))

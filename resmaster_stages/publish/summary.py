@@ -16,6 +16,7 @@ from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.schemas import manifest_schema
 from resmaster_stages.inspection.failures import failures
+from resmaster_stages.inspection.spending import NOT_COUNTED, Spent, spell_money, spell_time
 from resmaster_stages.inspection.status import Status
 from resmaster_stages.metrics import shown_columns
 from resmaster_stages.metrics.flags import known_flags
@@ -38,6 +39,8 @@ def summary(dataset: Dataset, found: Status) -> str:
         "## Stages",
         _stages(found),
         *_failed_shards(found),
+        "## Cost",
+        _cost(found.spent),
         "## Quality",
         _quality(table),
         f"Flagged: {_flags(table)}. Flags point at samples to look at; nothing is deleted.",
@@ -57,6 +60,16 @@ def _stages(found: Status) -> str:
         for s in found.stages
     ]
     return _table(head, rows)
+
+
+def _cost(spent: Spent) -> str:
+    """A table of the device time of each stage, with the money if there is a price, and the total."""
+    head = ["stage", "device time", "of it failed attempts", "of it other configurations"]
+    rows: list[list[object]] = [[s.stage, *map(spell_time, (s.seconds, s.failed, s.others))] for s in spent.stages]
+    if spent.price is not None:
+        head.append("cost")
+        rows = [[*row, spell_money(s.seconds / 3600 * spent.price)] for row, s in zip(rows, spent.stages, strict=True)]
+    return f"{_table(head, rows)}\n\nIn all: {spent.line()}. {NOT_COUNTED}"
 
 
 def _failed_shards(found: Status) -> list[str]:

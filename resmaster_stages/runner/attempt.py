@@ -35,6 +35,19 @@ from resmaster_stages.storage.store_errors import explained
 from resmaster_stages.storage.tables import decode_table, encode_table
 
 
+@dataclass
+class Clock:
+    """The time of an attempt."""
+
+    started: float = field(default_factory=lambda: time.monotonic())
+    saved: float = 0.0
+    """Seconds of work in samples that the attempt has spilled, so that they are not lost if it fails."""
+
+    def lost(self) -> float:
+        """Seconds that are in vain if the attempt fails now."""
+        return max(0.0, time.monotonic() - self.started - self.saved)
+
+
 @dataclass(frozen=True)
 class Work:
     """One stage of one shard that is to be computed."""
@@ -47,6 +60,7 @@ class Work:
     process: Process
     takes: Takes = field(default_factory=dict)
     """Sample -> the take that is made of it. Samples of take 0 are absent."""
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def commits(self) -> Commits:
@@ -80,6 +94,8 @@ class Made:
     images: tuple[str, ...] = ()
     """Places of the images in the tar, as commit records hold them."""
     seconds: float = 0.0
+    resumed_seconds: float = 0.0
+    """Time in which killed or failed attempts made the samples that are taken from them."""
     unet: UnetCost = field(default_factory=UnetCost)
     busy: BusyTime = field(default_factory=BusyTime)
 
@@ -124,9 +140,12 @@ def computed(
         spill = Spill(work.commits, shard, config.spill_seconds, cache, Origins(work.upstream, work.takes))
         breadcrumbs = Breadcrumbs(work.commits, shard, samples.keys(), cache, number)
         outputs = compute(work.process, config, stage, samples, earlier, spill, breadcrumbs, batches)
-        with counting() as made.unet, timing() as made.busy, closing(outputs):
-            _write(made, outputs, work, config.tolerated(len(samples)) if number == 1 else len(samples), earlier)
-        made.seconds = time.monotonic() - started
+        try:
+            with counting() as made.unet, timing() as made.busy, closing(outputs):
+                _write(made, outputs, work, config.tolerated(len(samples)) if number == 1 else len(samples), earlier)
+        finally:
+            work.clock.saved += spill.saved_seconds
+        made.seconds, made.resumed_seconds = time.monotonic() - started, spill.resumed_seconds
         try:
             yield made
         except ShardError:

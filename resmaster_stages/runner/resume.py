@@ -34,12 +34,16 @@ from resmaster_stages.keys import canonical_json
 from resmaster_stages.runner.quarantine import STORE_ERRORS
 
 
-def encode(output: Output, origin: str) -> bytes:
-    """Encode an Output without error as a file. Its rows must be plain JSON values. origin: what it was made from."""
+def encode(output: Output, origin: str, seconds: float = 0.0) -> bytes:
+    """Encode an Output without error as a file. Its rows must be plain JSON values.
+
+    origin: what it was made from. seconds: in which it was made.
+    """
     sizes = {extension: len(data) for extension, data in output.files.items()}
     head = {
         "key": output.key,
         "origin": origin,
+        "seconds": round(seconds, 3),
         "batch": asdict(output.batch) if output.batch else None,
         "files": list(sizes.items()),
         "rows": output.rows,
@@ -50,11 +54,7 @@ def encode(output: Output, origin: str) -> bytes:
 
 def decode(data: bytes, origin: str) -> Output | None:
     """The inverse of `encode`. None if the file is damaged, of another origin or of another version."""
-    checksum, body = data[:64], data[64:]
-    if hashlib.sha256(body).hexdigest().encode() != checksum:
-        return None
-    line, _, content = body.partition(b"\n")
-    head = json.loads(line)
+    head, content = _parts(data)
     if head.get("origin") != origin:
         return None
     files, start = {}, 0
@@ -66,6 +66,20 @@ def decode(data: bytes, origin: str) -> Output | None:
     except TypeError:  # another version of this project has other fields
         return None
     return Output(key=head["key"], files=files, rows=head["rows"], batch=batch)
+
+
+def seconds_of(data: bytes) -> float:
+    """The seconds in which an encoded Output was made; 0 if the file is damaged or of an earlier version."""
+    return float(_parts(data)[0].get("seconds", 0.0))
+
+
+def _parts(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """The head and the content of an encoded Output. The head of a damaged file is empty."""
+    checksum, body = data[:64], data[64:]
+    if hashlib.sha256(body).hexdigest().encode() != checksum:
+        return {}, b""
+    line, _, content = body.partition(b"\n")
+    return json.loads(line), content
 
 
 def _frozen(value: Any) -> Any:
@@ -100,9 +114,13 @@ class Spill:
         self._place = layout.spill_folder(commits.stage, commits.stage_hash, shard)
         self._seconds = seconds
         self._cache = cache
-        self._waiting: dict[str, bytes] = {}
-        self._since = time.monotonic()
+        self._waiting: dict[str, Output] = {}
+        self._since = self._counted = time.monotonic()
         self._used = False
+        self.saved_seconds = 0.0
+        """Time in which the samples were made that this attempt has written."""
+        self.resumed_seconds = 0.0
+        """Time in which earlier attempts made the samples that were read."""
 
     def read(self, keys: Sequence[str]) -> dict[str, Output]:
         """Key -> Output, for those of `keys` that an earlier run finished."""
@@ -111,24 +129,34 @@ class Spill:
         wanted = {layout.spill(self._place, key): key for key in keys}
         found = self.folder.read_many([name for name in self._cache if name in wanted], lenient=True)
         self._used = bool(found)
-        outputs = {wanted[name]: decode(data, self._origin_of(wanted[name])) for name, data in found.items()}
-        self._since = time.monotonic()
-        return {key: output for key, output in outputs.items() if output is not None and output.key == key}
+        outputs: dict[str, Output] = {}
+        for name, data in found.items():
+            output = decode(data, self._origin_of(wanted[name]))
+            if output is not None and output.key == wanted[name]:
+                outputs[output.key] = output
+                self.resumed_seconds += seconds_of(data)
+        self._since = self._counted = time.monotonic()
+        return outputs
 
     def keep(self, output: Output) -> None:
         """Hold a finished sample until `flush` writes it. Samples with errors or arrays are not spilled."""
         if self._seconds is not None and output.error is None and not output.arrays:
-            self._waiting[layout.spill(self._place, output.key)] = encode(output, self._origin_of(output.key))
+            self._waiting[layout.spill(self._place, output.key)] = output
 
     def _origin_of(self, key: str) -> str:
         return f"{self._origin} take {self._takes[key]}" if key in self._takes else self._origin
 
     def flush(self) -> None:
         """Write the waiting samples if `seconds` have passed since the last write."""
-        if self._waiting and self._seconds is not None and time.monotonic() - self._since >= self._seconds:
+        now = time.monotonic()
+        if self._waiting and self._seconds is not None and now - self._since >= self._seconds:
             self._used = True
+            passed, self._counted = now - self._counted, now  # the next samples are made while these are written
+            each = passed / len(self._waiting)
+            files = {name: encode(output, self._origin_of(output.key), each) for name, output in self._waiting.items()}
             with suppress(*STORE_ERRORS):
-                self.folder.write_many(self._waiting)
+                self.folder.write_many(files)
+                self.saved_seconds += passed
             self._waiting = {}
             self._since = time.monotonic()
 

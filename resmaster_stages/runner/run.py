@@ -34,7 +34,7 @@ from resmaster_stages.dataset.stages import STAGES, Process
 from resmaster_stages.errors import ShardError
 from resmaster_stages.keys import digest_of_keys
 from resmaster_stages.progress import ShardDone, emit
-from resmaster_stages.runner.attempt import Made, Work, computed
+from resmaster_stages.runner.attempt import Clock, Made, Work, computed
 from resmaster_stages.runner.mend import mend
 from resmaster_stages.runner.provenance import own_provenance
 
@@ -67,13 +67,14 @@ def ensure_stage(
     samples failed, if an upstream object is damaged, or if a damaged object cannot be made again with the same bytes.
     """
     samples = dataset.plan.size(shard)  # an unplanned shard or stage is the caller's mistake, and no attempt
-    commits, facts, attempt = dataset.commits(stage), provenance or {}, new_attempt()
+    commits, facts, attempt, clock = dataset.commits(stage), provenance or {}, new_attempt(), Clock()
     try:
         chain = read_chain(dataset, shard, stage, known, redone=shard in dataset.redos.shards)
         worked = chain.receipts[stage] is not None and commits.is_marked(shard)
         if worked:  # of damage, all attempts are looked at, also those for which the request is lost
             chain = read_chain(dataset, shard, stage)
-        work = Work(dataset, STAGES[stage], shard, chain, process or STAGES[stage].function(), chain.takes(stage))
+        function = process or STAGES[stage].function()
+        work = Work(dataset, STAGES[stage], shard, chain, function, chain.takes(stage), clock)
         receipt = chain.receipts[stage]
         if receipt and worked:
             mend(work, receipt)
@@ -86,7 +87,7 @@ def ensure_stage(
             chain = replace(work.chain, receipts={**work.chain.receipts, stage: receipt})
             work, attempt = replace(work, chain=chain, takes=chain.takes(stage)), new_attempt()
     except Exception as error:
-        record_failure(commits, shard, attempt, error, facts)
+        record_failure(commits, shard, attempt, error, facts, clock.lost())
         raise
     emit(ShardDone(stage, shard, samples, cached=not worked))
     return receipt, worked
@@ -127,6 +128,7 @@ def _check_failures(work: Work, made: Made, attempt: str, ledger: bytes) -> None
 
 def _receipt(work: Work, made: Made, attempt: str, provenance: Mapping[str, Any], before: Receipt | None) -> Receipt:
     """The record of an attempt. Its seconds, UNet cost and batches include those of the attempts before."""
+    seconds = made.seconds + made.resumed_seconds + (before.seconds if before else 0.0)
     stage, unet, batches = work.stage, asdict(made.unet), made.batches
     if before is not None:
         batches = batch_of_each(before.batches, made.good) | batches
@@ -148,7 +150,7 @@ def _receipt(work: Work, made: Made, attempt: str, provenance: Mapping[str, Any]
         batches=recorded(batches, made.good),
         takes={key: take for key, take in work.takes.items() if key not in work.chain.lost(stage.name)},
         upstream=work.upstream,
-        seconds=round(made.seconds + (before.seconds if before else 0.0), 3),
+        seconds=round(seconds, 3),
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         provenance={
             **own_provenance(),

@@ -7,7 +7,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from resmaster_stages.dataset.commit import Receipt
@@ -34,7 +34,7 @@ class TriedShard:
 
 
 def each_shard(
-    dataset: Dataset, shards: Sequence[int], stages: Sequence[str], ensure: Ensure, retries: Retries | None = None
+    dataset: Dataset, shards: Iterable[int], stages: Sequence[str], ensure: Ensure, retries: Retries | None = None
 ) -> Iterator[TriedShard]:
     """Run `stages` over each of `shards`. Raises GpuLost and ConfigError at once.
 

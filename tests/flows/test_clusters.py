@@ -14,12 +14,14 @@ from resmaster_flows import clusters
 from resmaster_flows.build import repair
 from resmaster_flows.cli.main import main
 from resmaster_flows.clusters import ADDRESSES, check
-from resmaster_flows.outcome import INCOMPLETE, outcome
+from resmaster_flows.outcome import INCOMPLETE, LIMITED, outcome
+from resmaster_flows.watch.events import Dispatched
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
-from resmaster_stages.dataset.dataset import Dataset
+from resmaster_stages.dataset.dataset import Dataset, reconfigured
 from resmaster_stages.dataset.retry import Retries
 from resmaster_stages.errors import ConfigError, GpuLost, ShardError, UserError
+from resmaster_stages.progress import Event, Note, listening
 from resmaster_stages.prompts import ingest
 from tests.checkout import PYTHONPATH
 
@@ -157,28 +159,35 @@ def test_a_scheduler_that_does_not_answer_is_found_before_anything_is_planned(
     assert not (tmp_path / "out").exists()
 
 
+UNTIL = "2026-11-30T12:00:00.000+00:00"
+
+
 class Cluster:
     """Stands in for a cluster: notes what is handed to it, and does nothing but end as it is told."""
 
-    def __init__(self, ends: dict[int, Exception]) -> None:
+    def __init__(self, ends: dict[int, Exception], limit: int = 1000) -> None:
+        """limit: the shard from which on a limit of the build is reached."""
         self.ends, self.handed, self.under_way, self.most = ends, [], 0, 0  # type: ignore[var-annotated]
+        self.limit, self.untils = limit, set()  # type: ignore[var-annotated]
 
-    def submit(self, url: str, shard: int, stages: list[str], retries: Retries | None) -> Any:
+    def submit(self, url: str, shard: int, stages: list[str], retries: Retries | None, until: str | None) -> Any:
+        self.untils.add(until)
         self.handed.append((shard, stages, retries))
         self.under_way += 1
         self.most = max(self.most, self.under_way)
         return SimpleNamespace(result=lambda: self.end(shard))
 
-    def end(self, shard: int) -> None:
+    def end(self, shard: int) -> str:
         self.under_way -= 1
         if shard in self.ends:
             raise self.ends[shard]
+        return "the budget is spent" if shard >= self.limit else ""
 
 
 def handed_to(cluster: Cluster, dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(clusters, "process_shard", cluster)
     retries = {"quality": {str(shard): 2 for shard in range(8)}}
-    return clusters._process.fn(dataset.url, list(range(8)), ["quality", "low_res"], retries, "dask")
+    return clusters._process.fn(dataset.url, list(range(8)), ["quality", "low_res"], retries, "dask", UNTIL)
 
 
 def test_a_cluster_gets_few_shards_at_a_time_and_lists_those_that_failed(
@@ -194,6 +203,44 @@ def test_a_cluster_gets_few_shards_at_a_time_and_lists_those_that_failed(
     assert state.name == INCOMPLETE
     assert outcome(state) == {"1": "too many samples failed", "6": "OSError: the store is down"}
     assert len(cluster.handed) == 8
+
+
+def test_a_cluster_gets_no_further_shard_once_a_limit_is_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that it has already say for themselves that they were not begun."""
+    dataset = planned(tmp_path, "dask", [f"prompt {number}" for number in range(8)])
+    cluster = Cluster({}, limit=2)
+    notes: list[Event] = []
+    with listening(notes.append):
+        state = handed_to(cluster, dataset, monkeypatch)
+    assert state.name == LIMITED
+    assert outcome(state) == {}
+    assert [shard for shard, *_ in cluster.handed] == [0, 1, 2, 3, 4], "two were done, and three were with the cluster"
+    assert cluster.untils == {UNTIL}
+    assert [each for each in notes if isinstance(each, Note)] == [
+        Note("the budget is spent; no further shard is begun")
+    ]
+    assert [each.done for each in notes if isinstance(each, Dispatched)][-1] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_a_budget_on_dask(server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process does one shard at a time, so the first one spends the budget, and no other one is begun."""
+    import distributed
+
+    dataset = planned(tmp_path, "dask", ["a red house", "a blue house", "a green house"])
+    dispatch = dataset.config.dispatch.model_copy(update={"price": 1e6, "max_cost": 1e-6})
+    dataset = reconfigured(dataset, dispatch=dispatch)
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=2, dashboard_address=None, memory_limit=0, host="127.0.0.1"
+    ) as cluster:
+        monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", cluster.scheduler_address)
+        result = outcome(repair(dataset.url, stages=["low_res"], return_state=True))
+    assert result.errors == {}
+    assert "2 of 3 shards are left" in result.limit
+    assert len(list(Path(dataset.folder.full("commits")).glob("low_res-*/*.json"))) == 1
 
 
 @pytest.mark.parametrize("error", [GpuLost("ECC"), ConfigError("model.device: no cuda")])

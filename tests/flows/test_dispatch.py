@@ -14,7 +14,7 @@ from prefect.exceptions import Pause, TerminationSignal
 from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Running, Scheduled, Suspended
 
 from resmaster_flows.dispatch import FRUITLESS_RUNS, OUTAGE_LOOKS, Shards, Stopped, batches, dispatch
-from resmaster_flows.outcome import incomplete
+from resmaster_flows.outcome import incomplete, limited
 from resmaster_flows.process import run_name
 from resmaster_flows.selection import parse_numbers, spell_shards
 from resmaster_flows.watch.progress import Progress
@@ -39,6 +39,8 @@ class World:
         self.progress = Progress()
         self.on_shard: Callable[[UUID, int], State | None] = lambda run, shard: None
         """Called before a run does a shard; a state ends the run there."""
+        self.reached = ""
+        """The limit that is reached."""
 
     def places(self) -> int:
         return self.known_places
@@ -56,6 +58,9 @@ class World:
         waiting = [state for _, state in self.runs.values() if state.is_scheduled()]
         self.most_waiting = max(self.most_waiting, len(waiting))
         return run, f"run-{len(self.submitted)}"
+
+    def limit(self) -> str:
+        return self.reached
 
     def states(self, runs: Collection[UUID]) -> Mapping[UUID, State]:
         return {run: self.runs[run][1] for run in runs if run in self.runs}
@@ -391,3 +396,44 @@ def test_a_process_that_another_one_has_replaced_cancels_nothing() -> None:
     with pytest.raises(Pause):
         world.dispatch(shards_per_run=2)
     assert not any(state.is_final() for _, state in world.runs.values())
+
+
+def test_a_limit_ends_the_dispatch_with_the_shards_at_work() -> None:
+    """Runs at work end with their shard, waiting runs are cancelled, and the shards that are left are no errors."""
+    world = World(40, workers=3)
+
+    def end_at_limit(run: UUID, shard: int) -> State | None:
+        done = sum(not left for left in world.lacking.values())
+        world.reached = world.reached or ("the budget is spent" if done >= 10 else "")
+        return limited(world.reached, {}) if world.reached else None
+
+    world.on_shard = end_at_limit
+    assert world.dispatch(shards_per_run=4, window=5) == {}
+    finished = sum(not left for left in world.lacking.values())
+    assert 10 <= finished < 10 + 3, "three runs were at work"
+    assert {state.split(":")[0] for state in world.table()} == {"Completed", "Limited", "Cancelled"}
+    assert all(state.is_final() for _, state in world.runs.values())
+
+
+def test_a_run_that_knows_of_a_limit_ends_the_dispatch() -> None:
+    """Its clock may be ahead of the build's."""
+    world = World(4, workers=1)
+    world.on_shard = lambda run, shard: limited("the hours are over", {}) if shard == 1 else None
+    assert world.dispatch(shards_per_run=4) == {}
+    assert world.look().keys() == {1, 2, 3}
+    assert len(world.submitted) == 1
+
+
+def test_a_limit_excuses_no_error() -> None:
+    world = World(6, workers=1)
+
+    def on_shard(run: UUID, shard: int) -> State | None:
+        if shard == 1:
+            world.reached = "the budget is spent"
+            return incomplete("shards 1 not finished", {"1": "broken"})
+        return None
+
+    world.on_shard = on_shard
+    errors = world.dispatch(shards_per_run=2)
+    assert errors.keys() == {1}
+    assert "Incomplete" in errors[1]

@@ -80,6 +80,22 @@ def test_index_follows_commits_and_names_no_empty_tar(tmp_path: Path) -> None:
             assert len(read_index(file, "x")) == shard["nsamples"]
 
 
+def test_index_and_card_say_in_which_time_the_published_shards_were_made(tmp_path: Path) -> None:
+    """The seconds of their commit records, without a price: an index is shared, and what somebody paid is not."""
+    dataset = build(tmp_path / "out", tmp_path, dispatch={"price": 1e6})
+    write_manifest(dataset)
+    seconds = {
+        stage: sum(receipt.seconds for receipt in dataset.commits(stage).read_all().values())
+        for stage in dataset.hashes
+    }
+    assert all(seconds.values())
+    index = json.loads(dataset.folder.read("index.json"))
+    assert index["device_seconds"] == pytest.approx(seconds)
+    assert index.keys() == {"__kind__", "wids_version", "name", "shardlist", "device_seconds"}
+    told = f"| Computed in | {sum(seconds.values()):.1f} s of device time (by stage:"
+    assert told in dataset.folder.read("README.md").decode()
+
+
 def test_unfinished_shards_are_left_out_and_counted(tmp_path: Path) -> None:
     dataset = build(tmp_path, tmp_path, shards=[0])
     run_stage(dataset, "low_res", 2, process=FAKES["low_res"])

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+from resmaster_stages.dataset.attempts import record_failure
+from resmaster_stages.dataset.dataset import reconfigured
+from resmaster_stages.errors import GpuLost
 from resmaster_stages.inspection.status import status
 from resmaster_stages.publish.manifest import write_manifest
 from resmaster_stages.publish.summary import _cell, summary
@@ -23,6 +26,19 @@ def test_the_summary_of_a_build(tmp_path: Path) -> None:
     ):
         assert line in page
     assert "CLIP" not in page, "what was not measured has no line"
+
+
+def test_the_summary_says_what_it_has_cost(tmp_path: Path) -> None:
+    """By stage and in all, with the time that failed attempts took."""
+    dataset = built(tmp_path / "out", ["a", "b"], tmp_path)
+    write_manifest(dataset)
+    low_res = dataset.commits("low_res")
+    record_failure(low_res, 0, "0" * 8, GpuLost("gone"), {}, seconds=7200.0)
+    assert "| low\\_res | 2.00 h | 2.00 h | 0.0 s |" in summary(dataset, status(dataset))
+    priced = reconfigured(dataset, dispatch=dataset.config.dispatch.model_copy(update={"price": 3.0}))
+    page = summary(priced, status(priced))
+    assert "| low\\_res | 2.00 h | 2.00 h | 0.0 s | 6.00 |" in page
+    assert "In all: 2.00 h of device time, 6.00 at 3 an hour. Not counted: " in page
 
 
 def test_a_dataset_without_a_finished_sample(tmp_path: Path) -> None:

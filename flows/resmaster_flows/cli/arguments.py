@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resmaster_stages.config.dataset import DatasetConfig
+from pydantic import ValidationError
+
+from resmaster_stages.config.dataset import DatasetConfig, DispatchConfig
 from resmaster_stages.config.load import load_config
 from resmaster_stages.config.part import UNFIT
 from resmaster_stages.errors import UserError
@@ -49,6 +51,30 @@ def add_set(parser: argparse.ArgumentParser) -> None:
         help="set a key of the configuration, as upscale.steps=20 (may be repeated; counts more than CONFIG and the "
         "other options)",
     )
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Add the price and the limits of money and hours, which `limited` reads."""
+    parser.add_argument("--price", metavar="X", type=float, help="the price of one worker's hour, in any currency")
+    parser.add_argument(
+        "--max-cost",
+        metavar="X",
+        type=float,
+        help="begin no shard once the dataset has cost this much, earlier builds included (needs a price)",
+    )
+    parser.add_argument("--max-hours", metavar="H", type=float, help="begin no shard once this build has run so long")
+
+
+def limited(config: DispatchConfig, args: argparse.Namespace) -> DispatchConfig:
+    """`config` with the price and the limits of the command line. Raises UserError for a value that cannot be used."""
+    names = ("price", "max_cost", "max_hours")
+    given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    try:
+        return DispatchConfig.model_validate(config.model_dump() | given) if given else config
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = "".join(f"--{str(name).replace('_', '-')} {given.get(str(name))}: " for name in first["loc"])
+        raise UserError(f"{option}{first['msg'].removeprefix('Value error, ')}") from None
 
 
 def add_exclude(parser: argparse.ArgumentParser) -> None:
@@ -93,9 +119,10 @@ def config_of(args: argparse.Namespace) -> DatasetConfig:
         limit=args.limit,
         allow_overwriting_store=args.allow_overwriting_store or None,
     )
-    if args.executor is None:
-        return config
-    return config.model_copy(update={"dispatch": config.dispatch.model_copy(update={"where": args.executor})})
+    dispatch = limited(config.dispatch, args)
+    if args.executor is not None:
+        dispatch = dispatch.model_copy(update={"where": args.executor})
+    return config if dispatch is config.dispatch else config.model_copy(update={"dispatch": dispatch})
 
 
 def add_root(parser: argparse.ArgumentParser) -> None:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from resmaster_stages.planning.checks import Around
 
 
+LIMITED = 3
+"""Exit status of a build that a limit of money or hours ended, if nothing else is wrong."""
+
+
 def execute(console: Console, build: Callable[[], BuildResult]) -> int:
     """Run a flow that builds a dataset, and print its result. Returns the exit status.
 
@@ -123,7 +127,11 @@ def _finished(console: Console, result: BuildResult) -> int:
             f"{len(result.errors)} shards are missing; try again with: resmaster repair {quoted(result.dataset_url)}",
             result=True,
         )
-    if result.shortfall:
-        say(console, result.shortfall, result=True)
+    for line in (result.shortfall, result.limit):
+        if line:
+            say(console, line, result=True)
+    say(console, f"cost so far: {result.spent}", result=True)
     print(f"report: {printable(result.report_url)}")
-    return 0 if result.finished else 1
+    if result.finished:
+        return 0
+    return LIMITED if result.limit and not result.errors and not result.shortfall else 1

@@ -1,7 +1,7 @@
 """The command `resmaster`: parses the arguments, calls the verb and reports errors.
 
 A user's mistake is one line on stderr and exit status 2. Exit status: 0 done, 1 something is missing, failed or
-damaged, 2 bad input, 130 interrupted (143 by SIGTERM).
+damaged, 2 bad input, 3 stopped by a limit of money or hours, 130 interrupted (143 by SIGTERM).
 The module of a verb is imported when the verb is used, so that a verb needs only its own packages. Its heavy imports
 (torch, Prefect) happen inside its `run`, so that `status` answers at once.
 """
@@ -87,7 +87,7 @@ VERBS: tuple[Verb, ...] = (
     Verb("init", "write configurations and prompts to start from", extra=None),
     Verb("run", "build a dataset, or go on with it", keeps=True),
     Verb("plan", "say what `run` would do; change nothing"),
-    Verb("status", "what is committed, pending, failed"),
+    Verb("status", "what is committed, pending, failed; of one dataset or of all datasets of a root"),
     Verb("view", "look through a dataset in the browser, and choose from it", keeps=True),
     Verb("explain", "all that is known of one sample or shard"),
     Verb("repair", "do only what is missing, failed or damaged", keeps=True),

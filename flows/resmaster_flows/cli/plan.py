@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from resmaster_flows.cli.arguments import add_exclude, add_source, config_of, excluded_of
+from resmaster_flows.cli.arguments import add_exclude, add_limits, add_source, config_of, excluded_of
 from resmaster_flows.watch.pace import spell_seconds
 from resmaster_flows.watch.terminal import SafeConsole, say
 from resmaster_stages.errors import UserError
+from resmaster_stages.inspection.spending import spell_cost
 from resmaster_stages.models.licences import uses_base_model
 from resmaster_stages.planning.memory import Memory, memory_of
 from resmaster_stages.publish.card import spell_bytes
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="say how long it would take, what it would cost, how much it would write",
     )
     parser.add_argument("--workers", metavar="N", type=int, default=1, help="with --estimate: workers, one device each")
-    parser.add_argument("--price", metavar="X", type=float, help="with --estimate: the price of one worker's hour")
+    add_limits(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -63,11 +64,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.estimate:
         from resmaster_stages.planning.estimate import estimate
 
-        _print_estimate(estimate(look, workers=args.workers, price=args.price), out)
+        found = estimate(look, workers=args.workers, price=config.dispatch.price)
+        _print_estimate(found, out)
+        for line in found.warnings(config.dispatch):
+            say(out, f"warning: {line}")
         if uses_base_model(config):
             say(out, f"memory: {_spell_memory(memory_of(config.model))}")
-    elif args.workers != 1 or args.price is not None:
-        raise UserError("--workers and --price are of --estimate; add --estimate")
+    elif args.workers != 1 or any(each is not None for each in (args.price, args.max_cost, args.max_hours)):
+        raise UserError("--workers, --price, --max-cost and --max-hours are of --estimate; add --estimate")
     return 0
 
 
@@ -87,6 +91,8 @@ def _print_estimate(found: Estimate, out: Console) -> None:
     without = f", without {', '.join(found.unknown)}" if found.unknown else ""
     money = "" if found.cost is None else f", {found.cost:,.2f} at {found.price:g} an hour"
     say(out, f"device time: {found.device_hours:.2f} h{money}{without}")
+    if found.spent_seconds:
+        say(out, f"spent so far: {spell_cost(found.spent_seconds, found.price)}")
     workers = f"{found.workers} worker{'s' if found.workers > 1 else ''}"
     say(out, f"wall time: {spell_seconds(found.wall_seconds)} on {workers}{without}")
     say(out, f"written: {spell_bytes(found.bytes)}")

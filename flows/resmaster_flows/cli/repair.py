@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from resmaster_flows.cli.arguments import add_root
+from resmaster_flows.cli.arguments import add_limits, add_root, limited
 from resmaster_flows.cli.execute import execute, require_surroundings
 from resmaster_flows.cli.publish import judged, publish_now
 from resmaster_flows.selection import parse_numbers, parse_stages
@@ -30,6 +30,7 @@ DESCRIPTION = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     add_root(parser)
+    add_limits(parser)
     parser.add_argument("--shards", metavar="LIST", help="only these shards, e.g. 1,4-7")
     parser.add_argument("--stages", metavar="LIST", help=f"only these stages, of: {','.join(STAGES)}")
     parser.add_argument(
@@ -58,8 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Find out what is to be done, and do it. Returns 0 if neither shards nor too many samples are missing, else 1."""
-    from resmaster_stages.dataset.dataset import open_dataset
+    """Find out what is to be done, and do it.
+
+    Returns 0 if neither shards nor too many samples are missing, 3 if a limit ended the build, else 1.
+    """
+    from resmaster_stages.dataset.dataset import open_dataset, reconfigured
     from resmaster_stages.dataset.lost_plan import restore_plan
     from resmaster_stages.dataset.retry import retries_of
     from resmaster_stages.inspection.status import pending
@@ -67,6 +71,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     _require_whole_redo(args)
     stages, dataset = parse_stages(args.stages), open_dataset(args.root)
+    dataset = reconfigured(dataset, dispatch=limited(dataset.config.dispatch, args))
     restored = restore_plan(dataset.folder)
     for name in restored:
         say(console, f"{dataset.url}: {name} is put together again from the plan's files")

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from resmaster_flows.cli.arguments import add_exclude, add_source, config_of, excluded_of
+from resmaster_flows.cli.arguments import add_exclude, add_limits, add_source, config_of, excluded_of
 from resmaster_flows.cli.execute import execute, look_around
 from resmaster_flows.watch.progress import plans
 from resmaster_flows.watch.terminal import say
@@ -25,10 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     add_source(parser)
     add_exclude(parser)
+    add_limits(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Plan, then build. Returns 0 if neither shards nor too many samples are missing, else 1."""
+    """Plan, then build. Returns 0 if neither shards nor too many samples are missing, 3 if a limit ended it, else 1."""
     from resmaster_stages.planning.drafts import require_source
     from resmaster_stages.prompts import ingest
 
