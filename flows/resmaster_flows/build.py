@@ -23,7 +23,7 @@ from resmaster_flows import form
 from resmaster_flows.calls import call
 from resmaster_flows.clusters import process_on_cluster
 from resmaster_flows.dispatch import Stopped, dispatch
-from resmaster_flows.form import AS_CONFIGURED, MethodName, Overrides, PresetName, Source
+from resmaster_flows.form import AS_CONFIGURED, MethodName, PresetName, Source
 from resmaster_flows.outcome import incomplete, skipped
 from resmaster_flows.plugins import load_plugins
 from resmaster_flows.process import failures, process_shards
@@ -167,8 +167,7 @@ def build_dataset(
     config: Source = "",
     name: str = "",
     root: str = "",
-    prompts: str = "",
-    images: str = "",
+    input: str = "",
     model: str = "",
     method: MethodName = AS_CONFIGURED,
     preset: PresetName = AS_CONFIGURED,
@@ -176,7 +175,7 @@ def build_dataset(
     limit: int = 0,
     price: float = 0,
     read_input: bool = True,
-    advanced: Overrides = "",
+    advanced: str = "",
 ) -> BuildResult | State[BuildResult]:
     """Build a dataset, or continue it: plan, run every stage over every shard that is not committed, publish.
 
@@ -185,8 +184,8 @@ def build_dataset(
             or URL), or the URL of an earlier dataset. The fields below change it.
         name: Name of the dataset. Empty: the configuration's.
         root: Folder or s3://bucket/prefix for the dataset. Empty: the configuration's, or the root that was deployed.
-        prompts: Path or URL of a file of prompts: .txt, .csv, .jsonl or .parquet. Empty: the configuration's input.
-        images: Instead of prompts: path or URL of a folder or of .tar shards with your own low-res images.
+        input: Prompts (.txt, .csv, .jsonl, .parquet) or your own low-res images (a folder, .tar): whole path or URL.
+            Empty: the configuration's.
         model: Base model: `picturebook`, a hub id or a folder. Empty: the configuration's.
         method: Method that enlarges the images.
         preset: Preset of the method. `faithful` is what the method's authors published; not every method has each.
@@ -194,10 +193,9 @@ def build_dataset(
         limit: Only the first prompts or images, as many as this. 0: the configuration's.
         price: Price of one hour of one worker, to tell costs. 0: the configuration's.
         read_input: Read the prompts or images again and plan new ones. Off: build only what is planned already.
-        advanced: Anything else of the configuration, e.g. `low_res: {steps: 30}` (docs/configuration.md). It has the
-            last word.
+        advanced: Anything else of a configuration, in YAML, e.g. `low_res: {steps: 30}`. It has the last word.
     """
-    first = {"name": name, "root": root, "prompts": prompts, "images": images, "model": model, "method": method}
+    first = {"name": name, "root": root, "input": input, "model": model, "method": method}
     config = form.configuration(
         config, {**first, "preset": preset, "scale": scale, "limit": limit, "price": price}, advanced
     )

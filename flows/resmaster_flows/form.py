@@ -22,6 +22,7 @@ from resmaster_stages.config.method import DEFAULT, method_class, methods
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.errors import ConfigError, UserError, did_you_mean
+from resmaster_stages.planning.prompt_files import SUFFIXES
 from resmaster_stages.storage.filesystem import open_file
 
 AS_CONFIGURED = "as configured"
@@ -45,18 +46,13 @@ Source = Annotated[
     ),
 ]
 """A configuration: the name of a shipped one, the path or URL of a file or dataset, or the whole of it."""
-Overrides = Annotated[
-    dict[str, Any] | str,
-    WithJsonSchema({"anyOf": [{"type": "string", "title": "YAML"}, {"type": "object", "title": "JSON"}]}),
-]
-"""Values of a configuration, as YAML or as a mapping."""
 
 
-def configuration(config: Source, fields: Mapping[str, Any], advanced: Overrides = "") -> DatasetConfig:
+def configuration(config: Source, fields: Mapping[str, Any], advanced: str = "") -> DatasetConfig:
     """The configuration that the fields of the form make.
 
-    fields: `name`, `root`, `prompts`, `images`, `model`, `method`, `preset`, `scale`, `limit` and `price`; empty text,
-    0 and `AS_CONFIGURED` change nothing. advanced: what is changed last.
+    fields: `name`, `root`, `input`, `model`, `method`, `preset`, `scale`, `limit` and `price`; empty text, 0 and
+    `AS_CONFIGURED` change nothing. advanced: YAML, changed last.
 
     Raises ConfigError, with a line for each mistake, and UserError if a file or dataset cannot be read.
     """
@@ -140,14 +136,12 @@ def _file(place: str) -> dict[str, Any]:
 
 def _filled_in(values: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     """The values with the first fields of the form."""
-    if "prompts" in fields and "images" in fields:
-        raise ConfigError("prompts, images: give one of them, not both")
-    for name in ("prompts", "images"):
-        place = fields.get(name)
-        if place is not None and "://" not in str(place) and not os.path.isabs(os.path.expanduser(str(place))):
-            raise ConfigError(f"{name}: {place} is relative to nothing here; give a whole path, or a URL")
-        if place is not None:
-            values = {**{key: value for key, value in values.items() if key not in ("prompts", "images")}, name: place}
+    if "input" in fields:
+        place = str(fields["input"])
+        if "://" not in place and not os.path.isabs(os.path.expanduser(place)):
+            raise ConfigError(f"input: {place} is relative to nothing here; give a whole path, or a URL")
+        key = "prompts" if place.lower().endswith(SUFFIXES) else "images"
+        values = {**{name: value for name, value in values.items() if name not in ("prompts", "images")}, key: place}
     changes = {name: fields[name] for name in ("name", "root", "limit") if name in fields}
     if "price" in fields:
         changes["dispatch"] = {"price": fields["price"]}
@@ -183,13 +177,13 @@ def _with_method(values: dict[str, Any], fields: Mapping[str, Any]) -> dict[str,
     return changed(values, {"upscale": chosen})
 
 
-def _overrides(advanced: Overrides) -> dict[str, Any]:
+def _overrides(advanced: Any) -> dict[str, Any]:
     values = values_in(advanced, "advanced") if isinstance(advanced, str) else advanced
-    if values is None or values == "":
+    if values is None:
         return {}
-    if not isinstance(values, Mapping):
+    if not isinstance(values, dict):
         raise ConfigError("advanced: write keys and values of a configuration, e.g. low_res: {steps: 30}")
-    return dict(values)
+    return values
 
 
 def _root(root: Any) -> Any:

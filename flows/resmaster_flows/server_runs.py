@@ -31,7 +31,7 @@ from prefect.exceptions import ObjectNotFound, Pause
 from prefect.runtime import deployment as own_deployment
 from prefect.runtime import flow_run as own_run
 from prefect.settings import get_current_settings
-from prefect.states import Cancelled, Cancelling, Crashed, Suspended
+from prefect.states import Cancelled, Cancelling, Crashed, Scheduled, Suspended
 from prefect.utilities.urls import url_for
 
 from resmaster_flows.deployments import shards_beside
@@ -56,6 +56,11 @@ BUILDS_QUEUE = "builds"
 REPAIR_QUEUE = "gpu-repair"
 """Work queue of repairs. Workers take runs from this queue before runs from the queue of builds."""
 
+WAITING = "Waiting"
+"""State of a run that waits for a worker: scheduled, under a name that Prefect does not turn into Late. A healthy build
+has many such runs for hours."""
+HELD_BACK = timedelta(hours=1)
+"""A new run is due so much later until it has that state: otherwise a worker could take it in between."""
 PAGE = 200
 """Runs per request to the server."""
 BULK = 50
@@ -142,6 +147,7 @@ class ServerRuns:
                 "stages": self._stages,
                 "retries": retries,
             },
+            scheduled_time=datetime.now(UTC) + HELD_BACK,
             timeout=0,
             idempotency_key=f"{self._build}/{self._begun}/{batch}/{attempt}",
             flow_run_name=run_name(self._dataset_url, shards, self._stages),
@@ -149,6 +155,11 @@ class ServerRuns:
             work_queue_name=self._queue,
         )
         assert isinstance(run, FlowRun)  # flows are synchronous here
+        if (
+            run.state is not None and run.state.name == "Scheduled"
+        ):  # not if the request found a run that was sent before
+            with get_client(sync_client=True) as client:
+                client.set_flow_run_state(run.id, Scheduled(name=WAITING, message="waits for a worker"), force=True)
         return run.id, run.name
 
     def states(self, runs: Collection[UUID]) -> Mapping[UUID, State]:
