@@ -69,12 +69,7 @@ class Commits:
 
         Later attempts do not count if the record of an earlier one is gone.
         """
-        names = self.folder.names(layout.commit_folder(self.stage, self.stage_hash))
-        numbers: dict[int, int] = {}
-        for shard, number in sorted(filter(None, map(layout.attempt_of, names))):
-            if number == numbers.get(shard, 0) + 1:
-                numbers[shard] = number
-        return numbers
+        return numbers_of(self.folder.names(layout.commit_folder(self.stage, self.stage_hash)))
 
     def read_many(self, numbers: Mapping[int, int]) -> dict[int, Receipt]:
         """Shard -> record of its attempt in `numbers`. Missing records are absent. Raises ShardError for damage."""
@@ -206,6 +201,15 @@ class Commits:
             f"{self.folder.url_of(name)}: damaged commit record ({error}); run: resmaster verify {url}, "
             f"then: resmaster repair {url}"
         )
+
+
+def numbers_of(names: Iterable[str]) -> dict[int, int]:
+    """Shard -> number of the attempt that counts, from the names of the records of one stage and configuration."""
+    numbers: dict[int, int] = {}
+    for shard, number in sorted(filter(None, map(layout.attempt_of, names))):
+        if number == numbers.get(shard, 0) + 1:
+            numbers[shard] = number
+    return numbers
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ Invariants:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -133,22 +133,46 @@ def open_dataset(url: str) -> Dataset:
     """
     folder = open_root(url)
     if not _has_config(folder):
-        below = [name for name in folder.names("") if _has_config(folder.sub(name))]
+        below = datasets_below(folder)
         if not below:
-            raise ConfigError(f"{folder.url}: {_no_dataset(folder)}")
+            raise ConfigError(f"{folder.url}: {no_dataset(folder.names(''))}")
         if len(below) > 1:
             raise ConfigError(f"{folder.url}: several datasets here ({', '.join(below)}); name one: {folder.url}/NAME")
         folder = folder.sub(below[0])
+    return dataset_in(folder)
+
+
+def dataset_in(folder: Folder) -> Dataset:
+    """The dataset in a folder that holds `config.json`. Raises ConfigError if its configuration is damaged."""
     return Dataset(folder, _current(folder)[1])
+
+
+def datasets_below(folder: Folder) -> list[str]:
+    """The names of the datasets directly in a folder."""
+    return [name for name in folder.names("") if _has_config(folder.sub(name))]
+
+
+def dataset_or_root(url: str) -> Dataset | Folder:
+    """The dataset at `url`; if there is none, the folder, below which datasets may lie or be made.
+
+    Raises ConfigError if it is a damaged dataset, and if it is a path of this machine at which nothing is.
+    """
+    folder = open_root(url)
+    names = folder.names("")
+    if layout.CONFIG in names:
+        return dataset_in(folder)
+    if layout.PLAN in names or layout.COMMITS in names or (folder.local and not folder.exists("")):
+        raise ConfigError(f"{folder.url}: {no_dataset(names)}")
+    return folder
 
 
 def _has_config(folder: Folder) -> bool:
     return folder.exists(layout.CONFIG)
 
 
-def _no_dataset(folder: Folder) -> str:
-    """Why no dataset can be opened in a folder without `config.json`, and what to do."""
-    if folder.names(layout.PLAN) or folder.names(layout.COMMITS):
+def no_dataset(names: Collection[str]) -> str:
+    """Why no dataset can be opened in a folder without `config.json`, and what to do. names: what is in the folder."""
+    if layout.PLAN in names or layout.COMMITS in names:
         return "config.json is gone; restore it from a copy, or run the same configuration again: resmaster run CONFIG"
     return "no dataset here (no config.json); make one with: resmaster run CONFIG"
 

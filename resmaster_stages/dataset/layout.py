@@ -40,6 +40,7 @@ EXCLUDED = "excluded"
 PLAN = "plan"
 COMMITS = "commits"
 ATTEMPTS = "attempts"
+ERRORS = "errors"
 CACHE = "cache"
 DAMAGED = "damaged"
 MANIFEST = "manifest.parquet"
@@ -124,7 +125,7 @@ def features_object(stage: str, shard: int, attempt: str) -> str:
 
 def ledger_folder(stage: str) -> str:
     """Folder of a stage's error ledger."""
-    return f"errors/{stage}"
+    return f"{ERRORS}/{stage}"
 
 
 def ledger(stage: str, shard: int, attempt: str) -> str:

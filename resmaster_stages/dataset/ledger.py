@@ -38,14 +38,21 @@ def ledger_rows(commits: Commits, shards: set[int] | None = None) -> list[dict[s
     found = commits.folder.names(layout.ledger_folder(commits.stage))
     by_name = {name: layout.ledger_shard(name) for name in found}
     names = [name for name, shard in by_name.items() if shard is not None and (shards is None or shard in shards)]
-    files = commits.folder.read_many(names, lenient=True)
-    rows: list[dict[str, Any]] = []
+    return [row for rows in read_ledgers(commits, names).values() for row in rows]
+
+
+def read_ledgers(commits: Commits, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Ledger file -> its rows of a stage under its configuration. A damaged file is left out with a warning."""
+    files = commits.folder.read_many(list(names), lenient=True)
+    found: dict[str, list[dict[str, Any]]] = {}
     for name in names:
         try:
-            rows += _decoded(files.get(name, b""), name)
+            rows = _decoded(files.get(name, b""), name)
         except ShardError as error:
             log.warning("left out: %s", error)
-    return [row for row in rows if row["stage_hash"] == commits.stage_hash]
+        else:
+            found[name] = [row for row in rows if row["stage_hash"] == commits.stage_hash]
+    return found
 
 
 def encode_failures(commits: Commits, shard: int, attempt: str, failures: Sequence[tuple[str, Exception]]) -> bytes:

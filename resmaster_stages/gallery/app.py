@@ -47,15 +47,15 @@ Answer = Callable[[Request], Response]
 class Server:
     """Answers requests about one gallery."""
 
-    def __init__(self, gallery: Gallery, name: str = "view-") -> None:
-        """name: names of the threads begin so."""
-        self._gallery = gallery
+    def __init__(self, gallery: Gallery, name: str = "view-", among: bool = False) -> None:
+        """name: names of the threads begin so. among: whether an overview of several datasets is at `../`."""
+        self._gallery, self._among = gallery, among
         self._threads = {kind: ThreadPoolExecutor(count, f"{name}{kind}") for kind, count in THREADS.items()}
         image = "/image/{key}/{kind}"
         self.app = Starlette(
             routes=[
                 self._route("/", self._page),
-                self._route("/static/{name:path}", self._static),
+                self._route("/static/{name:path}", sent_static),
                 self._route("/api/dataset", self._json(lambda request: gallery.about())),
                 self._route("/api/samples", self._json(lambda request: gallery.samples.page(request.query_params))),
                 self._route("/api/count", self._json(lambda request: gallery.samples.count(request.query_params))),
@@ -71,7 +71,7 @@ class Server:
                 self._route(f"{image}/tile/{{level}}/{{place}}", self._tile, "images"),
                 Route(f"{image}/file", self._file),
             ],
-            exception_handlers={HTTPException: _no_such_address},
+            exception_handlers={HTTPException: no_such_address},
         )
 
     def close(self) -> None:
@@ -92,34 +92,13 @@ class Server:
     async def _in(self, threads: str, answer: Callable[[], Response]) -> Response:
         """Answer in a thread of a kind. An error becomes an answer too."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads[threads], lambda: self._sure(answer))
-
-    def _sure(self, answer: Callable[[], Response]) -> Response:
-        try:
-            return answer()
-        except UserError as error:
-            return as_json({"error": one_line(error)}, 400)
-        except NotThere as error:
-            return as_json({"error": one_line(error)}, 404)
-        except (ResMasterError, OSError) as error:
-            self._gallery.say(one_line(error))
-            return as_json({"error": one_line(error)}, 502 if isinstance(error, Unreadable | OSError) else 500)
-        except Exception as error:  # a fault of ours costs one answer, not the server
-            text = f"this is a fault of resmaster view: {type(error).__name__}: {one_line(error)}"
-            self._gallery.say(text)
-            return as_json({"error": text}, 500)
+        return await loop.run_in_executor(self._threads[threads], lambda: sure(answer, self._gallery.say))
 
     # ------------------------------------------------------------------------------------------------------------------
     # the page
 
     def _page(self, request: Request) -> Response:
-        return Response(render_view(self._gallery.name), media_type="text/html")
-
-    def _static(self, request: Request) -> Response:
-        found = static_file(_text(request, "name"))
-        if found is None:
-            raise NotThere("the page has no such file; reload the page")
-        return Response(found[0], headers={"Content-Type": found[1], "Cache-Control": "private, no-cache"})
+        return Response(render_view(self._gallery.name, self._among), media_type="text/html")
 
     # ------------------------------------------------------------------------------------------------------------------
     # data
@@ -212,7 +191,41 @@ def as_json(value: Any, status: int = 200) -> Response:
     return Response(text, status, media_type="application/json")
 
 
-async def _no_such_address(request: Request, error: Exception) -> Response:
+def as_error(line: str, status: int) -> Response:
+    """An error as JSON."""
+    return as_json({"error": line}, status)
+
+
+def sure(
+    answer: Callable[[], Response],
+    say: Callable[[str], None],
+    tell: Callable[[str, int], Response] = as_error,
+) -> Response:
+    """An answer, whatever happens. say: prints a problem of the dataset or of ours. tell: makes an answer of one."""
+    try:
+        return answer()
+    except UserError as error:
+        return tell(one_line(error), 400)
+    except NotThere as error:
+        return tell(one_line(error), 404)
+    except (ResMasterError, OSError) as error:
+        say(one_line(error))
+        return tell(one_line(error), 502 if isinstance(error, Unreadable | OSError) else 500)
+    except Exception as error:  # a fault of ours costs one answer, not the server
+        text = f"this is a fault of resmaster view: {type(error).__name__}: {one_line(error)}"
+        say(text)
+        return tell(text, 500)
+
+
+def sent_static(request: Request) -> Response:
+    """A file that a page loads."""
+    found = static_file(_text(request, "name"))
+    if found is None:
+        raise NotThere("the page has no such file; reload the page")
+    return Response(found[0], headers={"Content-Type": found[1], "Cache-Control": "private, no-cache"})
+
+
+async def no_such_address(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return as_json({"error": "there is no such address here; reload the page"}, error.status_code)
 

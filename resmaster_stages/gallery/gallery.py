@@ -71,7 +71,7 @@ class Gallery:
         """Print a problem on stderr, unless it is the one that was printed last."""
         if line != self._said:
             self._said = line
-            print(f"view: {line}", file=sys.stderr, flush=True)
+            say(line)
 
     def _look_around(self) -> None:
         """What is done in the background: find out whether the publication is up to date, and read the captions."""
@@ -83,6 +83,11 @@ class Gallery:
             self._note = f"it is not known whether the publication is up to date: {one_line(error)}"
             self.say(self._note)
         self.captions.index(self.say)
+
+
+def say(line: str) -> None:
+    """Print a problem on stderr."""
+    print(f"view: {line}", file=sys.stderr, flush=True)
 
 
 @contextmanager

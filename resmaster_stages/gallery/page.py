@@ -1,15 +1,20 @@
-"""Renders the page of `resmaster view`, and finds the files that it loads.
+"""Renders the pages of `resmaster view`, and finds the files that they load.
 
-The page is `templates/view.html`, the scripts and styles in `static/`, and the look that it shares with the report. It
-holds the dataset's name and no sample: its scripts ask the server for everything else.
+The page of a dataset is `templates/view.html`, with the scripts and styles in `static/`, and the look that it shares
+with the report. It holds the dataset's name and no sample: its scripts ask the server for everything else. The page of
+a root is `templates/overview.html`, which has no script.
 """
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
+from urllib.parse import quote
 
+from resmaster_stages.inspection.overview import HEADINGS, Overview, cells, concern
 from resmaster_stages.publish.template import fill_of, verbatim
+from resmaster_stages.redaction import quoted, without_credentials
 
 SHARED_STYLE = "look.css"
 """The file of the report's templates that the page loads as well."""
@@ -20,9 +25,40 @@ MEDIA_TYPES = {
 }
 
 
-def render_view(name: str) -> str:
-    """The page over all samples of the dataset `name`."""
-    return fill_of(__package__, "view.html", name=name)
+def render_view(name: str, among: bool = False) -> str:
+    """The page over all samples of the dataset `name`. among: whether an overview of several datasets is at `../`."""
+    return fill_of(__package__, "view.html", name=name, among=among)
+
+
+def render_overview(found: Overview) -> str:
+    """The page over all datasets of a root."""
+    rows = [
+        {
+            "cells": dict(zip(HEADINGS[1:], cells(numbers, found.seen)[1:], strict=True)),
+            "name": numbers.name,
+            "link": f"{quote(numbers.name)}/" if numbers.publication.there else "",
+            "share": int(100 * numbers.progress),
+            "urgent": concern(numbers, found.seen).urgent,
+        }
+        for numbers in found.datasets
+    ]
+    return fill_of(
+        __package__,
+        "overview.html",
+        root=without_credentials(found.root),
+        headings=HEADINGS,
+        rows=rows,
+        others=[each.line for each in found.others],
+        seen=datetime.fromtimestamp(found.seen, UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        estimated=any(numbers.estimated for numbers in found.datasets),
+        command=f"resmaster run CONFIG --root {quoted(found.root)}",
+    )
+
+
+def render_nothing(title: str, line: str, above: str) -> str:
+    """The page that stands where a gallery or the overview would be. line: why there is none. above: the address of the
+    overview from there."""
+    return fill_of(__package__, "nothing.html", title=without_credentials(title), line=line, above=above)
 
 
 @cache

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -16,8 +17,11 @@ from resmaster_stages.errors import UserError
 from resmaster_stages.gallery.app import Server
 from resmaster_stages.gallery.gallery import open_gallery
 from resmaster_stages.gallery.guard import Guard
+from resmaster_stages.gallery.root import RootServer
+from resmaster_stages.storage.filesystem import Folder
 
 HOST = "127.0.0.1"
+TOKEN = re.compile(r"[A-Za-z0-9_-]{32,200}")
 CLOSING_SECONDS = 3.0
 """So long the threads of a server have to end."""
 CONNECTIONS = 200
@@ -25,14 +29,21 @@ CONNECTIONS = 200
 
 
 @contextmanager
-def serving(dataset: Dataset, port: int, who: str) -> Iterator[str]:
-    """Within the block, a thread answers at the yielded address. port: 0 for any free one. who: whose choices they are.
+def serving(place: Dataset | Folder, port: int, who: str, token: str = "") -> Iterator[str]:
+    """Within the block, a thread answers at the yielded address.
 
-    Raises UserError if the port is taken, and as `sample_table` does.
+    place: a dataset, or a root of datasets. port: 0 for any free one. who: whose choices they are. token: "" for a
+    random one. Raises UserError if the port is taken, or the token is easy to guess, and as `sample_table` does.
     """
-    with _listening(port) as listener, open_gallery(dataset, who) as gallery:
-        port, token = listener.getsockname()[1], secrets.token_urlsafe(24)
-        server = Server(gallery, _threads(port))
+    if token and not TOKEN.fullmatch(token):
+        raise UserError("the token is too easy to guess, or cannot stand in an address; give 32 or more of A-Za-z0-9_-")
+    with _listening(port) as listener, ExitStack() as stack:
+        port, token = listener.getsockname()[1], token or secrets.token_urlsafe(24)
+        server: Server | RootServer
+        if isinstance(place, Dataset):
+            server = Server(stack.enter_context(open_gallery(place, who)), _threads(port))
+        else:
+            server = RootServer(place, who, _threads(port))
         config = uvicorn.Config(
             Guard(server.app, token, port),
             http="h11",

@@ -1,60 +1,74 @@
-"""Gives a dataset's numbers as OpenMetrics text, for Prometheus and similar tools. Reads only the store.
+"""Gives datasets' numbers as OpenMetrics text, for Prometheus and similar tools. Reads only the store.
 
 Counters are computed from commit records, the ledger and the records of failed attempts, so they do not depend on any
 server or process. They fall only if commit records are deleted or the configuration changes, which readers of counters
-treat as a restart.
+treat as a restart. Every record is read, because counters may not be estimates.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import replace
-from datetime import datetime
+from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.openmetrics.exposition import generate_latest
 
-from resmaster_stages.dataset.attempts import failed_names
-from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.dataset.dataset import Dataset
-from resmaster_stages.dataset.ledger import ledger_rows
-from resmaster_stages.dataset.plan import Plan
-from resmaster_stages.inspection.status import stage_status
-from resmaster_stages.redaction import printable
+from resmaster_stages.inspection.known import Known
+from resmaster_stages.inspection.numbers import DatasetNumbers, StageNumbers, dataset_numbers
+from resmaster_stages.inspection.overview import NoDataset, folders_below, look
+from resmaster_stages.redaction import printable, without_credentials
+from resmaster_stages.storage.filesystem import Folder
 
 
-def openmetrics(dataset: Dataset) -> str:
-    """The text of one scrape. Raises PlanError without a plan.
+def openmetrics(place: Dataset | Folder) -> str:
+    """The text of one scrape: of a dataset, or of all datasets directly below a root.
 
+    Raises PlanError for a dataset without a plan. Below a root, datasets that cannot be read are told to be so.
     Shards whose commit record cannot be read count as damaged, and their samples as pending.
     """
-    families = _Families()
-    plan = dataset.plan
-    name = dataset.config.name
-    families.shards_planned.add_metric([name], plan.shards)
-    families.samples_planned.add_metric([name], plan.samples)
-    pixels = plan.pixels() * dataset.config.upscale.scale**2 / max(1, plan.samples)
-    for stage in dataset.hashes:
-        _add_stage(families, [name, stage], plan, dataset.commits(stage), pixels / 1e6)
+    families = Families()
+    if isinstance(place, Dataset):
+        families.add(dataset_numbers(place, place.folder.names(""), Known(), None, pixels=True))
+    else:
+        known = Known()
+        for name in folders_below(place):
+            found = look(place.sub(name), known, None, pixels=True)
+            if isinstance(found, DatasetNumbers):
+                families.add(found)
+            elif isinstance(found, NoDataset) and not found.foreign:
+                families.add_unreadable(name, place.url)
+    return text_of(families)
+
+
+def text_of(families: Families) -> str:
+    """Metrics as OpenMetrics text."""
     registry = CollectorRegistry()
     registry.register(families)
     text: bytes = generate_latest(registry)
     return text.decode()
 
 
-class _Families:
+class Families:
     """The metrics of one scrape, empty at first."""
 
     def __init__(self) -> None:
         def gauge(name: str, text: str, *labels: str, unit: str = "") -> GaugeMetricFamily:
-            return GaugeMetricFamily(f"resmaster_{name}", text, labels=["dataset", *labels], unit=unit)
+            return GaugeMetricFamily(f"resmaster_{name}", text, labels=["root", "dataset", *labels], unit=unit)
 
         def counter(name: str, text: str, *labels: str, unit: str = "") -> CounterMetricFamily:
-            return CounterMetricFamily(f"resmaster_{name}", text, labels=["dataset", *labels], unit=unit)
+            return CounterMetricFamily(f"resmaster_{name}", text, labels=["root", "dataset", *labels], unit=unit)
 
+        self.readable = gauge("dataset_readable", "1 if the dataset can be read, else 0.")
         self.shards_planned = gauge("planned_shards", "Shards of the plan.")
         self.samples_planned = gauge("planned_samples", "Samples of the plan.")
+        self.complete = gauge("complete", "1 if all is committed, whole, and nothing is to be made again, else 0.")
+        self.flagged = gauge("flagged_samples", "Published samples with flags.")
+        self.rejected = gauge("rejected_samples", "Samples that somebody rejected.")
+        self.stall = gauge("stall_seconds", "dispatch.stall_seconds of the configuration.", unit="seconds")
+        self.price = gauge("price", "dispatch.price of the configuration: of one hour of one worker.")
+        self.cost = gauge("cost", "Compute hours of commits by the price.")
+        self.max_cost = gauge("max_cost", "dispatch.max_cost of the configuration.")
         self.shards = gauge("shards", "Shards by state: committed, pending or failed.", "stage", "state")
         self.damaged = gauge("damaged_shards", "Committed shards that verify has found damaged.", "stage")
         self.failed_attempts = counter(
@@ -74,7 +88,54 @@ class _Families:
             "last_commit_timestamp_seconds", "When the last commit was made (Unix time).", "stage", unit="seconds"
         )
 
-    def collect(self) -> list[Metric]:
+    def add(self, numbers: DatasetNumbers) -> None:
+        """Add the numbers of a dataset, of which all records were read."""
+        labels, publication = [without_credentials(numbers.root), numbers.name], numbers.publication
+        self.readable.add_metric(labels, 1)
+        self.shards_planned.add_metric(labels, numbers.shards)
+        self.samples_planned.add_metric(labels, numbers.samples)
+        self.complete.add_metric(labels, numbers.complete)
+        self.stall.add_metric(labels, numbers.stall_seconds)
+        self.rejected.add_metric(labels, publication.rejected)
+        for family, value in (
+            (self.flagged, publication.flagged),
+            (self.price, numbers.price),
+            (self.cost, numbers.cost),
+            (self.max_cost, numbers.max_cost),
+        ):
+            if value is not None:
+                family.add_metric(labels, value)
+        for stage in numbers.stages:
+            self._add_stage([*labels, stage.stage], numbers, stage)
+
+    def add_unreadable(self, name: str, root: str) -> None:
+        """Add that a dataset cannot be read."""
+        self.readable.add_metric([without_credentials(root), name], 0)
+
+    def _add_stage(self, labels: list[str], numbers: DatasetNumbers, stage: StageNumbers) -> None:
+        """Add the numbers of one stage. labels: root, dataset and stage."""
+        self.damaged.add_metric(labels, stage.damaged)
+        for state in ("committed", "pending", "failed"):
+            self.shards.add_metric([*labels, state], getattr(stage, state))
+        undecided = numbers.samples - stage.samples_ok - stage.samples_failed
+        for state, count in (("ok", stage.samples_ok), ("failed", stage.samples_failed), ("pending", undecided)):
+            self.samples.add_metric([*labels, state], count)
+        for family, counts in (
+            (self.failed_attempts, stage.failed_attempts),
+            (self.failures, stage.failures),
+            (self.gpu_seconds, stage.gpu_seconds),
+        ):
+            for label, amount in counts.items():
+                family.add_metric([*labels, label], amount)
+        self.retries.add_metric(labels, stage.retries)
+        self.seconds.add_metric(labels, stage.seconds)
+        if stage.tried and stage.last_commit is not None:
+            self.pace.add_metric(labels, stage.seconds / (stage.tried * numbers.megapixels))
+            self.last.add_metric(labels, stage.last_commit)
+        self.unet_views.add_metric(labels, stage.native_rows)
+        self.bytes.add_metric(labels, stage.bytes)
+
+    def collect(self) -> Iterable[Metric]:
         """The metrics; called by the registry. Values of labels come from records, which may hold anything."""
         families: list[Metric] = list(vars(self).values())
         for family in families:
@@ -83,42 +144,3 @@ class _Families:
                 for sample in family.samples
             ]
         return families
-
-
-def _add_stage(families: _Families, labels: list[str], plan: Plan, commits: Commits, megapixels: float) -> None:
-    """Add the numbers of one stage. labels: dataset and stage. megapixels: of a mean high-res image."""
-    numbers = commits.numbers()
-    plan.require(max((shard + 1 for shard in numbers), default=0))
-    receipts, unreadable = commits.read_some(numbers)
-    rows, attempts = ledger_rows(commits), failed_names(commits)
-    for error_class, count in sorted(Counter(attempt.error_class for attempt in attempts).items()):
-        families.failed_attempts.add_metric([*labels, error_class], count)
-    families.damaged.add_metric(labels, len({*commits.marked(), *unreadable}))
-    missing = set(range(plan.shards)) - numbers.keys()
-    failed = missing & {attempt.shard for attempt in attempts}
-    found = stage_status(labels[1], receipts.values(), missing, rows, failed)
-    found = replace(found, committed=found.committed + len(unreadable))
-    for state in ("committed", "pending", "failed"):
-        families.shards.add_metric([*labels, state], getattr(found, state))
-    undecided = plan.samples - found.samples_ok - found.samples_failed
-    for state, count in (("ok", found.samples_ok), ("failed", found.samples_failed), ("pending", undecided)):
-        families.samples.add_metric([*labels, state], count)
-    for error_class, count in sorted(Counter(row["error_class"] for row in rows).items()):
-        families.failures.add_metric([*labels, error_class], count)
-    families.retries.add_metric(labels, sum(row["attempt_number"] > 1 for row in rows))
-    families.seconds.add_metric(labels, found.seconds)
-    on_gpu: Counter[str] = Counter()
-    for receipt in receipts.values():
-        if "gpu" in receipt.provenance:
-            on_gpu[str(receipt.provenance["gpu"])] += receipt.seconds  # type: ignore[assignment]
-    for gpu, seconds in sorted(on_gpu.items()):
-        families.gpu_seconds.add_metric([*labels, gpu], seconds)
-    tried = sum(receipt.samples_ok + receipt.samples_failed for receipt in receipts.values())
-    if tried:
-        families.pace.add_metric(labels, found.seconds / (tried * megapixels))
-        latest = max(datetime.fromisoformat(receipt.finished_at) for receipt in receipts.values())
-        families.last.add_metric(labels, latest.timestamp())
-    views = sum(receipt.provenance.get("unet", {}).get("native_rows", 0.0) for receipt in receipts.values())
-    families.unet_views.add_metric(labels, views)
-    size = sum(stored.bytes for receipt in receipts.values() for stored in receipt.objects)
-    families.bytes.add_metric(labels, size)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -95,7 +95,9 @@ def table_of(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     return table
 
 
-def decode_table(source: bytes | Path, schema: pa.Schema, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+def decode_table(
+    source: bytes | Path | IO[bytes], schema: pa.Schema, name: str, columns: Sequence[str] | None = None
+) -> pa.Table:
     """Read a Parquet file as a table of `schema`. Nullable columns that the file lacks are null. `columns`: only these.
 
     Raises ShardError, naming `name`, if it is no Parquet file or lacks a column that is not nullable.

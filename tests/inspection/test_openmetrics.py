@@ -36,6 +36,7 @@ def scraped(text: str) -> dict[tuple[str, ...], float]:
         for sample in family.samples:
             labels = dict(sample.labels)
             assert labels.pop("dataset") == "demo"
+            assert labels.pop("root")
             stage = [labels.pop("stage")] if "stage" in labels else []
             values[sample.name, *stage, *labels.values()] = sample.value
     return values

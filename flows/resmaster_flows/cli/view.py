@@ -1,4 +1,4 @@
-"""`resmaster view`: shows a published dataset in the browser, to look through it and choose from it."""
+"""`resmaster view`: shows a dataset, or all datasets of a root, in the browser, to look through and choose."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ import webbrowser
 
 from rich.console import Console
 
-from resmaster_flows.cli.arguments import add_root
 from resmaster_flows.cli.stop import KEPT, Terminated, exit_status, leave
 from resmaster_stages.errors import UserError
 
 HELP = "look through a dataset in the browser, and choose from it"
 DESCRIPTION = (
     "Show the published samples of a dataset in the browser: filter, sort, search and zoom, and keep, reject or rate "
-    "samples. Choices are written to the dataset's folder curation/, and change nothing else. Only programs on this "
-    "machine that know the printed address can reach the server. Runs until Ctrl-C. Needs no Prefect."
+    "samples. Choices are written to the dataset's folder curation/, and change nothing else. Given a root, show an "
+    "overview of the datasets directly below it, and each of them below /NAME/. Only programs on this machine that "
+    "know the printed address can reach the server. Runs until Ctrl-C. Needs no Prefect."
 )
+TOKEN = "RESMASTER_VIEW_TOKEN"
+"""Variable of the environment that holds the token of the address, for an address that stays the same."""
 PORTS = range(1024, 65536)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    add_root(parser)
+    parser.add_argument("root", metavar="ROOT", help="a dataset's folder or URL, or a root that holds datasets")
     parser.add_argument("--port", type=int, default=0, metavar="N", help="listen on this port (default: a free one)")
     parser.add_argument(
         "--open",
@@ -40,14 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Serve until a signal ends the command."""
-    from resmaster_stages.dataset.dataset import open_dataset
+    from resmaster_stages.dataset.dataset import dataset_or_root
     from resmaster_stages.gallery.serve import at_work, serving
 
     if args.port and args.port not in PORTS:
         raise UserError(f"--port {args.port}: give a number from {PORTS[0]} to {PORTS[-1]}, or leave it out")
     address = ""
     try:
-        with serving(open_dataset(args.root), args.port, args.who or _user()) as address:
+        token = os.environ.get(TOKEN, "")
+        with serving(dataset_or_root(args.root), args.port, args.who or _user(), token) as address:
             print(f"view: {address}", flush=True)
             if _display() if args.open is None else args.open:
                 webbrowser.open(address)
