@@ -22,12 +22,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/resmaster run deployments/datasets/picturebook.yaml
 
-# A Prefect server, an S3 store and workers on this machine, without containers. State is in out/stack.
+# A Prefect server, an S3 store and workers on this machine, without containers. State is in out/stack. STACK: options of
+# infra/stack.sh, such as --port.
 up: install
-	infra/stack.sh up
+	infra/stack.sh up $(STACK)
 
 down:
-	infra/stack.sh down
+	infra/stack.sh down $(STACK)
 
 # Work pools, queues, deployments and automations on the server that PREFECT_API_URL names, e.g. make deploy POOL=kubernetes
 POOL ?= process

@@ -275,22 +275,27 @@ def test_workers_find_the_program_beside_the_checkout(tmp_path: Path) -> None:
             process.terminate()
 
 
+FOLLOWED = (
+    "make up",
+    "source out/stack/env",
+    ".venv/bin/resmaster run deployments/datasets/picturebook.yaml --root s3://datasets",
+    "make deploy",
+    "make deploy POOL=kubernetes GPUS=8",
+    "make undeploy POOL=kubernetes",
+    "prefect deployment run build-dataset/resmaster-build -p config=picturebook -p name=mine -p limit=4",
+    'RESMASTER_NOTIFY_URL="mailto://127.0.0.1:25/?from=resmaster@example.org&to=team@example.org" make deploy',
+    "infra/workers.sh builds",
+    "infra/workers.sh shards",
+    "infra/workers.sh shards 2",
+    "make down",
+)
+"""Commands of docs/deploying.md that tests/server/test_manual.py runs as they are; the last one at the end."""
+
 ELSEWHERE = {
-    "make up": "tests/server/test_stack.py runs its recipe",
-    "source out/stack/env": "written by make up; tests/server/test_stack.py sources it",
-    ".venv/bin/resmaster run deployments/datasets/picturebook.yaml --root s3://datasets": (
-        "tests/durability/test_page.py builds it on S3, tests/server/test_operation.py with workers"
-    ),
-    "make down": "tests/server/test_stack.py runs its recipe",
+    **dict.fromkeys(FOLLOWED, "tests/server/test_manual.py runs it"),
     "infra/lock.sh": "asks the package index; tests/test_hardening.py runs it with an index of its own",
     "python infra/pin_images.py": "asks registries; tests/test_hardening.py runs it with a registry of its own",
     "python infra/pin_images.py --check": "as above",
-    "make deploy": "tests/server/test_deploy.py runs its recipe",
-    "make deploy POOL=kubernetes GPUS=8": "as above; the options are checked below",
-    "make undeploy POOL=kubernetes": "tests/server/test_deploy.py runs its recipe",
-    "infra/workers.sh builds": "tests/server/test_stack.py, by make up",
-    "infra/workers.sh shards": "needs GPUs to be more than the next one",
-    "infra/workers.sh shards 2": "tests/server/test_stack.py runs one worker so",
     "export PREFECT_SERVER_DATABASE_CONNECTION_URL=postgresql+asyncpg://prefect:SECRET@HOST/prefect": "needs "
     "PostgreSQL",
     "prefect server start --host 0.0.0.0": "Prefect's own; tests/server starts it on the loopback",

@@ -202,7 +202,7 @@ def test_a_pool_of_another_kind_comes_and_goes_alone(deployed: Stack) -> None:
         its = client.read_deployment_by_name("repair/resmaster-repair-kubernetes")
         assert repair.actions[0].deployment_id == its.id
         assert {"prefect.resource.role": "deployment", "prefect.resource.name": "resmaster-build-kubernetes"} in [
-            dict(each) for each in repair.trigger.match_related
+            each.root for each in repair.trigger.match_related
         ]
         run = client.create_flow_run_from_deployment(its.id, parameters={"dataset_url": "x"})
         client.set_flow_run_state(run.id, Running(), force=True)

@@ -31,6 +31,7 @@ from prefect.states import AwaitingRetry, Cancelling, Crashed, Running
 
 from resmaster_flows.deploy import for_kind, read_yaml
 from resmaster_flows.outcome import INCOMPLETE
+from resmaster_flows.server_runs import DATASET_LABEL
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.inspection.status import pending
 from resmaster_stages.runner.run import run_stage
@@ -130,6 +131,35 @@ def test_a_schedule_starts_a_build_and_two_workers_share_its_shards(workers: Sta
     assert all("dataset:demo" in child.tags and len(str(child.parameters)) < 300 for child in children)
 
 
+def test_a_small_build_gives_every_worker_a_part(workers: Stack, tmp_path: Path) -> None:
+    """Though one run may have more shards than the build has. The form names a file and changes it."""
+    gate = tmp_path / "gate"
+    wanted = config(tmp_path, [f"{letter} until {gate}" for letter in "abcde"], shards_per_run=8)
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump({**wanted, "prompts": "prompts.txt"}))
+    fields = {"config": str(tmp_path / "demo.yaml"), "name": "small", "limit": 3, "advanced": "replicas: 1"}
+    build = workers.run("build-dataset/resmaster-build", **fields)
+    both = wait(lambda: found if len(found := begun_by(gate)) == 2 else None)
+    for name in ("gpu-a", "gpu-b"):
+        assert len(both & set(descendants(workers.processes[name].pid))) == 1
+    gate.touch()
+    done = workers.ended(build)
+    assert state(done) == ("COMPLETED", "Completed")
+    assert done.name == "build small"
+    assert done.labels[DATASET_LABEL] == f"{tmp_path}/out/small"
+    assert sorted(child.name for child in workers.children(build)) == ["small: shards 0-1", "small: shards 2"]
+
+
+def test_a_mistake_in_the_form_is_one_sentence(workers: Stack) -> None:
+    failed = workers.ended(workers.run("build-dataset/resmaster-build", config="picturebok", method="cascade"))
+    assert failed.state is not None
+    assert failed.state.is_failed()
+    said = str(failed.state.message)
+    assert "config: no shipped configuration 'picturebok' (did you mean 'picturebook'?); known: " in said
+    assert "\n" not in said
+    wait(lambda: any("no shipped configuration" in line for line in log(workers, failed.id)))
+    assert not any("Traceback" in line for line in log(workers, failed.id))
+
+
 def test_a_failed_run_is_retried_as_the_button_does_it(workers: Stack, tmp_path: Path) -> None:
     mended = tmp_path / "mended"
     dataset = planned(tmp_path / "out", ["a", f"b unless {mended}"], tmp_path, samples_per_shard=1)
@@ -196,6 +226,8 @@ def test_cancelling_a_build_cancels_its_runs(workers: Stack, tmp_path: Path) -> 
     build = workers.run("build-dataset/resmaster-build", config=config(tmp_path, prompts))
     at_work = wait(lambda: found if len(found := begun_by(gate)) == 2 else None)
     wait(lambda: len(workers.children(build)) == 3)
+    waiting = wait(lambda: [child for child in workers.children(build) if state(child) == ("SCHEDULED", "Waiting")])
+    assert len(waiting) == 1, "the server makes no Late of it, however long it waits"
     with workers.client() as client:
         client.set_flow_run_state(build, Cancelling())
     assert state(workers.ended(build))[0] == "CANCELLED"
