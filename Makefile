@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export DO_NOT_TRACK ?= 1
 
-.PHONY: install demo up down deploy test soak lint format clean
+.PHONY: install demo up down deploy undeploy test soak lint format clean
 
 install: $(VENV)/.installed
 
@@ -22,17 +22,21 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/resmaster run deployments/datasets/picturebook.yaml
 
-# A Prefect server, an S3 store and workers on this machine, without containers. State is in out/stack.
+# A Prefect server, an S3 store and workers on this machine, without containers. State is in out/stack. STACK: options of
+# infra/stack.sh, such as --port.
 up: install
-	infra/stack.sh up
+	infra/stack.sh up $(STACK)
 
 down:
-	infra/stack.sh down
+	infra/stack.sh down $(STACK)
 
 # Work pools, queues, deployments and automations on the server that PREFECT_API_URL names, e.g. make deploy POOL=kubernetes
 POOL ?= process
 deploy: install
 	$(BIN)/python -m resmaster_flows.deploy --pool $(POOL) $(if $(GPUS),--gpus $(GPUS))
+
+undeploy: install
+	$(BIN)/python -m resmaster_flows.deploy --pool $(POOL) --remove
 
 # In two processes, for much of the time is spent waiting for servers and other programs.
 test: install

@@ -296,7 +296,8 @@ class DispatchConfig(Part):
     in the build's own process; `auto`: `workers` if a Prefect server is configured (PREFECT_API_URL), else `here`;
     `dask` or `ray`: on an existing cluster (DASK_SCHEDULER_ADDRESS, RAY_ADDRESS; needs the extra of that name)."""
     deployment: str | None = Operational(None)
-    """Name of the deployment of `process-shards`; default: the name of the build's own deployment, else `process`."""
+    """Name of the deployment of `process-shards`; default: that of the pool of the build's own deployment, else
+    `resmaster-shards`."""
     shards_per_run: int = Operational(8, ge=1, le=1000)
     """Maximum number of shards per run. A run gets fewer where workers would go without work otherwise. Starting a run
     and loading its models takes about half a minute, so a run should take an hour or more."""

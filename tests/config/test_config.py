@@ -210,6 +210,21 @@ def test_every_field_says_what_it_is() -> None:
     assert undocumented(DatasetConfig.model_json_schema()) == []
 
 
+def test_the_schema_offers_each_method_with_its_presets() -> None:
+    """For forms and editors. They send defaults along as values, so fields that presets set have none."""
+    alternatives = {
+        each["title"]: each["properties"]
+        for each in DatasetConfig.model_json_schema()["properties"]["upscale"]["anyOf"]
+    }
+    assert list(alternatives) == ["resmaster", *(name for name in methods() if name != "resmaster")]
+    for name, fields in alternatives.items():
+        assert all(field.get("description") for field in fields.values()), name
+        assert fields["method"]["const"] == fields["method"]["default"] == name
+        assert fields["preset"]["enum"] == list(methods()[name].presets)
+    assert "cosine_scale_1" in alternatives["demofusion"]
+    assert "default" not in alternatives["resmaster"]["steps"]
+
+
 def test_a_configuration_survives_its_own_json() -> None:
     some = config(upscale={"structure": {"preset": "paper_decay"}})
     assert parse_config(some.model_dump(mode="json")) == some

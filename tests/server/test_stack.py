@@ -19,7 +19,7 @@ from tests.test_hardening import modes
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(400)]
 
-PROCESSES = ("server", "builds", "shards")
+PROCESSES = ("server", "builds", "shards", "view")
 
 
 SECRET = "store 'secret' \"of\" $(mine)"
@@ -27,7 +27,8 @@ SECRET = "store 'secret' \"of\" $(mine)"
 
 
 def stack(verb: str, folder: Path, port: int, store_port: int) -> subprocess.CompletedProcess[str]:
-    where = ["--dir", str(folder), "--port", str(port), "--store-port", str(store_port)]
+    ports = ["--port", str(port), "--store-port", str(store_port), "--view-port", str(port + 1)]
+    where = ["--dir", str(folder), *ports]
     environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         ["bash", "-c", 'umask 022; exec "$0" "$@"', str(ROOT / "infra" / "stack.sh"), verb, *where],
@@ -79,7 +80,7 @@ def processes_of(folder: Path, shown: int = 100) -> list[str]:
 
 
 def test_up_and_down_are_idempotent_and_down_leaves_nothing(tmp_path: Path) -> None:
-    folder, store_port = tmp_path / "stack", free_ports(6)
+    folder, store_port = tmp_path / "stack", free_ports(7)
     port = store_port + 5
     try:
         done = stack("up", folder, port, store_port)
@@ -103,6 +104,13 @@ def test_up_and_down_are_idempotent_and_down_leaves_nothing(tmp_path: Path) -> N
         (line,) = done.stderr.splitlines()
         assert "no Prefect server that can be used (401 Unauthorized)" in line
         assert line.endswith("PREFECT_API_KEY and PREFECT_API_AUTH_STRING")
+        view = kept["RESMASTER_VIEW_URL"]
+        assert view == f"http://127.0.0.1:{port + 1}/{kept['RESMASTER_VIEW_TOKEN']}/"
+        assert f"datasets: {view}" in done.stdout
+        with urllib.request.urlopen(view, timeout=30) as answer:
+            assert answer.status == 200
+        workers = Path("/proc", pids["shards"].strip(), "environ").read_bytes().split(b"\0")
+        assert f"RESMASTER_VIEW_URL={view}".encode() in workers, "their runs link to it"
         assert umask_of(folder, "shards") == "0022", "runs write datasets as the user's umask says"
         assert (folder / "prefect/prefect.db").exists()
         assert modes(tmp_path) == {}, "nobody else reads passwords, logs, database and data"
@@ -116,7 +124,7 @@ def test_up_and_down_are_idempotent_and_down_leaves_nothing(tmp_path: Path) -> N
         down = stack("down", folder, port, store_port)
     assert down.returncode == 0, down.stdout + down.stderr
     assert processes_of(folder) == []
-    for taken in (port, store_port):
+    for taken in (port, store_port, port + 1):
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", taken)) != 0
     assert stack("status", folder, port, store_port).returncode == 1
