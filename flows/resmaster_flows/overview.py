@@ -5,13 +5,16 @@ A schedule keeps the table up to date. The versions of the artifact are its hist
 
 from __future__ import annotations
 
+import os
+
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
 
+from resmaster_flows.form import ROOT
 from resmaster_flows.plugins import load_plugins
 from resmaster_stages.dataset.dataset import Dataset, dataset_or_root
-from resmaster_stages.errors import ConfigError
+from resmaster_stages.errors import UserError
 from resmaster_stages.inspection.overview import HEADINGS, Overview, cells, concern, overview
 from resmaster_stages.redaction import printable, without_credentials
 
@@ -22,18 +25,18 @@ KEY = "resmaster-overview"
 
 
 @flow(name="overview", description="One table over all datasets of a root: what needs attention first.")
-def overview_of(root: str) -> int:
-    """Show all datasets directly below a root.
+def overview_of(root: str | None = None) -> int:
+    """Show all datasets directly below a root. Returns how many of them need attention.
 
     Args:
-        root: A folder, or `s3://bucket/prefix`.
-
-    Returns:
-        How many of them need attention.
+        root: A folder, or `s3://bucket/prefix`. Default: the environment's RESMASTER_ROOT.
     """
+    root = root or os.environ.get(ROOT)
+    if not root:
+        raise UserError(f"root: give a folder or s3://bucket/prefix, or deploy with {ROOT}")
     place = dataset_or_root(root)
     if isinstance(place, Dataset):
-        raise ConfigError(f"{place.url}: is one dataset; give the root above it: {place.url.rpartition('/')[0]}")
+        raise UserError(f"{place.url}: is one dataset; give the root above it: {place.url.rpartition('/')[0]}")
     found = overview(place)
     create_table_artifact(key=KEY, table=rows(found), description=description(found))
     log = get_run_logger()
