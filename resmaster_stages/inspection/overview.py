@@ -148,7 +148,7 @@ def look(folder: Folder, known: Known, limit: int | None, pixels: bool = False) 
             return dataset_numbers(dataset_in(folder), present, known, limit, pixels)
         if layout.PLAN in present or layout.COMMITS in present:
             return NoDataset(name, f"{_place(folder)}: {no_dataset(present)}", foreign=False)
-        hint = f"if datasets lie below it: resmaster status {quoted(folder.url)}"
+        hint = f"if datasets lie below it: resmaster status {quoted(_place(folder))}"
         return NoDataset(name, f"{_place(folder)}: no dataset (no config.json); {hint}", foreign=True)
     except (ResMasterError, OSError) as error:
         line, place = one_line(error), _place(folder)
