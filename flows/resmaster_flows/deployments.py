@@ -12,6 +12,7 @@ ROLES = {
     "repair": "repair",
     "publish": "publish",
     "compare": "compare",
+    "overview": "overview",
 }
 """Flow -> what its deployments are called."""
 

@@ -119,6 +119,7 @@ def test_deploying_twice_is_deploying_once(deployed: Stack) -> None:
         "resmaster_flows.build.repair",
         "resmaster_flows.build.publish",
         "resmaster_flows.compare.compare_methods",
+        "resmaster_flows.overview.overview_of",
     }
     assert zombie_repair.actions[0].deployment_id == repair.id
 
