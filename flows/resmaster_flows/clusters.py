@@ -21,9 +21,10 @@ from prefect.futures import PrefectFuture
 from prefect.settings import get_current_settings
 from prefect.task_runners import TaskRunner
 
-from resmaster_flows.outcome import incomplete, outcome
-from resmaster_flows.process import describe, failures
-from resmaster_flows.watch.events import Dispatched
+from resmaster_flows.dispatch import GIVEN_UP
+from resmaster_flows.outcome import describe, incomplete, outcome, told
+from resmaster_flows.process import failures
+from resmaster_flows.watch.events import Decision, Dispatched, ShardFinished
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.dataset.retry import Retries, part_of
 from resmaster_stages.errors import ConfigError, GpuLost, ShardError, UserError
@@ -114,6 +115,7 @@ def process_on_cluster(
 
 
 @flow(name="process-shards-on-cluster", validate_parameters=False)
+@told
 def _process(
     dataset_url: str, shards: list[int], stages: list[str] | None, retries: Retries | None, executor: Executor
 ) -> dict[str, str] | State[dict[str, str]]:
@@ -136,6 +138,9 @@ def _process(
             except Exception as error:
                 errors[str(shard)] = str(error) if isinstance(error, ShardError) else describe(error)
                 emit(ShardFailed(shard, errors[str(shard)]))
+                emit(Decision(f"shard {shard} given up: {errors[str(shard)]}", GIVEN_UP))
+            else:
+                emit(ShardFinished(shard))
             done = len(shards) - len(due) - len(under_way) - len(errors)
             emit(Dispatched(done, len(shards), len(under_way), len(due)))
     return incomplete(failures(errors), errors) if errors else errors

@@ -10,7 +10,7 @@ from prefect.logging import get_run_logger
 
 from resmaster_flows.build import build_dataset
 from resmaster_flows.calls import call
-from resmaster_flows.outcome import incomplete
+from resmaster_flows.outcome import incomplete, told
 from resmaster_flows.server_runs import cancel_children
 from resmaster_flows.watch.progress import plans
 from resmaster_flows.workplace import computed_here
@@ -21,6 +21,7 @@ from resmaster_stages.progress import listening
 
 
 @flow(name="compare", flow_run_name="compare {config.name}: {methods}", on_cancellation=[cancel_children])
+@told
 def compare_methods(
     config: DatasetConfig,
     methods: str,

@@ -15,7 +15,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 
 from resmaster_flows.calls import call
-from resmaster_flows.outcome import incomplete
+from resmaster_flows.outcome import describe, incomplete, told
 from resmaster_flows.plugins import load_plugins
 from resmaster_flows.selection import spell_shards
 from resmaster_flows.watch.artifacts import run_page
@@ -25,7 +25,6 @@ from resmaster_stages.dataset.retry import Retries, number_of
 from resmaster_stages.errors import ConfigError, GpuLost, ShardError
 from resmaster_stages.planning.checks import check_stages
 from resmaster_stages.progress import ShardFailed, emit
-from resmaster_stages.redaction import one_line
 from resmaster_tasks.stages import stage_task
 
 load_plugins()
@@ -49,6 +48,7 @@ def _own_run_name() -> str:
 
 
 @flow(name="process-shards", flow_run_name=_own_run_name, validate_parameters=False)
+@told
 def process_shards(
     dataset_url: str, shards: list[int], stages: list[str] | None = None, retries: Retries | None = None
 ) -> dict[str, str] | State[dict[str, str]]:
@@ -89,9 +89,3 @@ def failures(errors: dict[str, Any]) -> str:
     """The message of a flow run that could not finish some shards."""
     first = next(iter(errors.values()))
     return f"shards {spell_shards(int(shard) for shard in errors)} not finished; first: {first}"
-
-
-def describe(error: Exception) -> str:
-    """An error with its class, in one line."""
-    text = one_line(error)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
