@@ -5,10 +5,10 @@ The listeners are in a context variable, so that stages and tasks need not pass 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 class Event:
@@ -25,12 +25,26 @@ class ShardStarted(Event):
 
 
 @dataclass(frozen=True)
+class Glance:
+    """What there is to see of a sample: its prompt, and stage -> the file of its image, as far as there are images."""
+
+    prompt: str = ""
+    images: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class SampleDone(Event):
     """One sample of the shard is finished, or failed (`ok` is False)."""
 
     stage: str
     shard: int
     ok: bool
+    key: str = ""
+    error: str = ""
+    """Why the sample failed, in one line; "" if it did not."""
+    glance: Callable[[], Glance] = field(default=Glance, compare=False, repr=False)
+    """Reads the sample's images from local files. A listener calls it for few samples, because the stage waits, and
+    only while it hears the event."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from resmaster_flows.calls import call
 from resmaster_flows.clusters import process_on_cluster
 from resmaster_flows.dispatch import Stopped, dispatch
 from resmaster_flows.form import AS_CONFIGURED, MethodName, PresetName, Source
-from resmaster_flows.outcome import incomplete, skipped
+from resmaster_flows.outcome import incomplete, skipped, told
 from resmaster_flows.plugins import load_plugins
 from resmaster_flows.process import failures, process_shards
 from resmaster_flows.selection import parse_numbers
@@ -37,7 +37,7 @@ from resmaster_flows.server_runs import (
     label_dataset,
     other_build,
 )
-from resmaster_flows.watch.artifacts import run_page, show_dataset
+from resmaster_flows.watch.artifacts import log, run_page, show_dataset
 from resmaster_flows.watch.events import WorkFound
 from resmaster_flows.watch.progress import plans
 from resmaster_flows.workplace import computed_here, on_workers
@@ -57,6 +57,7 @@ from resmaster_stages.progress import emit, listening
 from resmaster_stages.prompts import ingest
 from resmaster_stages.publish import publish as publishing
 from resmaster_stages.publish.card import Publication
+from resmaster_stages.redaction import without_credentials
 from resmaster_stages.storage.probe import require_one_winner
 
 load_plugins()
@@ -131,6 +132,7 @@ def work(
     shards = sorted(_lacking(todo))
     emit(WorkFound(pending_samples(dataset, todo), shards))
     stages = None if todo.keys() == dataset.hashes.keys() else list(todo)  # None: all stages
+    log(_spell_work(dataset, todo, shards))
     with run_page(dataset, todo):
         if not shards:
             return {}
@@ -145,6 +147,15 @@ def work(
         runs = ServerRuns(config, dataset.url, stages, retries, queue, limits)
         missing = dispatch(runs, lambda: _lacking(look()), config, _lacking(todo))
     return {str(shard): error for shard, error in missing.items()}
+
+
+def _spell_work(dataset: Dataset, todo: Todo, shards: list[int]) -> str:
+    """How much there is to do, and how much is done already, in one line."""
+    total = dataset.plan.shards
+    if not shards:
+        return f"nothing to do for {total} shards: everything asked for is committed"
+    each = ", ".join(f"{stage} {len(missing)}" for stage, missing in todo.items() if missing)
+    return f"{len(shards)} of {total} shards to do ({each}); {total - len(shards)} need nothing"
 
 
 def _lacking(todo: Todo) -> Counter[int]:
@@ -162,10 +173,12 @@ def finish(dataset: Dataset, errors: dict[str, str], todo: Todo, limits: Limits)
     found = status(dataset)
     not_tried = _lacking(todo).keys() - {int(shard) for shard in errors}
     limit = limits.reached() if not_tried else ""
+    report_url = dataset.folder.url_of(layout.REPORT_PAGE)
+    log(f"published {published.samples} samples; report: {without_credentials(report_url)}")
     show_dataset(dataset, found)
     result = BuildResult(
         dataset_url=dataset.url,
-        report_url=dataset.folder.url_of(layout.REPORT_PAGE),
+        report_url=report_url,
         samples=published.samples,
         samples_failed=sum(stage.samples_failed for stage in found.stages),
         errors=errors,
@@ -183,6 +196,7 @@ def _run_name() -> str:
 
 
 @flow(name="build-dataset", flow_run_name=_run_name, on_cancellation=[cancel_children], validate_parameters=False)
+@told
 def build_dataset(
     config: Source = "",
     name: str = "",
@@ -236,6 +250,7 @@ def build_dataset(
 
 
 @flow(name="repair", flow_run_name="repair {dataset_url}", on_cancellation=[cancel_children])
+@told
 def repair(
     dataset_url: str,
     shards: str | None = None,
@@ -287,6 +302,7 @@ def repair(
 
 
 @flow(name="publish", flow_run_name="publish {dataset_url}")
+@told
 def publish(dataset_url: str) -> str | State[str]:
     """Write manifest, index, dataset card, report and contact sheets again from what is committed.
 

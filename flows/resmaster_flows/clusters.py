@@ -21,9 +21,10 @@ from prefect.futures import PrefectFuture
 from prefect.settings import get_current_settings
 from prefect.task_runners import TaskRunner
 
-from resmaster_flows.outcome import incomplete, limited, outcome
+from resmaster_flows.dispatch import GIVEN_UP
+from resmaster_flows.outcome import incomplete, limited, outcome, told
 from resmaster_flows.process import failures
-from resmaster_flows.watch.events import Dispatched
+from resmaster_flows.watch.events import Decision, Dispatched, ShardFinished
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.dataset.retry import Retries, part_of
 from resmaster_stages.errors import ConfigError, GpuLost, ShardError, UserError
@@ -116,6 +117,7 @@ def process_on_cluster(
 
 
 @flow(name="process-shards-on-cluster", validate_parameters=False)
+@told
 def _process(
     dataset_url: str,
     shards: list[int],
@@ -148,11 +150,14 @@ def _process(
             except Exception as error:
                 errors[str(shard)] = str(error) if isinstance(error, ShardError) else describe(error)
                 emit(ShardFailed(shard, errors[str(shard)]))
+                emit(Decision(f"shard {shard} given up: {errors[str(shard)]}", GIVEN_UP))
             else:
                 if reached:
                     limit = limit or _told(reached)
                     due.clear()
-                done += not reached
+                else:
+                    emit(ShardFinished(shard))
+                    done += 1
             emit(Dispatched(done, len(shards), len(under_way), len(due)))
     if errors:
         return incomplete(failures(errors), errors)

@@ -13,7 +13,7 @@ from resmaster_flows import form
 from resmaster_flows.build import build_dataset
 from resmaster_flows.calls import call
 from resmaster_flows.form import Source
-from resmaster_flows.outcome import incomplete
+from resmaster_flows.outcome import incomplete, told
 from resmaster_flows.server_runs import cancel_children
 from resmaster_flows.watch.progress import plans
 from resmaster_flows.workplace import computed_here
@@ -29,6 +29,7 @@ def _run_name() -> str:
 
 
 @flow(name="compare", flow_run_name=_run_name, on_cancellation=[cancel_children], validate_parameters=False)
+@told
 def compare_methods(
     config: Source,
     methods: str,

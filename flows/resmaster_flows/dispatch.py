@@ -30,9 +30,11 @@ from prefect.exceptions import Pause, TerminationSignal
 from prefect.states import Crashed
 
 from resmaster_flows.outcome import INCOMPLETE, LIMITED
-from resmaster_flows.watch.events import Dispatched, RunEnded, RunSubmitted
+from resmaster_flows.selection import spell_shards
+from resmaster_flows.watch.events import Decision, Dispatched, RunEnded, RunSubmitted
 from resmaster_stages.config.dataset import DispatchConfig
 from resmaster_stages.progress import emit
+from resmaster_stages.runner.shards import describe
 
 FRUITLESS_RUNS = 10
 """The dispatch ends after this many runs in a row without a commit, because all runs seem to have the same fault."""
@@ -45,6 +47,9 @@ LAST_LOOKS = 10
 """When nothing is left to do, the dispatch looks this often at most for the final states of its runs."""
 LAST_SECONDS = 1.0
 """Maximum time between two of these looks."""
+
+SUBMITTED, BROKEN, GIVEN_UP, OUTAGES = "submitted runs", "runs that broke off", "shards given up", "outages"
+"""Kinds of decisions."""
 
 Shards = tuple[int, ...]
 
@@ -67,6 +72,9 @@ class Runs(Protocol):
 
     def limit(self) -> str:
         """Which limit of the build is reached, in words; "" if none is."""
+
+    def address(self, run: UUID) -> str:
+        """The address of a run's page."""
 
     def states(self, runs: Collection[UUID]) -> Mapping[UUID, State]:
         """Run -> state. Deleted runs are absent.
@@ -120,12 +128,22 @@ class Dispatch:
         for run, (name, shards) in begun.items():
             self._watch(run, name, shards, todo)
         taken = {shard for _, shards in begun.values() for shard in shards}
-        self.due = deque(batches(sorted(todo.keys() - taken), config.shards_per_run, runs.places()))
+        left, places = sorted(todo.keys() - taken), runs.places()
+        self.due = deque(batches(left, config.shards_per_run, places))
+        if begun:
+            emit(Decision(f"{_count(len(begun), 'run')} of this build go on that were started before"))
+        if left:
+            emit(
+                Decision(
+                    f"{_count(len(left), 'shard')} go to {_count(len(self.due), 'run')} of at most "
+                    f"{_count(len(self.due[0]), 'shard')}; {_count(places, 'run')} can be at work at a time"
+                )
+            )
 
     def _watch(self, run: UUID, name: str, shards: Shards, todo: Mapping[int, int]) -> None:
         lacking = sum(todo.get(shard, 0) for shard in shards)
         self.active[run] = Child(name, shards, lacking, lacking, self._clock())
-        emit(RunSubmitted(str(run), name))
+        emit(RunSubmitted(str(run), name, shards, self._runs.address(run)))
 
     @property
     def waiting(self) -> list[UUID]:
@@ -156,22 +174,31 @@ class Dispatch:
                 self.limited = True
                 continue
             self.errors.update(dict.fromkeys(unfinished, f"run {child.name}: {spell_state(state)}"))
+            if not unfinished:
+                continue
             if state is not None and not state.is_cancelled() and state.name != INCOMPLETE:
-                self._again(unfinished)
+                emit(Decision(f"{child.name}: broke off ({spell_state(state)}); {self._again(unfinished)}", BROKEN))
+            else:
+                given_up = f"{_shards(unfinished)} given up, because another run would end the same way"
+                emit(Decision(f"{child.name}: {given_up} ({spell_state(state)})", GIVEN_UP))
 
-    def _again(self, unfinished: list[int]) -> None:
-        """Schedule the unfinished shards of a run that broke off.
+    def _again(self, unfinished: list[int]) -> str:
+        """Schedule the unfinished shards of a run that broke off. Returns what becomes of them, in words.
 
         A run goes through its shards in order, so it broke off at the first unfinished shard, which may be the cause.
         That shard gets a run of its own, so that the other shards do not fail with it.
         """
-        suspect, others = unfinished[:1], unfinished[1:]
+        suspect, others = unfinished[0], unfinished[1:]
         if others:
             self.due.appendleft(tuple(others))
-        for shard in suspect:
-            self._broken_off[shard] += 1
-            if self._broken_off[shard] < self._config.attempts:
-                self.due.append((shard,))
+        self._broken_off[suspect] += 1
+        times, most = self._broken_off[suspect], self._config.attempts
+        if times < most:
+            self.due.append((suspect,))
+            told = f"shard {suspect}, at which it broke off, gets a run of its own (attempt {times + 1} of {most})"
+        else:
+            told = f"shard {suspect} given up, because {_count(times, 'run')} broke off at it"
+        return f"{told}; {_shards(others)} dispatched anew" if others else told
 
     def top_up(self, todo: Mapping[int, int]) -> None:
         """Submit due batches, as far as the window and the limits of the build allow."""
@@ -181,14 +208,18 @@ class Dispatch:
             self.cancel(self.waiting)
         if self._fruitless >= FRUITLESS_RUNS:
             reason = f"not tried: the last {self._fruitless} runs ended without a commit"
-            self.errors = {**{shard: reason for batch in self.due for shard in batch}, **self.errors}
+            untried = [shard for batch in self.due for shard in batch]
+            self.errors = {**dict.fromkeys(untried, reason), **self.errors}
             self.due.clear()
+            if untried:
+                emit(Decision(f"{_count(len(untried), 'shard')} {reason}, so all runs seem to have the same fault"))
         room = self._config.window - len(self.waiting)
         while self.due and room > 0:
             shards = tuple(shard for shard in self.due[0] if shard in todo)
             if shards:
                 run, name = self._runs.submit(shards, self._broken_off[shards[0]] + 1)
                 self._watch(run, name, shards, todo)
+                emit(Decision(f"submitted {name}: {self._runs.address(run)}", SUBMITTED))
                 room -= 1
             self.due.popleft()  # last: if `submit` raised, the batch stays due
 
@@ -197,10 +228,12 @@ class Dispatch:
         waiting = len(self.waiting)
         emit(Dispatched(done, total, len(self.active) - waiting, waiting))
 
-    def cancel(self, runs: Iterable[UUID]) -> None:
+    def cancel(self, runs: Iterable[UUID], why: str) -> None:
         """Cancel active runs and watch them no longer."""
         chosen = list(runs)
         self._runs.cancel(chosen)
+        if chosen:
+            emit(Decision(f"cancelled {_count(len(chosen), 'run')}, because {why}"))
         for run in chosen:
             self._tell(run, "Cancelled")
 
@@ -221,7 +254,7 @@ class Dispatch:
         """
         for child in self.active.values():
             child.left = 0
-        self.cancel(self.waiting)
+        self.cancel(self.waiting, "no shard is left for them")
         for _ in range(LAST_LOOKS):
             if not self.active:
                 return
@@ -258,23 +291,27 @@ def dispatch(
                 states = runs.states(state.active.keys())  # before `look`: it must see the commits of an ended run
                 todo = look()
                 state.settle(states, todo)
+                if out_of_reach:
+                    emit(Decision("server and store answer again", OUTAGES))
                 out_of_reach = 0
-            except (httpx.HTTPError, ConnectionError, TimeoutError):
+            except (httpx.HTTPError, ConnectionError, TimeoutError) as error:
                 out_of_reach += 1
                 if out_of_reach == OUTAGE_LOOKS:
                     raise
+                if out_of_reach == 1:
+                    emit(Decision(f"server or store out of reach, asked again: {describe(error)}", OUTAGES))
                 sleep(config.poll_seconds)
         state.close(sleep)
     except (KeyboardInterrupt, Stopped):
-        state.cancel(state.active)
+        state.cancel(state.active, "the build was cancelled")
         raise
     except Pause as pause:  # runs at work end their shards; the process that goes on with the build finds these runs
         if pause.state is None or pause.state.is_paused():  # else the build goes on already
-            state.cancel(state.waiting)
+            state.cancel(state.waiting, "the build is suspended; runs at work end their shards")
         raise
     except TerminationSignal:
         if _cancelled(runs):
-            state.cancel(state.active)
+            state.cancel(state.active, "the build was cancelled")
         raise
     finally:
         state.count(total - len(todo), total)
@@ -296,6 +333,14 @@ def _cancelled(runs: Runs) -> bool:
     except Stopped:
         return True
     return False
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _shards(numbers: Sequence[int]) -> str:
+    return f"shard{'s' if len(numbers) > 1 else ''} {spell_shards(numbers)}"
 
 
 def spell_state(state: State | None) -> str:

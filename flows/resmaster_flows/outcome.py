@@ -6,24 +6,37 @@ the dispatcher distinguish a run that tried all its shards (it would fail the sa
 `Limited`: a completed state with the result, of a run over shards that began no more of them because a limit of the
 build was reached. The build itself ends as `Incomplete`, because something is missing.
 
-This module also keeps Prefect's tracebacks out of the log of a run whose end is no surprise. The log shows the state's
-message or the error's message instead.
+A run that ends by an error ends `Failed`, and the state's message is one sentence (`told`). Prefect's tracebacks stay
+out of the log of a run whose end is no surprise. An error that nobody foresaw leaves one traceback there, without
+Prefect's own frames.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar
 
+import httpx
 from prefect.client.schemas.objects import State
-from prefect.exceptions import CancelledRun
+from prefect.context import FlowRunContext
+from prefect.exceptions import CancelledRun, ParameterTypeError
+from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed, Failed
 
 from resmaster_stages.errors import ResMasterError, UserError
+from resmaster_stages.redaction import one_line
+from resmaster_stages.runner.shards import describe
 
 INCOMPLETE = "Incomplete"
 SKIPPED = "Skipped"
 LIMITED = "Limited"
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Unfinished(Exception):
@@ -68,8 +81,42 @@ def outcome(state: State[Any]) -> Any:
     return found.result if isinstance(found, Unfinished) else found
 
 
+FORESEEN = (ResMasterError, OSError, httpx.HTTPError, Unfinished, CancelledRun, ParameterTypeError)
+"""Errors whose messages say what is wrong: this project's own, those of the store, the server and the form."""
+
+
+def told(work: Callable[P, R]) -> Callable[P, R | State[Any]]:
+    """Decorates the function of a flow: an error ends the run as `Failed`, with one sentence as the state's message.
+
+    Without a flow run, and if the server is lost, the error is raised.
+    """
+
+    @wraps(work)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R | State[Any]:
+        try:
+            return work(*args, **kwargs)
+        except httpx.HTTPError:
+            raise  # nobody is there who could be told
+        except Exception as error:
+            if FlowRunContext.get() is None:
+                raise
+            if not isinstance(error, FORESEEN):
+                get_run_logger().error("%s", describe(error), exc_info=error)  # `Plain` shortens it
+            return Failed(message=sentence(error), data=error)
+
+    run.__signature__ = inspect.signature(work, eval_str=True)  # type: ignore[attr-defined]  # Prefect reads types here
+    return run
+
+
+def sentence(error: Exception) -> str:
+    """Why a run failed, in one line."""
+    if isinstance(error, ResMasterError) or (isinstance(error, OSError) and str(error)):
+        return one_line(error)
+    return f"{describe(error)} (this was not foreseen; the log has its traceback)"
+
+
 class Plain(logging.Filter):
-    """Leaves the traceback out if the error is one of this project's own or of the store: its message says what to do.
+    """Leaves out tracebacks of foreseen errors, whose messages say what to do, and all but the first of other errors.
 
     Drops the record if its message says nothing either: Prefect (3.8) logs "exited with unexpected exception" at the
     end of every run on a worker whose final state is not Completed, also if the flow returned that state.
@@ -77,10 +124,25 @@ class Plain(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if not isinstance(error, (ResMasterError, OSError, Unfinished, CancelledRun)):
+        if error is None:
             return True
-        record.exc_info = None
-        return "exited with unexpected exception" not in record.getMessage()
+        foreseen, shown = isinstance(error, FORESEEN), getattr(error, "_resmaster_shown", False)
+        record.exc_info = None if foreseen or shown else (type(error), error, own_frames(error.__traceback__))
+        error._resmaster_shown = True  # type: ignore[attr-defined]
+        return not foreseen or "exited with unexpected exception" not in record.getMessage()
+
+
+def own_frames(trace: TracebackType | None) -> TracebackType | None:
+    """A traceback without the frames of Prefect's own code."""
+    kept: list[TracebackType] = []
+    while trace is not None:
+        if not trace.tb_frame.f_globals.get("__name__", "").startswith("prefect."):
+            kept.append(trace)
+        trace = trace.tb_next
+    after: TracebackType | None = None
+    for each in reversed(kept):
+        after = TracebackType(after, each.tb_frame, each.tb_lasti, each.tb_lineno)
+    return after
 
 
 for _logger in ("prefect.engine", "prefect.flow_runs", "prefect.task_runs"):

@@ -16,7 +16,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 
 from resmaster_flows.calls import call
-from resmaster_flows.outcome import incomplete, limited
+from resmaster_flows.outcome import incomplete, limited, told
 from resmaster_flows.plugins import load_plugins
 from resmaster_flows.selection import spell_shards
 from resmaster_flows.watch.artifacts import run_page
@@ -49,6 +49,7 @@ def _own_run_name() -> str:
 
 
 @flow(name="process-shards", flow_run_name=_own_run_name, validate_parameters=False)
+@told
 def process_shards(
     dataset_url: str,
     shards: list[int],

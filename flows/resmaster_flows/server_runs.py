@@ -37,12 +37,14 @@ from prefect.utilities.urls import url_for
 from resmaster_flows.deployments import shards_beside
 from resmaster_flows.dispatch import Shards, Stopped
 from resmaster_flows.process import run_name
+from resmaster_flows.watch.events import Decision
 from resmaster_flows.workplace import on_workers
 from resmaster_stages.config.dataset import DatasetConfig, DispatchConfig
 from resmaster_stages.dataset.retry import Retries, part_of
 from resmaster_stages.errors import UserError
 from resmaster_stages.inspection.limits import Limits
 from resmaster_stages.keys import digest
+from resmaster_stages.progress import emit
 from resmaster_stages.storage.filesystem import open_root
 
 FLOW = "process-shards"
@@ -126,6 +128,8 @@ class ServerRuns:
             found = client.request("GET", "/work_pools/{work_pool_name}/queues/{name}", path_params=place)
             workers = client.read_workers_for_work_pool(pool, online)
         for_shards = [worker for worker in workers if BUILDS_QUEUE not in worker.name.split("-")]
+        if not for_shards:
+            emit(Decision(f"no worker of the pool {pool} is online that takes shards: the runs wait for one"))
         return max(1, found.json()["concurrency_limit"] or len(for_shards))
 
     def begun(self) -> Mapping[UUID, tuple[str, Shards]]:
@@ -172,6 +176,10 @@ class ServerRuns:
     def limit(self) -> str:
         """Which limit of the build is reached, as `Runs.limit` describes."""
         return self._limits.reached() if self._limits else ""
+
+    def address(self, run: UUID) -> str:
+        """The address of a run's page."""
+        return url_for("flow-run", obj_id=run) or str(run)
 
     def states(self, runs: Collection[UUID]) -> Mapping[UUID, State]:
         """The states of runs, as `Runs.states` describes. Takes one request per 200 runs, with the build's own run."""

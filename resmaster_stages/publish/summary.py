@@ -20,6 +20,8 @@ from resmaster_stages.inspection.spending import NOT_COUNTED, Spent, spell_money
 from resmaster_stages.inspection.status import Status
 from resmaster_stages.metrics import shown_columns
 from resmaster_stages.metrics.flags import known_flags
+from resmaster_stages.publish.links import view_lines
+from resmaster_stages.publish.markdown import cell, table
 from resmaster_stages.publish.report import SIZE_COLUMNS, facts
 from resmaster_stages.redaction import printable, quoted, without_credentials
 from resmaster_stages.storage.tables import decode_table
@@ -31,23 +33,30 @@ SHOWN_FAILURES = 20
 def summary(dataset: Dataset, found: Status) -> str:
     """The page of a dataset whose manifest is written. found: its status."""
     columns = [*(column.name for column in shown_columns()), "flags", *SIZE_COLUMNS]
-    table = decode_table(dataset.folder.read(layout.MANIFEST), manifest_schema(), layout.MANIFEST, columns)
+    manifest = decode_table(dataset.folder.read(layout.MANIFEST), manifest_schema(), layout.MANIFEST, columns)
     url = printable(without_credentials(dataset.url))
     parts = [
-        f"# {_cell(dataset.config.name)}",
-        _table(("", ""), list(facts(dataset.config, table).items())),
+        f"# {cell(dataset.config.name)}",
+        _table(("", ""), list(facts(dataset.config, manifest).items())),
         "## Stages",
         _stages(found),
         *_failed_shards(found),
         "## Cost",
         _cost(found.spent),
         "## Quality",
-        _quality(table),
-        f"Flagged: {_flags(table)}. Flags point at samples to look at; nothing is deleted.",
+        _quality(manifest),
+        f"Flagged: {_flags(manifest)}. Flags point at samples to look at; nothing is deleted.",
         *_failures(failures(dataset)),
         "## Where",
-        f"- dataset: `{url}`\n- report: `{printable(without_credentials(dataset.folder.url_of(layout.REPORT_PAGE)))}`\n"
-        f"- missing or failed: `resmaster repair {quoted(url)}`\n- one sample: `resmaster explain {quoted(url)} KEY`",
+        "\n".join(
+            f"- {line}"
+            for line in (
+                f"dataset: `{url}`",
+                *view_lines(dataset),
+                f"missing or failed: `resmaster repair {quoted(url)}`",
+                f"one sample: `resmaster explain {quoted(url)} KEY`",
+            )
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -92,11 +101,11 @@ def _failed_shards(found: Status) -> list[str]:
     return ["## Failed shards", _table(head, rows)] if rows else []
 
 
-def _quality(table: pa.Table) -> str:
+def _quality(manifest: pa.Table) -> str:
     """A table with mean, median and worst twentieth of each metric."""
     rows = []
     for column in shown_columns():
-        values = table[column.name].drop_null().to_numpy()
+        values = manifest[column.name].drop_null().to_numpy()
         values = values[np.isfinite(values)]
         if values.size:
             worst = np.percentile(values, 95 if column.better == "↓" else 5)
@@ -105,13 +114,13 @@ def _quality(table: pa.Table) -> str:
     return _table(("measure", "mean", "median", "worst twentieth", "meaning"), rows) if rows else "No sample yet."
 
 
-def _flags(table: pa.Table) -> str:
+def _flags(manifest: pa.Table) -> str:
     """The number of samples with a flag, and the number with each flag."""
-    found = pc.value_counts(pc.list_flatten(table["flags"])).to_pylist()
+    found = pc.value_counts(pc.list_flatten(manifest["flags"])).to_pylist()
     counts = {each["values"]: each["counts"] for each in found}
-    flagged = pc.sum(pc.greater(pc.list_value_length(table["flags"]), 0)).as_py() or 0
+    flagged = pc.sum(pc.greater(pc.list_value_length(manifest["flags"]), 0)).as_py() or 0
     shown = ", ".join(f"{flag} {counts[flag]}" for flag in known_flags() if flag in counts)
-    return f"{flagged} of {len(table)}" + (f" ({shown})" if shown else "")
+    return f"{flagged} of {len(manifest)}" + (f" ({shown})" if shown else "")
 
 
 def _failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -125,11 +134,4 @@ def _failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table; cells are escaped."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(value: object) -> str:
-    """A value as one table cell: in one line, with Markdown, HTML and unseen characters escaped."""
-    text = printable(" ".join(str(value).split()))
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|#!~" else "&amp;" if c == "&" else c for c in text)
+    return table(head, [[cell(each) for each in row] for row in rows])

@@ -17,20 +17,21 @@ from resmaster_stages.dataset.batches import Batch
 from resmaster_stages.dataset.chain import Chain
 from resmaster_stages.dataset.commits import Commits
 from resmaster_stages.dataset.dataset import Dataset
-from resmaster_stages.dataset.reading import chosen_samples
+from resmaster_stages.dataset.reading import ShardSamples, chosen_samples
 from resmaster_stages.dataset.redo import Takes
 from resmaster_stages.dataset.sample import Output
 from resmaster_stages.dataset.stages import Process, Stage, reads_of
 from resmaster_stages.diffusion.cost import UnetCost, counting
 from resmaster_stages.errors import SampleError, ShardError
 from resmaster_stages.models.busy import BusyTime, timing
-from resmaster_stages.progress import SampleDone, ShardStarted, emit
+from resmaster_stages.progress import Glance, SampleDone, ShardStarted, emit
+from resmaster_stages.redaction import one_line
 from resmaster_stages.runner.compute import compute
 from resmaster_stages.runner.quarantine import Breadcrumbs
 from resmaster_stages.runner.resume import Origins, Spill
 from resmaster_stages.storage.arrays import Arrays, encode_arrays
 from resmaster_stages.storage.scratch import scratch_folder
-from resmaster_stages.storage.shards import ShardWriter, spell_image, validate
+from resmaster_stages.storage.shards import IMAGE_EXTENSIONS, ShardWriter, spell_image, validate
 from resmaster_stages.storage.store_errors import explained
 from resmaster_stages.storage.tables import decode_table, encode_table
 
@@ -140,9 +141,10 @@ def computed(
         spill = Spill(work.commits, shard, config.spill_seconds, cache, Origins(work.upstream, work.takes))
         breadcrumbs = Breadcrumbs(work.commits, shard, samples.keys(), cache, number)
         outputs = compute(work.process, config, stage, samples, earlier, spill, breadcrumbs, batches)
+        most = config.tolerated(len(samples)) if number == 1 else len(samples)
         try:
             with counting() as made.unet, timing() as made.busy, closing(outputs):
-                _write(made, outputs, work, config.tolerated(len(samples)) if number == 1 else len(samples), earlier)
+                _write(made, outputs, work, most, earlier, samples)
         finally:
             work.clock.saved += spill.saved_seconds
         made.seconds, made.resumed_seconds = time.monotonic() - started, spill.resumed_seconds
@@ -157,7 +159,14 @@ def computed(
         breadcrumbs.forget()
 
 
-def _write(made: Made, outputs: Iterator[Output], work: Work, most: int, earlier: Mapping[str, Output]) -> None:
+def _write(
+    made: Made,
+    outputs: Iterator[Output],
+    work: Work,
+    most: int,
+    earlier: Mapping[str, Output],
+    samples: ShardSamples,
+) -> None:
     """Write the outputs to local files, and validate the files.
 
     Stops after more than `most` unforeseen errors (others than SampleError), because the rest would fail the same way
@@ -183,7 +192,7 @@ def _write(made: Made, outputs: Iterator[Output], work: Work, most: int, earlier
                 if output.batch:
                     made.batches[output.key] = output.batch
             if output.key not in earlier:
-                emit(SampleDone(work.stage.name, work.shard, ok=output.error is None))
+                emit(_sample_done(work, output, samples))
     facts = {"stage_hash": work.commits.stage_hash}
     if work.stage.schema is None:
         made.images = tuple(spell_image(entry) for entry in validate(made.target, made.good))
@@ -197,3 +206,18 @@ def _write(made: Made, outputs: Iterator[Output], work: Work, most: int, earlier
     if any(arrays):
         with explained(str(made.features.parent)):
             made.features.write_bytes(encode_arrays(made.good, arrays, facts))
+
+
+def _sample_done(work: Work, output: Output, samples: ShardSamples) -> SampleDone:
+    """The event of a finished output."""
+
+    def glance() -> Glance:
+        sample = samples[samples.keys().index(output.key)]
+        read = {"low_res": sample.low_res, "high_res": sample.high_res}
+        images = {stage: image.data for stage, image in read.items() if image is not None}
+        if made := [data for name, data in output.files.items() if name in IMAGE_EXTENSIONS]:
+            images[work.stage.name] = made[0]
+        return Glance(sample.prompt, images)
+
+    error = "" if output.error is None else one_line(output.error)
+    return SampleDone(work.stage.name, work.shard, output.error is None, output.key, error, glance)

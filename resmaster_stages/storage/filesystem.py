@@ -238,6 +238,13 @@ class Folder:
                     return None
                 raise
 
+    def signed_url(self, name: str, seconds: int, content_type: str) -> str | None:
+        """An address by which whoever has it can read a file on S3 for so long; None on other stores."""
+        if not self._on_s3:
+            return None
+        with explained(self.url_of(name)):
+            return str(self.fs.sign(self.full(name), expiration=seconds, ResponseContentType=content_type))
+
     def names(self, folder: str) -> list[str]:
         """Sorted names (relative to this folder) of files and folders directly in `folder`; empty if it is missing."""
         with explained(self.url_of(folder)):

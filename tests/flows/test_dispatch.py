@@ -17,6 +17,7 @@ from resmaster_flows.dispatch import FRUITLESS_RUNS, OUTAGE_LOOKS, Shards, Stopp
 from resmaster_flows.outcome import incomplete, limited
 from resmaster_flows.process import run_name
 from resmaster_flows.selection import parse_numbers, spell_shards
+from resmaster_flows.watch.decisions import LINES_OF_A_KIND, decisions
 from resmaster_flows.watch.progress import Progress
 from resmaster_stages.config.dataset import DispatchConfig
 from resmaster_stages.progress import listening
@@ -37,6 +38,8 @@ class World:
         self.most_waiting = 0
         self.given_up: list[str] = []
         self.progress = Progress()
+        self.lines: list[str] = []
+        """What the log of the build says."""
         self.on_shard: Callable[[UUID, int], State | None] = lambda run, shard: None
         """Called before a run does a shard; a state ends the run there."""
         self.reached = ""
@@ -61,6 +64,9 @@ class World:
 
     def limit(self) -> str:
         return self.reached
+
+    def address(self, run: UUID) -> str:
+        return f"http://server/{list(self.runs).index(run)}"
 
     def states(self, runs: Collection[UUID]) -> Mapping[UUID, State]:
         return {run: self.runs[run][1] for run in runs if run in self.runs}
@@ -89,7 +95,7 @@ class World:
 
     def dispatch(self, **config: float) -> dict[int, str]:
         settings = DispatchConfig.model_validate({"poll_seconds": 1, **config})
-        with listening(self.progress.hear):
+        with listening(self.progress.hear), listening(decisions(self.lines.append)):
             return dispatch(self, self.look, settings, self.look(), sleep=self.sleep, clock=lambda: self.seconds)
 
     def table(self) -> list[str]:
@@ -437,3 +443,95 @@ def test_a_limit_excuses_no_error() -> None:
     errors = world.dispatch(shards_per_run=2)
     assert errors.keys() == {1}
     assert "Incomplete" in errors[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what the log of the build says
+
+
+def test_the_log_tells_what_was_submitted_and_how_far_it_is() -> None:
+    world = World(4)
+    world.known_places = 2
+    assert world.dispatch() == {}
+    assert world.lines == [
+        "4 shards go to 2 runs of at most 2 shards; 2 runs can be at work at a time",
+        "submitted run-1: http://server/0",
+        "submitted run-2: http://server/1",
+        "0 of 4 shards finished; 0 runs at work, 2 waiting",
+        "0 of 4 shards finished; 2 runs at work, 0 waiting",
+        "2 of 4 shards finished; 2 runs at work, 0 waiting",
+        "4 of 4 shards finished; 0 runs at work, 0 waiting",
+    ]
+
+
+def test_the_log_tells_of_a_crash_and_what_becomes_of_its_shards() -> None:
+    world = World(3)
+    world.on_shard = lambda run, shard: Crashed(message="exit code -9") if shard == 0 else None
+    world.dispatch(attempts=2)
+    assert [line for line in world.lines if "broke off" in line] == [
+        "run-1: broke off (Crashed: exit code -9); shard 0, at which it broke off, gets a run of its own "
+        "(attempt 2 of 2); shards 1-2 dispatched anew",
+        "run-3: broke off (Crashed: exit code -9); shard 0 given up, because 2 runs broke off at it",
+    ]
+    assert "submitted run-3: http://server/2" in world.lines
+
+
+def test_the_log_tells_why_shards_are_given_up() -> None:
+    world = World(4)
+    ends = {0: incomplete("shards 0 not finished; first: low_res: no", {}), 1: Cancelled()}
+    world.on_shard = lambda run, shard: ends.get(shard)
+    world.dispatch(shards_per_run=1)
+    assert [line for line in world.lines if "given up" in line] == [
+        "run-1: shard 0 given up, because another run would end the same way "
+        "(Incomplete: shards 0 not finished; first: low_res: no)",
+        "run-2: shard 1 given up, because another run would end the same way (Cancelled)",
+    ]
+
+
+def test_the_log_tells_what_is_cancelled_and_why() -> None:
+    world = World(6)
+    stopped_after(world, 2, Stopped())
+    with pytest.raises(Stopped):
+        world.dispatch(shards_per_run=2)
+    assert "cancelled 3 runs, because the build was cancelled" in world.lines
+    later = World(6, workers=1)
+    stopped_after(later, 2, Pause(state=Suspended()))
+    with pytest.raises(Pause):
+        later.dispatch(shards_per_run=2)
+    assert "cancelled 2 runs, because the build is suspended; runs at work end their shards" in later.lines
+
+
+def test_the_log_tells_of_an_outage_and_its_end() -> None:
+    world = World(2)
+    states, answers = world.states, iter([True, False, False, True, *[True] * 20])
+
+    def flaky(runs: Collection[UUID]) -> Mapping[UUID, State]:
+        if not next(answers):
+            raise httpx.ConnectError("no server")
+        return states(runs)
+
+    world.states = flaky  # type: ignore[method-assign]
+    world.dispatch(shards_per_run=1)
+    told = [line for line in world.lines if "server" in line and "http" not in line]
+    assert told == [
+        "server or store out of reach, asked again: ConnectError: no server",
+        "server and store answer again",
+    ]
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_the_log_of_a_large_build_is_short(crash: bool) -> None:
+    world = World(1000, workers=50)
+    tried: set[int] = set()
+
+    def first_time(run: UUID, shard: int) -> State | None:
+        if not crash or shard in tried or shard % 20:
+            return None
+        tried.add(shard)
+        return Crashed(message="exit code -9")
+
+    world.on_shard = first_time
+    assert world.dispatch(shards_per_run=1) == {}
+    assert len(world.lines) < 3 * (LINES_OF_A_KIND + 1) + 20
+    assert "more lines about submitted runs are left out; the table of the build's page has every run" in world.lines
+    assert world.lines[-1] == "1000 of 1000 shards finished; 0 runs at work, 0 waiting"

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
 from prefect import flow, task
 from prefect.client.schemas.objects import State
@@ -14,8 +15,8 @@ from prefect.flow_engine import run_flow
 from prefect.logging.loggers import get_logger
 from prefect.states import Cancelled
 
-from resmaster_flows.outcome import Unfinished, incomplete, outcome, skipped
-from resmaster_stages.errors import ResMasterError, UserError
+from resmaster_flows.outcome import Unfinished, incomplete, outcome, skipped, told
+from resmaster_stages.errors import GpuLost, ResMasterError, ShardError, UserError
 
 End = Callable[[], State[Any] | Exception]
 
@@ -120,3 +121,56 @@ def test_an_unfinished_run_gives_its_result() -> None:
 def test_a_cancelled_run_is_told_in_a_line() -> None:
     with pytest.raises(ResMasterError, match="cancelled on the Prefect server; what is done is kept"):
         outcome(ends(stopped, return_state=True))
+
+
+@flow
+@told
+def is_told(how: Callable[[], Exception]) -> None:
+    """A flow as this project's are."""
+    raise how()
+
+
+def told_on_a_worker(how: Callable[[], Exception]) -> Exception:
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # which one is what the tests ask
+        run_flow(is_told, parameters={"how": how}, error_logger=get_logger("flow_runs"))
+    return caught.value
+
+
+FORESEEN_ERRORS = [
+    (UserError("prompts.txt: no such prompts file; check the path"),) * 2,
+    (GpuLost("cuda:0 is gone; restart the worker"),) * 2,
+    (ShardError("2 of 2 samples failed\nerror  samples"), "2 of 2 samples failed error  samples"),
+    (ConnectionError("s3://bucket: cannot be reached; check the network"),) * 2,
+]
+
+
+@pytest.mark.parametrize(("error", "message"), FORESEEN_ERRORS, ids=lambda value: type(value).__name__)
+def test_an_error_ends_a_run_with_one_sentence(error: Exception, message: object, heard: list[str]) -> None:
+    state = is_told(lambda: error, return_state=True)
+    assert (state.type.value, state.name, state.message) == ("FAILED", "Failed", str(message))
+    with pytest.raises(type(error)):
+        outcome(state)
+    heard.clear()
+    assert told_on_a_worker(lambda: error) is error
+    lines = "\n".join(heard).splitlines()
+    assert [line for line in lines if str(message) in line] == [f"Finished in state Failed({str(message)!r})"]
+    assert not any("Traceback" in line or "exception" in line for line in lines)
+
+
+def test_an_error_that_nobody_foresaw_is_one_sentence_and_one_short_traceback(heard: list[str]) -> None:
+    state = is_told(lambda: ZeroDivisionError("a bug"), return_state=True)
+    assert state.message == "ZeroDivisionError: a bug (this was not foreseen; the log has its traceback)"
+    heard.clear()
+    told_on_a_worker(lambda: ZeroDivisionError("a bug"))
+    text = "\n".join(heard)
+    assert text.count("Traceback (most recent call last)") == 1
+    assert text.count("\n  File ") == 2, "of the flow and of the decorator, and none of Prefect's"
+    assert "/prefect/" not in text
+
+
+def test_a_lost_server_and_a_call_without_a_run_are_raised() -> None:
+    lost = httpx.ConnectError("refused")
+    with pytest.raises(httpx.ConnectError):
+        is_told(lambda: lost, return_state=True).result()
+    with pytest.raises(UserError, match="no such file"):
+        is_told.fn(lambda: UserError("no such file"))

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.commit import Receipt
@@ -25,7 +27,7 @@ from resmaster_stages.errors import GpuLost, PlanError, SampleError, ShardError
 from resmaster_stages.inspection.status import pending, pending_samples, status
 from resmaster_stages.inspection.verify import note, verify
 from resmaster_stages.models.identity import Weights
-from resmaster_stages.progress import Event, SampleDone, ShardDone, ShardStarted, listening
+from resmaster_stages.progress import Event, Glance, SampleDone, ShardDone, ShardStarted, listening
 from resmaster_stages.runner.run import run_stage
 from tests.checkout import ROOT
 from tests.fake_stages import FAKES, config_at, low_res, planned
@@ -260,13 +262,41 @@ def test_progress_hears_everything_once(tmp_path: Path) -> None:
     with listening(heard.append):
         run(dataset, "low_res", 0)
         run(dataset, "low_res", 0)
+    good, bad = (sample.key for sample in dataset.plan.read(0))
     assert heard == [
         ShardStarted("low_res", 0, 2),
-        SampleDone("low_res", 0, ok=True),
-        SampleDone("low_res", 0, ok=False),
+        SampleDone("low_res", 0, True, good),
+        SampleDone("low_res", 0, False, bad, "told to fail"),
         ShardDone("low_res", 0, 2, cached=False),
         ShardDone("low_res", 0, 2, cached=True),
     ]
+
+
+def test_who_hears_of_a_sample_may_look_at_its_images(tmp_path: Path) -> None:
+    seen: dict[tuple[str, str], Glance] = {}
+    dataset = planned(tmp_path, ["a", "bad high_res"], tmp_path)
+
+    def hear(event: Event) -> None:
+        if isinstance(event, SampleDone):
+            glance = event.glance()
+            seen[event.stage, glance.prompt] = glance
+
+    with listening(hear):
+        run_all(dataset)
+    images = {place: {stage: image_size(data) for stage, data in each.images.items()} for place, each in seen.items()}
+    assert images == {
+        ("low_res", "a"): {"low_res": 16},
+        ("low_res", "bad high_res"): {"low_res": 16},
+        ("captions", "a"): {"low_res": 16},
+        ("captions", "bad high_res"): {"low_res": 16},
+        ("high_res", "a"): {"low_res": 16, "high_res": 64},
+        ("high_res", "bad high_res"): {"low_res": 16},
+        ("quality", "a"): {"low_res": 16, "high_res": 64},
+    }
+
+
+def image_size(data: bytes) -> int:
+    return Image.open(io.BytesIO(data)).width
 
 
 def test_pending_and_its_sample_counts(dataset: Dataset) -> None:

@@ -13,6 +13,8 @@ import json
 import logging
 import re
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,16 +27,21 @@ from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 from prefect.utilities.urls import url_for
 
+from resmaster_flows.watch.decisions import decisions
 from resmaster_flows.watch.page import headline, lines, table
 from resmaster_flows.watch.progress import Progress, notes
+from resmaster_flows.watch.samples import Samples
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.dataset import Dataset
+from resmaster_stages.inspection.failures import failures
 from resmaster_stages.inspection.status import Status, pending_samples
 from resmaster_stages.keys import digest
-from resmaster_stages.progress import listening
+from resmaster_stages.progress import Listener, Note, emit, listening
+from resmaster_stages.publish.links import report_page
 from resmaster_stages.publish.page import SIDES_PX, data_url
 from resmaster_stages.publish.summary import summary
+from resmaster_stages.redaction import printable
 from resmaster_stages.storage.images import decode_image
 
 INTERVAL_SECONDS = 5.0
@@ -45,6 +52,9 @@ KEY_DIGITS = 6
 """Digits of the digest of the dataset's URL in the keys of its artifacts."""
 SHEET_BYTES = 180_000
 """Size limit of a contact sheet. The image is inside the artifact, so that no file server is needed."""
+SHEET = "low-res beside high-res, worst first"
+COUNT_SECONDS = 60.0
+"""Least time between two counts of failed samples. Each reads the ledgers of the dataset."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +69,11 @@ class Shown:
 
 
 class Publisher:
-    """Sends the artifacts that `render` returns to the current flow run's page, in a thread, until the block ends."""
+    """Sends the artifacts that `renders` return to the current flow run's page, in a thread, until the block ends."""
 
     def __init__(
         self,
-        render: Callable[[], Sequence[Shown]],
+        *renders: Callable[[], Sequence[Shown]],
         tags: Sequence[str] = (),
         interval: float = INTERVAL_SECONDS,
     ) -> None:
@@ -71,7 +81,7 @@ class Publisher:
         context = FlowRunContext.get()
         if context is None or context.flow_run is None:
             raise RuntimeError("artifacts belong to a flow run, and there is none")
-        self._render = render
+        self._renders = renders
         self._run = context.flow_run.id
         self._tags = [] if set(tags) <= set(context.flow_run.tags) else sorted({*context.flow_run.tags, *tags})
         self._interval = interval
@@ -102,10 +112,11 @@ class Publisher:
             self._look(client)
 
     def _look(self, client: SyncPrefectClient) -> None:
-        with self._forgiving("the page"):
-            for shown in self._render():
-                with self._forgiving(shown.key):
-                    self._send(client, shown)
+        for render in self._renders:
+            with self._forgiving("the page"):
+                for shown in render():
+                    with self._forgiving(shown.key):
+                        self._send(client, shown)
 
     def _send(self, client: SyncPrefectClient, shown: Shown) -> None:
         known = self._sent.get(shown.key)
@@ -146,6 +157,12 @@ def tags_of(config: DatasetConfig) -> list[str]:
     return [f"dataset:{config.name}", f"method:{config.upscale.method}", f"model:{config.model.id}"]
 
 
+def log(line: str) -> None:
+    """Write a line to the log on the current flow run's page, if there is one."""
+    if FlowRunContext.get() is not None:
+        get_run_logger().info(printable(line))
+
+
 @contextmanager
 def run_page(dataset: Dataset, todo: Mapping[str, Sequence[int]], *, part: bool = False) -> Iterator[None]:
     """Within the block, show progress on the current flow run's page. `todo`: stage -> shards.
@@ -153,32 +170,60 @@ def run_page(dataset: Dataset, todo: Mapping[str, Sequence[int]], *, part: bool 
     part: the run is one of many runs of a build. Some of its `todo` may already be done, its events are logged, and its
     artifacts have keys of their own. Without a flow run there is no page, and nothing is shown.
     """
-    if FlowRunContext.get() is None:
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
         yield
         return
+    if not part:  # for the terminal, if there is one
+        emit(Note(f"page of this build: {url_for(context.flow_run) or context.flow_run.id}"))
     logger = get_run_logger()
     shards = sorted({shard for missing in todo.values() for shard in missing})
-    progress = Progress(pending_samples(dataset, todo), shards, reckoned=part)
+    progress, samples = Progress(pending_samples(dataset, todo), shards, reckoned=part), Samples()
+    elsewhere = FailedElsewhere(dataset, progress)
     kind = "run-" if part else ""
-    keys = [key_of(dataset, kind + what) for what in ("progress", "shards")]
+    keys = [key_of(dataset, kind + what) for what in ("progress", "shards", "samples")]
 
-    def render() -> list[Shown]:
+    def count() -> list[Shown]:
+        elsewhere.count()
+        return []
+
+    def show_progress() -> list[Shown]:
         line = headline(progress)
         return [
             Shown(keys[0], "progress", progress.percent, line),
-            Shown(keys[1], "table", json.dumps(table(progress, _address)), line),
+            Shown(keys[1], "table", json.dumps(table(progress)), line),
         ]
 
-    with Publisher(render, tags_of(dataset.config)), listening(progress.hear), ExitStack() as logged:
-        if part:
-            logged.enter_context(listening(lines(progress, logger.info)))
-            logged.enter_context(listening(notes(logger.info)))
-        logged.callback(progress.end)  # before the last look
+    def show_samples() -> list[Shown]:
+        page = samples.page()
+        return [Shown(keys[2], "markdown", page, "samples as they are made")] if page else []
+
+    heard: list[Listener] = [progress.hear]
+    heard += [samples.hear, lines(progress, logger.info), notes(logger.info)] if part else [decisions(logger.info)]
+    with Publisher(count, show_progress, show_samples, tags=tags_of(dataset.config)), ExitStack() as listened:
+        for listener in heard:
+            listened.enter_context(listening(listener))
+        listened.callback(progress.end)  # before the last look
         yield
 
 
-def _address(run: str) -> str:
-    return url_for("flow-run", obj_id=run) or run
+class FailedElsewhere:
+    """Counts the failed samples of shards that other processes work on, and gives them to `progress`."""
+
+    def __init__(self, dataset: Dataset, progress: Progress) -> None:
+        self._dataset, self._progress = dataset, progress
+        self._counted: object = None
+        self._due = 0.0
+
+    def count(self) -> None:
+        """Count anew if the work has gone on since the last time, at most every `COUNT_SECONDS`, and at the end."""
+        progress = self._progress
+        now = (progress.dispatched and progress.dispatched.done, [run.state for run in list(progress.runs.values())])
+        if progress.dispatched is None or now == self._counted or (time.monotonic() < self._due and not progress.ended):
+            return
+        found = Counter(row["shard"] for row in failures(self._dataset))
+        progress.failed_elsewhere = {shard: found[shard] for shard in sorted(found) if shard in progress.shards}
+        self._counted, self._due = now, time.monotonic() + COUNT_SECONDS
 
 
 def show_dataset(dataset: Dataset, found: Status) -> None:
@@ -186,13 +231,20 @@ def show_dataset(dataset: Dataset, found: Status) -> None:
     if FlowRunContext.get() is None:
         return
 
-    def render() -> Iterator[Shown]:
-        yield Shown(key_of(dataset, "summary"), "markdown", summary(dataset, found), "what the build came to")
-        sheet = layout.contact_sheet(0)
-        if dataset.folder.exists(sheet):
-            image = decode_image(dataset.folder.read(sheet), sheet)
-            url = data_url(image, SHEET_BYTES, (2048, *SIDES_PX))
-            yield Shown(key_of(dataset, "contact-sheet"), "image", url, "low-res beside high-res, worst first")
+    def show_summary() -> list[Shown]:
+        return [Shown(key_of(dataset, "summary"), "markdown", summary(dataset, found), "what the build came to")]
 
-    with Publisher(lambda: list(render())):
+    def show_report() -> list[Shown]:
+        return [Shown(key_of(dataset, "report"), "markdown", page, "open the report, or look through all samples")]
+
+    def show_sheet() -> list[Shown]:
+        sheet = layout.contact_sheet(0)
+        if not dataset.folder.exists(sheet):
+            return []
+        url = data_url(decode_image(dataset.folder.read(sheet), sheet), SHEET_BYTES, (2048, *SIDES_PX))
+        # Markdown, because the UI writes the address of an artifact of type `image` across its page
+        return [Shown(key_of(dataset, "contact-sheet"), "markdown", f"![contact sheet]({url})", SHEET)]
+
+    page = report_page(dataset)
+    with Publisher(show_summary, show_report, show_sheet):
         pass

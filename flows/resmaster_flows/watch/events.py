@@ -28,10 +28,13 @@ class Dispatched(Event):
 
 @dataclass(frozen=True)
 class RunSubmitted(Event):
-    """A run with this id and name was submitted for a share of the work."""
+    """A run was submitted for a share of the work, or found that an earlier process of the build had submitted."""
 
     run: str
     name: str
+    shards: Sequence[int] = ()
+    address: str = ""
+    """Of the run's page."""
 
 
 @dataclass(frozen=True)
@@ -41,3 +44,19 @@ class RunEnded(Event):
     run: str
     state: str
     finished: bool
+
+
+@dataclass(frozen=True)
+class ShardFinished(Event):
+    """Every stage of the shard is committed, by another process."""
+
+    shard: int
+
+
+@dataclass(frozen=True)
+class Decision(Event):
+    """What a build decided or found out, in one line. Of lines with the same `kind`, only the first ones are shown; ""
+    is for lines of which there are few."""
+
+    line: str
+    kind: str = ""

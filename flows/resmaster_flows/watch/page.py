@@ -16,6 +16,8 @@ from resmaster_stages.redaction import printable
 
 ROWS = 200
 """Maximum rows of a table, in the order: failed, at work, finished, waiting."""
+SHARDS_OF_A_ROW = 10
+"""Maximum shards of a run whose failed samples a row of the table counts one by one."""
 
 Key = TypeVar("Key")
 Row = TypeVar("Row", Shard, Run)
@@ -39,7 +41,8 @@ def headline(progress: Progress) -> str:
         parts.append(f"{'took' if finished else 'ended after'} {spell_seconds(spent)}")
     else:
         parts.append(f"time left: {spell_seconds(progress.seconds_left)}")
-    parts += [f"{progress.samples_failed} samples failed"] if progress.samples_failed else []
+    failed = progress.samples_failed + sum(progress.failed_elsewhere.values())
+    parts += [f"{failed} samples failed"] if failed else []
     parts += [] if finished or progress.ended else [_now(progress)]
     return "; ".join(parts)
 
@@ -54,14 +57,19 @@ def _now(progress: Progress) -> str:
     return f"shard {progress.now.shard:06d}: {STAGES[progress.now.stage].doing}{step}"
 
 
-def table(progress: Progress, link: Callable[[str], str] = lambda run: run) -> list[dict[str, Any]]:
-    """The rows of the table; rows that need attention come first. `link`: id of a run -> address of its page."""
+def table(progress: Progress) -> list[dict[str, Any]]:
+    """The rows of the table; rows that need attention come first."""
     rows: list[dict[str, Any]]
     if progress.runs:
         total = len(progress.runs)
         rows = [
-            {"run": printable(run.name), "state": printable(run.state), "link": link(key)}
-            for key, run in _first(progress.runs)
+            {
+                "run": printable(run.name),
+                "state": printable(run.state),
+                "failed samples": _failed(run, progress.failed_elsewhere),
+                "link": run.address,
+            }
+            for _, run in _first(progress.runs)
         ]
     else:
         total = len(progress.shards)
@@ -70,13 +78,21 @@ def table(progress: Progress, link: Callable[[str], str] = lambda run: run) -> l
                 "shard": f"{number:06d}",
                 "state": printable(shard.state),
                 "seconds": round(shard.seconds, 1),
-                "failed samples": shard.samples_failed,
+                "failed samples": shard.samples_failed or progress.failed_elsewhere.get(number, 0),
             }
             for number, shard in _first(progress.shards)
         ]
     if total > len(rows):
         rows.append({next(iter(rows[0])): f"and {total - len(rows)} more"})
     return rows
+
+
+def _failed(run: Run, failed: Mapping[int, int]) -> str:
+    """The failed samples of a run's shards: `0`, or `3 (shard 4: 2, shard 5: 1)`."""
+    found = {shard: failed[shard] for shard in run.shards if shard in failed}
+    each = ", ".join(f"shard {shard}: {count}" for shard, count in list(found.items())[:SHARDS_OF_A_ROW])
+    more = ", ..." if len(found) > SHARDS_OF_A_ROW else ""
+    return f"{sum(found.values())} ({each}{more})" if found else "0"
 
 
 def _first(rows: Mapping[Key, Row]) -> list[tuple[Key, Row]]:

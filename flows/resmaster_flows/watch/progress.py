@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from resmaster_flows.watch.events import Dispatched, RunEnded, RunSubmitted, WorkFound
+from resmaster_flows.watch.events import Dispatched, RunEnded, RunSubmitted, ShardFinished, WorkFound
 from resmaster_flows.watch.pace import TimeLeft
 from resmaster_stages.progress import (
     Event,
@@ -50,6 +50,9 @@ class Run:
     """A flow run that works on shards elsewhere."""
 
     name: str
+    shards: tuple[int, ...] = ()
+    address: str = ""
+    """Of the run's page."""
     state: str = "submitted"
     rank: int = AT_WORK
 
@@ -75,6 +78,8 @@ class Progress:
         self.samples_done = self.images = self.samples_failed = 0
         self._work_found(WorkFound(pending, shards))
         self.runs: dict[str, Run] = {}
+        self.failed_elsewhere: Mapping[int, int] = {}
+        """Shard -> its failed samples, of the shards that other processes work on. Whoever reads the ledger sets it."""
         self.now: ShardStarted | None = None
         self.step: Step | None = None
         self.dispatched: Dispatched | None = None
@@ -99,10 +104,13 @@ class Progress:
             case Step():
                 self.step = event
             case RunSubmitted():
-                self.runs[event.run] = Run(event.name)
+                self.runs[event.run] = Run(event.name, tuple(event.shards), event.address)
             case RunEnded():
                 run = self.runs[event.run]
                 run.state, run.rank = event.state, FINISHED if event.finished else FAILED
+            case ShardFinished():
+                shard = self._shard(event.shard)
+                shard.state, shard.rank = "finished", FINISHED
             case Dispatched():
                 self.dispatched = event
 

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from resmaster_flows.watch.events import Dispatched
+from resmaster_flows.watch.decisions import decisions, spell
 from resmaster_flows.watch.pace import spell_seconds
 from resmaster_flows.watch.progress import Progress, notes
 from resmaster_stages.progress import Event, Listener, ShardDone, listening
@@ -80,6 +80,7 @@ def terminal(progress: Progress, console: Console) -> Iterator[Bar]:
         bar,
         listening(progress.hear),
         listening(_lines(progress, console)),
+        listening(decisions(lambda line: say(console, f"  {line}"))),
         listening(notes(lambda line: say(console, f"  {line}"))),
         listening(draw),
     ):
@@ -103,7 +104,7 @@ def _now(progress: Progress) -> str:
     from resmaster_stages.dataset.stages import STAGES  # not needed by verbs that only print
 
     if progress.dispatched:
-        return _spell(progress.dispatched)
+        return spell(progress.dispatched)
     if progress.now is None:
         return "starting"
     place = f"{progress.shards[progress.now.shard].place}/{len(progress.shards)}"
@@ -111,22 +112,12 @@ def _now(progress: Progress) -> str:
     return f"shard {place}  {STAGES[progress.now.stage].doing}{step}"
 
 
-def _spell(dispatched: Dispatched) -> str:
-    runs = f"{dispatched.running} runs at work, {dispatched.waiting} waiting"
-    return f"{dispatched.done} of {dispatched.total} shards finished; {runs}"
-
-
 def _lines(progress: Progress, console: Console) -> Listener:
-    """A listener that prints a line for each committed stage of a shard, and for each progress of other runs."""
-    last: Dispatched | None = None
+    """A listener that prints a line for each committed stage of a shard."""
 
     def hear(event: Event) -> None:
-        nonlocal last
         if isinstance(event, ShardDone) and not event.cached:
             seconds = spell_seconds(progress.shards[event.shard].last_seconds)
             say(console, f"  shard {event.shard:06d}  {event.stage:<9} committed in {seconds}")
-        elif isinstance(event, Dispatched) and event != last:
-            last = event
-            say(console, f"  {_spell(event)}")
 
     return hear

@@ -41,7 +41,16 @@ def test_the_pages_of_a_build(stages: Stages, tmp_path: Path) -> None:
         found = {artifact.key: artifact for artifact in client.read_artifacts(artifact_filter=like)}
         assert set(found) == {
             f"{keyed}-{what}"
-            for what in ("progress", "shards", "run-progress", "run-shards", "summary", "contact-sheet")
+            for what in (
+                "progress",
+                "shards",
+                "run-progress",
+                "run-shards",
+                "run-samples",
+                "summary",
+                "report",
+                "contact-sheet",
+            )
         }
         for kind in ("", "run-"):
             assert found[f"{keyed}-{kind}progress"].data == 100
@@ -59,8 +68,12 @@ def test_the_pages_of_a_build(stages: Stages, tmp_path: Path) -> None:
             f"`resmaster repair {result.dataset_url}`",
         ):
             assert part in page
-        header, _, encoded = found[f"{keyed}-contact-sheet"].data.partition(",")
-        assert header == "data:image/webp;base64"
+        header, _, encoded = found[f"{keyed}-contact-sheet"].data.removesuffix(")").partition(",")
+        assert header == "![contact sheet](data:image/webp;base64"
+        samples = found[f"{keyed}-run-samples"].data
+        assert samples.startswith("## 1 failed samples\n\n| low-res beside high-res | sample |")
+        assert "<br>bad high\\_res<br>**high\\_res: told to fail** |" in samples
+        assert samples.count("![low-res beside high-res](data:image/webp;base64,") == 3
         assert len(encoded) < 200_000
         assert Image.open(io.BytesIO(base64.b64decode(encoded))).width > 400
 

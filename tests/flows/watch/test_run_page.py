@@ -2,7 +2,7 @@
 
 import pytest
 
-from resmaster_flows.watch.events import Dispatched, RunEnded, RunSubmitted, WorkFound
+from resmaster_flows.watch.events import Dispatched, RunEnded, RunSubmitted, ShardFinished, WorkFound
 from resmaster_flows.watch.page import ROWS, headline, lines, table
 from resmaster_flows.watch.progress import Progress
 from resmaster_stages.progress import Event, SampleDone, ShardDone, ShardFailed, ShardStarted, Step, emit, listening
@@ -133,7 +133,8 @@ def test_a_repeated_attempt_never_passes_100(clock: Clock) -> None:
 
 def test_work_that_is_done_by_other_runs(clock: Clock) -> None:
     progress = Progress({"high_res": 80}, range(20), clock)
-    hear(progress, RunSubmitted("a", "demo: shards 0-9"), RunSubmitted("b", "demo: shards 10-19"))
+    for run, name, shards in (("a", "demo: shards 0-9", range(10)), ("b", "demo: shards 10-19", range(10, 20))):
+        hear(progress, RunSubmitted(run, name, shards, f"http://server/{run}"))
     hear(progress, Dispatched(0, 20, 2, 0))
     assert progress.seconds_left is None
     clock.now = 40.0
@@ -143,10 +144,38 @@ def test_work_that_is_done_by_other_runs(clock: Clock) -> None:
         "5 of 20 shards; about 0.5 images per second; time left: 2 min 00 s; 2 runs at work, 0 waiting"
     )
     hear(progress, RunEnded("b", "Crashed: no commit within 3600 s", finished=False))
-    assert table(progress, lambda run: f"http://server/{run}") == [
-        {"run": "demo: shards 10-19", "state": "Crashed: no commit within 3600 s", "link": "http://server/b"},
-        {"run": "demo: shards 0-9", "state": "submitted", "link": "http://server/a"},
+    progress.failed_elsewhere = {3: 1, 4: 2}
+    assert table(progress) == [
+        {
+            "run": "demo: shards 10-19",
+            "state": "Crashed: no commit within 3600 s",
+            "failed samples": "0",
+            "link": "http://server/b",
+        },
+        {
+            "run": "demo: shards 0-9",
+            "state": "submitted",
+            "failed samples": "3 (shard 3: 1, shard 4: 2)",
+            "link": "http://server/a",
+        },
     ]
+    assert "; 3 samples failed; " in headline(progress)
+
+
+def test_a_row_counts_few_shards_one_by_one(clock: Clock) -> None:
+    progress = Progress({"high_res": 80}, range(20), clock)
+    hear(progress, RunSubmitted("a", "demo: shards 0-19", range(20)))
+    progress.failed_elsewhere = dict.fromkeys(range(20), 1)
+    (row,) = table(progress)
+    assert row["failed samples"].startswith("20 (shard 0: 1, shard 1: 1, ")
+    assert row["failed samples"].endswith("shard 9: 1, ...)")
+
+
+def test_shards_on_a_cluster_show_that_they_are_finished(clock: Clock) -> None:
+    progress = Progress({"high_res": 4}, [0, 1], clock)
+    hear(progress, ShardFinished(0), ShardFailed(1, "lost"), Dispatched(1, 2, 0, 0))
+    progress.end()
+    assert {row["shard"]: row["state"] for row in table(progress)} == {"000000": "finished", "000001": "failed: lost"}
 
 
 def test_a_table_of_a_large_dataset_is_cut_and_says_so(clock: Clock) -> None:

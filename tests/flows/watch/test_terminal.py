@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import pytest
 from rich.console import Console
 
-from resmaster_flows.watch.events import Dispatched
+from resmaster_flows.watch.decisions import LINES_OF_A_KIND
+from resmaster_flows.watch.events import Decision, Dispatched
 from resmaster_flows.watch.pace import TimeLeft, spell_seconds
 from resmaster_flows.watch.progress import Progress
 from resmaster_flows.watch.terminal import terminal
@@ -79,7 +80,22 @@ def test_what_is_noted_is_printed_once_and_as_it_stands() -> None:
     assert text.splitlines() == ["  a [bold] line :warning:", "  another"]
 
 
-def test_the_work_of_other_runs_is_told_whenever_it_changed() -> None:
-    text = drive(Dispatched(0, 4, 2, 0), Dispatched(0, 4, 2, 0), Dispatched(1, 4, 1, 1), Dispatched(0, 4, 2, 0))
-    first = "  0 of 4 shards finished; 2 runs at work, 0 waiting"
-    assert text.splitlines() == [first, "  1 of 4 shards finished; 1 runs at work, 1 waiting", first]
+def test_the_work_of_other_runs_is_told_by_tenths_and_when_it_begins_or_rests() -> None:
+    text = drive(Dispatched(0, 40, 0, 2), Dispatched(0, 40, 2, 0), *(Dispatched(n, 40, 2, 0) for n in range(10)))
+    assert text.splitlines() == [
+        "  0 of 40 shards finished; 0 runs at work, 2 waiting",
+        "  0 of 40 shards finished; 2 runs at work, 0 waiting",
+        "  4 of 40 shards finished; 2 runs at work, 0 waiting",
+        "  8 of 40 shards finished; 2 runs at work, 0 waiting",
+    ]
+
+
+def test_decisions_are_printed_and_of_one_kind_not_too_many() -> None:
+    text = drive(*(Decision(f"submitted [{n}]", "submitted runs") for n in range(100)), Decision("the end"))
+    printed = text.splitlines()
+    assert printed[0] == "  submitted [0]"
+    assert len(printed) == LINES_OF_A_KIND + 2
+    assert printed[-2:] == [
+        "  more lines about submitted runs are left out; the table of the build's page has every run",
+        "  the end",
+    ]
