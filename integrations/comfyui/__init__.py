@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
         "Python of ComfyUI"
     ) from error
 
-from .loading import LoadCheckpoint, LoadModel
+from .loading import LoadCheckpoint, LoadModel, TakeModel
 from .method import ChooseMethod
 from .upscaling import Generate, Measure, Upscale
 from .views import Captions, CaptionViews, CutViews
@@ -20,6 +20,7 @@ from .views import Captions, CaptionViews, CutViews
 NODE_CLASS_MAPPINGS = {
     "ResMasterLoadModel": LoadModel,
     "ResMasterLoadCheckpoint": LoadCheckpoint,
+    "ResMasterTakeModel": TakeModel,
     "ResMasterMethod": ChooseMethod,
     "ResMasterViews": CutViews,
     "ResMasterCaptions": Captions,
@@ -32,6 +33,7 @@ NODE_CLASS_MAPPINGS = {
 NODE_DISPLAY_NAME_MAPPINGS = {
     "ResMasterLoadModel": "Load Model (ResMaster)",
     "ResMasterLoadCheckpoint": "Load Checkpoint (ResMaster)",
+    "ResMasterTakeModel": "Take Model (ResMaster)",
     "ResMasterMethod": "Method (ResMaster)",
     "ResMasterViews": "Cut Views (ResMaster)",
     "ResMasterCaptions": "Captions of Views (ResMaster)",

@@ -1,25 +1,28 @@
-"""Nodes that load a base model: by name, as everywhere in this project, or from a single file of ComfyUI's folder."""
+"""Nodes that load a base model: by name, as everywhere in this project, from a single file, or from ComfyUI."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from tempfile import TemporaryDirectory
+from typing import Any, get_args
 
 import folder_paths
 import torch
+from comfy.sd import save_checkpoint
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.config.method import DEFAULT, with_method
 from resmaster_stages.config.model import SDXL, ModelConfig
-from resmaster_stages.errors import ConfigError, UserError
+from resmaster_stages.errors import ConfigError
 from resmaster_stages.library import single
 from resmaster_stages.models.identity import PICTUREBOOK
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
-from resmaster_stages.models.places import loading, resolve_device, resolve_dtype
+from resmaster_stages.models.places import loading, resolve_device, resolve_dtype, vae_dtype
 
 from .host import at_work
 from .written import WIDGET, settings_in
@@ -102,48 +105,79 @@ class LoadModel:
             return (Loaded(load_models(config), part),)
 
 
+def further_inputs() -> dict[str, Any]:
+    """The inputs of nodes that read a single file, beside the file."""
+    prompts = "Loads SDXL's IP-Adapter from the Hugging Face hub, so that each view is shown its own crop."
+    config = (
+        "A hub id or folder in diffusers' format with the same kind of model. Its JSON files and tokenizers are used. "
+        "Empty: found by the file's tensors, from the Hugging Face hub."
+    )
+    return {
+        "dtype": (choices("dtype"), {"default": "auto"}),
+        "image_prompts": ("BOOLEAN", {"default": False, "tooltip": prompts}),
+        "config": ("STRING", {"default": "", "tooltip": config}),
+    }
+
+
 class LoadCheckpoint:
     """Loads a single file of a whole model."""
 
     CATEGORY = "ResMaster"
-    DESCRIPTION = (
-        "Loads a single file of a whole model: a file of models/checkpoints. Save Checkpoint writes such a file."
-    )
+    DESCRIPTION = "Loads a single file of a whole model: a safetensors file of models/checkpoints."
     RETURN_TYPES = (MODEL,)
     RETURN_NAMES = ("model",)
     FUNCTION = "load"
-    SUFFIX: ClassVar[str] = ".safetensors"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        names = [name for name in folder_paths.get_filename_list("checkpoints") if name.endswith(cls.SUFFIX)]
-        prompts = "Loads SDXL's IP-Adapter from the Hugging Face hub, so that each view is shown its own crop."
-        config = (
-            "A hub id or folder in diffusers' format with the same kind of model. Its JSON files and tokenizers are "
-            "used. Empty: found by the file's tensors, from the Hugging Face hub."
-        )
-        return {
-            "required": {
-                "ckpt_name": (names,),
-                "dtype": (choices("dtype"), {"default": "auto"}),
-                "image_prompts": ("BOOLEAN", {"default": False, "tooltip": prompts}),
-            },
-            "optional": {"config": ("STRING", {"default": "", "tooltip": config})},
-        }
+        names = [name for name in folder_paths.get_filename_list("checkpoints") if name.endswith(".safetensors")]
+        return {"required": {"ckpt_name": (names,), **further_inputs()}}
 
-    def load(self, ckpt_name: str, dtype: str, image_prompts: bool, config: str = "") -> tuple[Loaded]:
+    def load(self, ckpt_name: str, dtype: str, image_prompts: bool, config: str) -> tuple[Loaded]:
         path = folder_paths.get_full_path_or_raise("checkpoints", ckpt_name)
-        device = resolve_device("auto")
-        with at_work(device), loading(ckpt_name, "it"):
-            pipe = single_file(path, config.strip(), resolve_dtype(dtype, device))
-            if image_prompts:
-                load_adapter(pipe)
-            models = replace(Models.from_pipeline(pipe, identity=ckpt_name), device=device, gives_way=True)
-        return (Loaded(models, {"id": ckpt_name, "dtype": dtype}, by_name=False),)
+        return (from_single_file(path, ckpt_name, dtype, image_prompts, config),)
 
 
-def single_file(path: str, config: str, dtype: torch.dtype) -> Any:
-    """The pipeline in a single file, on the CPU. config: as the node takes it."""
+class TakeModel:
+    """Takes over a model that ComfyUI has loaded, with its LoRAs."""
+
+    CATEGORY = "ResMaster"
+    DESCRIPTION = (
+        "Takes over a model that ComfyUI has loaded, Stable Diffusion or SDXL, with the LoRAs that are applied to it. For "
+        "a while the model lies in ComfyUI's temporary folder."
+    )
+    RETURN_TYPES = (MODEL,)
+    RETURN_NAMES = ("model",)
+    FUNCTION = "take"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",), "clip": ("CLIP",), "vae": ("VAE",), **further_inputs()}}
+
+    def take(self, model: Any, clip: Any, vae: Any, dtype: str, image_prompts: bool, config: str) -> tuple[Loaded]:
+        folder = folder_paths.get_temp_directory()
+        os.makedirs(folder, exist_ok=True)
+        with TemporaryDirectory(prefix="resmaster-", dir=folder) as place:
+            path = str(Path(place) / "model.safetensors")
+            save_checkpoint(path, model, clip=clip, vae=vae)
+            return (from_single_file(path, "ComfyUI's model", dtype, image_prompts, config),)
+
+
+def from_single_file(path: str, name: str, dtype: str, image_prompts: bool, config: str) -> Loaded:
+    """The model in a single file. name: for messages. The others: as the nodes take them. Raises ConfigError."""
+    device = resolve_device("auto")
+    kind = resolve_dtype(dtype, device)
+    with at_work(device), loading(name, "it"):
+        pipe = pipeline_in(path, config.strip(), kind)
+        pipe.vae.to(vae_dtype(kind))
+        if image_prompts:
+            load_adapter(pipe)
+        models = replace(Models.from_pipeline(pipe, identity=name), device=device, gives_way=True)
+    return Loaded(models, {"id": name, "dtype": dtype}, by_name=False)
+
+
+def pipeline_in(path: str, config: str, dtype: torch.dtype) -> Any:
+    """The pipeline in a single file, on the CPU."""
     import diffusers
     from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 
@@ -154,9 +188,9 @@ def single_file(path: str, config: str, dtype: torch.dtype) -> Any:
 
 
 def load_adapter(pipe: Any) -> None:
-    """Loads SDXL's IP-Adapter into `pipe`. Raises UserError for another kind of model."""
+    """Loads SDXL's IP-Adapter into `pipe`. Raises ConfigError for another kind of model."""
     if type(pipe).__name__ != "StableDiffusionXLPipeline":
-        raise UserError(f"image_prompts: there is an adapter for SDXL, not for {type(pipe).__name__}; switch it off")
+        raise ConfigError(f"image_prompts: there is an adapter for SDXL, not for {type(pipe).__name__}; switch it off")
     adapter = SDXL["ip_adapter"]
     pipe.load_ip_adapter(
         adapter["id"],

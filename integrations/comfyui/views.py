@@ -117,8 +117,8 @@ class CaptionViews:
     ) -> tuple[tuple[str, ...], list[str]]:
         if not model.by_name:
             raise UserError(
-                f"captioner: {model.name} is a single file, for which other nodes must write the captions; connect "
-                "these to Captions of Views"
+                f"captioner: {model.name} has no name that a captioner could load it by, so other nodes must write the "
+                "captions; connect these to Captions of Views"
             )
         images = rgb_images(image)
         config = configuration(model, method, captioner=captioner.strip())

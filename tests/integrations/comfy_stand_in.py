@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tests.integrations.single_files import write
+
 Prompt = dict[str, dict[str, Any]]
 """A workflow in API format: number of a node -> its class and its inputs."""
 
@@ -51,7 +53,7 @@ class ComfyUI:
     def __post_init__(self) -> None:
         for name in ("input", "output", "checkpoints", "diffusers"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        for kind in (LoadImage, SaveImage, EachBrightness, Latent):
+        for kind in (LoadImage, SaveImage, Checkpoint, EachBrightness, Latent):
             self.nodes[kind.__name__] = type(kind.__name__, (kind,), {"comfy": self})
 
     def modules(self) -> dict[str, ModuleType]:
@@ -95,9 +97,17 @@ class ComfyUI:
             get_filename_list=get_filename_list,
             get_full_path_or_raise=get_full_path_or_raise,
             get_folder_paths=lambda folder_name: [str(self.folder / folder_name)],
+            get_temp_directory=lambda: str(self.folder / "temp"),
         )
-        comfy = _module("comfy", utils=utils, model_management=management, __path__=[])
-        return {"comfy": comfy, "comfy.utils": utils, "comfy.model_management": management, "folder_paths": paths}
+
+        def save_checkpoint(output_path: str, model: Any, clip: Any = None, vae: Any = None) -> None:
+            assert model is clip is vae
+            write(model, Path(output_path))
+
+        sd = _module("comfy.sd", save_checkpoint=save_checkpoint)
+        comfy = _module("comfy", utils=utils, model_management=management, sd=sd, __path__=[])
+        known = (comfy, utils, management, sd, paths)
+        return {module.__name__: module for module in known}
 
     @contextmanager
     def with_pack(self, pack: Path) -> Iterator[ComfyUI]:
@@ -154,7 +164,9 @@ class ComfyUI:
             elif name not in checked:
                 yield from _unfit(name, value, wanted, options)
         if validate is not None:
-            asked = {name: None if isinstance(inputs[name], list) else inputs[name] for name in checked if name in inputs}
+            asked = {
+                name: None if isinstance(inputs[name], list) else inputs[name] for name in checked if name in inputs
+            }
             answer = validate(**asked)
             if answer is not True:
                 yield f"{', '.join(asked)}: {answer}"
@@ -185,7 +197,9 @@ class ComfyUI:
             results = [call(**lists)]
         else:
             longest = max(map(len, lists.values()), default=1)
-            results = [call(**{name: all_[min(i, len(all_) - 1)] for name, all_ in lists.items()}) for i in range(longest)]
+            results = [
+                call(**{name: all_[min(i, len(all_) - 1)] for name, all_ in lists.items()}) for i in range(longest)
+            ]
         assert all(len(result) == len(kind.RETURN_TYPES) for result in results)
         as_lists = getattr(kind, "OUTPUT_IS_LIST", (False,) * len(kind.RETURN_TYPES))
         self.outputs[number] = [
@@ -269,6 +283,22 @@ class SaveImage:
             pixels = (image.numpy() * 255).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f"{filename_prefix}_{number:05}_.png")
         return ()
+
+
+class Checkpoint:
+    """Stands for Load Checkpoint: a model that a test puts beside it."""
+
+    comfy: ClassVar[ComfyUI]
+    pipe: ClassVar[Any]
+    RETURN_TYPES = ("MODEL", "CLIP", "VAE")
+    FUNCTION = "give"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {}}
+
+    def give(self) -> tuple[Any, Any, Any]:
+        return self.pipe, self.pipe, self.pipe
 
 
 class EachBrightness:

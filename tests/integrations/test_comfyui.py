@@ -5,7 +5,7 @@ import json
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -76,14 +76,16 @@ def photo(comfy: ComfyUI) -> Image.Image:
 
 
 def test_every_node_keeps_the_contract(comfy: ComfyUI) -> None:
-    assert len(comfy.names) == 9
+    assert len(comfy.names) == 10
     for name, display in comfy.names.items():
         kind = comfy.nodes[name]
         assert name.startswith("ResMaster")
         assert display.endswith("(ResMaster)")
         assert kind.CATEGORY == "ResMaster"
         assert kind.DESCRIPTION.endswith(".")
-        assert len(kind.RETURN_NAMES) == len(kind.RETURN_TYPES) == len(getattr(kind, "OUTPUT_IS_LIST", kind.RETURN_TYPES))
+        outputs = len(kind.RETURN_TYPES)
+        assert len(kind.RETURN_NAMES) == outputs
+        assert len(getattr(kind, "OUTPUT_IS_LIST", kind.RETURN_TYPES)) == outputs
         known = inputs_of(kind)
         call = inspect.signature(getattr(kind(), kind.FUNCTION))
         call.bind(**dict.fromkeys(known))  # every input may be given
@@ -96,13 +98,15 @@ def test_every_node_keeps_the_contract(comfy: ComfyUI) -> None:
             elif wanted == "STRING":
                 assert isinstance(options["default"], str), (name, key)
             else:
-                assert wanted in ("BOOLEAN", "IMAGE", "LATENT", "MASK") or wanted.startswith("RESMASTER_"), (name, key)
+                assert wanted in ("BOOLEAN", "IMAGE", "LATENT", "MASK", "MODEL", "CLIP", "VAE") or wanted.startswith(
+                    "RESMASTER_"
+                ), (name, key)
 
 
 def test_methods_and_presets_are_those_of_the_registry(comfy: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> None:
     class Mine(Lanczos):
         method: Literal["mine"] = "mine"  # type: ignore[assignment]
-        presets = {"default": {}, "mild": {}}
+        presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "mild": {}}
 
     monkeypatch.setattr(registry, "_METHODS", {**registry.methods(), "mine": Mine})
     known = inputs_of(comfy.nodes["ResMasterMethod"])
@@ -239,31 +243,48 @@ def test_an_enlargement_is_measured(comfy: ComfyUI) -> None:
     assert f"agreement_psnr: {agreement:.4g}" in metrics.splitlines()
 
 
-def test_a_single_file_is_loaded_as_its_pipeline(comfy: ComfyUI) -> None:
+@pytest.fixture
+def tiny(comfy: ComfyUI) -> Any:
+    """A pipeline, whose JSON files and tokenizer lie in the folder `config`."""
     pipe = make_stable_diffusion()
-    write(pipe, comfy.folder / "checkpoints" / "tiny.safetensors")
     pipe.save_pretrained(comfy.folder / "config")
     for path in (comfy.folder / "config").rglob("*.safetensors"):
         path.unlink()
+    return pipe
+
+
+def single_file(comfy: ComfyUI, name: str = "ResMasterLoadCheckpoint", **inputs: Any) -> dict[str, Any]:
+    config = str(comfy.folder / "config")
+    return node(name, **{"dtype": "auto", "image_prompts": False, "config": config, **inputs})
+
+
+def test_a_single_file_is_loaded_as_its_pipeline(comfy: ComfyUI, tiny: Any) -> None:
+    write(tiny, comfy.folder / "checkpoints" / "tiny.safetensors")
     (comfy.folder / "checkpoints" / "old.ckpt").touch()
-    load = node(
-        "ResMasterLoadCheckpoint",
-        ckpt_name="tiny.safetensors",
-        dtype="auto",
-        image_prompts=False,
-        config=str(comfy.folder / "config"),
-    )
     assert inputs_of(comfy.nodes["ResMasterLoadCheckpoint"])["ckpt_name"][0] == ["tiny.safetensors"]
+    load = single_file(comfy, ckpt_name="tiny.safetensors")
     comfy.run(upscaling() | {"model": load})
-    assert np.array_equal(pixels_of(comfy, "upscale")[0], own(photo(comfy), model=pipe))
+    assert np.array_equal(pixels_of(comfy, "upscale")[0], own(photo(comfy), model=tiny))
     words = node(
         "ResMasterCaptionViews", model=["model", 0], image=["image", 0], method=["method", 0], prompt="", captioner="x"
     )
-    with pytest.raises(UserError, match="is a single file, for which other nodes must write the captions"):
+    with pytest.raises(UserError, match=r"tiny.safetensors has no name .* other nodes must write the captions"):
         comfy.run(upscaling(captions=["words", 0]) | {"model": load, "words": words})
     load["inputs"]["image_prompts"] = True
     with pytest.raises(UserError, match="there is an adapter for SDXL, not for StableDiffusionPipeline; switch it off"):
         comfy.run(upscaling() | {"model": load})
+    (comfy.folder / "checkpoints" / "tiny.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match=r"model tiny\.safetensors: cannot load it"):
+        comfy.run(upscaling() | {"model": load})
+
+
+def test_a_model_of_comfyui_is_taken_over(comfy: ComfyUI, tiny: Any) -> None:
+    comfy.nodes["Checkpoint"].pipe = tiny  # type: ignore[attr-defined]
+    linked = {"model": ["comfy", 0], "clip": ["comfy", 1], "vae": ["comfy", 2]}
+    take = single_file(comfy, "ResMasterTakeModel", **linked)
+    comfy.run(upscaling() | {"comfy": node("Checkpoint"), "model": take})
+    assert np.array_equal(pixels_of(comfy, "upscale")[0], own(photo(comfy), model=tiny))
+    assert list((comfy.folder / "temp").iterdir()) == []
 
 
 def test_a_folder_of_comfyuis_diffusers_models_is_found_by_its_name(comfy: ComfyUI) -> None:
