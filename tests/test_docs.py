@@ -421,7 +421,7 @@ import tarfile
 import my_package.tinted, my_package.tiny_flow, my_package.redness, my_package.sharpen, my_package.sheet
 from PIL import Image
 from resmaster_stages.config.load import load_config
-from resmaster_stages.library import read_samples
+from resmaster_stages.library.opened import OpenedDataset
 from resmaster_stages.prompts import ingest
 from resmaster_stages.publish.publish import publish
 from resmaster_stages.runner.run import run_stage
@@ -430,7 +430,7 @@ dataset = ingest(load_config("config.yaml"))
 assert list(dataset.hashes) == ["low_res", "high_res", "quality", "sharpen"]
 receipts = [run_stage(dataset, stage, 0) for stage in dataset.hashes]
 assert {receipt.samples_ok for receipt in receipts} == {2}
-first, second = (row["redness"] for _, row in read_samples(dataset))
+first, second = (sample.metrics["redness"] for sample in OpenedDataset(dataset))
 assert 0.5 < first < second < 1, "the level, moved by letters"
 with tarfile.open(fileobj=io.BytesIO(dataset.folder.read(receipts[-1].objects[0].name))) as tar:
     sizes = [Image.open(tar.extractfile(member)).size for member in tar if member.name.endswith(".png")]

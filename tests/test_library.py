@@ -16,21 +16,21 @@ from tests.checkout import PYTHONPATH, ROOT
 from tests.durability.injection import PROMPTS, build
 
 PAGE = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
-FUNCTIONS = [name for name in rm.__all__ if name != "ResMasterError"]
+FUNCTIONS = [name for name in rm._HOMES if name != "ResMasterError"]
 
 
 def photo(size: tuple[int, int] = (32, 24)) -> Image.Image:
     return Image.effect_noise(size, 60).convert("RGB")
 
 
-def test_there_are_ten_documented_functions_with_an_example_each() -> None:
-    assert len(FUNCTIONS) == 10
+def test_there_are_seven_documented_functions_with_an_example_each() -> None:
+    assert len(FUNCTIONS) == 7
     sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", PAGE, flags=re.DOTALL | re.MULTILINE))
     assert set(sections) == set(FUNCTIONS)
     for name in FUNCTIONS:
         assert getattr(rm, name).__doc__, name
         assert f"rm.{name}(" in sections[name], name
-    assert set(rm.__all__) <= set(dir(rm))
+    assert {*FUNCTIONS, "ResMasterError"} <= set(dir(rm))
     with pytest.raises(AttributeError, match=r"it has: .*upscale"):
         _ = rm.upscal
 
@@ -38,13 +38,22 @@ def test_there_are_ten_documented_functions_with_an_example_each() -> None:
 def test_the_names_that_type_checkers_see_are_those_that_are_there() -> None:
     text = Path(rm.__file__).read_text(encoding="utf-8")
     imported = re.findall(r"^    from resmaster_stages\.(\S+) import (.+)$", text, flags=re.MULTILINE)
-    assert {name: home for home, names in imported for name in names.split(", ")} == rm._HOMES
+    found = {name.partition(" as ")[0]: home for home, names in imported for name in names.split(", ")}
+    assert found == rm._HOMES
+
+
+def test_a_star_import_leaves_the_builtin_open_alone() -> None:
+    space: dict[str, Any] = {}
+    exec("from resmaster_stages import *", space)
+    assert set(rm.__all__) == {*FUNCTIONS, "ResMasterError"} - {"open"}
+    assert "open" not in space
+    assert space["upscale"] is rm.upscale
 
 
 def test_the_import_is_light() -> None:
     code = (
         "import sys, resmaster_stages as rm; light = {'pydantic', 'PIL', 'numpy', 'yaml'} & set(sys.modules);"
-        "rm.load_config, rm.open_dataset, rm.status, rm.preview, rm.explain, rm.read_samples, rm.upscale;"
+        "[getattr(rm, name) for name in rm._HOMES];"
         "heavy = {'torch', 'diffusers', 'transformers', 'scipy'} & set(sys.modules); sys.exit(repr(light | heavy) if "
         "light | heavy else 0)"
     )
@@ -67,20 +76,8 @@ def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
         exec(re.sub(r"steps=\d+", "steps=2", block), space)
     assert Image.open("photo-4x.png").size == (192, 128)
     assert space["sample"].prompt == "b"
+    assert len(space["previews"]) == 2, "all steps are fewer than the example's third"
     assert space["explanation"].sample.key == space["sample"].key
-
-
-def test_read_samples_gives_the_good_samples_with_images_and_rows(tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text(PROMPTS)
-    build(str(tmp_path / "out"), str(tmp_path / "prompts.txt"))
-    found = list(rm.read_samples(rm.open_dataset(str(tmp_path / "out"))))
-    assert [sample.prompt for sample, _ in found] == ["a", "b"]
-    for sample, row in found:
-        assert sample.low_res
-        assert sample.high_res
-        assert sample.low_res.open().size < sample.high_res.open().size
-        assert row["key"] == sample.key
-        assert sample.captions
 
 
 def test_upscale_takes_files_images_and_any_method(tmp_path: Path) -> None:
@@ -104,7 +101,11 @@ def test_captions_are_taken_and_seeds_count() -> None:
 MISTAKES: list[tuple[Callable[[], object], type[UserError], str]] = [
     (lambda: rm.upscale("nope.png"), UserError, "nope.png: no such image file"),
     (lambda: rm.upscale(__file__), UserError, "convert it to PNG or JPEG"),
-    (lambda: rm.upscale(3), UserError, "a path or a PIL image, not int"),  # type: ignore[arg-type]
+    (
+        lambda: rm.upscale(3),
+        UserError,
+        "a path, a PIL image, a numpy array, a torch tensor, or a list of these, not int",
+    ),
     (lambda: rm.upscale(photo(), stepz=3), ConfigError, "unknown key 'upscale.stepz' (did you mean 'steps'?); method"),
     (lambda: rm.upscale(photo(), method="magic"), ConfigError, "unknown method 'magic'; known: direct"),
     (lambda: rm.upscale(photo(), method=["direct"]), ConfigError, "unknown method"),
@@ -120,7 +121,7 @@ MISTAKES: list[tuple[Callable[[], object], type[UserError], str]] = [
         "unknown key 'low_res.stepz' (did you mean 'steps'?)",
     ),
     (lambda: rm.measure("nope.png", photo()), UserError, "nope.png: no such image file"),
-    (lambda: rm.open_dataset("nowhere"), ConfigError, "no dataset here"),
+    (lambda: rm.open("nowhere"), ConfigError, "no dataset here"),
     (lambda: rm.load_config("nowhere.yaml"), ConfigError, "no such configuration file"),
 ]
 
@@ -139,8 +140,6 @@ def test_a_captioner_by_name_needs_a_model_by_name(monkeypatch: pytest.MonkeyPat
     """Its tokens are counted by the model's tokenizer, which is looked up by name."""
     from dataclasses import replace
 
-    models = replace(
-        rm.load_models(rm.load_config(ROOT / "deployments/datasets/picturebook.yaml").model), identity="mine"
-    )
+    models = replace(rm.load(rm.load_config(ROOT / "deployments/datasets/picturebook.yaml").model), identity="mine")
     with pytest.raises(ConfigError, match="needs a model that is given by name"):
         rm.upscale(photo(), model=models, captions="picturebook")

@@ -21,7 +21,7 @@ from resmaster_stages.evaluation.page import markdown
 from resmaster_stages.evaluation.variants import Variant
 from resmaster_stages.inspection.explain import explain, spelled
 from resmaster_stages.inspection.status import status
-from resmaster_stages.library import read_samples
+from resmaster_stages.library.opened import OpenedDataset
 from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.models.identity import Weights, score_identity
 from resmaster_stages.publish.publish import publish
@@ -91,7 +91,7 @@ def test_a_score_is_measured_flagged_and_told_of(tmp_path: Path, safety: dict[st
     assert "| unsafe ↓ | 0." in summary(dataset, status(dataset))
     assert "unsafe 2" in summary(dataset, status(dataset))
     assert f"unsafe_score {scores[0]:.4g}" in spelled(explain(dataset, rows[0]["key"]))
-    assert [row["unsafe_score"] for _, row in read_samples(dataset)] == scores
+    assert [sample.metrics["unsafe_score"] for sample in OpenedDataset(dataset)] == scores
 
 
 def test_a_comparison_has_the_mean_of_a_score(tmp_path: Path, safety: dict[str, str]) -> None:
@@ -110,7 +110,7 @@ def test_a_dataset_without_scores_has_no_trace_of_them(tmp_path: Path) -> None:
     for names in (manifest.names, *(file.schema_arrow.names for file in tables(dataset))):
         assert not SCORES & {*names}
     said = [dataset.folder.read(name).decode() for name in ("README.md", "report/index.html")]
-    said += [summary(dataset, status(dataset)), spelled(explain(dataset, next(read_samples(dataset))[0].key))]
+    said += [summary(dataset, status(dataset)), spelled(explain(dataset, next(iter(OpenedDataset(dataset))).key))]
     for text in said:
         assert not re.search(r"aesthetic|unsafe(?!-inline| content)|watermark", text)
 
@@ -118,7 +118,7 @@ def test_a_dataset_without_scores_has_no_trace_of_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scored", [False, True])
 def test_a_later_attempt_keeps_the_scores_of_the_first(tmp_path: Path, safety: dict[str, str], scored: bool) -> None:
     dataset = built(tmp_path, **({"safety": safety} if scored else {}))
-    before = {sample.prompt: row for sample, row in read_samples(dataset)}
+    before = {sample.prompt: sample.metrics for sample in OpenedDataset(dataset)}
 
     def mended(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
         for sample in samples:
@@ -128,7 +128,7 @@ def test_a_later_attempt_keeps_the_scores_of_the_first(tmp_path: Path, safety: d
     for stage in dataset.hashes:
         processes = {**FAKES, "high_res": mended, "quality": quality.process}
         run_stage(dataset, stage, failed, number=2 if stage in ("high_res", "quality") else 1, process=processes[stage])
-    after = {sample.prompt: row for sample, row in read_samples(dataset)}
+    after = {sample.prompt: sample.metrics for sample in OpenedDataset(dataset)}
     assert len(after) == 3
     assert {prompt: after[prompt] for prompt in before} == before
     assert ("unsafe_score" in after["bad high_res"]) is scored

@@ -49,6 +49,8 @@ Patch = Callable[[Any, DenoiserCall], AbstractContextManager[None]]
 """A context manager that changes the denoiser within its block."""
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
+After = Callable[[Step, Tensor, Tensor], Tensor]
+"""Called after each step with (the step, its noisy latents, its x0) [B, C, H, W]. Gives the latents to go on from."""
 
 
 class Views(Protocol):
@@ -162,16 +164,29 @@ def predict(
     return [torch.cat(parts)[: len(views)] for parts in zip(*outputs)]
 
 
+Seed = int | torch.Generator
+"""What all noise of an image is drawn from."""
+
+
+def generator_of(seed: Seed) -> torch.Generator:
+    """The CPU generator that begins with a seed, or goes on from a generator. One of another device gives a seed."""
+    if isinstance(seed, torch.Generator):
+        if seed.device.type == "cpu":
+            return seed
+        seed = int(torch.randint(2**63 - 1, (), generator=seed, device=seed.device))
+    return torch.Generator("cpu").manual_seed(seed)
+
+
 class CanvasNoise:
     """Draws standard normal noise for canvases [B, C, H, W].
 
     Each sample has a CPU generator of its own, so the noise does not depend on how samples are batched.
     """
 
-    def __init__(self, seeds: Sequence[int], channels: int, height: int, width: int, device: torch.device) -> None:
+    def __init__(self, seeds: Sequence[Seed], channels: int, height: int, width: int, device: torch.device) -> None:
         self.shape = (1, channels, height, width)
         self.device = device
-        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        self.generators = [generator_of(seed) for seed in seeds]
 
     def resized(self, height: int, width: int) -> CanvasNoise:
         """Noise for canvases of another size, from the same generators, so that passes of one image never share a
@@ -204,12 +219,9 @@ def denoise(
     noise: Callable[[], Tensor],
     *,
     view_batch: int,
-    progress: Callable[[], None] | None = None,
+    after: After | None = None,
 ) -> Tensor:
-    """Denoise latents [B, C, H, W] from the first step's noise level to clean latents, float32.
-
-    `progress` is called after each step.
-    """
+    """Denoise latents [B, C, H, W] from the first step's noise level to clean latents, float32."""
     c, denoiser, call = composition, models.base.denoiser, DenoiserCall()
     timesteps = torch.tensor([step.t for step in schedule], device=models.device)
     with ExitStack() as stack:
@@ -237,6 +249,6 @@ def denoise(
             for hook in c.x0_hooks:
                 x0 = hook(x0, step)
             z = c.stepper(z, x0, eps, step, noise)
-            if progress:
-                progress()
+            if after:
+                z = after(step, z, x0)
     return z

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from resmaster_stages.config.wrap import Wrap
+from resmaster_stages.diffusion.loop import Seed
 from resmaster_stages.errors import ConfigError, SampleError
 from resmaster_stages.methods.direct import Direct
 from resmaster_stages.methods.render import render
@@ -16,6 +18,8 @@ from resmaster_stages.methods.settings import needs_of_wrap
 from resmaster_stages.models.bases import require
 from resmaster_stages.models.bases.base import Asked, require_sampling
 from resmaster_stages.models.parts import Models
+
+T = TypeVar("T")
 
 
 def check_size(height: int, width: int, multiple: int) -> None:
@@ -46,7 +50,7 @@ def generate(
     models: Models,
     prompts: Sequence[str],
     negative_prompts: Sequence[str],
-    seeds: Sequence[int],
+    seeds: Sequence[Seed],
     height: int,
     width: int,
     steps: int,
@@ -61,7 +65,38 @@ def generate(
     which axes the images continue at the opposite border. Raises ConfigError if a side is not a multiple of
     `Geometry.step_px`, or if the model cannot use the sampling, or cannot wrap.
     """
+    for slot in slots(models, prompts, negative_prompts, height, width, steps, guidance_scale, batch_size, wrap):
+        yield from slot.checked(render(slot.request, seeds[slot.place]))
 
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """Prompts that are drawn together."""
+
+    place: slice
+    """Which of all prompts they are."""
+    request: Request
+    readable: tuple[bool, ...]
+    """Whether each prompt is valid text. Another one keeps its place, so that its neighbours stay the same."""
+
+    def checked(self, made: Sequence[T | SampleError]) -> list[T | SampleError]:
+        """What was made, with a SampleError for each prompt that is no text."""
+        error = SampleError("the prompt is not valid Unicode text; remove the lone surrogates")
+        return [each if ok else error for each, ok in zip(made, self.readable)]
+
+
+def slots(
+    models: Models,
+    prompts: Sequence[str],
+    negative_prompts: Sequence[str],
+    height: int,
+    width: int,
+    steps: int,
+    guidance_scale: float,
+    batch_size: int,
+    wrap: Wrap = "none",
+) -> Iterator[Slot]:
+    """What `generate` draws, slot by slot, with the same arguments. Raises the same errors."""
     check_size(height, width, models.geometry.step_px)
     sampling = models.base.sampling
     stepper = low_res_stepper(models)
@@ -69,15 +104,14 @@ def generate(
     require(models.base.family, models.identity, needs_of_wrap(wrap))
     config = Direct(steps=steps, guidance_scale=guidance_scale, stepper=stepper, view_batch=batch_size, wrap=wrap)
     for start in range(0, len(prompts), batch_size):
-        slot = slice(start, start + batch_size)
-        good = [_is_text(p) and _is_text(n) for p, n in zip(prompts[slot], negative_prompts[slot])]
+        place = slice(start, start + batch_size)
+        good = [_is_text(p) and _is_text(n) for p, n in zip(prompts[place], negative_prompts[place])]
         request = Request(
             models=models,
             config=config,
             height=height,
             width=width,
-            prompts=tuple(text if ok else "" for text, ok in zip(prompts[slot], good)),
-            negative_prompts=tuple(text if ok else "" for text, ok in zip(negative_prompts[slot], good)),
+            prompts=tuple(text if ok else "" for text, ok in zip(prompts[place], good)),
+            negative_prompts=tuple(text if ok else "" for text, ok in zip(negative_prompts[place], good)),
         )
-        for result, ok in zip(render(request, seeds[slot]), good):
-            yield result if ok else SampleError("the prompt is not valid Unicode text; remove the lone surrogates")
+        yield Slot(place, request, tuple(good))

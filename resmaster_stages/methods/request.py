@@ -40,6 +40,8 @@ class Reference:
     """The low-res images themselves: [B, 3, h, w] in [-1, 1], of any size."""
     wraps: Axes = (False, False)
     """Whether the images continue at the opposite border, along their height and along their width."""
+    given: Tensor | None = None
+    """The latents of `low_res` [B, C, h/f, w/f], if a caller has them."""
 
     @cached_property
     def latents(self) -> Tensor:
@@ -62,7 +64,9 @@ class Reference:
 
     @cached_property
     def small_latents(self) -> Tensor:
-        """`small`, encoded: [B, C, ~h/f, ~w/f], float32."""
+        """`small`, encoded: [B, C, ~h/f, ~w/f], float32. The latents that were given, if they are those of `small`."""
+        if self.given is not None and self.small is self.low_res:
+            return self.given
         return autoencoder.encode(self.models, self.small, self.wraps)
 
 
