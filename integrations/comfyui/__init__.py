@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
 from .loading import LoadCheckpoint, LoadModel, TakeModel
 from .method import ChooseMethod
 from .upscaling import Generate, Measure, Upscale
-from .views import Captions, CaptionViews, CutViews
+from .views import Captions, CaptionViews, CutViews, ImagePrompts
 
 NODE_CLASS_MAPPINGS = {
     "ResMasterLoadModel": LoadModel,
@@ -25,6 +25,7 @@ NODE_CLASS_MAPPINGS = {
     "ResMasterViews": CutViews,
     "ResMasterCaptions": Captions,
     "ResMasterCaptionViews": CaptionViews,
+    "ResMasterImagePrompts": ImagePrompts,
     "ResMasterGenerate": Generate,
     "ResMasterUpscale": Upscale,
     "ResMasterMeasure": Measure,
@@ -37,6 +38,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "ResMasterMethod": "Method (ResMaster)",
     "ResMasterViews": "Cut Views (ResMaster)",
     "ResMasterCaptions": "Captions of Views (ResMaster)",
+    "ResMasterImagePrompts": "Image Prompts of Views (ResMaster)",
     "ResMasterCaptionViews": "Write Captions of Views (ResMaster)",
     "ResMasterGenerate": "Generate (ResMaster)",
     "ResMasterUpscale": "Upscale (ResMaster)",

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from comfy import model_management
+from comfy.cli_args import LatentPreviewMethod, args
 from comfy.utils import ProgressBar
+from numpy.typing import NDArray
 from PIL import Image
 
+from resmaster_stages.diffusion.canvas import Canvas
 from resmaster_stages.errors import UserError
+from resmaster_stages.library.callbacks import Watch
 from resmaster_stages.models.occupancy import has_own_memory, occupy
 from resmaster_stages.progress import Event, Note, listening
 from resmaster_stages.storage.images import convert_image
 
 LOG = logging.getLogger("resmaster")
+PREVIEW_PX = 512
+"""The longest side of a preview on the page."""
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Channels of ComfyUI's images -> modes of PIL's."""
 
@@ -41,9 +47,10 @@ def pil_masks(masks: torch.Tensor) -> list[Image.Image]:
     return _pil_images(masks.reshape(-1, *masks.shape[-2:], 1))
 
 
-def image_batch(images: Sequence[Image.Image]) -> torch.Tensor:
-    """Images of one size as a batch [B, H, W, 3] in [0, 1]."""
-    return torch.stack([torch.from_numpy(np.asarray(each.convert("RGB")) / np.float32(255)) for each in images])
+def image_batch(images: Sequence[Image.Image | NDArray[np.float32]]) -> torch.Tensor:
+    """RGB images of one size, or arrays [H, W, 3] in [0, 1], as a batch [B, H, W, 3] in [0, 1]."""
+    arrays = [np.asarray(each) / np.float32(255) if isinstance(each, Image.Image) else each for each in images]
+    return torch.stack([torch.from_numpy(each) for each in arrays])
 
 
 def of_each(values: Sequence[Any], images: int, name: str, parts: int = 1) -> list[Any]:
@@ -60,21 +67,26 @@ def of_each(values: Sequence[Any], images: int, name: str, parts: int = 1) -> li
     raise UserError(f"{name}: {len(values)} given for {images} image(s){each}; give {wanted}")
 
 
-class Watch:
-    """Shows on ComfyUI's bar how far a batch of images is, and stops the work when the user stops the queue."""
+class Bar:
+    """ComfyUI's bar for a batch of images. It shows previews, and stops the work when the user stops the queue."""
 
     def __init__(self, images: int) -> None:
         self._images = images
         self._bar = ProgressBar(images)
 
-    def of(self, number: int) -> Callable[[int, int], None]:
-        """What is called after each step of the image `number`, with (steps done, steps in all)."""
+    def of(self, number: int) -> Watch:
+        """What is told of each step of the image `number`."""
 
-        def after_step(done: int, total: int) -> None:
+        def progress(done: int, total: int) -> None:
             model_management.throw_exception_if_processing_interrupted()
             self._bar.update_absolute(number * total + done, self._images * total)
 
-        return after_step
+        def preview(canvas: Canvas, step: int, timestep: float, tensors: dict[str, Any]) -> None:
+            done = number * canvas.steps + step + 1
+            self._bar.update_absolute(done, self._images * canvas.steps, ("JPEG", canvas.preview(), PREVIEW_PX))
+
+        wanted = args.preview_method != LatentPreviewMethod.NoPreviews
+        return Watch(preview if wanted else None, progress)
 
 
 def _tell(event: Event) -> None:

@@ -18,7 +18,7 @@ from resmaster_stages.config.load import parse_config
 from resmaster_stages.config.method import DEFAULT, with_method
 from resmaster_stages.config.model import SDXL, ModelConfig
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.library import single
+from resmaster_stages.library.models import single
 from resmaster_stages.models.identity import PICTUREBOOK
 from resmaster_stages.models.load import load_models
 from resmaster_stages.models.parts import Models
@@ -46,15 +46,13 @@ class Loaded:
         return str(self.part["id"])
 
 
-def configuration(
-    model: Loaded | None, method: Mapping[str, Any], seed: int = 0, captioner: str = "prompt"
-) -> DatasetConfig:
+def configuration(model: Loaded | None, method: Mapping[str, Any], captioner: str = "prompt") -> DatasetConfig:
     """The configuration of one upscaling. model: None for methods without a base model. Raises ConfigError."""
     name, models = (model.name, model.models) if model else (PICTUREBOOK, None)
     base = single(name, captioner, models)
     values = {**with_method(base["upscale"], method.get("method", DEFAULT)), **method}
     part = model.part if model else base["model"]
-    config = parse_config({**base, "model": dict(part), "seed": seed, "upscale": values}, "ResMaster")
+    config = parse_config({**base, "model": dict(part), "upscale": values}, "ResMaster")
     if config.upscale.base_model and model is None:
         raise ConfigError(f"method {config.upscale.method} needs a base model; connect one to `model`")
     return config
@@ -143,8 +141,8 @@ class TakeModel:
 
     CATEGORY = "ResMaster"
     DESCRIPTION = (
-        "Takes over a model that ComfyUI has loaded, Stable Diffusion or SDXL, with the LoRAs that are applied to it. For "
-        "a while the model lies in ComfyUI's temporary folder."
+        "Takes over a model that ComfyUI has loaded, Stable Diffusion or SDXL, with the LoRAs that are applied to it. "
+        "For a while the model lies in ComfyUI's temporary folder."
     )
     RETURN_TYPES = (MODEL,)
     RETURN_NAMES = ("model",)

@@ -2,45 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
-from PIL import Image
 
 from resmaster_stages.config.dataset import DatasetConfig, QualityConfig
+from resmaster_stages.config.load import parse_config
+from resmaster_stages.config.method import Source
 from resmaster_stages.config.part import GREATEST_INTEGER
-from resmaster_stages.diffusion import autoencoder
-from resmaster_stages.diffusion.reference import to_image
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import UserError
-from resmaster_stages.library import generate, upscale_as_configured
+from resmaster_stages.library.drawing import generate
+from resmaster_stages.library.engine import Wish, subject_of_latents, upscale_one
+from resmaster_stages.methods.upscale import Subject
 from resmaster_stages.metrics.flags import flags
 from resmaster_stages.metrics.metric import Pair
 from resmaster_stages.models.faults import device_faults
 from resmaster_stages.quality import measure as row_of
 
-from .host import Watch, at_work, image_batch, of_each, pil_masks, rgb_images
+from .host import Bar, at_work, image_batch, of_each, pil_masks, rgb_images
 from .loading import MODEL, Loaded, configuration
 from .method import METHOD
-from .views import CAPTIONS, views_of
+from .views import CAPTIONS, IMAGE_PROMPTS, views_of
 from .written import WIDGET, settings_in
 
 SEED = ("INT", {"default": 0, "min": 0, "max": GREATEST_INTEGER, "control_after_generate": True})
 PROMPT = ("STRING", {"multiline": True, "default": ""})
 
 
-def decoded(model: Loaded, latent: Mapping[str, torch.Tensor]) -> list[Image.Image]:
+def of_latent(model: Loaded, latent: Mapping[str, torch.Tensor]) -> list[Subject]:
     """The images of ComfyUI's latents, which are a VAE's own, without the scale of the base model's latents."""
-    samples, channels = latent["samples"], model.models.base.latent_channels
-    if samples.ndim != 4 or samples.shape[1] != channels:
+    samples, base = latent["samples"], model.models.base
+    if samples.ndim != 4 or samples.shape[1] != base.latent_channels:
         raise UserError(
-            f"latent: a tensor of shape {list(samples.shape)} does not fit {model.name}, whose latents have {channels} "
-            "channels; decode it with its own VAE, and connect the image"
+            f"latent: a tensor of shape {list(samples.shape)} does not fit {model.name}, whose latents have "
+            f"{base.latent_channels} channels; decode it with its own VAE, and connect the image"
         )
-    canvas = model.models.base.to_canvas(samples.to(model.models.device, torch.float32, copy=True))
+    canvas = base.to_canvas(samples.to(model.models.device, torch.float32, copy=True))
     with device_faults("decode the latent with VAE Decode (Tiled), and connect the image"):
-        return [to_image(each) for each in autoencoder.decode(model.models, canvas)]
+        return [subject_of_latents(model.models, each) for each in canvas]
 
 
 class Generate:
@@ -61,8 +63,19 @@ class Generate:
 
     def make(self, model: Loaded, prompt: str, seed: int, settings: str = "") -> tuple[torch.Tensor]:
         values = settings_in(settings)
+        parse_config({"name": "single", "low_res": values}, "ResMaster")
+        after_step = Bar(1).of(0).on_step
+        assert after_step is not None
         with at_work(model.models.device):
-            return (image_batch(generate([prompt], model=model.models, seed=seed, **values)),)
+            made = generate(
+                prompt,
+                model=model.models,
+                seed=seed,
+                output_type="np",
+                callback_on_step_end=lambda canvas, *step: after_step(canvas),
+                **values,
+            )
+        return (image_batch(made),)
 
 
 class Upscale:
@@ -76,31 +89,24 @@ class Upscale:
     RETURN_TYPES = ("IMAGE",)
     RETURN_NAMES = ("image",)
     FUNCTION = "upscale"
-    TIPS: ClassVar[dict[str, str]] = {
-        "negative_prompt": "Empty: as the method and the model recommend.",
-        "model": "Not needed by methods without a base model, such as lanczos.",
-        "latent": "In place of an image. The model's own VAE decodes it.",
-        "method": "None: the default method, four times as large.",
-        "captions": "A caption for each view. None: every view gets the prompt, with picturebook its own captions.",
-        "detail": "White: where more detail is drawn anew (method freescale).",
-    }
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        kinds = {
-            "negative_prompt": "STRING",
-            "model": MODEL,
-            "image": "IMAGE",
-            "latent": "LATENT",
-            "method": METHOD,
-            "captions": CAPTIONS,
-            "detail": "MASK",
+        negative = {"multiline": True, "default": "", "tooltip": "Empty: as the method and the model recommend."}
+        linked = {
+            "model": (MODEL, "Not needed by methods without a base model, such as lanczos."),
+            "image": ("IMAGE", "Transparent images lie on white."),
+            "latent": ("LATENT", "In place of an image. The model's own VAE decodes it."),
+            "method": (METHOD, "None: the default method, four times as large."),
+            "captions": (CAPTIONS, "None: every view gets the prompt, with picturebook its own captions."),
+            "image_prompts": (IMAGE_PROMPTS, "None: every view is shown its own crop, if the model has an adapter."),
+            "detail": ("MASK", "Where more detail is drawn anew (method freescale with `alpha_elsewhere`)."),
         }
-        text = {"negative_prompt": {"multiline": True, "default": ""}}
-        optional = {
-            name: (kind, {"tooltip": cls.TIPS.get(name, ""), **text.get(name, {})}) for name, kind in kinds.items()
+        optional = {name: (kind, {"tooltip": tip}) for name, (kind, tip) in linked.items()}
+        return {
+            "required": {"prompt": PROMPT, "seed": SEED},
+            "optional": {"negative_prompt": ("STRING", negative), **optional},
         }
-        return {"required": {"prompt": PROMPT, "seed": SEED}, "optional": optional}
 
     def upscale(
         self,
@@ -109,59 +115,46 @@ class Upscale:
         negative_prompt: str = "",
         model: Loaded | None = None,
         method: Mapping[str, Any] | None = None,
-        **images: Any,
+        **linked: Any,
     ) -> tuple[torch.Tensor]:
         values = dict(method or {})
         if negative_prompt.strip():
             values["negative_prompt"] = negative_prompt
-        config = configuration(model, values, seed, "auto" if model is None or model.by_name else "prompt")
-        with at_work(model.models.device if model else None):
-            sources = self._sources(model, images.get("image"), images.get("latent"))
-            watch = Watch(len(sources))
-            captions = self._captions(config, model, sources, images.get("captions"))
-            masks = images.get("detail")
-            details = [[None]] * len(sources) if masks is None else of_each(pil_masks(masks), len(sources), "detail")
-            made = [
-                upscale_as_configured(
-                    config.model_copy(update={"seed": (seed + number) % (GREATEST_INTEGER + 1)}),
-                    source,
-                    prompt,
-                    models=model.models if model else None,
-                    captions=captions[number],
-                    detail=details[number][0],
-                    progress=watch.of(number),
-                )
-                for number, source in enumerate(sources)
-            ]
+        config = configuration(model, values, "auto" if model is None or model.by_name else "prompt")
+        models = model.models if model else None
+        with at_work(models.device if models else None):
+            subjects = self._subjects(config, model, prompt, linked)
+            bar = Bar(len(subjects))
+            seeds = [(seed + number) % (GREATEST_INTEGER + 1) for number in range(len(subjects))]
+            wishes = [Wish("np", each, bar.of(number)) for number, each in enumerate(seeds)]
+            made = [upscale_one(config, subject, models, wish) for subject, wish in zip(subjects, wishes)]
         return (image_batch(made),)
 
-    def _sources(
-        self, model: Loaded | None, image: torch.Tensor | None, latent: Mapping[str, torch.Tensor] | None
-    ) -> list[Image.Image]:
-        """The images that are upscaled. Raises UserError unless there is an image or a latent, and not both."""
+    def _subjects(
+        self, config: DatasetConfig, model: Loaded | None, prompt: str, linked: Mapping[str, Any]
+    ) -> list[Subject]:
+        """The images that are upscaled, with what is known of each. Raises UserError."""
+        image, latent = linked.get("image"), linked.get("latent")
         if (image is None) == (latent is None):
             raise UserError("connect either an image or a latent to Upscale")
         if image is not None:
-            return rgb_images(image)
-        if model is None:
+            subjects = [Subject(each) for each in rgb_images(image)]
+        elif model is None:
             raise UserError("latent: a latent needs a model that decodes it; connect one to `model`, or an image")
-        assert latent is not None
-        return decoded(model, latent)
-
-    def _captions(
-        self,
-        config: DatasetConfig,
-        model: Loaded | None,
-        sources: Sequence[Image.Image],
-        captions: Sequence[str] | None,
-    ) -> list[Sequence[str] | None]:
-        """The captions of each image. Raises UserError for a wrong number."""
-        if captions is None:
-            return [None] * len(sources)
-        if model is None:
-            raise UserError(f"captions: method {config.upscale.method} reads none; leave them out")
-        grid = views_of(config, model, sources[0].height, sources[0].width, "captions")
-        return of_each(captions, len(sources), "captions", len(grid))
+        else:
+            subjects = of_latent(model, latent)
+        known: list[dict[str, Any]] = [{"prompt": prompt} for _ in subjects]
+        size = subjects[0].image.height, subjects[0].image.width
+        sources: tuple[tuple[str, Source], ...] = (("captions", "captions"), ("image_prompts", "image_prompt"))
+        for name, source in sources:
+            if (given := linked.get(name)) is not None:
+                views = len(views_of(config, model, *size, source))
+                for about, each in zip(known, of_each(given, len(subjects), name, views)):
+                    about[name] = each
+        if (masks := linked.get("detail")) is not None:
+            for about, (mask,) in zip(known, of_each(pil_masks(masks), len(subjects), "detail")):
+                about["detail"] = mask
+        return [replace(subject, **about) for subject, about in zip(subjects, known)]
 
 
 class Measure:

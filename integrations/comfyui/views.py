@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 
 from resmaster_stages.captions import patches
 from resmaster_stages.config.dataset import DatasetConfig
@@ -19,13 +20,14 @@ from .loading import MODEL, Loaded, configuration
 from .method import METHOD
 
 CAPTIONS = "RESMASTER_CAPTIONS"
+IMAGE_PROMPTS = "RESMASTER_IMAGE_PROMPTS"
 
 
-def views_of(config: DatasetConfig, model: Loaded, height: int, width: int, source: Source) -> Grid:
+def views_of(config: DatasetConfig, model: Loaded | None, height: int, width: int, source: Source) -> Grid:
     """The views of the first enlargement of an image of `height` x `width` px. Raises UserError if nothing of the kind
     `source` is read view by view."""
     upscale = config.upscale
-    if not upscale.uses(source):
+    if model is None or not upscale.uses(source):
         raise UserError(
             f"method {upscale.method} reads no {source} as it is set; leave these nodes out, or choose another method"
         )
@@ -84,6 +86,24 @@ class Captions:
         if not any(found):
             raise UserError("captions: there are none; connect a list of texts, or write one caption a line")
         return (found,)
+
+
+class ImagePrompts:
+    """Collects image prompts of views from other nodes."""
+
+    CATEGORY = "ResMaster"
+    DESCRIPTION = "Collects the images that the views are shown in place of their own crops, row by row."
+    RETURN_TYPES = (IMAGE_PROMPTS,)
+    RETURN_NAMES = ("image_prompts",)
+    INPUT_IS_LIST = True
+    FUNCTION = "collect"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"images": ("IMAGE",)}}
+
+    def collect(self, images: Sequence[torch.Tensor]) -> tuple[tuple[Image.Image, ...]]:
+        return (tuple(image for batch in images for image in rgb_images(batch)),)
 
 
 class CaptionViews:

@@ -17,8 +17,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,6 +36,13 @@ class InterruptProcessingException(Exception):
     """The user stopped the queue."""
 
 
+class LatentPreviewMethod(Enum):
+    """Which previews the user wants."""
+
+    NoPreviews = "none"
+    Auto = "auto"
+
+
 @dataclass
 class ComfyUI:
     """A stand-in with folders in `folder`. `nodes` are the classes of nodes by name."""
@@ -44,8 +52,14 @@ class ComfyUI:
     """The user stops the queue once the bar shows this many steps."""
     shown: list[tuple[int, int]] = field(default_factory=list)
     """What the progress bar showed: (value, total)."""
+    previews: list[Any] = field(default_factory=list)
+    """The previews that came with steps."""
     emptied: int = 0
     """How often ComfyUI's own models were taken off the device."""
+    args: SimpleNamespace = field(
+        default_factory=lambda: SimpleNamespace(preview_method=LatentPreviewMethod.NoPreviews)
+    )
+    """The options of ComfyUI's command line."""
     outputs: dict[str, list[Any]] = field(default_factory=dict)
     nodes: dict[str, type[Any]] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
@@ -66,6 +80,7 @@ class ComfyUI:
 
             def update_absolute(self, value: int, total: int | None = None, preview: Any = None) -> None:
                 self.total = self.total if total is None else total
+                stand_in.previews += [] if preview is None else [preview]
                 stand_in.shown.append((min(value, self.total), self.total))
 
         def throw_exception_if_processing_interrupted() -> None:
@@ -105,8 +120,9 @@ class ComfyUI:
             write(model, Path(output_path))
 
         sd = _module("comfy.sd", save_checkpoint=save_checkpoint)
-        comfy = _module("comfy", utils=utils, model_management=management, sd=sd, __path__=[])
-        known = (comfy, utils, management, sd, paths)
+        cli = _module("comfy.cli_args", args=self.args, LatentPreviewMethod=LatentPreviewMethod)
+        comfy = _module("comfy", utils=utils, model_management=management, sd=sd, cli_args=cli, __path__=[])
+        known = (comfy, utils, management, sd, cli, paths)
         return {module.__name__: module for module in known}
 
     @contextmanager

@@ -19,7 +19,13 @@ from resmaster_stages.diffusion.reference import to_tensor
 from resmaster_stages.errors import ResMasterError, UserError
 from resmaster_stages.methods.lanczos import Lanczos
 from tests.checkout import ROOT
-from tests.integrations.comfy_stand_in import ComfyUI, InterruptProcessingException, Prompt, inputs_of
+from tests.integrations.comfy_stand_in import (
+    ComfyUI,
+    InterruptProcessingException,
+    LatentPreviewMethod,
+    Prompt,
+    inputs_of,
+)
 from tests.integrations.single_files import write
 from tests.tiny_models import make_stable_diffusion
 
@@ -68,7 +74,7 @@ def pixels_of(comfy: ComfyUI, number: str) -> np.ndarray[Any, Any]:
 def own(image: Image.Image, **values: Any) -> np.ndarray[Any, Any]:
     """What the library draws with the settings of `upscaling`."""
     settings: dict[str, Any] = {"scale": 1.5, "steps": 4, "seed": 7, **values}
-    return np.asarray(rm.upscale(image, PROMPT, **settings))
+    return (rm.upscale(image, PROMPT, output_type="np", **settings) * 255).round().astype(np.uint8)
 
 
 def photo(comfy: ComfyUI) -> Image.Image:
@@ -76,7 +82,7 @@ def photo(comfy: ComfyUI) -> Image.Image:
 
 
 def test_every_node_keeps_the_contract(comfy: ComfyUI) -> None:
-    assert len(comfy.names) == 10
+    assert len(comfy.names) == 11
     for name, display in comfy.names.items():
         kind = comfy.nodes[name]
         assert name.startswith("ResMaster")
@@ -149,9 +155,47 @@ def test_the_user_can_stop_and_go_on(comfy: ComfyUI) -> None:
     assert np.array_equal(pixels_of(comfy, "upscale")[0], own(photo(comfy)))
 
 
+def test_previews_are_shown_where_the_user_wants_them(comfy: ComfyUI) -> None:
+    comfy.run(upscaling())
+    assert comfy.previews == []
+    comfy.args.preview_method = LatentPreviewMethod.Auto
+    comfy.run(upscaling())
+    assert [(kind, image.size, longest) for kind, image, longest in comfy.previews] == [("JPEG", (24, 24), 512)] * 3
+    assert np.array_equal(pixels_of(comfy, "upscale")[0], own(photo(comfy)))
+
+
+def test_a_prompt_becomes_an_image(comfy: ComfyUI) -> None:
+    made = node("ResMasterGenerate", model=["model", 0], prompt=PROMPT, seed=3, settings="steps: 4")
+    comfy.run(upscaling(image=["made", 0]) | {"made": made})
+    (image,) = rm.generate(PROMPT, seed=3, steps=4, output_type="np")
+    assert np.array_equal(pixels_of(comfy, "made")[0], (image * 255).round().astype(np.uint8))
+    assert comfy.shown[:4] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    made["inputs"]["settings"] = "seed: 3"
+    with pytest.raises(UserError, match=r"unknown key 'low_res\.seed'"):
+        comfy.run(upscaling(image=["made", 0]) | {"made": made})
+
+
+def test_views_are_shown_images_of_the_users(comfy: ComfyUI) -> None:
+    views = {
+        "views": node("ResMasterViews", model=["model", 0], image=["image", 0], method=["method", 0]),
+        "shown": node("ResMasterImagePrompts", images=["views", 0]),
+    }
+    comfy.run(upscaling(image_prompts=["shown", 0]) | views)
+    cut = [Image.fromarray((view[0].numpy() * 255).round().astype(np.uint8)) for view in comfy.outputs["views"][0]]
+    crops = pixels_of(comfy, "upscale")[0]
+    assert np.array_equal(crops, own(photo(comfy), image_prompts=cut))
+    near = np.abs(crops.astype(float) - own(photo(comfy))).mean()
+    green = own(photo(comfy), image_prompts=[Image.new("RGB", (100, 60), "green")] * 4)
+    far = np.abs(crops.astype(float) - green).mean()
+    assert near < far / 4, "their own crops are what views are shown anyway"
+    views["shown"]["inputs"]["images"] = ["image", 0]
+    with pytest.raises(UserError, match=r"image_prompts: 1 given for 1 image\(s\) with 4 views; give 4"):
+        comfy.run(upscaling(image_prompts=["shown", 0]) | views)
+
+
 def test_a_latent_stands_for_its_image(comfy: ComfyUI) -> None:
     """ComfyUI hands on what a VAE gives, without the scale that the denoiser's latents have."""
-    models = rm.load_models(rm.load_config(ROOT / "deployments" / "datasets" / "picturebook.yaml").model)
+    models = rm.load("picturebook")
     image = rm.generate(PROMPT, steps=10)[0]
     canvas = encode(models, to_tensor(image))
     comfy.nodes["Latent"].samples = models.base.from_canvas(canvas)  # type: ignore[attr-defined]
