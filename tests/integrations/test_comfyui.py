@@ -193,6 +193,16 @@ def test_views_are_shown_images_of_the_users(comfy: ComfyUI) -> None:
         comfy.run(upscaling(image_prompts=["shown", 0]) | views)
 
 
+def test_the_library_says_what_is_wrong_with_image_prompts() -> None:
+    image = Image.new("RGB", (128, 128), "red")
+    with pytest.raises(UserError, match="image_prompts: 2 given for 4 views"):
+        rm.upscale(image, scale=1.5, image_prompts=[image] * 2)
+    with pytest.raises(UserError, match="image_prompts: 1 lists for 2 images; give one list per image"):
+        rm.upscale([image, image], scale=1.5, image_prompts=[[image] * 4])
+    with pytest.raises(UserError, match="image_prompts: method multidiffusion reads none as it is set"):
+        rm.upscale(image, scale=1.5, method="multidiffusion", image_prompts=[image] * 4)
+
+
 def test_a_latent_stands_for_its_image(comfy: ComfyUI) -> None:
     """ComfyUI hands on what a VAE gives, without the scale that the denoiser's latents have."""
     models = rm.load("picturebook")
