@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from resmaster_stages.config.load import load_config
     from resmaster_stages.errors import ResMasterError
+    from resmaster_stages.library.building import BuildIncomplete, build
     from resmaster_stages.library.drawing import generate, upscale
     from resmaster_stages.library.measuring import measure
     from resmaster_stages.library.models import load
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BuildIncomplete",
     "ResMasterError",
+    "build",
     "generate",
     "load",
     "load_config",
@@ -33,7 +36,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BuildIncomplete": "library.building",
     "ResMasterError": "errors",
+    "build": "library.building",
     "generate": "library.drawing",
     "load": "library.models",
     "load_config": "config.load",
@@ -44,10 +49,15 @@ _HOMES = {
 }
 """Public name -> the module that defines it."""
 
+_PIPELINE = frozenset({"BuildIncomplete", "build", "measure", "open", "preview"})
+"""The public names that need the extra `pipeline`."""
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has: {', '.join(_HOMES)}")
+    if name in _PIPELINE:
+        import_module(f"{__name__}.errors").require_extra("pipeline", f"{__name__}.{name}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib.util import find_spec
 
 
 class ResMasterError(Exception):
@@ -76,3 +77,16 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)`, to be put after a `word` that is none of `known`; empty if none of these is close."""
     close = get_close_matches(word, list(known), n=1) if isinstance(word, str) else []
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+EXTRAS = {
+    "pipeline": ("prefect", "pyarrow", "duckdb", "scipy", "prometheus_client", "starlette", "uvicorn"),
+    "s3": ("s3fs",),
+}
+"""Extra of pyproject.toml -> what is imported of the packages that it brings."""
+
+
+def require_extra(extra: str, what: str) -> None:
+    """Raise UserError if a package of `extra` is not installed. what: that which needs it, for the message."""
+    if not all(find_spec(module) for module in EXTRAS[extra]):
+        raise UserError(f"{what} needs the extra {extra}; install it with: pip install 'resmaster-pipeline[{extra}]'")

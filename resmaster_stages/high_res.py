@@ -19,7 +19,7 @@ from PIL import Image
 
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.dataset.labels import Drawing, label_of
-from resmaster_stages.dataset.sample import Output, Sample
+from resmaster_stages.dataset.sample import DESCRIBED, Output, Sample
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.diffusion.views import Grid, distance, patch_grid, target_size, view_grid
 from resmaster_stages.errors import SampleError
@@ -37,8 +37,6 @@ def captions_for_views(grid: Grid, rows: Sequence[dict[str, Any]], prompt: str) 
     Rows hold half-open boxes y0, x0, y1, x1 in target px. Along an axis that wraps, the distance is that of the shorter
     way. A row without a caption of its own gives `prompt`.
     """
-    from resmaster_stages.dataset.schemas import DESCRIBED
-
     if not rows:
         raise SampleError("there are no captions for this sample; run the captions stage again (resmaster repair)")
     (height, width), (down, across) = grid.size_px, grid.wraps

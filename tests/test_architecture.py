@@ -149,7 +149,7 @@ def test_status_and_plan_start_without_torch_or_prefect() -> None:
         "import sys, resmaster_flows.cli.main, resmaster_flows.cli.status, resmaster_flows.cli.plan, "
         "resmaster_stages.runner.run, resmaster_stages.inspection.status, resmaster_stages.planning.preview, "
         "resmaster_flows.cli.publish, resmaster_flows.cli.view, resmaster_stages.gallery.serve;"
-        "resmaster_flows.cli.main.parser();"
+        "[verb.module() for verb in resmaster_flows.cli.main.VERBS];"
         "from resmaster_stages.config.load import parse_config; parse_config({'name': 'demo'}).model_json_schema();"
         "heavy = {'torch', 'diffusers', 'transformers', 'scipy', 'prefect'} & set(sys.modules); sys.exit(repr(heavy) "
         "if heavy else 0)"

@@ -369,9 +369,8 @@ def test_every_verb_has_a_section_with_its_options() -> None:
     sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, flags=re.DOTALL | re.MULTILINE))
     shared = options(arguments.add_source)
     for verb in VERBS:
-        name = verb.__name__.rpartition(".")[2]
-        for option in options(verb.add_arguments) - (set() if name == "run" else shared):
-            assert f"`{option}" in sections[name], f"{name} {option}"
+        for option in options(verb.module().add_arguments) - (set() if verb.name == "run" else shared):
+            assert f"`{option}" in sections[verb.name], f"{verb.name} {option}"
 
 
 def options(add: Callable[[ArgumentParser], None]) -> set[str]:

@@ -20,11 +20,9 @@ from typing import Any, Literal, get_args
 
 from resmaster_stages.dataset import layout
 from resmaster_stages.dataset.commit import new_attempt
-from resmaster_stages.dataset.schemas import CURATION_SCHEMA
 from resmaster_stages.errors import ShardError
 from resmaster_stages.keys import canonical_json, digest
 from resmaster_stages.storage.filesystem import Folder
-from resmaster_stages.storage.tables import decode_table, encode_table
 
 Verdict = Literal["kept", "rejected", "none"]
 """`none`: there is no verdict (any more)."""
@@ -108,11 +106,17 @@ class Session:
 
 def encode_choices(choices: Iterable[Choice]) -> bytes:
     """Choices as a Parquet file, by key."""
+    from resmaster_stages.dataset.schemas import CURATION_SCHEMA
+    from resmaster_stages.storage.tables import encode_table
+
     return encode_table([asdict(each) for each in sorted(choices, key=lambda each: each.key)], CURATION_SCHEMA)
 
 
 def read_choices(folder: Folder) -> dict[str, Choice]:
     """Key -> the choice that counts, without empty ones. Raises ShardError if a file of choices cannot be read."""
+    from resmaster_stages.dataset.schemas import CURATION_SCHEMA
+    from resmaster_stages.storage.tables import decode_table
+
     names = filter(layout.is_choices, folder.names(layout.CURATION))
     latest: dict[str, Choice] = {}
     for name, data in folder.read_many([layout.CURATION_TABLE, *names]).items():

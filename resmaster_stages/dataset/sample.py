@@ -14,6 +14,9 @@ from resmaster_stages.dataset.batches import Batch
 from resmaster_stages.errors import SampleError
 from resmaster_stages.storage.images import decode_image
 
+DESCRIBED = ("ok", "replaced")
+"""Statuses of captions that describe a patch. With any other status the row holds the global prompt."""
+
 
 @dataclass(frozen=True)
 class EncodedImage:

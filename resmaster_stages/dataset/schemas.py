@@ -62,10 +62,6 @@ RECAPTIONS_SCHEMA = table_schema(
 null."""
 
 
-DESCRIBED = ("ok", "replaced")
-"""Statuses of captions that describe a patch. With any other status the row holds the global prompt."""
-
-
 def quality_schema(config: QualityConfig | None = None) -> pa.Schema:
     """One row per image. config: only the columns of metrics that a dataset asks for; None: all that may be there."""
     return table_schema(

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from resmaster_stages.dataset.dataset import Dataset
-from resmaster_stages.dataset.schemas import CAPTIONS_SCHEMA, DESCRIBED
+from resmaster_stages.dataset.sample import DESCRIBED
+from resmaster_stages.dataset.schemas import CAPTIONS_SCHEMA
 from resmaster_stages.errors import ResMasterError
 from resmaster_stages.gallery.caches import Kept
 from resmaster_stages.gallery.errors import told

@@ -12,7 +12,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from markupsafe import Markup
@@ -22,11 +22,13 @@ from resmaster_stages.config.image_format import ImageFormat, lossless_format
 from resmaster_stages.dataset.commit import StoredObject
 from resmaster_stages.dataset.curation import Chosen
 from resmaster_stages.dataset.labels import ENHANCED, high_res_source_type
-from resmaster_stages.dataset.plan import Plan
 from resmaster_stages.metrics import metric_columns
 from resmaster_stages.metrics.flags import known_flags
 from resmaster_stages.models.licences import licences_of, uses_base_model
 from resmaster_stages.publish.template import fill
+
+if TYPE_CHECKING:
+    from resmaster_stages.dataset.plan import Plan
 
 LISTED_TARS = 1_000
 """Up to so many tars, the card names each of them for dataset hubs (40 bytes a tar); else it gives a pattern."""

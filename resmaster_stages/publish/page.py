@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from resmaster_stages.dataset.schemas import DESCRIBED
+from resmaster_stages.dataset.sample import DESCRIBED
 from resmaster_stages.errors import SampleError
 from resmaster_stages.metrics import filled_columns, shown_columns
 from resmaster_stages.metrics.detail import Box, most_detailed

@@ -21,7 +21,6 @@ from resmaster_stages.redaction import printable
 if TYPE_CHECKING:
     from resmaster_stages.evaluation.compare import Compared
 
-HELP = "build the same samples by several methods, and measure them"
 DESCRIPTION = (
     "Build one dataset per method and scale, with the same prompts, seeds and low-res images, and measure them "
     "together. Safe to stop and to run again: each of them is a dataset."

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from resmaster_stages.dataset.curation import Choice
     from resmaster_stages.dataset.dataset import Dataset
 
-HELP = "keep or reject samples; import and export choices"
 DESCRIPTION = (
     "Choose samples by an expression, or move choices to and from CSV and Parquet files. Without an option, print how "
     "many samples are kept, rejected and rated. Choices are data beside the dataset: no image is changed. `publish` "

@@ -14,7 +14,6 @@ from resmaster_flows.watch.terminal import SafeConsole, say
 from resmaster_stages.storage.filesystem import open_root
 from resmaster_stages.storage.probe import examine
 
-HELP = "say whether a store is fit for builds"
 DESCRIPTION = (
     "Try at ROOT what builds need of a store: a name is created only once, also when writers race; an object can be "
     "read, listed and deleted at once. Leaves nothing behind. Exit status 1 if something failed."

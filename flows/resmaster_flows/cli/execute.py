@@ -20,11 +20,11 @@ from resmaster_flows.workplace import computed_here, on_workers
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.errors import ConfigError, ResMasterError, UserError
 from resmaster_stages.models.places import at_hub
-from resmaster_stages.planning.checks import Around
 from resmaster_stages.redaction import one_line, printable, quoted
 
 if TYPE_CHECKING:
     from resmaster_flows.build import BuildResult
+    from resmaster_stages.planning.checks import Around
 
 
 def execute(console: Console, build: Callable[[], BuildResult]) -> int:
@@ -50,6 +50,8 @@ def execute(console: Console, build: Callable[[], BuildResult]) -> int:
 
 def look_around(config: DatasetConfig) -> Around:
     """What is around a build: where its stages run, and what `require_surroundings` says against it."""
+    from resmaster_stages.planning.checks import Around
+
     try:
         require_surroundings(config)
     except UserError as error:

@@ -10,7 +10,6 @@ from rich.console import Console
 from resmaster_flows.cli.arguments import add_root
 from resmaster_stages.redaction import printable_json, printable_lines
 
-HELP = "all that is known of one sample or shard"
 DESCRIPTION = (
     "Print what a sample was made from, by what and when, why it failed if it did, and where its bytes lie, with a "
     "command to fetch each file. Of a shard: its stages, why each attempt at it failed, and its samples. Reads the "

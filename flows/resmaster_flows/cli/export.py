@@ -18,7 +18,6 @@ from resmaster_stages.publish.exports import FORMATS
 if TYPE_CHECKING:
     from resmaster_stages.publish.exports.export import Progress
 
-HELP = "write chosen samples in the formats of other tools"
 DESCRIPTION = (
     "Write samples of a published dataset to a folder, in a format that other tools read. Rejected samples are left "
     "out. Run the command again to complete an export that was broken off, or to bring it up to date. Needs no "

@@ -11,11 +11,8 @@ from rich.table import Table
 
 from resmaster_flows.cli.arguments import add_root
 from resmaster_flows.watch.terminal import SafeConsole, say
-from resmaster_stages.dataset.dataset import open_dataset
 from resmaster_stages.errors import UserError
-from resmaster_stages.inspection.leftovers import find_leftovers, remove_leftovers, unlisted_uploads
 
-HELP = "remove what no commit names"
 DESCRIPTION = (
     "Remove what interrupted and losing attempts left behind, probes, temporary files and caches of finished shards, "
     "if they are older than a grace period. Never removed are records, error ledgers, and what a commit or the plan "
@@ -40,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Find the leftovers, remove them unless `--dry-run` is given, and print a table."""
+    from resmaster_stages.dataset.dataset import open_dataset
+    from resmaster_stages.inspection.leftovers import find_leftovers, remove_leftovers, unlisted_uploads
+
     if not (math.isfinite(args.older_than) and 0 <= args.older_than < 1e6):
         raise UserError(f"--older-than {args.older_than:g}: give a number of hours, 0 or more")
     dataset = open_dataset(args.root)

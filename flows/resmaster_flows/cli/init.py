@@ -13,7 +13,6 @@ from resmaster_flows.watch.terminal import say
 from resmaster_stages.errors import UserError
 from resmaster_stages.redaction import quoted
 
-HELP = "write configurations and prompts to start from"
 DESCRIPTION = (
     "Write a configuration of the demo (picturebook.yaml), some for SDXL, FLUX.1 and other base models, and a file of "
     "prompts, to be changed as you like. Overwrites nothing."

@@ -2,7 +2,8 @@
 
 A user's mistake is one line on stderr and exit status 2. Exit status: 0 done, 1 something is missing, failed or
 damaged, 2 bad input, 130 interrupted (143 by SIGTERM).
-Heavy imports (torch, Prefect) happen inside the commands that need them, so that `status` answers at once.
+The module of a verb is imported when the verb is used, so that a verb needs only its own packages. Its heavy imports
+(torch, Prefect) happen inside its `run`, so that `status` answers at once.
 """
 
 from __future__ import annotations
@@ -12,42 +13,24 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol, cast
 
 from rich.console import Console
 
 import resmaster_stages
-from resmaster_flows.cli import (
-    compare,
-    curate,
-    doctor,
-    explain,
-    export,
-    gc,
-    init,
-    plan,
-    publish,
-    repair,
-    run,
-    status,
-    upscale,
-    verify,
-    view,
-)
 from resmaster_flows.cli.parser import Parser
 from resmaster_flows.cli.stop import KEPT, NOTHING_WRITTEN, Terminated, exit_status, leave, stoppable
 from resmaster_flows.plugins import load_plugins
 from resmaster_flows.watch.terminal import SafeConsole, say
-from resmaster_stages.errors import ConfigError, ResMasterError, ServerLost, UserError
+from resmaster_stages.errors import ConfigError, ResMasterError, ServerLost, UserError, require_extra
 from resmaster_stages.redaction import one_line
 
 
-class Verb(Protocol):
+class VerbModule(Protocol):
     """The interface of a module of this folder that is a verb. The verb's name is the module's name."""
 
-    __name__: str
-    HELP: str
-    """A few words for the list of verbs."""
     DESCRIPTION: str
     """Some sentences for the verb's own help."""
 
@@ -58,27 +41,53 @@ class Verb(Protocol):
         """Do what the verb does, and return the exit status. `console` is standard error."""
 
 
+@dataclass(frozen=True)
+class Verb:
+    """What is known of a verb before its module is imported."""
+
+    name: str
+    help: str
+    """A few words for the list of verbs."""
+    keeps: bool = False
+    """Whether what it has done is kept when it is interrupted. Other verbs write at their end, or nothing."""
+    extra: str | None = "pipeline"
+    """The extra whose packages its `run` needs; None if the base install is enough."""
+
+    def module(self) -> VerbModule:
+        """Import the verb's module, for which the base install is enough."""
+        return cast(VerbModule, import_module(f"resmaster_flows.cli.{self.name}"))
+
+    def fill(self, parser: argparse.ArgumentParser) -> None:
+        """Give the verb's parser its description and arguments."""
+        module = self.module()
+        parser.description = module.DESCRIPTION
+        module.add_arguments(parser)
+
+    def run(self, args: argparse.Namespace, console: Console) -> int:
+        """Do what the verb does. Raises UserError if its packages are not installed."""
+        if self.extra:
+            require_extra(self.extra, self.name)
+        return self.module().run(args, console)
+
+
 VERBS: tuple[Verb, ...] = (
-    init,
-    run,
-    plan,
-    status,
-    view,
-    explain,
-    repair,
-    verify,
-    publish,
-    curate,
-    export,
-    gc,
-    doctor,
-    compare,
-    upscale,
+    Verb("init", "write configurations and prompts to start from", extra=None),
+    Verb("run", "build a dataset, or go on with it", keeps=True),
+    Verb("plan", "say what `run` would do; change nothing"),
+    Verb("status", "what is committed, pending, failed"),
+    Verb("view", "look through a dataset in the browser, and choose from it", keeps=True),
+    Verb("explain", "all that is known of one sample or shard"),
+    Verb("repair", "do only what is missing, failed or damaged", keeps=True),
+    Verb("verify", "read everything back, and say what is damaged"),
+    Verb("publish", "write manifest, index, card and report again, and push to a hub", keeps=True),
+    Verb("curate", "keep or reject samples; import and export choices"),
+    Verb("export", "write chosen samples in the formats of other tools", keeps=True),
+    Verb("gc", "remove what no commit names", keeps=True),
+    Verb("doctor", "say whether a store is fit for builds"),
+    Verb("compare", "build the same samples by several methods, and measure them", keeps=True),
+    Verb("upscale", "upscale one image of your own", extra=None),
 )
 """The verbs in the order of the help."""
-
-KEEPING: tuple[Verb, ...] = (run, view, repair, publish, export, gc, compare)
-"""The verbs that keep what they have done when they are interrupted. The others write at their end, or nothing."""
 
 ENVIRONMENT = {
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # the server counts a build as dead that is silent for long
@@ -96,7 +105,7 @@ ENVIRONMENT = {
 
 
 def parser() -> Parser:
-    """The parser of the command line."""
+    """The parser of the command line. The parsers of verbs are empty until they are used or `Parser.fill` is called."""
     top = Parser(
         prog="resmaster",
         description="High-resolution image datasets from prompts or from your own images: ResMaster and its peers, "
@@ -107,10 +116,8 @@ def parser() -> Parser:
     top.add_argument("--traceback", action="store_true", help="show Python tracebacks (for reporting a bug)")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for verb in VERBS:
-        name = verb.__name__.rpartition(".")[2]
-        command = commands.add_parser(name, help=verb.HELP, description=verb.DESCRIPTION)
+        command = commands.add_parser(verb.name, help=verb.help, fill=verb.fill)
         command.set_defaults(verb=verb)
-        verb.add_arguments(command)
     return top
 
 
@@ -125,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(console, f"resmaster: {one_line(error)}")
         return 2
     args = parser().parse_args(argv)
-    interrupted = KEPT if args.verb in KEEPING else NOTHING_WRITTEN
+    interrupted = KEPT if args.verb.keeps else NOTHING_WRITTEN
     try:
         with stoppable(interrupted):
             done: int = args.verb.run(args, console)

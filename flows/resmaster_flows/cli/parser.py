@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any, NoReturn
 
@@ -13,10 +13,24 @@ from resmaster_stages.redaction import LINE_CHARACTERS, printable_lines, shorten
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, for the command and for each verb. Says a wrong word before what is missing because of it."""
+    """argparse's parser, for the command and for each verb. Says a wrong word before what is missing because of it.
+
+    fill: adds the arguments, when they are first needed.
+    """
+
+    def __init__(self, *, fill: Callable[[Parser], None] | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self._filler = fill
+
+    def fill(self) -> None:
+        """Add the arguments, if that has not been done yet."""
+        filler, self._filler = self._filler, None
+        if filler:
+            filler(self)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse's. An option that is none of this parser ends the program, as every mistake does."""
+        self.fill()
         words = list(sys.argv[1:] if args is None else args)
         known = [option for option in self._option_string_actions if option.startswith("--")]
         for option in self._options(words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -12,11 +13,12 @@ from resmaster_flows.watch.pace import spell_seconds
 from resmaster_flows.watch.terminal import SafeConsole, say
 from resmaster_stages.errors import UserError
 from resmaster_stages.models.licences import uses_base_model
-from resmaster_stages.planning.estimate import Estimate
 from resmaster_stages.planning.memory import Memory, memory_of
 from resmaster_stages.publish.card import spell_bytes
 
-HELP = "say what `run` would do; change nothing"
+if TYPE_CHECKING:
+    from resmaster_stages.planning.estimate import Estimate
+
 DESCRIPTION = (
     "Read the prompts or images and the dataset at the root, and print per stage what would be done and what is "
     "committed. Says what `run` would refuse. Writes nothing."

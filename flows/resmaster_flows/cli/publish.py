@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from resmaster_stages.publish.card import Publication
     from resmaster_stages.publish.hub import Repository
 
-HELP = "write manifest, index, card and report again, and push to a hub"
 DESCRIPTION = (
     "Write manifest.parquet, index.json, README.md and report/ again from what is committed. A build does so at its "
     "end; use this if a build was broken off before, or if these files are damaged. With --to, also push what readers "
@@ -131,7 +130,7 @@ def _push(console: Console, dataset: Dataset, repository: Repository, public: bo
 
 def judged(console: Console, dataset: Dataset, found: Status) -> int:
     """Say whether too many samples of a dataset failed. Returns the exit status. found: its status."""
-    from resmaster_flows.shortfall import shortfall
+    from resmaster_stages.inspection.shortfall import shortfall
 
     lacking = shortfall(dataset, found)
     if lacking:

@@ -20,7 +20,6 @@ from resmaster_stages.errors import UserError
 if TYPE_CHECKING:
     from resmaster_stages.dataset.dataset import Dataset
 
-HELP = "do only what is missing, failed or damaged"
 DESCRIPTION = (
     "Do what is missing: shards that failed, were interrupted or lost their record, and samples that were asked for "
     "again. Put back what `verify` found damaged, with the same bytes. Then publish. If only the publication is "

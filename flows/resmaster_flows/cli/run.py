@@ -14,7 +14,6 @@ from resmaster_flows.watch.progress import plans
 from resmaster_flows.watch.terminal import say
 from resmaster_stages.progress import listening
 
-HELP = "build a dataset, or go on with it"
 DESCRIPTION = (
     "Build the dataset that CONFIG describes. Safe to stop at any moment and to run again: committed shards are "
     "never redone, and the result is the same to the byte. Only samples at which a process was killed twice may differ "

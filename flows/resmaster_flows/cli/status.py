@@ -26,7 +26,6 @@ SHARDS_CHARACTERS = 60
 LISTS = ("failed", "flagged", "duplicates", "rejected", "kept", "inputs")
 """The lists of `resmaster_stages.inspection.lists`, which is not imported for the help."""
 
-HELP = "what is committed, pending, failed"
 DESCRIPTION = (
     "Print, per stage, how many shards are committed, pending and failed, how many samples are ok or failed, why "
     "shards failed, and whether what is committed is published. Reads the dataset only; needs no Prefect. Exit status "

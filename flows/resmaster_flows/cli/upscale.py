@@ -31,7 +31,6 @@ from resmaster_stages.publish.card import without_folders
 from resmaster_stages.storage.images import LONGEST_PX, encoder_options, require_writable
 from resmaster_stages.storage.labels import Label, label_options, parameters
 
-HELP = "upscale one image of your own"
 DESCRIPTION = "Upscale one image. With ResMaster it keeps the image's structure and regenerates its detail."
 
 SDXL_GB = 17

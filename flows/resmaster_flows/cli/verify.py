@@ -5,27 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from resmaster_flows.cli.arguments import add_root
 from resmaster_flows.watch.terminal import SafeConsole, say
-from resmaster_stages.dataset.dataset import Dataset, open_dataset
-from resmaster_stages.inspection.status import status
-from resmaster_stages.inspection.verify import (
-    BY_HAND,
-    CONFIG_GONE,
-    EXCLUSION_GONE,
-    PLAN_GONE,
-    REQUEST_GONE,
-    Damage,
-    Verification,
-    note,
-    verify,
-)
 from resmaster_stages.redaction import quoted
 
-HELP = "read everything back, and say what is damaged"
+if TYPE_CHECKING:
+    from resmaster_stages.dataset.dataset import Dataset
+    from resmaster_stages.inspection.verify import Damage, Verification
+
 DESCRIPTION = (
     "Hash every object that the commits, the plan and the publication name, and list what is gone, cut off, changed "
     "or unreadable, by stage and shard. Marks damaged shards for `repair`. Exit status 1 if something is damaged, or "
@@ -41,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Read every object and mark damaged shards. Returns 0 if everything is as recorded and published, else 1."""
+    from resmaster_stages.dataset.dataset import open_dataset
+    from resmaster_stages.inspection.verify import note, verify
+
     dataset = open_dataset(args.root)
     found = verify(dataset)
     if args.json:
@@ -65,6 +59,9 @@ def _line(damage: Damage) -> str:
 
 def _judged(dataset: Dataset, found: Verification) -> tuple[bool, str]:
     """Whether all is well, and the last line, which says so or what is next."""
+    from resmaster_stages.inspection.status import status
+    from resmaster_stages.inspection.verify import BY_HAND, CONFIG_GONE, EXCLUSION_GONE, PLAN_GONE, REQUEST_GONE
+
     if found.damage:
         by_hand = {
             PLAN_GONE: "the plan cannot be made again: restore its folder from a copy; ",

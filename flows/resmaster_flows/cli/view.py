@@ -16,7 +16,6 @@ from resmaster_flows.cli.arguments import add_root
 from resmaster_flows.cli.stop import KEPT, Terminated, exit_status, leave
 from resmaster_stages.errors import UserError
 
-HELP = "look through a dataset in the browser, and choose from it"
 DESCRIPTION = (
     "Show the published samples of a dataset in the browser: filter, sort, search and zoom, and keep, reject or rate "
     "samples. Choices are written to the dataset's folder curation/, and change nothing else. Only programs on this "

@@ -26,8 +26,7 @@ from resmaster_stages.dataset.curation import digest_of_choices, read_choices
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.dataset.publication import read_publication
 from resmaster_stages.dataset.reading import ShardSamples, chosen_samples
-from resmaster_stages.dataset.sample import EncodedImage, Sample
-from resmaster_stages.dataset.schemas import DESCRIBED
+from resmaster_stages.dataset.sample import DESCRIBED, EncodedImage, Sample
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import UserError
 from resmaster_stages.inspection.query import KEPT_ONLY, Query, SampleTable, sample_table

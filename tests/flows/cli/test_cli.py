@@ -322,7 +322,7 @@ def test_the_help_names_every_verb_and_loads_no_heavy_library() -> None:
         "import sys\n"
         "from resmaster_flows.cli.main import VERBS, parser\n"
         "text = parser().format_help()\n"
-        "assert all(verb.HELP in ' '.join(text.split()) for verb in VERBS)\n"
+        "assert all(verb.help in ' '.join(text.split()) for verb in VERBS)\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'prefect'} & set(sys.modules)\n"
         "sys.exit(repr(heavy) if heavy else 0)\n"
     )

@@ -7,20 +7,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 
-from resmaster_flows.cli import main as command
-from resmaster_flows.cli.main import main
+from resmaster_flows.cli.main import VERBS, main
 from resmaster_stages.storage.scratch import PREFIX
 from tests.checkout import ROOT
 from tests.durability.test_recovery import write_config
 from tests.fake_stages import config_at
-
-VERBS = {verb.__name__.rpartition(".")[2]: verb for verb in command.VERBS}
 
 SLOW = """
 import sys, time
@@ -42,6 +40,7 @@ sys.exit(main())
 """
 BESIDE = """
 import sys, time
+from importlib import import_module
 from pathlib import Path
 from resmaster_flows.cli.main import main
 from resmaster_stages.dataset.sample import Output
@@ -198,7 +197,7 @@ def test_what_does_not_unwind_is_ended_after_the_grace(tmp_path: Path) -> None:
     assert process.returncode == 143
 
 
-@pytest.mark.parametrize("name", VERBS)
+@pytest.mark.parametrize("name", [verb.name for verb in VERBS])
 def test_an_interrupted_verb_says_what_is_kept(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,7 +206,7 @@ def test_an_interrupted_verb_says_what_is_kept(
     def interrupted(args: object, console: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(VERBS[name], "run", interrupted)
+    monkeypatch.setattr(import_module(f"resmaster_flows.cli.{name}"), "run", interrupted)
     words = {"explain": ["root", "key"], "compare": ["c.yaml", "--methods", "direct"], "upscale": ["a.png", "b.png"]}
     words["export"] = ["root", "folder", "--as", "folder"]
     assert main([name, *words.get(name, ["root"])]) == 130
