@@ -1,8 +1,9 @@
-"""Tailored image prompts (ResMaster eq. 8): the base model's image adapter embeds each view's crop of the reference."""
+"""Tailored image prompts (ResMaster eq. 8): the base model's image adapter embeds each view's crop of the reference,
+or an image of the caller's for each view."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,12 +31,20 @@ def embed_crops(models: Models, pixels: Tensor, boxes: Sequence[Box]) -> tuple[T
     `boxes` are in px and all of one size. A box that ends beyond the border continues at the opposite border. There is
     one entry per crop, sample by sample. Raises ConfigError.
     """
+    pixels = continued(pixels, boxes)
+    crops = [image[:, y0:y1, x0:x1] for image in pixels for y0, x0, y1, x1 in boxes]  # views, not copies
+    return _embed(models, (torch.stack(crops[start : start + _BATCH]) for start in range(0, len(crops), _BATCH)))
+
+
+def embed_images(models: Models, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(image, unconditional) embeddings [N, 1, ...] of N images [1, 3, h, w] in [-1, 1], of any sizes. Raises
+    ConfigError."""
+    return _embed(models, images)
+
+
+def _embed(models: Models, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     adapter = required_adapter(models)
     with torch.inference_mode(), models.using(adapter.encoder):
-        parts, pixels = [], continued(pixels, boxes)
-        crops = [image[:, y0:y1, x0:x1] for image in pixels for y0, x0, y1, x1 in boxes]  # views, not copies
-        for start in range(0, len(crops), _BATCH):
-            batch = torch.stack(crops[start : start + _BATCH]).to(models.device, torch.float32)
-            parts.append(adapter.embed(batch))
+        parts = [adapter.embed(batch.to(models.device, torch.float32)) for batch in batches]
         image = torch.cat(parts).to(models.dtype)[:, None]
         return image, adapter.nothing(image)

@@ -61,6 +61,7 @@ def upscale(
     *,
     model: Any = PICTUREBOOK,
     captions: Captions = "auto",
+    image_prompts: Sequence[Any] | None = None,
     seed: int = 0,
     generator: Generator | Sequence[Generator] | None = None,
     latents: Tensor | Sequence[Tensor] | None = None,
@@ -80,7 +81,8 @@ def upscale(
     `load`. captions: one text per view, row-major, or a list of these per image; or a captioner (`picturebook`, a hub
     id, a folder), if the model is given by name; or `attention`, in the same case: every view gets the words of the
     prompt that the image attends to there; or `prompt`: every view gets the prompt; or `auto`: picturebook uses its own
-    captioner, and other models use the prompt.
+    captioner, and other models use the prompt. image_prompts: one image per view, row-major, or a list of these per
+    image, which the views are shown in place of their own crops (methods with image prompts: resmaster).
 
     seed: all noise of an image depends on it, and on nothing else. generator: in place of `seed`, a torch.Generator, or
     one per image, which the noise is drawn from: one that begins with `manual_seed(7)` gives the image of `seed=7`, and
@@ -110,10 +112,12 @@ def upscale(
         models = models or load(config.model)
         given = [subject_of_latents(models, each) for each in (latents if several else [latents])]
     texts, views = _each(prompt, len(given)), _captions(captions, len(given))
+    shown = _shown(image_prompts, len(given))
     seeds = seeds_of(seed, generator, [seed] * len(given))
     made = []
     for watch.number, subject in enumerate(given):
-        subject = replace(subject, prompt=texts[watch.number], captions=views[watch.number])
+        known = {"prompt": texts[watch.number], "captions": views[watch.number], "image_prompts": shown[watch.number]}
+        subject = replace(subject, **known)
         made.append(upscale_one(config, subject, models, Wish(output_type, seeds[watch.number], watch)))
         if watch.interrupted:
             break
@@ -243,3 +247,14 @@ def _captions(captions: Captions, count: int) -> list[Sequence[str] | None]:
     if len(captions) != count:
         raise UserError(f"captions: {len(captions)} lists for {count} images; give one list per image")
     return list(captions)
+
+
+def _shown(images: Sequence[Any] | None, count: int) -> list[list[Image.Image] | None]:
+    """The image prompts of each image, one per view. None: the views' own crops. Raises UserError."""
+    if images is None:
+        return [None] * count
+    if not all(is_batch(each) for each in images):
+        return [[open_image(each) for each in images]] * count
+    if len(images) != count:
+        raise UserError(f"image_prompts: {len(images)} lists for {count} images; give one list per image")
+    return [[open_image(each) for each in views] for views in images]

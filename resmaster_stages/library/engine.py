@@ -46,6 +46,11 @@ def upscale_one(config: DatasetConfig, subject: Subject, models: Models | None, 
     method = config.upscale
     if subject.captions is not None and not method.uses("captions"):
         raise ConfigError(f"captions: method {method.method} reads none as it is set; leave them out")
+    if subject.image_prompts is not None and not method.uses("image_prompt"):
+        raise ConfigError(
+            f"image_prompts: method {method.method} reads none as it is set; leave them out, or load an image adapter "
+            "with the model"
+        )
     if subject.detail is not None:
         method.require_detail_mask("there is")
     if wish.output_type == "latent" and (not method.base_model or method.colour_match != "none"):

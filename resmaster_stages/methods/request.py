@@ -83,6 +83,9 @@ class Request:
     negative_prompts: tuple[str, ...]
     captions: tuple[tuple[str, ...], ...] | None = None
     """Captions by sample and view, views in row-major order. None: every view has the sample's prompt."""
+    image_prompts: tuple[Tensor, ...] | None = None
+    """Images [1, 3, h, w] in [-1, 1] of any sizes, one per view of each sample. None: each view's crop of the
+    reference."""
     reference: Reference | None = None
     """None when there is nothing to follow, as when the low-res images themselves are generated."""
     detail: Tensor | None = None

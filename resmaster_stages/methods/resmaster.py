@@ -124,12 +124,16 @@ class ResMaster(MovingViews, Steered):
 
     def compose(self, request: Request) -> Composition:
         """A grid of views, each with its own crop and caption."""
-        from resmaster_stages.diffusion.image_prompts import embed_crops
+        from resmaster_stages.diffusion.image_prompts import embed_crops, embed_images
         from resmaster_stages.diffusion.loop import Composition, ViewGroup
         from resmaster_stages.diffusion.steppers import make_stepper
 
         models, grid, reference = request.models, request.views(), request.required_reference()
-        image = embed_crops(models, reference.pixels, grid.canvas_boxes) if self.image_scale else None
+        image = None
+        if self.image_scale and request.image_prompts is not None:
+            image = embed_images(models, request.image_prompts)
+        elif self.image_scale:
+            image = embed_crops(models, reference.pixels, grid.canvas_boxes)
         conditions = request.view_conditions(self.micro_conditioning, image)
         return Composition(
             groups=(ViewGroup(self.placed(grid, conditions, models.device), self.guidance(request.models)),),

@@ -45,6 +45,9 @@ class Subject:
     """Writes the captions of later passes (`config.via`). None: every view has `prompt` there."""
     detail: Image.Image | None = None
     """A mask of any size, for methods that read one (freescale). Where it is white, more detail is drawn anew."""
+    image_prompts: Sequence[Image.Image] | None = None
+    """An image per view, in the order of `captions`. None, and in later passes: each view's crop of the enlarged
+    image."""
     latents: Tensor | None = None  # [1, C, h, w]
     """The image's latents as the denoiser has them, if they are known. They are then not encoded again."""
 
@@ -124,7 +127,7 @@ def upscaled(
         if done is not None:
             made, caption = done.image(), subject.caption
             captions = caption(made, height, width) if caption and own.uses("captions") else None
-            latest = replace(subject, image=made, captions=captions, latents=None)
+            latest = replace(subject, image=made, captions=captions, image_prompts=None, latents=None)
         own_seed = seed if number == 0 or not isinstance(seed, int) else int(digest([seed, number])[:15], 16)
         done = Upscaled(_one_pass(models, latest, own, (height, width), own_seed, on_step), image, own)
         if done.drawn.interrupted:
@@ -146,6 +149,9 @@ def _one_pass(
         raise ConfigError(
             f"captions: {len(captions)} given for {len(grid)} views ({grid.name}); give one per view, or none"
         )
+    shown = subject.image_prompts
+    if shown is not None and len(shown) != len(grid):
+        raise ConfigError(f"image_prompts: {len(shown)} given for {len(grid)} views ({grid.name}); give one per view")
     pixels = pad_to_multiple(upsample(subject.image, height, width, config.wraps), models.geometry.step_px)
     low_res = to_tensor(subject.image)
     request = Request(
@@ -156,6 +162,7 @@ def _one_pass(
         prompts=(subject.prompt,),
         negative_prompts=(subject.negative_prompt or "",),
         captions=(tuple(captions),) if captions is not None and config.uses("captions") else None,
+        image_prompts=None if shown is None else tuple(to_tensor(each) for each in shown),
         reference=Reference(models, pixels, config.scale, low_res, config.wraps, subject.latents),
         detail=None if subject.detail is None else to_mask(subject.detail),
     )

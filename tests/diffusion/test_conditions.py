@@ -6,7 +6,7 @@ from transformers import CLIPImageProcessorPil
 
 from resmaster_stages.diffusion.conditions import make_conditions, size_and_crop
 from resmaster_stages.diffusion.guidance import ClassifierFree, DenoiserCall
-from resmaster_stages.diffusion.image_prompts import embed_crops, required_adapter
+from resmaster_stages.diffusion.image_prompts import embed_crops, embed_images, required_adapter
 from resmaster_stages.diffusion.loop import predict, static_batches
 from resmaster_stages.diffusion.reference import pad_to_multiple, to_image, to_tensor, upsample
 from resmaster_stages.diffusion.text import encode_prompts, truncated
@@ -90,6 +90,14 @@ def test_crops_are_taken_sample_by_sample():
     boxes = [(0, 0, 64, 64), (32, 8, 96, 72)]
     cut = torch.stack([p[:, y0:y1, x0:x1] for p in images for y0, x0, y1, x1 in boxes])
     torch.testing.assert_close(embed_crops(models(), images, boxes), embed_crops(models(), cut, WHOLE))
+
+
+def test_images_of_any_size_are_embedded_one_by_one():
+    square, wide = crops(1), torch.rand(1, 3, 40, 90) * 2 - 1
+    image, nothing = embed_images(models(), [square, wide])
+    assert image.shape == nothing.shape == (2, 1, 12)
+    torch.testing.assert_close(image[:1], embed_crops(models(), square, WHOLE)[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(image[1:], embed_crops(models(), wide, [(0, 0, 40, 90)])[0], atol=1e-5, rtol=1e-4)
 
 
 def test_plus_adapters_read_patch_features():
