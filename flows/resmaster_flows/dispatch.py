@@ -205,7 +205,7 @@ class Dispatch:
         self.limited = self.limited or bool(self._runs.limit())
         if self.limited:
             self.due.clear()
-            self.cancel(self.waiting)
+            self.cancel(self.waiting, "a limit of the build is reached")
         if self._fruitless >= FRUITLESS_RUNS:
             reason = f"not tried: the last {self._fruitless} runs ended without a commit"
             untried = [shard for batch in self.due for shard in batch]

@@ -12,13 +12,14 @@ from typing import Any, ClassVar
 from diffusers.utils import BaseOutput
 
 from resmaster_stages.library.drawing import upscale
+from resmaster_stages.library.images import OutputType
 
 Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None]
 """A callback of diffusers: (pipeline, step, timestep, {"latents": ...}) -> the dictionary, perhaps changed."""
 
 
 @dataclass
-class UpscalingOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no types
+class UpscalingOutput(BaseOutput):
     """What a pipeline returns."""
 
     images: Any
@@ -50,7 +51,7 @@ class Upscaling:
         captions: str | Sequence[str] | Sequence[Sequence[str]] = "prompt",
         generator: Any = None,
         latents: Any = None,
-        output_type: str = "pil",
+        output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         low_res: Mapping[str, Any] | None = None,
@@ -71,7 +72,11 @@ class Upscaling:
         if image is None and latents is None:
             base: Any = super()
             image = base.__call__(prompt=prompt, generator=generator, **(low_res or {})).images
-        asked = {"steps": num_inference_steps, "guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
+        asked: dict[str, Any] = {
+            "steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "negative_prompt": negative_prompt,
+        }
         made = upscale(
             image,
             prompt,

@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from PIL import Image
 
+from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.load import parse_config
 from resmaster_stages.config.method import methods
-from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import UserError
 from resmaster_stages.library.callbacks import Callback
 from resmaster_stages.library.drawing import generate, upscale
 from resmaster_stages.library.images import open_image
 from resmaster_stages.library.measuring import measure
-from resmaster_stages.models.places import to_be_downloaded
+from resmaster_stages.library.models import single
+from resmaster_stages.models.downloads import downloads_of
 
 if TYPE_CHECKING:
     from resmaster_stages.diffusion.canvas import Canvas
@@ -147,8 +149,12 @@ class Work:
 
 def loading(model: str) -> str:
     """What is done before the first step."""
-    wait = ": it is not on this machine yet, and is downloaded first" if to_be_downloaded(ModelConfig(id=model)) else ""
+    wait = ": it is not on this machine yet, and is downloaded first" if downloads_of(_config_of(model)) else ""
     return f"loading {model}{wait}"
+
+
+def _config_of(model: str) -> DatasetConfig:
+    return parse_config(single(model, "prompt"))
 
 
 def mapping_of(text: str) -> dict[str, Any]:
