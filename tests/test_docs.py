@@ -31,6 +31,10 @@ NEIGHBOURS = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 
 NOT_RUN = {
+    "app.md": {
+        "pip install 'resmaster-pipeline[app]'": "needs a registry that has this project",
+        "resmaster app": "runs until Ctrl-C; tests/flows/app looks at the page in a browser",
+    },
     "command-line.md": {
         "resmaster view out/picturebook": "runs until Ctrl-C; tests/gallery/test_serve.py runs it",
         "ssh -t -L 8000:127.0.0.1:8000 my-machine resmaster view out/picturebook --port 8000": "needs another machine",

@@ -27,6 +27,7 @@ from tests.browser import Browser, chromium
 gradio = pytest.importorskip("gradio", reason="the extra `app` is not installed")
 
 from resmaster_flows.app import serve  # noqa: E402
+from resmaster_flows.cli.main import main  # noqa: E402
 from resmaster_flows.app.page import number, settings_of  # noqa: E402
 
 PROMPT = "a red house on a green meadow"
@@ -204,6 +205,15 @@ def test_a_port_in_use_is_told(address: str) -> None:
     port = int(address.split(":")[2].split("/")[0])
     with all_decoders_kept(), pytest.raises(UserError, match="cannot be used"), serve.serving(port, "picturebook"):
         pass
+
+
+def test_the_command_ends_in_one_line_for_a_port_that_it_cannot_have(
+    address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for port in ("80", "99999", address.split(":")[2].split("/")[0]):
+        with all_decoders_kept():
+            assert main(["app", "--port", port, "--no-open"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_only_safe_decoders_are_left_in_the_process_of_the_page() -> None:
