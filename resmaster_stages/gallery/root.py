@@ -54,6 +54,7 @@ Value = TypeVar("Value")
 class _Open:
     """A gallery that is open."""
 
+    name: str
     server: Server
     version: str
     """Digest of the publication that it shows."""
@@ -187,7 +188,7 @@ class RootServer:
     def _opened(self, dataset: Dataset, version: str) -> _Open:
         with ExitStack() as stack:
             gallery = stack.enter_context(open_gallery(dataset, self._who))
-            return _Open(Server(gallery, self._name, among=True), version, stack.pop_all())
+            return _Open(dataset.config.name, Server(gallery, self._name, among=True), version, stack.pop_all())
 
 
 def _raises(error: Exception) -> Callable[[], Response]:
