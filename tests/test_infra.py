@@ -299,6 +299,22 @@ ELSEWHERE = {
     "export PREFECT_SERVER_DATABASE_CONNECTION_URL=postgresql+asyncpg://prefect:SECRET@HOST/prefect": "needs "
     "PostgreSQL",
     "prefect server start --host 0.0.0.0": "Prefect's own; tests/server starts it on the loopback",
+    "sbatch infra/slurm/run.sbatch deployments/datasets/picturebook.yaml --root s3://datasets --max-hours 23.5": (
+        "needs Slurm; tests/infra/test_slurm.py submits it to one of its own"
+    ),
+    "sbatch infra/slurm/builds.sbatch": "as above",
+    "sbatch --array=1-8 infra/slurm/shards.sbatch": "as above",
+    "sky jobs launch infra/skypilot/run.yaml --env CONFIG=deployments/datasets/sdxl-4k.yaml --env ROOT=s3://datasets": (
+        "rents a machine; tests/infra/test_skypilot.py runs its script"
+    ),
+    "sky jobs launch infra/skypilot/shards.yaml --num-nodes 4 --env PREFECT_API_URL=https://prefect.example/api": (
+        "as above"
+    ),
+    "helm install resmaster infra/helm/resmaster --namespace resmaster --set "
+    "server.url=http://prefect-server.prefect:4200/api": "needs a cluster; tests/infra/test_helm.py fills it in",
+    "helm upgrade resmaster infra/helm/resmaster --namespace resmaster --reuse-values --set shards.replicas=8": (
+        "as above"
+    ),
 }
 """Commands of docs/deploying.md, which all need a server or more, and where they are run instead."""
 
