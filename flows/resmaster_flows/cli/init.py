@@ -10,7 +10,7 @@ from rich.console import Console
 
 from resmaster_flows.home import EXAMPLES, PROMPTS
 from resmaster_flows.watch.terminal import say
-from resmaster_stages.errors import UserError
+from resmaster_stages.errors import UserError, has_extra, installation
 from resmaster_stages.redaction import quoted
 
 DESCRIPTION = (
@@ -46,7 +46,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     folder, files = Path(args.folder), starter()
     write(folder, files)
     say(console, f"written to {folder}: {', '.join(files)}")
-    say(console, f"next: resmaster run {quoted(folder / CONFIGURATIONS[0])}")
+    first = "" if has_extra("pipeline") else f"{installation('pipeline')} && "
+    say(console, f"next: {first}resmaster run {quoted(folder / CONFIGURATIONS[0])}")
     return 0
 
 
