@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 from PIL import Image
 
 import resmaster_stages as rm
@@ -36,13 +37,14 @@ def test_what_is_hidden() -> None:
     """The packages of every extra, and none of the base install."""
     hidden = other_modules()
     assert {"torch", "diffusers", "transformers", "PIL", "pydantic", "rich", "yaml"}.isdisjoint(hidden)
-    assert {module for modules in EXTRAS.values() for module in modules} - {"gradio"} <= hidden
+    assert {*EXTRAS["pipeline"], *EXTRAS["s3"]} <= hidden
     assert {"webdataset", "fastapi", "sqlalchemy", "httpx", "pytest"} <= hidden
 
 
 @pytest.mark.parametrize("extra", sorted(EXTRAS))
 def test_an_extra_brings_what_is_looked_for(extra: str) -> None:
-    names = brought(PROJECT["optional-dependencies"][extra])
+    lines = PROJECT["optional-dependencies"][extra]
+    names = brought(lines) | {normal(Requirement(line).name) for line in lines}
     assert {normal(module) for module in EXTRAS[extra]} <= names
 
 
@@ -129,6 +131,14 @@ def test_help_and_version_import_little() -> None:
         imported = done.stderr.split()
         assert "rich" in imported
         assert {"torch", "diffusers", "transformers", "numpy", "PIL", "pydantic", "yaml", "fsspec"}.isdisjoint(imported)
+
+
+def test_init_says_what_the_next_command_needs(tmp_path: Path) -> None:
+    done = alone(COMMAND, "init", str(tmp_path / "demo"))
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[-1] == (
+        f"next: pip install 'resmaster-pipeline[pipeline]' && resmaster run {tmp_path / 'demo' / 'picturebook.yaml'}"
+    )
 
 
 def test_each_verb_has_its_help() -> None:
