@@ -10,6 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,6 +29,8 @@ from resmaster_stages.models.faults import device_faults
 from resmaster_stages.models.identity import model_identity
 from resmaster_stages.models.parts import Models
 from resmaster_stages.models.places import resolve_device, resolve_dtype
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -106,6 +109,7 @@ def _loaded(config: ModelConfig, device: torch.device) -> Models:
         if models.control_net is not None:
             models.control_net.to(memory_format=torch.channels_last)
     _accelerate(unet, config, device)
+    log.debug("model %s: on %s in %s, offload: %s", models.identity, device, models.dtype, models.offload)
     return models
 
 

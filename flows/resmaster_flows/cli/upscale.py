@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from resmaster_stages.redaction import one_line
 from resmaster_stages.storage.images import decode_alpha, decode_image
 from resmaster_stages.storage.labels import Label, parameters
 from resmaster_stages.storage.sources import MAX_FILE_BYTES
+
+log = logging.getLogger(__name__)
 
 DESCRIPTION = (
     "Upscale images. With ResMaster they keep their structure, and their detail is drawn anew. INPUT is an image file, "
@@ -134,6 +137,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     wanted = Wanted(tuple(args.input), args.output, args.suffix, encoding_of(args), args.force, tuple(mask))
     jobs, there = jobs_of(wanted)
     config = settings(args)
+    log.debug("%d images, %s", len(jobs), {"seed": config.seed, **config.upscale.model_dump(mode="json")})
     if wanted.encoding.bits == 16:
         require_floats(config.upscale)
     if mask:
@@ -144,10 +148,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         return 0
     work = Work(config, args.prompt, wanted.encoding, open_image(mask[0]) if mask else None, args.force)
     first = work.read(jobs[0]) if len(jobs) == 1 and not there else None  # one image that is unfit is said at once
-    if config.upscale.base_model or config.upscale.networks():
-        tell_downloads(config, console)
     if not (console.is_terminal and at_hub(config.model.id)):
         hide_bars()
+    tell_downloads(config, console)
     many = len(jobs) + there > 1
     failed = 0
     with (

@@ -208,7 +208,7 @@ def test_an_interrupted_verb_says_what_is_kept(
 
     monkeypatch.setattr(import_module(f"resmaster_flows.cli.{name}"), "run", interrupted)
     words = {"explain": ["root", "key"], "compare": ["c.yaml", "--methods", "direct"], "upscale": ["a.png", "b.png"]}
-    words["export"] = ["root", "folder", "--as", "folder"]
+    words |= {"export": ["root", "folder", "--as", "folder"], "schema": [], "completion": ["bash"]}
     assert main([name, *words.get(name, ["root"])]) == 130
     said = {
         True: "interrupted; what is done is kept: run the same command again to go on\n",
