@@ -9,7 +9,7 @@ usage: infra/lock.sh [NAME [URL]]
   NAME  the lock to write: infra/locks/NAME.lock     (default: cuda)
   URL   the index of other builds of PyTorch, which is asked beside the package index, e.g. of the builds for CPUs
 
-Versions are those of constraints.txt. Nothing is installed. Needs Linux and Python 3.11, as the image has; elsewhere:
+The image has the extras pipeline and s3. Versions are those of constraints.txt. Nothing is installed. Needs Linux and Python 3.11, as the image has; elsewhere:
   docker run --rm -v "$PWD:/src" -w /src python:3.11-slim-bookworm infra/lock.sh
 The package index is the one that pip is set up for. The program: PYTHON (default: python of .venv, or python3).
 TEXT
@@ -37,7 +37,9 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "$python" - "$home/pyproject.toml" >"$work/requirements.txt" <<'PYTHON'
 import sys, tomllib
-print(*tomllib.load(open(sys.argv[1], "rb"))["project"]["dependencies"], sep="\n")
+project = tomllib.load(open(sys.argv[1], "rb"))["project"]
+extras = project["optional-dependencies"]
+print(*project["dependencies"], *extras["pipeline"], *extras["s3"], sep="\n")
 PYTHON
 "$python" -m pip install --quiet --dry-run --ignore-installed --only-binary :all: --report "$work/report.json" \
   -c "$home/constraints.txt" ${url:+--extra-index-url "$url"} -r "$work/requirements.txt" ||

@@ -44,10 +44,15 @@ _HOMES = {
 }
 """Public name -> the module that defines it."""
 
+_PIPELINE = frozenset({"BuildIncomplete", "build", "measure", "open", "preview"})
+"""The public names that need the extra `pipeline`."""
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has: {', '.join(_HOMES)}")
+    if name in _PIPELINE:
+        import_module(f"{__name__}.errors").require_extra("pipeline", f"{__name__}.{name}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 

@@ -86,7 +86,17 @@ EXTRAS = {
 """Extra of pyproject.toml -> what is imported of the packages that it brings."""
 
 
+def has_extra(extra: str) -> bool:
+    """Whether all packages of `extra` are installed. Imports none of them."""
+    return all(find_spec(module) for module in EXTRAS[extra])
+
+
+def installation(extra: str) -> str:
+    """The command that installs `extra`."""
+    return f"pip install 'resmaster-pipeline[{extra}]'"
+
+
 def require_extra(extra: str, what: str) -> None:
     """Raise UserError if a package of `extra` is not installed. what: that which needs it, for the message."""
-    if not all(find_spec(module) for module in EXTRAS[extra]):
-        raise UserError(f"{what} needs the extra {extra}; install it with: pip install 'resmaster-pipeline[{extra}]'")
+    if not has_extra(extra):
+        raise UserError(f"{what} needs the extra {extra}; install it with: {installation(extra)}")

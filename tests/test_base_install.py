@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 from PIL import Image
 
+import resmaster_stages as rm
 from resmaster_flows.cli.main import VERBS
 from resmaster_stages.errors import EXTRAS
 from tests.base_install import PROJECT, brought, normal, other_modules
@@ -35,13 +37,14 @@ def test_what_is_hidden() -> None:
     """The packages of every extra, and none of the base install."""
     hidden = other_modules()
     assert {"torch", "diffusers", "transformers", "PIL", "pydantic", "rich", "yaml"}.isdisjoint(hidden)
-    assert {module for modules in EXTRAS.values() for module in modules} - {"gradio"} <= hidden
+    assert {*EXTRAS["pipeline"], *EXTRAS["s3"]} <= hidden
     assert {"webdataset", "fastapi", "sqlalchemy", "httpx", "pytest"} <= hidden
 
 
 @pytest.mark.parametrize("extra", sorted(EXTRAS))
 def test_an_extra_brings_what_is_looked_for(extra: str) -> None:
-    names = brought(PROJECT["optional-dependencies"][extra])
+    lines = PROJECT["optional-dependencies"][extra]
+    names = brought(lines) | {normal(Requirement(line).name) for line in lines}
     assert {normal(module) for module in EXTRAS[extra]} <= names
 
 
@@ -52,6 +55,48 @@ def test_the_command_upscales(photo: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert Image.open(out).size == (256, 256)
     assert np.asarray(Image.open(out)).std() > 1
+
+
+def test_the_library_draws_and_upscales(photo: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys, resmaster_stages as rm\n"
+        "small, = rm.generate('a red house', steps=4)\n"
+        "rm.upscale(small, 'a red house', scale=2, steps=4).save(sys.argv[2])\n"
+        "assert rm.upscale(sys.argv[1], method='lanczos', scale=2).size == (256, 256)\n"
+    )
+    done = alone(script, str(photo), str(tmp_path / "out.png"))
+    assert (done.returncode, done.stderr) == (0, ""), "no warnings either"
+    assert Image.open(tmp_path / "out.png").size == (256, 256)
+
+
+def test_each_other_function_names_the_extra_that_it_needs() -> None:
+    script = (
+        "import json, resmaster_stages as rm\n"
+        "def said(name):\n"
+        "    try: getattr(rm, name)\n"
+        "    except rm.ResMasterError as error: return str(error)\n"
+        "print(json.dumps({name: said(name) for name in rm._HOMES}))\n"
+    )
+    done = alone(script)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {name for name, said in found.items() if said is None} >= {"ResMasterError", "generate", "upscale"}
+    remedy = "needs the extra pipeline; install it with: pip install 'resmaster-pipeline[pipeline]'"
+    assert {name: said for name, said in found.items() if said is not None} == {
+        name: f"resmaster_stages.{name} {remedy}" for name in rm._PIPELINE
+    }
+
+
+def test_a_store_names_its_extra() -> None:
+    script = (
+        "from resmaster_stages.errors import UserError\n"
+        "from resmaster_stages.storage.filesystem import open_root\n"
+        "try: open_root('s3://bucket/prefix')\n"
+        "except UserError as error: print(error)\n"
+    )
+    assert alone(script).stdout == (
+        "s3://bucket/prefix needs the extra s3; install it with: pip install 'resmaster-pipeline[s3]'\n"
+    )
 
 
 EACH = """
@@ -72,6 +117,28 @@ def test_each_other_verb_names_the_extra_that_it_needs() -> None:
     assert done.stderr.splitlines() == [
         line for verb in verbs for line in (f"resmaster: {verb.name} {remedy}", f"{verb.name} 2")
     ]
+
+
+def test_help_and_version_import_little() -> None:
+    script = (
+        "import sys; from resmaster_flows.cli.main import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print(*sys.modules, file=sys.stderr)\n"
+    )
+    for word in ("--help", "--version"):
+        done = alone(script, word)
+        imported = done.stderr.split()
+        assert "rich" in imported
+        assert {"torch", "diffusers", "transformers", "numpy", "PIL", "pydantic", "yaml", "fsspec"}.isdisjoint(imported)
+
+
+def test_init_says_what_the_next_command_needs(tmp_path: Path) -> None:
+    done = alone(COMMAND, "init", str(tmp_path / "demo"))
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[-1] == (
+        f"next: pip install 'resmaster-pipeline[pipeline]' && resmaster run {tmp_path / 'demo' / 'picturebook.yaml'}"
+    )
 
 
 def test_each_verb_has_its_help() -> None:

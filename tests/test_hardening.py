@@ -487,7 +487,11 @@ def test_the_lock_and_the_constraints_agree() -> None:
 def test_the_lock_has_every_package_that_the_project_needs() -> None:
     """From pyproject.toml down through the requirements of what is installed here."""
     found, project = locked(), tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    todo, seen = [Requirement(line) for line in project["dependencies"]], set()
+    lines = [
+        *project["dependencies"],
+        *(line for name in ("pipeline", "s3") for line in project["optional-dependencies"][name]),
+    ]
+    todo, seen = [Requirement(line) for line in lines], set()
     while todo:
         requirement = todo.pop()
         name = canonicalize_name(requirement.name)
@@ -573,11 +577,12 @@ def lock(checkout: Path, address: str, *words: str, python: str = sys.executable
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A small project that needs `first`, which needs `second`."""
+    """A small project that needs `first`, which needs `second`, and has the extras of the image."""
     folder = tmp_path / "checkout"
     (folder / "infra").mkdir(parents=True)
     shutil.copy(INFRA / "lock.sh", folder / "infra")
-    (folder / "pyproject.toml").write_text('[project]\nname = "x"\ndependencies = ["first_one>=1"]\n')
+    extras = '[project.optional-dependencies]\npipeline = ["third"]\ns3 = ["fourth"]\n'
+    (folder / "pyproject.toml").write_text(f'[project]\nname = "x"\ndependencies = ["first_one>=1"]\n{extras}')
     (folder / "constraints.txt").write_text("second==2.0\n")
     return folder
 
@@ -587,15 +592,18 @@ def checkout(tmp_path: Path) -> Path:
 )
 def test_a_lock_names_what_pip_then_takes_and_nothing_that_was_changed(tmp_path: Path, checkout: Path) -> None:
     first, second = wheel(tmp_path, "first_one", "1.0", ("second",)), wheel(tmp_path, "second", "2.0")
-    index(tmp_path, first, second, wheel(tmp_path, "second", "3.0"))  # which constraints.txt does not name
+    third, fourth = (wheel(tmp_path, name, "1.0") for name in ("third", "fourth"))
+    index(tmp_path, first, second, third, fourth, wheel(tmp_path, "second", "3.0"))  # constraints.txt does not name 3.0
     with served(tmp_path) as address:
         done = lock(checkout, address)
-        assert (done.returncode, done.stdout) == (0, "written: infra/locks/cuda.lock (2 packages)\n"), done.stderr
+        assert (done.returncode, done.stdout) == (0, "written: infra/locks/cuda.lock (4 packages)\n"), done.stderr
         path = checkout / "infra/locks/cuda.lock"
-        digests = [hashlib.sha256(each.read_bytes()).hexdigest() for each in (first, second)]
+        digests = [hashlib.sha256(each.read_bytes()).hexdigest() for each in (first, fourth, second, third)]
         assert path.read_text().splitlines()[1:] == [
             f"first-one==1.0 --hash=sha256:{digests[0]}",
-            f"second==2.0 --hash=sha256:{digests[1]}",
+            f"fourth==1.0 --hash=sha256:{digests[1]}",
+            f"second==2.0 --hash=sha256:{digests[2]}",
+            f"third==1.0 --hash=sha256:{digests[3]}",
         ]
 
         def install() -> subprocess.CompletedProcess[str]:
@@ -608,7 +616,7 @@ def test_a_lock_names_what_pip_then_takes_and_nothing_that_was_changed(tmp_path:
         with zipfile.ZipFile(second, "a") as archive:
             archive.writestr("added.py", "")
         shutil.rmtree(tmp_path / "simple")
-        index(tmp_path, first, second)  # the index itself tells the new hash
+        index(tmp_path, first, second, third, fourth)  # the index itself tells the new hash
         done = install()
         assert done.returncode != 0
         assert "HASHES" in done.stderr
@@ -620,8 +628,9 @@ def test_a_lock_names_what_pip_then_takes_and_nothing_that_was_changed(tmp_path:
 def test_builds_of_another_index_go_to_a_lock_of_their_own(tmp_path: Path, checkout: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    index(tmp_path, wheel(tmp_path, "first_one", "1.0"))
-    index(other, wheel(other, "first_one", "1.0+cpu"))
+    rest = [wheel(tmp_path, name, "1.0") for name in ("third", "fourth")]
+    index(tmp_path, wheel(tmp_path, "first_one", "1.0"), *rest)
+    index(other, wheel(other, "first_one", "1.0+cpu"), *(wheel(other, name, "1.0") for name in ("third", "fourth")))
     with served(tmp_path) as address, served(other) as beside:
         done = lock(checkout, address, "cpu", f"http://{beside}/simple")
         assert done.returncode == 0, done.stderr

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -211,15 +213,19 @@ def attention_maps(models: Models, image: Image.Image, prompt: str, levels: int)
 
 def mask_of(attention: Floats) -> Bools:
     """Where a word is looked at: [rows, columns] of its map -> above the map's mean, opened."""
-    from scipy import ndimage
-
     mask: Bools = attention > attention.mean()
     times = min(mask.shape) // OPENED_PER
     if times:
-        square = np.ones((3, 3), dtype=bool)
-        mask = ndimage.binary_erosion(mask, square, times, border_value=1)
-        mask = ndimage.binary_dilation(mask, square, times)
+        mask = ~_grown(~mask, times)
+        mask = _grown(mask, times)
     return mask
+
+
+def _grown(mask: Bools, cells: int) -> Bools:
+    """A mask, and all that is within `cells` of it in both directions."""
+    within = F.max_pool2d(torch.from_numpy(mask).float()[None], 2 * cells + 1, stride=1, padding=cells)
+    grown: Bools = within[0].bool().numpy()
+    return grown
 
 
 def covered(mask: Bools, box: tuple[float, float, float, float]) -> float:

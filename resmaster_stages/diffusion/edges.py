@@ -63,10 +63,16 @@ def _is_ridge(gx: Tensor, gy: Tensor, size: Tensor) -> Tensor:
 
 def _connected(ridge: np.ndarray, low: float, high: float) -> Tensor:
     """The ridges [H, W] above `low` that touch a place above `high`, also by corners, as 1 and 0."""
-    from scipy import ndimage
-
-    groups, count = ndimage.label(ridge > low, structure=np.ones((3, 3)))
-    strong = np.zeros(count + 1, dtype=bool)
-    strong[np.unique(groups[ridge > high])] = True
-    strong[0] = False
-    return torch.from_numpy(strong[groups].astype(np.float32))
+    padded = np.pad(ridge, 1)
+    reached = padded > high
+    left, newest = (~reached & (padded > low)).ravel(), np.flatnonzero(reached)
+    around = [down * padded.shape[1] + across for down in (-1, 0, 1) for across in (-1, 0, 1)]
+    while len(newest):
+        found = []
+        for step in around:
+            near = newest + step
+            found.append(near[left[near]])
+            left[found[-1]] = False
+        newest = np.concatenate(found)
+        reached.ravel()[newest] = True
+    return torch.from_numpy(reached[1:-1, 1:-1].astype(np.float32))

@@ -5,15 +5,16 @@ A prompt with more tokens than the text encoders take loses its end. `truncated`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from diffusers.utils import logging as of_diffusers
 from torch import Tensor
 
 from resmaster_stages.models.bases.base import Texts
 from resmaster_stages.models.parts import Models
+from resmaster_stages.models.quiet import quiet
 
 _BATCH, _LARGE_BATCH = 32, 8
 """Texts at once, and for large text encoders, of which some pipelines take the states of all layers."""
@@ -41,23 +42,6 @@ def truncated(models: Models, prompts: Sequence[str]) -> list[bool]:
     return [count > models.base.tokens for count in models.base.count(prompts)]
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Within the block, libraries do not warn of long prompts, of which `truncated` tells."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    libraries = (of_diffusers, of_transformers)
-    before = [library.get_verbosity() for library in libraries]
-    try:
-        for library in libraries:
-            library.set_verbosity_error()
-        yield
-    finally:
-        for library, level in zip(libraries, before):
-            library.set_verbosity(level)
-
-
 def encode_prompts(models: Models, prompts: Sequence[str], *, negative: bool = False) -> TextEmbeddings:
     """Embeddings of `prompts`, one item each.
 
@@ -66,7 +50,8 @@ def encode_prompts(models: Models, prompts: Sequence[str], *, negative: bool = F
     base, distinct = models.base, list(dict.fromkeys(prompts))
     size = _LARGE_BATCH if base.family.large_text else _BATCH
     batches = [distinct[i : i + size] for i in range(0, len(distinct), size)]
-    with torch.inference_mode(), models.using(*base.text_encoders), _quiet():
+    # quiet, because `truncated` tells of long prompts
+    with torch.inference_mode(), models.using(*base.text_encoders), quiet(of_diffusers):
         parts = [base.encode(batch, negative, models.device) for batch in batches]
     longest = max(part.states.shape[1] for part in parts)
     parts = [part.padded(longest) for part in parts]

@@ -19,6 +19,7 @@ from resmaster_stages.metrics.resize import resize
 from resmaster_stages.models.files import TRANSFORMERS, folder_with, object_in, require_tokenizer, require_weights
 from resmaster_stages.models.identity import PICTUREBOOK
 from resmaster_stages.models.places import location, reason_of, resolve_device, whole_weights
+from resmaster_stages.models.quiet import quiet
 
 
 class ClipScorer:
@@ -124,7 +125,7 @@ def load_clip(identifier: str, revision: str | None = None, device: str = "auto"
     if revision:
         options["revision"] = revision
     try:
-        with whole_weights(place):
+        with quiet(), whole_weights(place):
             model = CLIPModel.from_pretrained(place, use_safetensors=True, dtype=torch.float32, **options)
         tokenizer = CLIPTokenizer.from_pretrained(place, **options)
         processor = CLIPImageProcessorPil.from_pretrained(place, **options)

@@ -36,6 +36,7 @@ from resmaster_stages.metrics.resize import resize
 from resmaster_stages.models.files import TRANSFORMERS, require_weights
 from resmaster_stages.models.identity import PICTUREBOOK, pack_folder
 from resmaster_stages.models.places import resolve_device
+from resmaster_stages.models.quiet import quiet
 
 if TYPE_CHECKING:
     from resmaster_stages.storage.arrays import Arrays
@@ -222,7 +223,8 @@ def load_classifier(folder: Path, device: str) -> ClassifierFeatures:
     """The classifier of the picturebook pack in `folder`, in float32."""
     from transformers import ResNetForImageClassification
 
-    network = ResNetForImageClassification.from_pretrained(folder / "classifier", local_files_only=True)
+    with quiet():
+        network = ResNetForImageClassification.from_pretrained(folder / "classifier", local_files_only=True)
     native = json.loads((folder / "classifier" / "preprocessor_config.json").read_text())["size"]["height"]
     return ClassifierFeatures(network.float().eval().to(resolve_device(device, "quality.device")), PICTUREBOOK, native)
 

@@ -36,6 +36,7 @@ from resmaster_stages.models.files import (
 )
 from resmaster_stages.models.identity import PICTUREBOOK, head_file
 from resmaster_stages.models.places import location, reason_of, resolve_device, whole_weights
+from resmaster_stages.models.quiet import quiet
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Files of which a model has one. They say how images are scaled."""
@@ -191,7 +192,7 @@ def _load_classifier(name: str, config: ScoreConfig, device: str) -> LabelModel:
     resolved, place = resolve_device(device, "quality.device"), location(config.model, "classifier")
     options = _options(config)
     try:
-        with whole_weights(place):
+        with quiet(), whole_weights(place):
             network = AutoModelForImageClassification.from_pretrained(
                 place, use_safetensors=True, dtype=torch.float32, **options
             )

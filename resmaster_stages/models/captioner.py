@@ -47,6 +47,7 @@ from resmaster_stages.models.bases.base import Ability, TokenCounter
 from resmaster_stages.models.files import TRANSFORMERS, folder_with, object_in, require_weights
 from resmaster_stages.models.identity import PICTUREBOOK, model_identity
 from resmaster_stages.models.places import location, reason_of, resolve_device, whole_weights
+from resmaster_stages.models.quiet import quiet
 
 MAX_STYLE_TOKENS = 40
 """A longer style would leave no room for the caption."""
@@ -596,7 +597,7 @@ def _load_local(name: str, revision: str | None, device: str) -> LocalCaptioner:
     if revision:
         options["revision"] = revision
     processor = AutoProcessor.from_pretrained(place, **options)
-    with whole_weights(place):
+    with quiet(), whole_weights(place):
         model = AutoModelForImageTextToText.from_pretrained(
             place,
             use_safetensors=True,

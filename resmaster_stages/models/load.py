@@ -11,14 +11,12 @@ Invariants:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-import diffusers
 import torch
+from diffusers.utils import logging as of_diffusers
 
 from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.errors import ConfigError, OutOfMemory
@@ -29,18 +27,9 @@ from resmaster_stages.models.faults import device_faults
 from resmaster_stages.models.identity import model_identity
 from resmaster_stages.models.parts import Models
 from resmaster_stages.models.places import resolve_device, resolve_dtype
+from resmaster_stages.models.quiet import quiet
 
 log = logging.getLogger(__name__)
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Within the block, diffusers shows no progress bars, which would disturb the display of a build."""
-    diffusers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        diffusers.utils.logging.enable_progress_bar()
 
 
 def load_pipeline(config: ModelConfig) -> Any:
@@ -54,7 +43,7 @@ def load_pipeline(config: ModelConfig) -> Any:
         require(family, config.id, {"few_step_weights": "model.few_step"})
     if config.controlnet is not None:
         require(family, config.id, {"control": "model.controlnet"})
-    with _no_bars():
+    with quiet(of_diffusers):
         return family.load(config, resolve_dtype(config.dtype, resolve_device(config.device), family.half))
 
 

@@ -31,7 +31,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from resmaster_stages.errors import ResMasterError, UserError
+from resmaster_stages.errors import ResMasterError, UserError, require_extra
 from resmaster_stages.redaction import holds_credentials, one_line, printable, without_credentials
 from resmaster_stages.storage.store_errors import (
     NotRegular,
@@ -535,6 +535,8 @@ def _folder_at(url: str) -> Folder:
     options = _s3_options() if scheme in ("s3", "s3a") else {}
     if options and not url.partition("://")[2].partition("/")[0]:
         raise UserError(f"{url}: has no bucket; write s3://bucket/prefix")
+    if options:
+        require_extra("s3", without_credentials(url))
     try:
         with explained(url):
             kind = fsspec.get_filesystem_class(scheme)  # not url_to_fs, to which "::" joins several URLs

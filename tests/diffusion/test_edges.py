@@ -1,6 +1,8 @@
+import numpy as np
 import torch
+from scipy import ndimage
 
-from resmaster_stages.diffusion.edges import canny
+from resmaster_stages.diffusion.edges import _connected, canny
 
 
 def grey(values: torch.Tensor) -> torch.Tensor:
@@ -40,3 +42,12 @@ def test_a_weak_edge_stays_where_it_touches_a_strong_one():
     columns = canny(grey(values))[0, 0].sum(0)
     assert columns[8:12].sum() >= 19
     assert columns[:4].sum() == 0
+
+
+def test_weak_ridges_count_where_they_touch_a_strong_one():
+    """As the labelled groups of weak places that hold a strong one."""
+    ridge = np.random.default_rng(0).choice([0.0, 120.0, 250.0], (60, 80), p=[0.58, 0.418, 0.002]).astype(np.float32)
+    groups, count = ndimage.label(ridge > 100, structure=np.ones((3, 3)))
+    strong = np.unique(groups[ridge > 200])
+    assert 0 < len(strong) < count
+    assert np.array_equal(_connected(ridge, 100, 200).numpy(), np.isin(groups, strong) & (groups > 0))

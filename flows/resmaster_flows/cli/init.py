@@ -15,7 +15,7 @@ from resmaster_flows.watch.terminal import say
 from resmaster_stages.config.commented import commented
 from resmaster_stages.config.json_schema import json_schema
 from resmaster_stages.config.part import UNFIT
-from resmaster_stages.errors import UserError
+from resmaster_stages.errors import UserError, has_extra, installation
 from resmaster_stages.redaction import holds_credentials, quoted
 
 DESCRIPTION = (
@@ -81,7 +81,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         files = {name: text for name, text in files.items() if name not in beside}
         write(folder, files)
     say(console, f"written to {folder}: {', '.join(files)}", result=True)
-    say(console, f"next: resmaster run {quoted(folder / first)}", result=True)
+    before = "" if has_extra("pipeline") else f"{installation('pipeline')} && "
+    say(console, f"next: {before}resmaster run {quoted(folder / first)}", result=True)
     return 0
 
 

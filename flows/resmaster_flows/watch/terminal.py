@@ -17,7 +17,6 @@ from rich.text import Text
 from resmaster_flows.watch.events import Dispatched
 from resmaster_flows.watch.pace import spell_seconds
 from resmaster_flows.watch.progress import Progress, notes
-from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.progress import Event, Listener, ShardDone, listening
 from resmaster_stages.redaction import printable_lines
 
@@ -101,6 +100,8 @@ def _shown(progress: Progress) -> dict[str, Any]:
 
 def _now(progress: Progress) -> str:
     """What is being done now."""
+    from resmaster_stages.dataset.stages import STAGES  # not needed by verbs that only print
+
     if progress.dispatched:
         return _spell(progress.dispatched)
     if progress.now is None:
