@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Collection, Sequence
@@ -17,6 +18,8 @@ from resmaster_stages.config.method import DEFAULT, Method, method_class, with_m
 from resmaster_stages.config.part import LONGEST_SHOWN, UNFIT, Part
 from resmaster_stages.errors import ConfigError, did_you_mean
 from resmaster_stages.redaction import one_line, printable, shortened
+
+log = logging.getLogger(__name__)
 
 MAX_BYTES = 2**20
 """Maximum size of a configuration file."""
@@ -311,4 +314,6 @@ def load_config(path: str | Path, *, settings: Sequence[str] = (), **overrides: 
         if "prompts" in given:
             values.pop("images", None)
         values = apply_settings(values | given, added)
-    return parse_config(values, str(path), Lines(node, given, added))
+    config = parse_config(values, str(path), Lines(node, given, added))
+    log.debug("configuration %s: %s", path, config.model_dump(mode="json", exclude_unset=True))
+    return config

@@ -42,13 +42,16 @@ class _Needed:
 
 def downloads_of(config: DatasetConfig) -> tuple[Download, ...]:
     """What is fetched before `config.upscale` can work. Empty if nothing is fetched, or nothing may be."""
+    at_the_hub = [needed for needed in _needed(config) if at_hub(needed.model)]
+    if not at_the_hub:
+        return ()
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
         return ()
     absent: dict[str, list[_Needed]] = {}
-    for needed in _needed(config):
-        if at_hub(needed.model) and not _is_cached(needed):
+    for needed in at_the_hub:
+        if not _is_cached(needed):
             absent.setdefault(needed.model, []).append(needed)
     return tuple(Download(model, _bytes_of(parts)) for model, parts in absent.items())
 

@@ -10,6 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -27,6 +28,8 @@ from resmaster_stages.models.identity import model_identity
 from resmaster_stages.models.parts import Models
 from resmaster_stages.models.places import resolve_device, resolve_dtype
 from resmaster_stages.models.quiet import quiet
+
+log = logging.getLogger(__name__)
 
 
 def load_pipeline(config: ModelConfig) -> Any:
@@ -95,6 +98,7 @@ def _loaded(config: ModelConfig, device: torch.device) -> Models:
         if models.control_net is not None:
             models.control_net.to(memory_format=torch.channels_last)
     _accelerate(unet, config, device)
+    log.debug("model %s: on %s in %s, offload: %s", models.identity, device, models.dtype, models.offload)
     return models
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from resmaster_stages.redaction import one_line
 from resmaster_stages.storage.images import decode_alpha, decode_image
 from resmaster_stages.storage.labels import Label, parameters
 from resmaster_stages.storage.sources import MAX_FILE_BYTES
+
+log = logging.getLogger(__name__)
 
 DESCRIPTION = (
     "Upscale images. With ResMaster they keep their structure, and their detail is drawn anew. INPUT is an image file, "
@@ -134,26 +137,25 @@ def run(args: argparse.Namespace, console: Console) -> int:
     wanted = Wanted(tuple(args.input), args.output, args.suffix, encoding_of(args), args.force, tuple(mask))
     jobs, there = jobs_of(wanted)
     config = settings(args)
+    log.debug("%d images, %s", len(jobs), {"seed": config.seed, **config.upscale.model_dump(mode="json")})
     if wanted.encoding.bits == 16:
         require_floats(config.upscale)
     if mask:
         config.upscale.require_detail_mask("--detail-mask gives")
     if there:
-        say(console, f"{there} results are there already and are kept; --force makes them anew")
+        say(console, f"{there} result{'s are' if there > 1 else ' is'} there already and kept; --force makes them anew")
     if not jobs:
         return 0
     work = Work(config, args.prompt, wanted.encoding, open_image(mask[0]) if mask else None, args.force)
     first = work.read(jobs[0]) if len(jobs) == 1 and not there else None  # one image that is unfit is said at once
-    if config.upscale.base_model or config.upscale.networks():
-        tell_downloads(config, console)
     if not (console.is_terminal and at_hub(config.model.id)):
         hide_bars()
+    tell_downloads(config, console)
     many = len(jobs) + there > 1
     failed = 0
-    with (
-        upscaling(console, len(jobs)) as begin,
-        listening(notes(lambda line: say(console, f"  {line}"))),
-    ):
+    with upscaling(console, len(jobs)) as begin, listening(notes(lambda line: say(console, f"  {line}"))):
+        if many:
+            work.load()
         for job in jobs:
             step = begin(job.name, beginning(config))
             try:
@@ -192,6 +194,16 @@ class Work:
     encoding: Encoding
     detail: Image.Image | None
     force: bool
+
+    def load(self) -> None:
+        """Load the models, so that one that cannot be loaded is said once. They stay loaded. Raises ConfigError."""
+        from resmaster_stages.captions import load_writer
+        from resmaster_stages.models.load import load_models
+
+        if self.config.upscale.base_model:
+            load_models(self.config.model)
+            if captions_patches(self.config):
+                load_writer(self.config)
 
     def read(self, job: Job) -> Input:
         """The image of a job. Raises UserError if it cannot be read, or its result could not be written."""
@@ -268,8 +280,12 @@ def beginning(config: DatasetConfig) -> str:
     """What is done before the first step."""
     if not config.upscale.base_model:
         return "starting"
-    captions = config.upscale.uses("captions") and config.captions.source != "prompt"
-    return f"loading {config.model.id}{', captioning patches' if captions else ''}"
+    return f"loading {config.model.id}{', captioning patches' if captions_patches(config) else ''}"
+
+
+def captions_patches(config: DatasetConfig) -> bool:
+    """Whether patches get captions of their own."""
+    return config.upscale.uses("captions") and config.captions.source != "prompt"
 
 
 def tell_downloads(config: DatasetConfig, console: Console) -> None:

@@ -27,8 +27,8 @@ from tests.browser import Browser, chromium
 gradio = pytest.importorskip("gradio", reason="the extra `app` is not installed")
 
 from resmaster_flows.app import serve  # noqa: E402
-from resmaster_flows.cli.main import main  # noqa: E402
 from resmaster_flows.app.page import number, settings_of  # noqa: E402
+from resmaster_flows.cli.main import main  # noqa: E402
 
 PROMPT = "a red house on a green meadow"
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n"

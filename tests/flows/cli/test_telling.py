@@ -80,6 +80,7 @@ def test_verbose_tells_events_and_decisions(
     assert "  ShardStarted(stage='low_res', shard=0, samples=1)" in said
     assert "  ShardDone(stage='quality', shard=0, samples=1, cached=False)" in said
     assert "  resmaster 0.1.0: run c.yaml --verbose" in said
+    assert "  configuration c.yaml: {'name': 'demo', " in said
     assert not logging.getLogger("resmaster_stages").handlers
 
 

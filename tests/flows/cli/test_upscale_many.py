@@ -89,7 +89,7 @@ def test_one_image_into_a_folder(photos: Path, capsys: pytest.CaptureFixture[str
     assert upscaled("photos/a.png", "new/", "--suffix", "_2x") == 0
     assert names("there") + names("new") == ["a.png", "a_2x.png"]
     assert upscaled("photos/a.png", "new", "--suffix", "_2x") == 0
-    assert "1 results are there already and are kept" in last(capsys)
+    assert "1 result is there already and kept" in last(capsys)
 
 
 def test_what_is_there_is_kept_and_a_second_run_goes_on(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,11 +97,11 @@ def test_what_is_there_is_kept_and_a_second_run_goes_on(photos: Path, capsys: py
     Path("large/b.jpg").write_bytes(b"mine")
     assert upscaled("photos", "large") == 0
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == "1 results are there already and are kept; --force makes them anew"
+    assert said[0] == "1 result is there already and kept; --force makes them anew"
     assert said[-1] == "2 of 2 images upscaled"
     assert Path("large/b.jpg").read_bytes() == b"mine"
     assert upscaled("photos", "large") == 0
-    assert capsys.readouterr().err == "3 results are there already and are kept; --force makes them anew\n"
+    assert capsys.readouterr().err == "3 results are there already and kept; --force makes them anew\n"
     assert upscaled("photos", "large", "--force") == 0
     assert Image.open("large/b.jpg").size == (32, 24)
 
@@ -252,6 +252,13 @@ def test_the_model_is_loaded_once(photos: Path, monkeypatch: pytest.MonkeyPatch)
     assert names("large") == ["a.png", "b.jpg", "below/c.webp"]
     assert len(loaded) == 1
     load.load_models.cache_clear()
+
+
+def test_a_model_that_cannot_be_loaded_is_told_once(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["upscale", "photos", "large", "--model", "no/such-model", "--method", "multidiffusion"]) == 2
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("resmaster: ")]
+    assert "no/such-model" in line
+    assert not Path("large").exists()
 
 
 def test_a_log_names_the_image_and_its_steps(photos: Path) -> None:
