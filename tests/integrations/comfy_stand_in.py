@@ -67,7 +67,7 @@ class ComfyUI:
     def __post_init__(self) -> None:
         for name in ("input", "output", "checkpoints", "diffusers"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        for kind in (LoadImage, SaveImage, Checkpoint, EachBrightness, Latent):
+        for kind in (*CORE, EachBrightness, Latent):
             self.nodes[kind.__name__] = type(kind.__name__, (kind,), {"comfy": self})
 
     def modules(self) -> dict[str, ModuleType]:
@@ -301,20 +301,109 @@ class SaveImage:
         return ()
 
 
-class Checkpoint:
-    """Stands for Load Checkpoint: a model that a test puts beside it."""
+class CheckpointLoaderSimple:
+    """As ComfyUI's, but that the model is one that a test puts beside it."""
 
     comfy: ClassVar[ComfyUI]
     pipe: ClassVar[Any]
     RETURN_TYPES = ("MODEL", "CLIP", "VAE")
-    FUNCTION = "give"
+    FUNCTION = "load_checkpoint"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {}}
+        return {
+            "required": {"ckpt_name": (sorted(path.name for path in (cls.comfy.folder / "checkpoints").iterdir()),)}
+        }
 
-    def give(self) -> tuple[Any, Any, Any]:
+    def load_checkpoint(self, ckpt_name: str) -> tuple[Any, Any, Any]:
         return self.pipe, self.pipe, self.pipe
+
+
+class CLIPTextEncode:
+    """As ComfyUI's, but that nothing is encoded."""
+
+    comfy: ClassVar[ComfyUI]
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "encode"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"text": ("STRING", {"multiline": True}), "clip": ("CLIP",)}}
+
+    def encode(self, text: str, clip: Any) -> tuple[str]:
+        return (text,)
+
+
+class EmptyLatentImage:
+    """As ComfyUI's, for latents of a sixteenth of the size, which tests have time for."""
+
+    comfy: ClassVar[ComfyUI]
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "generate"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        side = {"default": 512, "min": 16, "max": 16384, "step": 8}
+        number = {"default": 1, "min": 1, "max": 4096}
+        return {"required": {"width": ("INT", side), "height": ("INT", side), "batch_size": ("INT", number)}}
+
+    def generate(self, width: int, height: int, batch_size: int) -> tuple[dict[str, torch.Tensor]]:
+        return ({"samples": torch.zeros(batch_size, 4, height // 64, width // 64)},)
+
+
+class KSampler:
+    """As ComfyUI's, but that the noise stays what it is."""
+
+    comfy: ClassVar[ComfyUI]
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "sample"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "seed": ("INT", {"default": 0, "min": 0, "max": 2**64 - 1}),
+                "steps": ("INT", {"default": 20, "min": 1, "max": 10000}),
+                "cfg": ("FLOAT", {"default": 8.0, "min": 0.0, "max": 100.0}),
+                "sampler_name": (["euler", "dpmpp_2m"],),
+                "scheduler": (["normal", "karras"],),
+                "positive": ("CONDITIONING",),
+                "negative": ("CONDITIONING",),
+                "latent_image": ("LATENT",),
+                "denoise": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0}),
+            }
+        }
+
+    def sample(self, seed: int, latent_image: dict[str, torch.Tensor], **others: Any) -> tuple[dict[str, torch.Tensor]]:
+        noise = torch.Generator().manual_seed(seed)
+        return ({"samples": torch.randn(latent_image["samples"].shape, generator=noise)},)
+
+
+class ImageSharpen:
+    """As ComfyUI's, but that it mirrors."""
+
+    comfy: ClassVar[ComfyUI]
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "sharpen"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "image": ("IMAGE",),
+                "sharpen_radius": ("INT", {"default": 1, "min": 1, "max": 31}),
+                "sigma": ("FLOAT", {"default": 1.0, "min": 0.1, "max": 10.0}),
+                "alpha": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 5.0}),
+            }
+        }
+
+    def sharpen(self, image: torch.Tensor, sharpen_radius: int, sigma: float, alpha: float) -> tuple[torch.Tensor]:
+        return (image.flip(2),)
+
+
+CORE = (LoadImage, SaveImage, CheckpointLoaderSimple, CLIPTextEncode, EmptyLatentImage, KSampler, ImageSharpen)
+"""Nodes of ComfyUI that the example workflows use."""
 
 
 class EachBrightness:

@@ -333,10 +333,11 @@ def test_a_single_file_is_loaded_as_its_pipeline(comfy: ComfyUI, tiny: Any) -> N
 
 
 def test_a_model_of_comfyui_is_taken_over(comfy: ComfyUI, tiny: Any) -> None:
-    comfy.nodes["Checkpoint"].pipe = tiny  # type: ignore[attr-defined]
+    comfy.nodes["CheckpointLoaderSimple"].pipe = tiny  # type: ignore[attr-defined]
+    (comfy.folder / "checkpoints" / "tiny.safetensors").touch()
     linked = {"model": ["comfy", 0], "clip": ["comfy", 1], "vae": ["comfy", 2]}
     take = single_file(comfy, "ResMasterTakeModel", **linked)
-    comfy.run(upscaling() | {"comfy": node("Checkpoint"), "model": take})
+    comfy.run(upscaling() | {"comfy": node("CheckpointLoaderSimple", ckpt_name="tiny.safetensors"), "model": take})
     assert np.array_equal(pixels_of(comfy, "upscale")[0], own(photo(comfy), model=tiny))
     assert list((comfy.folder / "temp").iterdir()) == []
 
@@ -415,23 +416,51 @@ def test_the_package_says_what_it_needs() -> None:
     assert {"PublisherId", "DisplayName"} <= set(project["tool"]["comfy"])
 
 
-def workflows() -> list[Path]:
-    return sorted((PACK / "example_workflows").glob("*.json"))
-
-
 def as_prompt(path: Path) -> Prompt:
-    """A workflow as ComfyUI's page sends it: the values of widgets and the links by their names."""
+    """A workflow as ComfyUI's page sends it: the values of widgets, and the links, by their names."""
     graph = json.loads(path.read_text(encoding="utf-8"))
     links = {number: [str(source), place] for number, source, place, *_ in graph["links"]}
     prompt = {}
     for each in graph["nodes"]:
         values, inputs = iter(each["widgets_values"]), {}
         for place in each["inputs"]:
-            if "widget" in place:
+            if place["type"] == "IMAGEUPLOAD":  # a button
+                next(values)
+            elif "widget" in place:
                 inputs[place["name"]] = next(values)
                 if place["name"] == "seed":
-                    assert next(values) in ("fixed", "randomize")  # what happens to the seed after a run
+                    assert next(values) == "fixed"  # what becomes of the seed after a run
             if place["link"] is not None:
                 inputs[place["name"]] = links[place["link"]]
+        assert list(values) == []
         prompt[str(each["id"])] = {"class_type": each["type"], "inputs": inputs}
     return prompt
+
+
+@pytest.mark.parametrize("path", sorted((PACK / "example_workflows").glob("*.json")), ids=lambda path: path.stem)
+def test_the_example_workflows_run(comfy: ComfyUI, tiny: Any, path: Path) -> None:
+    """With a small model in place of SDXL, on less."""
+    comfy.nodes["CheckpointLoaderSimple"].pipe = tiny  # type: ignore[attr-defined]
+    (comfy.folder / "checkpoints" / "sd_xl_base_1.0.safetensors").touch()
+    photo(comfy).save(comfy.folder / "input" / "example.png")
+    prompt = as_prompt(path)
+    smaller = {
+        "ResMasterLoadModel": {"model": "picturebook"},
+        "ResMasterMethod": {"scale": 1.5, "steps": 4},
+        "ResMasterTakeModel": {"image_prompts": False, "config": str(comfy.folder / "config")},
+        "ResMasterGenerate": {"settings": "steps: 4"},
+    }
+    assert comfy.mistakes(prompt) == [], "also as it is"
+    for each in prompt.values():
+        each["inputs"] |= smaller.get(each["class_type"], {})
+    comfy.run(prompt)
+    (large,) = (comfy.folder / "output").iterdir()
+    with Image.open(large) as image:
+        assert image.size == ((96, 96) if path.stem == "latent-and-model" else (192, 192))
+
+
+def test_there_is_a_workflow_for_each_way_in() -> None:
+    used = {
+        each["class_type"] for path in (PACK / "example_workflows").glob("*.json") for each in as_prompt(path).values()
+    }
+    assert {"ResMasterLoadModel", "ResMasterTakeModel", "ResMasterCaptionViews", "ResMasterImagePrompts"} <= used
