@@ -62,8 +62,9 @@ REPAIR_QUEUE = "gpu-repair"
 WAITING = "Waiting"
 """State of a run that waits for a worker: scheduled, under a name that Prefect does not turn into Late. A healthy build
 has many such runs for hours."""
-HELD_BACK = timedelta(hours=1)
-"""A new run is due so much later until it has that state: otherwise a worker could take it in between."""
+HELD_BACK = timedelta(minutes=1)
+"""A new run is due so much later until it has that state: otherwise a worker could take it in between (workers look 10 s
+ahead)."""
 PAGE = 200
 """Runs per request to the server."""
 BULK = 50
@@ -278,11 +279,12 @@ def _dataset_of(run: FlowRun) -> str | None:
 
 
 def label_dataset(dataset_url: str) -> None:
-    """Label the own flow run with the dataset that it builds, for other builds and for automations. Does nothing
-    outside of a flow run."""
+    """Give the own flow run the name of the dataset that it builds, and a label with its URL, for other builds and for
+    automations. Does nothing outside of a flow run."""
     if own_run.id is not None:
         with get_client(sync_client=True) as client:
             client.update_flow_run_labels(UUID(own_run.id), {DATASET_LABEL: dataset_url})
+            client.update_flow_run(UUID(own_run.id), name=f"build {dataset_url.rpartition('/')[2]}")
 
 
 def dataset_url_of(root: str, name: str) -> str:

@@ -23,7 +23,7 @@ from tests.s3_server import free_ports
 from tests.server.conftest import POOL, wait
 from tests.test_infra import FOLLOWED
 
-pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture

@@ -136,7 +136,7 @@ def test_a_small_build_gives_every_worker_a_part(workers: Stack, tmp_path: Path)
     gate = tmp_path / "gate"
     wanted = config(tmp_path, [f"{letter} until {gate}" for letter in "abcde"], shards_per_run=8)
     (tmp_path / "demo.yaml").write_text(yaml.safe_dump({**wanted, "prompts": "prompts.txt"}))
-    fields = {"config": str(tmp_path / "demo.yaml"), "name": "small", "limit": 3, "advanced": "replicas: 1"}
+    fields = {"config": str(tmp_path / "demo.yaml"), "limit": 3, "advanced": "name: small"}
     build = workers.run("build-dataset/resmaster-build", **fields)
     both = wait(lambda: found if len(found := begun_by(gate)) == 2 else None)
     for name in ("gpu-a", "gpu-b"):

@@ -106,7 +106,6 @@ def test_up_and_down_are_idempotent_and_down_leaves_nothing(tmp_path: Path) -> N
         assert line.endswith("PREFECT_API_KEY and PREFECT_API_AUTH_STRING")
         view = kept["RESMASTER_VIEW_URL"]
         assert view == f"http://127.0.0.1:{port + 1}/{kept['RESMASTER_VIEW_TOKEN']}/"
-        assert f"datasets: {view}" in done.stdout
         with urllib.request.urlopen(view, timeout=30) as answer:
             assert answer.status == 200
         workers = Path("/proc", pids["shards"].strip(), "environ").read_bytes().split(b"\0")
@@ -117,6 +116,7 @@ def test_up_and_down_are_idempotent_and_down_leaves_nothing(tmp_path: Path) -> N
         assert password not in "".join(processes_of(folder, 10_000)), "nor in the command line of a process"
         again = stack("up", folder, port, store_port)
         assert again.returncode == 0, again.stdout + again.stderr
+        assert f"datasets: {view}" in again.stdout
         assert {name: (folder / f"{name}.pid").read_text() for name in PROCESSES} == pids
         assert sourced(folder) == kept, "whoever has sourced it goes on"
         assert stack("status", folder, port, store_port).returncode == 0
