@@ -14,7 +14,7 @@ from resmaster_stages.dataset.dataset import open_dataset
 from tests.browser import Browser, chromium
 from tests.server.conftest import Stack, wait
 from tests.server.stages import begun_by
-from tests.server.test_operation import config
+from tests.server.test_operation import config, log
 
 pytestmark = [
     pytest.mark.server,
@@ -48,6 +48,10 @@ def test_the_pages_of_a_build_on_workers(workers: Stack, browser: Browser, tmp_p
     keyed = key_of(open_dataset(str(tmp_path / "out")), "")
     kinds = ("progress", "shards", "summary", "report", "contact-sheet")
     assert set(found) == {f"{keyed}-{what}" for what in kinds}
+    said = wait(lambda: lines if "published" in str(lines := log(workers, run)) else [])
+    assert "3 of 3 shards to do (low_res 3, captions 3, high_res 3, quality 3); 0 need nothing" in said
+    assert f"submitted pages: shards 0: {ui}/runs/flow-run/{child.id}" in said
+    assert f"published 2 samples; report: {tmp_path}/out/pages/report/index.html" in said
     browser.click("Artifacts")
     browser.wait_for(*found)
 
@@ -67,6 +71,21 @@ def test_the_pages_of_a_build_on_workers(workers: Stack, browser: Browser, tmp_p
 
     browser.open(f"{ui}/runs/flow-run/{child.id}")
     browser.wait_for("pages: shards 0", "shard 000000: high_res committed in", "dataset:pages", "model:picturebook")
+
+
+def test_a_build_that_fails_says_why_in_one_sentence(workers: Stack, browser: Browser, tmp_path: Path) -> None:
+    wanted = {**config(tmp_path, ["a"]), "name": "fails"}
+    (tmp_path / "prompts.txt").unlink()
+    run = workers.ended(workers.run("build-dataset/process", config=wanted))
+    assert run.state is not None
+    assert run.state.name == "Failed"
+    sentence = str(run.state.message)
+    assert sentence.startswith(f"{tmp_path}/prompts.txt: ")
+    assert "\n" not in sentence
+    said = wait(lambda: lines if "in state Failed" in str(lines := log(workers, run.id)) else [])
+    assert not any("Traceback" in line or "unexpected" in line for line in said)
+    browser.open(f"http://127.0.0.1:{workers.port}/runs/flow-run/{run.id}")
+    browser.wait_for("build fails", "Failed", f"Finished in state Failed({sentence!r})")
 
 
 @pytest.mark.parametrize("version", ["", "/v2"])
