@@ -4,9 +4,9 @@ published dataset.
     python docs/screenshots.py --url http://127.0.0.1:4200 docs/images
     python docs/screenshots.py --view out/picturebook docs/images
 
-Needs Chromium. The images of a build are its page and its contact sheet; they need PREFECT_API_URL of the same server
-too, with PREFECT_API_AUTH_STRING if it asks for one. The images of a dataset are the page of `resmaster view`: the list
-on a wide and on a narrow screen, and one sample.
+Needs Chromium. The images of a build are its page, its contact sheet, and the samples of one of its runs over shards;
+they need PREFECT_API_URL of the same server too, with PREFECT_API_AUTH_STRING if it asks for one. The images of a
+dataset are the page of `resmaster view`: the list on a wide and on a narrow screen, and one sample.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterFlowRunId,
-    ArtifactFilterType,
     FlowFilter,
     FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterParentFlowRunId,
 )
-from prefect.client.schemas.sorting import FlowRunSort
+from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
 from prefect.settings import get_current_settings
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -102,10 +103,11 @@ def main() -> None:
         )
         if not builds:
             sys.exit(f"{args.url}: no build on this server; start one with: resmaster run CONFIG")
-        sheets = client.read_artifacts(
-            artifact_filter=ArtifactFilter(
-                flow_run_id=ArtifactFilterFlowRunId(any_=[builds[0].id]), type=ArtifactFilterType(any_=["image"])
-            )
+        below = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[builds[0].id]))
+        runs = [builds[0], *client.read_flow_runs(flow_run_filter=below)]
+        artifacts = client.read_artifacts(
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id for run in runs])),
+            sort=ArtifactSort.CREATED_DESC,
         )
     password = get_current_settings().api.auth_string
     with Browser(1280, 900) as browser:
@@ -119,11 +121,12 @@ def main() -> None:
         browser.wait_for("contact-sheet", "summary", "progress")
         browser.settle()
         browser.screenshot(args.folder / "run.jpg")
-        for sheet in sheets[:1]:
-            browser.open(f"{args.url}/artifacts/artifact/{sheet.id}")
-            browser.wait_for(sheet.key or "")
+        for kind, image in (("-contact-sheet", "contact-sheet.jpg"), ("-run-samples", "run-samples.jpg")):
+            shown = next(artifact for artifact in artifacts if (artifact.key or "").endswith(kind))
+            browser.open(f"{args.url}/artifacts/artifact/{shown.id}")
+            browser.wait_for(shown.key or "")
             browser.settle()
-            browser.screenshot(args.folder / "contact-sheet.jpg")
+            browser.screenshot(args.folder / image)
 
 
 if __name__ == "__main__":

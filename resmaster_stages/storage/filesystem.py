@@ -242,8 +242,11 @@ class Folder:
         """An address by which whoever has it can read a file on S3 for so long; None on other stores."""
         if not self._on_s3:
             return None
+        # version 4, because many stores refuse the older signature, which is botocore's default for addresses
+        config = {**self.fs.config_kwargs, "signature_version": "s3v4"}
+        fs = type(self.fs)(**{**self.fs.storage_options, "config_kwargs": config})
         with explained(self.url_of(name)):
-            return str(self.fs.sign(self.full(name), expiration=seconds, ResponseContentType=content_type))
+            return str(fs.sign(self.full(name), expiration=seconds, ResponseContentType=content_type))
 
     def names(self, folder: str) -> list[str]:
         """Sorted names (relative to this folder) of files and folders directly in `folder`; empty if it is missing."""

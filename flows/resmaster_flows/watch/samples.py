@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import SampleError
 from resmaster_stages.progress import Event, Glance, SampleDone
-from resmaster_stages.publish.markdown import cell, table
+from resmaster_stages.publish.markdown import cell
 from resmaster_stages.publish.page import data_url
 from resmaster_stages.redaction import shortened
 from resmaster_stages.storage.images import decode_image
@@ -97,9 +97,9 @@ class Samples:
             failed, first = dict(self._failed), dict(self._first)
         parts = []
         if failed:
-            parts += [f"## {self.failed} failed samples", _table(failed)]
+            parts += [f"## {self.failed} failed samples", _listed(failed)]
         if first:
-            parts += [f"## The first {FIRST_OF_SHARD} samples of each shard", _table(first)]
+            parts += [f"## The first {FIRST_OF_SHARD} samples of each shard", _listed(first)]
         return "\n\n".join(parts)
 
 
@@ -119,8 +119,7 @@ def small(images: Mapping[str, bytes]) -> str:
     for data in chosen:
         with suppress(SampleError):
             image = decode_image(data, "image")
-            image.thumbnail((CELL_PX, CELL_PX), reducing_gap=2)
-            cells.append(image)
+            cells.append(ImageOps.contain(image, (CELL_PX, CELL_PX)))
     if not cells:
         return ""
     width = sum(image.width for image in cells) + GAP_PX * (len(cells) - 1)
@@ -132,12 +131,12 @@ def small(images: Mapping[str, bytes]) -> str:
     return data_url(pair, IMAGE_CHARACTERS, SIDES_PX)
 
 
-def _table(rows: Mapping[Place, Row]) -> str:
-    """The rows, the last ones first."""
-    lines = []
+def _listed(rows: Mapping[Place, Row]) -> str:
+    """The rows, the last ones first. Paragraphs, because the cells of a table in Prefect's UI do not wrap."""
+    parts = []
     for (shard, key), row in reversed(list(rows.items())):
-        image = f"![low-res beside high-res]({row.image})" if row.image else "no image"
-        words = [f"shard {shard:06d}, `{key}`", cell(shortened(row.prompt, TEXT_CHARACTERS))]
-        words += [f"**{cell(shortened(row.error, TEXT_CHARACTERS))}**"] if row.error else []
-        lines.append((image, "<br>".join(words)))
-    return table(("low-res beside high-res", "sample"), lines)
+        image = f"![low-res beside high-res]({row.image})<br>" if row.image else ""
+        words = f"shard {shard:06d}, `{key}`: {cell(shortened(row.prompt, TEXT_CHARACTERS))}"
+        error = f"<br>**{cell(shortened(row.error, TEXT_CHARACTERS))}**" if row.error else ""
+        parts.append(f"{image}{words}{error}")
+    return "\n\n".join(parts)

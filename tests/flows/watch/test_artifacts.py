@@ -71,8 +71,8 @@ def test_the_pages_of_a_build(stages: Stages, tmp_path: Path) -> None:
         header, _, encoded = found[f"{keyed}-contact-sheet"].data.removesuffix(")").partition(",")
         assert header == "![contact sheet](data:image/webp;base64"
         samples = found[f"{keyed}-run-samples"].data
-        assert samples.startswith("## 1 failed samples\n\n| low-res beside high-res | sample |")
-        assert "<br>bad high\\_res<br>**high\\_res: told to fail** |" in samples
+        assert samples.startswith("## 1 failed samples\n\n![low-res beside high-res](data:image/webp;base64,")
+        assert ": bad high\\_res<br>**high\\_res: told to fail**\n\n## The first 2 samples of each shard\n\n" in samples
         assert samples.count("![low-res beside high-res](data:image/webp;base64,") == 3
         assert len(encoded) < 200_000
         assert Image.open(io.BytesIO(base64.b64decode(encoded))).width > 400
