@@ -22,7 +22,7 @@ from resmaster_stages.inspection.numbers import DatasetNumbers, dataset_numbers
 from resmaster_stages.redaction import one_line, printable, quoted, without_credentials
 from resmaster_stages.storage.filesystem import Folder
 
-RECORDS = 32
+RECORDS = 8
 """Records of a stage that are read at most, of shards with failures and of others. Sums of more are estimates."""
 FOLDERS = 1000
 """A root with more folders is not looked at."""
