@@ -21,7 +21,8 @@ def executed(notebook: Any, folder: Path) -> Any:
     for cell in run.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    NotebookClient(run, timeout=CELL_SECONDS, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
+    options = {"timeout": CELL_SECONDS, "kernel_name": "python3", "coalesce_streams": True}
+    NotebookClient(run, resources={"metadata": {"path": str(folder)}}, **options).execute()
     for cell in run.cells:
         cell.metadata.clear()  # times of execution
     run.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}

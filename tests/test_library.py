@@ -53,8 +53,8 @@ def test_the_import_is_light() -> None:
     code = (
         "import sys, resmaster_stages as rm; light = {'pydantic', 'PIL', 'numpy', 'yaml'} & set(sys.modules);"
         "[getattr(rm, name) for name in rm._HOMES];"
-        "heavy = {'torch', 'diffusers', 'transformers', 'scipy'} & set(sys.modules); sys.exit(repr(light | heavy) if "
-        "light | heavy else 0)"
+        "heavy = {'torch', 'diffusers', 'transformers', 'scipy', 'prefect', 'sqlalchemy'} & set(sys.modules);"
+        "sys.exit(repr(light | heavy) if light | heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": PYTHONPATH})
     assert done.returncode == 0, done.stderr
