@@ -25,6 +25,7 @@ from resmaster_stages.models.bases.base import Geometry
 from resmaster_stages.planning.workload import Denoising, high_res_work
 from tests.checkout import PYTHONPATH, ROOT
 from tests.test_infra import ELSEWHERE
+from tests.test_readme import INSTALLATIONS
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 NEIGHBOURS = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -35,6 +36,9 @@ NOT_RUN = {
         "pip install 'resmaster-pipeline[app]'": "needs a registry that has this project",
         "resmaster app": "runs until Ctrl-C; tests/flows/app looks at the page in a browser",
     },
+    "install.md": dict.fromkeys(
+        (*INSTALLATIONS, "pip install torch --index-url https://download.pytorch.org/whl/cpu"), "needs a package index"
+    ),
     "command-line.md": {
         "resmaster view out/picturebook": "runs until Ctrl-C; tests/gallery/test_serve.py runs it",
         "ssh -t -L 8000:127.0.0.1:8000 my-machine resmaster view out/picturebook --port 8000": "needs another machine",
@@ -386,6 +390,15 @@ def test_every_verb_has_a_section_with_its_options() -> None:
     for verb in VERBS:
         for option in options(verb.module().add_arguments) - (set() if verb.name == "run" else shared):
             assert f"`{option}" in sections[verb.name], f"{verb.name} {option}"
+
+
+def test_every_extra_is_in_the_table_of_installs() -> None:
+    page = (ROOT / "docs" / "install.md").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    table = re.findall(r"^\| (`.*?`) \|", page, flags=re.MULTILINE)
+    assert sorted(name for cell in table for name in re.findall("`(.*?)`", cell)) == sorted(
+        project["optional-dependencies"]
+    )
 
 
 def options(add: Callable[[ArgumentParser], None]) -> set[str]:

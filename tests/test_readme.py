@@ -16,13 +16,16 @@ from tests.checkout import PYTHONPATH, ROOT
 
 README = (ROOT / "README.md").read_text()
 
+INSTALLATIONS = (
+    "pip install .",
+    "pip install -c constraints.txt '.[pipeline,s3]'",
+    "uv tool install '.[pipeline,s3]'",
+    "pipx install '.[pipeline,s3]'",
+)
 NOT_RUN = {
     "make demo": "downloads packages; its recipe is the `resmaster run` command below",
     "make test": "is what runs this test",
-    "python3 -m venv .venv": "needs the package registry; the Makefile does the same before any test",
-    ".venv/bin/pip install -c constraints.txt -e '.[dev]'": (
-        "needs the package registry; the Makefile does the same before any test"
-    ),
+    **dict.fromkeys(INSTALLATIONS, "needs the package registry; the Makefile installs more before any test"),
 }
 
 
