@@ -51,7 +51,8 @@ HEAD = f"""\
 # Configuration
 
 A dataset is described by one YAML file. Only `name` and one of `prompts` and `images` are needed. The last two can
-also be given to the command (`resmaster run CONFIG --prompts FILE`). Every other key has a default. An unknown key is
+also be given to the command (`resmaster run CONFIG --prompts FILE`), and `--set KEY=VALUE` sets
+[any key there](command-line.md#settings-on-the-command-line). Every other key has a default. An unknown key is
 an error that lists the known ones.
 
 ```yaml

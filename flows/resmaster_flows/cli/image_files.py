@@ -37,6 +37,8 @@ FORMATS: dict[str, OutputFormat] = {
     **{".jpg": "jpeg", ".jpeg": "jpeg"},
 }
 """Suffix of an output -> its format."""
+SUFFIX_OF: dict[OutputFormat, str] = {"png": ".png", "webp": ".webp", "jpeg": ".jpg", "avif": ".avif", "jxl": ".jxl"}
+"""Format -> the suffix of a result in a folder."""
 QUALITY = 95
 """The quality of formats that have one."""
 WITHOUT_ALPHA, WITHOUT_QUALITY, DEEP = ("jpeg",), ("png",), ("png",)
@@ -206,9 +208,6 @@ def _many(wanted: Wanted) -> tuple[list[Job], int]:
     _refuse_inputs(list(jobs.values()), wanted)
     due = [job for target, job in jobs.items() if wanted.force or not _is_there(target)]
     return due, len(jobs) - len(due)
-
-
-SUFFIX_OF: dict[OutputFormat, str] = {"png": ".png", "webp": ".webp", "jpeg": ".jpg", "avif": ".avif", "jxl": ".jxl"}
 
 
 def _is_pattern(text: str) -> bool:

@@ -13,7 +13,7 @@ import re
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import resmaster_stages
 from resmaster_flows.watch.terminal import SafeConsole, put
@@ -60,35 +60,46 @@ def telling(args: argparse.Namespace, words: Sequence[str], console: SafeConsole
     """
     if args.verbose and args.quiet:
         raise UserError("--verbose and --quiet exclude each other: give one")
-    handlers: list[logging.Handler] = []
-    if args.log_file is not None:
-        handlers.append(_file(args.log_file))
-    if args.verbose:
-        handlers.append(_Told(console))
-    loggers = [logging.getLogger(name) for name in (*OURS, "")]
-    before = [(each, each.level, each.propagate) for each in loggers]
-    for each in loggers if handlers else ():
-        for handler in handlers:
+    file = None if args.log_file is None else _file(args.log_file)
+    told = _Told(console, logging.DEBUG if args.verbose else logging.WARNING)
+    # A logger with a handler is no longer shown by Python's last resort, which other libraries' warnings need.
+    further = [file, *([] if logging.getLogger().handlers else [logging.lastResort])] if file else []
+    begin = time.monotonic()
+    with ExitStack() as afterwards:
+        if file:
+            afterwards.callback(file.close)
+        afterwards.enter_context(_attached(OURS, [told, file] if file else [told] if args.verbose else []))
+        afterwards.enter_context(_attached(("",), further))
+        log.debug("resmaster %s: %s", resmaster_stages.__version__, shlex.join(words))
+        console.hushed, console.heard = bool(args.quiet), log.info if file else None
+        try:
+            with listening(_hear):
+                yield
+        finally:
+            console.hushed, console.heard = False, None
+            log.debug("ended after %.1f s", time.monotonic() - begin)
+
+
+@contextmanager
+def _attached(names: Sequence[str], handlers: Sequence[logging.Handler | None]) -> Iterator[None]:
+    """Within the block, the loggers have these handlers beside their own, and those of this project log everything.
+    Without handlers, nothing changes."""
+    loggers = [logging.getLogger(name) for name in names] if handlers else []
+    before = [(each.level, each.propagate, each.handlers[:]) for each in loggers]
+    for each in loggers:
+        for handler in filter(None, handlers):
             each.addHandler(handler)
         if each.name in OURS:
             each.setLevel(logging.DEBUG)
-            each.propagate = False
-    console.hushed, console.heard = bool(args.quiet), log.info if args.log_file is not None else None
-    begin = time.monotonic()
-    log.debug("resmaster %s: %s", resmaster_stages.__version__, shlex.join(words))
+            each.propagate = False  # what the loggers above would do with it, the handlers do
     try:
-        with listening(_hear):
-            yield
+        yield
     finally:
-        log.debug("ended after %.1f s", time.monotonic() - begin)
-        for each, level, propagate in before:
-            for handler in handlers:
-                each.removeHandler(handler)
+        for each, (level, propagate, own) in zip(loggers, before):
             each.setLevel(level)
             each.propagate = propagate
-        for handler in handlers:
-            handler.close()
-        console.hushed, console.heard = False, None
+            for handler in set(each.handlers) - set(own):
+                each.removeHandler(handler)
 
 
 def _hear(event: Event) -> None:
@@ -107,12 +118,12 @@ class _Redacting(logging.Formatter):
 class _Told(logging.Handler):
     """Tells records of this project on the console, in one line each. What the console told itself is not repeated."""
 
-    def __init__(self, console: SafeConsole) -> None:
-        super().__init__()
+    def __init__(self, console: SafeConsole, level: int) -> None:
+        super().__init__(level)
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name.partition(".")[0] in OURS and record.levelno != logging.INFO:
+        if not (record.name == log.name and record.levelno == logging.INFO):
             put(self._console, f"  {one_line(record.getMessage())}")
 
 

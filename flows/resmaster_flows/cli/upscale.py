@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -147,32 +148,36 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if not jobs:
         return 0
     work = Work(config, args.prompt, wanted.encoding, open_image(mask[0]) if mask else None, args.force)
-    first = work.read(jobs[0]) if len(jobs) == 1 and not there else None  # one image that is unfit is said at once
+    many = len(jobs) + there > 1
+    first = None if many else work.read(jobs[0])  # an image that is unfit is said before anything is loaded
     if not (console.is_terminal and at_hub(config.model.id)):
         hide_bars()
     tell_downloads(config, console)
-    many = len(jobs) + there > 1
-    failed = 0
     with upscaling(console, len(jobs)) as begin, listening(notes(lambda line: say(console, f"  {line}"))):
-        if many:
-            work.load()
-        for job in jobs:
-            step = begin(job.name, beginning(config))
-            try:
-                done = work.do(job, first or work.read(job), step)
-            except (UserError, SampleError) as error:
-                if not many:
-                    raise
-                failed += 1
-                say(console, f"resmaster: {one_line(error)}", result=True)
-            else:
-                say(console, done)
-    if many:
-        ok = len(jobs) - failed
-        say(
-            console, f"{ok} of {len(jobs)} images upscaled{f', {failed} failed' if failed else ''}", result=bool(failed)
-        )
+        if first:
+            say(console, work.do(jobs[0], first, begin(jobs[0].name, beginning(config))))
+            return 0
+        failed = each_of(jobs, work, begin, console)
+    ok, bad = len(jobs) - failed, f", {failed} failed" if failed else ""
+    say(console, f"{ok} of {len(jobs)} images upscaled{bad}", result=bool(failed))
     return 1 if failed else 0
+
+
+def each_of(jobs: Sequence[Job], work: Work, begin: Callable[[str, str], Step], console: Console) -> int:
+    """Upscale several images. Returns how many could not be upscaled, each of which is told. Raises ConfigError if a
+    model cannot be loaded."""
+    work.load()
+    failed = 0
+    for job in jobs:
+        step = begin(job.name, beginning(work.config))
+        try:
+            done = work.do(job, work.read(job), step)
+        except (UserError, SampleError) as error:
+            failed += 1
+            say(console, f"resmaster: {one_line(error)}", result=True)
+        else:
+            say(console, done)
+    return failed
 
 
 @dataclass(frozen=True)

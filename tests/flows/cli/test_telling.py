@@ -1,7 +1,10 @@
 """`--verbose`, `--quiet` and `--log-file`: of every verb, before or after it."""
 
 import logging
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from PIL import Image
 
 from resmaster_flows.cli.main import VERBS, main, parser
 from resmaster_flows.cli.telling import OURS
+from tests.checkout import PYTHONPATH
 from tests.fake_stages import planned
 from tests.flows.cli.test_any_arguments import USUAL
 from tests.flows.test_no_server import stand_ins as stand_ins
@@ -97,6 +101,37 @@ def test_the_log_has_all_with_times(photo: Path, capsys: pytest.CaptureFixture[s
     assert len([line for line in lines if "DEBUG ended after" in line]) == 2, "appended"
     assert all(LINE.match(line) for line in lines[:3])
     assert not any(logging.getLogger(name).handlers for name in OURS)
+
+
+def test_warnings_of_libraries_are_in_the_log_and_still_told(photo: Path) -> None:
+    """In a process of its own, where nothing else listens to the loggers."""
+    script = (
+        "import logging, sys\n"
+        "from resmaster_flows.cli import init, main\n"
+        "def run(args, console):\n"
+        "    logging.getLogger('other').warning('a library warns')\n"
+        "    logging.getLogger('resmaster_stages.x').warning('we warn')\n"
+        "    logging.getLogger('other').info('chatter')\n"
+        "    return 0\n"
+        "init.run = run\n"
+        "sys.exit(main.main(sys.argv[1:]))\n"
+    )
+    told = {}
+    for words in ((), ("--log-file", "l.txt"), ("--verbose",)):
+        done = subprocess.run(
+            [sys.executable, "-c", script, "init", *words],
+            env={**os.environ, "PYTHONPATH": PYTHONPATH},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        told[words] = [line.strip() for line in done.stderr.splitlines()]
+    assert told[()] == told["--log-file", "l.txt"] == ["a library warns", "we warn"]
+    assert {"a library warns", "we warn"} < set(told["--verbose",])
+    log = Path("l.txt").read_text()
+    assert "WARNING a library warns" in log
+    assert "WARNING we warn" in log
+    assert "chatter" not in log
 
 
 def test_the_log_holds_no_credentials(
