@@ -422,7 +422,7 @@ def as_prompt(path: Path) -> Prompt:
     links = {number: [str(source), place] for number, source, place, *_ in graph["links"]}
     prompt = {}
     for each in graph["nodes"]:
-        values, inputs = iter(each["widgets_values"]), {}
+        values, inputs = iter(each.get("widgets_values", ())), {}
         for place in each["inputs"]:
             if place["type"] == "IMAGEUPLOAD":  # a button
                 next(values)
