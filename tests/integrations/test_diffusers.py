@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +126,19 @@ def test_a_pipeline_of_another_family_takes_the_same_class(image: Image.Image) -
     pipe = FluxResMasterPipeline(**tiny.components)
     result = pipe("a house", image.resize((64, 64)), scale=2, num_inference_steps=2)
     assert result.images[0].size == (128, 128)
+
+
+def test_the_examples_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image: Image.Image) -> None:
+    """In order, in a folder with an image and links to what a checkout has."""
+    for name in ("resmaster_stages", "integrations"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    image.save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "diffusers.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 3
+    space: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, space)
+    assert Image.open(tmp_path / "house-256px.png").size == space["image"].size == (256, 256)
+    assert issubclass(space["FluxResMasterPipeline"], FluxPipeline)
