@@ -40,11 +40,11 @@ def overview_of(root: str | None = None) -> int:
     found = overview(place)
     create_table_artifact(key=KEY, table=rows(found), description=description(found))
     log = get_run_logger()
-    for each in found.others:
-        log.warning("%s", each.line)
-    urgent = [each for each in found.datasets if concern(each, found.seen).urgent]
-    for each in urgent:
-        log.warning("%s: %s", printable(each.name), concern(each, found.seen).text)
+    for other in found.others:
+        log.warning("%s", other.line)
+    urgent = [numbers for numbers in found.datasets if concern(numbers, found.seen).urgent]
+    for numbers in urgent:
+        log.warning("%s: %s", printable(numbers.name), concern(numbers, found.seen).text)
     log.info("%s: %s, of which %d need attention", found.root, found.count, len(urgent) + len(found.unreadable))
     return len(urgent) + len(found.unreadable)
 

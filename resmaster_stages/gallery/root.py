@@ -20,7 +20,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -170,7 +170,8 @@ class RootServer:
         """Close a gallery, or let it be closed when it answers nobody any more."""
         gallery.dropped = True
         if not gallery.answering:
-            self._threads["opening"].submit(gallery.close)
+            with suppress(RuntimeError):  # the server ends, and closes all of them
+                self._threads["opening"].submit(gallery.close)
 
     def _published(self, name: str) -> tuple[Dataset, str]:
         """A dataset below the root, and a digest of its publication."""
