@@ -32,7 +32,8 @@ ROOT = "RESMASTER_ROOT"
 FILES = (".yaml", ".yml", ".json")
 
 if TYPE_CHECKING:
-    MethodName = PresetName = str
+    MethodName = str
+    PresetName = str
 else:  # choices of the form
     MethodName = Literal[(AS_CONFIGURED, *methods())]
     PresetName = Literal[

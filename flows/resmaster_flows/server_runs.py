@@ -62,9 +62,9 @@ REPAIR_QUEUE = "gpu-repair"
 WAITING = "Waiting"
 """State of a run that waits for a worker: scheduled, under a name that Prefect does not turn into Late. A healthy build
 has many such runs for hours."""
-HELD_BACK = timedelta(minutes=1)
-"""A new run is due so much later until it has that state: otherwise a worker could take it in between (workers look 10 s
-ahead)."""
+HELD_BACK = timedelta(seconds=30)
+"""A new run is due so much later until it has that state, so that no worker takes it in between. Workers look 10 s
+ahead."""
 PAGE = 200
 """Runs per request to the server."""
 BULK = 50

@@ -32,7 +32,7 @@ def test_a_worker_of_the_wheel_in_the_folder_of_another_project(stack: Stack, tm
         [python, "-m", "resmaster_flows.deploy"], cwd=folder, env=own, capture_output=True, text=True, check=False
     )
     assert deployed.returncode == 0, deployed.stderr
-    assert "5 deployments named process" in deployed.stdout
+    assert "; deployments resmaster-build, resmaster-shards, " in deployed.stdout
 
     (folder / "prompts.txt").write_text("a red house\n")
     values = {"name": "tiny", "root": str(folder / "out"), "prompts": "prompts.txt", "low_res": {"steps": 2}}
