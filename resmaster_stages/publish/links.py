@@ -16,6 +16,7 @@ VIEW_URL = "RESMASTER_VIEW_URL"
 """Environment variable with the address of a running `resmaster view` over the root of the dataset."""
 SIGNED_SECONDS = 24 * 3600
 """So long a signed link to a report works."""
+SESSION_TOKEN = "X-Amz-Security-Token"
 
 
 def view_lines(dataset: Dataset) -> Iterator[str]:
@@ -32,17 +33,21 @@ def view_lines(dataset: Dataset) -> Iterator[str]:
 
 def report_page(dataset: Dataset) -> str:
     """A page of Markdown with all ways to open the dataset. On S3 it has a signed link to the report, too."""
-    lines = list(view_lines(dataset))
+    return "\n".join(f"- {line}" for line in (*_signed_lines(dataset), *view_lines(dataset))) + "\n"
+
+
+def _signed_lines(dataset: Dataset) -> Iterator[str]:
+    """A line with a signed link to the report, or why there is none; nothing if the store cannot sign at all."""
     until = datetime.now(UTC) + timedelta(seconds=SIGNED_SECONDS)
     try:
         signed = dataset.folder.signed_url(layout.REPORT_PAGE, SIGNED_SECONDS, "text/html; charset=utf-8")
     except (ResMasterError, OSError) as error:
-        lines.append(f"the store signs no link to the report: {one_line(error)}")
-    else:
-        if signed:
-            lines.insert(
-                0,
-                f"[open the report]({signed}): works until {until:%Y-%m-%d %H:%M} UTC, or until the credentials end "
-                "that signed it. Whoever has the link can read the report",
-            )
-    return "\n".join(f"- {line}" for line in lines) + "\n"
+        yield f"no signed link to the report: {one_line(error)}"
+        return
+    if signed and SESSION_TOKEN in signed:
+        yield "no signed link to the report, because it would hold the token of temporary credentials"
+    elif signed:
+        yield (
+            f"[open the report]({signed}): works until {until:%Y-%m-%d %H:%M} UTC. Whoever has the link can read the "
+            "report"
+        )

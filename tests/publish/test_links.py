@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import s3fs
 
 from resmaster_stages.dataset import layout
 from resmaster_stages.publish.links import SIGNED_SECONDS, VIEW_URL, report_page, view_lines
@@ -42,7 +43,7 @@ def test_the_report_on_s3_has_a_signed_link_that_a_browser_opens(s3_root: str, t
     page = b"<html>the report</html>"
     dataset.folder.write(layout.REPORT_PAGE, page)
     text = report_page(dataset)
-    found = re.match(r"- \[open the report\]\(([^)\s]+)\): works until (.+) UTC, or until", text)
+    found = re.match(r"- \[open the report\]\(([^)\s]+)\): works until (.+) UTC\. ", text)
     assert found
     with urllib.request.urlopen(found[1]) as answer:
         assert (answer.status, answer.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
@@ -60,4 +61,16 @@ def test_a_store_that_signs_nothing_is_told(tmp_path: Path, monkeypatch: pytest.
         raise ConnectionError("no credentials")
 
     monkeypatch.setattr(type(dataset.folder), "signed_url", refuse)
-    assert "- the store signs no link to the report: no credentials\n" in report_page(dataset)
+    assert "- no signed link to the report: no credentials\n" in report_page(dataset)
+
+
+@pytest.mark.s3
+def test_a_token_of_temporary_credentials_is_not_shown(
+    s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = planned(s3_root, ["a"], tmp_path)
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "canary-token")
+    s3fs.S3FileSystem.clear_instance_cache()
+    text = report_page(dataset)
+    assert text.startswith("- no signed link to the report, because it would hold the token of temporary credentials\n")
+    assert "canary-token" not in text

@@ -7,7 +7,8 @@ from resmaster_stages.dataset.dataset import reconfigured
 from resmaster_stages.errors import GpuLost
 from resmaster_stages.inspection.status import status
 from resmaster_stages.publish.manifest import write_manifest
-from resmaster_stages.publish.summary import _cell, summary
+from resmaster_stages.publish.markdown import cell
+from resmaster_stages.publish.summary import summary
 from tests.fake_stages import planned
 from tests.inspection.test_explain import built
 
@@ -48,5 +49,5 @@ def test_a_dataset_without_a_finished_sample(tmp_path: Path) -> None:
 
 
 def test_text_from_outside_stays_text() -> None:
-    assert _cell("a | b\n<script>") == "a \\| b \\<script\\>"
-    assert _cell("![x](javascript:y) `c` &lt;") == "\\!\\[x\\](javascript:y) \\`c\\` &amp;lt;"
+    assert cell("a | b\n<script>") == "a \\| b \\<script\\>"
+    assert cell("![x](javascript:y) `c` &lt;") == "\\!\\[x\\](javascript:y) \\`c\\` &amp;lt;"
