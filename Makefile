@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export DO_NOT_TRACK ?= 1
 
-.PHONY: install demo up down deploy test soak lint format clean
+.PHONY: install demo up down deploy undeploy test soak lint format clean
 
 install: $(VENV)/.installed
 
@@ -33,6 +33,9 @@ down:
 POOL ?= process
 deploy: install
 	$(BIN)/python -m resmaster_flows.deploy --pool $(POOL) $(if $(GPUS),--gpus $(GPUS))
+
+undeploy: install
+	$(BIN)/python -m resmaster_flows.deploy --pool $(POOL) --remove
 
 # In two processes, for much of the time is spent waiting for servers and other programs.
 test: install

@@ -6,6 +6,7 @@
 #
 # SIGTERM or SIGINT stops them, and what they run. Reads PREFECT_API_URL, and PREFECT (the program; default: prefect of
 # .venv, or on PATH). Builds count the workers that are online and not named HOST-builds-..., to give each of them work.
+# A worker that keeps ending soon after its start is started again later and later, up to every 5 minutes.
 set -u
 
 pool=resmaster-process
@@ -23,16 +24,36 @@ prefect=${PREFECT:-}
 [ -n "$prefect" ] || { [ -x "$home/.venv/bin/prefect" ] && prefect=$home/.venv/bin/prefect; } || prefect=prefect
 command -v "$prefect" >/dev/null || { echo "workers.sh: no program $prefect; run make install, or set PREFECT" >&2; exit 2; }
 
+soon_seconds=60 longest_delay=300
+notes=$(mktemp -d) && trap 'rm -rf "$notes"' EXIT
+
+# Passes on what a worker says, and keeps its last line: the reason, if the worker ends.
+keep_last_line() {
+  local line
+  while IFS= read -r line; do
+    printf '%s\n' "$line"
+    [ -z "${line//[[:space:]]/}" ] || printf '%s' "$line" >"$1"
+  done
+}
+
 # One worker, again and again. `env` gives it back the signals that a background process of a script would ignore.
 supervise() {
+  local note=$notes/$1 delay=1 begun status
   trap 'kill -TERM "$worker" 2>/dev/null; wait "$worker"; exit 0' TERM
   [ "${gpus:-0}" -gt 0 ] && export CUDA_VISIBLE_DEVICES=$(($1 % gpus))
   while :; do
-    env --default-signal=INT,TERM "$prefect" worker start --pool "$pool" --name "$(hostname)-$role-$$-$1" "${arguments[@]}" &
+    begun=$SECONDS && : >"$note"
+    env --default-signal=INT,TERM "$prefect" worker start --pool "$pool" --name "$(hostname)-$role-$$-$1" "${arguments[@]}" \
+      > >(keep_last_line "$note") 2>&1 &
     worker=$!
     wait "$worker"
-    echo "workers.sh: worker $role-$1 ended; it is started again" >&2
-    sleep 2
+    status=$?
+    if [ $((SECONDS - begun)) -ge $soon_seconds ]; then delay=2; else delay=$((delay * 2 < longest_delay ? delay * 2 : longest_delay)); fi
+    sleep 0.5 # its last words are on their way
+    echo "workers.sh: worker $role-$1 ended after $((SECONDS - begun)) s (exit status $status): $(cat "$note"); it is started again in $delay s" >&2
+    sleep "$delay" &
+    worker=$!
+    wait "$worker"
   done
 }
 

@@ -214,6 +214,8 @@ NOT_RUN = {
     "operating.md": {
         "python docs/screenshots.py --url http://127.0.0.1:4200 docs/images": "needs a server with a real build on it; "
         "tests/server/test_pages.py reads the same pages",
+        "resmaster view out": "runs until Ctrl-C; tests/gallery/test_root.py looks at the pages in a browser",
+        "resmaster status out --serve": "runs until Ctrl-C; tests/inspection/test_exporter.py runs it",
     },
 }
 """Page -> command -> reason. The words after `resmaster` are checked all the same."""

@@ -25,6 +25,8 @@ from prefect.workers.process import ProcessWorker
 
 from resmaster_flows import deploy, server_runs
 from resmaster_flows.cli.main import ENVIRONMENT
+from resmaster_flows.deployments import KINDS, ROLES, deployment_name
+from resmaster_flows.form import configuration
 from resmaster_stages.config.dataset import DispatchConfig
 from tests.checkout import ROOT
 
@@ -42,14 +44,13 @@ def template(kind: str) -> dict[str, Any]:
     return read(pool["base_job_template"])
 
 
-ENTRIES = [(entry["name"], entry["entrypoint"], entry) for entry in read("deployments/prefect.yaml")["deployments"]]
+ENTRIES = [(kind, entry["entrypoint"], entry) for kind in KINDS for entry in deploy.entries_of(kind)]
 
 
-def test_every_flow_is_deployed_to_every_kind_of_pool() -> None:
-    flows = {entrypoint for _, entrypoint, _ in ENTRIES}
-    assert {(kind, entrypoint) for kind, entrypoint, _ in ENTRIES} == {(k, e) for k in deploy.POOLS for e in flows}
-    names = {load_flow_from_entrypoint(entrypoint).name for entrypoint in flows}
-    assert names == {"build-dataset", "process-shards", "repair", "publish", "compare"}
+def test_every_flow_is_deployed_to_every_kind_of_pool_under_its_name() -> None:
+    assert len(ENTRIES) == len(read("deployments/prefect.yaml")["deployments"]) == len(KINDS) * len(ROLES)
+    named = {(load_flow_from_entrypoint(entrypoint).name, kind): entry["name"] for kind, entrypoint, entry in ENTRIES}
+    assert named == {(flow, kind): deployment_name(flow, kind) for flow in ROLES for kind in KINDS}
 
 
 @pytest.mark.parametrize(("kind", "entrypoint", "entry"), ENTRIES, ids=[f"{kind}-{e}" for kind, e, _ in ENTRIES])
@@ -57,22 +58,29 @@ def test_a_deployment_names_a_pool_a_queue_and_variables_that_exist(kind: str, e
     pools = read("deployments/pools.yaml")
     assert entry["work_pool"]["name"] == pools["pools"][kind]["name"]
     assert entry["work_pool"]["work_queue_name"] in {queue["name"] for queue in pools["queues"]}
+    assert pools["default_queue"] in {queue["name"] for queue in pools["queues"]}
     assert set(entry["work_pool"]["job_variables"]) <= set(template(kind)["variables"]["properties"])
-    for parameter in entry.get("parameters", {}):
-        assert parameter in load_flow_from_entrypoint(entrypoint).parameters.properties
-    assert [schedule["active"] for schedule in entry.get("schedules", [])] in ([], [False])
+    schedules = entry.get("schedules", [])
+    assert [schedule["active"] for schedule in schedules] in ([], [False])
+    for parameters in (entry.get("parameters", {}), *(schedule["parameters"] for schedule in schedules)):
+        assert set(parameters) <= set(load_flow_from_entrypoint(entrypoint).parameters.properties)
 
 
-def test_the_scheduled_build_is_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    from resmaster_stages.config.load import parse_config
+def test_the_scheduled_build_is_a_configuration() -> None:
     from resmaster_stages.planning.preview import preview
 
     entry = next(entry for _, entrypoint, entry in ENTRIES if entrypoint == "resmaster_flows.build.build_dataset")
-    text = yaml.safe_dump(entry["parameters"]["config"])
+    text = yaml.safe_dump(entry["schedules"][0]["parameters"])
     for name, value in deploy.DEFAULTS.items():
         text = text.replace(f"{{{{ ${name} }}}}", value)
-    config = parse_config(yaml.safe_load(text))
+    fields = yaml.safe_load(text)
+    config = configuration(fields.pop("config"), fields, fields.pop("advanced"))
     assert config.upscale.guidance_scale == 4.0, "as of deployments/datasets/picturebook.yaml"
+    assert (config.name, config.root, config.dispatch.shards_per_run) == (
+        "nightly",
+        deploy.DEFAULTS["RESMASTER_ROOT"],
+        2,
+    )
     assert preview(config).pending_samples()["high_res"] == 16
 
 
@@ -171,15 +179,17 @@ def test_the_dockerfile_passes_its_linter_and_copies_what_is_there() -> None:
 
 
 def test_the_automations_are_automations() -> None:
-    entries = read("deployments/automations.yaml")
+    entries = [deploy.for_kind(entry, "docker") for entry in read("deployments/automations.yaml")]
     for entry in entries:
         actions = [
-            {key: value for key, value in action.items() if key not in ("deployment", "block")}
+            {key: value for key, value in action.items() if key != "deployment"}
             | ({"deployment_id": uuid4()} if "deployment" in action else {})
-            | ({"block_document_id": uuid4()} if "block" in action else {})
+            | ({"block_document_id": uuid4()} if action["type"] == "send-notification" else {})
             for action in entry["actions"]
         ]
         AutomationCore.model_validate({**entry, "actions": actions})
+        tag = {"prefect.resource.role": "tag", "prefect.resource.id": "prefect.tag.resmaster"}
+        assert tag in entry["trigger"]["match_related"], "runs of this project alone"
     zombies = next(entry for entry in entries if entry["name"] == "resmaster-zombies")
     beat = int(read("deployments/prefect.yaml")["definitions"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
     assert zombies["trigger"]["within"] == 3 * beat
@@ -221,6 +231,26 @@ def test_workers_of_two_starts_have_names_of_their_own(tmp_path: Path) -> None:
     assert ["builds" in name.split("-") for name in names] == [False] * 3 + [True], "shards are not counted on those"
 
 
+def test_a_worker_that_keeps_ending_waits_longer_each_time_and_tells_why(tmp_path: Path) -> None:
+    program = tmp_path / "prefect"
+    program.write_text("#!/bin/bash\necho 'a traceback'\necho 'the server is away' >&2\necho\nexit 3\n")
+    program.chmod(0o755)
+    process = workers(tmp_path, "shards", "1")
+    told = []
+    try:
+        while len(told) < 3:
+            line = process.stdout.readline()  # type: ignore[union-attr]
+            assert line, "it goes on"
+            told += [line] if line.startswith("workers.sh: ") else []
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+    pattern = (
+        r"workers.sh: worker shards-0 ended after \d+ s \(exit status 3\): the server is away; it is started again in "
+    )
+    assert [int(re.fullmatch(rf"{pattern}(\d+) s\n", line)[1]) for line in told] == [2, 4, 8]  # type: ignore[index]
+
+
 def test_workers_without_prefect_end_with_one_line(tmp_path: Path) -> None:
     process = workers(tmp_path, "shards", "2")
     out, _ = process.communicate(timeout=60)
@@ -257,6 +287,7 @@ ELSEWHERE = {
     "python infra/pin_images.py --check": "as above",
     "make deploy": "tests/server/test_deploy.py runs its recipe",
     "make deploy POOL=kubernetes GPUS=8": "as above; the options are checked below",
+    "make undeploy POOL=kubernetes": "tests/server/test_deploy.py runs its recipe",
     "infra/workers.sh builds": "tests/server/test_stack.py, by make up",
     "infra/workers.sh shards": "needs GPUs to be more than the next one",
     "infra/workers.sh shards 2": "tests/server/test_stack.py runs one worker so",
@@ -294,6 +325,7 @@ def test_every_command_of_the_page_is_run_somewhere() -> None:
         "up": "infra/stack.sh up",
         "down": "infra/stack.sh down",
         "deploy": "-m resmaster_flows.deploy --pool",
+        "undeploy": "-m resmaster_flows.deploy --pool $(POOL) --remove",
     }.items():
         assert re.search(rf"^{target}:.*\n\t.*{re.escape(recipe)}", makefile, flags=re.MULTILINE), target
     done = subprocess.run(

@@ -204,7 +204,7 @@ def struck_server(made: Recipe, root: str, folder: Path, seed: int, blows: int) 
             command_line = CommandLine(replace(made, values=config), root, folder, PREFECT_API_URL=stack.api)
             command = command_line.run()
         else:
-            stack.run("build-dataset/process", config=config)
+            stack.run("build-dataset/resmaster-build", config=config)
         for _ in range(blows):
             time.sleep(chance.uniform(2, 10))
             victim = chance.choice(("server", *WORKERS))
@@ -219,7 +219,7 @@ def struck_server(made: Recipe, root: str, folder: Path, seed: int, blows: int) 
         while not finished(root):
             if time.monotonic() > deadline:
                 raise Difference(f"a deployed build was not finished {BUILD_SECONDS:g} s after the last blow")
-            stack.ended(stack.run("build-dataset/process", config=config), BUILD_SECONDS)
+            stack.ended(stack.run("build-dataset/resmaster-build", config=config), BUILD_SECONDS)
             time.sleep(1)
     return done
 

@@ -16,11 +16,14 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
+from resmaster_flows import form
 from resmaster_flows.calls import call
 from resmaster_flows.clusters import process_on_cluster
 from resmaster_flows.dispatch import Stopped, dispatch
+from resmaster_flows.form import AS_CONFIGURED, MethodName, PresetName, Source
 from resmaster_flows.outcome import incomplete, skipped
 from resmaster_flows.plugins import load_plugins
 from resmaster_flows.process import failures, process_shards
@@ -31,6 +34,7 @@ from resmaster_flows.server_runs import (
     cancel_children,
     dataset_url_of,
     deployed,
+    label_dataset,
     other_build,
 )
 from resmaster_flows.shortfall import shortfall
@@ -174,19 +178,50 @@ def finish(dataset: Dataset, errors: dict[str, str], todo: Todo, limits: Limits)
     return incomplete(failures(errors) if errors else result.shortfall or result.limit, result)
 
 
-@flow(
-    name="build-dataset",
-    flow_run_name="build {config.name}",
-    on_cancellation=[cancel_children],
-)
-def build_dataset(config: DatasetConfig, read_input: bool = True) -> BuildResult | State[BuildResult]:
+def _run_name() -> str:
+    return f"build {form.run_name(flow_run.parameters)}"
+
+
+@flow(name="build-dataset", flow_run_name=_run_name, on_cancellation=[cancel_children], validate_parameters=False)
+def build_dataset(
+    config: Source = "",
+    name: str = "",
+    root: str = "",
+    input: str = "",
+    model: str = "",
+    method: MethodName = AS_CONFIGURED,
+    preset: PresetName = AS_CONFIGURED,
+    scale: float = 0,
+    limit: int = 0,
+    price: float = 0,
+    read_input: bool = True,
+    advanced: str = "",
+) -> BuildResult | State[BuildResult]:
     """Build a dataset, or continue it: plan, run every stage over every shard that is not committed, publish.
 
     Args:
-        config: what to build and where; see the descriptions of the fields.
-        read_input: read the prompts or images again and plan new ones; if off, only what is already planned is built.
+        config: Start from this: a shipped configuration (`picturebook`, `sdxl-4k`, `flux-4k`, ...), a YAML file (path
+            or URL), or the URL of an earlier dataset. The fields below change it.
+        name: Name of the dataset. Empty: the configuration's.
+        root: Folder or s3://bucket/prefix for the dataset. Empty: the configuration's, or the root that was deployed.
+        input: Prompts (.txt, .csv, .jsonl, .parquet) or your own low-res images (a folder, .tar): whole path or URL.
+            Empty: the configuration's.
+        model: Base model: `picturebook`, a hub id or a folder. Empty: the configuration's.
+        method: Method that enlarges the images.
+        preset: Preset of the method. `faithful` is what the method's authors published; not every method has each.
+        scale: Factor of the enlargement, e.g. 4. 0: the configuration's.
+        limit: Only the first prompts or images, as many as this. 0: the configuration's.
+        price: Price of one hour of one worker, to tell costs. 0: the configuration's.
+        read_input: Read the prompts or images again and plan new ones. Off: build only what is planned already.
+        advanced: Anything else of a configuration, in YAML, e.g. `low_res: {steps: 30}`. It has the last word.
     """
-    if other := other_build(config.dispatch, dataset_url_of(config.root, config.name)):
+    first = {"name": name, "root": root, "input": input, "model": model, "method": method}
+    config = form.configuration(
+        config, {**first, "preset": preset, "scale": scale, "limit": limit, "price": price}, advanced
+    )
+    dataset_url = dataset_url_of(config.root, config.name)
+    label_dataset(dataset_url)
+    if other := other_build(config.dispatch, dataset_url):
         return skipped(other)
     if on_workers(config.dispatch):
         deployed(config.dispatch)  # raises before anything is planned

@@ -31,9 +31,10 @@ from prefect.exceptions import ObjectNotFound, Pause
 from prefect.runtime import deployment as own_deployment
 from prefect.runtime import flow_run as own_run
 from prefect.settings import get_current_settings
-from prefect.states import Cancelled, Cancelling, Crashed, Suspended
+from prefect.states import Cancelled, Cancelling, Crashed, Scheduled, Suspended
 from prefect.utilities.urls import url_for
 
+from resmaster_flows.deployments import shards_beside
 from resmaster_flows.dispatch import Shards, Stopped
 from resmaster_flows.process import run_name
 from resmaster_flows.workplace import on_workers
@@ -47,6 +48,8 @@ from resmaster_stages.storage.filesystem import open_root
 FLOW = "process-shards"
 BUILDS = ("build-dataset", "repair")
 """The flows that process whole datasets."""
+DATASET_LABEL = "resmaster.dataset"
+"""Label of a build's flow run: the URL of its dataset."""
 SILENT_SECONDS = 120.0
 """A build of which the server has heard nothing for this time is dead. Runs send a heartbeat every 30 s."""
 BUILDS_QUEUE = "builds"
@@ -54,6 +57,11 @@ BUILDS_QUEUE = "builds"
 REPAIR_QUEUE = "gpu-repair"
 """Work queue of repairs. Workers take runs from this queue before runs from the queue of builds."""
 
+WAITING = "Waiting"
+"""State of a run that waits for a worker: scheduled, under a name that Prefect does not turn into Late. A healthy build
+has many such runs for hours."""
+HELD_BACK = timedelta(hours=1)
+"""A new run is due so much later until it has that state: otherwise a worker could take it in between."""
 PAGE = 200
 """Runs per request to the server."""
 BULK = 50
@@ -62,7 +70,7 @@ BULK = 50
 
 def deployed(config: DispatchConfig) -> DeploymentResponse:
     """The deployment whose runs process the shards. Raises UserError if server or deployment does not exist."""
-    api, name = get_current_settings().api.url, f"{FLOW}/{config.deployment or own_deployment.name or 'process'}"
+    api, name = get_current_settings().api.url, f"{FLOW}/{config.deployment or shards_beside(own_deployment.name)}"
     if api is None:
         raise UserError("dispatch.where is workers, but no server is configured: set PREFECT_API_URL (make up)")
     with get_client(sync_client=True) as client:
@@ -146,6 +154,7 @@ class ServerRuns:
                 "retries": retries,
                 "until": self._limits.until if self._limits else None,
             },
+            scheduled_time=datetime.now(UTC) + HELD_BACK,
             timeout=0,
             idempotency_key=f"{self._build}/{self._begun}/{batch}/{attempt}",
             flow_run_name=run_name(self._dataset_url, shards, self._stages),
@@ -153,6 +162,11 @@ class ServerRuns:
             work_queue_name=self._queue,
         )
         assert isinstance(run, FlowRun)  # flows are synchronous here
+        if (
+            run.state is not None and run.state.name == "Scheduled"
+        ):  # not if the request found a run that was sent before
+            with get_client(sync_client=True) as client:
+                client.set_flow_run_state(run.id, Scheduled(name=WAITING, message="waits for a worker"), force=True)
         return run.id, run.name
 
     def limit(self) -> str:
@@ -241,6 +255,8 @@ def _start(run: FlowRun) -> tuple[datetime, str]:
 
 def _dataset_of(run: FlowRun) -> str | None:
     """The URL of the whole dataset that a build or repair processes, or None."""
+    if url := run.labels.get(DATASET_LABEL):
+        return str(url)
     parameters = run.parameters
     if parameters.get("shards") or parameters.get("stages"):
         return None
@@ -249,8 +265,16 @@ def _dataset_of(run: FlowRun) -> str | None:
             return open_root(url).url
         config = parameters["config"]
         return dataset_url_of(config.get("root", DatasetConfig.model_fields["root"].default), config["name"])
-    except (UserError, KeyError):  # started by hand, with nonsense
+    except (UserError, KeyError, AttributeError):  # started by hand with nonsense, or not labelled yet
         return None
+
+
+def label_dataset(dataset_url: str) -> None:
+    """Label the own flow run with the dataset that it builds, for other builds and for automations. Does nothing
+    outside of a flow run."""
+    if own_run.id is not None:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run_labels(UUID(own_run.id), {DATASET_LABEL: dataset_url})
 
 
 def dataset_url_of(root: str, name: str) -> str:

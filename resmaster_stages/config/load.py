@@ -114,7 +114,12 @@ def _text_of(path: Path) -> str:
     return text
 
 
-def _from_yaml(path: Path, text: str) -> tuple[Any, yaml.Node | None]:
+def values_in(text: str, source: str) -> Any:
+    """The values in the text of a configuration, unchecked. Raises ConfigError, whose message begins with `source`."""
+    return _from_yaml(source, text)[0]
+
+
+def _from_yaml(path: Path | str, text: str) -> tuple[Any, yaml.Node | None]:
     """The values in a YAML text, and the node that they were made from. Raises ConfigError."""
     try:
         loader = yaml.SafeLoader(text)

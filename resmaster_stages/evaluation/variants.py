@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
+from resmaster_stages.config.changes import changed
 from resmaster_stages.config.dataset import LONGEST_NAME, DatasetConfig
 from resmaster_stages.config.load import parse_config
-from resmaster_stages.config.method import methods, with_method
+from resmaster_stages.config.method import methods
 from resmaster_stages.errors import ConfigError, did_you_mean
 from resmaster_stages.keys import digest
 from resmaster_stages.models.geometry import geometry_of
@@ -146,13 +147,4 @@ def _changed(
     quality: Mapping[str, Any] | None = None,
 ) -> DatasetConfig:
     values = config.model_dump(mode="json", exclude_unset=True)  # the method's preset decides fields that are not set
-    if "method" in upscale:
-        values["upscale"] = with_method(values.get("upscale", {}), upscale["method"])
-    for name, change in (("upscale", upscale), ("low_res", low_res), ("quality", quality or {})):
-        part = values.setdefault(name, {})
-        for key, value in change.items():
-            old = part.get(key)
-            if isinstance(value, dict) and isinstance(old, dict):
-                value = value if "preset" in value else {**old, **value}
-            part[key] = value
-    return parse_config(values, source)
+    return parse_config(changed(values, {"upscale": upscale, "low_res": low_res, "quality": quality or {}}), source)

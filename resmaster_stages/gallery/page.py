@@ -7,6 +7,7 @@ a root is `templates/overview.html`, which has no script.
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
@@ -36,7 +37,7 @@ def render_overview(found: Overview) -> str:
         {
             "cells": dict(zip(HEADINGS[1:], cells(numbers, found.seen)[1:], strict=True)),
             "name": numbers.name,
-            "link": f"{quote(numbers.name)}/" if numbers.publication.there else "",
+            "link": f"{quote(os.fsencode(numbers.name))}/" if numbers.publication.there else "",
             "share": int(100 * numbers.progress),
             "urgent": concern(numbers, found.seen).urgent,
         }
@@ -48,7 +49,9 @@ def render_overview(found: Overview) -> str:
         root=without_credentials(found.root),
         headings=HEADINGS,
         rows=rows,
-        others=[each.line for each in found.others],
+        count=found.count,
+        unreadable=[each.line for each in found.unreadable],
+        foreign=[each.line for each in found.foreign],
         seen=datetime.fromtimestamp(found.seen, UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
         estimated=any(numbers.estimated for numbers in found.datasets),
         command=f"resmaster run CONFIG --root {quoted(found.root)}",

@@ -20,7 +20,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -54,6 +54,7 @@ Value = TypeVar("Value")
 class _Open:
     """A gallery that is open."""
 
+    name: str
     server: Server
     version: str
     """Digest of the publication that it shows."""
@@ -169,7 +170,8 @@ class RootServer:
         """Close a gallery, or let it be closed when it answers nobody any more."""
         gallery.dropped = True
         if not gallery.answering:
-            self._threads["opening"].submit(gallery.close)
+            with suppress(RuntimeError):  # the server ends, and closes all of them
+                self._threads["opening"].submit(gallery.close)
 
     def _published(self, name: str) -> tuple[Dataset, str]:
         """A dataset below the root, and a digest of its publication."""
@@ -187,7 +189,7 @@ class RootServer:
     def _opened(self, dataset: Dataset, version: str) -> _Open:
         with ExitStack() as stack:
             gallery = stack.enter_context(open_gallery(dataset, self._who))
-            return _Open(Server(gallery, self._name, among=True), version, stack.pop_all())
+            return _Open(dataset.config.name, Server(gallery, self._name, among=True), version, stack.pop_all())
 
 
 def _raises(error: Exception) -> Callable[[], Response]:

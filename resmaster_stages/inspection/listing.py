@@ -35,7 +35,7 @@ class StageListing:
 def list_stages(dataset: Dataset, present: Collection[str]) -> list[StageListing]:
     """The stages of a dataset in order. present: the names directly in the dataset's folder."""
     found = {
-        folder: _by_folder(dataset.folder.files(folder) if folder in present else ())
+        folder: _by_folder(dataset.folder.files(folder, whatever=True) if folder in present else ())
         for folder in (layout.COMMITS, layout.DAMAGED, layout.ATTEMPTS, layout.ERRORS)
     }
     return [_listing(stage, stage_hash, found) for stage, stage_hash in dataset.hashes.items()]

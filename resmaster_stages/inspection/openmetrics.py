@@ -67,7 +67,7 @@ class Families:
         self.rejected = gauge("rejected_samples", "Samples that somebody rejected.")
         self.stall = gauge("stall_seconds", "dispatch.stall_seconds of the configuration.", unit="seconds")
         self.price = gauge("price", "dispatch.price of the configuration: of one hour of one worker.")
-        self.cost = gauge("cost", "Compute hours of commits by the price.")
+        self.cost = gauge("cost", "Compute hours of the commits that count, by the price.")
         self.max_cost = gauge("max_cost", "dispatch.max_cost of the configuration.")
         self.shards = gauge("shards", "Shards by state: committed, pending or failed.", "stage", "state")
         self.damaged = gauge("damaged_shards", "Committed shards that verify has found damaged.", "stage")

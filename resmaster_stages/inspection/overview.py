@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,7 +22,7 @@ from resmaster_stages.inspection.numbers import DatasetNumbers, dataset_numbers
 from resmaster_stages.redaction import one_line, printable, quoted, without_credentials
 from resmaster_stages.storage.filesystem import Folder
 
-RECORDS = 32
+RECORDS = 8
 """Records of a stage that are read at most, of shards with failures and of others. Sums of more are estimates."""
 FOLDERS = 1000
 """A root with more folders is not looked at."""
@@ -83,12 +83,23 @@ class Overview:
     """When it was looked (Unix time)."""
     datasets: tuple[DatasetNumbers, ...] = ()
     """What needs attention first stands first."""
-    others: tuple[NoDataset, ...] = field(default=())
+    others: tuple[NoDataset, ...] = ()
 
     @property
     def unreadable(self) -> tuple[NoDataset, ...]:
         """The datasets that cannot be read."""
         return tuple(each for each in self.others if not each.foreign)
+
+    @property
+    def foreign(self) -> tuple[NoDataset, ...]:
+        """The folders that are no datasets."""
+        return tuple(each for each in self.others if each.foreign)
+
+    @property
+    def count(self) -> str:
+        """How many datasets there are, in words."""
+        found = len(self.datasets) + len(self.unreadable)
+        return "1 dataset" if found == 1 else f"{found} datasets"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -96,7 +107,7 @@ class Overview:
             "root": self.root,
             "datasets": [facts(numbers, self.seen) for numbers in self.datasets],
             "unreadable": {each.name: each.line for each in self.unreadable},
-            "foreign": {each.name: each.line for each in self.others if each.foreign},
+            "foreign": {each.name: each.line for each in self.foreign},
         }
 
 
@@ -137,7 +148,7 @@ def look(folder: Folder, known: Known, limit: int | None, pixels: bool = False) 
             return dataset_numbers(dataset_in(folder), present, known, limit, pixels)
         if layout.PLAN in present or layout.COMMITS in present:
             return NoDataset(name, f"{_place(folder)}: {no_dataset(present)}", foreign=False)
-        hint = f"if datasets lie below it: resmaster status {quoted(folder.url)}"
+        hint = f"if datasets lie below it: resmaster status {quoted(_place(folder))}"
         return NoDataset(name, f"{_place(folder)}: no dataset (no config.json); {hint}", foreign=True)
     except (ResMasterError, OSError) as error:
         line, place = one_line(error), _place(folder)
@@ -161,7 +172,7 @@ def concern(numbers: DatasetNumbers, now: float) -> Concern:
 def _concerns(numbers: DatasetNumbers, now: float) -> Iterator[Concern]:
     stages, publication = numbers.stages, numbers.publication
     if damaged := sum(stage.damaged for stage in stages):
-        yield Concern(_DAMAGED, damaged, f"{damaged} damaged")
+        yield Concern(_DAMAGED, damaged, f"{damaged} {'commit' if damaged == 1 else 'commits'} damaged")
     if failed := sum(stage.failed for stage in stages):
         yield Concern(_FAILED, failed, f"{failed} {'shard' if failed == 1 else 'shards'} failed")
     cost, budget = numbers.cost, numbers.max_cost

@@ -254,15 +254,18 @@ class Folder:
         paths = {str(path).rstrip("/") for path in found} - {self.full(folder)}  # some stores list the folder itself
         return sorted(prefix + path.rsplit("/", 1)[-1] for path in paths)
 
-    def files(self, folder: str = "") -> Iterator[Listed]:
+    def files(self, folder: str = "", whatever: bool = False) -> Iterator[Listed]:
         """Every file below a sub-folder ("": this folder) at any depth, hidden files too. On a disk and on S3, few
-        entries are held at a time."""
+        entries are held at a time.
+
+        whatever: also what has the name of a file on a disk and is none: links, pipes, folders.
+        """
         start = self.full(folder)
         with explained(self.url_of(folder)):
             if self._on_s3:
                 found = self._listed(folder)
             elif self.local:
-                found = _walk(start)
+                found = _walk(start, whatever)
             else:
                 found = self.fs.find(start, detail=True).items()
             for path, facts in found:
@@ -449,16 +452,19 @@ def _next(asked: dict[str, Any], page: dict[str, Any], markers: dict[str, str]) 
     return more
 
 
-def _walk(start: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(path, facts) of every regular file below a folder on this machine's disk."""
-    for place, _, names in os.walk(start):
-        for name in names:
+def _walk(start: str, whatever: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(path, facts) of every regular file below a folder on this machine's disk. whatever: of all else, too."""
+    for place, folders, names in os.walk(start):
+        for name in [*names, *folders] if whatever else names:
             path = os.path.join(place, name)
             try:
                 facts = os.lstat(path)
+                if whatever and stat.S_ISLNK(facts.st_mode):
+                    with suppress(OSError):  # a link to nothing
+                        facts = os.stat(path)
             except FileNotFoundError:  # gone since the folder was listed
                 continue
-            if stat.S_ISREG(facts.st_mode):
+            if whatever or stat.S_ISREG(facts.st_mode):
                 yield path, {"size": facts.st_size, "mtime": facts.st_mtime}
 
 

@@ -96,7 +96,8 @@ def test_every_room_shows_it(dataset: Dataset, capsys: pytest.CaptureFixture[str
         parser().parse_args(["repair", "--help"])
     assert "recaptions,colours" in capsys.readouterr().out
     assert status(dataset).stages[-1].samples_ok == 3
-    assert 'resmaster_shards{dataset="demo",stage="colours",state="committed"} 2' in openmetrics(dataset)
+    labels = f'dataset="demo",root="{dataset.url.removesuffix("/demo")}",stage="colours",state="committed"'
+    assert f"resmaster_shards{{{labels}}} 2" in openmetrics(dataset)
     key = dataset.plan.read(0)[0].key
     assert "colours" in spelled(explain(dataset, key))
     assert write_manifest(dataset).failures["colours"] == 0

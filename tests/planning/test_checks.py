@@ -170,7 +170,9 @@ def test_freeu_on_a_model_that_it_was_not_chosen_for_is_noted(method: str, saved
 def test_all_mistakes_are_told_at_once_with_those_of_the_server(tmp_path: Path) -> None:
     found = mistakes(
         tmp_path,
-        Around(mistakes=("http://here/api: has no deployment process-shards/process; make it with: make deploy",)),
+        Around(
+            mistakes=("http://here/api: has no deployment process-shards/resmaster-shards; make it with: make deploy",)
+        ),
         model={"vae": "/etc", "device": "nope"},
         captions={"model": "/etc", "check": {"clip": "/etc"}},
         quality={"clip": "/etc"},

@@ -29,11 +29,11 @@ from prefect.server.events.schemas.automations import EventTrigger
 from prefect.server.events.schemas.events import ReceivedEvent
 from prefect.states import AwaitingRetry, Cancelling, Crashed, Running
 
+from resmaster_flows.deploy import for_kind, read_yaml
 from resmaster_flows.outcome import INCOMPLETE
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.inspection.status import pending
 from resmaster_stages.runner.run import run_stage
-from tests.checkout import ROOT
 from tests.fake_stages import planned
 from tests.server.conftest import Stack, descendants, wait
 from tests.server.stages import begun_by, stand_in
@@ -87,7 +87,7 @@ def events(stack: Stack, run: UUID, name: str = "prefect.flow-run.") -> list[Rec
 
 def trigger(automation: str) -> EventTrigger:
     """What starts an automation of `deployments/automations.yaml`, as the server evaluates it."""
-    entries = yaml.safe_load((ROOT / "deployments" / "automations.yaml").read_text())
+    entries = [for_kind(entry, "process") for entry in read_yaml("automations.yaml")]
     return EventTrigger.model_validate(next(entry["trigger"] for entry in entries if entry["name"] == automation))
 
 
@@ -104,7 +104,7 @@ def test_a_schedule_starts_a_build_and_two_workers_share_its_shards(workers: Sta
     gate = tmp_path / "gate"
     wanted = config(tmp_path, [f"{letter} until {gate}" for letter in "ab"])
     with workers.client() as client:
-        build = client.read_deployment_by_name("build-dataset/process")
+        build = client.read_deployment_by_name("build-dataset/resmaster-build")
         assert [schedule.active for schedule in build.schedules] == [False], "shipped, and paused"
         soon = (datetime.now(UTC) + timedelta(seconds=5)).isoformat()
         schedule = {"interval": 86400, "anchor_date": soon}
@@ -133,7 +133,7 @@ def test_a_schedule_starts_a_build_and_two_workers_share_its_shards(workers: Sta
 def test_a_failed_run_is_retried_as_the_button_does_it(workers: Stack, tmp_path: Path) -> None:
     mended = tmp_path / "mended"
     dataset = planned(tmp_path / "out", ["a", f"b unless {mended}"], tmp_path, samples_per_shard=1)
-    run = workers.run("process-shards/process", dataset_url=dataset.url, shards=[0, 1])
+    run = workers.run("process-shards/resmaster-shards", dataset_url=dataset.url, shards=[0, 1])
     failed = workers.ended(run)
     assert state(failed) == ("FAILED", INCOMPLETE)
     assert failed.state is not None
@@ -167,7 +167,7 @@ def test_kill_9_of_a_worker_and_its_run_costs_nothing_but_time(workers: Stack, t
     for begun in tmp_path.glob("gate.begun-*"):
         begun.unlink()
 
-    build = workers.run("build-dataset/process", config=config(tmp_path, prompts))
+    build = workers.run("build-dataset/resmaster-build", config=config(tmp_path, prompts))
     (victim,) = wait(lambda: begun_by(gate))
     name = next(name for name in ("gpu-a", "gpu-b") if victim in descendants(workers.processes[name].pid))
     workers.kill(name)
@@ -179,7 +179,7 @@ def test_kill_9_of_a_worker_and_its_run_costs_nothing_but_time(workers: Stack, t
     assert state(workers.read(lost.id))[0] == "RUNNING", "nobody is left to say otherwise"
 
     # A repair goes by what is committed: the other worker does the shard, and the build that still waits sees it.
-    repair = workers.run("repair/process", dataset_url=dataset.url, shards="0", stages=["high_res", "quality"])
+    repair = workers.run("repair/resmaster-repair", dataset_url=dataset.url, shards="0", stages=["high_res", "quality"])
     assert state(workers.ended(repair)) == ("COMPLETED", "Completed")
     (again,) = workers.children(repair)
     assert again.name == "demo: high_res,quality of shards 0"
@@ -193,7 +193,7 @@ def test_kill_9_of_a_worker_and_its_run_costs_nothing_but_time(workers: Stack, t
 def test_cancelling_a_build_cancels_its_runs(workers: Stack, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     prompts = [f"{letter} until {gate}" for letter in "abc"]
-    build = workers.run("build-dataset/process", config=config(tmp_path, prompts))
+    build = workers.run("build-dataset/resmaster-build", config=config(tmp_path, prompts))
     at_work = wait(lambda: found if len(found := begun_by(gate)) == 2 else None)
     wait(lambda: len(workers.children(build)) == 3)
     with workers.client() as client:
@@ -209,7 +209,7 @@ def test_a_suspended_build_keeps_what_is_done_and_goes_on_when_it_is_resumed(wor
     """Suspended without the note that its process leaves: Prefect would resume it as Running, without a process."""
     gate = tmp_path / "gate"
     build = workers.run(
-        "build-dataset/process", config=config(tmp_path, [f"{letter} until {gate}" for letter in "abc"])
+        "build-dataset/resmaster-build", config=config(tmp_path, [f"{letter} until {gate}" for letter in "abc"])
     )
     wait(lambda: len(begun_by(gate)) == 2)
     waiting = wait(lambda: [child for child in workers.children(build) if state(child)[0] == "SCHEDULED"])
@@ -254,7 +254,7 @@ def test_a_build_of_the_command_line_lives_and_holds_up_the_schedule(workers: St
         assert own.deployment_id is None
         (child,) = workers.children(own.id)
 
-        second = workers.ended(workers.run("build-dataset/process", config=wanted))
+        second = workers.ended(workers.run("build-dataset/resmaster-build", config=wanted))
         assert state(second) == ("CANCELLED", "Skipped")
         assert second.state is not None
         assert f"the run build demo builds it already ({workers.api.removesuffix('/api')}" in str(second.state.message)
@@ -277,7 +277,7 @@ def test_a_build_of_the_command_line_lives_and_holds_up_the_schedule(workers: St
             other = client.create_flow_run_from_deployment(theirs, parameters={"config": {}}).id
             client.set_flow_run_state(other, Running())
             client.set_flow_run_state(other, Crashed())
-            lost = workers.run("build-dataset/process", config=wanted)
+            lost = workers.run("build-dataset/resmaster-build", config=wanted)
             client.set_flow_run_state(lost, Crashed(), force=True)
         crashed = wait(lambda: events(workers, other, "prefect.flow-run.Crashed"))
         assert not any(each.covers(event) for each in (zombies, repair) for event in events(workers, other))

@@ -36,7 +36,9 @@ def artifacts(stack: Stack, run: object) -> dict[str, Artifact]:
 
 
 def test_the_pages_of_a_build_on_workers(workers: Stack, browser: Browser, tmp_path: Path) -> None:
-    run = workers.run("build-dataset/process", config={**config(tmp_path, ["a", "bad high_res", "c"]), "name": "pages"})
+    run = workers.run(
+        "build-dataset/resmaster-build", config={**config(tmp_path, ["a", "bad high_res", "c"]), "name": "pages"}
+    )
     assert workers.ended(run).state_name == "Completed"
     (child,) = [each for each in workers.children(run) if each.name == "pages: shards 0"]
     ui = f"http://127.0.0.1:{workers.port}"

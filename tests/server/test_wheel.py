@@ -49,7 +49,7 @@ def test_a_worker_of_the_wheel_in_the_folder_of_another_project(stack: Stack, tm
         )
     try:
         with stack.client() as client:
-            found = client.read_deployment_by_name("process-shards/process")
+            found = client.read_deployment_by_name("process-shards/resmaster-shards")
             parameters = {"dataset_url": dataset.url, "shards": [0], "stages": ["low_res"]}
             run = client.create_flow_run_from_deployment(found.id, parameters=parameters, work_queue_name=QUEUE).id
         ended = stack.ended(run)

@@ -132,7 +132,7 @@ def _print_overview(found: Overview) -> None:
     from resmaster_stages.inspection.overview import HEADINGS, cells
 
     out = SafeConsole()
-    say(out, f"{found.root}: {len(found.datasets)} datasets")
+    say(out, f"{found.root}: {found.count}")
     table = Table(*(heading.replace(" ", "\n") for heading in HEADINGS), box=None, pad_edge=False)
     for numbers in found.datasets:
         table.add_row(*cells(numbers, found.seen))

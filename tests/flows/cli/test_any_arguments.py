@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -57,6 +58,13 @@ OPTIONS = {
 }
 
 
+class Ended:
+    """Stands for the wait of a server, which is over at once."""
+
+    def wait(self) -> None:
+        raise SystemExit(0)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A planned dataset, its configuration and prompts, and an image. No flow is run and no model is loaded."""
@@ -66,6 +74,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Image.new("RGB", (16, 16)).save(tmp_path / "photo.png")
     for verb in ("run", "repair", "compare"):
         monkeypatch.setattr(f"resmaster_flows.cli.{verb}.execute", lambda console, build: 0)
+    monkeypatch.setattr("resmaster_flows.cli.view.threading", SimpleNamespace(Event=Ended))  # a folder is served
+    monkeypatch.setattr("resmaster_flows.cli.view.webbrowser", SimpleNamespace(open=lambda address: None))
     monkeypatch.setattr("resmaster_stages.models.load.load_pipeline", lambda config: pytest.fail("loads a model"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
