@@ -12,7 +12,7 @@ from resmaster_flows.cli.arguments import add_exclude, add_limits, add_source, c
 from resmaster_flows.watch.pace import spell_seconds
 from resmaster_flows.watch.terminal import SafeConsole, say
 from resmaster_stages.errors import UserError
-from resmaster_stages.inspection.spending import spell_cost
+from resmaster_stages.inspection.spending import spell_cost, spell_money
 from resmaster_stages.models.licences import uses_base_model
 from resmaster_stages.planning.memory import Memory, memory_of
 from resmaster_stages.publish.card import spell_bytes
@@ -89,7 +89,7 @@ def _print_estimate(found: Estimate, out: Console) -> None:
         )
     out.print(table)
     without = f", without {', '.join(found.unknown)}" if found.unknown else ""
-    money = "" if found.cost is None else f", {found.cost:,.2f} at {found.price:g} an hour"
+    money = "" if found.cost is None else f", {spell_money(found.cost)} at {found.price:g} an hour"
     say(out, f"device time: {found.device_hours:.2f} h{money}{without}")
     if found.spent_seconds:
         say(out, f"spent so far: {spell_cost(found.spent_seconds, found.price)}")
