@@ -11,8 +11,8 @@ from torch import Tensor
 
 from resmaster_stages.config.method import Method
 from resmaster_stages.config.wrap import wrap_of
+from resmaster_stages.diffusion import colour_match
 from resmaster_stages.diffusion.canvas import OnStep
-from resmaster_stages.diffusion.colour_match import colour_matched
 from resmaster_stages.diffusion.loop import Seed
 from resmaster_stages.diffusion.memory import preflight
 from resmaster_stages.diffusion.reference import pad_to_multiple, to_mask, to_tensor, upsample
@@ -185,4 +185,4 @@ def enlarge_image(
 
 def _with_colours_of(low_res: Image.Image, made: Image.Image, config: Method) -> Image.Image:
     """`made`, with the colours of `low_res` if the settings ask for it."""
-    return colour_matched(made, low_res, config.colour_match, config.wraps)
+    return colour_match.colour_matched(made, low_res, config.colour_match, config.wraps)

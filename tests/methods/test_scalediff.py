@@ -243,7 +243,7 @@ def test_the_network_is_whole_after_an_exception():
     models = plain()
     asked = request(models, settings("scalediff", steps=5))
     with pytest.raises(RuntimeError, match="boom"):
-        render(asked, [0], lambda done, total: (_ for _ in ()).throw(RuntimeError("boom")))
+        render(asked, [0], lambda canvas: (_ for _ in ()).throw(RuntimeError("boom")))
     assert forwards(models.base.denoiser) == {}
 
 
