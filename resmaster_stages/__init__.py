@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from resmaster_stages.config.load import load_config
     from resmaster_stages.errors import ResMasterError
+    from resmaster_stages.library.building import BuildIncomplete, build
     from resmaster_stages.library.drawing import generate, upscale
     from resmaster_stages.library.measuring import measure
     from resmaster_stages.library.models import load
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BuildIncomplete",
     "ResMasterError",
+    "build",
     "generate",
     "load",
     "load_config",
@@ -33,7 +36,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BuildIncomplete": "library.building",
     "ResMasterError": "errors",
+    "build": "library.building",
     "generate": "library.drawing",
     "load": "library.models",
     "load_config": "config.load",

@@ -33,7 +33,6 @@ from resmaster_flows.server_runs import (
     deployed,
     other_build,
 )
-from resmaster_flows.shortfall import shortfall
 from resmaster_flows.watch.artifacts import run_page, show_dataset
 from resmaster_flows.watch.events import WorkFound
 from resmaster_flows.watch.progress import plans
@@ -45,6 +44,7 @@ from resmaster_stages.dataset.dataset import Dataset, open_dataset, planned_data
 from resmaster_stages.dataset.lost_plan import restore_plan
 from resmaster_stages.dataset.retry import Retries, retries_of
 from resmaster_stages.dataset.stages import STAGES
+from resmaster_stages.inspection.shortfall import shortfall
 from resmaster_stages.inspection.status import pending, pending_samples, status
 from resmaster_stages.planning.checks import Around, check_stages
 from resmaster_stages.planning.redoing import asked

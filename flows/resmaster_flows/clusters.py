@@ -22,12 +22,13 @@ from prefect.settings import get_current_settings
 from prefect.task_runners import TaskRunner
 
 from resmaster_flows.outcome import incomplete, outcome
-from resmaster_flows.process import describe, failures
+from resmaster_flows.process import failures
 from resmaster_flows.watch.events import Dispatched
 from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.dataset.retry import Retries, part_of
 from resmaster_stages.errors import ConfigError, GpuLost, ShardError, UserError
 from resmaster_stages.progress import ShardFailed, emit
+from resmaster_stages.runner.shards import describe
 from resmaster_tasks.shards import process_shard
 
 Executor = Literal["dask", "ray"]

@@ -7,7 +7,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefect import flow
@@ -20,12 +20,10 @@ from resmaster_flows.plugins import load_plugins
 from resmaster_flows.selection import spell_shards
 from resmaster_flows.watch.artifacts import run_page
 from resmaster_stages.dataset.commit import Receipt
-from resmaster_stages.dataset.dataset import open_dataset
-from resmaster_stages.dataset.retry import Retries, number_of
-from resmaster_stages.errors import ConfigError, GpuLost, ShardError
+from resmaster_stages.dataset.dataset import Dataset, open_dataset
+from resmaster_stages.dataset.retry import Retries
 from resmaster_stages.planning.checks import check_stages
-from resmaster_stages.progress import ShardFailed, emit
-from resmaster_stages.redaction import one_line
+from resmaster_stages.runner.shards import each_shard
 from resmaster_tasks.stages import stage_task
 
 load_plugins()
@@ -66,32 +64,20 @@ def process_shards(
     dataset = open_dataset(dataset_url)
     chosen = [stage for stage in dataset.hashes if stages is None or stage in stages]
     check_stages(dataset.config, chosen, here=True)  # of this machine's devices and files, before the first stage
-    errors: dict[str, str] = {}
     with run_page(dataset, dict.fromkeys(chosen, shards), part=True):
-        for shard in shards:
-            known: dict[str, Receipt] = {}
-            for stage in chosen:
-                try:
-                    number = number_of(retries, stage, shard)
-                    known[stage] = call(stage_task(stage), dataset, shard, known, number)
-                except (GpuLost, ConfigError):
-                    raise  # the next shard would end the same way
-                except Exception as error:
-                    errors[str(shard)] = f"{stage}: {error if isinstance(error, ShardError) else describe(error)}"
-                    emit(ShardFailed(shard, errors[str(shard)]))
-                    break
+        tried = each_shard(dataset, shards, chosen, _as_task, retries)
+        errors = {str(each.shard): each.error for each in tried if each.error}
     if errors:
         return incomplete(failures(errors), errors)
     return errors
+
+
+def _as_task(dataset: Dataset, stage: str, shard: int, known: Mapping[str, Receipt], number: int) -> Receipt:
+    receipt: Receipt = call(stage_task(stage), dataset, shard, known, number)
+    return receipt
 
 
 def failures(errors: dict[str, Any]) -> str:
     """The message of a flow run that could not finish some shards."""
     first = next(iter(errors.values()))
     return f"shards {spell_shards(int(shard) for shard in errors)} not finished; first: {first}"
-
-
-def describe(error: Exception) -> str:
-    """An error with its class, in one line."""
-    text = one_line(error)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

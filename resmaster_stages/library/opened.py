@@ -5,7 +5,7 @@ The function has the name of a builtin, as `gzip.open` has, so this module opens
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +93,7 @@ class OpenedDataset:
         Raises PlanError if there is no plan yet, and ShardError if an object is gone or damaged.
         """
         for shard, chain in self._chains():
-            yield from self._finished(shard, chain)
+            yield from finished_samples(self.dataset, shard, chain)
 
     def __getitem__(self, key: str) -> FinishedSample:
         """The finished sample with this key, or with a key of which this is the beginning.
@@ -105,7 +105,7 @@ class OpenedDataset:
         chain = read_chain(self.dataset, planned.shard)
         if chain.complete:
             others = {each.key for each in self.dataset.plan.read(planned.shard)} - {planned.key}
-            for sample in self._finished(planned.shard, chain, others):
+            for sample in finished_samples(self.dataset, planned.shard, chain, others):
                 return sample
         raise UnknownKey(f"{self.url}: sample {planned.key} is planned, but not finished; explain({key!r}) says why")
 
@@ -129,12 +129,18 @@ class OpenedDataset:
         for shard in sorted(left):
             read_chain(self.dataset, shard)  # a record is damaged: this raises, and says what to do
 
-    def _finished(self, shard: int, chain: Chain, without: set[str] | None = None) -> Iterator[FinishedSample]:
-        """The finished samples of a shard, except the keys `without`."""
-        stages, left_out = tuple(self.dataset.hashes), chain.unfinished() | (without or set())
-        with chosen_samples(self.dataset, shard, chain, stages, left_out, chain.made()) as samples:
-            for place in range(len(samples)):
-                yield _finished_sample(samples, place)
+
+def finished_samples(
+    dataset: Dataset, shard: int, chain: Chain, without: Collection[str] = ()
+) -> Iterator[FinishedSample]:
+    """The finished samples of a shard with the records of `chain`, except the keys in `without`, in the plan's order.
+
+    Raises ShardError if an object is gone or damaged.
+    """
+    left_out = chain.unfinished().union(without)
+    with chosen_samples(dataset, shard, chain, tuple(dataset.hashes), left_out, chain.made()) as samples:
+        for place in range(len(samples)):
+            yield _finished_sample(samples, place)
 
 
 def _finished_sample(samples: ShardSamples, place: int) -> FinishedSample:

@@ -24,7 +24,7 @@ from resmaster_stages.dataset.stages import STAGES
 from resmaster_stages.errors import ShardError
 from resmaster_stages.keys import prompt_key
 from resmaster_stages.planning.redoing import asked
-from resmaster_tasks import policy
+from resmaster_stages.runner import retrying
 from tests.checkout import PYTHONPATH
 from tests.fake_stages import FAKES, config_at
 from tests.flows.cli.test_stop import SLOW, processes_of, start, wait_for
@@ -104,7 +104,7 @@ def test_errors_that_may_pass_are_tried_again(
     """As often as on a server, with the delays of a server, and said in one line. What cannot pass is not."""
     calls: Counter[str] = Counter()
     delays: list[float] = []
-    monkeypatch.setattr(policy.time, "sleep", delays.append)
+    monkeypatch.setattr(retrying.time, "sleep", delays.append)
 
     def trouble(config: DatasetConfig, samples: Sequence[Sample]) -> Iterator[Output]:
         prompt = samples[0].prompt
@@ -118,7 +118,7 @@ def test_errors_that_may_pass_are_tried_again(
     install({"low_res": trouble})
     config = write_config(tmp_path, ["busy", "away", "hopeless", "fine"], samples_per_shard=1)
     assert main(["run", str(config)]) == 1
-    assert calls == {"busy": 2, "away": 1 + policy.RETRIES, "hopeless": 1, "fine": 1}
+    assert calls == {"busy": 2, "away": 1 + retrying.RETRIES, "hopeless": 1, "fine": 1}
     assert [round(delay / seconds, 9) for delay, seconds in zip(delays, (2, 2, 4, 8), strict=True)] == pytest.approx(
         [1.25] * 4, abs=0.25
     )

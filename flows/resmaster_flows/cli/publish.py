@@ -130,7 +130,7 @@ def _push(console: Console, dataset: Dataset, repository: Repository, public: bo
 
 def judged(console: Console, dataset: Dataset, found: Status) -> int:
     """Say whether too many samples of a dataset failed. Returns the exit status. found: its status."""
-    from resmaster_flows.shortfall import shortfall
+    from resmaster_stages.inspection.shortfall import shortfall
 
     lacking = shortfall(dataset, found)
     if lacking:

@@ -92,7 +92,7 @@ def test_a_build_with_missing_shards_names_the_next_command(
         raise OSError("Connection reset by a peer with a rather long name")
 
     install({"high_res": fails})
-    monkeypatch.setattr("resmaster_tasks.policy.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("resmaster_stages.runner.retrying.time.sleep", lambda seconds: None)
     assert main(["run", write_config(root, ["a", "b"])]) == 1
     words = named(root / "demo", capsys.readouterr().err, "repair")
     install(FAKES)
