@@ -189,6 +189,8 @@ def _one(wanted: Wanted) -> Job:
 def _many(wanted: Wanted) -> tuple[list[Job], int]:
     folder = Path(wanted.output)
     if folder.suffix.lower() in FORMATS and not os.path.isdir(folder) and not wanted.output.endswith("/"):
+        if inner := next(filter(os.path.isdir, wanted.inputs), None):
+            raise UserError(f"{inner}: is a folder; give an image file, or a folder as OUTPUT")
         raise UserError(f"{folder}: several images go into a folder; give a folder as OUTPUT")
     _require_folder(folder)
     if "/" in wanted.suffix or "\0" in wanted.suffix:

@@ -121,7 +121,7 @@ def test_any_words_end_in_a_status_and_a_few_lines(
         words += [data.draw(st.sampled_from(options)), data.draw(st.sampled_from(WORDS))]
     if data.draw(st.integers(0, 9)) == 0:
         words += [data.draw(st.sampled_from(TELLING)), *data.draw(st.lists(st.sampled_from(WORDS), max_size=1))]
-    if data.draw(st.booleans()):
+    if words and data.draw(st.booleans()):
         words[data.draw(st.integers(0, len(words) - 1))] = data.draw(st.sampled_from(WORDS))
     prompts = (folder / "p.txt").read_bytes(), (folder / "photo.png").read_bytes()
     capsys.readouterr()

@@ -167,7 +167,8 @@ def test_results_beside_the_inputs_are_no_inputs_of_a_second_run(photos: Path) -
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["photos", "large.png"], "large.png: several images go into a folder; give a folder as OUTPUT"),
+        (["photos", "large.png"], "photos: is a folder; give an image file, or a folder as OUTPUT"),
+        (["photos/*.*", "large.png"], "large.png: several images go into a folder; give a folder as OUTPUT"),
         (["photos/a.png", "photos/b.jpg", "photos/a.png"], "photos/a.png: several images go into a folder"),
         (["photos", "photos/a.png/large"], "photos/a.png is a file; give a folder as OUTPUT"),
         (["photos", "photos/below", "large", "--output-format", "png"], ""),
