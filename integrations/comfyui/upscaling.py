@@ -142,6 +142,7 @@ class Upscale:
         elif model is None:
             raise UserError("latent: a latent needs a model that decodes it; connect one to `model`, or an image")
         else:
+            assert latent is not None
             subjects = of_latent(model, latent)
         known: list[dict[str, Any]] = [{"prompt": prompt} for _ in subjects]
         size = subjects[0].image.height, subjects[0].image.width

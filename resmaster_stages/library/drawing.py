@@ -116,9 +116,9 @@ def upscale(
     seeds = seeds_of(seed, generator, [seed] * len(given))
     made = []
     for watch.number, subject in enumerate(given):
-        known = {"prompt": texts[watch.number], "captions": views[watch.number], "image_prompts": shown[watch.number]}
-        subject = replace(subject, **known)
-        made.append(upscale_one(config, subject, models, Wish(output_type, seeds[watch.number], watch)))
+        number = watch.number
+        subject = replace(subject, prompt=texts[number], captions=views[number], image_prompts=shown[number])
+        made.append(upscale_one(config, subject, models, Wish(output_type, seeds[number], watch)))
         if watch.interrupted:
             break
     return made if several else made[0]
