@@ -13,7 +13,6 @@ from PIL import Image
 import resmaster_stages as rm
 from resmaster_stages.errors import ConfigError, UserError
 from tests.checkout import PYTHONPATH, ROOT
-from tests.durability.injection import PROMPTS, build
 
 PAGE = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
 FUNCTIONS = [name for name in rm._HOMES if name[0].islower()]
@@ -54,8 +53,8 @@ def test_the_import_is_light() -> None:
     code = (
         "import sys, resmaster_stages as rm; light = {'pydantic', 'PIL', 'numpy', 'yaml'} & set(sys.modules);"
         "[getattr(rm, name) for name in rm._HOMES];"
-        "heavy = {'torch', 'diffusers', 'transformers', 'scipy'} & set(sys.modules); sys.exit(repr(light | heavy) if "
-        "light | heavy else 0)"
+        "heavy = {'torch', 'diffusers', 'transformers', 'scipy', 'prefect', 'sqlalchemy'} & set(sys.modules);"
+        "sys.exit(repr(light | heavy) if light | heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": PYTHONPATH})
     assert done.returncode == 0, done.stderr
@@ -63,20 +62,19 @@ def test_the_import_is_light() -> None:
 
 @pytest.mark.slow
 def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order, in one namespace, with few steps and small images; the dataset is one of stand-in stages."""
+    """In order, in one namespace, with few steps and small images."""
     monkeypatch.chdir(tmp_path)
     for name in ("deployments", "resmaster_stages"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "prompts.txt").write_text(PROMPTS)
-    build(str(tmp_path / "out"), str(tmp_path / "prompts.txt"))
     photo((48, 32)).save("photo.png")
-    text = PAGE.replace("out/picturebook", "out/demo").replace("scale=4,", "scale=4, steps=2,")
+    quick = 'limit=2, low_res={"steps": 2}, upscale={"steps": 2, "scale": 2}, on_sample'
+    text = PAGE.replace("scale=4)", "scale=4, steps=2)").replace("limit=2, on_sample", quick)
     space: dict[str, Any] = {}
     for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
         exec(re.sub(r"steps=\d+", "steps=2", block), space)
     assert Image.open("photo-4x.png").size == (192, 128)
-    assert space["sample"].prompt == "b"
     assert len(space["previews"]) == 2, "all steps are fewer than the example's third"
+    assert len(space["dataset"]) == 2
     assert space["explanation"].sample.key == space["sample"].key
 
 

@@ -110,7 +110,8 @@ def upscale(
         if image is not None:
             raise UserError("there are an image and latents; give one of them, as latents stand for an image")
         models = models or load(config.model)
-        given = [subject_of_latents(models, each) for each in (latents if several else [latents])]
+        wraps = config.upscale.wraps
+        given = [subject_of_latents(models, each, wraps) for each in (latents if several else [latents])]
     texts, views = _each(prompt, len(given)), _captions(captions, len(given))
     shown = _shown(image_prompts, len(given))
     seeds = seeds_of(seed, generator, [seed] * len(given))

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from resmaster_stages.config.dataset import DatasetConfig
+from resmaster_stages.config.wrap import Axes
 from resmaster_stages.diffusion.autoencoder import decode
 from resmaster_stages.diffusion.loop import Seed
 from resmaster_stages.diffusion.reference import to_image
@@ -87,8 +88,11 @@ def _form(pixels: Tensor, output_type: OutputType) -> Any:
     return values if output_type == "pt" else values.permute(1, 2, 0).cpu().numpy().copy()
 
 
-def subject_of_latents(models: Models, latents: Any) -> Subject:
-    """The image that latents stand for, with its latents. Raises UserError for latents that the model cannot have."""
+def subject_of_latents(models: Models, latents: Any, wraps: Axes) -> Subject:
+    """The image that latents stand for, with its latents. wraps: as for `autoencoder.decode`.
+
+    Raises UserError for latents that the model cannot have.
+    """
     channels, multiple = models.base.latent_channels, models.geometry.multiple
     if isinstance(latents, Tensor) and latents.ndim == 4 and len(latents) == 1:
         latents = latents[0]
@@ -103,7 +107,7 @@ def subject_of_latents(models: Models, latents: Any) -> Subject:
     z = latents[None].to(models.device, torch.float32)
     if not torch.isfinite(z).all():
         raise UserError("latents: some are NaN or infinite; give latents of a finished image")
-    return Subject(to_image(decode(models, z)[0]), latents=z)
+    return Subject(to_image(decode(models, z, wraps)[0]), latents=z)
 
 
 def seeds_of(seed: int, generator: Generator | Sequence[Generator] | None, plain: list[int]) -> list[Seed]:
