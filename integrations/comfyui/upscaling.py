@@ -12,6 +12,7 @@ from resmaster_stages.config.dataset import DatasetConfig, QualityConfig
 from resmaster_stages.config.load import parse_config
 from resmaster_stages.config.method import Source
 from resmaster_stages.config.part import GREATEST_INTEGER
+from resmaster_stages.config.wrap import Axes
 from resmaster_stages.diffusion.views import view_grid
 from resmaster_stages.errors import UserError
 from resmaster_stages.library.drawing import generate
@@ -32,8 +33,11 @@ SEED = ("INT", {"default": 0, "min": 0, "max": GREATEST_INTEGER, "control_after_
 PROMPT = ("STRING", {"multiline": True, "default": ""})
 
 
-def of_latent(model: Loaded, latent: Mapping[str, torch.Tensor]) -> list[Subject]:
-    """The images of ComfyUI's latents, which are a VAE's own, without the scale of the base model's latents."""
+def of_latent(model: Loaded, latent: Mapping[str, torch.Tensor], wraps: Axes) -> list[Subject]:
+    """The images of ComfyUI's latents, which are a VAE's own, without the scale of the base model's latents.
+
+    wraps: whether the images continue at the opposite border, along their height and along their width.
+    """
     samples, base = latent["samples"], model.models.base
     if samples.ndim != 4 or samples.shape[1] != base.latent_channels:
         raise UserError(
@@ -42,7 +46,7 @@ def of_latent(model: Loaded, latent: Mapping[str, torch.Tensor]) -> list[Subject
         )
     canvas = base.to_canvas(samples.to(model.models.device, torch.float32, copy=True))
     with device_faults("decode the latent with VAE Decode (Tiled), and connect the image"):
-        return [subject_of_latents(model.models, each) for each in canvas]
+        return [subject_of_latents(model.models, each, wraps) for each in canvas]
 
 
 class Generate:
@@ -142,7 +146,8 @@ class Upscale:
         elif model is None:
             raise UserError("latent: a latent needs a model that decodes it; connect one to `model`, or an image")
         else:
-            subjects = of_latent(model, latent)
+            assert latent is not None
+            subjects = of_latent(model, latent, config.upscale.wraps)
         known: list[dict[str, Any]] = [{"prompt": prompt} for _ in subjects]
         size = subjects[0].image.height, subjects[0].image.width
         sources: tuple[tuple[str, Source], ...] = (("captions", "captions"), ("image_prompts", "image_prompt"))

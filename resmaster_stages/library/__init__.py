@@ -1,6 +1,7 @@
 """Public functions for scripts and notebooks: `import resmaster_stages as rm` (docs/library.md).
 
-The package may import every other package of `resmaster_stages`. Only the command line imports from it.
+The package may import every other package of `resmaster_stages`. Only the command line and
+`integrations` import from it.
 """
 
 from resmaster_stages.library.drawing import upscale_as_configured

@@ -119,7 +119,7 @@ def upscale(
     for watch.number, subject in enumerate(given):
         number = watch.number
         subject = replace(subject, prompt=texts[number], captions=views[number], image_prompts=shown[number])
-        made.append(upscale_one(config, subject, models, Wish(output_type, seeds[watch.number], watch)))
+        made.append(upscale_one(config, subject, models, Wish(output_type, seeds[number], watch)))
         if watch.interrupted:
             break
     return made if several else made[0]

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -414,6 +415,19 @@ def test_the_package_says_what_it_needs() -> None:
     assert (PACK / "requirements.txt").read_text().split() == needed
     assert project["project"]["license"] == library["license"]
     assert {"PublisherId", "DisplayName"} <= set(project["tool"]["comfy"])
+
+
+def test_the_readme_names_every_node_and_workflow(comfy: ComfyUI) -> None:
+    text = (PACK / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| ", text, flags=re.MULTILINE)
+    assert [f"{row} (ResMaster)" for row in rows if row[0].isupper() and row not in ("Node", "Workflow")] == [
+        *sorted(comfy.names.values(), key=lambda name: rows.index(name.removesuffix(" (ResMaster)")))
+    ]
+    assert {f"`{path.stem}`" for path in (PACK / "example_workflows").glob("*.json")} == {
+        row for row in rows if row.startswith("`")
+    }
+    for link in re.findall(r"\]\(([^)#]+)", text):
+        assert (PACK / link).exists(), link
 
 
 def as_prompt(path: Path) -> Prompt:
