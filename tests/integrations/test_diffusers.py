@@ -36,7 +36,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def load(method: str) -> Any:
     pipe = DiffusionPipeline.from_pretrained(
-        PACK, custom_pipeline=str(FILES / f"{method}.py"), trust_remote_code=True, torch_dtype=torch.float32
+        PACK, custom_pipeline=str(FILES / f"{method}.py"), trust_remote_code=True, dtype=torch.float32
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
