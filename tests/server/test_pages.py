@@ -69,7 +69,7 @@ def test_the_pages_of_a_build_on_workers(workers: Stack, browser: Browser, tmp_p
     browser.wait_for("1 failed samples", "told to fail", "worst twentieth", "30.0 dB", "resmaster repair")
     assert browser.evaluate("document.querySelectorAll('table').length") >= 3, "Markdown tables are tables"
 
-    assert images(browser, f"{ui}/artifacts/artifact/{found[f'{keyed}-contact-sheet'].id}", "worst first") == [1852]
+    assert images(browser, f"{ui}/artifacts/artifact/{found[f'{keyed}-contact-sheet'].id}", "worst first") == [1868]
 
     browser.open(f"{ui}/runs/flow-run/{child.id}")
     browser.wait_for("pages: shards 0", "shard 000000: high_res committed in", "dataset:pages", "model:picturebook")
