@@ -1,8 +1,9 @@
-"""Takes the images of docs/operating.md from the last build on a Prefect server, or those of docs/curating.md from a
-published dataset.
+"""Takes the images of docs/operating.md from the last build on a Prefect server, those of docs/curating.md from a
+published dataset, or that of docs/app.md.
 
     python docs/screenshots.py --url http://127.0.0.1:4200 docs/images
     python docs/screenshots.py --view out/picturebook docs/images
+    python docs/screenshots.py --app docs/images
 
 Needs Chromium. The images of a build are its page, its contact sheet, and the samples of one of its runs over shards;
 they need PREFECT_API_URL of the same server too, with PREFECT_API_AUTH_STRING if it asks for one. The images of a
@@ -85,14 +86,35 @@ def take_wide(browser: Browser, url: str, folder: Path) -> None:
     browser.screenshot(folder / "view-sample.jpg")
 
 
+def take_app(folder: Path) -> None:
+    """The page of `resmaster app` after an image was made from a prompt and upscaled."""
+    from resmaster_flows.app import serve
+
+    prompt = json.dumps("a red house on a green meadow")
+    fill = f"field.value = {prompt}; field.dispatchEvent(new Event('input', {{bubbles: true}}))"
+    with serve.serving(0, "picturebook") as address, Browser(1400, 1000) as browser:
+        browser.open(address)
+        browser.wait_for("Make an image from the prompt", "Upscale")
+        browser.evaluate(f"(field => {{ {fill} }})(document.querySelector('textarea'))")
+        browser.click("Make an image from the prompt")
+        browser.until("document.querySelector('img[src*=generated]')", 300)
+        browser.click("Upscale")
+        browser.wait_for("resmaster: 128 x 128 px to 512 x 512 px", seconds=600)
+        browser.settle()
+        browser.screenshot(folder / "app.jpg")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--url", default="http://127.0.0.1:4200", help="of the UI (default: %(default)s)")
     parser.add_argument("--view", metavar="ROOT", help="a published dataset to look through, instead of a build")
+    parser.add_argument("--app", action="store_true", help="the page of `resmaster app`, instead of a build")
     args = parser.parse_args()
     if chromium() is None:
         sys.exit("there is no Chromium here; on Debian: apt-get install chromium")
+    if args.app:
+        return take_app(args.folder)
     if args.view:
         return take_view(args.view, args.folder)
     with get_client(sync_client=True) as client:
