@@ -163,14 +163,17 @@ def _lacking(todo: Todo) -> Counter[int]:
     return Counter(shard for missing in todo.values() for shard in missing)
 
 
-def finish(dataset: Dataset, errors: dict[str, str], todo: Todo, limits: Limits) -> BuildResult | State[BuildResult]:
+def finish(
+    dataset: Dataset, errors: dict[str, str], look: Callable[[], Todo], limits: Limits
+) -> BuildResult | State[BuildResult]:
     """Publish what is committed and return the result. If shards or too many samples are missing, the flow run ends as
     `Incomplete`.
 
-    errors: shard number -> error. todo: stage -> shards, of what is not done.
+    errors: shard number -> error. look: gives stage -> shards, of what is not done.
     """
     published = call(publish_dataset, dataset)
     found = status(dataset)
+    todo = look() if limits.given else {}
     not_tried = _lacking(todo).keys() - {int(shard) for shard in errors}
     limit = limits.reached() if not_tried else ""
     report_url = dataset.folder.url_of(layout.REPORT_PAGE)
@@ -242,11 +245,15 @@ def build_dataset(
     until = end_of_hours(config.dispatch)
     dataset = call(plan_dataset, config, read_input)
     limits = Limits(dataset, until)
+
+    def look() -> Todo:
+        return pending(dataset)
+
     try:
-        errors = work(dataset, pending(dataset), lambda: pending(dataset), limits)
+        errors = work(dataset, look(), look, limits)
     except Stopped:
         return Cancelled(message="its runs were cancelled")
-    return finish(dataset, errors, pending(dataset), limits)
+    return finish(dataset, errors, look, limits)
 
 
 @flow(name="repair", flow_run_name="repair {dataset_url}", on_cancellation=[cancel_children])
@@ -298,7 +305,7 @@ def repair(
         errors = work(dataset, look(), look, limits, retries, REPAIR_QUEUE)
     except Stopped:
         return Cancelled(message="its runs were cancelled")
-    return finish(dataset, {**errors, **{str(shard): why for shard, why in hindered.items()}}, look(), limits)
+    return finish(dataset, {**errors, **{str(shard): why for shard, why in hindered.items()}}, look, limits)
 
 
 @flow(name="publish", flow_run_name="publish {dataset_url}")

@@ -28,6 +28,7 @@ from prefect.context import FlowRunContext
 from prefect.deployments import run_deployment
 from prefect.events.filters import EventFilter
 from prefect.exceptions import ObjectNotFound, Pause
+from prefect.logging import get_run_logger
 from prefect.runtime import deployment as own_deployment
 from prefect.runtime import flow_run as own_run
 from prefect.settings import get_current_settings
@@ -284,7 +285,10 @@ def label_dataset(dataset_url: str) -> None:
     if own_run.id is not None:
         with get_client(sync_client=True) as client:
             client.update_flow_run_labels(UUID(own_run.id), {DATASET_LABEL: dataset_url})
-            client.update_flow_run(UUID(own_run.id), name=f"build {dataset_url.rpartition('/')[2]}")
+            try:
+                client.update_flow_run(UUID(own_run.id), name=f"build {dataset_url.rpartition('/')[2]}")
+            except Exception as error:  # it only helps people
+                get_run_logger().warning("the run's name cannot be shown: %s: %s", type(error).__name__, error)
 
 
 def dataset_url_of(root: str, name: str) -> str:

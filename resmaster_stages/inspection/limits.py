@@ -39,6 +39,11 @@ class Limits:
         self._config = dataset.config.dispatch
         self._spending = spending or Spending(dataset.folder)
 
+    @property
+    def given(self) -> bool:
+        """Whether there is any limit."""
+        return self.until is not None or (self._config.max_cost is not None and self._config.price is not None)
+
     def within(self, shards: Iterable[int]) -> Iterator[int]:
         """The shards, as long as no limit is reached. A note tells the limit."""
         for shard in shards:

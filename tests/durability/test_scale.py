@@ -76,9 +76,11 @@ class Calls:
 def test_looking_costs_the_same_calls_at_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = built(tmp_path / "small", 2), built(tmp_path / "large", 9)
     calls = Calls(monkeypatch)
-    for look, names in ((pending, 8), (status, 10)):
+    for look, names in ((pending, 8), (status, 12)):
         assert calls.of(look, small) == calls.of(look, large)
-        assert calls.count["names"] == names, "one listing of records per stage, besides those of damage"
+        assert calls.count["names"] == names, (
+            "one listing of records per stage, besides those of damage and of what it cost"
+        )
     assert calls.of(pending, large)["read_many"] == 0, "names are enough"
     run_stage(large, "high_res", 0, number=2, process=FAKES["high_res"])
     run_stage(large, "high_res", 1, number=2, process=FAKES["high_res"])

@@ -180,8 +180,9 @@ def test_an_outage_is_told_by_class_message_time_and_run(
     assert f"failed: captions of 2 shards (0-1): {told}" in capsys.readouterr().out
     assert main(["status", result.dataset_url, "--openmetrics"]) == 0
     out = capsys.readouterr().out
-    assert 'resmaster_shards{dataset="demo",stage="captions",state="failed"} 3.0' in out
-    labels = 'dataset="demo",error_class="ConnectionError",stage="captions"'
+    root = f'root="{tmp_path}/out"'
+    assert f'resmaster_shards{{dataset="demo",{root},stage="captions",state="failed"}} 3.0' in out
+    labels = f'dataset="demo",error_class="ConnectionError",{root},stage="captions"'
     assert f"resmaster_failed_attempts_total{{{labels}}} 8.0" in out
     assert main(["explain", result.dataset_url, "1"]) == 0
     assert capsys.readouterr().out.count("ConnectionError: caption server did not answer (run demo: shards 0-2 on") == 4

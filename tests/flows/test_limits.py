@@ -155,7 +155,7 @@ def test_a_failed_shard_weighs_more_than_a_limit(
         yield from FAKES["low_res"](config, samples)
 
     monkeypatch.setitem(STAGES, "low_res", replace(STAGES["low_res"], process=failing))
-    monkeypatch.setattr("resmaster_tasks.policy.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("resmaster_stages.runner.retrying.time.sleep", lambda seconds: None)
     assert main(["run", str(written(tmp_path)), "--price", "1", "--max-cost", "1"]) == 1
 
 

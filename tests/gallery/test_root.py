@@ -271,7 +271,8 @@ def test_the_pages_in_a_browser(root: Folder, tmp_path: Path) -> None:
                 text = browser.wait_for("1 commit damaged", "1 shard failed", "nothing committed yet", "done")
                 assert "5 datasets" in text
                 assert browser.evaluate("document.documentElement.scrollWidth") <= width
-                paper = json.dumps(browser.evaluate("getComputedStyle(document.body).backgroundColor"))
+                painted = "getComputedStyle(document.body).backgroundColor"  # by the style sheet, once it is there
+                paper = json.dumps(browser.until(f"{painted} !== 'rgba(0, 0, 0, 0)' && {painted}"))
                 assert ("rgb(22" in paper) == (scheme == "dark")
         browser.open(empty)
         browser.wait_for("There is no dataset here yet")

@@ -535,7 +535,8 @@ def test_the_command_line(local: Dataset, capsys: pytest.CaptureFixture[str]) ->
     told = json.loads(capsys.readouterr().out)["stages"]
     assert [stage["damaged_shards"] for stage in told] == [[1], [], [], []]
     assert main(["status", local.url, "--openmetrics"]) == 0
-    assert 'resmaster_damaged_shards{dataset="demo",stage="low_res"} 1.0' in capsys.readouterr().out
+    labels = f'dataset="demo",root="{local.url.rpartition("/")[0]}",stage="low_res"'
+    assert f"resmaster_damaged_shards{{{labels}}} 1.0" in capsys.readouterr().out
     assert main(["verify", f"{local.url}/nowhere"]) == 2
     assert "Traceback" not in shown.err + capsys.readouterr().err
 

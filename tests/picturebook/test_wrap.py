@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resmaster_stages.library import PICTUREBOOK_UPSCALE, generate, upscale
+from resmaster_stages import generate, upscale
+from resmaster_stages.library.models import PICTUREBOOK_UPSCALE
 
 PROMPT = "a scene with an orange boat on the water on a sunny day"
 

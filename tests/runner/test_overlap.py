@@ -449,7 +449,7 @@ def test_a_commit_says_how_long_the_device_was_idle(dataset: Dataset, monkeypatc
     """By a clock that ticks once a look: four samples' worth of looks are busy, blocks in blocks count once."""
     looks = iter(range(0, 10_000, 10))
     monkeypatch.setattr("resmaster_stages.models.busy.time", SimpleNamespace(monotonic=lambda: float(next(looks))))
-    whole = iter([0.0, 240.0])
+    whole = iter([0.0, 0.0, 240.0])  # of the attempt, and of computing
     monkeypatch.setattr("resmaster_stages.runner.attempt.time", SimpleNamespace(monotonic=lambda: next(whole)))
 
     def computing(config: DatasetConfig, prompt: str) -> None:

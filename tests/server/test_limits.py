@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.client.schemas.objects import FlowRun
 
-from resmaster_stages.dataset.dataset import open_dataset
+from resmaster_stages.dataset.dataset import Dataset, open_dataset
 from resmaster_stages.inspection.status import pending
-from tests.server.conftest import Stack
+from tests.server.conftest import Stack, wait
 from tests.server.test_operation import config, contents, state
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -29,6 +30,13 @@ def run(workers: Stack, *words: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+def runs_of(workers: Stack, dataset: Dataset) -> list[FlowRun]:
+    """The runs over shards of a dataset. A worker ends those that were cancelled."""
+    with workers.client() as client:
+        runs = client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=["process-shards"])))
+    return [each for each in runs if each.parameters["dataset_url"] == dataset.url]
+
+
 def test_a_budget_ends_a_build_on_workers_with_the_shards_at_work(workers: Stack, tmp_path: Path) -> None:
     """Any shard spends the budget, so each of the two workers begins one at most. Runs that wait are not needed."""
     path = tmp_path / "demo.yaml"
@@ -40,11 +48,11 @@ def test_a_budget_ends_a_build_on_workers_with_the_shards_at_work(workers: Stack
     assert 1 <= len(done) <= 2
     assert len(contents(dataset)) == 4 * len(done), "no shard is left half done"
     assert f"{SHARDS - len(done)} of {SHARDS} shards are left, about " in said
+    shards = wait(lambda: found if all(each.state.is_final() for each in (found := runs_of(workers, dataset))) else [])
     with workers.client() as client:
-        shards = client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=["process-shards"])))
         builds = client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=["build-dataset"])))
     (build,) = (each for each in builds if str(tmp_path) in str(each.parameters))
-    ends = {state(each) for each in shards if each.parameters["dataset_url"] == dataset.url}
+    ends = {state(each) for each in shards}
     assert ends <= {("COMPLETED", "Completed"), ("COMPLETED", "Limited"), ("CANCELLED", "Cancelled")}
     assert state(build) == ("FAILED", "Incomplete")
     assert build.state is not None

@@ -78,7 +78,7 @@ def test_the_pages_of_a_build_on_workers(workers: Stack, browser: Browser, tmp_p
 def test_a_build_that_fails_says_why_in_one_sentence(workers: Stack, browser: Browser, tmp_path: Path) -> None:
     wanted = {**config(tmp_path, ["a"]), "name": "fails"}
     (tmp_path / "prompts.txt").unlink()
-    run = workers.ended(workers.run("build-dataset/process", config=wanted))
+    run = workers.ended(workers.run("build-dataset/resmaster-build", config=wanted))
     assert run.state is not None
     assert run.state.name == "Failed"
     sentence = str(run.state.message)
@@ -96,7 +96,7 @@ def test_a_run_shows_its_samples_while_they_are_made(
 ) -> None:
     gate = tmp_path / "gate"
     wanted = config(tmp_path, ["a", "bad high_res", f"c until {gate}"], shards_per_run=1)
-    run = workers.run("build-dataset/process", config={**wanted, "name": "seen", "samples_per_shard": 3})
+    run = workers.run("build-dataset/resmaster-build", config={**wanted, "name": "seen", "samples_per_shard": 3})
     wait(lambda: begun_by(gate))
     (child,) = workers.children(run)
     key = key_of(open_dataset(str(tmp_path / "out")), "run-samples")

@@ -12,7 +12,6 @@ from resmaster_flows.cli.arguments import add_exclude, add_limits, add_source, c
 from resmaster_flows.watch.pace import spell_seconds
 from resmaster_flows.watch.terminal import SafeConsole, say
 from resmaster_stages.errors import UserError
-from resmaster_stages.inspection.spending import spell_cost, spell_money
 from resmaster_stages.models.licences import uses_base_model
 from resmaster_stages.planning.memory import Memory, memory_of
 from resmaster_stages.publish.card import spell_bytes
@@ -77,6 +76,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def _print_estimate(found: Estimate, out: Console) -> None:
     """Print a table by stage, the totals, and the source of each number."""
+    from resmaster_stages.inspection.spending import spell_cost, spell_money
+
     table = Table("stage", "shards", "samples", "per sample", "device time", "written", box=None, pad_edge=False)
     for stage in found.stages:
         table.add_row(

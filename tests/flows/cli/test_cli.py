@@ -426,4 +426,4 @@ def test_an_error_of_the_disk_is_one_line(
 
     monkeypatch.setattr("resmaster_stages.storage.filesystem.Folder.exists", broken)
     assert main(["status", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == "resmaster: [Errno 5] Input/output error: 'config.json'\n"
+    assert capsys.readouterr().err == "resmaster: [Errno 5] Input/output error: ''\n"

@@ -20,7 +20,7 @@ from resmaster_stages.diffusion import memory
 from resmaster_stages.diffusion.memory import view_limit, weights_bytes
 from resmaster_stages.errors import ConfigError
 from resmaster_stages.inspection.explain import explain
-from resmaster_stages.library import read_samples
+from resmaster_stages.library.opened import OpenedDataset
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models import places
 from resmaster_stages.models.bases.unet import feature_bytes, row_bytes
@@ -331,7 +331,7 @@ def test_a_dataset_is_built_and_its_low_res_images_serve_for_another_net(folders
         dataset = ingest(config)
         for stage in dataset.hashes:
             run_stage(dataset, stage, 0)
-        ((sample, _),) = read_samples(dataset)
+        (sample,) = OpenedDataset(dataset)
         assert sample.low_res is not None
         assert sample.high_res is not None
         receipt = dataset.commits("high_res").read(0)

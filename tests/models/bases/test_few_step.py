@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import resmaster_stages as rm
 from resmaster_stages import high_res, library, low_res
 from resmaster_stages.config.dataset import DatasetConfig
 from resmaster_stages.config.load import parse_config
@@ -501,10 +502,10 @@ def test_the_library_takes_the_sampling_of_loaded_weights(saved: Path, tmp_path:
         "stepper": stepper,
     }
     with counting() as counted:
-        (low_res,) = library.generate("a cat", model=models)
+        (low_res,) = rm.generate("a cat", model=models)
     assert counted.rows == 4
-    assert library.upscale(low_res, "a cat", model=models, scale=2).size == (128, 128)
-    assert library.upscale(low_res, "a cat", model=models, scale=2, method="pixelrush").size == (128, 128)
+    assert rm.upscale(low_res, "a cat", model=models, scale=2).size == (128, 128)
+    assert rm.upscale(low_res, "a cat", model=models, scale=2, method="pixelrush").size == (128, 128)
 
 
 def test_a_process_makes_low_res_images_by_the_base_model_and_high_res_ones_by_the_weights(

@@ -18,7 +18,7 @@ from resmaster_stages.config.model import ModelConfig
 from resmaster_stages.dataset.dataset import Dataset
 from resmaster_stages.diffusion.cost import counting
 from resmaster_stages.errors import ConfigError
-from resmaster_stages.library import read_samples
+from resmaster_stages.library.opened import OpenedDataset
 from resmaster_stages.methods.upscale import upscale_image
 from resmaster_stages.models import places
 from resmaster_stages.models.bases import family_of
@@ -97,7 +97,7 @@ def test_all_stages_of_a_folder_twice_with_the_same_bytes(name: str, folders: di
     images = []
     for run in ("first", "second"):
         dataset = built(configured(tmp_path / run, folders[name], SCALE[name]))
-        large = [sample.high_res for sample, _ in read_samples(dataset) if sample.high_res]
+        large = [sample.high_res for sample in OpenedDataset(dataset) if sample.high_res]
         assert [image.open().size for image in large] == [(128, 96)] * 2
         images.append([image.data for image in large])
         load_models.cache_clear()
