@@ -30,11 +30,12 @@ def run(workers: Stack, *words: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def runs_of(workers: Stack, dataset: Dataset) -> list[FlowRun]:
-    """The runs over shards of a dataset. A worker ends those that were cancelled."""
+def ended_runs(workers: Stack, dataset: Dataset) -> list[FlowRun]:
+    """The runs over shards of a dataset, once all of them have ended. A worker ends those that were cancelled."""
     with workers.client() as client:
         runs = client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=["process-shards"])))
-    return [each for each in runs if each.parameters["dataset_url"] == dataset.url]
+    own = [each for each in runs if each.parameters["dataset_url"] == dataset.url]
+    return own if all(each.state and each.state.is_final() for each in own) else []
 
 
 def test_a_budget_ends_a_build_on_workers_with_the_shards_at_work(workers: Stack, tmp_path: Path) -> None:
@@ -48,7 +49,7 @@ def test_a_budget_ends_a_build_on_workers_with_the_shards_at_work(workers: Stack
     assert 1 <= len(done) <= 2
     assert len(contents(dataset)) == 4 * len(done), "no shard is left half done"
     assert f"{SHARDS - len(done)} of {SHARDS} shards are left, about " in said
-    shards = wait(lambda: found if all(each.state.is_final() for each in (found := runs_of(workers, dataset))) else [])
+    shards = wait(lambda: ended_runs(workers, dataset))
     with workers.client() as client:
         builds = client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=["build-dataset"])))
     (build,) = (each for each in builds if str(tmp_path) in str(each.parameters))
