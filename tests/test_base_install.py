@@ -113,9 +113,10 @@ def test_each_other_verb_names_the_extra_that_it_needs() -> None:
     assert {verb.name for verb in VERBS} - {verb.name for verb in verbs} == {"init", "upscale", "schema", "completion"}
     done = alone(EACH, json.dumps([[verb.name, *USUAL[verb.name]] for verb in verbs]))
     assert done.returncode == 0, done.stderr
-    remedy = "needs the extra pipeline; install it with: pip install 'resmaster-pipeline[pipeline]'"
+    assert {verb.name: verb.extra for verb in verbs if verb.extra != "pipeline"} == {"app": "app"}
+    remedy = "needs the extra {0}; install it with: pip install 'resmaster-pipeline[{0}]'"
     assert done.stderr.splitlines() == [
-        line for verb in verbs for line in (f"resmaster: {verb.name} {remedy}", f"{verb.name} 2")
+        line for verb in verbs for line in (f"resmaster: {verb.name} {remedy.format(verb.extra)}", f"{verb.name} 2")
     ]
 
 

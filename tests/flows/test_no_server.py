@@ -151,8 +151,9 @@ def test_a_configured_server_that_is_lost_ends_the_build_in_one_line(tmp_path: P
             stack.kill(name)
     assert process.returncode == 1
     assert out == ""
-    begin, *progress, last = error.splitlines()
-    assert re.fullmatch(r"  page of this build: http://127\.0\.0\.1:\d+/runs/flow-run/\S+", begin)
+    first, page, *progress, last = error.splitlines()
+    progress.insert(0, first)
+    assert re.fullmatch(r"  page of this build: http://127\.0\.0\.1:\d+/runs/flow-run/\S+", page)
     assert re.fullmatch(f"resmaster: {stack.api}: lost .*; what is committed is kept: run the same command again", last)
     assert [line for line in progress if not line.startswith(("demo: ", "  shard 0000"))] == []
     assert len(progress) == 1 + 3 * len(FAKES), "the shards are finished nevertheless"
