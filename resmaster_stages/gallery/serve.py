@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import secrets
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,10 +16,10 @@ from resmaster_stages.errors import UserError
 from resmaster_stages.gallery.app import Server
 from resmaster_stages.gallery.gallery import open_gallery
 from resmaster_stages.gallery.guard import Guard
+from resmaster_stages.gallery.listener import HOST, listening
 from resmaster_stages.gallery.root import RootServer
 from resmaster_stages.storage.filesystem import Folder
 
-HOST = "127.0.0.1"
 TOKEN = re.compile(r"[A-Za-z0-9_-]{32,200}")
 CLOSING_SECONDS = 3.0
 """So long the threads of a server have to end."""
@@ -37,7 +36,7 @@ def serving(place: Dataset | Folder, port: int, who: str, token: str = "") -> It
     """
     if token and not TOKEN.fullmatch(token):
         raise UserError("the token is too easy to guess, or cannot stand in an address; give 32 or more of A-Za-z0-9_-")
-    with _listening(port) as listener, ExitStack() as stack:
+    with listening(port) as listener, ExitStack() as stack:
         port, token = listener.getsockname()[1], token or secrets.token_urlsafe(24)
         server: Server | RootServer
         if isinstance(place, Dataset):
@@ -81,17 +80,3 @@ def at_work(address: str) -> bool:
 def _threads(port: int | None) -> str:
     """How the names of the threads of a server begin."""
     return f"view-{port}-"
-
-
-@contextmanager
-def _listening(port: int) -> Iterator[socket.socket]:
-    """A socket that listens. Connections wait until somebody accepts them."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((HOST, port))
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"port {port} cannot be used ({reason}); choose another --port, or leave it out") from error
-        listener.listen(128)
-        yield listener

@@ -9,7 +9,6 @@ Invariants:
 from __future__ import annotations
 
 import secrets
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,11 +24,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from resmaster_flows.app.page import THEME, page
 from resmaster_flows.app.work import Work
-from resmaster_stages.errors import UserError
+from resmaster_stages.gallery.listener import HOST, listening
 from resmaster_stages.storage.images import FORMATS
 from resmaster_stages.storage.sources import MAX_FILE_BYTES
 
-HOST = "127.0.0.1"
 HEADERS = {
     # Gradio's page has scripts and styles within it.
     "Content-Security-Policy": (
@@ -87,7 +85,7 @@ def serving(port: int, model: str) -> Iterator[str]:
         theme=THEME,
         show_error=False,
     )
-    with _listening(port) as listener:
+    with listening(port) as listener:
         web = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="critical", access_log=False))
         thread = threading.Thread(target=web.run, args=([listener],), name="app-server", daemon=True)
         thread.start()
@@ -97,17 +95,3 @@ def serving(port: int, model: str) -> Iterator[str]:
             work.close()
             web.should_exit = True
             thread.join(timeout=CLOSING_SECONDS)
-
-
-@contextmanager
-def _listening(port: int) -> Iterator[socket.socket]:
-    """A socket that listens. Connections wait until somebody accepts them."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((HOST, port))
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"port {port} cannot be used ({reason}); choose another --port, or leave it out") from error
-        listener.listen(128)
-        yield listener
